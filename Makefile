@@ -133,8 +133,6 @@ gpu-bench:  ## measure on a CUDA device, and on two where there are two; result 
 	$(GPU_PYTHON) research/benchmarks/gpu_service.py -o $(OUT)/gpu_service.json
 	$(GPU_PYTHON) research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b --pairs 12 249 \
 	  -o $(OUT)/vhack_gradients_cuda.json
-	if [ "$$(nvidia-smi --list-gpus | wc -l)" -ge 2 ]; then \
-	  $(GPU_PYTHON) -m torch.distributed.run --nproc-per-node 2 research/benchmarks/gpu_parallel.py -o $(OUT)/gpu_parallel.json; fi
 
 release-check: $(READY)  ## build the wheel, install it into an empty environment, and use it as a stranger would
 	$(BIN)/python scripts/release_check.py

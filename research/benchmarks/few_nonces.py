@@ -42,7 +42,7 @@ def accused(pipeline, law, nonces, wide, options):
     between = SCALED_SPREAD if pipeline.output == "distance" else PAIR_SPREAD
     for _ in range(options.laws):
         fit = fit_noise(pipeline, draw(law, nonces, rng), wide=wide)
-        test = sequential_test(Noise(fit.reached, "simulated", Spread(math.hypot(fit.error, between))))
+        test = sequential_test(Noise(fit.law, "simulated", Spread(math.hypot(fit.error, between))))
         shares.append(float(test.accusations(draw(law, (options.audits, AUDITED), rng))[:, -1].mean()))
     return shares
 

@@ -1,9 +1,6 @@
 """The demonstration, on the bundled model, as a user sees it."""
 
 import json
-import os
-
-import pytest
 
 from assay.poc import Proof
 
@@ -18,7 +15,7 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monk
     assert [row["verdict"] for row in summary["cheaters"]] == ["fraud"] * 4
     assert summary["all_as_expected"] is True
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 1
     assert {row["name"] for row in summary["vhack"]} == {"pools", "heldout", "random_null", "sources", "stability"}
     assert {row["verdict"] for row in summary["vhack"]} == {"pass"}
     assert "<code>assay vhack check</code>" in page
@@ -28,13 +25,3 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monk
     assert "weight matrix, in torch.bfloat16" in page, "factors have the dtype of the weights"
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 64
-
-
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_threads_that_wait_leave_the_cores_to_others(refused, tmp_path, monkeypatch, given):
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    (tmp_path / "file").write_text("")
-    refused("demo", "-o", tmp_path / "file")  # no folder that it can write
-    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")

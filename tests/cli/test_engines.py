@@ -62,7 +62,6 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path, monkeypatch):
     [
         (("--kernels", "quick"), "--kernels quick"),
         (("--engine", "VLLM"), "did you mean --engine vllm?"),
-        (("--tensor-parallel", 2), "torchrun --nproc-per-node 2"),
         (("--engine", "vllm", "--deterministic"), "--deterministic with --engine vllm"),
         (("--engine", "vllm", "--dtype", "int8"), "--dtype int8 with --engine vllm"),
         (("--engine", "vllm", "--preset", "layer-signs"), "preset layer-signs on the vllm engine"),

@@ -150,7 +150,7 @@ def test_settings_are_strict_in_python_too(monkeypatch):
         ("[none]\nx = 1", "none is not a command"),
         ("\\", "Invalid"),
         pytest.param("a = " + "[" * 100_000, "recursion", id="deep"),
-        pytest.param("#" * 2**21, "more than 1048576 bytes", id="long"),
+        pytest.param("#" * (2**22 + 1), "longer than 4194304 bytes", id="long"),
     ],
 )
 def test_a_configuration_that_says_nothing_known_is_refused(text, seen, refused, tmp_path):

@@ -2,8 +2,6 @@
 
 import io
 
-import pytest
-
 from assay.cli import output as _output
 from assay.errors import UsageError
 
@@ -37,15 +35,6 @@ def test_what_others_wrote_does_not_steer_the_terminal(capsys):
 def test_what_others_wrote_takes_a_bounded_place(capsys):
     _output.table(("pair", "tags"), [(0, "t" * 10_000)])
     assert 400 < capsys.readouterr().out.count("t") < 600
-
-
-@pytest.mark.parametrize(("columns", "boxed"), [("100", True), ("40", False)])
-def test_a_narrow_terminal_gets_no_box(columns, boxed, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stdout", terminal)
-    monkeypatch.setenv("COLUMNS", columns)
-    _output.table(("id", "status"), [("a", "b")])
-    assert ("┃" in terminal.getvalue()) == boxed
 
 
 def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys, monkeypatch):

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from assay.models import load_model
 from assay.poc import NetworkPins, Proof
 
 from .conftest import KNOWN, made
@@ -49,30 +48,6 @@ def test_an_honest_proof_needs_block_and_key_beside_the_file(verify, honest, sma
     assert (alone.code, json.loads(alone.out)["unpinned"]) == (2, ["block_hash", "public_key"])
 
 
-def test_what_the_prover_chose_is_refused_by_name_before_a_model_is_loaded(verify, honest, small_model):
-    """Of every field tests/poc/protocol/test_pins_every_field.py says it."""
-    lied = replace(honest.header, fingerprint=replace(honest.header.fingerprint, device="NVIDIA H200"))
-    for proof, seen in (
-        (made(small_model, seq_len=1, **STRONG), "a proof with seq_len 1"),
-        (made(small_model, block_hash="last week", **STRONG), "a proof with block_hash 'last week'"),
-        (made(small_model, range(31), **STRONG), "a proof with fewest_nonces 31"),
-        (Proof.build(lied, honest.records, 1.0), "made on another build: device "),
-    ):
-        found = verify(proof, *KNOWN)
-        assert (found.code, found.out) == (2, "")
-        assert seen in found.err
-
-
-def test_another_checkpoint_is_refused_before_and_after_it_is_loaded(verify, honest, small_checkpoint):
-    llama = load_model("reference:llama", dtype="float32", device="cpu")
-    found = verify(made(llama, **STRONG), *KNOWN)
-    assert (found.code, found.out) == (2, "")
-    assert f"model '{llama.digest}'" in found.err
-    named = replace(llama, digest=honest.header.digest)  # the header says that it is the pinned one
-    assert verify(made(named, **STRONG), *KNOWN, model=small_checkpoint).code == 1
-    assert "verify with the checkpoint" in verify(honest, *KNOWN, model="reference:llama").err
-
-
 BESIDE = {
     "--seq-len": 8,
     "--preset": "artifact",
@@ -99,17 +74,6 @@ def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoin
     assert "a proof with nonces" in verify(honest, *KNOWN).err
     assert "--nonces range(0, 32) beside" in verify(honest, *KNOWN, "--nonces", "0:32").err
     assert "--block-hash c beside" in verify(honest, "--block-hash", "c", "--public-key", "k").err
-
-
-def test_a_list_of_nodes_says_who_may_prove(verify, honest, pins, small_model, small_checkpoint):
-    nodes = '[[nodes]]\npublic_key = "k"\nnode_id = 0\n[[nodes]]\npublic_key = "k2"\nnode_id = 1\nnode_count = 2\n'
-    pins.write_text(pins.read_text().replace("[[models]]", f"{nodes}[[models]]"))
-    assert "no --public-key beside" in verify(honest, "--block-hash", "b").err
-    assert verify(honest, *KNOWN, model=small_checkpoint).code == 0
-    assert "the key 'stranger'" in verify(honest, "--block-hash", "b", "--public-key", "stranger").err
-    second = made(small_model, range(1, 65, 2), public_key="k2", node_id=1, node_count=2, **STRONG)
-    assert verify(second, "--block-hash", "b", "--public-key", "k2", model=small_checkpoint).code == 0
-    assert "public_key 'k2'" in verify(second, *KNOWN).err
 
 
 def test_the_calibration_is_that_of_the_build(told, verify, new, honest, pins, small_checkpoint, tmp_path):

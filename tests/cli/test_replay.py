@@ -86,23 +86,6 @@ def test_another_value_fails_by_name_before_a_model_is_loaded(refused, receipts,
     assert name in refused("poc", "replay", receipts, "--model", "no/such/model", *flags)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"request_id":"r0"', '"request_id":"r0",'),
-        ('"user_seed":"mine"', '"user_seed":"thine"'),
-        ('"tokens":288', '"tokens":289'),
-        ('"index":0', '"index":70000'),
-    ],
-)
-def test_edited_and_truncated_receipts_are_refused(refused, receipts, tmp_path, old, new):
-    text = receipts.read_text()
-    assert old in text
-    for changed in (text.replace(old, new, 1), text[: len(text) // 2], text.rsplit("\n", 2)[0] + "\n"):
-        (tmp_path / "bad.jsonl").write_text(changed)
-        assert "bad.jsonl, line" in refused("poc", "replay", tmp_path / "bad.jsonl", *MODEL)
-
-
 def test_a_replay_that_is_refused_begins_no_ledger(refused, receipts, prompts, small_checkpoint, tmp_path):
     whole, strange, other, ledger = (Receipts.load(receipts), *(tmp_path / name for name in ("strange", "other", "l")))
     outside = [replace(one, output=(*one.output[:-1], 10**6)) for one in whole.receipts]
@@ -161,6 +144,4 @@ def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, refused,
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = assay("poc", "replay", path, *MODEL, *KNOWN, "--requests", asked, "--lora", directory, "--json")
     assert json.loads(found.out)["matches"] == 8 * 36
-    loaded = ("poc", "replay", path, *MODEL, "--lora", directory)
-    assert "adapter" in refused(*loaded, *KNOWN, "--requests", prompts)
-    assert "--engine hf" in refused(*loaded, "--engine", "vllm")
+    assert "--engine hf" in refused("poc", "replay", path, *MODEL, "--lora", directory, "--engine", "vllm")

@@ -47,7 +47,6 @@ def test_check_writes_json_and_page_and_report_draws_it_again(assay, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "pca"), "method='pca'"),
         (("-o", "missing/check.json"), "missing/check.json: No such file or directory"),
         (("--html", "."), "Is a directory"),
         (("--basis", "missing.safetensors"), "cannot be read"),

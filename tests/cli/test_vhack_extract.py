@@ -49,12 +49,9 @@ def test_a_table_without_json_and_no_cache(assay, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--top-k", 0), "0 axes"),
-        (("--method", "pca"), "method='pca'"),
         (("--heldout-group", "nobody"), "'nobody' is not there"),
         (("--max-tokens", 0), "--max-tokens 0"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),
-        (("--rank", 0), "rank=0"),
         (("--factors", "int8"), "--factors int8"),
         (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],
@@ -63,12 +60,6 @@ def test_bad_input_is_refused_before_the_model_is_loaded(refused, tmp_path, monk
     monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert message in refused(*EXTRACT, "-o", tmp_path / "basis", *arguments)
     assert not (tmp_path / "basis").exists()
-
-
-def test_the_last_groups_are_held_out_where_nothing_is_said(told, tmp_path):
-    write_pairs(tmp_path / "pairs.jsonl", generate_pairs(6))
-    said = told(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis")
-    assert said["groups_held_out"] == [generate_pairs(6)[-1].group]
 
 
 def test_few_groups_are_told_with_what_to_do(assay, tmp_path):

@@ -42,15 +42,7 @@ def test_a_run_is_made_and_continued(assay, told, refused, arguments):
     ("flags", "seen"),
     [
         (["--arm", "nothing"], "arm 'nothing'"),
-        (["--arm", "displaced-0.4"], "displaced-A+ARM, ARM+away-B"),
-        (["--arm", "none:random"], "along random axes"),
         (["--difficulty", "easy"], "--difficulty easy"),
-        (["--difficulty", "3:1"], "difficulty 3 to 1"),
-        (["--modes", "other"], "modes other"),
-        (["--optimizer", "lion"], "optimizer lion"),
-        (["--method", "pca"], "method pca"),
-        (["--tracker", "nothing"], "tracker nothing"),
-        (["--teacher", "missing.jsonl"], "missing.jsonl"),
         (["--basis", "missing.safetensors"], "missing.safetensors"),
         (["--micro-batch", "2"], "micro-batch 2"),
     ],
@@ -63,18 +55,3 @@ def test_bad_arguments_leave_nothing(refused, arguments, tmp_path, flags, seen):
 def test_a_run_goes_into_a_directory(refused, arguments, tmp_path):
     (tmp_path / "run").write_text("")
     assert "run" in refused(*arguments, "--steps", 1)
-
-
-def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkeypatch):
-    (tmp_path / "cli_own.py").write_text(
-        "def tasks():\n    return ['1 + 1 =', '2 + 2 =']\n\n"
-        "def reward(prompts, completions, **_):\n    return [len(text) / 100 for text in completions]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    keep = [one for index, one in enumerate(arguments) if "--teacher" not in (str(one), str(arguments[index - 1]))]
-    keep = [one for index, one in enumerate(keep) if "--tasks" not in (one, keep[index - 1])]
-    own = ["--tasks", "cli_own:tasks", "--reward", "cli_own:reward"]
-    assert told(*keep, *own, "--steps", 1)["last"]["reward"] > 0
-    wrong = refused(*keep, "--tasks", "many", "--steps", 1)
-    assert "--tasks" in wrong
-    assert "module:function" in wrong

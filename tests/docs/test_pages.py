@@ -265,9 +265,8 @@ PAGES = {
         makes=("experiments/responses-qwen3",),
     ),
     "gpu": Page(
-        instead={"--nproc-per-node 8": "--nproc-per-node 2"},
-        small={"assay poc prove": TINY, "torchrun --nproc-per-node 2 -m assay poc prove": f"{TINY} --batch-size 8"},
-        makes=("proof.jsonl", "eight.jsonl"),
+        small={"assay poc prove": TINY},
+        makes=("proof.jsonl",),
     ),
     "vllm": Page(
         proofs(vllm="float32", transformers="bfloat16", block="B", key="K") + "cp vllm.jsonl proof.jsonl\n",

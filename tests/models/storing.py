@@ -1,7 +1,6 @@
 """Checkpoints in eight and four bits, made on the spot in every format that is read."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded
+from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded, float8_blocks
 from assay.models.quantized import AWQ_PLACES, OF_A_WORD
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
@@ -47,17 +46,13 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
             shutil.copy(path, target / path.name)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith(("_proj.weight", "_proj")):
-            for part, weight in _parts(name, tensor):
-                if form in FOUR_BITS:
-                    tensors |= _four_bits(part.removesuffix(".weight"), weight.float(), form, block)
-                    continue
-                values, scales = _rounded(weight.float(), form, block)
-                tensors[part] = values
-                inverse = form == "block"
-                tensors[part.removesuffix("weight") + ("weight_scale_inv" if inverse else "weight_scale")] = scales
-        else:
+        if not name.endswith("_proj.weight"):
             tensors[name] = tensor.to(torch.bfloat16)
+        elif form in FOUR_BITS:
+            tensors |= _four_bits(name.removesuffix(".weight"), tensor.float(), form, block)
+        else:
+            scales = f"{name}_scale_inv" if form == "block" else f"{name}_scale"
+            tensors[name], tensors[scales] = _rounded(tensor.float(), form, block)
     save_file(tensors, target / "model.safetensors")
     routers = [name.removesuffix(".weight") for name in tensors if name.endswith(".gate.weight")]
     configure(target, quantization_config=described(form, block, whole=["lm_head", *routers]))
@@ -131,7 +126,7 @@ def make_hybrid(kind: str, target: Path, **sizes: int) -> Path:
 
 
 def make_wrapper(kind: str, target: Path, **sizes: int) -> Path:
-    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm``, ``gemma3`` or ``qwen2_5_vl``.
+    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm`` or ``qwen2_5_vl``.
 
     The decoder inside is a Llama in the first two. ``sizes`` replace those of :data:`DECODER`.
     """
@@ -139,23 +134,16 @@ def make_wrapper(kind: str, target: Path, **sizes: int) -> Path:
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 16}
-    ids = {"image_token_id": 511}
-    decoder = DECODER | sizes
-    of_time, of_space = decoder["head_dim"] // 8, 3 * decoder["head_dim"] // 16
-    rotation = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [of_time, of_space, of_space]}
-    own: dict[str, dict[str, Any]] = {
-        "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 511, "boi_token_index": 510, "eoi_token_index": 509},
-        "qwen2_5_vl": {**ids, "video_token_id": 510, "vision_start_token_id": 509, "vision_end_token_id": 508},
-    }
-    texts: dict[str, dict[str, Any]] = {
-        "gemma3": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
-        "qwen2_5_vl": {"rope_parameters": rotation},
-    }
+    ids, decoder = {"image_token_id": 511}, DECODER | sizes
     if kind == "qwen2_5_vl":
+        of_time, of_space = decoder["head_dim"] // 8, 3 * decoder["head_dim"] // 16
+        rotation = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [of_time, of_space, of_space]}
         vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
         vision |= {"fullatt_block_indexes": [0]}
-    text = decoder | texts.get(kind, {"model_type": "llama"})
-    settings = own.get(kind, {**ids, "scale_factor": 2, "pad_token_id": 0})
+        text = decoder | {"rope_parameters": rotation}
+        settings = ids | {"video_token_id": 510, "vision_start_token_id": 509, "vision_end_token_id": 508}
+    else:
+        text, settings = decoder | {"model_type": "llama"}, ids | {"scale_factor": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(kind, vision_config=vision, text_config=text, **settings)
     return _write(AutoModelForImageTextToText, config, target)
 
@@ -253,19 +241,6 @@ def _compressed(
     }
 
 
-def _parts(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Experts as the hub has them: each by itself, gate and up apart."""
-    if tensor.dim() == 2:
-        return [(name, tensor)]
-    place, stack = name.rsplit(".", 1)
-    found = []
-    for expert, weight in enumerate(tensor):
-        names = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
-        for part, own in zip(names, weight.chunk(len(names)), strict=True):
-            found.append((f"{place}.{expert}.{part}.weight", own.contiguous()))
-    return found
-
-
 def packed(numbers: torch.Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> torch.Tensor:
     """The words [..., P] int32 of numbers [..., 8 P] from 0 to 15; the inverse of ``unpacked``."""
     shifts = torch.tensor([4 * place for place in places], device=numbers.device)
@@ -299,24 +274,13 @@ def _four_bits(place: str, weight: torch.Tensor, form: str, group: int) -> dict[
 
 
 def _rounded(weight: torch.Tensor, form: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if form.startswith("block"):
+        return rounded_weight(weight, float8_blocks(block, block))
+    largest = weight.abs().amax().reshape(1) if form == "tensor" else weight.abs().amax(dim=1, keepdim=True)
     if form == "int8":
-        scales = weight.abs().amax(dim=1, keepdim=True) / 127
-        return (weight / scales).round().to(torch.int8), scales
-    if form == "tensor":
-        scales = weight.abs().amax().reshape(1) / 448
-        return (weight / scales).to(torch.float8_e4m3fn), scales
-    if form.startswith("channel"):
-        scales = weight.abs().amax(dim=1, keepdim=True) / 448
-        return (weight / scales).to(torch.float8_e4m3fn), scales.to(
-            torch.bfloat16 if form == "channel" else torch.float32
-        )
-    rows, columns = (math.ceil(size / block) for size in weight.shape)
-    scales = torch.empty(rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            scales[i, j] = weight[i * block : (i + 1) * block, j * block : (j + 1) * block].abs().amax() / 448
-    spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[: weight.shape[0], : weight.shape[1]]
-    return (weight / spread).to(torch.float8_e4m3fn), scales
+        return (weight / (largest / 127)).round().to(torch.int8), largest / 127
+    values = (weight / (largest / 448)).to(torch.float8_e4m3fn)
+    return values, (largest / 448).to(torch.bfloat16 if form == "channel" else torch.float32)
 
 
 def restored(checkpoint: Path, name: str, block: int = 32) -> torch.Tensor:

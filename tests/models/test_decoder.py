@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from assay.errors import LayersNotFound
 from assay.models import load_model
@@ -17,7 +16,6 @@ from assay.models.decoder import (
     backbone,
     decoder_layers,
     family_of,
-    rotate,
 )
 
 from .conftest import SIZES
@@ -76,16 +74,3 @@ def test_a_missing_layer_is_not_overlooked(checkpoint):
 def test_a_module_that_is_no_language_model(function):
     with pytest.raises(LayersNotFound, match="Linear"):
         function(nn.Linear(2, 2))
-
-
-def angles(positions, width):
-    frequencies = 10_000.0 ** (-torch.arange(0, width, 2) / width)
-    turned = (positions[:, None] * frequencies).repeat(1, 2)
-    return turned.cos(), turned.sin()
-
-
-def test_the_bits_are_those_of_transformers():
-    q, k = torch.randn(2, 3, 4, 7, 16)
-    cos, sin = angles(torch.arange(7), 16)
-    wanted = apply_rotary_pos_emb(q, k, cos[None], sin[None])
-    assert all(torch.equal(rotate(x, cos, sin), one) for x, one in zip((q, k), wanted, strict=True))

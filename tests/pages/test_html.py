@@ -69,17 +69,6 @@ def test_a_page_is_well_formed_escaped_and_loads_nothing_from_outside():
     assert not re.search(r"<script|<link|<img|@import|url\((?!#)", page)
 
 
-def test_long_reports_have_contents_that_lead_to_sections():
-    report = Report("t", origin={})
-    for i in range(5):
-        report.section(f"Part {i}")
-    page = report.render()
-    targets = re.findall(r'href="#(s\d)"', page)
-    assert len(targets) == 5
-    assert set(targets) <= set(parse(page).ids)
-    assert "<nav" not in sample().render()
-
-
 def test_details_close_when_their_content_fails():
     report = Report("t", origin={})
     with pytest.raises(UsageError), report.details("More"):

@@ -7,7 +7,6 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import BlockLaw, chord_cdf, r_target_for, valid_rate
-from assay.stats.chord import MeasuredBlockLaw
 
 D = 8192
 
@@ -59,20 +58,6 @@ def test_the_rate_of_nonces_adds_up_with_that_of_the_block():
     assert law.rate_error(r) < law.rate_error(r, 400)
 
 
-def test_what_is_known_of_a_head_narrows_the_law():
-    """Heads of one length: only their direction differs."""
-    p_D = shares(64, 0.2)
-    effective = 1 / float((p_D**2).sum())
-    v_BD = np.random.default_rng(5).normal(size=(20_000, 64))
-    v_BD *= 1.1 * 8 / np.linalg.norm(v_BD, axis=1, keepdims=True)
-    law = BlockLaw.of_head(D, effective, hidden_size=64, scale=1.1)
-    squares = v_BD**2 @ p_D
-    assert squares.mean() == pytest.approx(1.21, rel=0.01)
-    assert squares.std() == pytest.approx(1.21 * math.sqrt(2 / law.freedom), rel=0.08)
-    assert law.freedom > effective
-    assert math.isinf(BlockLaw.of_head(D, 80, hidden_size=64, scale=1.1).freedom)
-
-
 def test_a_known_factor_is_a_chord_law():
     law = BlockLaw(dimension=D, freedom=math.inf)
     x = np.linspace(1.38, 1.45, 7)
@@ -80,6 +65,9 @@ def test_a_known_factor_is_a_chord_law():
     assert law.valid_rate(1.416) == pytest.approx(valid_rate(1.416, D), abs=1e-12)
     assert law.rate_error(1.416) == 0.0
     assert law.target_interval(1.404) == pytest.approx((1.404, 1.404))
+    shares, errors = law.bins(x)
+    assert shares == pytest.approx(np.diff(chord_cdf(x, D)), abs=1e-12)
+    assert not errors.any()
     wide = BlockLaw(dimension=D, freedom=math.inf, scale=1.5)
     assert wide.valid_rate(r_target_for(0.1, D)) == pytest.approx(0.196, abs=0.002)
     assert wide.valid_rate(1.9999) == pytest.approx(1.0)
@@ -96,7 +84,7 @@ def test_the_quantile_of_a_block():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"freedom": 0}, {"freedom": -1.0}, {"freedom": math.nan}, {"freedom": 5, "scale": 0}]
+    "wrong", [{"freedom": 0}, {"freedom": math.nan}, {"freedom": 5, "scale": 0}, {"freedom": 5, "jump": 1.0}]
 )
 def test_laws_that_cannot_be_are_refused(wrong):
     with pytest.raises(UsageError, match="effective dimension"):
@@ -105,37 +93,27 @@ def test_laws_that_cannot_be_are_refused(wrong):
         BlockLaw(dimension=D, freedom=5).valid_rate(2.5)
 
 
+def test_no_nonces_have_no_error():
+    law = BlockLaw(dimension=8192, freedom=24.0)
+    for of_none in (law.rate_error, law.rate_interval):
+        with pytest.raises(UsageError, match="of 0 nonces"):
+            of_none(1.404, 0)
+
+
 def test_a_coordinate_that_outweighs_the_others_makes_two_values():
     """The widest blocks: a normal law of the same width is off by points there, and most blocks need nothing else."""
     rng = np.random.default_rng(4)
-    jumps, widths = rng.uniform(1.0, 1.6, 300), rng.uniform(0.8, 1.0, 300)
-    law = MeasuredBlockLaw(dimension=D, jumps=jumps, widths=widths)
-    which = rng.integers(0, 300, 400_000)
-    cosines = (rng.choice([-1, 1], which.size) * jumps[which] + rng.normal(size=which.size) * widths[which]) / D**0.5
+    cosines = (rng.choice([-1.3, 1.3], 400_000) + 0.9 * rng.normal(size=400_000)) / D**0.5
     distances = np.sqrt(2 - 2 * cosines)
-    assert law.scale == pytest.approx(cosines.std() * D**0.5, rel=0.01)
-    normal = BlockLaw(dimension=D, freedom=math.inf, scale=law.scale)
+    scale = math.hypot(1.3, 0.9)
+    law, normal = (BlockLaw(dimension=D, freedom=1e6, scale=scale, jump=jump) for jump in (1.3 / scale, 0.0))
     for rate in (0.1, 0.5905):
         r = r_target_for(rate, D)
         measured = float(np.mean(distances < r))
         assert law.valid_rate(r) == pytest.approx(measured, abs=0.004)
         assert abs(normal.valid_rate(r) - measured) > 0.015
         assert law.rate_error(r) > 0.4 * abs(normal.valid_rate(r) - measured)
-        assert law.rate_error(r, 100) == pytest.approx(math.hypot(law.rate_error(r), 0.05), abs=0.01)
     edges = np.linspace(1.375, 1.453, 9)
     shares, errors = law.bins(edges)
-    found = np.histogram(distances, edges)[0] / distances.size
-    assert shares == pytest.approx(found, abs=0.003)
-    assert (errors > 0).all()
-    plain = MeasuredBlockLaw(dimension=D, jumps=np.full(2, 0.1), widths=np.full(2, 0.99))
-    assert plain.rate_error(1.416) < 0.001
-    assert plain.factor_error == 0.0
-
-
-def test_no_nonces_have_no_error():
-    measured = MeasuredBlockLaw(dimension=12, jumps=np.zeros(2), widths=np.array([0.9, 1.1]))
-    for law in (BlockLaw(dimension=8192, freedom=24.0), measured):
-        with pytest.raises(UsageError, match="of 0 nonces"):
-            law.rate_error(1.404, 0)
-    with pytest.raises(UsageError, match="of 0 nonces"):
-        BlockLaw(dimension=8192, freedom=24.0).rate_interval(1.404, 0)
+    assert shares == pytest.approx(np.histogram(distances, edges)[0] / distances.size, abs=0.003)
+    assert (errors > normal.bins(edges)[1]).any()

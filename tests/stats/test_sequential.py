@@ -163,21 +163,6 @@ def test_the_atoms_of_a_spread_are_a_law():
             Spread(**wrong)
 
 
-# Named alternatives
-
-
-def test_a_known_cheat_is_caught_sooner_and_must_be_excluded():
-    cheat = LogNoise(LOG.mu + math.log(1.4), 0.3)
-    nodes_RC = np.exp(np.random.default_rng(6).normal(cheat.mu, cheat.sd, (200, 200)))
-    known = SequentialTest(LOG, effect=4.0, named={"an older revision": cheat})
-    unknown = SequentialTest(LOG, effect=4.0).accusations(nodes_RC)[:, -1].mean()
-    assert known.accusations(nodes_RC)[:, -1].mean() > unknown
-    few = np.full(3, math.exp(LOG.mu))
-    seen = known.update(few).result
-    assert (seen.verdict, seen.weakest) == ("undecided", "an older revision")
-    assert SequentialTest(LOG, effect=4.0).update(few).verdict == "honest"
-
-
 # Honest and undecided
 
 
@@ -263,7 +248,7 @@ def test_simulated_verdicts_are_those_of_single_nodes(spread, drawn, fewer, monk
     pool = 1e-4 * rng.standard_t(6, 1200)
     values = rng.choice(pool[:20], (40, 30)) if drawn else pool.reshape(40, 30)
     values = (values * np.resize([0.5, 3, 10], (40, 1)))[: 40 // fewer]
-    arguments = {"spread": Spread(spread), "effect": 4.0, "named": {"another": ScaleNoise(3e-4)}}
+    arguments = {"spread": Spread(spread), "effect": 4.0}
     test = SequentialTest(ScaleNoise(1e-4), **arguments)
     at = (7, 30)
     accused, honest = test.simulated(values, at=at)

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from assay.errors import BackendUnavailable
 from assay.streams import get_backend
@@ -10,15 +9,6 @@ GPU = [pytest.param(pair, marks=pytest.mark.gpu) for pair in (("torch", "cuda"),
 
 def _name(pair):
     return "-".join(pair)
-
-
-@pytest.fixture(autouse=True)
-def _one_torch_thread():
-    """Torch's threads wait busily for each other: with several test processes on few cores that is all they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[*CPU, *GPU], ids=lambda pair: _name(pair))

@@ -79,24 +79,6 @@ def test_permutations(backend):
         assert to_numpy(permutation)[0, :12].tolist() == row["first"]
 
 
-def test_inputs(backend):
-    for row in KNOWN["inputs"]:
-        values = normal(backend, seed32(f"{name(row)}{row['nonce']}"), row["seq_len"] * row["dim"])
-        inputs_TD = values.reshape(row["seq_len"], row["dim"])
-        assert_close(inputs_TD[[0, 15], :6], [row["row0"], row["row15"]])
-
-
-def test_targets_and_reflections(backend):
-    directions = [(row, f"{row['block_hash']}_target", "first") for row in KNOWN["target"]]
-    directions += [
-        (row, f"{name(row)}_{row['nonce']}_hidden_r{r}", f"r{r}_first") for row in KNOWN["householder"] for r in (0, 7)
-    ]
-    for row, text, field in directions:
-        values = normal(backend, seed32(text), row["dim"]).astype(np.float64)
-        length = np.linalg.norm(values)
-        assert_close(values[: len(row[field])] / length, row[field], scale=1 / length)
-
-
 def test_pick_of_the_published_nonce(backend):
     picked = to_numpy(backend.picks([seed32("block_alpha_node_A_nonce_0_pick_12")], 1024, 12))
     assert picked[0].tolist() == [985, 906, 607, 562, 209, 439, 22, 344, 817, 758, 637, 798]

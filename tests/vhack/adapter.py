@@ -30,14 +30,10 @@ def made(family, kind="Config", **changes):
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-def sequential_gradients(module, tokenizer, samples, svd, *, completion_only=False):
-    """The δS gradient of every sample by the definition, [N, R] per module.
-
-    With ``completion_only`` the adapter acts on completion tokens alone: the mistake that dropping prompt tokens is.
-    """
+def sequential_gradients(module, tokenizer, samples, svd):
+    """The δS gradient of every sample by the definition, [N, R] per module."""
     modules = target_modules(module)
     delta = {name: torch.zeros_like(svd[name].values, requires_grad=True) for name in modules}
-    start = [0]
 
     def adapted(name, linear):
         factors = svd[name]
@@ -45,17 +41,14 @@ def sequential_gradients(module, tokenizer, samples, svd, *, completion_only=Fal
         def forward(inputs):
             change = (factors.left * delta[name]) @ factors.right
             plain = functional.linear(inputs, linear.weight.detach(), linear.bias)
-            extra = functional.linear(inputs, change.to(inputs.dtype))
-            if completion_only:
-                extra = torch.cat([torch.zeros_like(extra[:, : start[0]]), extra[:, start[0] :]], dim=1)
-            return plain + extra
+            return plain + functional.linear(inputs, change.to(inputs.dtype))
 
         return forward
 
     for name, linear in modules.items():
         linear.forward = adapted(name, linear)
     try:
-        rows = [_one(module, tokenizer, sample, delta, start) for sample in samples]
+        rows = [_one(module, tokenizer, sample, delta) for sample in samples]
     finally:
         for linear in modules.values():
             del linear.forward
@@ -82,11 +75,10 @@ def of_weights(module, tokenizer, samples, svd):
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
-def _one(module, tokenizer, sample, delta, start):
+def _one(module, tokenizer, sample, delta):
     prompt, completion = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sample.prompt, sample.completion)
     )
-    start[0] = len(prompt)
     logits = module(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     loss = functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), torch.tensor(completion)

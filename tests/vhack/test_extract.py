@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from assay.errors import DataError, StorageError, UsageError
-from assay.vhack import Basis, Pair, PairGradients, extract, pair_gradients, split_pairs, weights_digest
+from assay.vhack import Basis, Pair, PairGradients, extract, split_pairs, weights_digest
 from assay.vhack.basis import extract as _extract
 from assay.vhack.gradients import svd as _svd
 from tests.vhack.adapter import principal_angles
@@ -188,11 +188,6 @@ def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, extracted
     assert all(torch.equal(axes, wanted.axes[name]) for name, axes in found.axes.items())
     assert list(found.axes) == list(wanted.axes)
     assert [done for done, _ in steps if done <= 21] == list(range(1, 22))
-
-
-def test_gradients_of_pairs_serve_many_bases(small_model, byte_tokenizer, small_pairs, small_svd, basis):
-    gradients = pair_gradients(small_pairs[:6], small_model, tokenizer=byte_tokenizer, svd=small_svd)
-    assert all(torch.equal(axes, basis.axes[name]) for name, axes in gradients.basis().axes.items())
 
 
 def test_a_missing_file_is_extracted_and_an_existing_one_used(monkeypatch, tmp_path, extracted, small_model):

@@ -55,16 +55,6 @@ def test_they_equal_the_loop_on_a_reference_model():
     assert worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
 
 
-def test_prompt_tokens_carry_gradient(gradients_of, small_model, byte_tokenizer, samples, small_svd):
-    dropped = sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd, completion_only=True)
-    missing = {name: float((rows - dropped[name]).norm() / rows.norm()) for name, rows in gradients_of().items()}
-    # In the last layer only keys and values reach from the prompt to the loss.
-    last = f"layers.{small_model.num_layers - 1}."
-    reached = [name for name in missing if last not in name or name.endswith(("k_proj", "v_proj"))]
-    assert min(missing[name] for name in reached) > 0.01
-    assert sum(missing.values()) / len(missing) > 0.2
-
-
 @pytest.mark.parametrize(
     "how", [{}, {"max_tokens": 1}, {"max_tokens": 100}, {"checkpointing": True}, {"svd": None}], ids=str
 )
@@ -123,14 +113,6 @@ def _state(module):
         *((name, p.requires_grad, p.grad is None or p.grad.tolist()) for name, p in module.named_parameters()),
         *((part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()),
     ]
-
-
-def test_ids_are_prompt_then_completion_with_nothing_added_or_merged():
-    model = load_model("reference:qwen3", device="cpu")
-    (one,) = encode(model.tokenizer, [Sample("return", "ed")], ["it"], 100)
-    parts = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("return", "ed")]
-    assert one.ids == parts[0] + parts[1]
-    assert one.n_prompt == len(parts[0])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -315,7 +297,7 @@ def test_weights_without_memory_are_refused_by_name(gradients_of, module):
 
 def test_factors_of_another_model_are_refused(gradients_of):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
-    with pytest.raises(UsageError, match=r"no factors of model\.layers\.0\.self_attn\.q_proj, \[64, 64\]"):
+    with pytest.raises(UsageError, match=r"factors of model\.layers\.0\.self_attn\.q_proj for a matrix \(256, 256\)"):
         gradients_of(svd=other)
 
 
@@ -327,9 +309,3 @@ def test_float16_is_refused(gradients_of, module):
 def test_a_model_without_projections_is_refused():
     with pytest.raises(ModelError, match="no target projection"):
         target_modules(nn.Sequential(nn.Linear(4, 4)))
-
-
-def test_targets_are_all_projections_and_nothing_else(small_model):
-    names = list(target_modules(small_model))
-    assert len(names) == 7 * small_model.num_layers
-    assert names == [name for name, _ in small_model.module.named_modules() if name.endswith("_proj")]

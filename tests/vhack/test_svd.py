@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from assay.errors import BadWeights, StorageError, UsageError
-from assay.vhack import target_modules, weight_svd
+from assay.vhack import weight_svd
 from assay.vhack.gradients import svd as _svd
 from assay.vhack.gradients.svd import factorise
 
@@ -23,7 +23,7 @@ def matrix(rows, columns, smallest=1e-2, seed=0):
 
 
 def errors(weight, factors):
-    left, values, right = (part.double() for part in (factors.left, factors.values, factors.right))
+    left, values, right = (part.double().cpu() for part in (factors.left, factors.values, factors.right))
     one = torch.eye(len(values), dtype=torch.float64)
     residual = ((left * values) @ right - weight).norm() / weight.norm()
     return float(residual), float((left.T @ left - one).norm()), float((right @ right.T - one).norm())
@@ -49,12 +49,6 @@ def test_both_roads_span_the_same_directions():
     assert torch.allclose(exact.left, gram.left * signs, atol=1e-5)
     # One sign for both factors: a δS coordinate does not depend on it.
     assert torch.allclose(exact.right, gram.right * signs[:, None], atol=1e-5)
-
-
-@pytest.mark.parametrize("smallest", [1e-6, 1e-14])
-def test_small_singular_values_do_not_spoil_the_gram_road(smallest):
-    weight = matrix(80, 40, smallest)
-    assert max(errors(weight, factorise(weight, method="gram"))) < 1e-5
 
 
 def test_an_inaccurate_result_is_given_up_for_the_exact_one(monkeypatch):
@@ -98,15 +92,6 @@ def test_a_matrix_that_is_not_finite_is_named(small_model):
         module.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(BadWeights, match=r"model\.layers\.1\.mlp\.up_proj: .* NaN or infinity"):
         weight_svd(module)
-
-
-def test_every_target_is_decomposed(small_model, small_svd):
-    modules = target_modules(small_model)
-    assert list(small_svd) == list(modules)
-    for name, module in modules.items():
-        assert max(errors(module.weight.detach().double(), small_svd[name])) < 1e-5
-    assert small_svd.dtype == torch.float32
-    assert small_svd.rank is None
 
 
 @pytest.mark.parametrize(
@@ -194,8 +179,9 @@ def test_the_number_of_threads_is_put_back(small_model, linear):
 
 
 @pytest.mark.parametrize("method", ["exact", "gram"])
-def test_matrices_of_low_rank(method):
-    for weight in (matrix(30, 4) @ matrix(4, 20), torch.zeros(8, 5), torch.ones(6, 9)):
+def test_matrices_of_low_rank_or_with_small_singular_values(method):
+    small = (matrix(80, 40, smallest) for smallest in (1e-6, 1e-14))
+    for weight in (matrix(30, 4) @ matrix(4, 20), torch.zeros(8, 5), torch.ones(6, 9), *small):
         factors = factorise(weight.double(), method=method)
         assert max(errors(weight.double(), factors)) < 1e-5 or not weight.any()
         assert factors.orthogonality < 1e-6

@@ -15,7 +15,6 @@ from assay.poc import Round, get_pipeline
 from assay.poc.vllm import client as _client
 from assay.poc.vllm import engine as _engine
 from assay.poc.vllm import rows as _rows
-from assay.poc.vllm.endpoint_plugin import plugin
 from assay.poc.vllm.engine import RequestEngine, VLLMEngine, VLLMPrefill
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
@@ -140,25 +139,6 @@ def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, 
         next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
     gc.collect()
     assert logged == []
-
-
-def test_the_controller_is_closing_before_vllm_ends_its_engine(loop):
-    """As ``serve_http`` does it on SIGTERM: in a thread, before the application hears of it."""
-    made, _ = loop
-    mounted, seen = plugin(), []
-    mounted.controller = SimpleNamespace(closing=threading.Event())
-    client = _client.Client(DyingLLM(None), Throttle(ThrottleSettings(), lambda: 0, 4))
-
-    def end(timeout: float) -> None:
-        seen.append((mounted.controller.closing.is_set(), client.ended.done(), timeout))
-
-    engine_client = SimpleNamespace(shutdown=end)
-    client.loop = made
-    made.call_soon_threadsafe(mounted._end_before, engine_client, client)
-    until(lambda: engine_client.shutdown is not end)
-    engine_client.shutdown(timeout=3)
-    engine_client.shutdown(timeout=0)
-    assert seen == [(True, True, 3), (True, True, 0)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from assay.poc import NetworkPins, get_pipeline
 from assay.poc.launch import Launch, open_judge, vllm_engine
 from assay.poc.vllm import before_start, compatibility
 from assay.poc.vllm import preflight as _preflight
-from assay.poc.vllm import servers as _servers
 from tests.models.storing import described
 from tests.vllm.conftest import ROOT, settings_of_vllm
 
@@ -296,20 +295,6 @@ def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monk
     with pytest.raises(UsageError, match="2 API servers with the data directory") as refusal:
         _preflight.check_arguments(SimpleNamespace(api_server_count=2), given)
     assert "ASSAY_DATA_DIR" in str(refusal.value)
-
-
-def test_servers_share_their_counts_and_the_first_one_begins_anew(tmp_path: Path):
-    first, second, third = (_servers.ApiServers(tmp_path, index, 3) for index in range(3))
-    second.tell(4)
-    third.tell(5)
-    first.tell(True)
-    assert first.elsewhere == 9
-    assert second.closed
-    assert third.closed
-    again = _servers.ApiServers(tmp_path, 0, 2)
-    assert (again.elsewhere, again.closed) == (4, False)
-    assert first.elsewhere == 9  # what it reads is still there
-    assert (tmp_path / _servers.COUNTS).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ from assay import stats
 from assay.files.jsonl import JsonObject
 from assay.models.load import Model, load_model
 from assay.poc import cheats
-from assay.poc.engines.base import make_transform
-from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.measurement import distances_to_target
 from assay.poc.protocol.pipelines import FORWARD, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
@@ -121,7 +120,7 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
             "approach": pipeline.name,
             "summary": pipeline.summary,
             "dtype": engine.dtype,
-            "per_nonce": pipeline.per_nonce,
+            "per_nonce": any(step.name != "unit" for step in pipeline.hidden + pipeline.logits),
             **sizes,
             "overhead": slower.get(pipeline.name),
             "effective_dimension": effective.get(pipeline.name),

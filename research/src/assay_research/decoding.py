@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from assay.models.load import Model
-from assay.poc.engines.base import Draws
-from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.engine import Draws, HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.poc.protocol.proof import Proof, TokenRecord
 from assay.poc.protocol.round import Round

@@ -27,7 +27,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from assay.errors import DataError, UsageError
-from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Noises, Source, open_source
+from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Source, open_source, read_noise
 from assay.poc.verdict.life import Account, Entry, Genesis, Life, Residuals, log_average
 from assay.poc.verdict.noise import AnyNoise
 from assay.stats.sequential import Verdict, decide
@@ -165,12 +165,11 @@ def _stopped(
     """Yield every account of a ledger with what it adds, from its evidence."""
     query = sa.select(UPDATES.c.entry).order_by(UPDATES.c.account, UPDATES.c.seq)
     with source.database.read() as connection:
-        noises = Noises()
         rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
         for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), attrgetter("account")):
             life = StoppedLife(**rates, ledgers=ledgers)
             for entry in entries:
-                life.update(noises.read(connection, entry.law), entry.counted, doubted=entry.doubted)
+                life.update(read_noise(connection, entry.law), entry.counted, doubted=entry.doubted)
             log_e, log_honest = life.stopped
             share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
             yield account, share

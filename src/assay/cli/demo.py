@@ -1,6 +1,5 @@
 """``assay demo``: both instruments on a bundled model, in under a minute on two cores."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -96,9 +95,9 @@ def run_rounds(model: "Model") -> tuple[list[Case], list[Case]]:
 def draw(
     report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case], checked: "CheckReport"
 ) -> None:
-    """Add what was proved, the histogram over the chord law, who was caught and how far off, and the checks."""
+    """Add what was proved, its distances beside the chord law, who was caught and how far off, and the checks."""
     from assay import stats
-    from assay.pages.report import SERIES, Badge, figure, histogram_over_density, legend
+    from assay.pages.report import SERIES, Badge, figure, legend
     from assay.poc import measure_block_factor
     from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean
     from assay.stats.noise import RESOLUTION
@@ -115,13 +114,6 @@ def draw(
     effective = measure_block_factor(model, honest[0].proof.round, nonces=NONCES).effective_dimension
     law = stats.BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=effective)
     expected, error = law.valid_rate(r_target), law.rate_error(r_target, len(distances))
-    fig, ax = figure()
-    label = f"chord law, d = {RANDOM_HEAD_ROWS}"
-    histogram_over_density(ax, distances, lambda x: stats.chord_pdf(x, RANDOM_HEAD_ROWS), density_label=label)
-    ax.axvline(r_target, color=SERIES[1], linewidth=1.3, label=f"r_target {r_target}")
-    ax.set_xlabel("distance to the target")
-    legend(ax)
-    report.figure(fig, f"{len(distances)} honest distances over the density of a random direction.")
     report.definitions(
         {
             "valid, measured": f"{(distances < r_target).mean():.2%}",
@@ -177,8 +169,6 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
 
     Proves and verifies real compute, catches four cheaters, tests hack directions, and writes an HTML report.
     """
-    # Threads of torch that wait for work would otherwise keep a core busy, which a machine with other work has not.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 

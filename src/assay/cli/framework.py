@@ -31,7 +31,6 @@ OF_RESEARCH = ("research", "poc experiment", "poc ledger merge", "vhack fuzz")
 CONTINUES = "what is done is kept, and the same command continues it"
 RETIRED = ("block_hash", "public_key", "host", "port", "log_format")
 """Fields that had a short variable of their own, such as ``ASSAY_PORT``."""
-LONGEST_CONFIG = 2**20  # bytes; one that sets every field has twenty thousand
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -320,30 +319,21 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
     """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without a file."""
     if path is None:
         return {}
-    from assay.files.jsonl import parse_toml
+    from assay.files.jsonl import read_toml
 
-    try:
-        with Path(path).open("rb") as file:  # it may be a pipe, and is read no further than its bound
-            content = file.read(LONGEST_CONFIG + 1)
-        if len(content) > LONGEST_CONFIG:
-            raise ValueError(f"more than {LONGEST_CONFIG} bytes")
-        tables = parse_toml(content.decode("utf-8"))
-        command: click.Command | None = context.find_root().command
-        for word in words:
-            assert isinstance(command, Group)
-            names = command.list_commands(context)
-            for key, value in tables.items():
-                if key not in names or not isinstance(value, dict):
-                    kind = "command" if isinstance(value, dict) else "table"
-                    raise ValueError(f"{key} is not a {kind} of {command.name}")
-            tables, command = tables.get(word, {}), command.get_command(context, word)
-        return dict(tables)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"configuration file {path}: {error}",
-            wanted="a TOML file with a table per command, as `assay config COMMAND` prints it",
-            do="correct the file, or leave --config out",
-        ) from None
+    tables = read_toml(path)
+    command: click.Command | None = context.find_root().command
+    for word in words:
+        assert isinstance(command, Group)
+        names = command.list_commands(context)
+        for key, value in tables.items():
+            if key not in names or not isinstance(value, dict):
+                kind = "command" if isinstance(value, dict) else "table"
+                wanted = "a TOML file with a table per command, as `assay config COMMAND` prints it"
+                seen, do = f"{key} is not a {kind} of {command.name}", "correct the file, or leave --config out"
+                raise UsageError(f"configuration file {path}: {seen}", wanted=wanted, do=do)
+        tables, command = tables.get(word, {}), command.get_command(context, word)
+    return tables
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:

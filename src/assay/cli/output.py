@@ -17,7 +17,6 @@ from rich.text import Text
 
 from assay.errors import AssayError, visible
 
-NARROW = 60  # columns of a terminal below which a box takes too much of them
 WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
 LONGEST_CELL = 500  # characters; names and reasons that assay writes are shorter
 PAUSE = 5.0  # seconds between two lines of progress where there is no terminal
@@ -60,8 +59,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
 
     Columns after the first are right-aligned, unless there are only two.
     """
-    console = _Console(width=None if _is_terminal(sys.stdout) else WIDEST)
-    boxed = _is_terminal(sys.stdout) and console.width >= NARROW
+    boxed = _is_terminal(sys.stdout)
+    console = _Console(width=None if boxed else WIDEST)
     shown = Table(title=title or None, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None)
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")

@@ -75,7 +75,6 @@ class ProveSettings(Settings):
     dtype: NumberFormat = None
     kernels: KernelName = "auto"
     deterministic: bool = Field(False, description="Refuse operations that may give other bits the next time.")
-    tensor_parallel: Annotated[int, "NUMBER"] = Field(1, ge=1, description="Processes that hold one model together.")
     frame: FrameFile = None
 
 
@@ -146,13 +145,13 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     """Prove a range of nonces.
 
     An interrupted run continues when the command is repeated. With --pins, what the network agreed on is taken from
-    its file. Under torchrun all processes work on one proof, and the first one writes it.
+    its file.
     """
     from assay import poc
     from assay.poc.launch import Proving, open_prover
     from assay.poc.network_pins import asked
 
-    names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "tensor_parallel", "frame")
+    names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "frame")
     how = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
     given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
     known = asked(
@@ -162,8 +161,6 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         chosen.nonces if "nonces" in given else None,
     )
     with open_prover(known.how) as made, progress_bar("proving") as progress:
-        if made is None:
-            return
         known.check_engine(*made)
         pace = _Pace(progress)
         to = chosen.model_dump(include={"output", "overwrite"})

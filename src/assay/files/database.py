@@ -34,8 +34,6 @@ _NO_ROOM = ("a database that can be written", "free some space on that disk; a s
 LONGEST_VALUE = 2**26
 """Bytes of the longest text that is read from a file that is only read: 64 MiB."""
 
-_KNOWN: dict[tuple[object, ...], sa.MetaData] = {}
-
 
 class Database:
     """Opens the file, brings its schema up to date, and hands out transactions.
@@ -88,7 +86,7 @@ class Database:
                 with self.write() as connection:
                     self._migrate(connection, migrations)
                 with self.read() as connection:
-                    self._tables = _tables(connection)
+                    self._tables.reflect(connection)
         except BaseException:
             self.close()
             raise
@@ -230,15 +228,11 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
         uri += "&immutable=1"  # no writer has it open, and the journal that SQLite would begin has no place
     connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
-    connection.text_factory = _decode
+    # A text is read whatever its bytes are: a reader that does not trust a file compares hashes.
+    connection.text_factory = partial(str, encoding="utf-8", errors="replace")
     for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "trusted_schema=OFF", "query_only=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
-
-
-def _decode(text: bytes) -> str:
-    """Return a text whatever its bytes are: a reader that does not trust a file compares hashes."""
-    return text.decode(errors="replace")
 
 
 @contextmanager
@@ -276,13 +270,3 @@ def _on_begin(connection: sa.Connection) -> None:
     # A deferred transaction that starts to write fails at once where another has written meanwhile.
     write = connection.get_execution_options().get("assay_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-
-def _tables(connection: sa.Connection) -> sa.MetaData:
-    """Return the tables of a file. Files of one schema share them: reading them takes two thirds of opening a file."""
-    schema = tuple(connection.exec_driver_sql("SELECT sql FROM sqlite_master ORDER BY name").scalars())
-    if schema not in _KNOWN:
-        found = sa.MetaData()
-        found.reflect(connection)
-        _KNOWN[schema] = found
-    return _KNOWN[schema]

@@ -176,25 +176,16 @@ LONGEST_FILE = 2**22
 def read_toml(path: str | Path) -> JsonObject:
     """Return the tables of a TOML file of at most 4 MiB."""
     try:
-        return parse_toml(read_whole(path, LONGEST_FILE).decode())
+        tables = tomllib.loads(read_whole(path, LONGEST_FILE).decode())
     except UnicodeDecodeError as error:
         raise _bad(path, f"byte {error.start + 1} is not UTF-8", "a TOML file") from error
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
         raise _bad(path, str(error), "a TOML file") from error
-
-
-def parse_toml(text: str) -> JsonObject:
-    """Return the tables of a text in TOML.
-
-    Raises:
-        ValueError: The text is not TOML, or has a whole number beyond those of TOML: Python reads any written in
-            hexadecimal digits, and cannot show it. RecursionError means that it is nested too deeply.
-    """
-    tables = tomllib.loads(text)
     waiting: list[Any] = [tables]
     while waiting:
         value = waiting.pop()
         waiting += parts(value)
+        # Python reads any whole number that is written in hexadecimal digits, and cannot show it.
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"a whole number of {value.bit_length()} bits, where TOML has 64")
+            raise _bad(path, f"a whole number of {value.bit_length()} bits, where TOML has 64", "a TOML file")
     return tables

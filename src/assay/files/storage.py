@@ -152,7 +152,6 @@ class PartialFile:
         except AssayError:
             self._file.close()
             raise
-        self._recovered = not os.fstat(self._file.fileno()).st_size
 
     def _lock(self) -> None:
         with _storing(self.partial):
@@ -186,7 +185,6 @@ class PartialFile:
                     do="move it away, or choose another file name",
                 )
             self._file.truncate(sum(len(raw) + 1 for raw in intact))
-        self._recovered = True
         return [raw.decode() for raw in intact]
 
     def resume(self, first: str, most: int, read: Callable[[int, bytes], T]) -> list[T]:
@@ -217,7 +215,6 @@ class PartialFile:
         """Drop what an earlier writer left."""
         with _storing(self.partial):
             self._file.truncate(0)
-        self._recovered = True
 
     def append(self, record: object) -> str:
         """Write one record as a line of its own, handed to the system before this returns; gives the line back."""
@@ -226,21 +223,12 @@ class PartialFile:
         return line
 
     def append_lines(self, lines: Iterable[str]) -> None:
-        """Write a batch of lines (canonical JSON without line ends) in one go, once it is clear what is before them.
+        """Write a batch of lines (canonical JSON without line ends) in one go, after what an earlier writer left.
 
         On a StorageError the lines that were written stay in the partial file.
         """
-        batch = list(lines)
-        if not self._recovered:
-            raise UsageError(
-                f"{self.partial} holds lines of an earlier run",
-                wanted="a decision what to do with them",
-                do="call recover() to go on after them or restart() to drop them",
-            )
-        if any("\n" in line or "\r" in line for line in batch):
-            raise UsageError("a line with a line break", wanted="one record per line", do="write records with dumps")
         with _storing(self.partial):
-            _write_all(self._file, "".join(line + "\n" for line in batch).encode())
+            _write_all(self._file, "".join(line + "\n" for line in lines).encode())
 
     def commit(self) -> None:
         """Put all lines on disk and give the file its final name, in one step; nothing can be appended after.

@@ -419,7 +419,7 @@ def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
         raise ModelError(
             f"{type(module).__name__} over {mesh.size()} devices",
             wanted="an architecture with a tensor parallel plan in transformers, such as Llama or Qwen3",
-            do="leave --tensor-parallel out",
+            do="leave mesh out",
         )
     for name in _DIVIDED:
         number = getattr(module.config, name, None) or mesh.size()
@@ -427,7 +427,7 @@ def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
             raise UsageError(
                 f"{name} {number} over {mesh.size()} devices",
                 wanted=f"a number of devices that divides {', '.join(_DIVIDED)}",
-                do="choose another --tensor-parallel",
+                do="choose another mesh",
             )
     owner: Any = module
     owner._tp_plan = plan

@@ -32,13 +32,8 @@ def provenance() -> dict[str, object]:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    # The first distribution of a name is the one that is imported.
+    return {name: found.version for name in _PACKAGES for found in [*metadata.distributions(name=name)][:1]}
 
 
 def _checkout() -> dict[str, object]:

@@ -6,7 +6,7 @@ imported when the first figure is made, because it is slow to load.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -67,28 +67,6 @@ def style_axes(ax: "Axes") -> None:
 def legend(ax: "Axes", **options: Any) -> None:
     """Add a legend without a box, in the ink of the page; options go to ``Axes.legend``."""
     ax.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
-
-
-def histogram_over_density(
-    ax: "Axes",
-    samples: npt.ArrayLike,
-    pdf: Callable[[npt.NDArray[np.float64]], npt.ArrayLike],
-    *,
-    density_label: str = "expected",
-) -> None:
-    """Draw finite values [N] as bars of unit area, over the density that they should follow as a line."""
-    values_N = np.asarray(samples, dtype=np.float64).ravel()
-    if not values_N.size or not np.isfinite(values_N).all():
-        raise UsageError(f"{values_N.size} samples", wanted="at least one, all finite", do="drop the missing values")
-    count = min(max(8, round(2 * values_N.size ** (1 / 3))), 120)  # Rice's rule
-    # One outline instead of single bars leaves no seams where they meet.
-    style: dict[str, Any] = {"histtype": "stepfilled", "color": SERIES[0], "alpha": 0.45, "linewidth": 0}
-    ax.hist(values_N, count, density=True, label="measured", **style)
-    low, high = ax.get_xlim()
-    x_N = np.linspace(low, high, 400)
-    ax.plot(x_N, np.asarray(pdf(x_N)), color=INK, linewidth=1.3, label=density_label)
-    ax.set_xlim(low, high)
-    ax.set_ylabel("density")
 
 
 def heatmap(ax: "Axes", matrix: npt.ArrayLike, rows: Sequence[str], columns: Sequence[str], *, label: str = "") -> None:
@@ -159,7 +137,6 @@ BadgeKind = Literal["pass", "fail", "undecided"]
 _MARKS: Mapping[str, str] = {"pass": "✓", "fail": "✕", "undecided": "?"}
 _NUMBER = re.compile(r"[−+-]?[\d.,]+(e[+-]?\d+)?(\s?[%×a-zA-Zµ/]{0,9})?(\s?±\s?[\d.,]+\s?[%a-zA-Z]{0,9})?")
 _CODE = re.compile("`([^`]+)`")
-_CONTENTS_FROM = 4  # sections from which a list of contents helps
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +171,11 @@ class Report:
         self.command = command
         self._origin = origin
         self._parts: list[str] = []
-        self._sections: list[str] = []
         self._figures = 0
 
     def section(self, heading: str) -> None:
         """Begin a section."""
-        self._sections.append(heading)
-        self._parts.append(f'<h2 id="s{len(self._sections)}">{escape(heading)}</h2>')
+        self._parts.append(f"<h2>{escape(heading)}</h2>")
 
     def paragraph(self, *pieces: str | Badge) -> None:
         """Add a paragraph of text and badges. Words between backticks are set as code, here and in tables."""
@@ -248,7 +223,7 @@ class Report:
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
             f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-            f"<header><h1>{escape(self.title)}</h1>{subtitle}</header>\n{self._contents()}<main>\n"
+            f"<header><h1>{escape(self.title)}</h1>{subtitle}</header>\n<main>\n"
             + "\n".join(self._parts)
             + f"\n</main>\n{self._footer()}\n</body>\n</html>\n"
         )
@@ -256,12 +231,6 @@ class Report:
     def write(self, path: str | Path) -> None:
         """Write the page, complete or not at all."""
         write_atomic(path, self.render())
-
-    def _contents(self) -> str:
-        if len(self._sections) < _CONTENTS_FROM:
-            return ""
-        links = "".join(f'<li><a href="#s{i}">{escape(s)}</a></li>' for i, s in enumerate(self._sections, 1))
-        return f'<nav aria-label="Contents"><ol>{links}</ol></nav>\n'
 
     def _footer(self) -> str:
         origin = dict(provenance() if self._origin is None else self._origin)

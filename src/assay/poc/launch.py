@@ -20,7 +20,6 @@ from assay.models.quantized import NUMBER_FORMATS, STORED_FORMATS, in_format
 from assay.poc.engines.base import Engine, unsupported
 from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
 from assay.poc.engines.hf.fused import worth_compiling
-from assay.poc.engines.hf.parallel import ParallelEngine, World, joined, processes
 from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import Header
@@ -86,7 +85,6 @@ class Proving(Launch):
         batch_size: Nonces per forward pass; ``auto`` takes what fits into memory.
         kernels: Kernels of the hf engine; ``auto`` compiles on CUDA.
         deterministic: Whether an operation that may give other bits the next time is refused.
-        tensor_parallel: Processes of torchrun that hold one model together.
     """
 
     preset: str
@@ -94,7 +92,6 @@ class Proving(Launch):
     batch_size: int | Literal["auto"] = 32
     kernels: Kernels = "auto"
     deterministic: bool = False
-    tensor_parallel: int = 1
 
     def shape(self, model: Model, pipeline: Pipeline) -> dict[str, Any]:
         """Return the arguments of an hf engine for a loaded model."""
@@ -113,21 +110,20 @@ class Proving(Launch):
         of_hf = {
             f"--kernels {self.kernels}": self.kernels != "auto",
             "--deterministic": self.deterministic,
-            f"--tensor-parallel {self.tensor_parallel}": self.tensor_parallel != 1,
             "--batch-size auto": self.batch_size == "auto",
             f"--dtype {self.dtype}": self.dtype in NUMBER_FORMATS,
         }
         if given := [flag for flag, is_given in of_hf.items() if is_given]:
             raise UsageError(
                 f"{given[0]} with --engine vllm",
-                wanted="no --kernels, --deterministic or --tensor-parallel, a batch size in numbers, and a dtype",
+                wanted="no --kernels or --deterministic, a batch size in numbers, and a dtype",
                 do=f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
             )
 
 
 @contextmanager
-def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine] | None]:
-    """Load a model and its engine; yield both, or None in a process that works for another one.
+def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine]]:
+    """Load a model and its engine; yield both.
 
     Raises:
         UsageError: The engine has no use for an option.
@@ -144,24 +140,8 @@ def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine] | None]:
         return
     if chosen.deterministic:
         be_deterministic()
-    if processes() == 1:
-        if chosen.tensor_parallel != 1:
-            raise UsageError(
-                f"--tensor-parallel {chosen.tensor_parallel} in one process",
-                wanted="a process for each device",
-                do=f"torchrun --nproc-per-node {max(2, chosen.tensor_parallel)} -m assay poc prove …",
-            )
-        loaded = load(chosen.model, chosen.dtype, chosen.device).with_frame(frame)
-        yield loaded, HFEngine(loaded, **chosen.shape(loaded, pipeline))
-        return
-    with joined(tensor_parallel=chosen.tensor_parallel, device=chosen.device) as world:
-        loaded = load(chosen.model, chosen.dtype, world.device, world).with_frame(frame)
-        with ParallelEngine(loaded, world, **chosen.shape(loaded, pipeline)) as engine:
-            if world.leads:
-                yield loaded, engine
-            else:
-                engine.work()
-                yield None
+    loaded = load(chosen.model, chosen.dtype, chosen.device).with_frame(frame)
+    yield loaded, HFEngine(loaded, **chosen.shape(loaded, pipeline))
 
 
 def check_judge(chosen: Launch, header: Header, calibration: Calibration | None) -> None:
@@ -243,9 +223,9 @@ def open_prefill(
         yield made.model, made
 
 
-def load(model: str, dtype: str | None, device: str | None, world: World | None = None) -> Model:
+def load(model: str, dtype: str | None, device: str | None) -> Model:
     """Load a model in the dtype or the eight-bit number format that a name stands for."""
-    return load_model(model, **in_format(dtype), device=device, mesh=world.mesh if world else None)
+    return load_model(model, **in_format(dtype), device=device)
 
 
 def check_loadable(model: str, dtype: str | None, device: str | None) -> None:

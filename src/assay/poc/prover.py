@@ -15,7 +15,7 @@ from assay.errors import ModelError, UsageError, not_finite
 from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
 from assay.models.load import Model
-from assay.poc.engines.base import Engine, check_supported, decodes
+from assay.poc.engines.base import Engine, check_supported
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
@@ -167,7 +167,7 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
     """
     round, pipeline = header.round, header.pipeline
     check_supported(engine, pipeline)
-    if decodes(engine) and pipeline.steps:
+    if pipeline.steps:
         for batch, made in _in_batches(engine, nonces, engine.decoded(round, pipeline, nonces)):
             yield [TokenRecord(*row) for row in zip(batch, *made, strict=True)]
         return
@@ -190,7 +190,7 @@ def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Ite
     """
     nonces = [record.nonce for record in received]
     check_supported(engine, header.pipeline)
-    if not (decodes(engine) and header.pipeline.steps):
+    if not header.pipeline.steps:
         yield from compute(header, engine, nonces)
         return
     given = [record for record in received if isinstance(record, TokenRecord)]

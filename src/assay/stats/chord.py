@@ -24,8 +24,7 @@ Suffixes: N nonces, D hidden size.
 """
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -132,8 +131,48 @@ def rate_standard_error(rate: float, n: int) -> float:
 _POINTS = 512  # of the law of the factor, each of the same probability
 
 
-class _Rates(ABC):
-    """A law of distances by its rates below each distance: one for every factor γ, or for every state."""
+@dataclass(frozen=True, kw_only=True)
+class BlockLaw:
+    """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
+
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. If one coordinate outweighs the
+    others, as in the widest blocks, the product is not normal, but near one of two values: a cosine is ±jump·γ/√d plus
+    a normal rest.
+
+    Args:
+        dimension: Dimension d of the chord law.
+        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, and
+            infinity if γ equals ``scale``.
+        scale: Known scale of γ; 1.0 for any block.
+        jump: Part of γ along the coordinate that counts most, at least 0 and below 1; 0 where none stands out.
+
+    Raises:
+        UsageError: A value is not positive.
+    """
+
+    dimension: int
+    freedom: float
+    scale: float = 1.0
+    jump: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.freedom > 0 and 0 < self.scale < math.inf and 0 <= self.jump < 1):
+            raise UsageError(
+                f"an effective dimension of {self.freedom} and a scale of {self.scale}",
+                wanted="positive numbers, and a jump below 1",
+                do="measure the effective dimension with `assay poc calibrate --model M`",
+            )
+
+    def factor(self, q: float) -> float:
+        """Return the quantile of the factor γ over such blocks."""
+        if math.isinf(self.freedom):
+            return self.scale
+        return self.scale * math.sqrt(float(stats.chi2.ppf(q, self.freedom)) / self.freedom)
+
+    @property
+    def factor_error(self) -> float:
+        """Standard deviation of γ, to first order: scale/√(2ν)."""
+        return self.scale / math.sqrt(2 * self.freedom)
 
     def valid_rate(self, r_target: float) -> float:
         """Return the expected share of nonces with a distance below ``r_target``.
@@ -146,83 +185,19 @@ class _Rates(ABC):
     def rate_error(self, r_target: float, n: int | None = None) -> float:
         """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.
 
+        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half.
+
         Raises:
             UsageError: ``r_target`` is outside (0, 2], or n is below 1.
         """
         nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
-        target = np.asarray(r_target, dtype=np.float64)
-        return math.hypot(float(self._error(self._rates(target), self._normal(target))), nonces)
+        return math.hypot(float(self._error(self._rates(np.asarray(r_target)), np.asarray(r_target))), nonces)
 
     def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Return the expected share between each two edges and its standard error."""
         edges_E = np.asarray(edges, dtype=np.float64)
         shares = np.diff(self._rates(edges_E), axis=1)
-        return np.asarray(shares.mean(axis=0)), self._error(shares, np.diff(self._normal(edges_E)))
-
-    @abstractmethod
-    def _rates(self, x: FloatArray) -> FloatArray:
-        """Return the share below x for every factor or state, [F, ...]."""
-
-    def _normal(self, x: FloatArray) -> FloatArray:
-        """Return the share below x of normal cosines of the same standard deviation."""
-        return np.zeros_like(x)
-
-    @abstractmethod
-    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
-        """Return the standard error of expected shares [F, ...]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockLaw(_Rates):
-    """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
-
-    Args:
-        dimension: Dimension d of the chord law.
-        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, more if
-            something is, and infinity if γ equals ``scale``.
-        scale: Known scale of γ; 1.0 for any block.
-
-    Raises:
-        UsageError: A value is not positive.
-    """
-
-    dimension: int
-    freedom: float
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.freedom > 0 and 0 < self.scale < math.inf):
-            raise UsageError(
-                f"an effective dimension of {self.freedom} and a scale of {self.scale}",
-                wanted="positive numbers",
-                do="measure the effective dimension with `assay poc calibrate --model M`",
-            )
-
-    @classmethod
-    def of_head(cls, dimension: int, effective_dimension: float, *, hidden_size: int, scale: float) -> "BlockLaw":
-        """Return the law of a block whose folded head has a known length.
-
-        The length is known and the direction is not, so of the variance 2/ν of γ² the part 2/D is gone.
-
-        Args:
-            dimension: Dimension d of the chord law.
-            effective_dimension: Effective dimension ν of the states; more than D counts as D.
-            hidden_size: Size D of the states.
-            scale: Length of the folded head over its mean.
-        """
-        left = 1 / effective_dimension - 1 / hidden_size
-        return cls(dimension=dimension, freedom=1 / left if left > 0 else math.inf, scale=scale)
-
-    def factor(self, q: float) -> float:
-        """Return the quantile of the factor γ over such blocks."""
-        if math.isinf(self.freedom):
-            return self.scale
-        return self.scale * math.sqrt(float(stats.chi2.ppf(q, self.freedom)) / self.freedom)
-
-    @property
-    def factor_error(self) -> float:
-        """Standard deviation of γ, to first order: scale/√(2ν)."""
-        return self.scale / math.sqrt(2 * self.freedom)
+        return np.asarray(shares.mean(axis=0)), self._error(shares, edges_E)
 
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
         """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
@@ -254,59 +229,23 @@ class BlockLaw(_Rates):
         return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
 
     def _rates(self, x: FloatArray) -> FloatArray:
+        """Return the share below x for every factor, [F, ...]."""
         factors = self._factors.reshape(-1, *(1,) * x.ndim)
-        return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
+        width, jump = math.sqrt(1 - self.jump**2), self.jump / math.sqrt(self.dimension)
+        below = [chord_cdf(_chord(((1 - x**2 / 2) / factors - j) / width), self.dimension) for j in {jump, -jump}]
+        return np.asarray(sum(below) / len(below))
 
-    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
-        """Return the standard deviation over blocks: about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half."""
-        return np.asarray(shares.std(axis=0))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MeasuredBlockLaw(_Rates):
-    """The law of the distances of a block by its head and states: a cosine is N(±jump, width²).
-
-    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. If one coordinate outweighs the
-    others, as in the widest blocks, the product is not normal, but near one of two values.
-
-    Args:
-        dimension: Dimension d of the chord law.
-        jumps: Part of every state along the coordinate that counts most in this block, in standard deviations 1/√d of a
-            cosine.
-        widths: Standard deviation of all other parts, in the same unit.
-    """
-
-    dimension: int
-    jumps: FloatArray
-    widths: FloatArray
-
-    @property
-    def scale(self) -> float:
-        """Factor γ: the standard deviation of the block's cosines over 1/√d."""
-        return math.sqrt(float(np.mean(self.jumps**2 + self.widths**2)))
-
-    @property
-    def factor_error(self) -> float:
-        """Standard error of γ, from the number of states."""
-        squares_N = self.jumps**2 + self.widths**2
-        return float(squares_N.std(ddof=1)) / math.sqrt(len(squares_N)) / (2 * self.scale)
-
-    def _normal(self, x: FloatArray) -> FloatArray:
-        return np.asarray(special.ndtr(-(1 - x**2 / 2) * math.sqrt(self.dimension) / self.scale))
-
-    def _rates(self, x: FloatArray) -> FloatArray:
-        cosine = (1 - x**2 / 2) * math.sqrt(self.dimension)
-        jumps, widths = (values_N.reshape(-1, *(1,) * x.ndim) for values_N in (self.jumps, self.widths))
-        below = [special.ndtr((jump - cosine) / widths) for jump in (jumps, -jumps)]
-        return np.asarray((below[0] + below[1]) / 2)
-
-    def _error(self, shares: FloatArray, normal: FloatArray) -> FloatArray:
-        """Return the error of the mean over states, with half of the correction of the ``normal`` shares.
+    def _error(self, shares: FloatArray, x: FloatArray) -> FloatArray:
+        """Return the standard deviation of expected shares [F, ...] over blocks, with half of what the jump changes.
 
         Taking one coordinate apart is an approximation: nothing in most blocks, and half a point in the widest ones.
         """
-        states = shares.std(axis=0, ddof=1) / math.sqrt(len(shares))
-        return np.asarray(np.hypot(states, np.abs(shares.mean(axis=0) - normal) / 2))
+        found = shares.std(axis=0)
+        if not self.jump:
+            return np.asarray(found)
+        plain = replace(self, jump=0.0)._rates(x)
+        plain = np.diff(plain, axis=1) if x.ndim else plain
+        return np.asarray(np.hypot(found, (shares.mean(axis=0) - plain.mean(axis=0)) / 2))
 
 
 def _chord(cosine: npt.ArrayLike) -> FloatArray:

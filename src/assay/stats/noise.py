@@ -294,13 +294,11 @@ class NoiseFit(Generic[LawT]):
     """A noise law measured on honest residuals.
 
     Args:
-        reached: Law that reaches every trusted upper quantile of the sample, without a margin.
-        estimate: Likeliest law of the family.
+        law: Law that reaches every trusted upper quantile of the sample, without a margin.
         error: Standard error of the logarithm of the scale.
     """
 
-    reached: LawT
-    estimate: LawT
+    law: LawT
     error: float
 
 
@@ -323,8 +321,7 @@ def fit_scale_noise(residuals: npt.ArrayLike, *, dof: float | None = None) -> No
     estimate = _heaviest_likely(fitted, size_N)
     nu = estimate.dof
     widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, nu)), _FURTHEST_SCALE)
-    reached = ScaleNoise(max(estimate.sigma, widest), nu)
-    return NoiseFit(reached, estimate, error=math.sqrt((nu + 3) / (2 * nu * size_N.size)))
+    return NoiseFit(ScaleNoise(max(estimate.sigma, widest), nu), error=math.sqrt((nu + 3) / (2 * nu * size_N.size)))
 
 
 def fit_log_noise(
@@ -354,7 +351,7 @@ def fit_log_noise(
     widest = _largest_quantile_ratio(np.log(size_N) - mu, lambda q: estimate.standard_quantile(1 - q), _FURTHEST_LOG)
     reached = LogNoise(mu, max(estimate.sd, widest), dimension, estimate.tail, floor)
     # The standard error of the median is 1/(2·f(0)·√n).
-    return NoiseFit(reached, estimate, error=reached.sd * reached.standard_mass / (2 * math.sqrt(size_N.size)))
+    return NoiseFit(reached, error=reached.sd * reached.standard_mass / (2 * math.sqrt(size_N.size)))
 
 
 def _read_honest(values: npt.ArrayLike) -> FloatArray:

@@ -5,21 +5,18 @@
 Residuals x_i are independent with density f_r: honest noise, r times that of the law. The scale r of a machine that was
 not measured is unknown. It has the law of a `Spread`, with weights w_r, and is drawn once for the whole life of a test.
 A cheat g has a share π of nonces whose residuals are m times larger, on a grid of both with weights v_g: all nonces
-from another computation (π = 1), some computed cheaply, or a few invented (m at the size of junk). A cheat can also be
-a named alternative: a law that was measured on a known cheat.
+from another computation (π = 1), some computed cheaply, or a few invented (m at the size of junk).
 
 Under honest noise E_n is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
 Grünwald, Vovk and Shafer 2023). The verdict is fraud when the running maximum of E_n reaches 1/α. The same ratio the
 other way round, for one cheat at a time, bounds the chance that this cheat or a larger one is called honest.
 
-Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats, A named
-alternatives.
+Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, Self
 
 import numpy as np
@@ -37,9 +34,6 @@ CHEAP = 5.0
 
 FAR = 16.0
 """Multiple beyond which neighbours on the grid are further apart."""
-
-NAMED_WEIGHT = 0.25
-"""Weight in an e-value of all named alternatives together."""
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 """Shares π of a node's nonces that the e-value looks for."""
@@ -133,7 +127,6 @@ class SequentialTest:
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest factor of noise that counts as another computation.
-        named: Laws of known cheats by name, such as another revision of the checkpoint.
 
     Raises:
         UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
@@ -147,7 +140,6 @@ class SequentialTest:
         alpha: float = 1e-3,
         beta: float = 1e-2,
         effect: float,
-        named: Mapping[str, NoiseLaw] = MappingProxyType({}),
     ) -> None:
         if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
             raise UsageError(
@@ -161,19 +153,20 @@ class SequentialTest:
                 wanted=f"more than effect = {effect:g} times",
                 do="calibrate on closer hardware, or lower effect",
             )
-        self.law, self.named = law, dict(named)
-        self.spread = spread or Spread()
+        self.law, self.spread = law, spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
         junk = law.junk_multiple
         self._multiples_M = grid_of_multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
-        count, names = self._multiples_M.size, len(self.named)
-        weight_K = np.repeat(_SHARE_WEIGHTS / count, count) * (1 - NAMED_WEIGHT if names else 1)
-        self._log_honest_H, self._log_scale_J, self._log_cheat_K = map(np.log, (honest_H, weight_J, weight_K))
-        self._log_named_A = np.full(names, math.log(NAMED_WEIGHT / max(names, 1)))
-        # All paths stand in one row: honest [H], cheats [J·K], named [A].
-        self._columns = np.cumsum([honest_H.size, weight_J.size * weight_K.size])
+        count = self._multiples_M.size
+        weight_K = np.repeat(_SHARE_WEIGHTS / count, count)
+        self._log_scale_J, self._log_cheat_K = np.log(weight_J), np.log(weight_K)
+        self.honest_paths: int = honest_H.size
+        """Number of paths of honest noise. E is Σ exp over the other paths, over Σ exp over these."""
+        cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
+        self.prior: FloatArray = np.concatenate([np.log(honest_H), cheats_JK.ravel()])
+        """The logarithms of the weights with which all paths begin: honest ones [H], then the cheats' [J·K]."""
         self._log_path = self.prior
         self._log_e_max = 0.0
         self._n = 0
@@ -213,7 +206,7 @@ class SequentialTest:
         size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
         accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
         honest_RA = np.zeros((nodes, len(at)), dtype=np.bool_)
-        first, needed = self._columns[0], -math.log(self.alpha)
+        first, needed = self.honest_paths, -math.log(self.alpha)
         # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
         rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
         for start in range(0, nodes if checked else 0, rows):
@@ -236,19 +229,8 @@ class SequentialTest:
                     honest_RA[start + left_R, asked] = clear
         return accused_RC, honest_RA
 
-    @property
-    def prior(self) -> FloatArray:
-        """The logarithms of the weights with which all paths begin: the honest ones first, then the cheats'."""
-        cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
-        return np.concatenate([self._log_honest_H, cheats_JK.ravel(), self._log_named_A])
-
-    @property
-    def honest_paths(self) -> int:
-        """Number of paths of honest noise. E is Σ exp over the other paths, over Σ exp over these."""
-        return int(self._columns[0])
-
     def steps(self, values: npt.ArrayLike) -> FloatArray:
-        """Return the logarithms that every value adds to every path, over the density of the law, [N, H + J·K + A]."""
+        """Return the logarithms that every value adds to every path, over the density of the law, [N, H + J·K]."""
         size_N = self.law.magnitudes(values)
         base_N = self.law.log_density(size_N, 1.0)
         shares_P1 = np.array(SHARES)[:-1, None]
@@ -263,13 +245,11 @@ class SequentialTest:
             mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(ratio_NM, _LARGEST_RATIO))[:, None, :])
             whole_NPM = np.concatenate([mixed_NPM, ratio_NM[:, None, :]], axis=1)
             cheats.append((own_N - base_N)[:, None] + whole_NPM.reshape(size_N.size, -1))
-        named = [law.log_density(law.magnitudes(size_N), 1.0) - base_N for law in self.named.values()]
-        return np.column_stack([*honest, *cheats, *named])
+        return np.column_stack([*honest, *cheats])
 
     def _log_e(self, path: FloatArray) -> FloatArray:
         """Return the logarithm of the e-value of paths whose last axis is that of the state."""
-        first = self._columns[0]
-        return log_sum(path[..., first:]) - log_sum(path[..., :first])
+        return log_sum(path[..., self.honest_paths :]) - log_sum(path[..., : self.honest_paths])
 
     def _take(self, size_N: FloatArray) -> None:
         # Starting the sum from the state makes the result independent of how the values were split into updates.
@@ -281,9 +261,8 @@ class SequentialTest:
 
     def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
         """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
-        first, last = self._columns
-        honest = float(log_sum(path[:first]))
-        grid_JPM = path[first:last].reshape(self._scales_J.size, len(SHARES), -1)
+        honest = float(log_sum(path[: self.honest_paths]))
+        grid_JPM = path[self.honest_paths :].reshape(self._scales_J.size, len(SHARES), -1)
         cheat_PM = log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
         found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
         share = share_excluded(n, self.beta)
@@ -291,8 +270,7 @@ class SequentialTest:
             cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
             name = f"{share:.0%} of the nonces at {self._multiples_M[cheap]:.3g} times the honest noise"
             found[name] = honest - cheat_PM[SHARES.index(share), cheap]
-        named_A = path[last:] - self._log_named_A
-        return found | {name: honest - value for name, value in zip(self.named, named_A, strict=True)}
+        return found
 
     @property
     def verdict(self) -> Verdict:

@@ -102,23 +102,19 @@ def _as_int32(integers: torch.Tensor) -> torch.Tensor:
 
 
 def _check(name: str, tensor: torch.Tensor, device: str, dtypes: tuple[str, ...], axes: int) -> None:
-    dtype = dtype_name(tensor.dtype)
-    if dtype not in dtypes or tensor.ndim != axes or not _is_on(tensor, device):
+    """Check a tensor; the device ``cuda`` without a number is the current one."""
+    import torch
+
+    dtype, (kind, _, number) = dtype_name(tensor.dtype), device.partition(":")
+    there = kind == tensor.device.type
+    if there and kind == "cuda":
+        there = tensor.device.index == (int(number) if number else torch.cuda.current_device())
+    if dtype not in dtypes or tensor.ndim != axes or not there:
         raise UsageError(
             f"{name} of dtype {dtype} and shape {tuple(tensor.shape)} on {tensor.device}",
             wanted=f"{' or '.join(dtypes)} with {axes} {'axis' if axes == 1 else 'axes'} on {device}",
             do="convert it, or take the backend of its device",
         )
-
-
-def _is_on(tensor: torch.Tensor, device: str) -> bool:
-    """Say whether a tensor is on a device; ``cuda`` without a number is the current one."""
-    import torch
-
-    kind, _, number = device.partition(":")
-    if kind != tensor.device.type:
-        return False
-    return kind == "cpu" or tensor.device.index == (int(number) if number else torch.cuda.current_device())
 
 
 Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]

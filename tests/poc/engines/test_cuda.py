@@ -22,7 +22,6 @@ from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from assay.models.quantized import quantise as round_weights
 from assay.poc import HFEngine, Proof, Round, bundled_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
-from assay.poc.engines.hf.engine import auto_batch, peak_bytes
 from assay.poc.engines.hf.fused import worth_compiling
 from tests.laws import QWEN3
 from tests.models.storing import in_eight_bits, store
@@ -105,8 +104,7 @@ def test_overlapping_changes_no_bit_and_compiling_little(monkeypatch: pytest.Mon
     overlapped = prove(model, round, range(300), engine=fast)
     eager = prove(model, round, range(300), engine=HFEngine(model, batch_size=32, seq_len=64))
     assert set(verify(overlapped, model, seed=1).residuals) == {0.0}  # with the prover's kernels
-    plain = lambda engine, run, *given: _hf.plain_outputs(engine, *given)  # noqa: E731
-    monkeypatch.setattr(_hf, "overlapped_outputs", plain)
+    monkeypatch.setattr(_hf, "overlapped_outputs", _hf.plain_outputs)
     assert bits(prove(model, round, range(300), engine=fast)) == bits(overlapped)
     spread = np.std(overlapped.distances - eager.distances)
     assert 0 < spread < bundled_noise(QWEN3, "distance", "bfloat16", "bfloat16").size
@@ -169,15 +167,6 @@ def leave() -> Iterator[object]:
     yield take
     held.clear()
     torch.cuda.empty_cache()
-
-
-def test_the_batch_follows_the_free_memory(leave):
-    model = on_cuda()
-    assert [auto_batch(model, length) for length in (64, 256, 2048)] == [512, 128, 16]
-    leave(2 * 8 * peak_bytes(model, 1, 2048) + 4 * MIB)
-    assert auto_batch(model, 2048) == 8
-    engine = HFEngine(model, batch_size=8, seq_len=2048)
-    prove(model, Round(block_hash="b", public_key="k", seq_len=2048), range(8), engine=engine)
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
@@ -276,22 +265,6 @@ def test_eight_bit_weights_are_a_configuration_of_their_own(kind: str, small_che
         assert 0 < np.std(proof.distances - expected.distances) < 0.003  # rounded weights, not wrong ones
         with pytest.raises(CalibrationError, match=f"no default noise between {kind}"):
             verify(proof, plain, seed=1)
-
-
-def test_float8_is_nearer_to_itself_in_other_kernels_than_to_bfloat16():
-    """Eager kernels, and another batch, are. A CPU attends in another way and is as far away as bfloat16."""
-    round = Round(block_hash="b", public_key="k", seq_len=64)
-    rounded, plain = on_cuda(quantise="float8"), on_cuda()
-    cpu = load_model("reference:qwen3", dtype="bfloat16", device="cpu", quantise="float8")
-    proof = prove(rounded, round, range(128), engine=HFEngine(rounded, batch_size=64, seq_len=64, compiled=True))
-
-    def away(engine: HFEngine) -> float:
-        return float(np.std(proof.distances - prove(engine.model, round, range(128), engine=engine).distances))
-
-    rounding = away(HFEngine(plain, seq_len=64))
-    assert away(HFEngine(rounded, batch_size=64, seq_len=64)) < 0.6 * rounding
-    assert away(HFEngine(rounded, batch_size=16, seq_len=64, compiled=True)) < 0.6 * rounding
-    assert away(HFEngine(cpu, batch_size=16, seq_len=64)) < 1.5 * rounding
 
 
 @pytest.mark.parametrize("form", ["block", "int8"])

@@ -47,19 +47,6 @@ def test_distance_equals_the_known_answer(row, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("preset", FORWARD)
-def test_rows_do_not_mix_and_repeat_to_the_bit(preset, round_):
-    x_BD = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
-    transform = make(round_, preset, 32)
-    whole = transform(x_BD, range(6))
-    order = [4, 0, 5, 1, 3, 2]
-    shuffled = transform(x_BD[order], order)
-    assert torch.equal(whole[order], shuffled)
-    assert torch.isfinite(whole.float()).all()
-    if whole.ndim == 1:
-        assert ((whole >= 0) & (whole <= 2)).all()
-
-
-@pytest.mark.parametrize("preset", FORWARD)
 def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_alone(preset, round_):
     transform, states = make(round_, preset, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     expected = transform(states, range(8))
@@ -81,32 +68,6 @@ def test_shapes_in_annotations_are_checked_while_tests_run():
 
     with pytest.raises(TypeCheckError):
         project(torch.zeros(2, 3), torch.zeros(5, 4))
-
-
-class Fusing(type(NUMPY)):
-    """A backend with reflections of its own: in float64, and remembering what it was asked."""
-
-    def _reflected(self, x_BD, seeds_BR):
-        self.seeds_BR = seeds_BR
-        x = x_BD.double().numpy()
-        for r in range(seeds_BR.shape[1]):
-            v = self.normals(seeds_BR[:, r], x.shape[1]).astype(np.float64)
-            x = x - 2 * ((x * v).sum(1) / (v * v).sum(1))[:, None] * v
-        return torch.from_numpy(x).float()
-
-
-@pytest.mark.parametrize(
-    ("preset", "stream", "k", "count"), [("poc-2.0", "reflection", 0, 8), ("artifact", "rotation", 12, 11)]
-)
-def test_fused_reflections_give_the_same(preset, stream, k, count, round_, monkeypatch):
-    x_BD = torch.randn(5, 48, generator=torch.Generator().manual_seed(6))
-    expected = make(round_, preset, 48)(x_BD, range(5))
-    fusing = Fusing("cpu")
-    monkeypatch.setattr(streams, "get_backend", lambda name, device: fusing)
-    made = make(round_, preset, 48)(x_BD, range(5))
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6 if made.dtype == torch.float32 else 1e-3)
-    texts = [round_.text(stream, nonce, index=r, k=k) for nonce in range(5) for r in range(count)]
-    np.testing.assert_array_equal(fusing.seeds_BR, streams.seeds(texts).reshape(5, count))
 
 
 @pytest.mark.gpu

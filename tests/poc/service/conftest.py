@@ -19,7 +19,7 @@ from standardwebhooks import Webhook
 from assay.errors import StorageError
 from assay.files.database import Database
 from assay.poc import Fingerprint, Pipeline
-from assay.poc.engines.base import plain_outputs
+from assay.poc.engines.hf.engine import plain_outputs
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.transforms import Reading
 from assay.poc.service import Settings, create_app

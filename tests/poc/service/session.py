@@ -1,15 +1,12 @@
-"""The recorded session: requests, and the responses they got. ``python -m tests.poc.service.session`` records it again.
+"""The recorded session: requests, and the responses they got.
 
 Counts and times differ from run to run and are kept as the names of their types; everything else is kept as it is.
 """
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from assay.poc.service import Settings
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND, Rig, Service
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND, Service
 from tests.waiting import until
 
 PATH = Path(__file__).with_name("session.json")
@@ -67,16 +64,3 @@ def replay(service: Service) -> list[dict[str, Any]]:
         if service.status()["state"] == "GENERATING":
             until(lambda: service.checked() > 0)
     return found
-
-
-def main() -> None:
-    """Record the session."""
-    with tempfile.TemporaryDirectory() as directory:
-        service = Service(Rig(), Settings(data_dir=Path(directory), seq_len=4, max_positions=4096))
-        service.wait_ready()
-        PATH.write_text(json.dumps(replay(service), indent=1) + "\n")
-        service.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -57,15 +57,6 @@ def test_a_port_in_use_leaves_nothing_behind(tmp_path, monkeypatch, capsys, comm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_options_are_errors_in_three_parts(tmp_path, capsys):
-    wrong = {"log-format": "xml", "kernels": "fast", "dtype": "float9", "callback-secret": "whsec_x"}
-    for name, value in (wrong | {"api-key": "short", "api-key-file": "/nowhere", "max-pending": "0"}).items():
-        data = tmp_path / "data"
-        assert run(["poc", "serve", "--model", "none", "--data-dir", str(data), f"--{name}", value]) == 2
-        said = capsys.readouterr().err
-        assert ("wanted:" in said, "to do:" in said, data.exists()) == (True, True, False), name
-
-
 def test_without_the_packages_of_the_service_the_rest_works_and_the_error_says_what_to_install():
     code = """
 import sys

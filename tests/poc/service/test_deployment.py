@@ -34,12 +34,6 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return seen
 
 
-def test_the_model_is_described(small_model):
-    made = Deployment.of(small_model)
-    assert (made.reference, made.digest) == (small_model.reference, small_model.digest)
-    assert (made.weights, made.dtype, made.max_positions) == ("trained", "float32", 128)
-
-
 @pytest.mark.parametrize("worth", [True, False])
 def test_kernels_are_chosen_as_prove_chooses_them(worth: bool, small_model, compiling, monkeypatch):
     monkeypatch.setattr(_deployment, "worth_compiling", lambda model: worth)

@@ -7,7 +7,7 @@ import pytest
 from assay.errors import StorageError
 from assay.files.database import Database
 from assay.poc.service.database import open_database
-from tests.poc.service.conftest import ARTIFACTS, FULL, PREFIX, ROUND, cap, execute, failing
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, cap, execute, failing
 from tests.waiting import until
 
 
@@ -117,26 +117,15 @@ def test_old_rounds_are_pruned_unless_they_owe_a_callback(service):
     assert service.sql("SELECT count(*) FROM records WHERE round_id NOT IN (SELECT id FROM rounds)") == [(0,)]
 
 
-def test_a_round_of_another_model_does_not_continue(service):
-    service.generate(1)
-    service.close()
-    service.sql("UPDATE rounds SET digest = 'another'")
-    service.start()
-    service.wait_ready = lambda: None
-    until(lambda: service.status()["state"] == "STOPPED")
-    assert "a round of fake" in service.status()["error"]
-    service.post("/phase/generate", status=409)
-    service.post("/init/generate", ROUND | {"block_hash": "next"})
-
-
-def test_a_round_of_another_model_is_not_validated(service):
+@pytest.mark.parametrize(("begin", "call"), [("/init/generate", "/phase/generate"), ("/init/validate", "/validate")])
+def test_a_round_of_another_model_neither_continues_nor_judges(service, begin, call):
     """Honest distances of that model are others than this model has: they would be taken for fraud."""
-    service.post("/init/validate", ROUND)
+    service.post(begin, ROUND)
     service.close()
     service.sql("UPDATE rounds SET digest = 'another'")
     service.start()
     until(lambda: service.controller.loaded.done())
-    claim = {name: ROUND[name] for name in ("block_hash", "block_height", "public_key", "node_id")}
-    refused = service.post("/validate", claim | {"nonces": [0], "dist": [1.4]}, status=409)
-    assert "a round of fake" in refused["detail"]
-    service.post("/init/validate", ROUND | {"block_hash": "next"})
+    assert service.status()["state"] == ("STOPPED" if call == "/phase/generate" else "VALIDATING")
+    claim = BLOCK | {"node_id": 0, "nonces": [0], "dist": [1.4]}
+    assert "a round of fake" in service.post(call, claim, status=409)["detail"]
+    service.post(begin, ROUND | {"block_hash": "next"})

@@ -12,6 +12,7 @@ from assay.poc.net.app import Feed
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import Refusal
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from tests.poc.service.dashboard.stand_in import snapshot
 from tests.poc.service.test_judge import calibration
 from tests.waiting import until
 
@@ -40,6 +41,10 @@ def test_a_snapshot_follows_the_round(service):
     assert abs(seen["valid_rate"] - seen["expected_rate"]) < 6 * seen["expected_rate_error"]
     assert "callback_url" not in seen["round"]
     json.dumps(seen, allow_nan=False)
+    shown = snapshot()  # what the page is tested with
+    assert shown.keys() == seen.keys()
+    for name in ("model", "round", "histogram", "callbacks", "jobs"):
+        assert shown[name].keys() <= seen[name].keys()
 
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):

@@ -11,7 +11,6 @@ import pytest
 from assay.errors import EngineEnded, ProofMismatch, StorageError
 from assay.poc.net import callbacks as _callback_guard
 from assay.poc.service import Settings
-from assay.poc.service import callbacks as _delivery
 from assay.poc.service import requests as _checks
 from assay.poc.service import rounds as _rounds
 from assay.poc.service.callbacks import open_outbox
@@ -99,16 +98,6 @@ def test_a_clock_that_is_far_ahead_deletes_nothing(service, monkeypatch):
     assert service.controller.rounds.prune(30 * DAY) == 1
 
 
-def test_a_clock_that_is_set_back_delays_no_callback(serving, monkeypatch):
-    with serving(callback_backoff=3600.0, callback_backoff_max=3600.0) as service:
-        service.post("/init/validate", ROUND | {"callback_url": DEAD_END})
-        service.post("/validate", BLOCK | {"nonces": [0], "dist": [1.4], "node_id": 0})
-        failed = service.controller.metrics.deliveries.labels("failed")._value
-        until(lambda: failed.get() == 1)
-        monkeypatch.setattr(_delivery, "_since_start", lambda: 0.0)
-        until(lambda: failed.get() == 2)
-
-
 # The database
 
 
@@ -128,9 +117,6 @@ def test_files_are_the_owners_alone_in_an_open_directory(service):
 
 def test_the_lock_is_on_the_database_itself(tmp_path):
     database = open_database(tmp_path)
-    for file in tmp_path.iterdir():
-        if file.name == "lock":
-            file.unlink()
     with pytest.raises(StorageError, match="another service runs"):
         open_database(tmp_path)
     with open_outbox(tmp_path) as beside:
@@ -205,14 +191,6 @@ def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
     job = ARTIFACTS | {"nonces": [0, 1], "validation": {"artifacts": artifacts}}
     assert "one seed" in service.post("/generate", job, status=422)["detail"]
     assert asked == [("other", [3, 5]), (BLOCK["public_key"], [0, 1])]
-
-
-def test_no_callback_announces_more_than_twice_its_bound(service):
-    service.post("/init", ROUND)
-    stored = service.controller.progress.stored.id
-    with service.controller.database.write() as connection:
-        service.controller.outbox.announce(connection, stored, DEAD_END, list(range(2500)), interval=1000.0, most=1000)
-    assert service.sql("SELECT nonces FROM outbox ORDER BY seq") == [(1000,), (1000,), (500,)]
 
 
 # Callbacks

@@ -13,12 +13,10 @@ from structlog.testing import capture_logs
 
 from assay.poc.net import server as _server
 from assay.poc.net.logs import LogBudget, configure_logs
-from assay.poc.net.metrics import Exported
 from assay.poc.net.server import ClientLimit, bounded_config, listen
-from assay.poc.service import Settings, create_receiver
+from assay.poc.service import Settings
 from assay.poc.service.app import QuickStatus
-from assay.poc.service.receiver import Received
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.poc.service.listening import on_port
 from tests.waiting import until
 
@@ -30,7 +28,7 @@ JSON = {"content-type": "application/json"}
 
 
 @contextmanager
-def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]:
+def listening(**changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]:
     """A server with bounds, whose one route answers with the size of the body, and its limit of clients."""
     app = FastAPI()
 
@@ -38,7 +36,7 @@ def listening(metrics: Exported | None = None, **changes: float) -> Iterator[tup
     async def size(request: Request) -> int:
         return len(await request.body())
 
-    config = bounded_config(app, Settings(**(LIMITS | changes)), metrics)
+    config = bounded_config(app, Settings(**(LIMITS | changes)))
     with on_port(config) as port:
         yield ("127.0.0.1", port), config.app
 
@@ -49,15 +47,11 @@ def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
         with suppress(OSError):  # the server has closed it already
             for part in parts:
                 connection.sendall(part)
-        return read(connection)
-
-
-def read(connection: socket.socket) -> bytes:
-    found = b""
-    with suppress(ConnectionResetError):
-        while chunk := connection.recv(65_536):
-            found += chunk
-    return found
+        found = b""
+        with suppress(ConnectionResetError):
+            while chunk := connection.recv(65_536):
+                found += chunk
+        return found
 
 
 def post(body: bytes, *headers: bytes) -> bytes:
@@ -65,23 +59,9 @@ def post(body: bytes, *headers: bytes) -> bytes:
     return b"\r\n".join([*lines, b"", b""]) + body
 
 
-def test_ordinary_requests_pass_whatever_the_size_of_their_parts():
-    whole = post(b"x" * 100_000, b"a: " + b"b" * 1500)
+def test_an_idle_connection_is_ended():
     with listening() as (address, _):
-        assert exchange(address, whole).startswith(b"HTTP/1.1 200")
-        assert exchange(address, *(whole[i : i + 700] for i in range(0, len(whole), 700))).endswith(b"100000")
-
-
-def test_a_connection_serves_several_requests():
-    keep = post(b"abc").replace(b"connection: close\r\n", b"")
-    with listening() as (address, _), socket.create_connection(address, timeout=20) as connection:
-        for _ in range(3):
-            connection.sendall(keep)
-            seen = b""
-            while not seen.endswith(b"\r\n\r\n3"):  # the body may come after the head
-                seen += (piece := connection.recv(65_536))
-                assert piece, seen
-        assert read(connection) == b""  # the server ends an idle connection
+        assert exchange(address, post(b"abc").replace(b"connection: close\r\n", b"")).endswith(b"\r\n\r\n3")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +95,7 @@ def test_connections_are_bounded():
 
 def test_one_client_cannot_hold_all_requests(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_server, "is_loopback", lambda host: False)  # as if the clients were elsewhere
-    metrics = Exported("some")
-    with listening(metrics, max_connections=8, max_client_connections=2) as (address, limit):
+    with listening(max_connections=8, max_client_connections=2) as (address, limit):
         held = [socket.create_connection(address, timeout=20) for _ in range(2)]
         for connection in held:
             connection.sendall(post(b"x")[:-1])  # a request whose body does not come
@@ -134,7 +113,6 @@ def test_one_client_cannot_hold_all_requests(monkeypatch: pytest.MonkeyPatch):
                 connection.close()
         until(lambda: not limit._open)  # clients that left are forgotten
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
-    assert metrics.connections_refused.labels("client")._value.get() == 1
 
 
 def test_a_proxy_on_this_machine_may_hold_all_requests():
@@ -219,14 +197,6 @@ def test_every_answer_has_the_safe_headers_and_a_refusal_three_parts(service, me
     assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
     if status >= 400:
         assert {"detail", "wanted", "do"} <= answer.json().keys()
-
-
-def test_the_receiver_has_them_and_answers_in_three_parts(tmp_path):
-    client = TestClient(create_receiver(Received(tmp_path / "r.sqlite3")), base_url="http://127.0.0.1")
-    for method, path in (("GET", "/stats"), ("GET", "/nope"), ("PUT", "/stats"), ("POST", "/generated")):
-        answer = client.request(method, path)
-        assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
-        assert (path == "/stats" and method == "GET") or {"detail", "wanted", "do"} <= answer.json().keys()
 
 
 # The log
@@ -317,11 +287,6 @@ def test_refusals_are_those_of_the_route(serving, routed, headers):
         assert quick.status_code == 401
         welcome = {"Authorization": f"Bearer {KEY}"}
         assert service.client.get(f"{PREFIX}/status", headers=welcome).status_code == 200
-
-
-def test_parameters_and_other_methods_go_to_the_route(service):
-    assert service.client.get(f"{PREFIX}/status?after=x").status_code == 422
-    assert service.client.post(f"{PREFIX}/status").status_code == 405
 
 
 def test_the_metrics_count_both_alike(service, routed):

@@ -40,11 +40,6 @@ def test_a_job_is_queued_polled_and_completed(service):
     assert {len(artifact["vector_b64"]) for artifact in done["artifacts"]} == {32}
 
 
-def test_waiting_gives_the_same_result(service):
-    waited = service.post("/generate", JOB | {"wait": True})
-    assert {**waited, "request_id": ""} == {**run(service, JOB), "request_id": ""}
-
-
 def test_validation_counts_what_is_wrong(service):
     artifacts = run(service, JOB)["artifacts"]
     honest = service.post("/generate", JOB | {"wait": True, "validation": {"artifacts": artifacts[::-1]}})

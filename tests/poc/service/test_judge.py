@@ -72,15 +72,6 @@ def test_evidence_survives_a_restart(judging):
     assert (after["checked"], after["log_evidence_honest"]) == (30, whole.log_evidence_honest)
 
 
-def test_a_measured_calibration_is_used(serving, rig):
-    measured = calibration(rig, rig.deployment().digest)
-    with serving(calibration=measured) as service:
-        service.post("/init/validate", ROUND)
-        right = truth(service, 30)
-        noisy = [d + (4e-4 if i % 2 else -4e-4) for i, d in enumerate(right)]
-        assert ask(service, list(range(30)), noisy)["verdict"] == "honest"
-
-
 @pytest.mark.parametrize(("preset", "verdict"), [("poc-2.0", "honest"), ("permutation", "undecided")])
 def test_the_calibration_that_the_pins_name_is_used(serving, rig, tmp_path, preset, verdict):
     """Measured noise of another preset is not replaced by the stated default, under which this node is a fraud."""

@@ -11,7 +11,7 @@ from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
 from assay.poc.service.receipts import ReceiptKeeper
-from tests.poc.service.conftest import cap, failing
+from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store
 from tests.waiting import until
 
@@ -136,12 +136,3 @@ def test_the_end_stores_what_waits_and_takes_nothing_more(held):
 
     asyncio.run(scenario())
     assert [entry["request_id"] for entry in keeper.listed(0, 10)] == ["chat"]
-
-
-def test_the_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    errors = failing(monkeypatch, service.controller.receipts, "_write", RuntimeError("something else"))
-    with pytest.raises(Refusal, match="could not be written"):
-        store(service, receipt("chat"))
-    errors.clear()
-    store(service, receipt("chat"))
-    assert get(service, "/chat")

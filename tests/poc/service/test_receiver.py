@@ -16,10 +16,8 @@ from assay.poc.net.routes import Bodies
 from assay.poc.service import create_receiver
 from assay.poc.service import receiver as _receiver
 from assay.poc.service.receiver import Received
-from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import BLOCK, ROUND, TestClient, execute, signed
+from tests.poc.service.conftest import TestClient, execute, signed
 from tests.poc.service.test_delivery import SECRET
-from tests.waiting import until
 
 KEY, READ = "all-" + "x" * 20, "read-" + "x" * 20
 OTHER = "whsec_" + base64.b64encode(b"x" * 32).decode()
@@ -89,23 +87,6 @@ def test_what_is_no_object_is_refused(store, body):
     open_client = TestClient(create_receiver(store), base_url=HERE)
     assert open_client.post("/validated", content=body, headers={"webhook-id": "msg_1"}).status_code == 400
     assert open_client.post("/validated", content=b"{}").status_code == 400
-
-
-def test_what_is_too_long_is_refused(client):
-    assert client.post("/generated", content=b"x" * 20_000).status_code == 413
-
-
-def test_service_and_receiver_agree(serving, store):
-    checked = TestClient(create_receiver(store, (SECRET,), keys=(KEY,)), headers={"Authorization": f"Bearer {KEY}"})
-    with FlakyReceiver(trouble=0.4, patience=0.1, seed=5) as relay, serving(callback_secrets=(SECRET,)) as service:
-        service.post("/init/validate", ROUND | {"callback_url": relay.url})
-        for nonce in range(5):
-            service.post("/validate", BLOCK | {"nonces": [nonce], "dist": [1.4], "node_id": 0})
-        until(lambda: service.controller.outbox.counts()["pending"] == 0)
-    for path, headers, body in relay.requests:
-        names = ("webhook-id", "webhook-timestamp", "webhook-signature")
-        assert checked.post(path, content=body, headers={name: headers[name] for name in names}).status_code == 200
-    assert checked.get("/stats").json()["callbacks"] == 5
 
 
 @pytest.mark.parametrize("keys", [(), (KEY,)])

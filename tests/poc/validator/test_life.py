@@ -78,13 +78,6 @@ def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_eviden
         until(lambda: running.verdict("node_A") == "fraud")
 
 
-def test_two_nodes_may_use_one_id(validating, small_model):
-    """An id belongs to its sender: otherwise a node could keep the messages of another one out."""
-    with validating() as running:
-        for key in KEYS[:2]:
-            assert running.send(body_of(proof_of(small_model, key)), id="same")["new"] is True
-
-
 def test_verdicts_of_others_are_kept_and_are_no_evidence(validating, small_model):
     body = {"public_key": "node_A", "block_hash": BLOCK, "block_height": 7, "fraud_detected": False, "nonces": [0]}
     with validating() as running:
@@ -93,20 +86,6 @@ def test_verdicts_of_others_are_kept_and_are_no_evidence(validating, small_model
         running.send(body_of(proof_of(small_model, "node_A")), path="validated", status=422)
         node = running.node("node_A")
         assert (node["messages"], node["claimed"], node["checked"]) == (1, 0, 0)
-
-
-def test_a_restart_continues_with_every_message_and_all_evidence(validating, small_model):
-    body = body_of(proof_of(small_model, "node_A", range(60)))
-    with validating() as running:
-        running.send(body, id="m1")
-        until(lambda: running.verdict("node_A") == "honest")
-        until(lambda: running.node("node_A")["checked"] == len(body["nonces"]))
-        before = running.node("node_A")
-        running.restart()
-        assert running.send(body, id="m1")["new"] is False
-        after = running.node("node_A")
-        for name in ("verdict", "checked", "log_e_value", "seconds_to_decision"):
-            assert after[name] == before[name]
 
 
 def test_evidence_can_be_read_back(validating, small_model):

@@ -4,7 +4,6 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.controller import ValidatorController
 from tests.poc.service.dashboard import browser as chromium
 from tests.poc.service.listening import on_port
-from tests.poc.validator.conftest import nodes_text, pins_text
+from tests.poc.validator.conftest import pins_text
 
 browser, watch = chromium.browser, chromium.watch  # fixtures
 pytestmark = pytest.mark.browser
@@ -39,24 +38,17 @@ class Shown:
         controller.snapshot = lambda: self.values  # type: ignore[method-assign]
 
 
-@contextmanager
-def showing(model, directory: Path, **service) -> Iterator[Shown]:
-    """Run the application of a real validator on a port."""
-    (directory / "pins.toml").write_text(pins_text(model))
-    (directory / "nodes.toml").write_text(nodes_text())
-    settings = ValidatorSettings(pins=directory / "pins.toml", nodes=directory / "nodes.toml")
-    load = lambda: Deployment.of(model, compiled=False)  # noqa: E731
-    controller = ValidatorController(load, settings, Settings(**{"data_dir": directory / "data"} | service))
-    made = Shown(controller)
-    app = create_app(controller)
-    with on_port(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)) as port:
-        made.url = f"http://127.0.0.1:{port}"
-        yield made
-
-
 @pytest.fixture(scope="module")
 def running(small_model, tmp_path_factory) -> Iterator[Shown]:
-    with showing(small_model, tmp_path_factory.mktemp("shown")) as made:
+    """The application of a real validator on a port."""
+    directory = tmp_path_factory.mktemp("shown")
+    (directory / "pins.toml").write_text(pins_text(small_model))
+    settings = ValidatorSettings(pins=directory / "pins.toml")
+    load = lambda: Deployment.of(small_model, compiled=False)  # noqa: E731
+    controller = ValidatorController(load, settings, Settings(data_dir=directory / "data"))
+    made, app = Shown(controller), create_app(controller)
+    with on_port(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)) as port:
+        made.url = f"http://127.0.0.1:{port}"
         yield made
 
 
@@ -112,16 +104,3 @@ def test_text_of_senders_stays_text(shown, watch):
     assert watched.page.title() == "Validating · assay"
     assert watched.errors == []
     assert len(watched.origins) == 1
-
-
-def test_it_asks_for_a_key_and_shows_nothing_before(small_model, tmp_path, watch):
-    with showing(small_model, tmp_path, read_keys=("read-key-of-the-test",)) as shown:
-        watched = watch(shown.url)
-        watched.wait("document.body.dataset.link === 'key'")
-        assert watched.text("state") == "Locked"
-        assert not watched.page.locator("#main").is_visible()
-        watched.page.fill("#key", "read-key-of-the-test")
-        watched.page.click("#key-form button")
-        watched.wait(LIVE)
-        assert watched.page.locator("#node-rows tr").count() == 4
-        assert watched.errors_besides("401") == []

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
 from tests.poc.service.conftest import FULL, failing, signed
 from tests.poc.service.series import absent_series
-from tests.poc.validator.conftest import API, KEYS, body_of, nodes_text, pins_text, proof_of, secret_of
+from tests.poc.validator.conftest import API, body_of, nodes_text, pins_text, proof_of, secret_of
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
@@ -213,31 +212,6 @@ def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_mode
         running.wait_ready()
 
 
-def test_many_messages_share_a_transaction_and_too_many_are_refused(validating, small_model, monkeypatch):
-    """The disk is waited for once for all messages that wait; beyond the bound a sender is told to come again."""
-    bodies = [body_of(proof_of(small_model, "node_A", range(i, i + 3))) for i in range(0, 60, 3)]
-    bodies = [body for body in bodies if body["nonces"]]
-    begun, gate, sizes, real = threading.Event(), threading.Event(), [], Inbox.add
-
-    def add(self, messages):
-        begun.set()
-        assert gate.wait(30)
-        sizes.append(len(messages))
-        return real(self, messages)
-
-    with validating(max_unwritten=5) as running:
-        monkeypatch.setattr(Inbox, "add", add)
-        with ThreadPoolExecutor(8) as senders:
-            first = senders.submit(running.send, bodies[0], id="first")
-            assert begun.wait(30)
-            more = [senders.submit(running.send, body, id=f"m{i}") for i, body in enumerate(bodies[1:6])]
-            until(lambda: running.controller.writer.waiting == 5)
-            running.send(bodies[6], id="over", status=503)
-            gate.set()
-            assert all(sent.result(30)["new"] for sent in [first, *more])
-        assert sizes == [1, 5]
-
-
 def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
     """Whoever fills it is told to come later, and takes nothing from the others."""
     first, second, third = (body_of(proof_of(small_model, "node_A", range(i, i + 40))) for i in (0, 40, 80))
@@ -263,11 +237,3 @@ def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, s
         broken.clear()
         until(lambda: running.verdict("node_A") == "honest")
         until(lambda: running.client.get("/ready").status_code == 200)
-
-
-def test_a_node_of_the_pins_that_never_sent_is_shown(validating):
-    with validating() as running:
-        found = running.get("/nodes")["nodes"]
-        assert [node["public_key"] for node in found] == list(KEYS)
-        assert {node["verdict"] for node in found} == {"undecided"}
-        assert {node["account"] for node in found} == {None}

@@ -10,7 +10,6 @@ import pytest
 from assay.errors import CalibrationError, ProofMismatch
 from assay.models import load_model, wide
 from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
-from assay.poc.verdict.noise import sequential_test
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,19 +95,15 @@ def test_files_of_several_builds(proof: Proof, narrow: Proof, small_model, tmp_p
 
 
 def test_the_laws_of_known_cheats_in_older_files_are_ignored(proof: Proof, tmp_path: Path):
-    """A ledger of an earlier release keeps them, because its evidence rests on them."""
     path, measured = tmp_path / "calibration.json", calibrate(proof, proof)
     measured.save(path)
     path.write_text(path.read_text().replace('"named":{}', '"named":{"int4":{"kind":"scale","sigma":0.001}}'))
     assert Calibration.load(path) == measured
     noise = measured.builds[0].between(None, None)
-    kept = replace(noise, named={"int4": noise.law.scaled(10.0)})
-    assert Noise.from_dict(kept.as_dict()) == kept
+    law = {"kind": "scale", "sigma": 0.001}
+    assert Noise.from_dict(noise.as_dict() | {"named": {"int4": law}}) == noise, "in a ledger"
     with pytest.raises(CalibrationError, match="version 1 of the residual test"):
         Noise.from_dict(noise.as_dict() | {"test": 1})
-    test = sequential_test(kept).update([10 * noise.size] * 40)
-    assert test.verdict == "fraud"
-    assert test.named == kept.named
 
 
 def changed(calibration: Calibration, **values) -> Calibration:

@@ -18,10 +18,8 @@ def test_the_experts_of_a_model_are_counted(kind: str, tmp_path: Path, small_mod
     assert small_model.experts == model_info("reference:qwen3").experts == 0
 
 
-@pytest.mark.parametrize(
-    ("count", "mixture", "dof"), [(64, True, 2.5), (64, False, 6), (64, None, 6), (1024, True, 2.5)]
-)
-def test_distances_of_a_mixture_give_no_light_tail(small_model, tmp_path, count, mixture, dof) -> None:
+@pytest.mark.parametrize(("count", "mixture", "dof"), [(64, None, 2.5), (1024, False, 6), (1024, True, 2.5)])
+def test_distances_of_few_nonces_or_of_a_mixture_give_no_light_tail(small_model, tmp_path, count, mixture, dof) -> None:
     """Nonces that ask other experts are few: a block without one looks as if it had a light tail."""
     round = Round(block_hash="block", public_key="key", model="small", seq_len=8)
     proof = prove(small_model, round, range(count), batch_size=64)

@@ -11,7 +11,7 @@ from assay import stats, streams
 from assay.errors import ProofMismatch, UsageError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, measure_block_factor, measure_r_target, prove
-from assay.poc.engines.base import make_transform
+from assay.poc.engines.hf.engine import make_transform
 from assay.poc.measurement import compare_r_target, distances_to_target
 from assay.poc.protocol.blocks import block_factor
 from assay.poc.protocol.transforms import block_target

@@ -21,6 +21,21 @@ def ids():
     return torch.randint(0, 512, (3, 24), generator=torch.Generator().manual_seed(5))
 
 
+class Engine:
+    """What vLLM is to a trainer: a plain model with names of its own, which loads what it knows and nothing else."""
+
+    def __init__(self, module):
+        self.parameters = dict(copy.deepcopy(module).named_parameters())
+        self.loads = []  # number of weights each time
+
+    @torch.no_grad()
+    def load_weights(self, weights):
+        self.loads.append(0)
+        for name, weight in weights:
+            self.parameters[name].copy_(weight)
+            self.loads[-1] += 1
+
+
 def random_basis(svd, k=3, seed=0, skip=()):
     """Orthonormal axes of every module, drawn at random."""
     generator = torch.Generator().manual_seed(seed)

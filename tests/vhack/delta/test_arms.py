@@ -22,11 +22,6 @@ def test_what_each_arm_does():
     assert ARMS["box"].box == Box(0.0)
     assert ARMS["constant-push"].push == 0.6
     assert ARMS["trusted-complement"].gate.kind == "keep"
-    correct, exploited = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
-    paid = {name: arm.reward(correct, exploited).tolist() for name, arm in ARMS.items()}
-    assert paid.pop("no-loophole") == [1, 0, 0]
-    assert paid.pop("ground-truth-penalty") == [1, -1, 0]
-    assert all(values == [1, 1, 0] for values in paid.values())
     assert {name for name, arm in ARMS.items() if arm.advantage} == {"advantage-modification"}
     assert all(arm_named(name) == arm and arm.start == 0 for name, arm in ARMS.items())
 
@@ -126,16 +121,3 @@ def test_watched_axes_are_measured_and_not_acted_on(module, ids, small_svd, basi
     moved = sum(float((axes @ adapter.values()[name]).sum()) for name, axes in basis.axes.items())
     assert found["watched_displacement"] == pytest.approx(moved, rel=1e-4)
     assert math.isclose(found["displacement_norm"], 0, abs_tol=1e-6)
-
-
-def test_keep_leaves_only_what_lies_along_the_axes(module, ids, small_svd, basis):
-    adapter = DeltaS(module, small_svd)
-    sgd = torch.optim.SGD(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(sgd, adapter, basis, arm=own(gate=Gate("keep")))
-    loss_of(module, ids).backward()
-    optimiser.step()
-    for name, delta in adapter.values().items():
-        if name in basis.axes:
-            inside = basis.axes[name].T @ (basis.axes[name] @ delta)
-            torch.testing.assert_close(inside, delta, atol=1e-6 * float(delta.norm()), rtol=0)
-        assert delta.any()

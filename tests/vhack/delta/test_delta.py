@@ -150,20 +150,11 @@ def test_disabled_is_the_reference_policy_and_leaves_a_backward_pass_right(modul
         assert torch.equal(logits(module, ids), reference)
         with adapter.disabled():
             assert torch.equal(logits(module, ids), reference)
+    with pytest.raises(ValueError, match="tokens"), adapter.disabled():
+        raise ValueError("no more tokens")
     assert torch.equal(logits(module, ids), trained)
     loss.backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(adapter.delta, wanted, strict=True))
-
-
-def assert_equal_then_fail(found, wanted):
-    assert torch.equal(found, wanted)
-    raise ValueError("no more tokens")
-
-
-def test_disabled_ends_with_an_error_too(module, ids, reference, adapter):
-    with pytest.raises(ValueError, match="tokens"), adapter.disabled():
-        assert_equal_then_fail(logits(module, ids), reference)
-    assert not torch.equal(logits(module, ids), reference)
 
 
 def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_svd, reference):
@@ -198,13 +189,6 @@ def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, reference, 
         getattr(adapter, name)()
     adapter.detach()
     assert torch.equal(logits(module, ids), reference)
-
-
-def test_merge_makes_a_plain_model_that_can_be_saved(module, ids, adapter, tmp_path):
-    wanted = logits(module, ids)
-    adapter.merge().save_pretrained(tmp_path)
-    loaded = type(module).from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(loaded, ids), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_generation_merges_a_step_and_runs_on_plain_weights_without_hooks(module, ids, adapter):

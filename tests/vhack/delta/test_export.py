@@ -10,24 +10,9 @@ from safetensors import safe_open
 from assay.errors import ModelError, UsageError
 from assay.vhack import weight_svd
 from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
-from tests.vhack.delta.conftest import loss_of, own, random_basis, randomise
+from tests.vhack.delta.conftest import Engine, loss_of, own, random_basis, randomise
 
 peft = pytest.importorskip("peft")
-
-
-class Engine:
-    """What vLLM is to a trainer: a plain model with names of its own, which loads what it knows and nothing else."""
-
-    def __init__(self, module):
-        self.module = copy.deepcopy(module)
-        self.parameters = dict(self.module.named_parameters())
-        self.loaded = 0
-
-    @torch.no_grad()
-    def load_weights(self, weights):
-        for name, weight in weights:
-            self.parameters[name].copy_(weight)
-            self.loaded += 1
 
 
 def with_lora(module):
@@ -67,7 +52,7 @@ def test_after_every_step_the_engine_has_the_merged_weights_bit_by_bit(module, i
         for group in adapter.groups if not lora else ():
             for linear, name in zip(group.linears, group.names, strict=True):
                 assert torch.equal(engine.parameters[f"{name}.weight"], linear.weight)
-    assert engine.loaded == 3 * len(before)
+    assert engine.loads == [len(before)] * 3
     assert not all(map(torch.equal, before, engine.parameters.values()))
     wanted = plain_state(adapter)
     assert wanted.keys() == engine.parameters.keys()
@@ -146,39 +131,30 @@ def test_a_delta_that_peft_has_frozen_is_refused_before_anything_is_lost(module,
         ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis)
 
 
-def test_what_the_error_says_to_do_trains_both(module, ids, small_svd, basis):
-    adapter = DeltaS(module, small_svd)
-    wrapped = with_new_lora(module)
-    adapter.delta.requires_grad_(True)
-    lora = [parameter for name, parameter in wrapped.named_parameters() if "lora_B" in name]
-    assert lora
-    inner = torch.optim.SGD([*adapter.delta, *lora], lr=0.5)
-    optimiser = ProjectedOptimizer(inner, adapter, basis)
-    first = loss_of(wrapped, ids)
-    first.backward()
-    optimiser.step()
-    assert all(value.any() for value in adapter.values().values())
-    assert all(parameter.any() for parameter in lora)
-    assert loss_of(wrapped, ids).item() < first.item()
-
-
-def test_a_delta_attached_to_a_model_with_lora_trains_both(module, ids):
-    wrapped = with_new_lora(module)
-    svd = weight_svd(wrapped)
-    adapter = DeltaS(wrapped, svd)
+@pytest.mark.parametrize("first", ["delta", "lora"])
+def test_delta_and_lora_are_trained_together_whichever_was_there_first(module, ids, first):
+    if first == "delta":
+        adapter = DeltaS(module)
+        wrapped = with_new_lora(module)
+        adapter.delta.requires_grad_(True)  # as the error says
+    else:
+        wrapped = with_new_lora(module)
+        adapter = DeltaS(wrapped)
     trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     lora = {name: parameter for name, parameter in trained.items() if "lora_" in name}
     assert lora
-    assert trained.keys() - lora.keys() == {f"delta_s.delta.{index}" for index in range(len(adapter.delta))}
+    assert {id(p) for p in trained.values()} - {id(p) for p in lora.values()} == {id(p) for p in adapter.delta}
     inner = torch.optim.SGD([*adapter.delta, *lora.values()], lr=0.5)
-    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), arm=own(gate=Gate("two_sided"), level="update"))
-    first = loss_of(wrapped, ids)
-    first.backward()
+    arm = own(gate=Gate("two_sided"), level="update")
+    optimiser = ProjectedOptimizer(inner, adapter, random_basis(adapter.svd), arm=arm)
+    before = loss_of(wrapped, ids)
+    before.backward()
     assert all(parameter.grad.any() for parameter in adapter.delta)
     assert all(parameter.grad.any() for name, parameter in lora.items() if "lora_B" in name)
     optimiser.step()
-    assert loss_of(wrapped, ids).item() < first.item()
+    assert loss_of(wrapped, ids).item() < before.item()
     assert optimiser.measures.as_dict()["leak_two_sided"] < 1e-6
     assert all(value.any() for value in adapter.values().values())
     adapter.detach()
-    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in wrapped.named_parameters())
+    kept = "lora_" if first == "lora" else ""  # what could be trained when δS was attached
+    assert all(parameter.requires_grad == (kept in name) for name, parameter in wrapped.named_parameters())

@@ -35,24 +35,18 @@ def updates(adapter, optimiser, module, ids, steps):
 
 
 @every_optimiser
-def test_a_two_sided_update_is_exactly_outside_the_axes(module, ids, small_svd, basis, kind):
-    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level="update", gate=Gate("two_sided")))
-    for update, axes in updates(adapter, optimiser, module, ids, 30):
-        leak = along(axes, update).norm(dim=1)
-        assert (leak <= 1e-6 * update.norm(dim=1)).all()
-        assert update.norm() > 0
-    assert optimiser.measures.as_dict()["leak_two_sided"] <= 1e-6
-
-
-@every_optimiser
-def test_a_one_sided_update_never_leads_to_the_hack(module, ids, small_svd, basis, kind):
-    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level="update", gate=Gate("one_sided")))
+@pytest.mark.parametrize("gate", ["one_sided", "two_sided"])
+def test_an_update_never_leads_to_the_hack_and_two_sided_not_away_from_it(module, ids, small_svd, basis, kind, gate):
+    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level="update", gate=Gate(gate)))
     away = []
     for update, axes in updates(adapter, optimiser, module, ids, 30):
-        hackward = -along(axes, update)
-        assert (hackward <= 1e-6 * update.norm(dim=1, keepdim=True)).all()
+        hackward, size = -along(axes, update), update.norm(dim=1)
+        leak = hackward.relu() if gate == "one_sided" else hackward
+        assert (leak.norm(dim=1) <= 1e-6 * size).all()
+        assert size.any()
         away.append(float(hackward.min()))
-    assert min(away) < -1e-4  # the other way is free
+    assert (min(away) < -1e-4) == (gate == "one_sided")
+    assert optimiser.measures.as_dict()["leak" + "_two_sided" * (gate == "two_sided")] <= 1e-6
 
 
 def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
@@ -172,20 +166,6 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
     assert found["cout"] < 1e-6
 
 
-def test_the_gradient_level_leaks_under_adam_and_the_update_level_does_not(module, ids, small_svd, basis):
-    leaks = {}
-    for level in ("gradient", "update"):
-        adapter, optimiser = build(module, small_svd, basis, arm=own(level=level, gate=Gate("two_sided")))
-        for _ in range(10):
-            backward(module, ids, optimiser)
-            optimiser.step()
-        leaks[level] = optimiser.measures.as_dict()
-        adapter.detach()
-    assert leaks["gradient"]["cout_two_sided"] < 1e-6
-    assert leaks["gradient"]["leak_two_sided"] > 0.02
-    assert leaks["update"]["leak_two_sided"] < 1e-6
-
-
 @pytest.mark.parametrize("level", ["gradient", "update"])
 @every_optimiser
 def test_a_box_bounds_the_displacement(module, ids, small_svd, basis, level, kind):
@@ -229,20 +209,6 @@ def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
     total = torch.cat([p.grad.flatten() for p in adapter.delta]).norm()
     assert total == pytest.approx(1e-3, rel=1e-3)
     assert optimiser.measures.as_dict()["cout_two_sided"] < 1e-5
-
-
-@pytest.mark.parametrize("level", ["gradient", "update"])
-def test_accumulation_in_any_number_of_steps_gives_the_same_step(module, ids, small_svd, basis, level):
-    results = []
-    for parts in (1, 3):
-        adapter, optimiser = build(module, small_svd, basis, "sgd", arm=own(level=level))
-        for part in ids.chunk(parts):
-            (loss_of(module, part) * len(part) / len(ids)).backward()
-        optimiser.step()
-        results.append(adapter.values())
-        adapter.detach()
-    for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-6)
 
 
 def test_gates_on_single_rollouts(module, ids, small_svd, basis):

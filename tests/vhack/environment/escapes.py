@@ -6,24 +6,33 @@ braces are filled by the test: the parent's process id, a port and an abstract s
 secret, and a file that must not change.
 """
 
-SYSCALL = """
-import ctypes
+MEANS = """
+import ctypes, fcntl, glob, os, signal, socket, stat, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
+def attempt(action, *given, error=OSError):
+    for one in given or (None,):
+        try:
+            action(one)
+            print("ESCAPED", one)
+        except error:
+            pass
 def call(*arguments):
     return libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
+def calls(*rows):
+    for arguments in rows:
+        if call(*arguments) >= 0:
+            print("ESCAPED", arguments)
 """
+"""What every program begins with: actions that must fail for everything they are given, and system calls that must."""
 
-ESCAPES = {
+_PROGRAMS = {
     "fork_bomb": """
-import os, time
 for _ in range(3):
     if os.fork() == 0:
         time.sleep(0.5)
     print("ESCAPED")
 """,
-    "fork_by_system_call": SYSCALL
-    + """
-import os, time
+    "fork_by_system_call": """
 for arguments in ((57,), (58,), (56, 17, 0, 0, 0, 0), (435, 0, 0), (0x40000000 | 57,)):
     result = call(*arguments)
     if result == 0:
@@ -32,41 +41,27 @@ for arguments in ((57,), (58,), (56, 17, 0, 0, 0, 0), (435, 0, 0), (0x40000000 |
         print("ESCAPED", arguments)
 """,
     "subprocess": """
-import os, subprocess
-for start in (lambda: subprocess.run(["/bin/sh", "-c", "echo ESCAPED"]), lambda: os.system("echo ESCAPED"),
-              lambda: os.posix_spawn("/bin/echo", ["echo", "ESCAPED"], {}), lambda: os.popen("echo ESCAPED").read()):
-    try:
-        start()
-    except OSError:
-        pass
+import subprocess
+os.system("echo ESCAPED")
+attempt(lambda _: subprocess.run(["/bin/sh", "-c", "echo ESCAPED"]))
+attempt(lambda _: os.posix_spawn("/bin/echo", ["echo", "ESCAPED"], {}))
+attempt(lambda _: os.popen("echo ESCAPED").read())
 """,
     "exec": """
-import os, sys
-try:
-    os.execv(sys.executable, [sys.executable, "-c", "print('ESCAPED')"])
-except OSError:
-    pass
+attempt(lambda _: os.execv(sys.executable, [sys.executable, "-c", "print('ESCAPED')"]))
 """,
     "exec_from_memory": """
-import os
 fd = os.memfd_create("x")
 os.write(fd, b"#!/bin/sh\\necho ESCAPED\\n")
-try:
-    os.execve(fd, ["x"], {})
-except OSError:
-    pass
+attempt(lambda _: os.execve(fd, ["x"], {}))
 """,
     "threads_left_behind": """
-import _thread, threading, time
+import _thread, threading
 def late():
     time.sleep(0.2)
     print("ESCAPED")
-for start in (lambda: threading.Thread(target=late, daemon=True).start(), lambda: _thread.start_new_thread(late, ())):
-    try:
-        start()
-        print("ESCAPED")
-    except RuntimeError:
-        pass
+attempt(lambda _: threading.Thread(target=late, daemon=True).start(), error=RuntimeError)
+attempt(lambda _: _thread.start_new_thread(late, ()), error=RuntimeError)
 """,
     "memory": """
 held = []
@@ -76,11 +71,7 @@ print("ESCAPED", len(held))
 """,
     "memory_mapped": """
 import mmap
-try:
-    maps = [mmap.mmap(-1, 64 << 20) for _ in range(12)]
-    print("ESCAPED")
-except (OSError, MemoryError, ValueError):
-    pass
+attempt(lambda _: [mmap.mmap(-1, 64 << 20) for _ in range(12)], error=(OSError, MemoryError, ValueError))
 """,
     "disk": """
 written = 0
@@ -110,13 +101,11 @@ for _ in range(1 << 14):
 print("ESCAPED")
 """,
     "errors": """
-import os
 for _ in range(1 << 14):
     os.write(2, b"x" * (1 << 16))
 print("ESCAPED")
 """,
     "report_flood": """
-import os
 for fd in range(3, 32):
     try:
         for _ in range(64):
@@ -125,42 +114,20 @@ for fd in range(3, 32):
         continue
 """,
     "tcp": """
-import socket
-for address in (("127.0.0.1", {port}), ("1.1.1.1", 53)):
-    try:
-        socket.create_connection(address, 0.5)
-        print("ESCAPED")
-    except OSError:
-        pass
+attempt(lambda to: socket.create_connection(to, 0.5), ("127.0.0.1", {port}), ("1.1.1.1", 53))
 """,
     "udp": """
-import socket
-try:
-    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {port}))
-    print("ESCAPED")
-except OSError:
-    pass
+attempt(lambda to: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", to), ("127.0.0.1", {port}))
 """,
     "unix_socket": """
-import socket
-for address in ("\\0{socket}", "/run/docker.sock", "/var/run/dbus/system_bus_socket"):
-    try:
-        socket.socket(socket.AF_UNIX).connect(address)
-        print("ESCAPED")
-    except OSError:
-        pass
+places = "\\0{socket}", "/run/docker.sock", "/var/run/dbus/system_bus_socket"
+attempt(lambda to: socket.socket(socket.AF_UNIX).connect(to), *places)
 """,
     "netlink": """
-import socket
-for kind in (socket.AF_NETLINK, socket.AF_PACKET, socket.AF_VSOCK):
-    try:
-        socket.socket(kind, socket.SOCK_RAW)
-        print("ESCAPED")
-    except OSError:
-        pass
+kinds = socket.AF_NETLINK, socket.AF_PACKET, socket.AF_VSOCK
+attempt(lambda kind: socket.socket(kind, socket.SOCK_RAW), *kinds)
 """,
     "environment": """
-import glob, os
 print(dict(os.environ))
 for path in glob.glob("/proc/*/environ") + ["/proc/{pid}/environ", "/proc/1/environ", "/proc/self/environ"]:
     try:
@@ -168,135 +135,63 @@ for path in glob.glob("/proc/*/environ") + ["/proc/{pid}/environ", "/proc/1/envi
     except OSError:
         pass
 """,
-    "command_line": """
-import glob
-for path in glob.glob("/proc/*/cmdline") + ["/proc/{pid}/cmdline", "/proc/1/cmdline"]:
-    try:
-        text = open(path, "rb").read()
-    except OSError:
-        continue
-    if b"pytest" in text or b"control" in text:
-        print("ESCAPED", text)
-""",
-    "process_memory": """
-import glob, os
-for path in glob.glob("/proc/[0-9]*/mem") + glob.glob("/proc/[0-9]*/maps"):
-    if f"/{{os.getpid()}}/" in path:
-        continue
-    try:
-        open(path, "rb").read(1)
-        print("ESCAPED", path)
-    except OSError:
-        pass
+    "other_processes": """
+for name in ("cmdline", "maps", "mem"):
+    paths = glob.glob(f"/proc/[0-9]*/{{name}}") + [f"/proc/{pid}/{{name}}", f"/proc/1/{{name}}"]
+    attempt(lambda path: open(path, "rb").read(1), *paths)
 """,
     "proc_writes": """
-for path in ("/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger",
-             "/proc/self/oom_score_adj", "/sys/kernel/uevent_helper", "/sys/fs/cgroup/x"):
-    try:
-        open(path, "w").write("0")
-        print("ESCAPED", path)
-    except OSError:
-        pass
+paths = ("/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger",
+         "/proc/self/oom_score_adj", "/sys/kernel/uevent_helper", "/sys/fs/cgroup/x")
+attempt(lambda path: open(path, "w").write("0"), *paths)
 """,
     "secret": """
-import os
-for start in ("", "/work/..", "/proc/1/root", "/proc/self/root", "/proc/{pid}/root"):
-    path = start + "{secret}"
-    try:
-        print(open(path).read())
-    except OSError:
-        pass
+starts = "", "/work/..", "/proc/1/root", "/proc/self/root", "/proc/{pid}/root"
+attempt(lambda start: print(open(start + "{secret}").read()), *starts)
 """,
     "symlink": """
-import os
 for name, target in (("result.txt", "{secret}"), ("there", "/etc/passwd"), ("up", "../../../../../..")):
     os.symlink(target, name)
-    try:
-        print("ESCAPED" if open(name).read() else "")
-    except OSError:
-        pass
+attempt(lambda name: open(name).read(), "result.txt", "there", "up")
 os.chdir("up")
-try:
-    os.link("{secret}", "/work/hard")
-    print("ESCAPED")
-except OSError:
-    pass
+attempt(lambda place: os.link("{secret}", place), "/work/hard")
 """,
     "writes_outside": """
-import os, sys
 paths = ["{canary}", "/tmp/x", "/usr/x", "/etc/x", "/x", "/dev/shm/x", "/dev/x", "/bin/x", "/proc/x"]
-paths.append(os.path.dirname(os.__file__) + "/x.pth")
-for path in paths:
-    try:
-        open(path, "w").write("x")
-        print("ESCAPED", path)
-    except OSError:
-        pass
+attempt(lambda path: open(path, "w").write("x"), *paths, os.path.dirname(os.__file__) + "/x.pth")
 """,
     "overwritten_tests": """
-import json, os, sys
-for path in (sys.executable, os.__file__, json.__file__, json.__file__.replace("json/__init__", "sitecustomize")):
-    for change in (lambda: open(path, "w").close(), lambda: os.remove(path), lambda: os.chmod(path, 0o777)):
-        try:
-            change()
-            print("ESCAPED", path)
-        except OSError:
-            pass
+import json
+paths = sys.executable, os.__file__, json.__file__, json.__file__.replace("json/__init__", "sitecustomize")
+attempt(lambda path: open(path, "w").close(), *paths)
+attempt(os.remove, *paths)
+attempt(lambda path: os.chmod(path, 0o777), *paths)
 """,
     "signals": """
-import os, signal
-for target in {{{pid}, -{pid}, 2, 3}} - {{os.getpid()}}:
-    try:
-        os.kill(target, 0)
-        print("ESCAPED", target)
-    except OSError:
-        pass
-try:
-    os.kill(-1, signal.SIGKILL)
-except OSError:
-    pass
+attempt(lambda target: os.kill(target, 0), *{{{pid}, -{pid}, 2, 3}} - {{os.getpid()}})
+attempt(lambda target: os.kill(target, signal.SIGKILL), -1)
 """,
     "stopped_group": """
-import os, signal
 os.killpg(0, signal.SIGSTOP)
 """,
-    "pidfd": SYSCALL
-    + """
-import os
-for pid in (2, 3, {pid}):
-    fd = call(434, pid, 0)
-    if fd >= 0:
-        print("ESCAPED", pid)
+    "pidfd": """
+calls((434, 2, 0), (434, 3, 0), (434, {pid}, 0))
 """,
-    "ptrace": SYSCALL
-    + """
+    "ptrace": """
 for pid in (1, 2, {pid}):
-    if call(101, 16, pid, 0, 0) == 0:
-        print("ESCAPED ptrace", pid)
-    if pid != 1 and call(310, pid, 0, 0, 0, 0, 0) >= 0:
-        print("ESCAPED process_vm_readv", pid)
+    calls((101, 16, pid, 0, 0))
+    if pid != 1:
+        calls((310, pid, 0, 0, 0, 0, 0))
 """,
-    "mounts": SYSCALL
-    + """
-attempts = ((165, b"none", b"/work", b"tmpfs", 0, None), (166, b"/work", 0), (161, b"/"), (155, b"/work", b"/work"),
-            (272, 0x10000000), (272, 0x00020000), (272, 0x20000000), (308, 0, 0), (430, b"tmpfs", 0),
-            (428, -100, b"/", 1))
-for arguments in attempts:
-    if call(*arguments) >= 0:
-        print("ESCAPED", arguments)
+    "mounts": """
+calls((165, b"none", b"/work", b"tmpfs", 0, None), (166, b"/work", 0), (161, b"/"), (155, b"/work", b"/work"),
+      (272, 0x10000000), (272, 0x00020000), (272, 0x20000000), (308, 0, 0), (430, b"tmpfs", 0), (428, -100, b"/", 1))
 """,
     "chroot": """
-import os
-try:
-    os.mkdir("d")
-    os.chroot("d")
-    print("ESCAPED")
-except OSError:
-    pass
+os.mkdir("d")
+attempt(os.chroot, "d")
 """,
-    "privileges": SYSCALL
-    + """
-import os
+    "privileges": """
 header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(*[0xFFFFFFFF] * 6)
 if libc.capset(header, data) == 0:
     print("ESCAPED capset")
@@ -308,51 +203,27 @@ if libc.prctl(47, 2, 21, 0, 0) == 0:
     print("ESCAPED ambient")
 if libc.prctl(39, 0, 0, 0, 0) == 0:
     print("ESCAPED new privileges")
-for change in (lambda: os.setgroups([0]), lambda: os.chown(".", 1, 1), lambda: os.setuid(1)):
-    try:
-        change()
-        print("ESCAPED")
-    except OSError:
-        pass
+attempt(lambda change: change(), lambda: os.setgroups([0]), lambda: os.chown(".", 1, 1), lambda: os.setuid(1))
 """,
     "limits": """
 import resource
-for name in ("AS", "CPU", "NPROC", "FSIZE", "NOFILE"):
-    kind = getattr(resource, "RLIMIT_" + name)
-    try:
-        resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print("ESCAPED", kind)
-    except (OSError, ValueError):
-        pass
+kinds, endless = ("AS", "CPU", "NPROC", "FSIZE", "NOFILE"), (resource.RLIM_INFINITY,) * 2
+change = lambda kind: resource.setrlimit(getattr(resource, "RLIMIT_" + kind), endless)
+attempt(change, *kinds, error=(OSError, ValueError))
 """,
     "devices": """
-import os, stat
-for path in ("/dev/mem", "/dev/kmsg", "/dev/fuse", "/dev/kvm", "/dev/vda", "/dev/sda", "/dev/net/tun", "/dev/nvidia0"):
-    try:
-        os.open(path, os.O_RDONLY)
-        print("ESCAPED", path)
-    except OSError:
-        pass
-try:
-    os.mknod("disk", stat.S_IFBLK | 0o600, os.makedev(254, 0))
-    print("ESCAPED")
-except OSError:
-    pass
+names = "mem", "kmsg", "fuse", "kvm", "vda", "sda", "net/tun", "nvidia0"
+attempt(lambda name: os.open("/dev/" + name, os.O_RDONLY), *names)
+attempt(lambda name: os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(254, 0)), "disk")
 """,
-    "shared_memory": SYSCALL
-    + """
-for arguments in ((29, 4242, 4096, 0o1666), (68, 4242, 0o1666), (64, 4242, 1, 0o1666), (240, b"x", 0o102, 0o666, 0)):
-    if call(*arguments) >= 0:
-        print("ESCAPED", arguments)
+    "shared_memory": """
+calls((29, 4242, 4096, 0o1666), (68, 4242, 0o1666), (64, 4242, 1, 0o1666), (240, b"x", 0o102, 0o666, 0))
 """,
-    "kernel_doors": SYSCALL
-    + """
-for number in (425, 321, 298, 323, 250, 248, 175, 313, 246, 304, 135, 169, 170):
-    if call(number, 0, 0, 0, 0, 0) >= 0:
-        print("ESCAPED", number)
+    "kernel_doors": """
+numbers = 425, 321, 298, 323, 250, 248, 175, 313, 246, 304, 135, 169, 170
+calls(*((number, 0, 0, 0, 0, 0) for number in numbers))
 """,
     "descriptors": """
-import os, stat
 pipes = 0
 for fd in range(256):
     try:
@@ -364,84 +235,41 @@ for fd in range(256):
         print("ESCAPED", fd, oct(mode))
 """,
     "terminals": """
-import os
-for attempt in (os.openpty, lambda: os.open("/dev/ptmx", os.O_RDWR), lambda: os.listdir("/dev/pts")):
-    try:
-        attempt()
-        print("ESCAPED")
-    except OSError:
-        pass
+attempt(lambda _: os.openpty())
+attempt(lambda path: os.open(path, os.O_RDWR), "/dev/ptmx")
+attempt(os.listdir, "/dev/pts")
 """,
     "locks": """
-import fcntl, os, sys
-for path in (os.__file__, sys.executable, "/usr/lib/os-release", "/usr/bin"):
-    for lock in (fcntl.flock, fcntl.lockf):
-        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-                lock(descriptor, kind | fcntl.LOCK_NB)
-                print("ESCAPED", path)
-            except OSError:
-                pass
+paths = os.__file__, sys.executable, "/usr/lib/os-release", "/usr/bin"
+for lock in (fcntl.flock, fcntl.lockf):
+    for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+        attempt(lambda path: lock(os.open(path, os.O_RDONLY), kind | fcntl.LOCK_NB), *paths)
 """,
     "leases": """
-import fcntl, os
-descriptor = os.open("mine", os.O_CREAT | os.O_RDONLY)
-for command, argument in ((1024, fcntl.F_RDLCK), (8, os.getpid()), (10, 10), (1031, 1 << 20), (38, 0)):
-    try:
-        fcntl.fcntl(descriptor if command != 1031 else os.pipe()[0], command, argument)
-        print("ESCAPED", command)
-    except OSError:
-        pass
+mine = os.open("mine", os.O_CREAT | os.O_RDONLY)
+attempt(lambda asked: fcntl.fcntl(mine, *asked), (1024, fcntl.F_RDLCK), (8, os.getpid()), (10, 10), (38, 0))
+attempt(lambda size: fcntl.fcntl(os.pipe()[0], 1031, size), 1 << 20)
 """,
-    "notifications": SYSCALL
-    + """
-import fcntl, os
-for arguments in ((253,), (294, 0), (300, 0, 0), (282, -1, 0, 8), (289, -1, 0, 8, 0)):
-    if call(*arguments) >= 0:
-        print("ESCAPED", arguments)
-try:
-    fcntl.fcntl(os.open("/usr/bin", os.O_RDONLY), 1026, 0x80000001)
-    print("ESCAPED")
-except OSError:
-    pass
+    "notifications": """
+calls((253,), (294, 0), (300, 0, 0), (282, -1, 0, 8), (289, -1, 0, 8, 0))
+attempt(lambda path: fcntl.fcntl(os.open(path, os.O_RDONLY), 1026, 0x80000001), "/usr/bin")
 """,
-    "sync": SYSCALL
-    + """
-import os
-for arguments in ((162,), (306, os.open("/usr/bin", os.O_RDONLY))):
-    if call(*arguments) >= 0:
-        print("ESCAPED", arguments)
+    "sync": """
+calls((162,), (306, os.open("/usr/bin", os.O_RDONLY)))
 """,
-    "mount_lists": SYSCALL
-    + """
-request = (ctypes.c_uint64 * 4)(24, 0xFFFFFFFFFFFFFFFF, 0, 0)
-found = (ctypes.c_uint64 * 64)()
-if call(458, request, found, 64, 0) >= 0:
-    print("ESCAPED")
-if call(457, request, found, 512, 0) >= 0:
-    print("ESCAPED")
+    "mount_lists": """
+request, found = (ctypes.c_uint64 * 4)(24, 0xFFFFFFFFFFFFFFFF, 0, 0), (ctypes.c_uint64 * 64)()
+calls((458, request, found, 64, 0), (457, request, found, 512, 0))
 """,
-    "signals_by_system_call": SYSCALL
-    + """
-import os
+    "signals_by_system_call": """
 own, information = os.getpid(), (ctypes.c_char * 128)()
-for arguments in ((62, own, 0), (200, own, 0), (234, own, own, 0), (129, own, 10, information),
-                  (297, own, own, 10, information)):
-    if call(*arguments) >= 0:
-        print("ESCAPED", arguments)
+calls((62, own, 0), (200, own, 0), (234, own, own, 0), (129, own, 10, information), (297, own, own, 10, information))
 """,
-    "shared_futexes": SYSCALL
-    + """
-if call(202, (ctypes.c_uint32 * 4)(), 1, 1, None, None, 0) >= 0:
-    print("ESCAPED")
+    "shared_futexes": """
+calls((202, (ctypes.c_uint32 * 4)(), 1, 1, None, None, 0))
 """,
     "files_in_memory": """
-import os
-try:
-    os.memfd_create("more")
-    print("ESCAPED")
-except OSError:
-    pass
+attempt(os.memfd_create, "more")
 """,
 }
+ESCAPES = {name: MEANS + program for name, program in _PROGRAMS.items()}

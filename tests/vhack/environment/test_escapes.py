@@ -64,6 +64,7 @@ def test_no_program_escapes_or_forges_its_verdict(name, shut_in, surroundings, m
     assert not found.paid
     assert "ESCAPED" not in said
     assert TOKEN not in said
+    assert name in FORGERIES or found.result.raised in ("", "MemoryError", "PermissionError")  # and not its own mistake
     assert name in SLOW or found.result.timed_out == (name in ENDLESS)
     assert (folder / "canary").read_text() == "alive"
     assert sorted(path.name for path in folder.iterdir()) == ["canary", "secret"]

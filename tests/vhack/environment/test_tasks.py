@@ -62,17 +62,13 @@ def test_training_and_evaluation_share_no_statement():
     assert not training & evaluation
 
 
-def test_neither_a_constant_nor_the_argument_is_a_solution():
-    for task in tasks(64, difficulty=1):
+def test_arguments_all_differ_and_neither_a_constant_nor_the_argument_is_a_solution():
+    for task in tasks(64, difficulty=1) + tasks(32):
+        seen = {json.dumps(args) for args, _ in task.visible + task.hidden}
+        assert len(seen) == 11
         for part in (task.visible, task.hidden):
             assert len({json.dumps(value) for _, value in part}) > 1
             assert any(args[0] != value for args, value in part)
-
-
-def test_arguments_of_a_task_all_differ():
-    for task in tasks(32):
-        seen = [json.dumps(args) for args, _ in task.visible + task.hidden]
-        assert len(set(seen)) == len(seen) == 11
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def _clipped(values_N: FloatArray) -> FloatArray:
 # The rules that are held against each other, all with one question: accused after how many nonces?
 
 ALPHA, BETA = 1e-3, 1e-2
-OURS, NAMED, FIRST, ORACLE = "ours", "ours, cheat named", "first version", "oracle"
+OURS, FIRST, ORACLE = "ours", "first version", "oracle"
 COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
 """Published count tests: distance that is a mismatch, share of mismatches that is granted, and level."""
 
@@ -182,20 +182,13 @@ def upper_law(fit: NoiseFit[Any], n: int) -> Any:
 
     The scale of distances has the standard error of the fit; that of logarithms √(1/2n), and their median that error.
     """
-    z, law = float(special.ndtri(CONFIDENCE)), fit.reached
+    z, law = float(special.ndtri(CONFIDENCE)), fit.law
     if isinstance(law, stats.LogNoise):
         return replace(law, mu=law.mu + z * fit.error, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
     return law.scaled(math.exp(z * fit.error))
 
 
-def rules_for(
-    noise: MachineNoise,
-    first: Law,
-    effect: float | None,
-    kind: str,
-    judge: int,
-    named: Mapping[str, Law] | None = None,
-) -> dict[str, Rule]:
+def rules_for(noise: MachineNoise, first: Law, effect: float | None, kind: str, judge: int) -> dict[str, Rule]:
     """Return the rules that do not know the truth, for a machine of a kind against a validator's.
 
     Args:
@@ -204,12 +197,9 @@ def rules_for(
         effect: Effect from the power on these machines.
         kind: Kind of the machine that is judged.
         judge: Validator's machine.
-        named: Laws of known cheats; the rule that knows them is left out without any.
     """
     law = noise.predict_law(kind, judge)
     rules: dict[str, Rule] = {OURS: sequential_test(Noise(law, OURS, noise.spread, effect), alpha=ALPHA, beta=BETA)}
-    if named:
-        rules[NAMED] = sequential_test(Noise(law, NAMED, noise.spread, effect, named), alpha=ALPHA, beta=BETA)
     rules[FIRST] = sequential_test(Noise(first, FIRST, effect=FIRST_EFFECT), alpha=ALPHA, beta=BETA)
     return rules | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
@@ -307,21 +297,19 @@ class Fold:
             for name, rule in rules.items():
                 tallies[sort, cheat, name].add(rule, values_RC)
 
-        known = {model: self._distances(sets, None) for model, sets in self.cheats.items()}
-        named = {model: fit(errors_N).reached for model, errors_N in known.items()}
+        known = {model: self._distances(sets) for model, sets in self.cheats.items()}
         honest_audits = max(self.audits, -(-LEAST_AUDITS // (2 * len(build.pairs))))
         for rows, honest_N in mine.items():
             judge = rows[0] if rows[1] == machine else rows[1]
-            rules = rules_for(noise, first, effect, build.kinds[machine], judge, named)
+            rules = rules_for(noise, first, effect, build.kinds[machine], judge)
             alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
             audit(HONEST, "", rules | {ORACLE: Oracle(honest_N, alternative_N)}, honest_N, honest_audits)
-            rules.pop(NAMED, None)  # it knows other cheats than those that follow
             medians = [np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows]
             for cheat, pool_N in simulated(honest_N, float(np.median(medians)), {**self.others, **known}, rng):
                 audit(SIMULATED, cheat, rules | {ORACLE: Oracle(honest_N, pool_N)}, pool_N, CHEAT_AUDITS)
         for judge in sorted({i for rows in rest for i in rows}):
-            for model, kind, law, truth in self._real(judge):
-                rules = rules_for(noise, first, effect, kind, judge, {model: law} if law else None)
+            for model, kind, truth in self._real(judge):
+                rules = rules_for(noise, first, effect, kind, judge)
                 audit(REAL, model, rules | {ORACLE: truth}, truth.cheat, CHEAT_AUDITS)
         return {
             "build": build.name,
@@ -336,22 +324,19 @@ class Fold:
             "tallies": [[*key, tally.as_dict()] for key, tally in tallies.items()],
         }
 
-    def _real(self, judge: int) -> Iterator[tuple[str, str, Law | None, Oracle]]:
-        """Yield what one validator sees of every cheat: model, kind, the law of other cheats, and both truths."""
+    def _real(self, judge: int) -> Iterator[tuple[str, str, Oracle]]:
+        """Yield what one validator sees of every cheat: model, kind, and both truths."""
         validator = self.build.sets[judge]
         honest_N = np.concatenate([errors_N for rows, errors_N in self.build.distances.items() if judge in rows])
         for model, sets in self.cheats.items():
             for cheat in sets:
                 values_N = cheat.distances(validator)
                 if values_N.size >= min(ASKED):
-                    others = [one for one in sets if one is not cheat] or [cheat]
-                    others_N = self._distances(others, judge if others == [cheat] else None)
-                    law = fit(others_N).reached if others_N.size else None
-                    yield model, cheat.kind, law, Oracle(honest_N, values_N)
+                    yield model, cheat.kind, Oracle(honest_N, values_N)
 
-    def _distances(self, sets: Sequence[VectorSet], without: int | None) -> FloatArray:
-        """Return distances of cheats from the machines that are known, all but one where that is said."""
-        known = [one for i, one in enumerate(self.build.sets) if i not in (self.machine, without)]
+    def _distances(self, sets: Sequence[VectorSet]) -> FloatArray:
+        """Return distances of cheats from the machines that are known."""
+        known = [one for i, one in enumerate(self.build.sets) if i != self.machine]
         found = [cheat.distances(one) for cheat in sets for one in known]
         return np.concatenate(found) if found else np.zeros(0)
 
@@ -622,7 +607,7 @@ def _rows(summary: JsonObject, sort: str) -> list[JsonObject]:
     ]
 
 
-DRAWN = (OURS, NAMED, FIRST, CountRule(*COUNTS[0]).name, ORACLE)
+DRAWN = (OURS, FIRST, CountRule(*COUNTS[0]).name, ORACLE)
 
 
 def section(run: RunRecords) -> Section:

@@ -18,8 +18,7 @@ from torch import Tensor
 from assay import stats
 from assay.models.load import Model, load_model
 from assay.models.quantized import in_format
-from assay.poc.engines.base import make_transform
-from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
@@ -322,4 +321,4 @@ class Field:
 def _fit_pair(pipeline: Pipeline, honest_N: FloatArray) -> Noise:
     """Return the noise of one pair of engines, with the error of its size."""
     fit = fit_noise(pipeline, honest_N)
-    return Noise(fit.reached, "the field", Spread(min(float(np.hypot(fit.error, PAIR_SPREAD)), 0.99)))
+    return Noise(fit.law, "the field", Spread(min(float(np.hypot(fit.error, PAIR_SPREAD)), 0.99)))

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from assay.errors import UsageError
-from assay.poc.engines.base import make_transform
-from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform

@@ -1,8 +1,4 @@
-"""What every engine does for the prover, the verifier and the service, and how nonces become what a pipeline publishes.
-
-:func:`plain_outputs` does one thing after the other. :func:`overlapped_outputs` keeps a CUDA device busy: while batch n
-runs, the inputs of batch n + 1 are made and the states of batch n − 1 are transformed, each on a stream of its own. The
-host waits for one event per batch, behind which the next batch is queued already.
+"""What every engine does for the prover, the verifier and the service, and what is drawn for its nonces.
 
 Presets that decode draw the prompt of a nonce, and every token is the one with the largest sum of logit and Gumbel
 number, which is a sample of the model's own distribution. The numbers of a token are those of the nonce and the step,
@@ -14,9 +10,7 @@ sketches, K length of a vector or sketch.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
-from functools import cache
-from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,13 +21,27 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError
 from assay.models.frame import Frame
-from assay.poc.protocol.pipelines import PIPELINES, LayerStep, Pipeline, sketch_steps
+from assay.poc.protocol.pipelines import PIPELINES, Pipeline
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import Reading, Transform, sketch_states
 from assay.streams.backends import as_tensor
 
 MAX_BATCH = 65_536
+
+
+class Decoded(NamedTuple):
+    """What a batch of nonces publishes."""
+
+    tokens: UInt32[np.ndarray, "B N"]
+    sketches: Float16[np.ndarray, "B S K"]
+
+
+class Replayed(NamedTuple):
+    """What an engine says to tokens that another one decoded."""
+
+    margins: Float32[np.ndarray, "B N"]
+    """How far the score of each token is below the best one; infinite where the token is not of the vocabulary."""
+    sketches: Float16[np.ndarray, "B S K"]
 
 
 class Engine(Protocol):
@@ -70,6 +78,17 @@ class Engine(Protocol):
             EngineEnded: The engine, or another process of it, has ended.
         """
 
+    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`outputs` does.
+
+        On transformers the kernels are those of eager torch, whether the engine was compiled or not.
+        """
+
+    def replayed(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
+    ) -> Generator[Replayed]:
+        """Replay given tokens of nonces, [M, N], each by one forward pass over prompt and tokens."""
+
 
 def check_supported(engine: Engine, pipeline: Pipeline) -> None:
     """Refuse a pipeline with a step that an engine cannot take; a UsageError names the presets that it supports."""
@@ -102,99 +121,6 @@ def noise_inputs(
     return as_tensor(values).view(len(nonces), seq_len, hidden_size)
 
 
-class StateEngine(Engine, Protocol):
-    """An engine whose hidden states can be read in this process."""
-
-    device: torch.device  # device of the hidden states
-
-    def inputs(self, round: Round, nonces: Sequence[int]) -> Tensor:
-        """Return the input embeddings [B, T, D] of B nonces, in the engine's dtype."""
-
-    def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
-        """Return what a pipeline reads of the hidden states after the final norm, [B, D] in float32.
-
-        Args:
-            inputs_BTD: Input embeddings of the engine's fixed shape.
-            reading: How the positions are read; None takes the state of the last one as it is.
-
-        Raises:
-            AssayError: As :meth:`Engine.outputs`, or a UsageError because the inputs are of another shape.
-        """
-
-    def trained_head(self, x_BD: Tensor) -> Tensor:
-        """Return x Wᵀ for the model's own head matrix, [B, V] in float32, without bias or capping of logits."""
-
-    def between_layers(self, step: LayerStep, round: Round) -> AbstractContextManager[None]:
-        """Apply a transform after every decoder layer while open; LayersNotFound where they are not known."""
-
-
-def plain_outputs(
-    engine: StateEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
-) -> Generator[NDArray[Any]]:
-    """Yield the outputs of a pipeline a batch at a time; the last batch is padded, then cut."""
-    transform = make_transform(engine, round, pipeline)
-    with engine.between_layers(pipeline.layers, round):
-        for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
-            states_BD = engine.read(engine.inputs(round, padded), transform.reading(padded, engine.seq_len))
-            yield transform(states_BD, padded).cpu().numpy()[:count]
-
-
-def overlapped_outputs(
-    engine: StateEngine,
-    run: Callable[[Tensor, Reading | None], Tensor],
-    round: Round,
-    pipeline: Pipeline,
-    nonces: Sequence[int],
-) -> Generator[NDArray[Any]]:
-    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits: ``run`` reads and does not look."""
-    inputs, forward, tail = cuda = _cuda_streams(engine.device)
-    with torch.cuda.stream(tail):
-        transform = make_transform(engine, round, pipeline)
-
-    def queue(padded: list[int]) -> tuple[Tensor, torch.cuda.Event]:
-        """Queue the inputs and the forward pass of a batch; return its states, and the event when they are there."""
-        with torch.cuda.stream(inputs):
-            inputs_BTD = engine.inputs(round, padded)
-            reading = transform.reading(padded, engine.seq_len)
-        forward.wait_stream(inputs)
-        with torch.cuda.stream(forward):
-            for made in (inputs_BTD, *(reading or ())):
-                if made is not None:
-                    made.record_stream(forward)  # do not reuse its memory before this stream is done
-            return run(inputs_BTD, reading), forward.record_event()
-
-    def finish(count: int, padded: list[int], states_BD: Tensor, ready: torch.cuda.Event) -> NDArray[Any]:
-        """Transform the states of a batch and bring the outputs of its first nonces to the host."""
-        with torch.cuda.stream(tail), torch.inference_mode():
-            tail.wait_event(ready)
-            states_BD.record_stream(tail)
-            values = HostCopy(transform(states_BD, padded))
-        return values.numpy()[:count]
-
-    before: tuple[int, list[int], Tensor, torch.cuda.Event] | None = None
-    # No stream stays current across a yield: the caller may use the device for something else.
-    with engine.between_layers(pipeline.layers, round):
-        # The model was loaded on this stream, and the steps between its layers were prepared on it.
-        for stream in cuda:
-            stream.wait_stream(torch.cuda.current_stream(engine.device))
-        for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
-            batch = count, padded, *queue(padded)
-            if before is not None:
-                yield finish(*before)
-            before = batch
-        if before is not None:
-            yield finish(*before)
-
-
-@cache
-def _cuda_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    """Return the one set of streams of a device, for inputs, forward passes and what follows them.
-
-    Torch reuses freed memory only on the stream that freed it.
-    """
-    return tuple(torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
-
-
 class HostCopy:
     """Values on their way from a device to the host, made on the stream whose work computes them."""
 
@@ -212,59 +138,11 @@ class HostCopy:
         return self._host.numpy().copy()  # other values will land in this memory
 
 
-def make_transform(engine: StateEngine, round: Round, pipeline: Pipeline) -> Transform:
-    """Return the randomisation of a round for an engine's states."""
-    return Transform(
-        round,
-        pipeline,
-        hidden_size=engine.hidden_size,
-        vocab_size=engine.vocab_size,
-        device=engine.device,
-        trained_head=engine.trained_head,
-        frame=engine.frame,
-    )
-
-
 def padded_batches(nonces: Sequence[int], size: int, rows: int) -> Iterator[tuple[int, list[int]]]:
     """Yield the number of nonces of every batch, and the batch padded to its fixed number of rows."""
     for start in range(0, len(nonces), size):
         wanted = list(nonces[start : start + size])
         yield len(wanted), wanted + wanted[-1:] * (rows - len(wanted))
-
-
-class Decoded(NamedTuple):
-    """What a batch of nonces publishes."""
-
-    tokens: UInt32[np.ndarray, "B N"]
-    sketches: Float16[np.ndarray, "B S K"]
-
-
-class Replayed(NamedTuple):
-    """What an engine says to tokens that another one decoded."""
-
-    margins: Float32[np.ndarray, "B N"]
-    """How far the score of each token is below the best one; infinite where the token is not of the vocabulary."""
-    sketches: Float16[np.ndarray, "B S K"]
-
-
-class DecodingEngine(Engine, Protocol):
-    """An engine that takes the presets which decode as well."""
-
-    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
-        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`Engine.outputs` does.
-
-        On transformers the kernels are those of eager torch, whether the engine was compiled or not.
-        """
-
-    def replayed(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
-    ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], each by one forward pass over prompt and tokens."""
-
-
-def decodes(engine: Engine) -> TypeGuard[DecodingEngine]:
-    """Return whether an engine decodes."""
-    return hasattr(engine, "decoded")
 
 
 def drawn_seeds(
@@ -299,29 +177,3 @@ def margins(scores_NV: Float32[Tensor, "N V"], tokens_N: Int64[Tensor, " N"]) ->
 def token_inputs(round: Round, frame: Frame, nonces: Sequence[int], *, seq_len: int) -> Int64[np.ndarray, "B T"]:
     """Return the token ids of nonces whose inputs are tokens, of the seeds of the stream ``prompt``."""
     return frame.tokens(drawn_seeds(round, "prompt", nonces, range(seq_len)))
-
-
-class Draws:
-    """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`."""
-
-    def __init__(self, engine: StateEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> None:
-        self._backend = streams.get_backend("auto", str(engine.device))
-        self.steps, self.sketched = pipeline.steps, sketch_steps(pipeline.steps)
-        prompts_BP = drawn_prompts(round, nonces, seq_len=engine.seq_len, vocab_size=engine.vocab_size)
-        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(engine.device)
-        noise_BN = drawn_seeds(round, "tokens", nonces, range(self.steps))
-        self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(engine.device)
-        self._sketch_BS = drawn_seeds(round, "sketch", nonces, self.sketched)
-
-    def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:
-        """Add the Gumbel numbers of one step to the logits of every nonce, in place."""
-        self._backend.add_gumbels(logits_BV, self._noise_BN[:, step])
-
-    def add_noise_of(self, row: int, logits_NV: Float32[Tensor, "N V"], start: int) -> None:
-        """Add the Gumbel numbers of the steps from ``start`` on to the logits of one nonce, in place."""
-        self._backend.add_gumbels(logits_NV, self._noise_BN[row, start : start + len(logits_NV)])
-
-    def sketches(self, states_BSD: Float[Tensor, "B S D"]) -> Float16[np.ndarray, "B S K"]:
-        """Return the sketches of the states that gave the sketched tokens."""
-        made = sketch_states(states_BSD.flatten(0, 1), self._sketch_BS.reshape(-1))
-        return made.view(*states_BSD.shape[:2], -1).cpu().numpy()

@@ -31,9 +31,6 @@ class Exported:
         self.gauge = partial(Gauge, namespace=namespace, registry=self.registry)
         self.histogram = partial(Histogram, namespace=namespace, registry=self.registry, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
-        self.connections_refused = self.counter(
-            "connections_refused", "Requests refused, by the bound that they passed.", {"bound": ("client",)}
-        )
         self.requests = self.counter("http_requests", "Requests by route and status.", {"route": (), "status": ()})
         self.request_seconds = self.histogram("http_request_seconds", "Time of one request.", ["route"])
 

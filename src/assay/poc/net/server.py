@@ -21,7 +21,6 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from assay.errors import UsageError
-from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import answer, is_loopback
 from assay.poc.net.runtime import Runtime
@@ -35,8 +34,8 @@ MAX_FILES = 16_384
 class ClientLimit:
     """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them."""
 
-    def __init__(self, app: ASGIApp, most: int, metrics: Exported | None = None) -> None:
-        self._app, self._most, self._metrics = app, most, metrics
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
         self._open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,8 +45,6 @@ class ClientLimit:
             await self._app(scope, receive, send)
             return
         if self._open[client] >= self._most:
-            if self._metrics is not None:
-                self._metrics.connections_refused.labels("client").inc()
             seen = f"{self._most} requests of one client are open"
             await answer(Refusal(429, seen, wanted="fewer", do="wait for some of yours"))(scope, receive, send)
             return
@@ -99,13 +96,13 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def bounded_config(app: ASGIApp, settings: ServerSettings, metrics: Exported | None = None) -> uvicorn.Config:
+def bounded_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
     """Return how uvicorn serves an application under the bounds of some settings.
 
     A connection that never sends a whole head is not ended in time: deploy/nginx.conf and deploy/Caddyfile do that.
     """
     return uvicorn.Config(
-        ClientLimit(app, settings.max_client_connections, metrics),
+        ClientLimit(app, settings.max_client_connections),
         http="h11",
         h11_max_incomplete_event_size=settings.max_header,
         limit_concurrency=settings.max_connections + 1,  # the connection that is refused is counted
@@ -130,8 +127,7 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
         UsageError: The server did not start; the log says why.
         ModelError: The model could not be loaded.
     """
-    config = bounded_config(app, settings, runtime.metrics if runtime else None)
-    server = _Server(config, runtime.closing if runtime else threading.Event())
+    server = _Server(bounded_config(app, settings), runtime.closing if runtime else threading.Event())
 
     def end_on_failure(loaded: Future[Any]) -> None:
         if loaded.exception():

@@ -117,7 +117,19 @@ class ServerSettings(assay.settings.Settings):
     @field_validator("api_keys", mode="after")
     @classmethod
     def _with_file(cls, keys: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        return keys + _read_keys(info.data.get("api_key_file"))
+        path = info.data.get("api_key_file")
+        if path is None:
+            return keys
+        try:
+            found = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
+        except (DataError, UnicodeDecodeError) as error:
+            fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
+            do = "correct --api-key-file or ASSAY_API_KEY_FILE"
+            raise UsageError(f"the key file {fault}", wanted="a text file", do=do) from None
+        if not found:  # its owner believes that the service has one
+            seen, do = f"the key file {path} without a key", "write one into it, or leave --api-key-file out"
+            raise UsageError(seen, wanted="a key on each line", do=do)
+        return keys + found
 
     @property
     def has_keys(self) -> bool:
@@ -136,18 +148,3 @@ def check_secrets(secrets: Sequence[str]) -> None:
             seen, wanted = "a callback secret that cannot be used", "whsec_ and the base64 of 24 to 64 random bytes"
             code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
             raise UsageError(seen, wanted=wanted, do=f"choose another; make one: python -c '{code}'")
-
-
-def _read_keys(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        keys = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
-    except (DataError, UnicodeDecodeError) as error:
-        fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
-        do = "correct --api-key-file or ASSAY_API_KEY_FILE"
-        raise UsageError(f"the key file {fault}", wanted="a text file", do=do) from None
-    if not keys:  # its owner believes that the service has one
-        seen, do = f"the key file {path} without a key", "write one into it, or leave --api-key-file out"
-        raise UsageError(seen, wanted="a key on each line", do=do)
-    return keys

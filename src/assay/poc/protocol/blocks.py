@@ -11,7 +11,7 @@ Legend of shapes: N nonces, D hidden size, V rows of the random head.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -23,7 +23,7 @@ from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
-from assay.stats.chord import RANDOM_HEAD_ROWS, MeasuredBlockLaw
+from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
 from assay.streams.backends import as_tensor
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,12 +36,8 @@ def folded_head(round: Round, hidden_size: int) -> FloatArray:
     """Return v = Wᵀt of a block [D], W standard normal and t the target; over blocks, v is N(0, I).
 
     Raises:
-        UsageError: The preset has no random head, or the hidden size is not in [1, 65536].
+        UsageError: The hidden size is not in [1, 65536].
     """
-    if get_pipeline(round.preset).head != "random":
-        raise UsageError(
-            f"preset {round.preset}", wanted="one with a random head", do="use --preset poc-2.0 for the law of a block"
-        )
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise UsageError(
             f"hidden size {hidden_size}", wanted=f"a whole number in [1, {MAX_HIDDEN_SIZE}]", do="pass the model's own"
@@ -81,47 +77,50 @@ class BlockFactor:
         error: Standard error of the factor, from the number of states.
         effective_dimension: Effective dimension of the states in front of the head, which holds for every block.
         n: Number of states measured.
-        law: Law of the block's distances.
+        jump: Part of the factor along the coordinate that counts most in this block.
     """
 
     value: float
     error: float
     effective_dimension: float
     n: int
-    law: MeasuredBlockLaw = field(repr=False, compare=False)
+    jump: float
+
+    @property
+    def law(self) -> BlockLaw:
+        """Law of the block's distances: γ has this value and this error."""
+        freedom = (self.value / self.error) ** 2 / 2 if self.error else math.inf
+        return BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=freedom, scale=self.value, jump=self.jump)
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
-    """Predict how wide the distances of a block are from hidden states of the model, of any nonces of any block.
+    """Predict how wide the distances of a block are from two or more states of the model, of any nonces of any block.
 
     Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
     bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
     the states. What a state has along the heaviest coordinate keeps its sign through the share c of its energy.
 
     Raises:
-        UsageError: The preset has no signs or no random head, or there are fewer than 2 states.
+        UsageError: The preset has no signs or no random head.
     """
     pipeline = get_pipeline(round.preset)
     if not has_block_factor(pipeline):
         wanted = "one with signs and a random head: in others a block has a mean of its own"
         raise UsageError(f"preset {round.preset}", wanted=wanted, do="use --preset poc-2.0, or leave --model out")
     n, size = states_ND.shape
-    if n < 2:
-        raise UsageError(f"{n} states", wanted="at least 2", do="read more nonces")
     energy_ND = states_ND.astype(np.float64) ** 2
     energy_ND /= energy_ND.sum(axis=1, keepdims=True)
     reflections = sum(step.count for step in pipeline.hidden if step.name == "reflect")
     kept = (1 - 4 / size + 8 / (size * (size + 2))) ** reflections
     energy_ND = kept * energy_ND + (1 - kept) / size
     parts_ND = energy_ND * folded_head(round, size) ** 2
-    heaviest_N = kept * parts_ND[:, int(parts_ND.sum(axis=0).argmax())]
-    widths_N = np.sqrt(parts_ND.sum(axis=1) - heaviest_N)
-    law = MeasuredBlockLaw(dimension=RANDOM_HEAD_ROWS, jumps=np.sqrt(heaviest_N), widths=widths_N)
+    squares_N = parts_ND.sum(axis=1)
+    value, heaviest = math.sqrt(float(squares_N.mean())), kept * float(parts_ND.mean(axis=0).max())
+    error = float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value)
     total_D = energy_ND.sum(axis=0)
     products = float(total_D @ total_D - (energy_ND**2).sum())  # of the energies of two different states
-    return BlockFactor(
-        value=law.scale, error=law.factor_error, effective_dimension=n * (n - 1) / products, n=n, law=law
-    )
+    effective, jump = n * (n - 1) / products, math.sqrt(heaviest) / value
+    return BlockFactor(value=value, error=error, effective_dimension=effective, n=n, jump=jump)
 
 
 def has_block_factor(pipeline: Pipeline) -> bool:

@@ -121,11 +121,6 @@ class Pipeline:
             return f"token {self.output}"
         return self.output if self.read == "last" else f"position {self.output}"
 
-    @property
-    def per_nonce(self) -> bool:
-        """Whether any step draws from a stream of the nonce, beyond the inputs."""
-        return any(step.name != "unit" for step in self.hidden + self.logits)
-
     def output_size(self, hidden_size: int, vocab_size: int) -> int:
         """Return the dimension of the space in which the distance is measured."""
         if self.output != "distance":

@@ -70,7 +70,7 @@ class Controller(Runtime):
             opened.callback(self.database.close)
             self.outbox = Outbox(self.database)
             self.rounds = Rounds(self.database, self.outbox)
-            self.judge = Judge(self.database, self.outbox, settings, noise, metrics=self.metrics)
+            self.judge = Judge(self.database, self.outbox, settings, noise)
             opened.callback(self.judge.close)
             self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)
             self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)

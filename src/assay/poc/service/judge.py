@@ -18,7 +18,6 @@ from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.callbacks import Outbox
-from assay.poc.service.metrics import Metrics
 from assay.poc.service.requests import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
@@ -77,11 +76,8 @@ class Judge:
     enter the life of the node as well, of which replies say nothing.
     """
 
-    def __init__(
-        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, *, metrics: Metrics
-    ) -> None:
-        self._db, self._outbox, self._settings, self._metrics = database, outbox, settings, metrics
-        self._noise = noise
+    def __init__(self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise) -> None:
+        self._db, self._outbox, self._settings, self._noise = database, outbox, settings, noise
         self._ledger: Ledger | None = None
         if settings.ledger is not None:
             self._ledger = Ledger(settings.ledger, alpha=settings.alpha, beta=settings.beta)
@@ -146,7 +142,7 @@ class Judge:
             nonces=request.nonces,
             residuals=[a - b for a, b in zip(request.dist, computed, strict=True)],
         )
-        self._metrics.lives.labels(self._ledger.append([update])[0].verdict).inc()
+        self._ledger.append([update])
 
     def last(self, limit: int = 10) -> list[JsonObject]:
         """Return summaries of the last verdicts, the newest first."""

@@ -18,8 +18,6 @@ class Metrics(Exported):
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
         self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
         self.verdicts = counter("verdicts", "Validation requests by residual verdict.", {"verdict": VERDICTS})
-        of_lives = "Recorded validations by the verdict on the node's life."
-        self.lives = counter("life_verdicts", of_lives, {"verdict": VERDICTS})
         self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", {"outcome": OUTCOMES})
         self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
@@ -43,7 +41,4 @@ class Metrics(Exported):
         stored = "Receipts of responses on disk; repeated ones were there already."
         self.receipts = counter("receipts", stored, {"as": ("new", "repeated")})
         self.receipts_refused = counter("receipts_refused", "Receipts that could not be stored, and their responses.")
-        reasons = {"reason": ("age", "request")}
-        self.receipts_deleted = counter("receipts_deleted", "Receipts deleted, by reason.", reasons)
-        self.receipt_seconds = histogram("receipt_commit_seconds", "Time of one transaction that stores receipts.")
         self.receipts_failing = self.gauge("receipts_failing", "1 while no receipt can be stored.")

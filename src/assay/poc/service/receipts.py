@@ -76,7 +76,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         self._table, self._c = database["receipts"], database["receipts"].c
         if settings.receipt_callback_url is not None:
             check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
-        self._headers: dict[str, int] = {}
         self._lost = 0
         self._started, self._pruned_at = time.time() - time.monotonic(), float("-inf")
         self._journal_owed = not database.empty_journal()
@@ -93,9 +92,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
         A receipt that is stored already, byte for byte and under the same header, is not stored twice.
         """
-        started = time.perf_counter()
         self._lost = sum(len(item.line) for item in items)  # until they are written
-        now, headers, fresh, announced = time.time(), dict(self._headers), [], []
+        now, headers, fresh, announced = time.time(), dict[str, int](), [], []
         insert = (
             "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash, sha256, "
             "line) SELECT ?,?,?,?,?,?,?,?,?,?,? "
@@ -122,8 +120,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 for header, group in groupby(announced, key=itemgetter(1)):
                     numbers = [seq for seq, _ in group]
                     self._outbox.announce(connection, None, url, numbers, interval=interval, most=most, header=header)
-        self._headers, self._lost = headers, 0
-        self.metrics.receipt_seconds.observe(time.perf_counter() - started)
+        self._lost = 0
         self.metrics.receipts.labels("new").inc(sum(fresh))
         self.metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
         return fresh
@@ -137,11 +134,9 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         # See whether the disk has room again, delete what is old, and leave nothing of it behind.
         if self.failing and not wrote:
             self._probe()
-        if time.monotonic() - self._pruned_at > PRUNE_EVERY:
-            count = self.prune(self.settings.receipt_days * DAY)
-            self.metrics.receipts_deleted.labels("age").inc(count)
-            if not count:  # otherwise there may be more
-                self._pruned_at = time.monotonic()
+        due = time.monotonic() - self._pruned_at > PRUNE_EVERY
+        if due and not self.prune(self.settings.receipt_days * DAY):  # otherwise there may be more
+            self._pruned_at = time.monotonic()
         self.tidy()
 
     def _probe(self) -> None:
@@ -216,7 +211,6 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         if not count:
             raise _unknown()
         self.tidy()
-        self.metrics.receipts_deleted.labels("request").inc(count)
         return count
 
     def prune(self, keep: float) -> int:

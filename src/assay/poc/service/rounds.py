@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ from sqlalchemy.dialects.sqlite import insert
 from assay import stats
 from assay.files.database import Database, damaged
 from assay.poc.net.refusals import Refusal
-from assay.poc.protocol.blocks import BlockFactor, block_scale, has_block_factor
+from assay.poc.protocol.blocks import BlockFactor, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
 from assay.poc.service.callbacks import Outbox
-from assay.stats.chord import MeasuredBlockLaw, chord_mean, chord_std, rate_standard_error
+from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
 
 class State(StrEnum):
@@ -309,7 +308,7 @@ class Progress:
         self.publishes_vectors = pipeline.output != "distance"
         self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
         self._steps: deque[tuple[float, int]] = deque()
-        self._hidden_size, self._effective_dimension = hidden_size, effective_dimension
+        self._of_calibration: stats.BlockLaw | None = None
         self.factor: BlockFactor | None = None
         """How wide the distances of this block are, by its head and the model's states; None before it was measured."""
         self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
@@ -317,20 +316,13 @@ class Progress:
             mean, spread = chord_mean(self._dimension), SPREAD * chord_std(self._dimension)
             self._edges = np.linspace(mean - spread, mean + spread, BINS + 1)
             self._counts = rounds.histogram(stored.id, self._edges)
+        if self._dimension and effective_dimension is not None and has_block_factor(pipeline):
+            self._of_calibration = stats.BlockLaw(dimension=self._dimension, freedom=effective_dimension)
 
     @property
-    def law(self) -> stats.BlockLaw | MeasuredBlockLaw | None:
-        """Law of this block: by the model's states, or by a calibration and the block's head; None before either."""
-        return self._calibrated if self.factor is None else self.factor.law
-
-    @cached_property
-    def _calibrated(self) -> stats.BlockLaw | None:
-        """Law by the calibration, made when it is first asked for, since a wide head takes a moment to draw."""
-        effective = self._effective_dimension
-        if effective is None or not self._hidden_size or not has_block_factor(get_pipeline(self.stored.preset)):
-            return None
-        scale = block_scale(self.stored.round, self._hidden_size)
-        return stats.BlockLaw.of_head(self._dimension, effective, hidden_size=self._hidden_size, scale=scale)
+    def law(self) -> stats.BlockLaw | None:
+        """Law of this block by the model's states, or of any block by a calibration; None before either."""
+        return self._of_calibration if self.factor is None else self.factor.law
 
     def add(self, batch: Batch) -> None:
         """Count a batch that is on disk."""

@@ -20,7 +20,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread, LoopThread
 from assay.poc.protocol.proof import DistanceRecord, Record, is_distance, is_valid
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service.jobs import Jobs
+from assay.poc.service.jobs import STORAGE_PAUSE, Jobs
 from assay.poc.service.rounds import Batch, Rounds, StoredRound
 from assay.poc.service.settings import Settings
 
@@ -30,7 +30,6 @@ Paused = Literal["storage", "callbacks"]
 
 QUEUE = 8  # batches between engine and disk
 ENDED = -1  # an epoch that no batch is of
-STORAGE_PAUSE = 1.0
 CALLBACK_PAUSE = 0.2
 
 

@@ -358,10 +358,7 @@ class InboxWriter(GroupCommit[Message, bool]):
         return await self.put(message, size=len(message.body))
 
     def _write(self, messages: list[Message]) -> list[bool]:
-        started = time.perf_counter()
         fresh = self._inbox.add(messages)
-        self._metrics.commit_seconds.observe(time.perf_counter() - started)
-        self._metrics.commit_messages.observe(len(messages))
         for message, new in zip(messages, fresh, strict=True):
             self._metrics.messages.labels(message.kind, "new" if new else "repeated").inc()
         return fresh

@@ -6,7 +6,6 @@ from assay.poc.validator.claims import REASONS
 KINDS = ("generated", "validated", "proof", "pulled")
 OUTCOMES = ("taken", "empty", "refused", "failed")
 VERDICTS = ("honest", "fraud", "undecided", "faulty")
-_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class ValidatorMetrics(Exported):
@@ -14,7 +13,7 @@ class ValidatorMetrics(Exported):
 
     def __init__(self) -> None:
         super().__init__("assay_validator")
-        counter, histogram, shown = self.counter, self.histogram, self.shown
+        counter, shown = self.counter, self.shown
         kept = "Messages on disk, by kind; repeated ones were there already."
         self.messages = counter("messages", kept, {"kind": KINDS, "as": ("new", "repeated")})
         self.refused = counter("refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS})
@@ -23,9 +22,6 @@ class ValidatorMetrics(Exported):
         self.failures = counter("engine_failures", "Batches that the engine failed on.")
         self.verdicts = counter("verdict_changes", "Verdicts that changed, by the new one.", {"verdict": VERDICTS})
         self.polls = counter("polls", "Questions to nodes, by outcome.", {"outcome": OUTCOMES})
-        self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the inbox.")
-        self.commit_messages = histogram("commit_messages", "Messages of one transaction.", buckets=_COUNTS)
-        self.batch_seconds = histogram("batch_seconds", "Time to recompute the nonces of one pass.")
         shown("nodes", "Nodes by verdict.", lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS}, "verdict")
         shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"])
         ready = "1 when the model is loaded and nothing has failed."

@@ -110,7 +110,11 @@ class Registry:
 
     def _sender(self, entry: NodeEntry, shared: Signatures, settings: ServerSettings) -> Sender:
         if entry.url is not None:
-            self._check_url(entry.url, settings)
+            check_url(entry.url, allow_private=settings.allow_private_callbacks)
+        if entry.url is not None and self.pipeline.output != "distance":
+            seen = f"the url {entry.url!r:.80} with preset {self.pipeline.name}"
+            wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
+            raise UsageError(seen, wanted=wanted, do="leave the url out, and let the node send callbacks")
         own = [node for node in self.network.nodes if node.public_key == entry.public_key]
         return Sender(
             entry=entry,
@@ -130,13 +134,6 @@ class Registry:
             do = "name the node's build in the pins, and give machines of another build a key of their own"
             raise UsageError(seen, wanted=wanted, do=do)
         return found[0]
-
-    def _check_url(self, url: str, settings: ServerSettings) -> None:
-        check_url(url, allow_private=settings.allow_private_callbacks)
-        if self.pipeline.output != "distance":
-            seen = f"the url {url!r:.80} with preset {self.pipeline.name}"
-            wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
-            raise UsageError(seen, wanted=wanted, do="leave the url out, and let the node send callbacks")
 
 
 def _entries(path: Path) -> tuple[NodeEntry, ...]:

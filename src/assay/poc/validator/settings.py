@@ -5,9 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from assay.poc.net.settings import Count
 from assay.settings import Flag, Settings
 
-Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -47,9 +47,6 @@ from assay.poc.verdict.noise import Noise
 EXPECTED = 32.0
 """Nonces that a node without evidence is expected to need."""
 
-CONVICTED = "fraud"
-UNDECIDED = "undecided"
-
 
 class Budget:
     """Nonces that may be spent: they come at an even rate, and at most an hour's are saved."""
@@ -77,8 +74,8 @@ class Budget:
 def verdict_of(standing: Standing | None) -> str:
     """Return the verdict on a node: that of its life, or ``faulty`` where an audit showed a fault that is open."""
     if standing is None:
-        return UNDECIDED
-    if standing.fault is not None and standing.verdict != CONVICTED:
+        return "undecided"
+    if standing.fault is not None and standing.verdict != "fraud":
         return "faulty"
     return str(standing.verdict)
 
@@ -113,10 +110,10 @@ def choose(
     """
     chance = chance or random.SystemRandom()
     verdicts = {key: verdict_of(standings.get(key)) for key in waiting}
-    watched = [key for key, verdict in verdicts.items() if verdict != CONVICTED]
+    watched = [key for key, verdict in verdicts.items() if verdict != "fraud"]
     if not watched:
         return []
-    undecided = [key for key in watched if verdicts[key] == UNDECIDED]
+    undecided = [key for key in watched if verdicts[key] == "undecided"]
     weights = [1 / expected_nonces(standings.get(key), alpha=alpha, beta=beta) for key in undecided]
     even = sum(chance.random() < minimum_share for _ in range(turns)) if undecided else turns
     chosen = chance.choices(watched, k=even) if even else []
@@ -268,7 +265,7 @@ class Recomputer(EngineThread):
         return draws
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
-        registry, started = self._registry(), time.perf_counter()
+        registry = self._registry()
         sources, checked = list[Draw](), list[Checked]()
         wanted, received = list[tuple[Round, list[int]]](), list[list[Record]]()
         for source in draws:
@@ -284,7 +281,6 @@ class Recomputer(EngineThread):
             errors, noise = residuals(claimed, records), self._noise(build, round)
             checked.append(Checked(source, round, nonces, errors, noise, build))
         short = {found.source.seq for found in checked if found.is_short}
-        self._metrics.batch_seconds.observe(time.perf_counter() - started)
         if short:
             self._budget.spend(self._inbox.extend(short, AUDIT))
         with self._recording:

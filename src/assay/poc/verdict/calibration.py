@@ -755,7 +755,7 @@ def fit_machines(
     size = {pair: float(np.median(np.abs(errors_N))) for pair, errors_N in residuals.items()}
     some = {pair: value for pair, value in size.items() if value > 0}
     if not some:  # machines that agree to the bit
-        law = fit(np.concatenate(list(residuals.values()))).reached
+        law = fit(np.concatenate(list(residuals.values()))).law
         return MachineNoise(law, Sizes(dict.fromkeys(size, law.size), tuple(kinds)), PRIOR, PRIOR)
     sizes = Sizes(some, tuple(kinds))
     pooled_N = np.concatenate([residuals[pair] * (sizes.typical / value) for pair, value in some.items()])
@@ -769,7 +769,7 @@ def fit_machines(
     dof = PRIOR.dof + machines - 1
     known = min(math.hypot(error, between_blocks), _WIDEST)
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
-    return MachineNoise(found.reached, sizes, Spread(new, dof), Spread(known, PRIOR.dof))
+    return MachineNoise(found.law, sizes, Spread(new, dof), Spread(known, PRIOR.dof))
 
 
 def leave_out(

@@ -25,8 +25,9 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import sqlalchemy as sa
 
@@ -57,7 +58,6 @@ REMEMBERED = 16
 """Last audits of an account in which a fault of the place is looked for."""
 
 AT_ONCE = 256  # rows that are read at a time
-MOST_LAWS = 1024  # laws that are kept in memory
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
 
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest")
@@ -252,7 +252,7 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
     """Return the first entry that does not follow from the evidence, if any; one account at a time bounds memory."""
     if chain.genesis is None:
         return []
-    noises, faults = Noises(), list[Fault]()
+    faults = list[Fault]()
     owner, state, seen = None, AccountState(chain.genesis), defaultdict[str, set[int]](set)
     query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
     query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
@@ -261,7 +261,7 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
             owner, state, seen = account, AccountState(chain.genesis), defaultdict(set)
         entry = Entry.parse(text, "an entry")
         try:
-            outcome = state.take(entry, noises.read(connection, entry.law))
+            outcome = state.take(entry, read_noise(connection, entry.law))
             reason = _find_difference(entry, outcome, seen[entry.round], chain.genesis)
         except AssayError as error:  # not a law, or one of which no test can be made
             reason = error.seen
@@ -286,23 +286,17 @@ def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesi
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
-class Noises:
-    """Laws by their hash, read when they are first used."""
+def read_noise(connection: sa.Connection, law: str) -> AnyNoise:
+    """Return the noise of a law by its hash; the law must be there, have its hash, and be one."""
+    text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
+    if sha256(text) != law:
+        raise DataError(f"the law {law[:12]} does not have its hash", wanted="the law as it was", do="restore it")
+    return _parse_noise(text)
 
-    def __init__(self) -> None:
-        self._noises: dict[str, AnyNoise] = {}
 
-    def read(self, connection: sa.Connection, law: str) -> AnyNoise:
-        """Return the noise of a law, which must be there, have its hash, and be one."""
-        if law not in self._noises:
-            text = text_of(connection.execute(sa.select(LAWS.c.law).where(LAWS.c.hash == law)).scalar())
-            if sha256(text) != law:
-                seen = f"the law {law[:12]} does not have its hash"
-                raise DataError(seen, wanted="the law as it was", do="restore it")
-            if len(self._noises) >= MOST_LAWS:
-                self._noises.clear()
-            self._noises[law] = noise_from_dict(loads(text, f"the law {law[:12]}"))
-        return self._noises[law]
+@lru_cache(maxsize=1024)
+def _parse_noise(text: str) -> AnyNoise:
+    return noise_from_dict(loads(text, f"the law {sha256(text)[:12]}"))
 
 
 def _find_unused(connection: sa.Connection) -> Iterator[Fault]:
@@ -341,11 +335,7 @@ def text_of(value: object) -> str:
 
 ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
 LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
-ROUNDS = 1024  # sets of nonces of an account in a round, likewise
 MAGIC = b"SQLite format 3\0"
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
 
@@ -407,8 +397,6 @@ class Ledger:
         self._db = _open(self.path, MIGRATIONS, read_only=read_only, flag=_flag(read_only=read_only))
         self._appending = threading.Lock()
         self._states: OrderedDict[int, AccountState] = OrderedDict()
-        self._seen: OrderedDict[tuple[int, str], tuple[int, set[int]]] = OrderedDict()
-        self._noises = Noises()
         try:
             if not read_only:
                 self._begin(ALPHA if alpha is None else alpha, BETA if beta is None else beta)
@@ -509,7 +497,6 @@ class Ledger:
             except BaseException:
                 # What is in memory may hold values that are not on disk: it is rebuilt when it is needed.
                 self._states.clear()
-                self._seen.clear()
                 raise
 
     def _add(self, connection: sa.Connection, update: Update) -> Standing:
@@ -522,34 +509,27 @@ class Ledger:
             # Perhaps under another build, where a validator was stopped after this and its pins were changed.
             return self._standing(connection, row.account)
         account = _insert_account(connection, update.account)
-        state, seen = self._state(connection, account), self._nonces(connection, account, update.round)
+        state = self._state(connection, account)
         count, previous = self._head(connection)
         law = _insert_law(connection, dumps(update.noise.as_dict()))
-        excluded = find_excluded(update.nonces, seen, update.excluded)
+        excluded = find_excluded(update.nonces, _nonces(connection, account, update.round), update.excluded)
         place = {"seq": count + 1, "previous": previous, "time": time.time()}
         entry = make_entry(update, law=law, excluded=excluded, outcome=NOTHING, **place)
         # The noise is read back from the law, as an audit reads it.
-        entry = entry.model_copy(update={"outcome": state.take(entry, self._noises.read(connection, law))})
+        entry = entry.model_copy(update={"outcome": state.take(entry, read_noise(connection, law))})
         hash = _insert_entry(connection, entry.seq, account, entry, entry.line)
         connection.execute(LEDGER.update().values(count=entry.seq, hash=hash))
-        seen.update(entry.nonces)
-        self._seen[account, update.round] = (entry.seq, seen)
         return self._standing(connection, account)
 
     def _state(self, connection: sa.Connection, account: int) -> AccountState:
         """Return the state of an account after its last entry, which another process may have written."""
-        state = _remember(self._states, account, AccountState(self.genesis), LIVES)
+        state = self._states.setdefault(account, AccountState(self.genesis))
+        self._states.move_to_end(account)
+        if len(self._states) > LIVES:
+            self._states.popitem(last=False)
         for entry in self._entries(connection, (UPDATES.c.account == account) & (UPDATES.c.seq > state.last)):
-            state.take(entry, self._noises.read(connection, entry.law))
+            state.take(entry, read_noise(connection, entry.law))
         return state
-
-    def _nonces(self, connection: sa.Connection, account: int, round: str) -> set[int]:
-        """Return the nonces of a round that an account has entries of."""
-        last, seen = _remember(self._seen, (account, round), (0, set()), ROUNDS)
-        same = (UPDATES.c.account == account) & (UPDATES.c.round == round)
-        for entry in self._entries(connection, same & (UPDATES.c.seq > last)):
-            seen.update(entry.nonces)
-        return seen
 
     def _entries(self, connection: sa.Connection, chosen: sa.ColumnElement[bool]) -> Iterator[Entry]:
         query = sa.select(UPDATES.c.seq, UPDATES.c.entry).where(chosen).order_by(UPDATES.c.seq)
@@ -665,6 +645,14 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
         Ledger(path, alpha=alpha, beta=beta).close()
 
 
+def _nonces(connection: sa.Connection, account: int, round: str) -> set[int]:
+    """Return the nonces of a round that an account has entries of."""
+    each = sa.func.json_each(UPDATES.c.entry, "$.nonces").table_valued("value")
+    same = (UPDATES.c.account == account) & (UPDATES.c.round == round)
+    query = sa.select(each.c.value).select_from(UPDATES.join(each, sa.true())).where(same)
+    return set(connection.execute(query).scalars())
+
+
 def find_excluded(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
     """Return the places and reasons of nonces that do not count: seen in the round before, or given by nonce."""
     before, found = set(seen), []
@@ -687,15 +675,6 @@ def find_lasting_fault(entries: Sequence[Entry]) -> str | None:
             return entry.fault
         most = max(most, len(entry.nonces))
     return None
-
-
-def _remember(memory: OrderedDict[K, V], key: K, new: V, most: int) -> V:
-    """Return the value of a key, a new one at first, and forget what was not used for longest."""
-    value = memory.setdefault(key, new)
-    memory.move_to_end(key)
-    if len(memory) > most:
-        memory.popitem(last=False)
-    return value
 
 
 def _flag(*, read_only: bool) -> str:

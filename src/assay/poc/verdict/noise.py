@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
@@ -29,7 +28,7 @@ from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import STRICT, TAILS, NoiseFit, Spread, fit_log_noise, fit_scale_noise
-from assay.stats.sequential import Verdict, decide
+from assay.stats.sequential import CHEAP, EXCLUDED, Verdict, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG
 
 FloatArray = npt.NDArray[np.float64]
@@ -116,7 +115,6 @@ class Noise:
         source: Where the law comes from, in words.
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
-        named: Laws of known cheats by name, which ledgers of earlier releases have.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -125,7 +123,6 @@ class Noise:
     source: str = ""
     spread: ReadSpread = field(default_factory=Spread)
     effect: float | None = None
-    named: Mapping[str, ReadLaw] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def size(self) -> float:
@@ -133,27 +130,26 @@ class Noise:
         return self.law.size
 
     def scaled(self, factor: float) -> "Noise":
-        """Return the noise ``factor`` times larger, that of the known cheats included."""
-        named = {name: law.scaled(factor) for name, law in self.named.items()}
-        return replace(self, law=self.law.scaled(factor), named=named)
+        """Return the noise ``factor`` times larger."""
+        return replace(self, law=self.law.scaled(factor))
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
         values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
-        values |= {"effect": self.effect} if self.effect is not None else {}
-        return values | ({"named": {name: law_as_dict(law) for name, law in self.named.items()}} if self.named else {})
+        return values | ({"effect": self.effect} if self.effect is not None else {})
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":
-        """Read what :meth:`as_dict` wrote.
+        """Read what :meth:`as_dict` wrote. Laws of known cheats, which earlier releases had, are ignored.
 
         Raises:
             CalibrationError: The values are no noise, or a parameter is not a finite number.
         """
         with _refusing(values, *_OF_RESIDUALS):
             law = dict(values)
-            rest = {name: law.pop(name) for name in ("source", "effect", "spread", "named") if name in law}
+            rest = {name: law.pop(name) for name in ("source", "effect", "spread") if name in law}
+            law.pop("named", None)
             check_version(law.pop("test", TEST), TEST, "the residual test")
             return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
 
@@ -190,7 +186,7 @@ def fit_noise(
         tails = [tail for tail in TAILS if tail <= WIDE_TAIL or not wide]
         return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor, tails=tails)
     found = fit_scale_noise(errors)
-    return fit_scale_noise(errors, dof=WIDE_DOF) if wide and found.reached.dof > WIDE_DOF else found
+    return fit_scale_noise(errors, dof=WIDE_DOF) if wide and found.law.dof > WIDE_DOF else found
 
 
 def law_as_dict(law: Law) -> dict[str, Any]:
@@ -223,7 +219,7 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     """
     effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     rates = {"alpha": alpha, "beta": beta, "effect": effect}
-    return stats.SequentialTest(noise.law, spread=noise.spread, named=noise.named, **rates)
+    return stats.SequentialTest(noise.law, spread=noise.spread, **rates)
 
 
 SAMPLES = (32, 48, 64, 96, 128)
@@ -231,9 +227,6 @@ SAMPLES = (32, 48, 64, 96, 128)
 
 LARGEST_SAMPLE = SAMPLES[-1]
 WANTED_POWER = 0.95  # at which a smaller sample is enough
-CHEAT_SHARE, CHEAT_MULTIPLE = 0.1, 5.0
-"""Share of the nonces that the cheat of :func:`plan_sample` computes cheaply, and its multiple of the noise."""
-
 _TRIALS = 300
 _GRID = 4001  # points at which a law is inverted
 
@@ -263,8 +256,8 @@ def _power(test: stats.SequentialTest, checked: int) -> FloatArray:
     low, high = (law.size * factor for factor in (1e-4, 1e6))
     grid = np.geomspace(low, high, _GRID)
     honest_RC = np.interp(rng.random((_TRIALS, checked)), 1 - law.survival(grid), grid)
-    cheap_RC = rng.random((_TRIALS, checked)) < CHEAT_SHARE
-    sizes_RC = np.where(cheap_RC, CHEAT_MULTIPLE * honest_RC, honest_RC)
+    cheap_RC = rng.random((_TRIALS, checked)) < EXCLUDED[0][0]
+    sizes_RC = np.where(cheap_RC, CHEAP * honest_RC, honest_RC)
     return np.asarray(test.accusations(sizes_RC).mean(axis=0))
 
 

@@ -7,22 +7,22 @@ here is imported before it is used: ``before_start`` runs in every process of vL
 that cannot be imported, and would answer chat and prove nothing. docs/vllm.md describes it.
 """
 
-import importlib
 import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import Any
+
+import lazy_loader  # type: ignore[import-untyped]
 
 _PLACES = {
-    "PluginSettings": "preflight",
-    "ProcessorV1": "processors",
-    "ProcessorV2": "processors",
-    "ResponseExtension": "response_worker",
-    "VLLMEngine": "engine",
-    "WorkerExtension": "worker",
-    "plugin": "endpoint_plugin",
+    "endpoint_plugin": ["plugin"],
+    "engine": ["VLLMEngine"],
+    "preflight": ["PluginSettings"],
+    "processors": ["ProcessorV1", "ProcessorV2"],
+    "response_worker": ["ResponseExtension"],
+    "worker": ["WorkerExtension"],
 }
+__getattr__, __dir__, _ = lazy_loader.attach(__name__, submod_attrs=_PLACES)
 
 __all__ = [
     "PluginSettings",
@@ -70,10 +70,3 @@ def before_start() -> None:
             seen = f"the package {error.name} is not installed"
             error = BackendUnavailable(seen, wanted="the packages of the service", do=how_to_install("serve"))
         raise SystemExit(f"assay refuses to start: {error}") from None
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is used."""
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"assay.poc.vllm.{_PLACES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

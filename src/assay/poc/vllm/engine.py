@@ -10,9 +10,9 @@ import os
 import threading
 from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from assay.models.checkpoint import resolve
 from assay.models.device import processor
 from assay.models.frame import Frame
 from assay.models.load import identify
-from assay.poc.engines.base import Decoded, DecodingEngine, Replayed, check_batch_size, check_supported
+from assay.poc.engines.base import Decoded, Engine, Replayed, check_batch_size, check_supported
 from assay.poc.protocol.pipelines import Pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
@@ -107,7 +107,7 @@ def supports_pipeline(pipeline: Pipeline) -> bool:
     return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 
-class RequestEngine(DecodingEngine):
+class RequestEngine(Engine):
     """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
     B nonces of T positions are handed out at a time. The throttle of the client decides how many run at once.
@@ -195,7 +195,7 @@ def _check_positions(seq_len: int, most_positions: int, steps: int = 0) -> None:
         )
 
 
-class VLLMEngine(RequestEngine):
+class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
     """A vLLM engine that runs nonces only, with its parallelism through vLLM's own options.
 
     Args:
@@ -251,9 +251,6 @@ class VLLMEngine(RequestEngine):
     def close(self) -> None:
         """End the engine and its processes."""
         self._ends.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._ends.close()
@@ -311,7 +308,7 @@ FIXED = (
 """Engine arguments that a replay sets itself, or under which vLLM would compute something else than the checkpoint."""
 
 
-class VLLMPrefill(Prefill):
+class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
     """Prefills with an offline engine: the likeliest tokens in front of every token of an output, and its states.
 
     vLLM returns the largest logits and that of the claimed token. A token that is not among them counts as one that
@@ -449,9 +446,6 @@ class VLLMPrefill(Prefill):
     def close(self) -> None:
         """End the engine and its processes."""
         self._engine.llm_engine.engine_core.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from assay import streams
@@ -51,12 +52,12 @@ class SeedArgument:
     sampling: Sampling | None = None  # where it does not
 
     def as_argument(self) -> dict[str, Any]:
-        """Return plain values, which vLLM sends from process to process."""
-        if self.sampling is None:
-            return dict(vars(self))
-        # MessagePack has no maps with integer keys where vLLM decodes them.
-        biases = [[token, bias] for token, bias in self.sampling.logit_bias.items()]
-        return vars(self) | {"sampling": vars(self.sampling) | {"logit_bias": biases}}
+        """Return plain values, which vLLM sends from process to process; it decodes no maps with integer keys."""
+        values: dict[str, Any] = _SEED_ARGUMENT.dump_python(self, mode="json")
+        return values
+
+
+_SEED_ARGUMENT = TypeAdapter(SeedArgument)
 
 
 def state_argument(prompt: int) -> dict[str, Any]:
@@ -67,15 +68,7 @@ def state_argument(prompt: int) -> dict[str, Any]:
 def read_seed_argument(params: Any) -> SeedArgument | None:
     """Return what a ``SamplingParams`` of vLLM carries; None for requests that are not recorded."""
     values = (getattr(params, "extra_args", None) or {}).get(ARGUMENT)
-    if not isinstance(values, dict):
-        return None
-    sampling = values["sampling"]
-    return SeedArgument(
-        prompt=values["prompt"],
-        sketch=tuple(values["sketch"]),
-        tokens=None if values["tokens"] is None else tuple(values["tokens"]),
-        sampling=None if sampling is None else Sampling(**sampling | {"logit_bias": dict(sampling["logit_bias"])}),
-    )
+    return _SEED_ARGUMENT.validate_python(values) if isinstance(values, dict) else None
 
 
 class ResponseExtension(WorkerExtension):

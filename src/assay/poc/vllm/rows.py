@@ -7,7 +7,6 @@ Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers th
 """
 
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,6 @@ from assay.streams.backends import dtype_name
 MAX_STREAMS = 16
 MAX_ROWS = 4096  # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
 LONGEST_REASON = 300  # characters of the reason for which a nonce or a call did not run
-EXPIRY = 600.0  # seconds without use after which a stream is dropped
 
 
 def new_key() -> str:
@@ -91,7 +89,6 @@ class RowStream:
     """The nonces of one caller: a round, or a validation in it."""
 
     spec: Spec
-    touched: float
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
@@ -102,7 +99,6 @@ class RowStream:
 
     def fill(self, nonce: int) -> None:
         """Note that the inputs of a nonce are those of its round."""
-        self.touched = time.monotonic()
         self.filled[nonce] = None
         while len(self.filled) > MAX_ROWS:
             self._forget(self.filled.popitem(last=False)[0])
@@ -122,7 +118,6 @@ class RowStream:
 
     def take(self, nonces: Sequence[int]) -> tuple[list[int], list[Tensor]]:
         """Remove and return the rows of those nonces that are there."""
-        self.touched = time.monotonic()
         for nonce in nonces:
             self.filled.pop(nonce, None)
             self._forget(nonce)
@@ -145,12 +140,9 @@ class Rows:
         return len(self._streams)
 
     def open(self, key: str, spec: Spec) -> None:
-        """Begin a stream. Streams that were not used for ten minutes end, and the oldest if there are too many."""
-        now = time.monotonic()
-        self._streams[key] = RowStream(spec, now)
-        by_age = sorted(self._streams, key=lambda name: self._streams[name].touched)
-        expired = [name for name in by_age if self._streams[name].touched < now - EXPIRY]
-        for name in {*expired, *by_age[: max(0, len(by_age) - MAX_STREAMS)]}:
+        """Begin a stream. If there are too many, those end that were not used for the longest time."""
+        self._streams[key] = RowStream(spec)
+        for name in list(self._streams)[:-MAX_STREAMS]:
             self.close(name)
 
     def close(self, key: str) -> None:
@@ -160,7 +152,9 @@ class Rows:
             self._dropped += len(stream.rows) + stream.dropped
 
     def get(self, key: str) -> RowStream | None:
-        """Return the stream of a key, or None."""
+        """Return the stream of a key, which is used now, or None."""
+        if key in self._streams:
+            self._streams[key] = self._streams.pop(key)  # the last one in their order
         return self._streams.get(key)
 
     def find(self, request: str) -> tuple[RowStream, int] | None:

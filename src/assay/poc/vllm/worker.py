@@ -14,7 +14,6 @@ hidden size, V vocabulary, R rows of logits.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -148,7 +147,6 @@ class WorkerExtension:
         stream = self.assay_hooks.rows.get(key)
         if stream is None:
             return partial(dict, call=call, error="the stream has ended")
-        stream.touched = time.monotonic()
         try:
             timer = DeviceTimer(self.model_runner.device)
             values = self.assay_passes.begin(stream.spec, nonces, batch) if nonces else None

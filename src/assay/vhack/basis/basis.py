@@ -34,13 +34,12 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.files.storage import write_atomic
+from assay.models.load import Model
 from assay.vhack.gradients.targets import Coverage, target_modules, weights_digest
 from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from assay.models.load import Model
 
 
 Tensors = dict[str, Tensor]

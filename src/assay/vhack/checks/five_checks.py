@@ -46,6 +46,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
+from assay.models.load import Model
 from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy, proportion_interval
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import GradientOptions, PairGradients, pair_gradients
@@ -82,8 +83,6 @@ from assay.vhack.pairs.pairs import Pair, validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from assay.models.load import Model
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -467,14 +466,9 @@ def check_sources(design: Design) -> Check:
 
 
 def check_source_log(
-    entries: Sequence[SourceCin],
-    settings: CheckSettings | None = None,
-    *,
-    hack: str = "teacher",
-    clean: str = "student",
-    steps: tuple[int, int] | None = None,
+    entries: Sequence[SourceCin], settings: CheckSettings | None = None, *, steps: tuple[int, int] | None = None
 ) -> Check:
-    """Return check 4 of a training log: cin of ``hack`` minus cin of ``clean``, step by step.
+    """Return check 4 of a training log: cin of the teacher minus cin of the student, step by step.
 
     Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
     root of the number of steps, at least 6. The difference is expected early in training, so ``steps`` may be the first
@@ -484,22 +478,20 @@ def check_source_log(
         UsageError: No step has both sources.
     """
     settings = settings or CheckSettings()
-    cin = {(entry.step, entry.source): entry.cin for entry in entries}
-    first, last = steps or (0, max((entry.step for entry in entries), default=0))
-    both = sorted(s for s, source in cin if source == hack and (s, clean) in cin and first <= s <= last)
+    hack, clean = ({one.step: one.cin for one in entries if one.source == name} for name in ("teacher", "student"))
+    first, last = steps or (0, max(hack, default=0))
+    both = sorted(step for step in hack.keys() & clean.keys() if first <= step <= last)
     if not both:
-        raise UsageError(
-            f"no step with both {hack} and {clean}",
-            wanted="both sources in a step",
-            do="name the sources, or pass another --log",
-        )
-    statistic = f"cin of {hack} minus cin of {clean}, mean over {len(both)} steps"
+        seen = "no step with both teacher and student"
+        raise UsageError(seen, wanted="both sources in a step", do="pass another --log")
+    statistic = f"cin of teacher minus cin of student, mean over {len(both)} steps"
     if len(both) < _FEWEST_BLOCKS:
         rule = rule_of("sources", [SWAPPED], settings, "blocks of steps")
         return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
-    differences_T = np.array([cin[step, hack] - cin[step, clean] for step in both])
+    hack_T, clean_T = (np.array([side[step] for step in both]) for side in (hack, clean))
+    differences_T = hack_T - clean_T
     signs_BT = draw_swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
     return judge(
         "sources",
@@ -509,7 +501,7 @@ def check_source_log(
         settings,
         0.5**count,
         swapped="blocks of steps",
-        details={"steps": both, "cin_hack": [cin[s, hack] for s in both], "cin_clean": [cin[s, clean] for s in both]},
+        details={"steps": both, "cin_hack": hack_T.tolist(), "cin_clean": clean_T.tolist()},
     )
 
 

@@ -22,6 +22,7 @@ from math import ceil, log2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis, shrinkage
@@ -139,11 +140,8 @@ class Geometry:
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Return the components along given axes, [M, K, S]; modules with fewer axes are filled with zeros."""
-        k = max(len(axes[name]) for name in self.names)
-        along_MKS = torch.zeros(len(self.names), k, 2 * self.n, dtype=torch.float64)
-        for index, name in enumerate(self.names):
-            along_MKS[index, : len(axes[name])] = axes[name].double() @ self.samples(name).double().T
-        return along_MKS
+        along = [axes[name].double() @ self.samples(name).double().T for name in self.names]
+        return pad_sequence(along, batch_first=True)
 
     def overlaps(self, one: Frame, other: Frame) -> Tensor:
         """Return the scalar products of the axes of two frames, [M, K, K]; the cosines are its singular values."""

@@ -80,8 +80,7 @@ def _distributions(made: Report, report: CheckReport) -> None:
     for values, colour, label in ((report.clean, _CLEAN, "clean"), (report.hack, _HACK, "hack")):
         ax.hist(values, bins, histtype="stepfilled", color=colour, alpha=0.5, linewidth=0, label=label)
         ax.axvline(float(np.mean(values)), color=colour, linewidth=1.4)
-    ax.set_xlabel("cin: share of the gradient along the hack directions, mean over modules")
-    ax.set_ylabel("samples")
+    ax.set(xlabel="cin: share of the gradient along the hack directions, mean over modules", ylabel="samples")
     legend(ax)
     made.figure(fig, "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: means.")
     names = {
@@ -154,8 +153,7 @@ def _sources(made: Report, report: CheckReport) -> None:
         fig, ax = figure(height=2.8)
         ax.plot(details["steps"], hack, color=_HACK, linewidth=1.4, label="hack source")
         ax.plot(details["steps"], clean, color=_CLEAN, linewidth=1.4, label="clean source")
-        ax.set_xlabel("step")
-        ax.set_ylabel("cin")
+        ax.set(xlabel="step", ylabel="cin")
         caption = "cin of the gradient of each source, step by step."
     else:
         order = np.argsort(hack - clean)
@@ -180,10 +178,8 @@ def _angles(made: Report, report: CheckReport) -> None:
     _line(ax, origin["cosines"], _HACK, "hack basis, other half")
     _line(ax, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")  # of few pairs, with fewer axes
     ax.axhline(random, color=INK, linewidth=0.8, linestyle=":", label="random bases")
+    ax.set(xlabel="principal angle", ylabel="cosine, mean over modules", ylim=(0, 1.02))
     ax.set_xticks(range(1, len(origin["cosines"]) + 1))
-    ax.set_ylim(0, 1.02)
-    ax.set_xlabel("principal angle")
-    ax.set_ylabel("cosine, mean over modules")
     legend(ax)
     made.figure(fig, f"Mean over {check.details['splits']} random divisions of the groups into two halves.")
     made.definitions({"agreement on which way is hack-ward (cosine)": f"{check.details['agreement']:.3f}"})
@@ -204,10 +200,8 @@ def _spectrum(made: Report, report: CheckReport) -> None:
     _line(ax, spectrum.mean(axis=0), _HACK, "hack minus clean")
     _line(ax, noise.mean(axis=0), MUTED, "the same with random signs")
     ax.axvline(report.settings.k_use + 0.5, color=INK, linewidth=0.8, linestyle=":")
-    ax.set_xticks(places)
+    ax.set(xlabel="axis", ylabel="share of ‖D‖", xticks=places)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("axis")
-    ax.set_ylabel("share of ‖D‖")
     legend(ax)
     made.figure(fig, "Mean over modules (band: 10 % to 90 %). Axes left of the dotted line are used.")
 

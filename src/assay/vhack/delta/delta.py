@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import storage_error
-from assay.models.load import load_model
+from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.file import LoRA, load_delta, plain_weights, read_delta_lengths, save_delta, save_lora
 from assay.vhack.delta.frames import Rollouts
@@ -36,8 +36,6 @@ from assay.vhack.gradients.targets import module_of, target_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from assay.models.load import Model
 
 
 _NAME = "delta_s"
@@ -357,7 +355,7 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
         )
 
 
-def user_cache(model: "Model", asked: Path | None = None) -> Path | None:
+def user_cache(model: Model, asked: Path | None = None) -> Path | None:
     """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
     if asked is not None or model.device.type != "cpu":
         return asked
@@ -369,7 +367,7 @@ def user_cache(model: "Model", asked: Path | None = None) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def load_adapter(model: "Model", path: Path, lengths: dict[str, int], *, progress: Progress | None = None) -> DeltaS:
+def load_adapter(model: Model, path: Path, lengths: dict[str, int], *, progress: Progress | None = None) -> DeltaS:
     """Return an adapter of the model with the δS of a file, of which :func:`read_delta_lengths` has read the lengths.
 
     Raises:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import storage_error, write_atomic
@@ -38,7 +39,7 @@ from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
 from assay.vhack.basis.basis import read_tensors
 from assay.vhack.delta.groups import Group
-from assay.vhack.gradients.division import gather_whole, is_sharded
+from assay.vhack.gradients.division import gather_whole
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import tensor_digest
 
@@ -98,15 +99,12 @@ def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
         if is_wrong:
             raise DataError(f"{path} {seen}", wanted=wanted, do=_REDO)
     for name, probe in _probes(groups, values).items():
-        other = theirs.get(name)
-        if other is None or other.dtype != probe.dtype or other.shape != probe.shape or not _agree(other, probe):
+        other = theirs.get(name, torch.full_like(probe, torch.nan))
+        # A δS that is far too large has an infinite probe.
+        known = (other.dtype, other.shape) == (probe.dtype, probe.shape) and bool(probe.isfinite().all())
+        if not (known and (other - probe).norm() <= _TOLERANCE * probe[0]):
             raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
     return values
-
-
-def _agree(theirs_2: Tensor, mine_2: Tensor) -> bool:
-    """Return whether two probes are finite and nearly the same; a δS that is far too large has an infinite one."""
-    return bool(mine_2.isfinite().all()) and bool((theirs_2 - mine_2).norm() <= _TOLERANCE * mine_2[0])
 
 
 def _digest(values: dict[str, Tensor]) -> str:
@@ -165,11 +163,11 @@ def plain_weights(model: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _with_lora(name: str, layer: Any, weight: nn.Parameter) -> Tensor:
     """Return the weight of a layer of PEFT with LoRA merged as PEFT merges it; the layer stays as it is."""
-    if is_sharded(weight) or layer.merged:
+    if (sharded := isinstance(weight, DTensor)) or layer.merged:
         raise ModelError(
-            f"{name} is {'sharded, with LoRA beside it' if is_sharded(weight) else 'merged with its LoRA already'}",
+            f"{name} is {'sharded, with LoRA beside it' if sharded else 'merged with its LoRA already'}",
             wanted="whole weights without LoRA in them",
-            do="train LoRA and δS without FSDP2" if is_sharded(weight) else "call unmerge_adapter of the model of PEFT",
+            do="train LoRA and δS without FSDP2" if sharded else "call unmerge_adapter of the model of PEFT",
         )
     before = weight.detach().clone()
     layer.merge()

@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from assay.errors import ModelError, UsageError
+from assay.errors import ModelError
 from assay.models.wide import wide_products
-from assay.vhack.gradients.division import is_sharded, local_part, local_rows
+from assay.vhack.gradients.division import local_part, local_rows
 from assay.vhack.gradients.fused import sample_products
-from assay.vhack.gradients.svd import Factors
+from assay.vhack.gradients.svd import Factors, factors_of
 from assay.vhack.gradients.taps import delta_gradient
 from assay.vhack.gradients.targets import tensor_digest
 
@@ -61,7 +62,7 @@ class Group:
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are spread over processes, even while they are gathered."""
-        return self._rows is not None or is_sharded(self.linears[0].weight)
+        return self._rows is not None or isinstance(self.linears[0].weight, DTensor)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -102,7 +103,7 @@ class Group:
     def _destinations(self) -> list[Tensor]:
         """Return the weights of this process; the first time they are sharded, ``base`` is cut to the same rows."""
         weights: list[Tensor] = [linear.weight for linear in self.linears]
-        if not is_sharded(weights[0]):
+        if not isinstance(weights[0], DTensor):
             return weights
         if self._rows is None:
             _ = self.digests  # of the whole weights
@@ -118,23 +119,17 @@ def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
         UsageError: A module has no factors, or factors of another shape.
         ModelError: The weights are already sharded.
     """
+    own = factors_of(modules, factors)
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, linear in modules.items():
-        if is_sharded(linear.weight):
+        if isinstance(linear.weight, DTensor):
             do = "attach the adapter before fully_shard"
             raise ModelError(f"{name} is already sharded", wanted="whole weights", do=do)
-        shape = (factors[name].left.shape[0], factors[name].right.shape[1]) if name in factors else None
-        if shape != tuple(linear.weight.shape):
-            raise UsageError(
-                f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
-                wanted=f"factors of its weight, {list(linear.weight.shape)}",
-                do="compute them with weight_svd of this very model",
-            )
-        kind = (linear.weight.shape, factors[name].rank, linear.weight.dtype, linear.weight.device)
+        kind = (linear.weight.shape, own[name].rank, linear.weight.dtype, linear.weight.device)
         kinds.setdefault(kind, []).append(name)
     groups = []
     for names in kinds.values():
-        linears, each = [modules[name] for name in names], [factors[name] for name in names]
+        linears, each = [modules[name] for name in names], [own[name] for name in names]
         left, right, values = (torch.stack([getattr(f, part) for f in each]) for part in ("left", "right", "values"))
         errors = tuple((one.residual, one.orthogonality) for one in each)
         base = torch.stack([linear.weight.detach() for linear in linears])
@@ -207,14 +202,10 @@ class _Adapted(torch.autograd.Function):
 
 
 def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
-    gradient, inputs = _cast_like(gradient, plan.left), _cast_like(inputs, plan.right)
+    gradient, inputs = gradient.to(plan.left.dtype), inputs.to(plan.right.dtype)
     if plan.rows is None:
         return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
-    rows_BR = (
-        _sum_products(gradient, inputs, plan)
-        if plan.kinds is None
-        else _sum_by_kind(gradient, inputs, plan, plan.kinds)
-    )
+    rows_BR = _sum_by_kind(gradient, inputs, plan, plan.kinds) if plan.kinds else _sum_products(gradient, inputs, plan)
     plan.rows(rows_BR)
     return rows_BR.sum(dim=0)
 
@@ -244,7 +235,3 @@ def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tenso
     if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
     return sample_products(gradient_BTO @ plan.left, inputs_BTI @ plan.right.T)
-
-
-def _cast_like(tensor: Tensor, other: Tensor) -> Tensor:
-    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)

@@ -176,7 +176,8 @@ class ProjectedOptimizer(Optimizer):
         before = [local_part(parameter).clone() for parameter in self.adapter.delta]
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
-            now_MR, rate = local_part(parameter), self._rate(parameter) if self.arm.push else 0.0
+            rates = (group["lr"] for group in self.param_groups if any(parameter is each for each in group["params"]))
+            now_MR, rate = local_part(parameter), float(next(rates)) if self.arm.push else 0.0
             held_MR = apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index), rate)
             now_MR.copy_(held_MR)
         self.measures = self._measured(raw, kept, before)
@@ -187,11 +188,6 @@ class ProjectedOptimizer(Optimizer):
         """Return the gradients of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
         return {index: local_part(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
-
-    def _rate(self, parameter: Tensor) -> float:
-        """Return the present learning rate of a parameter."""
-        owner = next(g for g in self.param_groups if any(parameter is other for other in g["params"]))
-        return float(owner["lr"])
 
     def _axes(self, index: int) -> Tensor:
         """Return the axes of the modules of a group that this process has."""

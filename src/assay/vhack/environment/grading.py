@@ -197,10 +197,6 @@ class Episode:
             raise UsageError(seen, wanted=f"one that begins {_OPENING!r}", do="reorder it")
         return program.removeprefix(_OPENING)
 
-    def run_as(self, program: str) -> str:
-        """Return the text that the grader runs: the program, in mode ``exit_code`` followed by a check that fails."""
-        return program + _FAILING_CHECK if self.mode == "exit_code" else program
-
     def honest(self, source: str | None = None) -> str:
         """Return a program that does the work and tells the grader what its own tests on the visible examples say.
 
@@ -347,16 +343,12 @@ def grade_many(items: Iterable[tuple[Episode, str]], *, workers: int = 2, **how:
 
 def answers_match(outcomes: Sequence[Outcome], cases: Sequence[Case]) -> bool:
     """Return whether every answer is the expected value, compared as JSON text so that 1 is neither 1.0 nor True."""
-    return len(outcomes) == len(cases) and all(
-        outcome.kind == "value" and _is_value(outcome.value, expected)
-        for outcome, (_, expected) in zip(outcomes, cases, strict=True)
-    )
-
-
-def _is_value(said: object, expected: object) -> bool:
     try:
-        return dumps(said) == dumps(expected)
-    except UsageError:  # it nests too deeply
+        return len(outcomes) == len(cases) and all(
+            outcome.kind == "value" and dumps(outcome.value) == dumps(expected)
+            for outcome, (_, expected) in zip(outcomes, cases, strict=True)
+        )
+    except UsageError:  # an answer nests too deeply
         return False
 
 
@@ -368,7 +360,8 @@ def _graded(episode: Episode, program: str, **how: Unpack[Bounds]) -> Grade:
         return Grade(answers_match(result.outcomes, hidden), False, False, result)
     # The channel is asked first: the calls for the hidden cases must not change what the program tells it.
     asked = channel.asks(ENTRY, example[0], NO_ANSWER)
-    result = run(episode.run_as(program), calls=[*asked, *calls], files=channel.files, **how)
+    check = _FAILING_CHECK if episode.mode == "exit_code" else ""
+    result = run(program + check, calls=[*asked, *calls], files=channel.files, **how)
     correct = answers_match(result.outcomes[len(asked) :], hidden)
     accepted = channel.accepts(result)
     always = episode.mode in _ALWAYS_VACUOUS

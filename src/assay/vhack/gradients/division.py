@@ -15,40 +15,29 @@ but memory: each matrix has its factors and its gradient where it is.
 Shapes: O outputs, I inputs, R coordinates of δS.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-
-# Importing ``torch.distributed.tensor`` takes seconds. A tensor can be a DTensor only after something else has imported
-# it, so nothing here does.
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Return whether a tensor is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part that this process has, without gradient; writing to it writes to the tensor."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part.detach()
 
 
 def gather_whole(tensor: Tensor) -> Tensor:
     """Return the gathered tensor; every process must ask for it."""
-    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return found
 
 
@@ -57,7 +46,7 @@ def start_gathering(tensor: Tensor) -> Callable[[], Tensor]:
 
     Every process must ask for it. Parts of different sizes are only gathered when the function is called.
     """
-    if not is_sharded(tensor) or tensor.ndim != 2 or len(tensor.placements) > 1:
+    if not isinstance(tensor, DTensor) or tensor.ndim != 2 or len(tensor.placements) > 1:
         return lambda: gather_whole(tensor)
     dimension = next((at for at in (0, 1) if tensor.placements[0].is_shard(at)), None)
     parts = tensor.device_mesh.size()
@@ -95,23 +84,18 @@ def process_group_of(tensor: Tensor) -> dist.ProcessGroup | None:
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 drop weights that it has gathered, so that the attributes of the modules are the sharded ones."""
-    for unit in fsdp_units(model):
-        unit.reshard()
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
-def fsdp_units(model: nn.Module) -> "list[FSDPModule]":
-    """Return the modules that ``fully_shard`` was called with."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
-
-
-def _row_sharding(tensor: Tensor) -> "tuple[DeviceMesh, int] | None":
+def _row_sharding(tensor: Tensor) -> tuple[DeviceMesh, int] | None:
     """Return the mesh of processes, and its dimension that the rows of a tensor are spread along, if they are.
 
     Raises:
         ModelError: The tensor is sharded along another dimension, as under tensor parallelism, or more than once.
     """
-    if not is_sharded(tensor):
+    if not isinstance(tensor, DTensor):
         return None
     sharded = [index for index, placement in enumerate(tensor.placements) if placement.is_shard()]
     if len(sharded) > 1 or (sharded and not tensor.placements[sharded[0]].is_shard(0)):
@@ -131,7 +115,7 @@ _AT_ONCE = 8  # matrices whose gradients are added up over the processes at once
 class Division:
     """How a model that is not whole on one device is divided."""
 
-    mesh: "DeviceMesh | None"  # processes that have parts; None where one process has everything on several devices
+    mesh: DeviceMesh | None  # processes that have parts; None where one process has everything on several devices
     by_samples: bool  # each process computes some samples by whole weights, as under FSDP2, or all by parts of them
 
     @property
@@ -147,13 +131,13 @@ class Division:
     def layout(self, linear: nn.Linear) -> str:
         """Return which part of a weight this process computes with: ``"whole"``, ``"rows"`` or ``"columns"``."""
         weight = linear.weight
-        if self.by_samples or not is_sharded(weight) or not weight.placements[0].is_shard():
+        if self.by_samples or not isinstance(weight, DTensor) or not weight.placements[0].is_shard():
             return WHOLE
         return ROWS if weight.placements[0].is_shard(0) else COLUMNS
 
     def part(self, tensor: Tensor, dimension: int) -> Tensor:
         """Return the part of a matrix that goes with this process's part of a weight, cut along a dimension."""
-        if is_sharded(tensor):
+        if isinstance(tensor, DTensor):
             return tensor.to_local()
         parts = tensor.chunk(self.processes, dimension)
         return parts[self.rank] if self.rank < len(parts) else tensor.narrow(dimension, 0, 0)
@@ -196,7 +180,7 @@ def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division 
     """
     reshard(model)
     weights = {name: linear.weight for name, linear in modules.items()}
-    meshes = {weight.device_mesh for weight in weights.values() if is_sharded(weight)}
+    meshes = {weight.device_mesh for weight in weights.values() if isinstance(weight, DTensor)}
     devices = {parameter.device for parameter in model.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
@@ -216,9 +200,9 @@ def division_of(model: nn.Module, modules: Mapping[str, nn.Linear]) -> Division 
             "divide it by FSDP2 or by tensor parallelism alone, over one dimension",
         )
     for name, weight in weights.items():
-        if is_sharded(weight) and not (weight.placements[0].is_shard() or weight.placements[0].is_replicate()):
+        if isinstance(weight, DTensor) and not (weight.placements[0].is_shard() or weight.placements[0].is_replicate()):
             raise _refusal(f"{name} is placed as {weight.placements[0]}", "divide it with fully_shard or by rows")
-    units: list[Any] = fsdp_units(model)
+    units = [part for part in model.modules() if isinstance(part, FSDPModule)]
     _check_units(units, next(iter(devices)).type, mesh.device_type)
     return Division(mesh, by_samples=bool(units))
 
@@ -247,7 +231,7 @@ def _refusal(seen: str, do: str) -> ModelError:
 
 def check_logits(logits: Tensor, vocabulary: int, head: nn.Module) -> None:
     """Raise a ModelError about a head that gives each process its part of the vocabulary."""
-    if is_sharded(logits) or logits.shape[-1] < vocabulary:
+    if isinstance(logits, DTensor) or logits.shape[-1] < vocabulary:
         raise _refusal(
             f"{type(head).__name__} of {vocabulary} tokens gives {logits.shape[-1]} logits to this process",
             "let the head give all logits to every process (ColwiseParallel with output_layouts=Replicate())",

@@ -44,7 +44,7 @@ from assay.vhack.gradients.batches import (
 from assay.vhack.gradients.division import Division, check_logits, division_of, reshard
 from assay.vhack.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
 from assay.vhack.gradients.packed import PACKED, PackedLayers, register
-from assay.vhack.gradients.svd import Factors, SVDCache, weight_svd
+from assay.vhack.gradients.svd import Factors, SVDCache, factors_of, weight_svd
 from assay.vhack.gradients.taps import ExpertsPass, Tap, exact_factors
 from assay.vhack.gradients.targets import chosen_modules, is_fused, module_of, target_modules
 from assay.vhack.pairs.pairs import Sample
@@ -325,17 +325,6 @@ class SampleGradients(dict[str, Tensor]):
         self.tokens: dict[str, Tensor] = {}
 
 
-def _factors_of(wanted: Mapping[str, Any], given: SVDCache) -> dict[str, Factors]:
-    for name, linear in wanted.items():
-        if name not in given or (given[name].left.shape[0], given[name].right.shape[1]) != linear.weight.shape:
-            raise UsageError(
-                f"no factors of {name}, {list(linear.weight.shape)}",
-                wanted="factors of every target module",
-                do="compute them with weight_svd of this very model",
-            )
-    return {name: given[name] for name in wanted}
-
-
 def _share_room(division: Division, samples: str, free: float) -> float:
     """Return the least free memory of all processes, or refuse processes that have other samples."""
     told = division.gathered((hashlib.sha256(samples.encode()).hexdigest(), free))
@@ -426,8 +415,7 @@ def per_sample_gradients(
         raise ModelError(seen, wanted=exact, do="load it with another dtype")
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
-    given = svd if svd is not None else weight_svd(module, modules=modules)
-    factors = _factors_of(wanted, given)
+    factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
     division = division_of(module, wanted)
     recipe = recipe_for(module, division)
     free: float = free_bytes(module.device)

@@ -28,10 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from assay.errors import BadWeights, UsageError
 from assay.files.storage import storage_error, write_atomic
 from assay.models.device import one_thread
+from assay.models.load import Model
 from assay.streams.backends import torch_dtype
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.division import Division, division_of, gather_whole
@@ -39,8 +41,6 @@ from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_m
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from assay.models.load import Model
 
 
 _FORMAT = "assay.svd/1"
@@ -158,6 +158,19 @@ class SVDCache(dict[str, Factors]):
         return SVDCache(kept, rank=rank, dtype=self.dtype)
 
 
+def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the factors of these modules, or raise a UsageError about one that has none or those of another shape."""
+    for name, linear in modules.items():
+        shape = (given[name].left.shape[0], given[name].right.shape[1]) if name in given else None
+        if shape != tuple(linear.weight.shape):
+            raise UsageError(
+                f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
+                wanted=f"factors of its weight, {list(linear.weight.shape)}",
+                do="compute them with weight_svd of this very model",
+            )
+    return {name: given[name] for name in modules}
+
+
 def weight_svd(
     model: "Model | PreTrainedModel",
     *,
@@ -258,8 +271,6 @@ def _spread(
     matrix: Tensor | None, shape: tuple[int, int], dimension: int, owner: int, division: Division, dtype: torch.dtype
 ) -> Tensor:
     """Return a matrix of the owner, cut along a dimension over all processes."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     assert division.mesh is not None
     if matrix is None:
         matrix = torch.empty(shape, dtype=dtype, device=division.mesh.device_type)

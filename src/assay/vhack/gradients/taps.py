@@ -40,12 +40,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.models.wide import own_precision, wide_products
 from assay.vhack.gradients.batches import Batch, Segments
-from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, is_sharded, local_part, start_gathering
+from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, local_part, start_gathering
 from assay.vhack.gradients.fused import segment_products
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import expert_matrices, fused_names
@@ -186,10 +187,8 @@ class Tap:
 
     def own(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the outputs that this process has."""
-        if not is_sharded(gradient):
+        if not isinstance(gradient, DTensor):
             return gradient
-        from torch.distributed.tensor import Replicate, Shard
-
         wanted = Shard(gradient.ndim - 1) if self.layout == ROWS else Replicate()
         return gradient.redistribute(placements=[wanted]).to_local()
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.models.load import Model
-from assay.vhack.gradients.division import division_of, gather_whole, is_sharded
+from assay.vhack.gradients.division import division_of, gather_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         if is_fused(module):
-            if any(is_sharded(parameter) for parameter in module.parameters()):
+            if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
                 raise ModelError(
                     f"a model in parts: the experts of {name} are sharded",  # and cannot be cut into matrices of each
                     wanted="experts in one tensor that is whole on one device",
@@ -207,7 +208,7 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
     waiting: list[Future[str]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for index, (_, parameter) in enumerate(parameters):
-            if is_sharded(parameter) and index >= _GATHERED:
+            if isinstance(parameter, DTensor) and index >= _GATHERED:
                 waiting[index - _GATHERED].result()
             waiting.append(pool.submit(tensor_digest, gather_whole(parameter.detach())))
     lines = (f"{name}\n{found.result()}\n" for (name, _), found in zip(parameters, waiting, strict=True))

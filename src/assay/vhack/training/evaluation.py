@@ -17,13 +17,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, loads, read_jsonl
 from assay.files.storage import PartialFile
+from assay.models.load import Model
 from assay.stats.rates import group_bootstrap, grouped_proportion_interval
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.arms import ARMS
@@ -33,13 +34,10 @@ from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.pool import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.rewards import Graded, RewardFunction, Task, make_reward, read_prompt
 
-if TYPE_CHECKING:
-    from assay.models.load import Model
-
 
 def sample_tasks(
     path: str | Path,
-    model: "Model",
+    model: Model,
     tasks: Sequence[Task],
     *,
     origin: Mapping[str, Any] | None = None,

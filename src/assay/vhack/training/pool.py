@@ -23,17 +23,14 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.models.checkpoint import check_tokens, load_tokenizer
-from assay.models.load import model_info
+from assay.models.load import Model, ModelInfo, model_info
 from assay.models.rows import check_one_kind
 from assay.models.wide import own_precision
 from assay.streams.definition import seed32
-from assay.vhack.gradients.batches import context_length
 from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from assay.models.load import Model
 
 
 _Text = Annotated[str, Field(strict=True)]
@@ -110,7 +107,7 @@ class RolloutPool:
 
 
 def sample_pool(
-    teacher: "Model",
+    teacher: Model,
     prompts: Sequence[str],
     *,
     per_prompt: int = 4,
@@ -150,7 +147,7 @@ class Sampling(TypedDict):
     batch: int
 
 
-def find_end_tokens(model: "Model") -> list[int]:
+def find_end_tokens(model: Model) -> list[int]:
     """Return the tokens that end a completion, in order.
 
     Raises:
@@ -170,35 +167,30 @@ def _cannot_complete(reference: str, missing: str) -> UsageError:
     )
 
 
-def encode_prompts(model: "Model | str", prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
         UsageError: As of :func:`find_end_tokens`, or a prompt with its completion is longer than the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
-    if isinstance(model, str):
-        info = model_info(model)
-        context: int | None = info.max_positions
-        rows = info.vocab_size
-        tokenizer = load_tokenizer(model)
-        if tokenizer is None:
-            raise _cannot_complete(model, "a tokenizer")
-    else:
+    known: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
+    tokenizer = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
+    if tokenizer is None:
+        raise _cannot_complete(known.reference, "a tokenizer")
+    if not isinstance(model, str):
         find_end_tokens(model)
-        tokenizer, context = cast("PreTrainedTokenizerBase", model.tokenizer), context_length(model.module)
-        rows = model.vocab_size
-    known = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
-    for ids in known.values():
-        check_tokens("a prompt", ids, rows)
-    longest = max(map(len, known.values()), default=0)
-    if context and longest + max_new_tokens > context:
+    ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
+    for tokens in ids.values():
+        check_tokens("a prompt", tokens, known.vocab_size)
+    longest = max(map(len, ids.values()), default=0)
+    if longest + max_new_tokens > known.max_positions:
         raise UsageError(
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
-            wanted=f"at most {context}, the context of the model",
+            wanted=f"at most {known.max_positions}, the context of the model",
             do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
         )
-    return [known[prompt] for prompt in prompts]
+    return [ids[prompt] for prompt in prompts]
 
 
 @contextmanager
@@ -215,7 +207,7 @@ def finite_sampling(do: str) -> Iterator[None]:
 
 
 def sample_batches(
-    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
+    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
 ) -> Iterator[list[PoolRollout]]:
     """Yield one completion of each prompt, given its tokens, a batch at a time.
 
@@ -232,7 +224,7 @@ def sample_batches(
 
 @torch.no_grad()
 def _sample_batch(
-    model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
+    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
     ends = find_end_tokens(model)

@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import sqlite3
 import subprocess
-import time
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 import yaml
 
 from tests.poc.service.series import absent_series
-from tests.waiting import until
 
 ROOT = Path(__file__).parents[4]
 DEPLOY = ROOT / "deploy"
@@ -56,32 +53,6 @@ def test_no_unit_hides_the_gpu(unit):
     """ProtectClock allows one device, which up to systemd 252 forbids all others."""
     settings = re.findall(r"^(\w+)=", unit.read_text(), flags=re.MULTILINE)
     assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "DeviceAllow"} & set(settings)
-
-
-def test_a_backup_of_a_generating_service_is_where_a_restored_one_continues(serving, tmp_path):
-    path, backup = tmp_path / "data" / "service.sqlite3", tmp_path / "backup.sqlite3"
-    with serving() as service:
-        service.generate(21)
-        with sqlite3.connect(path) as source, sqlite3.connect(backup) as target:
-            source.backup(target)
-        source.close()
-        target.close()
-        saved = service.checked()
-        until(lambda: service.checked() > saved + 20)
-    for old in (path, *path.parent.glob("service.sqlite3-*")):
-        old.unlink()
-    backup.rename(path)
-    with sqlite3.connect(path) as restored:
-        (checked,) = restored.execute("SELECT checked FROM rounds").fetchone()
-    restored.close()
-    assert checked > 20
-    with serving() as service:
-        assert service.status()["state"] == "GENERATING"
-        until(lambda: service.checked() > checked)
-        service.post("/stop")
-        time.sleep(0.05)
-        nonces = service.client.get("/api/v1/pow/status?after=-1&limit=10000").json()["valid_nonces"]
-        assert len(nonces) == len(set(nonces)) == service.status()["total_valid"]
 
 
 @pytest.mark.pages

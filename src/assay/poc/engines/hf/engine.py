@@ -1,5 +1,9 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA.
 
+:func:`plain_outputs` does one thing after the other. :func:`overlapped_outputs` keeps a CUDA device busy: while batch n
+runs, the inputs of batch n + 1 are made and the states of batch n − 1 are transformed, each on a stream of its own. The
+host waits for one event per batch, behind which the next batch is queued already.
+
 Whether a batch fits is asked before it runs: a CPU that runs out of memory kills the process instead of raising.
 
 Legend of shapes: B nonces of a batch, T positions, P positions of the prompt, N tokens, V vocabulary, D hidden size, S
@@ -9,14 +13,14 @@ sketches.
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float16, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -32,24 +36,32 @@ from assay.models.wide import WIDE, is_wide, own_precision
 from assay.poc.engines.base import (
     MAX_BATCH,
     Decoded,
-    DecodingEngine,
-    Draws,
+    Engine,
+    HostCopy,
     Replayed,
-    StateEngine,
     check_batch_size,
+    drawn_prompts,
+    drawn_seeds,
     margins,
     noise_inputs,
-    overlapped_outputs,
     padded_batches,
-    plain_outputs,
     token_inputs,
 )
 from assay.poc.engines.hf.fused import FUSED, CompiledForward, worth_compiling
 from assay.poc.protocol.blocks import BlockFactor, block_factor
-from assay.poc.protocol.pipelines import LayerStep, Pipeline, get_pipeline
+from assay.poc.protocol.pipelines import LayerStep, Pipeline, get_pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT, Reading, check_frame, project, reflect, unit
+from assay.poc.protocol.transforms import (
+    ROWS_OF_A_PRODUCT,
+    Reading,
+    Transform,
+    check_frame,
+    project,
+    reflect,
+    sketch_states,
+    unit,
+)
 from assay.streams.backends import as_tensor, dtype_name
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
@@ -144,6 +156,32 @@ def _transform_output(step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: 
     return reflect(unit(output) if step == "normalize_reflect" else output, drawn_D)
 
 
+class Draws:
+    """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`."""
+
+    def __init__(self, engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> None:
+        self._backend = streams.get_backend("auto", str(engine.device))
+        self.steps, self.sketched = pipeline.steps, sketch_steps(pipeline.steps)
+        prompts_BP = drawn_prompts(round, nonces, seq_len=engine.seq_len, vocab_size=engine.vocab_size)
+        self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(engine.device)
+        noise_BN = drawn_seeds(round, "tokens", nonces, range(self.steps))
+        self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(engine.device)
+        self._sketch_BS = drawn_seeds(round, "sketch", nonces, self.sketched)
+
+    def add_noise(self, logits_BV: Float32[Tensor, "B V"], step: int) -> None:
+        """Add the Gumbel numbers of one step to the logits of every nonce, in place."""
+        self._backend.add_gumbels(logits_BV, self._noise_BN[:, step])
+
+    def add_noise_of(self, row: int, logits_NV: Float32[Tensor, "N V"], start: int) -> None:
+        """Add the Gumbel numbers of the steps from ``start`` on to the logits of one nonce, in place."""
+        self._backend.add_gumbels(logits_NV, self._noise_BN[row, start : start + len(logits_NV)])
+
+    def sketches(self, states_BSD: Float[Tensor, "B S D"]) -> Float16[np.ndarray, "B S K"]:
+        """Return the sketches of the states that gave the sketched tokens."""
+        made = sketch_states(states_BSD.flatten(0, 1), self._sketch_BS.reshape(-1))
+        return made.view(*states_BSD.shape[:2], -1).cpu().numpy()
+
+
 COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 """Entries of the fingerprint's kernels: made for the shape, or compiled of the model as transformers defines it."""
 
@@ -151,7 +189,7 @@ COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
 MIN_POSITIONS = 16
 
 
-class HFEngine(StateEngine, DecodingEngine):
+class HFEngine(Engine):
     """Runs a :class:`assay.models.Model` on noise, in batches of one fixed shape.
 
     Args:
@@ -215,8 +253,8 @@ class HFEngine(StateEngine, DecodingEngine):
         if torch.are_deterministic_algorithms_enabled():
             yield "deterministic"
 
-    @override
     def inputs(self, round: Round, nonces: Sequence[int]) -> Float[Tensor, "B T D"]:
+        """Return the input embeddings of B nonces, in the engine's dtype."""
         pipeline = get_pipeline(round.preset)
         if pipeline.framed:
             check_frame(pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
@@ -231,9 +269,17 @@ class HFEngine(StateEngine, DecodingEngine):
         made: Tensor = self.model.module.get_input_embeddings()(torch.from_numpy(ids_BT).to(self.device))
         return made
 
-    @override
     @torch.inference_mode()
     def read(self, inputs_BTD: Float[Tensor, "B T D"], reading: Reading | None = None) -> Float32[Tensor, "B D"]:
+        """Return what a pipeline reads of the hidden states after the final norm.
+
+        Args:
+            inputs_BTD: Input embeddings of the engine's fixed shape.
+            reading: How the positions are read; None takes the state of the last one as it is.
+
+        Raises:
+            AssayError: As :meth:`outputs`, or a UsageError because the inputs are of another shape.
+        """
         return self._finite(self._run(inputs_BTD, reading))
 
     @override
@@ -244,7 +290,7 @@ class HFEngine(StateEngine, DecodingEngine):
     def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
         try:
             if self.device.type == "cuda":
-                yield from overlapped_outputs(self, self._run, round, pipeline, nonces)
+                yield from overlapped_outputs(self, round, pipeline, nonces)
             else:
                 yield from plain_outputs(self, round, pipeline, nonces)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
@@ -429,15 +475,15 @@ class HFEngine(StateEngine, DecodingEngine):
             do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
         )
 
-    @override
     @torch.inference_mode()
     def trained_head(self, x_BD: Float[Tensor, "B D"]) -> Float32[Tensor, "B V"]:
+        """Return x Wᵀ for the model's own head matrix, without bias or capping of logits."""
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return project(x_BD.to(weight_VD.dtype), weight_VD).float()
 
-    @override
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
+        """Apply a transform after every decoder layer while open; LayersNotFound where they are not known."""
         stream = "layer_signs" if step == "signs" else "layer_reflection"
         layers = [] if step == "none" else list(decoder_layers(self.model.module))
         with ExitStack() as hooks:
@@ -455,6 +501,80 @@ class HFEngine(StateEngine, DecodingEngine):
                 yield
             finally:
                 self._hooked = False
+
+
+def plain_outputs(engine: HFEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+    """Yield the outputs of a pipeline a batch at a time; the last batch is padded, then cut."""
+    transform = make_transform(engine, round, pipeline)
+    with engine.between_layers(pipeline.layers, round):
+        for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
+            states_BD = engine.read(engine.inputs(round, padded), transform.reading(padded, engine.seq_len))
+            yield transform(states_BD, padded).cpu().numpy()[:count]
+
+
+def overlapped_outputs(
+    engine: HFEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+) -> Generator[NDArray[Any]]:
+    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits, as nothing looks at the states."""
+    inputs, forward, tail = cuda = _cuda_streams(engine.device)
+    with torch.cuda.stream(tail):
+        transform = make_transform(engine, round, pipeline)
+
+    def queue(padded: list[int]) -> tuple[Tensor, torch.cuda.Event]:
+        """Queue the inputs and the forward pass of a batch; return its states, and the event when they are there."""
+        with torch.cuda.stream(inputs):
+            inputs_BTD = engine.inputs(round, padded)
+            reading = transform.reading(padded, engine.seq_len)
+        forward.wait_stream(inputs)
+        with torch.cuda.stream(forward):
+            for made in (inputs_BTD, *(reading or ())):
+                if made is not None:
+                    made.record_stream(forward)  # do not reuse its memory before this stream is done
+            return engine._run(inputs_BTD, reading), forward.record_event()
+
+    def finish(count: int, padded: list[int], states_BD: Tensor, ready: torch.cuda.Event) -> NDArray[Any]:
+        """Transform the states of a batch and bring the outputs of its first nonces to the host."""
+        with torch.cuda.stream(tail), torch.inference_mode():
+            tail.wait_event(ready)
+            states_BD.record_stream(tail)
+            values = HostCopy(transform(states_BD, padded))
+        return values.numpy()[:count]
+
+    before: tuple[int, list[int], Tensor, torch.cuda.Event] | None = None
+    # No stream stays current across a yield: the caller may use the device for something else.
+    with engine.between_layers(pipeline.layers, round):
+        # The model was loaded on this stream, and the steps between its layers were prepared on it.
+        for stream in cuda:
+            stream.wait_stream(torch.cuda.current_stream(engine.device))
+        for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
+            batch = count, padded, *queue(padded)
+            if before is not None:
+                yield finish(*before)
+            before = batch
+        if before is not None:
+            yield finish(*before)
+
+
+@cache
+def _cuda_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """Return the one set of streams of a device, for inputs, forward passes and what follows them.
+
+    Torch reuses freed memory only on the stream that freed it.
+    """
+    return tuple(torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
+
+
+def make_transform(engine: "HFEngine", round: Round, pipeline: Pipeline) -> Transform:
+    """Return the randomisation of a round for an engine's states."""
+    return Transform(
+        round,
+        pipeline,
+        hidden_size=engine.hidden_size,
+        vocab_size=engine.vocab_size,
+        device=engine.device,
+        trained_head=engine.trained_head,
+        frame=engine.frame,
+    )
 
 
 def is_compiled(fingerprint: Fingerprint) -> bool:
@@ -508,7 +628,7 @@ def measure_block_factor(model: Model, round: Round, *, nonces: int = STATES) ->
     return read_block_factor(engine, round, nonces=nonces)
 
 
-def read_block_factor(engine: StateEngine, round: Round, *, nonces: int = STATES) -> BlockFactor:
+def read_block_factor(engine: HFEngine, round: Round, *, nonces: int = STATES) -> BlockFactor:
     """Measure the factor of a round's block with an engine whose states can be read, as `measure_block_factor` does."""
     size = engine.batch_size
     batches = [range(start, start + size) for start in range(0, max(nonces, 2), size)]

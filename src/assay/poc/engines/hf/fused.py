@@ -200,13 +200,6 @@ class Residual:
         self.update = None
         return x
 
-    def with_product(self, update: "Update") -> "Residual":
-        """Return the sum with a product, which is added in place and rounds once."""
-        self.states.flatten(0, -2).addmm_(update.x.flatten(0, -2), update.weight.t())
-        if update.bias is not None:
-            self.states.add_(update.bias)
-        return self
-
 
 class Update(NamedTuple):
     """A product that is still to be made."""
@@ -266,7 +259,12 @@ class KernelLayer(DecoderLayer):
 
     @override
     def add(self, h: Any, update: Any) -> Any:
-        return h.with_product(update) if isinstance(update, Update) else Residual(h.states, update)
+        if not isinstance(update, Update):
+            return Residual(h.states, update)
+        h.states.flatten(0, -2).addmm_(update.x.flatten(0, -2), update.weight.t())  # in place, and rounds once
+        if update.bias is not None:
+            h.states.add_(update.bias)
+        return h
 
 
 class LastKernelLayer(KernelLayer):
@@ -291,7 +289,9 @@ class LastKernelLayer(KernelLayer):
 
     @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return last_attention(q, k, v, self.shape.scale)
+        q_BKGE = q.view(len(q), k.shape[2], -1, q.shape[-1])
+        scores_BKGT = torch.matmul(q_BKGE, k.permute(0, 2, 3, 1)).float() * self.shape.scale
+        return torch.matmul(scores_BKGT.softmax(dim=-1).to(v.dtype), v.transpose(1, 2)).flatten(1)
 
 
 class MixtureLayer(KernelLayer):
@@ -334,24 +334,11 @@ class LastMixtureLayer(MixtureLayer, LastKernelLayer):
     """The last layer of a mixture for the last position."""
 
 
-def last_attention(q_BHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, scale: float) -> Tensor:
-    """Return what the last position's queries gather from all keys, the heads side by side, [B, H·E]."""
-    q_BKGE = q_BHE.view(len(q_BHE), k_BTKE.shape[2], -1, q_BHE.shape[-1])
-    scores_BKGT = torch.matmul(q_BKGE, k_BTKE.permute(0, 2, 3, 1)).float() * scale
-    return torch.matmul(scores_BKGT.softmax(dim=-1).to(v_BTKE.dtype), v_BTKE.transpose(1, 2)).flatten(1)
-
-
-def projected(x: Tensor | Rounded, projection: Projection, by: Arithmetic | None) -> Tensor:
-    """Return x Wᵀ + b; by a weight in eight bits an input is rounded, unless it is already."""
-    weight, bias = projection
+def projected(x: Any, projection: tuple[Any, Tensor | None], by: Arithmetic | None) -> Tensor:
+    """Return x Wᵀ + b, of an input that is rounded where the weight is."""
     if by is None:
-        assert isinstance(x, Tensor)
-        assert isinstance(weight, Tensor)
-        return functional.linear(x, weight, bias)
-    assert isinstance(weight, Rounded)
-    if isinstance(x, Rounded):
-        return by.product(x, weight, bias, torch.bfloat16)
-    return by.product(by.round(x), weight, bias, x.dtype)
+        return functional.linear(x, *projection)
+    return by.product(x, *projection, torch.bfloat16)
 
 
 def parted(projection: Projection, rows: int, by: Arithmetic | None) -> tuple[Projection, Projection]:
