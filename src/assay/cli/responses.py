@@ -19,7 +19,7 @@ class RespondSettings(Settings):
     """Settings of ``assay poc respond``."""
 
     model: ModelName
-    prompts: Path = Field(description="JSON Lines with prompt, and what a line sets for itself.")
+    prompts: Path = Field(description="JSON Lines with prompt or messages, and what a line sets for itself.")
     block_hash: Annotated[str, "HASH"] = Field(description="Block that became known after the requests.")
     public_key: Annotated[str, "KEY"] = Field(description="Key of the node.")
     output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
@@ -77,7 +77,8 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     An interrupted run continues when it is repeated.
 
     A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
-    token ids. Any of user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
+    token ids. With {"messages": [{"role": "user", "content": "Hi"}]} the model's chat template makes it. Any of
+    user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
     """
     from assay.poc import responses
     from assay.poc.audit import with_token_ids

@@ -230,6 +230,18 @@ class Model:
         return int(self.config.vocab_size)
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text: those of the generation config, else of the config, and the tokenizer's.
+
+        They may differ: a chat model often ends a text by one token and a turn by another.
+        """
+        generation = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
+        stated = generation if generation is not None else getattr(self.module.config, "eos_token_id", None)
+        ended = list(stated) if isinstance(stated, list | tuple) else [stated]
+        ended.append(getattr(self.tokenizer, "eos_token_id", None))
+        return frozenset(token for token in ended if token is not None)
+
+    @property
     def experts(self) -> int:
         """Experts among which a layer of a mixture chooses; 0 for a model without them."""
         return expert_count(self.config)

@@ -44,6 +44,7 @@ BREAKS = {
     "nothing": ([], "empty"),
     "no prompt": ([{"request_id": "r"}], "line 1: no prompt"),
     "unknown field": ([{"prompt": "a", "seed": 1}], "line 1: a field 'seed'"),
+    "prompt and messages": ([{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}], "line 1: both prompt"),
     "prompt of a number": ([{"prompt": 7}], "line 1: prompt is 7"),
     "empty text": ([{"prompt": ""}], "line 1: a prompt of 0"),
     "no tokens": ([{"prompt": []}], "line 1: the prompt of 0"),

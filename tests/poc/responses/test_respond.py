@@ -12,7 +12,6 @@ from assay.models import Model, load_model
 from assay.poc.protocol.transforms import unit
 from assay.poc.responses import Receipts, Request, Sampling, respond
 from assay.poc.responses.prefill import sketch_response
-from assay.poc.responses.respond import stop_tokens
 from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.conftest import REQUESTS
 from tests.poc.responses.vectors import scores
@@ -73,16 +72,6 @@ def test_a_response_ends_with_a_stop_token(small_model, responses: Receipts):
     assert made.output == output[: output.index(stop) + 1]
     assert made.finish == "stop"
     assert responses.receipts[0].finish == "length"
-
-
-def test_stop_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small_model):
-    model = load_model("reference:qwen3", device="cpu")
-    assert stop_tokens(model) == {2}
-    model.module.generation_config.eos_token_id = [5, 7]
-    assert stop_tokens(model) == {2, 5, 7}
-    model.module.generation_config.eos_token_id = None
-    assert stop_tokens(model) == {model.module.config.eos_token_id}
-    assert stop_tokens(small_model) == frozenset()
 
 
 def test_prompts_of_text_or_ids_get_names(small_model):

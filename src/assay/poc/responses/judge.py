@@ -56,7 +56,7 @@ class ReceiptPins:
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
 
-        A prompt of text is not compared: :func:`assay.poc.responses.requests.encode_requests` gives it token ids.
+        Only prompts of token ids are compared: :func:`assay.poc.responses.requests.encode_requests` gives them to all.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.
@@ -83,8 +83,8 @@ class ReceiptPins:
         given = {
             "block_hash": known.block_hash is not None,
             "public_key": known.public_key is not None,
-            # Texts are not compared: a caller encodes them before it pins them.
-            "requests": self.requests is not None and not any(isinstance(one.prompt, str) for one in self.requests),
+            # Texts and messages are not compared: a caller encodes them before it pins them.
+            "requests": self.requests is not None and all(isinstance(one.prompt, tuple) for one in self.requests),
             "prover_dtype": bool(known.formats) or header.fingerprint.dtype in streams.DTYPES,
             "tokens": self.evidence == "sketches" or not unseen,
             "sketches": self.evidence == "tokens" or header.sketched,
@@ -103,7 +103,7 @@ class ReceiptPins:
     @property
     def prompts(self) -> dict[str, Prompt]:
         """Prompts of the requests that are token ids, by their SHA-256."""
-        prompts = [Prompt.of(one.ids) for one in self.requests or () if not isinstance(one.prompt, str)]
+        prompts = [Prompt.of(one.ids) for one in self.requests or () if isinstance(one.prompt, tuple)]
         return {prompt.sha256: prompt for prompt in prompts}
 
 
@@ -129,7 +129,9 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
     if receipt.sampling is not None:
         own = request.sampling.as_dict()
         pairs |= {name: (value, own[name]) for name, value in receipt.sampling.as_dict().items()}
-    if not isinstance(request.prompt, str):
+    if receipt.chat_template is not None and request.chat_template is not None:
+        pairs["chat_template"] = receipt.chat_template, request.chat_template  # first, as it explains another prompt
+    if isinstance(request.prompt, tuple):
         pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
     for name, (stated, agreed) in pairs.items():
         if stated != agreed:

@@ -123,6 +123,7 @@ class Receipt(ResponseName):
         finish: What ended the response: ``stop``, ``length`` or ``abort``.
         mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
         adapter: LoRA adapter that answered; None where the model did by itself.
+        chat_template: SHA-256 of the chat template that made the prompt; None where none did, or which is not known.
 
     Raises:
         UsageError: A value is out of range; names it.
@@ -139,6 +140,7 @@ class Receipt(ResponseName):
     finish: Finish = "stop"
     mask: bool = False
     adapter: Adapter | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +148,8 @@ class Receipt(ResponseName):
         check_word("chosen_by", self.chosen_by, Chooser)
         check_word("finish", self.finish, Finish)
         check_word("mask", self.mask, Literal[True, False])
+        if self.chat_template is not None:
+            check_digest("chat_template", self.chat_template)
         object.__setattr__(self, "output", check_ids("the output", self.output, fewest=0))
         object.__setattr__(self, "sketches", self._checked_sketches())
 
@@ -179,7 +183,7 @@ class Receipt(ResponseName):
         return other
 
     def line(self) -> str:
-        """Return the canonical line of the file, without its newline; without an adapter there is no field for it."""
+        """Return the canonical line of the file, without its newline; no field stands for no adapter or template."""
         prompt = self.prompt
         known = {"sha256": prompt.sha256, "tokens": prompt.tokens} if prompt.ids is None else {"ids": list(prompt.ids)}
         values = {
@@ -194,6 +198,7 @@ class Receipt(ResponseName):
             "finish": self.finish,
             "mask": self.mask,
             **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
+            **({} if self.chat_template is None else {"chat_template": self.chat_template}),
             "sketches": [encode_vector(sketch) for sketch in self.sketches],
         }
         return dumps(values)

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import ProofMismatch, UsageError
+from assay.models.chat import chat_template_digest
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
@@ -262,8 +264,8 @@ def replay(
         One result for every receipt with at least one token, in their order.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint or adapter, a token is not in its vocabulary, a response
-            is longer than its positions, or the ids of a prompt are not known.
+        ProofMismatch: The receipts are of another checkpoint, adapter or chat template, a token is not in its
+            vocabulary, a response is longer than its positions, or the ids of a prompt are not known.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -302,6 +304,15 @@ def check_runnable(
         ProofMismatch: As :func:`replay`.
     """
     check_model(receipts.header, model)
+    # A prompt of which the client's record has the very ids needs no template.
+    stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in (prompts or {})} - {None}
+    own = chat_template_digest(model.tokenizer or load_tokenizer(model.reference)) if stated else ""
+    for other in stated - {own}:
+        raise ProofMismatch(
+            f"prompts that the chat template {other:.12} made",
+            wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
+            do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
+        )
     return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
 
 

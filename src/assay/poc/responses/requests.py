@@ -7,12 +7,12 @@ from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
+from assay.models.chat import CHAT_OPTIONS, LONGEST_TEXT, Chat, chat_template_digest, read_chat, render_chat
 from assay.models.checkpoint import check_tokens
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
-LONGEST_TEXT = 2**24  # characters of a prompt
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
 
 
@@ -22,22 +22,24 @@ class Request(ResponseName):
 
     Args:
         user_seed, request_id, index: As of :class:`ResponseName`.
-        prompt: Text, or token ids.
+        prompt: Text, messages, or token ids.
         chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
         max_tokens: Number of tokens after which the response ends.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
+        chat_template: SHA-256 of the template that made the token ids; None where there were no messages.
 
     Raises:
         UsageError: A value is out of range; names it.
     """
 
     user_seed: str = ""
-    prompt: str | tuple[int, ...]
+    prompt: str | Chat | tuple[int, ...]
     chosen_by: Chooser = "client"
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = DEFAULT_MAX_TOKENS
     adapter: str = ""
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,25 +51,25 @@ class Request(ResponseName):
                 raise UsageError(
                     f"a prompt of {len(self.prompt)} characters", wanted=f"1 to {LONGEST_TEXT}", do="correct the prompt"
                 )
-        else:
+        elif not isinstance(self.prompt, Chat):
             object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The token ids of the prompt; a UsageError where it is a text."""
-        if isinstance(self.prompt, str):
-            raise UsageError("a prompt of text", wanted="token ids", do="call encode_requests() first")
+        """The token ids of the prompt; a UsageError where it is a text or messages."""
+        if not isinstance(self.prompt, tuple):
+            raise UsageError("a prompt without token ids", wanted="token ids", do="call encode_requests() first")
         return self.prompt
 
 
 def read_requests(
     path: str | Path, *, sampling: Sampling | None = None, user_seed: str = "", max_tokens: int = DEFAULT_MAX_TOKENS
 ) -> list[Request]:
-    """Read a file of prompts: JSON Lines with ``prompt``, and what else one of them sets for itself.
+    """Read a file of prompts: JSON Lines with ``prompt`` or ``messages``, and what else one of them sets for itself.
 
     A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter`` and every field of
-    :class:`Sampling`; ``logit_bias`` has token ids as text. A prompt without an id is called after its line, and the
-    server chose that id.
+    :class:`Sampling`; ``logit_bias`` has token ids as text. With messages there may be ``tools`` and
+    ``chat_template_kwargs``. A prompt without an id is called after its line, and the server chose that id.
 
     Args:
         path: Path of the file.
@@ -107,22 +109,24 @@ _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
 def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling) -> list[Request]:
-    unknown = sorted(line.keys() - {"prompt"} - _OPTIONAL - _SAMPLED)
-    if unknown or "prompt" not in line:
-        seen, do = f"a field {unknown[0]!r:.60}" if unknown else "no prompt", "correct the line"
-        raise UsageError(seen, wanted=", ".join(["prompt", *sorted(_OPTIONAL), *sorted(_SAMPLED)]), do=do)
+    options = {name: line[name] for name in CHAT_OPTIONS if name in line and "messages" in line}
+    unknown = sorted(line.keys() - {"prompt", "messages"} - options.keys() - _OPTIONAL - _SAMPLED)
+    if unknown or ("prompt" in line) == ("messages" in line):
+        seen = "both prompt and messages" if "prompt" in line else "no prompt and no messages"
+        wanted = ", ".join(["prompt or messages", *sorted(_OPTIONAL), *sorted(_SAMPLED)])
+        raise UsageError(f"a field {unknown[0]!r:.60}" if unknown else seen, wanted=wanted, do="correct the line")
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
         given = values["logit_bias"]
         if not isinstance(given, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in given):
             raise UsageError(f"logit_bias is {given!r:.60}", wanted="numbers by token id", do="correct logit_bias")
         values["logit_bias"] = {int(token): bias for token, bias in given.items()}
-    prompt = line["prompt"]
-    if not isinstance(prompt, str | list):
+    prompt = read_chat(line["messages"], **options) if "messages" in line else line["prompt"]
+    if not isinstance(prompt, str | list | Chat):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
-        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         request_id=line.get("request_id", f"line-{number}"),
         chosen_by="client" if "request_id" in line else "server",
         sampling=replace(base, **values),
@@ -144,17 +148,21 @@ def encode_requests(
     """Return the requests with token ids for prompts, every one of which fits the model; it may have no tokenizer.
 
     Raises:
-        UsageError: A text has no tokenizer or no tokens, a token is not in the vocabulary, or prompt and ``max_tokens``
-            together are longer than the model's positions.
+        UsageError: A text has no tokenizer or no tokens, messages have no template or one that refuses them, a token is
+            not in the vocabulary, or prompt and ``max_tokens`` together are longer than the model's positions.
     """
     found = []
     for request in requests:
-        made = request
-        if isinstance(request.prompt, str):
+        made, text = request, request.prompt
+        if isinstance(text, Chat):
+            # The template writes the special tokens, and a tokenizer that adds its own would begin the text twice.
+            ids = tokenizer(render_chat(text, tokenizer), add_special_tokens=False)["input_ids"]
+            made = replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
+        elif isinstance(text, str):
             if tokenizer is None:
                 wanted, do = "a prompt of token ids", 'write {"prompt": [1, 2, 3]}'
                 raise UsageError(f"a prompt of text with {reference}, which has no tokenizer", wanted=wanted, do=do)
-            ids = tuple(tokenizer(request.prompt)["input_ids"])
+            ids = tuple(tokenizer(text)["input_ids"])
             if not ids:
                 seen = f"request {request.request_id!r:.80} has no tokens"
                 raise UsageError(seen, wanted="one or more", do="correct it")

@@ -11,6 +11,7 @@ import torch
 
 from assay.errors import UsageError
 from assay.files.storage import PartialFile
+from assay.models.chat import Chat
 from assay.models.decoder import head_of
 from assay.models.load import Model
 from assay.models.rows import steps_of_passes
@@ -26,7 +27,7 @@ from assay.streams.backends import as_tensor
 
 def respond(
     model: Model,
-    prompts: Sequence[Request | str | Sequence[int]],
+    prompts: Sequence[Request | Chat | str | Sequence[int]],
     *,
     block_hash: str,
     public_key: str,
@@ -45,13 +46,13 @@ def respond(
 
     Args:
         model: Model that answers.
-        prompts: Requests, or prompts in text or token ids, which are called ``prompt-0`` and so on.
+        prompts: Requests, or prompts in text, messages or token ids, which are called ``prompt-0`` and so on.
         block_hash: Beacon that became known after the requests were accepted.
         public_key: Key of the node.
         sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
         max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
         user_seed: Seed of the client, for prompts that are not requests.
-        stop: Tokens that end a response; those of :func:`stop_tokens` when None.
+        stop: Tokens that end a response; :attr:`Model.end_tokens` when None.
         hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
         output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
             requests left that file, this one continues after its last whole line.
@@ -104,10 +105,11 @@ def respond(
         wanted, do = "a seed of its own for every response", "give one of them another request_id"
         raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
     head_of(model.module)  # refuses a model without one before a file is begun
-    ends = stop_tokens(model) if stop is None else frozenset(stop)
+    ends = model.end_tokens if stop is None else frozenset(stop)
 
     def receipt_of(request: Request, **made: Any) -> Receipt:
-        names = {name: getattr(request, name) for name in ("user_seed", "request_id", "index", "chosen_by", "sampling")}
+        stated = ("user_seed", "request_id", "index", "chosen_by", "sampling", "chat_template")
+        names = {name: getattr(request, name) for name in stated}
         receipt = Receipt(block_hash=block_hash, prompt=Prompt.of(request.ids), **names, **made)
         return receipt.without_prompt() if hash_prompts else receipt
 
@@ -136,18 +138,6 @@ def respond(
             out.append_lines([made.footer.line()])
             out.commit()
     return made
-
-
-def stop_tokens(model: Model) -> frozenset[int]:
-    """Return the tokens that end a response: those of the generation config, else of the config, and the tokenizer's.
-
-    They may differ: a chat model often ends a text by one token and a turn by another.
-    """
-    generation = getattr(getattr(model.module, "generation_config", None), "eos_token_id", None)
-    stated = generation if generation is not None else getattr(model.module.config, "eos_token_id", None)
-    ended = list(stated) if isinstance(stated, list | tuple) else [stated]
-    ended.append(getattr(model.tokenizer, "eos_token_id", None))
-    return frozenset(token for token in ended if token is not None)
 
 
 def _response(
@@ -195,10 +185,11 @@ def _answer(
             logits_1V, hidden_1D, cache = read_on(model, [token], cache)
 
 
-def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
+def _request(prompt: Request | Chat | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
             seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
             raise UsageError(seen, wanted="requests for the model itself", do="serve adapters with vLLM")
         return prompt
-    return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
+    whole = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
+    return Request(prompt=whole, request_id=name, **common)

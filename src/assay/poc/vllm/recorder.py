@@ -59,6 +59,7 @@ class Choice:
     mask: bool  # whether tokens were forbidden or forced in a way that the receipt does not repeat
     chosen_by: Literal["client", "server"] = "server"
     adapter: Adapter | None = None
+    chat_template: str | None = None  # SHA-256, of a prompt that it made
     output: list[int] = field(default_factory=list)
     finish: Literal["", "stop", "length", "abort"] = ""
 
@@ -103,6 +104,7 @@ class Choice:
             chosen_by=self.chosen_by,
             mask=self.mask,
             adapter=self.adapter,
+            chat_template=self.chat_template,
             sketches=sketches[:steps],
         )
 
@@ -231,6 +233,7 @@ class AcceptedRequest:
     block_hash: str
     user_seed: str | None = None  # of a header; None leaves it to the field `seed` of the body
     chosen_by: Literal["client", "server"] = "server"
+    chat_template: str | None = None  # SHA-256 of the one that makes the prompt, where it is known
     refused: AssayError | None = None  # for which a receipt could not be stored
     stored: int = 0  # number of its receipts
     count: int = 0  # of its choices
@@ -338,7 +341,8 @@ class Recorder:
             sampling = Sampling(**values, logit_bias=dict(params.logit_bias or {}))
         prompt = tuple(request.prompt_token_ids)
         mask = any(getattr(params, name, None) for name in MASKS)
-        choice = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
+        stated = accepted.chosen_by, adapter, accepted.chat_template
+        choice = Choice(request.request_id, seed, sampling, prompt, mask, *stated)
         call.choices[index] = choice
         self._collector.follow(choice)
         words = tuple(seed.words().tolist()) if self._seeded else None
