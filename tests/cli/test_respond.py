@@ -59,6 +59,12 @@ def test_an_example_runs_as_text(assay, tmp_path):
         ('{"prompt":[1]}\n', ["--block-hash", "a\nb"], "block_hash is"),
         ('{"prompt":[1]}\n', ["--user-seed", "a\nb"], "user_seed is"),
         ('{"prompt":"text"}\n', [], "no tokenizer"),
+        ('{"prompt":[1],"stop":"text"}\n', [], "no tokenizer"),
+        (
+            '{"messages":[{"role":"user","content":"a"}]}\n',
+            [],
+            "line-1': messages for CHECKPOINT without a chat template",
+        ),
         ("", ["--prompts", "none.jsonl"], "none.jsonl"),
         ("", ["-o", "none/receipts.jsonl"], "create the directory"),
     ],
@@ -69,7 +75,9 @@ def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "prompts.jsonl").write_text(content)
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", tmp_path / "prompts.jsonl", *ROUND]
-    assert seen in refused(*command, "-o", tmp_path / "receipts.jsonl", *flags)
+    assert seen.replace("CHECKPOINT", str(small_checkpoint)) in refused(
+        *command, "-o", tmp_path / "receipts.jsonl", *flags
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 

@@ -1,11 +1,14 @@
 """Messages become text by the template of a checkpoint, or are refused."""
 
+import shutil
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from assay.errors import UsageError
 from assay.models import Chat, load_model, read_chat
 from assay.models.chat import LONGEST_TEXT, render_chat
+from assay.models.load import identify
 from tests.vhack.conftest import bytewise
 
 TEMPLATE = (
@@ -37,6 +40,25 @@ def test_messages_end_where_the_answer_begins_and_know_no_date():
     assert rendered("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}") == "2024"
 
 
+CALLS = (
+    "{% for message in messages %}{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.arguments.a }}{% endfor %};{% endfor %}"
+)
+
+
+def called(arguments: object, **more: object) -> list[dict[str, object]]:
+    """A conversation that goes on after a tool was called."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call], **more}
+    return [*USER, said, {"role": "tool", "tool_call_id": "c", "content": "4"}]
+
+
+def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
+    """Clients write arguments as text, and add fields that are null or empty."""
+    for messages in (called('{"a": 3}', refusal=None, annotations=[]), called({"a": 3})):
+        assert rendered(CALLS, messages, tools=[]) == "Hi;3;4;"
+
+
 @pytest.mark.parametrize(
     ("template", "match", "options"),
     [
@@ -48,6 +70,9 @@ def test_messages_end_where_the_answer_begins_and_know_no_date():
         ("hi", "does not use", {"tools": [{"name": "f"}]}),
         (TEMPLATE, "multiple values for .* 'chat_template'", {"chat_template_kwargs": {"chat_template": ""}}),
         ("{{ messages | length }}", "in another way", {"answer": read_chat(ANSWER, is_answer=True)}),
+        (TEMPLATE, "tool_calls, which the chat template does not use", {"messages": called({"a": 3})}),
+        (CALLS, "arguments.*valid dictionary", {"messages": called("[3]")}),
+        (TEMPLATE, "messages.0.content: Field required", {"messages": [{"role": "user", "content": None}]}),
         (TEMPLATE, "messages: List should have at least 1", {"messages": []}),
         (TEMPLATE, "0.content: Input should be a valid string", {"messages": [{"role": "user", "content": [{}]}]}),
         (TEMPLATE, "end by assistant", {"messages": USER + ANSWER}),
@@ -57,6 +82,13 @@ def test_messages_end_where_the_answer_begins_and_know_no_date():
 def test_what_cannot_be_rendered_is_refused(template, match, options):
     with pytest.raises(UsageError, match=match):
         rendered(template, **options)
+
+
+def test_a_checkpoint_that_transformers_does_not_load_has_its_generation_config(small_checkpoint, tmp_path):
+    path = shutil.copytree(small_checkpoint, tmp_path / "model")
+    (path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    for made in (identify(path, dtype="float32"), load_model(path, weights="random-all", block_hash="B", device="cpu")):
+        assert made.end_tokens == {5, 7}
 
 
 def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small_model):

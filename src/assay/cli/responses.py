@@ -192,16 +192,16 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
         check_adapter(read, None)
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
-    prompts = responses.ReceiptPins(requests=requests_of(chosen.requests, chosen.model)).prompts
+    asked = requests_of(chosen.requests, chosen.model)
     how = Launch(**{name: getattr(chosen, name) for name in ("model", "engine", "dtype", "device")})
     with (
         open_prefill(how, files, batch_size=chosen.batch_size) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,
     ):
         for read in files:
-            check_runnable(read, loaded, prompts=prompts)
+            check_runnable(read, loaded, requests=asked)
         measured = [
-            (read.header, responses.replay(read, loaded, prompts=prompts, engine=engine, progress=progress))
+            (read.header, responses.replay(read, loaded, requests=asked, engine=engine, progress=progress))
             for read in files
         ]
         calibration = responses.calibrate_responses(measured, engine.fingerprint)

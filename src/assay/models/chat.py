@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 import jinja2
-from pydantic import Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, Field, Json, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from assay.errors import UsageError, reason_of
@@ -23,14 +23,38 @@ LONGEST_TEXT = 2**24  # characters of a prompt, of messages with their tools, an
 
 
 @with_config(extra="forbid", strict=True)
+class _Function(TypedDict):
+    name: str
+    arguments: Json[dict[str, Any]] | dict[str, Any]  # clients send the JSON of the object that templates take
+
+
+@with_config(extra="forbid", strict=True)
+class _Call(TypedDict):
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: _Function
+
+
+@with_config(extra="forbid", strict=True)
 class _Message(TypedDict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
+    name: NotRequired[str]
+    tool_calls: NotRequired[list[_Call]]
+    tool_call_id: NotRequired[str]
+
+
+def _plain(message: Any) -> Any:
+    """Return a message without what a client's library adds: nulls and empty lists, and no content beside calls."""
+    if not isinstance(message, dict):
+        return message
+    said = {name: value for name, value in message.items() if value not in (None, [])}
+    return {"content": ""} | said if "tool_calls" in said else said
 
 
 @with_config(extra="forbid", strict=True)
 class _Fields(TypedDict):
-    messages: Annotated[list[_Message], Field(min_length=1, max_length=2**12)]
+    messages: Annotated[list[Annotated[_Message, BeforeValidator(_plain)]], Field(min_length=1, max_length=2**12)]
     tools: NotRequired[Annotated[list[dict[str, Any]], Field(min_length=1)]]
     chat_template_kwargs: NotRequired[dict[str, Any]]
 
@@ -55,7 +79,8 @@ def read_chat(messages: Any, *, is_answer: bool = False, **options: Any) -> Chat
     """Return messages that ask for an answer, or with ``is_answer`` the one message that is it.
 
     Args:
-        messages: List of mappings with ``role`` and ``content``, both text.
+        messages: List of mappings with ``role`` and ``content``, both text, and of tools ``tool_calls``,
+            ``tool_call_id`` and ``name`` as OpenAI's clients have them.
         is_answer: Whether this is a completion.
         options: Those of :data:`CHAT_OPTIONS` that are given.
 
@@ -63,7 +88,7 @@ def read_chat(messages: Any, *, is_answer: bool = False, **options: Any) -> Chat
         UsageError: A value has another form or is too large, or the last message has the wrong role.
     """
     try:
-        fields = TypeAdapter(_Fields).validate_python({"messages": messages, **options})
+        fields = TypeAdapter(_Fields).validate_python({"messages": messages, **_plain(options)})
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
@@ -87,32 +112,45 @@ def chat_template_digest(tokenizer: "PreTrainedTokenizerBase | None") -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() if text else ""
 
 
-def render_chat(chat: Chat, tokenizer: "PreTrainedTokenizerBase | None", *, answer: Chat | None = None) -> str:
+def render_chat(
+    chat: Chat,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    answer: Chat | None = None,
+    reference: str = "a model",
+) -> str:
     """Return the text of messages, up to where the answer begins; or the text of an ``answer`` that follows them.
 
     The text has all special tokens: a tokenizer must add none (``add_special_tokens=False``).
 
     Raises:
-        UsageError: There is no template, or it refuses the messages, does not use the tools, or gives too much text.
+        UsageError: There is no template, which names the ``reference`` of the model; or it refuses the messages, does
+            not use tools or their calls, or gives too much text.
     """
     if not chat_template_digest(tokenizer):
         raise UsageError(
-            "messages for a model without a chat template",
+            f"messages for {reference} without a chat template",
             wanted="a chat_template.jinja, or a chat_template in tokenizer_config.json, beside the weights",
             do="take the Instruct or chat model of this kind, or write the prompt as text",
         )
     fields = chat.fields
-    text = _rendered(tokenizer, **fields, add_generation_prompt=True)
-    if "tools" in fields and text == _rendered(tokenizer, **fields | {"tools": None}, add_generation_prompt=True):
-        raise UsageError("tools, which the chat template does not use", wanted="no tools", do="leave tools out")
+    asked = text = _rendered(tokenizer, **fields, add_generation_prompt=True)
+    if answer is not None:
+        fields["messages"] += answer.fields["messages"]
+        text = _rendered(tokenizer, **fields, add_generation_prompt=False)
+    uncalled = [{name: value for name, value in one.items() if name != "tool_calls"} for one in fields["messages"]]
+    for what, given, bare in (
+        ("tools", "tools" in fields, {"tools": None}),
+        ("tool_calls", uncalled != fields["messages"], {"messages": uncalled}),
+    ):
+        if given and text == _rendered(tokenizer, **fields | bare, add_generation_prompt=answer is None):
+            raise UsageError(f"{what}, which the chat template does not use", wanted="none", do=f"leave {what} out")
     if answer is None:
         return text
-    fields["messages"] += answer.fields["messages"]
-    whole = _rendered(tokenizer, **fields, add_generation_prompt=False)
-    if not whole.startswith(text):
+    if not text.startswith(asked):
         seen = "a completion after which the chat template renders the prompt in another way"
         raise UsageError(seen, wanted="a prompt that stays the same", do="write the completion as text")
-    return whole.removeprefix(text)
+    return text.removeprefix(asked)
 
 
 def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template_kwargs: Any = None, **how: Any) -> str:

@@ -17,7 +17,6 @@ from assay.poc.responses.calibration import ResponseCalibration, bundled_respons
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
-from assay.poc.responses.sampling import ResponseName
 from assay.poc.verdict.judge import EXIT_CODES, Outcome
 from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
@@ -68,7 +67,7 @@ class ReceiptPins:
             if wanted is not None and wanted != value:
                 raise _mismatch("receipts", name, value, wanted)
         known.check_engine(header.fingerprint, "receipts")
-        asked = {_identity(one): one for one in self.requests or ()}
+        asked = {one.name: one for one in self.requests or ()}
         for receipt in receipts.receipts:
             if known.block_hash is not None and receipt.block_hash != known.block_hash:
                 owner = f"the receipt of request {receipt.request_id!r:.80}"
@@ -97,23 +96,13 @@ class ReceiptPins:
         A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
         whole answer has the token that ended it.
         """
-        whole = {_identity(one) for one in receipts.receipts if one.finish != "abort" and one.output}
-        return len({_identity(request) for request in self.requests or ()} - whole)
-
-    @property
-    def prompts(self) -> dict[str, Prompt]:
-        """Prompts of the requests that are token ids, by their SHA-256."""
-        prompts = [Prompt.of(one.ids) for one in self.requests or () if isinstance(one.prompt, tuple)]
-        return {prompt.sha256: prompt for prompt in prompts}
-
-
-def _identity(one: ResponseName) -> tuple[str, str, int]:
-    return one.user_seed, one.request_id, one.index
+        whole = {one.name for one in receipts.receipts if one.finish != "abort" and one.output}
+        return len({request.name for request in self.requests or ()} - whole)
 
 
 def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
-    request, owner = asked.get(_identity(receipt)), f"the receipt of request {receipt.request_id!r:.80}"
+    request, owner = asked.get(receipt.name), f"the receipt of request {receipt.request_id!r:.80}"
     if request is None:
         alike = [one for one in asked.values() if one.request_id == receipt.request_id]
         if not alike:

@@ -1,7 +1,8 @@
 """Requests: what a client asks for, read from JSON Lines before a model is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, ch
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
+MOST_STOPS, LONGEST_STOP = 64, 1024  # texts and tokens that end an answer, and characters of such a text
+_NEAR = 8  # last tokens of a prompt with which an output is decoded: a text after others may begin with a space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class Request(ResponseName):
         chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
         max_tokens: Number of tokens after which the response ends.
+        stop: Texts and token ids that end the response too, beside the end tokens of the model.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
         chat_template: SHA-256 of the template that made the token ids; None where there were no messages.
 
@@ -38,6 +42,7 @@ class Request(ResponseName):
     chosen_by: Chooser = "client"
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = DEFAULT_MAX_TOKENS
+    stop: tuple[str | int, ...] = ()
     adapter: str = ""
     chat_template: str | None = None
 
@@ -53,6 +58,10 @@ class Request(ResponseName):
                 )
         elif not isinstance(self.prompt, Chat):
             object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
+        if len(self.stop) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in self.stop_texts):
+            wanted = f"at most {MOST_STOPS} texts and token ids, each text of 1 to {LONGEST_STOP} characters"
+            raise UsageError(f"stop is {self.stop!r:.60}", wanted=wanted, do="correct stop")
+        check_ids("stop", [one for one in self.stop if not isinstance(one, str)], fewest=0)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -61,15 +70,36 @@ class Request(ResponseName):
             raise UsageError("a prompt without token ids", wanted="token ids", do="call encode_requests() first")
         return self.prompt
 
+    @property
+    def stop_texts(self) -> list[str]:
+        """The texts that end the response."""
+        return [one for one in self.stop if isinstance(one, str)]
+
+    def is_ended(self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any) -> bool:
+        """Whether an output has come to an end of its own: by its last token, or by a text that is in its text.
+
+        A text may be looked for by a server that leaves special tokens out, or by one that does not.
+        """
+        if output[-1] in end_tokens or output[-1] in self.stop:
+            return True
+        before = list(self.ids[-_NEAR:])
+        for skips in (False, True) if self.stop_texts else ():
+            decode = partial(tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+            text = decode([*before, *output])[len(decode(before)) :]
+            if any(stop in text for stop in self.stop_texts):
+                return True
+        return False
+
 
 def read_requests(
     path: str | Path, *, sampling: Sampling | None = None, user_seed: str = "", max_tokens: int = DEFAULT_MAX_TOKENS
 ) -> list[Request]:
     """Read a file of prompts: JSON Lines with ``prompt`` or ``messages``, and what else one of them sets for itself.
 
-    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter`` and every field of
-    :class:`Sampling`; ``logit_bias`` has token ids as text. With messages there may be ``tools`` and
-    ``chat_template_kwargs``. A prompt without an id is called after its line, and the server chose that id.
+    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter``, ``stop`` (a text or a
+    list of texts), ``stop_token_ids`` and every field of :class:`Sampling`; ``logit_bias`` has token ids as text. With
+    messages there may be ``tools`` and ``chat_template_kwargs``. A prompt without an id is called after its line, and
+    the server chose that id.
 
     Args:
         path: Path of the file.
@@ -104,7 +134,7 @@ def read_requests(
     return found
 
 
-_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter"}
+_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "stop_token_ids"}
 _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
@@ -124,12 +154,19 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
     prompt = read_chat(line["messages"], **options) if "messages" in line else line["prompt"]
     if not isinstance(prompt, str | list | Chat):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
+    texts, tokens = line.get("stop") or [], line.get("stop_token_ids") or []
+    texts = [texts] if isinstance(texts, str) else texts
+    for name, given, kind in (("stop", texts, str), ("stop_token_ids", tokens, int)):
+        if not isinstance(given, list) or {type(one) for one in given} - {kind}:
+            wanted = "a text, or a list of texts" if kind is str else "a list of token ids"
+            raise UsageError(f"{name} is {given!r:.60}", wanted=wanted, do=f"correct {name}")
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         request_id=line.get("request_id", f"line-{number}"),
         chosen_by="client" if "request_id" in line else "server",
         sampling=replace(base, **values),
+        stop=(*texts, *tokens),
         adapter=line.get("adapter", ""),
     )
     answers = line.get("n", 1)
@@ -153,21 +190,11 @@ def encode_requests(
     """
     found = []
     for request in requests:
-        made, text = request, request.prompt
-        if isinstance(text, Chat):
-            # The template writes the special tokens, and a tokenizer that adds its own would begin the text twice.
-            ids = tokenizer(render_chat(text, tokenizer), add_special_tokens=False)["input_ids"]
-            made = replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
-        elif isinstance(text, str):
-            if tokenizer is None:
-                wanted, do = "a prompt of token ids", 'write {"prompt": [1, 2, 3]}'
-                raise UsageError(f"a prompt of text with {reference}, which has no tokenizer", wanted=wanted, do=do)
-            ids = tuple(tokenizer(text)["input_ids"])
-            if not ids:
-                seen = f"request {request.request_id!r:.80} has no tokens"
-                raise UsageError(seen, wanted="one or more", do="correct it")
-            made = replace(request, prompt=ids)
-        name = f"request {made.request_id!r:.80}"
+        name = f"request {request.request_id!r:.80}"
+        try:
+            made = _with_ids(request, tokenizer, reference)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
         check_tokens(name, made.ids, vocab_size)
         if any(token >= vocab_size for token in made.sampling.logit_bias):
             wanted, do = f"tokens below {vocab_size}", "leave it out of logit_bias"
@@ -183,3 +210,16 @@ def encode_requests(
             )
         found.append(made)
     return found
+
+
+def _with_ids(request: Request, tokenizer: Any, reference: str) -> Request:
+    prompt = request.prompt
+    if isinstance(prompt, Chat):
+        # The template writes the special tokens, and a tokenizer that adds its own would begin the text twice.
+        text = render_chat(prompt, tokenizer, reference=reference)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
+    if tokenizer is None and (isinstance(prompt, str) or request.stop_texts):
+        wanted, do = "prompts and stops of token ids", 'write {"prompt": [1, 2, 3], "stop_token_ids": [4]}'
+        raise UsageError(f"text for {reference}, which has no tokenizer", wanted=wanted, do=do)
+    return replace(request, prompt=tuple(tokenizer(prompt)["input_ids"])) if isinstance(prompt, str) else request

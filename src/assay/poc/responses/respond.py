@@ -34,7 +34,7 @@ def respond(
     sampling: Sampling | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     user_seed: str = "",
-    stop: Collection[int] | None = None,
+    end_tokens: Collection[int] | None = None,
     hash_prompts: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -52,7 +52,7 @@ def respond(
         sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
         max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
         user_seed: Seed of the client, for prompts that are not requests.
-        stop: Tokens that end a response; :attr:`Model.end_tokens` when None.
+        end_tokens: Tokens that end every response; :attr:`Model.end_tokens` when None.
         hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
         output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
             requests left that file, this one continues after its last whole line.
@@ -105,7 +105,7 @@ def respond(
         wanted, do = "a seed of its own for every response", "give one of them another request_id"
         raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
     head_of(model.module)  # refuses a model without one before a file is begun
-    ends = model.end_tokens if stop is None else frozenset(stop)
+    ends = model.end_tokens if end_tokens is None else frozenset(end_tokens)
 
     def receipt_of(request: Request, **made: Any) -> Receipt:
         stated = ("user_seed", "request_id", "index", "chosen_by", "sampling", "chat_template")
@@ -146,20 +146,21 @@ def _response(
     """Return the tokens of a response, its sketches and why it ended, as a receipt has them."""
     tokens: list[int] = []
     states: list[torch.Tensor] = []
-    for token, hidden_D in _answer(model, request, seed, ends):
+    stopped = False
+    for token, hidden_D in _answer(model, request, seed):
         if len(tokens) % SKETCH_EVERY == 0:
             states.append(hidden_D)
         tokens.append(token)
         if progress:
             progress(len(tokens))
+        if stopped := request.is_ended(tokens, ends, model.tokenizer):
+            break
     sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
-    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if tokens[-1] in ends else "length"}
+    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if stopped else "length"}
 
 
-def _answer(
-    model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int]
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the tokens of a response, and the hidden state [D] that gave each."""
+def _answer(model: Model, request: Request, seed: ResponseSeed) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the tokens of a response without its end, and the hidden state [D] that gave each."""
     sampling = request.sampling
     logits_1V, hidden_1D, cache = read_on(model, request.ids)
     sampler = Sampler([sampling], logits_1V.shape[1], model.device)
@@ -174,7 +175,7 @@ def _answer(
         scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
         token = int(scores_1V.argmax(dim=1))
         yield token, hidden_1D[0]
-        if token in ends or step + 1 == request.max_tokens:
+        if step + 1 == request.max_tokens:
             return
         if counts_1V is not None:
             counts_1V[0, token] += 1

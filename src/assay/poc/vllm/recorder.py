@@ -33,7 +33,7 @@ from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
 
 log = logging.getLogger("assay.responses")
 
-FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": "stop", "length": "length"}
+FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 """Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
 
 MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
