@@ -126,10 +126,10 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
     if sampling == Sampling():
         assert torch.allclose(gaps.float(), scores.amax(dim=1, keepdim=True) - scores)
     tokens = torch.where(torch.arange(40) < 20, own, torch.tensor(rng.integers(0, 300, 40)))
-    measured = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds)
+    margins, profiles = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds)
     wanted = token_profile(gaps.numpy(), tokens.numpy())
-    assert measured.profiles == pytest.approx(wanted, rel=2e-3, abs=1e-3)
-    assert np.array_equal(measured.margins[:20], np.zeros(20))
+    assert profiles == pytest.approx(wanted, rel=2e-3, abs=1e-3)
+    assert np.array_equal(margins[:20], np.zeros(20))
 
 
 class Likeliest(HFPrefill):

@@ -165,11 +165,6 @@ class Receipt(ResponseName):
         return given
 
     @property
-    def request(self) -> tuple[str, str, str, int]:
-        """What sets the seed apart from those of other responses of this node and model."""
-        return self.user_seed, self.request_id, self.block_hash, self.index
-
-    @property
     def seeded(self) -> bool:
         """Whether a replay can measure its tokens: sampled with a seed, and without a mask."""
         return self.sampling is not None and not self.mask
@@ -358,14 +353,15 @@ class Tally:
 
     def __init__(self, header: ReceiptHeader) -> None:
         self._header = header
-        self._seen: set[tuple[str, str, str, int]] = set()
+        self._seen: set[tuple[object, str]] = set()
         self._tokens = 0
         self._room = MOST_FILE_TOKENS
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
         """Count a receipt and its line; a UsageError where it is a second one, not as the header says, or too much."""
-        if receipt.request in self._seen:
+        seeded = receipt.name, receipt.block_hash  # what sets its seed apart from others of this node and model
+        if seeded in self._seen:
             seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
             raise UsageError(seen, wanted="one receipt for each response", do="leave one of them out")
         sketched = len(sketch_steps(len(receipt.output))) if self._header.sketched else 0
@@ -377,7 +373,7 @@ class Tally:
         if self._room < 0 or len(self._seen) == MOST_RECEIPTS:
             wanted = f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens"
             raise UsageError("too many receipts in one file", wanted=wanted, do="write several files")
-        self._seen.add(receipt.request)
+        self._seen.add(seeded)
         self._tokens += len(receipt.output)
         self._digest.update(line.encode() + b"\n")
 

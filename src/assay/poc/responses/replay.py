@@ -54,16 +54,6 @@ def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     return s_NV.amax(dim=1, keepdim=True) - s_NV
 
 
-@dataclass(frozen=True, eq=False)
-class Margins:
-    """What the tokens of one response show."""
-
-    # largest score minus that of the claimed token, [N]; 0 where it is the verifier's own token, infinite where the
-    # verifier would not have kept it
-    margins: NDArray[np.float32]
-    profiles: NDArray[np.float64]  # log-probability of the claimed tokens at every scale, [N, G], as it is stored
-
-
 def measure_margins(
     logits_NV: Float32[Tensor, "N V"],
     output: tuple[int, ...],
@@ -72,8 +62,12 @@ def measure_margins(
     *,
     prompt: tuple[int, ...] = (),
     whole: bool = True,
-) -> Margins:
-    """Measure how far the tokens of a response are from those that these raw logits of a prefill give.
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Measure how far the tokens of a response, one or more, are from those that these raw logits of a prefill give.
+
+    Returns margins [N], the largest score minus that of the claimed token: 0 where it is the verifier's own token,
+    infinite where the verifier would not have kept it. And profiles [N, G], the log-probability of the claimed tokens
+    at every scale, as it is stored.
 
     Penalties may need the prompt. Where the engine did not give the ``whole`` of the logits, the others are -inf, and a
     UsageError says that they may decide which tokens top-p keeps.
@@ -96,9 +90,7 @@ def measure_margins(
         tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
         margins.append(compute_margins(s_NV).gather(1, tokens_N[:, None])[:, 0].cpu().numpy())
         profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
-    if not margins:
-        return Margins(np.zeros(0, np.float32), np.zeros((0, COLUMNS)))
-    return Margins(np.concatenate(margins), round_profiles(np.concatenate(profiles)))
+    return np.concatenate(margins), round_profiles(np.concatenate(profiles))
 
 
 def compute_gaps(
@@ -362,15 +354,8 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, pr
     seed = header.seed(receipt)
     margins, profiles = np.zeros(0, np.float32), np.zeros((0, COLUMNS))
     if receipt.sampling is not None and receipt.seeded:
-        measured = measure_margins(
-            prefilled.logits,
-            whole.output,
-            receipt.sampling,
-            seed.step_seeds(range(len(whole.output))),
-            prompt=whole.prompt,
-            whole=prefilled.whole,
-        )
-        margins, profiles = measured.margins, measured.profiles
+        seeds_N, known = seed.step_seeds(range(len(whole.output))), {"prompt": whole.prompt, "whole": prefilled.whole}
+        margins, profiles = measure_margins(prefilled.logits, whole.output, receipt.sampling, seeds_N, **known)
     residuals = np.zeros(0)
     if len(receipt.sketches):
         steps = sketch_steps(len(whole.output))

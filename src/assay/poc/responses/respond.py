@@ -1,7 +1,7 @@
 """The reference loop: prompts in, receipts out, one request at a time."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -144,24 +144,7 @@ def _response(
     model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int], progress: Callable[[int], None] | None
 ) -> dict[str, Any]:
     """Return the tokens of a response, its sketches and why it ended, as a receipt has them."""
-    tokens: list[int] = []
-    states: list[torch.Tensor] = []
-    stopped = False
-    for token, hidden_D in _answer(model, request, seed):
-        if len(tokens) % SKETCH_EVERY == 0:
-            states.append(hidden_D)
-        tokens.append(token)
-        if progress:
-            progress(len(tokens))
-        if stopped := request.is_ended(tokens, ends, model.tokenizer):
-            break
-    sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
-    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if stopped else "length"}
-
-
-def _answer(model: Model, request: Request, seed: ResponseSeed) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the tokens of a response without its end, and the hidden state [D] that gave each."""
-    sampling = request.sampling
+    sampling, tokens, states = request.sampling, list[int](), list[torch.Tensor]()
     logits_1V, hidden_1D, cache = read_on(model, request.ids)
     sampler = Sampler([sampling], logits_1V.shape[1], model.device)
     prompt_V = counts_1V = None
@@ -169,21 +152,25 @@ def _answer(model: Model, request: Request, seed: ResponseSeed) -> Iterator[tupl
         prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(model.device)
         counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
     seeds_N = seed.step_seeds(range(request.max_tokens))
-    ids = list(request.ids)
-    anew = {steps.start for steps in steps_of_passes(model.config, len(ids), request.max_tokens)}
-    for step in range(request.max_tokens):
+    anew = {steps.start for steps in steps_of_passes(model.config, len(request.ids), request.max_tokens)}
+    while True:
+        step = len(tokens)
+        if step % SKETCH_EVERY == 0:
+            states.append(hidden_1D[0])
         scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
-        token = int(scores_1V.argmax(dim=1))
-        yield token, hidden_1D[0]
-        if step + 1 == request.max_tokens:
-            return
+        tokens.append(int(scores_1V.argmax(dim=1)))
+        if progress:
+            progress(len(tokens))
+        ended = request.is_ended(tokens, ends, model.tokenizer)
+        if ended or len(tokens) == request.max_tokens:
+            break
         if counts_1V is not None:
-            counts_1V[0, token] += 1
-        ids.append(token)
-        if step + 1 in anew:
-            logits_1V, hidden_1D, cache = read_on(model, ids)
-        else:
-            logits_1V, hidden_1D, cache = read_on(model, [token], cache)
+            counts_1V[0, tokens[-1]] += 1
+        again = len(tokens) in anew  # positions from which on the architecture computes the whole row in another way
+        new, cache = ([*request.ids, *tokens], None) if again else (tokens[-1:], cache)
+        logits_1V, hidden_1D, cache = read_on(model, new, cache)
+    sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
+    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if ended else "length"}
 
 
 def _request(prompt: Request | Chat | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
