@@ -81,6 +81,7 @@ def up_to_end(receipt, model):
     """Return the receipt of an answer up to its first end token, with the chat template that made its prompt."""
     size = next((at for at, token in enumerate(receipt.output, 1) if token in model.end_tokens), len(receipt.output))
     kept = {"output": receipt.output[:size], "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)]}
+    kept["finish"] = "stop" if receipt.output[size - 1] in model.end_tokens else "length"
     return replace(receipt, **kept, chat_template=chat_template_digest(model.tokenizer))
 
 
