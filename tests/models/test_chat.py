@@ -57,6 +57,8 @@ def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
     """Clients write arguments as text, and add fields that are null or empty."""
     for messages in (called('{"a": 3}', refusal=None, annotations=[]), called({"a": 3})):
         assert rendered(CALLS, messages, tools=[]) == "Hi;3;4;"
+    strict = "{% if messages[1].tool_calls is undefined %}{{ raise_exception('an answer without a call') }}{% endif %}"
+    assert rendered(strict + TEMPLATE, called({"a": 3})).endswith("<tool>4;<assistant>")
 
 
 @pytest.mark.parametrize(

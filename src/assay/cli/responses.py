@@ -1,5 +1,6 @@
 """``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run again and judged."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,15 +103,8 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
             progress=progress,
         )
     footer = made.footer
-    values = {
-        "path": str(chosen.output),
-        "model": made.header.reference,
-        "receipts": footer.receipts,
-        "tokens": footer.tokens,
-        "seconds": footer.seconds,
-        "tokens_per_second": round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0,
-        "sha256": footer.sha256,
-    }
+    rate = round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0
+    values = {"path": str(chosen.output), "model": made.header.reference, **asdict(footer), "tokens_per_second": rate}
     show_values("assay.poc.respond/1", values, as_json)
 
 
@@ -193,7 +187,7 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
     asked = requests_of(chosen.requests, chosen.model)
-    how = Launch(**{name: getattr(chosen, name) for name in ("model", "engine", "dtype", "device")})
+    how = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device"}))
     with (
         open_prefill(how, files, batch_size=chosen.batch_size) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,

@@ -6,6 +6,7 @@ either, so that a validator renders the text of yesterday's request again; a dat
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
@@ -143,14 +144,19 @@ def render_chat(
         ("tools", "tools" in fields, {"tools": None}),
         ("tool_calls", uncalled != fields["messages"], {"messages": uncalled}),
     ):
-        if given and text == _rendered(tokenizer, **fields | bare, add_generation_prompt=answer is None):
-            raise UsageError(f"{what}, which the chat template does not use", wanted="none", do=f"leave {what} out")
+        with suppress(_Refused):  # a template that refuses the messages without them does use them
+            if given and text == _rendered(tokenizer, **fields | bare, add_generation_prompt=answer is None):
+                raise UsageError(f"{what}, which the chat template does not use", wanted="none", do=f"leave {what} out")
     if answer is None:
         return text
     if not text.startswith(asked):
         seen = "a completion after which the chat template renders the prompt in another way"
         raise UsageError(seen, wanted="a prompt that stays the same", do="write the completion as text")
     return text.removeprefix(asked)
+
+
+class _Refused(UsageError):
+    """Messages that a chat template refuses."""
 
 
 def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template_kwargs: Any = None, **how: Any) -> str:
@@ -161,7 +167,7 @@ def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template
         text = str(tokenizer.apply_chat_template(messages, **how, **told))
         text.encode()  # an unpaired surrogate is no text
     except Exception as error:  # what the author's program raises: of jinja, or of Python
-        raise UsageError(
+        raise _Refused(
             f"messages that the chat template refuses: {reason_of(error):.200}",
             wanted="roles and contents in an order that it takes; it has no clock",
             do="correct the messages; set what the template needs, such as a date, in chat_template_kwargs",

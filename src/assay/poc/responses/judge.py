@@ -90,15 +90,6 @@ class ReceiptPins:
         }
         return tuple(name for name, pinned in given.items() if not pinned)
 
-    def unanswered(self, receipts: Receipts) -> int:
-        """Return how many of the requests have no receipt, or one of an answer that was aborted or has no token.
-
-        A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
-        whole answer has the token that ended it.
-        """
-        whole = {one.name for one in receipts.receipts if one.finish != "abort" and one.output}
-        return len({request.name for request in self.requests or ()} - whole)
-
 
 def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
@@ -169,8 +160,13 @@ class ResponseVerdict:
 
     @property
     def unanswered(self) -> int:
-        """Number of the requests that have no receipt, or one of an answer that was aborted or has no token."""
-        return self.pins.unanswered(self.receipts)
+        """Number of the requests that have no receipt, or one of an answer that was aborted or has no token.
+
+        A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
+        whole answer has the token that ended it.
+        """
+        whole = {one.name for one in self.receipts.receipts if one.finish != "abort" and one.output}
+        return len({request.name for request in self.pins.requests or ()} - whole)
 
     @property
     def exit_code(self) -> int:
