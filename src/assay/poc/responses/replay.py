@@ -354,8 +354,10 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, pr
     seed = header.seed(receipt)
     margins, profiles = np.zeros(0, np.float32), np.zeros((0, COLUMNS))
     if receipt.sampling is not None and receipt.seeded:
-        seeds_N, known = seed.step_seeds(range(len(whole.output))), {"prompt": whole.prompt, "whole": prefilled.whole}
-        margins, profiles = measure_margins(prefilled.logits, whole.output, receipt.sampling, seeds_N, **known)
+        seeds_N = seed.step_seeds(range(len(whole.output)))
+        margins, profiles = measure_margins(
+            prefilled.logits, whole.output, receipt.sampling, seeds_N, prompt=whole.prompt, whole=prefilled.whole
+        )
     residuals = np.zeros(0)
     if len(receipt.sketches):
         steps = sketch_steps(len(whole.output))
