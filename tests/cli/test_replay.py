@@ -107,7 +107,7 @@ def test_a_replay_that_is_refused_begins_no_ledger(refused, receipts, prompts, s
         (receipts, (*MODEL, "--dtype", "float16"), prompts, "no law of honest noise of responses"),
         (receipts, ("--model", small_checkpoint, "--device", "cpu"), prompts, "receipts of reference:qwen3"),
         (strange, MODEL, prompts, "with token 1000000 and 40 positions"),
-        (receipts, MODEL, other, "user_seed 'mine'"),
+        (receipts, MODEL, other, "index ('mine', 'r0', 0)"),
     ):
         assert seen in refused("poc", "replay", path, *model, *KNOWN, "--requests", asked, "--ledger", ledger)
     assert not ledger.exists()

@@ -6,7 +6,6 @@ either, so that a validator renders the text of yesterday's request again; a dat
 
 import hashlib
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
@@ -114,11 +113,7 @@ def chat_template_digest(tokenizer: "PreTrainedTokenizerBase | None") -> str:
 
 
 def render_chat(
-    chat: Chat,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    answer: Chat | None = None,
-    reference: str = "a model",
+    chat: Chat, tokenizer: "PreTrainedTokenizerBase | None", *, answer: Chat | None = None, reference: str = "a model"
 ) -> str:
     """Return the text of messages, up to where the answer begins; or the text of an ``answer`` that follows them.
 
@@ -126,7 +121,7 @@ def render_chat(
 
     Raises:
         UsageError: There is no template, which names the ``reference`` of the model; or it refuses the messages, does
-            not use tools or their calls, or gives too much text.
+            not use the tools, or gives too much text.
     """
     if not chat_template_digest(tokenizer):
         raise UsageError(
@@ -135,28 +130,17 @@ def render_chat(
             do="take the Instruct or chat model of this kind, or write the prompt as text",
         )
     fields = chat.fields
-    asked = text = _rendered(tokenizer, **fields, add_generation_prompt=True)
-    if answer is not None:
-        fields["messages"] += answer.fields["messages"]
-        text = _rendered(tokenizer, **fields, add_generation_prompt=False)
-    uncalled = [{name: value for name, value in one.items() if name != "tool_calls"} for one in fields["messages"]]
-    for what, given, bare in (
-        ("tools", "tools" in fields, {"tools": None}),
-        ("tool_calls", uncalled != fields["messages"], {"messages": uncalled}),
-    ):
-        with suppress(_Refused):  # a template that refuses the messages without them does use them
-            if given and text == _rendered(tokenizer, **fields | bare, add_generation_prompt=answer is None):
-                raise UsageError(f"{what}, which the chat template does not use", wanted="none", do=f"leave {what} out")
+    text = _rendered(tokenizer, **fields, add_generation_prompt=True)
+    if "tools" in fields and text == _rendered(tokenizer, **fields | {"tools": None}, add_generation_prompt=True):
+        raise UsageError("tools, which the chat template does not use", wanted="no tools", do="leave tools out")
     if answer is None:
         return text
-    if not text.startswith(asked):
+    fields["messages"] += answer.fields["messages"]
+    whole = _rendered(tokenizer, **fields, add_generation_prompt=False)
+    if not whole.startswith(text):
         seen = "a completion after which the chat template renders the prompt in another way"
         raise UsageError(seen, wanted="a prompt that stays the same", do="write the completion as text")
-    return text.removeprefix(asked)
-
-
-class _Refused(UsageError):
-    """Messages that a chat template refuses."""
+    return whole.removeprefix(text)
 
 
 def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template_kwargs: Any = None, **how: Any) -> str:
@@ -167,7 +151,7 @@ def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template
         text = str(tokenizer.apply_chat_template(messages, **how, **told))
         text.encode()  # an unpaired surrogate is no text
     except Exception as error:  # what the author's program raises: of jinja, or of Python
-        raise _Refused(
+        raise UsageError(
             f"messages that the chat template refuses: {reason_of(error):.200}",
             wanted="roles and contents in an order that it takes; it has no clock",
             do="correct the messages; set what the template needs, such as a date, in chat_template_kwargs",

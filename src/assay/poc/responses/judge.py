@@ -95,12 +95,7 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
     """Refuse a receipt that answers no request, or another one than was asked."""
     request, owner = asked.get(receipt.name), f"the receipt of request {receipt.request_id!r:.80}"
     if request is None:
-        alike = [one for one in asked.values() if one.request_id == receipt.request_id]
-        if not alike:
-            raise _mismatch("a receipt", "request_id", receipt.request_id, "a request that was sent")
-        name = "user_seed" if all(one.user_seed != receipt.user_seed for one in alike) else "index"
-        wanted = " or ".join(sorted({repr(getattr(one, name)) for one in alike})[:4])
-        raise _mismatch(owner, name, getattr(receipt, name), wanted)
+        raise _mismatch("a receipt", "user_seed, request_id and index", receipt.name, "of a request that was sent")
     pairs: dict[str, tuple[object, object]] = {
         "adapter": ("" if receipt.adapter is None else receipt.adapter.name, request.adapter)
     }

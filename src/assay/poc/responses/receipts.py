@@ -181,22 +181,22 @@ class Receipt(ResponseName):
         """Return the canonical line of the file, without its newline; no field stands for no adapter or template."""
         prompt = self.prompt
         known = {"sha256": prompt.sha256, "tokens": prompt.tokens} if prompt.ids is None else {"ids": list(prompt.ids)}
-        values = {
-            "request_id": self.request_id,
-            "chosen_by": self.chosen_by,
-            "index": self.index,
-            "user_seed": self.user_seed,
-            "block_hash": self.block_hash,
-            "sampling": None if self.sampling is None else self.sampling.as_dict(),
-            "prompt": known,
-            "output": list(self.output),
-            "finish": self.finish,
-            "mask": self.mask,
-            **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
-            **({} if self.chat_template is None else {"chat_template": self.chat_template}),
-            "sketches": [encode_vector(sketch) for sketch in self.sketches],
-        }
-        return dumps(values)
+        names = (
+            "request_id",
+            "chosen_by",
+            "index",
+            "user_seed",
+            "block_hash",
+            "sampling",
+            "prompt",
+            "output",
+            "finish",
+        )
+        optional = {"adapter": self.adapter and asdict(self.adapter), "chat_template": self.chat_template}
+        values = {name: getattr(self, name) for name in (*names, "mask")}
+        values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": known}
+        values |= {name: value for name, value in optional.items() if value is not None}
+        return dumps(values | {"sketches": [encode_vector(sketch) for sketch in self.sketches]})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,12 +175,7 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
 
 
 def encode_requests(
-    requests: Sequence[Request],
-    tokenizer: Any,
-    *,
-    reference: str,
-    vocab_size: int,
-    max_positions: int,
+    requests: Sequence[Request], tokenizer: Any, *, reference: str, vocab_size: int, max_positions: int
 ) -> list[Request]:
     """Return the requests with token ids for prompts, every one of which fits the model; it may have no tokenizer.
 

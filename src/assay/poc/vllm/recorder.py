@@ -93,18 +93,11 @@ class Choice:
             seen = f"{len(sketches)} sketches of {len(self.output)} tokens"
             raise ModelError(seen, wanted=f"{steps}", do="see the log of vLLM's workers")
         return Receipt(
-            request_id=self.seed.request_id,
-            index=self.seed.index,
-            user_seed=self.seed.user_seed,
-            block_hash=self.seed.block_hash,
-            sampling=self.sampling,
+            **{name: getattr(self.seed, name) for name in ("request_id", "index", "user_seed", "block_hash")},
+            **{name: getattr(self, name) for name in ("sampling", "chosen_by", "mask", "adapter", "chat_template")},
             prompt=Prompt.of(self.prompt),
             output=tuple(self.output),
             finish=self.finish or "abort",
-            chosen_by=self.chosen_by,
-            mask=self.mask,
-            adapter=self.adapter,
-            chat_template=self.chat_template,
             sketches=sketches[:steps],
         )
 
