@@ -5,9 +5,10 @@ import shutil
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from assay.errors import UsageError
+from assay.errors import ModelError, UsageError
 from assay.models import Chat, load_model, read_chat
 from assay.models.chat import LONGEST_TEXT, render_chat
+from assay.models.checkpoint import read_tokenizer
 from assay.models.load import identify
 from tests.vhack.conftest import bytewise
 
@@ -88,6 +89,14 @@ def test_a_checkpoint_that_transformers_does_not_load_has_its_generation_config(
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     for made in (identify(path, dtype="float32"), load_model(path, weights="random-all", block_hash="B", device="cpu")):
         assert made.end_tokens == {5, 7}
+
+
+def test_a_template_is_bounded_before_it_is_read(tmp_path):
+    chat_tokenizer(TEMPLATE).save_pretrained(tmp_path)
+    with (tmp_path / "chat_template.jinja").open("r+b") as file:
+        file.truncate(2**28)
+    with pytest.raises(ModelError, match="longer than"):
+        read_tokenizer(tmp_path)
 
 
 def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small_model):

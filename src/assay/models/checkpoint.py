@@ -435,6 +435,8 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     try:
         for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"):
             _check_ids(directory / name)
+        for path in (*directory.glob("*.jinja"), *directory.glob("additional_chat_templates/*.jinja")):
+            read_whole(path, LONGEST_LINE)
         with silence_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # the libraries raise many kinds, down to a panic of Rust, which is no Exception

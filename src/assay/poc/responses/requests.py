@@ -154,7 +154,7 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
     prompt = read_chat(line["messages"], **options) if "messages" in line else line["prompt"]
     if not isinstance(prompt, str | list | Chat):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
-    texts, tokens = line.get("stop") or [], line.get("stop_token_ids") or []
+    texts, tokens = ([] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids"))
     texts = [texts] if isinstance(texts, str) else texts
     for name, given, kind in (("stop", texts, str), ("stop_token_ids", tokens, int)):
         if not isinstance(given, list) or {type(one) for one in given} - {kind}:
