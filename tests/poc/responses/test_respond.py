@@ -65,15 +65,6 @@ def test_a_response_does_not_depend_on_the_others(small_model, responses: Receip
     assert [r.line() for r in backwards.receipts[::-1]] == [r.line() for r in responses.receipts]
 
 
-def test_a_response_ends_with_a_stop_token(small_model, responses: Receipts):
-    output = responses.receipts[0].output
-    stop = output[5]
-    made = respond(small_model, REQUESTS[:1], **COMMON, end_tokens=[stop]).receipts[0]
-    assert made.output == output[: output.index(stop) + 1]
-    assert made.finish == "stop"
-    assert responses.receipts[0].finish == "length"
-
-
 def test_prompts_of_text_or_ids_get_names(small_model):
     made = respond(small_model, [[1, 2], [3]], **COMMON, max_tokens=2, user_seed="u", hash_prompts=True)
     assert [receipt.request_id for receipt in made.receipts] == ["prompt-0", "prompt-1"]
@@ -85,8 +76,10 @@ def test_prompts_of_text_or_ids_get_names(small_model):
 def test_progress_counts_tokens(small_model):
     seen: list[tuple[int, int]] = []
     output = respond(small_model, REQUESTS[:1], **COMMON, end_tokens=()).receipts[0].output
-    respond(small_model, REQUESTS[::3], **COMMON, end_tokens=[output[9]], progress=lambda *state: seen.append(state))
+    told = {"progress": lambda *state: seen.append(state)}
+    made = respond(small_model, REQUESTS[::3], **COMMON, end_tokens=[output[9]], **told).receipts[0]
     tokens = output.index(output[9]) + 1
+    assert (made.output, made.finish) == (output[:tokens], "stop")
     assert seen[:tokens] == [(i + 1, 45) for i in range(tokens)]
     assert seen[-1][0] <= seen[-1][1] == tokens + 5
 
