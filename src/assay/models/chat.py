@@ -22,20 +22,17 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 2**24  # characters of a prompt, of messages with their tools, and of what a template makes of them
 
 
-@with_config(extra="forbid", strict=True)
 class _Function(TypedDict):
     name: str
     arguments: Json[dict[str, Any]] | dict[str, Any]  # clients send the JSON of the object that templates take
 
 
-@with_config(extra="forbid", strict=True)
 class _Call(TypedDict):
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
     function: _Function
 
 
-@with_config(extra="forbid", strict=True)
 class _Message(TypedDict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
@@ -52,7 +49,7 @@ def _plain(message: Any) -> Any:
     return {"content": ""} | said if "tool_calls" in said else said
 
 
-@with_config(extra="forbid", strict=True)
+@with_config(extra="forbid", strict=True)  # which holds for the parts too
 class _Fields(TypedDict):
     messages: Annotated[list[Annotated[_Message, BeforeValidator(_plain)]], Field(min_length=1, max_length=2**12)]
     tools: NotRequired[Annotated[list[dict[str, Any]], Field(min_length=1)]]
