@@ -18,7 +18,13 @@ def keep_freed_memory() -> None:
             _LIBC.mallopt(option, value)
 
 
-def return_freed_memory() -> None:
-    """Return what was kept and is not used."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
+class _HeapInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefgh", "free", "top")]  # of mallinfo2(3)
+
+
+def kept_bytes() -> int:
+    """Return how much of the heap is free for the next tensors, in bytes."""
+    if not hasattr(_LIBC, "mallinfo2"):
+        return 0
+    _LIBC.mallinfo2.restype = _HeapInfo
+    return int(_LIBC.mallinfo2().free)

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.memory import return_freed_memory
+from assay.memory import kept_bytes
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -37,8 +37,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return_freed_memory()
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) + kept_bytes()
 
 
 def processor(device: torch.device) -> str:
