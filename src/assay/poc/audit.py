@@ -230,6 +230,6 @@ def requests_of(path: Path | None, model: str) -> list[Request] | None:
 def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
     info = model_info(model)
-    has_text = any(request.stop_texts or not isinstance(request.prompt, tuple) for request in requests)
+    has_text = any(request.stop or not isinstance(request.prompt, tuple) for request in requests)
     limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}
     return encode_requests(requests, load_tokenizer(model) if has_text else None, reference=model, **limits)

@@ -15,7 +15,7 @@ from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, ch
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
-MOST_STOPS, LONGEST_STOP = 64, 1024  # texts and tokens that end an answer, and characters of such a text
+MOST_STOPS, LONGEST_STOP = 64, 1024  # texts that end an answer, and characters of one
 _NEAR = 8  # last tokens of a prompt with which an output is decoded: a text after others may begin with a space
 
 
@@ -29,7 +29,8 @@ class Request(ResponseName):
         chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
         max_tokens: Number of tokens after which the response ends.
-        stop: Texts and token ids that end the response too, beside the end tokens of the model.
+        stop: Texts that end the response.
+        stop_token_ids: Tokens that end it, beside the end tokens of the model.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
         chat_template: SHA-256 of the template that made the token ids; None where there were no messages.
 
@@ -42,7 +43,8 @@ class Request(ResponseName):
     chosen_by: Chooser = "client"
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = DEFAULT_MAX_TOKENS
-    stop: tuple[str | int, ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     adapter: str = ""
     chat_template: str | None = None
 
@@ -58,10 +60,11 @@ class Request(ResponseName):
                 )
         elif not isinstance(self.prompt, Chat):
             object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
-        if len(self.stop) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in self.stop_texts):
-            wanted = f"at most {MOST_STOPS} texts and token ids, each text of 1 to {LONGEST_STOP} characters"
+        fits = all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in self.stop)
+        if not fits or len(self.stop) > MOST_STOPS:
+            wanted = f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters"
             raise UsageError(f"stop is {self.stop!r:.60}", wanted=wanted, do="correct stop")
-        check_ids("stop", [one for one in self.stop if not isinstance(one, str)], fewest=0)
+        object.__setattr__(self, "stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids, fewest=0))
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -70,23 +73,18 @@ class Request(ResponseName):
             raise UsageError("a prompt without token ids", wanted="token ids", do="call encode_requests() first")
         return self.prompt
 
-    @property
-    def stop_texts(self) -> list[str]:
-        """The texts that end the response."""
-        return [one for one in self.stop if isinstance(one, str)]
-
     def is_ended(self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any) -> bool:
         """Whether an output has come to an end of its own: by its last token, or by a text that is in its text.
 
         A text may be looked for by a server that leaves special tokens out, or by one that does not.
         """
-        if output[-1] in end_tokens or output[-1] in self.stop:
+        if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
             return True
         before = list(self.ids[-_NEAR:])
-        for skips in (False, True) if self.stop_texts else ():
+        for skips in (False, True) if self.stop else ():
             decode = partial(tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
             text = decode([*before, *output])[len(decode(before)) :]
-            if any(stop in text for stop in self.stop_texts):
+            if any(stop in text for stop in self.stop):
                 return True
         return False
 
@@ -156,17 +154,20 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
     texts, tokens = ([] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids"))
     texts = [texts] if isinstance(texts, str) else texts
-    for name, given, kind in (("stop", texts, str), ("stop_token_ids", tokens, int)):
-        if not isinstance(given, list) or {type(one) for one in given} - {kind}:
-            wanted = "a text, or a list of texts" if kind is str else "a list of token ids"
-            raise UsageError(f"{name} is {given!r:.60}", wanted=wanted, do=f"correct {name}")
+    if not isinstance(texts, list) or not isinstance(tokens, list):
+        seen, wanted = (
+            f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}",
+            "a text or a list of them, a list of ids",
+        )
+        raise UsageError(seen, wanted=wanted, do="correct them")
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         request_id=line.get("request_id", f"line-{number}"),
         chosen_by="client" if "request_id" in line else "server",
         sampling=replace(base, **values),
-        stop=(*texts, *tokens),
+        stop=tuple(texts),
+        stop_token_ids=tuple(tokens),
         adapter=line.get("adapter", ""),
     )
     answers = line.get("n", 1)
@@ -214,7 +215,7 @@ def _with_ids(request: Request, tokenizer: Any, reference: str) -> Request:
         text = render_chat(prompt, tokenizer, reference=reference)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
-    if tokenizer is None and (isinstance(prompt, str) or request.stop_texts):
+    if tokenizer is None and (isinstance(prompt, str) or request.stop):
         wanted, do = "prompts and stops of token ids", 'write {"prompt": [1, 2, 3], "stop_token_ids": [4]}'
         raise UsageError(f"text for {reference}, which has no tokenizer", wanted=wanted, do=do)
     return replace(request, prompt=tuple(tokenizer(prompt)["input_ids"])) if isinstance(prompt, str) else request
