@@ -155,11 +155,8 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
     texts, tokens = ([] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids"))
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not isinstance(tokens, list):
-        seen, wanted = (
-            f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}",
-            "a text or a list of them, a list of ids",
-        )
-        raise UsageError(seen, wanted=wanted, do="correct them")
+        seen = f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}"
+        raise UsageError(seen, wanted="a text or a list of texts, and a list of token ids", do="correct them")
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
