@@ -29,7 +29,7 @@ import psutil
 import torch
 
 from assay.files.jsonl import dumps
-from assay.poc.responses import Prompt, Receipts, Request, Sampling, replay, respond
+from assay.poc.responses import Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.receipts import parse_receipt
 
 POW = "/api/v1/pow"
@@ -585,11 +585,6 @@ def begin(server, block=BLOCK):
     server.post("/responses/block", {"block_hash": block}).raise_for_status()
 
 
-def prompts_of(requests):
-    """Return the prompts of requests by their hashes."""
-    return {prompt.sha256: prompt for prompt in (Prompt.of(request.prompt) for request in requests)}
-
-
 def agreement(server, model, requests, wanted=None):
     """Return how many receipts of a server have the tokens and the sketches that transformers give."""
     wanted = wanted or respond(model, requests, block_hash=BLOCK, public_key=NODE)
@@ -603,7 +598,7 @@ def agreement(server, model, requests, wanted=None):
         for ours, theirs, equal in zip(found, wanted.receipts, same, strict=True)
         if equal
     ]
-    replays = replay(Receipts.build(wanted.header, found, 0.0), model, prompts=prompts_of(requests))
+    replays = replay(Receipts.build(wanted.header, found, 0.0), model, requests=requests)
     return {
         "requests": len(requests),
         "same_tokens": sum(same),

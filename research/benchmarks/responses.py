@@ -3,22 +3,29 @@
 Provers decode token by token in float32 and bfloat16, in one batch, in small batches and with plain attention, with
 several ways of sampling; verifiers read every response at once, in both formats. The law of a pair of formats is fitted
 to half of the honest responses of a model. The other half is audited: every audit draws whole responses with
-replacement, so that what tokens of a response share stays together.
+replacement, so that what tokens of a response share stays together. With ``--chat``, a prover in bfloat16 answers
+messages in one batch, each answer ends by its end token, and float32 verifies.
 
     python research/benchmarks/responses.py -o research/results/responses.json --install
+    python research/benchmarks/responses.py --model pretrained:smollm2 --chat -o research/results/responses_smollm2.json
 """
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import torch
 from _common import note, parser, publish
-from assay_research.responses.cheats import HONEST, honest
-from assay_research.responses.field import ALPHA, Field, Ours, crossings
-from assay_research.responses.provers import decode
+from assay_research.responses.cheats import HONEST, Scene, honest
+from assay_research.responses.field import ALPHA, Field, Ours, receipts, share_accused
+from assay_research.responses.provers import Requests, decode, named_seeds, open_model
 
 from assay.files.jsonl import dumps
 from assay.files.storage import write_atomic
-from assay.poc.responses import Sampling
+from assay.models import read_chat
+from assay.models.chat import chat_template_digest, render_chat
+from assay.poc.protocol.pipelines import SKETCH_EVERY
+from assay.poc.responses import Receipts, Sampling, replay
 from assay.poc.responses.calibration import BUNDLED_LAWS, MARGIN, fit_response_noise
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -29,6 +36,10 @@ WAYS = {
     "temperature 0.8, top-k 20": Sampling(temperature=0.8, top_k=20),
     "greedy": Sampling(temperature=0),
 }
+CHAT_WAYS = {f"temperature {t:g}": Sampling(temperature=t) for t in (0, 0.7, 1)}
+CHAT_WAYS["temperature 1, top-p 0.9"] = Sampling(top_p=0.9)
+ASKED = ("Explain in three sentences", "List five facts about", "Tell a child about", "Describe the history of")
+TOPICS = ("numbers", "music", "sleep", "trees", "coffee", "money")  # one token each, so that prompts make a batch
 PROMPT, TOKENS = 24, 64
 AUDITS = 2000
 PROVERS = {"one batch": honest, **HONEST}
@@ -49,19 +60,29 @@ def measured(reference, dtype, verifier, count):
     return found, cheat
 
 
-def audited(noise, replays, audits=AUDITS, seed=0):
-    """Return the tokens after which each test accuses audits of whole responses, [A], by test."""
-    ours = Ours(noise)
-    looks = [ours.looks(one) for one in replays]
-    return {
-        name: crossings(looks, evidence, audits, np.random.default_rng(seed))
-        for name, evidence in ours.evidence().items()
-    }
+def answered(reference, dtype, verifier, count):
+    """Return the same of answers to messages, the first ``count`` of 24, each up to its end token."""
+    scene, checker = Scene(reference, dtype, "cpu"), open_model(reference, verifier, "cpu")
+    texts = [f"{ask} {topic}." for ask, topic in itertools.product(ASKED, TOPICS)][:count]
+    chats = [render_chat(read_chat([{"role": "user", "content": text}]), checker.tokenizer) for text in texts]
+    prompts_BT = torch.tensor(checker.tokenizer(chats, add_special_tokens=False)["input_ids"])
+    found, cheat = {}, {}
+    for way, sampling in CHAT_WAYS.items():
+        asked = Requests(prompts_BT, named_seeds(checker, len(texts), "chat"), sampling, TOKENS)
+        for model, by_way in ((scene.model, found), (scene.int4, cheat)):
+            stated = receipts(asked, decode(model, asked), scene.model)
+            ended = [up_to_end(one, checker) for one in stated.receipts]
+            by_way[way] = replay(Receipts.build(stated.header, ended, seconds=0.0), checker)
+        note(f"{way}: {matching(found[way])} honest and {matching(cheat[way])} of int4 match")
+    return {"one batch": found}, cheat
 
 
-def share_accused(found):
-    """Return the share of audits that each test accuses within 2048 tokens."""
-    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
+def up_to_end(receipt, model):
+    """Return the receipt of an answer up to its first end token, with the chat template that made its prompt."""
+    size = next((at for at, token in enumerate(receipt.output, 1) if token in model.end_tokens), len(receipt.output))
+    kept = {"output": receipt.output[:size], "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)]}
+    kept["finish"] = "stop" if receipt.output[size - 1] in model.end_tokens else "length"
+    return replace(receipt, **kept, chat_template=chat_template_digest(model.tokenizer))
 
 
 def together(by_way):
@@ -81,9 +102,9 @@ def figures(reference, dtype, verifier, found, cheat):
     everyone = [one for replays in provers for one in replays]
     row = {"model": reference, "prover": dtype, "verifier": verifier, "responses": len(everyone)}
     row |= {"matching": matching(everyone), "noise": noise.as_dict(), "audits": AUDITS}
-    row["accused"] = share_accused(audited(noise, [one for replays in provers for one in replays[1::2]]))
+    row["accused"] = share_accused(Ours(noise).audited([one for replays in provers for one in replays[1::2]], AUDITS))
     row["int4_matching"] = matching(together(cheat))
-    for name, tokens_A in audited(noise, together(cheat), AUDITS // 2, 1).items():
+    for name, tokens_A in Ours(noise).audited(together(cheat), AUDITS // 2, seed=1).items():
         middle, most = np.quantile(tokens_A, (0.5, 0.99), method="higher")
         row[f"int4_{name}"] = {"median": float(middle), "99%": float(most) if np.isfinite(most) else None}
     row["ways"] = [
@@ -91,7 +112,7 @@ def figures(reference, dtype, verifier, found, cheat):
             "way": way,
             "matching": matching([one for by_way in found.values() for one in by_way[way]]),
             "int4_matching": matching(replays),
-            "int4_tokens_median": float(np.median(audited(noise, replays, AUDITS // 4, 2)["margins"])),
+            "int4_tokens_median": float(np.median(Ours(noise).audited(replays, AUDITS // 4, seed=2)["margins"])),
         }
         for way, replays in cheat.items()
     ]
@@ -102,10 +123,13 @@ def main():
     arguments = parser(__doc__)
     arguments.add_argument("--count", type=int, default=32, help="responses of each way of sampling")
     arguments.add_argument("--install", action="store_true", help="write the stated defaults of the package")
+    arguments.add_argument("--model", help="this model in place of the bundled ones")
+    arguments.add_argument("--chat", action="store_true", help="answers to messages, of at most 24 prompts")
     options = arguments.parse_args()
     rows, provers = [], {}
-    for reference, dtype, verifier in itertools.product(MODELS, DTYPES, DTYPES):
-        found, cheat = measured(reference, dtype, verifier, options.count)
+    pairs = [("bfloat16", "float32")] if options.chat else itertools.product(DTYPES, DTYPES)
+    for reference, (dtype, verifier) in itertools.product([options.model] if options.model else MODELS, pairs):
+        found, cheat = (answered if options.chat else measured)(reference, dtype, verifier, options.count)
         rows.append(figures(reference, dtype, verifier, found, cheat))
         note(f"{reference} {dtype} {verifier}: accused {rows[-1]['accused']}")
         provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(map(together, found.values()))

@@ -17,14 +17,7 @@ from _common import note, parser, publish
 from assay.models import load_model
 from assay.stats import auroc, group_bootstrap
 from assay.stats.rates import paired_accuracy
-from assay.vhack import (
-    Basis,
-    PairGradients,
-    cin_over_modules,
-    pair_gradients,
-    split_pairs,
-    weight_svd,
-)
+from assay.vhack import Basis, PairGradients, cin_over_modules, pair_gradients, split_pairs, weight_svd
 from assay.vhack.checks import CheckSettings, check_gradients
 from assay.vhack.pairs import generate_pairs
 from assay.vhack.pairs.pairs import authored_pairs

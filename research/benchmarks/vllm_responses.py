@@ -37,11 +37,11 @@ from _vllm import (
     agreement,
     begin,
     mixed,
-    prompts_of,
     receipts_of,
     send_all,
 )
-from responses import AUDITS, TOKENS, audited, share_accused
+from assay_research.responses.field import Ours, share_accused
+from responses import AUDITS, TOKENS
 
 from assay.models import load_model, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
@@ -202,10 +202,10 @@ def audits(arguments, folder):
         found = [receipts_of(server, request.request_id)[0] for request in requests]
         rows = []
         for dtype, model in models.items():
-            replays = replay(Receipts.build(header, found, 0.0), model, prompts=prompts_of(requests))
+            replays = replay(Receipts.build(header, found, 0.0), model, requests=requests)
             row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
             noise = bundled_response_noise(header.digest, arguments.dtype, dtype)
-            row["accused"] = share_accused(audited(noise, replays))
+            row["accused"] = share_accused(Ours(noise).audited(replays, AUDITS))
             rows.append(row)
         return rows
 

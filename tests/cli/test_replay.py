@@ -29,7 +29,7 @@ def prompts(tmp_path_factory):
 def receipts(prompts):
     path = prompts.with_name("receipts.jsonl")
     model = load_model("reference:qwen3", dtype="float32", device="cpu")
-    respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", stop=(), output=path)
+    respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", end_tokens=(), output=path)
     return path
 
 
@@ -64,6 +64,18 @@ def test_answers_that_are_not_shown_cost_exit_code_zero(assay, told, receipts, p
     assert told("poc", "replay", receipts, *MODEL, *flags)["unanswered"] == 0
 
 
+def test_an_answer_that_was_cut_and_claims_stop_is_refused(assay, refused, receipts, prompts, tmp_path):
+    """Whatever it is replayed with; only where the client asked for such an end is it one."""
+    whole, path, asked = Receipts.load(receipts), tmp_path / "cut.jsonl", tmp_path / "asked.jsonl"
+    cut = [replace(one, output=one.output[:4], sketches=one.sketches[:1], finish="stop") for one in whole.receipts]
+    Receipts.build(whole.header, [*whole.receipts[:-1], cut[-1]], 1.0).save(path)
+    flags = (*MODEL, *KNOWN, "--sample", "1", "--seed", "1", "--requests")
+    assert "'r7' ended by stop after 4 tokens" in refused("poc", "replay", path, *flags, prompts)
+    lines = [json.loads(line) | {"stop_token_ids": [cut[-1].output[-1]]} for line in prompts.read_text().splitlines()]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert assay("poc", "replay", path, *flags, asked, "--json").code == 2  # undecided: one response of 36 tokens
+
+
 def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, receipts, tmp_path):
     result = assay("poc", "replay", receipts, *MODEL, "--sample", "2", "--seed", "1")
     assert result.code == 2
@@ -95,7 +107,7 @@ def test_a_replay_that_is_refused_begins_no_ledger(refused, receipts, prompts, s
         (receipts, (*MODEL, "--dtype", "float16"), prompts, "no law of honest noise of responses"),
         (receipts, ("--model", small_checkpoint, "--device", "cpu"), prompts, "receipts of reference:qwen3"),
         (strange, MODEL, prompts, "with token 1000000 and 40 positions"),
-        (receipts, MODEL, other, "user_seed 'mine'"),
+        (receipts, MODEL, other, "index ('mine', 'r0', 0)"),
     ):
         assert seen in refused("poc", "replay", path, *model, *KNOWN, "--requests", asked, "--ledger", ledger)
     assert not ledger.exists()
@@ -132,7 +144,7 @@ def test_receipts_of_an_adapter_need_it_and_are_replayed_with_it(assay, refused,
     directory = write_adapter(tmp_path / "adapter", model)
     adapter = load_adapter(directory)
     with adapter.on(model):
-        made = respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", stop=())
+        made = respond(model, read_requests(prompts), block_hash="block_alpha", public_key="node_A", end_tokens=())
     named = [replace(one, adapter=Adapter("tuned", adapter.digest)) for one in made.receipts]
     path = tmp_path / "tuned.jsonl"
     Receipts.build(made.header, named, 1.0).save(path)

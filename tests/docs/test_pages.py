@@ -212,7 +212,7 @@ PAGES = {
         "assay vhack pairs verify mine.jsonl --tests tests.jsonl\n",
         given={
             "mine.jsonl": blocks("vhack-pairs", "json")[0],
-            "tests.jsonl": blocks("vhack-pairs", "json")[1],
+            "tests.jsonl": blocks("vhack-pairs", "json")[2],
             "preferences.jsonl": lines({"prompt": "p", "rejected": "h", "chosen": "c", "source": "s"}),
         },
         says=("1 of 1 pairs",),

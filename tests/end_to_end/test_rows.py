@@ -39,7 +39,7 @@ def test_a_nonce_is_that_of_a_batch_of_one(model):
 
 def test_an_answer_beside_others_is_replayed_as_it_was_made_alone(model):
     prompts = [tokens(length) for length in (5, 20, 50, 31)]
-    answers = respond(model, prompts, block_hash="B", public_key="K", max_tokens=24, stop=[])
+    answers = respond(model, prompts, block_hash="B", public_key="K", max_tokens=24, end_tokens=[])
     for found in replay(answers, model):
         assert found.margins.max() < CLOSE
         assert found.residuals.max() < 10 * CLOSE  # sketches are float16
@@ -114,7 +114,7 @@ def computed(model):
     read = HFEngine(model, batch_size=16, seq_len=16)
     for preset in ("poc-2.0", "hardened", "artifact"):
         yield from read.outputs(Round(block_hash="B", public_key="K", seq_len=16), get_pipeline(preset), range(16))
-    answers = respond(model, [tokens(20)], block_hash="B", public_key="K", max_tokens=40, stop=[])
+    answers = respond(model, [tokens(20)], block_hash="B", public_key="K", max_tokens=40, end_tokens=[])
     yield from (np.array(answers.receipts[0].output), answers.receipts[0].sketches)
     for found in replay(answers, model):
         yield from (found.margins, found.profiles, found.residuals)

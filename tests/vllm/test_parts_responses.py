@@ -113,13 +113,13 @@ async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), sto
 
 async def test_every_choice_has_its_seed_and_its_receipt():
     llm, sink, recorder = recorded()
-    await ask(llm, AcceptedRequest("r", "block", None, "client"), ((5, 6), (7,)), n=2, seed=11)
+    await ask(llm, AcceptedRequest("r", "block", None, "client", "f" * 64), ((5, 6), (7,)), n=2, seed=11)
     assert [(one.index, one.output, one.finish, one.user_seed) for one in sink.receipts] == [
         (index, (index % 2,) * 3, "stop", "11") for index in range(4)
     ]
     assert sink.receipts[2].prompt == Prompt.of([7])
     assert sink.receipts[0].sampling == Sampling(temperature=0.7, top_p=0.9)
-    assert {one.chosen_by for one in sink.receipts} == {"client"}
+    assert {(one.chosen_by, one.chat_template) for one in sink.receipts} == {("client", "f" * 64)}
     assert len(llm.calls) == 2  # the choices that end together are collected together
     seed = ResponseSeed(user_seed="11", request_id="r", public_key="node", digest=DIGEST, block_hash="block", index=3)
     carried = read_seed_argument(llm.sent[3].sampling_params)
@@ -325,6 +325,7 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
     responses, (llm, sink, recorder), app = Responses(PluginSettings()), recorded(), FastAPI()
     responses.sink, responses.recorder = sink, recorder
 
+    @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def complete(body: dict) -> dict:
         outputs = [one async for one in llm.generate((5,), params(seed=body.get("seed")), "cmpl-0")]
@@ -341,13 +342,16 @@ async def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
     responses.post("0xé")
     named = {"X-Request-Id": "mine", "X-Assay-User-Seed": "s"}
     second = await client.post("/v1/completions", json={"seed": 5}, headers=named)
-    third = await client.post("/v1/completions", json={"seed": 5})
+    responses.chat_template = "f" * 64
+    third = await client.post("/v1/chat/completions", json={"seed": 5})
+    await client.post("/v1/completions", json={})
     assert (first.status_code, first.headers["x-assay-receipt"]) == (200, "none")
     assert (second.headers["x-assay-receipt"], second.headers["x-assay-block"]) == ("mine", "0x%C3%A9")
-    assert [(one.request_id, one.user_seed, one.chosen_by) for one in sink.receipts] == [
+    assert [(one.request_id, one.user_seed, one.chosen_by) for one in sink.receipts[:2]] == [
         ("mine", "s", "client"),
         (third.headers["x-assay-receipt"], "5", "server"),
     ]
+    assert [one.chat_template for one in sink.receipts] == [None, "f" * 64, None]
 
 
 @pytest.mark.parametrize("header", ["X-Request-Id", "X-Assay-User-Seed"])

@@ -35,7 +35,7 @@ def responses_of(model) -> Receipts:
         Request(prompt=(5 + number, 9, 12, 40), request_id=f"r{number}", max_tokens=40, sampling=way)
         for number, way in enumerate(WAYS)
     ]
-    return respond(model, requests, block_hash="block_alpha", public_key="node_A", stop=())
+    return respond(model, requests, block_hash="block_alpha", public_key="node_A", end_tokens=())
 
 
 def test_vllm_gives_the_margins_profiles_and_sketches_of_transformers(model, tmp_path: Path):

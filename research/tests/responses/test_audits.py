@@ -7,17 +7,7 @@ import numpy as np
 import pytest
 import torch
 from assay_research.responses import rivals
-from assay_research.responses.field import (
-    ALPHA,
-    GRID,
-    MOST,
-    POWER,
-    Looks,
-    crossings,
-    drawn_means,
-    share_by,
-    threshold,
-)
+from assay_research.responses.field import ALPHA, GRID, MOST, POWER, Looks, crossings, drawn_means, share_by, threshold
 from assay_research.responses.rivals import RIVALS, Reply
 from assay_research.runs.spread import first_reached
 

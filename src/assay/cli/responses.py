@@ -1,5 +1,6 @@
 """``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run again and judged."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ class RespondSettings(Settings):
     """Settings of ``assay poc respond``."""
 
     model: ModelName
-    prompts: Path = Field(description="JSON Lines with prompt, and what a line sets for itself.")
+    prompts: Path = Field(description="JSON Lines with prompt or messages, and what a line sets for itself.")
     block_hash: Annotated[str, "HASH"] = Field(description="Block that became known after the requests.")
     public_key: Annotated[str, "KEY"] = Field(description="Key of the node.")
     output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
@@ -77,7 +78,8 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     An interrupted run continues when it is repeated.
 
     A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
-    token ids. Any of user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
+    token ids. With {"messages": [{"role": "user", "content": "Hi"}]} the model's chat template makes it. Any of
+    user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
     """
     from assay.poc import responses
     from assay.poc.audit import with_token_ids
@@ -101,15 +103,8 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
             progress=progress,
         )
     footer = made.footer
-    values = {
-        "path": str(chosen.output),
-        "model": made.header.reference,
-        "receipts": footer.receipts,
-        "tokens": footer.tokens,
-        "seconds": footer.seconds,
-        "tokens_per_second": round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0,
-        "sha256": footer.sha256,
-    }
+    rate = round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0
+    values = {"path": str(chosen.output), "model": made.header.reference, **asdict(footer), "tokens_per_second": rate}
     show_values("assay.poc.respond/1", values, as_json)
 
 
@@ -191,16 +186,16 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
         check_adapter(read, None)
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
-    prompts = responses.ReceiptPins(requests=requests_of(chosen.requests, chosen.model)).prompts
-    how = Launch(**{name: getattr(chosen, name) for name in ("model", "engine", "dtype", "device")})
+    asked = requests_of(chosen.requests, chosen.model)
+    how = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device"}))
     with (
         open_prefill(how, files, batch_size=chosen.batch_size) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,
     ):
         for read in files:
-            check_runnable(read, loaded, prompts=prompts)
+            check_runnable(read, loaded, requests=asked)
         measured = [
-            (read.header, responses.replay(read, loaded, prompts=prompts, engine=engine, progress=progress))
+            (read.header, responses.replay(read, loaded, requests=asked, engine=engine, progress=progress))
             for read in files
         ]
         calibration = responses.calibrate_responses(measured, engine.fingerprint)

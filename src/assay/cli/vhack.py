@@ -551,7 +551,7 @@ def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
     """
     from assay.vhack.training.rewards import load_tasks
 
-    tasks, _ = load_tasks(how, least=1, why="to complete")
+    tasks, _ = load_tasks(how, least=1, why="to complete", model=own.model)
     tasks = [task for task in tasks for _ in range(how.per_task)]
     records, first = _sampled(own, how, own.model, tasks, own.output)
     values = {"path": str(own.output), "completions": len(records), "resumed_from": first}
@@ -583,7 +583,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
         if own.samples is not None and is_given:
             raise UsageError(f"{flag} with --samples", wanted="one of them", do=f"leave {flag} out: nothing is sampled")
     reward = import_function(own.reward, "--reward") if own.reward else None
-    tasks, source = load_tasks(how, least=1, why="to evaluate")
+    tasks, source = load_tasks(how, least=1, why="to evaluate", model=own.model)
     records: list[JsonObject] = []
     if own.samples is not None:
         (records, tasks), source = read_samples(own.samples, tasks), str(own.samples)

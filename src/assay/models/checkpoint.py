@@ -176,7 +176,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
             gguf.check_covered(file, header, config, count_parameters(config))
             if not with_weights:
                 return Source(name, config, published, None)
-            _convert(file, config, path)
+            _convert(file, header[0], config, path)
     published = _read_config(path if directory is None else path / "config.json")
     return Source(name, _build_config(name, published), published, directory)
 
@@ -266,7 +266,7 @@ def _is_complete(config: "PreTrainedConfig") -> bool:
     return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
-def _convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
+def _convert(file: Path, values: gguf.Values, config: "PreTrainedConfig", folder: Path) -> None:
     """Make the checkpoint folder of a GGUF file: configuration, tokenizer, and its numbers in float32.
 
     What the header shows to be wrong was refused before.
@@ -284,6 +284,9 @@ def _convert(file: Path, config: "PreTrainedConfig", folder: Path) -> None:
             with silence_transformers(), np.errstate(all="ignore"):
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
                 tokenizer.clean_up_tokenization_spaces = False  # which would drop spaces of a decoded text
+                for name in ("bos_token", "eos_token"):  # of which transformers takes one for the other
+                    if (token := values.get(f"tokenizer.ggml.{name}_id")) is not None:
+                        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
                 read, report = auto_class(config).from_pretrained(
                     alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
                 )
@@ -432,6 +435,8 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     try:
         for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"):
             _check_ids(directory / name)
+        for path in (*directory.glob("*.jinja"), *directory.glob("additional_chat_templates/*.jinja")):
+            read_whole(path, LONGEST_LINE)
         with silence_transformers():
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # the libraries raise many kinds, down to a panic of Rust, which is no Exception

@@ -32,6 +32,7 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _TEXT, _ARRAY = 8, 9  # types of values without a code
 _MOST_KEYS, _MOST_TENSORS, _MOST_ITEMS = 2**12, 2**16, 2**21  # the largest vocabularies have 2**18 tokens
 _LONGEST_TEXT, _LONGEST_HEADER = 2**22, 2**27  # bytes of a name or a chat template, and of everything
+_MADE = 2  # a higher number where the folder of the same file is made in another way
 # What transformers passes over in a header: the setting that must have the same value all the same.
 _SAME_AS = {
     "attention.key_length": "head_dim",
@@ -220,4 +221,4 @@ def folder_of(file: Path) -> Path:
     """Return where the checkpoint folder of a GGUF file is, or will be: it is named after what is read, and by what."""
     with file.open("rb") as opened:
         name = f"{hashlib.file_digest(opened, 'sha256').hexdigest()}-{version('transformers')}-{version('gguf')}"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "gguf" / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "gguf" / f"{name}-{_MADE}"

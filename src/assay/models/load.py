@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import GenerationConfig
 
 from assay import streams
 from assay.errors import BadWeights, ModelError, OutOfMemory, StorageError, UsageError, is_out_of_memory
@@ -230,6 +231,18 @@ class Model:
         return int(self.config.vocab_size)
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text: those of the generation config, else of the config, and the tokenizer's.
+
+        They may differ: a chat model often ends a text by one token and a turn by another.
+        """
+        generation = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
+        stated = generation if generation is not None else getattr(self.module.config, "eos_token_id", None)
+        ended = list(stated) if isinstance(stated, list | tuple) else [stated]
+        ended.append(getattr(self.tokenizer, "eos_token_id", None))
+        return frozenset(token for token in ended if token is not None)
+
+    @property
     def experts(self) -> int:
         """Experts among which a layer of a mixture chooses; 0 for a model without them."""
         return expert_count(self.config)
@@ -316,6 +329,8 @@ def load_model(
         module, kept = _read_weights(source, torch_dtype(dtype) if dtype else None, mode, form)
         if mesh is not None:
             _shard(module, mesh)
+        if source.directory is not None:
+            _read_generation(module, source.directory)
         if is_shape or mode == "random-all":
             _randomise(module, kept or block, target, unit_norms=is_shape)
         if mode == "random-embed":
@@ -375,11 +390,18 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
     form = read_format(source.reference, source.published)
     with torch.device("meta"):
         module = build(source.config, torch_dtype(dtype))
+    _read_generation(module, directory)
     tensors = list_tensors(directory)
     if form is None:  # engines know layouts of quantised weights that are not read here
         _check_headers(source, tensors, form)
     digest = digest_tensors(tensors, source.published.get("quantization_config"))
     return Model(module, None, source.reference, digest, "trained", form.name if form else "")
+
+
+def _read_generation(module: "PreTrainedModel", directory: Path) -> None:
+    """Give a module the generation config of its folder, which is read by itself only where transformers loads it."""
+    with suppress(OSError, ValueError, TypeError), silence_transformers():
+        module.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def _format_of(source: Source, quantise: str | None, weights: str, device: torch.device) -> StoredFormat | None:

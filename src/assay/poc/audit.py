@@ -32,7 +32,7 @@ from assay.poc.responses.judge import (
     sample_receipts,
 )
 from assay.poc.responses.receipts import Receipts
-from assay.poc.responses.replay import check_adapter, check_runnable, replay
+from assay.poc.responses.replay import check_adapter, check_ends, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
@@ -139,13 +139,12 @@ class Auditor(Launch):
         self._check_ledger(pins.unpinned(read))
         self.check_loadable()
         with open_prefill(self, [read], batch_size=batch_size, adapter=adapter) as (loaded, engine):
-            check_runnable(sample, loaded, prompts=pins.prompts)
+            check_runnable(sample, loaded, requests=asked)
+            check_ends(read, loaded, asked)
             noise = noise_between(read.header, engine.fingerprint, measured)
             self._check_law(noise, missing_response_law(read.header))
             with self._ledger() as ledger:
-                found = replay(
-                    sample, loaded, prompts=pins.prompts, adapter=adapter, engine=engine, progress=self.progress
-                )
+                found = replay(sample, loaded, requests=asked, adapter=adapter, engine=engine, progress=self.progress)
                 drawn = seed if self.sample is not None else None
                 verdict = judge_responses(found, read, noise, pins=pins, alpha=self.alpha, sample_seed=drawn)
                 standing = None if ledger is None else ledger.append(verdict.updates())[-1]
@@ -231,6 +230,6 @@ def requests_of(path: Path | None, model: str) -> list[Request] | None:
 def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
     info = model_info(model)
-    has_text = any(isinstance(request.prompt, str) for request in requests)
+    has_text = any(request.stop or not isinstance(request.prompt, tuple) for request in requests)
     limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}
     return encode_requests(requests, load_tokenizer(model) if has_text else None, reference=model, **limits)

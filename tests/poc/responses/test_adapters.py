@@ -32,8 +32,8 @@ def served(small_model: Model, directory: Path) -> Receipts:
     """Two responses of the adapter, and two of the model."""
     adapter = load_adapter(directory)
     with adapter.on(small_model):
-        made = respond(small_model, REQUESTS, block_hash="block_alpha", public_key="node_A", stop=())
-    plain = respond(small_model, REQUESTS, block_hash="block_alpha", public_key="node_A", stop=())
+        made = respond(small_model, REQUESTS, block_hash="block_alpha", public_key="node_A", end_tokens=())
+    plain = respond(small_model, REQUESTS, block_hash="block_alpha", public_key="node_A", end_tokens=())
     named = [replace(one, adapter=Adapter("tuned", adapter.digest)) for one in made.receipts[:2]]
     return Receipts.build(made.header, [*named, *plain.receipts[2:]], 1.0)
 

@@ -80,19 +80,9 @@ BREAKS = {
     "sketches announced as missing": (edited(0, sketch=None), 2),
     "huge batch": (edited(0, fingerprint__batch_size=10**4000), 1),
     "huge threads": (edited(0, fingerprint__threads=10**4000), 1),
-    "spaces in the header": (replaced(0, ":", ": "), 1),
-    "byte order mark": (replaced(0, "{", "\ufeff{"), 1),
-    "not JSON": (put(GOOD, "{"), 2),
-    "not an object": (put(GOOD, "[1]"), 2),
     "empty line": (put(GOOD, ""), 2),
-    "field twice": (replaced(GOOD, '"mask":false,', '"mask":false,"mask":false,'), 2),
-    "other order of fields": (replaced(GOOD, '"finish":"length","mask":false', '"mask":false,"finish":"length"'), 2),
-    "a space": (replaced(GOOD, '"mask":false', '"mask": false'), 2),
     "an escape": (replaced(GOOD, "plain", "pl\\u0061in"), 2),
     "a lone surrogate": (replaced(GOOD, "plain", "\\ud800"), 2),
-    "carriage return": (lambda lines: [*lines[:GOOD], lines[GOOD] + "\r", *lines[GOOD + 1 :]], 2),
-    "NaN": (replaced(GOOD, '"temperature":1.0', '"temperature":NaN'), 2),
-    "infinity": (replaced(GOOD, '"temperature":1.0', '"temperature":1e999'), 2),
     "whole temperature": (replaced(GOOD, '"temperature":1.0', '"temperature":1'), 2),
     "long temperature": (replaced(GOOD, '"temperature":1.0', '"temperature":1.00'), 2),
     "negative zero": (replaced(GOOD, '"min_p":0.0', '"min_p":-0.0'), 2),
@@ -148,20 +138,6 @@ def test_what_is_nested_too_deeply_to_be_shown_is_refused(levels: int, lines: li
     text = f'{before}"user_seed":{"[" * levels}{"]" * levels}{after}'
     with pytest.raises(ProofFormatError, match="line 2: "):
         Receipts.parse("bad", f"{lines[0]}\n{text}\n".encode())
-
-
-@pytest.mark.parametrize("cut", [1, 100, 700, 2000])
-def test_a_torn_file_is_refused(cut: int, lines: list[str], tmp_path: Path):
-    torn = tmp_path / "torn.jsonl"
-    torn.write_bytes("".join(f"{line}\n" for line in lines).encode()[:-cut])
-    with pytest.raises(ProofFormatError):
-        Receipts.load(torn)
-
-
-@pytest.mark.parametrize("content", [b"\x00" * 100, b"\xff\xfe\n", b"\n", b"{}\n", b"null\n", b'{"footer":{}}\n'])
-def test_what_is_no_file_of_receipts_is_refused(content: bytes):
-    with pytest.raises(ProofFormatError):
-        Receipts.parse("garbage", content)
 
 
 @pytest.mark.parametrize("fill", [b"[],", b"{},", b"0,", b'"a",', b"0.5,", b"[[[[", b'{"a":'])

@@ -78,7 +78,7 @@ def test_hashed_prompts_need_the_requests(responses: Receipts, small_model: Mode
     hidden = Receipts.build(responses.header, [one.without_prompt() for one in responses.receipts], 1.0)
     with pytest.raises(ProofMismatch, match="hash of a prompt"):
         replay(hidden, small_model)
-    found = replay(hidden, small_model, prompts=ReceiptPins(requests=REQUESTS).prompts)
+    found = replay(hidden, small_model, requests=REQUESTS)
     assert all(one.matches == len(one.receipt.output) for one in found)
 
 
@@ -102,7 +102,7 @@ def test_a_token_outside_the_vocabulary_is_refused_before_any_prefill(
     hidden = replace(first, prompt=prompt).without_prompt()
     receipts = rebuilt(responses, replace(first, sampling=biased) if odd == "bias" else hidden)
     with pytest.raises(ProofMismatch, match=f"token {small_model.vocab_size}"):
-        replay(receipts, small_model, prompts={prompt.sha256: prompt}, engine=Refused())
+        replay(receipts, small_model, requests=[replace(REQUESTS[0], prompt=prompt.ids)], engine=Refused())
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
     if sampling == Sampling():
         assert torch.allclose(gaps.float(), scores.amax(dim=1, keepdim=True) - scores)
     tokens = torch.where(torch.arange(40) < 20, own, torch.tensor(rng.integers(0, 300, 40)))
-    measured = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds)
+    margins, profiles = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds)
     wanted = token_profile(gaps.numpy(), tokens.numpy())
-    assert measured.profiles == pytest.approx(wanted, rel=2e-3, abs=1e-3)
-    assert np.array_equal(measured.margins[:20], np.zeros(20))
+    assert profiles == pytest.approx(wanted, rel=2e-3, abs=1e-3)
+    assert np.array_equal(margins[:20], np.zeros(20))
 
 
 class Likeliest(HFPrefill):
@@ -156,7 +156,7 @@ class Likeliest(HFPrefill):
 def test_top_p_is_not_judged_by_a_part_of_the_logits(small_model: Model, sampling: Sampling, refused: bool):
     """Of fewer logits it keeps fewer tokens, and those that an honest node took beyond them would look impossible."""
     request = Request(prompt=(5, 9, 12), request_id="r", max_tokens=32, sampling=sampling)
-    receipts = respond(small_model, [request], block_hash="b", public_key="k", stop=())
+    receipts = respond(small_model, [request], block_hash="b", public_key="k", end_tokens=())
     engine = Likeliest(small_model)
     if refused:
         with pytest.raises(UsageError, match=r"top_p 0\.95 and temperature 2\.0, of which the engine gave"):
@@ -264,7 +264,7 @@ def served(engines: dict[str, Model]) -> dict[str, Receipts]:
         Request(prompt=tuple(rng.integers(5, 4000, 12).tolist()), request_id=f"r{place}", max_tokens=48)
         for place in range(8)
     ]
-    common = {"block_hash": "block_alpha", "public_key": "node_A", "stop": ()}
+    common = {"block_hash": "block_alpha", "public_key": "node_A", "end_tokens": ()}
     nodes = {"honest": engines["bfloat16"], "int4": cheats.rounded(engines["bfloat16"], 4)}
     return {name: respond(node, requests, **common) for name, node in nodes.items()}
 

@@ -12,7 +12,6 @@ from assay.models import Model, load_model
 from assay.poc.protocol.transforms import unit
 from assay.poc.responses import Receipts, Request, Sampling, respond
 from assay.poc.responses.prefill import sketch_response
-from assay.poc.responses.respond import stop_tokens
 from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.conftest import REQUESTS
 from tests.poc.responses.vectors import scores
@@ -60,29 +59,10 @@ def test_sketches_are_the_projection_that_the_page_defines(responses: Receipts, 
 
 
 def test_a_response_does_not_depend_on_the_others(small_model, responses: Receipts):
-    alone = respond(small_model, [REQUESTS[1]], **COMMON, stop=())
+    alone = respond(small_model, [REQUESTS[1]], **COMMON, end_tokens=())
     assert alone.receipts[0].line() == responses.receipts[1].line()
-    backwards = respond(small_model, REQUESTS[::-1], **COMMON, stop=())
+    backwards = respond(small_model, REQUESTS[::-1], **COMMON, end_tokens=())
     assert [r.line() for r in backwards.receipts[::-1]] == [r.line() for r in responses.receipts]
-
-
-def test_a_response_ends_with_a_stop_token(small_model, responses: Receipts):
-    output = responses.receipts[0].output
-    stop = output[5]
-    made = respond(small_model, REQUESTS[:1], **COMMON, stop=[stop]).receipts[0]
-    assert made.output == output[: output.index(stop) + 1]
-    assert made.finish == "stop"
-    assert responses.receipts[0].finish == "length"
-
-
-def test_stop_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(small_model):
-    model = load_model("reference:qwen3", device="cpu")
-    assert stop_tokens(model) == {2}
-    model.module.generation_config.eos_token_id = [5, 7]
-    assert stop_tokens(model) == {2, 5, 7}
-    model.module.generation_config.eos_token_id = None
-    assert stop_tokens(model) == {model.module.config.eos_token_id}
-    assert stop_tokens(small_model) == frozenset()
 
 
 def test_prompts_of_text_or_ids_get_names(small_model):
@@ -95,9 +75,11 @@ def test_prompts_of_text_or_ids_get_names(small_model):
 
 def test_progress_counts_tokens(small_model):
     seen: list[tuple[int, int]] = []
-    output = respond(small_model, REQUESTS[:1], **COMMON, stop=()).receipts[0].output
-    respond(small_model, REQUESTS[::3], **COMMON, stop=[output[9]], progress=lambda *state: seen.append(state))
+    output = respond(small_model, REQUESTS[:1], **COMMON, end_tokens=()).receipts[0].output
+    told = {"progress": lambda *state: seen.append(state)}
+    made = respond(small_model, REQUESTS[::3], **COMMON, end_tokens=[output[9]], **told).receipts[0]
     tokens = output.index(output[9]) + 1
+    assert (made.output, made.finish) == (output[:tokens], "stop")
     assert seen[:tokens] == [(i + 1, 45) for i in range(tokens)]
     assert seen[-1][0] <= seen[-1][1] == tokens + 5
 
@@ -114,12 +96,12 @@ def test_an_interrupted_run_continues(small_model, responses: Receipts, tmp_path
 
     for limit in (20, 60, 75):  # in the first response, in the second, in the third
         with pytest.raises(KeyboardInterrupt):
-            respond(small_model, REQUESTS, **COMMON, stop=(), output=path, progress=stop_at(limit))
+            respond(small_model, REQUESTS, **COMMON, end_tokens=(), output=path, progress=stop_at(limit))
         assert not path.exists()
     assert len((tmp_path / "receipts.jsonl.partial").read_text().splitlines()) == 3  # header and two receipts
     seen: list[int] = []
     made = respond(
-        small_model, REQUESTS, **COMMON, stop=(), output=path, progress=lambda done, total: seen.append(done)
+        small_model, REQUESTS, **COMMON, end_tokens=(), output=path, progress=lambda done, total: seen.append(done)
     )
     assert seen == list(range(74, 82))
     assert [r.line() for r in made.receipts] == [r.line() for r in responses.receipts]
@@ -170,7 +152,7 @@ def test_what_cannot_be_answered_is_refused_before_the_first_token(small_model, 
 
 
 def test_a_prompt_may_fill_the_model_s_positions(small_model):
-    made = respond(small_model, [Request(prompt=(1,) * 126, request_id="r", max_tokens=2)], **COMMON, stop=())
+    made = respond(small_model, [Request(prompt=(1,) * 126, request_id="r", max_tokens=2)], **COMMON, end_tokens=())
     assert len(made.receipts[0].output) == 2
 
 
@@ -179,7 +161,7 @@ def test_a_head_of_more_rows_than_the_tokenizer_has(small_model):
     bias = dict.fromkeys((510, 511), 100.0)
     made = respond(
         small_model, [Request(prompt=(1,), request_id="r", sampling=Sampling(logit_bias=bias), max_tokens=4)],
-        **COMMON, stop=(),
+        **COMMON, end_tokens=(),
     )  # fmt: skip
     assert set(made.receipts[0].output) <= {510, 511}
 

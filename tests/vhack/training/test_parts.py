@@ -156,6 +156,12 @@ def test_a_sampled_pool_has_the_log_probabilities_it_was_sampled_with(model, tem
     )
 
 
+def test_a_completion_ends_by_any_end_token(model):
+    model.module.generation_config.eos_token_id = list(range(0, 256, 2))  # the tokenizer's own is 257
+    found = [one.tokens for one in sample_pool(model, ["f"], per_prompt=8, max_new_tokens=12)]
+    assert all([token in model.end_tokens for token in one] == [False] * (len(one) - 1) + [True] for one in found)
+
+
 def test_rewards_and_rates(tasks):
     reward = EpisodeReward(tasks, ARMS["ground-truth-penalty"])
     first, second = tasks[0], tasks[1]

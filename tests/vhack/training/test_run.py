@@ -219,7 +219,7 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_decomposed(
         linear = model.module.model.layers[0].mlp.down_proj
         monkeypatch.setattr(_delta, "target_modules", lambda _: {"layers.0.experts.down_proj.7": linear})
     elif what == "end":
-        model.tokenizer.eos_token = None
+        model.tokenizer.eos_token = model.module.generation_config.eos_token_id = model.config.eos_token_id = None
     else:
         (tmp_path / "pool.jsonl").write_text("{}")
         given["teacher"] = str(tmp_path / "pool.jsonl")

@@ -292,8 +292,7 @@ class Field:
             model = load_model(self.reference, dtype=plain, device=self.device)
             return self.engine_of(model.with_frame(self.frame))
         model = self.load()
-        shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        return HFEngine(model, **shape, compiled=worth_compiling(model))
+        return HFEngine(model, batch_size=self.batch_size, seq_len=self.seq_len, compiled=worth_compiling(model))
 
     @cached_property
     def prover(self) -> Model:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from assay.models.load import Model
 from assay.poc import cheats
 from assay_research import model_cheats
 from assay_research.responses.provers import (
+    PARTS,
     Float8Cache,
     Requests,
     Seeded,
@@ -22,7 +24,6 @@ from assay_research.responses.provers import (
     Step,
     decode,
     open_model,
-    reads_text,
     tuned,
     with_honest_prefill,
     without_layers,
@@ -61,20 +62,6 @@ class Scene:
         """Same model with weights of four bits."""
         return cheats.rounded(self.model, 4)
 
-    @cached_property
-    def smaller(self) -> Model:
-        """Model with every second layer, distilled by as many steps as the longer fine-tuning has."""
-        return tuned(without_layers(self.model, range(1, self.model.num_layers, 2)), max(TUNED))
-
-    def tuned(self, steps: int) -> Model:
-        """Return the checkpoint after some steps of fine-tuning."""
-        return tuned(self.model, steps)
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the model has text to be tuned on; found without its weights."""
-        return reads_text(self.reference)
-
 
 Serve = Callable[[Scene, Requests], Served]
 
@@ -105,12 +92,8 @@ def _in_small_batches(scene: Scene, requests: Requests) -> Served:
     """Answer honestly, a few requests at a time."""
     count = len(requests.seeds)
     parts = [honest(scene, requests.rows(start, start + SMALL_BATCH)) for start in range(0, count, SMALL_BATCH)]
-    return Served(
-        tokens=torch.cat([part.tokens for part in parts]),
-        states=torch.cat([part.states for part in parts]),
-        top_ids=torch.cat([part.top_ids for part in parts]),
-        top_logprobs=torch.cat([part.top_logprobs for part in parts]),
-    )
+    whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS}
+    return Served(**whole)
 
 
 def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
@@ -127,8 +110,8 @@ HONEST: dict[str, Serve] = {
 """Other ways to answer honestly."""
 
 
-def _model(change: Callable[[Scene], Model]) -> Serve:
-    return lambda scene, requests: decode(change(scene), requests)
+def _model(change: Callable[[Model], Model]) -> Serve:
+    return lambda scene, requests: decode(change(scene.model), requests)
 
 
 def _sampled(**other: float) -> Serve:
@@ -211,12 +194,12 @@ def _kept(served: Served, steps_N: Tensor) -> Served:
 
 def _all() -> Iterator[Cheat]:
     for bits in (8, 4):
-        yield Cheat(f"int{bits} weights", "weights", _model(partial(_rounded, bits=bits)))
-    yield Cheat("fp8 weights", "weights", _model(lambda scene: model_cheats.rounded_fp8(scene.model)))
-    yield Cheat("low-rank update of 2%", "weights", _model(lambda scene: model_cheats.adapted(scene.model)))
+        yield Cheat(f"int{bits} weights", "weights", _model(partial(cheats.rounded, bits=bits)))
+    yield Cheat("fp8 weights", "weights", _model(model_cheats.rounded_fp8))
+    yield Cheat("low-rank update of 2%", "weights", _model(model_cheats.adapted))
     for steps in TUNED:
-        yield Cheat(f"fine-tuned, {steps} steps", "models", _model(partial(Scene.tuned, steps=steps)), reads_text=True)
-    yield Cheat("half of the layers, distilled", "models", _model(lambda scene: scene.smaller), reads_text=True)
+        yield Cheat(f"fine-tuned, {steps} steps", "models", _model(partial(tuned, steps=steps)), reads_text=True)
+    yield Cheat("half of the layers, distilled", "models", _model(_distilled), reads_text=True)
     yield Cheat("one layer skipped", "models", _model(_without_middle))
     yield Cheat("last quarter skipped", "models", _model(_without_last_quarter))
     yield Cheat("fp8 cache", "cache", _float8_cache)
@@ -226,24 +209,24 @@ def _all() -> Iterator[Cheat]:
     yield Cheat("a system prompt", "prompt", _prefixed)
     yield Cheat("cached answer", "tokens", _cached)
     yield Cheat("cached answer, honest prefill", "tokens", _prefilled(_cached))
-    yield Cheat("int4 tokens, honest prefill", "tokens", _prefilled(_model(lambda scene: scene.int4)))
+    yield Cheat("int4 tokens, honest prefill", "tokens", _prefilled(_model(cheats.rounded)))
     for safe in SAFE:
         yield Cheat(f"int4 tokens that lead by {safe:g}", "tokens", _drafted(safe))
     yield Cheat("stops early", "tokens", _stopped)
     yield Cheat("one token left out", "tokens", _shortened)
 
 
-def _rounded(scene: Scene, bits: int) -> Model:
-    return cheats.rounded(scene.model, bits)
+def _distilled(model: Model) -> Model:
+    return tuned(without_layers(model, range(1, model.num_layers, 2)), max(TUNED))
 
 
-def _without_middle(scene: Scene) -> Model:
-    return without_layers(scene.model, [scene.model.num_layers // 2])
+def _without_middle(model: Model) -> Model:
+    return without_layers(model, [model.num_layers // 2])
 
 
-def _without_last_quarter(scene: Scene) -> Model:
-    layers = scene.model.num_layers
-    return without_layers(scene.model, range(layers - max(1, layers // 4), layers))
+def _without_last_quarter(model: Model) -> Model:
+    layers = model.num_layers
+    return without_layers(model, range(layers - max(1, layers // 4), layers))
 
 
 CHEATS = tuple(_all())

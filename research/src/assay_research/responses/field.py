@@ -309,6 +309,17 @@ class Ours:
             "both": lambda sums: np.logaddexp(margins(sums), of_sketches(sums)) - np.log(2),
         }
 
+    def audited(self, replays: Sequence[Replayed], audits: int, *, seed: int = 0) -> dict[str, FloatArray]:
+        """Return the tokens after which each test accuses audits of whole responses, [A], by test."""
+        looks = [self.looks(one) for one in replays]
+        rngs = {name: np.random.default_rng(seed) for name in OURS}
+        return {name: crossings(looks, shown, audits, rngs[name]) for name, shown in self.evidence().items()}
+
+
+def share_accused(found: Mapping[str, FloatArray]) -> dict[str, float]:
+    """Return the share of audits that each test accuses within the grid."""
+    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
@@ -397,11 +408,7 @@ class Field:
 
     def sequential(self, responses: Sequence[Checked], audits: int) -> dict[str, FloatArray]:
         """Return the tokens after which each of our tests accuses audits, [A]; infinite for never."""
-        looks = [self.ours.looks(one.replayed) for one in responses]
-        return {
-            name: crossings(looks, evidence, audits, np.random.default_rng(1))
-            for name, evidence in self.ours.evidence().items()
-        }
+        return self.ours.audited([one.replayed for one in responses], audits, seed=1)
 
     def caught(self, responses: Sequence[Checked]) -> JsonObject:
         """Return, by method, how soon a program's answers are caught."""

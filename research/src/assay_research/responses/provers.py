@@ -194,6 +194,10 @@ class Requests:
         return replace(self, prompts=self.prompts[start:stop], seeds=self.seeds[start:stop])
 
 
+PARTS = ("tokens", "states", "top_ids", "top_logprobs")
+"""What an answer consists of, [B, N, …]."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What a prover hands in.
@@ -214,13 +218,8 @@ class Served:
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Served":
         """Return what is handed in when every part [B, N, …] of it is changed by a function."""
-        return replace(
-            self,
-            tokens=change(self.tokens),
-            states=change(self.states),
-            top_ids=change(self.top_ids),
-            top_logprobs=change(self.top_logprobs),
-        )
+        parts: dict[str, Any] = {name: change(getattr(self, name)) for name in PARTS}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -356,12 +355,13 @@ def make_requests(
         name: Beginning of the request ids.
     """
     start_B1 = torch.full((count, 1), BOS, device=model.device)
-    written = Requests(start_B1, _seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1)
+    written = Requests(start_B1, named_seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1)
     prompts_BT = torch.cat([start_B1, decode(model, written).tokens], 1)
-    return Requests(prompts_BT, _seeds(model, count, name), sampling, steps)
+    return Requests(prompts_BT, named_seeds(model, count, name), sampling, steps)
 
 
-def _seeds(model: Model, count: int, name: str) -> tuple[ResponseSeed, ...]:
+def named_seeds(model: Model, count: int, name: str) -> tuple[ResponseSeed, ...]:
+    """Return the seeds of requests of a name."""
     return tuple(
         ResponseSeed(
             user_seed="",

@@ -25,8 +25,8 @@ from assay.pages.report import Cell
 from assay.poc.responses.sampling import Sampling
 from assay.settings import Names
 from assay_research.responses.cheats import CHEATS, GREEDY, HONEST, STOPPED, Cheat
-from assay_research.responses.field import BYTES, CHEAT_AUDITS, GRID, OURS, Checked, Field
-from assay_research.responses.provers import TRAINED_LIKE
+from assay_research.responses.field import BYTES, CHEAT_AUDITS, GRID, OURS, Checked, Field, share_accused
+from assay_research.responses.provers import TRAINED_LIKE, reads_text
 from assay_research.runs.report import Column, Curves, Section, Table, table_of
 from assay_research.runs.runs import ExperimentPlan, Measurement, RunRecords
 
@@ -92,7 +92,7 @@ def _field_cells(field: Field, mode: str, cheats: Sequence[Cheat]) -> Iterator[M
     who = {"model": field.reference, "dtype": field.dtype, "mode": mode}
     yield f"{prefix}/honest", lambda: {**who, "kind": "honest", **_honest(field)}
     for cheat in cheats:
-        if field.scene.reads_text or not cheat.reads_text:
+        if not cheat.reads_text or reads_text(field.reference):
             yield f"{prefix}/{cheat.name}", partial(_cheat, field, mode, cheat)
 
 
@@ -119,8 +119,7 @@ def _described(responses: Sequence[Checked]) -> JsonObject:
 
 def _accused(field: Field, responses: Sequence[Checked]) -> JsonObject:
     """Return the share of honest audits that each of our tests accuses within the grid."""
-    found = field.sequential(responses, AUDITS)
-    return {name: float(np.isfinite(tokens_A).mean()) for name, tokens_A in found.items()}
+    return share_accused(field.sequential(responses, AUDITS))
 
 
 def _cheat(field: Field, mode: str, cheat: Cheat) -> JsonObject:

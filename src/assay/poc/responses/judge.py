@@ -17,7 +17,6 @@ from assay.poc.responses.calibration import ResponseCalibration, bundled_respons
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
-from assay.poc.responses.sampling import ResponseName
 from assay.poc.verdict.judge import EXIT_CODES, Outcome
 from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
@@ -56,7 +55,7 @@ class ReceiptPins:
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
 
-        A prompt of text is not compared: :func:`assay.poc.responses.requests.encode_requests` gives it token ids.
+        Only prompts of token ids are compared: :func:`assay.poc.responses.requests.encode_requests` gives them to all.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.
@@ -68,7 +67,7 @@ class ReceiptPins:
             if wanted is not None and wanted != value:
                 raise _mismatch("receipts", name, value, wanted)
         known.check_engine(header.fingerprint, "receipts")
-        asked = {_identity(one): one for one in self.requests or ()}
+        asked = {one.name: one for one in self.requests or ()}
         for receipt in receipts.receipts:
             if known.block_hash is not None and receipt.block_hash != known.block_hash:
                 owner = f"the receipt of request {receipt.request_id!r:.80}"
@@ -83,44 +82,20 @@ class ReceiptPins:
         given = {
             "block_hash": known.block_hash is not None,
             "public_key": known.public_key is not None,
-            # Texts are not compared: a caller encodes them before it pins them.
-            "requests": self.requests is not None and not any(isinstance(one.prompt, str) for one in self.requests),
+            # Texts and messages are not compared: a caller encodes them before it pins them.
+            "requests": self.requests is not None and all(isinstance(one.prompt, tuple) for one in self.requests),
             "prover_dtype": bool(known.formats) or header.fingerprint.dtype in streams.DTYPES,
             "tokens": self.evidence == "sketches" or not unseen,
             "sketches": self.evidence == "tokens" or header.sketched,
         }
         return tuple(name for name, pinned in given.items() if not pinned)
 
-    def unanswered(self, receipts: Receipts) -> int:
-        """Return how many of the requests have no receipt, or one of an answer that was aborted or has no token.
-
-        A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
-        whole answer has the token that ended it.
-        """
-        whole = {_identity(one) for one in receipts.receipts if one.finish != "abort" and one.output}
-        return len({_identity(request) for request in self.requests or ()} - whole)
-
-    @property
-    def prompts(self) -> dict[str, Prompt]:
-        """Prompts of the requests that are token ids, by their SHA-256."""
-        prompts = [Prompt.of(one.ids) for one in self.requests or () if not isinstance(one.prompt, str)]
-        return {prompt.sha256: prompt for prompt in prompts}
-
-
-def _identity(one: ResponseName) -> tuple[str, str, int]:
-    return one.user_seed, one.request_id, one.index
-
 
 def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
-    request, owner = asked.get(_identity(receipt)), f"the receipt of request {receipt.request_id!r:.80}"
+    request, owner = asked.get(receipt.name), f"the receipt of request {receipt.request_id!r:.80}"
     if request is None:
-        alike = [one for one in asked.values() if one.request_id == receipt.request_id]
-        if not alike:
-            raise _mismatch("a receipt", "request_id", receipt.request_id, "a request that was sent")
-        name = "user_seed" if all(one.user_seed != receipt.user_seed for one in alike) else "index"
-        wanted = " or ".join(sorted({repr(getattr(one, name)) for one in alike})[:4])
-        raise _mismatch(owner, name, getattr(receipt, name), wanted)
+        raise _mismatch("a receipt", "user_seed, request_id and index", receipt.name, "of a request that was sent")
     pairs: dict[str, tuple[object, object]] = {
         "adapter": ("" if receipt.adapter is None else receipt.adapter.name, request.adapter)
     }
@@ -129,7 +104,9 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
     if receipt.sampling is not None:
         own = request.sampling.as_dict()
         pairs |= {name: (value, own[name]) for name, value in receipt.sampling.as_dict().items()}
-    if not isinstance(request.prompt, str):
+    if receipt.chat_template is not None and request.chat_template is not None:
+        pairs["chat_template"] = receipt.chat_template, request.chat_template  # first, as it explains another prompt
+    if isinstance(request.prompt, tuple):
         pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
     for name, (stated, agreed) in pairs.items():
         if stated != agreed:
@@ -178,8 +155,13 @@ class ResponseVerdict:
 
     @property
     def unanswered(self) -> int:
-        """Number of the requests that have no receipt, or one of an answer that was aborted or has no token."""
-        return self.pins.unanswered(self.receipts)
+        """Number of the requests that have no receipt, or one of an answer that was aborted or has no token.
+
+        A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
+        whole answer has the token that ended it.
+        """
+        whole = {one.name for one in self.receipts.receipts if one.finish != "abort" and one.output}
+        return len({request.name for request in self.pins.requests or ()} - whole)
 
     @property
     def exit_code(self) -> int:

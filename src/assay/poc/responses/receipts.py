@@ -123,6 +123,7 @@ class Receipt(ResponseName):
         finish: What ended the response: ``stop``, ``length`` or ``abort``.
         mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
         adapter: LoRA adapter that answered; None where the model did by itself.
+        chat_template: SHA-256 of the chat template that made the prompt; None where none did, or which is not known.
 
     Raises:
         UsageError: A value is out of range; names it.
@@ -139,6 +140,7 @@ class Receipt(ResponseName):
     finish: Finish = "stop"
     mask: bool = False
     adapter: Adapter | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +148,8 @@ class Receipt(ResponseName):
         check_word("chosen_by", self.chosen_by, Chooser)
         check_word("finish", self.finish, Finish)
         check_word("mask", self.mask, Literal[True, False])
+        if self.chat_template is not None:
+            check_digest("chat_template", self.chat_template)
         object.__setattr__(self, "output", check_ids("the output", self.output, fewest=0))
         object.__setattr__(self, "sketches", self._checked_sketches())
 
@@ -161,11 +165,6 @@ class Receipt(ResponseName):
         return given
 
     @property
-    def request(self) -> tuple[str, str, str, int]:
-        """What sets the seed apart from those of other responses of this node and model."""
-        return self.user_seed, self.request_id, self.block_hash, self.index
-
-    @property
     def seeded(self) -> bool:
         """Whether a replay can measure its tokens: sampled with a seed, and without a mask."""
         return self.sampling is not None and not self.mask
@@ -179,24 +178,25 @@ class Receipt(ResponseName):
         return other
 
     def line(self) -> str:
-        """Return the canonical line of the file, without its newline; without an adapter there is no field for it."""
+        """Return the canonical line of the file, without its newline; no field stands for no adapter or template."""
         prompt = self.prompt
         known = {"sha256": prompt.sha256, "tokens": prompt.tokens} if prompt.ids is None else {"ids": list(prompt.ids)}
-        values = {
-            "request_id": self.request_id,
-            "chosen_by": self.chosen_by,
-            "index": self.index,
-            "user_seed": self.user_seed,
-            "block_hash": self.block_hash,
-            "sampling": None if self.sampling is None else self.sampling.as_dict(),
-            "prompt": known,
-            "output": list(self.output),
-            "finish": self.finish,
-            "mask": self.mask,
-            **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
-            "sketches": [encode_vector(sketch) for sketch in self.sketches],
-        }
-        return dumps(values)
+        names = (
+            "request_id",
+            "chosen_by",
+            "index",
+            "user_seed",
+            "block_hash",
+            "sampling",
+            "prompt",
+            "output",
+            "finish",
+        )
+        optional = {"adapter": self.adapter and asdict(self.adapter), "chat_template": self.chat_template}
+        values = {name: getattr(self, name) for name in (*names, "mask")}
+        values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": known}
+        values |= {name: value for name, value in optional.items() if value is not None}
+        return dumps(values | {"sketches": [encode_vector(sketch) for sketch in self.sketches]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,14 +353,15 @@ class Tally:
 
     def __init__(self, header: ReceiptHeader) -> None:
         self._header = header
-        self._seen: set[tuple[str, str, str, int]] = set()
+        self._seen: set[tuple[object, str]] = set()
         self._tokens = 0
         self._room = MOST_FILE_TOKENS
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
         """Count a receipt and its line; a UsageError where it is a second one, not as the header says, or too much."""
-        if receipt.request in self._seen:
+        seeded = receipt.name, receipt.block_hash  # what sets its seed apart from others of this node and model
+        if seeded in self._seen:
             seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
             raise UsageError(seen, wanted="one receipt for each response", do="leave one of them out")
         sketched = len(sketch_steps(len(receipt.output))) if self._header.sketched else 0
@@ -372,7 +373,7 @@ class Tally:
         if self._room < 0 or len(self._seen) == MOST_RECEIPTS:
             wanted = f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens"
             raise UsageError("too many receipts in one file", wanted=wanted, do="write several files")
-        self._seen.add(receipt.request)
+        self._seen.add(seeded)
         self._tokens += len(receipt.output)
         self._digest.update(line.encode() + b"\n")
 

@@ -18,7 +18,7 @@ Shapes: N steps, V tokens of the vocabulary, S sketches, G columns of a profile,
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay.errors import ProofMismatch, UsageError
+from assay.models.chat import chat_template_digest
 from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
+from assay.poc.responses.requests import Request
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling, counts_before, mark_tokens
 from assay.poc.verdict.noise import ResponseBlocks
@@ -52,16 +54,6 @@ def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     return s_NV.amax(dim=1, keepdim=True) - s_NV
 
 
-@dataclass(frozen=True, eq=False)
-class Margins:
-    """What the tokens of one response show."""
-
-    # largest score minus that of the claimed token, [N]; 0 where it is the verifier's own token, infinite where the
-    # verifier would not have kept it
-    margins: NDArray[np.float32]
-    profiles: NDArray[np.float64]  # log-probability of the claimed tokens at every scale, [N, G], as it is stored
-
-
 def measure_margins(
     logits_NV: Float32[Tensor, "N V"],
     output: tuple[int, ...],
@@ -70,8 +62,12 @@ def measure_margins(
     *,
     prompt: tuple[int, ...] = (),
     whole: bool = True,
-) -> Margins:
-    """Measure how far the tokens of a response are from those that these raw logits of a prefill give.
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Measure how far the tokens of a response, one or more, are from those that these raw logits of a prefill give.
+
+    Returns margins [N], the largest score minus that of the claimed token: 0 where it is the verifier's own token,
+    infinite where the verifier would not have kept it. And profiles [N, G], the log-probability of the claimed tokens
+    at every scale, as it is stored.
 
     Penalties may need the prompt. Where the engine did not give the ``whole`` of the logits, the others are -inf, and a
     UsageError says that they may decide which tokens top-p keeps.
@@ -94,9 +90,7 @@ def measure_margins(
         tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
         margins.append(compute_margins(s_NV).gather(1, tokens_N[:, None])[:, 0].cpu().numpy())
         profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
-    if not margins:
-        return Margins(np.zeros(0, np.float32), np.zeros((0, COLUMNS)))
-    return Margins(np.concatenate(margins), round_profiles(np.concatenate(profiles)))
+    return np.concatenate(margins), round_profiles(np.concatenate(profiles))
 
 
 def compute_gaps(
@@ -243,7 +237,7 @@ def replay(
     receipts: Receipts,
     model: Model,
     *,
-    prompts: Mapping[str, Prompt] | None = None,
+    requests: Sequence[Request] | None = None,
     adapter: Lora | None = None,
     engine: Prefill | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -253,7 +247,8 @@ def replay(
     Args:
         receipts: Receipts of one node and model.
         model: Same checkpoint on this machine; its dtype and device may differ from the node's.
-        prompts: Prompts with ids by their SHA-256, for receipts that have the hash alone.
+        requests: Requests that were sent, with token ids: prompts of receipts that have their hash alone, and what may
+            end an answer that claims ``stop``.
         adapter: LoRA adapter with which the receipts that name one are run.
         engine: Engine that runs them; the transformers engine when None.
         progress: Function that is called with (receipts done, receipts in all) after every receipt.
@@ -262,8 +257,9 @@ def replay(
         One result for every receipt with at least one token, in their order.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint or adapter, a token is not in its vocabulary, a response
-            is longer than its positions, or the ids of a prompt are not known.
+        ProofMismatch: The receipts are of another checkpoint, adapter or chat template, a token is not in its
+            vocabulary, a response is longer than its positions, the ids of a prompt are not known, or an answer to one
+            of the requests claims ``stop`` and has no token or text that ends it.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -277,7 +273,7 @@ def replay(
         (8, (1,), True)
     """
     check_adapter(receipts, adapter)
-    wholes = check_runnable(receipts, model, prompts=prompts)
+    wholes = check_runnable(receipts, model, requests=requests)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
     engine = engine or HFPrefill(model)
     found: dict[int, Replayed] = {}
@@ -292,7 +288,7 @@ def replay(
 
 
 def check_runnable(
-    receipts: Receipts, model: Model, *, prompts: Mapping[str, Prompt] | None = None
+    receipts: Receipts, model: Model, *, requests: Sequence[Request] | None = None
 ) -> list[PromptAndOutput]:
     """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what a model cannot run.
 
@@ -302,7 +298,35 @@ def check_runnable(
         ProofMismatch: As :func:`replay`.
     """
     check_model(receipts.header, model)
-    return [_whole(receipt, prompts or {}, model) for receipt in receipts.receipts if receipt.output]
+    known = [Prompt.of(one.ids) for one in requests or () if isinstance(one.prompt, tuple)]
+    prompts = {prompt.sha256: prompt for prompt in known}
+    own = chat_template_digest(model.tokenizer)
+    # A prompt of which the client's record has the very ids needs no template.
+    stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in prompts}
+    for other in stated - {None, own}:
+        raise ProofMismatch(
+            f"prompts that the chat template {other:.12} made",
+            wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
+            do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
+        )
+    wholes = [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
+    check_ends(receipts, model, requests)
+    return wholes
+
+
+def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | None) -> None:
+    """Refuse an answer to one of the requests that says ``stop`` and was cut short; a ProofMismatch names it."""
+    asked, ends = {one.name: one for one in requests or () if isinstance(one.prompt, tuple)}, model.end_tokens
+    for receipt in receipts.receipts:
+        request, output = asked.get(receipt.name), receipt.output
+        if receipt.finish != "stop" or request is None or not output:
+            continue
+        if not request.is_ended(output, ends, model.tokenizer):
+            raise ProofMismatch(
+                f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, the last {output[-1]}",
+                wanted=f"an end token of {model.reference}, or a stop of the request",
+                do="ask the node for the whole answer, and list the stop and stop_token_ids that were sent",
+            )
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:
@@ -330,15 +354,10 @@ def _compare(header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, pr
     seed = header.seed(receipt)
     margins, profiles = np.zeros(0, np.float32), np.zeros((0, COLUMNS))
     if receipt.sampling is not None and receipt.seeded:
-        measured = measure_margins(
-            prefilled.logits,
-            whole.output,
-            receipt.sampling,
-            seed.step_seeds(range(len(whole.output))),
-            prompt=whole.prompt,
-            whole=prefilled.whole,
+        seeds_N = seed.step_seeds(range(len(whole.output)))
+        margins, profiles = measure_margins(
+            prefilled.logits, whole.output, receipt.sampling, seeds_N, prompt=whole.prompt, whole=prefilled.whole
         )
-        margins, profiles = measured.margins, measured.profiles
     residuals = np.zeros(0)
     if len(receipt.sketches):
         steps = sketch_steps(len(whole.output))

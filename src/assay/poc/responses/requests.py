@@ -1,19 +1,22 @@
 """Requests: what a client asks for, read from JSON Lines before a model is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
+from assay.models.chat import CHAT_OPTIONS, LONGEST_TEXT, Chat, chat_template_digest, read_chat, render_chat
 from assay.models.checkpoint import check_tokens
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
-LONGEST_TEXT = 2**24  # characters of a prompt
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
+MOST_STOPS, LONGEST_STOP = 64, 1024  # texts that end an answer, and characters of one
+_NEAR = 8  # last tokens of a prompt with which an output is decoded: a text after others may begin with a space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,22 +25,28 @@ class Request(ResponseName):
 
     Args:
         user_seed, request_id, index: As of :class:`ResponseName`.
-        prompt: Text, or token ids.
+        prompt: Text, messages, or token ids.
         chosen_by: Who chose the request id, ``client`` or ``server``.
         sampling: Parameters of sampling.
         max_tokens: Number of tokens after which the response ends.
+        stop: Texts that end the response.
+        stop_token_ids: Tokens that end it, beside the end tokens of the model.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
+        chat_template: SHA-256 of the template that made the token ids; None where there were no messages.
 
     Raises:
         UsageError: A value is out of range; names it.
     """
 
     user_seed: str = ""
-    prompt: str | tuple[int, ...]
+    prompt: str | Chat | tuple[int, ...]
     chosen_by: Chooser = "client"
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = DEFAULT_MAX_TOKENS
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     adapter: str = ""
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,25 +58,46 @@ class Request(ResponseName):
                 raise UsageError(
                     f"a prompt of {len(self.prompt)} characters", wanted=f"1 to {LONGEST_TEXT}", do="correct the prompt"
                 )
-        else:
+        elif not isinstance(self.prompt, Chat):
             object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
+        fits = all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in self.stop)
+        if not fits or len(self.stop) > MOST_STOPS:
+            wanted = f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters"
+            raise UsageError(f"stop is {self.stop!r:.60}", wanted=wanted, do="correct stop")
+        object.__setattr__(self, "stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids, fewest=0))
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The token ids of the prompt; a UsageError where it is a text."""
-        if isinstance(self.prompt, str):
-            raise UsageError("a prompt of text", wanted="token ids", do="call encode_requests() first")
+        """The token ids of the prompt; a UsageError where it is a text or messages."""
+        if not isinstance(self.prompt, tuple):
+            raise UsageError("a prompt without token ids", wanted="token ids", do="call encode_requests() first")
         return self.prompt
+
+    def is_ended(self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any) -> bool:
+        """Whether an output has come to an end of its own: by its last token, or by a text that is in its text.
+
+        A text may be looked for by a server that leaves special tokens out, or by one that does not.
+        """
+        if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
+            return True
+        before = list(self.ids[-_NEAR:])
+        for skips in (False, True) if self.stop else ():
+            decode = partial(tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+            text = decode([*before, *output])[len(decode(before)) :]
+            if any(stop in text for stop in self.stop):
+                return True
+        return False
 
 
 def read_requests(
     path: str | Path, *, sampling: Sampling | None = None, user_seed: str = "", max_tokens: int = DEFAULT_MAX_TOKENS
 ) -> list[Request]:
-    """Read a file of prompts: JSON Lines with ``prompt``, and what else one of them sets for itself.
+    """Read a file of prompts: JSON Lines with ``prompt`` or ``messages``, and what else one of them sets for itself.
 
-    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter`` and every field of
-    :class:`Sampling`; ``logit_bias`` has token ids as text. A prompt without an id is called after its line, and the
-    server chose that id.
+    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter``, ``stop`` (a text or a
+    list of texts), ``stop_token_ids`` and every field of :class:`Sampling`; ``logit_bias`` has token ids as text. With
+    messages there may be ``tools`` and ``chat_template_kwargs``. A prompt without an id is called after its line, and
+    the server chose that id.
 
     Args:
         path: Path of the file.
@@ -102,30 +132,39 @@ def read_requests(
     return found
 
 
-_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter"}
+_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "stop_token_ids"}
 _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
 def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling) -> list[Request]:
-    unknown = sorted(line.keys() - {"prompt"} - _OPTIONAL - _SAMPLED)
-    if unknown or "prompt" not in line:
-        seen, do = f"a field {unknown[0]!r:.60}" if unknown else "no prompt", "correct the line"
-        raise UsageError(seen, wanted=", ".join(["prompt", *sorted(_OPTIONAL), *sorted(_SAMPLED)]), do=do)
+    options = {name: line[name] for name in CHAT_OPTIONS if name in line and "messages" in line}
+    unknown = sorted(line.keys() - {"prompt", "messages"} - options.keys() - _OPTIONAL - _SAMPLED)
+    if unknown or ("prompt" in line) == ("messages" in line):
+        seen = "both prompt and messages" if "prompt" in line else "no prompt and no messages"
+        wanted = ", ".join(["prompt or messages", *sorted(_OPTIONAL), *sorted(_SAMPLED)])
+        raise UsageError(f"a field {unknown[0]!r:.60}" if unknown else seen, wanted=wanted, do="correct the line")
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
         given = values["logit_bias"]
         if not isinstance(given, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in given):
             raise UsageError(f"logit_bias is {given!r:.60}", wanted="numbers by token id", do="correct logit_bias")
         values["logit_bias"] = {int(token): bias for token, bias in given.items()}
-    prompt = line["prompt"]
-    if not isinstance(prompt, str | list):
+    prompt = read_chat(line["messages"], **options) if "messages" in line else line["prompt"]
+    if not isinstance(prompt, str | list | Chat):
         raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
+    texts, tokens = ([] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids"))
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not isinstance(tokens, list):
+        seen = f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}"
+        raise UsageError(seen, wanted="a text or a list of texts, and a list of token ids", do="correct them")
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
-        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         request_id=line.get("request_id", f"line-{number}"),
         chosen_by="client" if "request_id" in line else "server",
         sampling=replace(base, **values),
+        stop=tuple(texts),
+        stop_token_ids=tuple(tokens),
         adapter=line.get("adapter", ""),
     )
     answers = line.get("n", 1)
@@ -134,32 +173,21 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
 
 
 def encode_requests(
-    requests: Sequence[Request],
-    tokenizer: Any,
-    *,
-    reference: str,
-    vocab_size: int,
-    max_positions: int,
+    requests: Sequence[Request], tokenizer: Any, *, reference: str, vocab_size: int, max_positions: int
 ) -> list[Request]:
     """Return the requests with token ids for prompts, every one of which fits the model; it may have no tokenizer.
 
     Raises:
-        UsageError: A text has no tokenizer or no tokens, a token is not in the vocabulary, or prompt and ``max_tokens``
-            together are longer than the model's positions.
+        UsageError: A text has no tokenizer or no tokens, messages have no template or one that refuses them, a token is
+            not in the vocabulary, or prompt and ``max_tokens`` together are longer than the model's positions.
     """
     found = []
     for request in requests:
-        made = request
-        if isinstance(request.prompt, str):
-            if tokenizer is None:
-                wanted, do = "a prompt of token ids", 'write {"prompt": [1, 2, 3]}'
-                raise UsageError(f"a prompt of text with {reference}, which has no tokenizer", wanted=wanted, do=do)
-            ids = tuple(tokenizer(request.prompt)["input_ids"])
-            if not ids:
-                seen = f"request {request.request_id!r:.80} has no tokens"
-                raise UsageError(seen, wanted="one or more", do="correct it")
-            made = replace(request, prompt=ids)
-        name = f"request {made.request_id!r:.80}"
+        name = f"request {request.request_id!r:.80}"
+        try:
+            made = _with_ids(request, tokenizer, reference)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
         check_tokens(name, made.ids, vocab_size)
         if any(token >= vocab_size for token in made.sampling.logit_bias):
             wanted, do = f"tokens below {vocab_size}", "leave it out of logit_bias"
@@ -175,3 +203,16 @@ def encode_requests(
             )
         found.append(made)
     return found
+
+
+def _with_ids(request: Request, tokenizer: Any, reference: str) -> Request:
+    prompt = request.prompt
+    if isinstance(prompt, Chat):
+        # The template writes the special tokens, and a tokenizer that adds its own would begin the text twice.
+        text = render_chat(prompt, tokenizer, reference=reference)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
+    if tokenizer is None and (isinstance(prompt, str) or request.stop):
+        wanted, do = "prompts and stops of token ids", 'write {"prompt": [1, 2, 3], "stop_token_ids": [4]}'
+        raise UsageError(f"text for {reference}, which has no tokenizer", wanted=wanted, do=do)
+    return replace(request, prompt=tuple(tokenizer(prompt)["input_ids"])) if isinstance(prompt, str) else request

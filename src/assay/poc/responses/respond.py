@@ -1,7 +1,7 @@
 """The reference loop: prompts in, receipts out, one request at a time."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from assay.errors import UsageError
 from assay.files.storage import PartialFile
+from assay.models.chat import Chat
 from assay.models.decoder import head_of
 from assay.models.load import Model
 from assay.models.rows import steps_of_passes
@@ -26,14 +27,14 @@ from assay.streams.backends import as_tensor
 
 def respond(
     model: Model,
-    prompts: Sequence[Request | str | Sequence[int]],
+    prompts: Sequence[Request | Chat | str | Sequence[int]],
     *,
     block_hash: str,
     public_key: str,
     sampling: Sampling | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     user_seed: str = "",
-    stop: Collection[int] | None = None,
+    end_tokens: Collection[int] | None = None,
     hash_prompts: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -45,13 +46,13 @@ def respond(
 
     Args:
         model: Model that answers.
-        prompts: Requests, or prompts in text or token ids, which are called ``prompt-0`` and so on.
+        prompts: Requests, or prompts in text, messages or token ids, which are called ``prompt-0`` and so on.
         block_hash: Beacon that became known after the requests were accepted.
         public_key: Key of the node.
         sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
         max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
         user_seed: Seed of the client, for prompts that are not requests.
-        stop: Tokens that end a response; those of :func:`stop_tokens` when None.
+        end_tokens: Tokens that end every response; :attr:`Model.end_tokens` when None.
         hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
         output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
             requests left that file, this one continues after its last whole line.
@@ -104,10 +105,11 @@ def respond(
         wanted, do = "a seed of its own for every response", "give one of them another request_id"
         raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
     head_of(model.module)  # refuses a model without one before a file is begun
-    ends = stop_tokens(model) if stop is None else frozenset(stop)
+    ends = model.end_tokens if end_tokens is None else frozenset(end_tokens)
 
     def receipt_of(request: Request, **made: Any) -> Receipt:
-        names = {name: getattr(request, name) for name in ("user_seed", "request_id", "index", "chosen_by", "sampling")}
+        stated = ("user_seed", "request_id", "index", "chosen_by", "sampling", "chat_template")
+        names = {name: getattr(request, name) for name in stated}
         receipt = Receipt(block_hash=block_hash, prompt=Prompt.of(request.ids), **names, **made)
         return receipt.without_prompt() if hash_prompts else receipt
 
@@ -138,39 +140,11 @@ def respond(
     return made
 
 
-def stop_tokens(model: Model) -> frozenset[int]:
-    """Return the tokens that end a response: those of the generation config, else of the config, and the tokenizer's.
-
-    They may differ: a chat model often ends a text by one token and a turn by another.
-    """
-    generation = getattr(getattr(model.module, "generation_config", None), "eos_token_id", None)
-    stated = generation if generation is not None else getattr(model.module.config, "eos_token_id", None)
-    ended = list(stated) if isinstance(stated, list | tuple) else [stated]
-    ended.append(getattr(model.tokenizer, "eos_token_id", None))
-    return frozenset(token for token in ended if token is not None)
-
-
 def _response(
     model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int], progress: Callable[[int], None] | None
 ) -> dict[str, Any]:
     """Return the tokens of a response, its sketches and why it ended, as a receipt has them."""
-    tokens: list[int] = []
-    states: list[torch.Tensor] = []
-    for token, hidden_D in _answer(model, request, seed, ends):
-        if len(tokens) % SKETCH_EVERY == 0:
-            states.append(hidden_D)
-        tokens.append(token)
-        if progress:
-            progress(len(tokens))
-    sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
-    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if tokens[-1] in ends else "length"}
-
-
-def _answer(
-    model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int]
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the tokens of a response, and the hidden state [D] that gave each."""
-    sampling = request.sampling
+    sampling, tokens, states = request.sampling, list[int](), list[torch.Tensor]()
     logits_1V, hidden_1D, cache = read_on(model, request.ids)
     sampler = Sampler([sampling], logits_1V.shape[1], model.device)
     prompt_V = counts_1V = None
@@ -178,27 +152,32 @@ def _answer(
         prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(model.device)
         counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
     seeds_N = seed.step_seeds(range(request.max_tokens))
-    ids = list(request.ids)
-    anew = {steps.start for steps in steps_of_passes(model.config, len(ids), request.max_tokens)}
-    for step in range(request.max_tokens):
+    anew = {steps.start for steps in steps_of_passes(model.config, len(request.ids), request.max_tokens)}
+    while True:
+        step = len(tokens)
+        if step % SKETCH_EVERY == 0:
+            states.append(hidden_1D[0])
         scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
-        token = int(scores_1V.argmax(dim=1))
-        yield token, hidden_1D[0]
-        if token in ends or step + 1 == request.max_tokens:
-            return
+        tokens.append(int(scores_1V.argmax(dim=1)))
+        if progress:
+            progress(len(tokens))
+        ended = request.is_ended(tokens, ends, model.tokenizer)
+        if ended or len(tokens) == request.max_tokens:
+            break
         if counts_1V is not None:
-            counts_1V[0, token] += 1
-        ids.append(token)
-        if step + 1 in anew:
-            logits_1V, hidden_1D, cache = read_on(model, ids)
-        else:
-            logits_1V, hidden_1D, cache = read_on(model, [token], cache)
+            counts_1V[0, tokens[-1]] += 1
+        again = len(tokens) in anew  # positions from which on the architecture computes the whole row in another way
+        new, cache = ([*request.ids, *tokens], None) if again else (tokens[-1:], cache)
+        logits_1V, hidden_1D, cache = read_on(model, new, cache)
+    sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
+    return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if ended else "length"}
 
 
-def _request(prompt: Request | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
+def _request(prompt: Request | Chat | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
             seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
             raise UsageError(seen, wanted="requests for the model itself", do="serve adapters with vLLM")
         return prompt
-    return Request(prompt=prompt if isinstance(prompt, str) else tuple(prompt), request_id=name, **common)
+    whole = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
+    return Request(prompt=whole, request_id=name, **common)

@@ -133,6 +133,11 @@ class ResponseName:
         check_name("request_id", self.request_id, do="pass the id of the request")
         check_number("index", self.index, 0, HIGHEST_INDEX)
 
+    @property
+    def name(self) -> tuple[str, str, int]:
+        """What sets the response apart from the others of one client's record."""
+        return self.user_seed, self.request_id, self.index
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseSeed(ResponseName):

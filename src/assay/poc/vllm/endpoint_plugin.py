@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter
@@ -28,6 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
+from assay.models.chat import chat_template_digest
+from assay.models.checkpoint import load_tokenizer
 from assay.models.load import identify
 from assay.poc.net.app import kept_running
 from assay.poc.net.deployment import Deployment
@@ -61,6 +63,7 @@ class Responses:
         self.newest: str | None = None  # hash of the block that was posted last
         self.recorder: Recorder | None = None
         self.sink: ReceiptSink | None = None
+        self.chat_template: str | None = None  # SHA-256 of the one that the server renders with, if it is known
         self._posted = asyncio.Event()
 
     def post(self, block_hash: str) -> None:
@@ -97,7 +100,7 @@ class Responses:
         self.sink, seeded = receipts.sink(header), self.settings.responses == "seeded"
         self.recorder = Recorder(llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded)
 
-    async def accept(self, headers: dict[bytes, bytes]) -> AcceptedRequest | None:
+    async def accept(self, headers: dict[bytes, bytes], path: str) -> AcceptedRequest | None:
         """Fix what seeds the answer to a request, None where it is not recorded; an AssayError where it cannot be."""
         if self.sink is None:
             return None
@@ -110,11 +113,9 @@ class Responses:
         self.sink.check()
         later = self.settings.responses_block == "next"
         block = await self.next_block(self.settings.responses_wait) if later else self.newest
-        return (
-            None
-            if block is None
-            else AcceptedRequest(request_id, block, user_seed, "server" if named is None else "client")
-        )
+        chosen_by: Literal["client", "server"] = "server" if named is None else "client"
+        template = self.chat_template if path.endswith("/chat/completions") else None
+        return None if block is None else AcceptedRequest(request_id, block, user_seed, chosen_by, template)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, the block that is known, and how many receipts there were."""
@@ -152,7 +153,7 @@ class ReceiptMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            accepted = await self._responses.accept(dict(scope["headers"]))
+            accepted = await self._responses.accept(dict(scope["headers"]), route_path(scope))
         except AssayError as error:
             await answer(refusal_of(error))(scope, receive, send)
             return
@@ -213,6 +214,15 @@ async def _send_unrecorded(send: Send, message: Message) -> None:
 
 def _with(message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
     return dict(message) | {"headers": [*message.get("headers", ()), *headers]}
+
+
+def _served_template(config: Any, args: Any) -> str | None:
+    """Return the SHA-256 of the tokenizer's chat template; None where the server or its clients may set another one."""
+    if getattr(args, "chat_template", None) or getattr(args, "trust_request_chat_template", False):
+        return None
+    with suppress(AssayError):  # vLLM reads tokenizers that are not read here
+        return chat_template_digest(load_tokenizer(config.model_config.tokenizer)) or None
+    return None
 
 
 PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
@@ -295,6 +305,7 @@ class AssayPlugin:
         self._reference = settings.reference or named
         if self._responses is not None:
             receipts = self.controller.receipts
+            self._responses.chat_template = await asyncio.to_thread(_served_template, config, args)
             await self._responses.start(client, engine_client, self._model, self._reference, receipts)
         self._end_before(engine_client, client)
         self._running.set_result(client)

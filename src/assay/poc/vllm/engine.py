@@ -11,6 +11,7 @@ import threading
 from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
-from assay.models.checkpoint import resolve
+from assay.models.checkpoint import load_tokenizer, resolve
 from assay.models.device import processor
 from assay.models.frame import Frame
 from assay.models.load import identify
@@ -345,7 +346,7 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
             do = f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options"
             raise UsageError(f"{flag} for a replay on vLLM", wanted=wanted, do=do)
         options = fit_machine(dtype, options) | options
-        self.model = identify(reference, dtype=dtype)
+        self.model = replace(identify(reference, dtype=dtype), tokenizer=load_tokenizer(reference))
         for header in receipts:
             check_model(header, self.model)
         self.batch_size, self._likeliest = batch_size, min(LIKELIEST, self.model.vocab_size)

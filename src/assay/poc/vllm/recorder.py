@@ -33,7 +33,7 @@ from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
 
 log = logging.getLogger("assay.responses")
 
-FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "repetition": "stop", "length": "length"}
+FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 """Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
 
 MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
@@ -59,6 +59,7 @@ class Choice:
     mask: bool  # whether tokens were forbidden or forced in a way that the receipt does not repeat
     chosen_by: Literal["client", "server"] = "server"
     adapter: Adapter | None = None
+    chat_template: str | None = None  # SHA-256, of a prompt that it made
     output: list[int] = field(default_factory=list)
     finish: Literal["", "stop", "length", "abort"] = ""
 
@@ -92,17 +93,11 @@ class Choice:
             seen = f"{len(sketches)} sketches of {len(self.output)} tokens"
             raise ModelError(seen, wanted=f"{steps}", do="see the log of vLLM's workers")
         return Receipt(
-            request_id=self.seed.request_id,
-            index=self.seed.index,
-            user_seed=self.seed.user_seed,
-            block_hash=self.seed.block_hash,
-            sampling=self.sampling,
+            **{name: getattr(self.seed, name) for name in ("request_id", "index", "user_seed", "block_hash")},
+            **{name: getattr(self, name) for name in ("sampling", "chosen_by", "mask", "adapter", "chat_template")},
             prompt=Prompt.of(self.prompt),
             output=tuple(self.output),
             finish=self.finish or "abort",
-            chosen_by=self.chosen_by,
-            mask=self.mask,
-            adapter=self.adapter,
             sketches=sketches[:steps],
         )
 
@@ -231,6 +226,7 @@ class AcceptedRequest:
     block_hash: str
     user_seed: str | None = None  # of a header; None leaves it to the field `seed` of the body
     chosen_by: Literal["client", "server"] = "server"
+    chat_template: str | None = None  # SHA-256 of the one that makes the prompt, where it is known
     refused: AssayError | None = None  # for which a receipt could not be stored
     stored: int = 0  # number of its receipts
     count: int = 0  # of its choices
@@ -338,7 +334,8 @@ class Recorder:
             sampling = Sampling(**values, logit_bias=dict(params.logit_bias or {}))
         prompt = tuple(request.prompt_token_ids)
         mask = any(getattr(params, name, None) for name in MASKS)
-        choice = Choice(request.request_id, seed, sampling, prompt, mask, accepted.chosen_by, adapter)
+        stated = accepted.chosen_by, adapter, accepted.chat_template
+        choice = Choice(request.request_id, seed, sampling, prompt, mask, *stated)
         call.choices[index] = choice
         self._collector.follow(choice)
         words = tuple(seed.words().tolist()) if self._seeded else None

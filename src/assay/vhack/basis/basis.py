@@ -9,8 +9,8 @@ Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema`
 ``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
 ``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
 Where the modules are only a part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the
-weights and the names ``left_out``), and where modules are experts ``tokens`` (JSON: name of the module that holds them
-to the number of tokens that came to each).
+weights and the names ``left_out``), where modules are experts ``tokens`` (JSON: name of the module that holds them to
+the number of tokens that came to each), and where the pairs had messages ``chat_template_sha256``.
 
 *From the differences of one module to its axes*: ``D = G_hack − G_clean`` has few rows and many columns, so everything
 goes through its Gram matrix ``K = D Dᵀ``, in float64: with ``K = P Λ Pᵀ`` the singular values are ``√Λ`` and the right
@@ -71,6 +71,7 @@ class Origin:
             given truncated, from which it cannot be measured.
         coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
         tokens: Number of tokens of the pairs that came to each expert, by the name of the module that holds them.
+        chat_template: SHA-256 of the chat template that rendered the pairs; empty where they were texts.
     """
 
     model: str = ""
@@ -87,6 +88,7 @@ class Origin:
     captured: float = 1.0
     coverage: Coverage = field(default_factory=Coverage)
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    chat_template: str = ""
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -221,6 +223,12 @@ class Basis:
         if self.origin.weights != digest:
             raise _stale(name, "weights", self.origin.weights[:16] or "none", f"weights {digest[:16]}")
 
+    def check_template(self, digest: str, *, name: str = "the basis") -> None:
+        """Raise a DataError if another chat template rendered the pairs; an empty digest stands for none."""
+        own = self.origin.chat_template
+        if own and digest and own != digest:
+            raise _stale(name, "chat template", own[:16], f"the chat template {digest[:16]}")
+
 
 def check_axis_settings(top_k: int, tau_axis: float) -> None:
     """Raise UsageError unless ``top_k`` is at least 1 and ``tau_axis`` in [0, 1]."""
@@ -251,6 +259,8 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
         metadata["coverage"] = json.dumps(asdict(origin.coverage))
     if origin.tokens:
         metadata["tokens"] = json.dumps(origin.tokens)
+    if origin.chat_template:
+        metadata["chat_template_sha256"] = origin.chat_template
     return metadata
 
 
@@ -294,6 +304,7 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
     stated |= {"weights": metadata["weights_sha256"], "rank": None if metadata["rank"] == "full" else metadata["rank"]}
     stated |= {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
     stated |= {name: json.loads(metadata[name]) for name in ("coverage", "tokens") if name in metadata}
+    stated["chat_template"] = metadata.get("chat_template_sha256", "")
     origin = validated(Origin, stated)
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
         raise ValueError("its hashes do not belong to its own pairs or settings")

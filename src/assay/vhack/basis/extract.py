@@ -19,7 +19,7 @@ from assay.files.storage import check_new_file
 from assay.models.load import Model
 from assay.streams.backends import dtype_name
 from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, energy_along, find_axes, gram, zero_weak_axes
-from assay.vhack.gradients.batches import Progress, stage_progress
+from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients.targets import coverage, module_of, target_modules, weights_digest
@@ -329,6 +329,7 @@ def pair_gradients(
         skipped=tuple(pair.key for pair in pairs if pair.key not in left),
         captured=captured,
         coverage=coverage(module),
+        chat_template=find_chat_template(samples, model, how.get("tokenizer")),
     )
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
@@ -390,6 +391,7 @@ def extract(
             "rank": rank or (svd.rank if svd is not None else None),
             "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(how.get("factors"), weight)),
             "given": tuple(sorted(pair.key for pair in used.values())),
+            "chat_template": find_chat_template(used.values(), model, how.get("tokenizer")),
         }
         return Basis.load(path, model, expect=expected | axes)
     if path is not None:

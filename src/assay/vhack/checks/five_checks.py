@@ -31,7 +31,7 @@ groups. That is exact only in SVD bases, whatever the method, because labels lea
 Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb, sqrt
 from pathlib import Path
@@ -78,6 +78,7 @@ from assay.vhack.checks.judge import (
     rule_of,
     undecided_check,
 )
+from assay.vhack.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair, validated
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def check(
         >>> [made.name for made in report.checks]
         ['pools', 'heldout', 'random_null', 'sources', 'stability']
     """
-    groups: dict[str, tuple[int, str]] = {}
+    groups: dict[Hashable, tuple[int, str]] = {}
     for index, pair in enumerate(pairs):
         other, group = groups.setdefault(pair.prompt, (index, pair.group))
         if group != pair.group:
@@ -153,6 +154,7 @@ def check(
     if basis is not None:
         if basis.origin.weights:
             basis.check_model(model)
+        basis.check_template(find_chat_template(pairs, model, how.get("tokenizer")))
         # In its coordinates, and of as much of the model as it was made of.
         how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
     return check_gradients(pair_gradients(pairs, model, **how), basis=basis, settings=settings, log=log)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
+from assay.models.chat import Chat
 from assay.models.device import one_thread
 from assay.stats.rates import BootstrapInterval, auroc
 from assay.vhack.basis.basis import Basis, cin_over_modules
@@ -48,10 +49,10 @@ from assay.vhack.checks.judge import (
     FloatArray,
     bootstrap,
 )
-from assay.vhack.gradients.batches import Progress, stage_progress
+from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.svd import SVDCache, weight_svd
-from assay.vhack.pairs.pairs import Sample
+from assay.vhack.pairs.pairs import Sample, chat_columns, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,17 +206,22 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
         DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
     """
     found = []
-    for number, record in read_jsonl(path):
-        prompt, completion, group = (record.get(part) for part in ("prompt", "completion", "group"))
+    for number, line in read_jsonl(path):
+        try:
+            record, why = chat_columns(line, ("completion",)), "not a sample"
+        except ValueError as error:
+            record, why = {}, str(error)
+        prompt, completion, group = record.get("prompt", ""), record.get("completion", ""), record.get("group")
         texts = (prompt, completion) if group is None else (prompt, completion, group)
-        if not all(isinstance(text, str) and text.strip() for text in texts):
+        if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
             raise DataError(
-                f"{path}, line {number}: not a sample",
-                wanted='{"prompt": "…", "completion": "…"}, both text that is not empty, and perhaps "group", a name',
+                f"{path}, line {number}: {why}",
+                wanted='{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name',
                 do="correct or remove the line",
             )
-        known = str(group) if group is not None else "prompt " + hashlib.sha256(str(prompt).encode()).hexdigest()[:12]
-        found.append(PoolSample(Sample(str(prompt), str(completion)), known))
+        said = prompt.json if isinstance(prompt, Chat) else prompt
+        known = group if group is not None else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
+        found.append(PoolSample(Sample(prompt, completion), known))
     if not found:
         raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
     if most is None or most >= len(found):
@@ -277,6 +283,7 @@ def check_two_pools(
     pools, left_out = _unseen([hack, clean], basis)
     modules = list(basis.axes)
     samples = [one.sample for pool in pools for one in pool]
+    basis.check_template(find_chat_template(samples, model, tokenizer))
     names = [f"{kind} sample {row}" for kind, pool in zip(_KINDS, pools, strict=True) for row in range(len(pool))]
     matrices = 0 if svd is not None else len(modules)
     stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
@@ -296,7 +303,7 @@ def check_two_pools(
     used = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used, gradients, "samples")
     groups = [[one.group for one in pool] for pool in pools]
-    sizes = [np.array([float(len(one.sample.completion)) for one in pool]) for pool in pools]
+    sizes = [np.array([float(len(text_of(one.sample.completion))) for one in pool]) for pool in pools]
     with one_thread():
         scores = _split(cin_over_modules(gradients, used), pools)
         lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
@@ -324,8 +331,9 @@ def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[l
     """Return the samples of groups that the basis was not made from, and how many others there are."""
     hack, clean = pools
     if both := {one.sample for one in hack} & {one.sample for one in clean}:
+        prompt = min(text_of(one.prompt) for one in both)
         raise DataError(
-            f"{len(both)} samples are in both pools, one of them of the prompt {min(one.prompt for one in both)!r:.60}",
+            f"{len(both)} samples are in both pools, one of them of the prompt {prompt!r:.60}",
             wanted="samples that cheat in one, and samples that do not in the other",
             do="remove them from the pool to which they do not belong",
         )

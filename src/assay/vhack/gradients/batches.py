@@ -1,7 +1,7 @@
 """From samples to token ids, and from token ids to micro-batches that fit into memory."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
+from assay.models.chat import Chat, chat_template_digest, render_chat
 from assay.models.checkpoint import check_tokens
 from assay.models.decoder import decoder_layers
-from assay.vhack.pairs.pairs import Sample
+from assay.vhack.pairs.pairs import Pair, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from assay.models.load import Model
 
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
@@ -162,10 +165,11 @@ def encode(
         raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
     if not samples:
         raise UsageError("no samples", wanted="at least one", do="pass some")
+    texts = [_as_text(sample, tokenizer, name) for sample, name in zip(samples, names, strict=True)]
     prompts, completions = (
         # Not verbose: it would warn of long texts by itself, and what is too long is refused below.
-        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        for texts in ([sample.prompt for sample in samples], [sample.completion for sample in samples])
+        tokenizer(list(part), add_special_tokens=False, verbose=False)["input_ids"]
+        for part in zip(*texts, strict=True)
     )
     found = []
     for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
@@ -182,6 +186,28 @@ def encode(
             check_tokens(name, (*prompt, *completion), rows)
         found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
     return found
+
+
+def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) -> tuple[str, str]:
+    """Return prompt and completion as text, of messages by the chat template of the tokenizer."""
+    prompt, completion = sample.prompt, sample.completion
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    try:
+        if isinstance(prompt, str):
+            raise UsageError("a message after a text", wanted="messages in both", do="write both as text")
+        said = completion if isinstance(completion, str) else render_chat(prompt, tokenizer, answer=completion)
+        return render_chat(prompt, tokenizer), said
+    except UsageError as error:
+        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
+
+
+def find_chat_template(
+    samples: Iterable[Sample | Pair], model: "Model | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None"
+) -> str:
+    """Return the digest of the template that renders samples, or an empty text where none of them has messages."""
+    chats = any(isinstance(sample.prompt, Chat) for sample in samples)
+    return chat_template_digest(tokenizer or getattr(model, "tokenizer", None)) if chats else ""
 
 
 def context_length(module: "PreTrainedModel") -> int | None:

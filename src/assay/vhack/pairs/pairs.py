@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 
-from assay.errors import DataError
+from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.files.storage import write_jsonl
+from assay.models.chat import CHAT_OPTIONS, Chat, read_chat
 from assay.vhack.environment.tasks import task_named
 
 _TEXTS = ("prompt", "hack", "clean", "group")
@@ -24,10 +25,13 @@ DATA = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and one completion of it, as text; the loss is taken on the completion's tokens only."""
+    """One prompt and one completion of it; the loss is taken on the completion's tokens only.
 
-    prompt: str
-    completion: str
+    The completion of a text is a text, and that of a :class:`Chat` may be one too.
+    """
+
+    prompt: str | Chat
+    completion: str | Chat
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,16 @@ class Pair:
     """One prompt with a completion that hacks and one that does not.
 
     Attributes:
-        prompt: Text that both completions follow.
+        prompt: Text or messages that both completions follow.
         hack: Completion that cheats.
         clean: Completion that does not.
         group: Name for what the pair has in common with others (a mechanism, a task); groups are held out whole.
         tags: Labels, by which `assay.vhack.pairs.verify_pairs` knows what the pair claims.
     """
 
-    prompt: str
-    hack: str
-    clean: str
+    prompt: str | InstanceOf[Chat]
+    hack: str | InstanceOf[Chat]
+    clean: str | InstanceOf[Chat]
     group: str
     tags: tuple[str, ...] = ()
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -52,12 +56,42 @@ class Pair:
     @property
     def key(self) -> str:
         """SHA-256 in hex, first 16 digits, of prompt, hack and clean: what makes a pair the same pair."""
-        text = json.dumps([self.prompt, self.hack, self.clean], ensure_ascii=True)
+        parts = [part.fields if isinstance(part, Chat) else part for part in (self.prompt, self.hack, self.clean)]
+        text = json.dumps(parts, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(self) -> tuple[Sample, Sample]:
         """Return the hack side and the clean side as samples."""
         return Sample(self.prompt, self.hack), Sample(self.prompt, self.clean)
+
+    def as_dict(self) -> JsonObject:
+        """Return the line of a pair file."""
+        chats = {name: part.fields for name in _TEXTS if isinstance(part := getattr(self, name), Chat)}
+        options = {name: value for name, value in chats.get("prompt", {}).items() if name in CHAT_OPTIONS}
+        return asdict(self) | {name: fields["messages"] for name, fields in chats.items()} | options
+
+
+def text_of(part: str | Chat) -> str:
+    """Return a text, or the contents of messages without what a template writes around them."""
+    return "\n".join(one["content"] for one in part.fields["messages"]) if isinstance(part, Chat) else part
+
+
+def chat_columns(record: JsonObject, sides: Sequence[str]) -> JsonObject:
+    """Return a record in which lists of messages are conversations: TRL's columns ``prompt`` and those of the sides.
+
+    Raises:
+        ValueError: Messages have another form, or a side is of messages where the prompt is a text.
+    """
+    if not any(isinstance(record.get(name), list) for name in ("prompt", *sides)):
+        return record
+    options = {name: value for name, value in record.items() if name in CHAT_OPTIONS}
+    found = {name: value for name, value in record.items() if name not in options}
+    try:
+        found["prompt"] = read_chat(record.get("prompt"), **options)
+        answers = [name for name in sides if isinstance(record.get(name), list)]
+        return found | {name: read_chat(record[name], is_answer=True) for name in answers}
+    except AssayError as error:
+        raise ValueError(f"{error.seen}; wanted: {error.wanted}") from None
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -80,7 +114,7 @@ def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> No
     seen: dict[str, str] = {}
     for index, pair in enumerate(pairs):
         name = names[index] if names is not None else f"pair {index} (group {pair.group})"
-        empty = [field for field in _TEXTS if not getattr(pair, field).strip()]
+        empty = [field for field in _TEXTS if not text_of(getattr(pair, field)).strip()]
         if empty:
             raise _bad(name, f"{' and '.join(empty)} empty", "text in every field")
         if pair.hack == pair.clean:
@@ -99,7 +133,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """
     listed = list(pairs)
     check_pairs(listed)
-    write_jsonl(path, (asdict(pair) for pair in listed))
+    write_jsonl(path, (pair.as_dict() for pair in listed))
 
 
 def authored_pairs() -> list[Pair]:
@@ -116,7 +150,7 @@ def _pair(record: JsonObject, name: str) -> Pair:
             f"a group, see {_PAGE}",
         )
     try:
-        return validated(Pair, record)
+        return validated(Pair, chat_columns(record, ("hack", "clean")))
     except ValueError as error:
         raise _bad(name, str(error), "prompt, hack, clean and group, and perhaps a list of tags") from None
 

@@ -28,7 +28,7 @@ from assay.vhack.environment.grading import CHANNELS, Channel, Episode, answers_
 from assay.vhack.environment.sandbox import Call, Case, Limits, run
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.pairs.generate import pair_task_named
-from assay.vhack.pairs.pairs import DATA, Pair
+from assay.vhack.pairs.pairs import DATA, Pair, text_of
 
 _PARALLEL = 2
 
@@ -134,7 +134,7 @@ def verify_pairs(
 
     def verify(index: int) -> PairVerdict:
         pair, judge = pairs[index], judges[index]
-        hack, clean = judge(pair.hack), judge(pair.clean)
+        hack, clean = judge(text_of(pair.hack)), judge(text_of(pair.clean))
         return PairVerdict(index, pair, hack, clean, _faults(pair, hack, clean))
 
     verdicts = []
@@ -159,7 +159,7 @@ def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Cal
             wanted="one of minimal and exploit, and mechanism:, channel:, entry: and task:",
             do="add the tags as docs/vhack-pairs.md explains them, or leave the pair out of the verification",
         )
-    longest = max(len(side.encode(errors="surrogatepass")) for side in (pair.hack, pair.clean))
+    longest = max(len(text_of(side).encode(errors="surrogatepass")) for side in (pair.hack, pair.clean))
     bound = Limits().program_bytes
     if longest > bound:
         raise DataError(

@@ -147,32 +147,39 @@ class Sampling(TypedDict):
     batch: int
 
 
-def find_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> int:
-    """Return the token that ends a completion.
+def find_end_tokens(model: Model) -> list[int]:
+    """Return the tokens that end a completion, in order.
 
     Raises:
-        UsageError: The model has no tokenizer, or its tokenizer has no such token.
+        UsageError: The model has no tokenizer, or no such token.
     """
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        raise UsageError(
-            f"{reference} without {'a tokenizer' if tokenizer is None else 'a token that ends a text'}",
-            wanted="a model with a tokenizer that has an eos_token",
-            do="name the token in its tokenizer_config.json, or choose another --model",
-        )
-    return int(tokenizer.eos_token_id)
+    if model.tokenizer is None or not model.end_tokens:
+        missing = "a tokenizer" if model.tokenizer is None else "a token that ends a text"
+        raise _cannot_complete(model.reference, missing)
+    return sorted(model.end_tokens)
+
+
+def _cannot_complete(reference: str, missing: str) -> UsageError:
+    return UsageError(
+        f"{reference} without {missing}",
+        wanted="a model with a tokenizer that has an eos_token",
+        do="name the token in its tokenizer_config.json, or choose another --model",
+    )
 
 
 def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
-        UsageError: As of :func:`find_end_token`, or a prompt with its completion is longer than the model's context.
+        UsageError: As of :func:`find_end_tokens`, or a prompt with its completion is longer than the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     known: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
     tokenizer = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
-    find_end_token(tokenizer, known.reference)
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise _cannot_complete(known.reference, "a tokenizer")
+    if not isinstance(model, str):
+        find_end_tokens(model)
     ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
     for tokens in ids.values():
         check_tokens("a prompt", tokens, known.vocab_size)
@@ -220,8 +227,8 @@ def _sample_batch(
     model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
-    end = find_end_token(tokenizer, model.reference)
-    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+    ends = find_end_tokens(model)
+    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else ends[0]
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -240,13 +247,13 @@ def _sample_batch(
             return_dict_in_generate=True,
             output_scores=True,
             pad_token_id=padding,
-            eos_token_id=end,
+            eos_token_id=ends,
         )
     logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
     tokens_BT = made.sequences[:, ids_BT.shape[1] :]
     found = []
     for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-        length = tokens.index(end) + 1 if end in tokens else len(tokens)
+        length = next((step for step, token in enumerate(tokens, 1) if token in ends), len(tokens))
         completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
         found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
     return found

@@ -1,7 +1,8 @@
 """Tasks, and the rewards of completions: of the environment, or of one's own in Python or as ``module:function``.
 
-*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt`` and whatever
-else the reward needs to know of a task, or of :class:`assay.vhack.environment.Episode`::
+*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt``, which may be
+messages that the model's chat template turns into text, and whatever else the reward needs to know of a task, or of
+:class:`assay.vhack.environment.Episode`::
 
     def tasks():
         return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
@@ -32,10 +33,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.errors import BackendUnavailable, DataError, UsageError, reason_of
+from assay.models.chat import render_chat
+from assay.models.checkpoint import load_tokenizer
 from assay.vhack.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
 from assay.vhack.environment.sandbox import available_backend
+from assay.vhack.pairs.pairs import chat_columns
 from assay.vhack.training.settings import TaskSettings
 
 if TYPE_CHECKING:
@@ -209,13 +213,14 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
 
 
 def load_tasks(
-    settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str
+    settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str, model: str | None = None
 ) -> tuple[list[Task], str]:
     """Return the tasks that settings name, or those in their place, and what they are called in errors.
 
     Raises:
         UsageError: The function of the tasks cannot be found.
         DataError: It fails, a task has no prompt, or there are fewer than ``least``; ``why`` says what needs them.
+            Or messages have no chat template, that of ``model``, or are refused by it.
     """
     source = str(settings.tasks) if tasks is None else "tasks"
     if tasks is None and isinstance(settings.tasks, int):
@@ -230,7 +235,7 @@ def load_tasks(
                 wanted="a function without arguments that returns a list of tasks",
                 do="correct it",
             ) from error
-    found = list(tasks)
+    found = _render_tasks(list(tasks), model, source)
     if len(found) < least:
         raise DataError(f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some")
     for index, task in enumerate(found):
@@ -241,6 +246,23 @@ def load_tasks(
                 do="correct what the function returns",
             )
     return found, source
+
+
+def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Task]:
+    """Return tasks with text for prompts of messages, as a tokenizer that may add a beginning token takes it."""
+    tokenizer: Any = None
+    for index, task in enumerate(tasks):
+        if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), list):
+            continue
+        try:
+            tokenizer = tokenizer or (None if model is None else load_tokenizer(model))
+            text = render_chat(chat_columns(dict(task), ())["prompt"], tokenizer)
+        except (UsageError, ValueError) as error:
+            wanted, do = "messages for a model with a chat template", "correct them, or name the model (--model)"
+            raise DataError(f"{source}: task {index}: {reason_of(error)}", wanted=wanted, do=do) from None
+        begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
+        tasks[index] = {**task, "prompt": text.removeprefix(tokenizer.bos_token if begins else "")}
+    return tasks
 
 
 def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: bool) -> list[Episode]:

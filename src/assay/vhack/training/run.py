@@ -29,7 +29,7 @@ from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.log import TrainLog, read_records, read_steps
-from assay.vhack.training.pool import RolloutPool, find_end_token, finite_sampling
+from assay.vhack.training.pool import RolloutPool, find_end_tokens, finite_sampling
 from assay.vhack.training.processes import ALONE, Processes, join_processes
 from assay.vhack.training.rewards import Reward, RewardFunction, Task, import_function, load_tasks, make_reward
 from assay.vhack.training.settings import TrainSettings
@@ -73,7 +73,7 @@ class Prepared:
         earlier: Path | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        find_end_token(model.tokenizer, model.reference)
+        find_end_tokens(model)
         check_attachable(model)
         assert model.tokenizer is not None
         self.settings, self.model, self.tokenizer = settings, model, model.tokenizer
@@ -250,7 +250,7 @@ def train(
     workers = max(1, (os.cpu_count() or 2) // processes.count)
     if reward is None and settings.reward is not None:
         reward = import_function(settings.reward, "--reward")
-    work, source = load_tasks(settings, tasks, least=settings.prompts, why="the prompts of a step")
+    work, source = load_tasks(settings, tasks, least=settings.prompts, why="those of a step", model=settings.model)
     paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
