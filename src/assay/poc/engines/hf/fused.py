@@ -519,7 +519,7 @@ class CompiledForward:
             return self._last_hidden(inputs_BTD)
 
     def hidden(self, inputs_BTD: Tensor, first: int = 0) -> Tensor:
-        """Return the states after the final norm, in the model's dtype, of the positions from ``first`` on, or of all."""
+        """Return the states after the final norm, in the model's dtype, of positions from ``first`` on, or of all."""
         batch_size, seq_len, _ = inputs_BTD.shape
         with _settings(inputs_BTD):
             return self._hidden(first if batch_size * (seq_len - first) >= ROWS_OF_A_PRODUCT else 0)(inputs_BTD)
