@@ -12,6 +12,7 @@ from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_mo
 from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
+    Encoded,
     encode,
     plan_batches,
     room_for_batches,

@@ -192,7 +192,7 @@ def weight_svd(
     Raises:
         UsageError: The dtype or the method has another name, the rank is below 1, or a module is no target.
         ModelError: The model has no target projection, experts of an unknown form, or too many weights that are no
-            targets, or it is in parts.
+            targets, or it is not whole on one device.
         BadWeights: A matrix is not finite; the message names it.
         StorageError: A file cannot be written.
     """
