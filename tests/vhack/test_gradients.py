@@ -1,7 +1,6 @@
 """Gradients of many samples from one backward pass, against one sample at a time through the adapter."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -9,24 +8,18 @@ from torch import nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd
-from assay.vhack.gradients import batches as _batches
+from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd, weights_digest
+from assay.vhack.delta import DeltaS
 from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
-    WIDE_COPIES_IN_TURNS,
-    Segments,
-    count_tokens,
+    Encoded,
     encode,
     plan_batches,
-    plan_in_turns,
     room_for_batches,
-    room_in_turns,
     token_budget,
 )
-from assay.vhack.gradients.division import Division
 from assay.vhack.gradients.fused import Norm
 from assay.vhack.gradients.per_sample import Replica, check_finite
-from assay.vhack.gradients.taps import Tap
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 
@@ -147,67 +140,14 @@ def test_the_token_budget_follows_the_free_memory(small_model, encoded):
     assert budgets[3] == [2048, 2048]
 
 
-def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, encoded):
-    module, layers = small_model.module, small_model.module.config.num_hidden_layers
-    monkeypatch.setattr(_batches, "_GATHERED_TOKENS", sum(len(one.ids) for one in encoded))
-    how = {"packed": True, "kind": bool, "at_once": 2}
-    seen = []
-    for free in torch.logspace(5, 12, 200).tolist():
-        batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=False, **how)
-        again, all_of_them = plan_in_turns(module, encoded, free, checkpointing=True, **how)
-        assert all_of_them == layers
-        assert len(again) <= len(batches)
-        in_turns = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
-        fits = in_turns(recomputed=recomputed)
-        # A sample that does not fit has a batch to itself.
-        assert all(count_tokens(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
-        if recomputed:
-            largest = max(count_tokens(batch, packed=True) for batch in batches)
-            assert largest > in_turns(recomputed=recomputed - 1)
-        seen.append((len(batches), recomputed))
-    assert seen[-1] == (2, 0)
-    # One layer alone saves nothing: while it is computed again it has all that it would have kept.
-    assert {recomputed for _, recomputed in seen} == {*range(layers + 1)} - {1}
-    assert seen[0] == (len(encoded), layers)
-
-
-def test_what_is_gathered_is_no_room_for_a_batch(small_model):
-    """By the third and fourth line of the formula in docs/vhack.md."""
-    module = small_model.module
-    every = sum(parameter.numel() for parameter in module.parameters())
-    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.model.layers]
-    factors = max(min(one.weight.shape) * sum(one.weight.shape) for one in target_modules(module).values())
-    gathered = 4 * (2 * max(layers) + every - sum(layers) + factors)
-    assert room_in_turns(module, gathered) <= 0
-    assert 0 < room_in_turns(module, 3 * gathered) < 2 * gathered
-
-
 def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_matrix():
     rows = {name: torch.ones(3, 4) for name in ("a", "b")}
-    encoded = [_batches.Encoded(index, f"sample {index}", [1, 2], 1) for index in range(3)]
+    encoded = [Encoded(index, f"sample {index}", [1, 2], 1) for index in range(3)]
     check_finite(SampleGradients(rows), encoded)
     for bad in (torch.nan, torch.inf, -torch.inf):
         rows["a"][2, 3] = rows["b"][1, 0] = bad
         with pytest.raises(DataError, match="sample 1 in b"):
             check_finite(SampleGradients(rows), encoded)
-
-
-@pytest.mark.parametrize(
-    ("by_samples", "again", "is_early"), [(True, False, True), (True, True, False), (False, False, False)]
-)
-def test_long_inputs_are_kept_as_coordinates_where_samples_are_computed_once(
-    small_model, small_svd, by_samples, again, is_early
-):
-    segments = Segments.of([3], torch.device("cpu"))
-    how = {"factored": False, "together": False, "checkpointing": again, "kernels": None}
-    kept, modules = [], target_modules(small_model)
-    for name, linear in modules.items():
-        tap = Tap(name, linear, small_svd[name], {}, lambda: segments, division=Division(None, by_samples), **how)
-        if tap.way(torch.zeros(3, linear.in_features), segments).early:
-            kept.append(name)
-    shorter = [name for name, linear in modules.items() if linear.out_features < linear.in_features]
-    assert kept == (shorter if is_early else [])
-    assert any("down_proj" in name for name in shorter)
 
 
 @pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)
@@ -287,12 +227,18 @@ def test_some_modules_can_be_had_alone(gradients_of, small_model, wanted):
 
 
 def test_weights_without_memory_are_refused_by_name(gradients_of, module):
-    """As offloading leaves them; models that are only divided are in test_in_parts.py."""
+    """As offloading leaves them."""
     module.model.layers[1].mlp.up_proj.to("meta")
     for work in (weight_svd, gradients_of):
-        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has no memory of its own") as raised:
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has no memory of its own"):
             work(module)
-        assert "over more devices" in raised.value.do
+
+
+def test_a_model_on_two_devices_is_refused(module):
+    module.model.norm.to("meta")  # which stands for any other device
+    for work in (target_modules, weights_digest, DeltaS):
+        with pytest.raises(ModelError, match="a model on cpu and meta"):
+            work(module)
 
 
 def test_factors_of_another_model_are_refused(gradients_of):

@@ -12,16 +12,15 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationConfig
 
 from assay import streams
-from assay.errors import BadWeights, ModelError, OutOfMemory, StorageError, UsageError, is_out_of_memory
+from assay.errors import BadWeights, OutOfMemory, StorageError, UsageError, is_out_of_memory
 from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
     CATALOGUE,
@@ -49,7 +48,6 @@ from assay.models.quantized import quantise as round_weights
 from assay.streams.backends import as_tensor, torch_dtype
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -142,12 +140,7 @@ def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) 
     backend = streams.get_backend("auto", device.type)
     normals = backend.normals(streams.seeds([f"{block}_{name}"]), parameter.numel(), "float32")
     values = as_tensor(normals)[0].mul_(STD).reshape(parameter.shape)
-    held = parameter.data
-    if isinstance(held, DTensor):  # this process holds a part
-        part = distribute_tensor(values.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None)
-        held.to_local().copy_(part.to_local())
-    else:
-        parameter.data = values.to(device, parameter.dtype)
+    parameter.data = values.to(device, parameter.dtype)
 
 
 def _recipe_digest(source: Source, weights: str, block: str, kept: str) -> str:
@@ -166,7 +159,6 @@ def _recipe_digest(source: Source, weights: str, block: str, kept: str) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-_DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 WEIGHT_MODES = ("trained", "random-all", "random-embed")
 
 
@@ -183,7 +175,6 @@ class Model:
         weights: Mode, ``"trained"``, ``"random-all"`` or ``"random-embed"``.
         quantised: Format of :data:`assay.models.NUMBER_FORMATS` where the decoder's weights are in eight bits, as they
             were stored or rounded; else empty.
-        devices: Number of devices over which the weights are spread.
         frame: Frame of the checkpoint, where the network has one (:meth:`with_frame`).
     """
 
@@ -193,7 +184,6 @@ class Model:
     digest: str
     weights: str
     quantised: str = ""
-    devices: int = 1
     frame: Frame | None = None
 
     def with_frame(self, frame: "Frame | str | Path | None") -> "Model":
@@ -276,7 +266,6 @@ def load_model(
     weights: str = "trained",
     block_hash: str | None = None,
     quantise: str | None = None,
-    mesh: "DeviceMesh | None" = None,
 ) -> Model:
     """Load a causal language model, checked and ready to run: evaluation mode, ``sdpa`` attention if it has any.
 
@@ -292,7 +281,6 @@ def load_model(
         block_hash: Block of a random mode.
         quantise: Format of the decoder's linear layers: ``"int8"`` or ``"float8"`` rounds them, and the rest keeps its
             dtype. A checkpoint that is stored in eight bits has its own, and None or the name of that takes it.
-        mesh: Devices over which the weights are spread, one process for each; all processes call this.
 
     Raises:
         UsageError: An argument is not one of the above, or a block hash is missing or has no use.
@@ -322,13 +310,9 @@ def load_model(
     form = _format_of(source, quantise, weights, target)
     tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
     rounded = form.name if form else quantise or ""
-    if rounded and mesh is not None:
-        raise UsageError(f"{rounded} weights over several devices", wanted="one of the two", do="leave one out")
     mode = "random-all" if is_shape and weights == "trained" else weights
     try:
         module, kept = _read_weights(source, torch_dtype(dtype) if dtype else None, mode, form)
-        if mesh is not None:
-            _shard(module, mesh)
         if source.directory is not None:
             _read_generation(module, source.directory)
         if is_shape or mode == "random-all":
@@ -346,7 +330,7 @@ def load_model(
     if target.type == "cpu":
         keep_freed_memory()
     digest = kept if mode == "trained" else _recipe_digest(source, mode, block, kept)
-    return Model(module, tokenizer, source.reference, digest, mode, rounded, mesh.size() if mesh else 1)
+    return Model(module, tokenizer, source.reference, digest, mode, rounded)
 
 
 def _read_weights(
@@ -418,33 +402,6 @@ def _format_of(source: Source, quantise: str | None, weights: str, device: torch
         )
     check_device(form, device)
     return form
-
-
-def _shard(module: "PreTrainedModel", mesh: "DeviceMesh") -> None:
-    """Cut the decoder's weights by the plan that transformers has for the architecture, and install its collectives.
-
-    The head stays whole: it may be tied to the embeddings.
-    """
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    plan = {name: style for name, style in (module.tp_plan or {}).items() if name.startswith(module.base_model_prefix)}
-    if not plan:
-        raise ModelError(
-            f"{type(module).__name__} over {mesh.size()} devices",
-            wanted="an architecture with a tensor parallel plan in transformers, such as Llama or Qwen3",
-            do="leave mesh out",
-        )
-    for name in _DIVIDED:
-        number = getattr(module.config, name, None) or mesh.size()
-        if number % mesh.size():
-            raise UsageError(
-                f"{name} {number} over {mesh.size()} devices",
-                wanted=f"a number of devices that divides {', '.join(_DIVIDED)}",
-                do="choose another mesh",
-            )
-    owner: Any = module
-    owner._tp_plan = plan
-    apply_tensor_parallelism(module, mesh)  # type: ignore[no-untyped-call]
 
 
 def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTrainedModel":

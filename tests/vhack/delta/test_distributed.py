@@ -1,5 +1,7 @@
 """Two processes take the same steps as one process with all rows: on a CPU over gloo, on two GPUs over NCCL."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,10 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from assay.errors import ModelError
 from assay.models import load_model
-from assay.vhack import weight_svd
+from assay.vhack import Sample, per_sample_gradients, weight_svd, weights_digest
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta.arms import Box
+from tests.vhack.conftest import bytewise
 from tests.vhack.delta.conftest import gate_each, loss_of, own, random_basis
 from tests.vhack.two_processes import BACKENDS, device_of, together
 
@@ -86,7 +90,24 @@ def run(rank, device, path, folder):
     found["fsdp sharded"] = _fsdp(path, share, replicated=False)
     found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
     found["fsdp resumed"] = _resumed(path, share, f"{folder}/rank{rank}")
+    found["refused"] = _refused(path, share.device)
     return found
+
+
+def _refused(path, device):
+    """Whether every way to the factors, the gradients and the digest of a divided model is refused."""
+    module, svd, _ = prepare(path, device)
+    sharded = fully_shard(module, mesh=init_device_mesh(device.type, (2,)))
+    gradients = partial(per_sample_gradients, [Sample("a", "b")], tokenizer=bytewise(), svd=svd)
+    return [_is_refused(work, sharded) for work in (weight_svd, DeltaS, weights_digest, gradients)]
+
+
+def _is_refused(work, module):
+    try:
+        work(module)
+    except ModelError as error:
+        return "divided over processes" in error.seen
+    return False
 
 
 def _ddp(path, share, level, per_rollout=False):
@@ -172,3 +193,7 @@ def test_two_processes_take_the_steps_of_one_and_hold_the_same_model(ranks, smal
     assert all(torch.equal(first["delta"][name], second["delta"][name]) for name in first["delta"])
     assert torch.equal(first["weight"], second["weight"])
     assert torch.equal(first["handed"], first["weight"])
+
+
+def test_what_needs_whole_weights_refuses_a_model_that_is_divided(ranks):
+    assert all(all(rank["refused"]) for rank in ranks)

@@ -178,7 +178,7 @@ class Transform:
             weights_BT = torch.zeros_like(weights_BT).scatter(1, chosen_BM, weights_BT.gather(1, chosen_BM))
         first = read.first(seq_len)
         weights_BT[:, :first] = 0
-        return Reading(weights_BT, *self._frame, first)
+        return Reading(weights_BT, *self._frame, first=first)
 
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]

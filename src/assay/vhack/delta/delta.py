@@ -26,11 +26,11 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import storage_error
 from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
+from assay.vhack.delta.division import gather_whole, local_part, local_rows, reshard
 from assay.vhack.delta.file import LoRA, load_delta, plain_weights, read_delta_lengths, save_delta, save_lora
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
 from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.division import gather_whole, local_part, local_rows, of_one_tensor, reshard
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of, target_modules
 
@@ -61,7 +61,7 @@ class DeltaS(nn.Module):
 
     Raises:
         UsageError: The factors do not fit, or there is an adapter already.
-        ModelError: The model has no target projections, or is sharded already.
+        ModelError: The model has no target projections, or is not whole on one device.
 
     Example::
 
@@ -345,9 +345,11 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
     """Refuse a model that can have no δS, before its weights are decomposed.
 
     Raises:
-        ModelError: The model is a mixture whose experts share a tensor, or has no target projections.
+        ModelError: The model is a mixture whose experts share a tensor, has no target projections, or is not whole on
+            one device.
     """
-    if experts := of_one_tensor(module_of(model), target_modules(model)):
+    own = {name for name, _ in module_of(model).named_modules()}
+    if experts := [name for name in target_modules(model) if name not in own]:
         raise ModelError(
             f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
             wanted="a dense model: δS of such experts is extracted and checked, but not trained",

@@ -38,8 +38,8 @@ from assay.models import checkpoint as adapters
 from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
 from assay.vhack.basis.basis import read_tensors
+from assay.vhack.delta.division import gather_whole
 from assay.vhack.delta.groups import Group
-from assay.vhack.gradients.division import gather_whole
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import tensor_digest
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError
 from assay.models.wide import wide_products
-from assay.vhack.gradients.division import local_part, local_rows
+from assay.vhack.delta.division import local_part, local_rows
 from assay.vhack.gradients.fused import sample_products
 from assay.vhack.gradients.svd import Factors, factors_of
 from assay.vhack.gradients.taps import delta_gradient
@@ -113,19 +113,15 @@ class Group:
 
 
 def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
-    """Return groups of modules of one shape, rank, dtype and device, in the order of their first modules.
+    """Return groups of modules of one shape, rank and dtype, in the order of their first modules.
 
     Raises:
         UsageError: A module has no factors, or factors of another shape.
-        ModelError: The weights are already sharded.
     """
     own = factors_of(modules, factors)
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, linear in modules.items():
-        if isinstance(linear.weight, DTensor):
-            do = "attach the adapter before fully_shard"
-            raise ModelError(f"{name} is already sharded", wanted="whole weights", do=do)
-        kind = (linear.weight.shape, own[name].rank, linear.weight.dtype, linear.weight.device)
+        kind = (linear.weight.shape, own[name].rank, linear.weight.dtype)
         kinds.setdefault(kind, []).append(name)
     groups = []
     for names in kinds.values():

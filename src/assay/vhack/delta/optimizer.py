@@ -20,8 +20,8 @@ from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
+from assay.vhack.delta.division import local_part, local_rows, process_group_of
 from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
-from assay.vhack.gradients.division import local_part, local_rows, process_group_of
 
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")

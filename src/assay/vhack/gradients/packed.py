@@ -217,7 +217,6 @@ def _among_zeros(x_1MD: Tensor, rows: Tensor | None, count: int) -> Tensor:
     """Return rows at their places among N rows, [1, N, D]; the others are zero."""
     if rows is None:
         return x_1MD
-    # Not a view of the rows: FSDP2 warns of layers that return one.
     return x_1MD.new_zeros(1, count, *x_1MD.shape[2:]).index_copy_(1, rows, x_1MD)
 
 

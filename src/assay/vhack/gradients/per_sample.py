@@ -1,18 +1,16 @@
 """The gradient of every sample with respect to δS, at δS = 0, of every target module: one pass over a model per batch.
 
-The pass runs on a copy of the model, or on the model itself. A copy shares the memory of all parameters and buffers, so
-it takes milliseconds, several may run at the same time, and the model itself is never touched. What FSDP2 and others
-hook onto cannot be copied: a model in parts runs itself, and everything that was put onto it is taken off again.
+The pass runs on a copy of the model. It shares the memory of all parameters and buffers, so it takes milliseconds,
+several may run at the same time, and the model itself is never touched.
 Weights are frozen, the target projections leave gradients behind, and the rest may be computed in faster ways.
 
 Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -37,11 +35,9 @@ from assay.vhack.gradients.batches import (
     count_layers,
     encode,
     plan_batches,
-    plan_in_turns,
     room_for_batches,
     token_budget,
 )
-from assay.vhack.gradients.division import Division, check_logits, division_of, reshard
 from assay.vhack.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
 from assay.vhack.gradients.packed import PACKED, PackedLayers, register
 from assay.vhack.gradients.svd import Factors, SVDCache, factors_of, weight_svd
@@ -72,14 +68,10 @@ class Recipe:
     together: bool
 
 
-def recipe_for(module: "PreTrainedModel", division: Division | None = None) -> Recipe:
-    """Return the fastest recipe that is known to be exact for this kind of model, and for how it is divided."""
+def recipe_for(module: "PreTrainedModel") -> Recipe:
+    """Return the fastest recipe that is known to be exact for this kind of model."""
     return Recipe(
-        # Kernels are tried on one device, and samples packed there.
-        packed=_is_listed(module) and (division is None or division.mesh is not None),
-        # Products by factors would gather those of a divided model twice.
-        factored=module.dtype == torch.float32 and division is None,
-        together=module.device.type != "cpu",
+        packed=_is_listed(module), factored=module.dtype == torch.float32, together=module.device.type != "cpu"
     )
 
 
@@ -114,10 +106,10 @@ class Computed(NamedTuple):
 
 
 class Replica:
-    """A model that turns batches into δS gradients: a copy, or the model itself where it is divided.
+    """A copy of a model that turns batches into δS gradients.
 
     Modules ``factored`` may have their factors stand for the weight in products. The backward pass computes the first
-    ``recomputed`` layers again. ``undo`` puts a divided model back into the state in which it was.
+    ``recomputed`` layers again.
     """
 
     batch: Batch  # that is being computed
@@ -131,11 +123,8 @@ class Replica:
         *,
         factored: Collection[str] = (),
         recomputed: int = 0,
-        division: Division | None = None,
-        undo: ExitStack | None = None,
     ) -> None:
-        self._undo, self.division = undo or ExitStack(), division
-        self.module = _shared_copy(module) if division is None else self._borrow(module)
+        self.module = _shared_copy(module)
         self.recipe, self.recomputed = recipe, recomputed
         self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
         self._found: dict[str, Tensor] = {}
@@ -143,14 +132,13 @@ class Replica:
         self._factors = factors
         # The head sees only the hidden states that predict a completion token, [1, M, hidden]: with a large vocabulary
         # it takes most of the memory. Whatever the model does with the logits afterwards (scaling, capping) still
-        # happens. It comes before hooks that divide the hidden states over processes.
-        self.head = head_of(self.module)
-        self._undo.callback(self.head.register_forward_pre_hook(self._completions, prepend=True).remove)
+        # happens. It comes before the hooks that the head has.
+        head_of(self.module).register_forward_pre_hook(self._completions, prepend=True)
         on_cpu = self.module.device.type == "cpu"
         if recipe.packed and (self.kernels is not None or on_cpu):
             for part in self.module.modules():
                 if is_plain_norm(part):
-                    self._replace(part, partial(_normalised, part, self.kernels))
+                    vars(part)["forward"] = partial(_normalised, part, self.kernels)
         self._tap(factors, factored)
         if recipe.packed:
             register()
@@ -158,9 +146,9 @@ class Replica:
             *_, last = layers = decoder_layers(self.module)
             packed = PackedLayers(lambda: self.batch, self.kernels, in_blocks=on_cpu and not recipe.together)
             for layer in layers:
-                self._replace(layer, packed.forward(layer, labels_only=layer is last))
+                vars(layer)["forward"] = packed.forward(layer, labels_only=layer is last)
         for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
-            self._replace(layer, _recomputed(layer.forward, self.module))
+            vars(layer)["forward"] = _recomputed(layer.forward, self.module)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -176,54 +164,25 @@ class Replica:
         self._tokens.clear()
         places = {} if batch.positions is None else {"position_ids": batch.positions}
         logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
-        if self.division is not None:
-            check_logits(logits_MV, self.module.config.get_text_config().vocab_size, self.head)
-        there = logits_MV.device  # another one than that of the ids, where the model is on several
-        losses_M = TokenLoss.apply(logits_MV, batch.labels.to(there))  # type: ignore[no-untyped-call]
+        losses_M = TokenLoss.apply(logits_MV, batch.labels)  # type: ignore[no-untyped-call]
         del logits_MV
         tokens = dict(self._tokens)  # before the backward pass, in which layers that are computed again count again
-        losses_M.backward(batch.loss_weights.to(there))
-        together_BR = torch.cat([self._rows(name).to(there) for name in self.names], dim=1)
+        losses_M.backward(batch.loss_weights)
+        together_BR = torch.cat([self._rows(name) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
         together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
         if arrived is not None:
-            arrived.record(torch.cuda.current_stream(there))
+            arrived.record(torch.cuda.current_stream(self.module.device))
         return Computed(batch, together_BR, losses_M, arrived, tokens)
-
-    def _borrow(self, module: "PreTrainedModel") -> "PreTrainedModel":
-        """Prepare the model itself for the pass, and note how to put it back."""
-        self._undo.callback(reshard, module)
-        modes = [(part, part.training) for part in module.modules()]
-        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        self._undo.callback(lambda: [vars(part).update(training=mode) for part, mode in modes])
-        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
-        self._undo.callback(setattr, module.config, "_attn_implementation", module.config._attn_implementation)
-        for part, _ in modes:
-            part.training = False
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-            # A trainer's forward function returns other things; that of device_map moves inputs to their device.
-            self._undo.callback(vars(module).__setitem__, "forward", vars(module).pop("forward"))
-        return module
-
-    def _replace(self, part: nn.Module, forward: Callable[..., Any]) -> None:
-        """Give a module another forward function."""
-        if "forward" in vars(part):
-            self._undo.callback(vars(part).__setitem__, "forward", vars(part)["forward"])
-        else:
-            self._undo.callback(vars(part).pop, "forward")
-        vars(part)["forward"] = forward
 
     def _rows(self, name: str) -> Tensor:
         """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
         found_BR = self._found.get(name)
         shape = len(self.batch.encoded), self._factors[name].rank
-        return torch.zeros(shape, dtype=torch.float32) if found_BR is None else found_BR
+        return torch.zeros(shape, dtype=torch.float32, device=self.module.device) if found_BR is None else found_BR
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden_ND = arguments[0].flatten(0, 1)
-        return (hidden_ND.index_select(0, self.batch.label_rows.to(hidden_ND.device))[None],)
+        return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str]) -> None:
         modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
@@ -232,8 +191,6 @@ class Replica:
         labels_only = tuple(f"{layer}{part}" for layer in labels_only for part in _LABELS_ONLY)
         again = _prefixes(self.module, decoder_layers(self.module)[: self.recomputed]) if self.recomputed else ()
         experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
-        # A model on several devices of one process has every matrix whole.
-        division = self.division if self.division is not None and self.division.mesh is not None else None
         taps: dict[str, Tap] = {}
         for name, linear in modules.items():
             is_expert = name.rsplit(".", 2)[0] in experts
@@ -248,13 +205,12 @@ class Replica:
                 together=self.recipe.together,
                 checkpointing=name.startswith(again),
                 kernels=None if is_expert else self.kernels,  # they want rows of every sample
-                division=division,
             )
             if not is_expert:
-                self._replace(linear, taps[name])
+                vars(linear)["forward"] = taps[name]
         for name, part in experts.items():
             apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
-            self._replace(part, ExpertsPass(name, part, apply, lambda: self.batch, self._tokens))
+            vars(part)["forward"] = ExpertsPass(name, part, apply, lambda: self.batch, self._tokens)
 
 
 def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
@@ -307,7 +263,6 @@ def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callabl
 
 
 def _normalised(norm: Any, kernels: ModuleType | None, hidden_states: Tensor) -> Tensor:
-    # The weight of now: FSDP2 puts another one there while the layer computes.
     result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, kernels)  # type: ignore[no-untyped-call]
     return result
 
@@ -323,18 +278,6 @@ class SampleGradients(dict[str, Tensor]):
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
         super().__init__(gradients)
         self.tokens: dict[str, Tensor] = {}
-
-
-def _share_room(division: Division, samples: str, free: float) -> float:
-    """Return the least free memory of all processes, or refuse processes that have other samples."""
-    told = division.gathered((hashlib.sha256(samples.encode()).hexdigest(), free))
-    if len({theirs for theirs, _ in told}) > 1:
-        raise UsageError(
-            f"other samples in process {division.rank} than in others, or other settings",
-            wanted="the same samples in the same order in every process, which share them out themselves",
-            do="pass all of them everywhere, with the same max_tokens and checkpointing",
-        )
-    return min(float(theirs) for _, theirs in told)
 
 
 def encode_samples(
@@ -369,10 +312,6 @@ def per_sample_gradients(
     shares its weights runs in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
     one per core.
 
-    A model in parts (``fully_shard``, ``parallelize_module``, ``device_map`` over several devices) runs itself, and is
-    as it was afterwards. Where several processes have parts, all of them must call this with the same samples, and each
-    gets all gradients.
-
     Args:
         samples: Prompts and completions.
         model: Model in float32 or bfloat16.
@@ -383,7 +322,6 @@ def per_sample_gradients(
         max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
             that still runs out of memory is split.
         checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
-            Under FSDP2, where every batch gathers all weights, some are recomputed anyway if that makes fewer batches.
         names: Name of each sample in errors; None numbers them.
         progress: Function called with the number of samples done and of all.
 
@@ -392,10 +330,10 @@ def per_sample_gradients(
 
     Raises:
         UsageError: There are no samples or no tokenizer, ``max_tokens`` is below 1, the factors belong to other
-            modules, a module is no target, or processes have other samples than this one.
+            modules, or a module is no target.
         DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
-        ModelError: The model has no target projections, has experts of an unknown form, is float16, or is in parts of
-            which gradients would not be exact.
+        ModelError: The model has no target projections, has experts of an unknown form, is float16, or is not whole on
+            one device.
         OutOfMemory: Not even one sample fits.
 
     Example:
@@ -416,45 +354,25 @@ def per_sample_gradients(
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
     factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
-    division = division_of(module, wanted)
-    recipe = recipe_for(module, division)
-    free: float = free_bytes(module.device)
-    at_once = _at_once(module)
-    if division is not None:
-        said = repr(([(one.ids, one.n_prompt) for one in encoded], max_tokens, checkpointing))
-        free = _share_room(division, said, free)
-        at_once = division.processes if division.by_samples else 1
+    recipe, at_once = recipe_for(module), _at_once(module)
+    recomputed = count_layers(module) if checkpointing else 0
+    room = room_for_batches(free_bytes(module.device)) / at_once
+    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
     kind = partial(pass_kind, module.config.get_text_config())
-    shape: dict[str, Any] = {"packed": recipe.packed, "kind": kind, "at_once": at_once}
-    if division is not None and at_once > 1 and max_tokens is None:
-        batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=checkpointing, **shape)
-    else:
-        recomputed = count_layers(module) if checkpointing else 0
-        room = room_for_batches(free) / at_once
-        budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
-        batches = plan_batches(encoded, budget, **shape)
+    batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)
     shapes = {name: (len(samples), factors[name].rank) for name in factors}
     found = SampleGradients({name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()})
     done = 0
-    with ExitStack() as undo:
-        replica = partial(Replica, module, factors, recipe, recomputed=recomputed)
-        if division is None:
-            factored = exact_factors(wanted, factors) if recipe.factored else set()
-            replicas = [replica(factored=factored) for _ in range(min(at_once, len(batches)))]
-            results = undo.enter_context(_side_by_side(replicas, batches))
-        else:
-            results = _in_turns(replica(division=division, undo=undo), division, batches)
-        for computed, count in results:
-            if computed is not None:
-                _store(found, computed)
-                if division is None and not all(bool(part.isfinite().all()) for part in computed[1:3]):
-                    check_finite(found, computed.batch.encoded)
-            done += count
+    factored = exact_factors(wanted, factors) if recipe.factored else set()
+    replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
+    with _side_by_side([replica() for _ in range(min(at_once, len(batches)))], batches) as results:
+        for computed in results:
+            _store(found, computed)
+            if not all(bool(part.isfinite().all()) for part in (computed.together, computed.losses)):
+                check_finite(found, computed.batch.encoded)
+            done += len(computed.batch.encoded)
             if progress:
                 progress(done, len(samples))
-    if division is not None:
-        division.add_up(found.values())
-        check_finite(found, encoded)
     return found
 
 
@@ -464,12 +382,8 @@ def _at_once(module: "PreTrainedModel") -> int:
     return 1 if alone else torch.get_num_threads()
 
 
-Results = Iterator[tuple[Computed | None, int]]
-"""Gradients of a batch, if this process computed them, and how many samples are done by that."""
-
-
 @contextmanager
-def _side_by_side(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Results]:
+def _side_by_side(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Iterator[Computed]]:
     """Yield the gradients of every batch, in any order.
 
     Several replicas run at once, each in one thread: two batches side by side take less time than one after the other
@@ -493,43 +407,32 @@ def _side_by_side(replicas: list[Replica], batches: list[list[Encoded]]) -> Iter
     with one_thread():
         try:
             waiting = [pool.submit(work, batch) for batch in batches]
-            yield ((one, len(one.batch.encoded)) for future in as_completed(waiting) for one in future.result())
+            yield (one for future in as_completed(waiting) for one in future.result())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _one_ahead(items: Iterator[Computed]) -> Results:
+def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
     """Yield item n after item n + 1 has been launched, so that the GPU is always one batch ahead."""
     before = next(items)
     for item in items:
-        yield before, len(before.batch.encoded)
+        yield before
         before = item
-    yield before, len(before.batch.encoded)
-
-
-def _in_turns(replica: Replica, division: Division, batches: list[list[Encoded]]) -> Results:
-    """Yield what this process computes of a model in parts: a batch of its own in every turn, or all of them."""
-    takers, mine = (division.processes, division.rank) if division.by_samples else (1, 0)
-    for start in range(0, len(batches), takers):
-        turn = batches[start : start + takers]
-        # FSDP2 gathers weights in all processes at once: one with nothing to do repeats a batch for the others.
-        (computed,) = _attempt(replica, turn[mine] if mine < len(turn) else turn[0])
-        yield computed if mine < len(turn) else None, sum(map(len, turn))
+    yield before
 
 
 def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
-    """Return the gradients of a batch, in halves if it does not fit; other processes would not know of the halves."""
+    """Return the gradients of a batch, in halves if it does not fit."""
     try:
         return [replica.gradients(batch)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if len(batch) == 1 or replica.division is not None:
-            one = f"{batch[0].name} with {len(batch[0].ids)} tokens does"
+        if len(batch) == 1:
             raise OutOfMemory(
-                f"{one if len(batch) == 1 else f'{len(batch)} samples do'} not fit: {error}",
-                wanted="room for one sample, and for a batch beside the parts of a model in every process",
-                do="turn checkpointing on, use bfloat16, leave the sample out, lower max_tokens or use more processes",
+                f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
+                wanted="room for one sample",
+                do="turn checkpointing on, use bfloat16, or leave the sample out",
             ) from error
     # Outside the except block: inside, the exception keeps the memory of the failed attempt.
     middle = len(batch) // 2

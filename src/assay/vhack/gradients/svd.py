@@ -4,10 +4,6 @@
 ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
 decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
 
-Where weights are divided over processes, each matrix has an owner that decomposes it. Matrices go in rounds of one per
-process, those of one size together, so that all processes work at once. A whole weight exists for a moment in every
-process of its round. Afterwards each process keeps its rows of U and its columns of Vh, as DTensors.
-
 On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
 ``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
 the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
@@ -28,7 +24,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from assay.errors import BadWeights, UsageError
 from assay.files.storage import storage_error, write_atomic
@@ -36,8 +31,7 @@ from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.streams.backends import torch_dtype
 from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.division import Division, division_of, gather_whole
-from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, module_of, tensor_digest
+from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, tensor_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,7 +192,7 @@ def weight_svd(
     Raises:
         UsageError: The dtype or the method has another name, the rank is below 1, or a module is no target.
         ModelError: The model has no target projection, experts of an unknown form, or too many weights that are no
-            targets, or it is in parts.
+            targets, or it is not whole on one device.
         BadWeights: A matrix is not finite; the message names it.
         StorageError: A file cannot be written.
     """
@@ -215,9 +209,6 @@ def weight_svd(
             torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
 
-    division = division_of(module_of(model), wanted)
-    if division is not None and division.mesh is not None:
-        return SVDCache(_decompose_divided(wanted, division, one, chosen, progress), rank=rank, dtype=chosen)
     found: dict[str, Factors] = {}
     for name, factors in _side_by_side(one, {name: module.weight for name, module in wanted.items()}):
         found[name] = factors
@@ -226,75 +217,23 @@ def weight_svd(
     return SVDCache(found, rank=rank, dtype=chosen)
 
 
-def _decompose_divided(
-    modules: Mapping[str, nn.Linear],
-    division: Division,
-    one: Callable[[str, Tensor], Factors],
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> dict[str, Factors]:
-    """Return divided factors of divided weights; what decomposing a matrix raises in its owner, every process raises.
-
-    Every process must call it with the same arguments; ``one`` decomposes a whole weight, given its name.
-    """
-    found: dict[str, Factors] = {}
-    ordered = sorted(modules, key=lambda name: sorted(modules[name].weight.shape), reverse=True)
-    for start in range(0, len(ordered), division.processes):
-        names = ordered[start : start + division.processes]
-        mine: Factors | None = None
-        error: Exception | None = None
-        for owner, name in enumerate(names):
-            gathered = gather_whole(modules[name].weight.detach())
-            if owner == division.rank:
-                try:
-                    mine = one(name, gathered)
-                except Exception as raised:  # the other processes would wait for this one
-                    error = raised
-            del gathered
-        facts = None if mine is None else (mine.values.cpu(), mine.residual, mine.orthogonality)
-        told = division.gathered((facts, error))
-        for _, refused in told:
-            if refused is not None:
-                raise refused
-        for owner, (name, ((values_R, residual, orthogonality), _)) in enumerate(zip(names, told, strict=False)):
-            own_left, own_right = (mine.left, mine.right) if mine and owner == division.rank else (None, None)
-            outputs, inputs = modules[name].weight.shape
-            left = _spread(own_left, (outputs, len(values_R)), 0, owner, division, dtype)
-            right = _spread(own_right, (len(values_R), inputs), 1, owner, division, dtype)
-            found[name] = Factors(left, values_R.to(left.device), right, residual, orthogonality)
-        if progress:
-            progress(len(found), len(modules))
-    return {name: found[name] for name in modules}
-
-
-def _spread(
-    matrix: Tensor | None, shape: tuple[int, int], dimension: int, owner: int, division: Division, dtype: torch.dtype
-) -> Tensor:
-    """Return a matrix of the owner, cut along a dimension over all processes."""
-    assert division.mesh is not None
-    if matrix is None:
-        matrix = torch.empty(shape, dtype=dtype, device=division.mesh.device_type)
-    return distribute_tensor(matrix, division.mesh, [Shard(dimension)], src_data_rank=owner)
-
-
 def _side_by_side(
     one: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Factors]]:
-    """Decompose several matrices at once, on every device that has some, in the order of the matrices."""
+    """Decompose several matrices of one device at once, in the order of the matrices."""
+    device = next(iter(weights.values())).device
     with ExitStack() as stack:
-        pools: dict[torch.device, ThreadPoolExecutor] = {}
-        for device in {weight.device for weight in weights.values()}:
-            if device.type == "cuda":
-                # The first call of the library loads it, which must not happen in several threads at once.
-                torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
-                torch.cuda.synchronize(device)
-                # One stream per thread: torch keeps the memory of what is done for each stream apart.
-                pools[device] = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
-            else:
-                # One matrix per core: threads that share a small matrix mostly wait for each other.
-                pools[device] = ThreadPoolExecutor(stack.enter_context(one_thread()))
-            stack.callback(pools[device].shutdown, cancel_futures=True)  # what has not begun is dropped
-        waiting = {name: pools[weight.device].submit(one, name, weight) for name, weight in weights.items()}
+        if device.type == "cuda":
+            # The first call of the library loads it, which must not happen in several threads at once.
+            torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
+            torch.cuda.synchronize(device)
+            # One stream per thread: torch keeps the memory of what is done for each stream apart.
+            pool = ThreadPoolExecutor(_STREAMS, initializer=_with_stream, initargs=(device,))
+        else:
+            # One matrix per core: threads that share a small matrix mostly wait for each other.
+            pool = ThreadPoolExecutor(stack.enter_context(one_thread()))
+        stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun is dropped
+        waiting = {name: pool.submit(one, name, weight) for name, weight in weights.items()}
         for name, factors in waiting.items():
             yield name, factors.result()
 

@@ -40,13 +40,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.models.wide import own_precision, wide_products
 from assay.vhack.gradients.batches import Batch, Segments
-from assay.vhack.gradients.division import COLUMNS, ROWS, WHOLE, Division, local_part, start_gathering
 from assay.vhack.gradients.fused import segment_products
 from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import expert_matrices, fused_names
@@ -94,16 +92,12 @@ class Tap:
     together: bool  # without operations per sample
     checkpointing: bool  # the forward pass runs twice, so that the first run should compute nothing to keep
     kernels: ModuleType | None
-    division: Division | None = None  # of the weight over processes, each of which then leaves its own terms
 
     def __post_init__(self) -> None:
         linear, singular = self.linear, self.factors.values
         self.values = singular.to(self.factors.left.dtype)
-        self.layout = WHOLE if self.division is None else self.division.layout(linear)
-        self._coming: dict[str, Callable[[], Tensor]] = {}
         own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
-        # The product of a divided weight knows its placement.
-        self.plain = linear.forward if own or self.layout != WHOLE else None
+        self.plain = linear.forward if own else None
         self.factored = self.factored and not own
         self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
         self.even = self.factored and not self.together and float(singular[0] / singular[-1]) <= _CONDITION
@@ -130,20 +124,13 @@ class Tap:
         if self.plain is None:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
         else:
-            plain, kept = self.plain(inputs), local_part(inputs)
+            plain, kept = self.plain(inputs), inputs.detach()
             output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
         return output
 
     def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
-        """Return the cheapest way for these rows.
-
-        A divided weight has the one that is bilinear in what processes have parts of. Where whole samples are computed
-        once, long inputs are kept as their few coordinates: Vh is gathered in the forward pass and not in the other.
-        """
+        """Return the cheapest way for these rows."""
         outputs, inputs = self.linear.weight.shape
-        if self.division is not None:
-            is_once = self.division.by_samples and self.plain is None and not self.checkpointing
-            return Way("project", early=is_once and self.factors.rank < inputs, output=False, input=False)
         rank, tokens = self.factors.rank, len(inputs_NI) / len(segments.bounds)
         to_output, to_input = self.factored and outputs < inputs, self.factored and outputs > inputs
         if self.together or not inputs_NI.dtype == self.factors.left.dtype == torch.float32:
@@ -160,37 +147,14 @@ class Tap:
         return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
 
     def along(self, inputs_NI: Tensor) -> Tensor:
-        """Return the coordinates ``Vh x`` of inputs, of which this process may have a part, [N, R]."""
-        right_RI = self._part("right", COLUMNS, 1)
+        """Return the coordinates ``Vh x`` of inputs, [N, R]."""
+        right_RI = self.factors.right
         return inputs_NI.to(right_RI.dtype) @ right_RI.T
 
     def projected(self, gradient_NO: Tensor) -> Tensor:
-        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, of which this process may have a part, [N, R]."""
-        left_OR = self._part("left", ROWS, 0)
+        """Return the coordinates ``Uᵀ ∂L/∂y`` of gradients, [N, R]."""
+        left_OR = self.factors.left
         return gradient_NO.to(left_OR.dtype) @ left_OR
-
-    def fetch(self, *sides: str) -> None:
-        """Begin to gather factors, ``"left"`` or ``"right"``, of a divided weight that will be asked for soon."""
-        if self.division is None:
-            return
-        own = {ROWS: "left", COLUMNS: "right"}.get(self.layout)
-        self._coming |= {side: start_gathering(getattr(self.factors, side)) for side in sides if side != own}
-
-    def _part(self, side: str, layout: str, dimension: int) -> Tensor:
-        factor: Tensor = getattr(self.factors, side)
-        if self.division is None:
-            return factor
-        if self.layout == layout:
-            return self.division.part(factor, dimension)
-        coming = self._coming.pop(side, None) or start_gathering(factor)
-        return coming()
-
-    def own(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of the outputs that this process has."""
-        if not isinstance(gradient, DTensor):
-            return gradient
-        wanted = Shard(gradient.ndim - 1) if self.layout == ROWS else Replicate()
-        return gradient.redistribute(placements=[wanted]).to_local()
 
     def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
         """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
@@ -205,11 +169,7 @@ class Tap:
         if way.how == "project":
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
-            offsets = segments.offsets.to(along_NR.device)
-            rows_BR = segment_products(projected_NR, along_NR, offsets, self.kernels)
-            if (division := self.division) and not division.by_samples and self.layout == WHOLE and division.rank:
-                rows_BR.zero_()  # a whole weight, from all samples: another process counts it
-            return rows_BR
+            return segment_products(projected_NR, along_NR, segments.offsets, self.kernels)
         left_OR, right_RI = self.factors.left, self.factors.right
         first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
         last = second if way.how == "inner" else kept
@@ -236,8 +196,6 @@ class _Tapped(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         way, bias = tap.way(inputs_NI, segments), tap.linear.bias
-        if way.early:
-            tap.fetch("right")
         if way.output:
             kept = tap.along(inputs_NI)
             output_NO = (kept * tap.values) @ tap.factors.left.T
@@ -258,10 +216,8 @@ class _Tapped(torch.autograd.Function):
         (gradient,), (kept,) = gradients, ctx.saved_tensors
         tap, way = ctx.tap, ctx.way
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        tap.fetch("left", *(() if way.early else ("right",)))
         from_inputs, is_wanted = way.how == "inner" and not tap.narrow, ctx.needs_input_grad[0]
         with wide_products(gradient):
-            # First what needs no factors: they are gathered meanwhile.
             result_NI = gradient_NO @ tap.linear.weight if from_inputs or (is_wanted and not way.input) else None
             projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
             tap.leave(kept, result_NI if from_inputs else gradient_NO, projected_NR, ctx.segments, way)
@@ -284,9 +240,7 @@ class _Behind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
         (gradient,), (kept,) = gradients, ctx.saved_tensors
-        own = ctx.tap.own(gradient)
-        gradient_NO = own.reshape(-1, own.shape[-1])
-        ctx.tap.fetch("left", "right")
+        gradient_NO = gradient.reshape(-1, gradient.shape[-1])
         with wide_products(gradient_NO):
             ctx.tap.leave(kept, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.way)
         return gradient, None, None, None, None

@@ -9,18 +9,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
 from assay.models.load import Model
-from assay.vhack.gradients.division import division_of, gather_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,6 @@ MIN_COVERAGE = 0.9
 # Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the model.
 _ADAPTER = "lora_"
 _CHUNK = 1 << 25  # bytes of a copy from a GPU
-_GATHERED = 16  # parameters of a model in parts that are whole for a moment while their digests are computed
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,20 @@ def fused_names(experts: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
+def check_whole(model: "Model | PreTrainedModel") -> None:
+    """Raise a ModelError about a model whose weights are divided over processes, or are on several devices."""
+    module = module_of(model)
+    divided = any(isinstance(part, FSDPModule) for part in module.modules())
+    divided = divided or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    places = sorted({str(parameter.device) for parameter in module.parameters()})
+    if divided or len(places) > 1:
+        raise ModelError(
+            "a model that is divided over processes" if divided else f"a model on {' and '.join(places)}",
+            wanted="all weights whole on one device",
+            do="load it there, attach δS before fully_shard, or use a smaller model or bfloat16",
+        )
+
+
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     """Return the target Linears by name, in the order of ``named_modules()``.
 
@@ -91,18 +104,13 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     ``experts.down_proj.7``: a Linear over the same memory, which is not a module of the model.
 
     Raises:
-        ModelError: There is no target, or the weights of experts are in a tensor of an unknown form; the message names
-            the module.
+        ModelError: There is no target, the model is not whole on one device, or the weights of experts are in a tensor
+            of an unknown form; the message names the module.
     """
+    check_whole(model)
     found: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         if is_fused(module):
-            if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-                raise ModelError(
-                    f"a model in parts: the experts of {name} are sharded",  # and cannot be cut into matrices of each
-                    wanted="experts in one tensor that is whole on one device",
-                    do="load the model whole, or use a dense one",
-                )
             found |= expert_matrices(name, module)
             continue
         for own, parameter in module.named_parameters(recurse=False):
@@ -153,9 +161,15 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
 
     It refuses names of no target, and models of which gradients would not be exact.
     """
+    without = (name for name, parameter in module_of(model).named_parameters() if parameter.device.type == "meta")
+    if name := next(without, ""):
+        raise ModelError(
+            f"{name} has no memory of its own, as with offloading to a disk or to the memory of the CPU",
+            wanted="all weights on one device",
+            do="load the model in bfloat16 or on a larger device; --rank leaves room for the factors",
+        )
     found = target_modules(model)
     _check_causal(module_of(model), found)
-    division_of(module_of(model), found)
     if names is None:
         return found
     unknown = sorted(set(names) - set(found))
@@ -201,17 +215,16 @@ def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
 def weights_digest(model: "Model | PreTrainedModel") -> str:
     """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a tied one once.
 
-    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in. It is the same
-    whether the weights are spread over processes or not; where they are, every process must ask for it.
+    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in.
+
+    Raises:
+        ModelError: The model is not whole on one device.
     """
+    check_whole(model)
     parameters = sorted(module_of(model).named_parameters())
-    waiting: list[Future[str]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for index, (_, parameter) in enumerate(parameters):
-            if isinstance(parameter, DTensor) and index >= _GATHERED:
-                waiting[index - _GATHERED].result()
-            waiting.append(pool.submit(tensor_digest, gather_whole(parameter.detach())))
-    lines = (f"{name}\n{found.result()}\n" for (name, _), found in zip(parameters, waiting, strict=True))
+        digests = pool.map(tensor_digest, [parameter for _, parameter in parameters])
+        lines = [f"{name}\n{digest}\n" for (name, _), digest in zip(parameters, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -198,7 +198,7 @@ class HFEngine(Engine):
             row never depend on its place.
         seq_len: T, positions of every row.
         compiled: Whether to run compiled kernels instead of those of eager torch. The first batch takes seconds
-            longer. A model that is spread over several devices is never compiled.
+            longer.
 
     Raises:
         UsageError: The sequence is longer than the model's positions, or the batch is out of range.
@@ -217,7 +217,7 @@ class HFEngine(Engine):
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
-        self._compiled = CompiledForward(model, batch_size, seq_len) if compiled and model.devices == 1 else None
+        self._compiled = CompiledForward(model, batch_size, seq_len) if compiled else None
         self._hooked = False
 
     @override
@@ -248,8 +248,6 @@ class HFEngine(Engine):
             yield f"torchao {version('torchao')}"
         if is_wide(self.device, self.model.dtype):
             yield WIDE
-        if self.model.devices > 1:
-            yield f"tp {self.model.devices}"
         if torch.are_deterministic_algorithms_enabled():
             yield "deterministic"
 

@@ -464,8 +464,8 @@ def keep_kernels() -> None:
 
 
 def worth_compiling(model: Model) -> bool:
-    """Return whether ``prove`` compiles a model by default: on one CUDA device, where triton is installed."""
-    return model.device.type == "cuda" and model.devices == 1 and find_spec("triton") is not None
+    """Return whether ``prove`` compiles a model by default: on a CUDA device, where triton is installed."""
+    return model.device.type == "cuda" and find_spec("triton") is not None
 
 
 class CompiledForward:
