@@ -133,6 +133,7 @@ def place_test(
     *,
     batch_size: int | None = None,
     honest_size: float = 0.0,
+    parts: bool = True,
 ) -> PlaceTest:
     """Test whether residuals depend on the place of their nonces in the prover's batches.
 
@@ -148,6 +149,7 @@ def place_test(
         batch_size: Batch size that the proof states; only the usual powers of two are tried when None.
         honest_size: Size of a typical honest residual. Without it, two machines that agree to the bit except at some
             places would be called faulty for an ordinary rounding difference there.
+        parts: Whether parts of the run are tried too. Residuals of several runs have none in common.
 
     Raises:
         UsageError: Residuals and positions differ in number, a position is not a whole number from 0, or
@@ -177,7 +179,8 @@ def place_test(
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
     size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
     sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
-    found = sorted([*sample.find_runs(sample.moduli), sample.find_part()], key=lambda tried: tried.log_p)
+    tried = [*sample.find_runs(sample.moduli), *([sample.find_part()] if parts else [])]
+    found = sorted(tried, key=lambda places: places.log_p)
     ratios = [inside / base if base else math.inf if inside else 1.0 for inside, base in map(sample.medians, found)]
     guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
     faulty, best = any(guilty), guilty.index(True) if any(guilty) else 0

@@ -157,10 +157,10 @@ class Checked:
     def update(self, account: Account) -> Update:
         """Return the evidence. What stands at faulty places of the batch is recorded and does not count."""
         round, places = self.round, None
+        positions = [(nonce - round.node_id) // round.node_count for nonce in self.nonces]
+        sizes = self.build.batch_size
+        size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None  # None where several are allowed
         if self.is_odd:  # large residuals may depend on the place in the batch
-            positions = [(nonce - round.node_id) // round.node_count for nonce in self.nonces]
-            sizes = self.build.batch_size
-            size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None  # None where several are allowed
             places = stats.place_test(self.errors, positions, batch_size=size, honest_size=self.noise.size)
         return Update(
             account=account,
@@ -171,6 +171,8 @@ class Checked:
             residuals=[float(value) for value in self.errors],
             proof=self.source.digest.hex(),
             sample_seed=self.source.seed,
+            positions=positions,
+            batch_size=size,
             excluded=name_reasons(self.nonces, places) if places is not None else {},
             fault=places.pattern if places is not None and places.faulty else None,
             name=self.source.name,

@@ -35,7 +35,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.database import Database, damaged, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
-from assay.poc.verdict.judge import Verdict
+from assay.poc.verdict.judge import Verdict, places_of
 from assay.poc.verdict.life import (
     REPEATED,
     Account,
@@ -50,9 +50,9 @@ from assay.poc.verdict.life import (
     name_reasons,
     round_identity,
     sha256,
+    verdict_on_life,
 )
 from assay.poc.verdict.noise import AnyNoise, noise_from_dict
-from assay.stats.sequential import decide
 
 REMEMBERED = 16
 """Last audits of an account in which a fault of the place is looked for."""
@@ -60,8 +60,8 @@ REMEMBERED = 16
 AT_ONCE = 256  # rows that are read at a time
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
 
-_NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest")
-_COUNTS = ("audits", "recorded", "n", "tests")
+_NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
+_EXACT = ("audits", "recorded", "n", "tests", "share", "faulty_places")
 
 
 def _never(table: str, what: str) -> str:
@@ -277,12 +277,13 @@ def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesi
     if repeated != [place for place, reason in entry.excluded if reason == REPEATED]:
         return "the nonces that do not count are not those that were there before"
     stated = entry.outcome
-    for name in (*_COUNTS, *_NUMBERS):
+    for name in (*_EXACT, *_NUMBERS):
         one, other = getattr(stated, name), getattr(outcome, name)
-        if not math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE if name in _NUMBERS else 0.0):
+        both = name in _NUMBERS and None not in (one, other)
+        if not (math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE) if both else one == other):
             return f"{name} {one!r}, where the evidence gives {other!r}"
     # Of the numbers as stated: on the threshold, two machines may differ.
-    follows = decide(stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta)
+    follows = verdict_on_life(stated, alpha=genesis.alpha, beta=genesis.beta)
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
@@ -334,26 +335,39 @@ def text_of(value: object) -> str:
 
 
 ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
-LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
+LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
 MAGIC = b"SQLite format 3\0"
 
-NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
+NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence(log_e_held=0.0, share=1.0)))
 
 
 class AccountState:
     """The life of one account of a ledger, which takes its entries one after the other."""
 
     def __init__(self, genesis: Genesis) -> None:
-        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
+        self._rates = {"alpha": genesis.alpha, "beta": genesis.beta}
+        self.life = Life(**self._rates)
+        self._before: Life | None = None
         self.audits = self.recorded = self.last = 0
 
     def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
-        """Take the residuals of an entry that count, and return the outcome."""
-        self.life.update(noise, entry.counted, doubted=entry.doubted)
+        """Take the residuals of an entry that count, and return the outcome by the rule of its release.
+
+        Raises:
+            DataError: The entry has the rule of earlier releases, after one that has not.
+        """
+        evidence = entry.give(self.life, noise).evidence
+        if entry.former:
+            if self.audits and self._before is None:
+                raise DataError("an outcome by the rule of earlier releases", wanted="later ones", do="restore it")
+            self._before = entry.give_as_before(self._before or Life(**self._rates, former=True), noise)
+            evidence = self._before.evidence
+        else:
+            self._before = None
         self.audits += 1
         self.recorded += len(entry.nonces)
         self.last = entry.seq
-        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
+        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(evidence))
 
 
 class Ledger:
@@ -442,8 +456,7 @@ class Ledger:
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
         """Add the evidence of a verdict, and return what the whole life of the node says now.
 
-        Nonces at faulty places of the batch are recorded and do not count. Those at suspected places do not accuse, but
-        count against honesty.
+        Nonces at places of the batch that this audit alone shows to be faulty are recorded and do not count.
 
         Args:
             verdict: Verdict on a sample of a proof.
@@ -475,6 +488,8 @@ class Ledger:
             noise=noise,
             nonces=verdict.nonces,
             residuals=verdict.residuals,
+            positions=places_of(header, verdict.nonces),
+            batch_size=header.fingerprint.batch_size,
             proof=proof,
             sample_seed=verdict.sample_seed,
             excluded=name_reasons(verdict.nonces, places),
@@ -584,7 +599,7 @@ class Ledger:
             recorded=now.outcome.recorded,
             begun=begun.time,
             last=now.time,
-            fault=find_lasting_fault(entries[-REMEMBERED:]),
+            fault=now.outcome.faulty_places or find_lasting_fault(entries[-REMEMBERED:]),
         )
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:

@@ -131,6 +131,12 @@ class Noise:
         """A typical honest residual: sigma of a distance, or the median L2 distance of two vectors."""
         return self.law.size
 
+    @property
+    def shape(self) -> str:
+        """All that a test rests on but the size and the words: two noises of one shape differ in their unit alone."""
+        values = self.as_dict()
+        return dumps({name: value for name, value in values.items() if name not in ("sigma", "mu", "source")})
+
     def scaled(self, factor: float) -> "Noise":
         """Return the noise ``factor`` times larger."""
         return replace(self, law=self.law.scaled(factor))
