@@ -30,7 +30,7 @@ above.
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -248,7 +248,9 @@ class _Pool:
         self.positions, self.groups = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.aside = np.zeros(0, dtype=np.bool_)
 
-    def add(self, law: str, values: FloatArray, sizes: FloatArray, positions: npt.NDArray[np.int64], group: int) -> None:
+    def add(
+        self, law: str, values: FloatArray, sizes: FloatArray, positions: npt.NDArray[np.int64], group: int
+    ) -> None:
         """Take the residuals of one audit: as their test takes them, and over the typical one."""
         more = (np.full(len(values), law, dtype=object), values, sizes, positions, np.full(len(values), group))
         for name, added in zip(("laws", "values", "sizes", "positions", "groups"), more, strict=True):
@@ -257,7 +259,7 @@ class _Pool:
 
     def test_places(self, batch_size: int | None) -> str | None:
         """Set aside what stands at places that may be faulty, and return the places that are; None without any."""
-        found = stats.place_test(self.sizes, self.positions, batch_size=batch_size, honest_size=1.0, parts=False)
+        found = stats.place_test(self.sizes, self.positions, batch_size=batch_size, honest_size=1.0)
         self.aside = found.set_aside
         return found.pattern if found.faulty else None
 
@@ -335,9 +337,6 @@ def log_average(tests: Sequence[tuple[float, float]]) -> float:
 REPEATED = "repeated"
 """Reason of a nonce that does not count, because the account has an entry of it in the same round."""
 
-FAULTY = "faulty place"
-"""Reason of a nonce that does not count, because it stands at a place of the batch where residuals are large."""
-
 SUSPECTED = "suspected place"
 """Reason of earlier releases for a nonce that counts only against honesty; now the pool of all audits decides."""
 
@@ -390,8 +389,6 @@ class Update:
         sample_seed: Number that drew the nonces; None where they were not drawn by one.
         positions: Index of each nonce in the node's own sequence; its number when None.
         batch_size: Batch size that the node states.
-        excluded: Reasons why nonces must not count, by nonce.
-        fault: Pattern of a fault that the audit found; None without one.
         name: Name of the update. A second update of that name changes nothing, so a sender may repeat it safely.
     """
 
@@ -406,12 +403,10 @@ class Update:
     sample_seed: int | None = None
     positions: Sequence[int] | None = None
     batch_size: int | None = None
-    excluded: Mapping[int, str] = field(default_factory=dict)
-    fault: str | None = None
     name: str | None = None
 
 
-_ADDED = {"positions", "batch_size", "log_e_held", "share", "faulty_places"}
+_ADDED = {"positions", "batch_size", "log_e_held", "share"}
 
 
 class _Model(BaseModel):
@@ -487,7 +482,6 @@ class EntryOutcome(_Model):
     log_evidence_honest: float
     log_e_held: float | None = None
     share: float | None = None
-    faulty_places: Text | None = None
 
 
 class Entry(_Model):
@@ -530,7 +524,7 @@ class Entry(_Model):
     @property
     def evidence(self) -> Evidence:
         """The outcome."""
-        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}))
+        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}), faulty_places=self.fault)
 
     @property
     def of_response(self) -> bool:
@@ -575,8 +569,7 @@ class Standing:
         recorded: Number of nonces in them, those that do not count included.
         begun: Time of its first entry, in seconds.
         last: Time of its last entry, in seconds.
-        fault: Pattern of a fault of the place that all audits together show, or that one of the last ones found; None
-            without one, or after a later audit of as many nonces that found none.
+        fault: Places of the batch at which the residuals of its last audits together are large; None without any.
     """
 
     account: Account
@@ -612,12 +605,6 @@ def response_identity(seed_text: str) -> str:
 def sha256(text: str) -> str:
     """Return the SHA-256 of a text in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def name_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
-    """Return why nonces, in the order of a place test, do not count that stand at faulty places; by nonce."""
-    aside = zip(nonces, places.set_aside, strict=True) if places.faulty else ()
-    return {nonce: FAULTY for nonce, bad in aside if bad}
 
 
 def make_entry(update: Update, **added: Any) -> Entry:
