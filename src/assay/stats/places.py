@@ -245,7 +245,6 @@ class _Sample:
 
         Two machines may each have a fault, so places are added of the same modulus, its divisors and its multiples.
         """
-        run = self._add_neighbours(run)
         for _ in range(_EXTENSIONS):
             own = run.modulus
             rest_N = ~run.contain(self.positions)
@@ -258,35 +257,13 @@ class _Sample:
             places = run.at_multiple(modulus) | more.at_multiple(modulus)
             if more.p_value > _EXTENSION_ALPHA or 2 * len(places) > modulus:
                 break
-            run = self._add_neighbours(Places(modulus, places))
+            run = Places(modulus, places)
         for modulus in self.moduli:  # ascending: the first modulus that names the same places is the smallest
             if run.modulus % modulus == 0:
                 shorter = Places(modulus, frozenset(place % modulus for place in run.places))
                 if shorter.at_multiple(run.modulus) == run.places:
                     return shorter
         return run
-
-    def _add_neighbours(self, run: Places) -> Places:
-        """Return the run with the places next to it that resemble it more than the others, up to half of all places.
-
-        A sparse sample has one or two residuals of a place: too few to show that it is bad, and enough to accuse.
-        """
-        inside, base = self.medians(run)
-        middle, modulus = math.sqrt(inside * base), run.modulus
-        place_N = self.positions % modulus
-        typical = {place: float(np.median(self.sizes[place_N == place])) for place in set(place_N.tolist())}
-        places = set(run.places)
-        for last in run.places:
-            for step in (1, -1):
-                place, between = (last + step) % modulus, 1
-                while place not in places and 2 * (len(places) + between) <= modulus:
-                    if place in typical:  # places that were not checked are bad if those on both sides are
-                        if not middle <= typical[place] > base:
-                            break
-                        places |= {(place - step * back) % modulus for back in range(between)}
-                        between = 0
-                    place, between = (place + step) % modulus, between + 1
-        return Places(modulus, frozenset(places))
 
 
 def _among(tried: int, places: Places) -> Places:
