@@ -15,9 +15,9 @@ def _shifted(body: dict, by: float = 0.004) -> dict:
 
 def test_honest_nodes_are_called_honest_and_liars_are_not(validating, small_model):
     with validating() as running:
-        for key in KEYS:
-            body = body_of(proof_of(small_model, key, range(60)))
-            running.send(_shifted(body) if key == "node_C" else body)
+        for key in KEYS[:2]:
+            running.send(body_of(proof_of(small_model, key, range(60))))
+        running.send_lies("node_C", _shifted)
         until(lambda: [running.verdict(key) for key in KEYS] == ["honest", "honest", "fraud"])
         first = running.get("/nodes")["nodes"][0]
         assert (first["public_key"], first["verdict"]) == ("node_C", "fraud")
@@ -31,13 +31,16 @@ def test_honest_nodes_are_called_honest_and_liars_are_not(validating, small_mode
 def test_vectors(validating, small_model, preset):
     with validating(preset=preset) as running:
         strength = {"strength": 256} if preset == "hardened" else {}
-        bodies = {key: body_of(proof_of(small_model, key, range(40), preset=preset, **strength)) for key in KEYS[:2]}
         rng = np.random.default_rng(3)
-        for artifact in bodies["node_B"]["artifacts"]:
-            vector = rng.normal(size=12)
-            artifact["vector_b64"] = encode_vector(vector / np.linalg.norm(vector))
-        for body in bodies.values():
-            running.send(body)
+
+        def invented(body: dict) -> dict:
+            for artifact in body["artifacts"]:
+                vector = rng.normal(size=12)
+                artifact["vector_b64"] = encode_vector(vector / np.linalg.norm(vector))
+            return body
+
+        running.send(body_of(proof_of(small_model, "node_A", range(40), preset=preset, **strength)))
+        running.send_lies("node_B", invented, range(70), preset=preset, **strength)
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
 
 
@@ -75,6 +78,7 @@ def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_eviden
         until(lambda: running.controller.inbox.prune(-1))
         later = body_of(proof_of(small_model, "node_A", range(60, 160)))
         assert running.send(_shifted(later), id="m1")["new"] is True
+        running.send_lies("node_A", _shifted, range(160, 260))
         until(lambda: running.verdict("node_A") == "fraud")
 
 

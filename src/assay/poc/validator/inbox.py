@@ -7,7 +7,7 @@ Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_bytes

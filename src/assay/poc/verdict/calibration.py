@@ -62,11 +62,7 @@ MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
 ENOUGH = 1024
-"""Nonces from which the data choose the tail of a law, unless the model is a mixture of experts.
-
-Fewer do not show a rare nonce far out, and a block may have no nonce of 256 that asks other experts of a mixture. Their
-laws have a tail at least as heavy as :data:`assay.poc.verdict.noise.WIDE_DOF` and ``WIDE_TAIL`` say.
-"""
+"""Nonces from which the data choose the tail of a law of distances, unless the model is a mixture of experts."""
 
 LAWS: dict[str, type[Law]] = {
     **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
