@@ -8,7 +8,6 @@ Suffixes: N values.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -317,9 +316,7 @@ def fit_scale_noise(residuals: npt.ArrayLike, *, dof: float | None = None) -> No
     return NoiseFit(estimate, error=math.sqrt((estimate.dof + 3) / (2 * estimate.dof * size_N.size)))
 
 
-def fit_log_noise(
-    distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4
-) -> NoiseFit[LogNoise]:
+def fit_log_noise(distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4) -> NoiseFit[LogNoise]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values.
 
     The location is the median. Only large distances accuse, so the upper half alone gives spread and tail.

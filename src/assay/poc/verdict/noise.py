@@ -194,7 +194,7 @@ def missing_law(model: str, digest: str, round: Round) -> str:
 def fit_noise(
     pipeline: Pipeline, errors: FloatArray, *, wide: bool = False
 ) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
-    """Fit a law to honest residuals [N] of a pipeline; a ``wide`` one of distances has a tail that they may not show."""
+    """Fit a law to honest residuals [N] of a pipeline; for a ``wide`` tail of distances see :data:`WIDE_DOF`."""
     if pipeline.output != "distance":
         # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
         floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
