@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from assay.models import load_model
+from assay.poc import calibrate_model
 from assay.poc.protocol.proof import encode_vector
-from tests.poc.validator.conftest import BLOCK, KEYS, body_of, proof_of
+from tests.poc.validator.conftest import BLOCK, KEYS, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -42,6 +44,23 @@ def test_vectors(validating, small_model, preset):
         running.send(body_of(proof_of(small_model, "node_A", range(40), preset=preset, **strength)))
         running.send_lies("node_B", invented, range(70), preset=preset, **strength)
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
+
+
+def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, small_checkpoint, tmp_path):
+    shape = {"seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
+    calibrate_model(str(small_checkpoint), **shape, device="cpu").save(tmp_path / "law.json")
+    narrow = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+    pins = pins_text(small_model).replace('"float32"', '"bfloat16"')
+    with validating(pins=pins, service={"calibration": tmp_path / "law.json"}) as running:
+        for height in range(5):
+            block = f"block {height}"
+            running.announce(block, height)
+            running.send(body_of(proof_of(narrow, "node_A", range(20), block=block, block_height=height)))
+        until(lambda: not running.controller.inbox.waiting())
+        (account,) = running.controller.ledger.accounts()
+        entries = list(running.controller.ledger.entries(account))
+    assert len({entry.law for entry in entries}) == 5
+    assert entries[-1].outcome.tests == 1
 
 
 def test_whole_proofs_are_taken(validating, small_model, tmp_path):

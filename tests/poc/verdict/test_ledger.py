@@ -8,16 +8,21 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from assay.errors import DataError, StorageError, UsageError
-from assay.poc import Build, verify
+from assay.models import load_model
+from assay.poc import Build, Round, calibrate, prove, verify
 from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
+from assay.poc.verdict import ledger as ledger_module
 from assay.poc.verdict.ledger import check_ledger
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
+
+FORMER = Path(__file__).with_name("former.jsonl")
 
 
 @pytest.fixture
@@ -115,6 +120,53 @@ def test_sixty_blocks_with_scales_of_their_own_are_one_test(ledger, path):
     assert (standing.evidence.tests, standing.verdict) == (1, "fraud")
     assert (node.evidence.tests, node.evidence.n, node.verdict) == (1, 960, "honest")
     assert audit_ledger(path).clean
+
+
+def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(ledger, small_model, small_checkpoint):
+    """A calibration that knows the hidden size has another law in every block."""
+    narrow = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+
+    def proof_in(block, model, count):
+        return prove(model, Round(block_hash=block, public_key="k", seq_len=4), range(count), batch_size=8)
+
+    measured = [proof_in("measured", model, 64) for model in (small_model, narrow)]
+    known, sizes = calibrate(*measured, hidden_size=small_model.hidden_size), set()
+    for block in map(str, range(60)):
+        proof = proof_in(block, narrow, 8)
+        verdict = verify(proof, small_model, expect=proof.round, calibration=known)
+        sizes.add(verdict.noise.size)
+        standing = ledger.record(verdict, proof=proof.footer.sha256)
+    assert (len(sizes), standing.evidence.tests, standing.evidence.n) == (60, 1, 480)
+
+
+def test_a_ledger_of_a_former_release_is_carried_over(path):
+    """Release 0.2 wrote it: eight blocks, each with a law and a test of its own, and a place that it suspected."""
+    database = ledger_module._open(path, ledger_module.TABLES)
+    ledger_module._read_export(FORMER, database)
+    database.close()
+    assert audit_ledger(FORMER).clean
+    with Ledger(path) as ledger:
+        before = list(ledger.standings())
+        assert [(one.verdict, one.evidence.tests, one.evidence.n) for one in before] == [
+            ("undecided", 8, 63),
+            ("fraud", 8, 63),
+        ]
+        for one, factor in zip(before, (1, 6), strict=True):
+            given = update(9, account=one.account, residuals=[factor * x for x in honest(80)])
+            standing = ledger.append([given])[0]
+            verdict = "honest" if factor == 1 else "fraud"
+            assert (standing.verdict, standing.evidence.tests, standing.evidence.n) == (verdict, 1, 144)
+    assert [fault.reason for fault in audit_ledger(path).faults if fault.entry is not None] == []
+
+
+def test_an_entry_by_the_former_rule_after_one_that_is_not_is_a_fault(ledger, path):
+    ledger.append([update(0)])
+    (entry,) = ledger.entries(account())
+    state = ledger_module.AccountState(ledger.genesis)
+    state.take(entry, NOISE)
+    outcome = entry.outcome.model_copy(update={"share": None, "log_e_held": None})
+    with pytest.raises(DataError, match="rule of earlier releases"):
+        state.take(entry.model_copy(update={"outcome": outcome}), NOISE)
 
 
 def test_a_life_is_that_of_the_pinned_build(ledger, proof, small_model, round_):
