@@ -8,8 +8,8 @@ however its tests depend on each other. That raises a suspicion. A test *convict
 - and without those at places of the batch that may be faulty: at least `PLACES` nonces are pooled, over audits, for the
   place test, and until then none of them convicts.
 
-Both are further conditions, so the bound holds. The first eight blocks of a life are left out one by one, and later
-ones in eight groups that are drawn by their hash.
+Both are further conditions, so the bound holds. Blocks are left out by groups: each of the first eight begins one, and
+later ones join the group that their hash names.
 
 What speaks for a node is one number: the largest share of nonces that it may have computed cheaply, as far as its
 evidence goes. Each share that a test excludes with a likelihood ratio of 1/(beta · w_k) stays excluded, so the number
