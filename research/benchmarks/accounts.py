@@ -21,7 +21,7 @@ from assay.poc.verdict import Life
 from assay.poc.verdict.noise import fit_noise, sequential_test
 from assay.stats.noise import Spread
 
-CHECKED, LIVES, SPREAD = 16, 200, Spread(0.036)  # nonces of an audit, each of another block
+CHECKED, LIVES, SPREAD = 16, 60, Spread(0.036)  # nonces of an audit, each of another block
 LAWS = {"poc-2.0": stats.ScaleNoise(1.8e-4, 3.0)}
 LAWS |= {name: stats.LogNoise(-3.2, sd) for name, sd in {"hardened": 0.43, "tokens-1": 0.28}.items()}
 CHEAT = {"share": 0.1, "multiple": 5.0}
@@ -55,9 +55,9 @@ def convicted(law, alpha, audits, **cheat):
 
 
 def fitted(preset, law, nonces, wide, rng):
-    """Return the shares of honest audits of 64, and of cheats of 150, that ten fitted laws accuse; some are off."""
+    """Return the shares of honest audits of 64, and of cheats of 150, that six fitted laws accuse; some are off."""
     shares = []
-    for _ in range(10):
+    for _ in range(6):
         honest, audits = draw(law, nonces, rng, 0.02, 10.0), draw(law, (300, 64), rng, 0.02, 10.0)
         fit = fit_noise(get_pipeline(preset), honest, wide=wide)
         test = sequential_test(Noise(fit.law, "fitted", Spread(math.hypot(fit.error, 0.03))))

@@ -50,14 +50,14 @@ def test_ledgers_and_exports_decide_together(tmp_path):
 
 
 def test_evidence_once_found_is_not_lost_while_others_catch_up(tmp_path):
-    """A node is convicted in one ledger, and looks good in audits after that."""
+    """A node is suspected in one ledger, and looks good in audits after that."""
     audits = [[1.0] * 8, *([x / 4 for x in honest(8, seed)] for seed in range(60))]
     one = ledger_of(tmp_path / "one.sqlite3", {"node_A": audits})
     other = ledger_of(tmp_path / "other.sqlite3", {"node_A": [honest(8)]})
     with Ledger(one, read_only=True) as ledger:
         standing = ledger.standing(account())
     (merged,) = merge_ledgers([one, other])
-    assert merged.verdict == standing.verdict == "fraud"
+    assert (merged.verdict, standing.verdict) == ("fraud", "undecided")
     assert merged.log_e_value > standing.evidence.log_e_value
 
 

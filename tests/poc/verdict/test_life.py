@@ -75,6 +75,20 @@ def test_a_missing_value_counts_as_the_worst_one():
     assert life.evidence.verdict == "fraud"
 
 
+@pytest.mark.parametrize("every", [2, 8])
+def test_cheating_in_some_blocks_alone_is_fraud(every):
+    """Also where all blocks of the node's choice lie far apart, and longer ago than a pool."""
+    life = Life(alpha=1e-3, beta=1e-2)
+    for number in range(2 * every):
+        factor = 8 if number % every == every - 1 else 1
+        values = [factor * x for x in honest(64, number)]
+        places = np.random.default_rng(number).permutation(1000)[:64]
+        before = life.evidence.verdict
+        life.update(NOISE, values, block=str(number), positions=places)
+    assert before != "fraud"
+    assert life.evidence.verdict == "fraud"
+
+
 def test_the_share_that_is_not_excluded_only_falls():
     """Also where the node gets worse, or another law is taken: what was excluded once stays so."""
     life, shares = Life(alpha=1e-3, beta=1e-2), []

@@ -8,8 +8,7 @@ however its tests depend on each other. That raises a suspicion. A test *convict
 - and without those at places of the batch that may be faulty: at least `PLACES` nonces are pooled, over audits, for the
   place test, and until then none of them convicts.
 
-Both are further conditions, so the bound holds. Blocks are left out by groups: each of the first eight begins one, and
-later ones join the group that their hash names.
+Both are further conditions, so the bound holds. Of older pools, the eight blocks that accuse most are kept apart.
 
 What speaks for a node is one number: the largest share of nonces that it may have computed cheaply, as far as its
 evidence goes. Each share that a test excludes with a likelihood ratio of 1/(beta · w_k) stays excluded, so the number
@@ -64,8 +63,10 @@ FIRST_WEIGHT = 0.9
 PLACES = 128
 """Nonces of a pool from which it convicts: fewer may not show that a machine is wrong at fixed places."""
 
-GROUPS = 8
-"""Groups of blocks, of which each is left out in turn."""
+APART = 8
+"""Blocks of older pools that can be left out: those that accuse most, because leaving out another takes less."""
+
+_REST = "the rest"  # which are never left out; a hash of a block has no blank
 
 HONEST = 0.2
 """Largest share of cheap nonces that is not excluded at which a life is called honest."""
@@ -140,7 +141,6 @@ class Life:
         self._epochs: dict[str, LifeTest] = {}
         self._n = 0
         self._pool = _Pool()
-        self._groups: dict[str, int] = {}
         self._open = np.ones(len(SHARES), dtype=np.bool_)  # shares that are not excluded yet
         self._pooled = False
         self._fault: str | None = None
@@ -184,7 +184,7 @@ class Life:
         self._n += len(residuals)
         if not apart and not isinstance(residuals, ResponseBlocks):
             places = np.arange(len(residuals)) if positions is None else np.asarray(positions, dtype=np.int64)
-            self._pool.add(law, residuals, residuals / self._first[law].size, places, self._group(block))
+            self._pool.add(law, residuals, residuals / self._first[law].size, places, f"block:{block}")
             self._look(running, batch_size)
         return self
 
@@ -198,11 +198,6 @@ class Life:
         made.begins = len(self._pool.values)
         self.tests.append(made)
         return made
-
-    def _group(self, block: str) -> int:
-        if block not in self._groups and len(self._groups) >= GROUPS:
-            return int(sha256(block)[:8], 16) % GROUPS
-        return self._groups.setdefault(block, len(self._groups))
 
     def _look(self, running: Sequence["LifeTest"], batch_size: int | None) -> None:
         """Exclude shares, look for faulty places in the pool, and weigh what a suspicion stands on."""
@@ -219,7 +214,7 @@ class Life:
         """Begin another pool; residuals at places that may be faulty never convict."""
         for test in self.tests:
             if test.size:
-                test.groups, test.begins = test.sums_without_places(self._pool), 0
+                test.settle(self._pool)
         self._pool = _Pool()
 
     @property
@@ -240,20 +235,20 @@ class Life:
 
 
 class _Pool:
-    """Residuals of several audits, [N] each, in the units of their laws, with their places and groups of blocks."""
+    """Residuals of several audits, [N] each, in the units of their laws, with their places and blocks."""
 
     def __init__(self) -> None:
-        self.laws = np.zeros(0, dtype=object)
+        self.laws, self.blocks = np.zeros(0, dtype=object), np.zeros(0, dtype=object)
         self.values, self.sizes = np.zeros(0), np.zeros(0)
-        self.positions, self.groups = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        self.aside = np.zeros(0, dtype=np.bool_)
+        self.positions, self.aside = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
 
     def add(
-        self, law: str, values: FloatArray, sizes: FloatArray, positions: npt.NDArray[np.int64], group: int
+        self, law: str, values: FloatArray, sizes: FloatArray, positions: npt.NDArray[np.int64], block: str
     ) -> None:
         """Take the residuals of one audit: as their test takes them, and over the typical one."""
-        more = (np.full(len(values), law, dtype=object), values, sizes, positions, np.full(len(values), group))
-        for name, added in zip(("laws", "values", "sizes", "positions", "groups"), more, strict=True):
+        laws, blocks = (np.full(len(values), text, dtype=object) for text in (law, block))
+        more = {"laws": laws, "blocks": blocks, "values": values, "sizes": sizes, "positions": positions}
+        for name, added in more.items():
             setattr(self, name, np.concatenate([getattr(self, name), added]))
         self.aside = np.zeros(len(self.values), dtype=np.bool_)
 
@@ -278,7 +273,7 @@ class LifeTest:
     log_e_held: float = 0.0
     n: int = 0
     begins: int = 0  # place in the pool from which on it takes residuals
-    groups: dict[int, FloatArray] = field(default_factory=dict)  # what earlier pools add to its paths, by group
+    blocks: dict[str, FloatArray] = field(default_factory=dict)  # what earlier pools add to its paths, by block
     _of_all: stats.SequentialTest | None = field(default=None, repr=False)
     """The test of doubted residuals too, from the first of them on."""
 
@@ -304,21 +299,31 @@ class LifeTest:
         """Weigh, where the e-value would convict, what is left of it without any one block and the bad places."""
         if not isinstance(self.test, stats.SequentialTest) or self.log_weight + self.log_e_max < needed:
             return
-        found = self.sums_without_places(pool) if len(pool.values) >= PLACES else self.groups
+        found = self._sums(pool) if len(pool.values) >= PLACES else self.blocks
         if self.log_e_held < needed and found:
             whole = self.test.prior + sum(found.values())
-            least = min(float(self.test.log_e(whole - part)) for part in found.values())
+            least = min(float(self.test.log_e(whole - part)) for block, part in found.items() if block != _REST)
             held = self.log_weight + min(least, self.log_e_max)
             self.log_e_held = max(self.log_e_held, min(_LARGEST, held))
 
-    def sums_without_places(self, pool: _Pool) -> dict[int, FloatArray]:
-        """Return what all residuals add to the paths, those at places that may be faulty left out, by group."""
-        found = dict(self.groups)
+    def settle(self, pool: _Pool) -> None:
+        """Keep what a pool adds to the paths, apart for the blocks that accuse most."""
+        test, found = self.test, self._sums(pool)
+        assert isinstance(test, stats.SequentialTest)
+        rest = found.pop(_REST, np.zeros_like(test.prior))
+        ordered = sorted(found, key=lambda block: float(test.log_e(test.prior + found[block])), reverse=True)
+        rest = sum((found.pop(block) for block in ordered[APART:]), start=rest)
+        self.blocks, self.begins = found | ({_REST: rest} if ordered[APART:] or _REST in self.blocks else {}), 0
+
+    def _sums(self, pool: _Pool) -> dict[str, FloatArray]:
+        """Return what all residuals add to the paths, those at places that may be faulty left out, by block."""
+        found = dict(self.blocks)
         assert isinstance(self.test, stats.SequentialTest)
         mine = (pool.laws == self.law) & ~pool.aside & (np.arange(len(pool.values)) >= self.begins)
-        for group in np.unique(pool.groups[mine]).tolist():
-            steps = self.test.steps(pool.values[mine & (pool.groups == group)]).sum(axis=0)
-            found[group] = found[group] + steps if group in found else steps
+        for block in dict.fromkeys(pool.blocks[mine].tolist()):
+            values = pool.values[mine & (pool.blocks == block)]
+            parts = (values[start : start + EPOCH] for start in range(0, len(values), EPOCH))  # bounds memory
+            found[block] = sum((self.test.steps(part).sum(axis=0) for part in parts), start=found.get(block, 0.0))
         return found
 
 
