@@ -336,9 +336,15 @@ LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries w
 MAGIC = b"SQLite format 3\0"
 
 NOTHING = EntryOutcome(
-    **dict.fromkeys(("audits", "recorded", "n", "tests"), 0),
-    **dict.fromkeys(("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held"), 0.0),
+    audits=0,
+    recorded=0,
     verdict="undecided",
+    n=0,
+    tests=0,
+    log_e_value=0.0,
+    log_e_max=0.0,
+    log_evidence_honest=0.0,
+    log_e_held=0.0,
     share=1.0,
 )
 
@@ -347,8 +353,7 @@ class AccountState:
     """The life of one account of a ledger, which takes its entries one after the other."""
 
     def __init__(self, genesis: Genesis) -> None:
-        self._rates = {"alpha": genesis.alpha, "beta": genesis.beta}
-        self.life = Life(**self._rates)
+        self._genesis, self.life = genesis, Life(alpha=genesis.alpha, beta=genesis.beta)
         self._before: Life | None = None
         self.audits = self.recorded = self.last = 0
         self.fault: str | None = None
@@ -363,7 +368,8 @@ class AccountState:
         if entry.former:
             if self.audits and self._before is None:
                 raise DataError("an outcome by the rule of earlier releases", wanted="later ones", do="restore it")
-            self._before = entry.give_as_before(self._before or Life(**self._rates, former=True), noise)
+            alpha, beta = self._genesis.alpha, self._genesis.beta
+            self._before = entry.give_as_before(self._before or Life(alpha=alpha, beta=beta, former=True), noise)
             evidence = self._before.evidence
         else:
             self._before = None

@@ -176,15 +176,19 @@ class Life:
             self._first[law] = self._begin(noise, law)
         elif newest.n >= EPOCH:
             self._epochs[law] = self._begin(noise, law)
-        if not isinstance(noise, ResponseNoise) and not isinstance(residuals, ResponseBlocks):
-            residuals = np.asarray(residuals, dtype=np.float64) * (self._first[law].size / noise.size)
         running = [test for test in (self._first[law], self._epochs.get(law)) if test is not None]
-        for test in running:
-            test.update(residuals, doubted)
         self._n += len(residuals)
-        if not apart and not isinstance(residuals, ResponseBlocks):
-            places = np.arange(len(residuals)) if positions is None else np.asarray(positions, dtype=np.int64)
-            self._pool.add(law, residuals, residuals / self._first[law].size, places, f"block:{block}")
+        if isinstance(noise, ResponseNoise) or isinstance(residuals, ResponseBlocks):
+            for test in running:
+                test.update(residuals, doubted)
+            return self
+        size = self._first[law].size
+        values: FloatArray = np.asarray(residuals, dtype=np.float64) * (size / noise.size)
+        for test in running:
+            test.update(values, doubted)
+        if not apart:
+            places = np.arange(len(values)) if positions is None else np.asarray(positions, dtype=np.int64)
+            self._pool.add(law, values, values / size, places, f"block:{block}")
             self._look(running, batch_size)
         return self
 
@@ -323,7 +327,8 @@ class LifeTest:
         for block in dict.fromkeys(pool.blocks[mine].tolist()):
             values = pool.values[mine & (pool.blocks == block)]
             parts = (values[start : start + EPOCH] for start in range(0, len(values), EPOCH))  # bounds memory
-            found[block] = sum((self.test.steps(part).sum(axis=0) for part in parts), start=found.get(block, 0.0))
+            start = found.get(block, np.zeros_like(self.test.prior))
+            found[block] = sum((self.test.steps(part).sum(axis=0) for part in parts), start=start)
         return found
 
 
@@ -548,8 +553,8 @@ class Entry(_Model):
             return life.update(noise, ResponseBlocks.parse(self.residuals, self.profiles).without(out))
         kept = [place for place in range(len(self.nonces)) if place not in out]
         values, places = self._values(kept), self.nonces if self.positions is None else self.positions
-        about = {"block": self.block_hash, "batch_size": self.batch_size}
-        return life.update(noise, values, positions=[places[place] for place in kept], **about)
+        chosen = [places[place] for place in kept]
+        return life.update(noise, values, block=self.block_hash, positions=chosen, batch_size=self.batch_size)
 
     def give_as_before(self, life: Life, noise: AnyNoise) -> Life:
         """Give a life of the former rule the residuals that count, and those at places that were suspected."""
