@@ -47,7 +47,8 @@ def write_messages(directory: Path, model: Any, keys: Sequence[str], *, each: in
         parts = [list(rounds[0].nonces(number * nonces, (number + 1) * nonces)) for number in range(each)]
         wanted = [(rounds[number % len(rounds)], part) for number, part in enumerate(parts)]
         for number, records in enumerate(recompute(deployment, 64, wanted)):
-            valid = [(r.nonce, r.distance - lie) for r in records if is_valid(r.distance, R_TARGET)]
+            distances = [(nonce, r.distance) for nonce, r in zip(parts[number], records, strict=True)]
+            valid = [(nonce, d - lie) for nonce, d in distances if is_valid(d, R_TARGET)]
             if not valid:
                 continue
             block, height = blocks[number % len(blocks)]
