@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from assay.cli import run
-from assay.poc import Proof, cheats
+from assay.poc import Proof, Round, cheats, prove
 from assay.poc.verdict import Ledger
 from tests.poc.verdict.ledgers import filled, update
 
@@ -68,7 +68,7 @@ def test_export_is_audited_elsewhere(assay, told, refused, ledger, tmp_path):
 
 def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path):
     with Ledger(tmp_path / "l.sqlite3") as opened:
-        opened.append([update(0, key="\x1b[2Jkey", block_hash="\x1b]0;title\x07", fault="\x1b[31mred")])
+        opened.append([update(0, key="\x1b[2Jkey", block_hash="\x1b]0;title\x07")])
     for arguments in ((), ("--public-key", "\x1b[2Jkey")):
         shown = assay("poc", "ledger", "show", tmp_path / "l.sqlite3", *arguments)
         assert shown.code == 0
@@ -79,8 +79,6 @@ def test_names_of_others_do_not_write_to_the_terminal(assay, tmp_path):
 @pytest.fixture(scope="module")
 def proofs(small_model, tmp_path_factory):
     """An honest proof, and one that is invented."""
-    from assay.poc import Round, prove
-
     round = Round(block_hash="b", public_key="k", seq_len=16, model="small")
     folder = tmp_path_factory.mktemp("proofs")
     made = prove(small_model, round, range(48), batch_size=8)
@@ -101,14 +99,26 @@ def test_verify_adds_to_the_life_and_follows_it(assay, told, proofs, small_check
     assert assay("poc", "ledger", "audit", path).code == 0
 
 
-def test_a_life_of_fraud_is_not_washed_by_a_good_proof(assay, proofs, small_checkpoint, tmp_path):
+def test_a_proof_that_is_invented_is_not_washed_by_a_good_one(assay, proofs, small_checkpoint, tmp_path):
+    """Nor is it a conviction: all of it is of one block."""
     path = tmp_path / "life.sqlite3"
     flags = ("--model", small_checkpoint, "--device", "cpu", *PINS, "--ledger", path)
-    assert assay("poc", "verify", proofs["invented"], *flags).code == 1
+    assert assay("poc", "verify", proofs["invented"], *flags).code == 2
     after = assay("poc", "verify", proofs["honest"], *flags)
-    assert after.code == 1
-    assert "verdict" in after.out
-    assert "fraud, after 2 audit(s) with 48 nonces that count" in after.out
+    assert after.code == 2
+    assert "undecided, after 2 audit(s) with 48 nonces that count" in after.out
+
+
+def test_a_life_of_fraud_is_code_1(assay, small_model, small_checkpoint, tmp_path):
+    path, codes = tmp_path / "life.sqlite3", []
+    for block in ("b", "c"):
+        made = prove(small_model, Round(block_hash=block, public_key="k", seq_len=16), range(80), batch_size=8)
+        made.save(tmp_path / f"honest {block}.jsonl")
+        cheats.invented(Proof.load(tmp_path / f"honest {block}.jsonl")).save(tmp_path / f"{block}.jsonl")
+        pins = ("--block-hash", block, "--public-key", "k", "--seq-len", 16, "--nonces", "0:80", "--sample", 80)
+        flags = ("--model", small_checkpoint, "--device", "cpu", *pins, "--ledger", path)
+        codes.append(assay("poc", "verify", tmp_path / f"{block}.jsonl", *flags).code)
+    assert codes == [2, 1]
 
 
 def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, proofs, tmp_path):

@@ -169,7 +169,7 @@ def _stopped(
         for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), attrgetter("account")):
             life = StoppedLife(**rates, ledgers=ledgers)
             for entry in entries:
-                life.update(read_noise(connection, entry.law), entry.counted, doubted=entry.doubted)
+                entry.give(life, read_noise(connection, entry.law))
             log_e, log_honest = life.stopped
             share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
             yield account, share
@@ -189,9 +189,9 @@ class StoppedLife(Life):
         self._levels = (math.log(ledgers / alpha), math.log(ledgers / beta))
         self._stopped: list[list[float]] = []
 
-    def update(self, noise: AnyNoise, residuals: Residuals, *, doubted: Sequence[float] = ()) -> Self:
+    def update(self, noise: AnyNoise, residuals: Residuals, **about: Any) -> Self:
         """Take the residuals of one audit, as `Life` does."""
-        super().update(noise, residuals, doubted=doubted)
+        super().update(noise, residuals, **about)
         self._stopped += [[0.0, 0.0] for _ in self.tests[len(self._stopped) :]]
         for test, stopped in zip(self.tests, self._stopped, strict=True):
             for which, log in enumerate((test.log_e, test.log_honest)):

@@ -62,8 +62,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
-# The whole lives of many nodes, nonce by nonce, under the rule of :class:`assay.poc.verdict.Life`.
-#
+# The whole lives of many nodes, nonce by nonce: when :class:`assay.poc.verdict.Life` suspects them. A conviction must
+# also stand without any one block and without faulty places.
 # A life is too long to take logarithms of densities at every nonce of a hundred thousand nodes. So the sizes of
 # residuals are drawn from a fine grid, and what each size of it multiplies every path of the e-value by is looked up.
 # The steps are those of :class:`assay.stats.SequentialTest`, the shares and lengths of the tests those of ``Life``.

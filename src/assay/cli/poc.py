@@ -309,7 +309,8 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     evidence = standing.evidence
     said = f"{evidence.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
     numbers = f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}"
-    return [("whole life", said), ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}")]
+    cheap = "" if evidence.share is None else f"; up to {evidence.share:.0%} may be cheap"
+    return [("whole life", said), ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}{cheap}")]
 
 
 @poc.add(

@@ -30,6 +30,7 @@ from assay.poc.prover import Progress
 from assay.poc.verdict.calibration import ENOUGH, BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray
 from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw, rate_standard_error
+from assay.stats.noise import ScaleNoise
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
 MIN_BLOCKS = 8  # whose own spread says how blocks differ
@@ -381,7 +382,7 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
     values |= {"effective_dimension": build.effective_dimension}
     values["engines_differ_in"] = ", ".join(other) or "nothing"
-    if build.n < ENOUGH:
+    if build.n < ENOUGH and isinstance(build.law, ScaleNoise):
         values["advice"] = f"the law rests on {build.n} nonces, so its tail is wide: with {ENOUGH} the data choose it"
     if (left := build.left_out) is not None:
         values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}

@@ -1,7 +1,7 @@
 """The verifier: recompute a sample of a proof, and judge the residuals."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from assay.models.load import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
 from assay.poc.engines.hf.fused import worth_compiling
-from assay.poc.protocol.pins import FORMATS, Pins
+from assay.poc.protocol.pins import FORMATS, Build, Pins
 from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record, check_distinct_seeds
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, check_length, frame_name, recompute
@@ -91,7 +91,7 @@ def verify(
     """
     header = proof.header
     pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
-    engine, noise = judging_setup(header, model, engine=engine, calibration=calibration)
+    engine, noise = judging_setup(header, model, engine=engine, calibration=calibration, builds=pins.builds)
     test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     size, power = plan_sample(test, len(proof.records), sample)
@@ -140,11 +140,17 @@ def check_proof(
 
 
 def judging_setup(
-    header: Header, model: Model, *, engine: Engine | None = None, calibration: Calibration | None = None
+    header: Header,
+    model: Model,
+    *,
+    engine: Engine | None = None,
+    calibration: Calibration | None = None,
+    builds: Sequence[Build] | None = None,
 ) -> tuple[Engine, Noise | None]:
     """Return the engine that recomputes a proof, and the honest noise between the prover's engine and it, if known.
 
-    :func:`verify` calls this before it computes anything, and its arguments are those of `verify`. To call it before a
+    :func:`verify` calls this before it computes anything, and its arguments are those of `verify`; ``builds`` are the
+    pinned ones, which say of which kind the prover's machine is. To call it before a
     ledger is begun keeps the disk free of ledgers for proofs that are refused.
 
     Raises:
@@ -163,7 +169,7 @@ def judging_setup(
         check_length(one, header.round)
         _check_frame(header, one)
         try:
-            return one, noise_for(header, one.fingerprint, calibration)
+            return one, noise_for(header, one.fingerprint, calibration, builds=builds)
         except CalibrationError as error:
             refused.append(error)
     raise refused[0]

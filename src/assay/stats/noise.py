@@ -2,13 +2,12 @@
 
 Both laws here have monotone likelihood ratios: f_m(x)/f_1(x) never falls as the residual x grows. So a smaller residual
 never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md). In a
-fit the data choose the tail, and the law reaches the quantiles of the sample.
+fit the data choose the tail.
 
 Suffixes: N values.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -279,11 +278,6 @@ distances lighter than with 6 degrees of freedom are not offered, because no sma
 a routing flip.
 """
 
-# A fitted law also reaches the quantiles of its sample, up to the quantile that three values lie beyond or the furthest
-# one here. Chosen by what laws from 30 to 4096 nonces accuse (research/results/heavy_tails.json).
-_QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.98)
-_BEYOND = 3
-_FURTHEST_SCALE, _FURTHEST_LOG = 0.985, 0.95
 _ITERATIONS = 200
 
 LawT = TypeVar("LawT", bound=NoiseLaw)
@@ -294,7 +288,7 @@ class NoiseFit(Generic[LawT]):
     """A noise law measured on honest residuals.
 
     Args:
-        law: Law that reaches every trusted upper quantile of the sample, without a margin.
+        law: Law.
         error: Standard error of the logarithm of the scale.
     """
 
@@ -319,14 +313,10 @@ def fit_scale_noise(residuals: npt.ArrayLike, *, dof: float | None = None) -> No
     candidates = [ScaleNoise(1.0, nu) for nu in (DOFS if dof is None else (dof,))]
     fitted = [law.scaled(max(_student_scale(size_N, law.dof), RESOLUTION)) for law in candidates]
     estimate = _heaviest_likely(fitted, size_N)
-    nu = estimate.dof
-    widest = _largest_quantile_ratio(size_N, lambda q: float(stats.t.isf((1 - q) / 2, nu)), _FURTHEST_SCALE)
-    return NoiseFit(ScaleNoise(max(estimate.sigma, widest), nu), error=math.sqrt((nu + 3) / (2 * nu * size_N.size)))
+    return NoiseFit(estimate, error=math.sqrt((estimate.dof + 3) / (2 * estimate.dof * size_N.size)))
 
 
-def fit_log_noise(
-    distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4, tails: Sequence[float] = TAILS
-) -> NoiseFit[LogNoise]:
+def fit_log_noise(distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4) -> NoiseFit[LogNoise]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values.
 
     The location is the median. Only large distances accuse, so the upper half alone gives spread and tail.
@@ -336,7 +326,6 @@ def fit_log_noise(
         distances: Honest L2 distances.
         dimension: Length of the vectors.
         floor: Distance below which values are not told apart.
-        tails: Starts of the exponential tail among which the distances choose, the heaviest first.
 
     Raises:
         UsageError: There are too few distances, one is negative or not finite, or a parameter is out of range.
@@ -346,12 +335,10 @@ def fit_log_noise(
     mu = float(np.median(np.log(size_N)))
     upper_N = np.log(size_N) - mu
     upper_N = upper_N[upper_N > 0]
-    fitted = [LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor) for start in tails]
+    fitted = [LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor) for start in TAILS]
     estimate = _heaviest_likely(fitted, np.exp(mu + upper_N))
-    widest = _largest_quantile_ratio(np.log(size_N) - mu, lambda q: estimate.standard_quantile(1 - q), _FURTHEST_LOG)
-    reached = LogNoise(mu, max(estimate.sd, widest), dimension, estimate.tail, floor)
     # The standard error of the median is 1/(2·f(0)·√n).
-    return NoiseFit(reached, error=reached.sd * reached.standard_mass / (2 * math.sqrt(size_N.size)))
+    return NoiseFit(estimate, error=estimate.sd * estimate.standard_mass / (2 * math.sqrt(size_N.size)))
 
 
 def _read_honest(values: npt.ArrayLike) -> FloatArray:
@@ -395,11 +382,3 @@ def _student_scale(size_N: FloatArray, dof: float) -> float:
         if abs(variance - before) <= 1e-10 * before:
             break
     return math.sqrt(variance)
-
-
-def _largest_quantile_ratio(sample_N: FloatArray, law_quantile: Callable[[float], float], furthest: float) -> float:
-    """Return the scale at which the law reaches every trusted upper quantile of the sample."""
-    furthest = min(1 - _BEYOND / sample_N.size, furthest)
-    trusted = [q for q in _QUANTILES if q < furthest] + [furthest]
-    reached = [(float(np.quantile(sample_N, q)), law_quantile(q)) for q in trusted]
-    return max(seen / expected for seen, expected in reached if expected > 0)

@@ -1,26 +1,22 @@
-"""The place test: whether residuals are large at certain places of the prover's batches, or in a part of the run.
+"""The place test: whether residuals are large at certain places of the prover's batches.
 
 A machine can be wrong at fixed places without cheating: the first rows of every batch are overwritten, one rank has
-stale weights, the first batch ran before the cache was ready. Then a residual depends on the position p of its nonce.
+stale weights. Then a residual depends on the position p of its nonce.
 Honest residuals do not, and neither do those of a cheat who ignores places: every assignment of residuals to positions
 is equally likely. A suspected set of places then gives a two-by-two table, of residuals at these places or elsewhere,
 among the largest or not. "Largest" are as many residuals as stand at the places. Fisher's exact test of this table is
 valid for any law of the residuals.
 
-Two kinds of places are tried, with an equal share of α for every modulus m and for the parts (Bonferroni):
-
-    runs     p mod m in start … start + length − 1. m is the batch size, a divisor or multiple of it, or a power of two.
-             They cover places in a batch, the first rows of a batch, and ranks. Half of the share of each m is for
-             runs that start at 0.
-    parts    low ≤ p < high, for neighbouring eighths of the run and for the first 1, 2, 4, … nonces.
-             They cover changes, drift and slow starts.
+The places tried are runs p mod m in start … start + length − 1, with an equal share of α for every modulus m
+(Bonferroni). m is the batch size, a divisor or multiple of it, or a power of two. They cover places in a batch, the
+first rows of a batch, and ranks. Half of the share of each m is for runs that start at 0.
 
 So residuals that do not depend on the place are called faulty with probability α at most.
 
 A cheat at fixed places gains nothing: a faulty proof is not paid, at most half of the places are set aside, and the
 other residuals are judged as always. If they accuse, that is fraud.
 
-Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of runs, T parts of the run.
+Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of runs.
 """
 
 import math
@@ -50,25 +46,19 @@ SUSPICION = 0.05
 # others may look like fraud. So further places need a less small p-value.
 _EXTENSION_ALPHA = 0.01
 _EXTENSIONS = 8
-_BLOCKS = 32  # steps in which the edges of a part of the run are moved
 
 _POWERS = (2, 4, 8, 16, 32, 64)  # usual batch sizes and numbers of ranks, tried whatever the proof states
 _MULTIPLES = (1, 2, 3, 4, 8)  # of the stated batch size: ranks that take turns, batches that the engine joined
 _LARGEST_MODULUS = 256  # a header may state any batch size
 _MOST_STARTS = 64
-_EIGHTHS = 8
-_SHORTEST_PART = 2  # eighths: a shorter change looks like a batch of unlucky nonces
-_FIRST = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Positions p of a run with p mod modulus in ``places``, or low ≤ p < high where there is no modulus."""
+    """Positions p of a run with p mod modulus in ``places``."""
 
-    modulus: int | None = None
-    places: frozenset[int] = frozenset()
-    low: int = 0
-    high: int = 0
+    modulus: int
+    places: frozenset[int]
     log_p: float = 0.0
     """Logarithm of the p-value that residuals do not depend on these places."""
 
@@ -79,21 +69,17 @@ class Places:
 
     def contain(self, positions_N: IntArray) -> BoolArray:
         """Return which positions are among them, [N]."""
-        if self.modulus is None:
-            return np.asarray((positions_N >= self.low) & (positions_N < self.high))
         return np.isin(positions_N % self.modulus, list(self.places))
 
     def at_multiple(self, modulus: int) -> frozenset[int]:
         """Return these places as places of a multiple of the modulus."""
-        return frozenset(place + start for place in self.places for start in range(0, modulus, self.modulus or 1))
+        return frozenset(place + start for place in self.places for start in range(0, modulus, self.modulus))
 
     def __str__(self) -> str:
-        firsts, lasts = [self.low], [self.high - 1]
-        if self.modulus is not None:
-            firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
-            lasts = [place for place in sorted(self.places) if place + 1 not in self.places]
+        firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
+        lasts = [place for place in sorted(self.places) if place + 1 not in self.places]
         runs = (f"{a}" if a == b else f"{a} to {b}" for a, b in zip(firsts, lasts, strict=True))
-        return f"position{f' mod {self.modulus} in' if self.modulus else ''} {', '.join(runs)}"
+        return f"position mod {self.modulus} in {', '.join(runs)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +93,9 @@ class PlaceTest:
         p_value: Upper bound of the probability that residuals which do not depend on the place show a pattern as clear
             as the one named, for all patterns that were tried together.
         pattern: Bad places in words, such as "position mod 16 in 0 to 5"; the clearest pattern if nothing is faulty.
-        modulus: Number of places; None for a part of the run.
-        places: Bad places, each below the modulus; empty for a part of the run.
-        share: Share of the places that are bad; share of the residuals for a part of the run.
+        modulus: Number of places; None with fewer than two residuals.
+        places: Bad places, each below the modulus.
+        share: Share of the places that are bad.
         ratio: Median residual at the clearest of the bad places, over the larger of the median elsewhere and the honest
             size; infinite if that is 0.
         set_aside: Whether each residual stands at a bad place, [N]; all false unless faulty or suspected, so that
@@ -177,14 +163,14 @@ def place_test(
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
     size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
     sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
-    found = sorted([*sample.find_runs(sample.moduli), sample.find_part()], key=lambda tried: tried.log_p)
+    found = sorted(sample.find_runs(sample.moduli), key=lambda places: places.log_p)
     ratios = [inside / base if base else math.inf if inside else 1.0 for inside, base in map(sample.medians, found)]
     guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
     faulty, best = any(guilty), guilty.index(True) if any(guilty) else 0
     named = found[best]
     dependent = faulty or named.p_value <= SUSPICION
     if dependent:
-        named = sample.extend_part(named) if named.modulus is None else sample.extend_run(named)
+        named = sample.extend_run(named)
     bad_N = named.contain(sample.positions)
     return PlaceTest(
         faulty=faulty,
@@ -193,7 +179,7 @@ def place_test(
         pattern=str(named),
         modulus=named.modulus,
         places=tuple(sorted(named.places)),
-        share=len(named.places) / named.modulus if named.modulus else float(bad_N.mean()),
+        share=len(named.places) / named.modulus,
         ratio=ratios[best],
         set_aside=bad_N & dependent,
     )
@@ -233,8 +219,8 @@ class _Sample:
         return float(np.median(self.sizes[inside_N])), max(elsewhere, self.honest_size)
 
     def find_runs(self, moduli: tuple[int, ...]) -> list[Places]:
-        """Return the clearest run of every modulus, with p-values for all that were tried and for the parts."""
-        return [_among(len(moduli) + 1, self._find_run(modulus)) for modulus in moduli]
+        """Return the clearest run of every modulus, with p-values for all that were tried."""
+        return [_among(len(moduli), self._find_run(modulus)) for modulus in moduli]
 
     def _find_run(self, modulus: int) -> Places:
         """Return the clearest run of places of a modulus: any start (of 64 at most), any length up to half."""
@@ -254,83 +240,30 @@ class _Sample:
         places = frozenset((int(starts_S[column]) + step) % modulus for step in range(int(lengths_L[row])))
         return Places(modulus, places, log_p=float(log_p_LS[row, column]))
 
-    def find_part(self) -> Places:
-        """Return the clearest part of the run: neighbouring eighths of it, or the first nonces."""
-        end = int(self.positions.max()) + 1
-        edges = [end * eighth // _EIGHTHS for eighth in range(_EIGHTHS + 1)]
-        tried = [
-            Places(low=edges[first], high=edges[last])
-            for first in range(_EIGHTHS)
-            for last in range(first + _SHORTEST_PART, min(first + _EIGHTHS // 2, _EIGHTHS) + 1)
-        ]
-        tried += [Places(high=count) for count in _FIRST if count == 1 or 2 * count <= end]
-        held_PN = np.stack([part.contain(self.positions) for part in tried])
-        large_PN = np.stack([self.largest(int(held)) for held in held_PN.sum(axis=1)])
-        hits_P, held_P, large_P = (np.count_nonzero(some, axis=1) for some in (held_PN & large_PN, held_PN, large_PN))
-        logs = log_fisher(hits_P, held_P, large_P, self.sizes.size)
-        best = int(logs.argmin())
-        return _among(len(self.moduli) + 1, replace(tried[best], log_p=float(logs[best]) + math.log(len(tried))))
-
     def extend_run(self, run: Places) -> Places:
         """Return the run with further places at which the remaining residuals are large, up to half of all places.
 
         Two machines may each have a fault, so places are added of the same modulus, its divisors and its multiples.
         """
-        run = self._add_neighbours(run)
         for _ in range(_EXTENSIONS):
-            own = run.modulus or 1
+            own = run.modulus
             rest_N = ~run.contain(self.positions)
             related = tuple(modulus for modulus in self.moduli if modulus % own == 0 or own % modulus == 0)
             if not related or np.count_nonzero(rest_N) < 2:
                 break
             rest = replace(self, sizes=self.sizes[rest_N], positions=self.positions[rest_N])
             more = min(rest.find_runs(related), key=lambda tried: tried.log_p)
-            modulus = max(own, more.modulus or 1)
+            modulus = max(own, more.modulus)
             places = run.at_multiple(modulus) | more.at_multiple(modulus)
             if more.p_value > _EXTENSION_ALPHA or 2 * len(places) > modulus:
                 break
-            run = self._add_neighbours(Places(modulus, places))
+            run = Places(modulus, places)
         for modulus in self.moduli:  # ascending: the first modulus that names the same places is the smallest
-            if run.modulus and run.modulus % modulus == 0:
+            if run.modulus % modulus == 0:
                 shorter = Places(modulus, frozenset(place % modulus for place in run.places))
                 if shorter.at_multiple(run.modulus) == run.places:
                     return shorter
         return run
-
-    def _add_neighbours(self, run: Places) -> Places:
-        """Return the run with the places next to it that resemble it more than the others, up to half of all places.
-
-        A sparse sample has one or two residuals of a place: too few to show that it is bad, and enough to accuse.
-        """
-        inside, base = self.medians(run)
-        middle, modulus = math.sqrt(inside * base), run.modulus or 1
-        place_N = self.positions % modulus
-        typical = {place: float(np.median(self.sizes[place_N == place])) for place in set(place_N.tolist())}
-        places = set(run.places)
-        for last in run.places:
-            for step in (1, -1):
-                place, between = (last + step) % modulus, 1
-                while place not in places and 2 * (len(places) + between) <= modulus:
-                    if place in typical:  # places that were not checked are bad if those on both sides are
-                        if not middle <= typical[place] > base:
-                            break
-                        places |= {(place - step * back) % modulus for back in range(between)}
-                        between = 0
-                    place, between = (place + step) % modulus, between + 1
-        return Places(modulus, frozenset(places))
-
-    def extend_part(self, part: Places) -> Places:
-        """Return the part with its edges moved outwards while residuals there resemble it, up to half of the run."""
-        inside, base = self.medians(part)
-        order_N = np.argsort(self.positions, kind="stable")
-        ordered_N, sizes_N = self.positions[order_N], self.sizes[order_N]
-        alike_N = (sizes_N >= math.sqrt(inside * base)) & (sizes_N > base)
-        longest = (int(ordered_N[-1]) + 2) // 2
-        before_N, after_N = ordered_N < part.low, ordered_N >= part.high
-        later, sooner = _count_alike(alike_N[after_N]), _count_alike(alike_N[before_N][::-1])
-        high = min(int(ordered_N[after_N][later - 1]) + 1, part.low + longest) if later else part.high
-        low = max(int(ordered_N[before_N][-sooner]), high - longest) if sooner else part.low
-        return Places(low=low, high=high)
 
 
 def _among(tried: int, places: Places) -> Places:
@@ -362,13 +295,3 @@ def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> Float
     falling = ratio < 1
     bound = log_mass - np.log1p(-np.where(falling, ratio, 0.0))
     return np.where(falling, np.minimum(bound, 0.0), 0.0)
-
-
-def _count_alike(alike_N: BoolArray) -> int:
-    """Return how far alike residuals go on: over blocks of mostly such ones, and to the last one in the next block."""
-    block = max(1, alike_N.size // _BLOCKS)
-    for reached in range(0, alike_N.size, block):
-        next_N = alike_N[reached : reached + block]
-        if 2 * np.count_nonzero(next_N) < next_N.size:
-            return reached + int(np.max(np.flatnonzero(next_N) + 1, initial=0))
-    return alike_N.size

@@ -157,6 +157,7 @@ class SequentialTest:
         self.alpha, self.beta, self.effect = alpha, beta, effect
         junk = law.junk_multiple
         self._multiples_M = grid_of_multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
+        self._cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
         count = self._multiples_M.size
@@ -219,7 +220,7 @@ class SequentialTest:
                 # A sum is at most its largest term times their number, so most e-values need not be computed.
                 most_R = path[:, first:].max(axis=1) - path[:, :first].max(axis=1) + math.log(path.shape[1] - first)
                 near = np.flatnonzero(most_R > needed - _ROUNDING)
-                over = near[self._log_e(path[near]) >= needed]
+                over = near[self.log_e(path[near]) >= needed]
                 accused_RC[start + left_R[over], column:] = True
                 left_R, path = np.delete(left_R, over), np.delete(path, over, axis=0) if over.size else path
                 if not left_R.size:
@@ -247,29 +248,38 @@ class SequentialTest:
             cheats.append((own_N - base_N)[:, None] + whole_NPM.reshape(size_N.size, -1))
         return np.column_stack([*honest, *cheats])
 
-    def _log_e(self, path: FloatArray) -> FloatArray:
-        """Return the logarithm of the e-value of paths whose last axis is that of the state."""
+    def log_e(self, path: FloatArray) -> FloatArray:
+        """Return the logarithm of the e-value of paths [..., H + J·K]: `prior` plus the steps of some residuals."""
         return log_sum(path[..., self.honest_paths :]) - log_sum(path[..., : self.honest_paths])
 
     def _take(self, size_N: FloatArray) -> None:
         # Starting the sum from the state makes the result independent of how the values were split into updates.
         path = np.cumsum(np.vstack([self._log_path, self.steps(size_N)]), axis=0)[1:]
         self._log_path = path[-1]
-        self._log_e_max = max(self._log_e_max, float(self._log_e(path).max()))
+        self._log_e_max = max(self._log_e_max, float(self.log_e(path).max()))
         self._n += size_N.size
         self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
 
-    def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
-        """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
+    def honest_over(self, path: FloatArray | None = None) -> FloatArray:
+        """Return the logarithm of the likelihood ratio of honest noise to every share of `SHARES`, [P].
+
+        A share below one is at `CHEAP` times the noise, and all nonces are at ``effect`` times; of the residuals that
+        were seen when ``path`` is None.
+        """
+        path = self._log_path if path is None else path
         honest = float(log_sum(path[: self.honest_paths]))
         grid_JPM = path[self.honest_paths :].reshape(self._scales_J.size, len(SHARES), -1)
         cheat_PM = log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
-        found = {f"{self.effect:g} times the honest noise": honest - cheat_PM[-1, 0]}
+        return honest - np.append(cheat_PM[:-1, self._cheap], cheat_PM[-1, 0])
+
+    def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
+        """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
+        over_P = self.honest_over(path).tolist()
+        found = {f"{self.effect:g} times the honest noise": over_P[-1]}
         share = share_excluded(n, self.beta)
         if share is not None:
-            cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
-            name = f"{share:.0%} of the nonces at {self._multiples_M[cheap]:.3g} times the honest noise"
-            found[name] = honest - cheat_PM[SHARES.index(share), cheap]
+            multiple = self._multiples_M[self._cheap]
+            found[f"{share:.0%} of the nonces at {multiple:.3g} times the honest noise"] = over_P[SHARES.index(share)]
         return found
 
     @property
@@ -285,7 +295,7 @@ class SequentialTest:
         return SequentialResult(
             verdict=decide(self._log_e_max, evidence[weakest], alpha=self.alpha, beta=self.beta),
             n=self._n,
-            log_e_value=float(self._log_e(self._log_path)) if self._n else 0.0,
+            log_e_value=float(self.log_e(self._log_path)) if self._n else 0.0,
             log_e_max=self._log_e_max,
             log_evidence_honest=float(evidence[weakest]) if self._n else 0.0,
             weakest=weakest,

@@ -55,7 +55,7 @@ def test_a_reply_is_the_same_with_a_ledger(serving, path, tmp_path):
             replies.append(service.post("/validate", CLAIM | {"nonces": list(range(12)), "dist": wrong}))
             service.post("/validate", CLAIM | {"nonces": [], "dist": []})
     assert replies[0] == replies[1]
-    assert life(path, service).verdict == "fraud"
+    assert life(path, service).evidence.log_e_max > 10
 
 
 def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(serving, path, monkeypatch):

@@ -76,6 +76,10 @@ def body_of(proof: Proof, **changes: Any) -> dict[str, Any]:
     return body | changes
 
 
+BLOCKS = {BLOCK: HEIGHT, "block_beta": HEIGHT + 1}
+"""No block convicts alone, and fewer than 128 nonces may hide a fault of the place: liars lie in both of these."""
+
+
 class Running:
     """A validator with a client, which can be closed and started again on the same data."""
 
@@ -124,6 +128,12 @@ class Running:
         answer = self.client.post(f"{API}/{path}", content=text.encode(), headers=headers)
         assert answer.status_code == status, (answer.status_code, answer.text)
         return answer.json()
+
+    def send_lies(self, key: str, change: Callable[[dict], dict], places: range = range(130), **round: Any) -> None:
+        """Send the callbacks of proofs in two blocks, each after a change."""
+        for block, height in BLOCKS.items():
+            self.announce(block, height)
+            self.send(change(body_of(proof_of(self.model, key, places, block=block, block_height=height, **round))))
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         answer = self.client.get(API + path, params=query)

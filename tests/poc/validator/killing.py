@@ -16,7 +16,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.proof import is_valid
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict import Ledger
-from tests.poc.validator.conftest import BLOCK, HEIGHT, NODE_COUNT, R_TARGET, SEQ_LEN, secret_of
+from tests.poc.validator.conftest import BLOCKS, NODE_COUNT, R_TARGET, SEQ_LEN, secret_of
 from tests.poc.validator.senders import ValidatorServer, dumps, keys_of, write_network
 from tests.waiting import until
 
@@ -37,29 +37,26 @@ MUST_BE_ZERO = (
 def write_messages(directory: Path, model: Any, keys: Sequence[str], *, each: int, nonces: int, senders: int) -> int:
     """Write the messages of every sender: callbacks of honest nodes, and of some that lie; return how many."""
     deployment = Deployment.of(model, compiled=False)
-    shared = {"block_hash": BLOCK, "block_height": HEIGHT, "seq_len": SEQ_LEN, "r_target": R_TARGET}
-    rounds = [
-        Round(public_key=key, node_id=i % NODE_COUNT, node_count=NODE_COUNT, **shared) for i, key in enumerate(keys)
-    ]
-    wanted = [(round, list(round.nonces(0, each * nonces))) for round in rounds]
+    shared = {"node_count": NODE_COUNT, "seq_len": SEQ_LEN, "r_target": R_TARGET}
     files = [(directory / f"messages_{i}.jsonl").open("w") for i in range(senders)]
-    total = 0
-    for start in range(0, len(wanted), 100):
-        for round, records in zip(rounds[start:], recompute(deployment, 64, wanted[start : start + 100]), strict=False):
-            place, by_nonce = rounds.index(round), wanted[rounds.index(round)][1]
-            lie = 0.003 if place % LIARS == 0 else 0.0
-            for number in range(each):
-                part = range(number * nonces, (number + 1) * nonces)
-                found = [(by_nonce[i], records[i].distance) for i in part]
-                valid = [(nonce, d - lie) for nonce, d in found if is_valid(d, R_TARGET)]
-                if not valid:
-                    continue
-                body = {"public_key": round.public_key, "block_hash": BLOCK, "block_height": HEIGHT}
-                body |= {"node_id": round.node_id, "nonces": [n for n, _ in valid], "dist": [d for _, d in valid]}
-                message = {"id": f"msg_{place}_{number}", "secret": secret_of(round.public_key)}
-                message["body"] = dumps(body | {"r_target": R_TARGET})
-                files[place % senders].write(json.dumps(message) + "\n")
-                total += 1
+    total, blocks = 0, list(BLOCKS.items())
+    for place, key in enumerate(keys):
+        lie = 0.003 if place % LIARS == 0 else 0.0
+        own = {"public_key": key, "node_id": place % NODE_COUNT}
+        rounds = [Round(block_hash=block, block_height=height, **own, **shared) for block, height in blocks]
+        parts = [list(rounds[0].nonces(number * nonces, (number + 1) * nonces)) for number in range(each)]
+        wanted = [(rounds[number % len(rounds)], part) for number, part in enumerate(parts)]
+        for number, records in enumerate(recompute(deployment, 64, wanted)):
+            distances = [(nonce, r.distance) for nonce, r in zip(parts[number], records, strict=True)]
+            valid = [(nonce, d - lie) for nonce, d in distances if is_valid(d, R_TARGET)]
+            if not valid:
+                continue
+            block, height = blocks[number % len(blocks)]
+            body = own | {"block_hash": block, "block_height": height, "r_target": R_TARGET}
+            body |= {"nonces": [n for n, _ in valid], "dist": [d for _, d in valid]}
+            message = {"id": f"msg_{place}_{number}", "secret": secret_of(key), "body": dumps(body)}
+            files[place % senders].write(json.dumps(message) + "\n")
+            total += 1
     for file in files:
         file.close()
     return total
@@ -126,7 +123,8 @@ def kill_loop(
     try:
         server.start()
         server.wait_for("/health")
-        server.announce()
+        for block, height in BLOCKS.items():
+            server.announce(block, height)
         sending = Senders(directory, server.port, senders, pause)
         for _ in range(kills):
             time.sleep(rng.uniform(0.0, longest))

@@ -8,7 +8,6 @@ from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.worker import Recomputer, recompute
 from assay.poc.verdict import Ledger
-from tests.poc.service.conftest import failing
 from tests.poc.validator.conftest import KEYS, Running, body_of, proof_of
 from tests.waiting import until
 
@@ -84,23 +83,6 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, smal
     assert standing.evidence.n == len(body["nonces"])
     (change,) = [row for row in stopped.get("/verdicts")["verdicts"] if row["verdict"] == "honest"][:1]
     assert change["public_key"] == "node_A"
-
-
-def test_a_draw_that_was_extended_is_extended_after_a_restart(stopped, small_model, monkeypatch):
-    body = body_of(proof_of(small_model, "node_B", range(200)))
-    stopped.send(body | {"dist": [d - 0.004 for d in body["dist"]]}, id="lies")
-    armed = failing(monkeypatch, Ledger, "append", Killed())
-    stopped.controller.inbox.plan(["node_B"], 16)
-    with pytest.raises(Killed):
-        stopped.controller.worker.step(stopped.controller.loaded.result())
-    drawn = {draw.id: draw.planned - draw.drawn for draw in stopped.controller.inbox.unfinished(10)}
-    assert drawn["lies"] == 64
-    armed.clear()
-    stopped.restart()
-    until(lambda: stopped.controller.deployment)
-    _steps(stopped)
-    standing = stopped.controller.worker.standings["node_B"]
-    assert (str(standing.verdict), standing.audits, standing.evidence.n) == ("fraud", 1, 64)
 
 
 def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ever(stopped, small_model, tmp_path):

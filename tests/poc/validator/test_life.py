@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from assay.models import load_model
+from assay.poc import calibrate_model
 from assay.poc.protocol.proof import encode_vector
-from tests.poc.validator.conftest import BLOCK, KEYS, body_of, proof_of
+from tests.poc.validator.conftest import BLOCK, KEYS, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -15,9 +17,9 @@ def _shifted(body: dict, by: float = 0.004) -> dict:
 
 def test_honest_nodes_are_called_honest_and_liars_are_not(validating, small_model):
     with validating() as running:
-        for key in KEYS:
-            body = body_of(proof_of(small_model, key, range(60)))
-            running.send(_shifted(body) if key == "node_C" else body)
+        for key in KEYS[:2]:
+            running.send(body_of(proof_of(small_model, key, range(60))))
+        running.send_lies("node_C", _shifted)
         until(lambda: [running.verdict(key) for key in KEYS] == ["honest", "honest", "fraud"])
         first = running.get("/nodes")["nodes"][0]
         assert (first["public_key"], first["verdict"]) == ("node_C", "fraud")
@@ -31,14 +33,34 @@ def test_honest_nodes_are_called_honest_and_liars_are_not(validating, small_mode
 def test_vectors(validating, small_model, preset):
     with validating(preset=preset) as running:
         strength = {"strength": 256} if preset == "hardened" else {}
-        bodies = {key: body_of(proof_of(small_model, key, range(40), preset=preset, **strength)) for key in KEYS[:2]}
         rng = np.random.default_rng(3)
-        for artifact in bodies["node_B"]["artifacts"]:
-            vector = rng.normal(size=12)
-            artifact["vector_b64"] = encode_vector(vector / np.linalg.norm(vector))
-        for body in bodies.values():
-            running.send(body)
+
+        def invented(body: dict) -> dict:
+            for artifact in body["artifacts"]:
+                vector = rng.normal(size=12)
+                artifact["vector_b64"] = encode_vector(vector / np.linalg.norm(vector))
+            return body
+
+        running.send(body_of(proof_of(small_model, "node_A", range(40), preset=preset, **strength)))
+        running.send_lies("node_B", invented, range(70), preset=preset, **strength)
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
+
+
+def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, small_checkpoint, tmp_path):
+    shape = {"seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
+    calibrate_model(str(small_checkpoint), **shape, device="cpu").save(tmp_path / "law.json")
+    narrow = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
+    pins = pins_text(small_model).replace('"float32"', '"bfloat16"')
+    with validating(pins=pins, service={"calibration": tmp_path / "law.json"}) as running:
+        for height in range(5):
+            block = f"block {height}"
+            running.announce(block, height)
+            running.send(body_of(proof_of(narrow, "node_A", range(20), block=block, block_height=height)))
+        until(lambda: not running.controller.inbox.waiting())
+        (account,) = running.controller.ledger.accounts()
+        entries = list(running.controller.ledger.entries(account))
+    assert len({entry.law for entry in entries}) == 5
+    assert entries[-1].outcome.tests == 1
 
 
 def test_whole_proofs_are_taken(validating, small_model, tmp_path):
@@ -75,6 +97,7 @@ def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_eviden
         until(lambda: running.controller.inbox.prune(-1))
         later = body_of(proof_of(small_model, "node_A", range(60, 160)))
         assert running.send(_shifted(later), id="m1")["new"] is True
+        running.send_lies("node_A", _shifted, range(160, 260))
         until(lambda: running.verdict("node_A") == "fraud")
 
 

@@ -44,7 +44,7 @@ def test_a_service_and_a_validator_agree(tmp_path, small_model, small_checkpoint
 def test_kills_of_validator_and_senders_lose_and_repeat_nothing(tmp_path, small_model, small_checkpoint):
     """`research/benchmarks/soak.py` does this 200 times with a thousand nodes."""
     outcome = kill_loop(
-        tmp_path, small_model, small_checkpoint, nodes=40, kills=4, each=3, senders=2, nonces_per_hour=20_000_000
+        tmp_path, small_model, small_checkpoint, nodes=24, kills=4, each=14, senders=2, nonces_per_hour=20_000_000
     )
     assert {name: outcome[name] for name in MUST_BE_ZERO} == dict.fromkeys(MUST_BE_ZERO, 0), outcome
     assert outcome["acknowledged"] == outcome["messages"] > 100

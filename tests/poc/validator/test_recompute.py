@@ -16,7 +16,7 @@ from assay.poc.service import Settings
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict.judge import residuals
 from tests.poc.service.conftest import Rig, Service
-from tests.poc.validator.conftest import BATCH, BLOCK, HEIGHT, KEYS, NODE_COUNT, SEQ_LEN, body_of, pins_text, proof_of
+from tests.poc.validator.conftest import BATCH, BLOCKS, HEIGHT, KEYS, NODE_COUNT, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -79,15 +79,17 @@ def test_rows_of_many_nodes_are_replayed_together(small_model):
 def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
     with validating(preset=PRESET) as running:
         honest = proof_of(small_model, "node_A", range(40), preset=PRESET)
-        theirs = proof_of(small_model, "node_B", range(40), preset=PRESET)
-        rolled = [replace(record, tokens=np.roll(record.tokens, 1)) for record in theirs.records]
-        guessed = Proof.build(theirs.header, rolled, 1.0)
         running.send(body_of(honest))
-        running.send(body_of(guessed))
-        broken = body_of(proof_of(small_model, "node_C", range(40), preset=PRESET))
-        for artifact in broken["artifacts"]:
-            artifact["vector_b64"] = "/" * len(artifact["vector_b64"])  # NaN in every place
-        running.send(broken)
+        for block, height in BLOCKS.items():
+            running.announce(block, height)
+            about = {"preset": PRESET, "block": block, "block_height": height}
+            theirs = proof_of(small_model, "node_B", range(70), **about)
+            rolled = [replace(record, tokens=np.roll(record.tokens, 1)) for record in theirs.records]
+            running.send(body_of(Proof.build(theirs.header, rolled, 1.0)))
+            broken = body_of(proof_of(small_model, "node_C", range(70), **about))
+            for artifact in broken["artifacts"]:
+                artifact["vector_b64"] = "/" * len(artifact["vector_b64"])  # NaN in every place
+            running.send(broken)
         until(lambda: [running.verdict(key) for key in KEYS] == ["honest", "fraud", "fraud"])
         wrong = body_of(honest)
         wrong["encoding"]["tokens"] = 64
@@ -119,12 +121,14 @@ def test_files_of_a_frame_lead_from_a_service_to_a_verdict(validating, small_che
         running.close()
         running.load = lambda: RunSettings(model=str(small_checkpoint), device="cpu", dtype="float32").deploy(pins)
         running.start()
+        running.announce("block_beta", HEIGHT + 1)
         for key, ran in (("node_A", model), ("node_B", cheats.rounded(model, 4))):
-            running.send(artifacts_of(ran, key, pins, tmp_path / key))
+            for block, height in BLOCKS.items():
+                running.send(artifacts_of(ran, key, pins, tmp_path / f"{key} {block}", block, height))
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
 
 
-def artifacts_of(model, key, pins, folder):
+def artifacts_of(model, key, pins, folder, block, height):
     """Return what a service of a node answers to a job of the network's round, as the callback that it sends."""
     node = Rig()
     node.deployment = lambda: Deployment.of(model, compiled=False)
@@ -132,7 +136,7 @@ def artifacts_of(model, key, pins, folder):
     try:
         service.wait_ready()
         params = {"model": model.reference, "seq_len": SEQ_LEN, "k_dim": 32, "preset": "tokens-1"}
-        body = {"block_hash": BLOCK, "block_height": HEIGHT, "public_key": key, "node_id": KEYS.index(key)}
+        body = {"block_hash": block, "block_height": height, "public_key": key, "node_id": KEYS.index(key)}
         nonces = list(range(KEYS.index(key), 64 * NODE_COUNT, NODE_COUNT))
         job = {"node_count": NODE_COUNT, "batch_size": BATCH, "params": params, "nonces": nonces, "wait": True}
         answer = service.post("/generate", body | job)

@@ -48,7 +48,7 @@ def filled(path: Path, count: int = 9) -> Path:
     with Ledger(path) as ledger:
         for number in range(count):
             noise = OTHER if number % 4 == 3 else NOISE
-            residuals = [1.0] * 8 if number % 3 == 2 else None
+            residuals = [1.0] * 64 if number % 3 == 2 else None
             given = update(number, key=f"node_{number % 3}", noise=noise, residuals=residuals, name=f"audit {number}")
             ledger.append([given])
     return path

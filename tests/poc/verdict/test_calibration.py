@@ -99,7 +99,7 @@ def test_the_laws_of_known_cheats_in_older_files_are_ignored(proof: Proof, tmp_p
     measured.save(path)
     path.write_text(path.read_text().replace('"named":{}', '"named":{"int4":{"kind":"scale","sigma":0.001}}'))
     assert Calibration.load(path) == measured
-    noise = measured.builds[0].between(None, None)
+    noise = measured.builds[0].between("", None)
     law = {"kind": "scale", "sigma": 0.001}
     assert Noise.from_dict(noise.as_dict() | {"named": {"int4": law}}) == noise, "in a ledger"
     with pytest.raises(CalibrationError, match="version 1 of the residual test"):

@@ -40,7 +40,7 @@ def test_an_honest_past_does_not_protect_a_cheat():
     assert life.evidence.verdict == "honest"
     for seed in range(100, 108):
         values = [1.4 * x for x in honest(64, seed)]
-        life.update(NOISE, values)
+        life.update(NOISE, values, block=str(seed))
         first.update(values)
     assert life.evidence.verdict == "fraud"
     assert life.evidence.log_e_value > math.log(1e3)
@@ -69,28 +69,47 @@ def test_a_law_that_comes_back_continues_its_test():
 
 
 def test_a_missing_value_counts_as_the_worst_one():
-    life = Life(alpha=1e-3, beta=1e-2).update(NOISE, [math.nan] * 12)
+    life = Life(alpha=1e-3, beta=1e-2)
+    for block in ("one", "two"):
+        life.update(NOISE, [math.nan] * 64, block=block)
     assert life.evidence.verdict == "fraud"
 
 
+@pytest.mark.parametrize("every", [2, 8])
+def test_cheating_in_some_blocks_alone_is_fraud(every):
+    """Also where all blocks of the node's choice lie far apart, and longer ago than a pool."""
+    life = Life(alpha=1e-3, beta=1e-2)
+    for number in range(2 * every):
+        factor = 8 if number % every == every - 1 else 1
+        values = [factor * x for x in honest(64, number)]
+        places = np.random.default_rng(number).permutation(1000)[:64]
+        before = life.evidence.verdict
+        life.update(NOISE, values, block=str(number), positions=places)
+    assert before != "fraud"
+    assert life.evidence.verdict == "fraud"
+
+
+def test_the_share_that_is_not_excluded_only_falls():
+    """Also where the node gets worse, or another law is taken: what was excluded once stays so."""
+    life, shares = Life(alpha=1e-3, beta=1e-2), []
+    for seed in range(60):
+        noise = OTHER if seed % 3 == 2 else NOISE
+        values = honest(16, seed, noise)
+        life.update(noise, [3 * x for x in values] if 30 < seed < 33 else values, block=str(seed))
+        shares.append(life.evidence.share)
+    assert shares == sorted(shares, reverse=True)
+    assert (shares[0], shares[-1]) == (0.2, 0.01)
+
+
 def test_doubted_residuals_do_not_accuse_and_are_not_forgotten():
-    """Half of the nonces invented at places that are only suspected: no fraud, and not honest by the other half."""
-    life, other = Life(alpha=1e-3, beta=1e-2), Life(alpha=1e-3, beta=1e-2)
+    """The rule of earlier releases: half of the nonces invented at places that are only suspected."""
+    life, other = (Life(alpha=1e-3, beta=1e-2, former=True) for _ in range(2))
     for seed in range(40):
         life.update(NOISE, honest(8, seed), doubted=[1.2] * 8)
         other.update(NOISE, honest(8, seed))
     assert (life.evidence.verdict, other.evidence.verdict) == ("undecided", "honest")
     assert (life.evidence.log_e_max, life.evidence.n) == (other.evidence.log_e_max, other.evidence.n)
     assert life.evidence.log_evidence_honest < -100
-
-
-def test_doubted_residuals_that_are_honest_cost_nothing():
-    """A sound machine is suspected now and then."""
-    life = Life(alpha=1e-3, beta=1e-2)
-    for seed in range(16):
-        values = honest(16, seed)
-        life.update(NOISE, values[:8] if seed % 4 == 0 else values, doubted=values[8:] if seed % 4 == 0 else ())
-    assert life.evidence.verdict == "honest"
 
 
 def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

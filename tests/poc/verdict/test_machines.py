@@ -1,6 +1,7 @@
 """Laws of machines: fitted to pairs, predicted for a machine left out, and never an accusation of an honest one."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from assay import stats
 from assay.models import load_model
-from assay.poc import Calibration, Noise, calibrate, prove
-from assay.poc.verdict import fit_machines
+from assay.poc import Build, Calibration, Noise, calibrate, prove
+from assay.poc.verdict import fit_machines, noise_for
 from assay.poc.verdict.calibration import PRIOR, LeftOut, Sizes, leave_out
 from assay.poc.verdict.noise import sequential_test
 from assay.stats import LogNoise
@@ -129,3 +130,23 @@ def test_three_engines_judge_a_fourth(small_checkpoint: Path, round_, tmp_path: 
     measured.find_build(fourth.header)
     measured.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == measured
+
+
+def test_the_kind_of_a_machine_is_that_of_its_pins_and_never_of_its_header(proof):
+    """Cards of one kind are three times as noisy, and any prover may say that it has one."""
+    rng, made = np.random.default_rng(0), []
+    for device, size in (("card A", 1e-5), ("card B", 1e-5), ("card C", 1e-5), ("card D", 9e-5)):
+        engine = replace(proof.header.fingerprint, device=device, batch_size=8 + len(made))
+        moved = [
+            replace(one, distance=one.distance + x)
+            for one, x in zip(proof.records, rng.normal(size=len(proof.records)) * size, strict=True)
+        ]
+        made.append(replace(proof, header=replace(proof.header, fingerprint=engine), records=tuple(moved)))
+    known, validator = calibrate(*made), made[0].header.fingerprint
+    quiet, loud = made[1].header, made[3].header
+    alone = {noise_for(header, validator, known).size for header in (quiet, loud)}
+    assert len(alone) == 1
+    pinned = Build.of(loud.fingerprint), Build.of(quiet.fingerprint)
+    wide, narrow = (noise_for(loud, validator, known, builds=[one]).size for one in pinned)
+    assert wide > 1.5 * narrow
+    assert noise_for(loud, validator, known, builds=pinned).size in alone

@@ -7,7 +7,7 @@ Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_bytes
@@ -266,17 +266,6 @@ class Inbox:
                     most -= row[1]
             marks = ",".join(map(str, chosen))
             return self._draws(connection, f"seq IN ({marks}) ORDER BY inbox.seq", len(chosen)) if chosen else []
-
-    def extend(self, messages: Collection[int], most: int) -> int:
-        """Draw up to ``most`` nonces from messages that are being drawn from; return how many more they are."""
-        further = 0
-        with self.database.write() as connection:
-            for seq in messages:
-                about = "SELECT planned, min(drawn + ?, nonces) FROM inbox WHERE seq = ?"
-                planned, end = connection.exec_driver_sql(about, (most, seq)).one()
-                connection.exec_driver_sql("UPDATE inbox SET planned = ? WHERE seq = ?", (end, seq))
-                further += end - planned
-        return further
 
     def _draws(self, connection: sa.Connection, where: str, limit: int) -> list[Draw]:
         columns = "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body, inbox.nonces, claim, pins"

@@ -25,7 +25,6 @@ import numpy.typing as npt
 import structlog
 from typing_extensions import override
 
-from assay import stats
 from assay.errors import AssayError, StorageError, reason_of
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
@@ -41,7 +40,7 @@ from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.life import Account, Standing, Update, name_reasons, round_identity
+from assay.poc.verdict.life import Account, Standing, Update, round_identity
 from assay.poc.verdict.noise import Noise
 
 EXPECTED = 32.0
@@ -127,10 +126,6 @@ log = structlog.get_logger("assay.validator.worker")
 BATCHES = 4  # of one pass
 IDLE = 0.5  # seconds between two looks where no node has anything to draw from
 FAILURE_PAUSE = 5.0
-ODD = 4.0
-"""Multiple of a typical honest residual beyond which the place in the batch is looked at."""
-AUDIT = 64
-"""Nonces of a message that are drawn where a residual is that large: fewer cannot show a pattern of places."""
 
 
 @dataclass(frozen=True)
@@ -144,24 +139,9 @@ class Checked:
     noise: Noise  # honest noise that they are judged under
     build: Build  # build of the node
 
-    @property
-    def is_odd(self) -> bool:
-        """Whether a residual is large enough that the place in the batch has to be looked at."""
-        return not bool((np.abs(self.errors) <= ODD * self.noise.size).all())
-
-    @property
-    def is_short(self) -> bool:
-        """Whether more nonces of the message are needed to tell a fault of the place from another computation."""
-        return self.is_odd and len(self.nonces) < min(AUDIT, self.source.nonces - self.source.drawn)
-
     def update(self, account: Account) -> Update:
-        """Return the evidence. What stands at faulty places of the batch is recorded and does not count."""
-        round, places = self.round, None
-        if self.is_odd:  # large residuals may depend on the place in the batch
-            positions = [(nonce - round.node_id) // round.node_count for nonce in self.nonces]
-            sizes = self.build.batch_size
-            size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None  # None where several are allowed
-            places = stats.place_test(self.errors, positions, batch_size=size, honest_size=self.noise.size)
+        """Return the evidence."""
+        round, sizes = self.round, self.build.batch_size
         return Update(
             account=account,
             round=round_identity(round),
@@ -171,8 +151,8 @@ class Checked:
             residuals=[float(value) for value in self.errors],
             proof=self.source.digest.hex(),
             sample_seed=self.source.seed,
-            excluded=name_reasons(self.nonces, places) if places is not None else {},
-            fault=places.pattern if places is not None and places.faulty else None,
+            positions=[(nonce - round.node_id) // round.node_count for nonce in self.nonces],
+            batch_size=sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None,  # None where several may be
             name=self.source.name,
         )
 
@@ -283,19 +263,15 @@ class Recomputer(EngineThread):
             errors, noise = residuals(claimed, records), self._noise(build, round)
             assert noise is not None  # a round scales it
             checked.append(Checked(source, round, nonces, errors, noise, build))
-        short = {found.source.seq for found in checked if found.is_short}
-        if short:
-            self._budget.spend(self._inbox.extend(short, AUDIT))
         with self._recording:
-            enough = [found for found in checked if not found.is_short]
-            accounts = [account_of(found.round.public_key, registry) for found in enough]
-            standings = self._ledger.append(map(Checked.update, enough, accounts))
+            accounts = [account_of(found.round.public_key, registry) for found in checked]
+            standings = self._ledger.append(map(Checked.update, checked, accounts))
             now = {standing.account.public_key: standing for standing in standings}
             self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
-        self._inbox.finish([source for source in draws if source.seq not in short], changes)
+        self._inbox.finish(draws, changes)
         self._last |= {change["account"]: change["verdict"] for change in changes}
-        self._metrics.nonces.inc(sum(len(found.nonces) for found in enough))
+        self._metrics.nonces.inc(sum(len(found.nonces) for found in checked))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
             log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})

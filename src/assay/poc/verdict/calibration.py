@@ -62,11 +62,7 @@ MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
 ENOUGH = 1024
-"""Nonces from which the data choose the tail of a law, unless the model is a mixture of experts.
-
-Fewer do not show a rare nonce far out, and a block may have no nonce of 256 that asks other experts of a mixture. Their
-laws have a tail at least as heavy as :data:`assay.poc.verdict.noise.WIDE_DOF` and ``WIDE_TAIL`` say.
-"""
+"""Nonces from which the data choose the tail of a law of distances, unless the model is a mixture of experts."""
 
 LAWS: dict[str, type[Law]] = {
     **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
@@ -320,17 +316,24 @@ class BuildNoise:
         nearest = min(differing, key=len)
         _refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
 
-    def between(
-        self, prover: Fingerprint | None, validator: Fingerprint | None, *, round: Round | None = None
-    ) -> Noise:
-        """Return the noise between a prover's machine and a validator's, each any machine of the build when None.
+    def kind_of(self, builds: Sequence[Build] | None, dtype: str) -> str:
+        """Return the kind of a prover's machine: the only measured one that its pinned builds allow, else none.
+
+        A header is the prover's word, and a prover that may name its kind chooses how wide the law is.
+        """
+        allowed = [one for one in self.engines if one.dtype == dtype]
+        fitting = {_kind(one) for one in allowed for build in builds or () if build.allows("device", one.device)}
+        return fitting.pop() if len(fitting) == 1 else ""
+
+    def between(self, kind: str, validator: Fingerprint | None, *, round: Round | None = None) -> Noise:
+        """Return the noise between a prover's machine of a kind and a validator's, any machine of the build when None.
 
         The block of ``round`` scales a law that is relative to it.
         """
-        row, mine = self._row(validator), self._row(prover)
-        law = self.noise.predict_law(_kind(prover) if prover is not None else "", row)
-        measured = row is not None and mine is not None and len(self.machines) < FEWEST_MACHINES
-        noise = Noise(law, self.source, self.known if measured else self.spread, self.effect)
+        row = self._row(validator)
+        measured = row is not None and len(self.machines) < FEWEST_MACHINES
+        spread = self.known if measured else self.spread
+        noise = Noise(self.noise.predict_law(kind, row), self.source, spread, self.effect)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise
@@ -474,10 +477,17 @@ def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...
     return tuple(Machine(name=one.id, kind=_kind(one), fingerprint=one) for one in fingerprints)
 
 
-def noise_for(header: Header, validator: Fingerprint, calibration: Calibration | None) -> Noise | None:
+def noise_for(
+    header: Header,
+    validator: Fingerprint,
+    calibration: Calibration | None,
+    *,
+    builds: Sequence[Build] | None = None,
+) -> Noise | None:
     """Return the honest noise between the engine of a proof and that of its validator.
 
-    Without a calibration it is that of a bundled model, and None for any other.
+    Without a calibration it is that of a bundled model, and None for any other. The kind of the prover's machine is
+    that of the pinned ``builds``, whatever the header says.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build, or was not measured between these number
@@ -499,7 +509,7 @@ def noise_for(header: Header, validator: Fingerprint, calibration: Calibration |
     judges = build.judges(header.fingerprint)
     if len(judges) == 1:  # the other one of a pair
         _refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
-    return build.between(header.fingerprint, validator, round=header.round)
+    return build.between(build.kind_of(builds, header.fingerprint.dtype), validator, round=header.round)
 
 
 def find_build_noise(
@@ -522,7 +532,8 @@ def find_build_noise(
         if (measured.digest, measured.preset) == (digest, preset) and fits:
             allowed = [known for known in measured.engines if build is None or not build.differing(known)]
             if allowed or not measured.engines:
-                return measured.between(allowed[0] if len(allowed) == 1 else None, None, round=round)
+                kind = measured.kind_of(None if build is None else [build], formats[0])
+                return measured.between(kind, None, round=round)
     return None
 
 

@@ -144,9 +144,6 @@ def judge(
     header = proof.header
     errors = residuals(received, recomputed)
     nonces = tuple(record.nonce for record in received)
-    # The index of every nonce in the sequence that the prover computed.
-    places = {nonce: index for index, nonce in enumerate(header.all_nonces())} if len(header.nonces) > 1 else None
-    first, _, step = header.nonces[0]
     outcome: Outcome = "undecided"
     reason, result, found = missing_law(header.round.model, header.digest, header.round), None, None
     if noise is not None:
@@ -154,7 +151,7 @@ def judge(
             errors,
             noise,
             test=test or sequential_test(noise),
-            positions=[places[nonce] if places else (nonce - first) // step for nonce in nonces],
+            positions=places_of(header, nonces),
             batch_size=header.fingerprint.batch_size,
         )
         reason = _reason(outcome, result, found)
@@ -182,6 +179,15 @@ def judge(
         header=header,
         pins=pins or Pins(),
     )
+
+
+def places_of(header: Header, nonces: Sequence[int]) -> list[int]:
+    """Return the index of each nonce in the sequence that the prover computed."""
+    if len(header.nonces) > 1:
+        places = {nonce: index for index, nonce in enumerate(header.all_nonces())}
+        return [places[nonce] for nonce in nonces]
+    first, _, step = header.nonces[0]
+    return [(nonce - first) // step for nonce in nonces]
 
 
 def _residual(a: Record, b: Record) -> float:

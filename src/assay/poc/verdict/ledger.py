@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -35,33 +35,28 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.database import Database, damaged, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
-from assay.poc.verdict.judge import Verdict
+from assay.poc.verdict.judge import Verdict, places_of
 from assay.poc.verdict.life import (
     REPEATED,
     Account,
     Entry,
     EntryOutcome,
-    Evidence,
     Genesis,
     Life,
     Standing,
     Update,
     make_entry,
-    name_reasons,
     round_identity,
     sha256,
+    verdict_on_life,
 )
 from assay.poc.verdict.noise import AnyNoise, noise_from_dict
-from assay.stats.sequential import decide
-
-REMEMBERED = 16
-"""Last audits of an account in which a fault of the place is looked for."""
 
 AT_ONCE = 256  # rows that are read at a time
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
 
-_NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest")
-_COUNTS = ("audits", "recorded", "n", "tests")
+_NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
+_EXACT = ("audits", "recorded", "n", "tests", "share")
 
 
 def _never(table: str, what: str) -> str:
@@ -263,6 +258,8 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
         try:
             outcome = state.take(entry, read_noise(connection, entry.law))
             reason = _find_difference(entry, outcome, seen[entry.round], chain.genesis)
+            if reason is None and not entry.former and entry.fault != state.fault:
+                reason = f"fault {entry.fault!r:.80}, where the evidence gives {state.fault!r:.80}"
         except AssayError as error:  # not a law, or one of which no test can be made
             reason = error.seen
         seen[entry.round].update(entry.nonces)
@@ -273,16 +270,17 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
 
 def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Genesis) -> str | None:
     """Return how an entry differs from what follows from its evidence."""
-    repeated = [place for place, _ in find_excluded(entry.nonces, seen, {})]
+    repeated = [place for place, _ in find_repeated(entry.nonces, seen)]
     if repeated != [place for place, reason in entry.excluded if reason == REPEATED]:
         return "the nonces that do not count are not those that were there before"
     stated = entry.outcome
-    for name in (*_COUNTS, *_NUMBERS):
+    for name in (*_EXACT, *_NUMBERS):
         one, other = getattr(stated, name), getattr(outcome, name)
-        if not math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE if name in _NUMBERS else 0.0):
+        both = name in _NUMBERS and None not in (one, other)
+        if not (math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE) if both else one == other):
             return f"{name} {one!r}, where the evidence gives {other!r}"
     # Of the numbers as stated: on the threshold, two machines may differ.
-    follows = decide(stated.log_e_max, stated.log_evidence_honest, alpha=genesis.alpha, beta=genesis.beta)
+    follows = verdict_on_life(stated, alpha=genesis.alpha, beta=genesis.beta)
     return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
 
 
@@ -334,26 +332,53 @@ def text_of(value: object) -> str:
 
 
 ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
-LIVES = 4096  # accounts kept in memory; others are rebuilt from their entries when they are needed
+LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
 MAGIC = b"SQLite format 3\0"
 
-NOTHING = EntryOutcome(audits=0, recorded=0, **asdict(Evidence()))
+NOTHING = EntryOutcome(
+    audits=0,
+    recorded=0,
+    verdict="undecided",
+    n=0,
+    tests=0,
+    log_e_value=0.0,
+    log_e_max=0.0,
+    log_evidence_honest=0.0,
+    log_e_held=0.0,
+    share=1.0,
+)
 
 
 class AccountState:
     """The life of one account of a ledger, which takes its entries one after the other."""
 
     def __init__(self, genesis: Genesis) -> None:
-        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
+        self._genesis, self.life = genesis, Life(alpha=genesis.alpha, beta=genesis.beta)
+        self._before: Life | None = None
         self.audits = self.recorded = self.last = 0
+        self.fault: str | None = None
 
     def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
-        """Take the residuals of an entry that count, and return the outcome."""
-        self.life.update(noise, entry.counted, doubted=entry.doubted)
+        """Take the residuals of an entry that count, and return the outcome by the rule of its release.
+
+        Raises:
+            DataError: The entry has the rule of earlier releases, after one that has not.
+        """
+        evidence = entry.give(self.life, noise).evidence
+        if entry.former:
+            if self.audits and self._before is None:
+                raise DataError("an outcome by the rule of earlier releases", wanted="later ones", do="restore it")
+            alpha, beta = self._genesis.alpha, self._genesis.beta
+            self._before = entry.give_as_before(self._before or Life(alpha=alpha, beta=beta, former=True), noise)
+            evidence = self._before.evidence
+        else:
+            self._before = None
         self.audits += 1
         self.recorded += len(entry.nonces)
         self.last = entry.seq
-        return EntryOutcome(audits=self.audits, recorded=self.recorded, **asdict(self.life.evidence))
+        self.fault, values = evidence.faulty_places, asdict(evidence)
+        del values["faulty_places"]
+        return EntryOutcome(audits=self.audits, recorded=self.recorded, **values)
 
 
 class Ledger:
@@ -442,9 +467,6 @@ class Ledger:
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
         """Add the evidence of a verdict, and return what the whole life of the node says now.
 
-        Nonces at faulty places of the batch are recorded and do not count. Those at suspected places do not accuse, but
-        count against honesty.
-
         Args:
             verdict: Verdict on a sample of a proof.
             proof: SHA-256 of the proof: that of its footer.
@@ -455,8 +477,8 @@ class Ledger:
         Raises:
             AssayError: As of :meth:`append`.
         """
-        header, places, noise = verdict.header, verdict.places, verdict.noise
-        if noise is None or places is None:
+        header, noise = verdict.header, verdict.noise
+        if noise is None:
             raise UsageError(
                 f"a verdict without a law: {verdict.reason}",
                 wanted="a verdict by a measured law, without which an audit says nothing of a life",
@@ -475,10 +497,10 @@ class Ledger:
             noise=noise,
             nonces=verdict.nonces,
             residuals=verdict.residuals,
+            positions=places_of(header, verdict.nonces),
+            batch_size=header.fingerprint.batch_size,
             proof=proof,
             sample_seed=verdict.sample_seed,
-            excluded=name_reasons(verdict.nonces, places),
-            fault=places.pattern if places.faulty else None,
         )
         return self.append([update])[0]
 
@@ -512,11 +534,12 @@ class Ledger:
         state = self._state(connection, account)
         count, previous = self._head(connection)
         law = _insert_law(connection, dumps(update.noise.as_dict()))
-        excluded = find_excluded(update.nonces, _nonces(connection, account, update.round), update.excluded)
+        excluded = find_repeated(update.nonces, _nonces(connection, account, update.round))
         place = {"seq": count + 1, "previous": previous, "time": time.time()}
-        entry = make_entry(update, law=law, excluded=excluded, outcome=NOTHING, **place)
+        entry = make_entry(update, law=law, excluded=excluded, fault=None, outcome=NOTHING, **place)
         # The noise is read back from the law, as an audit reads it.
-        entry = entry.model_copy(update={"outcome": state.take(entry, read_noise(connection, law))})
+        outcome = state.take(entry, read_noise(connection, law))
+        entry = entry.model_copy(update={"outcome": outcome, "fault": state.fault})
         hash = _insert_entry(connection, entry.seq, account, entry, entry.line)
         connection.execute(LEDGER.update().values(count=entry.seq, hash=hash))
         return self._standing(connection, account)
@@ -574,8 +597,8 @@ class Ledger:
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
         own = UPDATES.c.account == account
         first = sa.select(sa.func.min(UPDATES.c.seq)).where(own).scalar_subquery()
-        last = sa.select(UPDATES.c.seq).where(own).order_by(UPDATES.c.seq.desc()).limit(REMEMBERED)
-        entries = list(self._entries(connection, (UPDATES.c.seq == first) | UPDATES.c.seq.in_(last)))
+        last = sa.select(sa.func.max(UPDATES.c.seq)).where(own).scalar_subquery()
+        entries = list(self._entries(connection, UPDATES.c.seq.in_([first, last])))
         begun, now = entries[0], entries[-1]
         return Standing(
             account=now.account,
@@ -584,7 +607,7 @@ class Ledger:
             recorded=now.outcome.recorded,
             begun=begun.time,
             last=now.time,
-            fault=find_lasting_fault(entries[-REMEMBERED:]),
+            fault=now.fault,
         )
 
     def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
@@ -653,28 +676,13 @@ def _nonces(connection: sa.Connection, account: int, round: str) -> set[int]:
     return set(connection.execute(query).scalars())
 
 
-def find_excluded(nonces: Sequence[int], seen: Collection[int], given: Mapping[int, str]) -> list[tuple[int, str]]:
-    """Return the places and reasons of nonces that do not count: seen in the round before, or given by nonce."""
+def find_repeated(nonces: Sequence[int], seen: Collection[int]) -> list[tuple[int, str]]:
+    """Return the places of nonces that do not count, because they were seen in the round before, with the reason."""
     before, found = set(seen), []
     for place, nonce in enumerate(nonces):
-        reason = REPEATED if nonce in before else given.get(nonce)
-        if reason is not None:
-            found.append((place, reason))
+        found += [(place, REPEATED)] if nonce in before else []
         before.add(nonce)
     return found
-
-
-def find_lasting_fault(entries: Sequence[Entry]) -> str | None:
-    """Return the last fault that no later audit of as many nonces refutes; entries stand oldest first.
-
-    An audit of fewer nonces may have missed the bad places.
-    """
-    most = 0
-    for entry in reversed(entries):
-        if entry.fault is not None and len(entry.nonces) > most:
-            return entry.fault
-        most = max(most, len(entry.nonces))
-    return None
 
 
 def _flag(*, read_only: bool) -> str:

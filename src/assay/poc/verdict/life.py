@@ -1,45 +1,75 @@
 """The evidence of a node's whole life, under however many laws its residuals were judged.
 
-A life is a sequence of tests k = 1, 2, … with e-values E_k and weights w_k, Σ w_k = 1. Test k convicts when
-E_k ≥ 1/(alpha · w_k), which happens to an honest node with chance alpha · w_k at most (Ville 1939). So the whole life
-convicts with chance alpha at most, however its tests depend on each other. Evidence for honesty is bounded by beta in
-the same way. It is that of the last two tests, because what a node did long ago does not show that it is honest now.
+A life is a sequence of tests k = 1, 2, … with e-values E_k and weights w_k, Σ w_k = 1. An honest node ever has
+E_k ≥ 1/(alpha · w_k) with chance alpha · w_k at most (Ville 1939), so in its whole life with chance alpha at most,
+however its tests depend on each other. That raises a suspicion. A test *convicts* if besides
 
-A new calibration begins a test of its own, because an e-value multiplies likelihoods of one law only. The scale of a
-machine is the same under both laws, so their e-values are not independent and must not be multiplied. After every
+- its e-value is as large without the residuals of any one block, because noise of one block may be odd as a whole;
+- and without those at places of the batch that may be faulty: at least `PLACES` nonces are pooled, over audits, for the
+  place test, and until then none of them convicts.
+
+Both are further conditions, so the bound holds. Of older pools, the eight blocks that accuse most are kept apart.
+
+What speaks for a node is one number: the largest share of nonces that it may have computed cheaply, as far as its
+evidence goes. Each share that a test excludes with a likelihood ratio of 1/(beta · w_k) stays excluded, so the number
+only falls. A node is honest when it is `HONEST` at most.
+
+Residuals count in units of the size of their law. So laws that differ in nothing but their size, such as those of two
+blocks or of two kinds of machines by one calibration, are one test. Another law begins a test of its own. After every
 `EPOCH` nonces another test begins from nothing. It catches a node that was honest for long and then cheats; the first
 test would first have to make up for everything that spoke for the node.
 
 A ledger keeps a life on disk as entries, each one line of canonical JSON with its place, the hash of the entry before
 it, the account, the evidence and the outcome. Its own hash is the SHA-256 of the line. So a change of an entry or of
-its place changes the hash of every entry that follows.
+its place changes the hash of every entry that follows. Entries of earlier releases, and those of responses, have the
+rule of before: one law text is one test, and a test convicts by its e-value alone. What they hold counts on by the rule
+above.
 """
 
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from assay import stats
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
 from assay.poc.protocol.round import MAX_NONCE, Round
-from assay.poc.verdict.noise import AnyNoise, ResponseBlocks, ResponseNoise, ResponseTest, sequential_test
-from assay.stats.sequential import Verdict, decide
+from assay.poc.verdict.noise import AnyNoise, FloatArray, ResponseBlocks, ResponseNoise, ResponseTest, sequential_test
+from assay.stats.sequential import SHARES, Verdict, decide
 
 Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
 
 EPOCH = 1024
-"""Number of counted nonces after which the next audit begins another test."""
+"""Number of counted nonces after which the next audit begins another test, and the pool of places another one."""
 
 FIRST_WEIGHT = 0.9
 """Share of the error rates that the first test has."""
+
+PLACES = 128
+"""Nonces of a pool from which it convicts: fewer may not show that a machine is wrong at fixed places."""
+
+APART = 8
+"""Blocks of older pools that can be left out: those that accuse most, because leaving out another takes less."""
+
+_REST = "the rest"  # which are never left out; a hash of a block has no blank
+
+HONEST = 0.2
+"""Largest share of cheap nonces that is not excluded at which a life is called honest."""
 
 _LARGEST = 1e9  # largest logarithm that is written, because JSON has no infinity
 
@@ -49,12 +79,17 @@ class Evidence:
     """What a life says after its last residual.
 
     Args:
-        verdict: Verdict by :func:`assay.stats.sequential.decide`.
+        verdict: Verdict by :func:`verdict_on_life`.
         n: Number of residuals that count.
         tests: Number of tests that have begun.
         log_e_value: Natural logarithm of the e-value: the weighted average over the tests.
-        log_e_max: Logarithm of the largest e-value that one test had, times its weight; it decides fraud.
+        log_e_max: Logarithm of the largest e-value that one test had, times its weight: a suspicion.
         log_evidence_honest: Logarithm of the larger evidence for honesty of the last two tests, times their weights.
+        log_e_held: Logarithm of the largest e-value, times its weight, that stood without any one block and without
+            places that may be faulty; it decides fraud. It is 0 until there is a suspicion, and None for responses and
+            entries of earlier releases, as are the next two.
+        share: Largest share of cheap nonces that was not excluded yet: 1 at first, and it only falls.
+        faulty_places: Places of the batch at which residuals of several audits together are large; None without any.
     """
 
     verdict: Verdict = "undecided"
@@ -63,6 +98,18 @@ class Evidence:
     log_e_value: float = 0.0
     log_e_max: float = 0.0
     log_evidence_honest: float = 0.0
+    log_e_held: float | None = None
+    share: float | None = None
+    faulty_places: str | None = None
+
+
+def verdict_on_life(found: "Evidence | EntryOutcome", *, alpha: float, beta: float) -> Verdict:
+    """Return the verdict that follows from the numbers of a life."""
+    if found.log_e_held is None or found.share is None:
+        return decide(found.log_e_max, found.log_evidence_honest, alpha=alpha, beta=beta)
+    if found.log_e_held >= -math.log(alpha):
+        return "fraud"
+    return "honest" if found.share <= HONEST else "undecided"
 
 
 class Life:
@@ -70,7 +117,8 @@ class Life:
 
     Args:
         alpha: Bound on the chance that an honest node is ever accused, in its whole life.
-        beta: Bound on the chance that a node that cheats is ever called honest while it does.
+        beta: Bound on the chance that a share of cheap nonces is excluded that a node has.
+        former: Whether the rule of earlier releases holds, by which their entries are checked.
 
     Raises:
         UsageError: A rate is not in (0, 1), when the first residuals come.
@@ -80,65 +128,139 @@ class Life:
         >>> from assay.poc.verdict import Life
         >>> noise = Noise(read_law({"kind": "log", "mu": -3.7, "sd": 0.7}), "an example")
         >>> life = Life(alpha=1e-3, beta=1e-2)
-        >>> life.update(noise, [noise.size] * 60).evidence.verdict
+        >>> life.update(noise, [noise.size] * 60, block="one").evidence.verdict
         'honest'
-        >>> life.update(noise, [1.0] * 60).evidence.verdict
-        'fraud'
+        >>> [life.update(noise, [1.0] * 60, block=block).evidence.verdict for block in ("two", "three")]
+        ['honest', 'fraud']
     """
 
-    def __init__(self, *, alpha: float, beta: float) -> None:
-        self.alpha, self.beta = alpha, beta
+    def __init__(self, *, alpha: float, beta: float, former: bool = False) -> None:
+        self.alpha, self.beta, self._former = alpha, beta, former
         self.tests: list[LifeTest] = []
         self._first: dict[str, LifeTest] = {}
         self._epochs: dict[str, LifeTest] = {}
         self._n = 0
+        self._pool = _Pool()
+        self._open = np.ones(len(SHARES), dtype=np.bool_)  # shares that are not excluded yet
+        self._pooled = False
+        self._fault: str | None = None
 
-    def update(self, noise: AnyNoise, residuals: Residuals, *, doubted: Sequence[float] = ()) -> Self:
+    def update(
+        self,
+        noise: AnyNoise,
+        residuals: Residuals,
+        *,
+        block: str = "",
+        positions: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        doubted: Sequence[float] = (),
+    ) -> Self:
         """Take the residuals of one audit, in the order in which they were checked; NaN for a missing value.
 
         Args:
             noise: Honest noise that they are judged under, chosen without looking at them.
             residuals: Residuals that count, of nonces that did not count before; or the evidence of one response.
-            doubted: Further residuals, of nonces at places that may be faulty. They do not accuse, but the evidence for
-                honesty is that of all residuals together.
+            block: Block of the nonces.
+            positions: Index of each nonce in the node's own sequence; its place in ``residuals`` when None.
+            batch_size: Batch size that the node states.
+            doubted: Further residuals, under the former rule alone: they do not accuse, and count against honesty.
         """
         if not (len(residuals) or doubted):
             return self
-        law = dumps(noise.as_dict())
+        apart = self._former or isinstance(noise, ResponseNoise)
+        law = dumps(noise.as_dict()) if apart or isinstance(noise, ResponseNoise) else noise.shape
+        if not apart and len(self._pool.values) >= EPOCH:
+            self._settle()
         newest = self._epochs.get(law) or self._first.get(law)
         if newest is None:
-            self._first[law] = self._begin(noise)
+            self._first[law] = self._begin(noise, law)
         elif newest.n >= EPOCH:
-            self._epochs[law] = self._begin(noise)
-        for test in (self._first[law], self._epochs.get(law)):
-            if test is not None:
-                test.update(residuals, doubted)
+            self._epochs[law] = self._begin(noise, law)
+        running = [test for test in (self._first[law], self._epochs.get(law)) if test is not None]
         self._n += len(residuals)
+        if isinstance(noise, ResponseNoise) or isinstance(residuals, ResponseBlocks):
+            for test in running:
+                test.update(residuals, doubted)
+            return self
+        size = self._first[law].size
+        values: FloatArray = np.asarray(residuals, dtype=np.float64) * (size / noise.size)
+        for test in running:
+            test.update(values, doubted)
+        if not apart:
+            places = np.arange(len(values)) if positions is None else np.asarray(positions, dtype=np.int64)
+            self._pool.add(law, values, values / size, places, f"block:{block}")
+            self._look(running, batch_size)
         return self
 
-    def _begin(self, noise: AnyNoise) -> "LifeTest":
+    def _begin(self, noise: AnyNoise, law: str) -> "LifeTest":
         weight = error_share(len(self.tests) + 1)
         rates = {"alpha": self.alpha * weight, "beta": self.beta * weight}
         if isinstance(noise, ResponseNoise):
-            test: ResponseTest | stats.SequentialTest = ResponseTest(noise, **rates)
+            made = LifeTest(ResponseTest(noise, **rates), math.log(weight), law)
         else:
-            test = sequential_test(noise, **rates)
-        self.tests.append(LifeTest(test, math.log(weight)))
-        return self.tests[-1]
+            made = LifeTest(sequential_test(noise, **rates), math.log(weight), law, size=noise.size)
+        made.begins = len(self._pool.values)
+        self.tests.append(made)
+        return made
+
+    def _look(self, running: Sequence["LifeTest"], batch_size: int | None) -> None:
+        """Exclude shares, look for faulty places in the pool, and weigh what a suspicion stands on."""
+        self._pooled = True
+        for test in running:
+            if isinstance(test.test, stats.SequentialTest):
+                self._open &= test.log_weight + test.test.honest_over() < -math.log(self.beta)
+        if len(self._pool.values) >= PLACES:
+            self._fault = self._pool.test_places(batch_size)
+        for test in running:
+            test.hold(self._pool, needed=-math.log(self.alpha))
+
+    def _settle(self) -> None:
+        """Begin another pool; residuals at places that may be faulty never convict."""
+        for test in self.tests:
+            if test.size:
+                test.settle(self._pool)
+        self._pool = _Pool()
 
     @property
     def evidence(self) -> Evidence:
         """The evidence, and the verdict that follows from it."""
-        log_e_max = max([0.0, *(test.log_weight + test.log_e_max for test in self.tests)])
         honest = max([test.log_weight + test.log_honest for test in self.tests[-2:]], default=0.0)
-        return Evidence(
-            verdict=decide(log_e_max, honest, alpha=self.alpha, beta=self.beta),
+        found = Evidence(
             n=self._n,
             tests=len(self.tests),
             log_e_value=log_average([(test.log_weight, test.log_e) for test in self.tests]),
-            log_e_max=log_e_max,
+            log_e_max=max([0.0, *(test.log_weight + test.log_e_max for test in self.tests)]),
             log_evidence_honest=honest,
+            log_e_held=max([0.0, *(test.log_e_held for test in self.tests)]) if self._pooled else None,
+            share=max([0.0, *np.array(SHARES)[self._open].tolist()]) if self._pooled else None,
+            faulty_places=self._fault,
         )
+        return replace(found, verdict=verdict_on_life(found, alpha=self.alpha, beta=self.beta))
+
+
+class _Pool:
+    """Residuals of several audits, [N] each, in the units of their laws, with their places and blocks."""
+
+    def __init__(self) -> None:
+        self.laws, self.blocks = np.zeros(0, dtype=object), np.zeros(0, dtype=object)
+        self.values, self.sizes = np.zeros(0), np.zeros(0)
+        self.positions, self.aside = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+
+    def add(
+        self, law: str, values: FloatArray, sizes: FloatArray, positions: npt.NDArray[np.int64], block: str
+    ) -> None:
+        """Take the residuals of one audit: as their test takes them, and over the typical one."""
+        laws, blocks = (np.full(len(values), text, dtype=object) for text in (law, block))
+        more = {"laws": laws, "blocks": blocks, "values": values, "sizes": sizes, "positions": positions}
+        for name, added in more.items():
+            setattr(self, name, np.concatenate([getattr(self, name), added]))
+        self.aside = np.zeros(len(self.values), dtype=np.bool_)
+
+    def test_places(self, batch_size: int | None) -> str | None:
+        """Set aside what stands at places that may be faulty, and return the places that are; None without any."""
+        found = stats.place_test(self.sizes, self.positions, batch_size=batch_size, honest_size=1.0)
+        self.aside = found.set_aside
+        return found.pattern if found.faulty else None
 
 
 @dataclass
@@ -147,10 +269,15 @@ class LifeTest:
 
     test: stats.SequentialTest | ResponseTest
     log_weight: float
+    law: str
+    size: float = 0.0  # typical residual of its law; 0 for responses
     log_e: float = 0.0
     log_e_max: float = 0.0
     log_honest: float = 0.0
+    log_e_held: float = 0.0
     n: int = 0
+    begins: int = 0  # place in the pool from which on it takes residuals
+    blocks: dict[str, FloatArray] = field(default_factory=dict)  # what earlier pools add to its paths, by block
     _of_all: stats.SequentialTest | None = field(default=None, repr=False)
     """The test of doubted residuals too, from the first of them on."""
 
@@ -172,6 +299,38 @@ class LifeTest:
         self.log_e, self.log_e_max, self.log_honest = (max(-_LARGEST, min(_LARGEST, number)) for number in numbers)
         self.n = result.n
 
+    def hold(self, pool: _Pool, *, needed: float) -> None:
+        """Weigh, where the e-value would convict, what is left of it without any one block and the bad places."""
+        if not isinstance(self.test, stats.SequentialTest) or self.log_weight + self.log_e_max < needed:
+            return
+        found = self._sums(pool) if len(pool.values) >= PLACES else self.blocks
+        if self.log_e_held < needed and found:
+            whole = self.test.prior + sum(found.values())
+            least = min(float(self.test.log_e(whole - part)) for block, part in found.items() if block != _REST)
+            held = self.log_weight + min(least, self.log_e_max)
+            self.log_e_held = max(self.log_e_held, min(_LARGEST, held))
+
+    def settle(self, pool: _Pool) -> None:
+        """Keep what a pool adds to the paths, apart for the blocks that accuse most."""
+        test, found = self.test, self._sums(pool)
+        assert isinstance(test, stats.SequentialTest)
+        rest = found.pop(_REST, np.zeros_like(test.prior))
+        ordered = sorted(found, key=lambda block: float(test.log_e(test.prior + found[block])), reverse=True)
+        rest = sum((found.pop(block) for block in ordered[APART:]), start=rest)
+        self.blocks, self.begins = found | ({_REST: rest} if ordered[APART:] or _REST in self.blocks else {}), 0
+
+    def _sums(self, pool: _Pool) -> dict[str, FloatArray]:
+        """Return what all residuals add to the paths, those at places that may be faulty left out, by block."""
+        found = dict(self.blocks)
+        assert isinstance(self.test, stats.SequentialTest)
+        mine = (pool.laws == self.law) & ~pool.aside & (np.arange(len(pool.values)) >= self.begins)
+        for block in dict.fromkeys(pool.blocks[mine].tolist()):
+            values = pool.values[mine & (pool.blocks == block)]
+            parts = (values[start : start + EPOCH] for start in range(0, len(values), EPOCH))  # bounds memory
+            start = found.get(block, np.zeros_like(self.test.prior))
+            found[block] = sum((self.test.steps(part).sum(axis=0) for part in parts), start=start)
+        return found
+
 
 def error_share(number: int) -> float:
     """Return the share of the error rates that a test has: .9 for k = 1, else .1/(k(k − 1)); all shares sum to 1."""
@@ -188,11 +347,8 @@ def log_average(tests: Sequence[tuple[float, float]]) -> float:
 REPEATED = "repeated"
 """Reason of a nonce that does not count, because the account has an entry of it in the same round."""
 
-FAULTY = "faulty place"
-"""Reason of a nonce that does not count, because it stands at a place of the batch where residuals are large."""
-
 SUSPECTED = "suspected place"
-"""Reason of a nonce that counts only against honesty: its place may be faulty, and too few were checked to show it."""
+"""Reason of earlier releases for a nonce that counts only against honesty; now the pool of all audits decides."""
 
 MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
@@ -241,8 +397,8 @@ class Update:
         profiles: Profiles of the tokens of a response, by :attr:`ResponseBlocks.text`; None without tokens.
         proof: SHA-256 of the proof; None for evidence that is no proof.
         sample_seed: Number that drew the nonces; None where they were not drawn by one.
-        excluded: Reasons why nonces must not count, by nonce.
-        fault: Pattern of a fault that the audit found; None without one.
+        positions: Index of each nonce in the node's own sequence; its number when None.
+        batch_size: Batch size that the node states.
         name: Name of the update. A second update of that name changes nothing, so a sender may repeat it safely.
     """
 
@@ -255,9 +411,12 @@ class Update:
     profiles: str | None = None
     proof: str | None = None
     sample_seed: int | None = None
-    excluded: Mapping[int, str] = field(default_factory=dict)
-    fault: str | None = None
+    positions: Sequence[int] | None = None
+    batch_size: int | None = None
     name: str | None = None
+
+
+_ADDED = {"positions", "batch_size", "log_e_held", "share"}
 
 
 class _Model(BaseModel):
@@ -278,6 +437,11 @@ class _Model(BaseModel):
             seen = f"{source}: not in the form in which it is written"
             raise DataError(seen, wanted=f"{made.line:.60}…", do="ask for the file again, byte for byte")
         return made
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields that earlier releases do not have, where they say nothing: lines keep their bytes."""
+        return {name: value for name, value in handler(self).items() if value is not None or name not in _ADDED}
 
     @property
     def line(self) -> str:
@@ -326,6 +490,8 @@ class EntryOutcome(_Model):
     log_e_value: float
     log_e_max: float
     log_evidence_honest: float
+    log_e_held: float | None = None
+    share: float | None = None
 
 
 class Entry(_Model):
@@ -344,6 +510,8 @@ class Entry(_Model):
     nonces: Annotated[list[Count], Field(min_length=1, max_length=MOST_NONCES)]
     residuals: Annotated[list[float | None], Field(max_length=MOST_NONCES)]
     profiles: Annotated[str, Field(max_length=MOST_PROFILES)] | None
+    positions: Annotated[list[Count], Field(max_length=MOST_NONCES)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MAX_NONCE)] | None = None
     excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
     fault: Text | None
     outcome: EntryOutcome
@@ -353,6 +521,8 @@ class Entry(_Model):
         places = [place for place, _ in self.excluded]
         if len(self.residuals) != len(self.nonces):
             raise ValueError(f"{len(self.residuals)} residuals of {len(self.nonces)} nonces")
+        if self.positions is not None and len(self.positions) != len(self.nonces):
+            raise ValueError(f"{len(self.positions)} positions of {len(self.nonces)} nonces")
         if any(place >= len(self.nonces) for place in places) or places != sorted(set(places)):
             raise ValueError("excluded places that do not ascend or are not there")
         if self.of_response:
@@ -364,7 +534,7 @@ class Entry(_Model):
     @property
     def evidence(self) -> Evidence:
         """The outcome."""
-        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}))
+        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}), faulty_places=self.fault)
 
     @property
     def of_response(self) -> bool:
@@ -372,22 +542,30 @@ class Entry(_Model):
         return self.account.preset == RESPONSES
 
     @property
-    def counted(self) -> list[float] | ResponseBlocks:
-        """Residuals that count, NaN for missing ones; or the blocks of a response that count."""
-        out = dict(self.excluded)
+    def former(self) -> bool:
+        """Whether the entry is of an earlier release, whose rule its outcome follows."""
+        return self.outcome.share is None and not self.of_response
+
+    def give(self, life: Life, noise: AnyNoise) -> Life:
+        """Give a life the residuals that count, with their block and places; the former rule looks at neither."""
+        out = {place: reason for place, reason in self.excluded if reason != SUSPECTED}
         if self.of_response:
-            return ResponseBlocks.parse(self.residuals, self.profiles).without(out)
-        return [math.nan if x is None else x for place, x in enumerate(self.residuals) if place not in out]
+            return life.update(noise, ResponseBlocks.parse(self.residuals, self.profiles).without(out))
+        kept = [place for place in range(len(self.nonces)) if place not in out]
+        values, places = self._values(kept), self.nonces if self.positions is None else self.positions
+        chosen = [places[place] for place in kept]
+        return life.update(noise, values, block=self.block_hash, positions=chosen, batch_size=self.batch_size)
 
-    @property
-    def doubted(self) -> list[float]:
-        """Residuals at suspected places, NaN for missing ones. They do not accuse, but count against honesty.
+    def give_as_before(self, life: Life, noise: AnyNoise) -> Life:
+        """Give a life of the former rule the residuals that count, and those at places that were suspected."""
+        out = dict(self.excluded)
+        doubted = self._values([place for place, reason in self.excluded if reason == SUSPECTED])
+        counted = self._values([place for place in range(len(self.nonces)) if place not in out])
+        return life.update(noise, counted, doubted=doubted)
 
-        Otherwise a node that cheats at half of its places would be judged by the other half alone, as long as each
-        audit checks too few nonces to show a fault.
-        """
-        chosen = [self.residuals[place] for place, reason in self.excluded if reason == SUSPECTED]
-        return [] if self.of_response else [math.nan if x is None else x for x in chosen]
+    def _values(self, places: Sequence[int]) -> list[float]:
+        chosen = (self.residuals[place] for place in places)
+        return [math.nan if x is None else x for x in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,8 +579,7 @@ class Standing:
         recorded: Number of nonces in them, those that do not count included.
         begun: Time of its first entry, in seconds.
         last: Time of its last entry, in seconds.
-        fault: Pattern of a fault of the place that one of the last audits found; None without one, or after a later
-            audit of as many nonces that found none.
+        fault: Places of the batch at which the residuals of its last audits together are large; None without any.
     """
 
     account: Account
@@ -440,12 +617,6 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def name_reasons(nonces: Sequence[int], places: stats.PlaceTest) -> dict[int, str]:
-    """Return why nonces, in the order of a place test, do not count that the test sets aside; by nonce."""
-    reason = FAULTY if places.faulty else SUSPECTED
-    return {nonce: reason for nonce, aside in zip(nonces, places.set_aside, strict=True) if aside}
-
-
 def make_entry(update: Update, **added: Any) -> Entry:
     """Return the entry of an update, with the fields that the ledger adds or changes.
 
@@ -454,6 +625,9 @@ def make_entry(update: Update, **added: Any) -> Entry:
     """
     nonces, residuals = [*map(int, update.nonces)], [float(x) if math.isfinite(x) else None for x in update.residuals]
     values = vars(update) | {"nonces": nonces, "residuals": residuals} | added
+    if update.positions is not None:
+        places = [*map(int, update.positions)]
+        values["positions"] = None if places == nonces else places
     try:
         return Entry.model_validate({name: values[name] for name in Entry.model_fields})
     except ValidationError as error:

@@ -29,7 +29,7 @@ from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.stats.clusters import ClusterResult
-from assay.stats.noise import STRICT, TAILS, NoiseFit, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.noise import STRICT, NoiseFit, Spread, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import CHEAP, EXCLUDED, Verdict, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG
 
@@ -49,12 +49,11 @@ BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
 
-WIDE_DOF, WIDE_TAIL = 2.5, 1.0
-"""Lightest tail of a law from few nonces or of a mixture of experts: of distances, and of vectors.
+WIDE_DOF = 2.5
+"""Most degrees of freedom of a law of distances from few nonces, or of a mixture of experts: both hide rare large ones.
 
-Distances of many blocks of a small Qwen3-MoE choose the first; it was tested on two other mixtures
-(research/results/mixture_wider.json). What laws from few nonces accuse with both, if the true tail is as heavy as on
-SmolLM2-135M, is in research/results/few_nonces.json.
+Distances of many blocks of a small Qwen3-MoE choose it; it was tested on two other mixtures
+(research/results/mixture_wider.json). For vectors a heavier tail costs power and prevents nothing (accounts.json).
 """
 
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
@@ -131,6 +130,12 @@ class Noise:
         """A typical honest residual: sigma of a distance, or the median L2 distance of two vectors."""
         return self.law.size
 
+    @property
+    def shape(self) -> str:
+        """All that a test rests on but the size and the words: two noises of one shape differ in their unit alone."""
+        values = self.as_dict()
+        return dumps({name: value for name, value in values.items() if name not in ("sigma", "mu", "source")})
+
     def scaled(self, factor: float) -> "Noise":
         """Return the noise ``factor`` times larger."""
         return replace(self, law=self.law.scaled(factor))
@@ -189,12 +194,11 @@ def missing_law(model: str, digest: str, round: Round) -> str:
 def fit_noise(
     pipeline: Pipeline, errors: FloatArray, *, wide: bool = False
 ) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
-    """Fit a law to honest residuals [N] of a pipeline; a ``wide`` one has a tail that the residuals may not show."""
+    """Fit a law to honest residuals [N] of a pipeline; for a ``wide`` tail of distances see :data:`WIDE_DOF`."""
     if pipeline.output != "distance":
         # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
         floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
-        tails = [tail for tail in TAILS if tail <= WIDE_TAIL or not wide]
-        return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor, tails=tails)
+        return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
     found = fit_scale_noise(errors)
     return fit_scale_noise(errors, dof=WIDE_DOF) if wide and found.law.dof > WIDE_DOF else found
 

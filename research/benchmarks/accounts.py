@@ -1,0 +1,90 @@
+"""What the rule of an account convicts: no honest life, shares that are computed cheaply, no faulty machine.
+
+Null: residuals of a known law without a difference between blocks, judged by that law, or by fitted laws where 2 % of
+residuals are ten times larger. Pass: at most alpha of lives convicted; 10 % of `tokens-1` at 5 times the noise caught
+in 99 % within 160 nonces; no faulty pair of a network convicted in 100 audits of 16, and all called faulty within 20.
+
+    python research/benchmarks/accounts.py --data cluster_nonces.jsonl.gz -o research/results/accounts.json
+"""
+
+import math
+
+import numpy as np
+from _common import parser, publish
+from assay_research.clusters.builds import builds_of, sound_builds
+from assay_research.clusters.clusters import _nearest_noise
+from assay_research.vector_sets import read_vector_sets
+
+from assay import stats
+from assay.poc import Noise, get_pipeline
+from assay.poc.verdict import Life
+from assay.poc.verdict.noise import fit_noise, sequential_test
+from assay.stats.noise import Spread
+
+CHECKED, LIVES, SPREAD = 16, 60, Spread(0.036)  # nonces of an audit, each of another block
+LAWS = {"poc-2.0": stats.ScaleNoise(1.8e-4, 3.0)}
+LAWS |= {name: stats.LogNoise(-3.2, sd) for name, sd in {"hardened": 0.43, "tokens-1": 0.28}.items()}
+CHEAT = {"share": 0.1, "multiple": 5.0}
+
+
+def draw(law, shape, rng, share=0.0, multiple=1.0):
+    """Residuals of a law, without sign, some of them larger."""
+    grid = np.geomspace(law.size * 1e-4, law.size * 1e6, 4001)
+    sizes = np.interp(rng.random(shape), 1 - law.survival(grid), grid)
+    return np.minimum(sizes * np.where(rng.random(shape) < share, multiple, 1.0), 2.0)
+
+
+def live(noise, audits, positions, *, alpha=1e-3, batch_size=32):
+    """Return the audit at which a life is convicted, and that which first shows it to be faulty; infinity for never."""
+    life, faulty = Life(alpha=alpha, beta=1e-2), math.inf
+    for number, (values, places) in enumerate(zip(audits, positions, strict=True), start=1):
+        found = life.update(noise, values, block=str(number), positions=places, batch_size=batch_size).evidence
+        faulty = min(faulty, number if found.faulty_places else math.inf)
+        if found.verdict == "fraud":
+            return number, faulty
+    return math.inf, faulty
+
+
+def convicted(law, alpha, audits, **cheat):
+    """Count the lives that are convicted, of machines with a scale each."""
+    rng, shape = np.random.default_rng(0), (audits, CHECKED)
+    places = [rng.permutation(1000)[: audits * CHECKED].reshape(shape) for _ in range(LIVES)]
+    lives = [draw(law, shape, rng, **cheat) * math.exp(SPREAD.sd * rng.standard_t(SPREAD.dof)) for _ in range(LIVES)]
+    noise = Noise(law, "true", SPREAD)
+    return sum(live(noise, *one, alpha=alpha)[0] < math.inf for one in zip(lives, places, strict=True))
+
+
+def fitted(preset, law, nonces, wide, rng):
+    """Return the shares of honest audits of 64, and of cheats of 150, that six fitted laws accuse; some are off."""
+    shares = []
+    for _ in range(6):
+        honest, audits = draw(law, nonces, rng, 0.02, 10.0), draw(law, (300, 64), rng, 0.02, 10.0)
+        fit = fit_noise(get_pipeline(preset), honest, wide=wide)
+        test = sequential_test(Noise(fit.law, "fitted", Spread(math.hypot(fit.error, 0.03))))
+        cheats = draw(law, (100, 150), rng, **CHEAT)
+        shares.append([float(test.accusations(one)[:, -1].mean()) for one in (audits, cheats)])
+    return {"accused": float(np.mean(shares, 0)[0]), "worst": max(shares)[0], "caught": float(np.mean(shares, 0)[1])}
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--data", required=True)
+    options, rng, pairs = arguments.parse_args(), np.random.default_rng(0), []
+    lives = {name: [convicted(law, 0.05, 24), convicted(law, 1e-3, 10, **CHEAT)] for name, law in LAWS.items()}
+    cells = [
+        (*one, nonces, wide) for one in LAWS.items() for nonces, wide in ((256, False), (256, True), (1024, False))
+    ]
+    fits = [{"preset": cell[0], "nonces": cell[2], "wide": cell[3], **fitted(*cell, rng)} for cell in cells]
+    groups = builds_of(read_vector_sets(options.data))
+    for group in (group for group in groups if group.faults):
+        noise = _nearest_noise(group, sound_builds(groups))
+        for pair, fault in ((group.pairs[rows], fault) for rows, fault in group.faults.items()):
+            chosen = [rng.permutation(len(pair.nonces))[:CHECKED] for _ in range(100)]
+            values, places = ([whole[one] for one in chosen] for whole in (pair.distances, pair.positions))
+            found = [at if at < math.inf else None for at in live(noise, values, places, batch_size=pair.batch_size)]
+            pairs.append({"model": group.model, "pattern": fault.pattern, "fraud": found[0], "faulty": found[1]})
+    publish("accounts", {"lives": LIVES, "convicted": lives, "fits": fits, "pairs": pairs}, options.output)
+
+
+if __name__ == "__main__":
+    main()
