@@ -44,15 +44,12 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
 
 
 class Reading(NamedTuple):
-    """How the states of a nonce's positions become one: the weight of each, ±1 or 0, and the frame they are seen in.
-
-    No position before ``first`` has a weight.
-    """
+    """How the states of a nonce's positions become one: the weight of each, ±1 or 0, and the frame they are seen in."""
 
     weights: Float32[Tensor, "B T"]
     mean: Float32[Tensor, " D"] | None = None
     inverse: Float32[Tensor, " D"] | None = None  # of the scale
-    first: int = 0
+    first: int = 0  # no position before it has a weight
 
     def seen(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B T D"]:
         """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale."""
@@ -178,7 +175,7 @@ class Transform:
             weights_BT = torch.zeros_like(weights_BT).scatter(1, chosen_BM, weights_BT.gather(1, chosen_BM))
         first = read.first(seq_len)
         weights_BT[:, :first] = 0
-        return Reading(weights_BT, *self._frame, first=first)
+        return Reading(weights_BT, *self._frame)._replace(first=first)
 
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
