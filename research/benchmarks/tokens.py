@@ -26,7 +26,7 @@ from assay_research.redteam.run import attacked
 
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
-from assay.poc import HFEngine, Round, calibrate, cheats, measure_frame, prove
+from assay.poc import HFEngine, Round, calibrate, cheats, get_pipeline, measure_frame, prove
 from assay.poc.measurement import distances_to_target
 from assay.poc.protocol.transforms import unit
 from assay.poc.verdict.calibration import noise_for
@@ -52,7 +52,8 @@ def dimension_of(model, round, nonces):
     """Return the effective dimension of the diagonal of framed unit states, of nonces that no frame was made from."""
     engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
     states = [engine.states(engine.inputs(round, range(start, start + 8))) for start in range(0, nonces, 8)]
-    seen_ND = torch.cat(states)[:, round.seq_len // 2 :].flatten(0, 1)
+    first = get_pipeline(round.preset).read.first(round.seq_len)
+    seen_ND = torch.cat(states)[:, first:].flatten(0, 1)
     mean, scale = (torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale))
     seen_ND = (seen_ND - mean) / scale
     energy_D = (unit(seen_ND).double() ** 2).mean(dim=0)

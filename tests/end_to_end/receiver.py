@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
@@ -13,7 +14,7 @@ from typing import Self
 MOODS = ("accept", "error", "busy", "reset", "late", "slow", "lost answer")
 
 
-class Answering:
+class Answering(ABC):
     """Listens on 127.0.0.1 until it is closed; ``handle`` answers each request."""
 
     def __init__(self) -> None:
@@ -50,8 +51,8 @@ class Answering:
         self._server.server_close()
         self._thread.join()
 
-    def handle(self, handler: BaseHTTPRequestHandler) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def handle(self, handler: BaseHTTPRequestHandler) -> None: ...
 
     @staticmethod
     def respond(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:

@@ -173,9 +173,10 @@ class Transform:
         if 0 < read.count < seq_len:
             chosen_BM = as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
             weights_BT = torch.zeros_like(weights_BT).scatter(1, chosen_BM, weights_BT.gather(1, chosen_BM))
-        first = read.first(seq_len)
-        weights_BT[:, :first] = 0
-        return Reading(weights_BT, *self._frame)._replace(first=first)
+        mean, inverse = self._frame
+        reading = Reading(weights_BT, mean, inverse, read.first(seq_len))
+        weights_BT[:, : reading.first] = 0
+        return reading
 
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]

@@ -181,19 +181,9 @@ class Receipt(ResponseName):
         """Return the canonical line of the file, without its newline; no field stands for no adapter or template."""
         prompt = self.prompt
         known = {"sha256": prompt.sha256, "tokens": prompt.tokens} if prompt.ids is None else {"ids": list(prompt.ids)}
-        names = (
-            "request_id",
-            "chosen_by",
-            "index",
-            "user_seed",
-            "block_hash",
-            "sampling",
-            "prompt",
-            "output",
-            "finish",
-        )
+        names = "request_id chosen_by index user_seed block_hash sampling prompt output finish mask"
         optional = {"adapter": self.adapter and asdict(self.adapter), "chat_template": self.chat_template}
-        values = {name: getattr(self, name) for name in (*names, "mask")}
+        values = {name: getattr(self, name) for name in names.split()}
         values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": known}
         values |= {name: value for name, value in optional.items() if value is not None}
         return dumps(values | {"sketches": [encode_vector(sketch) for sketch in self.sketches]})

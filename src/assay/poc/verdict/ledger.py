@@ -680,7 +680,8 @@ def find_repeated(nonces: Sequence[int], seen: Collection[int]) -> list[tuple[in
     """Return the places of nonces that do not count, because they were seen in the round before, with the reason."""
     before, found = set(seen), []
     for place, nonce in enumerate(nonces):
-        found += [(place, REPEATED)] if nonce in before else []
+        if nonce in before:
+            found.append((place, REPEATED))
         before.add(nonce)
     return found
 
