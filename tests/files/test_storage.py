@@ -21,7 +21,7 @@ def names(folder):
 def test_committed_records_are_under_the_final_name_only(tmp_path):
     path = tmp_path / "proof.jsonl"
     with PartialFile(path) as file:
-        file.append_lines(['{"nonce":0}'])
+        assert file.append({"nonce": 0}) == '{"nonce":0}'
         file.append_lines(['{"nonce":1}', '{"nonce":2}'])
         assert names(tmp_path) == ["proof.jsonl.partial"]
         file.commit()
@@ -37,7 +37,7 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path, torn):
         done = file.recover()
         assert done == ['{"nonce":0}', '{"nonce":1}']
         for nonce in range(len(done), 4):
-            file.append_lines([f'{{"nonce":{nonce}}}'])
+            file.append({"nonce": nonce})
         file.commit()
     assert [record["nonce"] for _, record in read_jsonl(path)] == [0, 1, 2, 3]
 
@@ -47,7 +47,7 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
         import os, signal, sys
         from assay.files.storage import PartialFile
         file = PartialFile(sys.argv[1])
-        file.append_lines(['{"nonce":0}'])
+        file.append({"nonce": 0})
         os.kill(os.getpid(), signal.SIGKILL)
     """
     assert run_python(code, str(tmp_path / "proof.jsonl")).returncode == -9
@@ -92,11 +92,11 @@ def test_two_writers_of_one_file(tmp_path):
             print(error)
     """
     with PartialFile(path) as file:
-        file.append_lines(['{"nonce":0}'])
+        file.append({"nonce": 0})
         assert "being written by another process" in run_python(code, str(path)).stdout
         with pytest.raises(StorageError, match="another process"):
             PartialFile(path)
-        file.append_lines(['{"nonce":1}'])
+        file.append({"nonce": 1})
     assert run_python(code, str(path)).stdout == ""
 
 
@@ -106,7 +106,7 @@ def test_an_existing_file_is_not_overwritten_unless_allowed(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         PartialFile(path)
     with PartialFile(path, overwrite=True) as file:
-        file.append_lines(["{}"])
+        file.append({})
         assert path.read_text() == "old"
         file.commit()
     assert path.read_text() == "{}\n"
@@ -115,7 +115,7 @@ def test_an_existing_file_is_not_overwritten_unless_allowed(tmp_path):
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
     path = tmp_path / "proof.jsonl"
     with PartialFile(path) as file:
-        file.append_lines(["{}"])
+        file.append({})
         path.write_text("theirs")
         with pytest.raises(UsageError, match="exists"):
             file.commit()

@@ -128,7 +128,7 @@ class PartialFile:
 
         with PartialFile(path) as file:
             done = file.recover()
-            file.append_lines(['{"nonce":7}'])
+            file.append({"nonce": 7})
             file.commit()
 
     Args:
@@ -216,10 +216,16 @@ class PartialFile:
         with _storing(self.partial):
             self._file.truncate(0)
 
+    def append(self, record: object) -> str:
+        """Write one record as a line of its own, handed to the system before this returns; gives the line back."""
+        line = dumps(record)
+        self.append_lines([line])
+        return line
+
     def append_lines(self, lines: Iterable[str]) -> None:
         """Write a batch of lines (canonical JSON without line ends) in one go, after what an earlier writer left.
 
-        The system has them when this returns. On a StorageError the lines that were written stay in the partial file.
+        On a StorageError the lines that were written stay in the partial file.
         """
         with _storing(self.partial):
             _write_all(self._file, "".join(line + "\n" for line in lines).encode())
