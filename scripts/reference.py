@@ -96,7 +96,10 @@ def configuration() -> str:
             parts += [f"- {', '.join(f'`{word}`' for word in shared)}: see above\n"] if shared else []
     service, plugin = settings_class("assay.poc.service:Settings"), settings_class("assay.poc.vllm:PluginSettings")
     names = [name for name, field in plugin.model_fields.items() if changed(field, service.model_fields.get(name))]
-    parts += [PLUGIN, *(line_of(Setting(plugin, name), in_file=True) for name in names)]
+    throttle = settings_class("assay.poc.vllm.throttle:OperatorsThrottle")
+    places = [(plugin, name) for name in names if name != "throttle"]
+    places += [(throttle, name) for name in throttle.model_fields]
+    parts += [PLUGIN, *(line_of(Setting(kind, name), in_file=True) for kind, name in places)]
     return "".join(parts)
 
 

@@ -3,7 +3,6 @@
 import re
 import sys
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +26,6 @@ def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: py
     monkeypatch.setattr(compatibility, "installed_version", lambda: version)
     with pytest.raises(BackendUnavailable, match="tested"):
         compatibility.check_installed()
-
-
-def test_names_before_03_are_those_of_now():
-    for name, now in compatibility.OLD_NAMES.items():
-        (old_module, old), (module, new) = name.rsplit(".", 1), now.rsplit(".", 1)
-        assert getattr(import_module(old_module), old) is getattr(import_module(module), new)
 
 
 def check_config_says(config: Any, words: str | None) -> None:
@@ -295,6 +288,16 @@ def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monk
     with pytest.raises(UsageError, match="2 API servers with the data directory") as refusal:
         _preflight.check_arguments(SimpleNamespace(api_server_count=2), given)
     assert "ASSAY_DATA_DIR" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["engines.vllm.WorkerExtension", "responses.vllm.ResponseExtension"])
+def test_the_names_of_extensions_before_03_are_refused_with_that_of_now(name: str):
+    arguments = SimpleNamespace(host="127.0.0.1", worker_extension_cls=f"assay.poc.{name}")
+    with pytest.raises(UsageError, match=name) as refusal:
+        _preflight.check_arguments(arguments, _preflight.PluginSettings())
+    assert refusal.value.wanted == compatibility.EXTENSION
+    arguments.worker_extension_cls = compatibility.EXTENSION
+    _preflight.check_arguments(arguments, _preflight.PluginSettings())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,13 +96,13 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(tmp_path: Path):
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     given = ThrottleSettings(mode="exclusive", share=0.5, in_flight=3, chat_in_flight=4, wait=5, quiet=6, drain=7)
-    environment = {f"ASSAY_VLLM_{name.upper()}": str(value) for name, value in vars(given).items()}
+    environment = {f"ASSAY_VLLM_{name.upper()}": str(value) for name, value in given}
     environment |= {"ASSAY_CALLBACK_INTERVAL": "0.5", "ASSAY_VLLM_PATH": "requests"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     read = PluginSettings()
     assert (read.callback_interval, read.drain) == (0.5, 2.0)
-    assert read.throttle == replace(given, path="requests")
+    assert read.throttle.model_dump() == given.model_dump() | {"path": "requests"}
     monkeypatch.setenv("ASSAY_DRAIN", "9")
     assert PluginSettings().drain == 9.0
 

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from assay.files.storage import write_atomic
 from assay.pages.provenance import provenance
@@ -127,7 +128,6 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
 
 BadgeKind = Literal["pass", "fail", "undecided"]
 """Colour and mark of a badge."""
-_MARKS: Mapping[str, str] = {"pass": "✓", "fail": "✕", "undecided": "?"}
 _NUMBER = re.compile(r"[−+-]?[\d.,]+(e[+-]?\d+)?(\s?[%×a-zA-Zµ/]{0,9})?(\s?±\s?[\d.,]+\s?[%a-zA-Z]{0,9})?")
 _CODE = re.compile("`([^`]+)`")
 
@@ -163,77 +163,47 @@ class Report:
         self.subtitle = subtitle
         self.command = command
         self._origin = origin
-        self._parts: list[str] = []
-        self._figures = 0
+        self._parts: list[tuple[str, Any]] = []
 
     def section(self, heading: str) -> None:
         """Begin a section."""
-        self._parts.append(f"<h2>{escape(heading)}</h2>")
+        self._parts.append(("section", heading))
 
     def paragraph(self, *pieces: str | Badge) -> None:
         """Add a paragraph of text and badges. Words between backticks are set as code, here and in tables."""
-        self._parts.append(f"<p>{''.join(_inline(piece) for piece in pieces)}</p>")
+        self._parts.append(("paragraph", pieces))
 
     def definitions(self, items: Mapping[str, Cell]) -> None:
         """Add names with their values, one per row."""
-        rows = "".join(f"<dt>{escape(name)}</dt><dd>{_inline(value)}</dd>" for name, value in items.items())
-        self._parts.append(f"<dl>{rows}</dl>")
+        self._parts.append(("definitions", dict(items)))
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "") -> None:
         """Add a table. Columns of numbers are set to the right; None is an empty cell."""
-        numeric = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
-        head = _row("th", headers, numeric)
-        body = "".join(_row("td", row, numeric) for row in rows)
-        title = f"<caption>{escape(caption)}</caption>" if caption else ""
-        self._parts.append(
-            f'<div class="scroll" tabindex="0"><table>{title}<thead>{head}</thead><tbody>{body}</tbody></table></div>'
-        )
+        columns = list(zip(headers, *rows, strict=True))
+        numeric = [bool(rows) and all(map(_is_number, cells)) for _, *cells in columns]
+        part = {"headers": headers, "rows": [list(row) for row in rows], "numeric": numeric, "caption": caption}
+        self._parts.append(("table", part))
 
     def figure(self, fig: "Figure", caption: str) -> None:
         """Add a figure drawn with the helpers of this package, with its caption."""
-        self._figures += 1
-        svg = to_svg(fig, prefix=f"f{self._figures}", description=caption)
-        self._parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+        svg = to_svg(fig, prefix=f"f{len(self._parts)}", description=caption)
+        self._parts.append(("figure", {"svg": Markup(svg), "caption": caption}))
 
     @contextmanager
     def details(self, summary: str) -> Iterator[None]:
         """Fold what is added inside the ``with`` block under a summary."""
-        self._parts.append(f"<details><summary>{escape(summary)}</summary>")
+        self._parts.append(("details", summary))
         yield
-        self._parts.append("</details>")
+        self._parts.append(("end of details", None))
 
     def render(self) -> str:
         """Return the whole page."""
-        subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
-        style = resources.files("assay.pages").joinpath("report.css").read_text(encoding="utf-8")
-        return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<meta name="color-scheme" content="light dark">\n'
-            f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-            f"<header><h1>{escape(self.title)}</h1>{subtitle}</header>\n<main>\n"
-            + "\n".join(self._parts)
-            + f"\n</main>\n{self._footer()}\n</body>\n</html>\n"
-        )
+        origin = {"command": self.command, **(provenance() if self._origin is None else self._origin)}
+        return _TEMPLATES.get_template("report.html").render(report=self, parts=self._parts, origin=origin)
 
     def write(self, path: str | Path) -> None:
         """Write the page, complete or not at all."""
         write_atomic(path, self.render())
-
-    def _footer(self) -> str:
-        origin = dict(provenance() if self._origin is None else self._origin)
-        versions = origin.pop("versions", None)
-        if isinstance(versions, Mapping):
-            origin["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-        if origin.pop("dirty", None):
-            origin["commit"] = f"{origin.get('commit')} with local changes"
-        items = {"command": self.command, **origin}
-        rows = "".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
-            for name, value in items.items()
-            if value not in (None, "")
-        )
-        return f"<footer><dl>{rows}</dl></footer>"
 
 
 def _is_number(cell: Cell) -> bool:
@@ -242,18 +212,18 @@ def _is_number(cell: Cell) -> bool:
     return cell is None or (isinstance(cell, int | float | np.number) and not isinstance(cell, bool))
 
 
-def _inline(value: Cell) -> str:
-    if isinstance(value, Badge):
-        return f'<span class="badge {value.kind}"><b>{_MARKS[value.kind]}</b>{escape(value.text)}</span>'
+def _inline(value: str | float | bool | None) -> str:
+    """Return a value as text of a page, with words between backticks as code."""
     if value is None:
         return ""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
         return f"{value:.4g}".replace("-", "−")
-    return _CODE.sub(r"<code>\1</code>", escape(str(value)))
+    return Markup(_CODE.sub(r"<code>\1</code>", escape(str(value))))
 
 
-def _row(tag: Literal["th", "td"], cells: Sequence[Cell], numeric: Sequence[bool]) -> str:
-    marks = (' class="n"' if right else "" for right in numeric)
-    return "<tr>" + "".join(f"<{tag}{m}>{_inline(c)}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
+_TEMPLATES = Environment(
+    loader=PackageLoader("assay.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+_TEMPLATES.filters["inline"] = _inline

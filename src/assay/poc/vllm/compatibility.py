@@ -21,11 +21,6 @@ from assay.streams.backends import dtype_name
 
 EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
 RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"  # what it names for nonces and responses
-OLD_NAMES = {
-    "assay.poc.engines.vllm.WorkerExtension": EXTENSION,
-    "assay.poc.responses.vllm.ResponseExtension": RESPONSE_EXTENSION,
-}
-"""Names of the extensions before 0.3, which go on to work until 0.4."""
 
 PROCESSORS = {"v1": "assay.poc.vllm:ProcessorV1", "v2": "assay.poc.vllm:ProcessorV2"}
 """What ``--logits-processors`` names for seeded responses, by model runner."""

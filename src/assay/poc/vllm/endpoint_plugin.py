@@ -16,7 +16,6 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 from urllib.parse import quote
@@ -48,6 +47,7 @@ from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.servers import ApiServers, PassOn, place_of, serve_owner
+from assay.poc.vllm.throttle import OperatorsThrottle
 
 WITHOUT_ENGINE = "/tokenize", "/detokenize"  # POST routes that need no engine
 
@@ -408,10 +408,7 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
             {
                 "vllm": engine.version,
                 "worker": engine.description,
-                "mode": throttle.settings.mode,
-                "share": throttle.settings.share,
-                "chat_in_flight": throttle.settings.chat_in_flight,
-                "path": throttle.settings.path,
+                **throttle.settings.model_dump(include=set(Changes.model_fields)),
                 "forward": "vllm",  # before 0.3 there was another one
                 "direct": engine.direct.describe(),
                 "nonces": throttle.in_flight + engine.direct.in_flight,
@@ -425,7 +422,8 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
     async def change(body: Changes) -> JSONResponse:
         """Change mode, share, chat_in_flight or path until the server ends."""
         throttle = running().throttle
-        throttle.settings = replace(throttle.settings, **body.model_dump(exclude_none=True))
+        changed = throttle.settings.model_dump() | body.model_dump(exclude_none=True)
+        throttle.settings = OperatorsThrottle(**changed)
         return await now()
 
     if responses is None:

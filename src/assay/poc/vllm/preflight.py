@@ -1,9 +1,7 @@
 """The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes."""
 
-import logging
 import os
 import sys
-from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +19,6 @@ from assay.poc.service.settings import Settings
 from assay.poc.vllm.client import most_positions
 from assay.poc.vllm.compatibility import (
     EXTENSION,
-    OLD_NAMES,
     RESPONSE_EXTENSION,
     ResponseMode,
     check_config,
@@ -34,12 +31,8 @@ from assay.poc.vllm.compatibility import (
 )
 from assay.poc.vllm.engine import multiply_exactly
 from assay.poc.vllm.servers import LONGEST_PATH, SOCKET
-from assay.poc.vllm.throttle import Mode, NoncePath, ThrottleSettings
+from assay.poc.vllm.throttle import OperatorsThrottle
 from assay.streams.backends import dtype_name
-
-log = logging.getLogger("assay.vllm")
-
-DEFAULT = ThrottleSettings()
 
 
 class PluginSettings(Settings):
@@ -53,19 +46,9 @@ class PluginSettings(Settings):
 
     drain: Seconds = Field(2.0, description="Time that a stopping server waits for its batch.")
     reference: str | None = Field(None, description="Name of the model in requests; the served name by default.")
-    vllm_mode: Mode = Field(DEFAULT.mode, description="Whether chat goes first, or a round has the engine to itself.")
-    vllm_share: float = Field(DEFAULT.share, description="Part of the time that nonces may run while there is chat.")
-    vllm_chat_in_flight: int = Field(DEFAULT.chat_in_flight, description="Nonces at once while there is chat.")
-    vllm_in_flight: int = Field(DEFAULT.in_flight, description="Nonces at once without chat; 0 measures and adapts.")
-    vllm_wait: float = Field(
-        DEFAULT.wait, description="Time that the first chat request on an idle engine may wait for the nonces inside."
+    throttle: OperatorsThrottle = Field(
+        default_factory=OperatorsThrottle, description="What nonces may take of the engine."
     )
-    vllm_quiet: float = Field(DEFAULT.quiet, description="Time after the last chat until the engine counts as idle.")
-    vllm_drain: float = Field(DEFAULT.drain, description="Time that an exclusive round waits for running chat.")
-    vllm_path: NoncePath = Field(
-        DEFAULT.path, description="How nonces run without chat: in whole batches inside the workers, or as requests."
-    )
-
     responses: ResponseMode = Field(
         "off", description="Receipts of answers: none, with sketches of what the engine sampled, or of seeded sampling."
     )
@@ -77,15 +60,9 @@ class PluginSettings(Settings):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
-        _ = self.throttle  # refuses what is out of range
         if self.responses != "off":
             name, do = "ASSAY_RESPONSES_PUBLIC_KEY", "set it to the key that the network knows"
             check_name(name, self.responses_public_key, do=do)
-
-    @property
-    def throttle(self) -> ThrottleSettings:
-        """What nonces may take of the engine."""
-        return ThrottleSettings(**{field.name: getattr(self, f"vllm_{field.name}") for field in fields(DEFAULT)})
 
 
 def check_server() -> None:
@@ -147,7 +124,8 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
-    records = responses != "off"
+    records, extension = responses != "off", given("worker_extension_cls", None) or ""
+    former = extension.startswith(("assay.poc.engines.", "assay.poc.responses."))
     rows = (
         (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
@@ -157,11 +135,10 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
         (balanced, "--data-parallel-multi-port-external-lb", alone, each),
         (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
         (not guarded, without, a_key, set_key),
+        (former, f"--worker-extension-cls {extension}, the name before 0.3", EXTENSION, "pass that name"),
     )
     refuse_first(rows)
     refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
-    if (named := given("worker_extension_cls", None)) in OLD_NAMES:
-        log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", named, OLD_NAMES[named])
 
 
 def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:
@@ -173,7 +150,7 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
     Raises:
         UsageError: The operator has a worker extension of another kind.
     """
-    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION, *OLD_NAMES):
+    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION):
         seen = f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
         raise UsageError(seen, wanted=EXTENSION, do="leave the other extension out, or ASSAY_RESPONSES=off")
     words = ["--worker-extension-cls", RESPONSE_EXTENSION]

@@ -7,51 +7,56 @@ are inside the engine and, while there is chat, the part of the time in which an
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from assay.errors import UsageError
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from assay.settings import Settings
 
 Mode = Literal["chat-first", "exclusive"]
 NoncePath = Literal["auto", "requests"]
 """How nonces run while there is no chat: as whole batches inside the workers where that can be, or as requests."""
 
-_WORDS = {"mode": get_args(Mode), "path": get_args(NoncePath)}
+MOST = 1_000_000
+Amount = Annotated[float, Field(ge=0, lt=MOST)]
 
 TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThrottleSettings:
+class ThrottleSettings(Settings):
     """What Proof of Compute may take of an engine that also serves chat. Times are in seconds.
 
-    :class:`assay.poc.vllm.PluginSettings` describes each of them. A change of ``path`` holds from the next round on.
+    A change of ``path`` holds from the next round on.
 
     Raises:
         UsageError: A value is out of range.
     """
 
-    mode: Mode = "chat-first"
-    share: float = 0.25
-    in_flight: int = 0
-    chat_in_flight: int = 2
-    wait: float = 0.1
-    quiet: float = 1.0
-    drain: float = 30.0
-    path: NoncePath = "auto"
+    mode: Mode = Field("chat-first", description="Whether chat goes first, or a round has the engine to itself.")
+    share: float = Field(0.25, gt=0, le=1, description="Part of the time that nonces may run while there is chat.")
+    chat_in_flight: int = Field(2, ge=1, lt=MOST, description="Nonces at once while there is chat.")
+    in_flight: int = Field(0, ge=0, lt=MOST, description="Nonces at once without chat; 0 measures and adapts.")
+    wait: Amount = Field(
+        0.1, description="Time that the first chat request on an idle engine may wait for the nonces inside."
+    )
+    quiet: Amount = Field(1.0, description="Time after the last chat until the engine counts as idle.")
+    drain: Amount = Field(30.0, description="Time that an exclusive round waits for running chat.")
+    path: NoncePath = Field(
+        "auto", description="How nonces run without chat: in whole batches inside the workers, or as requests."
+    )
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 1 if name == "chat_in_flight" else 0
-            if words := _WORDS.get(name):
-                fits, wanted = value in words, " or ".join(words)
-            elif name == "share":
-                fits, wanted = 0 < value <= 1, "a part in (0, 1]"
-            else:
-                fits, wanted = least <= value < 1e6, f"a number from {least} and below a million"
-            if not fits:
-                raise UsageError(f"{name} {value!r}", wanted=wanted, do=f"correct ASSAY_VLLM_{name.upper()}")
+
+class OperatorsThrottle(ThrottleSettings):
+    """The settings of a server's throttle, which also come from its environment, such as ``ASSAY_VLLM_SHARE``.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="ASSAY_VLLM_")
+    has_flags = False
 
 
 class Throttle:

@@ -1,9 +1,0 @@
-"""The name before 0.3 of :mod:`assay.poc.vllm`, with which a server may still name ``WorkerExtension`` until 0.4."""
-
-from importlib import import_module
-from typing import Any
-
-
-def __getattr__(name: str) -> Any:
-    """Return what has this name now."""
-    return getattr(import_module("assay.poc.vllm"), name)
