@@ -3,6 +3,7 @@
 import re
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,14 +291,12 @@ def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monk
     assert "ASSAY_DATA_DIR" in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["engines.vllm.WorkerExtension", "responses.vllm.ResponseExtension"])
-def test_the_names_of_extensions_before_03_are_refused_with_that_of_now(name: str):
-    arguments = SimpleNamespace(host="127.0.0.1", worker_extension_cls=f"assay.poc.{name}")
-    with pytest.raises(UsageError, match=name) as refusal:
-        _preflight.check_arguments(arguments, _preflight.PluginSettings())
-    assert refusal.value.wanted == compatibility.EXTENSION
-    arguments.worker_extension_cls = compatibility.EXTENSION
+def test_the_name_of_the_extension_before_03_works_and_says_what_it_is_now(caplog: pytest.LogCaptureFixture):
+    (old_module, name), now = compatibility.OLD_EXTENSION.rsplit(".", 1), compatibility.EXTENSION
+    assert getattr(import_module(old_module), name) is getattr(import_module(now.rpartition(".")[0]), name)
+    arguments = SimpleNamespace(host="127.0.0.1", worker_extension_cls=compatibility.OLD_EXTENSION)
     _preflight.check_arguments(arguments, _preflight.PluginSettings())
+    assert [now in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize(

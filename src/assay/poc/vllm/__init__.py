@@ -51,7 +51,7 @@ def before_start() -> None:
     if not (sys.argv[1:2] == ["serve"] or Path(sys.argv[0]).name in _SERVERS):
         return
     from assay.errors import AssayError, BackendUnavailable, UsageError, how_to_install
-    from assay.poc.vllm.compatibility import EXTENSION
+    from assay.poc.vllm.compatibility import EXTENSION, OLD_EXTENSION
 
     chosen = "assay" in os.environ.get("VLLM_PLUGINS", "").split(",")
     try:
@@ -59,7 +59,7 @@ def before_start() -> None:
             from assay.poc.vllm.preflight import check_server
 
             check_server()
-        elif any(EXTENSION in word for word in sys.argv):
+        elif any(name in word for name in (EXTENSION, OLD_EXTENSION) for word in sys.argv):
             raise UsageError(
                 "vLLM with the worker extension of assay and without VLLM_PLUGINS=assay",
                 wanted="the plugin too: without it the server has no /api/v1/pow and proves nothing",

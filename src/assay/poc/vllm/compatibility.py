@@ -20,6 +20,7 @@ from assay.poc.protocol.pins import CACHES
 from assay.streams.backends import dtype_name
 
 EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
+OLD_EXTENSION = "assay.poc.engines.vllm.WorkerExtension"  # its name before 0.3, which works until 0.4
 RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"  # what it names for nonces and responses
 
 PROCESSORS = {"v1": "assay.poc.vllm:ProcessorV1", "v2": "assay.poc.vllm:ProcessorV2"}

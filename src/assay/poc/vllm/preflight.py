@@ -1,5 +1,6 @@
 """The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes."""
 
+import logging
 import os
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from assay.poc.service.settings import Settings
 from assay.poc.vllm.client import most_positions
 from assay.poc.vllm.compatibility import (
     EXTENSION,
+    OLD_EXTENSION,
     RESPONSE_EXTENSION,
     ResponseMode,
     check_config,
@@ -33,6 +35,8 @@ from assay.poc.vllm.engine import multiply_exactly
 from assay.poc.vllm.servers import LONGEST_PATH, SOCKET
 from assay.poc.vllm.throttle import OperatorsThrottle
 from assay.streams.backends import dtype_name
+
+log = logging.getLogger("assay.vllm")
 
 
 class PluginSettings(Settings):
@@ -124,8 +128,7 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
-    records, extension = responses != "off", given("worker_extension_cls", None) or ""
-    former = extension.startswith(("assay.poc.engines.", "assay.poc.responses."))
+    records = responses != "off"
     rows = (
         (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
@@ -135,9 +138,10 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
         (balanced, "--data-parallel-multi-port-external-lb", alone, each),
         (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
         (not guarded, without, a_key, set_key),
-        (former, f"--worker-extension-cls {extension}, the name before 0.3", EXTENSION, "pass that name"),
     )
     refuse_first(rows)
+    if given("worker_extension_cls", None) == OLD_EXTENSION:
+        log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", OLD_EXTENSION, EXTENSION)
     refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
 
 
@@ -150,7 +154,7 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
     Raises:
         UsageError: The operator has a worker extension of another kind.
     """
-    if arguments.worker_extension_cls not in (EXTENSION, RESPONSE_EXTENSION):
+    if arguments.worker_extension_cls not in (EXTENSION, OLD_EXTENSION, RESPONSE_EXTENSION):
         seen = f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
         raise UsageError(seen, wanted=EXTENSION, do="leave the other extension out, or ASSAY_RESPONSES=off")
     words = ["--worker-extension-cls", RESPONSE_EXTENSION]
