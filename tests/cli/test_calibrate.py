@@ -62,7 +62,7 @@ def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint, tmp_p
     assert "no effective dimension" in refused(*both)
     measured = told(*both, "--model", small_checkpoint, "--device", "cpu")
     assert (measured["n"], measured["blocks"]) == (64, 2)
-    assert (measured["effective_dimension_from"], len(measured["factors"])) == ("model", 2)
+    assert measured["effective_dimension"] == pytest.approx(64, rel=0.35)  # random weights use nearly all coordinates
     for wrong in (
         (blocks[0],),
         ("-o", tmp_path / "x"),
