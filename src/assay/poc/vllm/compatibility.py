@@ -41,14 +41,8 @@ def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
             raise UsageError(of + seen, wanted=wanted, do=do)
 
 
-OLDEST, NEWEST = (0, 28), (0, 32)
-"""First and last minor version on which the tests have run."""
-
-SINCE = (0, 32)
-"""First minor version on which quantised checkpoints, caches in eight bits, models with state, several engines and API
-servers, workers of Ray and of several hosts, and passes beside the scheduler were run."""
-
-FIRST_V2 = (0, 31)  # first minor version whose V2 runner has logits processors
+TESTED = "0.32"
+"""The minor version on which the tests have run."""
 
 
 def installed_version() -> str:
@@ -67,30 +61,9 @@ def check_installed() -> str:
             refused too: names that are used may have changed in them.
     """
     version = installed_version()
-    if not OLDEST <= minor_version(version) <= NEWEST or ".dev" in version:
-        wanted = f"a release that was tested: {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise BackendUnavailable(f"vLLM {version}", wanted=wanted, do="install one")
+    if ".".join(version.split(".")[:2]) != TESTED or ".dev" in version:
+        raise BackendUnavailable(f"vLLM {version}", wanted=f"a release that was tested: {TESTED}", do="install one")
     return version
-
-
-def older_version() -> str:
-    """Return the version of vLLM if it is older than :data:`SINCE`; empty where it is not."""
-    return found if minor_version(found := installed_version()) < SINCE else ""
-
-
-def refuse_older(used: Any, feature: str, do: str) -> None:
-    """Refuse a feature, if it is used, that was run on :data:`SINCE` and later only, with a UsageError."""
-    if used and (found := older_version()):
-        wanted = f"vLLM {SINCE[0]}.{SINCE[1]} or later, on which it was run"
-        raise UsageError(f"vLLM {found} with {feature}", wanted=wanted, do=f"install it, or {do}")
-
-
-def minor_version(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version; nothing where they are no numbers."""
-    try:
-        return tuple(int(part) for part in version.split(".")[:2])
-    except ValueError:
-        return ()
 
 
 def runner_kind(runner: Any) -> str:
@@ -232,7 +205,6 @@ def _engines(config: Any, device: str) -> Iterator[Refusal]:
     parallel, count = config.parallel_config, config.parallel_config.data_parallel_size
     if count == 1:
         return
-    refuse_older(True, "several data-parallel engines", "start one server per engine")
     together = config.model_config.is_moe and device not in SHARED_EXPERTS
     balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     local = parallel.data_parallel_size_local == count and parallel.data_parallel_backend == "mp"
@@ -250,8 +222,6 @@ def _executors(config: Any, device: str) -> Iterator[Refusal]:
     """Ways to run workers that were not tried."""
     executor, wanted = config.parallel_config.distributed_executor_backend, "mp, uni or ray, which call between steps"
     omit = "leave --distributed-executor-backend out"
-    refuse_older(executor == "ray", "Ray", omit)
-    refuse_older(getattr(config.parallel_config, "nnodes", 1) > 1, "workers on several hosts", "leave --nnodes out")
     yield executor not in EXECUTORS, f"--distributed-executor-backend {executor}", wanted, omit
     if executor == "ray":
         from vllm import envs
@@ -320,7 +290,6 @@ def _untested(config: Any, device: str) -> Iterator[Refusal]:
         used.append(("fp8", "--kv-cache-dtype fp8", "a cache", EIGHT_BIT_CACHES, "leave --kv-cache-dtype out"))
     cpu = processor(torch.device("cpu")) if device == "cpu" else ""
     for name, what, kind, tested, do in used:
-        refuse_older(True, what, do)
         there = tested.get(device, {})
         dtypes = there.get(name) or (dtype,)
         slow, stateful = cpu in WITHOUT_AVX512 and tested is not WITH_STATE, has_state and tested is EIGHT_BIT_CACHES
@@ -375,7 +344,7 @@ def processor_for(config: Any) -> str:
     return PROCESSORS["v2" if getattr(config, "use_v2_model_runner", False) else "v1"]
 
 
-def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
+def check_responses(config: Any, mode: ResponseMode) -> None:
     """Refuse a ``VllmConfig`` under which responses could not be recorded or seeded; a UsageError names why."""
     if mode == "off":
         return
@@ -384,15 +353,11 @@ def check_responses(config: Any, mode: ResponseMode, version: str) -> None:
     described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
     drafts, reported = getattr(config, "speculative_config", None), str(getattr(model, "logprobs_mode", "raw_logprobs"))
     drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
-    too_old = v2 and minor_version(version) < FIRST_V2
-    older = f"on vLLM {version}, whose V2 runner has no logits processors"
-    newer, sketched = "vLLM 0.31 or newer, or the V1 runner", "or ASSAY_RESPONSES=sketched"
     noisy, held = reported.startswith("processed"), "those of the model, without the noise"
     other = f"with {', '.join(described)}, which describes another sampler"
     rows = (
         (drafts and not v2, drafted, "the V2 runner, or no drafts", "leave it or ASSAY_RESPONSES out"),
-        (seeded and too_old, older, newer, f"set VLLM_USE_V2_MODEL_RUNNER=0, {sketched}"),
         (seeded and noisy, f"with --logprobs-mode {reported}", held, "leave it out"),
-        (seeded and described, other, "one sampler", f"leave it out, {sketched}"),
+        (seeded and described, other, "one sampler", "leave it out, or ASSAY_RESPONSES=sketched"),
     )
     refuse_first(rows, f"ASSAY_RESPONSES={mode} ")

@@ -23,7 +23,6 @@ from torch import Tensor
 from assay import streams
 from assay.poc.engines.base import HostCopy, noise_inputs, token_inputs
 from assay.poc.protocol.transforms import Transform
-from assay.poc.vllm.compatibility import SINCE, older_version
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
 from assay.streams.backends import dtype_name, torch_dtype
@@ -238,8 +237,6 @@ class DeviceTimer:
 
 def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
     """Return why nonces of a round must be requests; None where they may run in calls."""
-    if older_version():
-        return "vLLM before {}.{}".format(*SINCE)
     scheduler = config.scheduler_config
     model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
     groups = runner.kv_cache_config.kv_cache_groups

@@ -282,7 +282,7 @@ class AssayPlugin:
         """
         version, settings, config = check_installed(), self._settings, engine_client.vllm_config
         check_config(config)
-        check_responses(config, settings.responses, version)
+        check_responses(config, settings.responses)
         unfinished, servers = engine_client.output_processor.get_num_unfinished_requests, self._servers
         if servers.count > 1:
             loops: list[Callable[[], Awaitable[None]]] = [

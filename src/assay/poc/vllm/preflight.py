@@ -28,7 +28,6 @@ from assay.poc.vllm.compatibility import (
     check_responses,
     processor_for,
     refuse_first,
-    refuse_older,
     rounded_cache,
 )
 from assay.poc.vllm.engine import multiply_exactly
@@ -86,10 +85,8 @@ def check_server() -> None:
 
         ServeSubcommand().subparser_init(parser.add_subparsers())
     else:
-        try:  # since 0.32
-            from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        except ImportError:
-            from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
         make_arg_parser(parser)
     arguments, settings = parser.parse_args(), PluginSettings()
     if getattr(arguments, "model_tag", None) is not None:
@@ -103,7 +100,7 @@ def check_server() -> None:
     except Exception:  # vLLM refuses the arguments, and will do so itself
         return
     check_config(config)
-    check_responses(config, settings.responses, version)
+    check_responses(config, settings.responses)
     if settings.pins is not None:
         check_pins(settings.pins, arguments.model, config, version)
     if settings.responses != "off":
@@ -142,14 +139,13 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     refuse_first(rows)
     if given("worker_extension_cls", None) == OLD_EXTENSION:
         log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", OLD_EXTENSION, EXTENSION)
-    refuse_older(servers > 1, "several API servers", "pass --api-server-count 1")
 
 
 def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:
     """Return the arguments that responses need, to be read after those of the operator: vLLM takes the last ones.
 
-    The processor is named there, which is public, and never in the entry points of the package: an installed entry
-    point moves vLLM 0.28 to 0.30 to another model runner, whether or not assay runs.
+    The processor is named there, which is public, and never in the entry points of the package: those hold for every
+    server of the environment, whether or not assay runs.
 
     Raises:
         UsageError: The operator has a worker extension of another kind.

@@ -3,8 +3,8 @@
 A seeded request was told temperature 0, so that vLLM takes the largest score: that token *is* the sample. Its bias,
 penalties and filters were taken from it; grammars, allowed ids and forbidden words act before the processor.
 
-The V1 runner, which the CPU build has, calls :class:`ProcessorV1`: vLLM 0.28 to 0.32. The V2 runner, the default on
-GPUs, calls :class:`ProcessorV2` since 0.31. With drafts a request has a row for every draft token there, and vLLM's
+The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 runner, the default on GPUs,
+:class:`ProcessorV2`. With drafts a request has a row for every draft token there, and vLLM's
 rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or with none, the tokens are
 the same. Nothing there waits for the device. A small model's step takes as long on the host as on the device, so
 parameters lie in arrays by slot, are laid out again when the batch changes, and go to the device in one copy. Without
@@ -23,16 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from assay import streams
 from assay.poc.responses.sampler import NUMBERS, Sampler, numbers_of, to_device
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.response_worker import SeedArgument, read_seed_argument
-
-try:
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
-except ImportError:  # before 0.31
-    LogitsProcessorV2 = object
 
 UNTOUCHED = Sampling(temperature=0.0)
 """Parameters that leave the logits of a row as they are, for requests that are not seeded."""
