@@ -328,7 +328,7 @@ async def answer(engine, ids, tokens, **options):
 
 MODULE = "vllm.entrypoints.openai.api_server"
 COMMAND_LINE = "vllm.entrypoints.cli.main"
-"""What ``vllm serve`` runs, which alone starts several API servers."""
+"""What ``vllm serve`` runs."""
 IMPORTED = (
     MODULE,
     COMMAND_LINE,
@@ -412,7 +412,7 @@ def prepare():
     # On a CPU vLLM has every process import everything anew.
     forked = multiprocessing.get_context("fork")
     system_utils.get_mp_context = lambda: forked
-    multiprocessing.get_context = lambda method=None: forked  # API servers are spawned by name
+    multiprocessing.get_context = lambda method=None: forked
     # A forked engine holds the server's port, too. A server that ends reads the command line of every process that
     # does, to warn of it, which raises if that process ends at the same moment.
     network_utils.find_process_using_port = lambda port: None

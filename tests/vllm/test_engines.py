@@ -18,7 +18,9 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     options = SMALL | {"--data-parallel-size": "2", "--max-num-batched-tokens": "256"}
     options |= {"--kv-cache-memory-bytes": str(2**26)}
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
-    with ForkedServer(tmp_path_factory.mktemp("engines"), options=options, environment=environment) as running:
+    folder = tmp_path_factory.mktemp("engines")
+    # `vllm serve` would start an API server for each engine.
+    with ForkedServer(folder, options=options, environment=environment, serves=True) as running:
         yield running
 
 

@@ -1,12 +1,9 @@
 """What the plugin puts around the routes of vLLM, and its settings."""
 
-import asyncio
-from collections.abc import AsyncIterator
 from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -14,7 +11,6 @@ from assay.errors import UsageError
 from assay.poc.net.routes import LocalOnly
 from assay.poc.vllm.endpoint_plugin import ChatBarrier, plugin
 from assay.poc.vllm.preflight import PluginSettings
-from assay.poc.vllm.servers import PassOn
 from assay.poc.vllm.throttle import ThrottleSettings
 
 
@@ -41,57 +37,6 @@ def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
         assert here.post(f"{before}/tokenize").status_code == 200
         assert here.post(f"{before}/v1/completions").status_code == 503
         assert evil.get(f"{before}/v1/completions").status_code == 200
-
-
-async def passed_on(
-    path: Path, target: dict, *messages: dict, transport: httpx.AsyncBaseTransport | None = None
-) -> list[int]:
-    """Return the statuses of what a server answers that passes a request on."""
-    sent: list[dict] = []
-    arriving = iter(messages)
-
-    async def send(message) -> None:
-        sent.append(message)
-
-    async def receive() -> dict:
-        return next(arriving)
-
-    scope = {"type": "http", "path": "/api/v1/pow/stop", "method": "POST", "query_string": b"", "headers": []} | target
-    app = PassOn(served, prefix=("/api/v1/pow",), path=path)
-    assert app._client.timeout == httpx.Timeout(None)  # a round that is waited for may be silent for a minute
-    if transport is not None:
-        app._client = httpx.AsyncClient(transport=transport)
-    await app(scope, receive, send)
-    return [message["status"] for message in sent if message["type"] == "http.response.start"]
-
-
-@pytest.mark.parametrize(
-    ("target", "status"),
-    [
-        ({"raw_path": b"/api/v1/pow/stop"}, 503),
-        ({"path": "/v1/models"}, 200),
-        ({"raw_path": b"/api/v1/pow/\xff"}, 400),
-        ({"raw_path": b"/api/v1/pow/\x7f"}, 400),
-        ({"query_string": b"after=\xff"}, 400),
-        ({"query_string": b"a" * 70_000}, 400),
-    ],
-)
-def test_a_server_passes_on_what_can_be_a_url_and_refuses_the_rest(target: dict, status: int, tmp_path: Path):
-    assert asyncio.run(passed_on(tmp_path / "nobody.sock", target)) == [status]
-
-
-def test_a_client_that_leaves_while_it_sends_is_no_error(tmp_path: Path):
-    async def said() -> AsyncIterator[bytes]:
-        yield b"{}"
-
-    async def owner(request: httpx.Request) -> httpx.Response:
-        await request.aread()
-        return httpx.Response(200, content=said())
-
-    target, transport = {"headers": [(b"content-length", b"9")]}, httpx.MockTransport(owner)
-    leaves, sends = {"type": "http.disconnect"}, {"type": "http.request", "body": b"{}       "}
-    assert asyncio.run(passed_on(tmp_path, target, sends, leaves, transport=transport)) == [200]
-    assert asyncio.run(passed_on(tmp_path, target, leaves, transport=transport)) == []
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):

@@ -51,7 +51,7 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
         ("-dp 2 -asc 1", None),
         ("-dp 2 -dpl 1 -asc 1 --data-parallel-hybrid-lb", "2 data-parallel engines behind another load balancer"),
         ("-dp 2 -dpl 1 -asc 1", "2 data-parallel engines that it does not start"),
-        ("-asc=2", None),
+        ("-asc=2", "2 API servers"),
         ("--revision main", "--revision main"),
         ("--kv-cache-dtype fp8_e5m2", "kv fp8_e5m2"),
         ("--grpc", "--grpc, a server without plugins"),
@@ -90,15 +90,25 @@ def test_a_configuration_file_counts_as_the_command_line(start, command, tmp_pat
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
 
 
-@pytest.mark.parametrize("words", ["-asc 3", "-dp 3", "--api-server-count=3", "-dp 1 --config"])
-def test_answers_are_recorded_by_one_api_server(start, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ASSAY_RESPONSES", "sketched")
-    monkeypatch.setenv("ASSAY_RESPONSES_PUBLIC_KEY", "node_A")
+@pytest.mark.parametrize("words", ["-asc 3", "--api-server-count=3", "-dp 3 -asc 3", "-dp 1 --config"])
+def test_one_api_server_has_the_round(start, words: str, tmp_path: Path):
     path = tmp_path / "server.yaml"
     path.write_text("api-server-count: 3\n")
     said = start(*SERVE, *NEEDED, *words.split(), *([str(path)] if "--config" in words else []))
-    assert said.startswith("assay refuses to start: ASSAY_RESPONSES=sketched with 3 ")
+    assert said.startswith("assay refuses to start: 3 API servers")
     assert "--api-server-count 1" in said
+
+
+def test_engines_share_one_api_server_without_a_word(start):
+    assert start(*SERVE, *NEEDED, "-dp", "2") is None
+    assert sys.argv[-2:] == ["--api-server-count", "1"]
+
+
+def test_answers_are_recorded_of_one_engine(start, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ASSAY_RESPONSES", "sketched")
+    monkeypatch.setenv("ASSAY_RESPONSES_PUBLIC_KEY", "node_A")
+    said = start(*SERVE, *NEEDED, "-dp", "3")
+    assert said.startswith("assay refuses to start: ASSAY_RESPONSES=sketched with 3 data-parallel engines")
 
 
 def test_a_port_that_others_reach_needs_a_key(start, monkeypatch: pytest.MonkeyPatch):

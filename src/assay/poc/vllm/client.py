@@ -142,17 +142,15 @@ def most_positions(config: Any) -> int:
     return longest if chunked else min(longest, int(scheduler.max_num_batched_tokens))
 
 
-async def connect(
-    llm: Any, settings: ThrottleSettings, seq_len: int, *, version: str, unfinished: Callable[[], int]
-) -> Client:
+async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version: str) -> Client:
     """Return the client of an ``AsyncLLM`` whose workers are prepared, in the event loop of the engine.
 
-    Its throttle lets in as many nonces as fill one step of every engine and have the next one ready. ``unfinished``
-    returns the number of all requests.
+    Its throttle lets in as many nonces as fill one step of every engine and have the next one ready.
     """
     scheduler, engines = llm.vllm_config.scheduler_config, int(llm.vllm_config.parallel_config.data_parallel_size)
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
     fills = engines * max(1, min(2 * step, int(scheduler.max_num_seqs)))
+    unfinished = llm.output_processor.get_num_unfinished_requests
     client = Client(llm, Throttle(settings, unfinished, fills), engines, version)
     await client.install()
     return client

@@ -30,7 +30,6 @@ from assay.errors import AssayError
 from assay.models.chat import chat_template_digest
 from assay.models.checkpoint import load_tokenizer
 from assay.models.load import identify
-from assay.poc.net.app import kept_running
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
@@ -46,7 +45,6 @@ from assay.poc.vllm.compatibility import check_config, check_installed, check_re
 from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
-from assay.poc.vllm.servers import ApiServers, PassOn, place_of, serve_owner
 from assay.poc.vllm.throttle import OperatorsThrottle
 
 WITHOUT_ENGINE = "/tokenize", "/detokenize"  # POST routes that need no engine
@@ -236,16 +234,13 @@ class AssayPlugin:
     name = "assay"
     required_tasks = ("generate",)
 
+    controller: Controller
     _settings: PluginSettings
-    _app: Any
-    _servers: ApiServers
 
     def __init__(self) -> None:
         self._running: Future[Client] = Future()
         self._model = self._reference = ""
         self._responses: Responses | None = None
-        self._beside: list[asyncio.Task[None]] = []
-        self.controller: Controller | None = None
 
     def attach_router(self, app: Any) -> None:
         """Mount routes, page and callbacks.
@@ -257,17 +252,12 @@ class AssayPlugin:
         configure_logs("console")
         settings = self._settings = PluginSettings()
         check_arguments(app.state.args, settings)
-        self._app, (index, count) = app, place_of(app.state.args)
-        if index == 0:  # first, as it takes the lock of the data directory
-            self.controller = Controller(self._deploy, settings)
-            attach(app, self.controller, operations=True, under=PREFIX)
-            if settings.responses != "off":
-                self._responses = Responses(settings)
-                app.add_middleware(ReceiptMiddleware, responses=self._responses)
-            app.include_router(_router(self.controller, self._running.result, self._responses))
-        self._servers = ApiServers(settings.data_dir, index, count)
-        if index:
-            app.add_middleware(PassOn, prefix=PREFIXES, path=self._servers.path)
+        self.controller = Controller(self._deploy, settings)
+        attach(app, self.controller, operations=True, under=PREFIX)
+        if settings.responses != "off":
+            self._responses = Responses(settings)
+            app.add_middleware(ReceiptMiddleware, responses=self._responses)
+        app.include_router(_router(self.controller, self._running.result, self._responses))
         app.include_router(dashboard_router())
         app.add_middleware(ChatBarrier, closed=self._closed)
         if not settings.has_keys:
@@ -283,23 +273,7 @@ class AssayPlugin:
         version, settings, config = check_installed(), self._settings, engine_client.vllm_config
         check_config(config)
         check_responses(config, settings.responses)
-        unfinished, servers = engine_client.output_processor.get_num_unfinished_requests, self._servers
-        if servers.count > 1:
-            loops: list[Callable[[], Awaitable[None]]] = [
-                partial(servers.keep_telling, unfinished if servers.index else self._closed)
-            ]
-            if self.controller is not None:
-                loops.append(partial(serve_owner, self._app, prefix=PREFIXES, path=servers.path))
-            self._beside = [asyncio.create_task(kept_running(loop)) for loop in loops]
-        if self.controller is None:
-            return
-        client = await connect(
-            engine_client,
-            settings.throttle,
-            settings.seq_len,
-            version=version,
-            unfinished=lambda: unfinished() + servers.elsewhere,
-        )
+        client = await connect(engine_client, settings.throttle, settings.seq_len, version=version)
         names = getattr(args, "served_model_name", None) or [args.model]
         self._model, named = args.model, names if isinstance(names, str) else names[0]
         self._reference = settings.reference or named
@@ -320,7 +294,6 @@ class AssayPlugin:
         end, loop_thread = engine_client.shutdown, threading.get_ident()
 
         def shutdown(*args: Any, **kwargs: Any) -> Any:
-            assert self.controller is not None
             self.controller.closing.set()
             if threading.get_ident() != loop_thread and not client.ended.done():
                 ending = asyncio.run_coroutine_threadsafe(client.end(), client.loop)
@@ -334,8 +307,6 @@ class AssayPlugin:
 
     def _closed(self) -> bool:
         """Return whether a round has the engine to itself: not while it waits for the disk or for receivers."""
-        if self.controller is None:
-            return self._servers.closed
         if not self._running.done() or self.controller.paused is not None:
             return False
         exclusive = self._running.result().throttle.settings.mode == "exclusive"

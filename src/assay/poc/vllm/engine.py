@@ -237,8 +237,7 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
             thread = self._thread = ends.enter_context(closing(_Loop()))
             llm = thread.run(_started(config))
             ends.callback(lambda: thread.run(_shutdown(llm)))
-            unfinished = llm.output_processor.get_num_unfinished_requests
-            client = thread.run(connect(llm, settings, seq_len, version=version, unfinished=unfinished))
+            client = thread.run(connect(llm, settings, seq_len, version=version))
             ends.callback(client.release)
             ends.callback(lambda: thread.run(client.end()))
             super().__init__(client, batch_size=batch_size, seq_len=seq_len, frame=frame)

@@ -31,7 +31,6 @@ from assay.poc.vllm.compatibility import (
     rounded_cache,
 )
 from assay.poc.vllm.engine import multiply_exactly
-from assay.poc.vllm.servers import LONGEST_PATH, SOCKET
 from assay.poc.vllm.throttle import OperatorsThrottle
 from assay.streams.backends import dtype_name
 
@@ -91,8 +90,8 @@ def check_server() -> None:
     arguments, settings = parser.parse_args(), PluginSettings()
     if getattr(arguments, "model_tag", None) is not None:
         arguments.model = arguments.model_tag
-    if serves and arguments.api_server_count is None:
-        arguments.api_server_count = arguments.data_parallel_size  # which `vllm serve` starts then
+    if serves and arguments.api_server_count is None and arguments.data_parallel_size > 1:
+        sys.argv += ["--api-server-count", "1"]  # `vllm serve` by itself starts one for every engine
     check_arguments(arguments, settings)
     multiply_exactly(arguments.dtype)
     try:
@@ -111,11 +110,8 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     """Refuse a server without plugins, keys, a round of its own or a digest of its model; a UsageError says which."""
     given, responses = partial(getattr, arguments), settings.responses
     engines, servers = given("data_parallel_size", None) or 1, given("api_server_count", None) or 1
-    several = "start one server per engine with --api-server-count 1, or leave ASSAY_RESPONSES out"
-    recorded, room = f"ASSAY_RESPONSES={responses} with", LONGEST_PATH - len(SOCKET) - 1
-    too_long = servers > 1 and len(os.fsencode(settings.data_dir)) > room
-    in_folder = f"{servers} API servers with the data directory {settings.data_dir}"
-    shorter = "set ASSAY_DATA_DIR to a shorter one, or pass --api-server-count 1"
+    several = "start one server per engine, or leave ASSAY_RESPONSES out"
+    recorded = f"ASSAY_RESPONSES={responses} with {engines} data-parallel engines"
     balanced, alone = given("data_parallel_multi_port_external_lb", False), "one server, which deals out the nonces"
     each = "leave it out, or start one server per engine, each with its own node_id and data directory"
     revision, host = given("revision", None), given("host", None)
@@ -125,13 +121,11 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
-    records = responses != "off"
     rows = (
         (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
-        (records and engines > 1, f"{recorded} {engines} data-parallel engines", "one that has all answers", several),
-        (records and servers > 1, f"{recorded} {servers} API servers", "one that sees every answer", several),
-        (too_long, in_folder, f"a path of at most {room} bytes, in which a socket can be", shorter),
+        (responses != "off" and engines > 1, recorded, "one that has all answers", several),
+        (servers > 1, f"{servers} API servers", "one, which has the round and all chat", "pass --api-server-count 1"),
         (balanced, "--data-parallel-multi-port-external-lb", alone, each),
         (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
         (not guarded, without, a_key, set_key),
