@@ -88,16 +88,11 @@ def test_v1_gives_the_scores_of_the_definition_as_requests_come_move_and_go():
     assert made[1].tolist() == wanted(given[1], 1, outputs[1])
 
 
-def test_history_counts_what_is_new_and_skips_tokens_that_are_not_there_yet():
-    from assay.poc.vllm.processors import History
+def test_tokens_that_are_not_there_yet_and_ids_without_a_logit_do_not_count():
+    from assay.poc.vllm.processors import count_tokens
 
-    history = History([[1, 1, 2], [0, 5]], 5, torch.device("cpu"))
-    outputs = [[3], [-1]]
-    history.update(outputs)
-    outputs[0] += [3, 4]
-    seen = history.update(outputs)
-    assert seen["prompt_NV"].tolist() == [[False, True, True, False, False], [True] + [False] * 4]
-    assert seen["counts_NV"].tolist() == [[0, 0, 0, 2, 1], [0] * 5]
+    counted = count_tokens([[3, 3, 4], [-1], [0, 5], []], 5, torch.device("cpu"))
+    assert counted.tolist() == [[0, 0, 0, 2, 1], [0] * 5, [1, 0, 0, 0, 0], [0] * 5]
 
 
 class States:

@@ -95,6 +95,24 @@ def test_text_is_encoded_by_the_model_s_tokenizer():
     assert tokenizer.decode(found[0].ids) == "def add(a, b):"
 
 
+def test_a_growing_answer_ends_where_the_whole_does_and_only_its_tail_is_decoded():
+    """A byte-level tokenizer gives a letter of four bytes in four tokens, and the stop begins inside of one."""
+    decoded: list[int] = []
+
+    class Bytes:
+        def decode(self, ids, **how) -> str:
+            decoded.append(len(ids))
+            return bytes(ids).decode(errors="replace")
+
+    text = ("ab\U0001f642c" * 40).encode()
+    request = Request(prompt=(97,) * 20, request_id="r", stop=("\U0001f642cab\U0001f642", "nowhere"))
+    ends = [request.is_ended(text[:end], (), Bytes()) for end in range(1, len(text) + 1)]
+    decoded.clear()
+    grown = [request.is_ended(text[:end], (), Bytes(), grows=True) for end in range(1, len(text) + 1)]
+    assert grown.index(True) == ends.index(True) == 2 + 4 + 1 + 2 + 4 - 1
+    assert max(decoded) < 64 < len(text)
+
+
 def test_what_does_not_fit_the_model_is_refused():
     request = Request(prompt=(1, 2, 511), request_id="r", max_tokens=125)
     assert encode_requests([request], None, **FITS) == [request]

@@ -274,6 +274,7 @@ def replay(
     """
     check_adapter(receipts, adapter)
     wholes = check_runnable(receipts, model, requests=requests)
+    check_ends(receipts, model, requests)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
     engine = engine or HFPrefill(model)
     found: dict[int, Replayed] = {}
@@ -295,7 +296,7 @@ def check_runnable(
     :func:`replay` begins with this. To call it before a ledger is begun saves that for receipts that are refused.
 
     Raises:
-        ProofMismatch: As :func:`replay`.
+        ProofMismatch: As :func:`replay`, but for answers that were cut short.
     """
     check_model(receipts.header, model)
     known = [Prompt.of(one.ids) for one in requests or () if isinstance(one.prompt, tuple)]
@@ -309,9 +310,7 @@ def check_runnable(
             wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
             do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
         )
-    wholes = [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
-    check_ends(receipts, model, requests)
-    return wholes
+    return [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
 
 
 def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | None) -> None:

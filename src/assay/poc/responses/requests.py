@@ -16,6 +16,7 @@ from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sa
 
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
 MOST_STOPS, LONGEST_STOP = 64, 1024  # texts that end an answer, and characters of one
+_TOKENS = 4  # of a character at most: each is a byte
 _NEAR = 8  # last tokens of a prompt with which an output is decoded: a text after others may begin with a space
 
 
@@ -73,17 +74,22 @@ class Request(ResponseName):
             raise UsageError("a prompt without token ids", wanted="token ids", do="call encode_requests() first")
         return self.prompt
 
-    def is_ended(self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any) -> bool:
+    def is_ended(
+        self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any, *, grows: bool = False
+    ) -> bool:
         """Whether an output has come to an end of its own: by its last token, or by a text that is in its text.
 
-        A text may be looked for by a server that leaves special tokens out, or by one that does not.
+        A text may be looked for by a server that leaves special tokens out, or by one that does not. Of an output that
+        ``grows``, and was asked about at every token, the last ones are looked at alone.
         """
         if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
             return True
-        before = list(self.ids[-_NEAR:])
+        whole, longest = [*self.ids, *output], max(map(len, self.stop), default=0)
+        start = len(whole) - (min(len(output), _TOKENS * longest + _NEAR) if grows else len(output))
+        before = whole[max(0, start - _NEAR) : start]
         for skips in (False, True) if self.stop else ():
             decode = partial(tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
-            text = decode([*before, *output])[len(decode(before)) :]
+            text = decode([*before, *whole[start:]])[len(decode(before)) :]
             if any(stop in text for stop in self.stop):
                 return True
         return False

@@ -161,7 +161,7 @@ def _response(
         tokens.append(int(scores_1V.argmax(dim=1)))
         if progress:
             progress(len(tokens))
-        ended = request.is_ended(tokens, ends, model.tokenizer)
+        ended = request.is_ended(tokens, ends, model.tokenizer, grows=True)
         if ended or len(tokens) == request.max_tokens:
             break
         if counts_1V is not None:

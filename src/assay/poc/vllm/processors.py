@@ -38,31 +38,14 @@ MOST_VALUES = 2**24
 """Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of a GPU free."""
 
 
-class History:
-    """Which tokens the prompts have, and how often the outputs have each token so far."""
+def count_tokens(listed: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """Return how often each list has each token, int32 [N, V].
 
-    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
-        self._device, self._vocab_size = device, vocab_size
-        self._prompt_NV = torch.zeros((len(prompts), vocab_size), dtype=torch.bool, device=device)
-        self._counts_NV = torch.zeros((len(prompts), vocab_size), dtype=torch.int32, device=device)
-        self._lengths = [0] * len(prompts)
-        rows, tokens = self._places(list(enumerate(prompts)))
-        self._prompt_NV[rows, tokens] = True
-
-    def update(self, outputs: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Count the tokens that are new since the last call; return what a ``Sampler`` takes."""
-        new = [(row, output[length:]) for row, (output, length) in enumerate(zip(outputs, self._lengths, strict=True))]
-        self._lengths = [len(output) for output in outputs]
-        rows, tokens = self._places(new)
-        if len(rows):
-            self._counts_NV.index_put_((rows, tokens), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
-        return {"prompt_NV": self._prompt_NV, "counts_NV": self._counts_NV}
-
-    def _places(self, listed: Sequence[tuple[int, Sequence[int]]]) -> tuple[Tensor, Tensor]:
-        # Tokens that are not there yet have negative ids, and a prompt may have ids that no logit stands for.
-        pairs = [(row, token) for row, tokens in listed for token in tokens if 0 <= token < self._vocab_size]
-        places = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(self._device, non_blocking=True)
-        return places[:, 0], places[:, 1]
+    Tokens that are not there yet have negative ids, and a prompt may have ids that no logit stands for.
+    """
+    rows = [np.asarray(tokens, np.int64) for tokens in listed]
+    counts = [np.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size) for ids in rows]
+    return to_device(np.stack(counts).astype(np.int32), device)
 
 
 class Row(NamedTuple):
@@ -87,7 +70,7 @@ class BatchV1(NamedTuple):
     places: Tensor | None  # rows of the logits, int64 [N]; None if they are all
     words: Tensor  # of the streams, uint32 [N, 8]
     sampler: Sampler
-    history: History | None
+    prompts: Tensor | None  # whether a prompt has a token, [N, V]; None where that changes nothing
 
 
 class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
@@ -116,7 +99,10 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         if batch is None or batch.height != len(logits):
             batch = self._batch = self._made(*logits.shape)
         l_NV = logits if batch.places is None else logits.index_select(0, batch.places)
-        seen = {} if batch.history is None else batch.history.update([row.output for row in batch.rows])
+        seen = {}
+        if batch.prompts is not None:
+            outputs = [row.output for row in batch.rows]
+            seen = {"prompt_NV": batch.prompts, "counts_NV": count_tokens(outputs, logits.shape[1], self._device)}
         steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(self._device, non_blocking=True)
         seeds_N = self._streams.row_seeds(batch.words, steps_N)
         s_NV = batch.sampler.add_noise(batch.sampler.penalise(l_NV, **seen), seeds_N, in_place=True)
@@ -127,7 +113,7 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         rows = [self._rows[place] for place in found]
         samplings = [row.carried.sampling or Sampling() for row in rows]
         sampler = Sampler(samplings, vocab_size, self._device)
-        history = History([row.prompt for row in rows], vocab_size, self._device) if sampler.penalises else None
+        prompts = [row.prompt for row in rows]
         words = torch.tensor([row.carried.tokens for row in rows], dtype=torch.uint32)
         return BatchV1(
             height=height,
@@ -135,7 +121,7 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
             places=None if len(found) == height else torch.tensor(found).to(self._device, non_blocking=True),
             words=words.to(self._device, non_blocking=True),
             sampler=sampler,
-            history=history,
+            prompts=count_tokens(prompts, vocab_size, self._device) > 0 if sampler.penalises else None,
         )
 
 
