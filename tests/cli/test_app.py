@@ -15,8 +15,7 @@ from assay.cli import app, run
 from assay.cli.framework import leaves
 
 FROZEN = (
-    *("demo", "doctor", "config", "models list", "models info", "models random", "models path"),
-    *(f"streams {kind}" for kind in ("hash", "uniform", "gumbel", "normal", "signs", "permutation")),
+    *("demo", "doctor", "config", "models list", "models info", "models random", "models path", "streams"),
     *("poc prove", "poc verify", "poc calibrate", "poc respond", "poc replay", "poc calibrate-responses"),
     *("poc frame", "poc serve", "poc receive", "poc validator", "poc callbacks list", "poc callbacks replay"),
     *("poc pins new", "poc pins check", "poc ledger show", "poc ledger audit", "poc ledger export"),

@@ -26,6 +26,8 @@ MISTAKES = (
     "streams normal --seed-text a -n 4 --device tpu",
     "streams normal --seed-text a -n 4 --strength 64",
     "streams normal --seed-text a -n 4 --dtype float8",
+    "streams gumbel --seed-text a -n 4 --dtype float16",
+    "streams normals --seed-text a -n 4",
     "models info ./nope",
     "models random reference:llama -o new --weights odd",
     f"poc prove --model reference:qwen4 {ROUND} -o a.jsonl",

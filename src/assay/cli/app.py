@@ -18,7 +18,7 @@ from assay._version import __version__
 from assay.cli import ledger, responses, serve  # noqa: F401  (each adds its commands)
 from assay.cli.demo import DemoSettings, demo
 from assay.cli.flags import ARGUMENT
-from assay.cli.foundation import doctor, models, streams
+from assay.cli.foundation import NumberSettings, doctor, models, streams
 from assay.cli.framework import CONTINUES, Command, Group, Stopped, in_assay_words, in_three_parts
 from assay.cli.output import errors
 from assay.cli.poc import poc
@@ -80,7 +80,9 @@ for _command in (
     poc,
     vhack,
     models,
-    streams,
+    Command(
+        "streams", streams, (NumberSettings,), panel="Research", example="assay streams normal --seed-text block -n 4"
+    ),
     Command("config", print_config, (ConfigSettings,), example="assay config poc prove > prove.toml"),
 ):
     app.add_command(_command)

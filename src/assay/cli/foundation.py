@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.resources import files
@@ -17,11 +16,10 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, FOLDER
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, show_values, table
-from assay.errors import BackendUnavailable, how_to_install
+from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
-streams = Group("streams", "Portable random numbers.", panel="Research")
 
 
 class InfoSettings(Settings):
@@ -94,11 +92,19 @@ def path_(chosen: InfoSettings, as_json: bool) -> None:
 
 
 PRINTABLE = 1_000_000
+METHODS = {
+    "hash": "hashes", "uniform": "uniforms", "gumbel": "gumbels", "signs": "signs", "permutation": "permutations",
+    "normal": "normals",
+}  # fmt: skip
+"""Method of a backend for every kind of number."""
 
 
 class NumberSettings(Settings):
-    """Settings of ``assay streams hash``, ``uniform``, ``gumbel``, ``signs`` and ``permutation``."""
+    """Settings of ``assay streams``."""
 
+    kind: Annotated[Literal["hash", "uniform", "gumbel", "signs", "permutation", "normal"], ARGUMENT] = Field(
+        description="32-bit hashes, float32 uniforms in [0, 1], Gumbel values, signs, a permutation, or normals."
+    )
     seed_text: Annotated[str, "TEXT"] = Field(description="Text whose SHA-256 gives the seed.")
     n: Annotated[int, Flag(("-n",), unit="VALUES")] = Field(
         ge=1, le=PRINTABLE, description="Number of values. Normal values of another number begin differently."
@@ -107,50 +113,31 @@ class NumberSettings(Settings):
         "auto", description="Implementation that computes the values."
     )
     device: Annotated[str, "DEVICE"] = Field("cpu", description="Device that computes: cpu or cuda.")
+    strength: Literal[32, 256] = Field(32, description="Bits of the seed of normals: 32, as published, or 256.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of normals.")
 
 
-class NormalSettings(NumberSettings):
-    """Settings of ``assay streams normal``."""
+def streams(chosen: NumberSettings, as_json: bool) -> None:
+    """Print portable random numbers of a kind.
 
-    strength: Literal[32, 256] = Field(32, description="Bits of the seed: 32, as published, or 256.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of the values.")
+    KIND is hash, uniform, gumbel, signs, permutation or normal.
+    """
+    from assay import streams
+    from assay.streams.backends import as_tensor, digest
 
-
-KINDS: dict[str, tuple[str, type[NumberSettings], str]] = {
-    "hash": ("hashes", NumberSettings, "Print 32-bit hashes."),
-    "uniform": ("uniforms", NumberSettings, "Print uniform float32 values in [0, 1]."),
-    "gumbel": ("gumbels", NumberSettings, "Print standard Gumbel values."),
-    "signs": ("signs", NumberSettings, "Print signs, +1 or -1."),
-    "permutation": ("permutations", NumberSettings, "Print a permutation of 0..n-1."),
-    "normal": ("normals", NormalSettings, "Print standard normal values."),
-}
-"""Kind of number → method of a backend, and settings and help of its command."""
-
-
-def _number_command(kind: str, method: str, text: str) -> Callable[[NumberSettings, bool], None]:
-    def command(chosen: NumberSettings, as_json: bool) -> None:
-        from assay import streams
-        from assay.streams.backends import as_tensor, digest
-
-        source = streams.get_backend(chosen.backend, chosen.device)
-        seeds = streams.seeds([chosen.seed_text], getattr(chosen, "strength", 32))
-        values = getattr(source, method)(seeds, chosen.n, **chosen.model_dump(include={"dtype"}))
-        row: Any = as_tensor(values)[0].cpu()
-        # Floats as the shortest decimal that reads back to the same float32.
-        printed = [float(str(one)) for one in row.float().numpy()] if row.is_floating_point() else row.tolist()
-        if not as_json:
-            click.echo("\n".join(str(value) for value in printed))
-            return
-        described = {"kind": kind} | chosen.model_dump() | {"backend": source.name, "device": source.device}
-        emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
-
-    command.__doc__ = text
-    return command
-
-
-for _kind, (_method, _settings, _text) in KINDS.items():
-    _example = f"assay streams {_kind} --seed-text block -n 4"
-    streams.add(_kind, _settings, example=_example)(_number_command(_kind, _method, _text))
+    of_normals = {"strength", "dtype"} if chosen.kind != "normal" else set()
+    for flag in map(chosen.spelling, of_normals & chosen.model_fields_set):
+        raise UsageError(f"{flag} with {chosen.kind}", wanted="normal, which alone has it", do=f"leave {flag} out")
+    source, how = streams.get_backend(chosen.backend, chosen.device), {} if of_normals else {"dtype": chosen.dtype}
+    values = getattr(source, METHODS[chosen.kind])(streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **how)
+    row: Any = as_tensor(values)[0].cpu()
+    # Floats as the shortest decimal that reads back to the same float32.
+    printed = [float(str(one)) for one in row.float().numpy()] if row.is_floating_point() else row.tolist()
+    if not as_json:
+        click.echo("\n".join(str(value) for value in printed))
+        return
+    described = chosen.model_dump(exclude=of_normals) | {"backend": source.name, "device": source.device}
+    emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
 
 
 # What a user may miss, what for, and how to get it.
