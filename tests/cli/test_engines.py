@@ -48,7 +48,6 @@ def test_the_batch_size_can_be_left_to_the_machine(prove, refused, command, tmp_
 
 def test_kernels_are_chosen_by_a_flag(prove, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
     libraries = {}
     for kernels in ("auto", "eager", "compiled"):
         prove("--kernels", kernels)

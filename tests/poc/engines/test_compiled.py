@@ -15,7 +15,6 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._inductor import config as inductor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from assay.errors import CalibrationError, ModelError
 from assay.models import load_model
@@ -36,7 +35,6 @@ def small_model(small_checkpoint: Path):
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled engine's way through the code, without the minutes that the compiler takes."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home directory of the user
 
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"])
@@ -91,7 +89,6 @@ def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, r
         return fail
 
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setenv(_compiled.CACHE, "unused")
     engine = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
     with pytest.raises(ModelError, match="no C\\+\\+ compiler") as refused:
         prove(small_model, round_, range(8), engine=engine)
@@ -125,27 +122,10 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_
     now = {name: partial(attrgetter(name), inductor) for name in _compiled._KERNELS}
     theirs = {name: not value for name, value in _compiled._KERNELS.items()}
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", traced)
-    monkeypatch.setenv(_compiled.CACHE, "unused")
     with inductor.patch(theirs):
         prove(small_model, round_, range(8), engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True))
     assert seen
     assert all(settings == _compiled._KERNELS for settings in seen)
-
-
-def test_kernels_are_kept_in_a_folder_of_the_user_that_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for before in ("", default_cache_dir()):  # unset, and what torch writes there when it is imported
-        monkeypatch.setenv(_compiled.CACHE, before)
-        if not before:
-            monkeypatch.delenv(_compiled.CACHE)
-        _compiled.keep_kernels()
-        assert os.environ[_compiled.CACHE] == str(tmp_path / "assay" / "kernels")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    for chosen in ("elsewhere", default_cache_dir()):
-        monkeypatch.setenv(_compiled.CACHE, chosen)
-        _compiled.keep_kernels()
-        assert os.environ[_compiled.CACHE] == chosen
 
 
 @pytest.fixture

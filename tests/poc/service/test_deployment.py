@@ -9,7 +9,6 @@ from assay.errors import OutOfMemory, UsageError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
 from assay.poc.engines.hf import engine as _memory
-from assay.poc.engines.hf import fused as _compiled
 from assay.poc.engines.hf.engine import is_compiled
 from assay.poc.net import deployment as _deployment
 from assay.poc.net.deployment import Deployment
@@ -30,7 +29,6 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Compile by doing nothing, which takes no minutes; what was compiled is in the list."""
     seen: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function) or function)
-    monkeypatch.setenv(_compiled.CACHE, "unused")  # no folder in the home directory of the user
     return seen
 
 

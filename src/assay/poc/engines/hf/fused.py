@@ -19,14 +19,12 @@ Legend of shapes: B nonces, T positions, D hidden size, H query heads, K key hea
 the MLP; R is the rows of a fused projection.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -423,8 +421,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
-
 # In the order of preference; each serves what those before it do not.
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -446,23 +442,6 @@ _KERNELS = {
 _VARIANTS = 512
 
 
-def keep_kernels() -> None:
-    """Let compiled kernels be kept in the user's cache folder, unless the environment names another one.
-
-    Torch's own choice is a temporary folder; it stays where the user's cannot be written.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    if os.environ.get(CACHE) not in (None, default_cache_dir()):  # torch writes its choice there when it is imported
-        return
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay" / "kernels"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home directory, or one of another user
-        return
-    os.environ[CACHE] = str(folder)
-
-
 def worth_compiling(model: Model) -> bool:
     """Return whether ``prove`` compiles a model by default: on a CUDA device, where triton is installed."""
     return model.device.type == "cuda" and find_spec("triton") is not None
@@ -477,7 +456,6 @@ class CompiledForward:
     """
 
     def __init__(self, model: Model, batch_size: int, seq_len: int) -> None:
-        keep_kernels()
         self._model, self.fused = model, fusible(model, seq_len)
         if self.fused:
             decoder = LeanDecoder(model, seq_len)
