@@ -37,13 +37,11 @@ from assay.errors import UsageError
 from assay.poc.responses.sampling import Sampling
 from assay.streams.backends import as_tensor
 
-NUMBERS = 8  # numbers of a row of parameters
-
-_TEMPERATURE, _REPETITION, _FREQUENCY, _PRESENCE, _LOG_MIN_P, _TOP_P, _TOP_K, _GREEDY = range(NUMBERS)
+_TEMPERATURE, _REPETITION, _FREQUENCY, _PRESENCE, _LOG_MIN_P, _TOP_P, _TOP_K, _GREEDY = range(8)
 
 
-def numbers_of(sampling: Sampling) -> tuple[float, ...]:
-    """Return the parameters as the numbers that :class:`Sampler` takes; biases are not among them."""
+def _numbers_of(sampling: Sampling) -> tuple[float, ...]:
+    """Return the parameters as numbers; biases are not among them."""
     return (
         sampling.temperature or 1.0,
         sampling.repetition_penalty,
@@ -60,26 +58,14 @@ class Sampler:
     """Makes scores for rows of V logits on one device.
 
     Args:
-        samplings: Parameters of every row, or one set for all rows; or :func:`numbers_of` of every row [N, 8], which an
-            engine has at hand whenever its batch changes, with their ``biases`` beside them.
+        samplings: Parameters of every row, or one set for all rows.
 
     Raises:
         UsageError: A biased token is not in the vocabulary.
     """
 
-    def __init__(
-        self,
-        samplings: Sequence[Sampling] | NDArray[np.float64],
-        vocab_size: int,
-        device: torch.device | str,
-        *,
-        biases: Sequence[Mapping[int, float]] = (),
-    ) -> None:
-        if isinstance(samplings, np.ndarray):
-            numbers_N8 = samplings
-        else:
-            numbers_N8 = np.array([numbers_of(one) for one in samplings], np.float64).reshape(-1, NUMBERS)
-            biases = [one.logit_bias for one in samplings]
+    def __init__(self, samplings: Sequence[Sampling], vocab_size: int, device: torch.device | str) -> None:
+        numbers_N8 = np.array([_numbers_of(one) for one in samplings], np.float64).reshape(-1, _GREEDY + 1)
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self._streams = streams.get_backend("auto", str(self.device))
@@ -97,7 +83,7 @@ class Sampler:
         # One copy to the device for all: columns of float32 are rounded there, once.
         self._numbers_N8 = to_device(numbers_N8, self.device)
         self._floats_N8 = self._numbers_N8.float()
-        self._biases = self._bias_columns(biases)
+        self._biases = self._bias_columns([one.logit_bias for one in samplings])
 
     def _column(self, which: int) -> Tensor:
         """Return a parameter of every row as float32, [N, 1]."""

@@ -7,8 +7,7 @@ The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 r
 :class:`ProcessorV2`. With drafts a request has a row for every draft token there, and vLLM's
 rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or with none, the tokens are
 the same. Nothing there waits for the device. A small model's step takes as long on the host as on the device, so
-parameters lie in arrays by slot, are laid out again when the batch changes, and go to the device in one copy. Without
-drafts the host knows which step a request is at, and seeds are made for several steps at once. With drafts only the
+parameters are laid out only when the batch changes, and go to the device in one copy. Without drafts the host knows which step a request is at, and seeds are made for several steps at once. With drafts only the
 device does.
 
 Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A steps ahead.
@@ -26,7 +25,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from assay import streams
-from assay.poc.responses.sampler import NUMBERS, Sampler, numbers_of, to_device
+from assay.poc.responses.sampler import Sampler, to_device
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.response_worker import SeedArgument, read_seed_argument
 
@@ -147,8 +146,7 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         self._drafts = getattr(vllm_config, "speculative_config", None) is not None
         slots = req_states.max_num_reqs
         self._seeded_M = np.zeros(slots, bool)
-        self._numbers_M8 = np.full((slots, NUMBERS), numbers_of(UNTOUCHED), np.float64)
-        self._biases: list[dict[int, float]] = [{}] * slots
+        self._samplings = [UNTOUCHED] * slots
         self._words_M8 = np.zeros((slots, 8), np.uint32)
         self._prompts_M = np.zeros(slots, np.int64)
         self._batch: BatchV2 | None = None
@@ -162,8 +160,7 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         if carried is not None and carried.tokens is not None:
             seeded, sampling, words, prompt = True, carried.sampling or UNTOUCHED, carried.tokens, carried.prompt
         self._seeded_M[req_idx], self._words_M8[req_idx], self._prompts_M[req_idx] = seeded, words, prompt
-        self._numbers_M8[req_idx], self._biases[req_idx] = numbers_of(sampling), dict(sampling.logit_bias)
-        self._batch = None
+        self._samplings[req_idx], self._batch = sampling, None
         return seeded
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
@@ -191,8 +188,7 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         return logits
 
     def _made(self, slots_N: NDArray[np.int64], vocab_size: int) -> BatchV2:
-        biases = [self._biases[slot] for slot in slots_N]
-        sampler = Sampler(self._numbers_M8[slots_N], vocab_size, self._device, biases=biases if any(biases) else ())
+        sampler = Sampler([self._samplings[slot] for slot in slots_N], vocab_size, self._device)
         batch = BatchV2(slots_N.copy(), sampler)
         if self._drafts:
             batch.words = to_device(self._words_M8[slots_N].view(np.int32), self._device)
