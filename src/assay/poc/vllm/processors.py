@@ -4,11 +4,11 @@ A seeded request was told temperature 0, so that vLLM takes the largest score: t
 penalties and filters were taken from it; grammars, allowed ids and forbidden words act before the processor.
 
 The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 runner, the default on GPUs,
-:class:`ProcessorV2`. With drafts a request has a row for every draft token there, and vLLM's
-rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or with none, the tokens are
-the same. Nothing there waits for the device. A small model's step takes as long on the host as on the device, so
-parameters are laid out only when the batch changes, and go to the device in one copy. Without drafts the host knows which step a request is at, and seeds are made for several steps at once. With drafts only the
-device does.
+:class:`ProcessorV2`. With drafts a request has a row for every draft token there, and vLLM's rejection sampler accepts
+a draft if it is the largest score of its row: with any drafter, or with none, the tokens are the same. Nothing there
+waits for the device. A small model's step takes as long on the host as on the device, so parameters are laid out only
+when the batch changes, and go to the device in one copy. Without drafts the host knows which step a request is at, and
+seeds are made for several steps at once. With drafts only the device does.
 
 Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A steps ahead.
 """
