@@ -156,23 +156,20 @@ def test_settings_are_taken_or_refused_in_words(changes: dict, words: str | None
 
 
 @pytest.mark.parametrize(
-    ("executor", "key", "second", "words"),
+    ("executor", "second", "words"),
     [
-        ("uni", "", True, None),
-        ("ray", "GPU", True, None),
-        ("ray", "GPU", False, "unset it"),
-        ("ray", "", True, "Ray on cpu"),
-        ("external_launcher", "GPU", True, "--distributed-executor-backend external_launcher"),
-        ("a.package.Executor", "GPU", True, "--distributed-executor-backend a.package.Executor"),
+        ("uni", True, None),
+        ("ray", True, None),
+        ("ray", False, "unset it"),
+        ("external_launcher", True, "--distributed-executor-backend external_launcher"),
+        ("a.package.Executor", True, "--distributed-executor-backend a.package.Executor"),
     ],
 )
 def test_workers_are_run_only_in_ways_that_were_tried(
-    executor: str, key: str, second: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
+    executor: str, second: bool, words: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    platforms = SimpleNamespace(current_platform=SimpleNamespace(ray_device_key=key, device_name="cpu"))
     envs = SimpleNamespace(VLLM_USE_RAY_V2_EXECUTOR_BACKEND=second)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs, platforms=platforms))
-    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs))
     check_config_says(settings(**{"parallel.distributed_executor_backend": executor}), words)
 
 

@@ -225,15 +225,11 @@ def _executors(config: Any, device: str) -> Iterator[Refusal]:
     yield executor not in EXECUTORS, f"--distributed-executor-backend {executor}", wanted, omit
     if executor == "ray":
         from vllm import envs
-        from vllm.platforms import current_platform
 
         # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in the actor's,
         # and the executor waits for the step of one worker only before it calls all of them.
         beside = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its steps"
         yield not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, beside, wanted, "unset it"
-        # vllm/v1/executor/ray_utils.py, initialize_ray_cluster: "current platform cpu does not support ray".
-        unnamed = f"Ray on {current_platform.device_name}, for whose devices vLLM has no name in Ray"
-        yield not current_platform.ray_device_key, unnamed, "workers that vLLM starts by itself", omit
 
 
 def _settings(config: Any, device: str) -> Iterator[Refusal]:
