@@ -5,9 +5,14 @@ are not independent and must not be multiplied. But each ledger's e-value, stopp
 alone, has mean at most 1 under honest noise, and so has the average of them whatever their dependence (Vovk and Wang
 2021). By Markov's inequality the average reaches 1/alpha with chance alpha at most.
 
-Each test of a ledger stops after the first audit at which it would decide alone, that is at ``L``/alpha among ``L``
-ledgers; so evidence once found is not lost again while other ledgers catch up. The evidence for honesty is averaged in
+Of each e-value counts no more than what stands without any one block and without places of the batch that may be
+faulty, as in a life. It stops after the first audit at which that would decide alone, at ``L``/alpha among ``L``
+ledgers. So evidence once found is not lost again while other ledgers catch up. The evidence for honesty is averaged in
 the same way, under the hypothesis that the node cheats.
+
+Nothing shows whether a validator measured what it wrote. But if ``f`` ledgers at most are invented, the others have
+e-values, and the average without the ``f`` largest is at most that of ``L − f`` of those: the bound alpha holds
+whatever the liars wrote. In the same way no ``f`` liars make a cheat honest.
 
 This is the chance of one decision, at a time that was fixed beforehand. The largest of many averages, as ledgers grow,
 has no such bound: Ville's inequality needs one filtration in which the average is a supermartingale, and what one
@@ -21,15 +26,14 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from assay.errors import DataError, UsageError
 from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Source, open_source, read_noise
-from assay.poc.verdict.life import Account, Entry, Genesis, Life, Residuals, log_average
-from assay.poc.verdict.noise import AnyNoise
+from assay.poc.verdict.life import Account, Entry, Genesis, Life, log_average
 from assay.stats.sequential import Verdict, decide
 
 MOST_LEDGERS = 1000
@@ -43,11 +47,13 @@ class LedgerShare:
     Args:
         ledger: Id of the ledger.
         n: Number of residuals that count.
-        log_e_value: Logarithm of its e-value, of which each test stopped where it would decide alone.
+        verdict: What it would decide alone, as one of ``L`` ledgers.
+        log_e_value: Logarithm of what stands of its e-value, stopped where it would decide alone.
         log_evidence_honest: Logarithm of its evidence for honesty, stopped likewise.
     """
 
     ledger: str
+    verdict: Verdict = "undecided"
     n: int = 0
     log_e_value: float = 0.0
     log_evidence_honest: float = 0.0
@@ -61,8 +67,10 @@ class MergedStanding:
         account: Account.
         verdict: ``fraud`` when ``log_e_value`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
             else ``undecided``.
-        log_e_value: Logarithm of the average of the stopped e-values.
-        log_evidence_honest: Logarithm of the average of the stopped evidence for honesty.
+        log_e_value: Logarithm of the average of the stopped e-values, without the largest ``liars`` of them.
+        log_evidence_honest: Logarithm of the average of the stopped evidence for honesty, likewise.
+        rests_on: Ids of the ledgers without any one of which the others decide otherwise; empty where it stands
+            without any one.
         shares: What each ledger adds; a ledger that does not know the account adds an e-value of 1.
     """
 
@@ -70,16 +78,17 @@ class MergedStanding:
     verdict: Verdict
     log_e_value: float
     log_evidence_honest: float
+    rests_on: tuple[str, ...]
     shares: tuple[LedgerShare, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        rest = {name: value for name, value in self.__dict__.items() if name not in ("account", "shares")}
-        return {**asdict(self.account), **rest, "shares": [asdict(share) for share in self.shares]}
+        values = asdict(self)
+        return {**values.pop("account"), **values}
 
 
 def merge_ledgers(
-    ledgers: Iterable[str | Path], *, alpha: float | None = None, beta: float | None = None
+    ledgers: Iterable[str | Path], *, alpha: float | None = None, beta: float | None = None, liars: int = 0
 ) -> list[MergedStanding]:
     """Decide on every account from several ledgers or exports of ledgers, each of which is audited first.
 
@@ -89,6 +98,7 @@ def merge_ledgers(
         ledgers: Files of ledgers, or exports, of different validators.
         alpha: Bound on the chance that this decision accuses an honest node; that of the ledgers when None.
         beta: Bound on the chance that this decision calls a cheater honest; that of the ledgers when None.
+        liars: Number of ledgers that may be invented, against which both bounds hold.
 
     Returns:
         What the ledgers say together, by key, model, build and preset.
@@ -99,22 +109,21 @@ def merge_ledgers(
         StorageError: A file cannot be read.
     """
     paths = [Path(path) for path in ledgers]
-    if not 1 <= len(paths) <= MOST_LEDGERS:
-        raise UsageError(f"{len(paths)} ledgers", wanted=f"1 to {MOST_LEDGERS}", do="name the files of some")
+    if not 0 <= liars < len(paths) <= MOST_LEDGERS:
+        seen, wanted = f"{len(paths)} ledgers, {liars} of them liars", f"1 to {MOST_LEDGERS}, and fewer liars"
+        raise UsageError(seen, wanted=wanted, do="name the files of some, or fewer --liars")
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(path)) for path in paths]
         begun = [_checked(source) for source in sources]
         _refuse_twice(paths, begun)
-        rates = {
-            "alpha": _rate("alpha", alpha, [genesis.alpha for genesis in begun]),
-            "beta": _rate("beta", beta, [genesis.beta for genesis in begun]),
-        }
+        given = {"alpha": alpha, "beta": beta}
+        rates = {name: _rate(name, rate, [getattr(one, name) for one in begun]) for name, rate in given.items()}
         shares: dict[Account, dict[str, LedgerShare]] = {}
         for source, genesis in zip(sources, begun, strict=True):
             for account, share in _stopped(source, genesis, rates, len(paths)):
                 shares.setdefault(account, {})[genesis.id] = share
     ids = [genesis.id for genesis in begun]
-    return [_decide(account, ids, shares[account], rates) for account in sorted(shares)]
+    return [_decide(account, ids, shares[account], rates, liars) for account in sorted(shares)]
 
 
 def _checked(source: Source) -> Genesis:
@@ -127,23 +136,20 @@ def _checked(source: Source) -> Genesis:
             do="leave it out, or ask its validator for it again",
         )
     if found.accounts > MOST_ACCOUNTS:
-        raise DataError(
-            f"{source.path}: {found.accounts} accounts", wanted=f"at most {MOST_ACCOUNTS}", do="leave it out"
-        )
+        seen = f"{source.path}: {found.accounts} accounts"
+        raise DataError(seen, wanted=f"at most {MOST_ACCOUNTS}", do="leave it out")
     with source.database.read() as connection:
         text = connection.execute(sa.select(LEDGER.c.genesis)).scalar_one()
     return Genesis.parse(text, str(source.path))
 
 
 def _refuse_twice(paths: Sequence[Path], begun: Sequence[Genesis]) -> None:
-    ids = [genesis.id for genesis in begun]
-    for place, one in enumerate(ids):
-        if one in ids[:place]:
-            raise UsageError(
-                f"{paths[ids.index(one)]} and {paths[place]}, which are one ledger",
-                wanted="ledgers of different validators",
-                do="leave the older one out",
-            )
+    known: dict[str, Path] = {}
+    for path, one in zip(paths, begun, strict=True):
+        if one.id in known:
+            seen = f"{known[one.id]} and {path}, which are one ledger"
+            raise UsageError(seen, wanted="ledgers of different validators", do="leave the older one out")
+        known[one.id] = path
 
 
 def _rate(name: str, given: float | None, rates: Sequence[float]) -> float:
@@ -162,72 +168,59 @@ def _rate(name: str, given: float | None, rates: Sequence[float]) -> float:
 def _stopped(
     source: Source, genesis: Genesis, rates: dict[str, float], ledgers: int
 ) -> Iterator[tuple[Account, LedgerShare]]:
-    """Yield every account of a ledger with what it adds, from its evidence."""
+    """Yield every account of a ledger with what it adds, from its evidence.
+
+    Both numbers have mean 1 at most, the one under honest noise and the other under a cheat, because each stops by a
+    rule that looks at this ledger alone. So they can be averaged over ledgers.
+    """
     query = sa.select(UPDATES.c.entry).order_by(UPDATES.c.account, UPDATES.c.seq)
+    needed_e, needed_honest = (math.log(ledgers / rates[name]) for name in ("alpha", "beta"))
     with source.database.read() as connection:
         rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
         for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), attrgetter("account")):
-            life = StoppedLife(**rates, ledgers=ledgers)
+            life, log_e, log_honest = Life(**rates), -math.inf, -math.inf
             for entry in entries:
-                entry.give(life, read_noise(connection, entry.law))
-            log_e, log_honest = life.stopped
-            share = LedgerShare(ledger=genesis.id, n=life.evidence.n, log_e_value=log_e, log_evidence_honest=log_honest)
+                found = entry.give(life, read_noise(connection, entry.law)).evidence
+                if log_e < needed_e <= found.log_e_value:
+                    log_e = _standing(life)
+                if log_honest < needed_honest:
+                    log_honest = found.log_evidence_honest
+            log_e = log_e if log_e >= needed_e else _standing(life)
+            alone = decide(log_e, log_honest, **{name: rate / ledgers for name, rate in rates.items()})
+            share = LedgerShare(
+                ledger=genesis.id, n=found.n, verdict=alone, log_e_value=log_e, log_evidence_honest=log_honest
+            )
             yield account, share
 
 
-class StoppedLife(Life):
-    """A life whose tests stop, for `stopped`, after the first audit at which each would decide alone.
-
-    Args:
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a node that cheats is ever called honest while it does.
-        ledgers: Number of ledgers that the decision is made from.
-    """
-
-    def __init__(self, *, alpha: float, beta: float, ledgers: int) -> None:
-        super().__init__(alpha=alpha, beta=beta)
-        self._levels = (math.log(ledgers / alpha), math.log(ledgers / beta))
-        self._stopped: list[list[float]] = []
-
-    def update(self, noise: AnyNoise, residuals: Residuals, **about: Any) -> Self:
-        """Take the residuals of one audit, as `Life` does."""
-        super().update(noise, residuals, **about)
-        self._stopped += [[0.0, 0.0] for _ in self.tests[len(self._stopped) :]]
-        for test, stopped in zip(self.tests, self._stopped, strict=True):
-            for which, log in enumerate((test.log_e, test.log_honest)):
-                if test.log_weight + stopped[which] < self._levels[which]:
-                    stopped[which] = log
-        return self
-
-    @property
-    def stopped(self) -> tuple[float, float]:
-        """Logarithms of the e-value and of the evidence for honesty.
-
-        Both have mean 1 at most, the one under honest noise and the other under a cheat, because each test stops by a
-        rule that looks at this test alone. So they can be averaged over ledgers.
-        """
-        both = [(test.log_weight, *stopped) for test, stopped in zip(self.tests, self._stopped, strict=True)]
-        return (
-            log_average([(weight, log_e) for weight, log_e, _ in both]),
-            log_average([(weight, log_honest) for weight, _, log_honest in both[-2:]]),
-        )
+def _standing(life: Life) -> float:
+    """Return the logarithm of the average of what stands of each test's e-value."""
+    return log_average([(test.log_weight, min(test.log_e, life.held(test))) for test in life.tests])
 
 
 def _decide(
-    account: Account, ledgers: Sequence[str], found: dict[str, LedgerShare], rates: dict[str, float]
+    account: Account, ledgers: Sequence[str], found: dict[str, LedgerShare], rates: dict[str, float], liars: int
 ) -> MergedStanding:
     shares = tuple(found.get(ledger, LedgerShare(ledger=ledger)) for ledger in ledgers)
-    log_e = log_mean([share.log_e_value for share in shares])
-    log_honest = log_mean([share.log_evidence_honest for share in shares])
+
+    def decided(some: Sequence[LedgerShare]) -> tuple[Verdict, float, float]:
+        log_e = log_mean([share.log_e_value for share in some], without=liars)
+        log_honest = log_mean([share.log_evidence_honest for share in some], without=liars)
+        return decide(log_e, log_honest, **rates), log_e, log_honest
+
+    verdict, log_e, log_honest = decided(shares)
+    others = ((one.ledger, [share for share in shares if share is not one]) for one in shares)
     return MergedStanding(
         account=account,
-        verdict=decide(log_e, log_honest, **rates),
+        verdict=verdict,
         log_e_value=log_e,
         log_evidence_honest=log_honest,
+        rests_on=tuple(ledger for ledger, rest in others if len(rest) <= liars or decided(rest)[0] != verdict),
         shares=shares,
     )
 
 
-def log_mean(logs: Sequence[float]) -> float:
-    """Return the logarithm of the average of numbers that are given by their logarithms."""
-    return float(np.logaddexp.reduce(logs)) - math.log(len(logs))
+def log_mean(logs: Sequence[float], *, without: int = 0) -> float:
+    """Return the logarithm of the average of numbers, given by their logarithms, but for the largest of them."""
+    kept = sorted(logs)[: len(logs) - without]
+    return float(np.logaddexp.reduce(kept)) - math.log(len(kept))

@@ -1,5 +1,6 @@
 """``assay poc ledger``: what the audits of a node's whole life say, and whether the file that says it is intact."""
 
+from collections import deque
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -58,7 +59,7 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         wanted = (one for one in opened.standings() if chosen.public_key in (None, one.account.public_key))
         found = list(islice(wanted, chosen.limit))
         listed = [] if chosen.public_key is None else found
-        audits = {one.account: list(opened.entries(one.account, newest=chosen.limit)) for one in listed}
+        audits = {one.account: [*deque(opened.entries(one.account), chosen.limit)] for one in listed}
     if as_json:
         accounts = [one.as_dict() for one in found]
         for shown, entries in zip(accounts, audits.values(), strict=False):  # of all accounts, or of none
@@ -96,6 +97,7 @@ def audit(chosen: AuditSettings, as_json: bool) -> int:
             ("head", found.head),
             ("published head", published if chosen.head is None else chosen.head),
             *(("fault", str(fault)[:400]) for fault in found.faults),
+            *(("note", note) for note in found.notes),
         ]
         table(("", "result"), rows)
     return found.exit_code

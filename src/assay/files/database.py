@@ -10,9 +10,10 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +31,11 @@ _ADVICE = {
     sqlite3.SQLITE_READONLY: ("a file and a directory that can be written", "pass another {flag}"),
 }
 _NO_ROOM = ("a database that can be written", "free some space on that disk; a service continues by itself")
+
+SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+"""Query of everything that an SQLite file defines: what it is, its name, the table it belongs to, and its text."""
+
+_MIGRATIONS = "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at REAL)"
 
 LONGEST_VALUE = 2**26
 """Bytes of the longest text that is read from a file that is only read: 64 MiB."""
@@ -191,8 +197,7 @@ class Database:
         return descriptor
 
     def _migrate(self, connection: sa.Connection, migrations: Sequence[Sequence[str]]) -> None:
-        table = "migrations (version INTEGER PRIMARY KEY, applied_at REAL)"
-        connection.exec_driver_sql(f"CREATE TABLE IF NOT EXISTS {table}")
+        connection.exec_driver_sql(_MIGRATIONS)
         current = self._check_version(connection, len(migrations))
         for version, statements in enumerate(migrations[current:], start=current + 1):
             for statement in statements:
@@ -200,6 +205,8 @@ class Database:
             connection.exec_driver_sql("INSERT INTO migrations VALUES (?, ?)", (version, time.time()))
 
     def _check_version(self, connection: sa.Connection, newest: int, *, oldest: int = 0) -> int:
+        if not any(row[:2] == ("table", "migrations") for row in connection.exec_driver_sql(SCHEMA)):
+            raise damaged(self.path, "the table migrations is missing", flag=self._flag)  # a view may have no end
         current = connection.exec_driver_sql("SELECT coalesce(max(version), 0) FROM migrations").scalar_one()
         if type(current) is not int or not oldest <= current <= newest:
             raise StorageError(
@@ -219,7 +226,30 @@ def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageErro
 def tables(path: Path, *, flag: str = "--data-dir") -> set[str]:
     """Return the names of the tables of an SQLite file, which stays as it is; none of an empty file."""
     with _three_parts(path, flag), closing(_connect_to_read(path)) as connection:
-        return {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return {str(name) for kind, name, *_ in connection.execute(SCHEMA) if kind == "table"}
+
+
+def schema_changes(found: Iterable[Sequence[Any]], migrations: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Compare rows of :data:`SCHEMA` with what all migrations make, to the letter.
+
+    Nothing is left out by its name: what SQLite itself makes for the migrations is wanted, and all else is named.
+
+    Returns:
+        The tables, indexes, triggers and views that are missing, changed or added, in words.
+    """
+    wanted, there = _wanted(migrations), Counter(tuple(row) for row in found)
+    missing, added = ([row[:2] for row in rows] for rows in (wanted - there, there - wanted))
+    words = {one: "missing" if one not in added else "changed" for one in missing}
+    words |= {one: "not one that assay made" for one in added if one not in missing}
+    return [f"the {kind!s:.20} {name!s:.80} is {word}" for (kind, name), word in words.items()]
+
+
+@cache
+def _wanted(migrations: tuple[tuple[str, ...], ...]) -> Counter[tuple[Any, ...]]:
+    with closing(sqlite3.connect(":memory:")) as made:
+        for statement in (_MIGRATIONS, *(statement for step in migrations for statement in step)):
+            made.execute(statement)
+        return Counter(made.execute(SCHEMA).fetchall())
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:

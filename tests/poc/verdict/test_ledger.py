@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import signal
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 
 from assay.errors import DataError, StorageError, UsageError
+from assay.files.jsonl import dumps
 from assay.models import load_model
 from assay.poc import Build, Round, calibrate, prove, verify
 from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
 from assay.poc.verdict import ledger as ledger_module
 from assay.poc.verdict.ledger import check_ledger
-from tests.poc.verdict.ledgers import NOISE, OTHER, account, filled, forked, honest, update
+from tests.poc.verdict.ledgers import NOISE, OTHER, account, by_hand, filled, forked, honest, update
 
 FORMER = Path(__file__).with_name("former.jsonl")
 
@@ -141,10 +143,11 @@ def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(ledger
 
 def test_a_ledger_of_a_former_release_is_carried_over(path):
     """Release 0.2 wrote it: eight blocks, each with a law and a test of its own, and a place that it suspected."""
-    database = ledger_module._open(path, ledger_module.TABLES)
+    database = ledger_module._open(path)
     ledger_module._read_export(FORMER, database)
     database.close()
-    assert audit_ledger(FORMER).clean
+    noted = ("entries of earlier releases, whose outcomes were not computed again: 16, from entry 1 on",)
+    assert (audit_ledger(FORMER).clean, audit_ledger(FORMER).notes) == (True, noted)
     with Ledger(path) as ledger:
         before = list(ledger.standings())
         assert [(one.verdict, one.evidence.tests, one.evidence.n) for one in before] == [
@@ -156,17 +159,22 @@ def test_a_ledger_of_a_former_release_is_carried_over(path):
             standing = ledger.append([given])[0]
             verdict = "honest" if factor == 1 else "fraud"
             assert (standing.verdict, standing.evidence.tests, standing.evidence.n) == (verdict, 1, 144)
-    assert [fault.reason for fault in audit_ledger(path).faults if fault.entry is not None] == []
+    assert (audit_ledger(path).clean, audit_ledger(path).notes, audit_ledger(path).entries) == (True, noted, 18)
 
 
-def test_an_entry_by_the_former_rule_after_one_that_is_not_is_a_fault(ledger, path):
-    ledger.append([update(0)])
-    (entry,) = ledger.entries(account())
-    state = ledger_module.AccountState(ledger.genesis)
-    state.take(entry, NOISE)
-    outcome = entry.outcome.model_copy(update={"share": None, "log_e_held": None})
-    with pytest.raises(DataError, match="rule of earlier releases"):
-        state.take(entry.model_copy(update={"outcome": outcome}), NOISE)
+@pytest.mark.parametrize("part", ['"audits":2', '"verdict":"undecided"', '"residuals":[0.'])
+def test_an_entry_of_a_former_release_is_checked_all_the_same(tmp_path, part):
+    """Its form, chain and counts, and that its verdict follows from its numbers."""
+    lines = FORMER.read_text().splitlines()
+    number = next(number for number, line in enumerate(lines) if part in line)
+    changed = part.replace("2", "3").replace("undecided", "honest").replace("[0.", "[0.1,0.")
+    entry = lines[number].replace(part, changed)
+    (tmp_path / "l.jsonl").write_text("\n".join([*lines[:number], entry, dumps({"head": {"count": 1, "hash": ""}})]))
+    try:
+        reason = audit_ledger(tmp_path / "l.jsonl").faults[0].reason
+    except DataError as error:
+        reason = error.seen
+    assert re.search("audits 3|verdict honest|residuals of", reason)
 
 
 def test_a_life_is_that_of_the_pinned_build(ledger, proof, small_model, round_):
@@ -319,12 +327,43 @@ def test_the_file_itself_refuses_to_forget(tmp_path, statement):
 
 def test_a_ledger_that_was_cut_takes_no_more(tmp_path):
     path = filled(tmp_path / "l.sqlite3", 3)
-    with closing(sqlite3.connect(path)) as database:
-        database.execute("DROP TRIGGER updates_never_delete")
+    with by_hand(path) as database:
         database.execute("DELETE FROM updates WHERE seq = 3")
-        database.commit()
     with Ledger(path) as ledger, pytest.raises(DataError, match="its head says 3 entries, and the last one is 2"):
         ledger.append([update(9)])
+
+
+DROPPING = (
+    "CREATE TRIGGER sqlitexa BEFORE INSERT ON updates WHEN NEW.entry LIKE '%node_A%' BEGIN SELECT RAISE(IGNORE); END",
+    "CREATE TRIGGER sqlitexb BEFORE UPDATE ON ledger WHEN NEW.count > (SELECT max(seq) FROM updates)"
+    " BEGIN SELECT RAISE(IGNORE); END",
+)
+CHANGING = ("CREATE TRIGGER sqlitexa AFTER INSERT ON updates BEGIN UPDATE updates SET round = 'other'; END",)
+
+
+@pytest.mark.parametrize("triggers", [DROPPING, CHANGING], ids=["dropping", "changing"])
+@pytest.mark.parametrize("known", [True, False], ids=["by the schema", "by what is read back"])
+def test_a_trigger_that_hides_evidence_stops_the_ledger(tmp_path, monkeypatch, triggers, known):
+    """With these two, all evidence against one node was lost in silence, and an audit found nothing."""
+    path = filled(tmp_path / "l.sqlite3", 3)
+    with Ledger(path) as ledger:
+        with closing(sqlite3.connect(path)) as database:
+            if triggers is CHANGING:
+                database.execute("DROP TRIGGER updates_never_update")
+            for trigger in triggers:
+                database.execute(trigger)
+            database.commit()
+        if not known:
+            monkeypatch.setattr("assay.poc.verdict.ledger.schema_changes", lambda *_: [])
+        with pytest.raises(StorageError, match="trigger" if known else "entry 4 is not there as it was written"):
+            ledger.append([update(7, residuals=[1.0] * 64)])
+        assert ledger.head[0] == 3
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="the trigger"):
+        Ledger(path)
+    with Ledger(path, read_only=True) as ledger:
+        assert ledger.head[0] == 3
+    assert any("sqlitexa" in fault.reason for fault in audit_ledger(path).faults)
 
 
 @pytest.mark.parametrize("copied", [True, False])

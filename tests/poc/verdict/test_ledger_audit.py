@@ -3,8 +3,10 @@
 import json
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -155,9 +157,18 @@ def test_reordered_rows_are_found(copy: Path, one: int, other: int, moved: str):
     [
         ("DROP TRIGGER updates_never_delete", "the trigger updates_never_delete is missing"),
         ("DROP INDEX updates_of_round", "the index updates_of_round is missing"),
-        ("CREATE TABLE more (x)", "the table more is not of a ledger"),
+        ("CREATE TABLE more (x)", "the table more is not one that assay made"),
         ("DROP VIEW evidence", "the view evidence is missing"),
         ("ALTER TABLE updates ADD COLUMN x", "the table updates is changed"),
+        (
+            "CREATE TRIGGER sqlitexa BEFORE INSERT ON updates BEGIN SELECT RAISE(IGNORE); END",
+            "the trigger sqlitexa is not",
+        ),
+        ("CREATE INDEX SQLITE1x ON updates (hash)", "the index SQLITE1x is not"),
+        ("CREATE VIEW migrations_ AS SELECT 1", "the view migrations_ is not"),
+        ("ALTER TABLE migrations ADD COLUMN x", "the table migrations is changed"),
+        ("CREATE TRIGGER t AFTER INSERT ON migrations BEGIN DELETE FROM migrations; END", "the trigger t is not"),
+        ("ANALYZE", "the table sqlite_stat1 is not"),
         ("INSERT INTO accounts (public_key, digest, build, preset) VALUES ('k', 'd', 'b', 'p')", "accounts: 4 belongs"),
         ("INSERT INTO laws VALUES ('h', '{}')", "laws: 'h' belongs to no entry"),
     ],
@@ -168,6 +179,42 @@ def test_what_is_beside_the_rows_is_looked_at_too(copy: Path, statement: str, re
         database.commit()
     found = audit_ledger(copy)
     assert any(reason in fault.reason for fault in found.faults), found.faults
+
+
+def test_a_name_that_only_sqlite_may_give_hides_nothing(copy: Path):
+    with closing(sqlite3.connect(copy)) as database:
+        database.execute("CREATE TRIGGER more AFTER INSERT ON updates BEGIN DELETE FROM accounts; END")
+        database.execute("PRAGMA writable_schema=ON")
+        change = "name = 'sqlite_more', sql = replace(sql, 'more', 'sqlite_more')"
+        database.execute(f"UPDATE sqlite_master SET {change} WHERE name = 'more'")
+        database.commit()
+    assert "the trigger sqlite_more is not one that assay made" in map(str, audit_ledger(copy).faults)
+
+
+def test_clocks_that_were_wrong_are_noted_and_are_no_fault(tmp_path: Path, monkeypatch):
+    now = time.time()
+    times = iter([now, now + 9, now - 40, now - 200, now - 190, 4e9, now + 20])
+    monkeypatch.setattr("assay.poc.verdict.ledger.time", SimpleNamespace(time=lambda: next(times)))
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        for seed in range(6):
+            ledger.append([update(seed)])
+    monkeypatch.undo()
+    found = audit_ledger(tmp_path / "l.sqlite3")
+    assert (found.clean, found.exit_code) == (True, 0)
+    assert found.notes == (
+        "entries more than 60 s older than what stands before them: 2, from entry 3 on",
+        "entries in the future: 1, from entry 5 on",
+    )
+    assert audit_ledger(filled(tmp_path / "right.sqlite3")).notes == ()
+
+
+def test_nothing_but_a_repeated_nonce_may_be_left_out(tmp_path: Path, monkeypatch):
+    """Also where the outcome follows from the residuals that are left."""
+    monkeypatch.setattr("assay.poc.verdict.ledger.find_repeated", lambda nonces, seen: [(3, "of no use")])
+    with Ledger(tmp_path / "l.sqlite3") as ledger:
+        ledger.append([update(0)])
+    monkeypatch.undo()
+    assert first_bad(tmp_path / "l.sqlite3") == 1
 
 
 def rewrite(path: Path, start: int, change) -> None:
@@ -206,6 +253,13 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_verdict_that_does_not_follow_is_found_in_an_intact_chain(copy: Path, start: int, change):
     rewrite(copy, start, change)
+    assert first_bad(copy) == start
+
+
+@pytest.mark.parametrize("start", [2, 9])
+def test_no_outcome_is_by_the_rule_of_earlier_releases_once_one_is_not(copy: Path, start: int):
+    """An audit does not compute such outcomes again, so they would say what they like."""
+    rewrite(copy, start, lambda values: [values["outcome"].pop(name) for name in ("share", "log_e_held")])
     assert first_bad(copy) == start
 
 
@@ -249,6 +303,12 @@ def test_a_view_without_an_end_is_not_read(copy: Path):
         database.commit()
     reasons = [fault.reason for fault in audit_ledger(copy).faults]
     assert "the table updates is missing" in reasons
+    with closing(sqlite3.connect(copy)) as database:
+        database.execute("DROP TABLE migrations")
+        endless = "WITH RECURSIVE n(version) AS (SELECT 1 UNION ALL SELECT version + 1 FROM n) SELECT version FROM n"
+        database.execute(f"CREATE VIEW migrations AS {endless}")
+        database.commit()
+    assert refused(copy)
 
 
 def refused(path: Path) -> bool:
@@ -330,16 +390,15 @@ def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
         "\n": "line 1",
         deep: "line 1",
         '{"kind":"other"}': "line 1",
-        lines[0]: "its head should be",
+        lines[0]: "the end: not the line",
         f"{lines[0]}\n{deep}": "line 2",
         f'{lines[0]}\n{{"law":{deep}}}': "line 2",
-        f'{lines[0]}\n{{"head":{{"count":1e999,"hash":""}}}}': "line 2",
-        f'{lines[0]}\n{{"head":[]}}': "without a count",
-        f'{lines[0]}\n{{"head":{{"count":0,"hash":["{"x" * 10**5}"]}}}}': "without a count",
-        f'{lines[0]}\n{lines[1][:-1]},"more":1}}': "a law that is not in the form",
+        f'{lines[0]}\n{lines[1][:-1]},"more":1}}': "line 2: not the line",
         f"{lines[0]}\n{lines[2]}": "a law that no line before it gives",
         f"{lines[0]}\n{lines[1]}\n{lines[2]}\n{lines[2]}": "a name given twice",
-        f"{lines[0]}\n{lines[-1]}\n{lines[-1]}": "a line after the head",
+        f"{lines[0]}\n{lines[-1]}\n{lines[-1]}": "line 3: not the line",
+        "\n".join([lines[0], lines[1], *lines[1:]]): "line 3: not the line",
+        "\n".join([lines[0], lines[5], *lines[1:]]): "line 2: not the line",
         f"{lines[0]}\n{lines[2].replace('0.', 'NaN,0.', 1)}": "line 2",
         f"{lines[0]}\n{lines[2].replace('[0,', '[' + '9' * 5000 + ',', 1)}": "line 2",
     }
@@ -348,6 +407,14 @@ def test_hostile_exports_are_errors(lines: list[str], tmp_path: Path):
         path.write_text(text + "\n" if text else "")
         with pytest.raises(DataError, match=said):
             audit_ledger(path)
+    for head in (
+        "[]",
+        '{"count":1e999,"hash":""}',
+        f'{{"count":0,"hash":["{"x" * 10**5}"]}}',
+        '{"count":true,"hash":0}',
+    ):
+        path.write_text(f'{lines[0]}\n{{"head":{head}}}\n')
+        assert not audit_ledger(path).clean
     path.write_bytes(lines[0].encode() + b"\n\xff\xfe\n")
     with pytest.raises(DataError, match="not UTF-8"):
         audit_ledger(path)

@@ -101,17 +101,6 @@ def test_the_share_that_is_not_excluded_only_falls():
     assert (shares[0], shares[-1]) == (0.2, 0.01)
 
 
-def test_doubted_residuals_do_not_accuse_and_are_not_forgotten():
-    """The rule of earlier releases: half of the nonces invented at places that are only suspected."""
-    life, other = (Life(alpha=1e-3, beta=1e-2, former=True) for _ in range(2))
-    for seed in range(40):
-        life.update(NOISE, honest(8, seed), doubted=[1.2] * 8)
-        other.update(NOISE, honest(8, seed))
-    assert (life.evidence.verdict, other.evidence.verdict) == ("undecided", "honest")
-    assert (life.evidence.log_e_max, life.evidence.n) == (other.evidence.log_e_max, other.evidence.n)
-    assert life.evidence.log_evidence_honest < -100
-
-
 def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Draws from a law by its survival function."""
     grid = np.exp(np.linspace(law.mu - 9 * law.sd, math.log(2.0), 20_000))

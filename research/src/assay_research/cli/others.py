@@ -72,6 +72,7 @@ class MergeSettings(Settings):
     beta: Annotated[float | None, "SHARE"] = Field(
         None, description="Bound on the chance that this decision calls a cheater honest; else that of the ledgers."
     )
+    liars: Annotated[int, "NUMBER"] = Field(0, ge=0, description="Ledgers that may be invented without any effect.")
 
 
 @research.add(
@@ -140,23 +141,25 @@ def run_merge(chosen: MergeSettings, as_json: bool) -> int:
     """Decide from the ledgers of several validators.
 
     Exit code 0 all honest, 1 a fraud, 2 undecided or bad input. The e-values are averaged, which is valid although the
-    validators saw the same proofs. Which ledgers are merged, and when, must not depend on what they say.
+    validators saw the same proofs. Which ledgers are merged, and when, must not depend on what they say. "decided by"
+    names the ledgers that say so alone, "rests on" those without any one of which the verdict would be another.
     """
     from assay.cli.ledger import names_of
     from assay_research.ledger_merge import merge_ledgers
 
-    merged = merge_ledgers(list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta)
+    merged = merge_ledgers(list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta, liars=chosen.liars)
     merged = [one for one in merged if chosen.public_key in (None, one.account.public_key)]
     if as_json:
         emit_json("assay.poc.ledger.merge/1", {"accounts": [one.as_dict() for one in merged]})
     else:
-        columns = ("key", "model", "build", "preset", "ledgers", "log e", "verdict")
-        counts = [sum(share.n > 0 for share in one.shares) for one in merged]
-        rows = [
-            (*names_of(one.account), f"{count} of {len(chosen.ledgers)}", f"{one.log_e_value:.1f}", one.verdict)
-            for one, count in zip(merged, counts, strict=True)
-        ]
-        table(columns, rows)
+        rows = []
+        for one in merged:
+            known = f"{sum(share.n > 0 for share in one.shares)} of {len(one.shares)}"
+            named = [*zip(one.shares, (path.name for path in chosen.ledgers), strict=True)]
+            alone = ", ".join(name for share, name in named if share.verdict == one.verdict != "undecided")
+            needed = ", ".join(name for share, name in named if share.ledger in one.rests_on)
+            rows.append((*names_of(one.account), known, f"{one.log_e_value:.1f}", one.verdict, alone, needed))
+        table(("key", "model", "build", "preset", "ledgers", "log e", "verdict", "decided by", "rests on"), rows)
     verdicts = {one.verdict for one in merged}
     return 1 if "fraud" in verdicts else 0 if verdicts == {"honest"} else 2
 

@@ -11,28 +11,29 @@ the entries, byte for byte, and before the first entry under a law, that law::
 An audit of a ledger checks every hash and every place, and computes every verdict again from the evidence. The chain is
 read first, in the order of the entries. Then the entries of each account are taken one after the other, as when they
 were written. The result names the first entry that is wrong. Numbers may differ in their last digits, as those of two
-machines do. Whoever rewrites the file from one entry to the end, with its hashes, leaves a chain without a fault. Only
-a hash of the head that was published before shows that another chain stood there.
+machines do. Outcomes of earlier releases have another rule, and are not computed again. The result notes how many they
+are, and where clocks were wrong. Whoever rewrites the file from one entry to the end, with its hashes, leaves a chain
+without a fault. Only a hash of the head that was published before shows that another chain stood there.
 """
 
 import math
 import secrets
-import sqlite3
 import tempfile
 import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
-from assay.files.database import Database, damaged, tables
+from assay.files.database import SCHEMA, Database, damaged, schema_changes, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
 from assay.poc.verdict.judge import Verdict, places_of
@@ -55,6 +56,9 @@ from assay.poc.verdict.noise import AnyNoise, noise_from_dict
 AT_ONCE = 256  # rows that are read at a time
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
 
+CLOCK = 60.0
+"""Seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes it."""
+
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
 _EXACT = ("audits", "recorded", "n", "tests", "share")
 
@@ -66,8 +70,7 @@ def _never(table: str, what: str) -> str:
 
 # Steps that lead to the tables of a ledger. A step, once released, is never edited. Columns other than ``entry``
 # repeat parts of it, for searching; an audit compares them.
-Migrations = tuple[tuple[str, ...], ...]
-MIGRATIONS: Migrations = (
+MIGRATIONS = (
     (
         """CREATE TABLE ledger (
             id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -113,9 +116,6 @@ MIGRATIONS: Migrations = (
         FROM updates""",
     ),
 )
-TABLES = tuple(tuple(text for text in step if not text.startswith("CREATE TRIGGER")) for step in MIGRATIONS)
-"""The steps without triggers, for a copy that is filled from an export."""
-
 
 LEDGER, LAWS, ACCOUNTS, UPDATES = (
     sa.table(name, *map(sa.column, columns.split()))
@@ -157,6 +157,8 @@ class LedgerAudit:
         head: Hash of the last entry without a fault.
         published: Hash of a head that had to be in the chain; None where none was given.
         faults: Faults in the order of the entries; empty for a clean ledger.
+        notes: What a reader should know and is no fault: clocks that were wrong, and outcomes that were taken as
+            they are.
     """
 
     entries: int
@@ -164,6 +166,7 @@ class LedgerAudit:
     head: str
     published: str | None
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -181,11 +184,12 @@ class LedgerAudit:
 
 
 class _Chain:
-    """The entries in their order, with their form, place, hash and columns, up to the first fault."""
+    """The entries in their order, with their form, place, hash, columns and times, up to the first fault."""
 
     def __init__(self, connection: sa.Connection, head: str | None) -> None:
         self.faults: list[Fault] = []
         self.entries, self.hash, self.found = 0, "", False
+        self._noted, self._newer = defaultdict[str, list[int]](list), False
         self.genesis: Genesis | None = None
         heads = connection.execute(sa.select(LEDGER)).fetchmany(2)
         try:
@@ -195,21 +199,37 @@ class _Chain:
             return
         self.hash = self.genesis.hash
         self.found = head == self.hash
+        before, latest = self.genesis.created, time.time() + CLOCK
         for row in connection.execute(_ROWS, execution_options={"yield_per": AT_ONCE}):
-            if reason := self._find_fault(row):
-                self._add_fault(reason)
+            entry = self._read(row)
+            if isinstance(entry, str):
+                self._add_fault(entry)
                 return
+            for noted, what in (
+                (entry.former, "of earlier releases, whose outcomes were not computed again"),
+                (entry.time < before - CLOCK, f"more than {CLOCK:g} s older than what stands before them"),
+                (entry.time > latest, "in the future"),
+            ):
+                if noted:
+                    self._noted[what].append(row.seq)
+            self._newer = self._newer or not (entry.former or entry.of_response)
+            before = entry.time
             self.entries, self.hash = self.entries + 1, row.hash
             self.found = self.found or head == self.hash
-        stated = tuple(heads[0]._mapping[name] for name in ("count", "hash"))
-        if len(heads) != 1 or stated != (self.entries, self.hash):
-            self._add_fault(_other_head(*stated))
+        count, hash = (heads[0]._mapping[name] for name in ("count", "hash"))
+        if len(heads) != 1 or (count, hash) != (self.entries, self.hash):
+            self._add_fault(f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}")
 
     def _add_fault(self, reason: str) -> None:
         self.faults.append(Fault(entry=self.entries + 1, reason=reason))
 
-    def _find_fault(self, row: sa.Row[Any]) -> str | None:
-        """Return what is wrong with the next row."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is no fault, in words."""
+        return tuple(f"entries {what}: {len(seqs)}, from entry {seqs[0]} on" for what, seqs in self._noted.items())
+
+    def _read(self, row: sa.Row[Any]) -> Entry | str:
+        """Return the next entry, or what is wrong with it."""
         text = text_of(row.entry)
         if row.seq != self.entries + 1:
             return f"missing: the next one is {row.seq!r:.20}"
@@ -226,12 +246,9 @@ class _Chain:
         columns = (row.round, row.name, row.law, row.public_key, row.digest, row.build, row.preset)
         if columns != (entry.round, entry.name, entry.law, *vars(entry.account).values()):
             return "its columns are not what its text says"
-        return None if row.known == entry.law else f"the law {entry.law[:12]} is missing"
-
-
-def _other_head(count: object, hash: object) -> str:
-    """Return the reason of a fault where the head names other entries than there are."""
-    return f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}"
+        if entry.former and self._newer:
+            return "an outcome by the rule of earlier releases, after one by the rule of now"
+        return entry if row.known == entry.law else f"the law {entry.law[:12]} is missing"
 
 
 _ROWS = (
@@ -256,10 +273,8 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
             owner, state, seen = account, AccountState(chain.genesis), defaultdict(set)
         entry = Entry.parse(text, "an entry")
         try:
-            outcome = state.take(entry, read_noise(connection, entry.law))
-            reason = _find_difference(entry, outcome, seen[entry.round], chain.genesis)
-            if reason is None and not entry.former and entry.fault != state.fault:
-                reason = f"fault {entry.fault!r:.80}, where the evidence gives {state.fault!r:.80}"
+            follows = state.take(entry, read_noise(connection, entry.law))
+            reason = _find_difference(entry, follows, seen[entry.round], chain.genesis)
         except AssayError as error:  # not a law, or one of which no test can be made
             reason = error.seen
         seen[entry.round].update(entry.nonces)
@@ -268,20 +283,21 @@ def _wrong_outcomes(connection: sa.Connection, chain: _Chain) -> list[Fault]:
     return sorted(faults, key=lambda fault: fault.entry or 0)[:1]
 
 
-def _find_difference(entry: Entry, outcome: EntryOutcome, seen: set[int], genesis: Genesis) -> str | None:
-    """Return how an entry differs from what follows from its evidence."""
-    repeated = [place for place, _ in find_repeated(entry.nonces, seen)]
-    if repeated != [place for place, reason in entry.excluded if reason == REPEATED]:
+def _find_difference(entry: Entry, follows: Entry, seen: set[int], genesis: Genesis) -> str | None:
+    """Return how an entry differs from what follows from its evidence; of an earlier release, little is compared."""
+    left_out = [one for one in entry.excluded if one[1] == REPEATED or not entry.former]
+    if left_out != find_repeated(entry.nonces, seen):
         return "the nonces that do not count are not those that were there before"
-    stated = entry.outcome
-    for name in (*_EXACT, *_NUMBERS):
-        one, other = getattr(stated, name), getattr(outcome, name)
+    if not entry.former and entry.fault != follows.fault:
+        return f"fault {entry.fault!r:.80}, where the evidence gives {follows.fault!r:.80}"
+    for name in ("audits", "recorded") if entry.former else (*_EXACT, *_NUMBERS):
+        one, other = getattr(entry.outcome, name), getattr(follows.outcome, name)
         both = name in _NUMBERS and None not in (one, other)
         if not (math.isclose(one, other, rel_tol=CLOSE, abs_tol=CLOSE) if both else one == other):
             return f"{name} {one!r}, where the evidence gives {other!r}"
     # Of the numbers as stated: on the threshold, two machines may differ.
-    follows = verdict_on_life(stated, alpha=genesis.alpha, beta=genesis.beta)
-    return None if stated.verdict == follows else f"verdict {stated.verdict}, where the evidence gives {follows}"
+    stated, verdict = entry.outcome.verdict, verdict_on_life(entry.outcome, alpha=genesis.alpha, beta=genesis.beta)
+    return None if stated == verdict else f"verdict {stated}, where its numbers give {verdict}"
 
 
 def read_noise(connection: sa.Connection, law: str) -> AnyNoise:
@@ -297,33 +313,15 @@ def _parse_noise(text: str) -> AnyNoise:
     return noise_from_dict(loads(text, f"the law {sha256(text)[:12]}"))
 
 
-def _find_unused(connection: sa.Connection) -> Iterator[Fault]:
-    """Yield laws and accounts that no entry names: nothing but an entry adds one."""
-    for table, key, column in ((LAWS, LAWS.c.hash, UPDATES.c.law), (ACCOUNTS, ACCOUNTS.c.id, UPDATES.c.account)):
-        found = connection.execute(sa.select(key).where(key.not_in(sa.select(column))).limit(1)).first()
-        if found:
-            yield Fault(entry=None, reason=f"{table.name}: {found[0]!r:.20} belongs to no entry")
-
-
-def _damaged_pages(connection: sa.Connection) -> Iterator[Fault]:
-    """Yield what SQLite itself finds wrong: an index that leaves out a row would hide nonces that were seen."""
+def _beside_entries(connection: sa.Connection) -> Iterator[Fault]:
+    """Yield pages that are damaged, and laws and accounts that no entry names: nothing but an entry adds one."""
     found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
-    if found != "ok":
+    if found != "ok":  # an index that leaves out a row would hide nonces that were seen
         yield Fault(entry=None, reason=f"the file: {found!s:.200}")
-
-
-def _changed_schema(connection: sa.Connection) -> Iterator[Fault]:
-    """Yield the triggers, tables and indexes that are missing, added or changed."""
-    query = "SELECT type || ' ' || name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND name <> 'migrations'"
-    with closing(sqlite3.connect(":memory:")) as begun:
-        for statement in (statement for step in MIGRATIONS for statement in step):
-            begun.execute(statement)
-        wanted = dict(begun.execute(query).fetchall())
-    found = {row[0]: row[1] for row in connection.exec_driver_sql(query)}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            what = "missing" if name not in found else "changed" if name in wanted else "not of a ledger"
-            yield Fault(entry=None, reason=f"the {name} is {what}")
+    for table, key, column in ((LAWS, LAWS.c.hash, UPDATES.c.law), (ACCOUNTS, ACCOUNTS.c.id, UPDATES.c.account)):
+        unused = connection.execute(sa.select(key).where(key.not_in(sa.select(column))).limit(1)).first()
+        if unused:
+            yield Fault(entry=None, reason=f"{table.name}: {unused[0]!r:.20} belongs to no entry")
 
 
 def text_of(value: object) -> str:
@@ -335,50 +333,21 @@ ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
 LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
 MAGIC = b"SQLite format 3\0"
 
-NOTHING = EntryOutcome(
-    audits=0,
-    recorded=0,
-    verdict="undecided",
-    n=0,
-    tests=0,
-    log_e_value=0.0,
-    log_e_max=0.0,
-    log_evidence_honest=0.0,
-    log_e_held=0.0,
-    share=1.0,
-)
-
 
 class AccountState:
     """The life of one account of a ledger, which takes its entries one after the other."""
 
     def __init__(self, genesis: Genesis) -> None:
-        self._genesis, self.life = genesis, Life(alpha=genesis.alpha, beta=genesis.beta)
-        self._before: Life | None = None
+        self.life = Life(alpha=genesis.alpha, beta=genesis.beta)
         self.audits = self.recorded = self.last = 0
-        self.fault: str | None = None
 
-    def take(self, entry: Entry, noise: AnyNoise) -> EntryOutcome:
-        """Take the residuals of an entry that count, and return the outcome by the rule of its release.
-
-        Raises:
-            DataError: The entry has the rule of earlier releases, after one that has not.
-        """
-        evidence = entry.give(self.life, noise).evidence
-        if entry.former:
-            if self.audits and self._before is None:
-                raise DataError("an outcome by the rule of earlier releases", wanted="later ones", do="restore it")
-            alpha, beta = self._genesis.alpha, self._genesis.beta
-            self._before = entry.give_as_before(self._before or Life(alpha=alpha, beta=beta, former=True), noise)
-            evidence = self._before.evidence
-        else:
-            self._before = None
-        self.audits += 1
-        self.recorded += len(entry.nonces)
-        self.last = entry.seq
-        self.fault, values = evidence.faulty_places, asdict(evidence)
-        del values["faulty_places"]
-        return EntryOutcome(audits=self.audits, recorded=self.recorded, **values)
+    def take(self, entry: Entry, noise: AnyNoise) -> Entry:
+        """Take the residuals of an entry that count, and return it with the fault and the outcome that follow."""
+        values = asdict(entry.give(self.life, noise).evidence)
+        self.audits, self.recorded, self.last = self.audits + 1, self.recorded + len(entry.nonces), entry.seq
+        fault = values.pop("faulty_places")
+        outcome = EntryOutcome(audits=self.audits, recorded=self.recorded, **values)
+        return entry.model_copy(update={"outcome": outcome, "fault": fault})
 
 
 class Ledger:
@@ -419,7 +388,7 @@ class Ledger:
         self.path = Path(path)
         self._find_change = f"find what was changed: assay poc ledger audit {path}"
         check_ledger(self.path, read_only=read_only)
-        self._db = _open(self.path, MIGRATIONS, read_only=read_only, flag=_flag(read_only=read_only))
+        self._db = _open(self.path, read_only=read_only, flag=_flag(read_only=read_only))
         self._appending = threading.Lock()
         self._states: OrderedDict[int, AccountState] = OrderedDict()
         try:
@@ -441,13 +410,21 @@ class Ledger:
             raise
 
     def _begin(self, alpha: float, beta: float) -> None:
-        with self._db.write() as connection:
+        with self._write() as connection:
             if connection.execute(sa.select(LEDGER.c.id)).first() is None:
                 if not (0 < alpha < 1 and 0 < beta < 1):
                     seen = f"alpha {alpha}, beta {beta}"
                     raise UsageError(seen, wanted="two rates in (0, 1)", do="pass --alpha 0.001")
                 made = Genesis(id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta)
-                _insert_head(connection, made, 0, made.hash)
+                _insert_genesis(connection, made)
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        """Open a transaction in a file that holds nothing else than a ledger: another trigger may drop entries."""
+        with self._db.write() as connection:
+            if changes := schema_changes(connection.exec_driver_sql(SCHEMA), MIGRATIONS):
+                raise damaged(self.path, changes[0], flag="--ledger")
+            yield connection
 
     @property
     def head(self) -> tuple[int, str]:
@@ -510,11 +487,12 @@ class Ledger:
         Raises:
             UsageError: A value is out of range.
             DataError: The ledger was changed by something else; an audit names the place.
-            StorageError: The entries are not on disk, and nothing has changed.
+            StorageError: The entries are not on disk, and nothing has changed. So it is where the file defines more,
+                less or else than a ledger does, or an entry that is read back is not the one that was written.
         """
         with self._appending:
             try:
-                with self._db.write() as connection:
+                with self._write() as connection:
                     return [self._add(connection, update) for update in updates]
             except BaseException:
                 # What is in memory may hold values that are not on disk: it is rebuilt when it is needed.
@@ -536,12 +514,13 @@ class Ledger:
         law = _insert_law(connection, dumps(update.noise.as_dict()))
         excluded = find_repeated(update.nonces, _nonces(connection, account, update.round))
         place = {"seq": count + 1, "previous": previous, "time": time.time()}
-        entry = make_entry(update, law=law, excluded=excluded, fault=None, outcome=NOTHING, **place)
+        entry = make_entry(update, law=law, excluded=excluded, fault=None, outcome=EntryOutcome(), **place)
         # The noise is read back from the law, as an audit reads it.
-        outcome = state.take(entry, read_noise(connection, law))
-        entry = entry.model_copy(update={"outcome": outcome, "fault": state.fault})
-        hash = _insert_entry(connection, entry.seq, account, entry, entry.line)
-        connection.execute(LEDGER.update().values(count=entry.seq, hash=hash))
+        entry = state.take(entry, read_noise(connection, law))
+        made = _insert_entry(connection, account, entry, entry.line)
+        kept = connection.execute(sa.select(UPDATES).where(UPDATES.c.seq == entry.seq)).first()
+        if kept is None or kept._mapping != made or self._head(connection) != (entry.seq, made["hash"]):
+            raise damaged(self.path, f"entry {entry.seq} is not there as it was written", flag="--ledger")
         return self._standing(connection, account)
 
     def _state(self, connection: sa.Connection, account: int) -> AccountState:
@@ -580,19 +559,10 @@ class Ledger:
             for (account,) in connection.execute(sa.select(ACCOUNTS.c.id).order_by(ACCOUNTS.c.id)).all():
                 yield self._standing(connection, account)
 
-    def entries(self, account: Account, *, newest: int | None = None) -> Iterator[Entry]:
-        """Iterate over the entries of an account, the oldest first.
-
-        Args:
-            account: Account.
-            newest: Number of entries at the end; all when None.
-        """
+    def entries(self, account: Account) -> Iterator[Entry]:
+        """Iterate over the entries of an account, the oldest first."""
         with self._db.read() as connection:
-            chosen = UPDATES.c.account == select_account(account).scalar_subquery()
-            if newest is not None:
-                last = sa.select(UPDATES.c.seq).where(chosen).order_by(UPDATES.c.seq.desc()).limit(newest)
-                chosen = UPDATES.c.seq.in_(last)
-            yield from self._entries(connection, chosen)
+            yield from self._entries(connection, UPDATES.c.account == select_account(account).scalar_subquery())
 
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
         own = UPDATES.c.account == account
@@ -621,19 +591,13 @@ class Ledger:
             UsageError: The file exists and ``overwrite`` is not set.
             StorageError: It cannot be written.
         """
-        known = set[str]()
-        query = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text")).order_by(UPDATES.c.seq)
-        query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law))
         with PartialFile(Path(path), overwrite=overwrite) as out, self._db.read() as connection:
             out.restart()
-            genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
-            out.append_lines([text_of(genesis)])
-            for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
-                out.append_lines([text_of(entry)] if law in known else [f'{{"law":{text_of(text)}}}', text_of(entry)])
-                known.add(law)
-            out.append({"head": {"count": count, "hash": hash}})
+            for line in _export_lines(connection):
+                out.append_lines([line])
             out.commit()
-        return int(count), str(hash)
+            count, hash = connection.execute(sa.select(LEDGER.c.count, LEDGER.c.hash)).one()
+            return int(count), str(hash)
 
     def close(self) -> None:
         """Close the file."""
@@ -693,35 +657,34 @@ def _flag(*, read_only: bool) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A ledger to read, in its own database, or an export in a temporary one with the head that it ends with."""
+    """A ledger to read, in its own database, or an export in a temporary one with the line that it ends with."""
 
     path: Path
     database: Database
-    stated: tuple[int, str] | None
+    stated: str | None
 
     def audit(self, head: str | None = None) -> LedgerAudit:
-        """Audit the chain, in which a published hash must be; a ledger also has triggers and indexes."""
+        """Audit the chain, in which a published hash must be, and all that the file defines."""
         with self.database.read() as connection:
-            changed = list(_changed_schema(connection)) if self.stated is None else []
-            if any(fault.reason.startswith("the table") for fault in changed):
+            changes = schema_changes(connection.exec_driver_sql(SCHEMA), MIGRATIONS)
+            faults = [Fault(entry=None, reason=change) for change in changes]
+            if any(change.startswith("the table") for change in changes):
                 # Anything may stand in its place, such as a view without an end.
-                return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(changed))
+                return LedgerAudit(entries=0, accounts=0, head="", published=head, faults=tuple(faults))
             chain = _Chain(connection, head)
-            changed += _damaged_pages(connection)
-            faults = [*chain.faults, *_wrong_outcomes(connection, chain), *changed]
-            if not faults:
-                faults += _find_unused(connection)
+            faults = [*chain.faults, *_wrong_outcomes(connection, chain), *faults, *_beside_entries(connection)]
             if head is not None and not chain.found:
                 seen = f"the published head {head} is not in the chain: entries were rewritten or cut off since"
                 faults.append(Fault(entry=None, reason=seen))
-            if not faults and self.stated not in (None, (chain.entries, chain.hash)):
-                faults.append(Fault(entry=chain.entries + 1, reason=_other_head(*self.stated)))
+            if not faults and self.stated not in (None, _head_line(chain.entries, chain.hash)):
+                faults.append(Fault(entry=chain.entries + 1, reason=f"not there, or changed: {self.stated:.120}"))
             return LedgerAudit(
                 entries=chain.entries,
                 accounts=int(connection.execute(sa.select(sa.func.count()).select_from(ACCOUNTS)).scalar_one()),
                 head=chain.hash,
                 published=head,
                 faults=tuple(sorted(faults, key=lambda fault: math.inf if fault.entry is None else fault.entry)),
+                notes=chain.notes,
             )
 
 
@@ -738,9 +701,9 @@ def open_source(path: Path) -> Iterator[Source]:
         if start.startswith(MAGIC):
             if LEDGER.name not in tables(path, flag="ledger"):
                 raise _bad(str(path), "a database without a ledger")
-            database, stated = _open(path, MIGRATIONS, read_only=True), None
+            database, stated = _open(path, read_only=True), None
         else:
-            database = _open(Path(folder, "copy.sqlite3"), TABLES)
+            database = _open(Path(folder, "copy.sqlite3"))
             stated = _read_export(path, database)
         try:
             yield Source(path, database, stated)
@@ -768,44 +731,61 @@ def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
         return source.audit(head)
 
 
-def _open(path: Path, migrations: Migrations, *, read_only: bool = False, flag: str = "ledger") -> Database:
-    return Database(path.parent, name=path.name, migrations=migrations, exclusive=False, read_only=read_only, flag=flag)
+def _open(path: Path, *, read_only: bool = False, flag: str = "ledger") -> Database:
+    return Database(path.parent, name=path.name, migrations=MIGRATIONS, exclusive=False, read_only=read_only, flag=flag)
 
 
-def _read_export(path: Path, database: Database) -> tuple[int, str]:
-    """Fill empty tables with the lines of an export, in their order; return the head that it ends with."""
-    lines = read_lines(path)
-    number, line = next(lines, (1, b""))
-    genesis = Genesis.parse(_text(line, path, number), f"{path}, line {number}")
-    seq, hash, stated = 0, genesis.hash, None
+def _export_lines(connection: sa.Connection) -> Iterator[str]:
+    """Yield the lines of an export."""
+    genesis, count, hash = connection.execute(sa.select(LEDGER.c.genesis, LEDGER.c.count, LEDGER.c.hash)).one()
+    yield text_of(genesis)
+    query, known = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text")), set[str]()
+    query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law)).order_by(UPDATES.c.seq)
+    for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
+        if law not in known:
+            yield f'{{"law":{text_of(text)}}}'
+        known.add(law)
+        yield text_of(entry)
+    yield _head_line(count, hash)
+
+
+def _head_line(count: int, hash: str) -> str:
+    return dumps({"head": {"count": count, "hash": hash}})
+
+
+def _read_export(path: Path, database: Database) -> str:
+    """Fill an empty ledger from an export, which must be what it would write; return the last line, its head."""
+    first, *_ = next(_lines_of(path), ("", ""))
     with database.write() as connection:
-        for number, line in lines:
-            source, text = f"{path}, line {number}", _text(line, path, number)
-            if stated is not None:
-                raise _bad(source, "a line after the head")
+        _insert_genesis(connection, Genesis.parse(first, f"{path}, line 1"))
+        for text, source in islice(_lines_of(path), 1, None):
             if text.startswith('{"law":'):
-                law = dumps(loads(text, source)["law"])
-                if text != f'{{"law":{law}}}':
-                    raise _bad(source, "a law that is not in the form in which it is written")
-                _insert_law(connection, law)
-            elif text.startswith('{"head":'):
-                stated = _head(text, source)
-            else:
+                _insert_law(connection, text[7:-1])
+            elif not text.startswith('{"head":'):
                 entry = Entry.parse(text, source)
-                seq += 1
                 try:
-                    hash = _insert_entry(connection, seq, _insert_account(connection, entry.account), entry, text)
+                    _insert_entry(connection, _insert_account(connection, entry.account), entry, text)
                 except sa.exc.IntegrityError as error:
                     reason = f"a law that no line before it gives, or a name given twice ({error.orig})"
                     raise _bad(source, reason) from None
-        _insert_head(connection, genesis, seq, hash)
-    if stated is None:
-        raise _bad(f"{path}, line {number}", "the end of the file, where its head should be")
-    return stated
+        for found, wanted in zip_longest(_lines_of(path), _export_lines(connection)):
+            text, source = found or ("", f"{path}, the end")
+            if text != wanted and not (wanted and text.startswith(start := '{"head":') and wanted.startswith(start)):
+                raise _bad(source, f"not the line that an export of these entries has there, {wanted!s:.80}")
+    return text
 
 
-def _insert_head(connection: sa.Connection, genesis: Genesis, count: int, hash: str) -> None:
-    connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=count, hash=hash))
+def _lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a file, each with its place."""
+    for number, line in read_lines(path):
+        try:
+            yield line.decode().removesuffix("\n"), f"{path}, line {number}"
+        except UnicodeDecodeError:
+            raise _bad(f"{path}, line {number}", "bytes that are not UTF-8") from None
+
+
+def _insert_genesis(connection: sa.Connection, genesis: Genesis) -> None:
+    connection.execute(LEDGER.insert().values(id=1, genesis=genesis.line, count=0, hash=genesis.hash))
 
 
 def _insert_law(connection: sa.Connection, law: str) -> str:
@@ -818,24 +798,13 @@ def _insert_account(connection: sa.Connection, account: Account) -> int:
     return int(connection.execute(select_account(account)).scalar_one())
 
 
-def _insert_entry(connection: sa.Connection, seq: int, account: int, entry: Entry, text: str) -> str:
-    columns = {"seq": seq, "account": account, "round": entry.round, "name": entry.name, "law": entry.law}
-    connection.execute(UPDATES.insert().values(columns | {"entry": text, "hash": sha256(text)}))
-    return sha256(text)
-
-
-def _head(text: str, source: str) -> tuple[int, str]:
-    head = loads(text, source)["head"]
-    if not isinstance(head, dict) or {name: type(value) for name, value in head.items()} != {"count": int, "hash": str}:
-        raise _bad(source, "a head without a count and a hash")
-    return head["count"], head["hash"]
-
-
-def _text(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode().removesuffix("\n")
-    except UnicodeDecodeError:
-        raise _bad(f"{path}, line {number}", "bytes that are not UTF-8") from None
+def _insert_entry(connection: sa.Connection, account: int, entry: Entry, text: str) -> dict[str, Any]:
+    """Write the next entry and count the head up; return the row, with the place that the ledger has for it."""
+    seq, hash = sa.select(LEDGER.c.count + 1).scalar_subquery(), sha256(text)
+    row = {"account": account, "round": entry.round, "name": entry.name, "law": entry.law, "entry": text, "hash": hash}
+    connection.execute(UPDATES.insert().values(row | {"seq": seq}))
+    connection.execute(LEDGER.update().values(count=LEDGER.c.count + 1, hash=hash))
+    return row | {"seq": entry.seq}
 
 
 def _bad(source: str, reason: str) -> DataError:

@@ -21,12 +21,11 @@ test would first have to make up for everything that spoke for the node.
 
 A ledger keeps a life on disk as entries, each one line of canonical JSON with its place, the hash of the entry before
 it, the account, the evidence and the outcome. Its own hash is the SHA-256 of the line. So a change of an entry or of
-its place changes the hash of every entry that follows. Entries of earlier releases, and those of responses, have the
-rule of before: one law text is one test, and a test convicts by its e-value alone. What they hold counts on by the rule
-above.
+its place changes the hash of every entry that follows. What entries of earlier releases hold counts on by this rule;
+their outcomes stay as they were written. For responses, which have no places in a batch, a test convicts by its e-value
+alone.
 """
 
-import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -65,8 +64,6 @@ PLACES = 128
 
 APART = 8
 """Blocks of older pools that can be left out: those that accuse most, because leaving out another takes less."""
-
-_REST = "the rest"  # which are never left out; a hash of a block has no blank
 
 HONEST = 0.2
 """Largest share of cheap nonces that is not excluded at which a life is called honest."""
@@ -118,7 +115,6 @@ class Life:
     Args:
         alpha: Bound on the chance that an honest node is ever accused, in its whole life.
         beta: Bound on the chance that a share of cheap nonces is excluded that a node has.
-        former: Whether the rule of earlier releases holds, by which their entries are checked.
 
     Raises:
         UsageError: A rate is not in (0, 1), when the first residuals come.
@@ -134,16 +130,15 @@ class Life:
         ['honest', 'fraud']
     """
 
-    def __init__(self, *, alpha: float, beta: float, former: bool = False) -> None:
-        self.alpha, self.beta, self._former = alpha, beta, former
+    def __init__(self, *, alpha: float, beta: float) -> None:
+        self.alpha, self.beta = alpha, beta
         self.tests: list[LifeTest] = []
-        self._first: dict[str, LifeTest] = {}
-        self._epochs: dict[str, LifeTest] = {}
+        self._running: dict[str, list[LifeTest]] = {}  # of each law: its first test, and the newest one beside it
         self._n = 0
-        self._pool = _Pool()
+        self._pool: list[_Pooled] = []
         self._open = np.ones(len(SHARES), dtype=np.bool_)  # shares that are not excluded yet
-        self._pooled = False
         self._fault: str | None = None
+        self._only_responses = True
 
     def update(
         self,
@@ -153,7 +148,6 @@ class Life:
         block: str = "",
         positions: Sequence[int] | None = None,
         batch_size: int | None = None,
-        doubted: Sequence[float] = (),
     ) -> Self:
         """Take the residuals of one audit, in the order in which they were checked; NaN for a missing value.
 
@@ -163,63 +157,85 @@ class Life:
             block: Block of the nonces.
             positions: Index of each nonce in the node's own sequence; its place in ``residuals`` when None.
             batch_size: Batch size that the node states.
-            doubted: Further residuals, under the former rule alone: they do not accuse, and count against honesty.
+
+        Raises:
+            DataError: The residuals are of nonces and the noise of responses, or the other way round.
         """
-        if not (len(residuals) or doubted):
+        if not len(residuals):
             return self
-        apart = self._former or isinstance(noise, ResponseNoise)
-        law = dumps(noise.as_dict()) if apart or isinstance(noise, ResponseNoise) else noise.shape
-        if not apart and len(self._pool.values) >= EPOCH:
-            self._settle()
-        newest = self._epochs.get(law) or self._first.get(law)
-        if newest is None:
-            self._first[law] = self._begin(noise, law)
-        elif newest.n >= EPOCH:
-            self._epochs[law] = self._begin(noise, law)
-        running = [test for test in (self._first[law], self._epochs.get(law)) if test is not None]
         self._n += len(residuals)
-        if isinstance(noise, ResponseNoise) or isinstance(residuals, ResponseBlocks):
+        if isinstance(noise, ResponseNoise) and isinstance(residuals, ResponseBlocks):
+            for test in self._tests_of(noise, dumps(noise.as_dict())):
+                test.update(residuals)
+        elif isinstance(noise, ResponseNoise) or isinstance(residuals, ResponseBlocks):
+            raise DataError(
+                "residuals of another kind than the law that they are judged under",
+                wanted="responses under a law of responses, and nonces under one of nonces",
+                do="ask for the file again",
+            )
+        else:
+            law, self._only_responses = noise.shape, False
+            if self._pooled_count >= EPOCH:
+                self._settle()
+            running = self._tests_of(noise, law)
+            sizes = np.asarray(residuals, dtype=np.float64) / noise.size
             for test in running:
-                test.update(residuals, doubted)
-            return self
-        size = self._first[law].size
-        values: FloatArray = np.asarray(residuals, dtype=np.float64) * (size / noise.size)
-        for test in running:
-            test.update(values, doubted)
-        if not apart:
-            places = np.arange(len(values)) if positions is None else np.asarray(positions, dtype=np.int64)
-            self._pool.add(law, values, values / size, places, f"block:{block}")
+                test.update(sizes * running[0].size)
+            places = np.arange(len(sizes)) if positions is None else np.asarray(positions, dtype=np.int64)
+            self._pool.append(_Pooled(law, block, sizes, places))
             self._look(running, batch_size)
         return self
 
-    def _begin(self, noise: AnyNoise, law: str) -> "LifeTest":
-        weight = error_share(len(self.tests) + 1)
-        rates = {"alpha": self.alpha * weight, "beta": self.beta * weight}
-        if isinstance(noise, ResponseNoise):
-            made = LifeTest(ResponseTest(noise, **rates), math.log(weight), law)
-        else:
-            made = LifeTest(sequential_test(noise, **rates), math.log(weight), law, size=noise.size)
-        made.begins = len(self._pool.values)
-        self.tests.append(made)
-        return made
+    def _tests_of(self, noise: AnyNoise, law: str) -> list["LifeTest"]:
+        """Return the tests that residuals under a law go to; another one begins where it is time."""
+        running = self._running.setdefault(law, [])
+        if not running or running[-1].n >= EPOCH:
+            weight = error_share(len(self.tests) + 1)
+            rates = {"alpha": self.alpha * weight, "beta": self.beta * weight}
+            if isinstance(noise, ResponseNoise):
+                made = LifeTest(ResponseTest(noise, **rates), math.log(weight), law)
+            else:
+                made = LifeTest(sequential_test(noise, **rates), math.log(weight), law, size=noise.size)
+            made.begins = len(self._pool)
+            self.tests.append(made)
+            running[1:] = [made]
+        return running
+
+    @property
+    def _pooled_count(self) -> int:
+        return sum(len(one.sizes) for one in self._pool)
 
     def _look(self, running: Sequence["LifeTest"], batch_size: int | None) -> None:
         """Exclude shares, look for faulty places in the pool, and weigh what a suspicion stands on."""
-        self._pooled = True
         for test in running:
             if isinstance(test.test, stats.SequentialTest):
                 self._open &= test.log_weight + test.test.honest_over() < -math.log(self.beta)
-        if len(self._pool.values) >= PLACES:
-            self._fault = self._pool.test_places(batch_size)
+        pool = self._pool
+        if self._pooled_count >= PLACES:
+            sizes, positions = (np.concatenate([getattr(one, name) for one in pool]) for name in ("sizes", "positions"))
+            found = stats.place_test(sizes, positions, batch_size=batch_size, honest_size=1.0)
+            self._fault = found.pattern if found.faulty else None
+            ends = np.cumsum([len(one.sizes) for one in pool])[:-1]
+            for one, aside in zip(pool, np.split(found.set_aside, ends), strict=True):
+                one.aside = aside
+        needed = -math.log(self.alpha)
         for test in running:
-            test.hold(self._pool, needed=-math.log(self.alpha))
+            if test.log_weight + test.log_e_max >= needed > test.log_e_held:
+                held = test.log_weight + min(self.held(test), test.log_e_max)
+                test.log_e_held = max(test.log_e_held, min(_LARGEST, held))
+
+    def held(self, test: "LifeTest") -> float:
+        """Return the logarithm of what stands of a test's e-value without any one block and without faulty places.
+
+        All of it stands for responses, whose tokens have no place in a batch.
+        """
+        return test.held(self._pool if self._pooled_count >= PLACES else [])
 
     def _settle(self) -> None:
         """Begin another pool; residuals at places that may be faulty never convict."""
         for test in self.tests:
-            if test.size:
-                test.settle(self._pool)
-        self._pool = _Pool()
+            test.settle(self._pool)
+        self._pool = []
 
     @property
     def evidence(self) -> Evidence:
@@ -231,36 +247,22 @@ class Life:
             log_e_value=log_average([(test.log_weight, test.log_e) for test in self.tests]),
             log_e_max=max([0.0, *(test.log_weight + test.log_e_max for test in self.tests)]),
             log_evidence_honest=honest,
-            log_e_held=max([0.0, *(test.log_e_held for test in self.tests)]) if self._pooled else None,
-            share=max([0.0, *np.array(SHARES)[self._open].tolist()]) if self._pooled else None,
+            log_e_held=None if self._only_responses else max([0.0, *(test.log_e_held for test in self.tests)]),
+            share=None if self._only_responses else max([0.0, *np.array(SHARES)[self._open].tolist()]),
             faulty_places=self._fault,
         )
         return replace(found, verdict=verdict_on_life(found, alpha=self.alpha, beta=self.beta))
 
 
-class _Pool:
-    """Residuals of several audits, [N] each, in the units of their laws, with their places and blocks."""
+@dataclass
+class _Pooled:
+    """Residuals of one audit, [N], over the typical one of their law, with their block and places."""
 
-    def __init__(self) -> None:
-        self.laws, self.blocks = np.zeros(0, dtype=object), np.zeros(0, dtype=object)
-        self.values, self.sizes = np.zeros(0), np.zeros(0)
-        self.positions, self.aside = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
-
-    def add(
-        self, law: str, values: FloatArray, sizes: FloatArray, positions: npt.NDArray[np.int64], block: str
-    ) -> None:
-        """Take the residuals of one audit: as their test takes them, and over the typical one."""
-        laws, blocks = (np.full(len(values), text, dtype=object) for text in (law, block))
-        more = {"laws": laws, "blocks": blocks, "values": values, "sizes": sizes, "positions": positions}
-        for name, added in more.items():
-            setattr(self, name, np.concatenate([getattr(self, name), added]))
-        self.aside = np.zeros(len(self.values), dtype=np.bool_)
-
-    def test_places(self, batch_size: int | None) -> str | None:
-        """Set aside what stands at places that may be faulty, and return the places that are; None without any."""
-        found = stats.place_test(self.sizes, self.positions, batch_size=batch_size, honest_size=1.0)
-        self.aside = found.set_aside
-        return found.pattern if found.faulty else None
+    law: str
+    block: str
+    sizes: FloatArray
+    positions: npt.NDArray[np.int64]
+    aside: npt.NDArray[np.bool_] | None = None  # those at places that may be faulty; None before a pool tells
 
 
 @dataclass
@@ -276,59 +278,47 @@ class LifeTest:
     log_honest: float = 0.0
     log_e_held: float = 0.0
     n: int = 0
-    begins: int = 0  # place in the pool from which on it takes residuals
-    blocks: dict[str, FloatArray] = field(default_factory=dict)  # what earlier pools add to its paths, by block
-    _of_all: stats.SequentialTest | None = field(default=None, repr=False)
-    """The test of doubted residuals too, from the first of them on."""
+    begins: int = 0  # audit of the pool from which on it takes residuals
+    blocks: dict[str | None, FloatArray] = field(default_factory=dict)
+    """What earlier pools add to its paths, by block; under None, what can no longer be left out."""
 
-    def update(self, residuals: Residuals, doubted: Sequence[float]) -> None:
-        """Take the residuals of one audit, which must be of responses where the law is."""
-        if isinstance(self.test, ResponseTest) != isinstance(residuals, ResponseBlocks):
-            raise DataError(
-                "residuals of another kind than the law that they are judged under",
-                wanted="responses under a law of responses, and nonces under one of nonces",
-                do="ask for the file again",
-            )
-        if doubted and self._of_all is None and isinstance(self.test, stats.SequentialTest):
-            self._of_all = copy.deepcopy(self.test)
-        result = self.test.update(residuals).result  # type: ignore[arg-type]  # of this kind, by the line above
-        honest = result.log_evidence_honest
-        if self._of_all is not None:
-            honest = self._of_all.update(residuals).update(doubted).result.log_evidence_honest  # type: ignore[arg-type]
-        numbers = (result.log_e_value, result.log_e_max, honest)
+    def update(self, residuals: Residuals) -> None:
+        """Take the residuals of one audit, in its own unit, or those of a response."""
+        result = self.test.update(residuals).result  # type: ignore[arg-type]  # of its kind: see `Life.update`
+        numbers = (result.log_e_value, result.log_e_max, result.log_evidence_honest)
         self.log_e, self.log_e_max, self.log_honest = (max(-_LARGEST, min(_LARGEST, number)) for number in numbers)
         self.n = result.n
 
-    def hold(self, pool: _Pool, *, needed: float) -> None:
-        """Weigh, where the e-value would convict, what is left of it without any one block and the bad places."""
-        if not isinstance(self.test, stats.SequentialTest) or self.log_weight + self.log_e_max < needed:
-            return
-        found = self._sums(pool) if len(pool.values) >= PLACES else self.blocks
-        if self.log_e_held < needed and found:
-            whole = self.test.prior + sum(found.values())
-            least = min(float(self.test.log_e(whole - part)) for block, part in found.items() if block != _REST)
-            held = self.log_weight + min(least, self.log_e_max)
-            self.log_e_held = max(self.log_e_held, min(_LARGEST, held))
+    def held(self, pool: Sequence[_Pooled]) -> float:
+        """Return the logarithm of the e-value of what is left without any one block, at sound places of the pool."""
+        if not isinstance(self.test, stats.SequentialTest):
+            return self.log_e
+        if len({one.block for one in pool[self.begins :]} | self.blocks.keys()) < 2:
+            return 0.0  # nothing is left
+        found = self._sums(self.test, pool)
+        whole = self.test.prior + sum(found.values())
+        left = (float(self.test.log_e(whole - part)) for block, part in found.items() if block is not None)
+        return min(left, default=0.0)
 
-    def settle(self, pool: _Pool) -> None:
+    def settle(self, pool: Sequence[_Pooled]) -> None:
         """Keep what a pool adds to the paths, apart for the blocks that accuse most."""
-        test, found = self.test, self._sums(pool)
-        assert isinstance(test, stats.SequentialTest)
-        rest = found.pop(_REST, np.zeros_like(test.prior))
-        ordered = sorted(found, key=lambda block: float(test.log_e(test.prior + found[block])), reverse=True)
-        rest = sum((found.pop(block) for block in ordered[APART:]), start=rest)
-        self.blocks, self.begins = found | ({_REST: rest} if ordered[APART:] or _REST in self.blocks else {}), 0
+        test = self.test
+        if not isinstance(test, stats.SequentialTest):
+            return
+        found = self._sums(test, pool)
+        weights = {block: float(test.log_e(test.prior + part)) for block, part in found.items() if block is not None}
+        for block in sorted(weights, key=weights.__getitem__, reverse=True)[APART:]:
+            found[None] = found.get(None, 0.0) + found.pop(block)
+        self.blocks, self.begins = found, 0
 
-    def _sums(self, pool: _Pool) -> dict[str, FloatArray]:
+    def _sums(self, test: stats.SequentialTest, pool: Sequence[_Pooled]) -> dict[str | None, FloatArray]:
         """Return what all residuals add to the paths, those at places that may be faulty left out, by block."""
         found = dict(self.blocks)
-        assert isinstance(self.test, stats.SequentialTest)
-        mine = (pool.laws == self.law) & ~pool.aside & (np.arange(len(pool.values)) >= self.begins)
-        for block in dict.fromkeys(pool.blocks[mine].tolist()):
-            values = pool.values[mine & (pool.blocks == block)]
+        for one in (one for one in pool[self.begins :] if one.law == self.law):
+            values = self.size * (one.sizes if one.aside is None else one.sizes[~one.aside])
             parts = (values[start : start + EPOCH] for start in range(0, len(values), EPOCH))  # bounds memory
-            start = found.get(block, np.zeros_like(self.test.prior))
-            found[block] = sum((self.test.steps(part).sum(axis=0) for part in parts), start=start)
+            start = found.get(one.block, np.zeros_like(test.prior))
+            found[one.block] = sum((test.steps(part).sum(axis=0) for part in parts), start=start)
         return found
 
 
@@ -348,7 +338,7 @@ REPEATED = "repeated"
 """Reason of a nonce that does not count, because the account has an entry of it in the same round."""
 
 SUSPECTED = "suspected place"
-"""Reason of earlier releases for a nonce that counts only against honesty; now the pool of all audits decides."""
+"""Reason of earlier releases for a nonce that they held against honesty alone; now the pool of all audits decides."""
 
 MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
@@ -482,14 +472,14 @@ class EntryOutcome(_Model):
         recorded: Number of nonces in them, those that do not count included.
     """
 
-    audits: Count
-    recorded: Count
-    verdict: Literal["honest", "fraud", "undecided"]
-    n: Count
-    tests: Count
-    log_e_value: float
-    log_e_max: float
-    log_evidence_honest: float
+    audits: Count = 0
+    recorded: Count = 0
+    verdict: Literal["honest", "fraud", "undecided"] = "undecided"
+    n: Count = 0
+    tests: Count = 0
+    log_e_value: float = 0.0
+    log_e_max: float = 0.0
+    log_evidence_honest: float = 0.0
     log_e_held: float | None = None
     share: float | None = None
 
@@ -543,29 +533,19 @@ class Entry(_Model):
 
     @property
     def former(self) -> bool:
-        """Whether the entry is of an earlier release, whose rule its outcome follows."""
+        """Whether the outcome follows the rule of an earlier release."""
         return self.outcome.share is None and not self.of_response
 
     def give(self, life: Life, noise: AnyNoise) -> Life:
-        """Give a life the residuals that count, with their block and places; the former rule looks at neither."""
-        out = {place: reason for place, reason in self.excluded if reason != SUSPECTED}
+        """Give a life the residuals that count, with their block and places."""
+        out = {place for place, reason in self.excluded if reason != SUSPECTED}
         if self.of_response:
             return life.update(noise, ResponseBlocks.parse(self.residuals, self.profiles).without(out))
         kept = [place for place in range(len(self.nonces)) if place not in out]
-        values, places = self._values(kept), self.nonces if self.positions is None else self.positions
+        found, places = [self.residuals[place] for place in kept], self.positions or self.nonces
+        values = [math.nan if x is None else x for x in found]
         chosen = [places[place] for place in kept]
         return life.update(noise, values, block=self.block_hash, positions=chosen, batch_size=self.batch_size)
-
-    def give_as_before(self, life: Life, noise: AnyNoise) -> Life:
-        """Give a life of the former rule the residuals that count, and those at places that were suspected."""
-        out = dict(self.excluded)
-        doubted = self._values([place for place, reason in self.excluded if reason == SUSPECTED])
-        counted = self._values([place for place in range(len(self.nonces)) if place not in out])
-        return life.update(noise, counted, doubted=doubted)
-
-    def _values(self, places: Sequence[int]) -> list[float]:
-        chosen = (self.residuals[place] for place in places)
-        return [math.nan if x is None else x for x in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
