@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from assay.poc import Calibration, NetworkPins, Proof
+from assay.poc import Calibration, Proof
+from assay.poc.protocol.pins_file import Accepted
 from assay.poc.verdict.calibration import LeftOut
 from assay.poc.verdict.promise import describe_promise
+from tests.poc.service.test_pins import pins
 
 SMALL = ("--seq-len", 8, "--blocks", 3, "--nonces", 16, "--batch-size", 16, "--device", "cpu")
 
@@ -25,22 +27,15 @@ def test_machines_that_prove_the_same_blocks_give_one_calibration(collect, told,
     told("poc", "calibrate", *folders, "-o", tmp_path / "calibration.json")
     (build,) = Calibration.load(tmp_path / "calibration.json").builds
     assert (len(build.machines), build.n, build.formats) == (2, 3 * 16, [["bfloat16", "float32"]])
-    found = describe_promise(_pins(build.digest), 1e-4, [Calibration(builds=(build,))])
+    network = pins().model_copy(update={"network": Accepted(nodes=10_000, false_convictions=1)})
+    found = describe_promise(network, 1e-4, [Calibration(builds=(build,))])
     assert (found["nodes"], found["expected"]) == (10_000, None), "two machines leave none out"
     left = LeftOut(accused=0.0, low=0.0, high=0.4, worst=0.0, pairs=42, audits=200, checked=300)
     more = replace(build, left_out=left, effect=1.25)
-    assert describe_promise(_pins(build.digest), 1e-4, [Calibration(builds=(more,))])["expected"] == 4000
+    assert describe_promise(network, 1e-4, [Calibration(builds=(more,))])["expected"] == 4000
     one_machine = replace(more, effect=None)
     both = [Calibration(builds=(more,)), Calibration(builds=(one_machine,))]
-    assert describe_promise(_pins(build.digest), 1e-4, both)["expected"] is None, "engines of one machine are none"
-
-
-def _pins(digest):
-    any_value = dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
-    model = {"reference": "m", "digest": digest, "builds": [{"engine": "hf", "dtype": "float32", **any_value}]}
-    round = {"preset": "hardened", "seq_len": 8, "strength": 256, "node_count": 1, "fewest_nonces": 8}
-    network = {"nodes": 10_000, "false_convictions": 1}
-    return NetworkPins.of({"schema": 1, "network": network, "round": round, "models": [model]}, "pins")
+    assert describe_promise(network, 1e-4, both)["expected"] is None, "engines of one machine are none"
 
 
 def test_collected_proofs_say_nothing_of_where_the_model_lies(told, small_checkpoint, tmp_path):

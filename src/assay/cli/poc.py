@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from assay.poc.verdict.life import Standing
 
 
-COLLECTED = "collect"
-"""Public key of rounds that are proved to be published, and the beginning of their block hashes."""
+COLLECTED = "collect"  # public key of rounds that are proved to be published, and the beginning of their block hashes
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
@@ -127,9 +126,7 @@ class CollectSettings(Settings):
 class CalibrateSettings(Settings):
     """Settings of ``assay poc calibrate``."""
 
-    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field(
-        (), description="Honest proofs, two or more of a round, or the folders that `collect` wrote."
-    )
+    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, or folders of `collect`.")
     output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
     model: Annotated[str | None, "MODEL"] = Field(
         None, description="Model to measure on this machine; with proofs, their model."
@@ -344,10 +341,10 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     resumable=True,
 )
 def collect(chosen: CollectSettings, as_json: bool) -> None:
-    """Prove the same public blocks as every other machine, to be published.
+    """Prove public blocks, for a calibration.
 
-    The proofs say which checkpoint ran on which engine. They hold no host name, no path, no prompt, and no key of
-    yours: all machines have the same one. assay poc calibrate takes the folders of several machines.
+    All machines prove the same ones, and assay poc calibrate takes the folders of several machines. The proofs say
+    which checkpoint ran on which engine. They hold no host name, no path, no prompt, and no key of yours.
     """
     from assay import poc
     from assay.poc.launch import Proving, open_prover
