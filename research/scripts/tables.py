@@ -158,23 +158,6 @@ def _format_column(dtype: str, suffix: str) -> list[str]:
     ]
 
 
-def simulated_lives() -> None:
-    """Print what the account of a whole life convicts: honest nodes of unseen machines, and when cheaters go."""
-    kinds = {"10% of the nonces cheap": "10 % at 22 ×", "20% of the nonces cheap": "20 % at 10 ×",
-             "int4 weights, late": "late", "1.0% junk": "1 % junk"}  # fmt: skip
-    header = ("law", "format", "preset", "honest nodes convicted", "share, 95 % interval",
-              *(f"{name}: paid, round of 99 %" for name in kinds.values()))  # fmt: skip
-    printed = []
-    for cell in read_run(RUNS / "simulate-life", "simulate").cells:
-        rows = {row["kind"]: row for row in cell["rows"] if row["rule"] == "lifetime"}
-        low, high = rows["honest"]["convicted_interval"]
-        convicted = f"{rows['honest']['convicted']} of {rows['honest']['nodes']}"
-        paid = [f"{rows[kind]['paid']:.1%}, {rows[kind]['rounds_99'] or 'never'}" for kind in kinds]
-        share = f"{low:.5f} to {high:.5f}"
-        printed.append((cell["law"], cell["dtype"], f"`{cell['preset']}`", convicted, share, *paid))
-    print_table(header, printed)
-
-
 def cheap_shares() -> None:
     """Print honest audits accused, and shares of nonces that are computed cheaply and caught, beside an oracle."""
     measured: list[dict[str, Any]] = read_json(RESULTS / "shares.json")["rows"]

@@ -17,6 +17,7 @@ from assay.cli.framework import leaves
 FROZEN = (
     *("demo", "doctor", "config", "models list", "models info", "models random", "models path", "streams"),
     *("poc prove", "poc verify", "poc calibrate", "poc respond", "poc replay", "poc calibrate-responses"),
+    "poc collect",
     *("poc frame", "poc serve", "poc receive", "poc validator", "poc callbacks list", "poc callbacks replay"),
     *("poc pins new", "poc pins check", "poc ledger show", "poc ledger audit", "poc ledger export"),
     *("vhack extract", "vhack check", "vhack pools", "vhack report", "vhack train", "vhack merge", "vhack sample"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from assay.poc import NetworkPins, Proof
+from assay.poc.verdict import Ledger
 
 from .conftest import KNOWN, made
 
@@ -156,3 +157,31 @@ def test_a_prover_who_names_a_wildcard_does_not_write_one(refused, new, honest, 
         lied.save(tmp_path / "a.jsonl", overwrite=True)
         assert f"a fingerprint with {name} " in refused(*new, "--from-proof", tmp_path / "a.jsonl")
         assert not (tmp_path / "pins.toml").exists()
+
+
+def test_alpha_of_an_account_is_that_of_the_network(assay, told, refused, verify, new, honest, pins, small_checkpoint):
+    folder = pins.parent
+    ledger = ("--ledger", folder / "ledger.sqlite3")
+    proof = ("--from-proof", folder / "honest.jsonl", "--overwrite")
+    assert verify(honest, *KNOWN, *ledger, model=small_checkpoint).code == 0
+    for wrong in ("1", "5/5", "0/10", "x/10", "1/2.5", "nan/10"):
+        assert "false-convictions" in refused(*new, *proof, "--false-convictions", wrong)
+    told(*new, *proof, "--false-convictions", "2/1000")
+    held = NetworkPins.load(pins).network
+    assert (held.nodes, held.false_convictions, held.alpha) == (1000, 2.0, 0.002)
+    said = told("poc", "pins", "check", pins)["network"]
+    assert (said["nodes"], said["alpha"], said["expected"]) == (1000, 0.002, None)
+    assert said["law_error"].startswith("unknown beyond alpha")
+    found = verify(honest, *KNOWN, *ledger, model=small_checkpoint)
+    assert found.code == 2
+    assert "alpha 0.002 for the ledger" in found.err, "it was begun at .001"
+    other = ("--ledger", folder / "other.sqlite3")
+    assert "alpha 0.001" in verify(honest, *KNOWN, *other, "--alpha", 0.001).err
+    assert not (folder / "other.sqlite3").exists()
+    assert verify(honest, *KNOWN, *other, model=small_checkpoint).code == 0
+    with Ledger(other[1], read_only=True) as opened:
+        assert opened.genesis.alpha == 0.002
+    pins.write_text(pins.read_text().replace("nodes = 1000", "nodes = 2"))
+    assert "fewer false convictions than nodes" in refused("poc", "pins", "check", pins)
+    pins.write_text(pins.read_text().replace("nodes = 2", "node = 2"))
+    assert "unknown key network.node" in refused("poc", "pins", "check", pins)

@@ -77,6 +77,7 @@ OF_ONE = "--models reference:qwen3 --blocks a,b --device cpu --seq-len 16 --batc
 OF_FEW, OF_TWO = "--max-new-tokens 8 --per-task 1", "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
 TWO_EACH = "per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True"
 TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
+COLLECT = "assay poc collect --model reference:qwen3 --preset hardened --seq-len 8 --blocks 2 --nonces 32"
 FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
 
 
@@ -162,6 +163,14 @@ PAGES = {
         {"MODEL": "reference:qwen3"},
         given={"nodes.toml": KEY_ALONE},
         says=("the header is allowed", "honest"),
+    ),
+    "collect": Page(
+        "".join(
+            f"{COLLECT} --dtype {dtype} --batch-size {size} -o machine-{n}\n"
+            for n, (dtype, size) in enumerate((("bfloat16", 32), ("float16", 32), ("float32", 32)), start=2)
+        ),
+        {"MODEL": "reference:qwen3", "--seq-len 256": "--seq-len 8 --blocks 2 --nonces 32"},
+        makes=("machine-1/collect-2.jsonl", "machine-1.tar.gz", "calibration.json"),
     ),
     "ledger": Page(
         PROOF,
@@ -254,7 +263,7 @@ PAGES = {
             "assay poc experiment simulate": "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 "
             "--validators 10",
         },
-        makes=("experiments/redteam-llama-float16", "experiments/simulate", "experiments/simulate-life"),
+        makes=("experiments/redteam-llama-float16", "experiments/simulate"),
     ),
     "redteam-responses": Page(
         MODELS,

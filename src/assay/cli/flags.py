@@ -54,5 +54,7 @@ class AuditSettings(Settings):
     prover_dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format agreed on; else one of the preset, or any dtype."
     )
-    alpha: Annotated[float, "SHARE"] = Field(1e-3, gt=0, lt=1, description="Chance of ever accusing an honest node.")
+    alpha: Annotated[float | None, "SHARE"] = Field(
+        None, gt=0, lt=1, description="Chance of ever accusing an honest node; else that of the pins, or 0.001."
+    )
     seed: Annotated[int | None, "NUMBER"] = Field(None, ge=0, description="Draws the sample; else unpredictable.")

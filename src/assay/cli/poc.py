@@ -9,6 +9,7 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
+    FOLDER,
     MODEL,
     OUTPUT,
     AuditSettings,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.life import Standing
 
+
+COLLECTED = "collect"  # public key of rounds that are proved to be published, and the beginning of their block hashes
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
@@ -104,10 +107,26 @@ class FrameSettings(Settings):
     overwrite: Overwrite = False
 
 
+class CollectSettings(Settings):
+    """Settings of ``assay poc collect``."""
+
+    model: ModelName
+    output: Annotated[Path, FOLDER] = Field(description="Folder for the proofs, one of each block.")
+    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset of the network.")
+    seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce in the network.")
+    blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that are proved, collect-1 and so on.")
+    nonces: Annotated[int, "NUMBER"] = Field(256, ge=1, description="Nonces of each block.")
+    batch_size: Annotated[int, "NONCES"] = Field(32, ge=1, description="Nonces per forward pass, as in production.")
+    engine: EngineName = Field("hf", description="Engine that runs the model in production.")
+    dtype: NumberFormat = None
+    device: Device = None
+    frame: FrameFile = None
+
+
 class CalibrateSettings(Settings):
     """Settings of ``assay poc calibrate``."""
 
-    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, two or more of a round.")
+    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, or folders of `collect`.")
     output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
     model: Annotated[str | None, "MODEL"] = Field(
         None, description="Model to measure on this machine; with proofs, their model."
@@ -314,6 +333,45 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
 
 
 @poc.add(
+    "collect",
+    CollectSettings,
+    panel="Noise",
+    shown="model output preset seq_len blocks nonces batch_size engine dtype device",
+    example="assay poc collect --model reference:qwen3 --preset hardened -o machine-1",
+    resumable=True,
+)
+def collect(chosen: CollectSettings, as_json: bool) -> None:
+    """Prove public blocks, for a calibration.
+
+    All machines prove the same ones, and assay poc calibrate takes the folders of several machines. The proofs say
+    which checkpoint ran on which engine. They hold no host name, no path, no prompt, and no key of yours.
+    """
+    from assay import poc
+    from assay.poc.launch import Proving, open_prover
+
+    if poc.get_pipeline(chosen.preset).steps:
+        seen, do = f"preset {chosen.preset}, whose tokens part after the first that differs", "choose another preset"
+        raise UsageError(seen, wanted="one whose values are compared nonce by nonce", do=do)
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    how = Proving(**chosen.model_dump(exclude={"output", "blocks", "nonces"}))
+    with open_prover(how) as (model, engine), progress_bar("proving", "blocks") as progress:
+        shape: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "model": model.digest}
+        for number in range(1, chosen.blocks + 1):
+            round = poc.Round(block_hash=f"{COLLECTED}-{number}", public_key=COLLECTED, **shape)
+            path = chosen.output / f"{round.block_hash}.jsonl"
+            if not path.exists():
+                poc.prove(model, round, range(chosen.nonces), engine=engine, output=path)
+            header = poc.Proof.load(path).header
+            if (header.round, header.fingerprint, header.count) != (round, engine.fingerprint, chosen.nonces):
+                seen = f"{path}, of another round, engine or number of nonces"
+                raise UsageError(seen, wanted="a proof of this run", do="name another folder with -o")
+            if progress:
+                progress(number, chosen.blocks)
+    values = {"path": str(chosen.output), "blocks": chosen.blocks, "nonces": chosen.nonces}
+    show_values("assay.poc.collect/1", values | engine.fingerprint.as_dict(), as_json)
+
+
+@poc.add(
     "calibrate",
     CalibrateSettings,
     panel="Noise",
@@ -349,6 +407,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.verdict.calibration import Calibration
 
+    files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
+    chosen = chosen.model_copy(update={"proofs": tuple(files)})
     if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
         raise UsageError(
             "a proof that is named twice",
@@ -438,6 +498,7 @@ class NewPinsSettings(Settings):
     seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions; as in the proof, or 256.")
     strength: Literal[32, 256] = Field(256, description="Bits of the input seeds; those of 256 cannot collide.")
     node_count: Annotated[int, "NUMBER"] = Field(1, ge=1, description="Number of machines of one key.")
+    false_convictions: Annotated[str | None, "K/N"] = Field(None, description="Accepted ones over all nodes: 1/100000.")
     overwrite: Overwrite = False
     r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="As in the proof, or 1.416.")
     fewest_nonces: Annotated[int, "NONCES"] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
@@ -460,7 +521,7 @@ class CheckPinsSettings(Settings):
 @pins.add(
     "new",
     NewPinsSettings,
-    shown="model output from_proof calibration frame public_key preset seq_len strength overwrite",
+    shown="model output from_proof calibration frame public_key preset seq_len false_convictions overwrite",
     example="assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml",
 )
 def new(chosen: NewPinsSettings, as_json: bool) -> None:
@@ -480,6 +541,7 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
         asked=chosen.model_dump(include=asked),
         dtype=chosen.dtype,
         frame=chosen.frame,
+        false_convictions=chosen.false_convictions,
     )
     show_values("assay.poc.pins.new/1", values, as_json)
 
@@ -497,13 +559,15 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     """
     from assay import poc
     from assay.poc.network_pins import list_open, list_pinned
-    from assay.poc.verdict.calibration import find_pinned_calibration
+    from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
     from assay.poc.verdict.noise import missing_law
+    from assay.poc.verdict.promise import account_alpha, describe_promise
 
     network = poc.NetworkPins.load(chosen.pins)
-    for model in network.models:
-        list(network.calibrations(model))  # an error says which one is another file
+    pinned = [Calibration.load(path) for model in network.models for path in network.calibrations(model)]
+    promise = describe_promise(network, account_alpha(network), pinned)
     values: dict[str, Any] = {"path": str(chosen.pins), "pinned": list_pinned(network), "open": list_open(network)}
+    values["network"] = promise
     believed: tuple[str, ...] = ()
     if chosen.proof is not None:
         header = poc.Proof.load(chosen.proof).header
@@ -522,6 +586,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         emit_json("assay.poc.pins.check/1", values)
     else:
         shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
+        shown["network"] = "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in promise.items())
         if chosen.proof is not None:
             shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
         table(("", "value"), [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()])

@@ -100,6 +100,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     from assay.poc.protocol.round import Round
     from assay.poc.service.app import serve
     from assay.poc.verdict.ledger import check_ledger
+    from assay.poc.verdict.promise import account_alpha
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
     info = model_info(chosen.model)
@@ -107,7 +108,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
         check_shape(info, batch_size=1, seq_len=service.seq_len)
     check_loadable(chosen.model, chosen.dtype, chosen.device)
     if service.ledger is not None:
-        check_ledger(service.ledger, alpha=service.alpha, beta=service.beta)
+        check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
     configure_logs(chosen.log_format)
     serve(lambda: chosen.deploy(service.pins), service, host=chosen.host, port=chosen.port)
 
@@ -202,10 +203,11 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
 
     # Before there is a database.
     info = model_info(chosen.model)
-    Registry.load(own.pins, own.nodes, service, model=chosen.model).check_length(info)
+    registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
+    registry.check_length(info)
     dtype = chosen.dtype or pinned_format(own.pins, chosen.model)
     check_loadable(chosen.model, dtype, chosen.device)
-    check_ledger(service.data_dir / LEDGER, alpha=service.alpha, beta=service.beta)
+    check_ledger(service.data_dir / LEDGER, alpha=registry.alpha, beta=service.beta)
     configure_logs(chosen.log_format)
     validate(
         lambda: chosen.deploy(NetworkPins.load(own.pins), dtype),

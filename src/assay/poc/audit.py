@@ -39,6 +39,7 @@ from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing
 from assay.poc.verdict.noise import bundled_noise, missing_law
+from assay.poc.verdict.promise import account_alpha
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)
@@ -53,7 +54,7 @@ class Auditor(Launch):
         calibration: File with the measured honest noise; one of the pins when None.
         sample: Number of nonces or responses to recompute.
         seed: Number that draws the sample; unpredictable when None.
-        alpha: Bound on the chance that an honest node is ever accused.
+        alpha: Bound on the chance that an honest node is ever accused; that of the pins, or .001, when None.
         ledger: Ledger of nodes' lives to which the audit is added.
         progress: Function that is called with (done, in all) after every batch.
     """
@@ -62,7 +63,7 @@ class Auditor(Launch):
     calibration: Path | None = None
     sample: int | None = None
     seed: int | None = None
-    alpha: float = 1e-3
+    alpha: float | None = None
     ledger: Path | None = None
     progress: Progress | None = None
 
@@ -96,7 +97,8 @@ class Auditor(Launch):
         with open_judge(how, header, measured) as (loaded, made):
             engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
-                drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "alpha", "progress")}
+                drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "progress")}
+                drawn["alpha"] = self._account_alpha
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
                 standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
         return Audit(verdict, standing)
@@ -146,7 +148,7 @@ class Auditor(Launch):
             with self._ledger() as ledger:
                 found = replay(sample, loaded, requests=asked, adapter=adapter, engine=engine, progress=self.progress)
                 drawn = seed if self.sample is not None else None
-                verdict = judge_responses(found, read, noise, pins=pins, alpha=self.alpha, sample_seed=drawn)
+                verdict = judge_responses(found, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn)
                 standing = None if ledger is None else ledger.append(verdict.updates())[-1]
         return Audit(verdict, standing)
 
@@ -168,6 +170,10 @@ class Auditor(Launch):
         pins.check(header)
         return pins, None if network is None else find_pinned_calibration(network, header)
 
+    @property
+    def _account_alpha(self) -> float:
+        return account_alpha(None if self.pins is None else NetworkPins.load(self.pins), self.alpha)
+
     def _pinned_frame(self, header: Header) -> Path | None:
         network = None if self.pins is None else NetworkPins.load(self.pins)
         return None if network is None else network.frame(header.digest)
@@ -183,7 +189,7 @@ class Auditor(Launch):
                 wanted="evidence about the node that is named, in a round that was asked for",
                 do=f"pass {flags}",
             )
-        check_ledger(self.ledger, alpha=self.alpha)
+        check_ledger(self.ledger, alpha=self._account_alpha)
 
     def _check_law(self, law: object, missing: str) -> None:
         """Refuse a ledger where no law was measured, and say what measures one."""
@@ -192,7 +198,7 @@ class Auditor(Launch):
             raise CalibrationError(missing, wanted=wanted, do="measure one, or leave --ledger out")
 
     def _ledger(self) -> AbstractContextManager[Ledger | None]:  # when nothing can be refused any more
-        return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self.alpha)
+        return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self._account_alpha)
 
 
 @dataclass(frozen=True)

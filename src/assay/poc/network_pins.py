@@ -15,7 +15,7 @@ from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.engine import check_shape
 from assay.poc.launch import Proving
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
-from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, NetworkPins, PinnedFile, pins_text
+from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, Accepted, NetworkPins, PinnedFile, pins_text
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round
@@ -159,6 +159,7 @@ def write_pins(
     dtype: str | None = None,
     frame: Path | None = None,
     engine: Fingerprint | None = None,
+    false_convictions: str | None = None,
 ) -> dict[str, Any]:
     """Write a pins file for a model, and return what was written. What only a proof can say is left to be filled in.
 
@@ -166,14 +167,14 @@ def write_pins(
     preset, seq_len and r_target, which are those of the honest proofs, or the published ones, when None. Builds are
     those of the proofs, or of the ``engine`` that was calibrated; ``dtype`` is the number format where neither says
     one. Without keys any node may prove. ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the
-    default preset.
+    default preset. ``false_convictions`` are those that the network accepts, over its nodes: K/N.
 
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
         ProofMismatch: A proof is of another checkpoint.
         CalibrationError: A calibration is of none of the proofs.
     """
-    headers = [Proof.load(path).header for path in proofs]
+    accepted, headers = Accepted.read(false_convictions), [Proof.load(path).header for path in proofs]
     if frame is not None and asked["preset"] is None and not headers:
         asked = {**asked, "preset": "tokens-1"}
     round = _round(asked, headers)
@@ -198,6 +199,7 @@ def write_pins(
     shares = [(key, share) for key in public_keys for share in range(round["node_count"])]
     files = [PinnedFile.of(path, output.parent) for path in calibrations]
     tables: list[tuple[str, Mapping[str, object]]] = [
+        *([("[network]", accepted.model_dump())] if accepted else []),
         ("[round]", round),
         *(("[[nodes]]", {"public_key": key, "node_id": share}) for key, share in shares),
         ("[[models]]", {"reference": model, "digest": digest}),
@@ -263,6 +265,7 @@ def list_pinned(network: NetworkPins) -> list[str]:
     """Return what a file pins, one line a table."""
     shared = network.round.model_dump(exclude_none=True)
     lines = ["round: " + ", ".join(f"{name} {value}" for name, value in shared.items())]
+    lines += [f"network: {network.network}"] if network.network else []
     keys = len({node.public_key for node in network.nodes})
     lines += [f"nodes: {keys} keys with {len(network.nodes)} shares"] if keys else []
     for model in network.models:

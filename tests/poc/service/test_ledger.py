@@ -3,11 +3,13 @@
 import pytest
 
 from assay.errors import UsageError
+from assay.poc.protocol.pins_file import Accepted
 from assay.poc.service import Settings
 from assay.poc.service.controller import Controller
 from assay.poc.verdict import Account, Ledger, audit_ledger
 from tests.poc.service.conftest import BLOCK, FULL, PREFIX, ROUND, failing
 from tests.poc.service.test_judge import CLAIM, ask, truth
+from tests.poc.service.test_pins import pins
 
 
 @pytest.fixture
@@ -32,6 +34,12 @@ def test_validations_of_many_rounds_are_one_life(serving, path):
         standing = life(path, service)
         assert (standing.verdict, standing.audits, standing.evidence.n) == ("honest", 2, 40)
     assert audit_ledger(path).clean
+
+
+def test_a_ledger_has_the_alpha_of_the_network(serving, path):
+    network = pins().model_copy(update={"network": Accepted(nodes=100, false_convictions=1)})
+    with serving(ledger=path, pins=network):
+        assert Ledger(path, read_only=True).genesis.alpha == 0.01
 
 
 def test_asking_twice_proves_nothing_over_a_life_either(serving, path):

@@ -178,6 +178,22 @@ def test_nodes_are_read_again_when_their_file_changes(validating, small_model, t
         until(lambda: _status_of(running, body) == 200)
 
 
+def test_a_network_says_how_many_false_convictions_it_accepts(validating, small_model, tmp_path):
+    stated = "\n[network]\nnodes = 50\nfalse_convictions = {}\n"
+    with validating(pins=pins_text(small_model) + stated.format(0.5)) as running:
+        until(lambda: running.get("/status")["network"])
+        found = running.get("/status")["network"]
+        assert (found["nodes"], found["false_convictions"], found["alpha"], found["expected"]) == (50, 0.5, 0.01, None)
+        assert running.controller.ledger.genesis.alpha == 0.01
+        (tmp_path / "pins.toml").write_text(pins_text(small_model) + stated.format(5))
+        running.controller.tend()
+        assert running.controller.registry.alpha == 0.01, "a ledger keeps its alpha"
+        with pytest.raises(UsageError, match=r"alpha 0\.1 for the ledger"):
+            running.restart()
+        (tmp_path / "pins.toml").write_text(pins_text(small_model) + stated.format(0.5))
+        running.start()
+
+
 def _status_of(running, body) -> int:
     text = json.dumps(body)
     headers = signed(secret_of(body["public_key"]), text, "probe")

@@ -100,7 +100,7 @@ class ServerSettings(assay.settings.Settings):
         False, description="Whether callback URLs may point into private networks and to this machine."
     )
     drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
-    alpha: Chance = Field(1e-3, description="Bound on the chance of ever accusing an honest node.")
+    alpha: Chance | None = Field(None, description="Chance of ever accusing an honest node; else the pins', or 0.001.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
     calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
         None, description="Honest noise that was measured, or its file. Without it, the stated default holds."

@@ -23,6 +23,7 @@ from pydantic import (
     PrivateAttr,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 
 from assay.errors import AssayError, DataError, UsageError
@@ -81,6 +82,34 @@ class RoundPins(Table):
     nonces: Annotated[tuple[Index, Index], BeforeValidator(_pair)] | None = None
 
 
+class Accepted(Table):
+    """How many accounts a network has, and how many of honest nodes may be convicted in all."""
+
+    nodes: Count  # number of accounts that there will ever be, with those of further keys, models and builds of a node
+    false_convictions: Annotated[float, Field(strict=True, gt=0)]  # honest ones that are convicted, in expectation
+
+    @classmethod
+    def read(cls, text: str | None) -> Self | None:
+        """Return what a setting K/N says, such as 1/100000, or None for None; a UsageError for another text."""
+        convictions, _, nodes = (text or "").partition("/")
+        try:
+            return None if text is None else cls(nodes=int(nodes), false_convictions=float(convictions))
+        except ValueError:
+            wanted = "false convictions of honest nodes over all nodes, fewer of the former"
+            raise UsageError(f"--false-convictions {text:.60}", wanted=wanted, do="write, say, 1/100000") from None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.false_convictions >= self.nodes:
+            raise ValueError("fewer false convictions than nodes")
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """Bound on the chance that one honest account is ever convicted."""
+        return self.false_convictions / self.nodes
+
+
 class NodePins(Table):
     """A node that may prove."""
 
@@ -135,8 +164,8 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]  # a mistyped key misses as well
     fault = (unknown or faults)[0]
     tables: dict[Any, type[BaseModel]] = {
-        "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build, "calibrations": PinnedFile,
-        "frame": PinnedFile
+        "network": Accepted, "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build,
+        "calibrations": PinnedFile, "frame": PinnedFile
     }  # fmt: skip
     steps = list(fault["loc"])
     table = next((tables[step] for step in reversed(steps[:-1]) if step in tables), NetworkPins)
@@ -166,6 +195,7 @@ class NetworkPins(Table):
         round: Values of every round.
         nodes: Nodes that may prove; any when empty.
         models: Models, by their digests.
+        network: Size of the network and false convictions that it accepts; None where it does not say.
 
     Example:
         >>> build = {"engine": "hf", "dtype": "bfloat16"}
@@ -181,6 +211,7 @@ class NetworkPins(Table):
     round: RoundPins
     nodes: tuple[NodePins, ...] = ()
     models: Annotated[tuple[ModelPins, ...], Field(min_length=1)]
+    network: Accepted | None = None
     _path: Path = PrivateAttr(default=Path("pins.toml"))
     _agreed: Pins = PrivateAttr()
     _of_key: dict[str, list[NodePins]] = PrivateAttr(default_factory=dict)

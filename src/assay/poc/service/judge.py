@@ -26,6 +26,7 @@ from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Update, round_identity
 from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, missing_law, sequential_test
+from assay.poc.verdict.promise import account_alpha
 
 
 class HonestNoise:
@@ -85,8 +86,9 @@ class Judge:
     def __init__(self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise) -> None:
         self._db, self._outbox, self._settings, self._noise = database, outbox, settings, noise
         self._ledger: Ledger | None = None
+        self._alpha = account_alpha(settings.pins, settings.alpha)
         if settings.ledger is not None:
-            self._ledger = Ledger(settings.ledger, alpha=settings.alpha, beta=settings.beta)
+            self._ledger = Ledger(settings.ledger, alpha=self._alpha, beta=settings.beta)
         self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
@@ -161,7 +163,7 @@ class Judge:
             noise = self._noise.of(get_pipeline(stored.preset), dtype, stored.digest, stored.round)
             if noise is None:
                 return None
-            test = sequential_test(noise, alpha=self._settings.alpha, beta=self._settings.beta)
+            test = sequential_test(noise, alpha=self._alpha, beta=self._settings.beta)
             c = self._checks.c
             query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
             old = [math.nan if row.received is None else row.received - row.computed for row in self._db.rows(query)]
@@ -213,7 +215,8 @@ def judge_vectors(
     }
     if pipeline.texts == "published":
         return reply
-    test = None if noise is None else sequential_test(noise, alpha=settings.alpha, beta=settings.beta).update(errors)
+    rates = {"alpha": account_alpha(settings.pins, settings.alpha), "beta": settings.beta}
+    test = None if noise is None else sequential_test(noise, **rates).update(errors)
     residual = _residual(test, missing)
     return reply | {"fraud_detected": residual["verdict"] == "fraud", "residual_test": residual}
 

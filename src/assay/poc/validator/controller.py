@@ -68,7 +68,7 @@ class ValidatorController(Runtime):
                 server.data_dir, epoch_seconds=settings.epoch, sample=settings.sample, most=settings.max_kept
             )
             opened.callback(self.inbox.close)
-            self.ledger = Ledger(server.data_dir / LEDGER, alpha=server.alpha, beta=server.beta)
+            self.ledger = Ledger(server.data_dir / LEDGER, alpha=self.registry.alpha, beta=server.beta)
             opened.callback(self.ledger.close)
             self._blocks = self.inbox.blocks(settings.open_blocks)
             self.writer = InboxWriter(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
@@ -127,8 +127,9 @@ class ValidatorController(Runtime):
         self._read_at = found
         try:
             fresh = self._read()
-            if fresh.model.digest != self.registry.model.digest:
-                raise UsageError("pins of another model", wanted="the model of the start", do="restart the validator")
+            if (fresh.model.digest, fresh.alpha) != (self.registry.model.digest, self.registry.alpha):
+                seen = "pins of another model or with another alpha"
+                raise UsageError(seen, wanted="those of the start", do="restart the validator")
             if self.deployment is not None:
                 self._noises = self._laws(fresh, self.deployment)
         except AssayError as error:
@@ -204,6 +205,7 @@ class ValidatorController(Runtime):
             "inbox": self.inbox.counts(),
             "nonces_per_hour": self.settings.nonces_per_hour,
             "laws": [] if self._noises is None else self._noises.laws,
+            "network": None if self._noises is None else self._noises.promise,
             "recomputed": sum(node["recorded"] for node in nodes),
             "nodes_pinned": len(self.registry.senders),
             "nodes_waiting": self.worker.waiting,

@@ -16,6 +16,7 @@ function show(snapshot) {
   showSentence(...sentence(snapshot));
   showTiles(snapshot);
   showNodes(snapshot);
+  put("promise", promise(snapshot.network));
   showChanges(snapshot.changes);
   showPins(snapshot);
   return true;
@@ -52,6 +53,14 @@ function showNodes({ nodes, nodes_pinned: pinned, verdicts }) {
   const sent = nodes.length < total ? "" : `; ${count(senders)} of ${count(pinned)} pinned ones have sent something`;
   put("nodes-reading", total ? `${few}, those with the strongest evidence of anything wrong first${sent}.` : "No node is known.");
   $("node-rows").replaceChildren(...nodes.map(nodeRow));
+}
+
+function promise(network) {
+  if (!network) return "";
+  const { nodes, false_convictions: most, alpha, expected, law_error: error } = network;
+  const stated = nodes === null ? "The network states no number of nodes" : `${plural(nodes, "node")}, ${most} false convictions accepted`;
+  const more = expected === null ? "" : `, up to ${expected.toPrecision(3)} false convictions`;
+  return `${stated}: α of an account is ${alpha.toPrecision(3)}. With the error of the law${more}: ${visible(error)}.`;
 }
 
 function badge(verdict) {

@@ -21,6 +21,7 @@ from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
+from assay.poc.verdict.promise import account_alpha, describe_promise
 
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -76,7 +77,7 @@ class Registry:
     def __init__(
         self, network: NetworkPins, model: str | None, entries: Sequence[NodeEntry], settings: ServerSettings
     ) -> None:
-        self.network = network
+        self.network, self.alpha = network, account_alpha(network, settings.alpha)
         self.model = network.model(model if len(network.models) > 1 else None)
         self.pipeline: Pipeline = get_pipeline(network.round.preset)
         check_secrets([secret for entry in entries for secret in entry.secrets or ()])
@@ -166,6 +167,8 @@ class Noises:
         self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
         self.laws = [self._law(build, settings) for build in registry.model.builds]
         """For every build the nonces that its law needs, and their power; or which command measures a law."""
+        self.promise = describe_promise(registry.network, registry.alpha, self._measured)
+        """False convictions that the network accepts, and that are expected."""
 
     def of(self, build: Build, round: Round | None = None) -> Noise | None:
         """Return the noise of a node's residuals in a round, or of the usual scale; None where none was measured."""
@@ -182,7 +185,7 @@ class Noises:
             seq_len = registry.network.round.seq_len
             round = Round(block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len)
             return {"build": build.name, "missing": missing_law(registry.model.reference, registry.model.digest, round)}
-        nonces, power = plan_sample(sequential_test(noise, alpha=settings.alpha, beta=settings.beta), LARGEST_SAMPLE)
+        nonces, power = plan_sample(sequential_test(noise, alpha=registry.alpha, beta=settings.beta), LARGEST_SAMPLE)
         return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
 
     def _find(self, build: Build, round: Round | None) -> Noise | None:
