@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import event_seconds, note, parser, publish, round_to, take_turns, wall_seconds
-from assay_research.simulation import QWEN3
 from gpu_floor import measure_floor
 from streams import published_hash, published_normal
 
@@ -42,6 +41,7 @@ from tests.models.storing import in_eight_bits
 PEAK = 764e12
 PUBLISHED_BATCH = 32
 SEQ_LEN = 256
+QWEN3 = "4fe788470005f674c3b7a43790593d0a873a83b6fbabad16e403361d09a5b6fb"
 FORMATS = {by.name: by for by in (FLOAT8, float8_blocks(*CUDA_BLOCK), INT8)}
 
 

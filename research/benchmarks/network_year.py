@@ -15,7 +15,6 @@ import math
 import numpy as np
 from _common import parser, publish, round_to
 from accounts import CHECKED, LAWS, SPREAD, draw
-from assay_research.simulation import Grid, Kind
 from scipy.stats import chi2, poisson
 
 from assay.poc import Noise, get_pipeline
@@ -27,6 +26,29 @@ from assay.stats.sequential import SHARES
 
 WEEKS, TOGETHER, ALPHAS = 52, 500, {1e-5: 100_000, 1e-3: 100_000, 0.05: 10_000}  # with the nodes simulated at each
 DRAWN, JUDGED, NETWORKS = 300, 6, 5  # lives of each cheat, those of them that `Life` judges, and fitted laws
+
+
+class Grid:
+    """Sizes of residuals [A], equally far apart in their logarithms, less than 1 %."""
+
+    def __init__(self, law):
+        log_A = np.linspace(math.log(law.size * 1e-3), math.log(2.0), 2048)
+        self.sizes_A, self.step = np.exp(log_A), float(log_A[1] - log_A[0])
+        self._honest_A = 1 - law.survival(np.exp(log_A[:-1] + self.step / 2))
+
+    def draw(self, cheat, log_scale_N, nonces, rng):
+        """Return places on the grid, [N, C], of nodes with a share of nonces that are a multiple larger."""
+        shape, (share, multiple) = (log_scale_N.size, nonces), cheat
+        shifts_N, more_N = (
+            np.floor(one / self.step + rng.random(log_scale_N.size)).astype(int)  # at random, so that the mean is right
+            for one in (log_scale_N, log_scale_N + math.log(multiple))
+        )
+        places_NC = np.searchsorted(self._honest_A, rng.random(shape))
+        places_NC += np.where(rng.random(shape) < share, more_N[:, None], shifts_N[:, None])
+        return np.clip(places_NC, 0, self.sizes_A.size - 1)
+
+
+HONEST = (0.0, 1.0)
 
 
 def simulate(noise, grid, kind, scales_N, rng, *, judged=None, alphas=ALPHAS):
@@ -58,7 +80,7 @@ def expect(noise, grid, rng):
     test, (scales, chances), total = sequential_test(noise), noise.spread.atoms, dict.fromkeys(ALPHAS, 0.0)
     weights = np.exp(test.prior[test.honest_paths :]).reshape(len(scales), -1).sum(axis=0)
     for weight, (share, multiple) in zip(weights, ((s, m) for s in SHARES for m in test._multiples_M), strict=True):
-        scales_N, kind = rng.choice(scales, DRAWN, p=chances), Kind("cheat", multiple, share=share)
+        scales_N, kind = rng.choice(scales, DRAWN, p=chances), (share, multiple)
         for alpha, (first_N, held_N) in simulate(noise, grid, kind, scales_N, rng, judged=JUDGED).items():
             of_cheat = [(weight * one.mean(), weight**2 * one.var() / len(one)) for one in (first_N, held_N[:JUDGED])]
             total[alpha] = total[alpha] + np.array(of_cheat)
@@ -70,7 +92,7 @@ def count(noise, grid, nodes, rng):
     seen = {alpha: np.zeros(2, dtype=int) for alpha in nodes}
     for start in range(0, max(nodes.values()), TOGETHER):
         scales_N, here = rng.choice(SPREAD.fine[0], TOGETHER, p=SPREAD.fine[1]), [a for a in nodes if start < nodes[a]]
-        for alpha, found in simulate(noise, grid, Kind("honest"), scales_N, rng, alphas=here).items():
+        for alpha, found in simulate(noise, grid, HONEST, scales_N, rng, alphas=here).items():
             seen[alpha] += np.count_nonzero(found, axis=1)
     return seen
 

@@ -68,7 +68,6 @@ def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
         (["weights", "--dtype", "fp16"], "--dtype fp16"),
         (["redteam", "--dtypes", "bfloat16,int4"], "dtypes int4"),
         (["responses", "--dtypes", "float8"], "dtypes float8"),
-        (["simulate", "--stake-spread", "-1"], "--stake-spread -1"),
     ],
 )
 def test_refusals(arguments: list[str], seen: str, assay, tmp_path):
@@ -76,25 +75,6 @@ def test_refusals(arguments: list[str], seen: str, assay, tmp_path):
     assert result.code == 2
     assert seen in result.err
     assert list(tmp_path.iterdir()) == []
-
-
-FEW = ("--nodes", "200", "--rounds", "3", "--validators", "8", "--checkers", "3", "--checked", "4")
-
-
-def test_a_simulation_prints_what_it_wrote(assay, tmp_path: Path, monkeypatch):
-    from assay_research import simulation as _network
-
-    for name, value in {"HONEST_TRIALS": 1000, "TRIALS": 100}.items():
-        monkeypatch.setattr(_network, name, value)
-    arguments = ("poc", "experiment", "simulate", "--presets", "hardened", *FEW, "-o", tmp_path)
-    result = assay(*arguments, "--json")
-    assert result.code == 0, result.err
-    written = json.loads(result.out)
-    assert written["schema"] == "assay.poc.experiment.simulate/1"
-    assert Path(written["report"]).is_file()
-    again = assay(*arguments)
-    assert again.code == 0
-    assert "lifetime" in again.out
 
 
 @pytest.fixture

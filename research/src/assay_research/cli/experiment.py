@@ -47,9 +47,8 @@ def add_measurement(name: str, plan: str, example: str, unit: str, text: str) ->
     description = RunSettings.model_fields["run_name"].description
     field: Any = (Annotated[str, "NAME"], Field(name, description=description))
     kind = create_model(f"{name.title()}Settings", __base__=RunSettings, run_name=field)
-    plans = (plan, "assay_research.simulation:Network") if name == "simulate" else (plan,)
     line = f"assay poc experiment {name} {example}"
-    experiment.add(name, kind, *plans, panel="Research", example=line, resumable=True)(measure)
+    experiment.add(name, kind, plan, panel="Research", example=line, resumable=True)(measure)
 
 
 def measure_and_show(plan: "Plan", folder: Path, as_json: bool, schema: str, unit: str) -> None:
@@ -116,16 +115,6 @@ add_measurement(
     """Serve responses by every cheat, and score them.
 
     Scores are margins, sketches, and those of the rivals.
-    """,
-)
-add_measurement(
-    "simulate",
-    "assay_research.simulation:SimulationPlan",
-    "--presets hardened --nodes 2000",
-    "presets",
-    """Simulate a network over a year.
-
-    Gives false accusations, time to catch, and junk that is paid under each verdict rule.
     """,
 )
 

@@ -24,7 +24,6 @@ SECTIONS = {
     "matrix": "assay_research.matrix:section",
     "redteam": "assay_research.redteam.run:section",
     "responses": "assay_research.responses.run:section",
-    "simulate": "assay_research.simulation:section",
     "clusters": "assay_research.clusters.clusters:section",
 }
 """Experiment → function that makes the `Section` of its records, in their order; imported when it is called."""
