@@ -125,17 +125,26 @@ class ServerSettings(assay.settings.Settings):
         return bool(self.api_keys or self.validate_keys or self.read_keys)
 
 
-def check_secrets(secrets: Sequence[str]) -> None:
-    """Refuse webhook secrets outside 24 to 64 bytes, as Standard Webhooks does. The message does not show them."""
+def check_secrets(secrets: Sequence[str]) -> list[bytes]:
+    """Return the bytes of webhook secrets; refuse those outside 24 to 64 bytes. The message does not show them.
+
+    Standard Webhooks drops characters of another alphabet, such as those of base64url, so that two sides that decode
+    differently would have two secrets. Here they are refused.
+    """
+    found = []
     for secret in secrets:
+        text = secret.removeprefix("whsec_").rstrip("=")
         try:
-            size = len(base64.b64decode(secret.removeprefix("whsec_") + "==", validate=False))
+            key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError:
-            size = 0
-        if not 24 <= size <= 64:
+            key = b""
+        if not 24 <= len(key) <= 64:
             seen, wanted = "a callback secret that cannot be used", "whsec_ and the base64 of 24 to 64 random bytes"
             code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
-            raise UsageError(seen, wanted=wanted, do=f"choose another; make one: python -c '{code}'")
+            do = f"choose another, in the alphabet with + and / and not with - and _; make one: python -c '{code}'"
+            raise UsageError(seen, wanted=wanted, do=do)
+        found.append(key)
+    return found
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:

@@ -210,7 +210,11 @@ class Poller:
         text = dumps(body).encode()
         name = f"pull_{hashlib.sha256(text).hexdigest()}"
         pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
-        await self._controller.writer.keep(claimed_message("pulled", name, text, claim, reader, pulled))
+        message = claimed_message("pulled", name, text, claim, reader, pulled)
+        if not sender.is_proven:  # anyone on the path could convict the node
+            log.warning("polled over http, so it stays undecided", public_key=sender.public_key)
+            message = Message(sender.public_key, name, "pulled", 0, text, pulled=pulled)
+        await self._controller.writer.keep(message)
         return "taken"
 
     async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
@@ -366,7 +370,7 @@ def validate(
     if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
         seen = f"--host {host} with nodes that sign nothing"
         wanted = "a secret of every node where others reach the port"
-        do = "pass --callback-secret, or give each node its secrets in the file of --nodes"
+        do = "give each node its secrets in the file of --nodes"
         raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:
         controller = ValidatorController(load, settings, server, reference=reference)
