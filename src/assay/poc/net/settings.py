@@ -78,17 +78,23 @@ class ServerSettings(assay.settings.Settings):
     )
     read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list("--read-key", "Keys that may only read.")
     max_body: Count = Field(2**20, description="Largest body of a request.")
-    max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
+    max_bodies: Count = Field(
+        2**26,
+        description="Memory for all bodies that are being received at the same time, an eighth of it for each address. "
+        "Bodies below 64 KiB have a quarter as much beside it.",
+    )
     max_connections: Count = Field(
         4096, description="Connections that are open at the same time; more are answered with 503."
     )
     max_client_connections: Count = Field(
-        1024,
-        description="Requests that one address, or one /64 of IPv6, has open at the same time. Addresses of this "
-        "machine are not bounded: a proxy on it has one for all its clients.",
+        512,
+        description="Connections, and requests, that one address, or one /64 of IPv6, has open at the same time. "
+        "Addresses of this machine are not bounded: a proxy on it names its clients.",
     )
     max_header: Count = Field(2**16, description="Largest head of a request, all its headers included.")
-    header_timeout: Seconds = Field(10.0, description="Time for which a connection waits for its next request.")
+    header_timeout: Seconds = Field(
+        10.0, description="Time in which the next request of a connection must begin, and its whole head arrive."
+    )
     max_streams: Count = Field(32, description="Event streams that are open at the same time.")
     max_client_streams: Count = Field(16, description="Event streams that one client has open at the same time.")
     callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(

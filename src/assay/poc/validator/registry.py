@@ -170,9 +170,7 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
             if other is not entry and (entry.relay is None or entry.relay != other.relay):
                 seen = f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
                 wanted = "a secret of its own for every node: who has it can sign for each of them"
-                do = (
-                    "write secrets for each in the file of --nodes, or name the relay there that signs for both (relay)"
-                )
+                do = "write secrets for each in the file of --nodes, or the relay that signs for both"
                 raise UsageError(seen, wanted=wanted, do=do)
 
 
