@@ -1,6 +1,7 @@
 """Every value that a node may lie about, in a callback and in the header of a proof: refused, by its name."""
 
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -8,6 +9,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from assay.poc import Proof, get_pipeline
+from assay.poc.net.callbacks import Signatures
 from tests.poc.validator.conftest import (
     API,
     BLOCK,
@@ -128,6 +130,17 @@ def test_strangers_and_forgeries_are_refused(running):
         answer = running.client.post(f"{API}/generated", content=text, headers=wrong)
         assert answer.status_code in (400, 401), wrong
     assert running.client.post(f"{API}/generated", content=text + " ", headers=good).status_code == 401
+    skewed = running.client.post(f"{API}/generated", content=text, headers=good | {"webhook-timestamp": late})
+    assert re.search(r"signed 36\d s ago", skewed.json()["detail"]), skewed.text
+    assert "NTP" in skewed.json()["do"]
+
+
+@pytest.mark.parametrize("unknown", ["v1", "v1,a,b", "v1a,AAAA", "v2,é"])
+def test_forms_of_a_signature_that_are_not_known_are_passed_over(unknown):
+    now = datetime.now(UTC)
+    signature = f"{unknown} {Webhook(secret_of('node_A')).sign('m', now, '{}')}"
+    headers = {"webhook-id": "m", "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
+    Signatures([secret_of("node_A")]).check("{}", headers)
 
 
 @pytest.mark.parametrize(

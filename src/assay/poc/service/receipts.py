@@ -21,7 +21,7 @@ from assay.files.jsonl import JsonObject
 from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Scope, needs, problems
-from assay.poc.net.runtime import GroupCommit, Runtime
+from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
 from assay.poc.net.shares import Shares
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
@@ -79,7 +79,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
         self._headers: dict[str, int] = {}
         self._lost = 0
-        self._started, self._pruned_at = time.time() - time.monotonic(), float("-inf")
+        self._pruned_at = float("-inf")
         self._journal_owed = not database.empty_journal()
         self._tidying = threading.Lock()
         metrics.receipts_failing.set_function(lambda: float(self.failing))
@@ -221,11 +221,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return count
 
     def prune(self, keep: float) -> int:
-        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there are no more.
-
-        A clock that is suddenly far ahead deletes nothing: time is counted from the start of the process.
-        """
-        now, c = min(time.time(), self._started + time.monotonic()), self._c
+        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there are no more."""
+        now, c = settled_time(), self._c
         old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
         return self._delete(c.seq.in_(old))
 
