@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -317,6 +320,37 @@ def test_every_answer_has_the_safe_headers_and_a_refusal_three_parts(service, me
     assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
     if status >= 400:
         assert {"detail", "wanted", "do"} <= answer.json().keys()
+
+
+def test_head_is_answered_as_get_without_the_body(service, tmp_path):
+    """Probes of proxies and of uptime services ask so. It leaves no stream open."""
+    paths = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/", "/api/v1/receipts")
+    for path in (*paths, f"{PREFIX}/status", f"{PREFIX}/status?after=0", f"{PREFIX}/snapshot"):
+        got, head = (service.client.request(method, path) for method in ("GET", "HEAD"))
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"]
+    for _ in range(40):  # more than streams
+        assert service.client.head(f"{PREFIX}/events").status_code == 200
+    assert service.client.head(f"{PREFIX}/stop").status_code == 405
+    receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3")), base_url="http://127.0.0.1")
+    assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
+
+
+def test_a_registry_of_its_own_reads_no_files_of_other_processes(tmp_path):
+    code = """
+from prometheus_client import Counter, CollectorRegistry, values
+from assay.poc.net.metrics import Exported
+for _ in "ab":
+    one = Exported("some")
+    one.requests.labels("/", "200").inc(5)
+    print([line for line in one.text({}).decode().splitlines() if "requests_total{" in line])
+assert Counter("other", "", registry=CollectorRegistry())._value.__class__ is not values.MutexValue
+"""
+    for _ in "cd":  # and none of an earlier start
+        about = {"env": os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, "text": True, "capture_output": True}
+        found = subprocess.run([sys.executable, "-c", code], **about)
+        line = """['some_http_requests_total{route="/",status="200"} 5.0']\n"""
+        assert found.stdout == 2 * line, found.stderr
 
 
 def test_the_receiver_has_them_and_answers_in_three_parts(tmp_path):

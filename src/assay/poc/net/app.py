@@ -22,7 +22,7 @@ from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.metrics import CONTENT_TYPE
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Problem, Scope, needs, not_found, problems
+from assay.poc.net.routes import HeadRoute, Problem, Scope, needs, not_found, problems
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.shares import Shares
 
@@ -89,6 +89,7 @@ class Feed:
 def new_app(title: str, **options: Any) -> FastAPI:
     """Return an application without routes. Its documents, if any, are for a router to serve."""
     app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, **options)
+    app.router.route_class = HeadRoute
     app.add_exception_handler(HTTPException, not_found)
     return app
 
@@ -154,7 +155,7 @@ SHARED = ("stream.js", "words.js", "dom.js", "link.js")
 
 def page_router(page: str, headers: dict[str, str]) -> APIRouter:
     """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(include_in_schema=False, route_class=HeadRoute)
 
     @router.get("/")
     async def dashboard() -> HTMLResponse:

@@ -24,8 +24,11 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
+from typing_extensions import override
 
 from assay.errors import AssayError
 from assay.files.jsonl import unique_keys
@@ -36,6 +39,9 @@ from assay.poc.net.settings import ServerSettings
 from assay.poc.net.shares import PARTS, Shares, client_of
 
 log = structlog.get_logger("assay.http")
+
+HEAD = "assay.head"
+"""Key of a scope that a ``HEAD`` request has."""
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -135,8 +141,8 @@ class LocalOnly:
 
 
 def _is_local(headers: dict[bytes, bytes]) -> bool:
-    host, origin = headers.get(b"host", b""), headers.get(b"origin")
-    foreign = origin is not None and origin.partition(b"//")[2] != host
+    host = headers.get(b"host", b"")
+    foreign = headers.get(b"origin", b"http://" + host) not in (b"http://" + host, b"https://" + host)
     site = headers.get(b"sec-fetch-site", b"none")  # only browsers send it, and no page can change it
     return not foreign and site in (b"none", b"same-origin") and _is_here(host)
 
@@ -183,11 +189,41 @@ class _Received(Request):
         return self._values
 
 
+class HeadRoute(APIRoute):
+    """A route that answers ``HEAD`` as ``GET``, without the body (RFC 9110)."""
+
+    @override
+    def matches(self, scope: Connection) -> tuple[Match, Connection]:
+        return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
+
+    @override
+    async def handle(self, scope: Connection, receive: Receive, send: Send) -> None:
+        asked = {**scope, "method": "GET", HEAD: True} if self._is_head(scope) else scope
+        await super().handle(asked, receive, send)
+
+    @override
+    def get_route_handler(self) -> Handler:
+        inner = super().get_route_handler()
+
+        async def respond(request: Request) -> Response:
+            response = await inner(request)
+            if request.scope.get(HEAD):
+                if isinstance(response, StreamingResponse):  # or what it reads from would stay open
+                    await response.body_iterator.aclose()  # type: ignore[union-attr]
+                    return Response(status_code=response.status_code, headers=response.headers)
+            return response
+
+        return respond
+
+    def _is_head(self, scope: Connection) -> bool:
+        return scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in self.methods
+
+
 def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None = None) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
     bodies, budget = Bodies(settings.max_body, settings.max_bodies), LogBudget()
 
-    class Route(APIRoute):
+    class Route(HeadRoute):
         def get_route_handler(self) -> Handler:
             inner = super().get_route_handler()
             scope = (self.openapi_extra or {}).get("x-scope")
