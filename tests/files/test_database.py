@@ -1,7 +1,10 @@
 """Databases: what opening one costs once and not again."""
 
+import pytest
 import sqlalchemy as sa
 
+from assay.errors import StorageError
+from assay.files import database as _database
 from assay.files.database import Database
 
 CREATED = ["CREATE TABLE kept (name TEXT)"]
@@ -31,3 +34,12 @@ def test_another_schema_has_tables_of_its_own(tmp_path):
         names.append(database["kept"].columns.keys())
         database.close()
     assert names == [["name"], ["name", "size"]]
+
+
+def test_a_directory_on_a_network_is_refused_before_a_file_is_made(tmp_path, monkeypatch):
+    """The journal is shared memory, which no network keeps in step: a client that is killed may leave no database."""
+    assert _database._file_system(tmp_path) not in (0, *_database.NETWORKS)
+    monkeypatch.setattr(_database, "_file_system", lambda path: 0x6969)
+    with pytest.raises(StorageError, match=r"on NFS\n.*a disk of this machine"):
+        Database(tmp_path / "data", name="d.sqlite3", migrations=())
+    assert not (tmp_path / "data" / "d.sqlite3").exists()

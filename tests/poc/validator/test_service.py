@@ -15,6 +15,7 @@ from assay.errors import StorageError, UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, create_app, validate
+from assay.poc.validator import app as _app
 from assay.poc.validator import worker as _worker
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
@@ -269,6 +270,28 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
         assert refusal["fields"] == ["room"]
         assert "--max-kept" in refusal["wanted"]
         assert running.send(other, id="m1")["new"]
+
+
+def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monkeypatch, tmp_path):
+    """Its proofs are parsed one after the other, whatever they cost."""
+    go, real, proofs = threading.Event(), _app.read_claim, dict[str, str]()
+    for key in ("node_A", "node_B"):
+        proof_of(small_model, key).save(tmp_path / key)
+        proofs[key] = (tmp_path / key).read_text()
+
+    def slow(kind: str, body: bytes, reader: object) -> object:
+        assert b"node_A" not in body[:2000] or go.wait(20)
+        return real(kind, body, reader)
+
+    monkeypatch.setattr(_app, "read_claim", slow)
+    with validating() as running, ThreadPoolExecutor() as pool:
+        held = [pool.submit(running.send, proofs["node_A"], key="node_A", id=f"m{i}", path="proofs") for i in range(3)]
+        other = pool.submit(running.send, proofs["node_B"], key="node_B", id="n", path="proofs")
+        try:
+            assert other.result(15)["new"]
+            assert not any(one.done() for one in held)
+        finally:
+            go.set()
 
 
 def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, small_model, monkeypatch):

@@ -190,7 +190,7 @@ class _Received(Request):
 
 
 class HeadRoute(APIRoute):
-    """A route that answers ``HEAD`` as ``GET``, without the body (RFC 9110)."""
+    """A route that answers ``HEAD`` as ``GET`` (RFC 9110). The server leaves the body out."""
 
     @override
     def matches(self, scope: Connection) -> tuple[Match, Connection]:
@@ -207,10 +207,9 @@ class HeadRoute(APIRoute):
 
         async def respond(request: Request) -> Response:
             response = await inner(request)
-            if request.scope.get(HEAD):
-                if isinstance(response, StreamingResponse):  # or what it reads from would stay open
-                    await response.body_iterator.aclose()  # type: ignore[union-attr]
-                    return Response(status_code=response.status_code, headers=response.headers)
+            if request.scope.get(HEAD) and isinstance(response, StreamingResponse):
+                await response.body_iterator.aclose()  # type: ignore[union-attr]  # or what it reads from stays open
+                return Response(status_code=response.status_code, headers=response.headers)
             return response
 
         return respond
