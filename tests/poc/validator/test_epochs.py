@@ -72,7 +72,7 @@ def test_secrets_survive_a_restart(tmp_path, inbox):
 
 
 def test_a_commitment_was_served_for_a_whole_epoch_before_its_secret_draws(tmp_path, inbox, monkeypatch):
-    """A clock that is set does not end an epoch, and neither does a time in which nobody could read it."""
+    """A clock that is set does not end an epoch, and neither does a time in which no client read it."""
     clock, far = [time.monotonic()], time.time() + 10 * 86_400
     monkeypatch.setattr("assay.poc.validator.inbox.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("assay.poc.validator.inbox.time.time", lambda: far)

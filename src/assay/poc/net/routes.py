@@ -10,7 +10,7 @@ import hmac
 import ipaddress
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from functools import lru_cache
@@ -24,7 +24,6 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
@@ -207,15 +206,16 @@ class HeadRoute(APIRoute):
 
         async def respond(request: Request) -> Response:
             response = await inner(request)
-            if request.scope.get(HEAD) and isinstance(response, StreamingResponse):
-                await response.body_iterator.aclose()  # type: ignore[union-attr]  # or what it reads from stays open
+            source = getattr(response, "body_iterator", None)
+            if request.scope.get(HEAD) and isinstance(source, AsyncGenerator):
+                await source.aclose()  # or what it reads from would stay open
                 return Response(status_code=response.status_code, headers=response.headers)
             return response
 
         return respond
 
     def _is_head(self, scope: Connection) -> bool:
-        return scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in self.methods
+        return scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
 
 
 def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None = None) -> type[APIRoute]:

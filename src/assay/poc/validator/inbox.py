@@ -160,7 +160,7 @@ class Inbox:
         """Return whether a node's messages leave no room for one of so many bytes.
 
         What a node may keep falls with what is free, so that one alone gets a third of the disk, and n get n/(n + 2):
-        whoever has sent little is always let in, and the ledger has room.
+        a node that sent little is always let in, and the ledger has room.
         """
         return self._kept[self._senders.get(public_key, 0)] + size > min(self._most, self._free // 2)
 
@@ -227,8 +227,8 @@ class Inbox:
     def _roll(self, connection: sa.Connection, now: float) -> Epoch:
         """Return the epoch of now. The secret after it is on disk already, so that its commitment can be read.
 
-        An epoch has passed once it was served for so long: neither a clock that is set nor the time in which no process
-        ran, and nobody could read the commitment that follows, ends it.
+        An epoch has passed once it was served for so long: neither a clock that is set ends it, nor a time in which no
+        process ran and no client read the commitment that follows.
         """
         where, epoch, clock = "FROM epochs WHERE begins IS NOT NULL AND ends IS NULL", self._epoch, time.monotonic()
         current = f"SELECT number, secret, begins, ends {where}"
@@ -335,9 +335,9 @@ class Inbox:
 
     def check_ledger(self, ledger: Ledger) -> None:
         """Refuse a ledger that does not hold what the last one held: it was emptied, replaced, or is an older copy."""
-        for count, hash in self._rows("SELECT count, hash FROM ledger_heads"):
-            if not ledger.contains(count, hash):
-                seen = f"{ledger.path} without the {count} entries that {self.database.path} knows of"
+        for row in self._rows("SELECT count AS entries, hash FROM ledger_heads"):
+            if not ledger.contains(row.entries, row.hash):
+                seen = f"{ledger.path} without the {row.entries} entries that {self.database.path} knows of"
                 do = "restore the newest backup of the ledger, or move both files away to begin again"
                 raise StorageError(seen, wanted="the ledger that was written beside it, with nothing missing", do=do)
         self.finish((), head=ledger.head)
