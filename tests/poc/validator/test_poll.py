@@ -95,7 +95,7 @@ def test_what_anyone_on_the_path_may_have_written_convicts_nobody(polling, node)
     with polling(proven=False) as running:
         until(lambda: _outcomes(running)["empty"] > 0)
         running.send(body_of(proof_of(running.model, "node_B")))
-        until(lambda: running.node("node_B")["checked"] >= 8)
+        until(lambda: running.node("node_B")["checked"] >= 8 and not running.controller.inbox.waiting())
         assert running.node("node_A")["messages"] > 0
         assert (running.verdict("node_A"), running.node("node_A")["checked"]) == ("undecided", 0)
 
