@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from assay.models import load_model
-from assay.poc.responses import Receipts, read_requests, respond
+from assay.poc.responses import ReceiptPins, Receipts, read_requests, respond
 from assay.poc.responses.adapters import Adapter, load_adapter
+from assay.poc.responses.respond import stop_tokens
 from tests.lora import write_adapter
 
 MODEL = ("--model", "reference:qwen3", "--device", "cpu")
@@ -62,6 +63,20 @@ def test_answers_that_are_not_shown_cost_exit_code_zero(assay, told, receipts, p
     assert shown.code == 2
     assert "requests unanswered" in shown.out
     assert told("poc", "replay", receipts, *MODEL, *flags)["unanswered"] == 0
+
+
+def test_an_answer_that_was_cut_short_and_says_stop_is_refused(assay, refused, receipts, prompts, tmp_path):
+    """Nothing else tells it from a whole one, and it costs a quarter of the work."""
+    whole, path = Receipts.load(receipts), tmp_path / "cut.jsonl"
+    cut = replace(whole.receipts[0], output=whole.receipts[0].output[:33], finish="stop")
+    Receipts.build(whole.header, [cut, *whole.receipts[1:]], 1.0).save(path)
+    said = refused("poc", "replay", path, *MODEL, *KNOWN, "--requests", prompts)
+    assert "'r0' with finish" in said
+    assert "requests" in assay("poc", "replay", path, *MODEL, *KNOWN, "--sample", "1").out  # taken on its word
+    last = replace(cut, output=(*cut.output[:-1], min(stop_tokens(load_model("reference:qwen3", device="cpu")))))
+    ReceiptPins(requests=read_requests(prompts)).check_ends(
+        Receipts.build(whole.header, [last], 1.0), (last.output[-1],)
+    )
 
 
 def test_what_nothing_pins_is_shown_and_the_exit_code_is_two(assay, refused, receipts, tmp_path):

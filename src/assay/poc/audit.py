@@ -34,6 +34,7 @@ from assay.poc.responses.judge import (
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.replay import check_adapter, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests
+from assay.poc.responses.respond import stop_tokens
 from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
@@ -140,6 +141,7 @@ class Auditor(Launch):
         self.check_loadable()
         with open_prefill(self, [read], batch_size=batch_size, adapter=adapter) as (loaded, engine):
             check_runnable(sample, loaded, prompts=pins.prompts)
+            pins.check_ends(read, stop_tokens(loaded))
             noise = noise_between(read.header, engine.fingerprint, measured)
             self._check_law(noise, missing_response_law(read.header))
             with self._ledger() as ledger:

@@ -180,35 +180,6 @@ def test_the_body_says_which_kind_a_callback_is(client):
     assert client.post("/validated", content=BODY, headers=signed(SECRET, BODY, "msg_2")).status_code == 400
 
 
-def test_bodies_have_one_bound_together(store):
-    """Bodies wait in memory before their signature can be checked."""
-
-    async def send() -> list[int]:
-        bodies = Bodies(100, 150)
-        gate = asyncio.Event()
-
-        def request(size: int) -> Request:
-            async def receive() -> dict:
-                return {"type": "http.request", "body": b"x" * size, "more_body": False}
-
-            return Request({"type": "http", "method": "POST", "headers": []}, receive)
-
-        async def take(size: int) -> int:
-            try:
-                async with bodies.read(request(size)) as body:
-                    await gate.wait()
-                    return len(body)
-            except Refusal as refusal:
-                return -refusal.status
-
-        tasks = [asyncio.create_task(take(size)) for size in (90, 101, 70, 60)]
-        await asyncio.sleep(0.01)
-        gate.set()
-        return [*await asyncio.gather(*tasks), await take(100)]
-
-    assert asyncio.run(send()) == [90, -413, -503, 60, 100]
-
-
 @pytest.mark.parametrize("announced", ["1000", None])
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announced, ends, monkeypatch):
@@ -229,7 +200,7 @@ def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announce
             async with bodies.read(Request({"type": "http", "method": "POST", "headers": headers}, receive)):
                 return 200
         except Refusal as refusal:
-            assert bodies._room == 150
+            assert (bool(bodies._large), bool(bodies._small)) == (False, False)
             return refusal.status
 
     assert asyncio.run(send()) == 413

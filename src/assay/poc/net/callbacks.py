@@ -6,7 +6,9 @@ that was checked. Redirects are never followed.
 
 import asyncio
 import ipaddress
+import math
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -95,7 +97,9 @@ async def call(
     """
     host = httpx.URL(url)
     address = await resolve(url, allow_private=allow_private)
-    target = host.copy_with(host=address, path=f"{host.path.rstrip('/')}{path}")
+    # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two names.
+    written, mark, query = host.raw_path.partition(b"?")
+    target = host.copy_with(host=address, raw_path=written.rstrip(b"/") + path.encode() + mark + query)
     request = client.build_request(
         method,
         target.copy_merge_params(params) if params else target,
@@ -146,6 +150,7 @@ def _refusal(seen: str) -> Refusal:
 
 
 LONGEST_ID = 128
+TOLERANCE = 300.0  # seconds for which a signature holds, as Standard Webhooks has it
 
 
 class Signatures:
@@ -164,6 +169,10 @@ class Signatures:
         """
         if not self._verifiers:
             return
+        _check_clock(headers.get("webhook-timestamp", ""))
+        # What is not of the form of this version is passed over, as the standard has it.
+        forms = [each for each in headers.get("webhook-signature", "").split() if each.count(",") == 1]
+        headers = {**headers, "webhook-signature": " ".join(each for each in forms if each.startswith("v1,"))}
         for verifier in self._verifiers:
             try:
                 verifier.verify(body, dict(headers), json_parse=False)
@@ -171,6 +180,21 @@ class Signatures:
             except (WebhookVerificationError, ValueError) as error:
                 fault = unsigned(401 if isinstance(error, WebhookVerificationError) else 400, f"signature: {error}")
         raise fault
+
+
+def _check_clock(stated: str) -> None:
+    """Refuse with 401 a body that was signed too long ago or ahead, and say by how much the clocks differ."""
+    try:
+        ahead = float(stated) - time.time()
+    except ValueError:  # the standard's own words are better
+        return
+    if math.isfinite(ahead) and abs(ahead) > TOLERANCE:
+        seen = f"a callback that was signed {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'ago'} by the clock here"
+        wanted, do = (
+            f"clocks that differ by {TOLERANCE:.0f} s at most",
+            "set both clocks by NTP, and send again",
+        )
+        raise Refusal(401, seen, wanted=wanted, do=do)
 
 
 def message_id(headers: Mapping[str, str]) -> str:

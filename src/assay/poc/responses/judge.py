@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -75,6 +75,24 @@ class ReceiptPins:
                 raise _mismatch(owner, "block_hash", receipt.block_hash, known.block_hash)
             if self.requests is not None:
                 _check_request(receipt, asked)
+
+    def check_ends(self, receipts: Receipts, stop_tokens: Collection[int]) -> None:
+        """Refuse an answer to a request that was sent which says ``stop`` and does not end with a stop token.
+
+        It was cut short: a request that is pinned has no stop strings. Nothing is told without stop tokens.
+
+        Raises:
+            ProofMismatch: Names the request.
+        """
+        asked = {_identity(one) for one in self.requests or ()} if stop_tokens else set()
+        for receipt in receipts.receipts:
+            cut = receipt.finish == "stop" and not (receipt.output and receipt.output[-1] in stop_tokens)
+            if cut and _identity(receipt) in asked:
+                owner = f"the receipt of request {receipt.request_id!r:.80}"
+                last = receipt.output[-1] if receipt.output else "none"
+                raise _mismatch(
+                    owner, "finish", f"stop after the token {last}", f"stop after one of {sorted(stop_tokens)}"
+                )
 
     def unpinned(self, receipts: Receipts) -> tuple[str, ...]:
         """Return the names of the values that are taken on the node's word."""

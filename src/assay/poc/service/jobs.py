@@ -18,6 +18,7 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import settled_time
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Record, describe_packing, pack_record
 from assay.poc.service.callbacks import Outbox
@@ -97,7 +98,7 @@ class Jobs:
     def state(self, job_id: str) -> JsonObject:
         """Return status and result of a job; refuse with 404 one that is unknown or no longer kept."""
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
-        if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
+        if not rows or (rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl):
             wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
             raise Refusal(404, "no such request", wanted=wanted, do="send the request again")
         return _state(rows[0])
@@ -120,7 +121,7 @@ class Jobs:
 
     def prune(self) -> None:
         """Delete results that are older than they are kept."""
-        oldest = time.time() - self._settings.job_ttl
+        oldest = settled_time() - self._settings.job_ttl
         self._db.change(self._table.delete().where(self._c.finished_at < oldest))
 
     def step(self, deployment: Deployment) -> bool:

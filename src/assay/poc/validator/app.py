@@ -8,6 +8,7 @@ time than the check of a message.
 import asyncio
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain, islice
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, answer, is_loopback, needs, route_class, send_json
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.net.settings import ServerSettings
+from assay.poc.net.shares import PARTS
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
 from assay.poc.validator.controller import ValidatorController
@@ -56,11 +58,12 @@ class Intake:
         self._app, self._controller = app, controller
         settings, server = controller.settings, controller.server
         callbacks = Bodies(server.max_body, server.max_bodies)
-        proofs = Bodies(settings.max_proof, max(server.max_bodies, PROOFS_AT_ONCE * settings.max_proof))
+        proofs = Bodies(settings.max_proof, max(server.max_bodies, PARTS * settings.max_proof))
         self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
         paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
         self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
         self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
+        self._turns = defaultdict[str, asyncio.Lock](asyncio.Lock)  # of each node one proof waits for that, in turn
         self._budget = LogBudget()
         metrics = controller.metrics
         self._answered = {path: metrics.requests.labels(path, "200") for path in self._kinds}
@@ -118,7 +121,7 @@ class Intake:
         known_as = message_id(headers)
         if kind == "proof":
             del text
-            async with self._parsing:
+            async with self._turns[sender.public_key], self._parsing:
                 reader = self._controller.reader
                 claim = await asyncio.to_thread(read_claim, kind, body, reader)
                 return claimed_message(kind, known_as, body, claim, reader)
@@ -210,7 +213,11 @@ class Poller:
         text = dumps(body).encode()
         name = f"pull_{hashlib.sha256(text).hexdigest()}"
         pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
-        await self._controller.writer.keep(claimed_message("pulled", name, text, claim, reader, pulled))
+        message = claimed_message("pulled", name, text, claim, reader, pulled)
+        if not sender.is_proven:  # anyone on the path could convict the node
+            log.warning("polled over http, so it stays undecided", public_key=sender.public_key)
+            message = Message(sender.public_key, name, "pulled", 0, text, pulled=pulled)
+        await self._controller.writer.keep(message)
         return "taken"
 
     async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
@@ -366,7 +373,7 @@ def validate(
     if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
         seen = f"--host {host} with nodes that sign nothing"
         wanted = "a secret of every node where others reach the port"
-        do = "pass --callback-secret, or give each node its secrets in the file of --nodes"
+        do = "give each node its secrets in the file of --nodes"
         raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:
         controller = ValidatorController(load, settings, server, reference=reference)
