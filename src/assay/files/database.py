@@ -185,9 +185,7 @@ class Database:
         try:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             if kind := NETWORKS.get(_file_system(data_dir)):
-                wanted = (
-                    "a disk of this machine: the journal of SQLite is shared memory, which no network keeps in step"
-                )
+                wanted = "a disk of this machine: SQLite's journal is shared memory, which no network keeps in step"
                 raise StorageError(f"{data_dir} on {kind}", wanted=wanted, do=f"pass another {self._flag}")
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:

@@ -21,8 +21,7 @@ from assay._version import __version__
 from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.metrics import CONTENT_TYPE
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import HeadRoute, Problem, Scope, needs, not_found, problems
+from assay.poc.net.routes import HEAD, HeadRoute, Problem, Scope, needs, not_found, problems
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.shares import Shares
 
@@ -61,22 +60,21 @@ class Feed:
             self.latest = dumps(self.values).encode()
             self._changed.notify_all()
 
-    async def stream(self, client: str = "") -> AsyncIterator[bytes]:
+    async def stream(self, client: str | None = None) -> AsyncIterator[bytes]:
         """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are too many."""
-        streams = self._streams
-        if not streams.fits(client):
-            seen = f"{streams.most} event streams are open, or {streams.share} of one client"
-            raise Refusal(429, seen, wanted="fewer", do="close one, or poll /status", retry_after=10)
+        self._streams.check(client, "event streams", do="close one, or poll /status", retry_after=10)
         events = self._events(client)
         await anext(events)  # counts the stream before another reader is looked at: nothing is waited for here
         return events
 
-    async def respond(self, request: Request) -> StreamingResponse:
+    async def respond(self, request: Request) -> Response:
         """Return a stream as the answer to a request."""
-        stream = await self.stream(request.state.client)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        headers = {"X-Accel-Buffering": "no", "Content-Type": "text/event-stream; charset=utf-8"}
+        if HEAD in request.scope:
+            return Response(headers=headers)
+        return StreamingResponse(await self.stream(request.state.client), headers=headers)
 
-    async def _events(self, client: str) -> AsyncIterator[bytes]:
+    async def _events(self, client: str | None) -> AsyncIterator[bytes]:
         with self._streams.held(client):
             yield b""  # taken by stream()
             yield b"retry: 2000\n\n"

@@ -10,7 +10,7 @@ import hmac
 import ipaddress
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from functools import lru_cache
@@ -40,7 +40,7 @@ from assay.poc.net.shares import PARTS, Shares, client_of
 log = structlog.get_logger("assay.http")
 
 HEAD = "assay.head"
-"""Key of a scope that a ``HEAD`` request has."""
+"""Key of a scope that a ``HEAD`` request has. A handler that would begin a stream answers without."""
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -193,29 +193,15 @@ class HeadRoute(APIRoute):
 
     @override
     def matches(self, scope: Connection) -> tuple[Match, Connection]:
-        return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
+        return super().matches(self._as_get(scope))
 
     @override
     async def handle(self, scope: Connection, receive: Receive, send: Send) -> None:
-        asked = {**scope, "method": "GET", HEAD: True} if self._is_head(scope) else scope
-        await super().handle(asked, receive, send)
+        await super().handle(self._as_get(scope), receive, send)
 
-    @override
-    def get_route_handler(self) -> Handler:
-        inner = super().get_route_handler()
-
-        async def respond(request: Request) -> Response:
-            response = await inner(request)
-            source = getattr(response, "body_iterator", None)
-            if request.scope.get(HEAD) and isinstance(source, AsyncGenerator):
-                await source.aclose()  # or what it reads from would stay open
-                return Response(status_code=response.status_code, headers=response.headers)
-            return response
-
-        return respond
-
-    def _is_head(self, scope: Connection) -> bool:
-        return scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
+    def _as_get(self, scope: Connection) -> Connection:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
+        return {**scope, "method": "GET", HEAD: True} if is_head else scope
 
 
 def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None = None) -> type[APIRoute]:
@@ -234,7 +220,7 @@ def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None =
             async def respond(request: Request) -> Response:
                 host = request.client.host if request.client else ""
                 holder = keys.check(request.headers.get("authorization"), Scope(scope)) if scope is not None else None
-                request.state.client = holder or client_of(host) or host
+                request.state.client = holder or client_of(host)
                 if request.method in ("GET", "HEAD"):
                     return await inner(request)
                 async with bodies.read(request) as body:
@@ -281,10 +267,8 @@ class Bodies:
 
     def __init__(self, most: int, together: int) -> None:
         self._most = most
-        self._large, self._small = (
-            Shares(together, max(most, together // PARTS)),
-            Shares(max(together // 4, PARTS * SMALL)),
-        )
+        self._large = Shares(together, max(most, together // PARTS))
+        self._small = Shares(max(together // 4, PARTS * SMALL), max(together // 4 // PARTS, SMALL))
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:

@@ -44,9 +44,10 @@ class ClientLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         client = client_of(scope["client"][0]) if scope.get("client") else None
-        if not self._open.fits(client):
-            seen = f"{self._open.share} requests of one client are open"
-            await answer(Refusal(429, seen, wanted="fewer", do="wait for some of yours"))(scope, receive, send)
+        try:
+            self._open.check(client, "requests", do="wait for some of yours")
+        except Refusal as refusal:
+            await answer(refusal)(scope, receive, send)
             return
         with self._open.held(client):
             await self._app(scope, receive, send)

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from assay.poc.net.refusals import Refusal
+
 PARTS = 8
 """One client may hold one part of so many, of what has no setting of its own."""
 
@@ -12,18 +14,29 @@ PARTS = 8
 class Shares:
     """Counts what clients hold: up to ``most`` together, and up to ``share`` each.
 
+    Without a ``share``, :func:`fair_share` says it.
+
     A client is a key that was checked, or an address as :func:`client_of` returns it. None is this machine, which has
     no bound of its own: a proxy on it asks for all its clients.
     """
 
     def __init__(self, most: int, share: int | None = None) -> None:
-        self.most, self.share = most, max(1, most // PARTS) if share is None else share
+        self.most, self._share = most, share
         self._held: Counter[str] = Counter()
         self._all = 0
 
     def fits(self, client: str | None, amount: int = 1) -> bool:
         """Return whether a client may hold so much more."""
-        return self._all + amount <= self.most and (client is None or self._held[client] + amount <= self.share)
+        if client is None or self._all + amount > self.most:
+            return self._all + amount <= self.most
+        held = self._held[client]
+        return held + amount <= (fair_share(self.most, self._all - held) if self._share is None else self._share)
+
+    def check(self, client: str | None, what: str, *, do: str, retry_after: int | None = None) -> None:
+        """Refuse with 429 one more of what a client may not hold more of."""
+        if not self.fits(client):
+            seen = f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
+            raise Refusal(429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after)
 
     def take(self, client: str | None, amount: int = 1) -> None:
         """Count what a client holds from now on."""
@@ -49,8 +62,10 @@ class Shares:
         finally:
             self.give(client, amount)
 
-    def __bool__(self) -> bool:
-        return self._all > 0
+
+def fair_share(most: int, others: int) -> int:
+    """Return how much one client may hold beside ``others``: half of what those leave, so n have n / (n + 1)."""
+    return (most - others + 1) // 2
 
 
 def client_of(address: str) -> str | None:

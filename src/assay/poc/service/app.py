@@ -213,9 +213,9 @@ def _pow_router(
         return moved(controller.stop)
 
     @router.post("/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE)
-    async def validate(body: requests.ValidateRequest) -> Response:
+    async def validate(body: requests.ValidateRequest, request: Request) -> Response:
         """Recompute distances and judge them."""
-        future = await controller.call(controller.validate, body)
+        future = await controller.call(controller.validate, body, request.state.client)
         return JSONResponse(await asyncio.wrap_future(future))
 
     @router.get("/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ)
@@ -239,9 +239,9 @@ def _pow_router(
         return await feed.respond(request)
 
     @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
-    async def generate(body: requests.GenerateRequest) -> Response:
+    async def generate(body: requests.GenerateRequest, request: Request) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
-        queued = await controller.call(controller.submit, body)
+        queued = await controller.call(controller.submit, body, request.state.client)
         if not body.wait:
             return JSONResponse(queued)
         future = await controller.call(controller.jobs.watch, queued["request_id"])

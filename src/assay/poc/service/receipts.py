@@ -20,7 +20,7 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Scope, needs, problems
+from assay.poc.net.routes import HEAD, Scope, needs, problems
 from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
 from assay.poc.net.shares import Shares
 from assay.poc.protocol.round import MAX_NONCE
@@ -316,16 +316,15 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         """
         page = await runtime.call(receipts.page, after, limit, request_id=request_id)
         headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
-        if page.header is None:
-            return Response(status_code=204, headers=headers)
-        if not streaming.fits(client := request.state.client):
-            seen = f"{MOST_FILES} files of receipts are being sent, or {OWN_FILES} to you"
-            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
+        if page.header is None or HEAD in request.scope:
+            status = 204 if page.header is None else 200
+            return Response(status_code=status, headers=headers, media_type="application/jsonl")
+        streaming.check(client := request.state.client, "files of receipts", do="send it again later", retry_after=5)
         lines = file_lines(client, page, request_id)
         await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
-    async def file_lines(client: str, page: Page, request_id: str | None) -> AsyncIterator[str]:
+    async def file_lines(client: str | None, page: Page, request_id: str | None) -> AsyncIterator[str]:
         """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
         streaming.take(client)
         digest, count, tokens = hashlib.sha256(), 0, 0

@@ -21,6 +21,7 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import GroupCommit, settled_time
+from assay.poc.net.shares import fair_share
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
 from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.verdict.ledger import Ledger
@@ -157,12 +158,9 @@ class Inbox:
         self.database.close()
 
     def is_full(self, public_key: str, size: int) -> bool:
-        """Return whether a node's messages leave no room for one of so many bytes.
-
-        What a node may keep falls with what is free, so that one alone gets a third of the disk, and n get n/(n + 2):
-        a node that sent little is always let in, and the ledger has room.
-        """
-        return self._kept[self._senders.get(public_key, 0)] + size > min(self._most, self._free // 2)
+        """Return whether a node's messages leave no room for one of so many bytes, of its own or of the disk's."""
+        kept = self._kept[self._senders.get(public_key, 0)]
+        return kept + size > min(self._most, fair_share(self._free + kept, 0))
 
     def _find_free(self) -> int:
         """Return the bytes that messages may take on the disk; a sixteenth, 256 MiB at most, is for the ledger."""

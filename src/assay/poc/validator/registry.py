@@ -2,10 +2,11 @@
 
 import hashlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from unicodedata import normalize
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
 
+T = TypeVar("T")
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -97,8 +99,9 @@ class Registry:
         _check_owners(known.values(), settings.callback_secrets)
         self.senders = {key: self._sender(entry, shared, settings) for key, entry in known.items()}
         """Nodes that may send, by key."""
-        builds = [(key, sender.build.model_dump()) for key, sender in self.senders.items()]
-        claimed = dumps([self.model.digest, network.model_dump(mode="json"), builds])
+        of = {build: str(place) for place, build in enumerate(self.model.builds)}
+        builds = [(key, of[sender.build]) for key, sender in self.senders.items()]
+        claimed = dumps([self.model.digest, network.model_dump_json(), builds])
         self.hash = hashlib.sha256(claimed.encode()).hexdigest()
         """Hash of all that claims are held against, the open blocks aside."""
         if not self.senders:
@@ -109,7 +112,7 @@ class Registry:
     @classmethod
     def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
         """Read both files, of which errors name the key."""
-        return cls(NetworkPins.load(pins), model, _entries(nodes) if nodes else (), settings)
+        return cls(_latest(NetworkPins.load, pins), model, _latest(_entries, nodes) if nodes else (), settings)
 
     def check_length(self, model: ModelInfo | Deployment) -> None:
         """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
@@ -168,6 +171,19 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
                 wanted = "a secret of its own for every node: who has it can sign for each of them"
                 do = "write secrets for each in the file of --nodes, or the relay that signs for both"
                 raise UsageError(seen, wanted=wanted, do=do)
+
+
+def _latest(read: Callable[[Path], T], path: Path) -> T:
+    """Return what a file holds. It is read once: one of ten thousand nodes takes most of what a change costs."""
+    if not path.is_file():
+        return read(path)
+    now = path.stat()
+    return _kept(read, path, (now.st_ino, now.st_mtime_ns, now.st_size))
+
+
+@lru_cache(maxsize=4)
+def _kept(read: Callable[[Path], T], path: Path, now: tuple[int, ...]) -> T:
+    return read(path)
 
 
 def _entries(path: Path) -> tuple[NodeEntry, ...]:
