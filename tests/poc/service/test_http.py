@@ -20,7 +20,6 @@ from assay.poc.net.logs import LogBudget, configure_logs
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import ClientLimit, bounded_config, listen
 from assay.poc.service import Settings, create_receiver
-from assay.poc.service.app import QuickStatus
 from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
 from tests.poc.service.listening import on_port
@@ -308,7 +307,7 @@ def test_head_is_answered_as_get_without_the_body(service, tmp_path):
     for _ in range(40):  # more than streams
         assert service.client.head(f"{PREFIX}/events").status_code == 200
     assert service.client.head(f"{PREFIX}/stop").status_code == 405
-    receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3")), base_url="http://127.0.0.1")
+    receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1")
     assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
 
 
@@ -383,48 +382,3 @@ def test_answers_are_not_held_back(host):
             accepted, _ = listener.accept()
             with accepted:
                 assert accepted.proto == socket.IPPROTO_TCP
-
-
-KEY = "read-" + "x" * 20
-
-
-@pytest.fixture
-def routed(monkeypatch):
-    """Ask for /status without the quick answer."""
-
-    def ask(service, **how):
-        with monkeypatch.context() as patch:
-            patch.setattr(QuickStatus, "_is_plain", lambda self, scope: False)
-            return service.client.get(f"{PREFIX}/status", **how)
-
-    return ask
-
-
-def test_it_is_the_answer_of_the_route(service, routed):
-    service.generate(8)
-    service.post("/stop")
-    quick, slow = service.client.get(f"{PREFIX}/status"), routed(service)
-    assert quick.json() == slow.json()
-    assert quick.status_code == slow.status_code == 200
-    assert dict(quick.headers) == dict(slow.headers)
-
-
-@pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": f"Basic {KEY}"}])
-def test_refusals_are_those_of_the_route(serving, routed, headers):
-    with serving(read_keys=(KEY,)) as service:
-        quick, slow = service.client.get(f"{PREFIX}/status", headers=headers), routed(service, headers=headers)
-        assert (quick.status_code, quick.json()) == (slow.status_code, slow.json())
-        assert quick.status_code == 401
-        welcome = {"Authorization": f"Bearer {KEY}"}
-        assert service.client.get(f"{PREFIX}/status", headers=welcome).status_code == 200
-
-
-def test_the_metrics_count_both_alike(service, routed):
-    def counted() -> float:
-        return service.controller.metrics.requests.labels(f"{PREFIX}/status", "200")._value.get()
-
-    before = counted()
-    service.client.get(f"{PREFIX}/status")
-    assert counted() == before + 1
-    routed(service)
-    assert counted() == before + 2
