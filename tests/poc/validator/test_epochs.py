@@ -216,5 +216,7 @@ def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_mod
 def test_commitments_need_no_key_and_show_no_secret_that_is_used(validating):
     with validating(service={"api_keys": ("k" * 20,)}) as running:
         assert running.client.get("/api/v1/validator/nodes").status_code == 401
-        found = running.get("/commitments")["commitments"]
+        found = running.get("/commitments")
+        assert found["ledger"] == dict(zip(("entries", "head"), running.controller.ledger.head, strict=True))
+        found = found["commitments"]
         assert [row["secret"] for row in found] == [None, None]

@@ -325,8 +325,13 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
 
     @router.get("/commitments", response_model=None)
     def commitments(limit: Annotated[int, Query(ge=1, le=MOST_EPOCHS)] = 100) -> Response:
-        """Return commitments, the newest first, with the secrets of epochs that have ended. It needs no key."""
-        return JSONResponse({"commitments": controller.inbox.epochs(limit)})
+        """Return commitments, the newest first, with the secrets of epochs that have ended, and the ledger's head.
+
+        It needs no key. Whoever records it holds the validator to both.
+        """
+        count, head = controller.ledger.head
+        ledger = {"entries": count, "head": head}
+        return JSONResponse({"commitments": controller.inbox.epochs(limit), "ledger": ledger})
 
     @router.get("/blocks", response_model=None, openapi_extra=READ)
     def blocks() -> Response:
