@@ -178,7 +178,8 @@ def _latest(read: Callable[[Path], T], path: Path) -> T:
     if not path.is_file():
         return read(path)
     now = path.stat()
-    return _kept(read, path, (now.st_ino, now.st_mtime_ns, now.st_size))
+    found: T = _kept(read, path, (now.st_ino, now.st_mtime_ns, now.st_size))
+    return found
 
 
 @lru_cache(maxsize=4)
