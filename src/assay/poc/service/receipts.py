@@ -326,23 +326,22 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
 
     async def file_lines(client: str | None, page: Page, request_id: str | None) -> AsyncIterator[str]:
         """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
-        streaming.take(client)
         digest, count, tokens = hashlib.sha256(), 0, 0
-        try:
+        with streaming.held(client):
             yield ""  # taken by file()
             yield f"{page.header}\n"
             for low, high in pairwise(page.chunks):
-                found = await runtime.call(receipts.lines, low, high, request_id=request_id)
+                try:
+                    found = await runtime.call(receipts.lines, low, high, request_id=request_id)
+                except AssayError as error:
+                    log.warning("file of receipts not finished", reason=error.seen)
+                    return
                 text = "".join(f"{line}\n" for _, line in found)
                 digest.update(text.encode())
                 count, tokens = count + len(found), tokens + sum(number for number, _ in found)
                 yield text
             # How long the responses took is not stored.
             yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
-        except AssayError as error:
-            log.warning("file of receipts not finished", reason=error.seen)
-        finally:
-            streaming.give(client)
 
     @router.get(
         one, response_model=dict[str, list[StoredReceipt]], responses=problems(404, 413, 422, 503), openapi_extra=READ
