@@ -35,6 +35,14 @@ MOST_BYTES = 2**26  # that wait at the same time; an item that waits alone may b
 TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arrives
 
 
+_STARTED = time.time() - time.monotonic()
+
+
+def settled_time() -> float:
+    """Return the time by which old things are deleted: a clock that is suddenly far ahead makes nothing old."""
+    return min(time.time(), _STARTED + time.monotonic())
+
+
 class LoopThread(ABC):
     """A thread that takes turns until it is closed."""
 
@@ -114,7 +122,7 @@ class Runtime(ABC):
 
     def __init__(self, server: ServerSettings, metrics: Exported) -> None:
         self.server, self.metrics = server, metrics
-        self.started_at = time.time()
+        self._started = time.monotonic()
         self.closing = threading.Event()
         """Set when the end begins, while connections are still open."""
         self.loaded: Future[Deployment] = Future()
@@ -142,8 +150,8 @@ class Runtime(ABC):
 
     def about(self, schema: str) -> JsonObject:
         """Return how every snapshot begins."""
-        now = time.time()
-        return {"schema": schema, "time": now, "version": __version__, "uptime_seconds": now - self.started_at}
+        uptime = time.monotonic() - self._started
+        return {"schema": schema, "time": time.time(), "version": __version__, "uptime_seconds": uptime}
 
     @abstractmethod
     def snapshot(self) -> JsonObject:

@@ -8,14 +8,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from starlette.types import ASGIApp, Receive, Send
-from starlette.types import Scope as Connection
 
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class, send_json
+from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
@@ -90,44 +87,6 @@ def status_text(controller: Controller) -> Callable[[], bytes]:
     return latest
 
 
-class QuickStatus:
-    """Answers the plain ``GET path`` of clients that may read before routing, and passes everything else on.
-
-    A thousand readers at once take processor time from the engine beside them. Inside the application such an answer
-    costs 9 µs of it instead of 113, twelve times less, because the rest is routing and the parsing of parameters that
-    it does not have (one core of a CPU machine, measured at 8580455f by its benchmarks/service_status.py).
-
-    The application's own route at ``path`` answers the same, refusals included.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, path: str, controller: Controller, keys: Keys, text: Callable[[], bytes]
-    ) -> None:
-        self._app, self._path, self._keys, self._text = app, path, keys, text
-        self._answered = controller.metrics.requests.labels(path, "200")
-        self._seconds = controller.metrics.request_seconds.labels(path)
-
-    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
-        """Answer, or pass the request on."""
-        if not self._is_plain(scope):
-            await self._app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        await send_json(send, self._text())
-        self._answered.inc()
-        self._seconds.observe(time.perf_counter() - started)
-
-    def _is_plain(self, scope: Connection) -> bool:
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "GET" or scope["query_string"]:
-            return False
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-        try:
-            self._keys.check(given and given.decode("latin-1"), Scope.READ)
-        except Refusal:
-            return False
-        return True
-
-
 def create_app(controller: Controller) -> FastAPI:
     """Return the whole service: the published API, operations, docs and the dashboard.
 
@@ -157,13 +116,14 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
     path ``under`` where the application has its own.
     """
-    keys, feed, text = Keys(controller.settings), Feed(controller), status_text(controller)
-    kind_of_route = route_class(keys, controller.settings, controller.metrics)
-    app.include_router(_pow_router(controller, feed, text, kind_of_route))
+    feed, kind_of_route = (
+        Feed(controller),
+        route_class(Keys(controller.settings), controller.settings, controller.metrics),
+    )
+    app.include_router(_pow_router(controller, feed, status_text(controller), kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
-    app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
     delivery = Delivery(controller.outbox, controller, controller.settings, controller.metrics)
     run_with(app, controller, feed, delivery.run)
 
@@ -213,9 +173,9 @@ def _pow_router(
         return moved(controller.stop)
 
     @router.post("/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE)
-    async def validate(body: requests.ValidateRequest) -> Response:
+    async def validate(body: requests.ValidateRequest, request: Request) -> Response:
         """Recompute distances and judge them."""
-        future = await controller.call(controller.validate, body)
+        future = await controller.call(controller.validate, body, request.state.client)
         return JSONResponse(await asyncio.wrap_future(future))
 
     @router.get("/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ)
@@ -239,9 +199,9 @@ def _pow_router(
         return await feed.respond(request)
 
     @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
-    async def generate(body: requests.GenerateRequest) -> Response:
+    async def generate(body: requests.GenerateRequest, request: Request) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
-        queued = await controller.call(controller.submit, body)
+        queued = await controller.call(controller.submit, body, request.state.client)
         if not body.wait:
             return JSONResponse(queued)
         future = await controller.call(controller.jobs.watch, queued["request_id"])

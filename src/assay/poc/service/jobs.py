@@ -18,6 +18,8 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import settled_time
+from assay.poc.net.shares import fair_share
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Record, describe_packing, pack_record
 from assay.poc.service.callbacks import Outbox
@@ -58,16 +60,24 @@ class Jobs:
         interrupted = self._table.update().where(self._c.status == "running")
         database.change(interrupted.values(status="queued"))
 
-    def submit(self, request: GenerateRequest) -> JsonObject:
-        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside those that wait."""
-        settings, job_id = self._settings, uuid.uuid4().hex
+    def submit(self, request: GenerateRequest, client: str | None = None) -> JsonObject:
+        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside those that wait.
+
+        A ``client`` may queue what :func:`assay.poc.net.shares.fair_share` says; None is this machine, which may fill
+        the queue.
+        """
+        settings, job_id, most = self._settings, uuid.uuid4().hex, self._settings.max_queued_nonces
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-            counts = (sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url))
-            waiting, announced = connection.execute(sa.select(*counts).where(self._is_open)).one()
-            if waiting + len(request.nonces) > settings.max_queued_nonces:
-                seen = f"{waiting} nonces are queued"
-                wanted = f"at most {settings.max_queued_nonces} with these {len(request.nonces)}"
+            nonces, own = sa.func.sum(self._c.nonces), self._c.client == client
+            counts = (nonces, nonces.filter(own), sa.func.count().filter(has_url))
+            waiting, mine, announced = (
+                n or 0 for n in connection.execute(sa.select(*counts).where(self._is_open)).one()
+            )
+            room = most - waiting if client is None else min(most - waiting, fair_share(most, waiting - mine) - mine)
+            if len(request.nonces) > room:
+                seen = f"{waiting} nonces are queued, {mine} of them of this client"
+                wanted = f"{max(0, room)} more at most"
                 raise Refusal(429, seen, wanted=wanted, do="send it again later", retry_after=10)
             undelivered = announced + self._outbox.owed(connection, None)
             if request.url is not None and undelivered >= settings.max_pending_jobs:
@@ -82,6 +92,7 @@ class Jobs:
                 "nonces": len(request.nonces),
                 "request": request.model_dump_json(),
                 "created_at": time.time(),
+                "client": client,
             }
             connection.execute(self._table.insert().values(row))
         return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
@@ -97,7 +108,7 @@ class Jobs:
     def state(self, job_id: str) -> JsonObject:
         """Return status and result of a job; refuse with 404 one that is unknown or no longer kept."""
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
-        if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
+        if not rows or (rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl):
             wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
             raise Refusal(404, "no such request", wanted=wanted, do="send the request again")
         return _state(rows[0])
@@ -120,7 +131,7 @@ class Jobs:
 
     def prune(self) -> None:
         """Delete results that are older than they are kept."""
-        oldest = time.time() - self._settings.job_ttl
+        oldest = settled_time() - self._settings.job_ttl
         self._db.change(self._table.delete().where(self._c.finished_at < oldest))
 
     def step(self, deployment: Deployment) -> bool:

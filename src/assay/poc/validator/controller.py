@@ -44,7 +44,7 @@ class ValidatorController(Runtime):
     Raises:
         DataError: The pins or the nodes file cannot be read.
         UsageError: They do not fit each other, or the ledger.
-        StorageError: The data directory is in use or cannot be written.
+        StorageError: The data directory is in use or cannot be written, or the ledger is not the one of the last run.
     """
 
     metrics: ValidatorMetrics
@@ -70,6 +70,7 @@ class ValidatorController(Runtime):
             opened.callback(self.inbox.close)
             self.ledger = Ledger(server.data_dir / LEDGER, alpha=server.alpha, beta=server.beta)
             opened.callback(self.ledger.close)
+            self.inbox.check_ledger(self.ledger)
             self._blocks = self.inbox.blocks(settings.open_blocks)
             self.writer = InboxWriter(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
             self.writers = (self.writer,)

@@ -269,7 +269,7 @@ class Recomputer(EngineThread):
             now = {standing.account.public_key: standing for standing in standings}
             self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
-        self._inbox.finish(draws, changes)
+        self._inbox.finish(draws, changes, head=self._ledger.head)
         self._last |= {change["account"]: change["verdict"] for change in changes}
         self._metrics.nonces.inc(sum(len(found.nonces) for found in checked))
         for change in changes:
