@@ -43,7 +43,7 @@ class Sink:
 
     def check(self) -> None: ...
 
-    async def store(self, receipt) -> None:
+    async def store(self, receipt, client=None) -> None:
         if self.error:
             raise self.error
         await asyncio.sleep(0)

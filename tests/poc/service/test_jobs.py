@@ -89,16 +89,21 @@ def test_a_full_queue_asks_to_come_back(serving):
         until(lambda: service.client.post(f"{PREFIX}/generate", json=JOB).status_code == 200)
 
 
-def test_one_key_cannot_hold_the_whole_queue(serving):
+@pytest.mark.parametrize("bound", [{"max_queued_nonces": 20}, {"max_pending_jobs": 4}])
+def test_one_key_cannot_hold_the_whole_queue_or_all_callbacks(serving, bound):
     keys = ("first-" + "x" * 20, "second-" + "x" * 20)
     first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
-    with serving(max_queued_nonces=20, validate_keys=keys) as service:
+    with serving(**bound, validate_keys=keys, callback_backoff=600, callback_backoff_max=600) as service:
         service.rig.open.clear()
 
         def queue(headers: dict[str, str]) -> int:
-            return service.client.post(f"{PREFIX}/generate", json=JOB, headers=headers).status_code
+            job = JOB if "max_queued_nonces" in bound else JOB | {"url": "http://127.0.0.1:9"}
+            return service.client.post(f"{PREFIX}/generate", json=job, headers=headers).status_code
 
         assert [queue(first) for _ in range(3)] == [200, 200, 429]  # five nonces each
+        if "max_pending_jobs" in bound:
+            service.rig.open.set()
+            until(lambda: service.sql("SELECT count(*) FROM outbox WHERE attempts > 0") == [(2,)])
         service.restart()
         spelled = {"Authorization": first["Authorization"].replace("Bearer ", "bearer   ")}
         assert (queue(spelled), queue(second)) == (429, 200)

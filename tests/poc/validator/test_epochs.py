@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from assay.files.database import Database
-from assay.poc.validator.epochs import Epoch, commitment, draw, first_turn, message_seed
-from assay.poc.validator.inbox import MIGRATIONS, NAME, Inbox, Message
+from assay.poc.validator.epochs import Epoch, commitment, draw, message_seed
+from assay.poc.validator.inbox import NAME, Inbox, Message
 from tests.poc.service.conftest import execute
 from tests.poc.validator.conftest import body_of, proof_of
 from tests.waiting import until
@@ -92,7 +91,7 @@ def test_a_commitment_was_served_for_a_whole_epoch_before_its_secret_draws(inbox
 
 def test_the_commitment_is_the_hash_of_secret_and_number():
     epoch = Epoch(7, b"s" * 32, 1.0, 2.0)
-    assert epoch.commitment == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
+    assert epoch.public()["commitment"] == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
     assert epoch.public()["secret"] == (b"s" * 32).hex()
     assert Epoch(7, b"s" * 32, 1.0, None).public()["secret"] is None
 
@@ -149,19 +148,6 @@ def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monk
     assert min(sent.values()) == max(sent.values()) > 0
     assert usage.free > disk // 4
     assert not inbox.is_full("D", 2**20)
-
-
-def test_messages_that_an_older_version_kept_get_their_turns(tmp_path, opened):
-    Database(tmp_path, name=NAME, migrations=MIGRATIONS[:1]).close()
-    execute(tmp_path / NAME, "INSERT INTO senders VALUES (1, 'node_A', 0, 0, 3, 82, 0)")
-    for seq, (seed, nonces, drawn) in enumerate([(2**52, 40, 0), (2**52, 2, 0), (2**52, 40, 8), (5, 0, 0)], 1):
-        row = (seq, 1, str(seq), "generated", 0, 1, seed, b"", nonces, drawn, drawn, b"{}")
-        execute(tmp_path / NAME, "INSERT INTO inbox VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
-    inbox = opened()
-    turns = [turn for (turn,) in execute(tmp_path / NAME, "SELECT turn FROM inbox ORDER BY seq")]
-    assert turns == pytest.approx([first_turn(2**52, 40, 8), first_turn(2**52, 2, 8), 12 / 40, 0.0])
-    assert turns[:2] == pytest.approx([0.1, 0.5])
-    assert [found.id for found in inbox.plan(["node_A"] * 5, 100)] == ["1", "2", "3"]
 
 
 def test_the_seed_binds_secret_key_id_and_content():

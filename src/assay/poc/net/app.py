@@ -62,7 +62,6 @@ class Feed:
 
     async def stream(self, client: str | None = None) -> AsyncIterator[bytes]:
         """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are too many."""
-        self._streams.check(client, "event streams", do="close one, or poll /status", retry_after=10)
         events = self._events(client)
         await anext(events)  # counts the stream before another reader is looked at: nothing is waited for here
         return events
@@ -75,7 +74,7 @@ class Feed:
         return StreamingResponse(await self.stream(request.state.client), headers=headers)
 
     async def _events(self, client: str | None) -> AsyncIterator[bytes]:
-        with self._streams.held(client):
+        with self._streams.held(client, "event streams", do="close one, or poll /status", retry_after=10):
             yield b""  # taken by stream()
             yield b"retry: 2000\n\n"
             while not self._runtime.closing.is_set():

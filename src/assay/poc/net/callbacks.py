@@ -16,6 +16,8 @@ from functools import partial
 import httpx
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from assay.errors import DataError
+from assay.files.jsonl import JsonObject, loads
 from assay.poc.net.refusals import Refusal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -192,6 +194,17 @@ def _check_clock(stated: str) -> None:
         seen = f"a callback that was signed {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'ago'} by the clock here"
         wanted = f"clocks that differ by {TOLERANCE:.0f} s at most"
         raise Refusal(401, seen, wanted=wanted, do="set both clocks by NTP, and send again")
+
+
+def parsed(raw: bytes) -> tuple[str, JsonObject]:
+    """Return the text and the object of a body; refuse with 400 what is not strict JSON in UTF-8."""
+    try:
+        text = raw.decode()
+        return text, loads(text, "body")
+    except (DataError, UnicodeDecodeError) as error:
+        seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
+        wanted, do = "the body of a callback of assay", "send it as assay does"
+        raise Refusal(400, seen, wanted=wanted, do=do, fields={"fields": ["body"]}) from None
 
 
 def message_id(headers: Mapping[str, str]) -> str:

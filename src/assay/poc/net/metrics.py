@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.process_collector import ProcessCollector
@@ -32,16 +32,12 @@ class _OwnValues:
             values.ValueClass = shared
 
 
-class OwnCounter(_OwnValues, Counter):
-    """A counter of a registry of its own."""
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 
 
-class OwnGauge(_OwnValues, Gauge):
-    """A gauge of a registry of its own."""
-
-
-class OwnHistogram(_OwnValues, Histogram):
-    """A histogram of a registry of its own."""
+def _own(kind: type[Kind]) -> type[Kind]:
+    """Return a kind of metric whose values, and those of its series, stay in this process."""
+    return type(kind.__name__, (_OwnValues, kind), {})
 
 
 class Exported:
@@ -55,8 +51,8 @@ class Exported:
         ProcessCollector(registry=self.registry)
         self._namespace = namespace
         self._shown: list[tuple[Gauge, str, Callable[[JsonObject], Any]]] = []
-        self.gauge = partial(OwnGauge, namespace=namespace, registry=self.registry)
-        self.histogram = partial(OwnHistogram, namespace=namespace, registry=self.registry, buckets=_SECONDS)
+        self.gauge = partial(_own(Gauge), namespace=namespace, registry=self.registry)
+        self.histogram = partial(_own(Histogram), namespace=namespace, registry=self.registry, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
         self.requests = self.counter("http_requests", "Requests by route and status.", {"route": (), "status": ()})
         self.request_seconds = self.histogram("http_request_seconds", "Time of one request.", ["route"])
@@ -66,7 +62,7 @@ class Exported:
 
         ``labels`` has the values that each label is known to have.
         """
-        made = OwnCounter(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
+        made = _own(Counter)(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
         for known in product(*labels.values()) if labels else ():
             made.labels(*known)
         return made

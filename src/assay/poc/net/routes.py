@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -142,15 +142,11 @@ def _is_local(headers: dict[bytes, bytes]) -> bool:
     host = headers.get(b"host", b"")
     foreign = headers.get(b"origin", b"http://" + host) not in (b"http://" + host, b"https://" + host)
     site = headers.get(b"sec-fetch-site", b"none")  # only browsers send it, and no page can change it
-    return not foreign and site in (b"none", b"same-origin") and _is_here(host)
-
-
-@lru_cache(maxsize=64)
-def _is_here(host: bytes) -> bool:
     try:
-        return is_loopback(urlsplit(f"//{host.decode('latin-1')}").hostname or "")
+        named = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
     except ValueError:
         return False
+    return not foreign and site in (b"none", b"same-origin") and is_loopback(named)
 
 
 def needs(scope: Scope) -> dict[str, Any]:

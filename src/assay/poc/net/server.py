@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import math
 import os
 import resource
@@ -11,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -44,13 +45,13 @@ class ClientLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         client = client_of(scope["client"][0]) if scope.get("client") else None
-        try:
-            self._open.check(client, "requests", do="wait for some of yours")
-        except Refusal as refusal:
-            await answer(refusal)(scope, receive, send)
-            return
-        with self._open.held(client):
-            await self._app(scope, receive, send)
+        app = self._app
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._open.held(client, "requests", do="wait for some of yours"))
+            except Refusal as refusal:
+                app = answer(refusal)
+            await app(scope, receive, send)
 
 
 class BoundedProtocol(H11Protocol):
@@ -61,23 +62,22 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, config: uvicorn.Config, *, connections: Shares, **about: Any) -> None:
         super().__init__(config, **about)
-        self._shares, self._counted, self._ahead = connections, False, 0
+        self._shares, self._ahead = connections, 0
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._client = client_of(self.client[0]) if self.client else None
-        if not self._shares.fits(self._client):
+        fits = self._shares.fits(self._client)
+        self._shares.take(self._client)
+        if not fits:
             transport.abort()
             return
-        self._counted = True
-        self._shares.take(self._client)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._counted:
-            self._shares.give(self._client)
+        self._shares.give(self._client)
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
@@ -155,12 +155,14 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     """
     server = _Server(bounded_config(app, settings), runtime.closing if runtime else threading.Event())
 
-    def end_on_failure(loaded: Future[Any]) -> None:
+    def on_loaded(loaded: Future[Any]) -> None:
+        # A collection that walks all of torch and transformers holds every request up, for a second and more.
+        gc.freeze()
         if loaded.exception():
             server.handle_exit(signal.SIGTERM, None)
 
     if runtime is not None:
-        runtime.loaded.add_done_callback(end_on_failure)
+        runtime.loaded.add_done_callback(on_loaded)
     host, port = listener.getsockname()[:2]
     log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", host=host, port=port)
     server.run(sockets=[listener])

@@ -27,16 +27,10 @@ class Shares:
 
     def fits(self, client: str | None, amount: int = 1) -> bool:
         """Return whether a client may hold so much more."""
-        if client is None or self._all + amount > self.most:
-            return self._all + amount <= self.most
-        held = self._held[client]
-        return held + amount <= (fair_share(self.most, self._all - held) if self._share is None else self._share)
-
-    def check(self, client: str | None, what: str, *, do: str, retry_after: int | None = None) -> None:
-        """Refuse with 429 one more of what a client may not hold more of."""
-        if not self.fits(client):
-            seen = f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
-            raise Refusal(429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after)
+        held = 0 if client is None else self._held[client]
+        if client is None or self._share is None:
+            return amount <= room_of(client, self.most, self._all, held)
+        return self._all + amount <= self.most and held + amount <= self._share
 
     def take(self, client: str | None, amount: int = 1) -> None:
         """Count what a client holds from now on."""
@@ -54,18 +48,26 @@ class Shares:
             del self._held[client]  # or the addresses of all who ever came would stay in memory
 
     @contextmanager
-    def held(self, client: str | None, amount: int = 1) -> Iterator[None]:
-        """Count what a client holds until the block ends."""
-        self.take(client, amount)
+    def held(self, client: str | None, what: str, *, do: str, retry_after: int | None = None) -> Iterator[None]:
+        """Count one more until the block ends; refuse with 429 what a client may not hold more of."""
+        if not self.fits(client):
+            seen = f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
+            raise Refusal(429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after)
+        self.take(client)
         try:
             yield
         finally:
-            self.give(client, amount)
+            self.give(client)
 
 
 def fair_share(most: int, others: int) -> int:
     """Return how much one client may hold beside ``others``: half of what those leave, so n have n / (n + 1)."""
     return (most - others + 1) // 2
+
+
+def room_of(client: str | None, most: int, held: int, own: int) -> int:
+    """Return how much more a client may hold where all hold so much, of which so much is its own."""
+    return most - held if client is None else min(most - held, fair_share(most, held - own) - own)
 
 
 def client_of(address: str) -> str | None:

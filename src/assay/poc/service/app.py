@@ -1,7 +1,6 @@
 """The application, alone or inside another one: the published routes, and those that operators expect."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -9,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
-from assay.files.jsonl import JsonObject, dumps
+from assay.files.jsonl import JsonObject
 from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
@@ -29,7 +28,6 @@ PREFIXES = (PREFIX, RECEIPTS_PREFIX)
 
 CONFIG = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
 """What ``/status`` says of the round."""
-STATUS_AGE = 0.1  # seconds for which an encoded /status is reused while nothing changes
 
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
 
@@ -72,21 +70,6 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     }
 
 
-def status_text(controller: Controller) -> Callable[[], bytes]:
-    """Return what gives the encoded body of ``/status``, made once for many readers."""
-    text, known, until = b"", None, 0.0
-
-    def latest() -> bytes:
-        nonlocal text, known, until
-        progress, now = controller.progress, time.monotonic()
-        key: Any = (controller.state, controller.error, id(progress), progress and progress.checked)
-        if key != known or now > until:
-            text, known, until = dumps(describe_status(controller)).encode(), key, now + STATUS_AGE
-        return text
-
-    return latest
-
-
 def create_app(controller: Controller) -> FastAPI:
     """Return the whole service: the published API, operations, docs and the dashboard.
 
@@ -116,21 +99,17 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
     path ``under`` where the application has its own.
     """
-    feed, kind_of_route = (
-        Feed(controller),
-        route_class(Keys(controller.settings), controller.settings, controller.metrics),
-    )
-    app.include_router(_pow_router(controller, feed, status_text(controller), kind_of_route))
+    feed, settings = Feed(controller), controller.settings
+    kind_of_route = route_class(Keys(settings), settings, controller.metrics)
+    app.include_router(_pow_router(controller, feed, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
-    delivery = Delivery(controller.outbox, controller, controller.settings, controller.metrics)
+    delivery = Delivery(controller.outbox, controller, settings, controller.metrics)
     run_with(app, controller, feed, delivery.run)
 
 
-def _pow_router(
-    controller: Controller, feed: Feed, text: Callable[[], bytes], kind_of_route: type[APIRoute]
-) -> APIRouter:
+def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
     """Return the routes of the published API. Handlers that block are plain functions, which run in threads."""
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
@@ -185,7 +164,7 @@ def _pow_router(
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
-            return Response(text(), media_type="application/json")
+            return JSONResponse(describe_status(controller))
         return JSONResponse(await controller.call(describe_status, controller, after, limit))
 
     @router.get("/snapshot", responses=problems(), openapi_extra=READ)

@@ -128,11 +128,11 @@ class Controller(Runtime):
             self._after("validate")
             stored, epoch = self._check_same_model(self.state), self._epoch
         requests.check_validation(request, stored, self.settings)
-        future: Future[JsonObject] = Future()
+        future, place = Future[JsonObject](), ExitStack()
 
         def task(deployment: Deployment) -> None:
             with self._lock:
-                self._validations.give(client)
+                place.close()
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -144,8 +144,7 @@ class Controller(Runtime):
                 future.set_exception(error)
 
         with self._lock:
-            self._validations.check(client, "validations", do="send it again later", retry_after=5)
-            self._validations.take(client)
+            place.enter_context(self._validations.held(client, "validations", do="send it again later", retry_after=5))
         self.worker.submit(task)
         return future
 

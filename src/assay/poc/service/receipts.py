@@ -263,11 +263,11 @@ class ReceiptSink:
         self.check = keeper.check
         """Refuse a request whose receipt could not be stored now. Call it before the engine works."""
 
-    async def store(self, receipt: Receipt) -> None:
+    async def store(self, receipt: Receipt, *, client: str | None = None) -> None:
         """Store a receipt; it is on disk when this returns. A response may not be complete before that.
 
-        A prompt is stored as a hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the
-        wait for it is cancelled.
+        ``client`` is who asked: of the receipts that may wait for the disk, each has a share. A prompt is stored as a
+        hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the wait for it is cancelled.
 
         Raises:
             Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
@@ -277,7 +277,7 @@ class ReceiptSink:
         line = kept.line()
         Tally(self._header).add(kept, line)
         try:
-            await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line))
+            await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line), client=client)
         except Refusal:
             self._keeper.metrics.receipts_refused.inc()
             raise
@@ -319,15 +319,14 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         if page.header is None or HEAD in request.scope:
             status = 204 if page.header is None else 200
             return Response(status_code=status, headers=headers, media_type="application/jsonl")
-        streaming.check(client := request.state.client, "files of receipts", do="send it again later", retry_after=5)
-        lines = file_lines(client, page, request_id)
+        lines = file_lines(request.state.client, page, request_id)
         await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
     async def file_lines(client: str | None, page: Page, request_id: str | None) -> AsyncIterator[str]:
         """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
         digest, count, tokens = hashlib.sha256(), 0, 0
-        with streaming.held(client):
+        with streaming.held(client, "files of receipts", do="send it again later", retry_after=5):
             yield ""  # taken by file()
             yield f"{page.header}\n"
             for low, high in pairwise(page.chunks):

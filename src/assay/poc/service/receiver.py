@@ -18,7 +18,7 @@ from assay.errors import DataError, UsageError
 from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, loads
 from assay.poc.net.app import new_app
-from assay.poc.net.callbacks import Signatures, message_id, unsigned
+from assay.poc.net.callbacks import Signatures, message_id, parsed, unsigned
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
 from assay.poc.net.server import listen, run_app
@@ -158,14 +158,8 @@ def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
 
 def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signatures) -> tuple[str, str]:
     """Return id and body of a callback whose signature and form are right."""
-    try:
-        body = raw.decode()
-        signatures.check(body, headers)
-        values = loads(body, "body")
-    except ValueError as error:
-        raise unsigned(400, f"body: {error}") from None
-    except DataError as error:
-        raise unsigned(400, error.seen) from None
+    body, values = parsed(raw)
+    signatures.check(body, headers)
     # The path is not signed. The body is, and tells the kinds apart.
     said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
     if values and kind != said:

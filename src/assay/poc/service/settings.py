@@ -43,7 +43,7 @@ class Settings(ServerSettings):
     callback_backoff_max: Seconds = Field(1800.0, description="Longest pause between two attempts.")
     max_pending: Count = Field(1000, description="Undelivered callbacks of a round at which generation waits.")
     max_pending_jobs: Count = Field(
-        1000, description="Undelivered callbacks of artifact jobs at which further jobs with a URL are refused."
+        1000, description="Undelivered callbacks of artifact jobs, half of them for one client; others are refused."
     )
     job_ttl: Seconds = Field(300.0, description="Time for which the results of artifact jobs are kept.")
     wait: Seconds = Field(60.0, description='Time that a request with "wait": true waits for its job.')

@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from assay.errors import AssayError, DataError, UsageError
+from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, run_with
-from assay.poc.net.callbacks import Blocked, call, message_id, new_client
+from assay.poc.net.callbacks import Blocked, call, message_id, new_client, parsed
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
@@ -34,10 +34,10 @@ from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.net.settings import ServerSettings
 from assay.poc.net.shares import PARTS
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
+from assay.poc.validator.claims import Claim, Reader, read_claim, refused, sender_of
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Message
-from assay.poc.validator.registry import Registry, Sender
+from assay.poc.validator.registry import Sender
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import account_id
 
@@ -364,12 +364,6 @@ def validate(
         ModelError: The model cannot be loaded.
     """
     check_host(host, server)
-    registry = Registry.load(settings.pins, settings.nodes, server, model=reference)
-    if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
-        seen = f"--host {host} with nodes that sign nothing"
-        wanted = "a secret of every node where others reach the port"
-        do = "give each node its secrets in the file of --nodes"
-        raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:
-        controller = ValidatorController(load, settings, server, reference=reference)
+        controller = ValidatorController(load, settings, server, reference=reference, signed=not is_loopback(host))
         run_app(create_app(controller), server, listener, runtime=controller)

@@ -44,16 +44,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             seed INTEGER NOT NULL, digest BLOB NOT NULL,
             nonces INTEGER NOT NULL,
             drawn INTEGER NOT NULL DEFAULT 0, planned INTEGER NOT NULL DEFAULT 0,
-            body BLOB NOT NULL,
+            turn REAL NOT NULL, claim BLOB, pins TEXT, body BLOB NOT NULL,
             UNIQUE (id, sender)
         )""",
-        "CREATE INDEX inbox_waiting ON inbox (sender, drawn, seed) WHERE drawn < nonces AND planned = drawn",
+        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
         "CREATE INDEX inbox_planned ON inbox (seq) WHERE planned > drawn",
         "CREATE INDEX inbox_at ON inbox (at)",
         """CREATE TABLE epochs (
             number INTEGER PRIMARY KEY,
-            secret BLOB NOT NULL, begins REAL, ends REAL
+            secret BLOB NOT NULL, begins REAL, ends REAL, served REAL NOT NULL
         )""",
+        "CREATE TABLE ledger_heads (count INTEGER PRIMARY KEY, hash TEXT NOT NULL)",
         """CREATE TABLE blocks (
             seq INTEGER PRIMARY KEY AUTOINCREMENT,
             block_hash TEXT NOT NULL UNIQUE, block_height INTEGER NOT NULL, at REAL NOT NULL
@@ -67,17 +68,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             public_key TEXT NOT NULL, account TEXT NOT NULL, at REAL NOT NULL, verdict TEXT NOT NULL,
             nonces INTEGER NOT NULL, seconds REAL NOT NULL, fault TEXT
         )""",
-    ),
-    (
-        "ALTER TABLE inbox ADD COLUMN turn REAL NOT NULL DEFAULT 0",
-        "UPDATE inbox SET turn = (drawn + seed * 1.1102230246251565e-16 * min(nonces, 8)) / nonces WHERE nonces > 0",
-        "DROP INDEX inbox_waiting",
-        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
-    ),
-    ("ALTER TABLE inbox ADD COLUMN claim BLOB", "ALTER TABLE inbox ADD COLUMN pins TEXT"),
-    (
-        "ALTER TABLE epochs ADD COLUMN served REAL NOT NULL DEFAULT 0",
-        "CREATE TABLE ledger_heads (count INTEGER PRIMARY KEY, hash TEXT NOT NULL)",
     ),
 )
 
@@ -119,8 +109,8 @@ class Draw:
     planned: int  # number of nonces that are drawn after this draw
     body: bytes  # bytes as they were received
     nonces: int  # number of nonces of the message
-    claim: bytes | None  # what the message claims, as it was kept; None where an older version kept it
-    pins: str | None  # hash of the pins that the claim was held against
+    claim: bytes  # what the message claims, as it was kept
+    pins: str  # hash of the pins that the claim was held against
 
     @property
     def name(self) -> str:
@@ -389,7 +379,7 @@ class InboxWriter(GroupCommit[Message, bool]):
             wanted = "the room of one node (--max-kept of the validator, and half of what its disk has free)"
             do = "send it again later: what is older than --keep is deleted"
             raise Refusal(429, seen, wanted=wanted, do=do, retry_after=60, fields={"fields": ["room"]})
-        return await self.put(message, size=message.size)
+        return await self.put(message, size=message.size, client=message.public_key)
 
     def _write(self, messages: list[Message]) -> list[bool]:
         fresh = self._inbox.add(messages)

@@ -175,15 +175,13 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
 
 def _latest(read: Callable[[Path], T], path: Path) -> T:
     """Return what a file holds. It is read once: one of ten thousand nodes takes most of what a change costs."""
-    if not path.is_file():
-        return read(path)
-    now = path.stat()
-    found: T = _kept(read, path, (now.st_ino, now.st_mtime_ns, now.st_size))
+    now = path.stat() if path.is_file() else None
+    found: T = _kept(read, path, now and (now.st_ino, now.st_mtime_ns, now.st_size))
     return found
 
 
 @lru_cache(maxsize=4)
-def _kept(read: Callable[[Path], T], path: Path, now: tuple[int, ...]) -> T:
+def _kept(read: Callable[[Path], Any], path: Path, now: tuple[int, ...] | None) -> Any:
     return read(path)
 
 

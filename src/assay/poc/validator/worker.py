@@ -280,7 +280,7 @@ class Recomputer(EngineThread):
         """Return what a message claims; None where the pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
-            if source.claim is not None and source.pins == reader.pins:
+            if source.pins == reader.pins:
                 return Claim.decode(source.claim, source.nonces, registry.pipeline)
             return read_claim(source.kind, source.body, reader)
         except AssayError as error:
