@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,30 +84,34 @@ def small_bodies(address: Address, stop: threading.Event) -> list[socket.socket]
     return [connect(address, start + b"x" * 61438) for _ in range(512)]
 
 
+def again(stop: threading.Event, pause: float, step: Callable[..., object], *given: object) -> None:
+    """Take a step again and again, in a thread."""
+
+    def run() -> None:
+        while not stop.wait(pause):
+            with suppress(OSError):
+                step(*given)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
 def slow_heads(address: Address, stop: threading.Event) -> list[socket.socket]:
     """256 heads of which a byte comes now and then."""
     held = [connect(address, b"GET /health HTTP/1.1\r\na: ") for _ in range(256)]
 
     def drip() -> None:
-        while not stop.wait(1.0):
-            for connection in held:
-                with suppress(OSError):
-                    connection.send(b"b")
+        for connection in held:
+            with suppress(OSError):
+                connection.send(b"b")
 
-    threading.Thread(target=drip, daemon=True).start()
+    again(stop, 1.0, drip)
     return held
 
 
 def pipelined(address: Address, stop: threading.Event) -> list[socket.socket]:
     """Requests one after the other, of which no answer is read."""
     connection = connect(address)
-
-    def send() -> None:
-        with suppress(OSError):
-            while not stop.is_set():
-                connection.sendall(head("GET", "/health") * 1000)
-
-    threading.Thread(target=send, daemon=True).start()
+    again(stop, 0.0, connection.sendall, head("GET", "/health") * 1000)
     return [connection]
 
 
@@ -119,12 +123,11 @@ def streams(address: Address, stop: threading.Event) -> list[socket.socket]:
 def open_and_close(address: Address, stop: threading.Event) -> list[socket.socket]:
     """Some hundred connections a second, closed with a reset as soon as they are open."""
 
-    def churn() -> None:
-        while not stop.wait(0.002):
-            with suppress(OSError), connect(address, b"GET /hea") as one:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    def open_one() -> None:
+        with connect(address, b"GET /hea") as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
-    threading.Thread(target=churn, daemon=True).start()
+    again(stop, 0.002, open_one)
     return []
 
 
@@ -139,11 +142,10 @@ ATTACKS = (idle, stalled_bodies, small_bodies, slow_heads, pipelined, streams, o
 def ask(port: int, method: str, path: str, body: str = "", **headers: str) -> tuple[int, float]:
     """Return status and seconds of a request of this machine; status 0 where none came."""
     began, status = time.monotonic(), 0
-    with suppress(OSError, http.client.HTTPException):
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with suppress(OSError, http.client.HTTPException), closing(client):
         client.request(method, path, body or None, headers)
         status = client.getresponse().status
-        client.close()
     return status, time.monotonic() - began
 
 

@@ -87,22 +87,6 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
     assert times[1] == times[2] == times[3]
 
 
-def test_bytes_that_wait_are_bounded(held):
-    keeper, go = held
-    keeper._bytes.most = 2000
-
-    async def scenario() -> list[object]:
-        sink = keeper.sink(header())
-        large = [receipt(f"chat-{i}", output=tuple(range(1000))) for i in range(2)]
-        tasks = [asyncio.create_task(sink.store(each)) for each in large]
-        await asyncio.sleep(0)
-        go.set()
-        keeper.start()
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    assert [isinstance(each, Refusal) for each in asyncio.run(scenario())] == [False, True]
-
-
 def test_a_client_that_leaves_still_has_its_receipt(held):
     keeper, go = held
     sink = keeper.sink(header())
