@@ -41,7 +41,7 @@ class Sink:
         self.receipts = []
         self.error = None
 
-    def check(self) -> None: ...
+    def check(self, client=None) -> None: ...
 
     async def store(self, receipt, client=None) -> None:
         if self.error:
