@@ -11,7 +11,7 @@ WORKERS ?= 2
 # for itself what it imports, which for vLLM is most of a start: 16 of 27 s of CPU.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test test-all test-vllm check lock docs man site format soak gpu-test gpu-bench release-check clean
+.PHONY: help setup demo test test-all test-vllm check lock docs man site format soak redteam gpu-test gpu-bench release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -102,6 +102,9 @@ format: $(READY)  ## rewrite the code in the house format
 soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a service, of one that stores receipts, and of a validator
 	for part in service receipts validator; do \
 	  PYTHONPATH=src:research/src $(BIN)/python research/benchmarks/soak.py $$part -o research/results/$${part}_soak.json || exit; done
+
+redteam: $(READY)  ## attackers over everything that listens, readers of changed files, and every published route: half an hour
+	PYTHONPATH=src:research/src $(BIN)/python -m tests.end_to_end.redteam -o research/results/redteam_surface.json
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.
 GPU_PYTHON ?= PYTHONPATH=src:research/src python3

@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+if not __debug__:
+    sys.exit("second.py checks by assert: run it without -O")
+
 LAWS = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "bundled_noise.json"
 
 # ---- streams.md ------------------------------------------------------------------------------------------------------

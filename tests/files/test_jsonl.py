@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 
@@ -59,8 +60,6 @@ BAD_LINES = {
     "nested twice": '{"a":{"x":1,"x":1}}',
     "list": "[1]",
     "number": "7",
-    "empty": "",
-    "blank": "   ",
     "torn": '{"x":1',
     "two": '{"x":1}{"y":2}',
     "byte order mark": '\ufeff{"x":1}',
@@ -100,6 +99,29 @@ def test_lines_are_numbered_and_the_last_needs_no_line_end(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"a":"\u2028"}\r\n{"b":2}', encoding="utf-8")
     assert list(read_jsonl(path)) == [(1, {"a": "\u2028"}), (2, {"b": 2})]
+
+
+def test_empty_lines_at_the_end_are_passed_over_and_others_are_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a":1}\n\n  \r\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1})]
+    path.write_text('{"a":1}\n\n  \n{"b":2}\n')
+    with pytest.raises(DataError, match="line 2: empty"):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "shape"),
+    [
+        (b'[\n{"a":1}]', "JSON array"), (b'{\r\n"a":1}', "several lines"), (gzip.compress(b"{}"), "gzip"),
+        (b"PK\x03\x04", "zip"), (b"PAR1\0\n", "parquet"), ("{}".encode("utf-16"), "UTF-16"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape_is_named(tmp_path, content, shape):
+    (tmp_path / "records.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=f"line 1: this is .*{shape}") as error:
+        list(read_jsonl(tmp_path / "records.jsonl"))
+    assert error.value.do
 
 
 def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):

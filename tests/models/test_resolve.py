@@ -108,6 +108,10 @@ TOKENIZER = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vo
         (beside("tokenizer.json", TOKENIZER % 2**31), "highest token id"),
         (beside("tokenizer.json", TOKENIZER % -1), "too small"),
         (beside("tokenizer.json", TOKENIZER % "0.5, "), "tokenizer"),
+        (
+            beside("tokenizer.json", '{"normalizer": {"precompiled_charsmap": "/////wAA"}}'),
+            "precompiled_charsmap.*shorter",
+        ),
         (beside("tokenizer_config.json", '{"added_tokens_decoder": {"4294967295": {}}}'), "highest token id"),
     ],
 )

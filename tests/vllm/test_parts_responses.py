@@ -41,9 +41,9 @@ class Sink:
         self.receipts = []
         self.error = None
 
-    def check(self) -> None: ...
+    def check(self, client=None) -> None: ...
 
-    async def store(self, receipt) -> None:
+    async def store(self, receipt, client=None) -> None:
         if self.error:
             raise self.error
         await asyncio.sleep(0)

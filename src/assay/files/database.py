@@ -4,10 +4,12 @@ The service keeps its rounds in one, a receiver its callbacks, and a validator t
 not imported with its package: it would make every command wait for SQLAlchemy.
 """
 
+import ctypes
 import fcntl
 import os
 import sqlite3
 import stat
+import sys
 import threading
 import time
 from collections import Counter
@@ -36,6 +38,16 @@ SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 """Query of everything that an SQLite file defines: what it is, its name, the table it belongs to, and its text."""
 
 _MIGRATIONS = "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at REAL)"
+NETWORKS = {
+    **dict.fromkeys((0x517B, 0xFF534D42, 0xFE534D42), "SMB"),
+    0x6969: "NFS",
+    0x01021997: "9P",
+    0x65735546: "FUSE",
+    0x00C36400: "Ceph",
+    0x5346414F: "AFS",
+    0x0BD00BD0: "Lustre",
+}
+"""File systems that other machines may hold, by their numbers in Linux' magic.h."""
 
 LONGEST_VALUE = 2**26
 """Bytes of the longest text that is read from a file that is only read: 64 MiB."""
@@ -177,6 +189,9 @@ class Database:
         refusal = partial(StorageError, do=f"stop another service that runs there, or pass another {self._flag}")
         try:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if kind := NETWORKS.get(_file_system(data_dir)):
+                wanted = "a disk of this machine: SQLite's journal is shared memory, which no network keeps in step"
+                raise StorageError(f"{data_dir} on {kind}", wanted=wanted, do=f"pass another {self._flag}")
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -215,6 +230,14 @@ class Database:
                 do=f"run the version of assay that wrote it, or pass another {self._flag}",
             )
         return current
+
+
+def _file_system(path: Path) -> int:
+    """Return the number by which Linux knows the file system of a directory (statfs); 0 elsewhere."""
+    found = ctypes.create_string_buffer(256)
+    if sys.platform != "linux" or ctypes.CDLL(None).statfs(os.fsencode(path), found):
+        return 0
+    return int.from_bytes(found.raw[:4], sys.byteorder)
 
 
 def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageError:

@@ -120,21 +120,50 @@ def _finite(digits: str) -> float:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
     """Yield the objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
 
-    An empty line, a long one and one that is no strict JSON object are a DataError that names the line.
+    An empty line, a long one and one that is no strict JSON object are a DataError that names the line. Empty lines at
+    the end are passed over.
     """
+    empty = 0
     for number, line in read_lines(path):
+        if not line.strip():
+            empty = empty or number
+            continue
+        if empty:
+            raise _bad(f"{path}, line {empty}", "empty")
         yield number, loads(line, f"{path}, line {number}")
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1."""
+    """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1.
+
+    A file of another shape is a DataError that names it.
+    """
     with _regular(Path(path)) as file:
         for number in count(1):
             if not (line := file.readline(LONGEST_LINE + 1)):
                 return
+            if number == 1:
+                _check_shape(path, line)
             if len(line) > LONGEST_LINE:
                 raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes")
             yield number, line
+
+
+SHAPES = (
+    (b"\x1f\x8b", "a gzip file", "gunzip it first"),
+    (b"PK\x03\x04", "a zip file", "unzip it first"),
+    (b"PAR1", "a parquet file", "write it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)"),
+    ((b"\xff\xfe", b"\xfe\xff"), "a file in UTF-16", "save it as UTF-8"),
+    (b"[", "one JSON array", "write an object on each line: jq -c '.[]' FILE"),
+    (b"{\n", "one JSON object on several lines", "write an object on each line: jq -c . FILE"),
+)
+"""How files of other shapes begin, what they are, and how they become JSON Lines."""
+
+
+def _check_shape(path: str | Path, line: bytes) -> None:
+    for begins, shape, do in SHAPES:
+        if line.replace(b"\r\n", b"\n").startswith(begins):
+            raise DataError(f"{path}, line 1: this is {shape}", wanted="JSON Lines: one object on each line", do=do)
 
 
 def read_json(path: str | Path) -> JsonObject:

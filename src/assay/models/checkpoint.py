@@ -6,6 +6,7 @@ digest is SHA-256 over the sorted names of ``SHA-256(name, dtype, shape, bytes)`
 on how the tensors are spread over files nor on how they are loaded.
 """
 
+import base64
 import difflib
 import hashlib
 import json
@@ -460,6 +461,11 @@ def _check_ids(path: Path) -> None:
         ids = [value] if isinstance(value, int) else []
         if path.name == "tokenizer_config.json":  # its ids are keys, and a length in it is often 10**30
             ids = [int(key) for key in value if key.isdecimal()] if isinstance(value, dict) else []
+        if isinstance(value, dict) and isinstance(charsmap := value.get("precompiled_charsmap"), str):
+            # The library takes the memory that the first four bytes ask for: they are the size of a part.
+            size = int.from_bytes(base64.b64decode(charsmap[:8].ljust(8, "A"))[:4], "little")
+            if size > len(charsmap):
+                raise ValueError(f"{path.name} has a precompiled_charsmap that is shorter than the part it begins with")
         if max(ids, default=0) > _HIGHEST_ID:
             raise ValueError(f"{path.name} has the number {max(ids)}, where {_HIGHEST_ID} is the highest token id")
 

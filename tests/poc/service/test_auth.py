@@ -45,6 +45,7 @@ def test_everything_needs_a_key_but_the_probes(keyed, key):
         {"Host": "evil.example"},
         {"Host": "10.0.0.1"},
         {"Origin": "https://evil.example"},
+        *({"Origin": odd} for odd in ("x//127.0.0.1", "file://127.0.0.1", "null", "http://127.0.0.1/", "127.0.0.1")),
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from assay.poc.engines.hf import engine as _outputs
 from tests.end_to_end.receiver import FlakyReceiver
-from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND
+from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, TestClient
 from tests.waiting import until
 
 CLAIM = BLOCK | {"node_id": 0}
@@ -158,7 +158,7 @@ def test_fault_17_everything_has_a_bound(service):
 
 
 def test_fault_17_validations_that_wait_are_bounded(serving):
-    with serving(max_waiting=2) as service:
+    with serving(max_waiting=4) as service:  # of which one client may have two
         service.post("/init/validate", ROUND)
         service.rig.open.clear()
         claim = CLAIM | {"nonces": [0], "dist": [1.4]}
@@ -168,8 +168,11 @@ def test_fault_17_validations_that_wait_are_bounded(serving):
             refused = [one.result() for one in sent if one.done()]
             assert {answer.status_code for answer in refused} == {429}
             assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+            other = TestClient(service.client.app, client=("192.0.2.7", 1), base_url="http://127.0.0.1")
+            sent.append(pool.submit(other.post, f"{PREFIX}/validate", json=claim))
+            until(lambda: service.controller._validations._held.get("192.0.2.7"))
             service.rig.open.set()
-        assert sorted(one.result().status_code for one in sent) == [200] * 3 + [429] * 3
+        assert sorted(one.result().status_code for one in sent) == [200] * 4 + [429] * 3
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import socket
 import httpx
 import pytest
 
-from assay.poc.net.callbacks import Blocked, call, check_url, resolve
+from assay.poc.net.callbacks import Blocked, call, check_url, new_client, resolve
 from assay.poc.net.refusals import Refusal
+from tests.end_to_end.receiver import Answering
 
 PRIVATE = """
     http://127.0.0.1/ http://[::1]:8080/ http://localhost/ http://LOCALHOST./x http://a.localhost/ http://10.0.0.1/
@@ -83,3 +84,31 @@ def test_a_call_goes_to_the_address_that_was_checked(monkeypatch):
     assert str(sent[0].url) == "https://93.184.215.14:8443/hook/generated?a=1"
     assert sent[0].headers["host"] == "rebinding.example:8443"
     assert sent[0].extensions["sni_hostname"] == "rebinding.example"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/hook%2Fa%3Fb/c?token=x%2By%2F", "/hook%2Fa%3Fb/c/generated?token=x%2By%2F"),
+        ("/a%25b%23/", "/a%25b%23/generated"),
+        ("", "/generated"),
+    ],
+)
+def test_a_url_arrives_as_its_owner_wrote_it(path, asked):
+    """A part that was decoded on the way is another part, or none that can be sent."""
+    got = []
+
+    class Server(Answering):
+        def handle(self, handler) -> None:
+            got.append(handler.path)
+            self.respond(handler, 200)
+
+    async def send(url: str) -> None:
+        async with new_client(5.0, 1) as client:
+            for method, more in (("POST", None), ("GET", {"after": 7})):
+                answer = await call(client, method, url, "/generated", allow_private=True, headers={}, params=more)
+                await answer.aclose()
+
+    with Server() as server:
+        asyncio.run(send(server.url + path))
+    assert got == [asked, asked + ("&" if "?" in asked else "?") + "after=7"]

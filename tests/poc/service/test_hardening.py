@@ -155,7 +155,7 @@ def test_the_end_of_a_share_is_said_in_words(service):
 
 
 def test_callbacks_of_jobs_do_not_stop_a_round_and_have_a_bound(serving):
-    with serving(max_pending=3, max_pending_jobs=4, callback_backoff=600, callback_backoff_max=600) as service:
+    with serving(max_pending=3, max_pending_jobs=8, callback_backoff=600, callback_backoff_max=600) as service:
         job = ARTIFACTS | {"nonces": [0], "url": DEAD_END}
         for _ in range(4):
             service.post("/generate", job)

@@ -1,22 +1,31 @@
 """The HTTP surface under attack: connections, heads, bodies, headers, and what the log says of it."""
 
 import asyncio
+import gc
 import logging
+import os
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import structlog
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
+from assay.poc.net import routes as _route
 from assay.poc.net import server as _server
 from assay.poc.net.logs import LogBudget, configure_logs
-from assay.poc.net.server import ClientLimit, bounded_config, listen
-from assay.poc.service import Settings
-from assay.poc.service.app import QuickStatus
-from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
+from assay.poc.net.refusals import Refusal
+from assay.poc.net.server import ClientLimit, bounded_config, listen, run_app
+from assay.poc.service import Settings, create_receiver
+from assay.poc.service.receiver import Received
+from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
 from tests.poc.service.listening import on_port
 from tests.waiting import until
 
@@ -36,6 +45,11 @@ def listening(**changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]
     async def size(request: Request) -> int:
         return len(await request.body())
 
+    @app.post("/later")
+    async def later(request: Request) -> None:
+        await request.body()
+        await asyncio.sleep(0.01)
+
     config = bounded_config(app, Settings(**(LIMITS | changes)))
     with on_port(config) as port:
         yield ("127.0.0.1", port), config.app
@@ -47,11 +61,16 @@ def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
         with suppress(OSError):  # the server has closed it already
             for part in parts:
                 connection.sendall(part)
-        found = b""
-        with suppress(ConnectionResetError):
-            while chunk := connection.recv(65_536):
-                found += chunk
-        return found
+        return read(connection)
+
+
+def read(connection: socket.socket) -> bytes:
+    """Return what comes until the server closes the connection."""
+    found = b""
+    with suppress(ConnectionResetError):
+        while chunk := connection.recv(65_536):
+            found += chunk
+    return found
 
 
 def post(body: bytes, *headers: bytes) -> bytes:
@@ -93,25 +112,76 @@ def test_connections_are_bounded():
         until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 200"))
 
 
-def test_one_client_cannot_hold_all_requests(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_server, "is_loopback", lambda host: False)  # as if the clients were elsewhere
-    with listening(max_connections=8, max_client_connections=2) as (address, limit):
-        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
-        for connection in held:
-            connection.sendall(post(b"x")[:-1])  # a request whose body does not come
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of this machine count as those of others."""
+    for module in (_server, _route):
+        monkeypatch.setattr(module, "client_of", lambda address: address)
+
+
+def another(address: tuple[str, int]) -> bytes:
+    """Return how a request of another client is answered."""
+    with socket.create_connection(address, timeout=20, source_address=("127.0.0.2", 0)) as connection:
+        connection.sendall(post(b"x"))
+        return read(connection)
+
+
+def test_one_client_cannot_hold_all_connections(elsewhere):
+    with listening(max_connections=8, max_client_connections=2, header_timeout=30.0) as (address, _):
+        held = [socket.create_connection(address, timeout=20) for _ in range(2)]  # they ask nothing
         try:
-            until(lambda: limit._open == {"127.0.0.1": 2})
-            refused = exchange(address, post(b"x"))
-            assert refused.startswith(b"HTTP/1.1 429")
-            assert b"2 requests of one client are open" in refused
-            other = socket.create_connection(address, timeout=20, source_address=("127.0.0.2", 0))
-            with other:
-                other.sendall(post(b"x"))
-                assert other.recv(100).startswith(b"HTTP/1.1 200"), "another client is not concerned"
+            until(lambda: exchange(address, post(b"x")) == b"")
+            assert another(address).startswith(b"HTTP/1.1 200")
         finally:
             for connection in held:
                 connection.close()
-        until(lambda: not limit._open)  # clients that left are forgotten
+        until(lambda: exchange(address, post(b"x")).startswith(b"HTTP/1.1 200"))
+
+
+def test_one_client_of_a_proxy_cannot_hold_all_requests():
+    with listening(max_connections=8, max_client_connections=2) as (address, limit):
+        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
+        of = [post(b"x", b"x-forwarded-for: " + name) for name in (b"2001:db8::1", b"2001:DB8:0:0:1::1", b"192.0.2.7")]
+        for connection, whole in zip(held, of, strict=False):  # spelled in two ways
+            connection.sendall(whole[:-1])  # a request whose body does not come
+        try:
+            until(lambda: limit._open._held == {"2001:db8::/64": 2})
+            refused = exchange(address, of[0])
+            assert refused.startswith(b"HTTP/1.1 429")
+            assert b"2 requests of one client are open" in refused
+            assert exchange(address, of[2]).startswith(b"HTTP/1.1 200"), "another client is not concerned"
+        finally:
+            for connection in held:
+                connection.close()
+        until(lambda: not limit._open._held)  # clients that left are forgotten
+        assert exchange(address, of[0]).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("part", [b"", b"POST /size HTTP/1.1\r\na: "])
+def test_a_head_that_does_not_come_to_its_end_is_ended(part):
+    """Also where a byte comes now and then, and where the connection was served before."""
+    with listening(header_timeout=1.0) as (address, _), socket.create_connection(address, timeout=20) as slow:
+        slow.sendall(post(b"x").replace(b"connection: close\r\n", b"") + part)
+        slow.settimeout(0.2)
+        for _ in range(60):
+            try:
+                if part:
+                    slow.sendall(b"b")
+                if slow.recv(65_536) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+        pytest.fail("still open")
+
+
+def test_requests_that_are_sent_ahead_do_not_wait_in_memory():
+    """Each answer let another quarter of a mebibyte in, so that one connection took what it liked."""
+    ahead = post(b"").replace(b"connection: close\r\n", b"").replace(b"/size", b"/later")
+    with listening() as (address, _), socket.create_connection(address, timeout=20) as connection:
+        with pytest.raises(ConnectionError):
+            connection.sendall(ahead * (2**25 // len(ahead)))
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
 
 
@@ -123,12 +193,60 @@ def test_a_proxy_on_this_machine_may_hold_all_requests():
 
 def test_a_client_is_an_address_or_a_network_of_ipv6():
     here = dict.fromkeys(("127.0.0.1", "::1", "::ffff:127.0.0.1", ""))
-    known = {"192.0.2.7": "192.0.2.7", "::ffff:192.0.2.7": "192.0.2.7", "fe80::1%eth0": "fe80::/64"}
+    known = {"192.0.2.7": "192.0.2.7", "unread": "unread", "::ffff:192.0.2.7": "192.0.2.7", "fe80::1%eth0": "fe80::/64"}
     for address, client in (here | known | {"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64"}).items():
         assert _server.client_of(address) == client
 
 
+def test_a_collection_of_garbage_does_not_walk_the_libraries(monkeypatch):
+    """It took .9 s, in which nothing was answered, whenever some ten thousand objects had come."""
+    runtime = SimpleNamespace(loaded=Future(), closing=threading.Event(), ended=True)
+
+    def run(server, sockets):
+        runtime.loaded.set_result(None)
+        server.started = True
+
+    monkeypatch.setattr(_server._Server, "run", run)
+    gc.unfreeze()
+    with listen("127.0.0.1", 0) as listener:
+        run_app(FastAPI(), Settings(), listener, runtime=runtime)
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
+
+
 # Bodies
+
+
+def test_one_client_cannot_hold_the_room_of_bodies_and_stalled_ones_are_ended(elsewhere, monkeypatch):
+    """Its large bodies leave room for those of others, and for small ones of its own."""
+    monkeypatch.setattr(_route, "BODY_GRACE", 1.0)
+    bodies, large = _route.Bodies(2**17, 2**20), 2**17
+
+    async def take(client: str, size: int, *, ends: bool) -> int:
+        parts = [b"x" * (size - 2)] + [b"xx"] * ends
+
+        async def receive() -> dict:
+            await asyncio.sleep(0 if parts else 60)
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts) or not ends}
+
+        headers = [(b"content-length", str(size).encode())]
+        scope = {"type": "http", "method": "POST", "headers": headers, "client": (client, 1)}
+        try:
+            async with bodies.read(Request(scope, receive)) as body:
+                return len(body)
+        except Refusal as refusal:
+            return -refusal.status
+
+    async def send() -> None:
+        stalled = [asyncio.create_task(take("a", large, ends=False)) for _ in range(9)]
+        await asyncio.sleep(0.1)
+        assert await take("b", large, ends=True) == large
+        assert await take("a", 2**16, ends=True) == 2**16
+        assert await take("a", large, ends=True) == -503
+        assert sorted(await asyncio.gather(*stalled)) == [-503] * 8 + [-408]
+        assert await take("a", large, ends=True) == large
+
+    asyncio.run(send())
 
 
 @pytest.mark.parametrize(
@@ -199,6 +317,37 @@ def test_every_answer_has_the_safe_headers_and_a_refusal_three_parts(service, me
         assert {"detail", "wanted", "do"} <= answer.json().keys()
 
 
+def test_head_is_answered_as_get_without_the_body(service, tmp_path):
+    """Probes of proxies and of uptime services ask so. It leaves no stream open."""
+    paths = ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/", "/api/v1/receipts")
+    for path in (*paths, f"{PREFIX}/status", f"{PREFIX}/status?after=0", f"{PREFIX}/snapshot"):
+        got, head = (service.client.request(method, path) for method in ("GET", "HEAD"))
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"]
+    for _ in range(40):  # more than streams
+        assert service.client.head(f"{PREFIX}/events").status_code == 200
+    assert service.client.head(f"{PREFIX}/stop").status_code == 405
+    receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1")
+    assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
+
+
+def test_a_registry_of_its_own_reads_no_files_of_other_processes(tmp_path):
+    code = """
+from prometheus_client import Counter, CollectorRegistry, values
+from assay.poc.net.metrics import Exported
+for _ in "ab":
+    one = Exported("some")
+    one.requests.labels("/", "200").inc(5)
+    print([line for line in one.text({}).decode().splitlines() if "requests_total{" in line])
+assert Counter("other", "", registry=CollectorRegistry())._value.__class__ is not values.MutexValue
+"""
+    for _ in "cd":  # and none of an earlier start
+        about = {"env": os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, "text": True, "capture_output": True}
+        found = subprocess.run([sys.executable, "-c", code], **about)
+        line = """['some_http_requests_total{route="/",status="200"} 5.0']\n"""
+        assert found.stdout == 2 * line, found.stderr
+
+
 # The log
 
 
@@ -253,48 +402,3 @@ def test_answers_are_not_held_back(host):
             accepted, _ = listener.accept()
             with accepted:
                 assert accepted.proto == socket.IPPROTO_TCP
-
-
-KEY = "read-" + "x" * 20
-
-
-@pytest.fixture
-def routed(monkeypatch):
-    """Ask for /status without the quick answer."""
-
-    def ask(service, **how):
-        with monkeypatch.context() as patch:
-            patch.setattr(QuickStatus, "_is_plain", lambda self, scope: False)
-            return service.client.get(f"{PREFIX}/status", **how)
-
-    return ask
-
-
-def test_it_is_the_answer_of_the_route(service, routed):
-    service.generate(8)
-    service.post("/stop")
-    quick, slow = service.client.get(f"{PREFIX}/status"), routed(service)
-    assert quick.json() == slow.json()
-    assert quick.status_code == slow.status_code == 200
-    assert dict(quick.headers) == dict(slow.headers)
-
-
-@pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": f"Basic {KEY}"}])
-def test_refusals_are_those_of_the_route(serving, routed, headers):
-    with serving(read_keys=(KEY,)) as service:
-        quick, slow = service.client.get(f"{PREFIX}/status", headers=headers), routed(service, headers=headers)
-        assert (quick.status_code, quick.json()) == (slow.status_code, slow.json())
-        assert quick.status_code == 401
-        welcome = {"Authorization": f"Bearer {KEY}"}
-        assert service.client.get(f"{PREFIX}/status", headers=welcome).status_code == 200
-
-
-def test_the_metrics_count_both_alike(service, routed):
-    def counted() -> float:
-        return service.controller.metrics.requests.labels(f"{PREFIX}/status", "200")._value.get()
-
-    before = counted()
-    service.client.get(f"{PREFIX}/status")
-    assert counted() == before + 1
-    routed(service)
-    assert counted() == before + 2

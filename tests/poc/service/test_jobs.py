@@ -77,7 +77,7 @@ def test_jobs_that_cannot_be_are_refused(service):
 
 
 def test_a_full_queue_asks_to_come_back(serving):
-    with serving(max_queued_nonces=12) as service:
+    with serving(max_queued_nonces=20) as service:
         service.rig.open.clear()
         first = service.post("/generate", JOB)
         assert service.post("/generate", JOB)["queued_count"] == 10
@@ -87,6 +87,27 @@ def test_a_full_queue_asks_to_come_back(serving):
         service.rig.open.set()
         until(lambda: finished(service, first["request_id"]))
         until(lambda: service.client.post(f"{PREFIX}/generate", json=JOB).status_code == 200)
+
+
+@pytest.mark.parametrize("bound", [{"max_queued_nonces": 20}, {"max_pending_jobs": 4}])
+def test_one_key_cannot_hold_the_whole_queue_or_all_callbacks(serving, bound):
+    keys = ("first-" + "x" * 20, "second-" + "x" * 20)
+    first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
+    with serving(**bound, validate_keys=keys, callback_backoff=600, callback_backoff_max=600) as service:
+        service.rig.open.clear()
+
+        def queue(headers: dict[str, str]) -> int:
+            job = JOB if "max_queued_nonces" in bound else JOB | {"url": "http://127.0.0.1:9"}
+            return service.client.post(f"{PREFIX}/generate", json=job, headers=headers).status_code
+
+        assert [queue(first) for _ in range(3)] == [200, 200, 429]  # five nonces each
+        if "max_pending_jobs" in bound:
+            service.rig.open.set()
+            until(lambda: service.sql("SELECT count(*) FROM outbox WHERE attempts > 0") == [(2,)])
+        service.restart()
+        spelled = {"Authorization": first["Authorization"].replace("Bearer ", "bearer   ")}
+        assert (queue(spelled), queue(second)) == (429, 200)
+        service.rig.open.set()
 
 
 def test_jobs_wait_for_a_round_and_survive_a_restart(service):

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -109,6 +110,15 @@ def changed(text: str, changes: dict[str, str]) -> str:
         assert before in text, before
         text = text.replace(before, after)
     return text
+
+
+def test_proxies_name_their_clients_and_keep_no_connection_longer_than_the_service():
+    """What a client writes into X-Forwarded-For, nginx would pass on; and a kept connection may just be ending."""
+    nginx, caddy = ((DEPLOY / name).read_text() for name in ("nginx.conf", "Caddyfile"))
+    assert nginx.count("proxy_pass") == nginx.count("X-Forwarded-For $remote_addr;") == nginx.count("Connection close;")
+    kept = re.findall(r"keepalive (\d+)s", caddy)
+    assert len(kept) == caddy.count("reverse_proxy") == 2
+    assert all(int(seconds) < Settings().header_timeout for seconds in kept)
 
 
 @pytest.mark.pages

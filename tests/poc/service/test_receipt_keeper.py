@@ -71,7 +71,7 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
         first = asyncio.create_task(sink.store(receipt("first")))
         await asyncio.sleep(0)
         keeper.start()
-        while keeper.waiting:
+        while keeper._queue:
             await asyncio.sleep(0.01)
         more = [asyncio.create_task(sink.store(receipt(f"chat-{i}"))) for i in range(4)]
         await asyncio.sleep(0)
@@ -85,22 +85,6 @@ def test_what_waits_is_bounded_and_shares_a_transaction(held, monkeypatch):
     times = [entry["stored_at"] for entry in keeper.listed(0, 10)]
     assert len(times) == 4
     assert times[1] == times[2] == times[3]
-
-
-def test_bytes_that_wait_are_bounded(held, monkeypatch):
-    keeper, go = held
-    monkeypatch.setattr("assay.poc.net.runtime.MOST_BYTES", 2000)
-
-    async def scenario() -> list[object]:
-        sink = keeper.sink(header())
-        large = [receipt(f"chat-{i}", output=tuple(range(1000))) for i in range(2)]
-        tasks = [asyncio.create_task(sink.store(each)) for each in large]
-        await asyncio.sleep(0)
-        go.set()
-        keeper.start()
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    assert [isinstance(each, Refusal) for each in asyncio.run(scenario())] == [False, True]
 
 
 def test_a_client_that_leaves_still_has_its_receipt(held):
@@ -136,3 +120,28 @@ def test_the_end_stores_what_waits_and_takes_nothing_more(held):
 
     asyncio.run(scenario())
     assert [entry["request_id"] for entry in keeper.listed(0, 10)] == ["chat"]
+
+
+def test_what_one_client_has_waiting_leaves_room_for_another(service):
+    """In places, and in bytes where anything waits."""
+    controller = service.controller
+    keeper = ReceiptKeeper(controller.database, controller.outbox, Settings(max_receipts=6), Metrics())
+    sink = keeper.sink(header())
+
+    async def fill() -> None:
+        stores = [asyncio.create_task(sink.store(receipt(f"a{i}"), client="a")) for i in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="3 messages wait"):
+            sink.check("a")
+        with pytest.raises(Refusal, match="3 messages wait"):
+            await keeper.put(keeper._queue[0][0], size=2**25 + 1, client="b")
+        stores.append(asyncio.create_task(sink.store(receipt("b"), client="b")))
+        await asyncio.sleep(0)
+        keeper.start()
+        await asyncio.gather(*stores)
+        sink.check("a")
+
+    try:
+        asyncio.run(fill())
+    finally:
+        keeper.close()

@@ -256,8 +256,13 @@ def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_r
         Receipts.parse("export", service.client.get(f"{RECEIPTS}.jsonl").content)
 
 
-def test_files_that_are_asked_for_at_once_are_counted(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.receipts.MOST_FILES", 1)
+def test_files_that_are_asked_for_at_once_are_counted(serving, monkeypatch):
+    monkeypatch.setattr("assay.poc.service.receipts.OWN_FILES", 1)
+    with serving() as service:
+        ask_twice(service, monkeypatch)
+
+
+def ask_twice(service, monkeypatch):
     store(service, receipt("a"))
     receipts, both, go = service.controller.receipts, threading.Barrier(2), threading.Event()
     page, lines = receipts.page, receipts.lines

@@ -13,7 +13,7 @@ from assay.errors import StorageError
 from assay.poc.net import routes as _route
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Bodies
-from assay.poc.service import create_receiver
+from assay.poc.service import Settings, create_receiver
 from assay.poc.service import receiver as _receiver
 from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import TestClient, execute, signed
@@ -33,7 +33,9 @@ def store(tmp_path):
 @pytest.fixture
 def client(store):
     """A client that has the key; posts need a signature from every sender."""
-    receiver = create_receiver(store, (OTHER, SECRET), keys=(KEY,), read_keys=(READ,), max_body=10_000)
+    receiver = create_receiver(
+        store, Settings(callback_secrets=(OTHER, SECRET), api_keys=(KEY,), read_keys=(READ,), max_body=10_000)
+    )
     return TestClient(receiver, headers={"Authorization": f"Bearer {KEY}"})
 
 
@@ -58,7 +60,7 @@ def test_a_callback_is_kept_once(client, tmp_path):
     assert client.get("/stats").json() == {"callbacks": 1, "nonces": 3, "repeated": 2}
     (batch,) = client.get("/batches").json()["batches"]
     assert (batch["kind"], batch["copies"], batch["body"]["nonces"]) == ("generated", 3, [1, 2, 3])
-    again = TestClient(create_receiver(Received(tmp_path / "received.sqlite3"), (SECRET,)))
+    again = TestClient(create_receiver(Received(tmp_path / "received.sqlite3"), Settings(callback_secrets=(SECRET,))))
     assert again.post("/generated", content=BODY, headers=signed(SECRET, BODY)).json()["new"] is False
     assert client.delete("/clear").status_code == 200
     assert client.get("/stats").json()["callbacks"] == 0
@@ -84,7 +86,7 @@ def test_what_nobody_signed_is_refused(client, headers):
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"{"])
 def test_what_is_no_object_is_refused(store, body):
-    open_client = TestClient(create_receiver(store), base_url=HERE)
+    open_client = TestClient(create_receiver(store, Settings()), base_url=HERE)
     assert open_client.post("/validated", content=body, headers={"webhook-id": "msg_1"}).status_code == 400
     assert open_client.post("/validated", content=b"{}").status_code == 400
 
@@ -93,7 +95,7 @@ def test_what_is_no_object_is_refused(store, body):
 @pytest.mark.parametrize(("method", "path"), [("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear")])
 def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
     """Anyone who reaches the port could erase, or read, what a node was told."""
-    stranger = TestClient(create_receiver(store, (SECRET,), keys=keys), base_url=HERE)
+    stranger = TestClient(create_receiver(store, Settings(callback_secrets=(SECRET,), api_keys=keys)), base_url=HERE)
     assert stranger.post("/generated", content=BODY, headers=signed(SECRET, BODY)).status_code == 200
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert stranger.request(method, path, headers=headers).status_code == 401
@@ -111,7 +113,7 @@ def test_a_read_key_does_not_clear(client):
     "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
 )
 def test_without_a_secret_only_this_machine_is_answered(store, headers):
-    receiver = TestClient(create_receiver(store), base_url=HERE)
+    receiver = TestClient(create_receiver(store, Settings()), base_url=HERE)
     assert receiver.get("/stats").status_code == 200
     for method, path in (("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear"), ("POST", "/generated")):
         assert receiver.request(method, path, headers=headers).status_code == 403
@@ -149,7 +151,7 @@ def test_a_poisoned_body_of_an_older_version_breaks_nothing(tmp_path, stored):
     execute(path, f"CREATE TABLE received ({columns})")  # as the first version made it: no migrations
     for number, body in enumerate((stored, BODY)):
         execute(path, "INSERT INTO received VALUES (NULL, ?, 'generated', 0, 3, 1, ?)", (f"msg_{number}", body))
-    receiver = TestClient(create_receiver(Received(path)), base_url=HERE)
+    receiver = TestClient(create_receiver(Received(path), Settings()), base_url=HERE)
     poisoned, sound = receiver.get("/batches").json()["batches"]
     assert poisoned["body"] is None
     assert sound["body"]["nonces"] == [1, 2, 3]
@@ -180,35 +182,6 @@ def test_the_body_says_which_kind_a_callback_is(client):
     assert client.post("/validated", content=BODY, headers=signed(SECRET, BODY, "msg_2")).status_code == 400
 
 
-def test_bodies_have_one_bound_together(store):
-    """Bodies wait in memory before their signature can be checked."""
-
-    async def send() -> list[int]:
-        bodies = Bodies(100, 150)
-        gate = asyncio.Event()
-
-        def request(size: int) -> Request:
-            async def receive() -> dict:
-                return {"type": "http.request", "body": b"x" * size, "more_body": False}
-
-            return Request({"type": "http", "method": "POST", "headers": []}, receive)
-
-        async def take(size: int) -> int:
-            try:
-                async with bodies.read(request(size)) as body:
-                    await gate.wait()
-                    return len(body)
-            except Refusal as refusal:
-                return -refusal.status
-
-        tasks = [asyncio.create_task(take(size)) for size in (90, 101, 70, 60)]
-        await asyncio.sleep(0.01)
-        gate.set()
-        return [*await asyncio.gather(*tasks), await take(100)]
-
-    assert asyncio.run(send()) == [90, -413, -503, 60, 100]
-
-
 @pytest.mark.parametrize("announced", ["1000", None])
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announced, ends, monkeypatch):
@@ -229,7 +202,7 @@ def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announce
             async with bodies.read(Request({"type": "http", "method": "POST", "headers": headers}, receive)):
                 return 200
         except Refusal as refusal:
-            assert bodies._room == 150
+            assert bodies._large._all == bodies._small._all == 0
             return refusal.status
 
     assert asyncio.run(send()) == 413

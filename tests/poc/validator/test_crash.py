@@ -1,9 +1,13 @@
 """A pass that dies between its steps: nothing is lost, and nothing counts twice."""
 
+import shutil
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 
+from assay.errors import StorageError
 from assay.poc.validator.claims import read_claim
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.worker import Recomputer, recompute
@@ -155,3 +159,32 @@ def test_a_clock_that_is_suddenly_far_ahead_deletes_no_message(stopped, monkeypa
     monkeypatch.setattr("assay.poc.validator.inbox.time.time", lambda: now + 10 * 86_400)
     assert stopped.controller.inbox.prune(keep=3600) == 0
     assert stopped.controller.inbox.prune(keep=-3600) == 1
+
+
+@pytest.mark.parametrize("lost", ["emptied", "older", "another"])
+def test_a_ledger_that_has_lost_something_stops_the_start(validating, small_model, tmp_path, lost):
+    """The inbox calls its nonces drawn, so nothing that is missing would ever be found again."""
+    ledger, older = tmp_path / "data" / "ledger.sqlite3", tmp_path / "older"
+    with validating() as running:
+        for key in ("node_A", "node_B"):
+            running.send(body_of(proof_of(small_model, key)))
+            until(lambda key=key: running.node(key)["checked"] >= 20)
+            running.close()
+            if not older.exists():
+                shutil.copy(ledger, older)
+            running.start()  # with the whole ledger
+        running.close()
+        if lost == "older":
+            shutil.copy(older, ledger)
+        else:
+            ledger.unlink()
+            ledger.touch()
+        if lost == "another":
+            Ledger(ledger).close()
+        whole = ledger.read_bytes()
+        with pytest.raises(StorageError, match="without the"):
+            running.start()
+        assert lost == "emptied" or ledger.read_bytes() == whole
+        with closing(sqlite3.connect(tmp_path / "data" / "validator.sqlite3")) as database, database:
+            database.execute("DELETE FROM ledger_heads")  # as a file of an older version has none
+        running.start()

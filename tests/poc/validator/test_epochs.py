@@ -3,16 +3,17 @@
 import hashlib
 import json
 import re
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from assay.files.database import Database
-from assay.poc.validator.epochs import Epoch, commitment, draw, first_turn, message_seed
-from assay.poc.validator.inbox import MIGRATIONS, NAME, Inbox, Message
+from assay.poc.validator.epochs import Epoch, commitment, draw, message_seed
+from assay.poc.validator.inbox import NAME, Inbox, Message
 from tests.poc.service.conftest import execute
 from tests.poc.validator.conftest import body_of, proof_of
 from tests.waiting import until
@@ -71,9 +72,26 @@ def test_secrets_survive_a_restart(tmp_path, inbox, opened):
     assert execute(tmp_path / NAME, "SELECT count(*) FROM epochs") == [(2,)]
 
 
+def test_a_commitment_was_served_for_a_whole_epoch_before_its_secret_draws(inbox, opened, monkeypatch):
+    """A clock that is set does not end an epoch, and neither does a time in which no client read it."""
+    clock, far = [time.monotonic()], time.time() + 10 * 86_400
+    monkeypatch.setattr("assay.poc.validator.inbox.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("assay.poc.validator.inbox.time.time", lambda: far)
+    clock[0] += 3000
+    inbox.roll()
+    assert inbox.epochs(10)[-1]["ends"] is None
+    inbox.close()
+    clock[0] += 10**6
+    again = opened()
+    for seconds, ended in ((500, False), (101, True)):
+        clock[0] += seconds
+        again.roll()
+        assert (again.epochs(10)[-1]["ends"] is not None) is ended
+
+
 def test_the_commitment_is_the_hash_of_secret_and_number():
     epoch = Epoch(7, b"s" * 32, 1.0, 2.0)
-    assert epoch.commitment == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
+    assert epoch.public()["commitment"] == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
     assert epoch.public()["secret"] == (b"s" * 32).hex()
     assert Epoch(7, b"s" * 32, 1.0, None).public()["secret"] is None
 
@@ -114,17 +132,22 @@ def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(inbox, opened
     assert not again.is_full("node_A", 100)
 
 
-def test_messages_that_an_older_version_kept_get_their_turns(tmp_path, opened):
-    Database(tmp_path, name=NAME, migrations=MIGRATIONS[:1]).close()
-    execute(tmp_path / NAME, "INSERT INTO senders VALUES (1, 'node_A', 0, 0, 3, 82, 0)")
-    for seq, (seed, nonces, drawn) in enumerate([(2**52, 40, 0), (2**52, 2, 0), (2**52, 40, 8), (5, 0, 0)], 1):
-        row = (seq, 1, str(seq), "generated", 0, 1, seed, b"", nonces, drawn, drawn, b"{}")
-        execute(tmp_path / NAME, "INSERT INTO inbox VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row)
-    inbox = opened()
-    turns = [turn for (turn,) in execute(tmp_path / NAME, "SELECT turn FROM inbox ORDER BY seq")]
-    assert turns == pytest.approx([first_turn(2**52, 40, 8), first_turn(2**52, 2, 8), 12 / 40, 0.0])
-    assert turns[:2] == pytest.approx([0.1, 0.5])
-    assert [found.id for found in inbox.plan(["node_A"] * 5, 100)] == ["1", "2", "3"]
+def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monkeypatch):
+    """A bound of 4 GiB a node bounds nothing on a disk that has less."""
+    disk, used = 24 * 2**20, lambda: sum(inbox._kept.values())
+    usage = SimpleNamespace(total=disk, free=disk)
+    monkeypatch.setattr("assay.poc.validator.inbox.shutil.disk_usage", lambda path: usage)
+    sent = dict.fromkeys("ABC", 0)
+    for i in range(300):
+        for key in sent:
+            if not inbox.is_full(key, 2**19):
+                inbox.add([_message(f"{key}{i}", key, body=bytes(2**19))])
+                sent[key] += 1
+            usage.free = disk - used()
+            inbox.roll()
+    assert min(sent.values()) == max(sent.values()) > 0
+    assert usage.free > disk // 4
+    assert not inbox.is_full("D", 2**20)
 
 
 def test_the_seed_binds_secret_key_id_and_content():
@@ -179,5 +202,7 @@ def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_mod
 def test_commitments_need_no_key_and_show_no_secret_that_is_used(validating):
     with validating(service={"api_keys": ("k" * 20,)}) as running:
         assert running.client.get("/api/v1/validator/nodes").status_code == 401
-        found = running.get("/commitments")["commitments"]
+        found = running.get("/commitments")
+        assert found["ledger"] == dict(zip(("entries", "head"), running.controller.ledger.head, strict=True))
+        found = found["commitments"]
         assert [row["secret"] for row in found] == [None, None]

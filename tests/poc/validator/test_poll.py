@@ -11,10 +11,10 @@ from assay.errors import UsageError
 from assay.poc import NetworkPins
 from assay.poc.net.refusals import Refusal
 from assay.poc.service import Settings
-from assay.poc.validator.registry import NodeEntry, Registry
+from assay.poc.validator.registry import NodeEntry, Registry, Sender
 from tests.end_to_end.receiver import Answering
 from tests.poc.service.conftest import PREFIX, ROUND, rig, serving  # noqa: F401  # the last two are fixtures
-from tests.poc.validator.conftest import nodes_text, pins_text, proof_of
+from tests.poc.validator.conftest import body_of, nodes_text, pins_text, proof_of
 from tests.waiting import until
 
 READ_KEY = "read-key-of-the-node"
@@ -55,11 +55,12 @@ def node(small_model) -> Iterator[Node]:
 
 
 @pytest.fixture
-def polling(validating, node, tmp_path) -> Callable:
-    """A validator that polls the node."""
+def polling(validating, node, tmp_path, monkeypatch) -> Callable:
+    """A validator that polls the node, as if over https."""
 
     @contextmanager
-    def run():
+    def run(*, proven: bool = True):
+        monkeypatch.setattr(Sender, "is_proven", proven, raising=False)
         with validating(poll_interval=0.05, service={"allow_private_callbacks": True}) as running:
             text = nodes_text(("node_B", "node_C"))
             text += f'[[nodes]]\npublic_key = "node_A"\nurl = "{node.url}"\nread_key = "{READ_KEY}"\n'
@@ -87,6 +88,16 @@ def test_what_a_node_found_is_pulled_once_and_judged(polling, node):
     path, query, key = [each for each in node.asked if "after" in each[1]][-1]  # the end may cut a poll in two
     assert (path, key) == (f"{PREFIX}/status", f"Bearer {READ_KEY}")
     assert query["after"] == [str(node.found[-1][0])]
+
+
+def test_what_anyone_on_the_path_may_have_written_convicts_nobody(polling, node):
+    node.found = [(nonce, 1.0 + nonce / 1000) for nonce, _ in node.found]  # invented
+    with polling(proven=False) as running:
+        until(lambda: _outcomes(running)["empty"] > 0)
+        running.send(body_of(proof_of(running.model, "node_B")))
+        until(lambda: running.node("node_B")["checked"] >= 8 and not running.controller.inbox.waiting())
+        assert running.node("node_A")["messages"] > 0
+        assert (running.verdict("node_A"), running.node("node_A")["checked"]) == ("undecided", 0)
 
 
 def test_a_restart_pulls_only_what_is_new(polling, node):

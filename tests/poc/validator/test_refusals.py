@@ -1,12 +1,14 @@
 """Every value that a node may lie about, in a callback and in the header of a proof: refused, by its name."""
 
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from assay.poc import Proof, get_pipeline
+from assay.poc.net.callbacks import Signatures
 from tests.poc.service.conftest import signed
 from tests.poc.validator.conftest import (
     API,
@@ -126,6 +128,16 @@ def test_strangers_and_forgeries_are_refused(running):
         answer = running.client.post(f"{API}/generated", content=text, headers=wrong)
         assert answer.status_code in (400, 401), wrong
     assert running.client.post(f"{API}/generated", content=text + " ", headers=good).status_code == 401
+    skewed = running.client.post(f"{API}/generated", content=text, headers=good | {"webhook-timestamp": late})
+    assert re.search(r"signed 36\d s ago", skewed.json()["detail"]), skewed.text
+    assert "NTP" in skewed.json()["do"]
+
+
+@pytest.mark.parametrize("unknown", ["v1", "v1,a,b", "v1a,AAAA", "v2,é"])
+def test_forms_of_a_signature_that_are_not_known_are_passed_over(unknown):
+    headers = signed(secret_of("node_A"), "{}")
+    headers["webhook-signature"] = f"{unknown} {headers['webhook-signature']}"
+    Signatures([secret_of("node_A")]).check("{}", headers)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The pins and the nodes file together: who may send, with which secret and on which build."""
 
 import hashlib
+import tomllib
+from collections import Counter
 
 import pytest
 
 from assay.errors import AssayError, CalibrationError, UsageError
-from assay.poc import Calibration
+from assay.poc import Calibration, NetworkPins
 from assay.poc.net.deployment import Deployment
 from assay.poc.network_pins import pinned_format
 from assay.poc.service import Settings
@@ -50,10 +52,60 @@ def test_nodes_have_their_share_their_build_and_their_secret(files):
     assert all(sender.signatures for sender in registry.senders.values())
 
 
-def test_a_node_without_a_secret_of_its_own_has_the_shared_one(files):
-    nodes = '[[nodes]]\npublic_key = "node_A"\n'
-    assert not files(nodes=nodes).senders["node_A"].signatures
-    assert files(nodes=nodes, callback_secrets=(secret_of("shared"),)).senders["node_A"].signatures
+SHARED = secret_of("shared")
+
+
+def test_one_secret_speaks_for_one_node_or_for_a_relay_that_is_named(files, small_model):
+    pins = pins_text(small_model, keys=("node_A",))
+    assert not files(pins=pins, nodes=_nodes("", keys="A")).senders["node_A"].signatures
+    assert files(pins=pins, nodes=_nodes("", keys="A"), callback_secrets=(SHARED,)).senders["node_A"].signatures
+    again = SHARED.removeprefix("whsec_").rstrip("=")  # the same bytes, spelled otherwise
+    for each in ("", f'secrets = ["{SHARED}"]\n'):
+        with pytest.raises(UsageError, match="one secret of the nodes 'node_A' and 'node_B'"):
+            files(nodes=_nodes(each), callback_secrets=(SHARED,))
+        assert len(files(nodes=_nodes(f'{each}relay = "hub"\n'), callback_secrets=(SHARED,)).senders) == 3
+    mixed = _nodes(f'secrets = ["{SHARED}"]\n', keys="A") + _nodes(f'secrets = ["{again}"]\n', keys="B")
+    with pytest.raises(UsageError, match="one secret"):
+        files(nodes=mixed + _nodes("", keys="C"))
+
+
+def _nodes(more: str, keys: str = "ABC") -> str:
+    return "".join(f'[[nodes]]\npublic_key = "node_{key}"\n{more}' for key in keys)
+
+
+def test_keys_that_differ_only_in_their_unicode_form_are_one_name(files, small_model):
+    with pytest.raises(UsageError, match=r"cafe\\u0301"):
+        files(pins=pins_text(small_model, keys=("caf\u00e9", "cafe\u0301")), nodes=_nodes("", keys="A"))
+
+
+def test_ten_thousand_nodes_are_looked_up_and_not_searched(small_model):
+    """Each node of a list was looked for in the whole list."""
+    keys = [f"node_{i}" for i in range(300)]
+    network = NetworkPins.of(tomllib.loads(pins_text(small_model, keys=keys)), "pins.toml")
+    looks = Counter[str]()
+
+    class Key(str):
+        def __eq__(self, other: object) -> bool:
+            looks["=="] += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    for node in network.nodes:
+        object.__setattr__(node, "public_key", Key(node.public_key))
+    assert len(Registry(network, None, (), Settings()).senders) == 300
+    assert looks["=="] < 20 * 300
+
+
+def test_of_two_files_only_the_one_that_changed_is_read_again(files, tmp_path):
+    """Reading ten thousand nodes takes most of what a change costs, and every message waits for it."""
+    first, again = (files(nodes=_nodes("", keys=keys)) for keys in ("A", "AB"))
+    assert again.network is not first.network  # the test writes both
+    before = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings())
+    (tmp_path / "nodes.toml").write_text(_nodes("", keys="C"))
+    after = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings())
+    assert after.network is before.network is again.network
+    assert after.hash == before.hash
 
 
 def test_the_nodes_file_may_list_nodes_that_the_pins_do_not(files, small_model):
@@ -100,15 +152,21 @@ def _tables() -> list[str]:
         ("nodes = 7", "nodes"),
         ("nonsense", "nodes.toml"),
         ('[[nodes]]\npublic_key = "a"\nbuild = "none"\n', "build"),
-        ('[[nodes]]\npublic_key = "a"\nsecrets = ["whsec_short"]\n', "secret"),
     ],
 )
-def test_a_nodes_file_that_is_wrong_is_refused_and_its_secrets_are_not_shown(files, nodes, seen):
+def test_a_nodes_file_that_is_wrong_is_refused(files, nodes, seen):
     with pytest.raises(AssayError) as error:
         files(nodes=nodes)
     assert seen in str(error.value)
-    assert "whsec_short" not in str(error.value)
     assert error.value.do
+
+
+@pytest.mark.parametrize("secret", ["whsec_short", SHARED[:-9] + "-_" + SHARED[-7:], f" {SHARED}", SHARED + "!"])
+def test_a_secret_that_cannot_be_used_is_refused_without_showing_it(files, secret):
+    """Characters of another alphabet were dropped, so that the two sides had two secrets."""
+    with pytest.raises(UsageError) as error:
+        files(nodes=f'[[nodes]]\npublic_key = "node_A"\nsecrets = ["{secret}"]\n')
+    assert secret not in str(error.value)
 
 
 def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path):

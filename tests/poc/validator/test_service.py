@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings, validate
+from assay.poc.validator import app as _app
 from assay.poc.validator import worker as _worker
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
@@ -232,13 +234,35 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
     """Whoever fills it is told to come later, and takes nothing from the others."""
     first, second, third = (body_of(proof_of(small_model, "node_A", range(i, i + 40))) for i in (0, 40, 80))
     other = body_of(proof_of(small_model, "node_B", range(40)))
-    with validating(max_kept=5 * len(json.dumps(first)) // 2) as running:
+    with validating(max_kept=5 * len(json.dumps(first))) as running:
         assert running.send(first, id="m1")["new"]
         assert running.send(second, id="m2")["new"]
         refusal = running.send(third, id="m3", status=429)
         assert refusal["fields"] == ["room"]
         assert "--max-kept" in refusal["wanted"]
         assert running.send(other, id="m1")["new"]
+
+
+def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monkeypatch, tmp_path):
+    """Its proofs are parsed one after the other, whatever they cost."""
+    go, real, proofs = threading.Event(), _app.read_claim, dict[str, str]()
+    for key in ("node_A", "node_B"):
+        proof_of(small_model, key).save(tmp_path / key)
+        proofs[key] = (tmp_path / key).read_text()
+
+    def slow(kind: str, body: bytes, reader: object) -> object:
+        assert b"node_A" not in body[:2000] or go.wait(20)
+        return real(kind, body, reader)
+
+    monkeypatch.setattr(_app, "read_claim", slow)
+    with validating() as running, ThreadPoolExecutor() as pool:
+        held = [pool.submit(running.send, proofs["node_A"], key="node_A", id=f"m{i}", path="proofs") for i in range(3)]
+        other = pool.submit(running.send, proofs["node_B"], key="node_B", id="n", path="proofs")
+        try:
+            assert other.result(15)["new"]
+            assert not any(one.done() for one in held)
+        finally:
+            go.set()
 
 
 def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, small_model, monkeypatch):

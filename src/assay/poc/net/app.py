@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import hashlib
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -22,9 +21,9 @@ from assay._version import __version__
 from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.metrics import CONTENT_TYPE
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Problem, Scope, needs, not_found, problems
+from assay.poc.net.routes import HEAD, HeadRoute, Problem, Scope, needs, not_found, problems
 from assay.poc.net.runtime import Runtime
+from assay.poc.net.shares import Shares
 
 log = structlog.get_logger("assay.app")
 
@@ -38,7 +37,7 @@ class Feed:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._changed = asyncio.Condition()
-        self._streams: Counter[object] = Counter()
+        self._streams = Shares(runtime.server.max_streams, runtime.server.max_client_streams)
         self.values: JsonObject = {}
         """The latest snapshot."""
         self.latest = b""
@@ -61,42 +60,33 @@ class Feed:
             self.latest = dumps(self.values).encode()
             self._changed.notify_all()
 
-    async def stream(self, client: object = None) -> AsyncIterator[bytes]:
+    async def stream(self, client: str | None = None) -> AsyncIterator[bytes]:
         """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are too many."""
-        server = self._runtime.server
-        limits = ((self._streams.total(), server.max_streams), (self._streams[client], server.max_client_streams))
-        for are_open, most in limits:
-            if are_open >= most:
-                seen, do = f"{most} event streams are open", "close one, or poll /status"
-                raise Refusal(429, seen, wanted="fewer", do=do, retry_after=10)
         events = self._events(client)
         await anext(events)  # counts the stream before another reader is looked at: nothing is waited for here
         return events
 
-    async def respond(self, request: Request) -> StreamingResponse:
+    async def respond(self, request: Request) -> Response:
         """Return a stream as the answer to a request."""
-        # Behind a proxy all clients have one address, and those with keys are told apart by them.
-        client = (request.client.host if request.client else "", request.headers.get("authorization"))
-        stream = await self.stream(client)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        headers = {"X-Accel-Buffering": "no", "Content-Type": "text/event-stream; charset=utf-8"}
+        if HEAD in request.scope:
+            return Response(headers=headers)
+        return StreamingResponse(await self.stream(request.state.client), headers=headers)
 
-    async def _events(self, client: object) -> AsyncIterator[bytes]:
-        self._streams[client] += 1
-        try:
+    async def _events(self, client: str | None) -> AsyncIterator[bytes]:
+        with self._streams.held(client, "event streams", do="close one, or poll /status", retry_after=10):
             yield b""  # taken by stream()
             yield b"retry: 2000\n\n"
             while not self._runtime.closing.is_set():
                 yield b"event: snapshot\ndata: " + self.latest + b"\n\n"
                 async with self._changed:
                     await self._changed.wait()
-        finally:
-            self._streams[client] -= 1
-            self._streams += Counter()  # forget clients without a stream
 
 
 def new_app(title: str, **options: Any) -> FastAPI:
     """Return an application without routes. Its documents, if any, are for a router to serve."""
     app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, **options)
+    app.router.route_class = HeadRoute
     app.add_exception_handler(HTTPException, not_found)
     return app
 
@@ -162,7 +152,7 @@ SHARED = ("stream.js", "words.js", "dom.js", "link.js")
 
 def page_router(page: str, headers: dict[str, str]) -> APIRouter:
     """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(include_in_schema=False, route_class=HeadRoute)
 
     @router.get("/")
     async def dashboard() -> HTMLResponse:

@@ -6,7 +6,9 @@ that was checked. Redirects are never followed.
 
 import asyncio
 import ipaddress
+import math
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +16,8 @@ from functools import partial
 import httpx
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from assay.errors import DataError
+from assay.files.jsonl import JsonObject, loads
 from assay.poc.net.refusals import Refusal
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -95,7 +99,9 @@ async def call(
     """
     host = httpx.URL(url)
     address = await resolve(url, allow_private=allow_private)
-    target = host.copy_with(host=address, path=f"{host.path.rstrip('/')}{path}")
+    # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two names.
+    written, mark, query = host.raw_path.partition(b"?")
+    target = host.copy_with(host=address, raw_path=written.rstrip(b"/") + path.encode() + mark + query)
     request = client.build_request(
         method,
         target.copy_merge_params(params) if params else target,
@@ -146,31 +152,59 @@ def _refusal(seen: str) -> Refusal:
 
 
 LONGEST_ID = 128
+TOLERANCE = 300.0  # seconds for which a signature holds, as Standard Webhooks has it
 
 
 class Signatures:
     """Checks who sent a body, as Standard Webhooks defines it: any secret will do; without any nothing is checked."""
 
     def __init__(self, secrets: Sequence[str]) -> None:
-        self._verifiers = [Webhook(secret) for secret in secrets]
+        self._secrets = tuple(secrets)
 
     def __bool__(self) -> bool:
-        return bool(self._verifiers)
+        return bool(self._secrets)
 
     def check(self, body: str, headers: Mapping[str, str]) -> None:
         """Refuse a body that no secret signed within the last five minutes (401), or that cannot be read (400).
 
         The names of ``headers`` are in lower case.
         """
-        if not self._verifiers:
+        if not self._secrets:
             return
-        for verifier in self._verifiers:
+        _check_clock(headers.get("webhook-timestamp", ""))
+        # What is not of the form of this version is passed over, as the standard has it.
+        forms = [each for each in headers.get("webhook-signature", "").split() if each.count(",") == 1]
+        headers = {**headers, "webhook-signature": " ".join(each for each in forms if each.startswith("v1,"))}
+        for secret in self._secrets:
             try:
-                verifier.verify(body, dict(headers), json_parse=False)
+                Webhook(secret).verify(body, dict(headers), json_parse=False)
                 return
             except (WebhookVerificationError, ValueError) as error:
                 fault = unsigned(401 if isinstance(error, WebhookVerificationError) else 400, f"signature: {error}")
         raise fault
+
+
+def _check_clock(stated: str) -> None:
+    """Refuse with 401 a body that was signed too long ago or ahead, and say by how much the clocks differ."""
+    try:
+        ahead = float(stated) - time.time()
+    except ValueError:  # the standard's own words are better
+        return
+    if math.isfinite(ahead) and abs(ahead) > TOLERANCE:
+        seen = f"a callback that was signed {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'ago'} by the clock here"
+        wanted = f"clocks that differ by {TOLERANCE:.0f} s at most"
+        raise Refusal(401, seen, wanted=wanted, do="set both clocks by NTP, and send again")
+
+
+def parsed(raw: bytes) -> tuple[str, JsonObject]:
+    """Return the text and the object of a body; refuse with 400 what is not strict JSON in UTF-8."""
+    try:
+        text = raw.decode()
+        return text, loads(text, "body")
+    except (DataError, UnicodeDecodeError) as error:
+        seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
+        wanted, do = "the body of a callback of assay", "send it as assay does"
+        raise Refusal(400, seen, wanted=wanted, do=do, fields={"fields": ["body"]}) from None
 
 
 def message_id(headers: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from functools import lru_cache
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,8 +24,10 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
+from typing_extensions import override
 
 from assay.errors import AssayError
 from assay.files.jsonl import unique_keys
@@ -33,12 +35,20 @@ from assay.poc.net.logs import LogBudget
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.settings import ServerSettings
+from assay.poc.net.shares import PARTS, Shares, client_of
 
 log = structlog.get_logger("assay.http")
+
+HEAD = "assay.head"
+"""Key of a scope that a ``HEAD`` request has. A handler that would begin a stream answers without."""
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 BODY_SECONDS = 30.0  # in which a body must have arrived
+BODY_FLOOR = 2**14  # bytes that come in a second at least
+BODY_GRACE = 8.0  # seconds by which a body may be behind that
+SMALL = 2**16
+"""Bytes of a small body. Callbacks of a service have fewer."""
 
 DISCARDED = 4
 """How many times its limit a body may come before it is refused. A proxy that still sends a body when the answer to it
@@ -46,7 +56,6 @@ comes loses that answer (Caddy does, one time in fifty); proxies in ``deploy`` s
 
 SAFE_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 """Headers of every answer: no cache keeps it, and no browser takes it for another type than it says."""
-_SAFE_HEADERS = [(name.encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 
 
 class Scope(StrEnum):
@@ -69,10 +78,13 @@ class Keys:
         by_scope = (settings.api_keys, settings.validate_keys, settings.read_keys)
         self._digests = [(_digest(key), scopes[i:]) for i, keys in enumerate(by_scope) for key in keys]
 
-    def check(self, authorization: str | None, scope: Scope) -> None:
-        """Refuse a request whose ``Authorization`` header has no known key (401), or one that may do less (403)."""
+    def check(self, authorization: str | None, scope: Scope) -> str | None:
+        """Return by what the holder of a key is counted, however it is spelled; None where no key is needed.
+
+        A request whose ``Authorization`` header has no known key is refused (401), or one that may do less (403).
+        """
         if not (self._digests or self._needed):
-            return
+            return None
         kind, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip()) if kind.lower() == "bearer" else b""
         # Every key is compared, in constant time, so that the time says nothing about which one was close.
@@ -81,6 +93,7 @@ class Keys:
             raise Refusal(401, "no valid API key", wanted="Authorization: Bearer KEY", do="send the key you were given")
         if scope not in granted[0]:
             raise Refusal(403, "a key of another scope", wanted=f"one that may {scope}", do="ask for such a key")
+        return given.hex()[:16]
 
 
 def route_path(scope: Connection) -> str:
@@ -126,18 +139,14 @@ class LocalOnly:
 
 
 def _is_local(headers: dict[bytes, bytes]) -> bool:
-    host, origin = headers.get(b"host", b""), headers.get(b"origin")
-    foreign = origin is not None and origin.partition(b"//")[2] != host
+    host = headers.get(b"host", b"")
+    foreign = headers.get(b"origin", b"http://" + host) not in (b"http://" + host, b"https://" + host)
     site = headers.get(b"sec-fetch-site", b"none")  # only browsers send it, and no page can change it
-    return not foreign and site in (b"none", b"same-origin") and _is_here(host)
-
-
-@lru_cache(maxsize=64)
-def _is_here(host: bytes) -> bool:
     try:
-        return is_loopback(urlsplit(f"//{host.decode('latin-1')}").hostname or "")
+        named = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
     except ValueError:
         return False
+    return not foreign and site in (b"none", b"same-origin") and is_loopback(named)
 
 
 def needs(scope: Scope) -> dict[str, Any]:
@@ -174,11 +183,27 @@ class _Received(Request):
         return self._values
 
 
+class HeadRoute(APIRoute):
+    """A route that answers ``HEAD`` as ``GET`` (RFC 9110). The server leaves the body out."""
+
+    @override
+    def matches(self, scope: Connection) -> tuple[Match, Connection]:
+        return super().matches(self._as_get(scope))
+
+    @override
+    async def handle(self, scope: Connection, receive: Receive, send: Send) -> None:
+        await super().handle(self._as_get(scope), receive, send)
+
+    def _as_get(self, scope: Connection) -> Connection:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
+        return {**scope, "method": "GET", HEAD: True} if is_head else scope
+
+
 def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None = None) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
     bodies, budget = Bodies(settings.max_body, settings.max_bodies), LogBudget()
 
-    class Route(APIRoute):
+    class Route(HeadRoute):
         def get_route_handler(self) -> Handler:
             inner = super().get_route_handler()
             scope = (self.openapi_extra or {}).get("x-scope")
@@ -188,29 +213,34 @@ def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None =
                 metrics.request_seconds.labels(path)
 
             async def respond(request: Request) -> Response:
-                if scope is not None:
-                    keys.check(request.headers.get("authorization"), Scope(scope))
+                host = request.client.host if request.client else ""
+                holder = keys.check(request.headers.get("authorization"), Scope(scope)) if scope is not None else None
+                request.state.client = holder or client_of(host)
                 if request.method in ("GET", "HEAD"):
                     return await inner(request)
                 async with bodies.read(request) as body:
                     values = _parsed(body) if has_body and body and _says_json(request) else None
                     return await inner(_Received(request, body, values))
 
-            async def handle(request: Request) -> Response:
-                started = time.perf_counter()
-                response = await _or_refusal(respond, request)
-                response.headers.update({k: v for k, v in SAFE_HEADERS.items() if k not in response.headers})
-                if response.status_code >= 400:
-                    caller = request.client.host if request.client else None
-                    budget.info(log, "refused", route=path, status=response.status_code, caller=caller)
-                if metrics is not None:
-                    metrics.requests.labels(path, str(response.status_code)).inc()
-                    metrics.request_seconds.labels(path).observe(time.perf_counter() - started)
-                return response
-
-            return handle
+            return partial(observed, respond, path=path, metrics=metrics, budget=budget)
 
     return Route
+
+
+async def observed(
+    respond: Handler, request: Request, *, path: str, metrics: Exported | None, budget: LogBudget
+) -> Response:
+    """Return the response of a handler, or the answer that its error stands for, which is counted and logged."""
+    started = time.perf_counter()
+    response = await _or_refusal(respond, request)
+    response.headers.update({k: v for k, v in SAFE_HEADERS.items() if k not in response.headers})
+    if response.status_code >= 400:
+        caller = request.client.host if request.client else None
+        budget.info(log, "refused", route=path, status=response.status_code, caller=caller)
+    if metrics is not None:
+        metrics.requests.labels(path, str(response.status_code)).inc()
+        metrics.request_seconds.labels(path).observe(time.perf_counter() - started)
+    return response
 
 
 async def _or_refusal(respond: Handler, request: Request) -> Response:
@@ -228,10 +258,16 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
 
 
 class Bodies:
-    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the same time."""
+    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the same time.
+
+    Each client has a share of that, and small bodies have room of their own, so that large ones never keep a callback
+    out.
+    """
 
     def __init__(self, most: int, together: int) -> None:
-        self._most, self._room = most, together
+        self._most = most
+        self._large = Shares(together, max(most, together // PARTS))
+        self._small = Shares(max(together // 4, PARTS * SMALL), max(together // 4 // PARTS, SMALL))
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -239,33 +275,39 @@ class Bodies:
 
         It is refused with 408 too slow, 413 too large, 503 no room beside the bodies of other requests.
         """
-        body = bytearray()
-        announced = request.headers.get("content-length", "0")
-        size, come = int(announced) if announced.isdecimal() else 0, 0
+        body, client = bytearray(), client_of(request.client.host) if request.client else None
+        announced, clock = request.headers.get("content-length", "0"), asyncio.get_running_loop().time
+        size, come, began = int(announced) if announced.isdecimal() else 0, 0, clock()
+        room = self._small if size <= SMALL else self._large
         try:
             try:
-                async with asyncio.timeout(BODY_SECONDS):
+                async with asyncio.timeout(BODY_GRACE) as limit:
                     async for chunk in request.stream():
                         come += len(chunk)
                         size = max(size, come)
                         if size <= self._most:
-                            if len(chunk) > self._room:
+                            room.give(client, len(body))
+                            room, held = self._small if size <= SMALL else self._large, len(body) + len(chunk)
+                            if not room.fits(client, held):
+                                body.clear()
                                 seen, do = "too many large bodies at the same time", "send it again"
                                 raise Refusal(503, seen, wanted="fewer", do=do, retry_after=1)
-                            self._room -= len(chunk)
+                            room.take(client, held)
                             body += chunk
                         elif come > DISCARDED * self._most:
                             break
+                        now, due = clock(), limit.when() or began
+                        limit.reschedule(min(due + len(chunk) / BODY_FLOOR, now + BODY_GRACE, began + BODY_SECONDS))
             except TimeoutError:
                 if size <= self._most:
-                    wanted = f"all of it in {BODY_SECONDS:g} s"
+                    wanted = f"{BODY_FLOOR} bytes a second, and all of it in {BODY_SECONDS:g} s"
                     raise Refusal(408, "a body that does not come to its end", wanted=wanted, do="resend") from None
             if size > self._most:
                 wanted = f"at most {self._most} bytes"
                 raise Refusal(413, "a body that is too large", wanted=wanted, do="split the request")
             yield bytes(body)
         finally:
-            self._room += len(body)
+            room.give(client, len(body))
 
 
 def answer(refusal: Refusal) -> Response:
@@ -274,13 +316,6 @@ def answer(refusal: Refusal) -> Response:
     text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     body = text.encode("utf-8", "replace")  # a request may hold unpaired surrogates, and no response can
     return Response(body, status_code=refusal.status, headers=headers, media_type="application/json")
-
-
-async def send_json(send: Send, body: bytes) -> None:
-    """Send an answer without a response object, for what is asked a thousand times a second."""
-    headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *_SAFE_HEADERS]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 async def not_found(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.settings import ServerSettings
+from assay.poc.net.shares import Shares
 
 log = structlog.get_logger("assay.runtime")
 
@@ -33,6 +34,19 @@ THREADS = 8  # calls that wait for the database at the same time
 AT_ONCE = 1024  # items of one transaction
 MOST_BYTES = 2**26  # that wait at the same time; an item that waits alone may be larger
 TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arrives
+
+
+def since_start() -> float:
+    """Return the time of the clock when the machine started. It changes only when the clock is set."""
+    return time.time() - time.monotonic()
+
+
+_STARTED = since_start()
+
+
+def settled_time() -> float:
+    """Return the time by which old things are deleted: a clock that is suddenly far ahead makes nothing old."""
+    return min(time.time(), _STARTED + time.monotonic())
 
 
 class LoopThread(ABC):
@@ -114,7 +128,7 @@ class Runtime(ABC):
 
     def __init__(self, server: ServerSettings, metrics: Exported) -> None:
         self.server, self.metrics = server, metrics
-        self.started_at = time.time()
+        self._started = time.monotonic()
         self.closing = threading.Event()
         """Set when the end begins, while connections are still open."""
         self.loaded: Future[Deployment] = Future()
@@ -142,8 +156,8 @@ class Runtime(ABC):
 
     def about(self, schema: str) -> JsonObject:
         """Return how every snapshot begins."""
-        now = time.time()
-        return {"schema": schema, "time": now, "version": __version__, "uptime_seconds": now - self.started_at}
+        uptime = time.monotonic() - self._started
+        return {"schema": schema, "time": time.time(), "version": __version__, "uptime_seconds": uptime}
 
     @abstractmethod
     def snapshot(self) -> JsonObject:
@@ -193,16 +207,16 @@ class Runtime(ABC):
 class GroupCommit(LoopThread, Generic[Item, Kept]):
     """Writes items in a thread of its own, in the order in which they came. A subclass says how.
 
-    No more than ``most`` items wait at the same time; others are refused. What one turn of the event loop puts there
-    goes into one transaction, so that many share one wait for the disk. Were the thread woken by the first item, it
-    would wait with that item alone, and all others would wait twice.
+    No more than ``most`` items wait at the same time, a share of them for each client; others are refused. What one
+    turn of the event loop puts there goes into one transaction, so that many share one wait for the disk. Were the
+    thread woken by the first item, it would wait with that item alone, and all others would wait twice.
     """
 
     def __init__(self, name: str, *, most: int) -> None:
         super().__init__(name)
-        self._name, self._most = name, most
-        self._queue: deque[tuple[Item, int, asyncio.Future[Kept]]] = deque()
-        self._bytes = 0
+        self._name = name
+        self._queue: deque[tuple[Item, int, str | None, asyncio.Future[Kept]]] = deque()
+        self._places, self._bytes = Shares(most), Shares(MOST_BYTES)
         self._waking = False
         self.failing = False
         """Whether nothing can be written now."""
@@ -220,38 +234,34 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
     def _refusal(self, seen: str) -> Refusal:
         """Return the refusal of an item."""
 
-    @property
-    def waiting(self) -> int:
-        """How many items wait for their transaction."""
-        return len(self._queue)
-
-    def check(self, size: int = 0) -> None:
+    def check(self, client: str | None = None) -> None:
         """Refuse what could not wait now: too much does, the disk takes nothing, or the thread is ending."""
         if self.failing:
             raise self._refusal("the last could not be written" if self.error else "the disk takes nothing")
         with self._state:
-            self._check_room(size)
+            self._check_room(client, 0)
 
-    async def put(self, item: Item, *, size: int = 0) -> Kept:
-        """Write an item of ``size`` bytes; return what ``_write`` tells of it. It is on disk when this returns.
+    async def put(self, item: Item, *, size: int = 0, client: str | None = None) -> Kept:
+        """Write a client's item of ``size`` bytes; return what ``_write`` tells of it. It is on disk when this returns.
 
         It is refused as :meth:`check` does, and written even if the wait for it is cancelled.
         """
         future: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
         with self._state:
-            self._check_room(size)
-            self._queue.append((item, size, future))
-            self._bytes += size
+            self._check_room(client, size)
+            self._queue.append((item, size, client, future))
+            self._places.take(client)
+            self._bytes.take(client, size)
             if not self._waking:
                 self._waking = True
                 future.get_loop().call_soon(self._notify)
         return await future
 
-    def _check_room(self, size: int) -> None:
+    def _check_room(self, client: str | None, size: int) -> None:
         if self._closed:
             raise self._refusal("the service is ending")
-        if self.waiting >= self._most or (self._queue and self._bytes + size > MOST_BYTES):
-            raise self._refusal(f"{self.waiting} messages wait for the disk")
+        if not self._places.fits(client) or (self._queue and not self._bytes.fits(client, size)):
+            raise self._refusal(f"{len(self._queue)} messages wait for the disk")
 
     def _run(self) -> None:
         while True:
@@ -261,17 +271,19 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
                     return
                 self._waking = False
                 taken = [self._queue.popleft() for _ in range(min(AT_ONCE, len(self._queue)))]
-                self._bytes -= sum(size for _, size, _ in taken)
+                for _, size, client, _ in taken:
+                    self._places.give(client)
+                    self._bytes.give(client, size)
             if not taken or self._put_on_disk(taken):
                 self._try(partial(self._rest, bool(taken)))
 
-    def _put_on_disk(self, taken: "list[tuple[Item, int, asyncio.Future[Kept]]]") -> bool:
+    def _put_on_disk(self, taken: "list[tuple[Item, int, str | None, asyncio.Future[Kept]]]") -> bool:
         """Write items in one transaction and tell who waits for them; return whether they were written."""
         kept: list[Kept] = []
-        fault = self._try(lambda: kept.extend(self._write([item for item, _, _ in taken])))
+        fault = self._try(lambda: kept.extend(self._write([item for item, *_ in taken])))
         told: Sequence[Kept | Refusal] = kept if fault is None else [self._refusal(fault) for _ in taken]
         waiting = defaultdict(list)  # one call into each loop
-        for (_, _, future), result in zip(taken, told, strict=True):
+        for (*_, future), result in zip(taken, told, strict=True):
             waiting[future.get_loop()].append((future, result))
         for loop, pairs in waiting.items():
             with suppress(RuntimeError):  # the loop has ended, and with it everyone who waited

@@ -1,7 +1,8 @@
 """The server process: uvicorn with bounds, signals, and an orderly end."""
 
+import asyncio
 import errno
-import ipaddress
+import gc
 import math
 import os
 import resource
@@ -9,22 +10,26 @@ import signal
 import socket
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
+import h11
 import structlog
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
+from typing_extensions import override
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from assay.errors import UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import answer, is_loopback
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.settings import ServerSettings
+from assay.poc.net.shares import Shares, client_of
 
 log = structlog.get_logger("assay.server")
 
@@ -35,43 +40,66 @@ class ClientLimit:
     """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-        self._open: Counter[str] = Counter()
+        self._app, self._open = app, Shares(sys.maxsize, most)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         client = client_of(scope["client"][0]) if scope.get("client") else None
-        if client is None:
-            await self._app(scope, receive, send)
-            return
-        if self._open[client] >= self._most:
-            seen = f"{self._most} requests of one client are open"
-            await answer(Refusal(429, seen, wanted="fewer", do="wait for some of yours"))(scope, receive, send)
-            return
-        self._open[client] += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._open[client] -= 1
-            if not self._open[client]:
-                del self._open[client]  # or the addresses of all who ever came would stay in memory
+        app = self._app
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._open.held(client, "requests", do="wait for some of yours"))
+            except Refusal as refusal:
+                app = answer(refusal)
+            await app(scope, receive, send)
 
 
-def client_of(address: str) -> str | None:
-    """Return by what the requests of a client are counted; None for an address of this machine.
+class BoundedProtocol(H11Protocol):
+    """A connection that ends where no whole head comes in time, or where its client has its share of connections.
 
-    Behind a proxy all clients have its address. One on this machine must be able to send all requests, and bounds
-    those of its clients itself. Of IPv6 a client has a whole /64.
+    It also ends where many requests are sent before the first is answered: what waits would have no bound.
     """
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:  # a socket without addresses
-        return None
-    if isinstance(found, ipaddress.IPv6Address):
-        found = found.ipv4_mapped or found
-    if is_loopback(str(found)):
-        return None
-    return str(found) if found.version == 4 else str(ipaddress.ip_network((int(found), 64), strict=False))
+
+    def __init__(self, config: uvicorn.Config, *, connections: Shares, **about: Any) -> None:
+        super().__init__(config, **about)
+        self._shares, self._ahead = connections, 0
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._client = client_of(self.client[0]) if self.client else None
+        fits = self._shares.fits(self._client)
+        self._shares.take(self._client)
+        if not fits:
+            transport.abort()
+            return
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._shares.give(self._client)
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.DONE:
+            self._ahead += len(data)
+            if self._ahead > self.config.h11_max_incomplete_event_size:  # type: ignore[operator]
+                self.transport.abort()
+                return
+        # A part of a head must not end the wait for the whole of it, as it does in uvicorn.
+        timer, self.timeout_keep_alive_task, before = self.timeout_keep_alive_task, None, self.cycle
+        super().data_received(data)
+        if self.cycle is before:
+            self.timeout_keep_alive_task = timer
+        elif timer is not None:
+            timer.cancel()
+
+    @override
+    def on_response_complete(self) -> None:
+        self._ahead = 0
+        super().on_response_complete()
 
 
 class _Server(uvicorn.Server):
@@ -97,13 +125,11 @@ class _Server(uvicorn.Server):
 
 
 def bounded_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
-    """Return how uvicorn serves an application under the bounds of some settings.
-
-    A connection that never sends a whole head is not ended in time: deploy/nginx.conf and deploy/Caddyfile do that.
-    """
+    """Return how uvicorn serves an application under the bounds of some settings."""
+    connections = Shares(sys.maxsize, settings.max_client_connections)  # uvicorn bounds them in all
     return uvicorn.Config(
         ClientLimit(app, settings.max_client_connections),
-        http="h11",
+        http=partial(BoundedProtocol, connections=connections),  # type: ignore[arg-type]
         h11_max_incomplete_event_size=settings.max_header,
         limit_concurrency=settings.max_connections + 1,  # the connection that is refused is counted
         timeout_keep_alive=math.ceil(settings.header_timeout),
@@ -129,12 +155,14 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     """
     server = _Server(bounded_config(app, settings), runtime.closing if runtime else threading.Event())
 
-    def end_on_failure(loaded: Future[Any]) -> None:
+    def on_loaded(loaded: Future[Any]) -> None:
+        # A collection that walks all of torch and transformers holds every request up, for a second and more.
+        gc.freeze()
         if loaded.exception():
             server.handle_exit(signal.SIGTERM, None)
 
     if runtime is not None:
-        runtime.loaded.add_done_callback(end_on_failure)
+        runtime.loaded.add_done_callback(on_loaded)
     host, port = listener.getsockname()[:2]
     log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", host=host, port=port)
     server.run(sockets=[listener])

@@ -78,17 +78,23 @@ class ServerSettings(assay.settings.Settings):
     )
     read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list("--read-key", "Keys that may only read.")
     max_body: Count = Field(2**20, description="Largest body of a request.")
-    max_bodies: Count = Field(2**26, description="Memory for all bodies that are being received at the same time.")
+    max_bodies: Count = Field(
+        2**26,
+        description="Memory for all bodies that are being received at the same time, an eighth of it for each address. "
+        "Bodies below 64 KiB have a quarter as much beside it.",
+    )
     max_connections: Count = Field(
         4096, description="Connections that are open at the same time; more are answered with 503."
     )
     max_client_connections: Count = Field(
-        1024,
-        description="Requests that one address, or one /64 of IPv6, has open at the same time. Addresses of this "
-        "machine are not bounded: a proxy on it has one for all its clients.",
+        512,
+        description="Connections, and requests, that one address, or one /64 of IPv6, has open at the same time. "
+        "Addresses of this machine are not bounded: a proxy on it names its clients.",
     )
     max_header: Count = Field(2**16, description="Largest head of a request, all its headers included.")
-    header_timeout: Seconds = Field(10.0, description="Time for which a connection waits for its next request.")
+    header_timeout: Seconds = Field(
+        10.0, description="Time in which the next request of a connection must begin, and its whole head arrive."
+    )
     max_streams: Count = Field(32, description="Event streams that are open at the same time.")
     max_client_streams: Count = Field(16, description="Event streams that one client has open at the same time.")
     callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(
@@ -137,14 +143,23 @@ class ServerSettings(assay.settings.Settings):
         return bool(self.api_keys or self.validate_keys or self.read_keys)
 
 
-def check_secrets(secrets: Sequence[str]) -> None:
-    """Refuse webhook secrets outside 24 to 64 bytes, as Standard Webhooks does. The message does not show them."""
+def check_secrets(secrets: Sequence[str]) -> list[bytes]:
+    """Return the bytes of webhook secrets; refuse those outside 24 to 64 bytes. The message does not show them.
+
+    Standard Webhooks drops characters of another alphabet, such as those of base64url, so that two sides that decode
+    differently would have two secrets. Here they are refused.
+    """
+    found = []
     for secret in secrets:
+        text = secret.removeprefix("whsec_").rstrip("=")
         try:
-            size = len(base64.b64decode(secret.removeprefix("whsec_") + "==", validate=False))
+            key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         except ValueError:
-            size = 0
-        if not 24 <= size <= 64:
+            key = b""
+        if not 24 <= len(key) <= 64:
             seen, wanted = "a callback secret that cannot be used", "whsec_ and the base64 of 24 to 64 random bytes"
             code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
-            raise UsageError(seen, wanted=wanted, do=f"choose another; make one: python -c '{code}'")
+            do = f"choose another, in the alphabet with + and / and not with - and _; make one: python -c '{code}'"
+            raise UsageError(seen, wanted=wanted, do=do)
+        found.append(key)
+    return found

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePath
@@ -266,17 +266,18 @@ class NetworkPins(Table):
         self._agreed = Pins(**{name: getattr(asked, name) for name in shared})
         if asked.nonces is not None:
             Round(block_hash="any", public_key="any", node_count=asked.node_count).nonces(*asked.nonces)
+        names, of_key = {build.name for model in self.models for build in model.builds if build.name}, self._of_key
         for node in self.nodes:
-            self._check_node(node)
-            self._of_key.setdefault(node.public_key, []).append(node)
+            own = of_key.setdefault(node.public_key, [])
+            self._check_node(node, own, names)
+            own.append(node)
         _refuse_doubles("node", [(node.public_key, node.node_id) for node in self.nodes])
         _refuse_doubles("model", [(model.digest, "the same digest") for model in self.models])
 
-    def _check_node(self, node: NodePins) -> None:
+    def _check_node(self, node: NodePins, own: Sequence[NodePins], names: set[str]) -> None:
         count = self._count(node)
         Round(block_hash="any", public_key=node.public_key, node_id=node.node_id, node_count=count)
-        others = {self._count(other) for other in self._of_key.get(node.public_key, ())} - {count}
-        names = {build.name for model in self.models for build in model.builds if build.name}
+        others = {self._count(other) for other in own[:1]} - {count}  # which are alike
         if others:
             seen = f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}"
             raise UsageError(seen, wanted="one node_count for each key", do="correct one of them")

@@ -1,21 +1,17 @@
 """The application, alone or inside another one: the published routes, and those that operators expect."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from starlette.types import ASGIApp, Receive, Send
-from starlette.types import Scope as Connection
 
-from assay.files.jsonl import JsonObject, dumps
+from assay.files.jsonl import JsonObject
 from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
 from assay.poc.net.deployment import Deployment
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class, send_json
+from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
@@ -32,7 +28,6 @@ PREFIXES = (PREFIX, RECEIPTS_PREFIX)
 
 CONFIG = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
 """What ``/status`` says of the round."""
-STATUS_AGE = 0.1  # seconds for which an encoded /status is reused while nothing changes
 
 READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
 
@@ -75,59 +70,6 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     }
 
 
-def status_text(controller: Controller) -> Callable[[], bytes]:
-    """Return what gives the encoded body of ``/status``, made once for many readers."""
-    text, known, until = b"", None, 0.0
-
-    def latest() -> bytes:
-        nonlocal text, known, until
-        progress, now = controller.progress, time.monotonic()
-        key: Any = (controller.state, controller.error, id(progress), progress and progress.checked)
-        if key != known or now > until:
-            text, known, until = dumps(describe_status(controller)).encode(), key, now + STATUS_AGE
-        return text
-
-    return latest
-
-
-class QuickStatus:
-    """Answers the plain ``GET path`` of clients that may read before routing, and passes everything else on.
-
-    A thousand readers at once take processor time from the engine beside them. Inside the application such an answer
-    costs 9 µs of it instead of 113, twelve times less, because the rest is routing and the parsing of parameters that
-    it does not have (one core of a CPU machine, measured at 8580455f by its benchmarks/service_status.py).
-
-    The application's own route at ``path`` answers the same, refusals included.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, path: str, controller: Controller, keys: Keys, text: Callable[[], bytes]
-    ) -> None:
-        self._app, self._path, self._keys, self._text = app, path, keys, text
-        self._answered = controller.metrics.requests.labels(path, "200")
-        self._seconds = controller.metrics.request_seconds.labels(path)
-
-    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
-        """Answer, or pass the request on."""
-        if not self._is_plain(scope):
-            await self._app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        await send_json(send, self._text())
-        self._answered.inc()
-        self._seconds.observe(time.perf_counter() - started)
-
-    def _is_plain(self, scope: Connection) -> bool:
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "GET" or scope["query_string"]:
-            return False
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-        try:
-            self._keys.check(given and given.decode("latin-1"), Scope.READ)
-        except Refusal:
-            return False
-        return True
-
-
 def create_app(controller: Controller) -> FastAPI:
     """Return the whole service: the published API, operations, docs and the dashboard.
 
@@ -157,20 +99,17 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
     Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
     path ``under`` where the application has its own.
     """
-    keys, feed, text = Keys(controller.settings), Feed(controller), status_text(controller)
-    kind_of_route = route_class(keys, controller.settings, controller.metrics)
-    app.include_router(_pow_router(controller, feed, text, kind_of_route))
+    feed, settings = Feed(controller), controller.settings
+    kind_of_route = route_class(Keys(settings), settings, controller.metrics)
+    app.include_router(_pow_router(controller, feed, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
         app.include_router(operations_router(controller, feed, kind_of_route, under))
-    app.add_middleware(QuickStatus, path=f"{PREFIX}/status", controller=controller, keys=keys, text=text)
-    delivery = Delivery(controller.outbox, controller, controller.settings, controller.metrics)
+    delivery = Delivery(controller.outbox, controller, settings, controller.metrics)
     run_with(app, controller, feed, delivery.run)
 
 
-def _pow_router(
-    controller: Controller, feed: Feed, text: Callable[[], bytes], kind_of_route: type[APIRoute]
-) -> APIRouter:
+def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
     """Return the routes of the published API. Handlers that block are plain functions, which run in threads."""
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
@@ -213,9 +152,9 @@ def _pow_router(
         return moved(controller.stop)
 
     @router.post("/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE)
-    async def validate(body: requests.ValidateRequest) -> Response:
+    async def validate(body: requests.ValidateRequest, request: Request) -> Response:
         """Recompute distances and judge them."""
-        future = await controller.call(controller.validate, body)
+        future = await controller.call(controller.validate, body, request.state.client)
         return JSONResponse(await asyncio.wrap_future(future))
 
     @router.get("/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ)
@@ -225,7 +164,7 @@ def _pow_router(
     ) -> Response:
         """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
         if after is None:
-            return Response(text(), media_type="application/json")
+            return JSONResponse(describe_status(controller))
         return JSONResponse(await controller.call(describe_status, controller, after, limit))
 
     @router.get("/snapshot", responses=problems(), openapi_extra=READ)
@@ -239,9 +178,9 @@ def _pow_router(
         return await feed.respond(request)
 
     @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
-    async def generate(body: requests.GenerateRequest) -> Response:
+    async def generate(body: requests.GenerateRequest, request: Request) -> Response:
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
-        queued = await controller.call(controller.submit, body)
+        queued = await controller.call(controller.submit, body, request.state.client)
         if not body.wait:
             return JSONResponse(queued)
         future = await controller.call(controller.jobs.watch, queued["request_id"])

@@ -27,7 +27,7 @@ from assay.errors import StorageError, UsageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.callbacks import Blocked, call, new_client
-from assay.poc.net.runtime import Runtime
+from assay.poc.net.runtime import Runtime, settled_time, since_start
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import describe_packing
 from assay.poc.service.database import FILE, open_database
@@ -56,7 +56,7 @@ class Outbox:
         """Is called, in the thread that wrote, whenever callbacks may be due."""
         self._db, self._table = database, database["outbox"]
         self._c = self._table.c
-        self._columns = [column for column in self._c if column.name not in ("seq", "body")]
+        self._columns = [column for column in self._c if column.name not in ("seq", "body", "client")]
 
     def announce(
         self,
@@ -101,9 +101,11 @@ class Outbox:
         left = sa.exists().where(receipts.seq.between(c.first_nonce, c.last_nonce))
         connection.execute(self._table.delete().where(c.kind == RECEIPTS, ~left))
 
-    def add(self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject) -> None:
-        """Owe a callback with a body of its own."""
-        self._insert(connection, round_id, kind, url, status="pending", body=dumps(body))
+    def add(
+        self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject, client: str | None
+    ) -> None:
+        """Owe a callback with a body of its own, to a client where one asked for it."""
+        self._insert(connection, round_id, kind, url, status="pending", body=dumps(body), client=client)
 
     def _insert(
         self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
@@ -180,9 +182,11 @@ class Outbox:
         (row,) = self._db.rows(sa.select(owed.scalar_subquery().label("pending"), dead.scalar_subquery().label("dead")))
         return row._asdict()
 
-    def owed(self, connection: sa.Connection, round_id: int | None) -> int:
-        """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs."""
+    def owed(self, connection: sa.Connection, round_id: int | None, *, client: str | None = None) -> int:
+        """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs, of one client."""
         of_round = (self._c.round_id == round_id) & (self._c.kind != RECEIPTS)
+        if client is not None:
+            of_round &= self._c.client == client
         query = sa.select(sa.func.count()).where(self._c.status.in_(OWED), of_round)
         return int(connection.execute(query).scalar_one())
 
@@ -201,7 +205,7 @@ class Outbox:
 
     def prune(self, keep: float) -> None:
         """Delete callbacks that were delivered more than ``keep`` seconds ago."""
-        old = (self._c.status == "delivered") & (self._c.finished_at < time.time() - keep)
+        old = (self._c.status == "delivered") & (self._c.finished_at < settled_time() - keep)
         self._db.change(self._table.delete().where(old))
 
 
@@ -223,7 +227,7 @@ class Delivery:
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
-        self._started_at = _since_start()
+        self._started_at = since_start()
 
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
@@ -247,7 +251,7 @@ class Delivery:
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
         outbox, wait_for = self._outbox, self._runtime.call
-        started_at = _since_start()
+        started_at = since_start()
         if started_at < self._started_at - SET_BACK:
             log.warning("the clock was set back, so every pending callback is due now")
             await wait_for(outbox.retry_now)
@@ -309,11 +313,6 @@ class Delivery:
                 if self._runtime.closing.is_set():
                     return
                 await asyncio.sleep(1.0)
-
-
-def _since_start() -> float:
-    """Return the time of the clock when the machine started. It changes only when the clock is set."""
-    return time.time() - time.monotonic()
 
 
 def backoff(attempts: int, base: float, longest: float) -> float:

@@ -22,6 +22,7 @@ from assay.poc.engines.base import check_supported
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
+from assay.poc.net.shares import Shares
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord
@@ -64,6 +65,7 @@ class Controller(Runtime):
         self._pruned_at = 0.0
         self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
         self._computed = False  # whether a batch was written since the start
+        self._validations = Shares(settings.max_waiting)  # that wait for the engine
         self._noise = noise = HonestNoise(settings)
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.database = open_database(settings.data_dir)
@@ -120,15 +122,17 @@ class Controller(Runtime):
             self._persist(state)
             self._move(state)
 
-    def validate(self, request: requests.ValidateRequest) -> "Future[JsonObject]":
-        """Recompute and judge distances of the round's block; the future has the response."""
+    def validate(self, request: requests.ValidateRequest, client: str | None = None) -> "Future[JsonObject]":
+        """Recompute and judge distances of the round's block for a client; the future has the response."""
         with self._lock:
             self._after("validate")
             stored, epoch = self._check_same_model(self.state), self._epoch
         requests.check_validation(request, stored, self.settings)
-        future: Future[JsonObject] = Future()
+        future, place = Future[JsonObject](), ExitStack()
 
         def task(deployment: Deployment) -> None:
+            with self._lock:
+                place.close()
             if not future.set_running_or_notify_cancel():
                 return
             try:
@@ -139,15 +143,15 @@ class Controller(Runtime):
                     error = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
                 future.set_exception(error)
 
-        if not self.worker.submit(task, self.settings.max_waiting):
-            seen = f"{self.settings.max_waiting} validations wait for the engine"
-            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
+        with self._lock:
+            place.enter_context(self._validations.held(client, "validations", do="send it again later", retry_after=5))
+        self.worker.submit(task)
         return future
 
-    def submit(self, request: requests.GenerateRequest) -> JsonObject:
-        """Queue an artifact job."""
+    def submit(self, request: requests.GenerateRequest, client: str | None = None) -> JsonObject:
+        """Queue an artifact job of a client."""
         requests.check_job(request, self.ready(), self.settings)
-        queued = self.jobs.submit(request)
+        queued = self.jobs.submit(request, client)
         self.worker.wake()
         return queued
 

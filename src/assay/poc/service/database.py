@@ -93,6 +93,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX receipts_at ON receipts (at)",
         "CREATE TABLE receipt_room (id INTEGER PRIMARY KEY CHECK (id = 1), filler BLOB NOT NULL)",
     ),
+    ("ALTER TABLE jobs ADD COLUMN client TEXT", "ALTER TABLE outbox ADD COLUMN client TEXT"),
 )
 
 RECEIVED: tuple[tuple[str, ...], ...] = (

@@ -18,6 +18,8 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import settled_time
+from assay.poc.net.shares import room_of
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Record, describe_packing, pack_record
 from assay.poc.service.callbacks import Outbox
@@ -58,21 +60,30 @@ class Jobs:
         interrupted = self._table.update().where(self._c.status == "running")
         database.change(interrupted.values(status="queued"))
 
-    def submit(self, request: GenerateRequest) -> JsonObject:
-        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside those that wait."""
+    def submit(self, request: GenerateRequest, client: str | None = None) -> JsonObject:
+        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside those that wait.
+
+        A ``client`` may queue what :func:`assay.poc.net.shares.room_of` says; None is this machine, which may fill the
+        queue.
+        """
         settings, job_id = self._settings, uuid.uuid4().hex
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-            counts = (sa.func.coalesce(sa.func.sum(self._c.nonces), 0), sa.func.count().filter(has_url))
-            waiting, announced = connection.execute(sa.select(*counts).where(self._is_open)).one()
-            if waiting + len(request.nonces) > settings.max_queued_nonces:
-                seen = f"{waiting} nonces are queued"
-                wanted = f"at most {settings.max_queued_nonces} with these {len(request.nonces)}"
+            nonces, own = sa.func.sum(self._c.nonces), self._c.client == client
+            calls = sa.func.count().filter(has_url)
+            counts = sa.select(nonces, nonces.filter(own), calls, sa.func.count().filter(has_url & own))
+            waiting, mine, announced, my_calls = (n or 0 for n in connection.execute(counts.where(self._is_open)).one())
+            room = room_of(client, settings.max_queued_nonces, waiting, mine)
+            if len(request.nonces) > room:
+                seen = f"{waiting} nonces are queued, {mine} of them of this client"
+                wanted = f"{max(0, room)} more at most"
                 raise Refusal(429, seen, wanted=wanted, do="send it again later", retry_after=10)
             undelivered = announced + self._outbox.owed(connection, None)
-            if request.url is not None and undelivered >= settings.max_pending_jobs:
-                seen = "too many callbacks of artifact jobs are undelivered"
-                wanted = f"fewer than {settings.max_pending_jobs}"
+            my_calls += self._outbox.owed(connection, None, client=client)
+            room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
+            if request.url is not None and room < 1:
+                seen = f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of them of this client"
+                wanted = f"fewer than {settings.max_pending_jobs}, half of what the others leave"
                 do = "repair their receivers, or send the job without a url and ask for its result"
                 raise Refusal(429, seen, wanted=wanted, do=do, retry_after=10)
             row = {
@@ -82,6 +93,7 @@ class Jobs:
                 "nonces": len(request.nonces),
                 "request": request.model_dump_json(),
                 "created_at": time.time(),
+                "client": client,
             }
             connection.execute(self._table.insert().values(row))
         return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
@@ -97,7 +109,7 @@ class Jobs:
     def state(self, job_id: str) -> JsonObject:
         """Return status and result of a job; refuse with 404 one that is unknown or no longer kept."""
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
-        if not rows or (rows[0].finished_at and time.time() - rows[0].finished_at > self._settings.job_ttl):
+        if not rows or (rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl):
             wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
             raise Refusal(404, "no such request", wanted=wanted, do="send the request again")
         return _state(rows[0])
@@ -120,7 +132,7 @@ class Jobs:
 
     def prune(self) -> None:
         """Delete results that are older than they are kept."""
-        oldest = time.time() - self._settings.job_ttl
+        oldest = settled_time() - self._settings.job_ttl
         self._db.change(self._table.delete().where(self._c.finished_at < oldest))
 
     def step(self, deployment: Deployment) -> bool:
@@ -195,12 +207,12 @@ class Jobs:
         with self._db.write() as connection:
             ended = change.values(finished_at=time.time(), **values).returning(self._table)
             row = connection.execute(ended).first()
-            request = {} if row is None or result is None else loads(row.request, "job")
-            if result is not None and request.get("url"):
+            request = {} if row is None else loads(row.request, "job")
+            if row is not None and result is not None and request.get("url"):
                 names = ("block_hash", "block_height", "public_key", "node_id")
                 about = {"request_id": job_id} | {name: request[name] for name in names}
                 kind = "generated" if request["validation"] is None else "validated"
-                self._outbox.add(connection, None, kind, request["url"], about | result)
+                self._outbox.add(connection, None, kind, request["url"], about | result, row.client)
         if row is not None:
             self._tell(job_id, _state(row))
 

@@ -192,7 +192,7 @@ class Judge:
             connection.execute(self._verdicts.insert().values(row))
             url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
             if url:
-                self._outbox.add(connection, round_id, "validated", url, body)
+                self._outbox.add(connection, round_id, "validated", url, body, None)
 
 
 def judge_vectors(

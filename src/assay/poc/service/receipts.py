@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
 import structlog
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from typing_extensions import override
@@ -20,8 +20,9 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import Scope, needs, problems
-from assay.poc.net.runtime import GroupCommit, Runtime
+from assay.poc.net.routes import HEAD, Scope, needs, problems
+from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
+from assay.poc.net.shares import Shares
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
@@ -33,7 +34,7 @@ from assay.poc.service.settings import Settings
 log = structlog.get_logger("assay.receipts")
 
 RECEIPTS_PREFIX = "/api/v1/receipts"
-MOST_FILES = 8  # files that are streamed at the same time
+MOST_FILES, OWN_FILES = 8, 2  # files that are streamed at the same time, and those of one client
 READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
 
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
@@ -76,7 +77,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         self._table, self._c = database["receipts"], database["receipts"].c
         check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
         self._lost = 0
-        self._started, self._pruned_at = time.time() - time.monotonic(), float("-inf")
+        self._pruned_at = float("-inf")
         self._journal_owed = not database.empty_journal()
         self._tidying = threading.Lock()
         metrics.receipts_failing.set_function(lambda: float(self.failing))
@@ -213,11 +214,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return count
 
     def prune(self, keep: float) -> int:
-        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there are no more.
-
-        A clock that is suddenly far ahead deletes nothing: time is counted from the start of the process.
-        """
-        now, c = min(time.time(), self._started + time.monotonic()), self._c
+        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there are no more."""
+        now, c = settled_time(), self._c
         old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
         return self._delete(c.seq.in_(old))
 
@@ -265,11 +263,11 @@ class ReceiptSink:
         self.check = keeper.check
         """Refuse a request whose receipt could not be stored now. Call it before the engine works."""
 
-    async def store(self, receipt: Receipt) -> None:
+    async def store(self, receipt: Receipt, *, client: str | None = None) -> None:
         """Store a receipt; it is on disk when this returns. A response may not be complete before that.
 
-        A prompt is stored as a hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the
-        wait for it is cancelled.
+        ``client`` is who asked: of the receipts that may wait for the disk, each has a share. A prompt is stored as a
+        hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the wait for it is cancelled.
 
         Raises:
             Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
@@ -279,7 +277,7 @@ class ReceiptSink:
         line = kept.line()
         Tally(self._header).add(kept, line)
         try:
-            await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line))
+            await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line), client=client)
         except Refusal:
             self._keeper.metrics.receipts_refused.inc()
             raise
@@ -293,7 +291,7 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         200: {"content": {"application/jsonl": {}}, "description": "A complete file of receipts."},
         204: {"description": "No receipt follows."},
     }
-    streaming = 0
+    streaming = Shares(MOST_FILES, OWN_FILES)
 
     @router.get("", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=READ)
     def listed(after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
@@ -306,7 +304,10 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         ".jsonl", responses=export | problems(422, 429, 503), response_class=StreamingResponse, openapi_extra=READ
     )
     async def file(
-        after: After = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000, request_id: RequestId = None
+        request: Request,
+        after: After = 0,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+        request_id: RequestId = None,
     ) -> Response:
         """Return receipts after a sequence number as a complete file, which ``assay poc replay`` reads.
 
@@ -315,35 +316,31 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         """
         page = await runtime.call(receipts.page, after, limit, request_id=request_id)
         headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
-        if page.header is None:
-            return Response(status_code=204, headers=headers)
-        if streaming >= MOST_FILES:
-            seen = f"{MOST_FILES} files of receipts are being sent"
-            raise Refusal(429, seen, wanted="fewer at once", do="send it again later", retry_after=5)
-        lines = file_lines(page, request_id)
+        if page.header is None or HEAD in request.scope:
+            status = 204 if page.header is None else 200
+            return Response(status_code=status, headers=headers, media_type="application/jsonl")
+        lines = file_lines(request.state.client, page, request_id)
         await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
-    async def file_lines(page: Page, request_id: str | None) -> AsyncIterator[str]:
+    async def file_lines(client: str | None, page: Page, request_id: str | None) -> AsyncIterator[str]:
         """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
-        nonlocal streaming
-        streaming += 1
         digest, count, tokens = hashlib.sha256(), 0, 0
-        try:
+        with streaming.held(client, "files of receipts", do="send it again later", retry_after=5):
             yield ""  # taken by file()
             yield f"{page.header}\n"
             for low, high in pairwise(page.chunks):
-                found = await runtime.call(receipts.lines, low, high, request_id=request_id)
+                try:
+                    found = await runtime.call(receipts.lines, low, high, request_id=request_id)
+                except AssayError as error:
+                    log.warning("file of receipts not finished", reason=error.seen)
+                    return
                 text = "".join(f"{line}\n" for _, line in found)
                 digest.update(text.encode())
                 count, tokens = count + len(found), tokens + sum(number for number, _ in found)
                 yield text
             # How long the responses took is not stored.
             yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
-        except AssayError as error:
-            log.warning("file of receipts not finished", reason=error.seen)
-        finally:
-            streaming -= 1
 
     @router.get(
         one, response_model=dict[str, list[StoredReceipt]], responses=problems(404, 413, 422, 503), openapi_extra=READ

@@ -5,7 +5,6 @@ secret has signed need no key.
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +18,7 @@ from assay.errors import DataError, UsageError
 from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, loads
 from assay.poc.net.app import new_app
-from assay.poc.net.callbacks import Signatures, message_id, unsigned
+from assay.poc.net.callbacks import Signatures, message_id, parsed, unsigned
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.routes import Keys, LocalOnly, Scope, is_loopback, needs, route_class
 from assay.poc.net.server import listen, run_app
@@ -29,7 +28,7 @@ from assay.poc.service.database import RECEIVED, open_database
 
 log = structlog.get_logger("assay.receiver")
 
-MAX_BODY, MAX_BODIES = 2**21, 2**26
+LEAST_BODY = 2**21  # bytes of a callback that are taken whatever the settings say
 MOST_LISTED = 2**25  # bytes of the bodies of one answer
 _TOLD_BY = {"fraud_detected": "validated", "receipts": "receipts"}
 
@@ -100,43 +99,22 @@ def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> 
     if not (settings.callback_secrets or is_loopback(host)):
         seen, do = f"--host {host} without a secret", "pass --callback-secret, the same as to the service"
         raise UsageError(seen, wanted="a secret where others reach the port", do=do)
+    settings = settings.model_copy(update={"max_body": max(LEAST_BODY, settings.max_body)})
     with listen(host, port) as listener:
-        store, secrets = Received(output), settings.callback_secrets
-        app = create_receiver(store, secrets, keys=settings.api_keys, read_keys=settings.read_keys)
-        run_app(app, settings, listener)
+        run_app(create_receiver(Received(output), settings), settings, listener)
 
 
-def create_receiver(
-    store: Received,
-    secrets: Sequence[str] = (),
-    *,
-    keys: Sequence[str] = (),
-    read_keys: Sequence[str] = (),
-    max_body: int = MAX_BODY,
-) -> FastAPI:
+def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
     """Return the receiver as an application.
 
-    Without a secret it answers this machine only. With one, callbacks need a signature, and everything else a key.
+    Without a secret it answers this machine only. With one, callbacks that no secret signed are refused with 401, and
+    everything else needs a key.
 
     Args:
         store: Store that keeps the callbacks.
-        secrets: Standard Webhooks secrets; with any, a callback that none of them signed is refused with 401.
-        keys: Keys that may read and clear.
-        read_keys: Keys that may only read.
-        max_body: Bytes of the largest callback.
-
-    Raises:
-        UsageError: A key or a secret that is too weak.
+        settings: Secrets, keys that may read and clear, keys that may only read, and bounds of bodies.
     """
-    settings = ServerSettings(
-        api_keys=keys,
-        api_key_file=None,
-        validate_keys=(),
-        read_keys=read_keys,
-        callback_secrets=secrets,
-        max_body=max_body,
-        max_bodies=MAX_BODIES,
-    )
+    secrets = settings.callback_secrets
     signatures, budget = Signatures(secrets), LogBudget()
     app = new_app("assay: receiver of callbacks")
     app.router.route_class = route_class(Keys(settings, needed=bool(secrets)), settings)
@@ -180,14 +158,8 @@ def create_receiver(
 
 def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signatures) -> tuple[str, str]:
     """Return id and body of a callback whose signature and form are right."""
-    try:
-        body = raw.decode()
-        signatures.check(body, headers)
-        values = loads(body, "body")
-    except ValueError as error:
-        raise unsigned(400, f"body: {error}") from None
-    except DataError as error:
-        raise unsigned(400, error.seen) from None
+    body, values = parsed(raw)
+    signatures.check(body, headers)
     # The path is not signed. The body is, and tells the kinds apart.
     said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
     if values and kind != said:

@@ -201,10 +201,8 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
         ("seq_len", "--seq-len", length, [pins.round.seq_len]),
     ):
         if deployed not in agreed:
-            seen, wanted = (
-                f"a service with {name} {deployed}, which its pins do not allow",
-                " or ".join(map(str, agreed)),
-            )
+            seen = f"a service with {name} {deployed}, which its pins do not allow"
+            wanted = " or ".join(map(str, agreed))
             do = f"start it with {flag}, or with the pins of this network"
             raise UsageError(seen, wanted=f"{name} {wanted}", do=do)
 

@@ -32,8 +32,10 @@ class Settings(ServerSettings):
     )
     max_nonces: Count = Field(10_000, description="Nonces of one request.")
     max_positions: Count = Field(2**18, description="Largest product of batch_size and seq_len.")
-    max_waiting: Count = Field(64, description="Validations that wait for the engine.")
-    max_queued_nonces: Count = Field(100_000, description="Nonces of all artifact jobs that wait.")
+    max_waiting: Count = Field(64, description="Validations that wait for the engine, half of them for one client.")
+    max_queued_nonces: Count = Field(
+        100_000, description="Nonces of all artifact jobs that wait, half of them for one client."
+    )
     callback_interval: Seconds = Field(5.0, description="Time for which valid nonces are collected into one callback.")
     callback_nonces: Count = Field(1000, description="Nonces at which a callback is sent before that time has passed.")
     callback_attempts: Count = Field(20, description="Attempts after which a callback becomes a dead letter.")
@@ -41,7 +43,7 @@ class Settings(ServerSettings):
     callback_backoff_max: Seconds = Field(1800.0, description="Longest pause between two attempts.")
     max_pending: Count = Field(1000, description="Undelivered callbacks of a round at which generation waits.")
     max_pending_jobs: Count = Field(
-        1000, description="Undelivered callbacks of artifact jobs at which further jobs with a URL are refused."
+        1000, description="Undelivered callbacks of artifact jobs, half of them for one client; others are refused."
     )
     job_ttl: Seconds = Field(300.0, description="Time for which the results of artifact jobs are kept.")
     wait: Seconds = Field(60.0, description='Time that a request with "wait": true waits for its job.')

@@ -68,14 +68,10 @@ class Worker(EngineThread):
             self._round, self._epoch = stored, epoch
         self._notify()
 
-    def submit(self, task: Callable[[Deployment], None], limit: int) -> bool:
-        """Queue a task; return False if ``limit`` tasks are waiting already."""
-        with self._state:
-            if len(self._tasks) >= limit:
-                return False
-            self._tasks.append(task)
+    def submit(self, task: Callable[[Deployment], None]) -> None:
+        """Queue a task."""
+        self._tasks.append(task)
         self._notify()
-        return True
 
     def wake(self) -> None:
         """Say that there is background work."""

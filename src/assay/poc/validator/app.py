@@ -7,8 +7,9 @@ time than the check of a message.
 
 import asyncio
 import hashlib
-import time
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from typing import Annotated, Any
 
@@ -18,25 +19,25 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from assay.errors import AssayError, DataError, UsageError
+from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, run_with
-from assay.poc.net.callbacks import Blocked, call, message_id, new_client
+from assay.poc.net.callbacks import Blocked, call, message_id, new_client, parsed
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, answer, is_loopback, needs, route_class, send_json
+from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, is_loopback, needs, observed, route_class
 from assay.poc.net.server import check_host, listen, run_app
 from assay.poc.net.settings import ServerSettings
+from assay.poc.net.shares import PARTS
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.validator.claims import Claim, Reader, parsed, read_claim, refused, sender_of
+from assay.poc.validator.claims import Claim, Reader, read_claim, refused, sender_of
 from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Message
-from assay.poc.validator.registry import Registry, Sender
+from assay.poc.validator.registry import Sender
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import account_id
 
@@ -56,15 +57,16 @@ class Intake:
         self._app, self._controller = app, controller
         settings, server = controller.settings, controller.server
         callbacks = Bodies(server.max_body, server.max_bodies)
-        proofs = Bodies(settings.max_proof, max(server.max_bodies, PROOFS_AT_ONCE * settings.max_proof))
+        proofs = Bodies(settings.max_proof, max(server.max_bodies, PARTS * settings.max_proof))
         self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
         paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
         self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
         self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
+        self._turns = defaultdict[str, asyncio.Lock](asyncio.Lock)  # of each node one proof waits for that, in turn
         self._budget = LogBudget()
-        metrics = controller.metrics
-        self._answered = {path: metrics.requests.labels(path, "200") for path in self._kinds}
-        self._seconds = {path: metrics.request_seconds.labels(path) for path in self._kinds}
+        for path in self._kinds:  # Prometheus sees no increase in a series that appears
+            controller.metrics.requests.labels(path, "200")
+            controller.metrics.request_seconds.labels(path)
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Take a message, or pass the request on."""
@@ -72,29 +74,20 @@ class Intake:
         if kind is None:
             await self._app(scope, receive, send)
             return
-        started, path = time.perf_counter(), scope["path"]
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            async with self._bodies[kind].read(Request(scope, receive)) as body:
-                message = await self._message(kind, body, headers)
-                new = await self._controller.writer.keep(message)
-        except ClientDisconnect:
-            return
-        except AssayError as error:
-            await self._refuse(refusal_of(error), scope, receive, send)
-        else:
-            await send_json(send, _BODIES[new])
-            self._answered[path].inc()
-        self._seconds[path].observe(time.perf_counter() - started)
+        take, metrics = partial(self._take, kind), self._controller.metrics
+        about: dict[str, Any] = {"path": scope["path"], "metrics": metrics, "budget": self._budget}
+        response = await observed(take, Request(scope, receive), **about)
+        await response(scope, receive, send)
 
-    async def _refuse(self, refusal: Refusal, scope: Connection, receive: Receive, send: Send) -> None:
-        path, name = scope["path"], _name(refusal)
-        metrics = self._controller.metrics
-        metrics.refused.labels(name).inc()
-        metrics.requests.labels(path, str(refusal.status)).inc()
-        caller = scope["client"][0] if scope.get("client") else None
-        self._budget.info(log, "refused", route=path, status=refusal.status, value=name, caller=caller)
-        await answer(refusal)(scope, receive, send)
+    async def _take(self, kind: str, request: Request) -> Response:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
+        try:
+            async with self._bodies[kind].read(request) as body:
+                message = await self._message(kind, body, headers)
+                return Response(_BODIES[await self._controller.writer.keep(message)], media_type="application/json")
+        except AssayError as error:
+            self._controller.metrics.refused.labels(_name(refusal_of(error))).inc()
+            raise
 
     async def _message(self, kind: str, body: bytes, headers: dict[str, str]) -> Message:
         """Return a message as it is kept, after key, signature and every value in it were checked.
@@ -118,7 +111,7 @@ class Intake:
         known_as = message_id(headers)
         if kind == "proof":
             del text
-            async with self._parsing:
+            async with self._turns[sender.public_key], self._parsing:
                 reader = self._controller.reader
                 claim = await asyncio.to_thread(read_claim, kind, body, reader)
                 return claimed_message(kind, known_as, body, claim, reader)
@@ -210,7 +203,11 @@ class Poller:
         text = dumps(body).encode()
         name = f"pull_{hashlib.sha256(text).hexdigest()}"
         pulled = (claim.round.block_hash, claim.round.node_id, claim.nonces[-1])
-        await self._controller.writer.keep(claimed_message("pulled", name, text, claim, reader, pulled))
+        message = claimed_message("pulled", name, text, claim, reader, pulled)
+        if not sender.is_proven:  # anyone on the path could convict the node
+            log.warning("polled over http, so it stays undecided", public_key=sender.public_key)
+            message = Message(sender.public_key, name, "pulled", 0, text, pulled=pulled)
+        await self._controller.writer.keep(message)
         return "taken"
 
     async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
@@ -318,8 +315,13 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
 
     @router.get("/commitments", response_model=None)
     def commitments(limit: Annotated[int, Query(ge=1, le=MOST_EPOCHS)] = 100) -> Response:
-        """Return commitments, the newest first, with the secrets of epochs that have ended. It needs no key."""
-        return JSONResponse({"commitments": controller.inbox.epochs(limit)})
+        """Return commitments, the newest first, with the secrets of epochs that have ended, and the ledger's head.
+
+        It needs no key. Whoever records it holds the validator to both.
+        """
+        count, head = controller.ledger.head
+        ledger = {"entries": count, "head": head}
+        return JSONResponse({"commitments": controller.inbox.epochs(limit), "ledger": ledger})
 
     @router.get("/blocks", response_model=None, openapi_extra=READ)
     def blocks() -> Response:
@@ -362,12 +364,6 @@ def validate(
         ModelError: The model cannot be loaded.
     """
     check_host(host, server)
-    registry = Registry.load(settings.pins, settings.nodes, server, model=reference)
-    if not (is_loopback(host) or all(sender.signatures for sender in registry.senders.values())):
-        seen = f"--host {host} with nodes that sign nothing"
-        wanted = "a secret of every node where others reach the port"
-        do = "pass --callback-secret, or give each node its secrets in the file of --nodes"
-        raise UsageError(seen, wanted=wanted, do=do)
     with listen(host, port) as listener:
-        controller = ValidatorController(load, settings, server, reference=reference)
+        controller = ValidatorController(load, settings, server, reference=reference, signed=not is_loopback(host))
         run_app(create_app(controller), server, listener, runtime=controller)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from assay.errors import AssayError, DataError, ProofMismatch
+from assay.errors import AssayError, ProofMismatch
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.poc.net.callbacks import parsed
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.proof import (
@@ -83,17 +84,6 @@ def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Re
 
 def _named(name: str, error: AssayError) -> Refusal:
     return Refusal(422, error.seen, wanted=error.wanted, do=error.do, fields={"fields": [name]})
-
-
-def parsed(raw: bytes) -> tuple[str, JsonObject]:
-    """Return the text and the object of a body; refuse with 400 what is not strict JSON in UTF-8."""
-    try:
-        text = raw.decode()
-        return text, loads(text, "body")
-    except (DataError, UnicodeDecodeError) as error:
-        seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
-        wanted, do = "the body of a callback of assay", "send it as assay does"
-        raise Refusal(400, seen, wanted=wanted, do=do, fields={"fields": ["body"]}) from None
 
 
 def sender_of(values: JsonObject, registry: Registry) -> Sender:

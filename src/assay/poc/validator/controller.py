@@ -40,11 +40,12 @@ class ValidatorController(Runtime):
     """Holds the parts of a validator together, and starts and ends them.
 
     ``reference`` names the model, which tells those of the pins apart; ``load`` runs in a thread.
+    ``signed`` says that others reach the port, so that every node needs a secret.
 
     Raises:
         DataError: The pins or the nodes file cannot be read.
         UsageError: They do not fit each other, or the ledger.
-        StorageError: The data directory is in use or cannot be written.
+        StorageError: The data directory is in use or cannot be written, or the ledger is not the one of the last run.
     """
 
     metrics: ValidatorMetrics
@@ -57,9 +58,10 @@ class ValidatorController(Runtime):
         server: ServerSettings,
         *,
         reference: str = "",
+        signed: bool = False,
     ) -> None:
         super().__init__(server, ValidatorMetrics())
-        self.settings, self._reference = settings, reference
+        self.settings, self._reference, self._signed = settings, reference, signed
         self._read_at = self._modified()
         self.registry = self._read()
         """Pins and nodes of now."""
@@ -70,6 +72,7 @@ class ValidatorController(Runtime):
             opened.callback(self.inbox.close)
             self.ledger = Ledger(server.data_dir / LEDGER, alpha=self.registry.alpha, beta=server.beta)
             opened.callback(self.ledger.close)
+            self.inbox.check_ledger(self.ledger)
             self._blocks = self.inbox.blocks(settings.open_blocks)
             self.writer = InboxWriter(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
             self.writers = (self.writer,)
@@ -111,7 +114,11 @@ class ValidatorController(Runtime):
         return self._noises.of(build, round)
 
     def _read(self) -> Registry:
-        return Registry.load(self.settings.pins, self.settings.nodes, self.server, model=self._reference)
+        found = Registry.load(self.settings.pins, self.settings.nodes, self.server, model=self._reference)
+        if self._signed and not all(sender.signatures for sender in found.senders.values()):
+            wanted, do = "a secret of every node where others reach the port", "write it into the file of --nodes"
+            raise UsageError("nodes that sign nothing", wanted=wanted, do=do)
+        return found
 
     def _modified(self) -> list[int]:
         """Return numbers that change when the files do."""

@@ -35,20 +35,15 @@ class Epoch:
     begins: float | None  # time at which it began, in seconds; None before
     ends: float | None  # time at which it ended; None before
 
-    @property
-    def commitment(self) -> str:
-        """SHA-256 of secret and number, in hexadecimal digits."""
-        return commitment(self.secret, self.number)
-
     def public(self) -> dict[str, Any]:
         """Return what anyone may know: the secret only once no message can be drawn with it any more."""
         revealed = self.secret.hex() if self.ends is not None else None
         about = {"epoch": self.number, "begins": self.begins, "ends": self.ends}
-        return {**about, "commitment": self.commitment, "secret": revealed}
+        return {**about, "commitment": commitment(self.secret, self.number), "secret": revealed}
 
 
 def commitment(secret: bytes, epoch: int) -> str:
-    """Return the commitment to the secret of an epoch."""
+    """Return the commitment to the secret of an epoch, in hexadecimal digits."""
     return hashlib.sha256(secret + epoch.to_bytes(8, "big")).hexdigest()
 
 

@@ -5,6 +5,7 @@ Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`
 """
 
 import hashlib
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,12 +16,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from assay.errors import StorageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.runtime import GroupCommit
+from assay.poc.net.runtime import GroupCommit, settled_time
+from assay.poc.net.shares import fair_share
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
 from assay.poc.validator.metrics import ValidatorMetrics
+from assay.poc.verdict.ledger import Ledger
 
 # The steps that lead to the tables. A step, once released, is never edited.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -40,16 +44,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             seed INTEGER NOT NULL, digest BLOB NOT NULL,
             nonces INTEGER NOT NULL,
             drawn INTEGER NOT NULL DEFAULT 0, planned INTEGER NOT NULL DEFAULT 0,
-            body BLOB NOT NULL,
+            turn REAL NOT NULL, claim BLOB, pins TEXT, body BLOB NOT NULL,
             UNIQUE (id, sender)
         )""",
-        "CREATE INDEX inbox_waiting ON inbox (sender, drawn, seed) WHERE drawn < nonces AND planned = drawn",
+        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
         "CREATE INDEX inbox_planned ON inbox (seq) WHERE planned > drawn",
         "CREATE INDEX inbox_at ON inbox (at)",
         """CREATE TABLE epochs (
             number INTEGER PRIMARY KEY,
-            secret BLOB NOT NULL, begins REAL, ends REAL
+            secret BLOB NOT NULL, begins REAL, ends REAL, served REAL NOT NULL
         )""",
+        "CREATE TABLE ledger_heads (count INTEGER PRIMARY KEY, hash TEXT NOT NULL)",
         """CREATE TABLE blocks (
             seq INTEGER PRIMARY KEY AUTOINCREMENT,
             block_hash TEXT NOT NULL UNIQUE, block_height INTEGER NOT NULL, at REAL NOT NULL
@@ -64,17 +69,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             nonces INTEGER NOT NULL, seconds REAL NOT NULL, fault TEXT
         )""",
     ),
-    (
-        "ALTER TABLE inbox ADD COLUMN turn REAL NOT NULL DEFAULT 0",
-        "UPDATE inbox SET turn = (drawn + seed * 1.1102230246251565e-16 * min(nonces, 8)) / nonces WHERE nonces > 0",
-        "DROP INDEX inbox_waiting",
-        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
-    ),
-    ("ALTER TABLE inbox ADD COLUMN claim BLOB", "ALTER TABLE inbox ADD COLUMN pins TEXT"),
 )
 
 
 NAME = "validator.sqlite3"
+_SIZE = "length(body) + coalesce(length(claim), 0)"
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,11 @@ class Message:
     claim: bytes | None = None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
     pins: str | None = None  # hash of the pins that the claim was held against
     pulled: tuple[str, int, int] | None = None  # block, machine and highest nonce, where it was pulled
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept of it."""
+        return len(self.body) + len(self.claim or b"")
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class Draw:
     planned: int  # number of nonces that are drawn after this draw
     body: bytes  # bytes as they were received
     nonces: int  # number of nonces of the message
-    claim: bytes | None  # what the message claims, as it was kept; None where an older version kept it
-    pins: str | None  # hash of the pins that the claim was held against
+    claim: bytes  # what the message claims, as it was kept
+    pins: str  # hash of the pins that the claim was held against
 
     @property
     def name(self) -> str:
@@ -122,7 +126,7 @@ class Inbox:
     """Reads and writes the database of a validator.
 
     One secret draws for ``epoch_seconds``, ``sample`` nonces of a message at a time; up to ``most`` bytes of a node are
-    kept at the same time.
+    kept at the same time, and no more than half of what is still free on the disk.
     """
 
     def __init__(self, data_dir: Path, *, epoch_seconds: float, sample: int, most: int = 2**32) -> None:
@@ -130,21 +134,28 @@ class Inbox:
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
         self._epoch: Epoch | None = None
-        self._started = time.time() - time.monotonic()
+        self._served = (0.0, 0.0, time.monotonic())  # seconds of the epoch, those on disk, and when they were counted
         with self.database.write() as connection:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
                 self._senders[key] = number
-            kept = connection.exec_driver_sql("SELECT sender, sum(length(body)) FROM inbox GROUP BY sender")
+            kept = connection.exec_driver_sql(f"SELECT sender, sum({_SIZE}) FROM inbox GROUP BY sender")
             self._kept: Counter[int] = Counter(dict(map(tuple, kept)))  # bytes by sender
+        self._free = self._find_free()
 
     def close(self) -> None:
         """Close the file."""
         self.database.close()
 
     def is_full(self, public_key: str, size: int) -> bool:
-        """Return whether a node's messages leave no room for one of so many bytes."""
-        return self._kept[self._senders.get(public_key, 0)] + size > self._most
+        """Return whether a node's messages leave no room for one of so many bytes, of its own or of the disk's."""
+        kept = self._kept[self._senders.get(public_key, 0)]
+        return kept + size > min(self._most, fair_share(self._free + kept, 0))
+
+    def _find_free(self) -> int:
+        """Return the bytes that messages may take on the disk; a sixteenth, 256 MiB at most, is for the ledger."""
+        found = shutil.disk_usage(self.database.path.parent)
+        return max(0, found.free - min(found.total // 16, 2**28))
 
     def add(self, messages: Sequence[Message]) -> list[bool]:
         """Keep messages in one transaction; return of each whether it is new. They are on disk when this returns.
@@ -184,9 +195,9 @@ class Inbox:
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
                 keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
                 connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
-        self._senders, self._epoch = senders, epoch
+        self._senders, self._epoch, self._free = senders, epoch, self._find_free()
         for message, new in zip(messages, fresh, strict=True):
-            self._kept[senders[message.public_key]] += len(message.body) if new else 0
+            self._kept[senders[message.public_key]] += message.size if new else 0
         return fresh
 
     def pulled(self, public_key: str, block_hash: str, node_id: int) -> int:
@@ -199,17 +210,29 @@ class Inbox:
         """End the epoch if its time has passed. Call it where :meth:`add` is called."""
         with self.database.write() as connection:
             epoch = self._roll(connection, time.time())
-        self._epoch = epoch
+        self._epoch, self._free = epoch, self._find_free()
 
     def _roll(self, connection: sa.Connection, now: float) -> Epoch:
-        """Return the epoch of now. The secret after it is on disk already, so that its commitment can be read."""
-        current = "SELECT number, secret, begins, ends FROM epochs WHERE begins IS NOT NULL AND ends IS NULL"
-        epoch = self._epoch
+        """Return the epoch of now. The secret after it is on disk already, so that its commitment can be read.
+
+        An epoch has passed once it was served for so long: neither a clock that is set ends it, nor a time in which no
+        process ran and no client read the commitment that follows.
+        """
+        where, epoch, clock = "FROM epochs WHERE begins IS NOT NULL AND ends IS NULL", self._epoch, time.monotonic()
+        current = f"SELECT number, secret, begins, ends {where}"
+        seconds, written, counted = self._served
         if epoch is None and (row := connection.exec_driver_sql(current).first()):
             epoch = Epoch(**row._mapping)
-        if epoch is not None and abs(now - (epoch.begins or 0.0)) < self._epoch_seconds:
+            seconds = written = connection.exec_driver_sql(f"SELECT served {where}").scalar_one()
+        seconds += clock - counted
+        if epoch is not None and seconds < self._epoch_seconds:
+            if seconds - written > min(SERVED_EVERY, self._epoch_seconds / 16):
+                connection.exec_driver_sql("UPDATE epochs SET served = ? WHERE number = ?", (seconds, epoch.number))
+                written = seconds
+            self._served = (seconds, written, clock)
             return epoch
-        number, insert = epoch.number + 1 if epoch else 1, "INSERT INTO epochs VALUES (?, ?, NULL, NULL)"
+        self._served = (0.0, 0.0, clock)
+        number, insert = epoch.number + 1 if epoch else 1, "INSERT INTO epochs VALUES (?, ?, NULL, NULL, 0)"
         if epoch is None:
             connection.exec_driver_sql(insert, (number, token_bytes(SECRET_BYTES)))
         connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, number - 1))
@@ -272,15 +295,29 @@ class Inbox:
         query = f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT {limit:d}"
         return [Draw(*row) for row in connection.exec_driver_sql(query)]
 
-    def finish(self, draws: Sequence[Draw], verdicts: Sequence[JsonObject] = ()) -> None:
-        """Note that the evidence of draws is in the ledger, with the verdicts that changed by it."""
+    def finish(
+        self, draws: Sequence[Draw], verdicts: Sequence[JsonObject] = (), *, head: tuple[int, str] | None = None
+    ) -> None:
+        """Note that the evidence of draws is in the ledger, with the verdicts that changed by it, and its head now."""
         with self.database.write() as connection:
+            if head is not None:
+                connection.exec_driver_sql("DELETE FROM ledger_heads")
+                connection.exec_driver_sql("INSERT INTO ledger_heads VALUES (?, ?)", head)
             rows = [(draw.planned, draw.planned, draw.planned, draw.seq) for draw in draws]
             if rows:
                 turn = "turn = turn + (? - drawn) * 1.0 / nonces"
                 connection.exec_driver_sql(f"UPDATE inbox SET {turn}, drawn = ?, planned = ? WHERE seq = ?", rows)
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
+
+    def check_ledger(self, ledger: Ledger) -> None:
+        """Refuse a ledger that does not hold what the last one held: it was emptied, replaced, or is an older copy."""
+        for row in self._rows("SELECT count AS entries, hash FROM ledger_heads"):
+            if not ledger.contains(row.entries, row.hash):
+                seen = f"{ledger.path} without the {row.entries} entries that {self.database.path} knows of"
+                do = "restore the newest backup of the ledger, or move both files away to begin again"
+                raise StorageError(seen, wanted="the ledger that was written beside it, with nothing missing", do=do)
+        self.finish((), head=ledger.head)
 
     def senders(self) -> dict[str, JsonObject]:
         """Return counts of every node that has sent something."""
@@ -308,15 +345,12 @@ class Inbox:
             return connection.exec_driver_sql(query, values).all()
 
     def prune(self, keep: float) -> int:
-        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many.
-
-        A clock that is suddenly far ahead deletes nothing: time is counted from the start of the process.
-        """
-        now = min(time.time(), self._started + time.monotonic())
+        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many."""
+        now = settled_time()
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
             old = "SELECT seq FROM inbox WHERE at < ? AND planned = drawn LIMIT 5000"
-            delete = f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, length(body)"
+            delete = f"DELETE FROM inbox WHERE seq IN ({old}) RETURNING sender, {_SIZE}"
             gone = connection.exec_driver_sql(delete, (now - keep,)).all()
         for sender, size in gone:
             self._kept[sender] -= size
@@ -324,6 +358,7 @@ class Inbox:
 
 
 PRUNE_EVERY = 5.0
+SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
 
 
 class InboxWriter(GroupCommit[Message, bool]):
@@ -339,12 +374,12 @@ class InboxWriter(GroupCommit[Message, bool]):
 
         It is refused with 429 where so much of this node is kept already, with 503 where it cannot be written now.
         """
-        if self._inbox.is_full(message.public_key, len(message.body)):
+        if self._inbox.is_full(message.public_key, message.size):
             seen = "so many bytes of this node are kept that there is no room for more"
-            wanted = "the room of one node (--max-kept of the validator)"
+            wanted = "the room of one node (--max-kept of the validator, and half of what its disk has free)"
             do = "send it again later: what is older than --keep is deleted"
             raise Refusal(429, seen, wanted=wanted, do=do, retry_after=60, fields={"fields": ["room"]})
-        return await self.put(message, size=len(message.body))
+        return await self.put(message, size=message.size, client=message.public_key)
 
     def _write(self, messages: list[Message]) -> list[bool]:
         fresh = self._inbox.add(messages)

@@ -1,11 +1,14 @@
 """Who may send what, and the honest noise of each: the pins, and the validator's file of secrets and builds."""
 
 import hashlib
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+from unicodedata import normalize
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,13 +19,14 @@ from assay.poc.net.callbacks import Signatures, check_url
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.settings import ServerSettings, check_secrets
 from assay.poc.protocol.pins import Build
-from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, find_build_noise
 from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
 from assay.poc.verdict.promise import account_alpha, describe_promise
 
+T = TypeVar("T")
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -33,6 +37,7 @@ class NodeEntry(BaseModel):
 
     public_key: str
     secrets: Secrets | None = None  # of its callbacks, as Standard Webhooks has them; ``--callback-secret`` when None
+    relay: str | None = None  # name of a trusted relay that signs for several nodes with one secret
     build: str | None = None  # needed where the model has several builds and the pins do not say which
     url: str | None = None  # address of its service, for a node that is polled
     read_key: str | None = None  # key that may read there
@@ -59,6 +64,11 @@ class Sender:
         """Key of the node."""
         return self.entry.public_key
 
+    @property
+    def is_proven(self) -> bool:
+        """Whether what is pulled came from this node for sure: over http anyone on the path may have written it."""
+        return urlsplit(self.entry.url or "").scheme == "https"
+
     def has(self, node_id: object) -> bool:
         """Return whether a value is the number of a machine of this key that may send."""
         if type(node_id) is not int or not 0 <= node_id < self.node_count:
@@ -70,7 +80,8 @@ class Registry:
     """The pins of one model with the nodes that may send.
 
     Raises:
-        UsageError: The pins do not have that model, or neither file lists a node; or a node has an unknown build.
+        UsageError: The pins do not have that model, or neither file lists a node; a node has an unknown build, or one
+            secret would speak for several nodes.
         Refusal: An address that may not be polled.
     """
 
@@ -80,16 +91,18 @@ class Registry:
         self.network, self.alpha = network, account_alpha(network, settings.alpha)
         self.model = network.model(model if len(network.models) > 1 else None)
         self.pipeline: Pipeline = get_pipeline(network.round.preset)
-        check_secrets([secret for entry in entries for secret in entry.secrets or ()])
-        shared = Signatures(settings.callback_secrets)
-        listed = {node.public_key: NodeEntry(public_key=node.public_key) for node in network.nodes}
-        self.senders = {
-            key: self._sender(entry, shared, settings)
-            for key, entry in (listed | {entry.public_key: entry for entry in entries}).items()
-        }
+        shared, self._pinned = Signatures(settings.callback_secrets), defaultdict[str, list[NodePins]](list)
+        for node in network.nodes:
+            self._pinned[node.public_key].append(node)
+        listed = {key: NodeEntry(public_key=key) for key in self._pinned}
+        known = listed | {entry.public_key: entry for entry in entries}
+        _check_names(known)
+        _check_owners(known.values(), settings.callback_secrets)
+        self.senders = {key: self._sender(entry, shared, settings) for key, entry in known.items()}
         """Nodes that may send, by key."""
-        builds = [(key, sender.build.model_dump()) for key, sender in self.senders.items()]
-        claimed = dumps([self.model.digest, network.model_dump(mode="json"), builds])
+        of = {build: str(place) for place, build in enumerate(self.model.builds)}
+        builds = [(key, of[sender.build]) for key, sender in self.senders.items()]
+        claimed = dumps([self.model.digest, network.model_dump_json(), builds])
         self.hash = hashlib.sha256(claimed.encode()).hexdigest()
         """Hash of all that claims are held against, the open blocks aside."""
         if not self.senders:
@@ -100,7 +113,7 @@ class Registry:
     @classmethod
     def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
         """Read both files, of which errors name the key."""
-        return cls(NetworkPins.load(pins), model, _entries(nodes) if nodes else (), settings)
+        return cls(_latest(NetworkPins.load, pins), model, _latest(_entries, nodes) if nodes else (), settings)
 
     def check_length(self, model: ModelInfo | Deployment) -> None:
         """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
@@ -115,11 +128,11 @@ class Registry:
             seen = f"the url {entry.url!r:.80} with preset {self.pipeline.name}"
             wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
             raise UsageError(seen, wanted=wanted, do="leave the url out, and let the node send callbacks")
-        own = [node for node in self.network.nodes if node.public_key == entry.public_key]
+        own = self._pinned.get(entry.public_key)
         return Sender(
             entry=entry,
             signatures=shared if entry.secrets is None else Signatures(entry.secrets),
-            build=self._build(entry.public_key, {node.build for node in own} | {entry.build}),
+            build=self._build(entry.public_key, {node.build for node in own or ()} | {entry.build}),
             node_count=(own[0].node_count if own else None) or self.network.round.node_count,
             machines=frozenset(node.node_id for node in own) if own else None,
         )
@@ -134,6 +147,43 @@ class Registry:
             do = "name the node's build in the pins, and give machines of another build a key of their own"
             raise UsageError(seen, wanted=wanted, do=do)
         return found[0]
+
+
+def _check_names(keys: Iterable[str]) -> None:
+    """Refuse keys that look alike to everyone who reads them: those of one normal form (NFC) of Unicode."""
+    found: dict[str, str] = {}
+    for key in keys:
+        if (other := found.setdefault(normalize("NFC", key), key)) != key:
+            seen, wanted = f"the keys {other!a:.80} and {key!a:.80}", "keys that can be told apart"
+            raise UsageError(seen, wanted=wanted, do="write both in the normal form NFC, or remove one of the two")
+
+
+def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
+    """Refuse a secret of several nodes, in whatever spelling: each could sign what convicts the others for life.
+
+    A relay that is trusted with several nodes is named by each of them.
+    """
+    owners: dict[bytes, NodeEntry] = {}
+    for entry in entries:
+        for secret in check_secrets(shared if entry.secrets is None else entry.secrets):
+            other = owners.setdefault(secret, entry)
+            if other is not entry and (entry.relay is None or entry.relay != other.relay):
+                seen = f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
+                wanted = "a secret of its own for every node: who has it can sign for each of them"
+                do = "write secrets for each in the file of --nodes, or the relay that signs for both"
+                raise UsageError(seen, wanted=wanted, do=do)
+
+
+def _latest(read: Callable[[Path], T], path: Path) -> T:
+    """Return what a file holds. It is read once: one of ten thousand nodes takes most of what a change costs."""
+    now = path.stat() if path.is_file() else None
+    found: T = _kept(read, path, now and (now.st_ino, now.st_mtime_ns, now.st_size))
+    return found
+
+
+@lru_cache(maxsize=4)
+def _kept(read: Callable[[Path], Any], path: Path, now: tuple[int, ...] | None) -> Any:
+    return read(path)
 
 
 def _entries(path: Path) -> tuple[NodeEntry, ...]:

@@ -269,7 +269,7 @@ class Recomputer(EngineThread):
             now = {standing.account.public_key: standing for standing in standings}
             self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
-        self._inbox.finish(draws, changes)
+        self._inbox.finish(draws, changes, head=self._ledger.head)
         self._last |= {change["account"]: change["verdict"] for change in changes}
         self._metrics.nonces.inc(sum(len(found.nonces) for found in checked))
         for change in changes:
@@ -280,7 +280,7 @@ class Recomputer(EngineThread):
         """Return what a message claims; None where the pins have changed since it was taken."""
         reader = Reader(registry, lambda block, height: True, self._settings.positions)
         try:
-            if source.claim is not None and source.pins == reader.pins:
+            if source.pins == reader.pins:
                 return Claim.decode(source.claim, source.nonces, registry.pipeline)
             return read_claim(source.kind, source.body, reader)
         except AssayError as error:

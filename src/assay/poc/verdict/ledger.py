@@ -432,6 +432,13 @@ class Ledger:
         with self._db.read() as connection:
             return self._head(connection)
 
+    def contains(self, count: int, hash: str) -> bool:
+        """Return whether this was the :attr:`head` of the ledger once, so that nothing before it is missing."""
+        if not count:
+            return hash == self.genesis.hash
+        with self._db.read() as connection:
+            return connection.execute(sa.select(UPDATES.c.hash).where(UPDATES.c.seq == count)).scalar() == hash
+
     def _head(self, connection: sa.Connection) -> tuple[int, str]:
         count, hash = connection.execute(sa.select(LEDGER.c.count, LEDGER.c.hash)).one()
         query = sa.select(UPDATES.c.seq, UPDATES.c.hash).order_by(UPDATES.c.seq.desc()).limit(1)

@@ -34,6 +34,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
 from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, needs, route_class, route_path
+from assay.poc.net.shares import client_of
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader
@@ -98,7 +99,7 @@ class Responses:
         self.sink, seeded = receipts.sink(header), self.settings.responses == "seeded"
         self.recorder = Recorder(llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded)
 
-    async def accept(self, headers: dict[bytes, bytes], path: str) -> AcceptedRequest | None:
+    async def accept(self, headers: dict[bytes, bytes], path: str, client: str | None) -> AcceptedRequest | None:
         """Fix what seeds the answer to a request, None where it is not recorded; an AssayError where it cannot be."""
         if self.sink is None:
             return None
@@ -108,12 +109,12 @@ class Responses:
         user_seed = None if seed is None else seed.decode("latin-1")
         if user_seed is not None:
             check_name("X-Assay-User-Seed", user_seed, do="send such a seed, or none", fewest=0)
-        self.sink.check()
+        self.sink.check(client)
         later = self.settings.responses_block == "next"
         block = await self.next_block(self.settings.responses_wait) if later else self.newest
         chosen_by: Literal["client", "server"] = "server" if named is None else "client"
         template = self.chat_template if path.endswith("/chat/completions") else None
-        return None if block is None else AcceptedRequest(request_id, block, user_seed, chosen_by, template)
+        return None if block is None else AcceptedRequest(request_id, block, user_seed, chosen_by, template, client)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, the block that is known, and how many receipts there were."""
@@ -151,7 +152,8 @@ class ReceiptMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            accepted = await self._responses.accept(dict(scope["headers"]), route_path(scope))
+            client = client_of(scope["client"][0]) if scope.get("client") else None
+            accepted = await self._responses.accept(dict(scope["headers"]), route_path(scope), client)
         except AssayError as error:
             await answer(refusal_of(error))(scope, receive, send)
             return

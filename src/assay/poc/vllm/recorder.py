@@ -227,6 +227,7 @@ class AcceptedRequest:
     user_seed: str | None = None  # of a header; None leaves it to the field `seed` of the body
     chosen_by: Literal["client", "server"] = "server"
     chat_template: str | None = None  # SHA-256 of the one that makes the prompt, where it is known
+    client: str | None = None  # who asked, as client_of() says it
     refused: AssayError | None = None  # for which a receipt could not be stored
     stored: int = 0  # number of its receipts
     count: int = 0  # of its choices
@@ -287,7 +288,7 @@ class Recorder:
         try:
             await self._collector.finish(choices)
             receipts = [choice.receipt() for choice in choices]
-            await asyncio.gather(*(self.sink.store(receipt) for receipt in receipts))
+            await asyncio.gather(*(self.sink.store(receipt, client=accepted.client) for receipt in receipts))
         except AssayError as error:
             accepted.refused = error
             self.counts["failed"] += len(choices)

@@ -1,0 +1,87 @@
+"""Shares: whatever one client holds of something that there is only so much of leaves enough of it for the others."""
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from assay.poc.net.refusals import Refusal
+
+PARTS = 8
+"""One client may hold one part of so many, of what has no setting of its own."""
+
+
+class Shares:
+    """Counts what clients hold: up to ``most`` together, and up to ``share`` each.
+
+    Without a ``share``, :func:`fair_share` says it.
+
+    A client is a key that was checked, or an address as :func:`client_of` returns it. None is this machine, which has
+    no bound of its own: a proxy on it asks for all its clients.
+    """
+
+    def __init__(self, most: int, share: int | None = None) -> None:
+        self.most, self._share = most, share
+        self._held: Counter[str] = Counter()
+        self._all = 0
+
+    def fits(self, client: str | None, amount: int = 1) -> bool:
+        """Return whether a client may hold so much more."""
+        held = 0 if client is None else self._held[client]
+        if client is None or self._share is None:
+            return amount <= room_of(client, self.most, self._all, held)
+        return self._all + amount <= self.most and held + amount <= self._share
+
+    def take(self, client: str | None, amount: int = 1) -> None:
+        """Count what a client holds from now on."""
+        self._all += amount
+        if client is not None:
+            self._held[client] += amount
+
+    def give(self, client: str | None, amount: int = 1) -> None:
+        """Count what a client no longer holds."""
+        self._all -= amount
+        if client is None:
+            return
+        self._held[client] -= amount
+        if not self._held[client]:
+            del self._held[client]  # or the addresses of all who ever came would stay in memory
+
+    @contextmanager
+    def held(self, client: str | None, what: str, *, do: str, retry_after: int | None = None) -> Iterator[None]:
+        """Count one more until the block ends; refuse with 429 what a client may not hold more of."""
+        if not self.fits(client):
+            seen = f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
+            raise Refusal(429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after)
+        self.take(client)
+        try:
+            yield
+        finally:
+            self.give(client)
+
+
+def fair_share(most: int, others: int) -> int:
+    """Return how much one client may hold beside ``others``: half of what those leave, so n have n / (n + 1)."""
+    return (most - others + 1) // 2
+
+
+def room_of(client: str | None, most: int, held: int, own: int) -> int:
+    """Return how much more a client may hold where all hold so much, of which so much is its own."""
+    return most - held if client is None else min(most - held, fair_share(most, held - own) - own)
+
+
+def client_of(address: str) -> str | None:
+    """Return by what an address is counted, however it is spelled; None for an address of this machine.
+
+    Of IPv6 a client has a whole /64. A proxy on this machine names its client in ``X-Forwarded-For``, which the server
+    reads from there only.
+    """
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:  # a socket without addresses, or what a proxy passed on unread
+        return address or None
+    if isinstance(found, ipaddress.IPv6Address):
+        found = found.ipv4_mapped or found
+    if found.is_loopback:
+        return None
+    return str(found) if found.version == 4 else str(ipaddress.ip_network((int(found), 64), strict=False))
