@@ -1,20 +1,13 @@
 r"""Detectors of rollouts that cheat, from the cheapest to the dearest, all with one face, and how they are compared.
 
-A detector is fitted to hack and clean samples of known groups, and gives every sample a score, higher for what looks
-like a hack:
+``length`` and ``ngrams`` (a ridge on hashed character n-grams) look at the text alone. ``likelihood`` (mean
+log-probability of a token) and ``probe`` (a ridge on mean activations of one layer) take a forward pass. ``norm`` of the
+δS gradient, ``cin-svd``, ``cin-lda`` and ``ridge`` (signed, on unit gradients of all modules) take a backward pass too.
+``combined`` is the mean rank by those of the others that add something. Layers and strengths of a ridge are chosen by
+cross-validation among the samples it is fitted to, and scores that are compared come from fits to other groups.
 
-- ``length`` of the completion, and ``ngrams``, a ridge on hashed character n-grams: of the text alone;
-- ``likelihood``, the mean log-probability of a token, and ``probe``, a ridge on mean activations of one layer: from a
-  forward pass. The layer, and the strength of every ridge, are chosen by cross-validation within the samples it is
-  fitted to;
-- ``norm`` of the gradient with respect to δS, ``cin-svd`` and ``cin-lda``, the share of that gradient along axes of
-  :meth:`assay.vhack.PairGradients.basis`, and ``ridge``, a signed ridge on the unit gradients of all modules: from a
-  forward and a backward pass;
-- ``combined``, the mean rank by those of the others that add something.
-
-Scores that are compared come from fits to other groups (`cross_score`). What a threshold promises is a share of clean
-samples lost, by their rank among clean scores (split conformal prediction; Vovk, Gammerman and Shafer 2005): it holds
-for samples that come as those did, so clean rollouts of another kind may be lost more often.
+A threshold promises the share of clean samples that are lost, by their rank among clean scores (split conformal
+prediction; Vovk, Gammerman and Shafer 2005). That holds for samples that come as those did.
 
 Shapes: S samples, L layers, H width of the hidden state, R coordinates of δS, D features.
 """
@@ -102,19 +95,9 @@ def collect_evidence(
     svd: SVDCache | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Return what detectors of up to this cost look at.
+    """Return what detectors of up to this cost look at; arguments and errors are :func:`per_sample_gradients`'s.
 
-    Args:
-        samples: Prompts with the completions that are judged.
-        model: Model in float32 or bfloat16.
-        cost: Dearest pass that is made.
-        gradients: δS gradients of the samples, where they are at hand.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
-        svd: Factors of all weights; None computes them.
-        progress: Function called with the number of gradients done and of all.
-
-    Raises:
-        AssayError: As :func:`assay.vhack.per_sample_gradients` raises it.
+    ``gradients`` are those of the samples, where they are at hand.
     """
     found = Evidence(tuple(sample.completion for sample in samples), gradients=gradients)
     if tokenizer is None and isinstance(model, Model):
@@ -178,9 +161,7 @@ def forward_samples(
 Scorer = Callable[[Evidence], FloatArray]
 """A fitted detector: takes evidence of S samples and returns their scores, [S]."""
 
-
-Features = Callable[[Evidence], list[FloatArray]]
-"""Takes evidence and returns candidates for features, each [S, D]."""
+Features = Callable[[Evidence], list[FloatArray]]  # candidates, [S, D] each
 
 
 @dataclass(frozen=True)
@@ -213,8 +194,8 @@ def _cin(basis: Basis, evidence: Evidence) -> FloatArray:
 def _fit_ridge(features: Features, hack: Evidence, clean: Evidence, groups: Groups, *, scaled: bool = False) -> Scorer:
     """Return a linear read-out of one of several candidate features, each [S, D].
 
-    Candidate and strength are those that cross-validation by groups prefers, of equal ones the first. ``scaled``
-    divides coordinates by their spread, for activations, of which a few are huge.
+    Candidate and strength are those that cross-validation prefers. ``scaled`` divides coordinates by their spread, for
+    activations, of which a few are huge.
     """
     candidates = [np.concatenate(both) for both in zip(features(hack), features(clean), strict=True)]
     y_S = np.repeat([1.0, -1.0], [len(hack), len(clean)])
@@ -278,10 +259,6 @@ def _given(part: Any) -> Any:
     return part
 
 
-def _lengths(evidence: Evidence) -> FloatArray:
-    return np.array([float(len(text)) for text in evidence.texts])
-
-
 def _count_ngrams(evidence: Evidence) -> list[FloatArray]:
     """Return roots of the numbers of hashed character n-grams, each row of length 1."""
     counts_SD = np.zeros((len(evidence), _HASHES))
@@ -316,9 +293,10 @@ def make_detectors(names: Collection[str] = DETECTORS, *, basis: Basis | None = 
     axes = {"cin-svd": partial(_fit_axes, "svd"), "cin-lda": partial(_fit_axes, "lda")}
     if basis is not None:
         axes = {f"cin-{basis.origin.method}": lambda *_: partial(_cin, basis)}
+    length: Scorer = lambda evidence: np.array([float(len(text)) for text in evidence.texts])  # noqa: E731
     likelihood: Scorer = lambda evidence: _given(evidence.logprobs).double().numpy()  # noqa: E731
     plain = [
-        Detector("length", Cost.TEXT, partial(_fit_sign, _lengths)),
+        Detector("length", Cost.TEXT, partial(_fit_sign, length)),
         Detector("ngrams", Cost.TEXT, partial(_fit_ridge, _count_ngrams)),
         Detector("likelihood", Cost.FORWARD, partial(_fit_sign, likelihood)),
         Detector("probe", Cost.FORWARD, partial(_fit_ridge, lambda of: [*_given(of.activations).numpy()], scaled=True)),
@@ -331,10 +309,7 @@ def make_detectors(names: Collection[str] = DETECTORS, *, basis: Basis | None = 
 
 
 def split_groups(groups: Sequence[str], n_folds: int = _FOLDS) -> list[set[str]]:
-    """Return the parts of a random division of the groups, as many as there may be.
-
-    Raises UsageError for one group.
-    """
+    """Return the parts of a random division of the groups, as many as there may be; one group is refused."""
     names = list(dict.fromkeys(groups))
     if len(names) < 2:
         raise UsageError("samples of one group", wanted="two groups or more, of which one is held out", do="add pairs")
@@ -346,19 +321,14 @@ def split_groups(groups: Sequence[str], n_folds: int = _FOLDS) -> list[set[str]]
 def cross_score(
     detector: Detector, hack: Evidence, clean: Evidence, groups: Groups
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the scores of all samples, each by a fit to other groups: of the hack samples and of the clean ones.
-
-    Raises:
-        UsageError: There is one group, or all samples of a kind are in one part.
-    """
+    """Return the scores of hack and of clean samples by fits to other groups; too few groups are a UsageError."""
     sides = (hack, clean)
     found = tuple(np.zeros(len(side)) for side in sides)
     for part in split_groups([*groups[0], *groups[1]]):
         held = [[row for row, group in enumerate(of) if group in part] for of in groups]
         kept = [[row for row, group in enumerate(of) if group not in part] for of in groups]
         if not all(kept):
-            do = "add samples of other groups"
-            raise UsageError("all samples of a kind in one part of the groups", wanted="some in two parts", do=do)
+            raise UsageError("all samples of a kind in a few groups", wanted="more groups", do="add samples of others")
         left = tuple([of[row] for row in rows] for of, rows in zip(groups, kept, strict=True))
         scorer = detector.fit(hack.take(kept[0]), clean.take(kept[1]), (left[0], left[1]))
         for side, rows, scores_S in zip(sides, held, found, strict=True):
@@ -369,14 +339,11 @@ def cross_score(
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Score above which a sample is flagged, and what that costs.
-
-    ``low`` and ``high`` are the 95 % interval of the share of clean samples lost (Clopper and Pearson 1934).
-    """
+    """Score above which a sample is flagged, and what that costs."""
 
     value: float
-    lost: float
-    low: float
+    lost: float  # share of the clean samples at hand that lie above it
+    low: float  # 95 % interval of that share (Clopper and Pearson 1934)
     high: float
     caught: float  # share of the hack samples at hand that lie above it
 
@@ -384,10 +351,7 @@ class Threshold:
 def choose_threshold(hack: npt.ArrayLike, clean: npt.ArrayLike, promised: float = 0.05) -> Threshold:
     """Return the lowest threshold by which at most the promised share of clean samples is lost.
 
-    Where no score lies just above, it moves up to the middle of that gap, which loses nothing.
-
-    Raises:
-        UsageError: So few clean samples cannot promise that.
+    It lies in the middle between that score and the next. So few samples that cannot promise it are a UsageError.
     """
     hack_N, clean_N = np.sort(np.asarray(hack, float)), np.sort(np.asarray(clean, float))
     n = len(clean_N)
@@ -503,13 +467,12 @@ def fit_judge(
         model: Model whose passes it looks at.
         detector: Name in ``DETECTORS``.
         promised: Share of clean samples, of such as the clean sides are, that may be lost.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        tokenizer: Tokenizer, as in :func:`assay.vhack.per_sample_gradients`, which also says what it raises.
         svd: Factors of all weights; None computes them.
         progress: Function called with the number of gradients done and of all.
 
     Raises:
         UsageError: There is no such detector, or there are too few pairs for the promise.
-        AssayError: As :func:`collect_evidence` raises it.
     """
     (chosen,) = make_detectors([detector])
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]

@@ -149,19 +149,8 @@ class Sampling(TypedDict):
     batch: int
 
 
-def find_end_tokens(model: "Model") -> list[int]:
-    """Return all tokens that end a completion: that of the tokenizer, then those of the generation configuration.
-
-    Raises:
-        UsageError: The model has no tokenizer, or its tokenizer has no such token.
-    """
-    stated = getattr(model.module.generation_config, "eos_token_id", None)
-    others = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    return list(dict.fromkeys([find_end_token(model.tokenizer, model.reference), *others]))
-
-
 def find_end_token(tokenizer: "PreTrainedTokenizerBase | None", reference: str) -> int:
-    """Return the token that the tokenizer ends a text with.
+    """Return the token that ends a completion.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no such token.
@@ -231,7 +220,9 @@ def _sample_batch(
     model: "Model", prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
-    ends = find_end_tokens(model)
+    stated = getattr(module.generation_config, "eos_token_id", None) or []
+    others = stated if isinstance(stated, list) else [stated]  # a chat model may end its turn by another token
+    ends = [find_end_token(tokenizer, model.reference), *others]
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else ends[0]
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
