@@ -1,10 +1,10 @@
 r"""Detectors of rollouts that cheat, from the cheapest to the dearest, all with one face, and how they are compared.
 
-``length`` and ``ngrams`` (a ridge on hashed character n-grams) look at the text alone. ``likelihood`` (mean
-log-probability of a token) and ``probe`` (a ridge on mean activations of one layer) take a forward pass. ``norm`` of the
-δS gradient, ``cin-svd``, ``cin-lda`` and ``ridge`` (signed, on unit gradients of all modules) take a backward pass too.
-``combined`` is the mean rank by those of the others that add something. Layers and strengths of a ridge are chosen by
-cross-validation among the samples it is fitted to, and scores that are compared come from fits to other groups.
+``length`` and ``ngrams``, a ridge on hashed character n-grams, look at the text alone. ``likelihood``, of a token, and
+``probe``, a ridge on mean activations of one layer, take a forward pass. ``norm`` of the δS gradient, ``cin-svd``,
+``cin-lda`` and ``ridge``, signed, on unit gradients of all modules, take a backward pass too. ``combined`` is the mean
+rank by those of the others that add something. Layers and strengths of a ridge are chosen by cross-validation among the
+samples it is fitted to, and scores that are compared come from fits to other groups.
 
 A threshold promises the share of clean samples that are lost, by their rank among clean scores (split conformal
 prediction; Vovk, Gammerman and Shafer 2005). That holds for samples that come as those did.
@@ -64,7 +64,7 @@ class Cost(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What detectors look at in S samples; empty is what none of them needs."""
+    """What detectors look at in S samples; None is what none of them needs."""
 
     texts: tuple[str, ...]  # the completions
     activations: Tensor | None = None  # after some layers, mean over the completion tokens, [L, S, H] float32
@@ -348,21 +348,24 @@ class Threshold:
     caught: float  # share of the hack samples at hand that lie above it
 
 
+def check_promise(n: int, promised: float) -> int:
+    """Return the rank among n clean scores that keeps a promise; too few samples for that are a UsageError."""
+    rank = math.ceil((n + 1) * (1 - promised))
+    if rank > n:
+        least = math.ceil(1 / promised) - 1
+        do = "add pairs, or let clean_lost be larger"
+        raise UsageError(f"{n} clean samples, of which {promised:g} may be lost", wanted=f"at least {least}", do=do)
+    return rank
+
+
 def choose_threshold(hack: npt.ArrayLike, clean: npt.ArrayLike, promised: float = 0.05) -> Threshold:
     """Return the lowest threshold by which at most the promised share of clean samples is lost.
 
-    It lies in the middle between that score and the next. So few samples that cannot promise it are a UsageError.
+    It lies in the middle between that score and the next.
     """
     hack_N, clean_N = np.sort(np.asarray(hack, float)), np.sort(np.asarray(clean, float))
     n = len(clean_N)
-    rank = math.ceil((n + 1) * (1 - promised))
-    if not 0 < rank <= n:
-        raise UsageError(
-            f"{n} clean samples and a promise of {promised:g}",
-            wanted=f"at least {math.ceil(1 / promised) - 1} samples" if promised > 0 else "a share above 0",
-            do="add pairs, or promise more with clean_lost",
-        )
-    value = float(clean_N[rank - 1])
+    value = float(clean_N[check_promise(n, promised) - 1])
     above = np.concatenate([hack_N[hack_N > value], clean_N[clean_N > value]])
     middle = (value + float(above.min())) / 2 if above.size else value
     lost, caught = int((clean_N > middle).sum()), float((hack_N > middle).mean())
@@ -475,6 +478,8 @@ def fit_judge(
         UsageError: There is no such detector, or there are too few pairs for the promise.
     """
     (chosen,) = make_detectors([detector])
+    check_promise(len(pairs), promised)
+    split_groups([pair.group for pair in pairs])
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
     how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd}
     found = collect_evidence(samples, model, cost=chosen.cost, progress=progress, **how)

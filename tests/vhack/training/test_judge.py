@@ -53,10 +53,8 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
     assert 0 < flags.sum() < 8
     pay_PG, flags_PG = np.reshape(pay, (2, 4)), flags.reshape(2, 4)
     if arm == "filter":
-        means = [
-            row[~flagged].mean() if (~flagged).any() else 0.0 for row, flagged in zip(pay_PG, flags_PG, strict=True)
-        ]
-        wanted = np.where(flags_PG, 0.0, pay_PG - np.array(means)[:, None])
+        others_PG = np.ma.array(pay_PG, mask=flags_PG)
+        wanted = (others_PG - others_PG.mean(axis=1, keepdims=True)).filled(0.0)
     else:
         paid = pay_PG - flags_PG * (arm == "penalty")
         wanted = paid - paid.mean(axis=1, keepdims=True)

@@ -23,7 +23,7 @@ from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
 from assay.vhack.delta.arms import load_controls
 from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.delta.optimizer import ProjectedOptimizer
-from assay.vhack.detect import RolloutJudge, fit_judge
+from assay.vhack.detect import RolloutJudge, check_promise, fit_judge
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.svd import weight_svd
@@ -307,6 +307,8 @@ def train(
     if settings.basis is None or settings.refresh:
         how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
         select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+    if settings.flags_by[0] not in (None, "labels"):
+        check_promise(len(pairs), settings.clean_lost)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes, say)
     try:
