@@ -42,7 +42,7 @@ def evidence(n, told, shift=0.0, seed=0, texts=None):
 def test_the_cheapest_detector_that_sees_a_difference_is_chosen(told, best):
     groups = [f"{n % 10}" for n in range(40)]
     texts = ["print x " * 3 if told == "texts" else "a b " * 6] * 40
-    sides = evidence(40, told, 9.0, 1, texts), evidence(40, told, 0.0, 2, ["a b " * 6] * 40)
+    sides = evidence(40, told, 9.0, 1, texts), evidence(40, told, -9.0, 2, ["a b " * 6] * 40)
     compared = compare_detectors(*sides, (groups, groups))
     assert [one.name for one in compared.results] == list(DETECTORS)
     assert compared.best == best

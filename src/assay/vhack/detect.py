@@ -194,7 +194,7 @@ def _cin(basis: Basis, evidence: Evidence) -> FloatArray:
 def _fit_ridge(features: Features, hack: Evidence, clean: Evidence, groups: Groups, *, scaled: bool = False) -> Scorer:
     """Return a linear read-out of one of several candidate features, each [S, D].
 
-    Candidate and strength are those that cross-validation prefers. ``scaled`` divides coordinates by their spread, for
+    Cross-validation chooses, of equal candidates the first and of equal strengths the largest. ``scaled`` divides coordinates by their spread, for
     activations, of which a few are huge.
     """
     candidates = [np.concatenate(both) for both in zip(features(hack), features(clean), strict=True)]
@@ -208,9 +208,9 @@ def _fit_ridge(features: Features, hack: Evidence, clean: Evidence, groups: Grou
             for row, (w_D, b) in enumerate(_solve(x_SD[~held], y_S[~held], scaled)):
                 scores_KS[row, held] = x_SD[held] @ w_D + b
         for row, scores_S in enumerate(scores_KS):
-            best = max(best, (auroc(scores_S[y_S > 0], scores_S[y_S < 0]), -chosen, -row))
+            best = max(best, (auroc(scores_S[y_S > 0], scores_S[y_S < 0]), -chosen, row))
     _, chosen, row = best
-    w_D, b = _solve(candidates[-chosen], y_S, scaled)[-row]
+    w_D, b = _solve(candidates[-chosen], y_S, scaled)[row]
     return lambda evidence: features(evidence)[-chosen] @ w_D + b
 
 
@@ -308,12 +308,12 @@ def make_detectors(names: Collection[str] = DETECTORS, *, basis: Basis | None = 
     return [each for each in every if basis is not None or each.name in names]
 
 
-def split_groups(groups: Sequence[str], n_folds: int = _FOLDS) -> list[set[str]]:
+def split_groups(groups: Sequence[str], n_folds: int = _FOLDS, seed: int = 0) -> list[set[str]]:
     """Return the parts of a random division of the groups, as many as there may be; one group is refused."""
     names = list(dict.fromkeys(groups))
     if len(names) < 2:
         raise UsageError("samples of one group", wanted="two groups or more, of which one is held out", do="add pairs")
-    order = np.random.default_rng(len(names)).permutation(len(names))
+    order = np.random.default_rng(seed).permutation(len(names))
     n_parts = min(n_folds, len(names))
     return [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
 
@@ -466,7 +466,7 @@ def fit_judge(
     """Return a detector fitted to pairs, with a threshold from their held-out scores.
 
     Args:
-        pairs: Pairs of a hack and a clean completion, in two groups or more.
+        pairs: Pairs of a hack and a clean completion, in three groups or more.
         model: Model whose passes it looks at.
         detector: Name in ``DETECTORS``.
         promised: Share of clean samples, of such as the clean sides are, that may be lost.

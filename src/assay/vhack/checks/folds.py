@@ -27,6 +27,7 @@ from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis, shrinkage
 from assay.vhack.basis.extract import PairGradients, check_method
 from assay.vhack.checks.judge import CheckSettings, FloatArray
+from assay.vhack.detect import split_groups
 
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -281,12 +282,9 @@ def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
     return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
 
 
-def _split_groups(groups: Sequence[str], settings: CheckSettings) -> list[set[str]]:
+def _parts(groups: Sequence[str], settings: CheckSettings) -> list[set[str]]:
     """Return the parts of the groups that are scored one after the other, or of which the first is held out."""
-    names = list(dict.fromkeys(groups))
-    order = np.random.default_rng(settings.seed).permutation(len(names))
-    n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
-    return [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
+    return split_groups(groups, settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, settings.seed)
 
 
 def check_groups(groups: Sequence[str], settings: CheckSettings, basis: Basis | None = None) -> str | None:
@@ -319,7 +317,7 @@ def check_groups(groups: Sequence[str], settings: CheckSettings, basis: Basis | 
             do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
         )
     elif settings.method != "svd":
-        check_method(settings.method, sum(group not in _split_groups(groups, settings)[0] for group in groups))
+        check_method(settings.method, sum(group not in _parts(groups, settings)[0] for group in groups))
         other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
     if len(found) >= least:
         return None
@@ -339,7 +337,7 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
         UsageError: There are too few groups to fit a basis and score another group.
     """
     check_groups(gradients.groups, settings)
-    parts, count = _split_groups(gradients.groups, settings), len(set(gradients.groups))
+    parts, count = _parts(gradients.groups, settings), len(set(gradients.groups))
     geometry = Geometry(gradients)
     if settings.method == "svd":
         text = f"{count} groups in {len(parts)} folds; each fold is scored by a basis of the others"
