@@ -194,8 +194,8 @@ def _cin(basis: Basis, evidence: Evidence) -> FloatArray:
 def _fit_ridge(features: Features, hack: Evidence, clean: Evidence, groups: Groups, *, scaled: bool = False) -> Scorer:
     """Return a linear read-out of one of several candidate features, each [S, D].
 
-    Cross-validation chooses, of equal candidates the first and of equal strengths the largest. ``scaled`` divides coordinates by their spread, for
-    activations, of which a few are huge.
+    Cross-validation chooses, of equal candidates the first and of equal strengths the largest. ``scaled`` divides
+    coordinates by their spread, for activations, of which a few are huge.
     """
     candidates = [np.concatenate(both) for both in zip(features(hack), features(clean), strict=True)]
     y_S = np.repeat([1.0, -1.0], [len(hack), len(clean)])
