@@ -417,13 +417,13 @@ def compare_detectors(
     for detector in chosen:
         scores = cross_score(detector, hack, clean, groups)
         measured = group_bootstrap(auroc, scores, groups)
-        strict = group_bootstrap(auroc, scores, groups, confidence=1 - 0.05 / len(chosen))
         threshold = choose_threshold(*scores) if len(clean) >= _ENOUGH else None
         found.append(DetectorResult(detector.name, detector.cost.name.lower(), measured, threshold))
-        ranked.append((measured.value, detector, strict.low))
+        ranked.append((measured.value, detector, scores))
     highest = max(value for value, _, _ in ranked)
-    value, best, low = min((each for each in ranked if each[0] >= highest - _GAIN), key=lambda e: (e[1].cost, -e[0]))
-    if low <= 0.5:
+    near = [one for one in ranked if one[0] >= highest - _GAIN]
+    value, best, scores = min(near, key=lambda one: (one[1].cost, -one[0]))
+    if group_bootstrap(auroc, scores, groups, confidence=1 - 0.05 / len(chosen)).low <= 0.5:
         says = f"undecided: {best.name} has the highest AUROC of {len(ranked)}, and may be at chance: add pairs"
         return Comparison(tuple(found), None, says)
     return Comparison(tuple(found), best.name, f"use {best.name}, with an AUROC of {value:.3f}")
