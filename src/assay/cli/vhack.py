@@ -303,7 +303,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     "train",
     TrainCommand,
     "assay.vhack.training.settings:TrainSettings",
-    shown="model output arm pairs steps lr reward teacher seed device",
+    shown="model output arm detector pairs steps reward teacher seed device",
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )
