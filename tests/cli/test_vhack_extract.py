@@ -80,7 +80,7 @@ def test_few_groups_are_told_with_what_to_do(assay, tmp_path, monkeypatch):
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
     said = assay(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "-o", tmp_path / "basis").err
     assert "warning: 4 pairs in 4 groups are too few" in said
-    assert "check needs 6 groups" in said
+    assert "by lda, assay vhack check needs 13" in said
     assert "generated:48" in said
     assert "warning" not in assay(*EXTRACT, "--pairs", "generated:20", "-o", tmp_path / "basis").err
 

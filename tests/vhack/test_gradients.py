@@ -172,6 +172,7 @@ def test_the_token_budget_follows_the_free_memory(small_model, encoded):
     assert budgets[1][0] < budgets[1][1]
     assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
     assert budgets[3] == [2048, 2048]
+    assert room_for_batches(10**15, "cpu") < 2e9 < room_for_batches(10**15, "cuda")
 
 
 def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, encoded):

@@ -105,6 +105,10 @@ def test_random_bases_that_do_as_well_make_it_fail():
         for nulls in ({}, {"Haar": [0.5] * 19}, {"Haar": [1.0] * 19})
     ]
     assert verdicts == ["pass", "pass", "fail"]
+    # A value above every null, of which only the interval is too wide, may be shown by more pairs.
+    near = [generator.standard_normal(20) + shift for shift in (1.5, 0.0)]
+    wide = check_unpaired(*near, groups, groups, QUICK, nulls={"Haar": [auroc(*near) - 0.02] * 19})
+    assert (wide.verdict, wide.reason[-9:]) == ("undecided", "add pairs")
 
 
 def test_very_many_groups_have_a_smallest_p_value_of_nearly_zero():
