@@ -7,7 +7,8 @@ rank by those of the others that add something. Layers and strengths of a ridge 
 samples it is fitted to, and scores that are compared come from fits to other groups.
 
 A threshold promises the share of clean samples that are lost, by their rank among clean scores (split conformal
-prediction; Vovk, Gammerman and Shafer 2005). That holds for samples that come as those did.
+prediction; Vovk, Gammerman and Shafer 2005). That holds for samples that come as those did, and
+rollouts of a policy may not: a run logs what it loses of them.
 
 Shapes: S samples, L layers, H width of the hidden state, R coordinates of δS, D features.
 """
