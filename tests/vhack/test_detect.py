@@ -80,8 +80,9 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
         assert threshold.low <= threshold.lost <= threshold.high
         assert threshold.lost <= promised
     assert np.mean(lost) < promised
-    with pytest.raises(UsageError, match="19 samples"):
-        choose_threshold([1.0], range(18), 0.05)
+    for clean, share in ((range(18), 0.05), (range(99), 0.0), (range(99), 1.0)):
+        with pytest.raises(UsageError, match="18 clean samples|promised="):
+            choose_threshold([1.0], clean, share)
 
 
 def test_evidence_is_what_the_model_computes_for_each_sample_alone(small_model, byte_tokenizer, samples, small_svd):

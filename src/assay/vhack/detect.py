@@ -351,6 +351,8 @@ class Threshold:
 
 def check_promise(n: int, promised: float) -> int:
     """Return the rank among n clean scores that keeps a promise; too few samples for that are a UsageError."""
+    if not 0 < promised < 1:
+        raise UsageError(f"promised={promised}", wanted="a share in (0, 1)", do="choose one, such as 0.05")
     rank = math.ceil((n + 1) * (1 - promised))
     if rank > n:
         least = math.ceil(1 / promised) - 1
