@@ -81,7 +81,7 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
         assert threshold.lost <= promised
     assert np.mean(lost) < promised
     for clean, share in ((range(18), 0.05), (range(99), 0.0), (range(99), 1.0)):
-        with pytest.raises(UsageError, match="18 clean samples|promised="):
+        with pytest.raises(UsageError, match=r"18 clean samples|promised="):
             choose_threshold([1.0], clean, share)
 
 
