@@ -136,7 +136,7 @@ def forward_samples(
     training = module.training
     with ExitStack() as undo, wide_products(module):
         undo.callback(module.train, training)
-        module.eval()
+        module.train(False)
         for layer in layers:
             hook = decoder_layers(module)[layer].register_forward_hook(lambda _, __, o, at=layer: keep(at, o))
             undo.callback(hook.remove)
@@ -151,7 +151,7 @@ def forward_samples(
             labels_M = ids_BT.flatten()[rows_M + 1].to(logits_MV.device)
             of_tokens_M = -torch.nn.functional.cross_entropy(logits_MV.float(), labels_M, reduction="none")
             lengths = [one.completion[1] - one.completion[0] for one in batch]
-            for row, (one, of_one) in enumerate(zip(batch, of_tokens_M.split(lengths), strict=True)):
+            for row, (one, of_one) in enumerate(zip(batch, torch.split(of_tokens_M, lengths), strict=True)):
                 of_layers = [states[layer][row, slice(*one.completion)].float().mean(dim=0) for layer in layers]
                 means[one.index] = torch.stack([mean_H.to(module.device) for mean_H in of_layers])
                 logprobs[one.index] = of_one.mean()
@@ -291,7 +291,10 @@ def make_detectors(names: Collection[str] = DETECTORS, *, basis: Basis | None = 
     """
     if unknown := set(names) - set(DETECTORS):
         raise UsageError(f"detector {min(unknown)!r}", wanted=", ".join(DETECTORS), do="choose one of them")
-    axes = {"cin-svd": partial(_fit_axes, "svd"), "cin-lda": partial(_fit_axes, "lda")}
+    axes: dict[str, Callable[[Evidence, Evidence, Groups], Scorer]] = {
+        "cin-svd": partial(_fit_axes, "svd"),
+        "cin-lda": partial(_fit_axes, "lda"),
+    }
     if basis is not None:
         axes = {f"cin-{basis.origin.method}": lambda *_: partial(_cin, basis)}
     length: Scorer = lambda evidence: np.array([float(len(text)) for text in evidence.texts])  # noqa: E731
@@ -396,7 +399,7 @@ class Comparison:
     @property
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Columns and rows of a table of all detectors."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for one in self.results:
             value, at = one.auroc, one.threshold
             shown = ("", "") if at is None else (f"{at.caught:.3f}", f"{at.lost:.3f} ({at.low:.3f} to {at.high:.3f})")

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,10 @@ def judge_rollouts(
         at_random: Whether to flag as many others, drawn at random: the control.
     """
     plain, model = trainer._calculate_rewards, trainer.accelerator.unwrap_model(trainer.model)
-    adapter, own = getattr(trainer, "adapter", None), getattr(trainer, "reward", None)
+    adapter, own = getattr(trainer, "adapter", None), cast(Any, getattr(trainer, "reward", None))
+    if judge is None and own is None:
+        do = "fit a detector with assay.vhack.detect.fit_judge"
+        raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
 
     def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:

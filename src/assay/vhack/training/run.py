@@ -300,15 +300,7 @@ def train(
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    # What axes cannot come from is refused before the model is loaded; of its weights a basis must be, too.
-    load_controls(settings.chosen)
-    if settings.basis is not None:
-        Basis.load(settings.basis)
-    if settings.basis is None or settings.refresh:
-        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
-        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
-    if settings.flags_by[0] not in (None, "labels"):
-        check_promise(len(pairs), settings.clean_lost)
+    _check_pairs(settings, pairs)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes, say)
     try:
@@ -330,6 +322,18 @@ def train(
         run.adapter.detach()
     processes.wait()
     return _result(folder, settings, done, processes)
+
+
+def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
+    """Refuse, before the model is loaded, what axes or a detector cannot come from; the weights of a basis come later."""
+    load_controls(settings.chosen)
+    if settings.basis is not None:
+        Basis.load(settings.basis)
+    if settings.basis is None or settings.refresh:
+        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
+        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+    if settings.flags_by[0] not in (None, "labels"):
+        check_promise(len(pairs), settings.clean_lost)
 
 
 def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
