@@ -325,7 +325,7 @@ def train(
 
 
 def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
-    """Refuse, before the model is loaded, what axes or a detector cannot come from; the weights of a basis come later."""
+    """Refuse what axes or a detector cannot come from; that a basis is of the weights is seen once they are loaded."""
     load_controls(settings.chosen)
     if settings.basis is not None:
         Basis.load(settings.basis)
