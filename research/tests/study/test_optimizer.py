@@ -13,7 +13,8 @@ from assay.vhack.delta.arms import GATES, Box
 from tests.vhack.delta.conftest import random_basis
 
 STEPS = 3
-NAMES = [*ARMS, "erase-gradient+away-0.1", "displaced-0.3+erase-update-two-sided", "displaced-0.2+none"]
+GATING = [name for name, arm in ARMS.items() if not arm.flagged]
+NAMES = [*GATING, "erase-gradient+away-0.1", "displaced-0.3+erase-update-two-sided", "displaced-0.2+none"]
 
 
 def inner(parameters):

@@ -32,6 +32,7 @@ Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import comb, sqrt
 from pathlib import Path
@@ -78,6 +79,7 @@ from assay.vhack.checks.judge import (
     rule_of,
     undecided_check,
 )
+from assay.vhack.detect import collect_evidence, compare_detectors
 from assay.vhack.pairs.pairs import Pair, validated
 
 if TYPE_CHECKING:
@@ -155,7 +157,17 @@ def check(
             basis.check_model(model)
         # In its coordinates, and of as much of the model as it was made of.
         how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
-    return check_gradients(pair_gradients(pairs, model, **how), basis=basis, settings=settings, log=log)
+    gradients = pair_gradients(pairs, model, **how)
+    found = check_gradients(gradients, basis=basis, settings=settings, log=log)
+    sides = {pair.key: pair.samples() for pair in pairs}
+    samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
+    both = {name: torch.cat([rows_NR, gradients.clean[name]]) for name, rows_NR in gradients.hack.items()}
+    evidence = collect_evidence(samples, model, gradients=both, tokenizer=how.get("tokenizer"))
+    n = len(gradients)
+    with suppress(UsageError), one_thread():  # too few groups
+        parts = evidence.take(range(n)), evidence.take(range(n, 2 * n))
+        found = replace(found, detectors=compare_detectors(*parts, (gradients.groups, gradients.groups)))
+    return found
 
 
 def check_gradients(
@@ -201,8 +213,7 @@ def check_gradients(
 def check_pools(design: Design) -> Check:
     """Return check 1, from the two sides of held-out pairs taken as two pools."""
     hack_BN, clean_BN = design.held_out
-    means = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
-    details = means | _other_aurocs(design)
+    details = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
     return _judge_held_out(design, "pools", "AUROC of mean cin over modules", auroc, details)
 
 
@@ -214,22 +225,6 @@ def _judge_held_out(
     measured = bootstrap(score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings)
     nulls = {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))}
     return judge(name, statistic, measured, nulls, design.settings, design.smallest_p, details=details)
-
-
-def _other_aurocs(design: Design) -> dict[str, float]:
-    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
-    names = ("auroc_two_sided", "auroc_energy_weighted", "auroc_gradient_norm_alone")
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
-    for fold in design.folds:
-        for side, offset in enumerate((0, design.geometry.n)):
-            along_MKS = fold.along[:, :, fold.test + offset]
-            lengths_MS = design.geometry.lengths_MS[:, fold.test + offset]
-            squares_MS = torch.where(lengths_MS.isinf(), 0.0, lengths_MS).square()
-            both = (along_MKS.square().sum(dim=1).sqrt() / lengths_MS).mean(dim=0)
-            energy = (along_MKS.clamp_min(0).square().sum(dim=(0, 1)) / squares_MS.sum(dim=0)).sqrt()
-            for name, values in zip(names, (both, energy, squares_MS.sum(dim=0)), strict=True):
-                found[name][side].extend(values.tolist())
-    return {name: auroc(*sides) for name, sides in found.items()}
 
 
 def check_heldout(design: Design) -> Check:
@@ -596,13 +591,14 @@ def _judge_stability(geometry: Geometry, splits: list[dict[str, Tensor]], settin
     }
     p, null = p_value(agreement, swapped), f"agreement, {SWAPPED}"
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
-    verdict, reason = decide(faults + reached_levels("range", low, spaces, settings))
+    measured = BootstrapInterval(float(np.mean(overlaps)), low, high)
+    verdict, reason = decide(faults, *reached_levels("range", measured, spaces, settings))
     return Check(
         "stability",
         TITLES["stability"],
         _OVERLAP,
         _rule(settings),
-        BootstrapInterval(float(np.mean(overlaps)), low, high),
+        measured,
         {**spaces, null: tuple(swapped)},
         {null: p},
         verdict,

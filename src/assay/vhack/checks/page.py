@@ -83,13 +83,8 @@ def _distributions(made: Report, report: CheckReport) -> None:
     ax.set(xlabel="cin: share of the gradient along the hack directions, mean over modules", ylabel="samples")
     legend(ax)
     made.figure(fig, "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: means.")
-    names = {
-        "auroc_two_sided": "AUROC, two-sided",
-        "auroc_energy_weighted": "AUROC, weighted by energy",
-        "auroc_gradient_norm_alone": "AUROC of the gradient norm alone",
-    }
-    details = report["pools"].details
-    made.definitions({title: details[name] for name, title in names.items() if name in details})
+    if report.detectors is not None:
+        made.table(*report.detectors.table, caption=_sentence(report.detectors.says))
 
 
 def _random_bases(made: Report, report: CheckReport) -> None:

@@ -45,6 +45,9 @@ GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 """The axes an arm may act along, besides ``trusted``; all but the true ones are made in assay-research."""
 
+FLAGGED = ("", "filter", "penalty")
+"""What may become of rollouts that a detector flags."""
+
 TRUSTED = "trusted"
 _LEVELS = ("gradient", "update")
 _NAME = re.compile(r"(displaced-(?P<start>[^+]*)\+)?(?P<arm>[^+:]*)(\+away-(?P<away>[^:]*))?(:(?P<axes>.*))?")
@@ -126,6 +129,7 @@ class Arm:
         push: Factor of the constant push: every step moves δS by ``push · lr`` along +v of every axis.
         exploit_pays: Reward of a rollout that is exploited and not correct.
         advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
+        flagged: What becomes of rollouts that a detector flags: one of ``FLAGGED``, of which "" leaves them alone.
 
     Raises:
         UsageError: The level is unknown.
@@ -141,10 +145,22 @@ class Arm:
     push: float = 0.0
     exploit_pays: float = 1.0
     advantage: float = 0.0
+    flagged: str = ""
 
     def __post_init__(self) -> None:
-        if self.level not in _LEVELS:
-            raise UsageError(f"level={self.level!r}", wanted=" or ".join(_LEVELS), do="choose one of them")
+        for name, value, known in (("level", self.level, _LEVELS), ("flagged", self.flagged, FLAGGED)):
+            if value not in known:
+                raise UsageError(f"{name}={value!r}", wanted=" or ".join(map(repr, known)), do="choose one of them")
+
+    def judge(self, rewards_BF: Tensor, flags_B: Tensor) -> Tensor:
+        """Return what rollouts are paid by F reward functions after a detector has flagged some of them.
+
+        ``penalty`` takes 1 in all. ``filter`` pays nothing that is a number: TRL leaves such rollouts out of the mean
+        and the spread of their group, and they get no advantage.
+        """
+        if self.flagged == "penalty":
+            return rewards_BF - flags_B[:, None].to(rewards_BF) / rewards_BF.shape[1]
+        return rewards_BF.masked_fill(flags_B[:, None], math.nan) if self.flagged == "filter" else rewards_BF
 
     @property
     def acts(self) -> bool:
@@ -169,6 +185,8 @@ ARMS: dict[str, Arm] = {
         Arm("box", "no net displacement toward the hack, nothing else", box=Box(hackward=0.0)),
         Arm("trusted-complement", "only the gradient along directions of honest work", Gate("keep"), basis=TRUSTED),
         Arm("advantage-modification", "less reward where activations look like the hack sides'", advantage=2.0),
+        Arm("filter", "rollouts that a detector flags give no gradient, and are in no baseline", flagged="filter"),
+        Arm("penalty", "rollouts that a detector flags are paid 1 less", flagged="penalty"),
         Arm("ground-truth-penalty", "a perfect detector: exploits cost what correct work earns", exploit_pays=-1.0),
     )
 }
@@ -210,6 +228,16 @@ def arm_named(name: str) -> Arm:
             do="choose another arm, or leave the axes out",
         )
     return replace(arm, name=name, basis=kind)
+
+
+def gating_arm(name: str) -> Arm:
+    """Return the arm with a name, and refuse one that needs a detector, where nothing judges rollouts."""
+    arm = arm_named(name)
+    if arm.flagged:
+        raise UsageError(
+            f"arm {name!r} without a detector", wanted="a gate", do="use assay vhack train, or another arm"
+        )
+    return arm
 
 
 def load_controls(arm: Arm) -> Any:

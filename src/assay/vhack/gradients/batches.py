@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
-_MOST_BYTES = 52e9
+# On a CPU no batch is faster for more, and other programs want the memory.
+_MOST_BYTES = {"cuda": 52e9, "cpu": 1e9}
 # On two H200 one batch of Qwen3-32B with 5400 tokens and 41 of 64 layers recomputed takes a quarter less time than four
 # of at most 1380 tokens with none, which wait for weights and factors (research/results/vhack_parts_h200x2.json).
 _GATHERED_TOKENS = 6144
@@ -243,9 +244,9 @@ def count_layers(module: "PreTrainedModel") -> int:
     return int(module.config.get_text_config().num_hidden_layers)
 
 
-def room_for_batches(free: float) -> float:
-    """Return how many bytes the batches that are computed at once may take together, of so many free ones."""
-    return min(_MOST_BYTES, free / 2)
+def room_for_batches(free: float, device: str) -> float:
+    """Return how many bytes the batches that a type of device computes at once may take together, of so many free."""
+    return min(_MOST_BYTES[device], free / 2)
 
 
 def token_budget(

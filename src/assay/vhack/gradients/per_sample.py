@@ -430,7 +430,7 @@ def per_sample_gradients(
         batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=checkpointing, **shape)
     else:
         recomputed = count_layers(module) if checkpointing else 0
-        room = room_for_batches(free) / at_once
+        room = room_for_batches(free, module.device.type) / at_once
         budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
         batches = plan_batches(encoded, budget, **shape)
     shapes = {name: (len(samples), factors[name].rank) for name in factors}

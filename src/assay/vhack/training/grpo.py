@@ -11,10 +11,12 @@ Shapes: B rollouts, T completion tokens.
 """
 
 import json
+import random
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +28,13 @@ from assay.errors import UsageError
 from assay.files.storage import write_atomic
 from assay.models.load import Model
 from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.arms import Arm
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Kinds
 from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.detect import RolloutJudge
+from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import Outcomes, Reward
@@ -68,6 +73,61 @@ def sync_merged(trainer: Any, adapter: DeltaS) -> None:
         return iter(())
 
     generation._iter_named_params = loaded if generation.mode == "colocate" else named
+
+
+def judge_rollouts(
+    trainer: Any, judge: RolloutJudge | None, arm: Arm | None = None, *, at_random: bool = False
+) -> None:
+    """Let a GRPOTrainer of TRL, after it has paid its rollouts, do with those that a detector flags what an arm says.
+
+    The detector looks at the model as it was before training where the trainer's δS or LoRA can be switched off for
+    that, and at the policy of now otherwise. The share that is flagged goes to TRL's metrics as ``vhack/flagged``.
+    With ``beta``, the divergence of flagged rollouts still counts.
+
+    Args:
+        trainer: Trainer of texts or conversations, with the model that the detector was fitted with.
+        judge: Detector and threshold of :func:`assay.vhack.detect.fit_judge`; None flags what the reward calls
+            exploited, which takes a trainer with a :class:`Reward`.
+        arm: Arm that says what becomes of them; None only watches.
+        at_random: Whether to flag as many others, drawn at random: the control.
+    """
+    plain, model = trainer._calculate_rewards, trainer.accelerator.unwrap_model(trainer.model)
+    adapter, own = getattr(trainer, "adapter", None), cast(Any, getattr(trainer, "reward", None))
+    if judge is None and own is None:
+        do = "fit a detector with assay.vhack.detect.fit_judge"
+        raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
+    initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
+
+    def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards_BF: Tensor = plain(inputs, prompts, completions, completion_ids_list)
+        if not trainer.model.training:
+            return rewards_BF
+        if judge is None:
+            flags = own.last.column("exploited").tolist()
+        else:
+            texts = zip(prompts, completions, strict=True)
+            with initial():
+                flags = judge.flags([Sample(as_text(asked, tokenizer), as_text(said)) for asked, said in texts])
+        if at_random:
+            random.Random(f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}").shuffle(flags)
+        flags_b = torch.tensor(flags, device=rewards_BF.device)
+        if own is not None:
+            own.last, own.told = own.last.flagged(flags_b.cpu()), [*own.told, "flagged"]
+        flags_B: Tensor = trainer.accelerator.gather(flags_b)
+        trainer._metrics["train"]["vhack/flagged"].append(float(flags_B.float().mean()))
+        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B)
+
+    tokenizer = trainer.processing_class
+    trainer._calculate_rewards = paid
+
+
+def as_text(messages: Any, tokenizer: Any = None) -> str:
+    """Return a text as it is; messages by the chat template of a tokenizer, or without one the last one's content."""
+    if isinstance(messages, str):
+        return messages
+    if tokenizer is None:
+        return str(messages[-1]["content"])
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 COMPLETE = "complete.json"

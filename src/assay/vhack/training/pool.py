@@ -220,8 +220,10 @@ def _sample_batch(
     model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
     tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
-    end = find_end_token(tokenizer, model.reference)
-    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end
+    stated = getattr(module.generation_config, "eos_token_id", None) or []
+    others = stated if isinstance(stated, list) else [stated]  # a chat model may end its turn by another token
+    ends = [find_end_token(tokenizer, model.reference), *others]
+    padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else ends[0]
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -240,13 +242,13 @@ def _sample_batch(
             return_dict_in_generate=True,
             output_scores=True,
             pad_token_id=padding,
-            eos_token_id=end,
+            eos_token_id=ends,
         )
     logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
     tokens_BT = made.sequences[:, ids_BT.shape[1] :]
     found = []
     for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-        length = tokens.index(end) + 1 if end in tokens else len(tokens)
+        length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
         completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
         found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
     return found

@@ -46,7 +46,8 @@ Task = Episode | str | Mapping[str, Any]
 """A task: a built-in one, a prompt, or a row of one's own with a prompt."""
 RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
-FLAGS = ("teacher", "correct", "exploited", "vacuous")
+_MARKS = ("correct", "exploited", "vacuous")
+FLAGS = ("teacher", *_MARKS, "flagged")
 SOURCES = {
     "student": ("exploited", "correct", "failed"),
     "teacher": ("teacher",),
@@ -71,7 +72,7 @@ class Graded:
 class Outcomes:
     """What became of rollouts."""
 
-    flags: Tensor  # [B, 4] bool, with the columns of ``FLAGS``
+    flags: Tensor  # [B, 5] bool, with the columns of ``FLAGS``
     paid: Tensor  # what each was paid before advantage modification, [B] float32
 
     def column(self, name: str) -> Tensor:
@@ -89,8 +90,15 @@ class Outcomes:
             "failed": student & ~exploited & ~correct,
         }
 
-    def rates(self, told: Collection[str] = FLAGS) -> dict[str, float]:
-        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows."""
+    def flagged(self, flags_B: Tensor) -> "Outcomes":
+        """Return these outcomes with what a detector says of them."""
+        return Outcomes(torch.cat([self.flags[:, :-1], flags_B[:, None].to(self.flags)], dim=1), self.paid)
+
+    def rates(self, told: Collection[str] = FLAGS[:-1]) -> dict[str, float]:
+        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows.
+
+        Where ``flagged`` is among them: the share that a detector flags, of all, of hacks and of the others.
+        """
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
             count = int(chosen.sum())
@@ -99,6 +107,11 @@ class Outcomes:
                 known = [(name, self.column(flag)) for name, flag in named if flag in told]
                 found |= {name + suffix: int((chosen & column).sum()) / count for name, column in known}
                 found[f"rollouts{suffix}"] = count
+                parts = {"flagged": chosen, "caught": self.column("exploited"), "lost": ~self.column("exploited")}
+                for name, part in parts.items() if "flagged" in told else ():
+                    among = part & chosen
+                    if among.any() and (name == "flagged" or "exploited" in told):
+                        found[name + suffix] = int((among & self.column("flagged")).sum()) / int(among.sum())
         return found
 
 
@@ -131,9 +144,9 @@ class Reward(ABC):
         """Return what completions are paid; TRL passes the columns of the dataset, and ``teacher``."""
         grades = self.grade(episode, completions)
         teacher = others.get("teacher") or [False] * len(grades)
-        marks = {name: [getattr(one, name) for one in grades] for name in FLAGS[1:]}
+        marks = {name: [getattr(one, name) for one in grades] for name in _MARKS}
         self.told = [name for name, each in marks.items() if None not in each]
-        flags = [[bool(mark) for mark in row] for row in zip(teacher, *marks.values(), strict=True)]
+        flags = [[*map(bool, row), False] for row in zip(teacher, *marks.values(), strict=True)]
         self.last = Outcomes(torch.tensor(flags), torch.tensor([one.reward for one in grades]))
         return [one.reward for one in grades]
 

@@ -21,9 +21,11 @@ from assay.pages.provenance import provenance
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
 from assay.vhack.delta.arms import load_controls
-from assay.vhack.delta.delta import DeltaS, check_attachable
+from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.detect import RolloutJudge, check_promise, fit_judge
 from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
@@ -72,6 +74,7 @@ class Prepared:
         pairs: list[Pair],
         earlier: Path | None = None,
         processes: Processes = ALONE,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         find_end_token(model.tokenizer, model.reference)
         check_attachable(model)
@@ -83,8 +86,16 @@ class Prepared:
             self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
         self.controls = load_controls(self.arm)
         self.shortcut = self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
-        self.svd = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
+        self.svd = weight_svd(
+            model,
+            cache=user_cache(model),
+            min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE,
+            progress=_told(say, "matrices decomposed"),
+        )
         processes.broadcast_factors(self.svd)
+        self.judge = self._fit_judge(say)
+        if say is not None:
+            say(f"gradients of {len(pairs)} pairs for the axes")
         self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
         self.adapter = DeltaS(model, self.svd)
         delta, lr = self.adapter.delta, settings.lr
@@ -99,11 +110,24 @@ class Prepared:
             inner, self.adapter, self.axes, arm=self.arm, watched=self.watched, max_norm=limit
         )
 
+    def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
+        """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
+        detector, _ = self.settings.flags_by
+        if detector in (None, "labels"):
+            return None
+        how: dict[str, Any] = {"detector": detector, "promised": self.settings.clean_lost, "svd": self.svd}
+        judge = fit_judge(self.pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
+        if say is not None:
+            held = judge.threshold
+            lost = f"{held.lost:.3f} ({held.low:.3f} to {held.high:.3f}) of the clean sides"
+            say(f"detector {detector}: flags {held.caught:.3f} of the hack sides held out, and {lost}")
+        return judge
+
     def trainer(self, folder: Path, reward: Reward, trackers: tuple[str, ...]) -> "GRPO":
         """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments come."""
         from transformers import PrinterCallback
 
-        from assay.vhack.training.grpo import GRPO, trl_arguments
+        from assay.vhack.training.grpo import GRPO, judge_rollouts, trl_arguments
 
         settings = self.settings
         if self.pool is not None and not self.pool.prompts & set(reward.prompts):
@@ -126,6 +150,9 @@ class Prepared:
             processes=self.processes,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        detector, at_random = settings.flags_by
+        if detector is not None:
+            judge_rollouts(trainer, self.judge, self.arm, at_random=at_random)
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
@@ -156,6 +183,18 @@ class Prepared:
         how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
         axes = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
         return axes.slice(settings.k_use), given or gradients.basis(**how).slice(settings.k_use)
+
+
+def _told(say: Callable[[str], None] | None, what: str) -> Progress | None:
+    """Return a progress that says every tenth part of a stage in a line."""
+    tenths: set[int] = set()
+
+    def told(done: int, total: int) -> None:
+        if say is not None and (tenth := 10 * done // total) not in tenths:
+            tenths.add(tenth)
+            say(f"{what}: {done} of {total}")
+
+    return told if say is not None else None
 
 
 def _measure_overlap(before: Basis, after: Basis) -> float:
@@ -261,15 +300,9 @@ def train(
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    # What axes cannot come from is refused before the model is loaded; of its weights a basis must be, too.
-    load_controls(settings.chosen)
-    if settings.basis is not None:
-        Basis.load(settings.basis)
-    if settings.basis is None or settings.refresh:
-        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
-        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+    _check_pairs(settings, pairs)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
-    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
+    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes, say)
     try:
         trainer = run.trainer(folder, paid, trackers)
         log = None
@@ -289,6 +322,18 @@ def train(
         run.adapter.detach()
     processes.wait()
     return _result(folder, settings, done, processes)
+
+
+def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
+    """Refuse what axes or a detector cannot come from; that a basis is of the weights is seen once they are loaded."""
+    load_controls(settings.chosen)
+    if settings.basis is not None:
+        Basis.load(settings.basis)
+    if settings.basis is None or settings.refresh:
+        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
+        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+    if settings.flags_by[0] not in (None, "labels"):
+        check_promise(len(pairs), settings.clean_lost)
 
 
 def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:

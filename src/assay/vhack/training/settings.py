@@ -10,7 +10,7 @@ from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
 from assay.settings import Device, Flag, Names, Settings, Spelling
 from assay.vhack.environment.grading import MODES, Episode, episodes
-from assay.vhack.names import DEFAULT_ARM, METHODS
+from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
 
 if TYPE_CHECKING:
     from assay.vhack.delta.arms import Arm
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
 # Defaults of the first version, which its runs have in their logs.
+_NEWER = ("detector", "clean_lost")  # that logs of earlier versions lack, with the defaults of now
 _FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
 
 
@@ -121,6 +122,15 @@ class TrainSettings(TaskSettings):
         description="How training is held back: none, no-loophole, erase-gradient, erase-update, box, …, "
         "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
     )
+    detector: str | None = Field(
+        None,
+        description="What flags rollouts, for the arms filter and penalty (cin-lda by default), or only watches: "
+        "length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or labels of the reward; "
+        "with :random after it, as many others.",
+    )
+    clean_lost: float = Field(
+        0.05, gt=0, lt=1, description="Share of clean samples that the detector may flag, by held-out sides of pairs."
+    )
     pairs: str = Field(
         "exploits:48",
         description="Pairs that axes come from: authored, generated:N, environment:N, exploits:N, or a pair file. "
@@ -163,6 +173,8 @@ class TrainSettings(TaskSettings):
 
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
+        known = (*DETECTORS, "labels")
+        _expect("detector", self.detector, self.flags_by[0] in (None, *known), f"{', '.join(known)}, or one :random")
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
         _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
@@ -179,6 +191,12 @@ class TrainSettings(TaskSettings):
 
         arm = arm_named(self.arm)
         return replace(arm, gate=replace(arm.gate, gain=self.gain))
+
+    @property
+    def flags_by(self) -> tuple[str | None, bool]:
+        """Name of the detector, None without one, and whether as many others are flagged at random instead."""
+        name = self.detector or ("cin-lda" if self.chosen.flagged else None)
+        return (name and name.removesuffix(":random"), bool(name and name.endswith(":random")))
 
     @property
     def teachers(self) -> int:
@@ -198,8 +216,9 @@ class TrainSettings(TaskSettings):
     def differences(self, earlier: JsonObject) -> list[str]:
         """Return, in words, the settings in which an earlier part of the run differs and may not."""
         mine = self.model_dump(mode="json")
-        names = [name for name in mine if name not in _MAY_GROW and earlier.get(name) != mine[name]]
-        return [f"{name} {earlier.get(name)!r}, now {mine[name]!r}" for name in names]
+        before = {name: type(self).model_fields[name].default for name in _NEWER} | earlier
+        names = [name for name in mine if name not in _MAY_GROW and before.get(name) != mine[name]]
+        return [f"{name} {before.get(name)!r}, now {mine[name]!r}" for name in names]
 
 
 def _expect(flag: str, value: Any, good: bool, wanted: str) -> None:
