@@ -1,7 +1,6 @@
 """Gradients of many samples from one backward pass, against one sample at a time through the adapter."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -13,14 +12,10 @@ from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_mo
 from assay.vhack.gradients import batches as _batches
 from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
-    WIDE_COPIES_IN_TURNS,
     Segments,
-    count_tokens,
     encode,
     plan_batches,
-    plan_in_turns,
     room_for_batches,
-    room_in_turns,
     token_budget,
 )
 from assay.vhack.gradients.division import Division
@@ -146,41 +141,6 @@ def test_the_token_budget_follows_the_free_memory(small_model, encoded):
     assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
     assert budgets[3] == [2048, 2048]
     assert room_for_batches(10**15, "cpu") < 2e9 < room_for_batches(10**15, "cuda")
-
-
-def test_no_more_layers_are_recomputed_than_the_turns_ask_for(monkeypatch, small_model, encoded):
-    module, layers = small_model.module, small_model.module.config.num_hidden_layers
-    monkeypatch.setattr(_batches, "_GATHERED_TOKENS", sum(len(one.ids) for one in encoded))
-    how = {"packed": True, "kind": bool, "at_once": 2}
-    seen = []
-    for free in torch.logspace(5, 12, 200).tolist():
-        batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=False, **how)
-        again, all_of_them = plan_in_turns(module, encoded, free, checkpointing=True, **how)
-        assert all_of_them == layers
-        assert len(again) <= len(batches)
-        in_turns = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
-        fits = in_turns(recomputed=recomputed)
-        # A sample that does not fit has a batch to itself.
-        assert all(count_tokens(batch, packed=True) <= fits for batch in batches if len(batch) > 1)
-        if recomputed:
-            largest = max(count_tokens(batch, packed=True) for batch in batches)
-            assert largest > in_turns(recomputed=recomputed - 1)
-        seen.append((len(batches), recomputed))
-    assert seen[-1] == (2, 0)
-    # One layer alone saves nothing: while it is computed again it has all that it would have kept.
-    assert {recomputed for _, recomputed in seen} == {*range(layers + 1)} - {1}
-    assert seen[0] == (len(encoded), layers)
-
-
-def test_what_is_gathered_is_no_room_for_a_batch(small_model):
-    """By the third and fourth line of the formula in docs/vhack.md."""
-    module = small_model.module
-    every = sum(parameter.numel() for parameter in module.parameters())
-    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in module.model.layers]
-    factors = max(min(one.weight.shape) * sum(one.weight.shape) for one in target_modules(module).values())
-    gathered = 4 * (2 * max(layers) + every - sum(layers) + factors)
-    assert room_in_turns(module, gathered) <= 0
-    assert 0 < room_in_turns(module, 3 * gathered) < 2 * gathered
 
 
 def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_matrix():

@@ -114,17 +114,6 @@ def found_in(module, samples, tokenizer, svd=None, **settings):
     }
 
 
-@contextmanager
-def recomputing(layers):
-    """Have the first layers computed again, as if there were room for no more than the others."""
-    planned = _per_sample.plan_in_turns
-    _per_sample.plan_in_turns = lambda *given, **how: (planned(*given, **how)[0], layers)
-    try:
-        yield
-    finally:
-        _per_sample.plan_in_turns = planned
-
-
 def refusal(call):
     try:
         call()
@@ -146,8 +135,8 @@ def run(rank, device, paths, tokenizer_path, samples, pairs):
     few = {"max_tokens": 1, "checkpointing": True}
     found["llama fsdp, few"] = found_in(by_fsdp(loaded(llama), mesh), samples[:3], tokenizer, **few)
     found["llama tensor, few"] = found_in(by_tensor(loaded(llama), mesh), samples[:3], tokenizer, **few)
-    with recomputing(layers=1):
-        found["llama fsdp, one layer again"] = found_in(by_fsdp(loaded(llama), mesh), samples, tokenizer)
+    again = {"checkpointing": True}
+    found["llama fsdp, layers again"] = found_in(by_fsdp(loaded(llama), mesh), samples, tokenizer, **again)
     found["llama fsdp, lora"] = found_in(by_fsdp(loaded(llama, lora=True), mesh), samples, tokenizer)
     adapter = DeltaS(loaded(qwen3).to(device))
     inside = by_fsdp(adapter.model, mesh)
@@ -214,7 +203,7 @@ CASES = [
     *(f"{family} {kind}" for family in ("qwen3", "llama") for kind in ("fsdp", "tensor")),
     "llama fsdp, few",
     "llama tensor, few",
-    "llama fsdp, one layer again",
+    "llama fsdp, layers again",
     "llama tensor, head",
     "llama fsdp, lora",
     "qwen3 fsdp, adapter",

@@ -29,7 +29,7 @@ from assay.errors import DataError, UsageError
 from assay.models.decoder import decoder_layers
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import PairGradients
-from assay.vhack.delta.arms import BASIS_KINDS, TRUSTED
+from assay.vhack.delta.arms import BASIS_KINDS
 from assay.vhack.detect import forward_samples
 from assay.vhack.gradients.batches import Encoded, context_length, encode
 from assay.vhack.gradients.targets import module_of
@@ -49,9 +49,7 @@ def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: s
     - ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction
       of the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by
       ``lda`` it is lost too, because half of what it whitens by are hacks;
-    - ``clean-clean``: extracted from differences between clean sides of different pairs;
-    - ``trusted``: the leading right singular vectors of the clean gradients, the directions that honest work is learned
-      along, by ``svd`` whatever the method.
+    - ``clean-clean``: extracted from differences between clean sides of different pairs.
 
     Raises:
         UsageError: There is no such kind, or there are too few pairs for it.
@@ -59,15 +57,11 @@ def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: s
     """
     if kind == "true":
         return gradients.basis(top_k=top_k, method=method)
-    if kind == TRUSTED:
-        nothing = {name: torch.zeros_like(rows_NR) for name, rows_NR in gradients.clean.items()}
-        made = PairGradients(gradients.clean, nothing, groups=gradients.groups, origin=gradients.origin)
-        return made.basis(top_k=top_k, method="svd")
     if kind == "random":
         return _random(gradients, top_k, seed)
     if kind in _PAIRED:
         return _PAIRED[kind](gradients, seed).basis(top_k=top_k, method=method)
-    raise UsageError(f"{kind} axes", wanted=", ".join([*BASIS_KINDS, TRUSTED]), do="choose one of them")
+    raise UsageError(f"{kind} axes", wanted=", ".join(BASIS_KINDS), do="choose one of them")
 
 
 def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:

@@ -120,11 +120,8 @@ def gated_by_hand(gradient, axes, gate):
     left = gradient.double().clone()
     for axis in axes.double():
         c = axis @ gradient.double()
-        take = {"one_sided": max(c, torch.zeros(())), "two_sided": c, "reverse": 2 * c}.get(gate.kind, 0 * c)
+        take = {"one_sided": max(c, torch.zeros(())), "two_sided": c}.get(gate.kind, 0 * c)
         left -= gate.gain * take * axis
-    if gate.kind == "keep":
-        kept = sum((axis @ gradient.double()) * axis for axis in axes.double())
-        left = gradient.double() - gate.gain * (gradient.double() - kept)
     return left
 
 

@@ -109,10 +109,6 @@ def test_every_kind_of_arm_runs(run, tmp_path, arm):
         assert step["displacement"] == pytest.approx(0.4 * 2 * 14, rel=1e-5)  # two axes in each of 14 modules
     if arm == "box":
         assert step["displacement_hackward"] < 1e-7
-    if arm == "constant-push":
-        assert step["displacement"] > 0
-    if arm == "trusted-complement":
-        assert step["watched_cin"] > 0
 
 
 def test_plain_training_without_a_teacher(run, tmp_path):

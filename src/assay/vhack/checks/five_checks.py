@@ -70,7 +70,6 @@ from assay.vhack.checks.judge import (
     CheckReport,
     CheckSettings,
     FloatArray,
-    ModuleResult,
     bootstrap,
     decide,
     judge,
@@ -90,8 +89,7 @@ BoolArray = npt.NDArray[np.bool_]
 _DRAWS = 25  # random frames of one module that are held at a time
 _FEWEST_BLOCKS = 6
 _FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
-_SPECTRUM, _SPECTRUM_DRAWS = 12, 3  # singular values that are kept, and draws of their noise level
-_SERIES = ("overlap", "cosines", "generic_cosines")
+_SERIES = ("cosines", "generic_cosines")
 _OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
@@ -194,7 +192,6 @@ def check_gradients(
             check_sources(design) if log is None else check_source_log(log, settings),
             stability,
         )
-        modules = _modules(design, series.pop("overlap"))
     hack_BN, clean_BN = design.held_out
     source = gradients.origin
     origin = {
@@ -207,7 +204,7 @@ def check_gradients(
         **series,
     }
     hack, clean = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
-    return CheckReport(checks, modules, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
+    return CheckReport(checks, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
 
 
 def check_pools(design: Design) -> Check:
@@ -501,9 +498,8 @@ def check_source_log(
 def check_stability(design: Design) -> tuple[Check, dict[str, list[float]]]:
     """Return check 5 of the pairs that bases are made from, and the series that a report draws.
 
-    These are ``overlap``, the mean squared cosine per module, and the mean cosine of each principal angle, largest
-    first: ``cosines`` between two bases, ``generic_cosines`` between one and a clean-clean basis. All are empty where
-    nothing was measured.
+    These are the mean cosine of each principal angle, largest first: ``cosines`` between two bases,
+    ``generic_cosines`` between one and a clean-clean basis. Both are empty where nothing was measured.
     """
     settings = design.settings
     groups = [design.groups[index] for index in design.sources.tolist()]
@@ -620,41 +616,3 @@ def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]
     variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
     draws: list[float] = generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()
     return draws
-
-
-def _modules(design: Design, overlap: Sequence[float]) -> tuple[ModuleResult, ...]:
-    sides_MN = []
-    for offset in (0, design.geometry.n):
-        samples = ((fold.along, fold.test + offset) for fold in design.folds)
-        parts = [cin_per_module(along[:, :, s], design.geometry.lengths_MS[:, s]) for along, s in samples]
-        sides_MN.append(torch.cat(parts, dim=1).numpy())
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for index, name in enumerate(design.geometry.names):
-        hack_N, clean_N = (side_MN[index] for side_MN in sides_MN)
-        cin = auroc(hack_N, clean_N), float(hack_N.mean()), float(clean_N.mean())
-        spectra = _spectrum(design.geometry.gradients.differences(name), generator)
-        found.append(ModuleResult(name, *cin, overlap[index] if overlap else None, *spectra))
-    return tuple(found)
-
-
-def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return singular values as shares of their root sum of squares, and their noise level.
-
-    The level is the mean over draws of the same matrix with random signs on all entries: their sizes stay, what rows
-    have in common goes (Hong, Sheng and Dobriban 2020).
-    """
-    rows_NR = difference_NR.double()
-    total = float(rows_NR.norm()) or 1.0
-    noise = []
-    for _ in range(_SPECTRUM_DRAWS):
-        signs_NR = torch.randint(0, 2, rows_NR.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        noise.append(_leading(rows_NR * signs_NR))
-    level = torch.stack(noise).mean(dim=0) / total
-    return tuple((_leading(rows_NR) / total).tolist()), tuple(level.tolist())
-
-
-def _leading(rows_NR: Tensor) -> Tensor:
-    short_NR = rows_NR if len(rows_NR) <= rows_NR.shape[1] else rows_NR.T
-    squares_N: Tensor = torch.linalg.eigvalsh(short_NR @ short_NR.T)
-    return squares_N.flip(0)[:_SPECTRUM].clamp_min(0).sqrt()

@@ -108,28 +108,12 @@ class Check:
     details: Mapping[str, Any] = field(default_factory=dict)  # numbers that are not part of the rule
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleResult:
-    """Contribution of one module, held out."""
-
-    name: str  # as in ``model.named_modules()``
-    auroc: float  # of its own cin, hack against clean
-    cin_hack: float  # mean over samples
-    cin_clean: float
-    # Mean squared cosine of the principal angles between bases of two halves; None where not measured.
-    overlap: float | None
-    # Singular values of all differences as shares of their root sum of squares, strongest first.
-    spectrum: tuple[float, ...]
-    noise: tuple[float, ...]  # shares after random signs on every entry, which destroy what the pairs have in common
-
-
 @dataclass(frozen=True)
 class CheckReport:
     """All five checks with the numbers that a report draws.
 
     Attributes:
         checks: Checks in the order of ``CHECKS``.
-        modules: Results per module.
         hack: Held-out scores of the hack sides.
         clean: Held-out scores of the clean sides, in the same order.
         groups: Group of each pair, in that order.
@@ -140,7 +124,6 @@ class CheckReport:
     """
 
     checks: tuple[Check, ...]
-    modules: tuple[ModuleResult, ...]
     hack: tuple[float, ...]
     clean: tuple[float, ...]
     groups: tuple[str, ...]
@@ -182,8 +165,8 @@ class CheckReport:
             report = validated(cls, record)
             if (names := tuple(check.name for check in report.checks)) != CHECKS:
                 raise ValueError(f"it has the checks {names}")
-            if not (report.hack and report.clean and report.modules):
-                raise ValueError("it has no scores, or no modules")
+            if not (report.hack and report.clean):
+                raise ValueError("it has no scores")
         except ValueError as error:
             raise DataError(
                 f"a check report that cannot be used: {error}",

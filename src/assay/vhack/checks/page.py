@@ -1,19 +1,17 @@
 """The report of the checks as one page."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
+from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, legend
 from assay.vhack.checks.judge import HAAR, CheckReport, FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_LAYER = re.compile(r"\.(\d+)\.")
 _HACK, _CLEAN = SERIES[1], SERIES[0]
 
 
@@ -25,10 +23,8 @@ def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Rep
     _verdicts(made, report)
     _distributions(made, report)
     _evidence(made, "Against random bases", report, "random_null", _random_bases)
-    _where(made, report)
     _evidence(made, "cin by source", report, "sources", _sources)
     _evidence(made, "Angles between bases of two halves", report, "stability", _angles)
-    _spectrum(made, report)
     _settings(made, report)
     return made
 
@@ -110,37 +106,6 @@ def _random_bases(made: Report, report: CheckReport) -> None:
     made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
 
 
-def _where(made: Report, report: CheckReport) -> None:
-    made.section("Where in the model")
-    rows, columns, places = _grid([module.name for module in report.modules])
-    modules = report.modules
-    shown = (
-        ("AUROC − 0.5", "Held-out AUROC of each module alone, above chance.", [m.auroc - 0.5 for m in modules]),
-        ("cin", "Mean cin of hack minus that of clean samples.", [m.cin_hack - m.cin_clean for m in modules]),
-        ("mean cos²", "Agreement of bases from two halves of the groups.", [m.overlap for m in modules]),
-    )
-    for label, caption, values in shown:
-        if any(value is None for value in values):
-            continue
-        matrix, counts = (np.zeros((len(rows), len(columns))) for _ in range(2))
-        for place, value in zip(places, values, strict=True):
-            matrix[place] += value
-            counts[place] += 1
-        matrix = np.where(counts > 0, matrix / np.maximum(counts, 1), np.nan)
-        fig, ax = figure(height=0.9 + 0.24 * len(rows))
-        heatmap(ax, matrix, rows, columns, label=label)
-        ax.set_ylabel("layer")
-        made.figure(fig, caption + (" Experts of a layer: their mean." if counts.max() > 1 else ""))
-
-
-def _grid(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Return layers, projections, and the place of each module among them, which the experts of a layer share."""
-    kinds_of = (next(part for part in reversed(name.split(".")) if not part.isdecimal()) for name in names)
-    keys = [(found[1] if (found := _LAYER.search(n)) else "-", kind) for n, kind in zip(names, kinds_of, strict=True)]
-    layers, kinds = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
-    return layers, [k.removesuffix("_proj") for k in kinds], [(layers.index(a), kinds.index(b)) for a, b in keys]
-
-
 def _sources(made: Report, report: CheckReport) -> None:
     details = report["sources"].details
     hack, clean = (np.array(details[name]) for name in ("cin_hack", "cin_clean"))
@@ -182,23 +147,6 @@ def _angles(made: Report, report: CheckReport) -> None:
 
 def _line(ax: "Axes", values: FloatArray | Sequence[float], colour: str, label: str) -> None:
     ax.plot(np.arange(1, len(values) + 1), values, "o-", color=colour, linewidth=1.4, label=label)
-
-
-def _spectrum(made: Report, report: CheckReport) -> None:
-    made.section("Singular values against their noise level")
-    count = min(len(module.spectrum) for module in report.modules)
-    spectrum, noise = (np.array([getattr(m, name)[:count] for m in report.modules]) for name in ("spectrum", "noise"))
-    fig, ax = figure(height=2.6)
-    places = np.arange(1, count + 1)
-    low, high = np.quantile(spectrum, [0.1, 0.9], axis=0)
-    ax.fill_between(places, low, high, color=_HACK, alpha=0.18, linewidth=0)
-    _line(ax, spectrum.mean(axis=0), _HACK, "hack minus clean")
-    _line(ax, noise.mean(axis=0), MUTED, "the same with random signs")
-    ax.axvline(report.settings.k_use + 0.5, color=INK, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="axis", ylabel="share of ‖D‖", xticks=places)
-    ax.set_ylim(bottom=0)
-    legend(ax)
-    made.figure(fig, "Mean over modules (band: 10 % to 90 %). Axes left of the dotted line are used.")
 
 
 def _settings(made: Report, report: CheckReport) -> None:

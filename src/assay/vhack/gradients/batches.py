@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.checkpoint import check_tokens
-from assay.models.decoder import decoder_layers
 from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:
@@ -23,16 +22,10 @@ if TYPE_CHECKING:
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 # On a CPU no batch is faster for more, and other programs want the memory.
 _MOST_BYTES = {"cuda": 52e9, "cpu": 1e9}
-# On two H200 one batch of Qwen3-32B with 5400 tokens and 41 of 64 layers recomputed takes a quarter less time than four
-# of at most 1380 tokens with none, which wait for weights and factors (research/results/vhack_parts_h200x2.json).
-_GATHERED_TOKENS = 6144
-# Of the memory that is free beside what is gathered. The counts below are some 17 % above what two H200 measured.
-_GATHERING_SHARE = 0.95
 # Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
 # gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
 _WIDE_COPIES = 5
-WIDE_COPIES_IN_TURNS = 4  # of the long input of the last product its coordinates alone are kept
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
@@ -249,72 +242,19 @@ def room_for_batches(free: float, device: str) -> float:
     return min(_MOST_BYTES[device], free / 2)
 
 
-def token_budget(
-    module: "PreTrainedModel",
-    encoded: Sequence[Encoded],
-    room: float,
-    *,
-    recomputed: int,
-    wide_copies: int = _WIDE_COPIES,
-) -> int:
+def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int) -> int:
     """Return how many tokens a batch may have, padding included, so that all of it fits into its room in bytes.
 
-    ``recomputed`` layers are computed again in the backward pass; each other one keeps ``wide_copies`` tensors of the
-    width of the MLP for it.
+    ``recomputed`` layers are computed again in the backward pass.
     """
     config, layers = module.config.get_text_config(), count_layers(module)
     parameter = next(module.parameters())
     stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
     wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
-    layer = (_HIDDEN_COPIES * config.hidden_size + wide_copies * wide) * parameter.element_size()
+    layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
     states = layers * config.hidden_size * parameter.element_size()
     # A layer that is computed again has its input all the time, and everything else once its turn comes.
     activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
     completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))
-
-
-def plan_in_turns(
-    module: "PreTrainedModel",
-    encoded: Sequence[Encoded],
-    free: float,
-    *,
-    packed: bool,
-    kind: Callable[[int], Hashable],
-    at_once: int,
-    checkpointing: bool,
-) -> tuple[list[list[Encoded]], int]:
-    """Return batches for a model whose weights every batch gathers, and how many layers to compute again.
-
-    A gathered model is moved through in every turn, whatever the batch has, so batches have at least _GATHERED_TOKENS
-    where recomputing makes room for them, and no more layers are computed again than the largest batch asks for, or all
-    with ``checkpointing``. Each of ``at_once`` processes, with so many free bytes, takes one batch in a turn.
-    """
-    layers = count_layers(module)
-    how_many = partial(token_budget, module, encoded, room_in_turns(module, free), wide_copies=WIDE_COPIES_IN_TURNS)
-    fits = [how_many(recomputed=count) for count in range(layers + 1)]
-    wanted = fits[-1] if checkpointing else max(fits[0], min(fits[-1], _GATHERED_TOKENS))
-    batches = plan_batches(encoded, wanted, packed=packed, kind=kind, at_once=at_once)
-    largest = max(count_tokens(batch, packed=packed) for batch in batches)
-    fewest = next((count for count, tokens in enumerate(fits) if tokens >= largest), layers)
-    return batches, layers if checkpointing else fewest
-
-
-def room_in_turns(module: "PreTrainedModel", free: float) -> float:
-    """Return how many bytes a batch may take in a process that gathers weights, of so many free ones.
-
-    Two layers, what belongs to none, and the factors of one matrix are gathered at once, as in docs/vhack.md.
-    """
-    size = next(module.parameters()).element_size()
-    every = sum(parameter.numel() for parameter in module.parameters())
-    layers = [[parameter.numel() for parameter in layer.parameters()] for layer in decoder_layers(module)]
-    factors = 2 * max(map(max, layers))  # at most: min(O, I) · (O + I) is no more than 2 · O · I
-    gathered = size * (2 * max(map(sum, layers)) + every - sum(map(sum, layers)) + factors)
-    return _GATHERING_SHARE * (free - gathered)
-
-
-def count_tokens(batch: Sequence[Encoded], *, packed: bool) -> int:
-    """Return the number of tokens of a batch, padding included."""
-    lengths = [len(one.ids) for one in batch]
-    return sum(lengths) if packed else len(lengths) * max(lengths)

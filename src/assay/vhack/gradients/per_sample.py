@@ -37,7 +37,6 @@ from assay.vhack.gradients.batches import (
     count_layers,
     encode,
     plan_batches,
-    plan_in_turns,
     room_for_batches,
     token_budget,
 )
@@ -264,39 +263,17 @@ def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
 
 
 def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own.
-
-    By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes 14 and 55 ms, where
-    the gradients of 24 samples take 38 and 585 ms on an H200 (research/results/vhack_gradients_h200_bfloat16.json).
-    A module with a forward function of its own needs the deep copy: the function is bound to the module.
-    """
+    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own."""
     memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}
     memo |= {id(part): part for part in module.buffers()}
     # A trainer such as TRL gives the model itself another forward function, which returns other things and would run
     # the model instead of the copy. The copy computes by the function of the class.
     trainers = vars(module).pop("forward", None)
     try:
-        if any("forward" in vars(part) for part in module.modules()):
-            return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
-        memo[id(module.config)] = copy.deepcopy(module.config)
-        return cast("PreTrainedModel", _twin(module, memo))
+        return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
     finally:
         if trainers is not None:
             vars(module)["forward"] = trainers
-
-
-def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    if id(part) in memo:
-        return cast("nn.Module", memo[id(part)])
-    twin = memo[id(part)] = object.__new__(type(part))
-    for name, value in vars(part).items():
-        twin.__dict__[name] = memo.get(id(value), value.copy() if isinstance(value, dict) else value)
-    twin.__dict__["training"] = False
-    twin.__dict__["_parameters"] = {name: memo.get(id(value)) for name, value in part._parameters.items()}
-    twin.__dict__["_modules"] = {
-        name: None if child is None else _twin(child, memo) for name, child in part._modules.items()
-    }
-    return twin
 
 
 def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
@@ -383,7 +360,6 @@ def per_sample_gradients(
         max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
             that still runs out of memory is split.
         checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
-            Under FSDP2, where every batch gathers all weights, some are recomputed anyway if that makes fewer batches.
         names: Name of each sample in errors; None numbers them.
         progress: Function called with the number of samples done and of all.
 
@@ -426,13 +402,11 @@ def per_sample_gradients(
         at_once = division.processes if division.by_samples else 1
     kind = partial(pass_kind, module.config.get_text_config())
     shape: dict[str, Any] = {"packed": recipe.packed, "kind": kind, "at_once": at_once}
-    if division is not None and at_once > 1 and max_tokens is None:
-        batches, recomputed = plan_in_turns(module, encoded, free, checkpointing=checkpointing, **shape)
-    else:
-        recomputed = count_layers(module) if checkpointing else 0
-        room = room_for_batches(free, module.device.type) / at_once
-        budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
-        batches = plan_batches(encoded, budget, **shape)
+    recomputed = count_layers(module) if checkpointing else 0
+    # Batches side by side share the memory of one process; those of several processes do not.
+    room = room_for_batches(free, module.device.type) / (at_once if division is None else 1)
+    budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
+    batches = plan_batches(encoded, budget, **shape)
     shapes = {name: (len(samples), factors[name].rank) for name in factors}
     found = SampleGradients({name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()})
     done = 0

@@ -132,7 +132,7 @@ def as_text(messages: Any, tokenizer: Any = None) -> str:
 
 COMPLETE = "complete.json"
 _STORED = "sampling_per_token_logps"
-_DELTA, _AXES, _WATCHED = "delta.safetensors", "axes.safetensors", "watched.safetensors"
+_DELTA, _AXES = "delta.safetensors", "axes.safetensors"
 
 
 class GRPO(GRPOTrainer):
@@ -148,7 +148,7 @@ class GRPO(GRPOTrainer):
         pool: Stored completions of a teacher.
         teachers: Number of rollouts of each group that come from the pool, where it has so many.
         shortcut: Direction for advantage modification, a ``Shortcut`` of assay-research.
-        axes: Axes of the arm, and the true ones where these are others; kept in checkpoints.
+        axes: Axes of the arm; kept in checkpoints.
         processes: Processes of the run, each of which has this trainer.
         others: Further arguments of TRL's trainer.
 
@@ -173,7 +173,7 @@ class GRPO(GRPOTrainer):
         pool: RolloutPool | None = None,
         teachers: int = 0,
         shortcut: Any = None,
-        axes: tuple[Basis | None, Basis | None] = (None, None),
+        axes: Basis | None = None,
         processes: Processes = ALONE,
         **others: Any,
     ) -> None:
@@ -287,9 +287,8 @@ class GRPO(GRPOTrainer):
         if not self.processes.is_first:
             return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
-            if basis is not None:
-                basis.save(folder / name)
+        if self.axes is not None:
+            self.axes.save(folder / _AXES)
         # Written last: a checkpoint without it was interrupted.
         write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
 
@@ -299,13 +298,12 @@ class GRPO(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.adapter.load(folder / _DELTA)
-        found = [Basis.load(folder / name) if (folder / name).exists() else None for name in (_AXES, _WATCHED)]
-        self.use_axes(*found)
+        self.use_axes(Basis.load(folder / _AXES) if (folder / _AXES).exists() else None)
 
-    def use_axes(self, axes: Basis | None, watched: Basis | None) -> None:
+    def use_axes(self, axes: Basis | None) -> None:
         """Continue with other axes."""
-        self.axes = (axes, watched)
-        self.projected.use_basis(axes, watched)
+        self.axes = axes
+        self.projected.use_basis(axes)
 
 
 def _check(args: GRPOConfig, processes: Processes) -> None:

@@ -45,12 +45,11 @@ class TrainLog:
     - ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the share of them outside
       the clipping range;
     - ``cin``, ``cout``, ``leak`` (each also ``_two_sided`` and ``_energy``), ``displacement``, ``displacement_norm``,
-      ``displacement_hackward`` along the axes the arm acts on, see :class:`assay.vhack.delta.ProjectedOptimizer`. Where
-      these are control axes, the numbers along the true ones begin with ``watched_``;
-    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along true axes.
+      ``displacement_hackward`` along the axes, see :class:`assay.vhack.delta.ProjectedOptimizer`;
+    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along them.
 
     A **source** line is one measurement for check 4 (:func:`assay.vhack.checks.read_source_log`): cin of the summed
-    gradient of some rollouts, along the true axes, from the backward pass of all. Sources are ``student`` and
+    gradient of some rollouts, along the axes, from the backward pass of all. Sources are ``student`` and
     ``teacher``, and among the student's ``exploited`` and ``correct``. A source without rollouts in a step, or whose
     gradient is zero because all rewards of its groups were equal, has no line. A **refresh** line says how much of the
     axes stayed: the mean squared cosine of the principal angles between old and new ones, over modules.
@@ -152,7 +151,7 @@ class StepLog(TrainerCallback):
         """Measure how much of each source's gradient lies along the axes; gradients are complete here."""
         self._watching.close()
         rollouts, self.trainer.watching = self.trainer.watching, None
-        frames = self.trainer.projected.watched or self.trainer.projected.frames
+        frames = self.trainer.projected.frames
         self._sources = {}
         if rollouts is not None and frames:
             # Read at the end of the step: here it would keep the device waiting for the operations of the optimizer.

@@ -58,8 +58,7 @@ class RunResult:
 class Prepared:
     """What is made once for a run, before any step: pool, axes, adapter and optimizer.
 
-    Axes in the basis file of an ``earlier`` part of the run are not extracted again. ``axes`` are those that the arm
-    acts on, and ``watched`` the true ones, where these are others.
+    Axes in the basis file of an ``earlier`` part of the run are not extracted again.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no token that ends a text.
@@ -96,7 +95,7 @@ class Prepared:
         self.judge = self._fit_judge(say)
         if say is not None:
             say(f"gradients of {len(pairs)} pairs for the axes")
-        self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
+        self.axes = processes.broadcast(self._extract_axes(load=True))
         self.adapter = DeltaS(model, self.svd)
         delta, lr = self.adapter.delta, settings.lr
         inner: torch.optim.Optimizer = (
@@ -106,9 +105,7 @@ class Prepared:
         )
         limit = settings.max_norm or None
         # A start of its own is in the δS of every checkpoint.
-        self.optimizer = ProjectedOptimizer(
-            inner, self.adapter, self.axes, arm=self.arm, watched=self.watched, max_norm=limit
-        )
+        self.optimizer = ProjectedOptimizer(inner, self.adapter, self.axes, arm=self.arm, max_norm=limit)
 
     def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
         """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
@@ -146,7 +143,7 @@ class Prepared:
             pool=self.pool,
             teachers=settings.teachers,
             shortcut=self.shortcut,
-            axes=(self.axes, self.watched),
+            axes=self.axes,
             processes=self.processes,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
@@ -156,33 +153,25 @@ class Prepared:
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
-        """Renew the axes if it is time after so many steps, and return how much of the true ones stayed."""
+        """Renew the axes if it is time after so many steps, and return how much of the old ones stayed."""
         if not self.settings.refresh or step % self.settings.refresh:
             return None
-        before = trainer.axes[1] or trainer.axes[0]
-        axes, watched = self.processes.broadcast(self._extract_axes(load=False))
-        trainer.use_axes(axes, watched)
-        return _measure_overlap(before, watched or axes) if before is not None else None
+        before, axes = trainer.axes, self.processes.broadcast(self._extract_axes(load=False))
+        trainer.use_axes(axes)
+        return _measure_overlap(before, axes) if before is not None else None
 
-    def _extract_axes(self, *, load: bool) -> tuple[Basis, Basis | None]:
-        """Return the axes of the arm, and the true ones where these are others."""
+    def _extract_axes(self, *, load: bool) -> Basis:
+        """Return the axes of the arm, from a file of an earlier part or of the settings where they may be loaded."""
         settings, kind = self.settings, self.arm.basis
-        given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
-        if kind == "true":
-            true = given or extract(
-                self.pairs,
-                self.model,
-                path=self.earlier if load else None,
-                n_heldout=0,
-                top_k=settings.k_use,
-                method=settings.method,
-                svd=self.svd,
-            )
-            return true, None
-        gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
         how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
-        axes = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
-        return axes.slice(settings.k_use), given or gradients.basis(**how).slice(settings.k_use)
+        if kind != "true":
+            gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
+            made: Basis = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
+            return made.slice(settings.k_use)
+        if load and settings.basis:
+            return Basis.load(settings.basis, self.model).slice(settings.k_use)
+        path = self.earlier if load else None
+        return extract(self.pairs, self.model, path=path, n_heldout=0, svd=self.svd, **how)
 
 
 def _told(say: Callable[[str], None] | None, what: str) -> Progress | None:
@@ -241,7 +230,7 @@ def train(
 ) -> RunResult:
     """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
 
-    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the true axes),
+    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the axes),
     ``checkpoint-N`` (the last two) and in the end ``delta.safetensors``.
 
     Args:
@@ -307,7 +296,7 @@ def train(
         trainer = run.trainer(folder, paid, trackers)
         log = None
         if processes.is_first:
-            (run.watched or run.axes).save(folder / BASIS)
+            run.axes.save(folder / BASIS)
             about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
             log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
         trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
