@@ -302,7 +302,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
         *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
     ]
-    table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
+    table(("", "pools"), rows, title=f"{made.verdict}: {made.reason}")
     _print_detectors(result.detectors)
     return result.exit_code
 

@@ -2,13 +2,14 @@ r"""Detectors of rollouts that cheat, from the cheapest to the dearest, all with
 
 ``length`` and ``ngrams``, a ridge on hashed character n-grams, look at the text alone. ``likelihood``, of a token, and
 ``probe``, a ridge on mean activations of one layer, take a forward pass. ``norm`` of the δS gradient, ``cin-svd``,
-``cin-lda`` and ``ridge``, signed, on unit gradients of all modules, take a backward pass too. ``combined`` is the mean
-rank by those of the others that add something. Layers and strengths of a ridge are chosen by cross-validation among the
-samples it is fitted to, and scores that are compared come from fits to other groups.
+``cin-lda`` and ``ridge``, signed, on unit gradients of all modules, take a backward pass too. ``combined`` is the sum
+of those of the others that add something, in units of their spread. Layers and strengths of a ridge are chosen by
+cross-validation among the samples it is fitted to, and scores that are compared come from fits to other groups.
 
 A threshold promises the share of clean samples that are lost, by their rank among clean scores (split conformal
-prediction; Vovk, Gammerman and Shafer 2005). That holds for samples that come as those did, and
-rollouts of a policy may not: a run logs what it loses of them.
+prediction; Vovk, Gammerman and Shafer 2005). Any higher one keeps the promise too; of these it is the one with the
+fewest mistakes, in the middle of the gap where the sides have one. The promise holds for samples that come as those
+did, and rollouts of a policy may not: a run logs what it loses of them.
 
 Shapes: S samples, L layers, H width of the hidden state, R coordinates of δS, D features.
 """
@@ -232,25 +233,23 @@ def _solve(x_SD: FloatArray, y_S: FloatArray, scaled: bool) -> list[tuple[FloatA
 
 
 def _fit_combined(members: Sequence[Detector], hack: Evidence, clean: Evidence, groups: Groups) -> Scorer:
-    """Return the mean rank by members that each add something to those before them, by scores of groups held out."""
-    known: dict[str, FloatArray] = {}
-    ranks: dict[str, FloatArray] = {}
-    for member in members:
-        both = np.concatenate(cross_score(member, hack, clean, groups))
-        known[member.name] = np.sort(both)
-        ranks[member.name] = known[member.name].searchsorted(both) / len(both)
+    """Return the sum of members that each add something to those before them, by scores of groups held out."""
+    scores = {member: np.concatenate(cross_score(member, hack, clean, groups)) for member in members}
+    scales = {member: 1 / (float(scores_S.std()) or math.inf) for member, scores_S in scores.items()}
     chosen: list[Detector] = []
     reached, sum_S = 0.0, np.zeros(len(hack) + len(clean))
     while left := [member for member in members if member not in chosen]:
-        tried = [sum_S + ranks[member.name] for member in left]
+        tried = [sum_S + scales[member] * scores[member] for member in left]
         values = [auroc(each_S[: len(hack)], each_S[len(hack) :]) for each_S in tried]
-        best = int(np.argmax(values))
+        # Of equal ones the member whose sides lie furthest apart.
+        gaps = [float(each_S[: len(hack)].min() - each_S[len(hack) :].max()) for each_S in tried]
+        best = max(range(len(left)), key=lambda at: (values[at], gaps[at]))
         if values[best] < reached + _GAIN:
             break
         reached, sum_S = values[best], tried[best]
         chosen.append(left[best])
-    fitted = [(member.fit(hack, clean, groups), known[member.name]) for member in chosen]
-    return lambda evidence: np.mean([at.searchsorted(of(evidence)) / len(at) for of, at in fitted], axis=0)
+    fitted = [(scales[member], member.fit(hack, clean, groups)) for member in chosen]
+    return lambda evidence: np.sum([scale * of(evidence) for scale, of in fitted], axis=0)
 
 
 def _given(part: Any) -> Any:
@@ -365,17 +364,21 @@ def check_promise(n: int, promised: float) -> int:
 
 
 def choose_threshold(hack: npt.ArrayLike, clean: npt.ArrayLike, promised: float = 0.05) -> Threshold:
-    """Return the lowest threshold by which at most the promised share of clean samples is lost.
+    """Return the threshold with the fewest mistakes among those that lose at most the promised share of clean samples.
 
-    It lies in the middle between that score and the next.
+    Mistakes are shares, of hacks that are missed and of clean samples that are lost; a threshold lies in the middle
+    between two scores.
     """
     hack_N, clean_N = np.sort(np.asarray(hack, float)), np.sort(np.asarray(clean, float))
     n = len(clean_N)
-    value = float(clean_N[check_promise(n, promised) - 1])
-    above = np.concatenate([hack_N[hack_N > value], clean_N[clean_N > value]])
-    middle = (value + float(above.min())) / 2 if above.size else value
-    lost, caught = int((clean_N > middle).sum()), float((hack_N > middle).mean())
-    return Threshold(middle, lost / n, *proportion_interval(lost, n), caught)
+    least = float(clean_N[check_promise(n, promised) - 1])
+    every = np.unique(np.concatenate([hack_N, clean_N]))
+    values = np.append((every[:-1] + every[1:]) / 2, every[-1])[every >= least]
+    caught = 1 - hack_N.searchsorted(values, side="right") / len(hack_N)
+    lost = 1 - clean_N.searchsorted(values, side="right") / n
+    best = int(np.argmax(caught - lost))
+    count = round(float(lost[best]) * n)
+    return Threshold(float(values[best]), count / n, *proportion_interval(count, n), float(caught[best]))
 
 
 @dataclass(frozen=True)
@@ -485,11 +488,18 @@ def fit_judge(
     """
     (chosen,) = make_detectors([detector])
     check_promise(len(pairs), promised)
-    split_groups([pair.group for pair in pairs])
+    groups = [pair.group for pair in pairs]
+    split_groups(groups)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
     how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd}
     found = collect_evidence(samples, model, cost=chosen.cost, progress=progress, **how)
-    hack, clean = found.take(range(len(pairs))), found.take(range(len(pairs), len(samples)))
-    groups = [pair.group for pair in pairs]
-    threshold = choose_threshold(*cross_score(chosen, hack, clean, (groups, groups)), promised)
-    return RolloutJudge(chosen, chosen.fit(hack, clean, (groups, groups)), threshold, model, how)
+    sides = found.take(range(len(pairs))), found.take(range(len(pairs), len(samples)))
+    return RolloutJudge(chosen, *fit_scorer(chosen, *sides, (groups, groups), promised), model, how)
+
+
+def fit_scorer(
+    detector: Detector, hack: Evidence, clean: Evidence, groups: Groups, promised: float = 0.05
+) -> tuple[Scorer, Threshold]:
+    """Return a detector fitted to all samples, and the threshold of their scores by fits to other groups."""
+    threshold = choose_threshold(*cross_score(detector, hack, clean, groups), promised)
+    return detector.fit(hack, clean, groups), threshold

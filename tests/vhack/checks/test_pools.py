@@ -66,7 +66,6 @@ def test_the_value_is_the_auroc_of_cin_written_out(small_model, byte_tokenizer, 
     assert report.check.measured.value == pytest.approx(auroc(hack, clean))
     both = [scores(pool, two_sided=True) for pool in pools]
     assert report.check.details["auroc_two_sided"] == pytest.approx(auroc(*both))
-    assert report.check.details["mean_cin_two_sided_hack"] == pytest.approx(both[0].mean(), rel=1e-5)
     lengths = [[len(one.sample.completion) for one in pool] for pool in pools]
     assert report.check.details["auroc_length_of_completion_alone"] == max(auroc(*lengths), auroc(*lengths[::-1]))
     assert set(report.check.nulls) == {"labels swapped", "Haar"}
@@ -77,12 +76,12 @@ def test_the_value_is_the_auroc_of_cin_written_out(small_model, byte_tokenizer, 
 def test_hacks_pass_and_the_same_pools_the_other_way_fail(small_model, byte_tokenizer, small_svd, basis, pools):
     enough = replace(QUICK, k_use=5, n_null=99)  # random axes tell sides as plain as these apart now and then
     found = scored(pools, small_model, basis, byte_tokenizer, enough, svd=small_svd)
-    assert (found.verdict, found.exit_code) == ("pass", 0)
+    assert (found.check.verdict, found.exit_code) == ("pass", 0)
     turned = scored(pools[::-1], small_model, basis, byte_tokenizer, svd=small_svd)
-    assert (turned.verdict, turned.exit_code) == ("fail", 1)
+    assert (turned.check.verdict, turned.exit_code) == ("fail", 1)
     assert [one.auroc.value for one in found.detectors.results if one.name == "cin-lda"] == [found.check.measured.value]
     few = scored([pool[:4] for pool in pools], small_model, basis, byte_tokenizer, svd=small_svd)
-    assert (few.verdict, few.exit_code) == ("undecided", 2)
+    assert (few.check.verdict, few.exit_code) == ("undecided", 2)
 
 
 def test_pools_that_the_length_tells_apart_as_well_fail(small_model, byte_tokenizer, small_svd, basis, pools):
@@ -91,9 +90,8 @@ def test_pools_that_the_length_tells_apart_as_well_fail(small_model, byte_tokeni
     ]
     enough = replace(QUICK, k_use=5, n_null=99)
     found = scored([pools[0], longer], small_model, basis, byte_tokenizer, enough, svd=small_svd)
-    assert found.check.verdict == "pass"
-    assert (found.verdict, found.exit_code) == ("fail", 1)
-    assert "the length of the completion alone" in found.reason
+    assert (found.check.verdict, found.exit_code) == ("fail", 1)
+    assert "the length of the completion alone" in found.check.reason
 
 
 def test_random_bases_that_do_as_well_make_it_fail():

@@ -156,9 +156,6 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
         assert found[name + "_two_sided"] == pytest.approx(
             float(cin_over_modules(rows, basis, two_sided=True)), abs=1e-6
         )
-        assert found[name + "_energy"] == pytest.approx(
-            float(cin_over_modules(rows, basis, weighting="energy")), abs=1e-6
-        )
     assert found["cin"] > 0.01
     assert found["cout"] < 1e-6
 

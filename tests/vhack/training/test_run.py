@@ -94,7 +94,7 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
 
 @pytest.mark.parametrize("arm", [*(name for name in ARMS if not name.startswith("erase")), DEFAULT_ARM])
 def test_every_kind_of_arm_runs(run, tmp_path, arm):
-    judged = {"detector": "labels"} if arm in ("filter", "penalty") else {}
+    judged = {"detector": "labels"} if arm in ("filter", "quarantine", "penalty") else {}
     steps = read_steps(run(arm, arm=arm, steps=1, **judged).folder / "log.jsonl")[1]
     (step,) = steps
     wanted = {"no-loophole": 0.0, "ground-truth-penalty": -2 / 6}.get(arm, 2 / 6)

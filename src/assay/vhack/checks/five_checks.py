@@ -1,10 +1,9 @@
 """The five checks, each a value, its interval, its nulls and a verdict.
 
 Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same size do as well?
-Check 1 ranks over all samples and check 2 within each pair. Check 3 has four nulls, from the weakest to the strongest:
+Check 1 ranks over all samples and check 2 within each pair. Check 3 has three nulls, from the weakest to the strongest:
 
 - *Haar*: axes uniform among all orthonormal ones;
-- *covariance-matched*: random sums of clean gradients, so axes prefer the directions in which gradients vary anyway;
 - *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
 - *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
 
@@ -89,7 +88,6 @@ BoolArray = npt.NDArray[np.bool_]
 _DRAWS = 25  # random frames of one module that are held at a time
 _FEWEST_BLOCKS = 6
 _FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
-_SERIES = ("cosines", "generic_cosines")
 _OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
@@ -184,13 +182,12 @@ def check_gradients(
         design = cross_fit(gradients, settings) if basis is None else design_for_basis(basis, gradients, settings)
         pools = check_pools(design)
         assert pools.measured is not None
-        stability, series = check_stability(design)
         checks = (
             pools,
             check_heldout(design),
             check_random_null(design, pools.measured),
             check_sources(design) if log is None else check_source_log(log, settings),
-            stability,
+            check_stability(design),
         )
     hack_BN, clean_BN = design.held_out
     source = gradients.origin
@@ -201,7 +198,6 @@ def check_gradients(
         "pairs_sha256": source.pairs_digest,
         "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
         "skipped": len(source.skipped),
-        **series,
     }
     hack, clean = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
     return CheckReport(checks, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
@@ -253,7 +249,6 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     haar_BS = haar_scores(gradients, geometry.lengths_MS, settings.axes, settings.n_null, generator)
     nulls = {
         HAAR: _aurocs(design, haar_BS),
-        "covariance-matched": _aurocs(design, _matched(design, generator)),
         CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
@@ -283,33 +278,6 @@ def haar_scores(
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
             total_BS[draws] += ahead_BS / lengths_S
     return total_BS / len(lengths_MS)
-
-
-def _matched(design: Design, generator: torch.Generator) -> Tensor:
-    """Return mean cin of every sample under bases of random sums of clean training gradients, [B, S]."""
-    geometry, settings = design.geometry, design.settings
-    draws_BKN = torch.randn(settings.n_null, settings.axes, geometry.n, generator=generator, dtype=torch.float64)
-    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
-    for fold in design.folds:
-        rows = _clean_rows(fold)
-        clean, samples = rows + geometry.n, torch.cat([fold.test, fold.test + geometry.n])
-        weights_BKT = draws_BKN[:, :, rows]
-        weights_BKT = weights_BKT - weights_BKT.mean(dim=2, keepdim=True)
-        total_BS = torch.zeros(settings.n_null, len(samples), dtype=torch.float64)
-        for gram_SS, lengths_S in zip(geometry.gram_MSS, geometry.lengths_MS, strict=True):
-            gram_BKK = weights_BKT @ gram_SS[clean][:, clean] @ weights_BKT.transpose(1, 2)
-            along_BKS = _inverse_root(gram_BKK) @ weights_BKT @ gram_SS[clean][:, samples]
-            total_BS += along_BKS.clamp_min(0).norm(dim=1) / lengths_S[samples]
-        scores_BS[:, samples] = total_BS / len(geometry.names)
-    return scores_BS
-
-
-def _inverse_root(gram_BKK: Tensor) -> Tensor:
-    values_BK, vectors_BKK = torch.linalg.eigh(gram_BKK)
-    kept_BK = values_BK > values_BK[:, -1:] * 1e-10
-    scale_BK = torch.where(kept_BK, values_BK, torch.inf).rsqrt()
-    root_BKK: Tensor = (vectors_BKK * scale_BK[:, None]) @ vectors_BKK.transpose(1, 2)
-    return root_BKK
 
 
 def _clean_clean(design: Design) -> Tensor:
@@ -495,12 +463,8 @@ def check_source_log(
     )
 
 
-def check_stability(design: Design) -> tuple[Check, dict[str, list[float]]]:
-    """Return check 5 of the pairs that bases are made from, and the series that a report draws.
-
-    These are the mean cosine of each principal angle, largest first: ``cosines`` between two bases,
-    ``generic_cosines`` between one and a clean-clean basis. Both are empty where nothing was measured.
-    """
+def check_stability(design: Design) -> Check:
+    """Return check 5 of the pairs that bases are made from."""
     settings = design.settings
     groups = [design.groups[index] for index in design.sources.tolist()]
     names = list(dict.fromkeys(groups))
@@ -512,14 +476,13 @@ def check_stability(design: Design) -> tuple[Check, dict[str, list[float]]]:
         reason = f"of which a half has fewer than {_FEWEST_PAIRS} pairs"
     if reason:
         reason = f"{len(names)} groups to fit to, {reason}"
-        return undecided_check("stability", _OVERLAP, _rule(settings), reason), {name: [] for name in _SERIES}
+        return undecided_check("stability", _OVERLAP, _rule(settings), reason)
     signs_BN = draw_swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
     splits = [
         _split(design, inside, signs_BN, np.random.default_rng([settings.seed, 8, index]))
         for index, inside in enumerate(sides)
     ]
-    series = {name: _common_mean([split[name] for split in splits]).tolist() for name in _SERIES}
-    return _judge_stability(design.geometry, splits, settings), series
+    return _judge_stability(design.geometry, splits, settings)
 
 
 def _rule(settings: CheckSettings) -> str:
@@ -545,12 +508,9 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
     plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
-    cosines_K, *generic_K = (torch.linalg.svdvals(each).mean(dim=0) for each in (between_MKK, *generic))
     return {
         "overlap": _mean_square(between_MKK),
         "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        "cosines": cosines_K,
-        "generic_cosines": _common_mean(generic_K),
         "agreement": _agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
     }
 
@@ -558,12 +518,6 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
 def _mean_square(overlap_MKJ: Tensor) -> Tensor:
     """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
     return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
-
-
-def _common_mean(rows: list[Tensor]) -> Tensor:
-    """Return the mean of rows over the places that all of them have; a small half gives fewer axes than others."""
-    shortest = min(map(len, rows))
-    return torch.stack([row_K[:shortest] for row_K in rows]).mean(dim=0)
 
 
 def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:

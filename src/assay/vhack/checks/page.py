@@ -1,16 +1,9 @@
 """The report of the checks as one page."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, legend
-from assay.vhack.checks.judge import HAAR, CheckReport, FloatArray
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+from assay.vhack.checks.judge import CheckReport
 
 _HACK, _CLEAN = SERIES[1], SERIES[0]
 
@@ -22,26 +15,13 @@ def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Rep
     made = Report("Are these hack directions real?", subtitle, command=command)
     _verdicts(made, report)
     _distributions(made, report)
-    _evidence(made, "Against random bases", report, "random_null", _random_bases)
-    _evidence(made, "cin by source", report, "sources", _sources)
-    _evidence(made, "Angles between bases of two halves", report, "stability", _angles)
+    _random_bases(made, report)
     _settings(made, report)
     return made
 
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _evidence(
-    made: Report, heading: str, report: CheckReport, name: str, draw: Callable[[Report, CheckReport], None]
-) -> None:
-    """Add the section of a check: its evidence, or the reason why it was not measured."""
-    made.section(heading)
-    if report[name].measured is None:
-        made.paragraph(_sentence(report[name].reason))
-    else:
-        draw(made, report)
 
 
 def _verdicts(made: Report, report: CheckReport) -> None:
@@ -86,7 +66,10 @@ def _distributions(made: Report, report: CheckReport) -> None:
 def _random_bases(made: Report, report: CheckReport) -> None:
     check = report["random_null"]
     measured = check.measured
-    assert measured is not None
+    made.section("Against random bases")
+    if measured is None:
+        made.paragraph(_sentence(check.reason))
+        return
     fig, ax = figure(height=2.6)
     generator = np.random.default_rng(0)
     names = list(check.nulls)
@@ -104,49 +87,6 @@ def _random_bases(made: Report, report: CheckReport) -> None:
     made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
     scores = check.details.get("z_scores", {})
     made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
-
-
-def _sources(made: Report, report: CheckReport) -> None:
-    details = report["sources"].details
-    hack, clean = (np.array(details[name]) for name in ("cin_hack", "cin_clean"))
-    if "steps" in details:
-        fig, ax = figure(height=2.8)
-        ax.plot(details["steps"], hack, color=_HACK, linewidth=1.4, label="hack source")
-        ax.plot(details["steps"], clean, color=_CLEAN, linewidth=1.4, label="clean source")
-        ax.set(xlabel="step", ylabel="cin")
-        caption = "cin of the gradient of each source, step by step."
-    else:
-        order = np.argsort(hack - clean)
-        fig, ax = figure(height=1.0 + 0.17 * max(len(hack), 4))
-        rows = np.arange(len(hack))
-        ax.hlines(rows, clean[order], hack[order], color=MUTED, linewidth=0.9, alpha=0.6)
-        ax.scatter(clean[order], rows, s=22, color=_CLEAN, label="clean", zorder=3)
-        ax.scatter(hack[order], rows, s=22, color=_HACK, label="hack", zorder=3)
-        ax.set_yticks(rows, [details["groups"][i][:28] for i in order])
-        ax.tick_params(axis="y", labelsize=7.5)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel("cin")
-        caption = "cin of the summed gradient of all hack sides, and of all clean sides, of each held-out group."
-    legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
-    made.figure(fig, caption)
-
-
-def _angles(made: Report, report: CheckReport) -> None:
-    check, origin = report["stability"], report.origin
-    fig, ax = figure(height=2.6)
-    random = float(np.mean(check.nulls[HAAR])) ** 0.5
-    _line(ax, origin["cosines"], _HACK, "hack basis, other half")
-    _line(ax, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")  # of few pairs, with fewer axes
-    ax.axhline(random, color=INK, linewidth=0.8, linestyle=":", label="random bases")
-    ax.set(xlabel="principal angle", ylabel="cosine, mean over modules", ylim=(0, 1.02))
-    ax.set_xticks(range(1, len(origin["cosines"]) + 1))
-    legend(ax)
-    made.figure(fig, f"Mean over {check.details['splits']} random divisions of the groups into two halves.")
-    made.definitions({"agreement on which way is hack-ward (cosine)": f"{check.details['agreement']:.3f}"})
-
-
-def _line(ax: "Axes", values: FloatArray | Sequence[float], colour: str, label: str) -> None:
-    ax.plot(np.arange(1, len(values) + 1), values, "o-", color=colour, linewidth=1.4, label=label)
 
 
 def _settings(made: Report, report: CheckReport) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,7 @@ from assay.stats.rates import auroc
 from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
 from assay.vhack.checks.folds import refuse_seen
-from assay.vhack.checks.judge import (
-    EXIT_CODES,
-    HAAR,
-    Check,
-    CheckSettings,
-    CheckVerdict,
-    FloatArray,
-)
+from assay.vhack.checks.judge import EXIT_CODES, HAAR, Check, CheckSettings, FloatArray
 from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, make_detectors
 from assay.vhack.gradients.batches import Progress, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
@@ -93,29 +86,13 @@ class PoolReport:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> CheckVerdict:
-        """Verdict of the check, and ``fail`` where it passes and the length alone does as well."""
-        return "fail" if self.check.verdict == "pass" and self._length_does else self.check.verdict
-
-    @property
-    def reason(self) -> str:
-        """What decided: the reason of the check, or the length."""
-        if self.check.verdict == "pass" and self._length_does:
-            return f"the length of the completion alone has the AUROC {self.check.details[_LENGTH]:.3f}"
-        return self.check.reason
-
-    @property
-    def _length_does(self) -> bool:
-        return self.check.measured is not None and self.check.details[_LENGTH] >= self.check.measured.value
-
-    @property
     def exit_code(self) -> int:
         """0 pass, 1 fail, 2 undecided."""
-        return EXIT_CODES[self.verdict]
+        return EXIT_CODES[self.check.verdict]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object with a schema field."""
-        return {"schema": _SCHEMA, "verdict": self.verdict, **asdict(self)}
+        return {"schema": _SCHEMA, "verdict": self.check.verdict, **asdict(self)}
 
 
 def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> list[PoolSample]:
@@ -188,7 +165,7 @@ def check_two_pools(
         >>> others = generate_pairs(4, seed=1, families=["rotate", "set_bits"])
         >>> samples = [(pair.samples(), pair.group) for pair in others]
         >>> pools = [[PoolSample(sides[side], group) for sides, group in samples] for side in (0, 1)]
-        >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).verdict
+        >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).check.verdict
         'undecided'
     """
     basis.check_model(model)
@@ -223,9 +200,13 @@ def check_two_pools(
         k, generator = max(map(len, used.axes.values())), torch.Generator().manual_seed(settings.seed)
         random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
         nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
-        by_length = auroc(*sizes)
-        details = _other_scores(pools, used, gradients) | {_LENGTH: max(by_length, 1 - by_length)}
+        by_length = max(auroc(*sizes), 1 - auroc(*sizes))
+        both_ways = auroc(*_split(cin_over_modules(gradients, used, two_sided=True), pools))
+        details = {"auroc_two_sided": both_ways, _LENGTH: by_length}
         check = check_unpaired(*scores, groups[0], groups[1], settings, nulls=nulls, details=details)
+    if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
+        says = f"the length of the completion alone has the AUROC {by_length:.3f}"
+        check = replace(check, verdict="fail", reason=says)
     found = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
     sides = found.take(range(len(pools[0]))), found.take(range(len(pools[0]), len(samples)))
     compared = None
@@ -269,17 +250,3 @@ def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[l
 def _split(scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]) -> tuple[FloatArray, FloatArray]:
     hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
     return hack_N.numpy(), clean_N.numpy()
-
-
-def _other_scores(
-    pools: Sequence[Sequence[PoolSample]], basis: Basis, gradients: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
-    both = _split(cin_over_modules(gradients, basis, two_sided=True), pools)
-    energy = _split(cin_over_modules(gradients, basis, weighting="energy"), pools)
-    return {
-        "mean_cin_two_sided_hack": float(both[0].mean()),
-        "mean_cin_two_sided_clean": float(both[1].mean()),
-        "auroc_two_sided": auroc(*both),
-        "auroc_energy_weighted": auroc(*energy),
-    }

@@ -41,7 +41,7 @@ Number = TypeVar("Number", float, Tensor)
 GATES = ("none", "one_sided", "two_sided")
 """Rules that say which part of an update along the axes is removed."""
 
-FLAGGED = ("", "filter", "penalty")
+FLAGGED = ("", "filter", "quarantine", "penalty")
 """What may become of rollouts that a detector flags."""
 
 BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
@@ -175,6 +175,7 @@ ARMS: dict[str, Arm] = {
         Arm("box", "no net displacement toward the hack, nothing else", box=Box(hackward=0.0)),
         Arm("advantage-modification", "less reward where activations look like the hack sides'", advantage=2.0),
         Arm("filter", "rollouts that a detector flags give no gradient, and are in no baseline", flagged="filter"),
+        Arm("quarantine", "they train a second δS, which is deleted in the end", flagged="quarantine"),
         Arm("penalty", "rollouts that a detector flags are paid 1 less", flagged="penalty"),
         Arm("ground-truth-penalty", "a perfect detector: exploits cost what correct work earns", exploit_pays=-1.0),
     )

@@ -21,6 +21,7 @@ from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
+from assay.vhack.delta.quarantine import Quarantine
 from assay.vhack.gradients.division import local_part, local_rows, process_group_of
 
 _KEY = "vhack"
@@ -44,6 +45,7 @@ class ProjectedOptimizer(Optimizer):
         arm: Arm that says gate, level and box; δS is displaced here if the arm starts elsewhere. By default the
             hack-ward part of the gradient is removed.
         max_norm: Largest norm of the gradient of all parameters; None does not clip.
+        quarantine: Second δS, which takes its step with this one; its gradient has been routed before.
         process_group: Processes to average the gradients of δS over before anything else: for a replicated δS that
             neither DDP nor FSDP2 averages. The gate must see the mean, because it is not linear.
 
@@ -75,6 +77,7 @@ class ProjectedOptimizer(Optimizer):
         *,
         arm: Arm = ARMS["erase-gradient"],
         max_norm: float | None = None,
+        quarantine: Quarantine | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.arm = arm
@@ -93,6 +96,7 @@ class ProjectedOptimizer(Optimizer):
         # The lists of the inner optimizer are this one's own, so that what schedulers and trainers change is its.
         self.param_groups, self.state = inner.param_groups, inner.state
         self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
+        self.quarantine = quarantine
         self.measures = Measures({})
         self.use_basis(basis)
         self._start = [local_part(parameter).clone() for parameter in adapter.delta]
@@ -121,7 +125,10 @@ class ProjectedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
-        return {**self.inner.state_dict(), _KEY: {"start": [start_MR.clone() for start_MR in self._start]}}
+        own: dict[str, Any] = {"start": [start_MR.clone() for start_MR in self._start]}
+        if self.quarantine is not None:
+            own["quarantine"] = self.quarantine.state_dict()
+        return {**self.inner.state_dict(), _KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state from `state_dict`; load δS itself with the model or the adapter.
@@ -137,6 +144,8 @@ class ProjectedOptimizer(Optimizer):
             self.param_groups, self.state = self.inner.param_groups, self.inner.state
             for mine_MR, theirs_MR in zip(self._start, start, strict=True):
                 mine_MR.copy_(theirs_MR)
+            if self.quarantine is not None:
+                self.quarantine.load_state_dict(state_dict[_KEY]["quarantine"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"the state of an optimizer that does not fit: {error}",
@@ -169,6 +178,8 @@ class ProjectedOptimizer(Optimizer):
         # Some optimizers write into the gradient.
         kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         before = [local_part(parameter).clone() for parameter in self.adapter.delta]
+        if self.quarantine is not None:
+            self.quarantine.step(self.inner)
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
             now_MR = local_part(parameter)

@@ -263,17 +263,39 @@ def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
 
 
 def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own."""
+    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own.
+
+    By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes 14 and 55 ms, where
+    the gradients of 24 samples take 38 and 585 ms on an H200 (research/results/vhack_gradients_h200_bfloat16.json).
+    A module with a forward function of its own needs the deep copy: the function is bound to the module.
+    """
     memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}
     memo |= {id(part): part for part in module.buffers()}
     # A trainer such as TRL gives the model itself another forward function, which returns other things and would run
     # the model instead of the copy. The copy computes by the function of the class.
     trainers = vars(module).pop("forward", None)
     try:
-        return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
+        if any("forward" in vars(part) for part in module.modules()):
+            return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
+        memo[id(module.config)] = copy.deepcopy(module.config)
+        return cast("PreTrainedModel", _twin(module, memo))
     finally:
         if trainers is not None:
             vars(module)["forward"] = trainers
+
+
+def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(part) in memo:
+        return cast("nn.Module", memo[id(part)])
+    twin = memo[id(part)] = object.__new__(type(part))
+    for name, value in vars(part).items():
+        twin.__dict__[name] = memo.get(id(value), value.copy() if isinstance(value, dict) else value)
+    twin.__dict__["training"] = False
+    twin.__dict__["_parameters"] = {name: memo.get(id(value)) for name, value in part._parameters.items()}
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _twin(child, memo) for name, child in part._modules.items()
+    }
+    return twin
 
 
 def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:

@@ -33,6 +33,7 @@ from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Kinds
 from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.delta.quarantine import shift_baseline
 from assay.vhack.detect import RolloutJudge
 from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.pool import PoolRollout, RolloutPool
@@ -88,7 +89,7 @@ def judge_rollouts(
         trainer: Trainer of texts or conversations, with the model that the detector was fitted with.
         judge: Detector and threshold of :func:`assay.vhack.detect.fit_judge`; None flags what the reward calls
             exploited, which takes a trainer with a :class:`Reward`.
-        arm: Arm that says what becomes of them; None only watches.
+        arm: Arm that says what becomes of them; None only watches. A quarantine takes a :class:`GRPO` with one.
         at_random: Whether to flag as many others, drawn at random: the control.
     """
     plain, model = trainer._calculate_rewards, trainer.accelerator.unwrap_model(trainer.model)
@@ -96,6 +97,8 @@ def judge_rollouts(
     if judge is None and own is None:
         do = "fit a detector with assay.vhack.detect.fit_judge"
         raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
+    if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
+        raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
 
     def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -114,6 +117,8 @@ def judge_rollouts(
         if own is not None:
             own.last, own.told = own.last.flagged(flags_b.cpu()), [*own.told, "flagged"]
         flags_B: Tensor = trainer.accelerator.gather(flags_b)
+        if arm is not None and arm.flagged == "quarantine":
+            trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
         trainer._metrics["train"]["vhack/flagged"].append(float(flags_B.float().mean()))
         return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B)
 
@@ -159,6 +164,7 @@ class GRPO(GRPOTrainer):
         seen: One tuple per backward pass since the last step: outcomes of its rollouts, its loss, and [3] of the
             teacher's tokens: the sum of importance weights, the number outside the clipping range, and their number.
         watching: Takes the gradient of each kind of rollouts, where a callback has set it.
+        shift: What to add to the advantages of the next rollouts, [B] of all processes; None adds nothing.
     """
 
     def __init__(
@@ -183,6 +189,7 @@ class GRPO(GRPOTrainer):
         self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
         self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
         self.watching: Rollouts | None = None
+        self.shift: Tensor | None = None
         self._filling: dict[str, Any] | None = None
         beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
         # What vLLM says of its tokens is the old log-probability here; TRL would weigh it a second time.
@@ -247,6 +254,10 @@ class GRPO(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         last, device = self.reward.last, batch["advantages"].device
+        if self.shift is not None:
+            own = slice(self.processes.index * len(batch["advantages"]), None)
+            batch["advantages"] = batch["advantages"] + self.shift[own][: len(batch["advantages"])]
+            self.shift = None
         return {**batch, "outcomes": last.flags.to(device), "paid": last.paid.to(device)}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

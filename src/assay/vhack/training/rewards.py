@@ -54,7 +54,8 @@ SOURCES = {
     "exploited": ("exploited",),
     "correct": ("correct",),
 }
-"""Kinds of rollouts that make up each source in the log."""
+"""Kinds of rollouts that make up each source in the log, flagged or not."""
+FLAGGED_KIND = ", flagged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +81,21 @@ class Outcomes:
         return self.flags[:, FLAGS.index(name)]
 
     def kinds(self) -> dict[str, Tensor]:
-        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind."""
+        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind.
+
+        The second half is what a detector has flagged of the first.
+        """
         student, exploited = ~self.column("teacher"), self.column("exploited")
         correct = self.column("correct") & ~exploited  # a reward of one's own may say both
-        return {
+        found = {
             "teacher": ~student,
             "exploited": student & exploited,
             "correct": student & correct,
             "failed": student & ~exploited & ~correct,
         }
+        flagged = self.column("flagged")
+        seen = {name + FLAGGED_KIND: chosen & flagged for name, chosen in found.items()}
+        return {name: chosen & ~flagged for name, chosen in found.items()} | seen
 
     def flagged(self, flags_B: Tensor) -> "Outcomes":
         """Return these outcomes with what a detector says of them."""

@@ -23,6 +23,7 @@ from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
 from assay.vhack.delta.arms import load_controls
 from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.delta.quarantine import Quarantine
 from assay.vhack.detect import RolloutJudge, check_promise, fit_judge
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.gradients.batches import Progress
@@ -97,15 +98,17 @@ class Prepared:
             say(f"gradients of {len(pairs)} pairs for the axes")
         self.axes = processes.broadcast(self._extract_axes(load=True))
         self.adapter = DeltaS(model, self.svd)
-        delta, lr = self.adapter.delta, settings.lr
-        inner: torch.optim.Optimizer = (
-            torch.optim.SGD(delta, lr=lr, momentum=0.9)
+        make: Callable[..., torch.optim.Optimizer] = (
+            partial(torch.optim.SGD, lr=settings.lr, momentum=0.9)
             if settings.optimizer == "sgd"
-            else torch.optim.AdamW(delta, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+            else partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         )
         limit = settings.max_norm or None
+        second = Quarantine(self.adapter, make, limit) if self.arm.flagged == "quarantine" else None
         # A start of its own is in the δS of every checkpoint.
-        self.optimizer = ProjectedOptimizer(inner, self.adapter, self.axes, arm=self.arm, max_norm=limit)
+        self.optimizer = ProjectedOptimizer(
+            make(self.adapter.delta), self.adapter, self.axes, arm=self.arm, max_norm=limit, quarantine=second
+        )
 
     def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
         """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
