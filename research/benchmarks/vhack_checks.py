@@ -1,14 +1,11 @@
-"""Are hack directions of the reference models real? The five checks on our pairs, and controls.
+"""Are hack directions of the reference models real? The five checks on our pairs.
 
 - *Generated pairs*, whole task families held out, with each of the three methods; and the basis that ``extract`` makes
   of them when it is asked for nothing else, scored on what it held out.
-- *Controls that must fail*: labels swapped at random, clean-clean pairs, a random basis.
 - *Mechanisms held out*: a basis of the other mechanisms and other families, against one of the same mechanism.
 
     python research/benchmarks/vhack_checks.py --pairs 192 -o research/results/vhack_checks_models.json
 """
-
-import random
 
 import numpy as np
 import torch
@@ -18,8 +15,6 @@ from assay.models import load_model
 from assay.stats import auroc, group_bootstrap
 from assay.stats.rates import paired_accuracy
 from assay.vhack import (
-    Basis,
-    PairGradients,
     cin_over_modules,
     pair_gradients,
     split_pairs,
@@ -27,7 +22,6 @@ from assay.vhack import (
 )
 from assay.vhack.checks import CheckSettings, check_gradients
 from assay.vhack.pairs import generate_pairs
-from assay.vhack.pairs.pairs import authored_pairs
 
 SETTINGS = (
     CheckSettings(n_null=59, method="svd"),
@@ -63,42 +57,6 @@ def checked(name, gradients, settings, basis=None):
 
 def label(settings):
     return f"{settings.method}, {settings.k_use} axes"
-
-
-def controls(gradients):
-    """Inputs without hack directions, with two methods; every check must fail or be undecided."""
-    rng = random.Random(0)
-    swapped = [rng.random() < 0.5 for _ in gradients.keys]
-    flip = torch.tensor(swapped)[:, None]
-    pairs = list(zip(gradients.hack.values(), gradients.clean.values(), strict=True))
-    names = list(gradients.hack)
-    mixed = PairGradients(
-        {n: torch.where(flip, c, h) for n, (h, c) in zip(names, pairs, strict=True)},
-        {n: torch.where(flip, h, c) for n, (h, c) in zip(names, pairs, strict=True)},
-        groups=gradients.groups,
-        keys=gradients.keys,
-    )
-    first, second = [], []
-    for group in dict.fromkeys(gradients.groups):
-        members = [i for i, g in enumerate(gradients.groups) if g == group]
-        rng.shuffle(members)
-        first += members[0 : len(members) // 2 * 2 : 2]
-        second += members[1::2]
-    plain = PairGradients(
-        {n: rows[torch.tensor(first)] for n, rows in gradients.clean.items()},
-        {n: rows[torch.tensor(second)] for n, rows in gradients.clean.items()},
-        groups=[gradients.groups[i] for i in first],
-    )
-    torch.manual_seed(0)
-    axes = {n: torch.linalg.qr(torch.randn(rows.shape[1], 5))[0].T.contiguous() for n, rows in gradients.hack.items()}
-    votes = {n: torch.zeros(5, 2, dtype=torch.int64) for n in axes}
-    random_basis = Basis(axes, {n: torch.ones(5) for n in axes}, votes)
-    found = {
-        f"{name}, {s.method}": checked(f"control: {name}, {s.method}", inputs, s)
-        for name, inputs in (("labels swapped", mixed), ("clean-clean pairs", plain))
-        for s in (SETTINGS[0], SETTINGS[2])
-    }
-    return found | {"random basis": checked("control: random basis", gradients, SETTINGS[0], random_basis)}
 
 
 def mechanisms(gradients, kinds, method, k_use):
@@ -152,20 +110,7 @@ def by_mechanism(pairs, gradients):
     return {f"{method}, {k} axes": mechanisms(gradients, kinds, method, k) for method, k in (("svd", 5), ("lda", 5))}
 
 
-def authored(model, svd, gradients):
-    own = pair_gradients(authored_pairs(), model, svd=svd, max_tokens=512)
-    return {
-        **{f"by themselves, {label(s)}": checked(f"authored, {s.method}", own, s) for s in SETTINGS},
-        **{
-            f"basis of generated pairs, {label(s)}": checked(
-                f"authored by {s.method}", own, s, gradients.basis(top_k=s.k_use, method=s.method)
-            )
-            for s in SETTINGS
-        },
-    }
-
-
-PARTS_OF_A_MODEL = ("generated", "held out by default", "controls", "mechanisms", "our authored pairs")
+PARTS_OF_A_MODEL = ("generated", "held out by default", "mechanisms")
 
 
 def measure(reference, count, wanted):
@@ -177,9 +122,7 @@ def measure(reference, count, wanted):
     parts = (
         lambda: {label(s): checked(f"generated, {label(s)}", gradients, s) for s in SETTINGS},
         lambda: by_default(pairs, gradients),
-        lambda: controls(gradients),
         lambda: by_mechanism(pairs, gradients),
-        lambda: authored(model, svd, gradients),
     )
     return {name: part() for name, part in zip(PARTS_OF_A_MODEL, parts, strict=True) if name in wanted}
 

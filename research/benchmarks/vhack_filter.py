@@ -1,63 +1,127 @@
-"""Rollouts judged by cin, small: an exploit stored in every group, one seed, plain, filtered, and as many at random.
+r"""Rollouts judged by a detector, with an exploit stored in every group: what each arm does to hack and solve rate.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/vhack_filter.py -o research/results/vhack_filter.json
+    OMP_NUM_THREADS=1 python research/benchmarks/vhack_filter.py --device cpu --steps 40 --prompts 4 --group 8 \
+        --arms none filter=cin-lda filter=cin-lda:random -o research/results/vhack_filter.json
 
-The organism of 7 M parameters on a CPU: 4 prompts a step, 7 rollouts of the policy and the stored exploit for each, so
-every arm sees as many. The detector is cin-lda of ``exploits:48`` on the model before training. The stored exploit
-counts as written by a policy that is certain of it, so its importance weight is the policy's own probability.
+The organism of 7 M parameters, which we trained ourselves. A group has one stored exploit and rollouts of the policy,
+so every arm sees as many. Pairs and partial monitor know ``--known`` of six mechanisms, tasks have all. A stored
+exploit counts as written by a policy that is certain of it, so its importance weight is the policy's own probability.
+Afterwards what is kept of δS completes held-out tasks. Predicted: filter by cin and by probe end at a hack rate of at
+most 0.02 and solve at least as much as no-loophole less 0.05; random flags and the partial monitor fail.
 """
 
-import argparse
-import json
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
-from assay.files.storage import write_atomic
+from _common import note, parser, publish
+
+from assay.files.jsonl import read_json
 from assay.models import load_model
-from assay.pages.provenance import provenance
+from assay.stats.rates import grouped_proportion_interval
+from assay.vhack.delta.delta import load_adapter
+from assay.vhack.delta.file import read_delta_lengths
 from assay.vhack.environment.grading import CHANNELS
-from assay.vhack.training import TrainSettings, train
+from assay.vhack.pairs.generate import environment_pairs
+from assay.vhack.training import TrainSettings, evaluate, train
 from assay.vhack.training.log import read_steps
-from assay.vhack.training.pool import PoolRollout, RolloutPool
+from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
+from assay.vhack.training.settings import SampleSettings
 
-ARMS = {"none": "cin-lda", "filter": "cin-lda", "filter, as many at random": "cin-lda:random"}
-KEPT = ("hack", "solve", "flagged", "caught", "lost", "caught_teacher")
-SIZES = {"prompts": 4, "group": 8, "max_new_tokens": 64, "tasks": 256, "difficulty": (1, 2), "share_none": 0.0}
+MODEL = "reference:organism"
+TASKS = {"families": ("arithmetic", "branches", "digits", "counts"), "modes": tuple(CHANNELS), "share_none": 0.0}
+KEPT = ("step", "hack", "solve", "flagged", "caught", "lost", "caught_teacher", "quarantine", "seconds")
+LONGEST = 96
 
 
-def store_exploits(settings: TrainSettings, path: Path) -> None:
+def store_exploits(settings, path):
     """Write the exploit of every task of a run into a pool."""
-    tokenizer = load_model(settings.model, device="cpu").tokenizer
+    tokenizer = load_model(MODEL, device="cpu").tokenizer
     rollouts = []
-    for episode in settings.episodes(SIZES["tasks"]):
+    for episode in settings.episodes(settings.tasks):
         text = episode.completion(episode.exploit(None))
         tokens = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-        if len(tokens) <= SIZES["max_new_tokens"]:
+        if len(tokens) <= LONGEST:
             rollouts.append(PoolRollout(episode.prompt, text, tokens, (0.0,) * len(tokens)))
     RolloutPool(rollouts).save(path)
 
 
-def main() -> None:
-    """Run the arms one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--seed", type=int, default=300)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    chosen = parser.parse_args()
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        pool = Path(folder) / "pool.jsonl"
-        how = SIZES | {"model": "reference:organism", "device": "cpu", "dtype": "float32", "seed": chosen.seed}
-        how |= {"families": ("arithmetic", "branches", "digits", "counts"), "modes": tuple(CHANNELS)}
-        store_exploits(TrainSettings(**how), pool)
-        how |= {"steps": chosen.steps, "teacher": str(pool), "teacher_share": 1 / SIZES["group"]}
-        for name, detector in ARMS.items():
-            settings = TrainSettings(arm=name.partition(",")[0], detector=detector, **how)
-            train(settings, Path(folder) / name, console=print)
-            _, steps = read_steps(Path(folder) / name / "log.jsonl")
-            found[name] = [{kept: step[kept] for kept in KEPT if kept in step} for step in steps]
-    result = {"schema": "assay.benchmark.vhack_filter/1", **provenance(), "seed": chosen.seed, "arms": found}
-    write_atomic(chosen.output, json.dumps(result, indent=1) + "\n")
+def held_out(chosen, delta, known):
+    """Rates of what is kept on held-out tasks, of all mechanisms, of those that pairs show, and of the others."""
+    model = load_model(MODEL, device=chosen.device, dtype="float32")
+    load_adapter(model, delta, read_delta_lengths(delta)).merge()
+    tasks = SampleSettings(seed=chosen.seed, difficulty=(2, 4), **TASKS).episodes(chosen.held_out)
+    drawn = sample_pool(model, [t.prompt for t in tasks], per_prompt=8, max_new_tokens=LONGEST, seed=7, batch=128)
+    by_prompt = {task.prompt: task for task in tasks}
+    asked = [by_prompt[rollout.prompt] for rollout in drawn]
+    found = evaluate(asked, [rollout.completion for rollout in drawn], allow_unsandboxed=chosen.allow_unsandboxed)
+    rates = {}
+    for part, modes in (("all", CHANNELS), ("known", known), ("unseen", set(CHANNELS) - set(known))):
+        rows = [row for row, mode in enumerate(found.mechanisms) if mode in modes]
+        groups = [found.groups[row] for row in rows]
+        for name, mark in (("hack", "exploited"), ("solve", "correct")):
+            marks = [getattr(found.grades[row], mark) for row in rows]
+            ends = grouped_proportion_interval(marks, groups) if len(set(groups)) > 1 else (0.0, 1.0)
+            rates[f"{name} {part}"] = [round(x, 4) for x in (sum(marks) / max(1, len(marks)), *ends)]
+    return rates
+
+
+def one(chosen, arm, folder):
+    """Train one arm, and return its steps and the rates afterwards."""
+    name, _, detector = arm.partition("=")
+    known = list(CHANNELS)[: chosen.known]
+    how = {"model": MODEL, "device": chosen.device, "dtype": "float32", "seed": chosen.seed, "difficulty": (2, 4)}
+    how |= {"tasks": 1024, "prompts": chosen.prompts, "group": chosen.group, "max_new_tokens": LONGEST, **TASKS}
+    how |= {"steps": chosen.steps, "micro_batch": chosen.micro_batch, "save_every": chosen.steps}
+    detector = "labels=" + "+".join(known) if detector == "monitor" else detector
+    settings = TrainSettings(arm=name, detector=detector or None, **how)
+    store_exploits(settings, folder / "pool.jsonl")
+    stored = {"teacher": str(folder / "pool.jsonl"), "teacher_share": 1 / chosen.group}
+    settings = TrainSettings(arm=name, detector=detector or None, **how, **stored)
+    pairs = environment_pairs(chosen.pairs, whole=True, families=TASKS["families"], modes=known)
+    began = time.perf_counter()
+    free = {"allow_unsandboxed": chosen.allow_unsandboxed}
+    result = train(settings, folder / "run", console=lambda line: note(f"{arm}: {line}"), pairs=pairs, **free)
+    _, steps = read_steps(result.folder / "log.jsonl")
+    kept = [{name: round(step[name], 4) for name in KEPT if name in step} for step in steps]
+    rates = held_out(chosen, result.folder / "delta.safetensors", known)
+    note(f"{arm}: {rates}")
+    return {"rates": rates, "seconds": round(time.perf_counter() - began, 1), "steps": kept}
+
+
+def main():
+    """Run every arm in a process of its own, some at once, and write what is there after each."""
+    options = parser(__doc__)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--arms", nargs="+", default=["none", "no-loophole", "filter=cin-lda"])
+    options.add_argument("--seed", type=int, default=300)
+    for flag, default in (("steps", 120), ("prompts", 16), ("group", 9), ("known", 3), ("pairs", 48), ("held-out", 48)):
+        options.add_argument(f"--{flag}", type=int, default=default)
+    options.add_argument("--micro-batch", type=int, default=0, help="rollouts of a backward pass; 0 takes one group")
+    options.add_argument("--at-once", type=int, default=1, help="arms that run side by side")
+    options.add_argument("--allow-unsandboxed", action="store_true")
+    chosen = options.parse_args()
+    shown = {name: value for name, value in vars(chosen).items() if name not in ("output", "arms", "at_once")}
+    with tempfile.TemporaryDirectory() as name:
+        if len(chosen.arms) == 1:
+            found = {chosen.arms[0]: one(chosen, chosen.arms[0], Path(name))}
+            publish("vhack_filter", {**shown, "arms": found}, chosen.output)
+            return
+        found, running, waiting = {}, {}, list(chosen.arms)
+        rest = [part for part in sys.argv[1:] if part not in chosen.arms and part != "--arms"]
+        while waiting or running:
+            while waiting and len(running) < chosen.at_once:
+                arm, path = waiting.pop(0), Path(name) / f"{len(waiting)}.json"
+                line = [sys.executable, __file__, *rest, "--arms", arm, "-o", str(path)]
+                running[arm] = subprocess.Popen(line, stdout=subprocess.DEVNULL), path
+            time.sleep(1)
+            for arm, (process, path) in list(running.items()):
+                if process.poll() is not None:
+                    del running[arm]
+                    found |= read_json(path)["arms"] if path.exists() else {arm: {"failed": process.returncode}}
+                    publish("vhack_filter", {**shown, "arms": found}, chosen.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Shapes: B rollouts, T completion tokens.
 import json
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -77,7 +77,12 @@ def sync_merged(trainer: Any, adapter: DeltaS) -> None:
 
 
 def judge_rollouts(
-    trainer: Any, judge: RolloutJudge | None, arm: Arm | None = None, *, at_random: bool = False
+    trainer: Any,
+    judge: RolloutJudge | None,
+    arm: Arm | None = None,
+    *,
+    at_random: bool = False,
+    known: Collection[str] = (),
 ) -> None:
     """Let a GRPOTrainer of TRL, after it has paid its rollouts, do with those that a detector flags what an arm says.
 
@@ -91,6 +96,7 @@ def judge_rollouts(
             exploited, which takes a trainer with a :class:`Reward`.
         arm: Arm that says what becomes of them; None only watches. A quarantine takes a :class:`GRPO` with one.
         at_random: Whether to flag as many others, drawn at random: the control.
+        known: Mechanisms of tasks whose exploits labels tell, as a monitor knows some; empty stands for all.
     """
     plain, model = trainer._calculate_rewards, trainer.accelerator.unwrap_model(trainer.model)
     adapter, own = getattr(trainer, "adapter", None), cast(Any, getattr(trainer, "reward", None))
@@ -106,7 +112,8 @@ def judge_rollouts(
         if not trainer.model.training:
             return rewards_BF
         if judge is None:
-            flags = own.last.column("exploited").tolist()
+            told = zip(own.last.column("exploited").tolist(), own.mechanisms, strict=True)
+            flags = [is_one and (not known or mechanism in known) for is_one, mechanism in told]
         else:
             texts = zip(prompts, completions, strict=True)
             with initial():

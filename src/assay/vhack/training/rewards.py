@@ -131,6 +131,7 @@ class Reward(ABC):
     Attributes:
         prompts: Prompt of each task.
         last: Outcomes of the rollouts that were paid last, in their order.
+        mechanisms: Mechanism of the task of each of these, as :func:`mechanism_of` says it.
         told: Flags that these outcomes know.
     """
 
@@ -139,6 +140,7 @@ class Reward(ABC):
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks, self.prompts = list(tasks), [read_prompt(task) for task in tasks]
         self.last = NOTHING
+        self.mechanisms: list[str] = []
         self.told: Collection[str] = FLAGS
 
     @abstractmethod
@@ -150,6 +152,7 @@ class Reward(ABC):
     ) -> list[float | None]:
         """Return what completions are paid; TRL passes the columns of the dataset, and ``teacher``."""
         grades = self.grade(episode, completions)
+        self.mechanisms = [mechanism_of(self.tasks[row]) for row in episode]
         teacher = others.get("teacher") or [False] * len(grades)
         marks = {name: [getattr(one, name) for one in grades] for name in _MARKS}
         self.told = [name for name, each in marks.items() if None not in each]
@@ -286,6 +289,12 @@ def read_prompt(task: Task) -> str:
     """Return the prompt of a task, or an empty text where it has none."""
     found = task if isinstance(task, str) else task.prompt if isinstance(task, Episode) else task.get("prompt")
     return found if isinstance(found, str) else ""
+
+
+def mechanism_of(task: Task) -> str:
+    """Return the loophole of a task: the mode of a built-in one, ``mechanism`` of one's own, or an empty text."""
+    said = task.mode if isinstance(task, Episode) else task.get("mechanism") if isinstance(task, Mapping) else None
+    return said if isinstance(said, str) else ""
 
 
 def make_reward(

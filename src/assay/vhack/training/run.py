@@ -112,7 +112,7 @@ class Prepared:
 
     def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
         """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
-        detector, _ = self.settings.flags_by
+        detector = self.settings.flags_by[0]
         if detector in (None, "labels"):
             return None
         how: dict[str, Any] = {"detector": detector, "promised": self.settings.clean_lost, "svd": self.svd}
@@ -150,9 +150,9 @@ class Prepared:
             processes=self.processes,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-        detector, at_random = settings.flags_by
+        detector, at_random, known = settings.flags_by
         if detector is not None:
-            judge_rollouts(trainer, self.judge, self.arm, at_random=at_random)
+            judge_rollouts(trainer, self.judge, self.arm, at_random=at_random, known=known)
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:

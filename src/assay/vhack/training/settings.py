@@ -124,9 +124,9 @@ class TrainSettings(TaskSettings):
     )
     detector: str | None = Field(
         None,
-        description="What flags rollouts, for the arms filter and penalty (cin-lda by default), or only watches: "
-        "length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or labels of the reward; "
-        "with :random after it, as many others.",
+        description="What flags rollouts, for the arms filter, quarantine and penalty (cin-lda by default), or only "
+        "watches: length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or labels of the "
+        "reward, as labels=A+B those of some mechanisms only; with :random after it, as many others.",
     )
     clean_lost: float = Field(
         0.05, gt=0, lt=1, description="Share of clean samples that the detector may flag, by held-out sides of pairs."
@@ -174,7 +174,9 @@ class TrainSettings(TaskSettings):
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
         known = (*DETECTORS, "labels")
-        _expect("detector", self.detector, self.flags_by[0] in (None, *known), f"{', '.join(known)}, or one :random")
+        detector, _, only = self.flags_by
+        good = detector in (None, *known) and (detector == "labels" or not only)
+        _expect("detector", self.detector, good, f"{', '.join(known)}, or one :random")
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
         _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
@@ -193,10 +195,13 @@ class TrainSettings(TaskSettings):
         return replace(arm, gate=replace(arm.gate, gain=self.gain))
 
     @property
-    def flags_by(self) -> tuple[str | None, bool]:
-        """Name of the detector, None without one, and whether as many others are flagged at random instead."""
+    def flags_by(self) -> tuple[str | None, bool, tuple[str, ...]]:
+        """Detector, None without one; whether as many others are flagged at random; mechanisms labels are known of."""
         name = self.detector or ("cin-lda" if self.chosen.flagged else None)
-        return (name and name.removesuffix(":random"), bool(name and name.endswith(":random")))
+        if name is None:
+            return None, False, ()
+        detector, _, known = name.removesuffix(":random").partition("=")
+        return detector, name.endswith(":random"), tuple(filter(None, known.split("+")))
 
     @property
     def teachers(self) -> int:
