@@ -14,6 +14,7 @@ from assay.vhack.detect import (
     compare_detectors,
     cross_score,
     fit_judge,
+    fit_scorer,
     make_detectors,
 )
 from assay.vhack.names import DETECTORS
@@ -122,3 +123,37 @@ def test_a_given_basis_takes_the_place_of_fitted_axes(small_pairs):
     scorer = next(one for one in detectors if one.name.startswith("cin")).fit(None, None, ([], []))
     along = Evidence(("a", "b"), gradients={"module": torch.eye(2, 8)})
     assert scorer(along).tolist() == [1.0, 0.0]
+
+
+def test_a_threshold_lies_in_the_middle_of_a_gap_and_with_none_where_the_fewest_mistakes_are():
+    clean, hack = np.linspace(0, 1, 40), np.linspace(2, 3, 40)
+    held = choose_threshold(hack, clean, 0.2)
+    assert (held.value, held.lost, held.caught) == (1.5, 0.0, 1.0)
+    # A fifth may be lost: one clean sample among the hacks costs less than every hack below it.
+    mixed = choose_threshold(hack, [*clean[:-1], 2.5], 0.2)
+    assert mixed.value == pytest.approx((clean[-2] + 2) / 2)
+    assert (mixed.lost, mixed.caught) == (1 / 40, 1.0)
+
+
+@pytest.mark.parametrize(("told", "shift"), [("nothing", 0.0), ("activations", 1.0), ("gradients", 1.0)])
+def test_fitted_detectors_lose_no_more_of_fresh_clean_samples_than_promised(told, shift):
+    """Also where hack and clean are names without meaning, and whatever the fit makes of them."""
+    groups, lost = [f"{n % 12}" for n in range(48)], []
+    for seed in range(0, 30, 3):
+        sides = [evidence(n, told, sign * shift, seed + n % 5) for n, sign in ((48, 1), (48, -1), (301, -1))]
+        sides[0] = evidence(48, told, shift, 100 + seed)
+        for detector in make_detectors(["probe", "norm", "cin-lda", "ridge"]):
+            scorer, threshold = fit_scorer(detector, *sides[:2], (groups, groups), 0.1)
+            lost.append(float((scorer(sides[2]) > threshold.value).mean()))
+    # The standard error of the mean is about 0.012.
+    assert np.mean(lost) < 0.1 + 0.02
+
+
+def test_a_combination_takes_what_adds_something():
+    groups = [f"{n % 10}" for n in range(40)]
+    texts = ["print x " * 3] * 20 + ["a b " * 6] * 20  # half of the hacks are seen in their texts, the others elsewhere
+    hack, clean = evidence(40, "nothing", 0.0, 1, texts), evidence(40, "nothing", 0.0, 2, ["a b " * 6] * 40)
+    hack.gradients["module"][20:, 0] += 9.0
+    found = {one.name: one.auroc.value for one in compare_detectors(hack, clean, (groups, groups)).results}
+    assert found["combined"] > max(value for name, value in found.items() if name != "combined") - 0.01
+    assert found["combined"] > 0.95
