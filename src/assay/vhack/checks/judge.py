@@ -223,7 +223,7 @@ def judge(
         )
     else:
         faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
-        wide = reached_levels("interval", measured, nulls | {"chance": [_VALUES[name][1]]}, settings)
+        wide = reached_levels("interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings)
         verdict, reason = decide(faults, *wide)
     rule = rule_of(name, nulls, settings, swapped)
     draws = {null: tuple(map(float, values)) for null, values in nulls.items()}

@@ -71,11 +71,11 @@ class Quarantine:
             if kept.grad is None or value.grad is None:
                 continue
             whole_MR = (kept.grad + value.grad).square()
-            for optimizer, one in ((inner, kept), (self.inner, value)):
+            for optimizer, one, own_MR in ((inner, kept, kept.grad), (self.inner, value, value.grad)):
                 state = optimizer.state.get(one, {})
                 if "exp_avg_sq" in state:  # to which Adam will add the square of its own part
                     beta = float(optimizer.param_groups[0]["betas"][1])
-                    state["exp_avg_sq"] += (1 - beta) / beta * (whole_MR - one.grad.square())
+                    state["exp_avg_sq"] += (1 - beta) / beta * (whole_MR - own_MR.square())
         self.inner.step()
 
     def state_dict(self) -> dict[str, Any]:
