@@ -35,7 +35,7 @@ from assay.models.wide import wide_products
 from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, proportion_interval
 from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.basis.extract import PairGradients
-from assay.vhack.gradients.batches import Encoded, Progress, context_length, encode, plan_batches
+from assay.vhack.gradients.batches import Batch, Encoded, Progress, context_length, encode, plan_batches
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.svd import SVDCache
 from assay.vhack.gradients.targets import module_of
@@ -123,18 +123,17 @@ def forward_samples(
 ) -> tuple[Tensor, Tensor]:
     """Return means over the completion tokens: outputs of layers, [L, S, H], and log-probabilities, [S], float32."""
     states: dict[int, Tensor] = {}
-    rows_M = torch.zeros(0, dtype=torch.long)
+    means: dict[int, Tensor] = {}
+    logprobs: dict[int, Tensor] = {}
+    training = module.training
 
     def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
         states[layer] = output if isinstance(output, Tensor) else output[0]
 
     def completions(_: object, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         # The head sees the rows that predict a completion token and no others; a large vocabulary takes the memory.
-        return (arguments[0].flatten(0, 1).index_select(0, rows_M)[None],)
+        return (arguments[0].flatten(0, 1).index_select(0, batch.label_rows.to(arguments[0].device))[None],)
 
-    means: dict[int, Tensor] = {}
-    logprobs: dict[int, Tensor] = {}
-    training = module.training
     with ExitStack() as undo, wide_products(module):
         undo.callback(module.train, training)
         module.train(False)
@@ -142,20 +141,15 @@ def forward_samples(
             hook = decoder_layers(module)[layer].register_forward_hook(lambda _, __, o, at=layer: keep(at, o))
             undo.callback(hook.remove)
         undo.callback(head_of(module).register_forward_pre_hook(completions, prepend=True).remove)
-        for batch in plan_batches(encoded, _TOKENS.get(module.device.type, 1024), packed=False):
-            longest = max(len(one.ids) for one in batch)
-            # Padding is to the right of everything that is looked at.
-            ids_BT = torch.tensor([one.padded(longest) for one in batch], device=module.device)
-            rows = [longest * row + at - 1 for row, one in enumerate(batch) for at in range(*one.completion)]
-            rows_M = torch.tensor(rows, device=module.device)
-            logits_MV = module(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
-            labels_M = ids_BT.flatten()[rows_M + 1].to(logits_MV.device)
+        for part in plan_batches(encoded, _TOKENS.get(module.device.type, 1024), packed=False):
+            batch = Batch.build(part, module.device, packed=False)  # padding is to the right of what is looked at
+            logits_MV = module(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)
+            labels_M = batch.labels.to(logits_MV.device)
             of_tokens_M = -torch.nn.functional.cross_entropy(logits_MV.float(), labels_M, reduction="none")
-            lengths = [one.completion[1] - one.completion[0] for one in batch]
-            for row, (one, of_one) in enumerate(zip(batch, torch.split(of_tokens_M, lengths), strict=True)):
+            for row, (one, (start, end)) in enumerate(zip(part, batch.label_segments.bounds, strict=True)):
                 of_layers = [states[layer][row, slice(*one.completion)].float().mean(dim=0) for layer in layers]
                 means[one.index] = torch.stack([mean_H.to(module.device) for mean_H in of_layers])
-                logprobs[one.index] = of_one.mean()
+                logprobs[one.index] = of_tokens_M[start:end].mean()
     order = range(len(encoded))
     return torch.stack([means[i] for i in order], dim=1), torch.stack([logprobs[i] for i in order])
 

@@ -62,7 +62,9 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
     assert trainer._metrics["train"]["vhack/flagged"] == [flags.mean()]
 
 
-@pytest.mark.parametrize("detector", ["labels", "labels:random", "ngrams"])
+@pytest.mark.parametrize(
+    "detector", ["labels", "labels:random", "labels=sentinel+exit_code", "labels=sentinel", "ngrams"]
+)
 def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     settings, model, pairs, tasks, tmp_path, detector
 ):
@@ -75,9 +77,11 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     made = trainer._generate_and_score_completions([dict(row) for row in rows])
     exploited, flagged = (made["outcomes"][:, FLAGS.index(name)] for name in ("exploited", "flagged"))
     assert (made["advantages"][flagged] == 0).all()
-    if detector.startswith("labels"):
+    if detector == "labels=sentinel":  # a monitor that does not know the mechanism of these tasks
+        assert not flagged.any()
+    elif detector.startswith("labels"):
         assert int(flagged.sum()) == int(exploited.sum()) >= 2
-        assert torch.equal(flagged, exploited) == (detector == "labels")
+        assert torch.equal(flagged, exploited) == (detector != "labels:random")
     rates = trainer.reward.last.rates(trainer.reward.told)
     student = ~made["outcomes"][:, 0]
     assert rates["flagged"] == pytest.approx(float(flagged[student].float().mean()))
@@ -85,7 +89,10 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     assert any("flags" in line for line in said) == (detector == "ngrams")
 
 
-@pytest.mark.parametrize("others", [{"detector": "nope"}, {"detector": "cin-lda:shuffled"}, {"clean_lost": 0.0}])
+@pytest.mark.parametrize(
+    "others",
+    [{"detector": "nope"}, {"detector": "cin-lda:shuffled"}, {"detector": "probe=sentinel"}, {"clean_lost": 0.0}],
+)
 def test_a_detector_that_there_is_not_is_refused(settings, others):
     with pytest.raises(UsageError):
         settings(arm="filter", **others)

@@ -104,6 +104,7 @@ def test_every_kind_of_arm_runs(run, tmp_path, arm):
     assert moved == ((arm != "no-loophole" and not judged) or step["solve"] > 0)
     if judged:
         assert (step["flagged_teacher"], step["caught_teacher"]) == (1.0, 1.0)
+    assert ("quarantine" in step) == (arm == "quarantine")
     if arm == DEFAULT_ARM:
         assert step["leak_two_sided"] < 1e-6
         assert step["displacement"] == pytest.approx(0.4 * 2 * 14, rel=1e-5)  # two axes in each of 14 modules
