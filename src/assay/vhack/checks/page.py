@@ -85,8 +85,6 @@ def _random_bases(made: Report, report: CheckReport) -> None:
     ax.grid(axis="y", visible=False)
     legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0))
     made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
-    scores = check.details.get("z_scores", {})
-    made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
 
 
 def _settings(made: Report, report: CheckReport) -> None:
