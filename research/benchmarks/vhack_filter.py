@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,11 +82,9 @@ def one(chosen, arm, folder):
     how = {"model": MODEL, "device": chosen.device, "dtype": "float32", "seed": chosen.seed, "difficulty": (2, 4)}
     how |= {"tasks": 1024, "prompts": chosen.prompts, "group": chosen.group, "max_new_tokens": LONGEST, **TASKS}
     how |= {"steps": chosen.steps, "micro_batch": chosen.micro_batch, "save_every": 10}
-    detector = "labels=" + "+".join(known) if detector == "monitor" else detector
-    settings = TrainSettings(arm=name, detector=detector or None, **how)
-    store_exploits(settings, folder / "pool.jsonl")
-    stored = {"teacher": str(folder / "pool.jsonl"), "teacher_share": 1 / chosen.group}
-    settings = TrainSettings(arm=name, detector=detector or None, **how, **stored)
+    how |= {"arm": name, "detector": "labels=" + "+".join(known) if detector == "monitor" else detector or None}
+    store_exploits(TrainSettings(**how), folder / "pool.jsonl")
+    settings = TrainSettings(**how, teacher=str(folder / "pool.jsonl"), teacher_share=1 / chosen.group)
     pairs = environment_pairs(chosen.pairs, whole=True, families=TASKS["families"], modes=known)
     began = time.perf_counter()
 
@@ -105,39 +104,36 @@ def one(chosen, arm, folder):
 
 
 def main():
-    """Run every arm in a process of its own, some at once, and write what is there after each."""
+    """Run every arm in a process of its own, some at once, and write what is there after each, in their order."""
     options = parser(__doc__)
     options.add_argument("--device", default="cpu")
     options.add_argument("--arms", nargs="+", default=["none", "no-loophole", "filter=cin-lda"])
     options.add_argument("--seed", type=int, default=300)
     for flag, default in (("steps", 120), ("prompts", 16), ("group", 9), ("known", 3), ("pairs", 48), ("held-out", 48)):
         options.add_argument(f"--{flag}", type=int, default=default)
-    options.add_argument(
-        "--limit", type=float, default=1e9, help="seconds after which an arm ends at its last checkpoint"
-    )
+    options.add_argument("--limit", type=float, default=1e9, help="seconds, after which the last checkpoint counts")
     options.add_argument("--micro-batch", type=int, default=0, help="rollouts of a backward pass; 0 takes one group")
     options.add_argument("--at-once", type=int, default=1, help="arms that run side by side")
     options.add_argument("--allow-unsandboxed", action="store_true")
     chosen = options.parse_args()
     shown = {name: value for name, value in vars(chosen).items() if name not in ("output", "arms", "at_once")}
-    with tempfile.TemporaryDirectory() as name:
+    rest = [part for part in sys.argv[1:] if part not in chosen.arms and part != "--arms"]
+    found = {}
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(chosen.at_once) as pool:
         if len(chosen.arms) == 1:
             found = {chosen.arms[0]: one(chosen, chosen.arms[0], Path(name))}
+            return publish("vhack_filter", {**shown, "arms": found}, chosen.output)
+
+        def apart(arm):
+            path = Path(name) / f"{chosen.arms.index(arm)}.json"
+            line = [sys.executable, __file__, *rest, "--arms", arm, "-o", str(path)]
+            ended = subprocess.run(line, stdout=subprocess.DEVNULL, check=False)
+            return read_json(path)["arms"] if path.exists() else {arm: {"failed": ended.returncode}}
+
+        for part in pool.map(apart, chosen.arms):
+            found |= part
             publish("vhack_filter", {**shown, "arms": found}, chosen.output)
-            return
-        found, running, waiting = {}, {}, list(chosen.arms)
-        rest = [part for part in sys.argv[1:] if part not in chosen.arms and part != "--arms"]
-        while waiting or running:
-            while waiting and len(running) < chosen.at_once:
-                arm, path = waiting.pop(0), Path(name) / f"{len(waiting)}.json"
-                line = [sys.executable, __file__, *rest, "--arms", arm, "-o", str(path)]
-                running[arm] = subprocess.Popen(line, stdout=subprocess.DEVNULL), path
-            time.sleep(1)
-            for arm, (process, path) in list(running.items()):
-                if process.poll() is not None:
-                    del running[arm]
-                    found |= read_json(path)["arms"] if path.exists() else {arm: {"failed": process.returncode}}
-                    publish("vhack_filter", {**shown, "arms": found}, chosen.output)
+    return None
 
 
 if __name__ == "__main__":
