@@ -50,6 +50,7 @@ def test_check_writes_json_and_page_and_report_draws_it_again(assay, tmp_path):
         (("-o", "missing/check.json"), "missing/check.json: No such file or directory"),
         (("--html", "."), "Is a directory"),
         (("--basis", "missing.safetensors"), "cannot be read"),
+        (("--pairs", "generated:4"), "2 pairs for lda"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(refused, monkeypatch, tmp_path, arguments, message):

@@ -197,11 +197,8 @@ def test_cin_over_modules():
     gradients = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.tensor([[-12.0, 0.0, 5.0]]), "c": torch.ones(1, 1)}
     assert cin_over_modules(gradients, basis).tolist() == pytest.approx([0.3])
     assert cin_over_modules(gradients, basis, two_sided=True).tolist() == pytest.approx([(0.6 + 12 / 13) / 2])
-    assert cin_over_modules(gradients, basis, weighting="energy").tolist() == pytest.approx([3 / math.sqrt(194)])
     with pytest.raises(UsageError, match="no gradients of b"):
         cin_over_modules({"a": gradients["a"]}, basis)
-    with pytest.raises(UsageError, match="weighting"):
-        cin_over_modules(gradients, basis, weighting="loud")
 
 
 @pytest.fixture

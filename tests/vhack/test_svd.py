@@ -157,6 +157,12 @@ def test_a_damaged_file_is_written_again(tmp_path, linear, damage):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_equal_weights_of_two_dtypes_share_a_file_in_a_directory_that_is_named_by_a_text(tmp_path, linear):
+    weight_svd(linear.bfloat16(), cache=str(tmp_path), dtype="float32")
+    weight_svd(linear.float(), cache=str(tmp_path))
+    assert len(list((tmp_path / "svd").iterdir())) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, linear):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.load import Model
     from assay.vhack.checks.judge import CheckReport
+    from assay.vhack.detect import Comparison
     from assay.vhack.training.rewards import Task
     from assay.vhack.training.settings import SampleSettings, TrainSettings
 
@@ -181,11 +182,11 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     from assay.vhack.pairs.generate import find_pairs
 
     pairs = find_pairs(chosen.pairs)
-    groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method="svd"))
+    groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method=chosen.method))
     if groups < least:
         click.echo(
-            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real; "
-            f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
+            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real: "
+            f"by {chosen.method}, assay vhack check needs {least} (--pairs generated:48 has 30 groups)",
             err=True,
         )
     select_pairs(pairs, **chosen.model_dump(include=_SELECTION))
@@ -300,9 +301,9 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
         *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
         *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
-        *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
     ]
-    table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
+    table(("", "pools"), rows, title=f"{made.verdict}: {made.reason}")
+    _print_detectors(result.detectors)
     return result.exit_code
 
 
@@ -330,7 +331,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     "train",
     TrainCommand,
     "assay.vhack.training.settings:TrainSettings",
-    shown="model output arm pairs steps lr reward teacher seed device",
+    shown="model output arm detector pairs steps reward teacher seed device",
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )
@@ -478,6 +479,12 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
     for made in result.checks:
         if made.verdict != "pass":
             click.echo(f"{made.title}: {made.reason}")
+    _print_detectors(result.detectors)
+
+
+def _print_detectors(compared: "Comparison | None") -> None:
+    if compared is not None:
+        table(*compared.table, title=f"detectors, on groups held out: {compared.says}")
 
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"

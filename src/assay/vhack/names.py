@@ -5,3 +5,6 @@ METHODS = ("lda", "mean-diff", "svd")
 
 DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
 """How training is held back by default. Its name is read by :func:`assay.vhack.delta.arms.arm_named`."""
+
+DETECTORS = ("length", "ngrams", "likelihood", "probe", "norm", "cin-svd", "cin-lda", "ridge", "combined")
+"""Detectors of rollouts that cheat: of :func:`assay.vhack.detect.make_detectors`."""

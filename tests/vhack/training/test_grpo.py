@@ -167,7 +167,7 @@ def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batc
 
 def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batch):
     """In two parts, as with accumulation: what is told apart afterwards is what separate passes would have given."""
-    adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes[0])
+    adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes)
     batch["outcomes"][1, 2] = batch["outcomes"][4, 1] = batch["outcomes"][5, 1] = True
     kinds = Outcomes(batch["outcomes"], batch["paid"]).kinds()
     parts = [{n: v[i : i + 3] if v.ndim else v for n, v in batch.items()} for i in (0, 3)]

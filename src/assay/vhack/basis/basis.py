@@ -458,14 +458,9 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
         axes_KR: Orthonormal rows; zero rows add nothing.
         two_sided: Whether both signs count.
     """
-    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _positive(gradients_NR.norm(dim=1))
-    return share_N
-
-
-def _along(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool) -> Tensor:
     along_NK: Tensor = gradients_NR @ axes_KR.to(gradients_NR).T
     along_N: Tensor = (along_NK if two_sided else along_NK.relu()).norm(dim=1)
-    return along_N
+    return along_N / _positive(gradients_NR.norm(dim=1))
 
 
 def _positive(lengths: Tensor) -> Tensor:
@@ -473,20 +468,16 @@ def _positive(lengths: Tensor) -> Tensor:
     return torch.where(lengths > 0, lengths, 1.0)
 
 
-def cin_over_modules(
-    gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False, weighting: str = "equal"
-) -> Tensor:
-    """Return one number per sample over all modules of the basis, [N].
+def cin_over_modules(gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False) -> Tensor:
+    """Return the mean of :func:`cin` over all modules of the basis, one number per sample, [N].
 
     Args:
         gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
         basis: Basis with the axes.
-        two_sided: Whether both signs count, as in :func:`cin`.
-        weighting: Way of taking the mean. ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
-            ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
+        two_sided: Whether both signs count.
 
     Raises:
-        UsageError: A module of the basis has no gradients, or the weighting is neither of the two.
+        UsageError: A module of the basis has no gradients.
     """
     missing = [name for name in basis.axes if name not in gradients]
     if missing or not basis.axes:
@@ -495,11 +486,5 @@ def cin_over_modules(
             wanted="gradients of every module of the basis",
             do="compute the gradients and the basis with the same model",
         )
-    if weighting not in ("equal", "energy"):
-        raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
-    along_MN = torch.stack([_along(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()])
-    lengths_MN = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
-    if weighting == "equal":
-        return (along_MN / _positive(lengths_MN)).mean(dim=0)
-    share_N: Tensor = along_MN.norm(dim=0) / _positive(lengths_MN.norm(dim=0))
-    return share_N
+    each = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
+    return torch.stack(each).mean(dim=0)

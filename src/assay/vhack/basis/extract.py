@@ -259,7 +259,7 @@ class GradientOptions(TypedDict, total=False):
     # svd is truncated already. Unless factors are given, full ones never exist of more than an eighth of the modules.
     rank: int | None
     factors: str | None  # dtype of the factors, as in weight_svd
-    cache: Path | None  # directory of factors on disk; None keeps nothing there
+    cache: str | Path | None  # directory of factors on disk; None keeps nothing there
     min_coverage: float  # share of the model's weights that targets must be, as in weight_svd
     max_tokens: int | None  # most tokens per batch, as in per_sample_gradients
     checkpointing: bool  # whether to recompute layers in the backward pass to save memory

@@ -12,7 +12,7 @@ Shapes: M modules of a group, R coordinates of δS.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial, wraps
@@ -58,6 +58,7 @@ class DeltaS(nn.Module):
     Attributes:
         groups: Modules by shape.
         delta: δS, one parameter per group, [M, R] float32.
+        added: A second δS of that form, in the weights and in no file; see :class:`Quarantine`.
 
     Raises:
         UsageError: The factors do not fit, or there is an adapter already.
@@ -87,6 +88,8 @@ class DeltaS(nn.Module):
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
         )
+        self.added: Sequence[Tensor] = ()
+        self._scale = 1.0
         self._enabled = True
         self._rollouts: Rollouts | None = None
         self._undo = ExitStack()
@@ -138,10 +141,15 @@ class DeltaS(nn.Module):
             reshard(self.model)
             self._merge()
 
+    def scale_added(self, scale: float) -> None:
+        """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what trains."""
+        self._scale = scale
+        self.refresh()
+
     def _merge(self) -> None:
         values = self._whole()
-        for group, values_MR in zip(self.groups, values, strict=True):
-            group.merge(values_MR)
+        for index, (group, values_MR) in enumerate(zip(self.groups, values, strict=True)):
+            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
         self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
         self._merged_at = self._versions()
 
@@ -220,6 +228,7 @@ class DeltaS(nn.Module):
             UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be taken away.
         """
         self._refuse_disabled("merge")
+        self.added = ()
         reshard(self.model)
         self._merge()
         self._undo.close()
