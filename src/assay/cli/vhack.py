@@ -29,7 +29,7 @@ vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
 WeightDtype = Annotated[str | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
-Method = Annotated[str, "TEXT", Field(description="Method of extraction: lda, mean-diff or svd.")]
+Method = Annotated[str, "TEXT", Field(description="Method of extraction: lda or svd.")]
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
@@ -496,7 +496,6 @@ class MergeSettings(WeightSettings):
 
     delta: Path = Field(description="File of δS that training or DeltaS.save wrote for this model.")
     output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
-    lora: Annotated[int | None, "RANK"] = Field(None, ge=1, description="Write a LoRA of this rank instead.")
     overwrite: Overwrite = False
 
 
@@ -533,12 +532,12 @@ class EvaluateCommand(Settings):
 def merge(chosen: MergeSettings, as_json: bool) -> None:
     """Write a trained δS into the weights of its model.
 
-    The result is a directory for anything that loads such: of merged weights, or of an adapter with --lora.
+    The result is a directory that anything loads as a plain model.
     """
     from assay.vhack.delta.delta import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
-        how = chosen.model_dump(include={"lora", "overwrite", "dtype", "device"})
+        how = chosen.model_dump(include={"overwrite", "dtype", "device"})
         values = write_merged(chosen.output, chosen.model, chosen.delta, **how, progress=progress)
     show_values("assay.vhack.merge/1", values, as_json)
 

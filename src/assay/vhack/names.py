@@ -1,6 +1,6 @@
 """Names that settings and the command line know before torch is loaded."""
 
-METHODS = ("lda", "mean-diff", "svd")
+METHODS = ("lda", "svd")
 """Methods of extraction: of :func:`assay.vhack.basis.basis.find_axes`."""
 
 DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"

@@ -45,15 +45,13 @@ def test_arms_that_there_are_not(name):
 
 
 def test_a_displaced_start_is_measured_from_the_model_and_outlives_a_checkpoint(module, ids, small_svd, basis):
-    def made():
+    def made(start):
         adapter = DeltaS(module, small_svd)
-        return adapter, ProjectedOptimizer(
-            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, arm=own(gate=Gate("two_sided"), level="update")
-        )
+        arm = own(gate=Gate("two_sided"), level="update", start=start)
+        return adapter, ProjectedOptimizer(torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, arm=arm)
 
-    adapter, optimiser = made()
     plain = module(input_ids=ids).logits
-    optimiser.displace(0.4)
+    adapter, optimiser = made(0.4)
     assert not torch.equal(module(input_ids=ids).logits, plain)
     loss_of(module, ids).backward()
     optimiser.step()
@@ -62,7 +60,7 @@ def test_a_displaced_start_is_measured_from_the_model_and_outlives_a_checkpoint(
     assert optimiser.measures.as_dict()["displacement"] == pytest.approx(0.4 * 3 * len(basis.axes), rel=1e-5)
     state, kept = optimiser.state_dict(), [parameter.detach().clone() for parameter in adapter.delta]
     adapter.detach()
-    adapter, resumed = made()
+    adapter, resumed = made(0.0)
     for parameter, value in zip(adapter.delta, kept, strict=True):
         parameter.data.copy_(value)
     resumed.load_state_dict(state)

@@ -63,7 +63,7 @@ class Origin:
         factors: Dtype of the factors U and Vh that the gradients were projected with.
         top_k: Number of axes per module that was asked for.
         tau_axis: Share of the first singular value below which axes were set to zero.
-        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        method: Name of the method: ``"lda"`` or ``"svd"``.
         pairs: Keys of the pairs that were used, in order.
         groups: Groups of these pairs, in the same order.
         skipped: Keys of the pairs that were left out because their sides do not differ.
@@ -355,10 +355,9 @@ def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
 def find_axes(
     difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the axes of one module by one of three methods, with their singular values and votes.
+    """Return the axes of one module by one of two methods, with their singular values and votes.
 
     - ``svd``: right singular vectors of the differences, not centred, strongest first.
-    - ``mean-diff``: one axis, the mean difference; its value is ‖D v‖, which is what a singular value is.
     - ``lda``: the differences are whitened by the covariance of the clean gradients before the SVD, and the result is
       taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk towards a multiple of the identity by
       :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
@@ -367,11 +366,7 @@ def find_axes(
     and theirs. No more than N axes come back, as a :class:`Basis` has them; one that the data cannot fill is zero.
     """
     rows_NR = difference_NR.double()
-    if method == "mean-diff":
-        mean_R = rows_NR.mean(dim=0)
-        axes_KR = (mean_R / _positive(mean_R.norm()))[None]
-        values_K = (rows_NR @ axes_KR[0]).norm()[None]
-    elif method == "lda":
+    if method == "lda":
         assert clean is not None
         axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
     else:

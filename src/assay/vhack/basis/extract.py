@@ -106,10 +106,10 @@ class PairGradients:
         """Return the basis of these pairs, or of some of them.
 
         Args:
-            top_k: Number of axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
+            top_k: Number of axes per module; fewer where there are fewer pairs.
             tau_axis: Share of the first singular value below which an axis becomes zero.
-            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"mean-diff"``
-                their mean, ``"lda"`` the singular vectors after whitening by the covariance of the clean gradients.
+            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"lda"``
+                those after whitening by the covariance of the clean gradients.
             keep: Indices of the pairs to use; None uses all.
 
         Raises:
@@ -364,7 +364,7 @@ def extract(
         heldout_groups: Groups to hold out, as in :func:`split_pairs`.
         top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
         tau_axis: Share of the first singular value below which an axis becomes zero.
-        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        method: Name of the method: ``"lda"`` or ``"svd"``.
         how: Keywords of :class:`GradientOptions`.
 
     Raises:

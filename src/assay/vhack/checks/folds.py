@@ -80,10 +80,7 @@ class Geometry:
         products_MTS = self.gram_MSS[:, first_T] - self.gram_MSS[:, second_T]
         gram_MTT = products_MTS[:, :, first_T] - products_MTS[:, :, second_T]
         select_TS = self._selecting(first_T) - self._selecting(second_T)
-        if settings.method == "mean-diff":
-            mix_MKT = torch.full((len(self.names), 1, len(first_T)), 1 / len(first_T), dtype=torch.float64)
-            mix_MKS = self._orthonormal(mix_MKT @ select_TS)
-        elif settings.method == "lda":
+        if settings.method == "lda":
             directions_MNS, elsewhere_M11, along_M1N = self._inverse_covariance(second_T)
             inside_MTN = products_MTS @ directions_MNS.transpose(1, 2)
             # D Σ⁻¹ Dᵀ has the singular values of the whitened differences, and Σ⁻¹ Dᵀ takes their vectors back.

@@ -86,11 +86,6 @@ class CheckSettings:
                 do = "correct the one that is out of range, or leave it out"
                 raise UsageError(f"method={self.method!r} in {self}", wanted=wanted, do=do)
 
-    @property
-    def axes(self) -> int:
-        """Number of axes per module of a fitted basis."""
-        return 1 if self.method == "mean-diff" else self.k_use
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -187,11 +182,9 @@ def bootstrap(
     samples: Sequence[FloatArray],
     groups: Sequence[Sequence[str]],
     settings: CheckSettings,
-    *,
-    confidence: float | None = None,
 ) -> BootstrapInterval:
-    """Return a statistic with its group-bootstrap interval, of the confidence of the settings or another."""
-    n, seed, share = settings.n_resamples, settings.seed, confidence or settings.confidence
+    """Return a statistic with its group-bootstrap interval."""
+    n, seed, share = settings.n_resamples, settings.seed, settings.confidence
     return group_bootstrap(statistic, samples, groups, n_resamples=n, seed=seed, confidence=share)
 
 

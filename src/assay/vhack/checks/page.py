@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, legend
+from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
 from assay.vhack.checks.judge import CheckReport
 
 _HACK, _CLEAN = SERIES[1], SERIES[0]
@@ -15,7 +15,6 @@ def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Rep
     made = Report("Are these hack directions real?", subtitle, command=command)
     _verdicts(made, report)
     _distributions(made, report)
-    _random_bases(made, report)
     _settings(made, report)
     return made
 
@@ -61,30 +60,6 @@ def _distributions(made: Report, report: CheckReport) -> None:
     made.figure(fig, "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: means.")
     if report.detectors is not None:
         made.table(*report.detectors.table, caption=_sentence(report.detectors.says))
-
-
-def _random_bases(made: Report, report: CheckReport) -> None:
-    check = report["random_null"]
-    measured = check.measured
-    made.section("Against random bases")
-    if measured is None:
-        made.paragraph(_sentence(check.reason))
-        return
-    fig, ax = figure(height=2.6)
-    generator = np.random.default_rng(0)
-    names = list(check.nulls)
-    for row, name in enumerate(names):
-        draws = check.nulls[name]
-        ax.scatter(draws, row + generator.uniform(-0.2, 0.2, len(draws)), s=7, color=MUTED, alpha=0.55, linewidths=0)
-    ax.axvspan(measured.low, measured.high, color=_HACK, alpha=0.18, linewidth=0)
-    ax.axvline(measured.value, color=_HACK, linewidth=1.6, label="this basis, with its interval")
-    ax.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set_xlabel("AUROC on the same held-out samples")
-    ax.grid(axis="y", visible=False)
-    legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0))
-    made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
 
 
 def _settings(made: Report, report: CheckReport) -> None:

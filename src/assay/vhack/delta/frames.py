@@ -13,9 +13,6 @@ What is measured along them in every step:
 
 The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V x)‖.
 
-A gate on the sum of all rollouts cannot tell a hack from an honest solution that pulls the other way: they cancel
-before it looks. With the gradients of single rollouts (:class:`Rollouts`) it can look at each.
-
 Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS; dimensions before M, such as one per run, are
 kept.
 """
@@ -193,9 +190,3 @@ class Rollouts:
             rows = torch.cat([part for parts in modules for part in parts])  # one operation for all modules
             found.append(rows.view(len(modules), -1, rows.shape[1]))
         return found
-
-    def cin(self, frames: Frames, *, two_sided: bool = False) -> Tensor:
-        """Return :func:`assay.vhack.cin_over_modules` of each rollout's gradient, [N] float64."""
-        vectors = (rows_MNR.transpose(0, 1) for rows_MNR in self.rows)
-        shares = measure_shares("cin", zip(vectors, frames.axes, frames.has_axes, strict=True), 1)
-        return shares["cin_two_sided" if two_sided else "cin"]

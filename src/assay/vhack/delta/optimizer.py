@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,9 +30,8 @@ _SHARES = ("cin", "cout", "leak")
 class ProjectedOptimizer(Optimizer):
     """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other optimizer.
 
-    A step is: average gradients over ``process_group`` if there is one, measure, gate the gradient, clip, step of the
-    inner optimizer, gate the update, box, measure, merge δS into the weights. Parameters that do not belong to
-    the adapter are stepped and clipped, and otherwise left alone.
+    A step is: measure, gate the gradient, clip, step of the inner optimizer, gate the update, box, measure, merge δS
+    into the weights. Parameters that do not belong to the adapter are stepped and clipped, and otherwise left alone.
 
     Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first. Gates commute with any
     positive scale of the gradient, so only the clipping norm differs.
@@ -46,8 +44,6 @@ class ProjectedOptimizer(Optimizer):
             hack-ward part of the gradient is removed.
         max_norm: Largest norm of the gradient of all parameters; None does not clip.
         quarantine: Second δS, which takes its step with this one; its gradient has been routed before.
-        process_group: Processes to average the gradients of δS over before anything else: for a replicated δS that
-            neither DDP nor FSDP2 averages. The gate must see the mean, because it is not linear.
 
     Attributes:
         arm: Arm that acts.
@@ -78,7 +74,6 @@ class ProjectedOptimizer(Optimizer):
         arm: Arm = ARMS["erase-gradient"],
         max_norm: float | None = None,
         quarantine: Quarantine | None = None,
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.arm = arm
         if max_norm is not None and not max_norm > 0:
@@ -95,13 +90,15 @@ class ProjectedOptimizer(Optimizer):
         self.inner = inner
         # The lists of the inner optimizer are this one's own, so that what schedulers and trainers change is its.
         self.param_groups, self.state = inner.param_groups, inner.state
-        self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
-        self.quarantine = quarantine
+        self.adapter, self.max_norm, self.quarantine = adapter, max_norm, quarantine
         self.measures = Measures({})
         self.use_basis(basis)
         self._start = [local_part(parameter).clone() for parameter in adapter.delta]
-        if self.arm.start:
-            self.displace(self.arm.start)
+        if arm.start:  # displacements count from before, and a state that is loaded later includes it
+            for index, parameter in enumerate(adapter.delta):
+                delta_MR = local_part(parameter.detach())
+                delta_MR.copy_(displace(delta_MR, arm.start, self._axes(index)))
+            adapter.refresh()
 
     def use_basis(self, basis: Basis | None) -> None:
         """Take other axes from now on; the start that displacements are counted from stays.
@@ -111,17 +108,6 @@ class ProjectedOptimizer(Optimizer):
             DataError: The rows of the basis are not orthonormal.
         """
         self.frames = Frames(self.adapter.groups, basis)
-
-    @torch.no_grad()
-    def displace(self, distance: float) -> None:
-        """Move δS by a distance in its units along +v of every axis, away from the hack, before the first step.
-
-        Displacements still count from where it was, and a state that is loaded later includes it.
-        """
-        for index, parameter in enumerate(self.adapter.delta):
-            delta_MR = local_part(parameter)
-            delta_MR.copy_(displace(delta_MR, distance, self._axes(index)))
-        self.adapter.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
@@ -165,10 +151,6 @@ class ProjectedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.process_group is not None:
-            for gradient_MR in self._gradients().values():
-                dist.all_reduce(gradient_MR, group=self.process_group)
-                gradient_MR /= dist.get_world_size(self.process_group)
         raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(gate_gradient(self.arm, gradient_MR, self._axes(index)))
@@ -220,6 +202,5 @@ def _check_trainable(adapter: DeltaS) -> None:
         raise UsageError(
             f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)",
             wanted="a δS that is trained",
-            do="call adapter.delta.requires_grad_(True) after get_peft_model, and give the optimizer the parameters of "
-            "LoRA too if they shall be trained",
+            do="leave LoRA out, or call adapter.delta.requires_grad_(True)",
         )

@@ -141,16 +141,6 @@ class SVDCache(dict[str, Factors]):
         self.rank = rank
         self.dtype = dtype
 
-    def truncated(self, rank: int) -> "SVDCache":
-        """Return the ``rank`` strongest singular directions of every matrix.
-
-        Raises:
-            UsageError: The rank is below 1.
-        """
-        check_rank(rank)
-        kept = {name: factors.truncated(rank) for name, factors in self.items()}
-        return SVDCache(kept, rank=rank, dtype=self.dtype)
-
 
 def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -> dict[str, Factors]:
     """Return the factors of these modules, or raise a UsageError about one that has none or those of another shape."""

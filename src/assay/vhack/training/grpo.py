@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 def sync_merged(trainer: Any, adapter: DeltaS) -> None:
     """Let a trainer of TRL with ``use_vllm`` hand over the weights of :meth:`DeltaS.weights`, in both of its modes.
 
-    By itself TRL sends every parameter, those of δS too, which vLLM does not know, and takes LoRA out again by
-    subtraction, which leaves errors of rounding in the weights. In one process it loads every weight by itself:
-    0.19 s instead of 0.017 s with 310 weights on an H200 (research/results/vhack_vllm_h200.json, ``sections``).
+    By itself TRL sends every parameter, those of δS too, which vLLM does not know. In one process it loads every weight
+    by itself: 0.19 s instead of 0.017 s with 310 weights on an H200 (research/results/vhack_vllm_h200.json,
+    ``sections``).
 
     Args:
         trainer: Trainer whose ``vllm_generation`` is there.

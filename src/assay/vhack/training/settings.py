@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
-# Defaults of the first version, which its runs have in their logs.
 _NEWER = ("detector", "clean_lost")  # that logs of earlier versions lack, with the defaults of now
+# Defaults of the first version, which its runs have in their logs.
 _FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
 
 
@@ -137,7 +137,7 @@ class TrainSettings(TaskSettings):
         "Those of environment and exploits have the loopholes and families of the run.",
     )
     basis: str | None = Field(None, description="Basis file with the true axes, which are extracted otherwise.")
-    method: str = Field("lda", description="Method of extraction: lda, mean-diff or svd.")
+    method: str = Field("lda", description="Method of extraction: lda or svd.")
     k_use: int = Field(5, ge=1, description="Axes per module.")
     gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
     refresh: int = Field(0, ge=0, description="Steps after which the axes are extracted again; 0 keeps them.")
