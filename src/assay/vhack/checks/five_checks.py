@@ -429,8 +429,7 @@ def check_source_log(
         return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
-    hack_T, clean_T = (np.array([side[step] for step in both]) for side in (hack, clean))
-    differences_T = hack_T - clean_T
+    differences_T = np.array([hack[step] - clean[step] for step in both])
     signs_BT = draw_swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
     return judge(
         "sources",

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 _SCHEMA = "assay.vhack.pools/1"
 _KINDS = ("hack", "clean")
-_LENGTH = "auroc_length_of_completion_alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +208,10 @@ def check_two_pools(
         nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
         by_length = max(auroc(*sizes), 1 - auroc(*sizes))
         both_ways = auroc(*_split(cin_over_modules(gradients, used, two_sided=True), pools))
-        details = {"auroc_two_sided": both_ways, _LENGTH: by_length}
+        details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
         check = check_unpaired(*scores, groups[0], groups[1], settings, nulls=nulls, details=details)
     if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
-        says = f"the length of the completion alone has the AUROC {by_length:.3f}"
-        check = replace(check, verdict="fail", reason=says)
+        check = replace(check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}")
     found = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
     sides = found.take(range(len(pools[0]))), found.take(range(len(pools[0]), len(samples)))
     compared = None

@@ -96,11 +96,9 @@ class DeltaS(nn.Module):
         self.__dict__["_model"] = module
         self._merged: list[Tensor] = []
         self._merged_at = self._versions()
-        others = list(module.parameters())
-        required = [(parameter, parameter.requires_grad) for parameter in others]
+        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
-        for parameter in others:
-            parameter.requires_grad_(False)
+        module.requires_grad_(False)
         module.add_module(_NAME, self)
         self._undo.callback(delattr, module, _NAME)
         self._hook()
