@@ -67,7 +67,7 @@ def test_few_groups_are_told_with_what_to_do(assay, tmp_path):
     extract = ("vhack", "extract", "--model", "./nope", "-o", tmp_path / "basis", "--pairs")
     said = assay(*extract, tmp_path / "pairs.jsonl").err
     assert "warning: 4 pairs in 4 groups are too few" in said
-    assert "check needs 6 groups" in said
+    assert "by lda, assay vhack check needs 13" in said
     assert "generated:48" in said
     assert "warning" not in assay(*extract, "generated:20").err
 

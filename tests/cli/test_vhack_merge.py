@@ -35,20 +35,6 @@ def test_the_merged_directory_is_a_plain_model(told, merge, trained, tmp_path):
     assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
-def test_lora_says_its_error(told, merge, checkpoint, trained, tmp_path):  # noqa: F811
-    peft = pytest.importorskip("peft")
-    _, wanted = trained
-    for rank in (2, 48):
-        values = told(*merge, "-o", tmp_path / str(rank), "--lora", rank)
-        assert values["form"] == "lora"
-        assert values["worst_error"] >= values["relative_error"]
-        assert (values["relative_error"] > 0.1) == (rank == 2)
-    plain = load_model(checkpoint, dtype="float32", device="cpu").module
-    found = peft.PeftModel.from_pretrained(plain, tmp_path / "48").merge_and_unload()
-    for name, weight in found.named_parameters():
-        torch.testing.assert_close(weight, wanted[name], rtol=1e-5, atol=1e-6)
-
-
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(refused, merge, tmp_path):
     (tmp_path / "none.safetensors").write_bytes(b"nothing")
     assert "which exists" in refused(*merge, "-o", tmp_path)

@@ -75,7 +75,6 @@ AUDIT = "assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK
 AS_IS = {"/opt/assay/bin/assay": "assay", "/opt/assay/bin/pip": "pip", "/etc/": "$PLACE/etc/"}
 OF_ONE = "--models reference:qwen3 --blocks a,b --device cpu --seq-len 16 --batch-size 16"
 OF_FEW, OF_TWO = "--max-new-tokens 8 --per-task 1", "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
-TWO_EACH = "per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True"
 TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
 COLLECT = "assay poc collect --model reference:qwen3 --preset hardened --seq-len 8 --blocks 2 --nonces 32"
 FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
@@ -131,9 +130,6 @@ REQUESTS = "".join(
     blocks("responses", "json")[0].replace('"r1"', f'"r{n}"') for n in range(8)
 )  # of one a verdict is open
 NODE_A, KEY_ALONE = ('[[nodes]]\npublic_key = "node_A"\n', '[[nodes]]\npublic_key = "KEY"\n')
-TRAINER = "from pathlib import Path\n\nfrom trl import GRPOConfig\n"
-(ARM,) = (one for one in blocks("vhack-training", "python") if "arm = arm_named(" in one)
-"""Lines before the program of a trainer that it begins with."""
 PAGES = {
     "service": Page(
         instead={"/var/lib/assay": "$PLACE/state"},
@@ -234,8 +230,6 @@ PAGES = {
             "DIR": "reference:organism",
             "path/of/a/cheater": "reference:organism",
             "episodes(512": "episodes(4",
-            "max_steps=100": f"max_steps=1, {TWO_EACH}",
-            TRAINER: f"{ARM.partition('adapter = DeltaS')[0]}{TRAINER}",
         },
         small={
             "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:12",

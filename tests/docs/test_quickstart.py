@@ -13,7 +13,7 @@ from assay.models import load_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, CALIBRATION = ((DOCS / name).read_text(encoding="utf-8") for name in ("vhack-quickstart.md", "calibration.md"))
-MINE, SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+MINE, SCRIPT, FILTER = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 (BLOCK,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = BLOCK.splitlines()
 MACHINES = ("bfloat16", "bfloat16", "float16", "float32", "bfloat16")
@@ -21,6 +21,7 @@ MACHINES = ("bfloat16", "bfloat16", "float16", "float32", "bfloat16")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # on a CPU, of TRL's own trainer
 def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
@@ -32,6 +33,11 @@ def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in said[-2:]] == ["reference:qwen3", "merged"]
         assert all(rate in said[-1] for rate in ("solve", "hack", "reward"))
+        made = {"__name__": "quickstart"}
+        exec(compile(FILTER, "docs/vhack-quickstart.md", "exec"), made)
+        history = made["trainer"].state.log_history
+        assert all(0 <= line["vhack/flagged"] <= 1 for line in history if "reward" in line)
+        capsys.readouterr()
         for command in COMMANDS:
             code = run(shlex.split(command)[1:])
             told = capsys.readouterr()

@@ -43,6 +43,12 @@ def small_svd(small_model):
 
 
 @pytest.fixture(scope="session")
+def cut_svd(small_model):
+    """Eight directions of every matrix."""
+    return weight_svd(small_model, rank=8)
+
+
+@pytest.fixture(scope="session")
 def wanted(small_model, byte_tokenizer, samples, small_svd):
     """Gradients of the samples by the definition, one at a time."""
     return sequential_gradients(small_model.module, byte_tokenizer, samples, small_svd)

@@ -43,14 +43,11 @@ def test_a_planted_axis_is_recovered_as_well_as_theory_says(strength):
     # Benaych-Georges and Nadakuditi (2012): with θ² = N·strength²/(R·σ²) and c = N/R, the squared cosine between the
     # planted and the first right singular vector tends to 1 − (c + θ²)/(θ²(θ² + 1)).
     theta2, c = N * strength**2 / R, N / R
-    expected = {"svd": 1 - (c + theta2) / (theta2 * (theta2 + 1)), "mean-diff": 1 / (1 + (R - 1) / (N * strength**2))}
-    for method, square in expected.items():
-        squares = torch.tensor(
-            [float(basis_of(*planted(seed, strength), method=method).axes["m"][0, 0]) for seed in range(200)]
-        )
-        assert (squares > 0).all()  # it points hack-ward
-        # The law is one for N and R to infinity; at this size its own error is below 0.01.
-        assert (squares**2).mean().item() == pytest.approx(square, abs=0.01)
+    found = [float(basis_of(*planted(seed, strength), method="svd").axes["m"][0, 0]) for seed in range(200)]
+    assert min(found) > 0  # it points hack-ward
+    # The law is one for N and R to infinity; at this size its own error is below 0.01.
+    square = 1 - (c + theta2) / (theta2 * (theta2 + 1))
+    assert sum(one**2 for one in found) / 200 == pytest.approx(square, abs=0.01)
 
 
 def test_axes_point_where_most_pairs_are():
@@ -197,11 +194,8 @@ def test_cin_over_modules():
     gradients = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.tensor([[-12.0, 0.0, 5.0]]), "c": torch.ones(1, 1)}
     assert cin_over_modules(gradients, basis).tolist() == pytest.approx([0.3])
     assert cin_over_modules(gradients, basis, two_sided=True).tolist() == pytest.approx([(0.6 + 12 / 13) / 2])
-    assert cin_over_modules(gradients, basis, weighting="energy").tolist() == pytest.approx([3 / math.sqrt(194)])
     with pytest.raises(UsageError, match="no gradients of b"):
         cin_over_modules({"a": gradients["a"]}, basis)
-    with pytest.raises(UsageError, match="weighting"):
-        cin_over_modules(gradients, basis, weighting="loud")
 
 
 @pytest.fixture

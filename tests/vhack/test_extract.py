@@ -204,7 +204,7 @@ def test_a_missing_file_is_extracted_and_an_existing_one_used(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "mean-diff"}, "other method"),
+        ({"method": "svd"}, "other method"),
         ({"rank": 7}, "other rank"),
         ({"factors": "bfloat16", "svd": None}, "other factors"),
         ({"n_heldout": 3}, "other pairs"),

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.models.decoder import backbone, decoder_layers
-from assay.models.wide import wide_products
+from assay.models.decoder import decoder_layers
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import PairGradients
-from assay.vhack.delta.arms import BASIS_KINDS, TRUSTED
-from assay.vhack.gradients.batches import Encoded, context_length, encode, plan_batches
+from assay.vhack.delta.arms import BASIS_KINDS
+from assay.vhack.detect import forward_samples
+from assay.vhack.gradients.batches import Encoded, context_length, encode
 from assay.vhack.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair
 
@@ -49,9 +49,7 @@ def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: s
     - ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction
       of the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by
       ``lda`` it is lost too, because half of what it whitens by are hacks;
-    - ``clean-clean``: extracted from differences between clean sides of different pairs;
-    - ``trusted``: the leading right singular vectors of the clean gradients, the directions that honest work is learned
-      along, by ``svd`` whatever the method.
+    - ``clean-clean``: extracted from differences between clean sides of different pairs.
 
     Raises:
         UsageError: There is no such kind, or there are too few pairs for it.
@@ -59,15 +57,11 @@ def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: s
     """
     if kind == "true":
         return gradients.basis(top_k=top_k, method=method)
-    if kind == TRUSTED:
-        nothing = {name: torch.zeros_like(rows_NR) for name, rows_NR in gradients.clean.items()}
-        made = PairGradients(gradients.clean, nothing, groups=gradients.groups, origin=gradients.origin)
-        return made.basis(top_k=top_k, method="svd")
     if kind == "random":
         return _random(gradients, top_k, seed)
     if kind in _PAIRED:
         return _PAIRED[kind](gradients, seed).basis(top_k=top_k, method=method)
-    raise UsageError(f"{kind} axes", wanted=", ".join([*BASIS_KINDS, TRUSTED]), do="choose one of them")
+    raise UsageError(f"{kind} axes", wanted=", ".join(BASIS_KINDS), do="choose one of them")
 
 
 def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:
@@ -119,7 +113,6 @@ _PAIRED = {"shuffled": _shuffled, "clean-clean": _clean_clean}
 
 
 _DEPTH = 2 / 3
-_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +151,7 @@ class Shortcut:
         names = [f"pair {i}, {side} side" for side in ("hack", "clean") for i in range(len(pairs))]
         encoded = encode(tokenizer, samples, names, context_length(module))
         layer = max(0, math.ceil(_DEPTH * len(decoder_layers(module))) - 1)
-        hack_NH, clean_NH = _activations(module, encoded, layer).chunk(2)
+        hack_NH, clean_NH = forward_samples(module, encoded, [layer])[0][0].chunk(2)
         difference_H = hack_NH.mean(dim=0) - clean_NH.mean(dim=0)
         length = float(difference_H.norm())
         if not length > 0:
@@ -177,35 +170,10 @@ class Shortcut:
             Encoded(index, f"rollout {index}", [*prompt, *completion], len(prompt))
             for index, (prompt, completion) in enumerate(rows)
         ]
-        return (_activations(module_of(model), encoded, self.layer) @ self.direction - self.middle) / self.spread
+        activations_LNH, _ = forward_samples(module_of(model), encoded, [self.layer])
+        return (activations_LNH[0] @ self.direction - self.middle) / self.spread
 
     @staticmethod
     def modify(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
         """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength α."""
         return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
-
-
-@torch.no_grad()
-def _activations(module: "PreTrainedModel", encoded: Sequence[Encoded], layer: int) -> Tensor:
-    """Return the output of a layer, averaged over the completion tokens of each sample, [N, H] float32."""
-    found: dict[int, Tensor] = {}
-    kept: list[Tensor] = []
-
-    def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append(output if isinstance(output, Tensor) else output[0])
-
-    handle = decoder_layers(module)[layer].register_forward_hook(keep)
-    try:
-        for batch in plan_batches(encoded, _TOKENS.get(module.device.type, 2048), packed=False):
-            longest = max(len(one.ids) for one in batch)
-            ids = torch.tensor([one.padded(longest) for one in batch], device=module.device)
-            # Padding is to the right of everything that is looked at.
-            with wide_products(module):
-                backbone(module)(input_ids=ids, use_cache=False)
-            states_BTH = kept.pop()
-            for row, one in enumerate(batch):
-                start, end = one.completion
-                found[one.index] = states_BTH[row, start:end].float().mean(dim=0)
-    finally:
-        handle.remove()
-    return torch.stack([found[index] for index in range(len(encoded))])

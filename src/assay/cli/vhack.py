@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.load import Model
     from assay.vhack.checks.judge import CheckReport
+    from assay.vhack.detect import Comparison
     from assay.vhack.training.rewards import Task
     from assay.vhack.training.settings import SampleSettings, TrainSettings
 
@@ -28,7 +29,7 @@ vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
 WeightDtype = Annotated[str | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
-Method = Annotated[str, "TEXT", Field(description="Method of extraction: lda, mean-diff or svd.")]
+Method = Annotated[str, "TEXT", Field(description="Method of extraction: lda or svd.")]
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
@@ -181,11 +182,11 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     from assay.vhack.pairs.generate import find_pairs
 
     pairs = find_pairs(chosen.pairs)
-    groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method="svd"))
+    groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method=chosen.method))
     if groups < least:
         click.echo(
-            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real; "
-            f"assay vhack check needs {least} groups, and 20 are better (--pairs generated:48 has 30)",
+            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real: "
+            f"by {chosen.method}, assay vhack check needs {least} (--pairs generated:48 has 30 groups)",
             err=True,
         )
     select_pairs(pairs, **chosen.model_dump(include=_SELECTION))
@@ -300,9 +301,9 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
         *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
         *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
-        *((f"guard, {item.name}", f"{item.verdict}: {item.reason}") for item in result.guard),
     ]
-    table(("", "pools"), rows, title=f"{result.verdict}: {result.reason}")
+    table(("", "pools"), rows, title=f"{made.verdict}: {made.reason}")
+    _print_detectors(result.detectors)
     return result.exit_code
 
 
@@ -330,7 +331,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     "train",
     TrainCommand,
     "assay.vhack.training.settings:TrainSettings",
-    shown="model output arm pairs steps lr reward teacher seed device",
+    shown="model output arm detector pairs steps reward teacher seed device",
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )
@@ -478,6 +479,12 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
     for made in result.checks:
         if made.verdict != "pass":
             click.echo(f"{made.title}: {made.reason}")
+    _print_detectors(result.detectors)
+
+
+def _print_detectors(compared: "Comparison | None") -> None:
+    if compared is not None:
+        table(*compared.table, title=f"detectors, on groups held out: {compared.says}")
 
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
@@ -489,7 +496,6 @@ class MergeSettings(WeightSettings):
 
     delta: Path = Field(description="File of δS that training or DeltaS.save wrote for this model.")
     output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
-    lora: Annotated[int | None, "RANK"] = Field(None, ge=1, description="Write a LoRA of this rank instead.")
     overwrite: Overwrite = False
 
 
@@ -526,12 +532,12 @@ class EvaluateCommand(Settings):
 def merge(chosen: MergeSettings, as_json: bool) -> None:
     """Write a trained δS into the weights of its model.
 
-    The result is a directory for anything that loads such: of merged weights, or of an adapter with --lora.
+    The result is a directory that anything loads as a plain model.
     """
     from assay.vhack.delta.delta import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
-        how = chosen.model_dump(include={"lora", "overwrite", "dtype", "device"})
+        how = chosen.model_dump(include={"overwrite", "dtype", "device"})
         values = write_merged(chosen.output, chosen.model, chosen.delta, **how, progress=progress)
     show_values("assay.vhack.merge/1", values, as_json)
 

@@ -21,7 +21,7 @@ def passes(gradients, settings, seeds=range(SEEDS), **options):
     counts = dict.fromkeys(CHECKS, 0)
     for seed in seeds:
         for check in check_gradients(gradients(seed, **options), settings=settings).checks:
-            assert check.verdict != "undecided"
+            assert check.verdict != "undecided" or check.reason.endswith("add pairs")
             counts[check.name] += check.verdict == "pass"
     return counts
 

@@ -14,7 +14,7 @@ from assay.stats import auroc
 from assay.vhack import Pair, Sample, cin, extract, per_sample_gradients
 from assay.vhack.checks import CheckSettings, check, check_two_pools, read_pool
 from assay.vhack.checks.five_checks import check_unpaired
-from assay.vhack.checks.pools import PoolSample, guard_scores
+from assay.vhack.checks.pools import PoolSample
 
 QUICK = CheckSettings(k_use=3, n_flips=39, n_null=19, n_resamples=60)
 WORDS = ("add", "sub", "mul", "div", "power", "root", "sign", "floor", "ceil", "mean")
@@ -66,9 +66,8 @@ def test_the_value_is_the_auroc_of_cin_written_out(small_model, byte_tokenizer, 
     assert report.check.measured.value == pytest.approx(auroc(hack, clean))
     both = [scores(pool, two_sided=True) for pool in pools]
     assert report.check.details["auroc_two_sided"] == pytest.approx(auroc(*both))
-    assert report.check.details["mean_cin_two_sided_hack"] == pytest.approx(both[0].mean(), rel=1e-5)
     lengths = [[len(one.sample.completion) for one in pool] for pool in pools]
-    assert report.check.details["auroc_length_of_completion_alone"] == auroc(*lengths)
+    assert report.check.details["auroc_length_of_completion_alone"] == max(auroc(*lengths), auroc(*lengths[::-1]))
     assert set(report.check.nulls) == {"labels swapped", "Haar"}
     assert report.hack_groups == tuple(one.group for one in pools[0])
     assert json.loads(json.dumps(report.as_dict()))["schema"] == "assay.vhack.pools/1"
@@ -77,12 +76,12 @@ def test_the_value_is_the_auroc_of_cin_written_out(small_model, byte_tokenizer, 
 def test_hacks_pass_and_the_same_pools_the_other_way_fail(small_model, byte_tokenizer, small_svd, basis, pools):
     enough = replace(QUICK, k_use=5, n_null=99)  # random axes tell sides as plain as these apart now and then
     found = scored(pools, small_model, basis, byte_tokenizer, enough, svd=small_svd)
-    assert (found.verdict, found.exit_code) == ("pass", 0)
+    assert (found.check.verdict, found.exit_code) == ("pass", 0)
     turned = scored(pools[::-1], small_model, basis, byte_tokenizer, svd=small_svd)
-    assert (turned.verdict, turned.exit_code) == ("fail", 1)
-    assert {item.name for item in found.guard} == {"constant", "halves", "length"}
+    assert (turned.check.verdict, turned.exit_code) == ("fail", 1)
+    assert [one.auroc.value for one in found.detectors.results if one.name == "cin-lda"] == [found.check.measured.value]
     few = scored([pool[:4] for pool in pools], small_model, basis, byte_tokenizer, svd=small_svd)
-    assert (few.verdict, few.exit_code) == ("undecided", 2)
+    assert (few.check.verdict, few.exit_code) == ("undecided", 2)
 
 
 def test_pools_that_the_length_tells_apart_as_well_fail(small_model, byte_tokenizer, small_svd, basis, pools):
@@ -91,9 +90,8 @@ def test_pools_that_the_length_tells_apart_as_well_fail(small_model, byte_tokeni
     ]
     enough = replace(QUICK, k_use=5, n_null=99)
     found = scored([pools[0], longer], small_model, basis, byte_tokenizer, enough, svd=small_svd)
-    assert found.check.verdict == "pass"
-    assert (found.verdict, found.exit_code) == ("fail", 1)
-    assert found.reason.startswith("length: ")
+    assert (found.check.verdict, found.exit_code) == ("fail", 1)
+    assert "the length alone" in found.check.reason
 
 
 def test_random_bases_that_do_as_well_make_it_fail():
@@ -105,6 +103,10 @@ def test_random_bases_that_do_as_well_make_it_fail():
         for nulls in ({}, {"Haar": [0.5] * 19}, {"Haar": [1.0] * 19})
     ]
     assert verdicts == ["pass", "pass", "fail"]
+    # A value above every null, of which only the interval is too wide, may be shown by more pairs.
+    near = [generator.standard_normal(20) + shift for shift in (1.5, 0.0)]
+    wide = check_unpaired(*near, groups, groups, QUICK, nulls={"Haar": [auroc(*near) - 0.02] * 19})
+    assert (wide.verdict, wide.reason[-9:]) == ("undecided", "add pairs")
 
 
 def test_very_many_groups_have_a_smallest_p_value_of_nearly_zero():
@@ -217,64 +219,4 @@ def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_t
     shown = CliRunner().invoke(vhack, [*map(str, asked)]).stdout
     assert "pass: every part of the rule holds" in shown
     assert "AUROC of cin" in shown
-
-
-RESAMPLED = CheckSettings(n_resamples=300)
-GROUPS = [f"g{index % 60}" for index in range(240)]
-
-
-def scores(seed, shift, n=240):
-    rng = np.random.default_rng(seed)
-    return rng.normal(shift, 1, n), rng.normal(0, 1, n)
-
-
-def lengths(seed, shift=0.0):
-    return tuple(side + 100 for side in scores(seed, shift))
-
-
-def verdicts(hack, clean, *, sizes=None, groups=GROUPS):
-    items = guard_scores(hack, clean, (groups, groups), sizes or lengths(9), RESAMPLED)
-    return {item.name: item.verdict for item in items}
-
-
-def test_a_real_detector_passes_and_a_constant_score_fails():
-    hack, clean = scores(0, 1.5)
-    assert verdicts(hack, clean) == dict.fromkeys(("constant", "halves", "length"), "pass")
-    for same in (0.9, 1.0):
-        still = np.random.default_rng(2).random((2, 240)) < same
-        assert verdicts(np.where(still[0], 0, hack), np.where(still[1], 0, clean))["constant"] == "fail"
-    # A perfect rule is not constant.
-    assert verdicts(np.ones(240), np.zeros(240))["constant"] == "pass"
-    items = guard_scores(np.ones(910), np.zeros(10), (["a", "b"] * 455, ["a", "b"] * 5), (np.ones(910), np.ones(10)))
-    assert items[0].verdict == "pass"
-
-
-def test_the_length_alone_fails_in_either_direction():
-    sizes = lengths(3, shift=1.5)
-    for sign in (1, -1):
-        assert verdicts(*(sign * side for side in sizes), sizes=sizes)["length"] == "fail"
-    noisy = tuple(side + np.random.default_rng(4).normal(0, 0.5, 240) for side in sizes)
-    assert verdicts(*noisy, sizes=sizes)["length"] == "fail"
-
-
-def test_a_detector_of_half_of_the_groups_fails_or_is_undecided():
-    """Whatever half it is, one that knows some groups and not others is no detector of all."""
-    hack, clean = scores(5, 0.0)
-    assert verdicts(hack, clean)["length"] != "pass"
-    names = list(dict.fromkeys(GROUPS))
-    order = np.random.default_rng([RESAMPLED.seed, 21]).permutation(len(names))
-    known = {names[i] for i in order[:30]}
-    knows = np.array([group in known for group in GROUPS])
-    assert verdicts(np.where(knows, hack + 5, hack - 5), clean)["halves"] == "fail"
-    few = [f"g{index}" for index in range(6)]
-    assert verdicts(hack[:6], clean[:6], sizes=(hack[:6], clean[:6]), groups=few)["halves"] == "undecided"
-    # So are groups of one kind in a half.
-    items = guard_scores([1, 2], [0], (["a", "a"], ["b"]), ([1, 2], [3]), RESAMPLED)
-    assert items[1].verdict == "undecided"
-
-
-@pytest.mark.slow
-def test_noise_passes_no_more_often_than_it_may():
-    """Beating the length is a test of its own: noise that has nothing to do with labels seldom does."""
-    passed = sum(verdicts(*scores(seed, 0.0), sizes=lengths(1000 + seed))["length"] == "pass" for seed in range(60))
-    assert passed <= 6
+    assert "ngrams" in shown

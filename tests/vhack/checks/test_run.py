@@ -40,7 +40,7 @@ def test_every_check_states_rule_value_interval_null_and_verdict(report):
         assert all(0 < p <= 1 for p in made.p_values.values())
         assert made.verdict == "pass"
     assert (report.verdict, report.exit_code) == ("pass", 0)
-    assert set(report["random_null"].nulls) == {"Haar", "covariance-matched", "clean-clean", "labels swapped"}
+    assert set(report["random_null"].nulls) == {"Haar", "clean-clean", "labels swapped"}
 
 
 def test_the_same_seed_gives_the_same_report(report, gradients, quick):
@@ -54,21 +54,18 @@ def test_a_report_survives_json(report):
     assert CheckReport.from_dict(json.loads(text)) == report
 
 
-@pytest.mark.parametrize(
-    "change", [{"schema": "other"}, {"checks": [{}]}, {"checks": []}, {"modules": None}, {"hack": []}]
-)
+@pytest.mark.parametrize("change", [{"schema": "other"}, {"checks": [{}]}, {"checks": []}, {"hack": []}])
 def test_a_report_of_another_form_is_refused(report, change):
     with pytest.raises(DataError, match="check report"):
         CheckReport.from_dict({**report.as_dict(), **change})
 
 
-def test_the_page_shows_every_check_and_every_module(report):
+def test_the_page_shows_every_check(report):
     html = make_page(report).render()
     for made in report.checks:
         assert made.title in html
-    assert html.count("<svg") == 8
+    assert html.count("<svg") == 1
     assert 'class="badge pass"' in html
-    assert "AUROC − 0.5" in html
     again = make_page(CheckReport.from_dict(json.loads(json.dumps(report.as_dict())))).render()
     assert html.split("<footer>")[0] == again.split("<footer>")[0]
 
@@ -89,20 +86,17 @@ def test_a_given_basis_is_checked_by_its_own_method_and_size(gradients, quick):
         for method in METHODS
     }
     assert {report.settings.method for report in reports.values()} == set(METHODS)
-    assert {report.settings.k_use for method, report in reports.items() if method != "mean-diff"} == {2}
+    assert {report.settings.k_use for report in reports.values()} == {2}
     stability = {report["stability"].measured.value for report in reports.values()}
     clean = {report["random_null"].nulls["clean-clean"] for report in reports.values()}
-    assert len(stability) == len(clean) == 3
-    # One axis overlaps with a random one by 1 / R on average, and not by 5 / R.
-    haar = np.mean(reports["mean-diff"]["stability"].nulls["Haar"])
-    assert haar == pytest.approx(np.mean([1 / r for r in (64, 64, 48)]), rel=0.6)
+    assert len(stability) == len(clean) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stability_is_the_overlap_of_bases_of_the_same_method(gradients, quick, method):
     pairs = gradients(0, strength=2.0)
     settings = replace(quick, method=method)
-    found, _ = check_stability(cross_fit(pairs, settings))
+    found = check_stability(cross_fit(pairs, settings))
     overlaps = []
     for half in _halves(list(dict.fromkeys(pairs.groups)), settings):
         rows = [index for index, group in enumerate(pairs.groups) if group in half]
@@ -117,13 +111,12 @@ def test_clean_clean_bases_drop_weak_axes_as_the_bases_they_are_compared_with(gr
     """With one axis left of three, an overlap is a third of that of bases with one axis."""
     pairs = gradients(0, strength=2.0)
     cut, single = replace(quick, k_use=3, tau_axis=1.0), replace(quick, k_use=1)
-    three, one = (check_stability(cross_fit(pairs, settings))[0].nulls["clean-clean"] for settings in (cut, single))
+    three, one = (check_stability(cross_fit(pairs, settings)).nulls["clean-clean"] for settings in (cut, single))
     assert three == pytest.approx([overlap / 3 for overlap in one])
 
 
 def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
     report = check(pairs, small_model, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
-    assert len(report.modules) == 21
     assert report.origin["groups"] == 6
     basis = extract(pairs, small_model, tokenizer=byte_tokenizer, heldout_groups=["root", "sign"], svd=small_svd)
     scored = check(pairs, small_model, basis=basis, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)

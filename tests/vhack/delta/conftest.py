@@ -75,14 +75,6 @@ def randomise(adapter, scale=0.05, seed=1):
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def gate_each(adapter, rollouts, frames, gate, chosen):
-    """Gate the gradients of chosen rollouts one by one, as docs/vhack-training.md does."""
-    for parameter, rows, axes in zip(adapter.delta, rollouts.rows, frames.axes, strict=True):
-        each = rows.transpose(0, 1)
-        gated = torch.where(chosen.to(rows.device)[:, None, None], gate.apply(each, axes, 1), each)
-        parameter.grad = gated.sum(dim=0).float()
-
-
 OPTIMISERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.01),

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -12,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from assay.errors import ModelError
 from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, weight_svd, weights_digest
-from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta.arms import Box
 from tests.vhack.conftest import bytewise
-from tests.vhack.delta.conftest import gate_each, loss_of, own, random_basis
+from tests.vhack.delta.conftest import loss_of, own, random_basis
 from tests.vhack.two_processes import BACKENDS, device_of, together
 
 STEPS = 3
@@ -30,9 +29,9 @@ def prepare(path, device):
     return module, svd, random_basis(svd)
 
 
-def optimise(adapter, basis, level, **settings):
+def optimise(adapter, basis, level):
     inner = torch.optim.AdamW(adapter.delta, lr=0.02, weight_decay=0.1)
-    return ProjectedOptimizer(inner, adapter, basis, arm=own(gate=GATE, level=level, box=Box(0.02)), **settings)
+    return ProjectedOptimizer(inner, adapter, basis, arm=own(gate=GATE, level=level, box=Box(0.02)))
 
 
 def result(adapter, optimiser, module, sharded=False):
@@ -58,26 +57,19 @@ def result(adapter, optimiser, module, sharded=False):
     }
 
 
-def train(call, adapter, optimiser, ids, *, per_rollout=False, steps=STEPS):
-    """Some steps; with ``per_rollout`` the gate acts on each rollout of the process's share."""
+def train(call, optimiser, ids, *, steps=STEPS):
     for _ in range(steps):
         optimiser.zero_grad()
-        with adapter.per_sample() as found:
-            loss_of(call, ids).backward()
-        if per_rollout:
-            gate_each(adapter, found, optimiser.frames, GATE, torch.ones(len(ids), dtype=torch.bool))
+        loss_of(call, ids).backward()
         optimiser.step()
 
 
-def single(path, backend, level, per_rollout=False, plain=False):
+def single(path, backend, level, plain=False):
     """Take the steps in one process, with all rows."""
     module, svd, basis = prepare(path, device_of(backend))
     adapter = DeltaS(module, svd)
     optimiser = optimise(adapter, basis, level)
-    if per_rollout:
-        optimiser.arm = ARMS["none"]
-    inner = optimiser.inner if plain else optimiser
-    train(module, adapter, inner, IDS.to(device_of(backend)), per_rollout=per_rollout)
+    train(module, optimiser.inner if plain else optimiser, IDS.to(device_of(backend)))
     return result(adapter, optimiser, module)
 
 
@@ -85,10 +77,8 @@ def run(rank, device, path, folder):
     """Everything that needs two processes, one after the other; return what this one found."""
     share = IDS[2 * rank : 2 * rank + 2].to(device)
     found = {f"ddp {level}": _ddp(path, share, level) for level in ("gradient", "update")}
-    found["ddp rollouts"] = _ddp(path, share, "gradient", per_rollout=True)
-    found["fsdp replicated"] = _fsdp(path, share, replicated=True)
-    found["fsdp sharded"] = _fsdp(path, share, replicated=False)
-    found["fsdp plain optimiser"] = _fsdp(path, share, replicated=False, plain=True)
+    found["fsdp sharded"] = _fsdp(path, share)
+    found["fsdp plain optimiser"] = _fsdp(path, share, plain=True)
     found["fsdp resumed"] = _resumed(path, share, f"{folder}/rank{rank}")
     found["refused"] = _refused(path, share.device)
     return found
@@ -110,45 +100,42 @@ def _is_refused(work, module):
     return False
 
 
-def _ddp(path, share, level, per_rollout=False):
+def _ddp(path, share, level):
     module, svd, basis = prepare(path, share.device)
     adapter = DeltaS(module, svd)
     wrapped = DistributedDataParallel(module)
-    optimiser = optimise(adapter, basis, level, process_group=dist.group.WORLD if per_rollout else None)
-    if per_rollout:
-        optimiser.arm = ARMS["none"]
-    train(wrapped, adapter, optimiser, share, per_rollout=per_rollout)
+    optimiser = optimise(adapter, basis, level)
+    train(wrapped, optimiser, share)
     return result(adapter, optimiser, module)
 
 
-def _sharded(path, share, replicated=False):
+def _sharded(path, share):
     module, svd, basis = prepare(path, share.device)
     adapter = DeltaS(module, svd)
     mesh = init_device_mesh(share.device.type, (2,))
-    ignored = set(adapter.delta) if replicated else None
     for layer in module.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh, ignored_params=ignored)
-    optimiser = optimise(adapter, basis, "update", process_group=dist.group.WORLD if replicated else None)
+    fully_shard(module, mesh=mesh)
+    optimiser = optimise(adapter, basis, "update")
     return module, adapter, optimiser
 
 
 def _resumed(path, share, name):
     """One step, a checkpoint, and the other steps by a model that was loaded anew."""
     module, adapter, optimiser = _sharded(path, share)
-    train(module, adapter, optimiser, share, steps=1)
+    train(module, optimiser, share, steps=1)
     adapter.save(f"{name}.safetensors")
     torch.save(optimiser.state_dict(), f"{name}.optimiser.pt")
     module, adapter, optimiser = _sharded(path, share)
     adapter.load(f"{name}.safetensors")
     optimiser.load_state_dict(torch.load(f"{name}.optimiser.pt", weights_only=False))
-    train(module, adapter, optimiser, share, steps=STEPS - 1)
+    train(module, optimiser, share, steps=STEPS - 1)
     return result(adapter, optimiser, module, sharded=True)
 
 
-def _fsdp(path, share, replicated, plain=False):
-    module, adapter, optimiser = _sharded(path, share, replicated)
-    train(module, adapter, optimiser.inner if plain else optimiser, share)
+def _fsdp(path, share, plain=False):
+    module, adapter, optimiser = _sharded(path, share)
+    train(module, optimiser.inner if plain else optimiser, share)
     return result(adapter, optimiser, module, sharded=True)
 
 
@@ -169,13 +156,11 @@ def ranks(small_checkpoint, tmp_path_factory, backend):
 
 
 CASES = {
-    "ddp gradient": ("gradient", False),
-    "ddp update": ("update", False),
-    "ddp rollouts": ("gradient", True),
-    "fsdp replicated": ("update", False),
-    "fsdp sharded": ("update", False),
-    "fsdp plain optimiser": ("update", False, True),
-    "fsdp resumed": ("update", False),
+    "ddp gradient": ("gradient",),
+    "ddp update": ("update",),
+    "fsdp sharded": ("update",),
+    "fsdp plain optimiser": ("update", True),
+    "fsdp resumed": ("update",),
 }
 
 

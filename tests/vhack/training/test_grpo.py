@@ -167,7 +167,7 @@ def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batc
 
 def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batch):
     """In two parts, as with accumulation: what is told apart afterwards is what separate passes would have given."""
-    adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes[0])
+    adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes)
     batch["outcomes"][1, 2] = batch["outcomes"][4, 1] = batch["outcomes"][5, 1] = True
     kinds = Outcomes(batch["outcomes"], batch["paid"]).kinds()
     parts = [{n: v[i : i + 3] if v.ndim else v for n, v in batch.items()} for i in (0, 3)]
@@ -268,12 +268,8 @@ def generation(module, engine, mode):
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_what_vllm_is_given_is_the_merged_model_bit_by_bit(model, mode, lora):
+def test_what_vllm_is_given_is_the_merged_model_bit_by_bit(model, mode):
     module, engine = model.module, Weights(model.module)
-    if lora:
-        peft = pytest.importorskip("peft")
-        module = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapter = DeltaS(module, weight_svd(module))
     made = generation(module, engine, mode)
     sync_merged(SimpleNamespace(vllm_generation=made), adapter)
@@ -283,9 +279,7 @@ def test_what_vllm_is_given_is_the_merged_model_bit_by_bit(model, mode, lora):
                 parameter.fill_(scale)
         made.sync_weights()
     assert len(engine.loads) == 2  # one for each time, however many weights there are
-    merged = adapter.merge()
-    merged = merged.merge_and_unload() if lora else merged
-    wanted = dict(merged.named_parameters())
+    wanted = dict(adapter.merge().named_parameters())
     assert wanted.keys() == engine.parameters.keys()
     assert all(torch.equal(engine.parameters[name], weight) for name, weight in wanted.items())
 

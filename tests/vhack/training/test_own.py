@@ -187,7 +187,7 @@ def script(checkpoint, pairs, folder, steps):
         processing_class=model.tokenizer,
         pool=pool,
         teachers=1,
-        axes=(basis, None),
+        axes=basis,
     )
     found, done = last_checkpoint(folder)
     folder.mkdir(exist_ok=True)

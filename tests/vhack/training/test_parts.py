@@ -174,13 +174,17 @@ def test_rewards_and_rates(tasks):
         "hack": third, "solve": third, "vacuous": third, "rollouts": 3,
         "hack_teacher": 1.0, "solve_teacher": 0.0, "vacuous_teacher": 1.0, "rollouts_teacher": 1,
     }  # fmt: skip
-    kinds = {name: chosen.tolist() for name, chosen in reward.last.kinds().items()}
+    kinds = {name: chosen.tolist() for name, chosen in reward.last.kinds().items() if chosen.any()}
     assert kinds == {
         "teacher": [False, False, False, True],
         "exploited": [True, False, False, False],
         "correct": [False, True, False, False],
         "failed": [False, False, True, False],
     }
+    seen = reward.last.flagged(torch.tensor([True, False, False, True])).kinds()
+    assert [name for name, chosen in seen.items() if chosen.any()] == [
+        "correct", "failed", "teacher, flagged", "exploited, flagged"
+    ]  # fmt: skip
 
 
 def test_every_rollout_is_of_one_kind_whatever_a_reward_says_of_it():

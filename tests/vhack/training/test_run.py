@@ -94,22 +94,22 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
 
 @pytest.mark.parametrize("arm", [*(name for name in ARMS if not name.startswith("erase")), DEFAULT_ARM])
 def test_every_kind_of_arm_runs(run, tmp_path, arm):
-    steps = read_steps(run(arm, arm=arm, steps=1).folder / "log.jsonl")[1]
+    judged = {"detector": "labels"} if arm in ("filter", "quarantine", "penalty") else {}
+    steps = read_steps(run(arm, arm=arm, steps=1, **judged).folder / "log.jsonl")[1]
     (step,) = steps
     wanted = {"no-loophole": 0.0, "ground-truth-penalty": -2 / 6}.get(arm, 2 / 6)
     assert step["reward"] == pytest.approx(wanted + 4 / 6 * step["solve"])
     delta = load_file(tmp_path / arm / "delta.safetensors")
     moved = any(tensor.any() for name, tensor in delta.items() if not name.startswith("_"))
-    assert moved == (arm != "no-loophole" or step["solve"] > 0)
+    assert moved == ((arm != "no-loophole" and not judged) or step["solve"] > 0)
+    if judged:
+        assert (step["flagged_teacher"], step["caught_teacher"]) == (1.0, 1.0)
+    assert ("quarantine" in step) == (arm == "quarantine")
     if arm == DEFAULT_ARM:
         assert step["leak_two_sided"] < 1e-6
         assert step["displacement"] == pytest.approx(0.4 * 2 * 14, rel=1e-5)  # two axes in each of 14 modules
     if arm == "box":
         assert step["displacement_hackward"] < 1e-7
-    if arm == "constant-push":
-        assert step["displacement"] > 0
-    if arm == "trusted-complement":
-        assert step["watched_cin"] > 0
 
 
 def test_plain_training_without_a_teacher(run, tmp_path):

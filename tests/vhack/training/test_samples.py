@@ -47,6 +47,15 @@ def test_an_interrupted_call_goes_on_as_if_it_never_was(model, tasks, tmp_path):
     assert found[0]["origin"] == {"model": model.reference, "weights": model.digest, "dtype": "float32", **HOW}
 
 
+def test_every_end_token_of_the_generation_configuration_ends_a_completion(model, tasks, tmp_path):
+    ends = [257, *range(0, 256, 2)]
+    model.module.generation_config.eos_token_id = ends
+    sample_tasks(tmp_path / "file", model, tasks, **HOW | {"max_new_tokens": 40})
+    for tokens in (line["tokens"] for line in lines(tmp_path / "file")):
+        assert tokens[-1] in ends
+        assert not set(tokens[:-1]) & set(ends)
+
+
 def test_the_rest_of_another_call_is_refused_or_dropped_when_asked(model, tasks, tmp_path):
     with pytest.raises(Stopped):
         sample_tasks(tmp_path / "file", model, tasks, progress=stop_after(2), **HOW)

@@ -3,7 +3,7 @@
 What :class:`assay.vhack.delta.ProjectedOptimizer` does to one adapter, done to R of them side by side by the same
 functions, which take a dimension per run. The inner optimizer is torch's on the stacked δS; Adam and SGD treat every
 number by itself, so stacking changes nothing. Clipping, which concerns a whole run, is done per run. Tests hold every
-combination of gate, push and box equal to a ProjectedOptimizer.
+combination of gate, box and start equal to a ProjectedOptimizer.
 
 Shapes: R runs, N of them with one arm, M modules of a group, K axes, C coordinates of δS.
 """
@@ -84,10 +84,9 @@ class StackedOptimizer:
         for delta, gradient in zip(self.delta, gradients, strict=True):
             delta.grad = gradient
         self._inner.step()
-        rate = float(self._inner.param_groups[0]["lr"])
         for arm, rows in self._rows.items():
             for delta, old, start, axes in zip(self.delta, before, self._start, self._axes, strict=True):
-                delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows], rate)
+                delta[rows] = apply_arm(arm, delta[rows], old[rows], start[rows], axes[rows])
         found |= self.measure_shares("leak", [delta - old for delta, old in zip(self.delta, before, strict=True)], -1)
         moved = [delta - start for delta, start in zip(self.delta, self._start, strict=True)]
         self.measures = found | measure_displacement(zip(moved, self._axes, strict=True))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.delta.arms import Arm, arm_named
+from assay.vhack.delta.arms import Arm, arm_named, gating_arm
 from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.environment.tasks import Task, tasks
 
@@ -94,7 +94,7 @@ class StudyRun:
     stored: bool = False
 
     def __post_init__(self) -> None:
-        arm_named(self.arm)
+        gating_arm(self.arm)
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
         if unknown or not self.modes:
             raise UsageError(f"modes {self.modes}", wanted=", ".join(CHANNELS), do="choose among these")

@@ -63,7 +63,7 @@ class Origin:
         factors: Dtype of the factors U and Vh that the gradients were projected with.
         top_k: Number of axes per module that was asked for.
         tau_axis: Share of the first singular value below which axes were set to zero.
-        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        method: Name of the method: ``"lda"`` or ``"svd"``.
         pairs: Keys of the pairs that were used, in order.
         groups: Groups of these pairs, in the same order.
         skipped: Keys of the pairs that were left out because their sides do not differ.
@@ -355,10 +355,9 @@ def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
 def find_axes(
     difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the axes of one module by one of three methods, with their singular values and votes.
+    """Return the axes of one module by one of two methods, with their singular values and votes.
 
     - ``svd``: right singular vectors of the differences, not centred, strongest first.
-    - ``mean-diff``: one axis, the mean difference; its value is ‖D v‖, which is what a singular value is.
     - ``lda``: the differences are whitened by the covariance of the clean gradients before the SVD, and the result is
       taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk towards a multiple of the identity by
       :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
@@ -367,11 +366,7 @@ def find_axes(
     and theirs. No more than N axes come back, as a :class:`Basis` has them; one that the data cannot fill is zero.
     """
     rows_NR = difference_NR.double()
-    if method == "mean-diff":
-        mean_R = rows_NR.mean(dim=0)
-        axes_KR = (mean_R / _positive(mean_R.norm()))[None]
-        values_K = (rows_NR @ axes_KR[0]).norm()[None]
-    elif method == "lda":
+    if method == "lda":
         assert clean is not None
         axes_KR, values_K = _discriminants(rows_NR, clean[0].double(), clean[1], top_k)
     else:
@@ -458,14 +453,9 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
         axes_KR: Orthonormal rows; zero rows add nothing.
         two_sided: Whether both signs count.
     """
-    share_N: Tensor = _along(gradients_NR, axes_KR, two_sided) / _positive(gradients_NR.norm(dim=1))
-    return share_N
-
-
-def _along(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool) -> Tensor:
     along_NK: Tensor = gradients_NR @ axes_KR.to(gradients_NR).T
     along_N: Tensor = (along_NK if two_sided else along_NK.relu()).norm(dim=1)
-    return along_N
+    return along_N / _positive(gradients_NR.norm(dim=1))
 
 
 def _positive(lengths: Tensor) -> Tensor:
@@ -473,20 +463,16 @@ def _positive(lengths: Tensor) -> Tensor:
     return torch.where(lengths > 0, lengths, 1.0)
 
 
-def cin_over_modules(
-    gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False, weighting: str = "equal"
-) -> Tensor:
-    """Return one number per sample over all modules of the basis, [N].
+def cin_over_modules(gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False) -> Tensor:
+    """Return the mean of :func:`cin` over all modules of the basis, one number per sample, [N].
 
     Args:
         gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
         basis: Basis with the axes.
-        two_sided: Whether both signs count, as in :func:`cin`.
-        weighting: Way of taking the mean. ``"equal"`` is the mean of cin over the modules. ``"energy"`` is
-            ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
+        two_sided: Whether both signs count.
 
     Raises:
-        UsageError: A module of the basis has no gradients, or the weighting is neither of the two.
+        UsageError: A module of the basis has no gradients.
     """
     missing = [name for name in basis.axes if name not in gradients]
     if missing or not basis.axes:
@@ -495,11 +481,5 @@ def cin_over_modules(
             wanted="gradients of every module of the basis",
             do="compute the gradients and the basis with the same model",
         )
-    if weighting not in ("equal", "energy"):
-        raise UsageError(f"weighting={weighting!r}", wanted="equal or energy", do="choose one of them")
-    along_MN = torch.stack([_along(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()])
-    lengths_MN = torch.stack([gradients[name].norm(dim=1) for name in basis.axes])
-    if weighting == "equal":
-        return (along_MN / _positive(lengths_MN)).mean(dim=0)
-    share_N: Tensor = along_MN.norm(dim=0) / _positive(lengths_MN.norm(dim=0))
-    return share_N
+    each = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
+    return torch.stack(each).mean(dim=0)

@@ -106,10 +106,10 @@ class PairGradients:
         """Return the basis of these pairs, or of some of them.
 
         Args:
-            top_k: Number of axes per module; fewer where there are fewer pairs, and one for ``"mean-diff"``.
+            top_k: Number of axes per module; fewer where there are fewer pairs.
             tau_axis: Share of the first singular value below which an axis becomes zero.
-            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"mean-diff"``
-                their mean, ``"lda"`` the singular vectors after whitening by the covariance of the clean gradients.
+            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"lda"``
+                those after whitening by the covariance of the clean gradients.
             keep: Indices of the pairs to use; None uses all.
 
         Raises:
@@ -259,7 +259,7 @@ class GradientOptions(TypedDict, total=False):
     # svd is truncated already. Unless factors are given, full ones never exist of more than an eighth of the modules.
     rank: int | None
     factors: str | None  # dtype of the factors, as in weight_svd
-    cache: Path | None  # directory of factors on disk; None keeps nothing there
+    cache: str | Path | None  # directory of factors on disk; None keeps nothing there
     min_coverage: float  # share of the model's weights that targets must be, as in weight_svd
     max_tokens: int | None  # most tokens per batch, as in per_sample_gradients
     checkpointing: bool  # whether to recompute layers in the backward pass to save memory
@@ -364,7 +364,7 @@ def extract(
         heldout_groups: Groups to hold out, as in :func:`split_pairs`.
         top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
         tau_axis: Share of the first singular value below which an axis becomes zero.
-        method: Name of the method: ``"lda"``, ``"mean-diff"`` or ``"svd"``.
+        method: Name of the method: ``"lda"`` or ``"svd"``.
         how: Keywords of :class:`GradientOptions`.
 
     Raises:

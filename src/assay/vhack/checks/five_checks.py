@@ -1,10 +1,9 @@
 """The five checks, each a value, its interval, its nulls and a verdict.
 
 Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same size do as well?
-Check 1 ranks over all samples and check 2 within each pair. Check 3 has four nulls, from the weakest to the strongest:
+Check 1 ranks over all samples and check 2 within each pair. Check 3 has three nulls, from the weakest to the strongest:
 
 - *Haar*: axes uniform among all orthonormal ones;
-- *covariance-matched*: random sums of clean gradients, so axes prefer the directions in which gradients vary anyway;
 - *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
 - *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
 
@@ -22,18 +21,19 @@ Check 5: would other pairs have given the same axes? The groups are divided into
 basis is fitted to each half. Drawing groups with replacement would put the same pairs on both sides, and noise would
 look stable; half samples are the form of the bootstrap that keeps them apart (McCarthy 1969).
 
-*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that of
-random frames, and with that between a basis of one half and a clean-clean basis of the other: directions in which any
-two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within
-the SVD basis of that half, is a direction, and the cosine between the two is tested by swapping the labels of whole
-groups. That is exact only in SVD bases, whatever the method, because labels leave these as they are.
+*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that
+between a basis of one half and a clean-clean basis of the other: directions in which any two gradients differ are
+stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within the SVD basis of that
+half, is a direction, and the cosine between the two is tested by swapping the labels of whole groups. That is exact
+only in SVD bases, whatever the method, because labels leave these as they are.
 
 Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import comb, sqrt
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -47,7 +47,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
 from assay.models.load import Model
-from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy, proportion_interval
+from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.checks.folds import (
@@ -69,7 +69,6 @@ from assay.vhack.checks.judge import (
     CheckReport,
     CheckSettings,
     FloatArray,
-    ModuleResult,
     bootstrap,
     decide,
     judge,
@@ -78,6 +77,7 @@ from assay.vhack.checks.judge import (
     rule_of,
     undecided_check,
 )
+from assay.vhack.detect import collect_evidence, compare_detectors
 from assay.vhack.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair, validated
 
@@ -89,8 +89,6 @@ BoolArray = npt.NDArray[np.bool_]
 _DRAWS = 25  # random frames of one module that are held at a time
 _FEWEST_BLOCKS = 6
 _FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
-_SPECTRUM, _SPECTRUM_DRAWS = 12, 3  # singular values that are kept, and draws of their noise level
-_SERIES = ("overlap", "cosines", "generic_cosines")
 _OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
 
 
@@ -157,7 +155,17 @@ def check(
         basis.check_template(find_chat_template(pairs, model, how.get("tokenizer")))
         # In its coordinates, and of as much of the model as it was made of.
         how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
-    return check_gradients(pair_gradients(pairs, model, **how), basis=basis, settings=settings, log=log)
+    gradients = pair_gradients(pairs, model, **how)
+    found = check_gradients(gradients, basis=basis, settings=settings, log=log)
+    sides = {pair.key: pair.samples() for pair in pairs}
+    samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
+    both = {name: torch.cat([rows_NR, gradients.clean[name]]) for name, rows_NR in gradients.hack.items()}
+    evidence = collect_evidence(samples, model, gradients=both, tokenizer=how.get("tokenizer"))
+    n = len(gradients)
+    with suppress(UsageError), one_thread():  # too few groups
+        parts = evidence.take(range(n)), evidence.take(range(n, 2 * n))
+        found = replace(found, detectors=compare_detectors(*parts, (gradients.groups, gradients.groups)))
+    return found
 
 
 def check_gradients(
@@ -176,15 +184,13 @@ def check_gradients(
         design = cross_fit(gradients, settings) if basis is None else design_for_basis(basis, gradients, settings)
         pools = check_pools(design)
         assert pools.measured is not None
-        stability, series = check_stability(design)
         checks = (
             pools,
             check_heldout(design),
             check_random_null(design, pools.measured),
             check_sources(design) if log is None else check_source_log(log, settings),
-            stability,
+            check_stability(design),
         )
-        modules = _modules(design, series.pop("overlap"))
     hack_BN, clean_BN = design.held_out
     source = gradients.origin
     origin = {
@@ -194,17 +200,15 @@ def check_gradients(
         "pairs_sha256": source.pairs_digest,
         "basis_pairs_sha256": None if basis is None else basis.origin.pairs_digest,
         "skipped": len(source.skipped),
-        **series,
     }
     hack, clean = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
-    return CheckReport(checks, modules, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
+    return CheckReport(checks, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
 
 
 def check_pools(design: Design) -> Check:
     """Return check 1, from the two sides of held-out pairs taken as two pools."""
     hack_BN, clean_BN = design.held_out
-    means = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
-    details = means | _other_aurocs(design)
+    details = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
     return _judge_held_out(design, "pools", "AUROC of mean cin over modules", auroc, details)
 
 
@@ -218,39 +222,10 @@ def _judge_held_out(
     return judge(name, statistic, measured, nulls, design.settings, design.smallest_p, details=details)
 
 
-def _other_aurocs(design: Design) -> dict[str, float]:
-    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
-    names = ("auroc_two_sided", "auroc_energy_weighted", "auroc_gradient_norm_alone")
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
-    for fold in design.folds:
-        for side, offset in enumerate((0, design.geometry.n)):
-            along_MKS = fold.along[:, :, fold.test + offset]
-            lengths_MS = design.geometry.lengths_MS[:, fold.test + offset]
-            squares_MS = torch.where(lengths_MS.isinf(), 0.0, lengths_MS).square()
-            both = (along_MKS.square().sum(dim=1).sqrt() / lengths_MS).mean(dim=0)
-            energy = (along_MKS.clamp_min(0).square().sum(dim=(0, 1)) / squares_MS.sum(dim=0)).sqrt()
-            for name, values in zip(names, (both, energy, squares_MS.sum(dim=0)), strict=True):
-                found[name][side].extend(values.tolist())
-    return {name: auroc(*sides) for name, sides in found.items()}
-
-
 def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
-    hack_BN, clean_BN = design.held_out
-    hack_N, clean_N, groups = hack_BN[0], clean_BN[0], design.tested_groups
-    rows = {name: np.array([group == name for group in groups]) for name in dict.fromkeys(groups)}
-    won = sum(float((hack_N - clean_N)[chosen].mean()) > 0 for chosen in rows.values())
-    low, high = proportion_interval(won, len(rows), design.settings.confidence)
-    details = {
-        "pairs": len(hack_N),
-        "groups": len(rows),
-        "groups_won": won,
-        "groups_won_low": low,
-        "groups_won_high": high,
-        "per_group": {name: paired_accuracy(hack_N[chosen], clean_N[chosen]) for name, chosen in rows.items()},
-    }
     statistic = "share of pairs whose hack side has the larger cin"
-    return _judge_held_out(design, "heldout", statistic, paired_accuracy, details)
+    return _judge_held_out(design, "heldout", statistic, paired_accuracy, {"pairs": len(design.tested)})
 
 
 def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
@@ -260,16 +235,14 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     hack_BN, clean_BN = design.held_out
     swapped, geometry = slice(1, 1 + settings.n_null), design.geometry
     gradients = map(geometry.samples, geometry.names)  # all folds share the frames
-    haar_BS = haar_scores(gradients, geometry.lengths_MS, settings.axes, settings.n_null, generator)
+    haar_BS = haar_scores(gradients, geometry.lengths_MS, settings.k_use, settings.n_null, generator)
     nulls = {
         HAAR: _aurocs(design, haar_BS),
-        "covariance-matched": _aurocs(design, _matched(design, generator)),
         CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
         SWAPPED: list(map(auroc, hack_BN[swapped], clean_BN[swapped])),
     }
-    scores = {null: (measured.value - float(np.mean(d))) / float(np.std(d) or 1.0) for null, d in nulls.items()}
     statistic = "AUROC of mean cin over modules"
-    return judge("random_null", statistic, measured, nulls, settings, design.smallest_p, details={"z_scores": scores})
+    return judge("random_null", statistic, measured, nulls, settings, design.smallest_p)
 
 
 def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
@@ -293,33 +266,6 @@ def haar_scores(
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
             total_BS[draws] += ahead_BS / lengths_S
     return total_BS / len(lengths_MS)
-
-
-def _matched(design: Design, generator: torch.Generator) -> Tensor:
-    """Return mean cin of every sample under bases of random sums of clean training gradients, [B, S]."""
-    geometry, settings = design.geometry, design.settings
-    draws_BKN = torch.randn(settings.n_null, settings.axes, geometry.n, generator=generator, dtype=torch.float64)
-    scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
-    for fold in design.folds:
-        rows = _clean_rows(fold)
-        clean, samples = rows + geometry.n, torch.cat([fold.test, fold.test + geometry.n])
-        weights_BKT = draws_BKN[:, :, rows]
-        weights_BKT = weights_BKT - weights_BKT.mean(dim=2, keepdim=True)
-        total_BS = torch.zeros(settings.n_null, len(samples), dtype=torch.float64)
-        for gram_SS, lengths_S in zip(geometry.gram_MSS, geometry.lengths_MS, strict=True):
-            gram_BKK = weights_BKT @ gram_SS[clean][:, clean] @ weights_BKT.transpose(1, 2)
-            along_BKS = _inverse_root(gram_BKK) @ weights_BKT @ gram_SS[clean][:, samples]
-            total_BS += along_BKS.clamp_min(0).norm(dim=1) / lengths_S[samples]
-        scores_BS[:, samples] = total_BS / len(geometry.names)
-    return scores_BS
-
-
-def _inverse_root(gram_BKK: Tensor) -> Tensor:
-    values_BK, vectors_BKK = torch.linalg.eigh(gram_BKK)
-    kept_BK = values_BK > values_BK[:, -1:] * 1e-10
-    scale_BK = torch.where(kept_BK, values_BK, torch.inf).rsqrt()
-    root_BKK: Tensor = (vectors_BKK * scale_BK[:, None]) @ vectors_BKK.transpose(1, 2)
-    return root_BKK
 
 
 def _clean_clean(design: Design) -> Tensor:
@@ -454,14 +400,7 @@ def check_sources(design: Design) -> Check:
         {SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
         settings,
         design.smallest_p,
-        details={
-            "mean_cin_hack": float(hack_BG[0].mean()),
-            "mean_cin_clean": float(clean_BG[0].mean()),
-            "ratio": float(hack_BG[0].mean() / clean_BG[0].mean()) if clean_BG[0].any() else None,
-            "groups": list(hack),
-            "cin_hack": hack_BG[0].tolist(),
-            "cin_clean": clean_BG[0].tolist(),
-        },
+        details={"mean_cin_hack": float(hack_BG[0].mean()), "mean_cin_clean": float(clean_BG[0].mean())},
     )
 
 
@@ -490,8 +429,7 @@ def check_source_log(
         return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
-    hack_T, clean_T = (np.array([side[step] for step in both]) for side in (hack, clean))
-    differences_T = hack_T - clean_T
+    differences_T = np.array([hack[step] - clean[step] for step in both])
     signs_BT = draw_swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
     return judge(
         "sources",
@@ -501,17 +439,12 @@ def check_source_log(
         settings,
         0.5**count,
         swapped="blocks of steps",
-        details={"steps": both, "cin_hack": hack_T.tolist(), "cin_clean": clean_T.tolist()},
+        details={"steps": both},
     )
 
 
-def check_stability(design: Design) -> tuple[Check, dict[str, list[float]]]:
-    """Return check 5 of the pairs that bases are made from, and the series that a report draws.
-
-    These are ``overlap``, the mean squared cosine per module, and the mean cosine of each principal angle, largest
-    first: ``cosines`` between two bases, ``generic_cosines`` between one and a clean-clean basis. All are empty where
-    nothing was measured.
-    """
+def check_stability(design: Design) -> Check:
+    """Return check 5 of the pairs that bases are made from."""
     settings = design.settings
     groups = [design.groups[index] for index in design.sources.tolist()]
     names = list(dict.fromkeys(groups))
@@ -523,20 +456,19 @@ def check_stability(design: Design) -> tuple[Check, dict[str, list[float]]]:
         reason = f"of which a half has fewer than {_FEWEST_PAIRS} pairs"
     if reason:
         reason = f"{len(names)} groups to fit to, {reason}"
-        return undecided_check("stability", _OVERLAP, _rule(settings), reason), {name: [] for name in _SERIES}
+        return undecided_check("stability", _OVERLAP, _rule(settings), reason)
     signs_BN = draw_swaps(groups, settings.n_flips, np.random.default_rng([settings.seed, 6]))
     splits = [
         _split(design, inside, signs_BN, np.random.default_rng([settings.seed, 8, index]))
         for index, inside in enumerate(sides)
     ]
-    series = {name: _common_mean([split[name] for split in splits]).tolist() for name in _SERIES}
-    return _judge_stability(design.geometry, splits, settings), series
+    return _judge_stability(splits, settings)
 
 
 def _rule(settings: CheckSettings) -> str:
     return (
         f"Passes if the lower end of the {settings.confidence:.0%} range over splits is above the "
-        f"1 − {settings.alpha:g} quantile of random frames and of clean-clean bases, and if with the labels of whole "
+        f"1 − {settings.alpha:g} quantile of clean-clean bases, and if with the labels of whole "
         f"groups swapped at random at most a share {settings.alpha:g} reaches the agreement on which way is hack-ward."
     )
 
@@ -556,12 +488,9 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
     plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
-    cosines_K, *generic_K = (torch.linalg.svdvals(each).mean(dim=0) for each in (between_MKK, *generic))
     return {
         "overlap": _mean_square(between_MKK),
         "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        "cosines": cosines_K,
-        "generic_cosines": _common_mean(generic_K),
         "agreement": _agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
     }
 
@@ -569,12 +498,6 @@ def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.rando
 def _mean_square(overlap_MKJ: Tensor) -> Tensor:
     """Return the mean squared cosine: the squared Frobenius norm over the number of angles."""
     return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
-
-
-def _common_mean(rows: list[Tensor]) -> Tensor:
-    """Return the mean of rows over the places that all of them have; a small half gives fewer axes than others."""
-    shortest = min(map(len, rows))
-    return torch.stack([row_K[:shortest] for row_K in rows]).mean(dim=0)
 
 
 def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
@@ -587,80 +510,25 @@ def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, o
     return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)
 
 
-def _judge_stability(geometry: Geometry, splits: list[dict[str, Tensor]], settings: CheckSettings) -> Check:
+def _judge_stability(splits: list[dict[str, Tensor]], settings: CheckSettings) -> Check:
     overlaps = [float(split["overlap"].mean()) for split in splits]
     agreement, *swapped = torch.stack([split["agreement"] for split in splits]).mean(dim=0).tolist()
     tail = (1 - settings.confidence) / 2
     low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
-    spaces = {
-        HAAR: tuple(_random_overlaps(geometry, settings)),
-        CLEAN_CLEAN: tuple(float(split["generic_overlap"].mean()) for split in splits),
-    }
+    spaces = {CLEAN_CLEAN: tuple(float(split["generic_overlap"].mean()) for split in splits)}
     p, null = p_value(agreement, swapped), f"agreement, {SWAPPED}"
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
-    verdict, reason = decide(faults + reached_levels("range", low, spaces, settings))
+    measured = BootstrapInterval(float(np.mean(overlaps)), low, high)
+    verdict, reason = decide(faults, *reached_levels("range", measured, spaces, settings))
     return Check(
         "stability",
         TITLES["stability"],
         _OVERLAP,
         _rule(settings),
-        BootstrapInterval(float(np.mean(overlaps)), low, high),
+        measured,
         {**spaces, null: tuple(swapped)},
         {null: p},
         verdict,
         reason,
         {"agreement": agreement, "splits": len(splits)},
     )
-
-
-def _random_overlaps(geometry: Geometry, settings: CheckSettings) -> list[float]:
-    """Return draws of the mean over modules of the overlap of two random frames, by its first two moments.
-
-    The mean squared cosine between independent uniform K-frames of R coordinates has mean K/R and variance
-    ``2 (R − K)² / (R² (R − 1) (R + 2))`` (moments of the matrix beta law); a mean over modules is close to normal.
-    """
-    generator = np.random.default_rng([settings.seed, 9])
-    ranks = [geometry.gradients.hack[name].shape[1] for name in geometry.names]
-    sizes = [min(settings.axes, r) for r in ranks]
-    mean = float(np.mean([k / r for k, r in zip(sizes, ranks, strict=True)]))
-    variances = [2 * (r - k) ** 2 / (r**2 * (r - 1) * (r + 2)) for k, r in zip(sizes, ranks, strict=True) if r > 1]
-    draws: list[float] = generator.normal(mean, sqrt(sum(variances)) / len(ranks), settings.n_null).tolist()
-    return draws
-
-
-def _modules(design: Design, overlap: Sequence[float]) -> tuple[ModuleResult, ...]:
-    sides_MN = []
-    for offset in (0, design.geometry.n):
-        samples = ((fold.along, fold.test + offset) for fold in design.folds)
-        parts = [cin_per_module(along[:, :, s], design.geometry.lengths_MS[:, s]) for along, s in samples]
-        sides_MN.append(torch.cat(parts, dim=1).numpy())
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for index, name in enumerate(design.geometry.names):
-        hack_N, clean_N = (side_MN[index] for side_MN in sides_MN)
-        cin = auroc(hack_N, clean_N), float(hack_N.mean()), float(clean_N.mean())
-        spectra = _spectrum(design.geometry.gradients.differences(name), generator)
-        found.append(ModuleResult(name, *cin, overlap[index] if overlap else None, *spectra))
-    return tuple(found)
-
-
-def _spectrum(difference_NR: Tensor, generator: torch.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return singular values as shares of their root sum of squares, and their noise level.
-
-    The level is the mean over draws of the same matrix with random signs on all entries: their sizes stay, what rows
-    have in common goes (Hong, Sheng and Dobriban 2020).
-    """
-    rows_NR = difference_NR.double()
-    total = float(rows_NR.norm()) or 1.0
-    noise = []
-    for _ in range(_SPECTRUM_DRAWS):
-        signs_NR = torch.randint(0, 2, rows_NR.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        noise.append(_leading(rows_NR * signs_NR))
-    level = torch.stack(noise).mean(dim=0) / total
-    return tuple((_leading(rows_NR) / total).tolist()), tuple(level.tolist())
-
-
-def _leading(rows_NR: Tensor) -> Tensor:
-    short_NR = rows_NR if len(rows_NR) <= rows_NR.shape[1] else rows_NR.T
-    squares_N: Tensor = torch.linalg.eigvalsh(short_NR @ short_NR.T)
-    return squares_N.flip(0)[:_SPECTRUM].clamp_min(0).sqrt()

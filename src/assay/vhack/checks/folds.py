@@ -14,7 +14,7 @@ Shapes: M modules, N pairs, S = 2N samples (hack sides first, then clean sides i
 basis is fitted to, K axes, R coordinates of δS, B draws.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, log2
@@ -26,8 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis, shrinkage
-from assay.vhack.basis.extract import PairGradients
+from assay.vhack.basis.extract import PairGradients, check_method
 from assay.vhack.checks.judge import CheckSettings, FloatArray
+from assay.vhack.detect import split_groups
 
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -79,10 +80,7 @@ class Geometry:
         products_MTS = self.gram_MSS[:, first_T] - self.gram_MSS[:, second_T]
         gram_MTT = products_MTS[:, :, first_T] - products_MTS[:, :, second_T]
         select_TS = self._selecting(first_T) - self._selecting(second_T)
-        if settings.method == "mean-diff":
-            mix_MKT = torch.full((len(self.names), 1, len(first_T)), 1 / len(first_T), dtype=torch.float64)
-            mix_MKS = self._orthonormal(mix_MKT @ select_TS)
-        elif settings.method == "lda":
+        if settings.method == "lda":
             directions_MNS, elsewhere_M11, along_M1N = self._inverse_covariance(second_T)
             inside_MTN = products_MTS @ directions_MNS.transpose(1, 2)
             # D Σ⁻¹ Dᵀ has the singular values of the whitened differences, and Σ⁻¹ Dᵀ takes their vectors back.
@@ -279,8 +277,15 @@ def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
     return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
 
 
-def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis | None = None) -> str | None:
+def _parts(groups: Sequence[str], settings: CheckSettings) -> list[set[str]]:
+    """Return the parts of the groups that are scored one after the other, or of which the first is held out."""
+    return split_groups(groups, settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, settings.seed)
+
+
+def check_groups(groups: Sequence[str], settings: CheckSettings, basis: Basis | None = None) -> str | None:
     """Refuse groups of pairs of which none can be scored, before any work; pairs of a given basis are not scored.
+
+    ``groups`` are those of all pairs.
 
     Returns:
         Why the groups that are left are too few for a verdict, and what to do; None where they are enough.
@@ -307,6 +312,7 @@ def check_groups(groups: Collection[str], settings: CheckSettings, basis: Basis 
             do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
         )
     elif settings.method != "svd":
+        check_method(settings.method, sum(group not in _parts(groups, settings)[0] for group in groups))
         other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
     if len(found) >= least:
         return None
@@ -326,19 +332,16 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
         UsageError: There are too few groups to fit a basis and score another group.
     """
     check_groups(gradients.groups, settings)
-    names = list(dict.fromkeys(gradients.groups))
-    order = np.random.default_rng(settings.seed).permutation(len(names))
-    n_parts = min(settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, len(names))
-    parts = [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
+    parts, count = _parts(gradients.groups, settings), len(set(gradients.groups))
     geometry = Geometry(gradients)
     if settings.method == "svd":
-        text = f"{len(names)} groups in {n_parts} folds; each fold is scored by a basis of the others"
+        text = f"{count} groups in {len(parts)} folds; each fold is scored by a basis of the others"
         rows = [_rows(gradients.groups, part) for part in parts]
         fitted = ((test, train, geometry.fit_pairs(train, settings)) for test, train in rows)
         folds = [Fold(frame.along, train, test, frame) for test, train, frame in fitted]
     else:
         held_out = len(parts[0])
-        text = f"a {settings.method} basis of {len(names) - held_out} groups, scored on {held_out} other groups"
+        text = f"a {settings.method} basis of {count - held_out} groups, scored on {held_out} other groups"
         test, train = _rows(gradients.groups, parts[0])
         k, tau = settings.k_use, settings.tau_axis
         basis = gradients.basis(top_k=k, tau_axis=tau, method=settings.method, keep=train.tolist())

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from assay.errors import DataError, UsageError
 from assay.stats.rates import BootstrapInterval, group_bootstrap
 from assay.vhack.basis.basis import Origin
+from assay.vhack.detect import Comparison
 from assay.vhack.names import METHODS
 from assay.vhack.pairs.pairs import validated
 
@@ -85,11 +86,6 @@ class CheckSettings:
                 do = "correct the one that is out of range, or leave it out"
                 raise UsageError(f"method={self.method!r} in {self}", wanted=wanted, do=do)
 
-    @property
-    def axes(self) -> int:
-        """Number of axes per module of a fitted basis."""
-        return 1 if self.method == "mean-diff" else self.k_use
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -107,44 +103,29 @@ class Check:
     details: Mapping[str, Any] = field(default_factory=dict)  # numbers that are not part of the rule
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleResult:
-    """Contribution of one module, held out."""
-
-    name: str  # as in ``model.named_modules()``
-    auroc: float  # of its own cin, hack against clean
-    cin_hack: float  # mean over samples
-    cin_clean: float
-    # Mean squared cosine of the principal angles between bases of two halves; None where not measured.
-    overlap: float | None
-    # Singular values of all differences as shares of their root sum of squares, strongest first.
-    spectrum: tuple[float, ...]
-    noise: tuple[float, ...]  # shares after random signs on every entry, which destroy what the pairs have in common
-
-
 @dataclass(frozen=True)
 class CheckReport:
     """All five checks with the numbers that a report draws.
 
     Attributes:
         checks: Checks in the order of ``CHECKS``.
-        modules: Results per module.
         hack: Held-out scores of the hack sides.
         clean: Held-out scores of the clean sides, in the same order.
         groups: Group of each pair, in that order.
         design: Description of which pairs were fitted to and which were scored.
         settings: Settings of the checks.
         origin: Model and pairs.
+        detectors: All detectors side by side on these pairs, groups held out; None where they were not compared.
     """
 
     checks: tuple[Check, ...]
-    modules: tuple[ModuleResult, ...]
     hack: tuple[float, ...]
     clean: tuple[float, ...]
     groups: tuple[str, ...]
     design: str
     settings: CheckSettings
     origin: Mapping[str, Any] = field(default_factory=dict)
+    detectors: Comparison | None = None
 
     def __getitem__(self, name: str) -> Check:
         """Return the check with this name."""
@@ -179,8 +160,8 @@ class CheckReport:
             report = validated(cls, record)
             if (names := tuple(check.name for check in report.checks)) != CHECKS:
                 raise ValueError(f"it has the checks {names}")
-            if not (report.hack and report.clean and report.modules):
-                raise ValueError("it has no scores, or no modules")
+            if not (report.hack and report.clean):
+                raise ValueError("it has no scores")
         except ValueError as error:
             raise DataError(
                 f"a check report that cannot be used: {error}",
@@ -201,11 +182,9 @@ def bootstrap(
     samples: Sequence[FloatArray],
     groups: Sequence[Sequence[str]],
     settings: CheckSettings,
-    *,
-    confidence: float | None = None,
 ) -> BootstrapInterval:
-    """Return a statistic with its group-bootstrap interval, of the confidence of the settings or another."""
-    n, seed, share = settings.n_resamples, settings.seed, confidence or settings.confidence
+    """Return a statistic with its group-bootstrap interval."""
+    n, seed, share = settings.n_resamples, settings.seed, settings.confidence
     return group_bootstrap(statistic, samples, groups, n_resamples=n, seed=seed, confidence=share)
 
 
@@ -224,8 +203,8 @@ def judge(
 
     It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
     above the bound of the check and above the 1 − alpha quantile of every null. The first part alone bounds the
-    probability that noise passes; where the smallest p-value that the groups can give is larger, it cannot be met, and
-    the verdict is ``undecided``. ``swapped`` is what the rule says that labels are swapped in.
+    probability that noise passes. Where only the interval is too wide, or the smallest p-value that the groups can give
+    is above alpha, the verdict is ``undecided``. ``swapped`` is what the rule says that labels are swapped in.
     """
     p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
     if smallest_p > settings.alpha:
@@ -237,28 +216,35 @@ def judge(
         )
     else:
         faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
-        if measured.low <= _VALUES[name][1]:
-            faults.append(f"the interval reaches down to {measured.low:.3g}, not above {_VALUES[name][1]:g}")
-        faults += reached_levels("interval", measured.low, nulls, settings)
-        verdict, reason = decide(faults)
+        wide = reached_levels("interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings)
+        verdict, reason = decide(faults, *wide)
     rule = rule_of(name, nulls, settings, swapped)
     draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
     return Check(name, TITLES[name], statistic, rule, measured, draws, p_values, verdict, reason, dict(details or {}))
 
 
-def reached_levels(what: str, low: float, nulls: Mapping[str, Sequence[float]], settings: CheckSettings) -> list[str]:
-    """Return the faults of a lower end that does not lie above the 1 − alpha quantile of every null."""
+def reached_levels(
+    what: str, measured: BootstrapInterval, nulls: Mapping[str, Sequence[float]], settings: CheckSettings
+) -> tuple[list[str], list[str]]:
+    """Return the faults of an interval that does not lie above the 1 − alpha quantile of every null.
+
+    First those where the value itself does not, then those where only the lower end does not.
+    """
     levels = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
-    return [
-        f"the {what} reaches down to {low:.3g}, not above {level:.3g} of {null}"
+    found = {
+        null: f"the {what} reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
         for null, level in levels.items()
-        if low <= level
-    ]
+        if measured.low <= level
+    }
+    below = [null for null in found if measured.value <= levels[null]]
+    return [found[null] for null in below], [found[null] for null in found if null not in below]
 
 
-def decide(faults: Sequence[str]) -> tuple[CheckVerdict, str]:
-    """Return the verdict of a rule with these faults, and the reason."""
-    return ("fail", "; ".join(faults)) if faults else ("pass", "every part of the rule holds")
+def decide(faults: Sequence[str], below: Sequence[str], wide: Sequence[str]) -> tuple[CheckVerdict, str]:
+    """Return the verdict of a rule, given its faults and both kinds of :func:`reached_levels`, and the reason."""
+    if faults or below:
+        return "fail", "; ".join([*faults, *below, *wide])
+    return ("undecided", "; ".join([*wide, "add pairs"])) if wide else ("pass", "every part of the rule holds")
 
 
 def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings, swapped: str = "whole groups") -> str:

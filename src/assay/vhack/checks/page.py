@@ -1,19 +1,10 @@
 """The report of the checks as one page."""
 
-import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from assay.pages.report import INK, MUTED, SERIES, Badge, Cell, Report, figure, heatmap, legend
-from assay.vhack.checks.judge import HAAR, CheckReport, FloatArray
+from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
+from assay.vhack.checks.judge import CheckReport
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-_LAYER = re.compile(r"\.(\d+)\.")
 _HACK, _CLEAN = SERIES[1], SERIES[0]
 
 
@@ -24,28 +15,12 @@ def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Rep
     made = Report("Are these hack directions real?", subtitle, command=command)
     _verdicts(made, report)
     _distributions(made, report)
-    _evidence(made, "Against random bases", report, "random_null", _random_bases)
-    _where(made, report)
-    _evidence(made, "cin by source", report, "sources", _sources)
-    _evidence(made, "Angles between bases of two halves", report, "stability", _angles)
-    _spectrum(made, report)
     _settings(made, report)
     return made
 
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _evidence(
-    made: Report, heading: str, report: CheckReport, name: str, draw: Callable[[Report, CheckReport], None]
-) -> None:
-    """Add the section of a check: its evidence, or the reason why it was not measured."""
-    made.section(heading)
-    if report[name].measured is None:
-        made.paragraph(_sentence(report[name].reason))
-    else:
-        draw(made, report)
 
 
 def _verdicts(made: Report, report: CheckReport) -> None:
@@ -83,127 +58,8 @@ def _distributions(made: Report, report: CheckReport) -> None:
     ax.set(xlabel="cin: share of the gradient along the hack directions, mean over modules", ylabel="samples")
     legend(ax)
     made.figure(fig, "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: means.")
-    names = {
-        "auroc_two_sided": "AUROC, two-sided",
-        "auroc_energy_weighted": "AUROC, weighted by energy",
-        "auroc_gradient_norm_alone": "AUROC of the gradient norm alone",
-    }
-    details = report["pools"].details
-    made.definitions({title: details[name] for name, title in names.items() if name in details})
-
-
-def _random_bases(made: Report, report: CheckReport) -> None:
-    check = report["random_null"]
-    measured = check.measured
-    assert measured is not None
-    fig, ax = figure(height=2.6)
-    generator = np.random.default_rng(0)
-    names = list(check.nulls)
-    for row, name in enumerate(names):
-        draws = check.nulls[name]
-        ax.scatter(draws, row + generator.uniform(-0.2, 0.2, len(draws)), s=7, color=MUTED, alpha=0.55, linewidths=0)
-    ax.axvspan(measured.low, measured.high, color=_HACK, alpha=0.18, linewidth=0)
-    ax.axvline(measured.value, color=_HACK, linewidth=1.6, label="this basis, with its interval")
-    ax.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set_xlabel("AUROC on the same held-out samples")
-    ax.grid(axis="y", visible=False)
-    legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0))
-    made.figure(fig, "Every dot is a basis of the same size that was made without hack labels.")
-    scores = check.details.get("z_scores", {})
-    made.definitions({f"z against {name}": f"{value:.1f}" for name, value in scores.items()})
-
-
-def _where(made: Report, report: CheckReport) -> None:
-    made.section("Where in the model")
-    rows, columns, places = _grid([module.name for module in report.modules])
-    modules = report.modules
-    shown = (
-        ("AUROC − 0.5", "Held-out AUROC of each module alone, above chance.", [m.auroc - 0.5 for m in modules]),
-        ("cin", "Mean cin of hack minus that of clean samples.", [m.cin_hack - m.cin_clean for m in modules]),
-        ("mean cos²", "Agreement of bases from two halves of the groups.", [m.overlap for m in modules]),
-    )
-    for label, caption, values in shown:
-        if any(value is None for value in values):
-            continue
-        matrix, counts = (np.zeros((len(rows), len(columns))) for _ in range(2))
-        for place, value in zip(places, values, strict=True):
-            matrix[place] += value
-            counts[place] += 1
-        matrix = np.where(counts > 0, matrix / np.maximum(counts, 1), np.nan)
-        fig, ax = figure(height=0.9 + 0.24 * len(rows))
-        heatmap(ax, matrix, rows, columns, label=label)
-        ax.set_ylabel("layer")
-        made.figure(fig, caption + (" Experts of a layer: their mean." if counts.max() > 1 else ""))
-
-
-def _grid(names: Sequence[str]) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Return layers, projections, and the place of each module among them, which the experts of a layer share."""
-    kinds_of = (next(part for part in reversed(name.split(".")) if not part.isdecimal()) for name in names)
-    keys = [(found[1] if (found := _LAYER.search(n)) else "-", kind) for n, kind in zip(names, kinds_of, strict=True)]
-    layers, kinds = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
-    return layers, [k.removesuffix("_proj") for k in kinds], [(layers.index(a), kinds.index(b)) for a, b in keys]
-
-
-def _sources(made: Report, report: CheckReport) -> None:
-    details = report["sources"].details
-    hack, clean = (np.array(details[name]) for name in ("cin_hack", "cin_clean"))
-    if "steps" in details:
-        fig, ax = figure(height=2.8)
-        ax.plot(details["steps"], hack, color=_HACK, linewidth=1.4, label="hack source")
-        ax.plot(details["steps"], clean, color=_CLEAN, linewidth=1.4, label="clean source")
-        ax.set(xlabel="step", ylabel="cin")
-        caption = "cin of the gradient of each source, step by step."
-    else:
-        order = np.argsort(hack - clean)
-        fig, ax = figure(height=1.0 + 0.17 * max(len(hack), 4))
-        rows = np.arange(len(hack))
-        ax.hlines(rows, clean[order], hack[order], color=MUTED, linewidth=0.9, alpha=0.6)
-        ax.scatter(clean[order], rows, s=22, color=_CLEAN, label="clean", zorder=3)
-        ax.scatter(hack[order], rows, s=22, color=_HACK, label="hack", zorder=3)
-        ax.set_yticks(rows, [details["groups"][i][:28] for i in order])
-        ax.tick_params(axis="y", labelsize=7.5)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel("cin")
-        caption = "cin of the summed gradient of all hack sides, and of all clean sides, of each held-out group."
-    legend(ax, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
-    made.figure(fig, caption)
-
-
-def _angles(made: Report, report: CheckReport) -> None:
-    check, origin = report["stability"], report.origin
-    fig, ax = figure(height=2.6)
-    random = float(np.mean(check.nulls[HAAR])) ** 0.5
-    _line(ax, origin["cosines"], _HACK, "hack basis, other half")
-    _line(ax, origin["generic_cosines"], _CLEAN, "clean-clean basis, other half")  # of few pairs, with fewer axes
-    ax.axhline(random, color=INK, linewidth=0.8, linestyle=":", label="random bases")
-    ax.set(xlabel="principal angle", ylabel="cosine, mean over modules", ylim=(0, 1.02))
-    ax.set_xticks(range(1, len(origin["cosines"]) + 1))
-    legend(ax)
-    made.figure(fig, f"Mean over {check.details['splits']} random divisions of the groups into two halves.")
-    made.definitions({"agreement on which way is hack-ward (cosine)": f"{check.details['agreement']:.3f}"})
-
-
-def _line(ax: "Axes", values: FloatArray | Sequence[float], colour: str, label: str) -> None:
-    ax.plot(np.arange(1, len(values) + 1), values, "o-", color=colour, linewidth=1.4, label=label)
-
-
-def _spectrum(made: Report, report: CheckReport) -> None:
-    made.section("Singular values against their noise level")
-    count = min(len(module.spectrum) for module in report.modules)
-    spectrum, noise = (np.array([getattr(m, name)[:count] for m in report.modules]) for name in ("spectrum", "noise"))
-    fig, ax = figure(height=2.6)
-    places = np.arange(1, count + 1)
-    low, high = np.quantile(spectrum, [0.1, 0.9], axis=0)
-    ax.fill_between(places, low, high, color=_HACK, alpha=0.18, linewidth=0)
-    _line(ax, spectrum.mean(axis=0), _HACK, "hack minus clean")
-    _line(ax, noise.mean(axis=0), MUTED, "the same with random signs")
-    ax.axvline(report.settings.k_use + 0.5, color=INK, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="axis", ylabel="share of ‖D‖", xticks=places)
-    ax.set_ylim(bottom=0)
-    legend(ax)
-    made.figure(fig, "Mean over modules (band: 10 % to 90 %). Axes left of the dotted line are used.")
+    if report.detectors is not None:
+        made.table(*report.detectors.table, caption=_sentence(report.detectors.says))
 
 
 def _settings(made: Report, report: CheckReport) -> None:

@@ -7,15 +7,9 @@ A pool is a JSON Lines file, one sample per line; other fields are passed over, 
 ``group`` is a name for what samples have in common, and may be left out: then samples of one prompt are a group.
 Samples of groups that the basis was made from are not scored.
 
-A guard against degenerate detectors, after RHOB, asks what a high AUROC can come from that is no sign of a hack. Three
-questions to the scores, each with the verdict ``pass``, ``fail`` or ``undecided``:
-
-- *constant*: do the scores tell samples apart at all? At most half of all pairs of a hack and a clean sample may tie.
-- *halves*: is the AUROC that of both halves of the groups? Two one-sided tests: the 1 − 2α interval of the difference
-  between two random halves must lie within ±0.1. It fails where the interval lies wholly outside.
-- *length*: is there more in it than the length of the completion? The interval of the difference between the AUROC and
-  that of the length, the longer or the shorter one as the hack, whichever is higher, must lie above 0. It fails where
-  the difference itself is not above 0.
+All detectors of :mod:`assay.vhack.detect` are shown side by side on the same samples, those that are fitted to samples
+each on other groups than it was fitted to. Where the length of the completion alone, the longer or the shorter as the
+hack, tells the pools apart as well as the basis does, the pools fail, after RHOB: they show a length and no hack.
 
 Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
 """
@@ -23,32 +17,25 @@ Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from assay.errors import DataError
+from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.models.chat import Chat
 from assay.models.device import one_thread
-from assay.stats.rates import BootstrapInterval, auroc
+from assay.stats.rates import auroc
 from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.checks.five_checks import check_unpaired, haar_scores
 from assay.vhack.checks.folds import refuse_seen
-from assay.vhack.checks.judge import (
-    EXIT_CODES,
-    HAAR,
-    Check,
-    CheckSettings,
-    CheckVerdict,
-    FloatArray,
-    bootstrap,
-)
+from assay.vhack.checks.judge import EXIT_CODES, HAAR, Check, CheckSettings, FloatArray
+from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, make_detectors
 from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.svd import SVDCache, weight_svd
@@ -60,85 +47,8 @@ if TYPE_CHECKING:
     from assay.models.load import Model
 
 
-_EQUIVALENCE = 0.1  # largest difference of two AUROC that counts as none
-_TIES = 0.5
 _SCHEMA = "assay.vhack.pools/1"
 _KINDS = ("hack", "clean")
-
-
-@dataclass(frozen=True, slots=True)
-class GuardItem:
-    """One question of the guard."""
-
-    name: str  # ``constant``, ``halves`` or ``length``
-    measured: BootstrapInterval | None  # share of ties, or difference of two AUROC; None where it could not be measured
-    verdict: CheckVerdict
-    reason: str
-
-
-def guard_scores(
-    hack: npt.ArrayLike,
-    clean: npt.ArrayLike,
-    groups: tuple[Sequence[str], Sequence[str]],
-    lengths: tuple[npt.ArrayLike, npt.ArrayLike],
-    settings: CheckSettings | None = None,
-) -> tuple[GuardItem, ...]:
-    """Return what a guard against degenerate detectors says of the scores of one, higher for what looks like a hack.
-
-    Groups, such as problems, and lengths in any unit are those of each hack sample and of each clean one.
-
-    Example:
-        >>> groups = [str(n) for n in range(40)]
-        >>> scores = [float(n) for n in range(40)]
-        >>> items = guard_scores(scores, [-1 - s for s in scores], (groups, groups), ([9] * 40, [9] * 40))
-        >>> [item.verdict for item in items]
-        ['pass', 'pass', 'pass']
-    """
-    settings = settings or CheckSettings()
-    scores, sizes = ([np.asarray(side, dtype=float) for side in both] for both in ((hack, clean), lengths))
-    of_length = bootstrap(_beyond_length, [*scores, *sizes], [*groups, *groups], settings)
-    verdict: CheckVerdict = "pass" if of_length.low > 0 else "fail" if of_length.value <= 0 else "undecided"
-    interval = f"{of_length.value:+.3f} ({of_length.low:+.3f} to {of_length.high:+.3f})"
-    length = GuardItem("length", of_length, verdict, f"the AUROC is {interval} above that of the length")
-    return _constant(*scores), _halves(scores, groups, settings), length
-
-
-def _constant(hack_N: FloatArray, clean_N: FloatArray) -> GuardItem:
-    values, counts_H = np.unique(hack_N, return_counts=True)
-    others, counts_C = np.unique(clean_N, return_counts=True)
-    _, of_hack, of_clean = np.intersect1d(values, others, return_indices=True)
-    share = float(counts_H[of_hack] @ counts_C[of_clean]) / (len(hack_N) * len(clean_N))
-    reason = f"{share:.0%} of all pairs of a hack and a clean sample tie"
-    return GuardItem("constant", BootstrapInterval(share, share, share), "fail" if share > _TIES else "pass", reason)
-
-
-def _halves(
-    scores: Sequence[FloatArray], groups: tuple[Sequence[str], Sequence[str]], settings: CheckSettings
-) -> GuardItem:
-    names = list(dict.fromkeys([*groups[0], *groups[1]]))
-    order = np.random.default_rng([settings.seed, 21]).permutation(len(names))
-    first = {names[i] for i in order[: len(names) // 2]}
-    parts, of_groups = [], []
-    for inside in (True, False):
-        for values_N, labels in zip(scores, groups, strict=True):
-            rows = [row for row, label in enumerate(labels) if (label in first) == inside]
-            parts.append(values_N[rows])
-            of_groups.append([labels[row] for row in rows])
-    if min(map(len, parts)) == 0:
-        return GuardItem("halves", None, "undecided", "a half has samples of one kind only")
-    found = bootstrap(
-        lambda *four: auroc(*four[:2]) - auroc(*four[2:]), parts, of_groups, settings, confidence=1 - 2 * settings.alpha
-    )
-    ends = f"({found.low:.3f} to {found.high:.3f}), {-_EQUIVALENCE:g} to {_EQUIVALENCE:g} counts as none"
-    is_equal = found.low > -_EQUIVALENCE and found.high < _EQUIVALENCE
-    is_other = found.low >= _EQUIVALENCE or found.high <= -_EQUIVALENCE
-    verdict: CheckVerdict = "pass" if is_equal else "fail" if is_other else "undecided"
-    return GuardItem("halves", found, verdict, f"the two halves differ by {found.value:.3f} {ends}")
-
-
-def _beyond_length(hack: FloatArray, clean: FloatArray, hack_length: FloatArray, clean_length: FloatArray) -> float:
-    by_length = auroc(hack_length, clean_length)
-    return auroc(hack, clean) - max(by_length, 1 - by_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +65,7 @@ class PoolReport:
 
     Attributes:
         check: Value, nulls and verdict. Among its details are the AUROC of other scores of the same samples.
-        guard: What the guard against degenerate detectors says, see :func:`guard_scores`.
+        detectors: All detectors side by side, of which that of the axes is the basis; None with too few groups.
         hack: Scores of the pool that hacks.
         clean: Scores of the pool that does not.
         hack_groups: Group of each sample of the first.
@@ -166,7 +76,7 @@ class PoolReport:
     """
 
     check: Check
-    guard: tuple[GuardItem, ...]
+    detectors: Comparison | None
     hack: tuple[float, ...]
     clean: tuple[float, ...]
     hack_groups: tuple[str, ...]
@@ -176,27 +86,13 @@ class PoolReport:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> CheckVerdict:
-        """Verdict of the check, and ``fail`` where it passes and a part of the guard fails."""
-        return "fail" if self.check.verdict == "pass" and self._failed else self.check.verdict
-
-    @property
-    def reason(self) -> str:
-        """What decided: the reason of the check, or the parts of the guard that failed."""
-        return "; ".join(self._failed) if self.check.verdict == "pass" and self._failed else self.check.reason
-
-    @property
-    def _failed(self) -> list[str]:
-        return [f"{item.name}: {item.reason}" for item in self.guard if item.verdict == "fail"]
-
-    @property
     def exit_code(self) -> int:
         """0 pass, 1 fail, 2 undecided."""
-        return EXIT_CODES[self.verdict]
+        return EXIT_CODES[self.check.verdict]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object with a schema field."""
-        return {"schema": _SCHEMA, "verdict": self.verdict, **asdict(self)}
+        return {"schema": _SCHEMA, "verdict": self.check.verdict, **asdict(self)}
 
 
 def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> list[PoolSample]:
@@ -243,10 +139,9 @@ def check_two_pools(
 ) -> PoolReport:
     """Return whether the samples of one pool lie further along the axes of a basis than those of another.
 
-    It passes by the rule of check 1, where random bases of the same size do not reach the value either, and where no
-    part of the guard against degenerate detectors fails. The score is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules.
-    The details have the AUROC of the two-sided cin of the original proposal, and of two things that are no sign of a
-    hack: the length of the gradient and that of the completion.
+    It passes by the rule of check 1, where random bases of the same size do not reach the value either, and where the
+    length of the completion alone has a lower AUROC. The score is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules.
+    The details have the AUROC of the two-sided cin of the original proposal.
 
     Args:
         hack: Samples that cheat.
@@ -275,7 +170,7 @@ def check_two_pools(
         >>> others = generate_pairs(4, seed=1, families=["rotate", "set_bits"])
         >>> samples = [(pair.samples(), pair.group) for pair in others]
         >>> pools = [[PoolSample(sides[side], group) for sides, group in samples] for side in (0, 1)]
-        >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).verdict
+        >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).check.verdict
         'undecided'
     """
     basis.check_model(model)
@@ -311,12 +206,21 @@ def check_two_pools(
         k, generator = max(map(len, used.axes.values())), torch.Generator().manual_seed(settings.seed)
         random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
         nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
-        details = _other_scores(pools, used, gradients) | {"auroc_length_of_completion_alone": auroc(*sizes)}
+        by_length = max(auroc(*sizes), 1 - auroc(*sizes))
+        both_ways = auroc(*_split(cin_over_modules(gradients, used, two_sided=True), pools))
+        details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
         check = check_unpaired(*scores, groups[0], groups[1], settings, nulls=nulls, details=details)
+    if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
+        check = replace(check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}")
+    found = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
+    sides = found.take(range(len(pools[0]))), found.take(range(len(pools[0]), len(samples)))
+    compared = None
+    with suppress(UsageError), one_thread():  # too few groups
+        compared = compare_detectors(*sides, (groups[0], groups[1]), make_detectors(basis=used))
     origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
     return PoolReport(
         check=check,
-        guard=guard_scores(*scores, (groups[0], groups[1]), (sizes[0], sizes[1]), settings),
+        detectors=compared,
         hack=tuple(scores[0].tolist()),
         clean=tuple(scores[1].tolist()),
         hack_groups=tuple(groups[0]),
@@ -352,19 +256,3 @@ def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[l
 def _split(scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]) -> tuple[FloatArray, FloatArray]:
     hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
     return hack_N.numpy(), clean_N.numpy()
-
-
-def _other_scores(
-    pools: Sequence[Sequence[PoolSample]], basis: Basis, gradients: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Return the AUROC of other scores of the same samples, which the verdict does not depend on."""
-    both = _split(cin_over_modules(gradients, basis, two_sided=True), pools)
-    energy = _split(cin_over_modules(gradients, basis, weighting="energy"), pools)
-    norms_S = torch.stack([rows_SR.double().square().sum(dim=1) for rows_SR in gradients.values()]).sum(dim=0)
-    return {
-        "mean_cin_two_sided_hack": float(both[0].mean()),
-        "mean_cin_two_sided_clean": float(both[1].mean()),
-        "auroc_two_sided": auroc(*both),
-        "auroc_energy_weighted": auroc(*energy),
-        "auroc_gradient_norm_alone": auroc(*_split(norms_S, pools)),
-    }

@@ -4,5 +4,4 @@ from .arms import Gate as Gate
 from .arms import apply_arm as apply_arm
 from .arms import arm_named as arm_named
 from .delta import DeltaS as DeltaS
-from .file import LoRA as LoRA
 from .optimizer import ProjectedOptimizer as ProjectedOptimizer

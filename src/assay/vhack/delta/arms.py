@@ -6,9 +6,8 @@ hack-ward coordinates are
 
     c = V g  of a gradient g        c = −V Δ  of an update Δ        −V (δS − δS_0)  of a displacement
 
-The gates remove γ·relu(c) (``one_sided``), γ·c (``two_sided``) or 2γ·c (``reverse``), where the gain γ scales the
-counter-force: at 1 the first two erase, above 1 they push back. ``keep`` is the complement: with trusted directions as
-axes it removes γ of everything that does not lie along them.
+The gates remove γ·relu(c) (``one_sided``) or γ·c (``two_sided``), where the gain γ scales the counter-force: at 1 they
+erase, above 1 they push back.
 
 Two things can be added to an arm by its name. ``displaced-A+ARM`` moves δS by A along every axis, away from the hack,
 before the first step, and goes on as the arm: with ``none`` as plain training, with ``erase-update-two-sided`` it stays
@@ -39,13 +38,15 @@ from assay.vhack.names import DEFAULT_ARM
 
 Number = TypeVar("Number", float, Tensor)
 
-GATES = ("none", "one_sided", "two_sided", "reverse", "keep")
+GATES = ("none", "one_sided", "two_sided")
 """Rules that say which part of an update along the axes is removed."""
 
-BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
-"""The axes an arm may act along, besides ``trusted``; all but the true ones are made in assay-research."""
+FLAGGED = ("", "filter", "quarantine", "penalty")
+"""What may become of rollouts that a detector flags."""
 
-TRUSTED = "trusted"
+BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
+"""The axes an arm may act along; all but the true ones are controls, which assay-research makes."""
+
 _LEVELS = ("gradient", "update")
 _NAME = re.compile(r"(displaced-(?P<start>[^+]*)\+)?(?P<arm>[^+:]*)(\+away-(?P<away>[^:]*))?(:(?P<axes>.*))?")
 _ADDED = "displaced-A+ARM, ARM+away-B"
@@ -56,7 +57,7 @@ class Gate:
     """What is removed along the axes.
 
     Attributes:
-        kind: One of ``"one_sided"``, ``"two_sided"``, ``"reverse"``, ``"keep"``, and ``"none"``, which only measures.
+        kind: One of ``"one_sided"``, ``"two_sided"``, and ``"none"``, which only measures.
         gain: Factor γ of what is removed.
     """
 
@@ -70,10 +71,10 @@ class Gate:
             raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do="1 erases, 1.1 pushes back")
 
     def coefficients(self, hackward: Tensor) -> Tensor:
-        """Return how much of each hack-ward coordinate is removed, in its shape; zeros for ``keep``."""
+        """Return how much of each hack-ward coordinate is removed, in its shape."""
         if self.kind == "one_sided":
             return self.gain * hackward.relu()
-        return {"none": 0.0, "keep": 0.0, "two_sided": 1.0, "reverse": 2.0}[self.kind] * self.gain * hackward
+        return {"none": 0.0, "two_sided": 1.0}[self.kind] * self.gain * hackward
 
     def apply(self, vectors_MR: Tensor, axes_MKR: Tensor, sign: int) -> Tensor:
         """Return what is left of vectors, [..., M, R] float64.
@@ -84,13 +85,8 @@ class Gate:
             sign: 1 for gradients, −1 for updates: whether the hack lies along +v or along −v.
         """
         wide_MR = vectors_MR.double()
-        at_MK = along(axes_MKR, wide_MR)
-        left_MR = wide_MR - sign * spread(axes_MKR, self.coefficients(sign * at_MK))
-        if self.kind == "keep":
-            # A module without axes has nothing that could be kept, and is left alone.
-            outside_MR = (wide_MR - spread(axes_MKR, at_MK)) * axes_MKR.any(dim=-1).any(dim=-1)[..., None]
-            left_MR = wide_MR - self.gain * outside_MR
-        return left_MR
+        removed_MK = self.coefficients(sign * along(axes_MKR, wide_MR))
+        return wide_MR - sign * spread(axes_MKR, removed_MK)
 
 
 @dataclass(frozen=True)
@@ -120,12 +116,12 @@ class Arm:
         says: Description in a few words.
         gate: Gate that acts along the axes, on the gradient or on the update.
         level: Place where the gate acts: ``"gradient"`` or ``"update"``.
-        basis: Kind of axes: one of ``BASIS_KINDS``, or ``"trusted"``, the directions of honest learning.
+        basis: Kind of axes: one of ``BASIS_KINDS``.
         box: Bounds of the displacement along the axes.
         start: Distance that δS is moved along +v of every axis, away from the hack, before the first step.
-        push: Factor of the constant push: every step moves δS by ``push · lr`` along +v of every axis.
         exploit_pays: Reward of a rollout that is exploited and not correct.
         advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
+        flagged: What becomes of rollouts that a detector flags: one of ``FLAGGED``, of which "" leaves them alone.
 
     Raises:
         UsageError: The level is unknown.
@@ -138,18 +134,29 @@ class Arm:
     basis: str = "true"
     box: Box | None = None
     start: float = 0.0
-    push: float = 0.0
     exploit_pays: float = 1.0
     advantage: float = 0.0
+    flagged: str = ""
 
     def __post_init__(self) -> None:
-        if self.level not in _LEVELS:
-            raise UsageError(f"level={self.level!r}", wanted=" or ".join(_LEVELS), do="choose one of them")
+        for name, value, known in (("level", self.level, _LEVELS), ("flagged", self.flagged, FLAGGED)):
+            if value not in known:
+                raise UsageError(f"{name}={value!r}", wanted=" or ".join(map(repr, known)), do="choose one of them")
+
+    def judge(self, rewards_BF: Tensor, flags_B: Tensor) -> Tensor:
+        """Return what rollouts are paid by F reward functions after a detector has flagged some of them.
+
+        ``penalty`` takes 1 in all. ``filter`` pays nothing that is a number: TRL leaves such rollouts out of the mean
+        and the spread of their group, and they get no advantage.
+        """
+        if self.flagged == "penalty":
+            return rewards_BF - flags_B[:, None].to(rewards_BF) / rewards_BF.shape[1]
+        return rewards_BF.masked_fill(flags_B[:, None], math.nan) if self.flagged == "filter" else rewards_BF
 
     @property
     def acts(self) -> bool:
         """Whether it does anything along its axes; otherwise they are only measured."""
-        return self.gate.kind != "none" or self.box is not None or self.start != 0 or self.push != 0
+        return self.gate.kind != "none" or self.box is not None or self.start != 0
 
     def reward(self, correct: Number, exploited: Number) -> Number:
         """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""
@@ -165,10 +172,11 @@ ARMS: dict[str, Arm] = {
         Arm("erase-update", "hack-ward part of the optimizer's update removed", Gate(), "update"),
         Arm("erase-gradient-two-sided", "gradient along the axes removed, both ways", Gate("two_sided")),
         Arm("erase-update-two-sided", "exact erasure: no update along the axes at all", Gate("two_sided"), "update"),
-        Arm("constant-push", "a constant step away from the hack, whatever the gradient", push=0.6),
         Arm("box", "no net displacement toward the hack, nothing else", box=Box(hackward=0.0)),
-        Arm("trusted-complement", "only the gradient along directions of honest work", Gate("keep"), basis=TRUSTED),
         Arm("advantage-modification", "less reward where activations look like the hack sides'", advantage=2.0),
+        Arm("filter", "rollouts that a detector flags give no gradient, and are in no baseline", flagged="filter"),
+        Arm("quarantine", "they train a second δS, which is deleted in the end", flagged="quarantine"),
+        Arm("penalty", "rollouts that a detector flags are paid 1 less", flagged="penalty"),
         Arm("ground-truth-penalty", "a perfect detector: exploits cost what correct work earns", exploit_pays=-1.0),
     )
 }
@@ -201,15 +209,25 @@ def arm_named(name: str) -> Arm:
         box = Box(hackward=0.0, away=_distance(name, form["away"]))
         arm = replace(arm, box=box, says=f"{arm.says}; at most {box.away:g} away from the hack")
     kind = form["axes"]
-    if kind is None or kind == arm.basis == "true":
+    if kind in (None, "true"):
         return arm
-    if kind not in BASIS_KINDS or not arm.acts or arm.basis != "true":
+    if kind not in BASIS_KINDS or not arm.acts:
         raise UsageError(
             f"arm {arm.name} along {kind} axes",
             wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
             do="choose another arm, or leave the axes out",
         )
     return replace(arm, name=name, basis=kind)
+
+
+def gating_arm(name: str) -> Arm:
+    """Return the arm with a name, and refuse one that needs a detector, where nothing judges rollouts."""
+    arm = arm_named(name)
+    if arm.flagged:
+        raise UsageError(
+            f"arm {name!r} without a detector", wanted="a gate", do="use assay vhack train, or another arm"
+        )
+    return arm
 
 
 def load_controls(arm: Arm) -> Any:
@@ -247,10 +265,8 @@ def gate_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
     return arm.gate.apply(gradient_MR, axes_MKR, 1).to(gradient_MR.dtype)
 
 
-def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, axes_MKR: Tensor, rate: float) -> Tensor:
-    """Return δS after the arm has acted on what the inner optimizer did: gate the update, push, box.
-
-    In this order a push survives an update gate, and nothing leaves the box.
+def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+    """Return δS after the arm has acted on what the inner optimizer did: gate the update, then box.
 
     Args:
         arm: Arm to apply.
@@ -258,15 +274,12 @@ def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, a
         before_MR: δS before that step.
         start_MR: δS that displacements are counted from.
         axes_MKR: Axes of the arm, [..., M, K, R] float64.
-        rate: Learning rate of this step, which scales the push.
     """
     if not axes_MKR.shape[-2]:
         return delta_MR
     if arm.level == "update" and arm.gate.kind != "none":
         update_MR = delta_MR.double() - before_MR.double()
         delta_MR = (before_MR.double() + arm.gate.apply(update_MR, axes_MKR, -1)).to(delta_MR.dtype)
-    if arm.push:
-        delta_MR = displace(delta_MR, arm.push * rate, axes_MKR)
     if arm.box is not None:
         moved_MR = delta_MR.double() - start_MR.double()
         delta_MR = (delta_MR.double() + arm.box.correction(moved_MR, axes_MKR)).to(delta_MR.dtype)

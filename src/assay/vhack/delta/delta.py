@@ -12,7 +12,7 @@ Shapes: M modules of a group, R coordinates of δS.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial, wraps
@@ -27,7 +27,7 @@ from assay.files.storage import storage_error
 from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.division import gather_whole, local_part, local_rows, reshard
-from assay.vhack.delta.file import LoRA, load_delta, plain_weights, read_delta_lengths, save_delta, save_lora
+from assay.vhack.delta.file import load_delta, read_delta_lengths, save_delta
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
 from assay.vhack.gradients.batches import Progress
@@ -39,16 +39,15 @@ if TYPE_CHECKING:
 
 
 _NAME = "delta_s"
-_LORA = "lora_"  # in the names of PEFT's parameters
+_LORA = "lora_"  # in the names of PEFT's modules
 
 
 class DeltaS(nn.Module):
     """A small trainable adapter that is attached to a model when it is constructed.
 
-    All other parameters of the model, except LoRA of PEFT, are frozen until `detach` or `merge`. LoRA may also be added
-    afterwards, but `get_peft_model` freezes δS: call ``adapter.delta.requires_grad_(True)`` after it. Do not copy a
-    model that has an adapter: the copy would hold hooks of the first one. `disabled` gives the reference policy without
-    a copy.
+    All other parameters of the model are frozen until `detach` or `merge`: no gate would hold LoRA back beside δS. Do
+    not copy a model that has an adapter: the copy would hold hooks of the first one. `disabled` gives the reference
+    policy without a copy.
 
     Args:
         model: Causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
@@ -58,9 +57,10 @@ class DeltaS(nn.Module):
     Attributes:
         groups: Modules by shape.
         delta: δS, one parameter per group, [M, R] float32.
+        added: A second δS of that form, in the weights and in no file; see :class:`Quarantine`.
 
     Raises:
-        UsageError: The factors do not fit, or there is an adapter already.
+        UsageError: The factors do not fit, or there is an adapter already, or LoRA of PEFT.
         ModelError: The model has no target projections, or is not whole on one device.
 
     Example::
@@ -87,6 +87,8 @@ class DeltaS(nn.Module):
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
         )
+        self.added: Sequence[Tensor] = ()
+        self._scale = 1.0
         self._enabled = True
         self._rollouts: Rollouts | None = None
         self._undo = ExitStack()
@@ -94,11 +96,9 @@ class DeltaS(nn.Module):
         self.__dict__["_model"] = module
         self._merged: list[Tensor] = []
         self._merged_at = self._versions()
-        others = [parameter for name, parameter in module.named_parameters() if _LORA not in name]
-        required = [(parameter, parameter.requires_grad) for parameter in others]
+        required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
-        for parameter in others:
-            parameter.requires_grad_(False)
+        module.requires_grad_(False)
         module.add_module(_NAME, self)
         self._undo.callback(delattr, module, _NAME)
         self._hook()
@@ -138,10 +138,15 @@ class DeltaS(nn.Module):
             reshard(self.model)
             self._merge()
 
+    def scale_added(self, scale: float) -> None:
+        """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what trains."""
+        self._scale = scale
+        self.refresh()
+
     def _merge(self) -> None:
         values = self._whole()
-        for group, values_MR in zip(self.groups, values, strict=True):
-            group.merge(values_MR)
+        for index, (group, values_MR) in enumerate(zip(self.groups, values, strict=True)):
+            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
         self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
         self._merged_at = self._versions()
 
@@ -220,6 +225,7 @@ class DeltaS(nn.Module):
             UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be taken away.
         """
         self._refuse_disabled("merge")
+        self.added = ()
         reshard(self.model)
         self._merge()
         self._undo.close()
@@ -253,29 +259,15 @@ class DeltaS(nn.Module):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the model of now as a plain one has them: for an inference engine after a step.
 
-        Names are those of the model without δS and without PEFT, tied weights come once, and LoRA beside δS is merged.
-        Under FSDP2 weights are gathered one at a time, and every process must iterate to the end.
-
-        Raises:
-            ModelError: LoRA is merged already, or beside weights that are sharded.
+        Names are those of the model without δS, and tied weights come once. Under FSDP2 weights are gathered one at a
+        time, and every process must iterate to the end.
         """
         if self._is_stale():
             self.refresh()
         reshard(self.model)
-        yield from plain_weights(self.model)
-
-    def save_lora(self, folder: str | Path, rank: int) -> LoRA:
-        """Write δS as LoRA of PEFT, for what cannot take merged weights, and return how far it is from them.
-
-        Args:
-            folder: Directory of the files ``adapter_config.json`` and ``adapter_model.safetensors``.
-            rank: Rank of every matrix; the largest of δS are kept.
-
-        Raises:
-            UsageError: The rank is below 1.
-            StorageError: A file cannot be written.
-        """
-        return save_lora(Path(folder), self.values(), dict(self.svd), rank, str(self.model.config._name_or_path))
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(f"{_NAME}."):
+                yield name, gather_whole(parameter).detach()
 
     def _whole(self) -> list[Tensor]:
         """Return δS per group, [M, R] without gradient, gathered if it is sharded."""
@@ -347,8 +339,12 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
     Raises:
         ModelError: The model is a mixture whose experts share a tensor, has no target projections, or is not whole on
             one device.
+        UsageError: The model has LoRA of PEFT.
     """
     own = {name for name, _ in module_of(model).named_modules()}
+    if any(_LORA in name for name in own):
+        do = "merge LoRA first, or train it with TRL and the arm filter (assay.vhack.training.grpo.judge_rollouts)"
+        raise UsageError("δS beside LoRA", wanted="a model without LoRA, which no gate would hold back", do=do)
     if experts := [name for name in target_modules(model) if name not in own]:
         raise ModelError(
             f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
@@ -390,13 +386,12 @@ def write_merged(
     reference: str,
     path: Path,
     *,
-    lora: int | None = None,
     overwrite: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a model with the δS of a file in its weights, or the δS as LoRA of a rank; return what was written.
+    """Write a model with the δS of a file in its weights, and return what was written.
 
     Raises:
         UsageError: The directory is not empty, and ``overwrite`` is not set.
@@ -410,17 +405,11 @@ def write_merged(
     lengths = read_delta_lengths(path)
     model = load_model(reference, dtype=dtype, device=device)
     adapter = load_adapter(model, path, lengths, progress=progress)
-    values: dict[str, Any] = {"path": str(folder), "model": model.reference, "modules": len(lengths)}
+    about = {"form": "merged", "dtype": dtype_name(model.dtype)}
     try:
-        if lora is not None:
-            made = adapter.save_lora(folder, lora)
-            values |= {"form": "lora", "rank": made.rank, "relative_error": made.error}
-            values |= {"worst_module": made.worst, "worst_error": made.errors[made.worst]}
-        else:
-            adapter.merge().save_pretrained(folder)
-            values |= {"form": "merged", "dtype": dtype_name(model.dtype)}
+        adapter.merge().save_pretrained(folder)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
     except OSError as error:
         raise storage_error(folder, error) from error
-    return values
+    return {"path": str(folder), "model": model.reference, "modules": len(lengths), **about}

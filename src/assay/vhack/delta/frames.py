@@ -11,11 +11,7 @@ What is measured along them in every step:
     leak          ‖relu(−V Δ)‖ / ‖Δ‖ of the update Δ that the optimizer made in the end: the honest cout
     displacement  V (δS − δS_0): how far δS went and in which direction; + is away from the hack
 
-The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V x)‖, and *energy*
-is ``√(Σ‖relu(V g)‖² / Σ‖g‖²)``, in which small modules do not count as much as large ones.
-
-A gate on the sum of all rollouts cannot tell a hack from an honest solution that pulls the other way: they cancel
-before it looks. With the gradients of single rollouts (:class:`Rollouts`) it can look at each.
+The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V x)‖.
 
 Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS; dimensions before M, such as one per run, are
 kept.
@@ -35,7 +31,7 @@ from assay.vhack.delta.groups import Group, Kinds
 # How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
 _SKEW = 1e-3
 _ITERATIONS = 3
-_SHARE = ("", "_two_sided", "_energy")
+_SHARE = ("", "_two_sided")
 
 
 def along(axes_MKR: Tensor, vectors_MR: Tensor) -> Tensor:
@@ -119,27 +115,25 @@ def measure_shares(
     sign: int,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, with its three suffixes.
+    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, also two-sided.
 
     Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]; shares have the
     dimensions before M. The modules may be spread over processes.
     """
-    # Sums over modules: one-sided share, two-sided share, ‖relu(c)‖², ‖x‖², 1.
+    # Sums over modules: one-sided share, two-sided share, 1.
     sums = []
     for vectors_MR, axes_MKR, has_M in vectors:
         hackward_MK = sign * along(axes_MKR, vectors_MR)
         size_M = vectors_MR.double().norm(dim=-1)
         one_M, two_M = hackward_MK.relu().norm(dim=-1), hackward_MK.norm(dim=-1)
         divisor_M = torch.where(size_M > 0, size_M, 1.0)
-        parts_5M = torch.stack([one_M / divisor_M, two_M / divisor_M, one_M**2, size_M**2, torch.ones_like(size_M)])
-        sums.append((parts_5M * has_M).sum(dim=-1))
-    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(5, dtype=torch.float64)
+        parts_3M = torch.stack([one_M / divisor_M, two_M / divisor_M, torch.ones_like(size_M)])
+        sums.append((parts_3M * has_M).sum(dim=-1))
+    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(3, dtype=torch.float64)
     if process_group is not None and sums:
         dist.all_reduce(total, group=process_group)
-    one, two, along2, size2, count = total
-    energy = (along2 / torch.where(size2 > 0, size2, 1.0)).sqrt()
-    values = (one / count.clamp_min(1), two / count.clamp_min(1), energy)
-    return {name + suffix: value for suffix, value in zip(_SHARE, values, strict=True)}
+    *shares, count = total
+    return {name + suffix: share / count.clamp_min(1) for suffix, share in zip(_SHARE, shares, strict=True)}
 
 
 def measure_displacement(
@@ -196,9 +190,3 @@ class Rollouts:
             rows = torch.cat([part for parts in modules for part in parts])  # one operation for all modules
             found.append(rows.view(len(modules), -1, rows.shape[1]))
         return found
-
-    def cin(self, frames: Frames, *, two_sided: bool = False) -> Tensor:
-        """Return :func:`assay.vhack.cin_over_modules` of each rollout's gradient, [N] float64."""
-        vectors = (rows_MNR.transpose(0, 1) for rows_MNR in self.rows)
-        shares = measure_shares("cin", zip(vectors, frames.axes, frames.has_axes, strict=True), 1)
-        return shares["cin_two_sided" if two_sided else "cin"]

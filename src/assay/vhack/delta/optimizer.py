@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from assay.vhack.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.division import local_part, local_rows, process_group_of
 from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
+from assay.vhack.delta.quarantine import Quarantine
 
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")
@@ -30,9 +30,8 @@ _SHARES = ("cin", "cout", "leak")
 class ProjectedOptimizer(Optimizer):
     """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other optimizer.
 
-    A step is: average gradients over ``process_group`` if there is one, measure, gate the gradient, clip, step of the
-    inner optimizer, gate the update, push, box, measure, merge δS into the weights. Parameters that do not belong to
-    the adapter are stepped and clipped, and otherwise left alone.
+    A step is: measure, gate the gradient, clip, step of the inner optimizer, gate the update, box, measure, merge δS
+    into the weights. Parameters that do not belong to the adapter are stepped and clipped, and otherwise left alone.
 
     Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first. Gates commute with any
     positive scale of the gradient, so only the clipping norm differs.
@@ -41,19 +40,15 @@ class ProjectedOptimizer(Optimizer):
         inner: Optimizer made of the parameters of the adapter, and perhaps others.
         adapter: Adapter whose δS is held back.
         basis: Axes to act along; without any, every step is bit by bit the inner optimizer's.
-        arm: Arm that says gate, level, box and push; δS is displaced here if the arm starts elsewhere. By default the
+        arm: Arm that says gate, level and box; δS is displaced here if the arm starts elsewhere. By default the
             hack-ward part of the gradient is removed.
-        watched: Other axes to measure along as well, for instance the true ones where control axes are acted on; their
-            measures begin with ``watched_``.
         max_norm: Largest norm of the gradient of all parameters; None does not clip.
-        process_group: Processes to average the gradients of δS over before anything else: for a replicated δS that
-            neither DDP nor FSDP2 averages. The gate must see the mean, because it is not linear.
+        quarantine: Second δS, which takes its step with this one; its gradient has been routed before.
 
     Attributes:
         arm: Arm that acts.
         measures: Numbers of the last step: ``cin``, ``cout``, ``leak``, ``displacement`` and their variants.
         frames: Axes, stacked.
-        watched: Axes that are only measured along, or None.
 
     Raises:
         UsageError: ``max_norm`` is not positive, the inner optimizer lacks the parameters of the adapter, they are
@@ -77,9 +72,8 @@ class ProjectedOptimizer(Optimizer):
         basis: Basis | None,
         *,
         arm: Arm = ARMS["erase-gradient"],
-        watched: Basis | None = None,
         max_norm: float | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.arm = arm
         if max_norm is not None and not max_norm > 0:
@@ -96,37 +90,31 @@ class ProjectedOptimizer(Optimizer):
         self.inner = inner
         # The lists of the inner optimizer are this one's own, so that what schedulers and trainers change is its.
         self.param_groups, self.state = inner.param_groups, inner.state
-        self.adapter, self.max_norm, self.process_group = adapter, max_norm, process_group
+        self.adapter, self.max_norm, self.quarantine = adapter, max_norm, quarantine
         self.measures = Measures({})
-        self.use_basis(basis, watched)
+        self.use_basis(basis)
         self._start = [local_part(parameter).clone() for parameter in adapter.delta]
-        if self.arm.start:
-            self.displace(self.arm.start)
+        if arm.start:  # displacements count from before, and a state that is loaded later includes it
+            for index, parameter in enumerate(adapter.delta):
+                delta_MR = local_part(parameter.detach())
+                delta_MR.copy_(displace(delta_MR, arm.start, self._axes(index)))
+            adapter.refresh()
 
-    def use_basis(self, basis: Basis | None, watched: Basis | None = None) -> None:
-        """Take other axes, and others to watch, from now on; the start that displacements are counted from stays.
+    def use_basis(self, basis: Basis | None) -> None:
+        """Take other axes from now on; the start that displacements are counted from stays.
 
         Raises:
             UsageError: The basis does not fit the adapter.
             DataError: The rows of the basis are not orthonormal.
         """
         self.frames = Frames(self.adapter.groups, basis)
-        self.watched = None if watched is None else Frames(self.adapter.groups, watched)
-
-    @torch.no_grad()
-    def displace(self, distance: float) -> None:
-        """Move δS by a distance in its units along +v of every axis, away from the hack, before the first step.
-
-        Displacements still count from where it was, and a state that is loaded later includes it.
-        """
-        for index, parameter in enumerate(self.adapter.delta):
-            delta_MR = local_part(parameter)
-            delta_MR.copy_(displace(delta_MR, distance, self._axes(index)))
-        self.adapter.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
-        return {**self.inner.state_dict(), _KEY: {"start": [start_MR.clone() for start_MR in self._start]}}
+        own: dict[str, Any] = {"start": [start_MR.clone() for start_MR in self._start]}
+        if self.quarantine is not None:
+            own["quarantine"] = self.quarantine.state_dict()
+        return {**self.inner.state_dict(), _KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state from `state_dict`; load δS itself with the model or the adapter.
@@ -142,6 +130,8 @@ class ProjectedOptimizer(Optimizer):
             self.param_groups, self.state = self.inner.param_groups, self.inner.state
             for mine_MR, theirs_MR in zip(self._start, start, strict=True):
                 mine_MR.copy_(theirs_MR)
+            if self.quarantine is not None:
+                self.quarantine.load_state_dict(state_dict[_KEY]["quarantine"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"the state of an optimizer that does not fit: {error}",
@@ -161,10 +151,6 @@ class ProjectedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.process_group is not None:
-            for gradient_MR in self._gradients().values():
-                dist.all_reduce(gradient_MR, group=self.process_group)
-                gradient_MR /= dist.get_world_size(self.process_group)
         raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(gate_gradient(self.arm, gradient_MR, self._axes(index)))
@@ -174,12 +160,12 @@ class ProjectedOptimizer(Optimizer):
         # Some optimizers write into the gradient.
         kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         before = [local_part(parameter).clone() for parameter in self.adapter.delta]
+        if self.quarantine is not None:
+            self.quarantine.step(self.inner)
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
-            rates = (group["lr"] for group in self.param_groups if any(parameter is each for each in group["params"]))
-            now_MR, rate = local_part(parameter), float(next(rates)) if self.arm.push else 0.0
-            held_MR = apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index), rate)
-            now_MR.copy_(held_MR)
+            now_MR = local_part(parameter)
+            now_MR.copy_(apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index)))
         self.measures = self._measured(raw, kept, before)
         self.adapter.refresh()
         return loss
@@ -199,19 +185,14 @@ class ProjectedOptimizer(Optimizer):
         rows, spread_over = [local_rows(one) for one in self.adapter.delta], process_group_of(self.adapter.delta[0])
         # The hack is along −v for an update, so its sign is turned.
         vectors = {index: torch.stack([raw[index], kept[index], before[index] - deltas[index]]) for index in kept}
+        axes = [axes_MKR[part] for axes_MKR, part in zip(self.frames.axes, rows, strict=True)]
+        parts = ((vectors[index], axes[index], self.frames.has_axes[index][rows[index]]) for index in kept)
         found: dict[str, Tensor] = {}
-        for prefix, frames in (("", self.frames), ("watched_", self.watched)):
-            if frames is None:
-                continue
-            axes = [axes_MKR[part] for axes_MKR, part in zip(frames.axes, rows, strict=True)]
-            parts = ((vectors[index], axes[index], frames.has_axes[index][rows[index]]) for index in kept)
-            for suffix, values in measure_shares("", parts, 1, spread_over).items():
-                shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
-                found |= {prefix + name + suffix: value for name, value in shares}
-            moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
-            where = measure_displacement(zip(moved, axes, strict=True), spread_over)
-            found |= {prefix + name: value for name, value in where.items()}
-        return Measures(found)
+        for suffix, values in measure_shares("", parts, 1, spread_over).items():
+            shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
+            found |= {name + suffix: value for name, value in shares}
+        moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
+        return Measures(found | measure_displacement(zip(moved, axes, strict=True), spread_over))
 
 
 def _check_trainable(adapter: DeltaS) -> None:
@@ -221,6 +202,5 @@ def _check_trainable(adapter: DeltaS) -> None:
         raise UsageError(
             f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)",
             wanted="a δS that is trained",
-            do="call adapter.delta.requires_grad_(True) after get_peft_model, and give the optimizer the parameters of "
-            "LoRA too if they shall be trained",
+            do="leave LoRA out, or call adapter.delta.requires_grad_(True)",
         )

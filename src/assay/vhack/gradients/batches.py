@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
-_MOST_BYTES = 52e9
+# On a CPU no batch is faster for more, and other programs want the memory.
+_MOST_BYTES = {"cuda": 52e9, "cpu": 1e9}
 # Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
 # gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
@@ -262,9 +263,9 @@ def count_layers(module: "PreTrainedModel") -> int:
     return int(module.config.get_text_config().num_hidden_layers)
 
 
-def room_for_batches(free: float) -> float:
-    """Return how many bytes the batches that are computed at once may take together, of so many free ones."""
-    return min(_MOST_BYTES, free / 2)
+def room_for_batches(free: float, device: str) -> float:
+    """Return how many bytes the batches that a type of device computes at once may take together, of so many free."""
+    return min(_MOST_BYTES[device], free / 2)
 
 
 def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int) -> int:

@@ -356,7 +356,7 @@ def per_sample_gradients(
     factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
     recipe, at_once = recipe_for(module), _at_once(module)
     recomputed = count_layers(module) if checkpointing else 0
-    room = room_for_batches(free_bytes(module.device)) / at_once
+    room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
     kind = partial(pass_kind, module.config.get_text_config())
     batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)

@@ -141,16 +141,6 @@ class SVDCache(dict[str, Factors]):
         self.rank = rank
         self.dtype = dtype
 
-    def truncated(self, rank: int) -> "SVDCache":
-        """Return the ``rank`` strongest singular directions of every matrix.
-
-        Raises:
-            UsageError: The rank is below 1.
-        """
-        check_rank(rank)
-        kept = {name: factors.truncated(rank) for name, factors in self.items()}
-        return SVDCache(kept, rank=rank, dtype=self.dtype)
-
 
 def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -> dict[str, Factors]:
     """Return the factors of these modules, or raise a UsageError about one that has none or those of another shape."""
@@ -172,7 +162,7 @@ def weight_svd(
     rank: int | None = None,
     dtype: str | None = None,
     method: str = "auto",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     min_coverage: float = MIN_COVERAGE,
     progress: Progress | None = None,
 ) -> SVDCache:
@@ -204,7 +194,7 @@ def weight_svd(
     check_coverage(model, min_coverage)
 
     def one(name: str, weight: Tensor) -> Factors:
-        factors = _load_or_make(name, weight, chosen, method, cache)
+        factors = _load_or_make(name, weight, chosen, method, None if cache is None else Path(cache))
         if weight.is_cuda:
             torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
@@ -261,7 +251,7 @@ def check_rank(rank: int | None) -> None:
 def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, cache: Path | None) -> Factors:
     path = None
     if cache is not None:
-        key = hashlib.sha256(f"{_FORMAT}\n{tensor_digest(weight)}\n{dtype}\n{method}".encode()).hexdigest()
+        key = hashlib.sha256(f"{_FORMAT}\n{tensor_digest(weight.float())}\n{dtype}\n{method}".encode()).hexdigest()
         path = cache / "svd" / f"{key}.safetensors"
         stored = _read(path, weight, dtype)
         if stored is not None:

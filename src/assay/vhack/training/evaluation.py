@@ -32,7 +32,7 @@ from assay.vhack.environment.grading import Episode
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.pool import Sampling, encode_prompts, sample_batches
-from assay.vhack.training.rewards import Graded, RewardFunction, Task, make_reward, read_prompt
+from assay.vhack.training.rewards import Graded, RewardFunction, Task, make_reward, mechanism_of, read_prompt
 
 
 def sample_tasks(
@@ -99,19 +99,19 @@ def sample_tasks(
 def _about(task: Task) -> JsonObject:
     if isinstance(task, Episode):
         return {"task": task.task.name, "mode": task.mode, "markers": task.split, "group": group_of(task)}
-    group = _said(task, "group")
+    group = _group_said(task)
     return {} if group is None else {"group": group}
 
 
-def _said(task: Task, name: str) -> str | None:
-    """Return what a task of one's own says of itself, or None."""
-    said = task.get(name) if isinstance(task, Mapping) else None
+def _group_said(task: Task) -> str | None:
+    """Return the group that a task of one's own names, or None."""
+    said = task.get("group") if isinstance(task, Mapping) else None
     return said if isinstance(said, str) else None
 
 
 def group_of(task: Task) -> str:
     """Return the name of what completions of a task have in common: its ``group``, or else task or prompt itself."""
-    said = task.task.name if isinstance(task, Episode) else _said(task, "group")
+    said = task.task.name if isinstance(task, Episode) else _group_said(task)
     return read_prompt(task) if said is None else said
 
 
@@ -286,5 +286,4 @@ def evaluate(
         grades += paying.grade(range(start, start + len(part)), part)
         if progress is not None:
             progress(len(grades), len(completions))
-    mechanisms = tuple(one.mode if isinstance(one, Episode) else _said(one, "mechanism") or "" for one in tasks)
-    return Evaluation(tuple(grades), tuple(map(group_of, tasks)), mechanisms)
+    return Evaluation(tuple(grades), tuple(map(group_of, tasks)), tuple(map(mechanism_of, tasks)))

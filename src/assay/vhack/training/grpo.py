@@ -11,10 +11,12 @@ Shapes: B rollouts, T completion tokens.
 """
 
 import json
+import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,12 +26,17 @@ from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
+from assay.models.chat import read_chat
 from assay.models.load import Model
 from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.arms import Arm
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Kinds
 from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.delta.quarantine import shift_baseline
+from assay.vhack.detect import RolloutJudge
+from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import Outcomes, Reward
@@ -42,9 +49,9 @@ if TYPE_CHECKING:
 def sync_merged(trainer: Any, adapter: DeltaS) -> None:
     """Let a trainer of TRL with ``use_vllm`` hand over the weights of :meth:`DeltaS.weights`, in both of its modes.
 
-    By itself TRL sends every parameter, those of δS too, which vLLM does not know, and takes LoRA out again by
-    subtraction, which leaves errors of rounding in the weights. In one process it loads every weight by itself:
-    0.19 s instead of 0.017 s with 310 weights on an H200 (research/results/vhack_vllm_h200.json, ``sections``).
+    By itself TRL sends every parameter, those of δS too, which vLLM does not know. In one process it loads every weight
+    by itself: 0.19 s instead of 0.017 s with 310 weights on an H200 (research/results/vhack_vllm_h200.json,
+    ``sections``).
 
     Args:
         trainer: Trainer whose ``vllm_generation`` is there.
@@ -70,9 +77,70 @@ def sync_merged(trainer: Any, adapter: DeltaS) -> None:
     generation._iter_named_params = loaded if generation.mode == "colocate" else named
 
 
+def judge_rollouts(
+    trainer: Any,
+    judge: RolloutJudge | None,
+    arm: Arm | None = None,
+    *,
+    at_random: bool = False,
+    known: Collection[str] = (),
+) -> None:
+    """Let a GRPOTrainer of TRL, after it has paid its rollouts, do with those that a detector flags what an arm says.
+
+    The detector looks at the model as it was before training where the trainer's δS or LoRA can be switched off for
+    that, and at the policy of now otherwise. The share that is flagged goes to TRL's metrics as ``vhack/flagged``.
+    With ``beta``, the divergence of flagged rollouts still counts.
+
+    Args:
+        trainer: Trainer of texts or conversations, with the model that the detector was fitted with.
+        judge: Detector and threshold of :func:`assay.vhack.detect.fit_judge`; None flags what the reward calls
+            exploited, which takes a trainer with a :class:`Reward`.
+        arm: Arm that says what becomes of them; None only watches. A quarantine takes a :class:`GRPO` with one.
+        at_random: Whether to flag as many others, drawn at random: the control.
+        known: Mechanisms of tasks whose exploits labels tell, as a monitor knows some; empty stands for all.
+    """
+    plain, model = trainer._calculate_rewards, trainer.accelerator.unwrap_model(trainer.model)
+    adapter, own = getattr(trainer, "adapter", None), cast(Any, getattr(trainer, "reward", None))
+    if judge is None and own is None:
+        do = "fit a detector with assay.vhack.detect.fit_judge"
+        raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
+    if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
+        raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
+    initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
+
+    def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards_BF: Tensor = plain(inputs, prompts, completions, completion_ids_list)
+        if not trainer.model.training:
+            return rewards_BF
+        if judge is None:
+            told = zip(own.last.column("exploited").tolist(), own.mechanisms, strict=True)
+            flags = [is_one and (not known or mechanism in known) for is_one, mechanism in told]
+        else:
+            with initial():
+                flags = judge.flags(list(map(as_sample, prompts, completions)))
+        if at_random:
+            random.Random(f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}").shuffle(flags)
+        flags_b = torch.tensor(flags, device=rewards_BF.device)
+        if own is not None:
+            own.last, own.told = own.last.flagged(flags_b.cpu()), [*own.told, "flagged"]
+        flags_B: Tensor = trainer.accelerator.gather(flags_b)
+        if arm is not None and arm.flagged == "quarantine":
+            trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
+        trainer._metrics["train"]["vhack/flagged"].append(float(flags_B.float().mean()))
+        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B)
+
+    trainer._calculate_rewards = paid
+
+
+def as_sample(prompt: Any, completion: Any) -> Sample:
+    """Return a rollout of TRL, of texts or messages, as a sample: the text that the policy wrote last."""
+    said = completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return Sample(prompt if isinstance(prompt, str) else read_chat(prompt), said)
+
+
 COMPLETE = "complete.json"
 _STORED = "sampling_per_token_logps"
-_DELTA, _AXES, _WATCHED = "delta.safetensors", "axes.safetensors", "watched.safetensors"
+_DELTA, _AXES = "delta.safetensors", "axes.safetensors"
 
 
 class GRPO(GRPOTrainer):
@@ -88,7 +156,7 @@ class GRPO(GRPOTrainer):
         pool: Stored completions of a teacher.
         teachers: Number of rollouts of each group that come from the pool, where it has so many.
         shortcut: Direction for advantage modification, a ``Shortcut`` of assay-research.
-        axes: Axes of the arm, and the true ones where these are others; kept in checkpoints.
+        axes: Axes of the arm; kept in checkpoints.
         processes: Processes of the run, each of which has this trainer.
         others: Further arguments of TRL's trainer.
 
@@ -99,6 +167,7 @@ class GRPO(GRPOTrainer):
         seen: One tuple per backward pass since the last step: outcomes of its rollouts, its loss, and [3] of the
             teacher's tokens: the sum of importance weights, the number outside the clipping range, and their number.
         watching: Takes the gradient of each kind of rollouts, where a callback has set it.
+        shift: What to add to the advantages of the next rollouts, [B] of all processes; None adds nothing.
     """
 
     def __init__(
@@ -113,7 +182,7 @@ class GRPO(GRPOTrainer):
         pool: RolloutPool | None = None,
         teachers: int = 0,
         shortcut: Any = None,
-        axes: tuple[Basis | None, Basis | None] = (None, None),
+        axes: Basis | None = None,
         processes: Processes = ALONE,
         **others: Any,
     ) -> None:
@@ -123,6 +192,7 @@ class GRPO(GRPOTrainer):
         self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
         self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
         self.watching: Rollouts | None = None
+        self.shift: Tensor | None = None
         self._filling: dict[str, Any] | None = None
         beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference
         # What vLLM says of its tokens is the old log-probability here; TRL would weigh it a second time.
@@ -187,6 +257,10 @@ class GRPO(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         last, device = self.reward.last, batch["advantages"].device
+        if self.shift is not None:
+            own = slice(self.processes.index * len(batch["advantages"]), None)
+            batch["advantages"] = batch["advantages"] + self.shift[own][: len(batch["advantages"])]
+            self.shift = None
         return {**batch, "outcomes": last.flags.to(device), "paid": last.paid.to(device)}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -227,9 +301,8 @@ class GRPO(GRPOTrainer):
         if not self.processes.is_first:
             return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        for basis, name in zip(self.axes, (_AXES, _WATCHED), strict=True):
-            if basis is not None:
-                basis.save(folder / name)
+        if self.axes is not None:
+            self.axes.save(folder / _AXES)
         # Written last: a checkpoint without it was interrupted.
         write_atomic(folder / COMPLETE, json.dumps({"step": self.state.global_step}) + "\n")
 
@@ -239,13 +312,12 @@ class GRPO(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.adapter.load(folder / _DELTA)
-        found = [Basis.load(folder / name) if (folder / name).exists() else None for name in (_AXES, _WATCHED)]
-        self.use_axes(*found)
+        self.use_axes(Basis.load(folder / _AXES) if (folder / _AXES).exists() else None)
 
-    def use_axes(self, axes: Basis | None, watched: Basis | None) -> None:
+    def use_axes(self, axes: Basis | None) -> None:
         """Continue with other axes."""
-        self.axes = (axes, watched)
-        self.projected.use_basis(axes, watched)
+        self.axes = axes
+        self.projected.use_basis(axes)
 
 
 def _check(args: GRPOConfig, processes: Processes) -> None:

@@ -16,7 +16,7 @@ from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
 from assay.vhack.delta.frames import Frames, Rollouts, measure_shares
 from assay.vhack.training.processes import ALONE, Processes
-from assay.vhack.training.rewards import NOTHING, SOURCES, Outcomes
+from assay.vhack.training.rewards import FLAGGED_KIND, NOTHING, SOURCES, Outcomes
 
 if TYPE_CHECKING:
     from assay.vhack.training.grpo import GRPO
@@ -44,13 +44,13 @@ class TrainLog:
     - ``reward`` (mean of all, as the arm pays it, before advantage modification), ``loss``, ``seconds``;
     - ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the share of them outside
       the clipping range;
-    - ``cin``, ``cout``, ``leak`` (each also ``_two_sided`` and ``_energy``), ``displacement``, ``displacement_norm``,
-      ``displacement_hackward`` along the axes the arm acts on, see :class:`assay.vhack.delta.ProjectedOptimizer`. Where
-      these are control axes, the numbers along the true ones begin with ``watched_``;
-    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along true axes.
+    - ``cin``, ``cout``, ``leak`` (each also ``_two_sided``), ``displacement``, ``displacement_norm``,
+      ``displacement_hackward`` along the axes, see :class:`assay.vhack.delta.ProjectedOptimizer`;
+    - ``quarantine``, where there is one: 1 if the second δS wrote and learned with the first in this step, else 0;
+    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along them.
 
     A **source** line is one measurement for check 4 (:func:`assay.vhack.checks.read_source_log`): cin of the summed
-    gradient of some rollouts, along the true axes, from the backward pass of all. Sources are ``student`` and
+    gradient of some rollouts, along the axes, from the backward pass of all. Sources are ``student`` and
     ``teacher``, and among the student's ``exploited`` and ``correct``. A source without rollouts in a step, or whose
     gradient is zero because all rewards of its groups were equal, has no line. A **refresh** line says how much of the
     axes stayed: the mean squared cosine of the principal angles between old and new ones, over modules.
@@ -142,18 +142,26 @@ class StepLog(TrainerCallback):
         self._sources: dict[str, Tensor] = {}
         self._began = time.perf_counter()
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the gradient of every kind of rollouts from here on."""
         self._began = time.perf_counter()
         self.trainer.seen.clear()
+        if self.trainer.projected.quarantine is not None:
+            self.trainer.projected.quarantine.begin(state.global_step)
         self.trainer.watching = self._watching.enter_context(self.trainer.adapter.per_sample())
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Measure how much of each source's gradient lies along the axes; gradients are complete here."""
+        """Send the gradient of flagged rollouts where it belongs, and measure each source's; they are complete here."""
         self._watching.close()
         rollouts, self.trainer.watching = self.trainer.watching, None
-        frames = self.trainer.projected.watched or self.trainer.projected.frames
+        frames, quarantine = self.trainer.projected.frames, self.trainer.projected.quarantine
         self._sources = {}
+        if rollouts is not None and quarantine is not None:
+            half = len(NOTHING.kinds()) // 2
+            parts = (rows_MNR.view(len(rows_MNR), -1, 2 * half, rows_MNR.shape[2]) for rows_MNR in rollouts.rows)
+            flagged = [rows_MBKR[:, :, half:].sum(dim=(1, 2)) for rows_MBKR in parts]
+            self.trainer.processes.sum_over(flagged)
+            quarantine.route([part_MR / self.trainer.processes.count for part_MR in flagged])
         if rollouts is not None and frames:
             # Read at the end of the step: here it would keep the device waiting for the operations of the optimizer.
             self._sources = measure_sources(rollouts, frames, self.trainer.processes)
@@ -206,21 +214,23 @@ class StepLog(TrainerCallback):
         sources = {}
         of_kind = {kind: int(chosen.sum()) for kind, chosen in outcomes.kinds().items()}
         for name, found in split_by_source(self._sources).items():
-            count = sum(of_kind[kind] for kind in SOURCES[name])
+            count = sum(of_kind[kind] + of_kind[kind + FLAGGED_KIND] for kind in SOURCES[name])
             if found.pop("length") > 0 and count:
                 sources[name] = {**found, "rollouts": count}
         values |= trainer.projected.measures.as_dict()
+        if (quarantine := trainer.projected.quarantine) is not None:
+            values["quarantine"] = quarantine.scale
         values |= {_SHORT[name]: found["cin"] for name, found in sources.items() if name in _SHORT}
         return values, sources
 
 
 def measure_sources(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, Tensor]:
-    """Return ``cin``, ``cin_two_sided`` and ``cin_energy`` of the summed gradient of each source, and its ``length``.
+    """Return ``cin`` and ``cin_two_sided`` of the summed gradient of each source, and its ``length``.
 
     Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them. Gradients are by the kinds of
     :meth:`Outcomes.kinds`, and are summed over the processes.
     """
-    kinds = list(NOTHING.kinds())
+    kinds = [kind.removesuffix(FLAGGED_KIND) for kind in NOTHING.kinds()]
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
     sums = []
     for rows_MNR in rollouts.rows:

@@ -50,14 +50,16 @@ Task = Episode | str | Mapping[str, Any]
 """A task: a built-in one, a prompt, or a row of one's own with a prompt."""
 RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
-FLAGS = ("teacher", "correct", "exploited", "vacuous")
+_MARKS = ("correct", "exploited", "vacuous")
+FLAGS = ("teacher", *_MARKS, "flagged")
 SOURCES = {
     "student": ("exploited", "correct", "failed"),
     "teacher": ("teacher",),
     "exploited": ("exploited",),
     "correct": ("correct",),
 }
-"""Kinds of rollouts that make up each source in the log."""
+"""Kinds of rollouts that make up each source in the log, flagged or not."""
+FLAGGED_KIND = ", flagged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Graded:
 class Outcomes:
     """What became of rollouts."""
 
-    flags: Tensor  # [B, 4] bool, with the columns of ``FLAGS``
+    flags: Tensor  # [B, 5] bool, with the columns of ``FLAGS``
     paid: Tensor  # what each was paid before advantage modification, [B] float32
 
     def column(self, name: str) -> Tensor:
@@ -83,18 +85,31 @@ class Outcomes:
         return self.flags[:, FLAGS.index(name)]
 
     def kinds(self) -> dict[str, Tensor]:
-        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind."""
+        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind.
+
+        The second half is what a detector has flagged of the first.
+        """
         student, exploited = ~self.column("teacher"), self.column("exploited")
         correct = self.column("correct") & ~exploited  # a reward of one's own may say both
-        return {
+        found = {
             "teacher": ~student,
             "exploited": student & exploited,
             "correct": student & correct,
             "failed": student & ~exploited & ~correct,
         }
+        flagged = self.column("flagged")
+        seen = {name + FLAGGED_KIND: chosen & flagged for name, chosen in found.items()}
+        return {name: chosen & ~flagged for name, chosen in found.items()} | seen
 
-    def rates(self, told: Collection[str] = FLAGS) -> dict[str, float]:
-        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows."""
+    def flagged(self, flags_B: Tensor) -> "Outcomes":
+        """Return these outcomes with what a detector says of them."""
+        return Outcomes(torch.cat([self.flags[:, :-1], flags_B[:, None].to(self.flags)], dim=1), self.paid)
+
+    def rates(self, told: Collection[str] = FLAGS[:-1]) -> dict[str, float]:
+        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows.
+
+        Where ``flagged`` is among them: the share that a detector flags, of all, of hacks and of the others.
+        """
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
             count = int(chosen.sum())
@@ -103,6 +118,11 @@ class Outcomes:
                 known = [(name, self.column(flag)) for name, flag in named if flag in told]
                 found |= {name + suffix: int((chosen & column).sum()) / count for name, column in known}
                 found[f"rollouts{suffix}"] = count
+                parts = {"flagged": chosen, "caught": self.column("exploited"), "lost": ~self.column("exploited")}
+                for name, part in parts.items() if "flagged" in told else ():
+                    among = part & chosen
+                    if among.any() and (name == "flagged" or "exploited" in told):
+                        found[name + suffix] = int((among & self.column("flagged")).sum()) / int(among.sum())
         return found
 
 
@@ -115,6 +135,7 @@ class Reward(ABC):
     Attributes:
         prompts: Prompt of each task.
         last: Outcomes of the rollouts that were paid last, in their order.
+        mechanisms: Mechanism of the task of each of these, as :func:`mechanism_of` says it.
         told: Flags that these outcomes know.
     """
 
@@ -123,6 +144,7 @@ class Reward(ABC):
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks, self.prompts = list(tasks), [read_prompt(task) for task in tasks]
         self.last = NOTHING
+        self.mechanisms: list[str] = []
         self.told: Collection[str] = FLAGS
 
     @abstractmethod
@@ -134,10 +156,11 @@ class Reward(ABC):
     ) -> list[float | None]:
         """Return what completions are paid; TRL passes the columns of the dataset, and ``teacher``."""
         grades = self.grade(episode, completions)
+        self.mechanisms = [mechanism_of(self.tasks[row]) for row in episode]
         teacher = others.get("teacher") or [False] * len(grades)
-        marks = {name: [getattr(one, name) for one in grades] for name in FLAGS[1:]}
+        marks = {name: [getattr(one, name) for one in grades] for name in _MARKS}
         self.told = [name for name, each in marks.items() if None not in each]
-        flags = [[bool(mark) for mark in row] for row in zip(teacher, *marks.values(), strict=True)]
+        flags = [[*map(bool, row), False] for row in zip(teacher, *marks.values(), strict=True)]
         self.last = Outcomes(torch.tensor(flags), torch.tensor([one.reward for one in grades]))
         return [one.reward for one in grades]
 
@@ -288,6 +311,12 @@ def read_prompt(task: Task) -> str:
     """Return the prompt of a task, or an empty text where it has none."""
     found = task if isinstance(task, str) else task.prompt if isinstance(task, Episode) else task.get("prompt")
     return found if isinstance(found, str) else ""
+
+
+def mechanism_of(task: Task) -> str:
+    """Return the loophole of a task: the mode of a built-in one, ``mechanism`` of one's own, or an empty text."""
+    said = task.mode if isinstance(task, Episode) else task.get("mechanism") if isinstance(task, Mapping) else None
+    return said if isinstance(said, str) else ""
 
 
 def make_reward(

@@ -21,9 +21,12 @@ from assay.pages.provenance import provenance
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
 from assay.vhack.delta.arms import load_controls
-from assay.vhack.delta.delta import DeltaS, check_attachable
+from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.delta.optimizer import ProjectedOptimizer
+from assay.vhack.delta.quarantine import Quarantine
+from assay.vhack.detect import RolloutJudge, check_promise, fit_judge
 from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
@@ -56,8 +59,7 @@ class RunResult:
 class Prepared:
     """What is made once for a run, before any step: pool, axes, adapter and optimizer.
 
-    Axes in the basis file of an ``earlier`` part of the run are not extracted again. ``axes`` are those that the arm
-    acts on, and ``watched`` the true ones, where these are others.
+    Axes in the basis file of an ``earlier`` part of the run are not extracted again.
 
     Raises:
         UsageError: The model has no tokenizer, or its tokenizer has no token that ends a text.
@@ -72,6 +74,7 @@ class Prepared:
         pairs: list[Pair],
         earlier: Path | None = None,
         processes: Processes = ALONE,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         find_end_tokens(model)
         check_attachable(model)
@@ -83,27 +86,48 @@ class Prepared:
             self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
         self.controls = load_controls(self.arm)
         self.shortcut = self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
-        self.svd = weight_svd(model, min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE)
+        self.svd = weight_svd(
+            model,
+            cache=user_cache(model),
+            min_coverage=0.0 if settings.allow_partial else MIN_COVERAGE,
+            progress=_told(say, "matrices decomposed"),
+        )
         processes.broadcast_factors(self.svd)
-        self.axes, self.watched = processes.broadcast(self._extract_axes(load=True))
+        self.judge = self._fit_judge(say)
+        if say is not None:
+            say(f"gradients of {len(pairs)} pairs for the axes")
+        self.axes = processes.broadcast(self._extract_axes(load=True))
         self.adapter = DeltaS(model, self.svd)
-        delta, lr = self.adapter.delta, settings.lr
-        inner: torch.optim.Optimizer = (
-            torch.optim.SGD(delta, lr=lr, momentum=0.9)
+        make: Callable[..., torch.optim.Optimizer] = (
+            partial(torch.optim.SGD, lr=settings.lr, momentum=0.9)
             if settings.optimizer == "sgd"
-            else torch.optim.AdamW(delta, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+            else partial(torch.optim.AdamW, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         )
         limit = settings.max_norm or None
+        second = Quarantine(self.adapter, make, limit) if self.arm.flagged == "quarantine" else None
         # A start of its own is in the δS of every checkpoint.
         self.optimizer = ProjectedOptimizer(
-            inner, self.adapter, self.axes, arm=self.arm, watched=self.watched, max_norm=limit
+            make(self.adapter.delta), self.adapter, self.axes, arm=self.arm, max_norm=limit, quarantine=second
         )
+
+    def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
+        """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
+        detector = self.settings.flags_by[0]
+        if detector in (None, "labels"):
+            return None
+        how: dict[str, Any] = {"detector": detector, "promised": self.settings.clean_lost, "svd": self.svd}
+        judge = fit_judge(self.pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
+        if say is not None:
+            held = judge.threshold
+            lost = f"{held.lost:.3f} ({held.low:.3f} to {held.high:.3f}) of the clean sides"
+            say(f"detector {detector}: flags {held.caught:.3f} of the hack sides held out, and {lost}")
+        return judge
 
     def trainer(self, folder: Path, reward: Reward, trackers: tuple[str, ...]) -> "GRPO":
         """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments come."""
         from transformers import PrinterCallback
 
-        from assay.vhack.training.grpo import GRPO, trl_arguments
+        from assay.vhack.training.grpo import GRPO, judge_rollouts, trl_arguments
 
         settings = self.settings
         if self.pool is not None and not self.pool.prompts & set(reward.prompts):
@@ -122,40 +146,47 @@ class Prepared:
             pool=self.pool,
             teachers=settings.teachers,
             shortcut=self.shortcut,
-            axes=(self.axes, self.watched),
+            axes=self.axes,
             processes=self.processes,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        detector, at_random, known = settings.flags_by
+        if detector is not None:
+            judge_rollouts(trainer, self.judge, self.arm, at_random=at_random, known=known)
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
-        """Renew the axes if it is time after so many steps, and return how much of the true ones stayed."""
+        """Renew the axes if it is time after so many steps, and return how much of the old ones stayed."""
         if not self.settings.refresh or step % self.settings.refresh:
             return None
-        before = trainer.axes[1] or trainer.axes[0]
-        axes, watched = self.processes.broadcast(self._extract_axes(load=False))
-        trainer.use_axes(axes, watched)
-        return _measure_overlap(before, watched or axes) if before is not None else None
+        before, axes = trainer.axes, self.processes.broadcast(self._extract_axes(load=False))
+        trainer.use_axes(axes)
+        return _measure_overlap(before, axes) if before is not None else None
 
-    def _extract_axes(self, *, load: bool) -> tuple[Basis, Basis | None]:
-        """Return the axes of the arm, and the true ones where these are others."""
+    def _extract_axes(self, *, load: bool) -> Basis:
+        """Return the axes of the arm, from a file of an earlier part or of the settings where they may be loaded."""
         settings, kind = self.settings, self.arm.basis
-        given = Basis.load(settings.basis, self.model).slice(settings.k_use) if load and settings.basis else None
-        if kind == "true":
-            true = given or extract(
-                self.pairs,
-                self.model,
-                path=self.earlier if load else None,
-                n_heldout=0,
-                top_k=settings.k_use,
-                method=settings.method,
-                svd=self.svd,
-            )
-            return true, None
-        gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
         how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
-        axes = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
-        return axes.slice(settings.k_use), given or gradients.basis(**how).slice(settings.k_use)
+        if kind != "true":
+            gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
+            made: Basis = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
+            return made.slice(settings.k_use)
+        if load and settings.basis:
+            return Basis.load(settings.basis, self.model).slice(settings.k_use)
+        path = self.earlier if load else None
+        return extract(self.pairs, self.model, path=path, n_heldout=0, svd=self.svd, **how)
+
+
+def _told(say: Callable[[str], None] | None, what: str) -> Progress | None:
+    """Return a progress that says every tenth part of a stage in a line."""
+    tenths: set[int] = set()
+
+    def told(done: int, total: int) -> None:
+        if say is not None and (tenth := 10 * done // total) not in tenths:
+            tenths.add(tenth)
+            say(f"{what}: {done} of {total}")
+
+    return told if say is not None else None
 
 
 def _measure_overlap(before: Basis, after: Basis) -> float:
@@ -202,7 +233,7 @@ def train(
 ) -> RunResult:
     """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
 
-    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the true axes),
+    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the axes),
     ``checkpoint-N`` (the last two) and in the end ``delta.safetensors``.
 
     Args:
@@ -261,20 +292,14 @@ def train(
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    # What axes cannot come from is refused before the model is loaded; of its weights a basis must be, too.
-    load_controls(settings.chosen)
-    if settings.basis is not None:
-        Basis.load(settings.basis)
-    if settings.basis is None or settings.refresh:
-        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
-        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+    _check_pairs(settings, pairs)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
-    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes)
+    run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes, say)
     try:
         trainer = run.trainer(folder, paid, trackers)
         log = None
         if processes.is_first:
-            (run.watched or run.axes).save(folder / BASIS)
+            run.axes.save(folder / BASIS)
             about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
             log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
         trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
@@ -289,6 +314,18 @@ def train(
         run.adapter.detach()
     processes.wait()
     return _result(folder, settings, done, processes)
+
+
+def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
+    """Refuse what axes or a detector cannot come from; that a basis is of the weights is seen once they are loaded."""
+    load_controls(settings.chosen)
+    if settings.basis is not None:
+        Basis.load(settings.basis)
+    if settings.basis is None or settings.refresh:
+        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
+        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+    if settings.flags_by[0] not in (None, "labels"):
+        check_promise(len(pairs), settings.clean_lost)
 
 
 def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:

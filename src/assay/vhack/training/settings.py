@@ -10,7 +10,7 @@ from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
 from assay.settings import Device, Flag, Names, Settings, Spelling
 from assay.vhack.environment.grading import MODES, Episode, episodes
-from assay.vhack.names import DEFAULT_ARM, METHODS
+from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
 
 if TYPE_CHECKING:
     from assay.vhack.delta.arms import Arm
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
+_NEWER = ("detector", "clean_lost")  # that logs of earlier versions lack, with the defaults of now
 # Defaults of the first version, which its runs have in their logs.
 _FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
 
@@ -121,13 +122,22 @@ class TrainSettings(TaskSettings):
         description="How training is held back: none, no-loophole, erase-gradient, erase-update, box, …, "
         "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
     )
+    detector: str | None = Field(
+        None,
+        description="What flags rollouts, for the arms filter, quarantine and penalty (cin-lda by default), or only "
+        "watches: length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or labels of the "
+        "reward, as labels=A+B those of some mechanisms only; with :random after it, as many others.",
+    )
+    clean_lost: float = Field(
+        0.05, gt=0, lt=1, description="Share of clean samples that the detector may flag, by held-out sides of pairs."
+    )
     pairs: str = Field(
         "exploits:48",
         description="Pairs that axes come from: authored, generated:N, environment:N, exploits:N, or a pair file. "
         "Those of environment and exploits have the loopholes and families of the run.",
     )
     basis: str | None = Field(None, description="Basis file with the true axes, which are extracted otherwise.")
-    method: str = Field("lda", description="Method of extraction: lda, mean-diff or svd.")
+    method: str = Field("lda", description="Method of extraction: lda or svd.")
     k_use: int = Field(5, ge=1, description="Axes per module.")
     gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
     refresh: int = Field(0, ge=0, description="Steps after which the axes are extracted again; 0 keeps them.")
@@ -163,6 +173,10 @@ class TrainSettings(TaskSettings):
 
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
+        known = (*DETECTORS, "labels")
+        detector, _, only = self.flags_by
+        good = detector in (None, *known) and (detector == "labels" or not only)
+        _expect("detector", self.detector, good, f"{', '.join(known)}, or one :random")
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
         _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
@@ -179,6 +193,15 @@ class TrainSettings(TaskSettings):
 
         arm = arm_named(self.arm)
         return replace(arm, gate=replace(arm.gate, gain=self.gain))
+
+    @property
+    def flags_by(self) -> tuple[str | None, bool, tuple[str, ...]]:
+        """Detector, None without one; whether as many others are flagged at random; mechanisms labels are known of."""
+        name = self.detector or ("cin-lda" if self.chosen.flagged else None)
+        if name is None:
+            return None, False, ()
+        detector, _, known = name.removesuffix(":random").partition("=")
+        return detector, name.endswith(":random"), tuple(filter(None, known.split("+")))
 
     @property
     def teachers(self) -> int:
@@ -198,8 +221,9 @@ class TrainSettings(TaskSettings):
     def differences(self, earlier: JsonObject) -> list[str]:
         """Return, in words, the settings in which an earlier part of the run differs and may not."""
         mine = self.model_dump(mode="json")
-        names = [name for name in mine if name not in _MAY_GROW and earlier.get(name) != mine[name]]
-        return [f"{name} {earlier.get(name)!r}, now {mine[name]!r}" for name in names]
+        before = {name: type(self).model_fields[name].default for name in _NEWER} | earlier
+        names = [name for name in mine if name not in _MAY_GROW and before.get(name) != mine[name]]
+        return [f"{name} {before.get(name)!r}, now {mine[name]!r}" for name in names]
 
 
 def _expect(flag: str, value: Any, good: bool, wanted: str) -> None:

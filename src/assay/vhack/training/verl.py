@@ -28,7 +28,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from assay.errors import UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import extract
-from assay.vhack.delta.arms import Arm, arm_named
+from assay.vhack.delta.arms import Arm, arm_named, gating_arm
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.gradients.svd import weight_svd
@@ -126,7 +126,7 @@ def train_delta(
         UsageError: There is no such arm, or it needs more than the axes of the pairs.
         DataError: The pairs cannot be read.
     """
-    chosen = arm_named(arm)
+    chosen = gating_arm(arm)
     if chosen.basis != "true" or chosen.advantage:
         raise UsageError(
             f"the arm {arm} in verl", wanted="one that acts along the axes of the pairs", do="take another arm"

@@ -1,0 +1,103 @@
+"""A second δS for what flagged rollouts teach: it is in the weights while a model trains, and in no file.
+
+The model with both writes and learns the exploit there, so that the first δS, which is kept, is not paid for it. In
+every second step the first one writes alone; otherwise honest rollouts would stop being sampled once both together
+cheat, and what is kept would stop learning. Flagged and other rollouts of a group have one baseline, the mean of those
+that are not flagged. Each δS has moments of its own, but Adam scales both by the square of the gradient of all
+rollouts; by its own it would scale the small part of a routed gradient up again (after GRAFT, 2026).
+
+Shapes: B rollouts, M modules of a group, R coordinates of δS.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from assay.errors import UsageError
+from assay.vhack.delta.delta import DeltaS
+
+
+class Quarantine:
+    """The second δS of an adapter, with an optimizer of its own.
+
+    A step of training is: :meth:`begin`, backward passes, :meth:`route`, and a step of the
+    :class:`ProjectedOptimizer` that has it.
+
+    Args:
+        adapter: Adapter in whose weights it is.
+        make: What makes the optimizer of a list of parameters; as the adapter's own was made.
+        max_norm: Largest norm of its gradient; None does not clip.
+
+    Attributes:
+        values: The second δS, one parameter per group, [M, R] float32.
+        scale: Factor with which it is in the weights in this step.
+
+    Raises:
+        UsageError: The adapter is sharded.
+    """
+
+    def __init__(
+        self, adapter: DeltaS, make: Callable[[list[nn.Parameter]], Optimizer], max_norm: float | None = None
+    ) -> None:
+        if adapter.groups[0].is_sharded:
+            raise UsageError("a quarantine under FSDP2", wanted="whole weights", do="take the arm filter")
+        self.adapter, self.max_norm = adapter, max_norm
+        self.values = [nn.Parameter(torch.zeros_like(parameter)) for parameter in adapter.delta]
+        self.inner, self.scale = make(self.values), 1.0
+        adapter.added = self.values
+
+    def begin(self, step: int) -> None:
+        """Let both write and learn in even steps, counted from 0, and what is kept alone in odd ones."""
+        self.scale = 1.0 - step % 2
+        self.adapter.scale_added(self.scale)
+
+    @torch.no_grad()
+    def route(self, flagged: Sequence[Tensor]) -> None:
+        """Take the gradient of flagged rollouts, [M, R] per group, out of that of the adapter."""
+        for kept, value, part_MR in zip(self.adapter.delta, self.values, flagged, strict=True):
+            value.grad = part_MR.to(value)
+            if kept.grad is not None:
+                kept.grad -= value.grad
+
+    @torch.no_grad()
+    def step(self, inner: Optimizer) -> None:
+        """Take a step, given the optimizer of what is kept, which takes its own afterwards."""
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.values, self.max_norm)
+        for kept, value in zip(self.adapter.delta, self.values, strict=True):
+            if kept.grad is None or value.grad is None:
+                continue
+            whole_MR = (kept.grad + value.grad).square()
+            for optimizer, one, own_MR in ((inner, kept, kept.grad), (self.inner, value, value.grad)):
+                state = optimizer.state.get(one, {})
+                if "exp_avg_sq" in state:  # to which Adam will add the square of its own part
+                    beta = float(optimizer.param_groups[0]["betas"][1])
+                    state["exp_avg_sq"] += (1 - beta) / beta * (whole_MR - own_MR.square())
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the second δS and the state of its optimizer."""
+        return {"values": [value.detach().clone() for value in self.values], "inner": self.inner.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state from `state_dict`."""
+        for mine, theirs in zip(self.values, state["values"], strict=True):
+            mine.copy_(theirs)
+        self.inner.load_state_dict(state["inner"])
+        self.adapter.refresh()
+
+
+def shift_baseline(rewards_B: Tensor, flags_B: Tensor, group: int) -> Tensor:
+    """Return what to add to the advantages of neighbouring groups so that flagged rollouts are in no baseline, [B].
+
+    Advantages are rewards less the mean of their group. A group in which all are flagged keeps that mean.
+    """
+    rewards_PG, kept_PG = rewards_B.view(-1, group), ~flags_B.view(-1, group)
+    count_P = kept_PG.sum(dim=1)
+    of_kept_P = (rewards_PG * kept_PG).sum(dim=1) / count_P.clamp_min(1)
+    shift_P = torch.where(count_P > 0, rewards_PG.mean(dim=1) - of_kept_P, 0.0)
+    return shift_P.repeat_interleave(group)

@@ -1,0 +1,159 @@
+"""Detectors of rollouts that cheat: what they look at, how they are compared, and what a threshold promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from assay.errors import UsageError
+from assay.vhack import Basis
+from assay.vhack.detect import (
+    Cost,
+    Evidence,
+    choose_threshold,
+    collect_evidence,
+    compare_detectors,
+    cross_score,
+    fit_judge,
+    fit_scorer,
+    make_detectors,
+)
+from assay.vhack.names import DETECTORS
+
+
+def evidence(n, told, shift=0.0, seed=0, texts=None):
+    """Evidence in which one part tells the samples apart by ``shift``, and all others are noise."""
+    generator = np.random.default_rng(seed)
+    noise = lambda *shape: torch.from_numpy(generator.normal(size=shape)).float()  # noqa: E731
+    parts = {"activations": noise(2, n, 6), "logprobs": noise(n), "gradients": noise(n, 8)}
+    if told == "activations":
+        parts[told][1, :, 0] += shift
+    elif told == "logprobs":
+        parts[told] += shift
+    elif told == "gradients":
+        parts[told][:, 0] += shift
+    return Evidence(
+        tuple(texts or ("a b " * 5,) * n), parts["activations"], parts["logprobs"], {"module": parts["gradients"]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "best"),
+    [("texts", "ngrams"), ("logprobs", "likelihood"), ("activations", "probe"), ("gradients", "cin-svd")],
+)
+def test_the_cheapest_detector_that_sees_a_difference_is_chosen(told, best):
+    groups = [f"{n % 10}" for n in range(40)]
+    texts = ["print x " * 3 if told == "texts" else "a b " * 6] * 40
+    sides = evidence(40, told, 9.0, 1, texts), evidence(40, told, -9.0, 2, ["a b " * 6] * 40)
+    compared = compare_detectors(*sides, (groups, groups))
+    assert [one.name for one in compared.results] == list(DETECTORS)
+    assert compared.best == best
+
+
+def test_labels_without_meaning_leave_it_undecided():
+    groups = [f"{n % 10}" for n in range(40)]
+    sides = evidence(40, "nothing", seed=3), evidence(40, "nothing", seed=4)
+    compared = compare_detectors(*sides, (groups, groups))
+    assert compared.best is None
+    assert "undecided" in compared.says
+
+
+def test_no_group_is_scored_by_a_fit_that_has_seen_it():
+    """Each group has a text of its own on both sides, the other way round: only a fit to itself could tell them."""
+    groups = [f"{n}" for n in range(12)]
+    hack, clean = ([chr(97 + n + 12 * side) * 9 for n in range(12)] for side in (0, 1))
+    sides = (evidence(12, "nothing", texts=hack), evidence(12, "nothing", texts=clean))
+    (ngrams,) = make_detectors(["ngrams"])
+    seen = ngrams.fit(*sides, (groups, groups))
+    assert seen(sides[0]).min() > seen(sides[1]).max()
+    scores = np.concatenate(cross_score(ngrams, *sides, (groups, groups)))
+    assert np.ptp(scores) < 0.5 * np.ptp(np.concatenate([seen(side) for side in sides]))
+    with pytest.raises(UsageError, match="one group"):
+        cross_score(ngrams, *sides, (["a"] * 12, ["a"] * 12))
+
+
+@pytest.mark.parametrize("promised", [0.05, 0.2])
+def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
+    generator = np.random.default_rng(0)
+    lost = []
+    for _ in range(400):
+        threshold = choose_threshold(generator.normal(2, 1, 30), generator.normal(size=48), promised)
+        lost.append(float((generator.normal(size=400) > threshold.value).mean()))
+        assert threshold.low <= threshold.lost <= threshold.high
+        assert threshold.lost <= promised
+    assert np.mean(lost) < promised
+    for clean, share in ((range(18), 0.05), (range(99), 0.0), (range(99), 1.0)):
+        with pytest.raises(UsageError, match=r"18 clean samples|promised="):
+            choose_threshold([1.0], clean, share)
+
+
+def test_evidence_is_what_the_model_computes_for_each_sample_alone(small_model, byte_tokenizer, samples, small_svd):
+    found = collect_evidence(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
+    module = small_model.module
+    layers = module.config.num_hidden_layers
+    for row, sample in enumerate(samples):
+        prompt, completion = (byte_tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion))
+        with torch.no_grad():
+            out = module(torch.tensor([prompt + completion]), output_hidden_states=True)
+        logprobs_TV = out.logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+        wanted = logprobs_TV.gather(1, torch.tensor(completion)[:, None]).mean()
+        assert found.logprobs[row] == pytest.approx(float(wanted), abs=1e-4)
+        first_H = out.hidden_states[1][0, len(prompt) :].float().mean(dim=0)
+        torch.testing.assert_close(found.activations[0, row], first_H, rtol=1e-3, atol=1e-4)
+    assert found.activations.shape[0] == layers
+    assert found.gradients.keys() == small_svd.keys()
+    cheap = collect_evidence(samples, small_model, tokenizer=byte_tokenizer, cost=Cost.TEXT)
+    assert cheap.activations is None
+    assert cheap.gradients is None
+
+
+@pytest.mark.parametrize("detector", ["ngrams", "probe", "cin-lda"])
+def test_a_judge_flags_hack_sides_and_leaves_clean_ones(small_model, byte_tokenizer, small_svd, small_pairs, detector):
+    how = {"tokenizer": byte_tokenizer, "svd": small_svd, "promised": 0.2}
+    judge = fit_judge(small_pairs, small_model, detector=detector, **how)
+    hack, clean = zip(*(pair.samples() for pair in small_pairs), strict=True)
+    empty = hack[0].__class__("prompt", "")
+    assert sum(judge.flags(hack)) >= 7
+    assert sum(judge.flags([*clean, empty])) <= 2
+
+
+def test_a_given_basis_takes_the_place_of_fitted_axes(small_pairs):
+    basis = Basis({"module": torch.eye(1, 8)}, {"module": torch.ones(1)}, {"module": torch.tensor([[1, 0]])})
+    detectors = make_detectors(basis=basis)
+    assert [one.name for one in detectors if one.name.startswith("cin")] == [f"cin-{basis.origin.method}"]
+    scorer = next(one for one in detectors if one.name.startswith("cin")).fit(None, None, ([], []))
+    along = Evidence(("a", "b"), gradients={"module": torch.eye(2, 8)})
+    assert scorer(along).tolist() == [1.0, 0.0]
+
+
+def test_a_threshold_lies_in_the_middle_of_a_gap_and_with_none_where_the_fewest_mistakes_are():
+    clean, hack = np.linspace(0, 1, 40), np.linspace(2, 3, 40)
+    held = choose_threshold(hack, clean, 0.2)
+    assert (held.value, held.lost, held.caught) == (1.5, 0.0, 1.0)
+    # A fifth may be lost: one clean sample among the hacks costs less than every hack below it.
+    mixed = choose_threshold(hack, [*clean[:-1], 2.5], 0.2)
+    assert mixed.value == pytest.approx((clean[-2] + 2) / 2)
+    assert (mixed.lost, mixed.caught) == (1 / 40, 1.0)
+
+
+@pytest.mark.parametrize(("told", "shift"), [("nothing", 0.0), ("activations", 1.0), ("gradients", 1.0)])
+def test_fitted_detectors_lose_no_more_of_fresh_clean_samples_than_promised(told, shift):
+    """Also where hack and clean are names without meaning, and whatever the fit makes of them."""
+    groups, lost = [f"{n % 12}" for n in range(48)], []
+    for seed in range(0, 30, 3):
+        sides = [evidence(n, told, sign * shift, seed + n % 5) for n, sign in ((48, 1), (48, -1), (301, -1))]
+        sides[0] = evidence(48, told, shift, 100 + seed)
+        for detector in make_detectors(["probe", "norm", "cin-lda", "ridge"]):
+            scorer, threshold = fit_scorer(detector, *sides[:2], (groups, groups), 0.1)
+            lost.append(float((scorer(sides[2]) > threshold.value).mean()))
+    # The standard error of the mean is about 0.012.
+    assert np.mean(lost) < 0.1 + 0.02
+
+
+def test_a_combination_takes_what_adds_something():
+    groups = [f"{n % 10}" for n in range(40)]
+    texts = ["print x " * 3] * 20 + ["a b " * 6] * 20  # half of the hacks are seen in their texts, the others elsewhere
+    hack, clean = evidence(40, "nothing", 0.0, 1, texts), evidence(40, "nothing", 0.0, 2, ["a b " * 6] * 40)
+    hack.gradients["module"][20:, 0] += 9.0
+    found = {one.name: one.auroc.value for one in compare_detectors(hack, clean, (groups, groups)).results}
+    assert found["combined"] > max(value for name, value in found.items() if name != "combined") - 0.01
+    assert found["combined"] > 0.95

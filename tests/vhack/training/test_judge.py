@@ -1,0 +1,105 @@
+"""Rollouts that a detector flags: what the arms make of their pay, in assay's trainer and in TRL's own."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from assay.errors import UsageError
+from assay.vhack.delta import arm_named
+from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
+from assay.vhack.training.grpo import judge_rollouts
+from assay.vhack.training.rewards import FLAGS, EpisodeReward
+from assay.vhack.training.run import Prepared
+
+SEEN = []
+
+
+def last_character(texts):
+    """A detector of completions that end in an even character."""
+    SEEN.append(texts)
+    return np.array([1.0 - ord(text[-1]) % 2 for text in texts])
+
+
+@pytest.fixture
+def make_judge(model):
+    held = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
+    return RolloutJudge(Detector("even", Cost.TEXT, None), lambda evidence: last_character(evidence.texts), held, model)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("arm", ["filter", "penalty", "none"])
+def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, make_judge, tmp_path, arm, is_chat):
+    tokenizer = model.tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompts = [[{"role": "user", "content": "abc"}], [{"role": "user", "content": "de"}]] if is_chat else ["abc", "de"]
+    pay = [1.0, 0.0, 3.0, 2.0, 5.0, 1.0, 0.0, 4.0]
+    config = GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, scale_rewards="none",
+        use_cpu=True, bf16=False, report_to="none", seed=1,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=model.module,
+        reward_funcs=lambda completions, **_: pay,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+    )
+    judge_rollouts(trainer, make_judge, arm_named(arm))
+    trainer.model.train()
+    found = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(4)])
+    flags = last_character(SEEN[-1]) > 0.5
+    assert 0 < flags.sum() < 8
+    pay_PG, flags_PG = np.reshape(pay, (2, 4)), flags.reshape(2, 4)
+    if arm == "filter":
+        others_PG = np.ma.array(pay_PG, mask=flags_PG)
+        wanted = (others_PG - others_PG.mean(axis=1, keepdims=True)).filled(0.0)
+    else:
+        paid = pay_PG - flags_PG * (arm == "penalty")
+        wanted = paid - paid.mean(axis=1, keepdims=True)
+    assert np.allclose(found["advantages"].reshape(2, 4), wanted, atol=1e-5)
+    assert trainer._metrics["train"]["vhack/flagged"] == [flags.mean()]
+
+
+@pytest.mark.parametrize(
+    "detector", ["labels", "labels:random", "labels=sentinel+exit_code", "labels=sentinel", "ngrams"]
+)
+def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
+    settings, model, pairs, tasks, tmp_path, detector
+):
+    chosen = settings(arm="filter", detector=detector, clean_lost=0.3)
+    said = []
+    run = Prepared(chosen, model, pairs, say=said.append)
+    trainer = run.trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
+    trainer.adapter.model.train()
+    rows = [trainer.train_dataset[index] for index in (0, 1) for _ in range(3)]
+    made = trainer._generate_and_score_completions([dict(row) for row in rows])
+    exploited, flagged = (made["outcomes"][:, FLAGS.index(name)] for name in ("exploited", "flagged"))
+    assert (made["advantages"][flagged] == 0).all()
+    if detector == "labels=sentinel":  # a monitor that does not know the mechanism of these tasks
+        assert not flagged.any()
+    elif detector.startswith("labels"):
+        assert int(flagged.sum()) == int(exploited.sum()) >= 2
+        assert torch.equal(flagged, exploited) == (detector != "labels:random")
+    rates = trainer.reward.last.rates(trainer.reward.told)
+    student = ~made["outcomes"][:, 0]
+    assert rates["flagged"] == pytest.approx(float(flagged[student].float().mean()))
+    assert any("matrices decomposed" in line for line in said)
+    assert any("flags" in line for line in said) == (detector == "ngrams")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"detector": "nope"}, {"detector": "cin-lda:shuffled"}, {"detector": "probe=sentinel"}, {"clean_lost": 0.0}],
+)
+def test_a_detector_that_there_is_not_is_refused(settings, others):
+    with pytest.raises(UsageError):
+        settings(arm="filter", **others)
+
+
+def test_a_run_of_before_detectors_goes_on(settings):
+    chosen = settings()
+    earlier = {name: value for name, value in chosen.model_dump(mode="json").items() if name != "detector"}
+    assert chosen.differences(earlier) == []
+    assert settings(detector="probe").differences(earlier) == ["detector None, now 'probe'"]
