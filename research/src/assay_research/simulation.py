@@ -165,7 +165,8 @@ class ManyLives:
     def __init__(self, noise: Noise, sizes_A: FloatArray, *, nodes: int, alpha: float) -> None:
         test = sequential_test(noise)
         self._alpha, self._honest = alpha, test.honest_paths
-        self._prior_P, self._factor_AP = np.exp(test.prior), np.exp(test.steps(sizes_A))
+        paths = slice(0, test.prior.size - test.excluding)  # those that an honest verdict excludes convict nobody
+        self._prior_P, self._factor_AP = np.exp(test.prior[paths]), np.exp(test.steps(sizes_A)[:, paths])
         self._shape = nodes, self._prior_P.size
         self._tests = [self._begin(1)]
         self._since = 0

@@ -132,6 +132,8 @@ class SequentialTest:
         beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest factor of noise that counts as another computation.
         honest: Honest residuals that the law was measured on, [N], which price the bets; the law is believed when None.
+        widest: Those of the pair of machines whose shape is the widest, [N], which price the bets on a share of the
+            nonces, because a share looks like a wider shape; ``honest`` when None.
 
     Raises:
         UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
@@ -146,6 +148,7 @@ class SequentialTest:
         beta: float = 1e-2,
         effect: float,
         honest: npt.ArrayLike | None = None,
+        widest: npt.ArrayLike | None = None,
     ) -> None:
         if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
             raise UsageError(
@@ -164,10 +167,10 @@ class SequentialTest:
         junk = law.junk_multiple
         self._multiples_M = grid_of_multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
         self._cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
-        cap_M, price_M = np.full(self._multiples_M.size, np.inf), np.ones(self._multiples_M.size)
+        self._whole_2M = self._share_2M = np.array([[np.inf], [0.0]])  # logarithms of caps, and of prices
         if honest is not None:
-            cap_M, price_M = fair_bets(law, honest, self._multiples_M)
-        self._log_cap_M, self._log_price_M = np.log(cap_M), np.log(price_M)
+            self._whole_2M = np.log(fair_bets(law, honest, self._multiples_M))
+            self._share_2M = np.log(fair_bets(law, honest if widest is None else widest, self._multiples_M))
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
         count = self._multiples_M.size
@@ -255,10 +258,11 @@ class SequentialTest:
             ratio_NM = np.stack(
                 [self.law.log_density(size_N, float(scale * m)) - own_N for m in self._multiples_M], axis=1
             )
-            bet_NM = np.minimum(ratio_NM, self._log_cap_M) - self._log_price_M
-            bets.append(own_N[:, None] - base_N[:, None] + _mixed(bet_NM).reshape(size_N.size, -1))
-            cheap_NP = np.column_stack([_mixed(ratio_NM[:, [self._cheap]])[:, :-1, 0], ratio_NM[:, 0]])
-            excluded.append(own_N[:, None] - base_N[:, None] + cheap_NP)
+            share_NM, whole_NM = (np.minimum(ratio_NM, cap) - price for cap, price in (self._share_2M, self._whole_2M))
+            of_scale_N1 = (own_N - base_N)[:, None]
+            bets.append(of_scale_N1 + _mixed(share_NM, whole_NM).reshape(size_N.size, -1))
+            cheap_NP1 = _mixed(ratio_NM[:, [self._cheap]], ratio_NM[:, [0]])
+            excluded.append(of_scale_N1 + cheap_NP1[:, :, 0])
         return np.column_stack([*honest, *bets, *excluded])
 
     def log_e(self, path: FloatArray) -> FloatArray:
@@ -320,11 +324,11 @@ class SequentialTest:
         )
 
 
-def _mixed(ratio_NM: FloatArray) -> FloatArray:
-    """Return ln((1 − π) + π·R) for every share π and logarithm of R, [N, P, M]; for the share one that is ln R."""
+def _mixed(share_NM: FloatArray, whole_NM: FloatArray) -> FloatArray:
+    """Return ln((1 − π) + π·R) for every share π below one and logarithm of R, and for one what stands beside it."""
     shares_P1 = np.array(SHARES)[:-1, None]
-    mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(ratio_NM, _LARGEST_RATIO))[:, None, :])
-    return np.concatenate([mixed_NPM, ratio_NM[:, None, :]], axis=1)
+    mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(share_NM, _LARGEST_RATIO))[:, None, :])
+    return np.concatenate([mixed_NPM, whole_NM[:, None, :]], axis=1)
 
 
 def share_excluded(n: int, beta: float) -> float | None:

@@ -163,6 +163,7 @@ class MachineNoise:
         spread: Spread of a machine that was not measured.
         known: Spread of a pair that was measured: the error of its size.
         scores: Residuals of all pairs, each over the size of its pair, as :func:`pack_scores` writes them.
+        widest: Those of the pair whose shape is the widest.
     """
 
     law: Law
@@ -170,6 +171,7 @@ class MachineNoise:
     spread: Spread
     known: Spread
     scores: str = ""
+    widest: str = ""
 
     def predict_law(self, kind: str, validator: int | None = None) -> Law:
         """Return the law of a new machine of a kind against a validator's machine."""
@@ -238,6 +240,7 @@ class BuildNoise:
             was not measured.
         scores: Honest residuals in units of the law, which price the bets of a test; empty in files of earlier
             releases.
+        widest: Those of the pair whose shape is the widest.
         control: Second computation of every nonce that the residuals were divided by; None without one.
     """
 
@@ -257,13 +260,14 @@ class BuildNoise:
     left_out: LeftOut | None = None
     effective_dimension: Annotated[float, Field(ge=1, le=2**20)] | None = None
     scores: Scores = ""
+    widest: Scores = ""
     control: Control | None = None
 
     @property
     def noise(self) -> MachineNoise:
         """The noise between machines."""
         sizes = Sizes(self.sizes, tuple(machine.kind for machine in self.machines))
-        return MachineNoise(self.law, sizes, self.spread, self.known, self.scores)
+        return MachineNoise(self.law, sizes, self.spread, self.known, self.scores, self.widest)
 
     @property
     def engines(self) -> list[Fingerprint]:
@@ -346,7 +350,7 @@ class BuildNoise:
         measured = row is not None and len(self.machines) < FEWEST_MACHINES
         spread = self.known if measured else self.spread
         law = self.noise.predict_law(kind, row)
-        noise = Noise(law, self.source, spread, self.effect, self.scores, self.control)
+        noise = Noise(law, self.source, spread, self.effect, self.scores, self.widest, self.control)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise
@@ -360,7 +364,9 @@ class BuildNoise:
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        told: JsonObject = {"scores": self.scores} if self.scores else {}  # older files have none of these
+        told: JsonObject = (
+            {"scores": self.scores, "widest": self.widest} if self.scores else {}
+        )  # older files have none of these
         told |= {} if self.effective_dimension is None else {"effective_dimension": self.effective_dimension}
         told |= {} if self.control is None else {"control": asdict(self.control)}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
@@ -637,6 +643,9 @@ It was chosen on sets of two quantised mixtures (docs/networks.md). Machines tha
 prediction by .02 in the root mean square for one mixture, and by up to .07 for the other.
 """
 
+WIDTH = 0.95
+"""Quantile of residuals by which the widest pair of machines is chosen. Pairs differ in shape, not in size alone."""
+
 PAIR_SPREAD = 0.02
 """Spread of ln size of one pair of machines between blocks, added to the error of its measurement."""
 
@@ -799,6 +808,7 @@ def fit_build(
         left_out=left_out,
         effective_dimension=effective_dimension,
         scores=noise.scores,
+        widest=noise.widest,
         control=control,
     )
 
@@ -828,8 +838,10 @@ def fit_machines(
     dof = PRIOR.dof + machines - 1
     known = min(math.hypot(error, between_blocks), _WIDEST)
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
-    scores = pack_scores(pooled_N, found.law)
-    return MachineNoise(found.law, sizes, Spread(new, dof), Spread(known, PRIOR.dof), scores)
+    over = [np.abs(residuals[pair]) * (sizes.typical / value) for pair, value in some.items()]
+    widest = max(over, key=lambda size_N: float(np.quantile(size_N, WIDTH)))
+    scores = pack_scores(pooled_N, found.law), pack_scores(widest, found.law)
+    return MachineNoise(found.law, sizes, Spread(new, dof), Spread(known, PRIOR.dof), *scores)
 
 
 def leave_out(
@@ -861,7 +873,7 @@ def leave_out(
                 noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
             for pair, errors_N in mine.items() if rest else ():
                 law = noise.predict_law(kinds[machine], pair[0] if pair[1] == machine else pair[1])
-                test = sequential_test(Noise(law, "left out", noise.spread, effect, noise.scores))
+                test = sequential_test(Noise(law, "left out", noise.spread, effect, noise.scores, noise.widest))
                 drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
                 shares.append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
                 left.append(machine)

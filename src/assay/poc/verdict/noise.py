@@ -197,6 +197,7 @@ class Noise:
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
         scores: Honest residuals that the law was measured on, as :func:`pack_scores` writes them: they price the bets
             of the test. Without them the law is believed.
+        widest: Those of the pair of machines whose shape is the widest, which price the bets on a share.
         control: Second computation of each nonce that the residuals are divided by; None without one.
     """
 
@@ -207,6 +208,7 @@ class Noise:
     spread: ReadSpread = field(default_factory=Spread)
     effect: float | None = None
     scores: Scores = ""
+    widest: Scores = ""
     control: Control | None = None
 
     @property
@@ -228,7 +230,7 @@ class Noise:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
         values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
-        values |= {"scores": self.scores} if self.scores else {}
+        values |= {"scores": self.scores, "widest": self.widest} if self.scores else {}
         values |= {} if self.control is None else {"control": asdict(self.control)}
         return values | ({"effect": self.effect} if self.effect is not None else {})
 
@@ -241,7 +243,7 @@ class Noise:
         """
         with _refusing(values, *_OF_RESIDUALS):
             law = dict(values)
-            known = ("source", "effect", "spread", "scores", "control")
+            known = ("source", "effect", "spread", "scores", "widest", "control")
             rest = {name: law.pop(name) for name in known if name in law}
             law.pop("named", None)
             check_version(law.pop("test", TEST), TEST, "the residual test")
@@ -317,8 +319,10 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     """
     effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     rates = {"alpha": alpha, "beta": beta, "effect": effect}
-    honest = unpack_scores(noise.scores) * noise.size if noise.scores else None
-    return stats.SequentialTest(noise.law, spread=noise.spread, honest=honest, **rates)
+    if not noise.scores:
+        return stats.SequentialTest(noise.law, spread=noise.spread, **rates)
+    honest, widest = (unpack_scores(text) * noise.size for text in (noise.scores, noise.widest or noise.scores))
+    return stats.SequentialTest(noise.law, spread=noise.spread, honest=honest, widest=widest, **rates)
 
 
 SAMPLES = (32, 48, 64, 96, 128)
