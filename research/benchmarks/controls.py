@@ -1,9 +1,9 @@
 """What a control does on published vectors of real machines: each machine is left out once, and judged by the others.
 
 The validator has machine j, and machine k as its control (or k and l, whose distances from j, over what is usual for
-that pair, count by their geometric mean). Law, power and spread come from the machines that are left, on the same nonces. Audits draw nonces without
-replacement. A cheat is 1.4 times the honest distance, of the pair or of what is usual where that is larger; or another
-build. The intervals are over machines.
+that pair, count by their geometric mean). Law, power and spread come from the machines that are left, on the same
+nonces. Audits draw nonces without replacement. A cheat is 1.4 times the honest distance, of the pair or of what is
+usual where that is larger; or another build. The intervals are over machines.
 
     python research/benchmarks/controls.py --data cluster_nonces.jsonl.gz -o research/results/controls.json
 """
@@ -22,6 +22,7 @@ from assay.poc.verdict import fit_machines
 from assay.poc.verdict.noise import Control, sequential_test
 
 AUDITS, CHECKED, WITHIN, EFFECT = 200, 300, 60, 1.25
+CHEATS = 60, 150  # audits of a cheat by one machine, and their nonces
 
 
 def distances(one, other, nonces):
@@ -65,40 +66,22 @@ def leave_one_out(build, cheats, controls, rng):
             control = Control.measured([(plain[pair], beside[pair]) for pair in pairs], of="one", dtype="another")
             scores = {pair: control.scores(plain[pair], beside[pair]) for pair in pairs}
         noise = fit_machines(scores, [build.kinds[row] for row in rest], fit)
-        seen = {
-            "machine": build.sets[machine].name,
-            "sd": noise.law.sd,
-            "spread": noise.spread.sd,
-            "power": control and control.power,
-        }
+        seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": control and control.power}
         rows = {"honest": [], "x1.4": []} | {name: [] for name in cheats}
         for judge in rest:
-            test = sequential_test(
-                Noise(
-                    noise.predict_law(build.kinds[machine], rest.index(judge)),
-                    "",
-                    noise.spread,
-                    EFFECT,
-                    noise.scores,
-                    noise.widest,
-                )
-            )
+            law = noise.predict_law(build.kinds[machine], rest.index(judge))
+            test = sequential_test(Noise(law, "", noise.spread, EFFECT, noise.scores, noise.widest))
             size = control_of(judge) if controls else None
             usual = np.median([np.median(apart[row, judge]) for row in rest if row != judge])
             larger = RATIO * max(1.0, usual / np.median(apart[machine, judge]))
             pools = {"honest": apart[machine, judge], "x1.4": np.minimum(larger * apart[machine, judge], 2.0)}
             for name, sets in cheats.items():
-                pools |= {
-                    f"{name}/{i}": distances(one, build.sets[judge], nonces)
-                    for i, one in enumerate(sets)
-                    if set(nonces) <= set(one.vectors)
-                }
+                complete = [one for one in sets if set(nonces) <= set(one.vectors)]
+                pools |= {f"{name}/{i}": distances(one, build.sets[judge], nonces) for i, one in enumerate(complete)}
             for name, pool in pools.items():
                 values = pool if control is None else control.scores(pool, size)
-                checked = CHECKED if name == "honest" else 150
-                rows[name.split("/")[0]] += caught_at(
-                    test, drawn(rng, values, AUDITS if name == "honest" else 60, checked)
-                ).tolist()
+                audits, checked = (AUDITS, CHECKED) if name == "honest" else CHEATS
+                rows[name.split("/")[0]] += caught_at(test, drawn(rng, values, audits, checked)).tolist()
         found.append(seen | rows)
     return found
 
@@ -107,18 +90,11 @@ def summary(found, name):
     """Return the share accused with its interval over machines, and after how many nonces cheats are caught."""
     every = np.concatenate([one[name] for one in found])
     if name == "honest":
-        shares, rows = zip(
-            *((float(np.mean(np.isfinite(one[name]))), row) for row, one in enumerate(found)), strict=True
-        )
-        low, high = stats.grouped_share_interval(shares, rows)
+        shares = [float(np.mean(np.isfinite(one[name]))) for one in found]
+        low, high = stats.grouped_share_interval(shares, range(len(shares)))
         return {"audits": every.size, "accused": int(np.isfinite(every).sum()), "low": low, "high": high}
-    quantiles = np.quantile(every, (0.5, 0.99), method="higher").tolist()
-    return {
-        "audits": every.size,
-        "within_60": float((every <= WITHIN).mean()),
-        "median": quantiles[0],
-        "by_99": quantiles[1],
-    }
+    median, last = (x if np.isfinite(x) else None for x in np.quantile(every, (0.5, 0.99), method="higher").tolist())
+    return {"audits": every.size, "within_60": float((every <= WITHIN).mean()), "median": median, "by_99": last}
 
 
 def main():
@@ -127,12 +103,8 @@ def main():
     options, rng, builds = arguments.parse_args(), np.random.default_rng(0), []
     groups = builds_of(read_vector_sets(options.data))
     for build in (one for one in sound_builds(groups) if len(one.sets) >= 4):
-        alike = [
-            group
-            for group in groups
-            if group.family == build.family and group.round == build.round and group.model != build.model
-        ]
-        cheats = {group.model: group.sets for group in alike}
+        same = [one for one in groups if (one.family, one.round) == (build.family, build.round)]
+        cheats = {group.model: group.sets for group in same if group.model != build.model}
         for controls in (0, 1, 2) if len(build.sets) > 4 else (0, 1):
             found = leave_one_out(build, cheats, controls, rng)
             names = [name for name in ("honest", "x1.4", *cheats) if any(one[name] for one in found)]

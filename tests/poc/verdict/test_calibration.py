@@ -146,7 +146,8 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         "effect": (1.0, "2"),
         "hidden_size": (-1, True),
         "left_out": ({"accused": 0.0},),
-        "mixture": ("no",),
+        **dict.fromkeys(("scores", "widest"), ("no base64", "AA", "AHwAfA==", "ADwAAA==")),
+        "control": ({}, {"of": "a", "dtype": "b", "size": 0.0, "power": 0.5}, {"of": "a", "dtype": "b", "size": 1.0}),
     }  # fmt: skip
     tops = (
         {"kind": "assay.poc.proof"},

@@ -223,8 +223,9 @@ class Noise:
         return dumps({name: value for name, value in values.items() if name not in ("sigma", "mu", "source")})
 
     def scaled(self, factor: float) -> "Noise":
-        """Return the noise ``factor`` times larger."""
-        return replace(self, law=self.law.scaled(factor))
+        """Return the noise where residuals, and controls as well, are ``factor`` times larger."""
+        power = 0.0 if self.control is None else self.control.power
+        return replace(self, law=self.law.scaled(factor ** (1 - power)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
