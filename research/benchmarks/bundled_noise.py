@@ -13,11 +13,13 @@ the library as another engine, which shows noise within one dtype on one machine
 """
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from _common import note, parser, publish
-from assay_research.clusters.clusters import CONFIDENCE, upper_law
+from scipy import special
 
 from assay import stats
 from assay.files.jsonl import dumps, read_json
@@ -32,6 +34,14 @@ SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact")
 AUDITS, AUDITED = 4000, 64
 MARGIN = 2.0  # over what was measured, for machines that were not
+CONFIDENCE = 0.99
+
+
+def upper_law(fit, n):
+    """Return a law that is at least as large as the true noise, by the standard errors of its size and of an sd."""
+    z = float(special.ndtri(CONFIDENCE))
+    law = fit.law.scaled(math.exp(z * fit.error))
+    return replace(law, sd=law.sd * math.exp(z / math.sqrt(2 * n))) if isinstance(law, stats.LogNoise) else law
 
 
 def records(options):
