@@ -5,7 +5,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import SequentialTest
-from assay.stats.noise import RESOLUTION, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.noise import RESOLUTION, fit_log_noise, fit_scale_noise
 
 RNG = np.random.default_rng(11)
 
@@ -21,12 +21,6 @@ def test_identical_hardware_gives_the_resolution():
     fit = fit_scale_noise(np.zeros(32))
     assert fit.law.sigma == RESOLUTION
     assert SequentialTest(fit.law, effect=4.0).update(np.zeros(6)).verdict == "honest"
-
-
-def test_one_large_value_hardly_moves_the_scale():
-    sample = RNG.standard_t(6, 500) * 2e-5
-    before, after = fit_scale_noise(sample), fit_scale_noise(np.append(sample, 5e-3))
-    assert after.law.sigma < 1.05 * before.law.sigma
 
 
 def test_log_noise_finds_location_and_spread():
@@ -51,12 +45,3 @@ def test_refuses_samples_that_say_too_little(fit, bad):
 def test_refuses_a_distance_below_zero():
     with pytest.raises(UsageError, match="distance"):
         fit_log_noise(-np.ones(32))
-
-
-def test_false_accusations_stay_bounded_when_the_law_is_itself_measured(fewer):
-    accused, repeats = 0, 400 // fewer
-    for _ in range(repeats):
-        fit = fit_scale_noise(RNG.standard_t(6, 64) * 2e-5)
-        test = SequentialTest(fit.law, spread=Spread(fit.error), effect=4.0, alpha=0.01)
-        accused += test.update(RNG.standard_t(6, 200) * 2e-5).verdict == "fraud"
-    assert accused <= repeats * 0.01 + 3 * math.sqrt(repeats * 0.01)

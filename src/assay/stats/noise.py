@@ -276,7 +276,7 @@ UPPER = 0.9
 """Quantile of honest distances of vectors that, with their median, gives sd: only large distances accuse.
 
 Shapes are fixed and the sizes are quantiles, because a test does not believe a law's tail: the honest residuals
-themselves price its bets (:func:`fair_bets`). With that, the likeliest of five tails caught no more (prices.json).
+themselves price its bets (:func:`fair_bets`).
 """
 
 LawT = TypeVar("LawT", bound=NoiseLaw)
