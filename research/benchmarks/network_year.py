@@ -60,7 +60,7 @@ def simulate(noise, grid, kind, scales_N, rng, *, judged=None, alphas=ALPHAS):
         for places_N in places_NC.T:
             path_NP *= factor_AP[places_N]
             path_NP /= path_NP[:, : test.honest_paths].sum(axis=1, keepdims=True)
-            e_N = path_NP[:, test.honest_paths :].sum(axis=1)
+            e_N = path_NP[:, test.honest_paths : -test.excluding].sum(axis=1)
             for alpha, (first_N, _) in found.items():
                 np.divide(1, e_N, out=first_N, where=(first_N == 0) & (e_N * alpha * error_share(1) >= 1))
     for alpha, (first_N, held_N) in found.items():  # a life that is not suspected is not convicted
@@ -78,7 +78,7 @@ def simulate(noise, grid, kind, scales_N, rng, *, judged=None, alphas=ALPHAS):
 def expect(noise, grid, rng):
     """Return by α the chances that an honest node is suspected and is convicted, each with its variance, [2, 2]."""
     test, (scales, chances), total = sequential_test(noise), noise.spread.atoms, dict.fromkeys(ALPHAS, 0.0)
-    weights = np.exp(test.prior[test.honest_paths :]).reshape(len(scales), -1).sum(axis=0)
+    weights = np.exp(test.prior[test.honest_paths : -test.excluding]).reshape(len(scales), -1).sum(axis=0)
     for weight, (share, multiple) in zip(weights, ((s, m) for s in SHARES for m in test._multiples_M), strict=True):
         scales_N, kind = rng.choice(scales, DRAWN, p=chances), (share, multiple)
         for alpha, (first_N, held_N) in simulate(noise, grid, kind, scales_N, rng, judged=JUDGED).items():

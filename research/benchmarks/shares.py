@@ -61,7 +61,7 @@ def noise_of(preset, errors_N):
     pipeline = get_pipeline(preset)
     between = SCALED_SPREAD if pipeline.output == "distance" else PAIR_SPREAD
     fitted = fit_machines({(0, 1): errors_N}, ("", ""), partial(fit_noise, pipeline), between_blocks=between)
-    return Noise(fitted.law, "one block", fitted.known)
+    return Noise(fitted.law, "one block", fitted.known, None, fitted.scores, fitted.widest)
 
 
 def cheating(errors_N, share, multiple, audits, length, rng):

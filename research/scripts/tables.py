@@ -161,23 +161,19 @@ def _format_column(dtype: str, suffix: str) -> list[str]:
 def cheap_shares() -> None:
     """Print honest audits accused, and shares of nonces that are computed cheaply and caught, beside an oracle."""
     measured: list[dict[str, Any]] = read_json(RESULTS / "shares.json")["rows"]
-    cheats = [(cheat["share"], cheat["multiple"]) for cheat in measured[0]["cheats"][:4]]
+    cheats = [(i, one["share"]) for i, one in enumerate(measured[0]["cheats"][:4]) if one["multiple"] == 5]
     rows = []
     for name, model in (("Qwen3", "reference:qwen3"), ("Llama", "reference:llama")):
         for preset in ("poc-2.0", "artifact", "hardened"):
-            for dtype in ("bfloat16", "float16"):
-                found = [
-                    row for row in measured if (row["model"], row["preset"], row["dtype"]) == (model, preset, dtype)
-                ]
-                accused = 100 * max(row["accused"] for row in found)
-                worst = 100 * max(row["accused_worst_pair"] for row in found)
-                caught = [
-                    f"{min(row['cheats'][i]['caught'] for row in found):.3f} / {found[0]['cheats'][i]['oracle']:.3f}"
-                    for i in range(len(cheats))
-                ]
-                rows.append((f"{name}, `{preset}`, {dtype}", f"{accused:.2f}", f"{worst:.1f}", *caught))
-    header = [f"{share:.0%} at {multiple:g} ×" for share, multiple in cheats]
-    print_table(("model, preset, format", "accused", "worst pair of blocks", *header), rows)
+            found = [row for row in measured if (row["model"], row["preset"]) == (model, preset)]
+            figures = [100 * max(row[name] for row in found) for name in ("accused", "accused_worst_pair")]
+            caught = [
+                " / ".join(f"{min(row['cheats'][i][of] for row in found):.3f}" for of in ("caught", "oracle"))
+                for i, _ in cheats
+            ]
+            rows.append((f"{name}, `{preset}`", f"{figures[0]:.2f}", f"{figures[1]:.1f}", *caught))
+    header = [f"{share:.0%} at 5 ×" for _, share in cheats]
+    print_table(("model, preset", "accused", "worst pair of blocks", *header), rows)
 
 
 def gumbels() -> None:
@@ -279,7 +275,7 @@ def honest_machines() -> None:
     rows = [
         (name, row["rule"], row["audits"], f"{100 * row['accused']:.3f}",
          f"{100 * row['low']:.3f} to {100 * row['high']:.3f}", f"{100 * row['worst']:.2f}")
-        for name, row in _rows(HONEST)
+        for name, row in _rows(HONEST) if "(0.75" not in row["rule"] and "(0.02" not in row["rule"]
     ]  # fmt: skip
     print_table(("build", "rule", "audits", "accused, %", "95 %", "worst pair, %"), rows)
 

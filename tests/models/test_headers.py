@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import BadWeights
 from assay.models import load as _load
-from assay.models import load_model
+from assay.models import load_model, model_info
 from assay.models.load import check_loadable, identify
 from tests.models.storing import make_mixture, rewrite, store
 
@@ -78,7 +78,9 @@ def test_a_missing_file_of_the_index_is_named(write_checkpoint):
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
 def test_experts_that_are_stored_one_by_one_fit(kind, tmp_path):
-    check_loadable(make_mixture(kind, tmp_path / kind, head_dim=64))
+    path = make_mixture(kind, tmp_path / kind, head_dim=64)
+    check_loadable(path)
+    assert model_info(path).experts == 8
 
 
 def test_names_without_the_prefix_of_the_decoder_fit(checkpoint):

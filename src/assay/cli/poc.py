@@ -95,6 +95,7 @@ class VerifySettings(AuditSettings):
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
     frame: FrameFile = None
+    control: bool = Field(False, description="Compute every nonce again in the format that --calibration names.")
 
 
 class FrameSettings(Settings):
@@ -224,7 +225,7 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     names = {"block_hash", "public_key", "preset", "seq_len", "strength", "r_target", "node_id", "node_count"}
     given = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
     with progress_bar("verifying") as progress:
-        auditor = Auditor(**auditor_values(chosen), frame=chosen.frame, progress=progress)
+        auditor = Auditor(**auditor_values(chosen), frame=chosen.frame, control=chosen.control, progress=progress)
         found = auditor.audit_proof(chosen.proof, given=given, positions=chosen.nonces)
     if as_json:
         emit_document(found.as_dict())

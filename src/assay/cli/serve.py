@@ -1,5 +1,6 @@
 """``assay poc serve``, ``receive``, ``callbacks`` and ``validator``: the service, and its other ends."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -207,10 +208,20 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     registry.check_length(info)
     dtype = chosen.dtype or pinned_format(own.pins, chosen.model)
     check_loadable(chosen.model, dtype, chosen.device)
+    if own.control is not None:
+        check_loadable(chosen.model, own.control, chosen.device)
     check_ledger(service.data_dir / LEDGER, alpha=registry.alpha, beta=service.beta)
     configure_logs(chosen.log_format)
+
+    def load() -> "Deployment":
+        pins = NetworkPins.load(own.pins)
+        deployed = chosen.deploy(pins, dtype)
+        if own.control is None:
+            return deployed
+        return replace(deployed, control=chosen.model_copy(update={"dtype": own.control}).deploy(pins))
+
     validate(
-        lambda: chosen.deploy(NetworkPins.load(own.pins), dtype),
+        load,
         own,
         service,
         reference=chosen.model,

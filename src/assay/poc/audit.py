@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from assay.errors import CalibrationError, UsageError
 from assay.models.checkpoint import load_tokenizer
 from assay.models.load import model_info
-from assay.poc.launch import Launch, check_judge, open_judge, open_prefill
+from assay.poc.launch import Launch, check_judge, check_loadable, load, open_judge, open_prefill
 from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Header, Proof
@@ -52,6 +52,8 @@ class Auditor(Launch):
     Args:
         pins: File with all that the network agreed on.
         calibration: File with the measured honest noise; one of the pins when None.
+        control: Whether every nonce of a proof is computed again in the format that the calibration names, so that the
+            node's residual counts in units of how far the validator's own two computations are apart.
         sample: Number of nonces or responses to recompute.
         seed: Number that draws the sample; unpredictable when None.
         alpha: Bound on the chance that an honest node is ever accused; that of the pins, or .001, when None.
@@ -61,6 +63,7 @@ class Auditor(Launch):
 
     pins: Path | None = None
     calibration: Path | None = None
+    control: bool = False
     sample: int | None = None
     seed: int | None = None
     alpha: float | None = None
@@ -94,11 +97,13 @@ class Auditor(Launch):
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
         self._check_law(law, missing_law(self.model, header.digest, header.round))
         check_judge(how, header, measured)
+        again = self._control(header, measured) if self.control else None
         with open_judge(how, header, measured) as (loaded, made):
             engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "progress")}
                 drawn["alpha"] = self._account_alpha
+                drawn["control"] = again and load(self.model, again, self.device)
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
                 standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
         return Audit(verdict, standing)
@@ -173,6 +178,15 @@ class Auditor(Launch):
     @property
     def _account_alpha(self) -> float:
         return account_alpha(None if self.pins is None else NetworkPins.load(self.pins), self.alpha)
+
+    def _control(self, header: Header, measured: Calibration | None) -> str:
+        """Return the number format in which nonces are computed again, which the model can be loaded in."""
+        if measured is None:
+            do = "pass --calibration, or leave --control out"
+            raise UsageError("--control without a calibration", wanted="one that measured a control", do=do)
+        again = measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
+        check_loadable(self.model, again, self.device)
+        return again
 
     def _pinned_frame(self, header: Header) -> Path | None:
         network = None if self.pins is None else NetworkPins.load(self.pins)

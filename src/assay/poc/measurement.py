@@ -27,10 +27,9 @@ from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.prover import Progress
-from assay.poc.verdict.calibration import ENOUGH, BuildNoise, Calibration, calibrate
+from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray
 from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
-from assay.stats.noise import ScaleNoise
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
 CONFIDENCE = 0.95  # of the interval of a quantile
@@ -277,12 +276,11 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
 
 
 def measure(paths: Sequence[Path], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
-    """Return the honest noise of proof files, by :func:`assay.poc.calibrate`; the model says its size and experts."""
+    """Return the honest noise of proof files, by :func:`assay.poc.calibrate`; the model says its size."""
     info = None if model is None else model_info(model)
     return calibrate(
         *map(Proof.load, paths),
         hidden_size=None if info is None else info.hidden_size,
-        mixture=None if info is None else info.experts > 0,
         progress=progress,
     )
 
@@ -299,8 +297,7 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
     values |= {"effective_dimension": build.effective_dimension}
     values["engines_differ_in"] = ", ".join(other) or "nothing"
-    if build.n < ENOUGH and isinstance(build.law, ScaleNoise):
-        values["advice"] = f"the law rests on {build.n} nonces, so its tail is wide: with {ENOUGH} the data choose it"
+    values |= {"control": build.control and f"{build.control.dtype} beside {build.control.of}"}
     if (left := build.left_out) is not None:
         values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
         values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}

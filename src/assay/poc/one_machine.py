@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from assay.poc.protocol.transforms import check_frame
 from assay.poc.prover import Progress, prove, recompute
 from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import FloatArray
+from assay.poc.verdict.noise import Control, FloatArray
 
 FORMATS = ("bfloat16", "float16", "float32")
 BLOCKS, NONCES = 16, 64
@@ -139,7 +139,7 @@ def calibrate_model(
             )
         found.append(own)
     engines, digest = [proofs[0].header.fingerprint for proofs in found], found[0][0].header.digest
-    return _fit(measured, engines, pipeline, digest, size, info.experts > 0, effective)
+    return _fit(measured, engines, pipeline, digest, size, effective)
 
 
 def _again(proof: Proof, mine: Proof, engine: HFEngine) -> Sequence[Record]:
@@ -155,7 +155,6 @@ def _fit(
     pipeline: Pipeline,
     digest: str,
     hidden_size: int,
-    mixture: bool,
     effective: float | None,
 ) -> Calibration:
     """Fit a law to every pair of number formats: to the residuals of all pairs of engines in these two."""
@@ -173,18 +172,36 @@ def _fit(
         }
         if not of_pair:  # one engine in a format says nothing of that format beside itself
             continue
-        build = fit_build(
-            of_pair,
-            describe_machines([engines[row] for row in rows]),
-            pipeline,
-            digest=digest,
-            hidden_size=hidden_size,
-            mixture=mixture,
-            effective_dimension=effective,
-        )
+        known: dict[str, Any] = {"digest": digest, "hidden_size": hidden_size, "effective_dimension": effective}
+        machines = describe_machines([engines[row] for row in rows])
+        found = [fit_build(of_pair, machines, pipeline, **known)]
+        if (scored := _scores(measured, engines, rows, pair)) is not None and not pipeline.steps:
+            control, scores = scored
+            found.append(fit_build(scores, machines, pipeline, control=control, **known))
         # Kernels of one machine do not show how machines differ: the smallest cheat is the usual one.
-        builds.append(replace(build, effect=None))
+        builds += [replace(build, effect=None) for build in found]
     return Calibration(builds=tuple(builds))
+
+
+def _scores(
+    measured: Residuals, engines: Sequence[Fingerprint], rows: Sequence[int], pair: tuple[str, str]
+) -> tuple[Control, Residuals] | None:
+    """Return the control of a pair of number formats and the scores of its engines; None where a control is no gain.
+
+    The validator has the second format of the pair, and computes every nonce again in the first format that neither
+    has, on the usual engine.
+    """
+    again = next((row for row, engine in enumerate(engines) if engine.dtype not in pair), None)
+    if again is None:
+        return None
+    place = {row: index for index, row in enumerate(rows)}
+    both: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
+    for (i, j), errors_N in measured.items():
+        if {i, j} <= place.keys() and sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair):
+            validator = j if engines[j].dtype == pair[1] else i
+            both[place[i], place[j]] = errors_N, measured[min(validator, again), max(validator, again)]
+    control = Control.measured([*both.values()], of=pair[1], dtype=engines[again].dtype)
+    return None if control is None else (control, {key: control.scores(*values) for key, values in both.items()})
 
 
 def _engines(

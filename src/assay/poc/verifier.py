@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from assay.poc.prover import Progress, check_length, frame_name, recompute
 from assay.poc.verdict.calibration import Calibration, noise_for
 from assay.poc.verdict.judge import Verdict, judge
 from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, plan_sample, sequential_test
+from assay.streams.backends import dtype_name
 
 # A header may claim any batch shape, and may have claimed it in a calibration; a validator follows it so far, for equal
 # bits, and no further.
@@ -35,6 +37,7 @@ def verify(
     seed: int | None = None,
     calibration: Calibration | None = None,
     engine: Engine | None = None,
+    control: Model | None = None,
     alpha: float = 1e-3,
     beta: float = 1e-2,
     progress: Progress | None = None,
@@ -59,6 +62,9 @@ def verify(
             undecided, but for the bundled models, whose law comes with assay.
         engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
             1024 rows and 2**18 positions, or with the one that the calibration was measured with.
+        control: Same checkpoint in the number format that a law of the calibration names as its control. Every nonce of
+            the sample is computed again with it, and the node's residual counts in units of how far the validator's
+            own two computations are apart.
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
         progress: Function that is called with (nonces done, nonces in all) after every batch.
@@ -91,17 +97,23 @@ def verify(
     """
     header = proof.header
     pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
-    engine, noise = judging_setup(header, model, engine=engine, calibration=calibration, builds=pins.builds)
+    again = None if control is None else control.quantised or dtype_name(control.dtype)
+    engine, noise = judging_setup(
+        header, model, engine=engine, calibration=calibration, builds=pins.builds, control=again
+    )
     test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     size, power = plan_sample(test, len(proof.records), sample)
     chosen = _draw(proof, size, seed)
-    recomputed: list[Record] = []
-    for batch in recompute(header, engine, chosen):
-        recomputed.extend(batch)
-        if progress:
-            progress(len(recomputed), len(chosen))
-    return judge(proof, chosen, recomputed, noise, pins=pins, test=test, seed=seed, power=power)
+    engines = [engine] if control is None else [engine, _controlling(header, control, model)]
+    found: list[list[Record]] = [[] for _ in engines]
+    for one, records in zip(engines, found, strict=True):
+        for batch in recompute(header, one, chosen):
+            records.extend(batch)
+            if progress:
+                progress(sum(map(len, found)), len(chosen) * len(engines))
+    more: dict[str, Any] = {"pins": pins, "test": test, "seed": seed, "power": power}
+    return judge(proof, chosen, found[0], noise, again=found[1] if control is not None else None, **more)
 
 
 def check_proof(
@@ -146,12 +158,13 @@ def judging_setup(
     engine: Engine | None = None,
     calibration: Calibration | None = None,
     builds: Sequence[Build] | None = None,
+    control: str | None = None,
 ) -> tuple[Engine, Noise | None]:
     """Return the engine that recomputes a proof, and the honest noise between the prover's engine and it, if known.
 
     :func:`verify` calls this before it computes anything, and its arguments are those of `verify`; ``builds`` are the
-    pinned ones, which say of which kind the prover's machine is. To call it before a
-    ledger is begun keeps the disk free of ledgers for proofs that are refused.
+    pinned ones, which say of which kind the prover's machine is, and ``control`` is a number format. To call it before
+    a ledger is begun keeps the disk free of ledgers for proofs that are refused.
 
     Raises:
         ProofMismatch: The proof is of another checkpoint.
@@ -169,10 +182,21 @@ def judging_setup(
         check_length(one, header.round)
         _check_frame(header, one)
         try:
-            return one, noise_for(header, one.fingerprint, calibration, builds=builds)
+            return one, noise_for(header, one.fingerprint, calibration, builds=builds, control=control)
         except CalibrationError as error:
             refused.append(error)
     raise refused[0]
+
+
+def _controlling(header: Header, control: Model, model: Model) -> HFEngine:
+    """Return the engine that computes every nonce again; a ProofMismatch says that its model is another one."""
+    if (control.digest, control.weights) != (model.digest, model.weights):
+        seen = f"a control with {control.reference} ({control.weights}, {control.digest[:12]})"
+        wanted = f"the checkpoint of the proof, {model.digest[:12]}"
+        raise ProofMismatch(seen, wanted=wanted, do="load the same checkpoint in the other number format")
+    compiled = worth_compiling(control) and not header.pipeline.steps
+    size = judging_batch(header)
+    return HFEngine(control.with_frame(model.frame), batch_size=size, seq_len=header.round.seq_len, compiled=compiled)
 
 
 def _check_frame(header: Header, engine: Engine) -> None:

@@ -1,8 +1,9 @@
 """Noise laws: the density f_1 of an honest residual, the family f_m of the same noise m times larger, and their fit.
 
 Both laws here have monotone likelihood ratios: f_m(x)/f_1(x) never falls as the residual x grows. So a smaller residual
-never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md). In a
-fit the data choose the tail.
+never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md).
+Where the honest residuals of a law are known, they price the bets on it: a tail that is heavier than the law's accuses
+nobody.
 
 Suffixes: N values.
 """
@@ -14,7 +15,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict
-from scipy import optimize, special, stats
+from scipy import special, stats
 
 from assay.errors import UsageError
 from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_mean, chord_std
@@ -34,6 +35,7 @@ A distance drawn from the chord law misses by √2 times as much (0.011) and is 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """How a law is read from a file: numbers of its fields, and nothing else."""
 
+_LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 
 
@@ -264,21 +266,18 @@ FEWEST_RESIDUALS = 16
 
 SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
 
-DOFS = (2.0, 2.5, 3.0, 4.0, 6.0)
-"""Degrees of freedom among which the residuals of distances choose, the heaviest tail first."""
+DOF = 4.0
+"""Degrees of freedom of a measured law of distances."""
 
-TAILS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-"""Starts of the exponential tail of ln L2 among which vectors choose, the heaviest first; 3 is nearly log-normal."""
+TAIL = 2.0
+"""Start of the exponential tail of a measured law of vectors, in units of sd."""
 
-INDIFFERENT = 0.5
-"""Loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one.
+UPPER = 0.9
+"""Quantile of honest distances of vectors that, with their median, gives sd: only large distances accuse.
 
-A sample seldom tells two neighbouring tails or spreads apart, so the heaviest within this loss is taken. Tails of
-distances lighter than with 6 degrees of freedom are not offered, because no small sample holds a nonce far out, such as
-a routing flip.
+Shapes are fixed and the sizes are quantiles, because a test does not believe a law's tail: the honest residuals
+themselves price its bets (:func:`fair_bets`).
 """
-
-_ITERATIONS = 200
 
 LawT = TypeVar("LawT", bound=NoiseLaw)
 
@@ -296,49 +295,44 @@ class NoiseFit(Generic[LawT]):
     error: float
 
 
-def fit_scale_noise(residuals: npt.ArrayLike, *, dof: float | None = None) -> NoiseFit[ScaleNoise]:
-    """Fit the scale of honest residuals of a distance, [N] finite values, by maximum likelihood under Student's t.
+def fit_scale_noise(residuals: npt.ArrayLike) -> NoiseFit[ScaleNoise]:
+    """Fit the scale of honest residuals of a distance, [N] finite values, by the median of their sizes.
 
-    The standard error comes from the Fisher information of ln sigma, 2·dof/(dof + 3) per residual (Lange, Little and
-    Taylor 1989). Residuals that are all zero, as on identical hardware, give sigma = `RESOLUTION`.
-
-    Args:
-        residuals: Honest residuals.
-        dof: Degrees of freedom; chosen among `DOFS` by the data when None.
+    Residuals that are mostly zero, as on identical hardware, give sigma = `RESOLUTION`.
 
     Raises:
-        UsageError: There are too few residuals, one of them is not finite, or a parameter is out of range.
+        UsageError: There are too few residuals, or one of them is not finite.
     """
     size_N = np.abs(_read_honest(residuals))
-    candidates = [ScaleNoise(1.0, nu) for nu in (DOFS if dof is None else (dof,))]
-    fitted = [law.scaled(max(_student_scale(size_N, law.dof), RESOLUTION)) for law in candidates]
-    estimate = _heaviest_likely(fitted, size_N)
-    return NoiseFit(estimate, error=math.sqrt((estimate.dof + 3) / (2 * estimate.dof * size_N.size)))
+    middle = float(stats.t.ppf(0.75, DOF))
+    sigma = max(float(np.median(size_N)) / middle, RESOLUTION)
+    # The standard error of the median m is 1/(2·f(m)·√n), and |t| has twice the density of t.
+    error = 1 / (4 * float(stats.t.pdf(middle, DOF)) * middle * math.sqrt(size_N.size))
+    return NoiseFit(ScaleNoise(sigma, DOF), error)
 
 
-def fit_log_noise(distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4) -> NoiseFit[LogNoise]:
-    """Fit location and scale of the logarithms of honest L2 distances, [N] finite values.
+def fit_log_noise(
+    distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4, tail: float = TAIL
+) -> NoiseFit[LogNoise]:
+    """Fit location and scale of the logarithms of honest L2 distances, [N] finite values, by two of their quantiles.
 
-    The location is the median. Only large distances accuse, so the upper half alone gives spread and tail.
     Distances that are all below ``floor`` give mu = ln floor and the least spread believed.
 
     Args:
         distances: Honest L2 distances.
         dimension: Length of the vectors.
         floor: Distance below which values are not told apart.
+        tail: Start of the exponential tail, in units of sd.
 
     Raises:
         UsageError: There are too few distances, one is negative or not finite, or a parameter is out of range.
     """
-    values_N = _read_honest(distances)
-    size_N = LogNoise(0.0, 1.0, dimension, 2.0, floor).magnitudes(values_N)
-    mu = float(np.median(np.log(size_N)))
-    upper_N = np.log(size_N) - mu
-    upper_N = upper_N[upper_N > 0]
-    fitted = [LogNoise(mu, _upper_sd(upper_N, start), dimension, start, floor) for start in TAILS]
-    estimate = _heaviest_likely(fitted, np.exp(mu + upper_N))
+    law = LogNoise(0.0, 1.0, dimension, tail, floor)
+    middle, upper = np.quantile(np.log(law.magnitudes(_read_honest(distances))), [0.5, UPPER])
+    sd = max(float(upper - middle) / law.standard_quantile(1 - UPPER), SMALLEST_LOG_SD)
+    law = replace(law, mu=float(middle), sd=sd)
     # The standard error of the median is 1/(2·f(0)·√n).
-    return NoiseFit(estimate, error=estimate.sd * estimate.standard_mass / (2 * math.sqrt(size_N.size)))
+    return NoiseFit(law, error=sd * law.standard_mass / (2 * math.sqrt(np.size(distances))))
 
 
 def _read_honest(values: npt.ArrayLike) -> FloatArray:
@@ -352,33 +346,44 @@ def _read_honest(values: npt.ArrayLike) -> FloatArray:
     return values_N
 
 
-def _heaviest_likely(fitted: list[LawT], size_N: FloatArray) -> LawT:
-    """Return the first law whose log-likelihood is within `INDIFFERENT` of the best; the heaviest tail stands first."""
-    likelihoods = [float(law.log_density(size_N, 1.0).sum()) if size_N.size else 0.0 for law in fitted]
-    return next(law for law, found in zip(fitted, likelihoods, strict=True) if found >= max(likelihoods) - INDIFFERENT)
+CAPS = np.exp(np.arange(0.5, 9.0, 0.5))
+"""Largest likelihood ratios among which a bet chooses."""
+
+_BET_SHARE = 0.1  # share of cheap nonces for which the cap of a bet is chosen
 
 
-def _upper_sd(upper_N: FloatArray, tail: float) -> float:
-    """Return the likeliest sd of the values above the median, given where their exponential tail begins."""
-    if not upper_N.size or upper_N.max() <= SMALLEST_LOG_SD:
-        return SMALLEST_LOG_SD
+def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the caps and prices that make likelihood ratios fair bets under the residuals themselves, [M] each.
 
-    def loss(log_sd: float) -> float:
-        z_N = upper_N / math.exp(log_sd)
-        return float(special.huber(tail, z_N).sum()) + upper_N.size * log_sd
+    A test that believes a law's tail accuses honest nodes where the tail is heavier. So the ratio R = f_m/f_1 of noise
+    m times larger is cut off at a cap c and divided by a price, the mean of min(R, c) over the N honest residuals and
+    one more, which is taken to reach the cap::
 
-    bounds = (math.log(SMALLEST_LOG_SD), math.log(max(float(upper_N.max()), 2 * SMALLEST_LOG_SD)))
-    return math.exp(float(optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
+        price = max(1, (Σ_i min(R(x_i), c) + c) / (N + 1))
 
+    If a new residual is exchangeable with those, min(R, c)/price is at most 1 on average, whatever their law is (a
+    conformal e-value: Vovk, "Conformal e-prediction", 2025). Of all caps the one is taken with which wealth grows
+    fastest against a node that computes a tenth of its nonces m times as badly.
 
-def _student_scale(size_N: FloatArray, dof: float) -> float:
-    """Return the likeliest scale of a centred t, by its EM fixed point: σ² = mean((ν + 1)·e²/(ν + e²/σ²))."""
-    square_N = size_N**2
-    variance = float(square_N.mean())
-    for _ in range(_ITERATIONS):
-        if variance < RESOLUTION**2:
-            break
-        variance, before = float(np.mean((dof + 1) * square_N / (dof + square_N / variance))), variance
-        if abs(variance - before) <= 1e-10 * before:
-            break
-    return math.sqrt(variance)
+    Args:
+        law: Law whose ratios are bet on.
+        honest: Honest residuals that the law was measured on, [N].
+        multiples_M: Multiples m.
+    """
+    size_N = law.magnitudes(honest)
+
+    def ratios(sizes_N: FloatArray, multiple: float) -> FloatArray:
+        return np.exp(np.minimum(law.log_density(sizes_N, multiple) - law.log_density(sizes_N, 1.0), _LARGEST_LOG))
+
+    caps, prices = [], []
+    for multiple in multiples_M:
+        honest_CN = np.minimum(ratios(size_N, multiple), CAPS[:, None])
+        cheap_CN = np.minimum(ratios(law.magnitudes(multiple * size_N), multiple), CAPS[:, None])
+        price_C = np.maximum(1.0, (honest_CN.sum(axis=1) + CAPS) / (size_N.size + 1))
+        honest_C, cheap_C = (
+            np.log1p(_BET_SHARE * (bet_CN / price_C[:, None] - 1)).mean(axis=1) for bet_CN in (honest_CN, cheap_CN)
+        )
+        best = int(np.argmax((1 - _BET_SHARE) * honest_C + _BET_SHARE * cheap_C))
+        caps.append(CAPS[best])
+        prices.append(price_C[best])
+    return np.array(caps), np.array(prices)

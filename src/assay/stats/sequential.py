@@ -11,6 +11,10 @@ Under honest noise E_n is a non-negative martingale that starts at 1, so P(sup_n
 Grünwald, Vovk and Shafer 2023). The verdict is fraud when the running maximum of E_n reaches 1/α. The same ratio the
 other way round, for one cheat at a time, bounds the chance that this cheat or a larger one is called honest.
 
+Where the honest residuals are known that the law was measured on, the ratio f_rm/f_r of a cheat is capped and divided
+by its price, so that the bet is fair under these residuals and not only under the law (`assay.stats.noise.fair_bets`).
+What an honest verdict excludes is weighed by the ratios of the law.
+
 Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats.
 """
 
@@ -24,7 +28,7 @@ import numpy.typing as npt
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import NoiseLaw, Spread
+from assay.stats.noise import NoiseLaw, Spread, fair_bets
 
 Verdict = Literal["honest", "fraud", "undecided"]
 """Verdict of a sequential test."""
@@ -127,6 +131,9 @@ class SequentialTest:
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest factor of noise that counts as another computation.
+        honest: Honest residuals that the law was measured on, [N], which price the bets; the law is believed when None.
+        widest: Those of the pair of machines whose shape is the widest, [N], which price the bets on a share of the
+            nonces, because a share looks like a wider shape; ``honest`` when None.
 
     Raises:
         UsageError: A rate is out of range, or invented values are within ``effect`` of honest noise.
@@ -140,6 +147,8 @@ class SequentialTest:
         alpha: float = 1e-3,
         beta: float = 1e-2,
         effect: float,
+        honest: npt.ArrayLike | None = None,
+        widest: npt.ArrayLike | None = None,
     ) -> None:
         if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
             raise UsageError(
@@ -158,16 +167,23 @@ class SequentialTest:
         junk = law.junk_multiple
         self._multiples_M = grid_of_multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
         self._cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
+        self._whole_2M = self._share_2M = np.array([[np.inf], [0.0]])  # logarithms of caps, and of prices
+        if honest is not None:
+            self._whole_2M = np.log(fair_bets(law, honest, self._multiples_M))
+            self._share_2M = np.log(fair_bets(law, honest if widest is None else widest, self._multiples_M))
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
         count = self._multiples_M.size
         weight_K = np.repeat(_SHARE_WEIGHTS / count, count)
         self._log_scale_J, self._log_cheat_K = np.log(weight_J), np.log(weight_K)
         self.honest_paths: int = honest_H.size
-        """Number of paths of honest noise. E is Σ exp over the other paths, over Σ exp over these."""
-        cheats_JK = self._log_scale_J[:, None] + self._log_cheat_K
-        self.prior: FloatArray = np.concatenate([np.log(honest_H), cheats_JK.ravel()])
-        """The logarithms of the weights with which all paths begin: honest ones [H], then the cheats' [J·K]."""
+        """Number of paths of honest noise. E is Σ exp over those of the bets, over Σ exp over these."""
+        bets_JK = self._log_scale_J[:, None] + self._log_cheat_K
+        self.excluding: int = self._scales_J.size * len(SHARES)
+        """Number of paths of cheats that an honest verdict excludes, by the ratios of the law; they stand last."""
+        excluded_JP = np.repeat(self._log_scale_J, len(SHARES))
+        self.prior: FloatArray = np.concatenate([np.log(honest_H), bets_JK.ravel(), excluded_JP])
+        """The logarithms of the weights with which all paths begin: honest ones [H], the bets' [J·K], and [J·P]."""
         self._log_path = self.prior
         self._log_e_max = 0.0
         self._n = 0
@@ -218,7 +234,8 @@ class SequentialTest:
             for column in range(checked):
                 path += steps_U[which_RC[left_R, column]]
                 # A sum is at most its largest term times their number, so most e-values need not be computed.
-                most_R = path[:, first:].max(axis=1) - path[:, :first].max(axis=1) + math.log(path.shape[1] - first)
+                bets = path[:, first : -self.excluding]
+                most_R = bets.max(axis=1) - path[:, :first].max(axis=1) + math.log(bets.shape[1])
                 near = np.flatnonzero(most_R > needed - _ROUNDING)
                 over = near[self.log_e(path[near]) >= needed]
                 accused_RC[start + left_R[over], column:] = True
@@ -231,26 +248,27 @@ class SequentialTest:
         return accused_RC, honest_RA
 
     def steps(self, values: npt.ArrayLike) -> FloatArray:
-        """Return the logarithms that every value adds to every path, over the density of the law, [N, H + J·K]."""
+        """Return the logarithms that every value adds to every path, over the density of the law: [N, paths]."""
         size_N = self.law.magnitudes(values)
         base_N = self.law.log_density(size_N, 1.0)
-        shares_P1 = np.array(SHARES)[:-1, None]
         honest = [self.law.log_density(size_N, float(scale)) - base_N for scale in self._honest_H]
-        cheats = []
+        bets, excluded = [], []
         for scale in self._scales_J:
             own_N = self.law.log_density(size_N, float(scale))
             ratio_NM = np.stack(
                 [self.law.log_density(size_N, float(scale * m)) - own_N for m in self._multiples_M], axis=1
             )
-            # ln((1 − π) + π·f_rm/f_r) for every share below one, and the ratio itself where it is one
-            mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(ratio_NM, _LARGEST_RATIO))[:, None, :])
-            whole_NPM = np.concatenate([mixed_NPM, ratio_NM[:, None, :]], axis=1)
-            cheats.append((own_N - base_N)[:, None] + whole_NPM.reshape(size_N.size, -1))
-        return np.column_stack([*honest, *cheats])
+            share_NM, whole_NM = (np.minimum(ratio_NM, cap) - price for cap, price in (self._share_2M, self._whole_2M))
+            of_scale_N1 = (own_N - base_N)[:, None]
+            bets.append(of_scale_N1 + _mixed(share_NM, whole_NM).reshape(size_N.size, -1))
+            cheap_NP1 = _mixed(ratio_NM[:, [self._cheap]], ratio_NM[:, [0]])
+            excluded.append(of_scale_N1 + cheap_NP1[:, :, 0])
+        return np.column_stack([*honest, *bets, *excluded])
 
     def log_e(self, path: FloatArray) -> FloatArray:
-        """Return the logarithm of the e-value of paths [..., H + J·K]: `prior` plus the steps of some residuals."""
-        return log_sum(path[..., self.honest_paths :]) - log_sum(path[..., : self.honest_paths])
+        """Return the logarithm of the e-value of paths: `prior` plus the steps of some residuals."""
+        bets = path[..., self.honest_paths : -self.excluding]
+        return log_sum(bets) - log_sum(path[..., : self.honest_paths])
 
     def _take(self, size_N: FloatArray) -> None:
         # Starting the sum from the state makes the result independent of how the values were split into updates.
@@ -268,9 +286,7 @@ class SequentialTest:
         """
         path = self._log_path if path is None else path
         honest = float(log_sum(path[: self.honest_paths]))
-        grid_JPM = path[self.honest_paths :].reshape(self._scales_J.size, len(SHARES), -1)
-        cheat_PM = log_sum(np.moveaxis(grid_JPM, 0, -1)) - self._log_cheat_K.reshape(len(SHARES), -1)
-        return honest - np.append(cheat_PM[:-1, self._cheap], cheat_PM[-1, 0])
+        return honest - log_sum(path[-self.excluding :].reshape(-1, len(SHARES)).T)
 
     def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
         """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
@@ -306,6 +322,13 @@ class SequentialTest:
             beta=self.beta,
             effect=self.effect,
         )
+
+
+def _mixed(share_NM: FloatArray, whole_NM: FloatArray) -> FloatArray:
+    """Return ln((1 − π) + π·R) for every share π below one and logarithm of R, and for one what stands beside it."""
+    shares_P1 = np.array(SHARES)[:-1, None]
+    mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(share_NM, _LARGEST_RATIO))[:, None, :])
+    return np.concatenate([mixed_NPM, whole_NM[:, None, :]], axis=1)
 
 
 def share_excluded(n: int, beta: float) -> float | None:

@@ -23,7 +23,10 @@ from scipy import special
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import INDIFFERENT, STRICT
+from assay.stats.noise import STRICT
+
+INDIFFERENT = 0.5
+"""Loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one."""
 
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
 """Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""

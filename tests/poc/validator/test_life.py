@@ -1,12 +1,17 @@
 """Honest and lying nodes, from their first message to a verdict, over HTTP."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from assay.models import load_model
-from assay.poc import calibrate_model
+from assay.poc import Calibration, calibrate_model, prove
+from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.proof import encode_vector
-from tests.poc.validator.conftest import BLOCK, KEYS, SEQ_LEN, body_of, pins_text, proof_of
+from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.noise import Control
+from tests.poc.validator.conftest import BATCH, BLOCK, KEYS, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -60,6 +65,35 @@ def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, sma
         until(lambda: [len({entry.law for entry in ledger.entries(one)}) for one in ledger.accounts()] == [5])
         *_, last = ledger.entries(ledger.accounts()[0])
     assert last.outcome.tests == 1
+
+
+def test_residuals_count_over_the_control_that_a_validator_computes(
+    validating, small_model, small_checkpoint, tmp_path
+):
+    control = Control(of="float32", dtype="float16", size=5e-4, power=0.5)
+    shape = {"preset": "artifact", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
+    law = calibrate_model(str(small_checkpoint), **shape, device="cpu")
+    Calibration(builds=tuple(replace(build, control=control) for build in law.builds)).save(tmp_path / "law.json")
+    node, again = (load_model(small_checkpoint, dtype=name, device="cpu") for name in ("bfloat16", "float16"))
+    judge = Deployment.of(small_model, compiled=False)
+    pins = pins_text(small_model, preset="artifact").replace('"float32"', '"bfloat16"')
+    with validating(pins=pins, service={"calibration": tmp_path / "law.json"}) as running:
+        running.close()
+        running.load = lambda: replace(judge, control=Deployment.of(again, compiled=False))
+        running.start()
+        proof = proof_of(node, "node_A", range(60), preset="artifact")
+        running.send(body_of(proof))
+        ledger = running.controller.ledger
+        until(lambda: running.verdict("node_A") == "honest")
+        entry = next(ledger.entries(ledger.accounts()[0]))
+    first, second = (
+        {record.nonce: record for record in prove(model, proof.round, sorted(entry.nonces), batch_size=BATCH).records}
+        for model in (small_model, again)
+    )
+    received = {record.nonce: record for record in proof.records}
+    claimed, own, others = ([side[nonce] for nonce in entry.nonces] for side in (received, first, second))
+    wanted = control.scores(residuals(claimed, own), residuals(own, others))
+    assert entry.residuals == pytest.approx(wanted.tolist(), rel=1e-3)
 
 
 def test_whole_proofs_are_taken(validating, small_model, tmp_path):

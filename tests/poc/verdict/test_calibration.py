@@ -97,10 +97,11 @@ def test_files_of_several_builds(proof: Proof, narrow: Proof, small_model, tmp_p
 def test_the_laws_of_known_cheats_in_older_files_are_ignored(proof: Proof, tmp_path: Path):
     path, measured = tmp_path / "calibration.json", calibrate(proof, proof)
     measured.save(path)
-    path.write_text(path.read_text().replace('"named":{}', '"named":{"int4":{"kind":"scale","sigma":0.001}}'))
+    law = {"kind": "scale", "sigma": 0.001}
+    former = '"mixture":true,"named":' + json.dumps({"int4": law})
+    path.write_text(path.read_text().replace('"named":{}', former))
     assert Calibration.load(path) == measured
     noise = measured.builds[0].between("", None)
-    law = {"kind": "scale", "sigma": 0.001}
     assert Noise.from_dict(noise.as_dict() | {"named": {"int4": law}}) == noise, "in a ledger"
     with pytest.raises(CalibrationError, match="version 1 of the residual test"):
         Noise.from_dict(noise.as_dict() | {"test": 1})
@@ -146,7 +147,8 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         "effect": (1.0, "2"),
         "hidden_size": (-1, True),
         "left_out": ({"accused": 0.0},),
-        "mixture": ("no",),
+        **dict.fromkeys(("scores", "widest"), ("no base64", "AA", "AHwAfA==", "ADwAAA==")),
+        "control": ({}, {"of": "a", "dtype": "b", "size": 0.0, "power": 0.5}, {"of": "a", "dtype": "b", "size": 1.0}),
     }  # fmt: skip
     tops = (
         {"kind": "assay.poc.proof"},

@@ -9,11 +9,11 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from assay.pages.report import Cell
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.verdict.calibration import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.judge import judge_residuals
-from assay.poc.verdict.noise import Law, Noise, fit_noise, law_as_dict, sequential_test
+from assay.poc.verdict.noise import Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Flag
 from assay.stats.noise import NoiseFit
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
@@ -97,12 +97,10 @@ def _clipped(values_N: FloatArray) -> FloatArray:
 # The rules that are held against each other, all with one question: accused after how many nonces?
 
 ALPHA, BETA = 1e-3, 1e-2
-OURS, FIRST, ORACLE = "ours", "first version", "oracle"
+OURS, ORACLE = "ours", "oracle"
 COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
 """Published count tests: distance that is a mismatch, share of mismatches that is granted, and level."""
 
-FIRST_EFFECT = 2.0
-CONFIDENCE = 0.99  # of the law of the first version
 ASKED = (64, 300)
 """Numbers of nonces at which it is asked whether a node would be called honest."""
 
@@ -177,31 +175,18 @@ def fit(distances_N: FloatArray) -> NoiseFit[stats.LogNoise]:
     return fit_noise(get_pipeline("artifact"), distances_N)  # type: ignore[return-value]
 
 
-def upper_law(fit: NoiseFit[Any], n: int) -> Any:
-    """Return a law that is at least as large as the true noise with a one-sided confidence of 99 %, from n residuals.
-
-    The scale of distances has the standard error of the fit; that of logarithms √(1/2n), and their median that error.
-    """
-    z, law = float(special.ndtri(CONFIDENCE)), fit.law
-    if isinstance(law, stats.LogNoise):
-        return replace(law, mu=law.mu + z * fit.error, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
-    return law.scaled(math.exp(z * fit.error))
-
-
-def rules_for(noise: MachineNoise, first: Law, effect: float | None, kind: str, judge: int) -> dict[str, Rule]:
+def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) -> dict[str, Rule]:
     """Return the rules that do not know the truth, for a machine of a kind against a validator's.
 
     Args:
         noise: Noise between the machines that are known.
-        first: Law of the first version.
         effect: Effect from the power on these machines.
         kind: Kind of the machine that is judged.
         judge: Validator's machine.
     """
-    law = noise.predict_law(kind, judge)
-    rules: dict[str, Rule] = {OURS: sequential_test(Noise(law, OURS, noise.spread, effect), alpha=ALPHA, beta=BETA)}
-    rules[FIRST] = sequential_test(Noise(first, FIRST, effect=FIRST_EFFECT), alpha=ALPHA, beta=BETA)
-    return rules | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
+    found = Noise(noise.predict_law(kind, judge), OURS, noise.spread, effect, noise.scores, noise.widest)
+    ours: dict[str, Rule] = {OURS: sequential_test(found, alpha=ALPHA, beta=BETA)}
+    return ours | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
 
 # One machine left out: what every rule says of its honest audits, and of cheats in its place.
@@ -287,8 +272,6 @@ class Fold:
         mine = {rows: errors_N for rows, errors_N in build.distances.items() if machine in rows and errors_N.any()}
         noise = fit_machines(rest, build.kinds, fit)
         effect, left_out = leave_out(rest, build.kinds, fit, audits=INSIDE_AUDITS)
-        everything_N = np.concatenate(list(rest.values()))
-        first = upper_law(fit(everything_N), everything_N.size)
         tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         rng = np.random.default_rng([self.seed, machine])
 
@@ -301,7 +284,7 @@ class Fold:
         honest_audits = max(self.audits, -(-LEAST_AUDITS // (2 * len(build.pairs))))
         for rows, honest_N in mine.items():
             judge = rows[0] if rows[1] == machine else rows[1]
-            rules = rules_for(noise, first, effect, build.kinds[machine], judge)
+            rules = rules_for(noise, effect, build.kinds[machine], judge)
             alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
             audit(HONEST, "", rules | {ORACLE: Oracle(honest_N, alternative_N)}, honest_N, honest_audits)
             medians = [np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows]
@@ -309,7 +292,7 @@ class Fold:
                 audit(SIMULATED, cheat, rules | {ORACLE: Oracle(honest_N, pool_N)}, pool_N, CHEAT_AUDITS)
         for judge in sorted({i for rows in rest for i in rows}):
             for model, kind, truth in self._real(judge):
-                rules = rules_for(noise, first, effect, kind, judge)
+                rules = rules_for(noise, effect, kind, judge)
                 audit(REAL, model, rules | {ORACLE: truth}, truth.cheat, CHEAT_AUDITS)
         return {
             "build": build.name,
@@ -461,7 +444,8 @@ def _nearest_noise(group: Build, builds: Sequence[Build]) -> Noise | None:
 
     nearest = max(found, key=alike)
     noise = fit_machines(nearest.distances, nearest.kinds, fit)
-    return Noise(noise.predict_law(""), f"machines of {nearest.name}", noise.spread)
+    source = f"machines of {nearest.name}"
+    return Noise(noise.predict_law(""), source, noise.spread, None, noise.scores, noise.widest)
 
 
 def _outcome(pair: Pair, noise: Noise, chosen: Chosen) -> str:
@@ -607,7 +591,7 @@ def _rows(summary: JsonObject, sort: str) -> list[JsonObject]:
     ]
 
 
-DRAWN = (OURS, FIRST, CountRule(*COUNTS[0]).name, ORACLE)
+DRAWN = (OURS, CountRule(*COUNTS[0]).name, ORACLE)
 
 
 def section(run: RunRecords) -> Section:

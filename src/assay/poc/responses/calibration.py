@@ -41,6 +41,7 @@ MARGIN = 2.0
 BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")  # written by research/benchmarks/responses.py --install
 
 SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
+SKETCH_TAIL = 1.0  # heavy, because no residuals price the bets on sketches
 LEAST_BETWEEN = 0.2
 """Least spread of ln distance between the sketches of responses: an odd response is in no small sample.
 
@@ -206,7 +207,7 @@ def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> 
     )
     sketches = [one.residuals for one in everything if len(one.residuals)]
     _check_enough_sketches(sum(map(len, sketches)), len(everything))
-    fit = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR)
+    fit = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL)
     of_provers = [np.concatenate([one.residuals for one in some]) for some in by_prover if some]
     scales = [float(np.median(np.log(fit.law.magnitudes(some)))) - fit.law.mu for some in of_provers if len(some)]
     between = max(_between([np.log(fit.law.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)

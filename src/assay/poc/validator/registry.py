@@ -250,4 +250,6 @@ class Noises:
         if not self._measured:
             return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
         of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
+        again = self._deployment.control
+        of |= {"control": None if again is None else again.dtype}
         return find_build_noise(self._measured, build, **of, formats=formats, round=round)

@@ -26,6 +26,9 @@ class ValidatorSettings(Settings):
     )
     nonces_per_hour: Count = Field(3600, description="Nonces that are recomputed in an hour, of all nodes together.")
     sample: Count = Field(8, description="Nonces that are drawn from one message at a time.")
+    control: str | None = Field(
+        None, description="Number format in which every nonce is computed again; the calibration must have measured it."
+    )
     batch_size: Count = Field(32, description="Nonces per forward pass, of any nodes.")
     minimum_share: float = Field(
         0.1, ge=0, le=1, description="Share of the nonces that is spread over all nodes, decided or not."

@@ -135,7 +135,7 @@ class Checked:
     source: Draw  # draw as it was written down
     round: Round  # round of the message
     nonces: Sequence[int]  # drawn ones, in the order in which they are drawn
-    errors: npt.NDArray[np.float64]  # residual of each
+    errors: npt.NDArray[np.float64]  # residual of each, over its control where there is one
     noise: Noise  # honest noise that they are judged under
     build: Build  # build of the node
 
@@ -258,10 +258,17 @@ class Recomputer(EngineThread):
                 wanted.append((claim.round, [claim.nonces[place] for place in places]))
                 received.append([claim.record(place, registry.pipeline) for place in places])
         recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
-        for source, (round, nonces), claimed, records in zip(sources, wanted, received, recomputed, strict=True):
+        again = recomputed
+        if deployment.control is not None:
+            again = recompute(deployment.control, self._settings.batch_size, wanted, received)
+        for source, (round, nonces), claimed, records, others in zip(
+            sources, wanted, received, recomputed, again, strict=True
+        ):
             build = registry.senders[round.public_key].build  # the claim was read under this registry
             errors, noise = residuals(claimed, records), self._noise(build, round)
             assert noise is not None  # a round scales it
+            if noise.control is not None:
+                errors = noise.control.scores(errors, residuals(records, others))
             checked.append(Checked(source, round, nonces, errors, noise, build))
         with self._recording:
             accounts = [account_of(found.round.public_key, registry) for found in checked]

@@ -41,14 +41,17 @@ from assay.poc.protocol.proof import STRICT, Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import (
+    Control,
     FloatArray,
     Law,
     Noise,
     ReadLaw,
     ReadSpread,
+    Scores,
     bundled_noise,
     fit_noise,
     law_as_dict,
+    pack_scores,
     sequential_test,
 )
 from assay.stats.noise import NoiseFit, Spread
@@ -61,9 +64,6 @@ SCHEMA = 2
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
-ENOUGH = 1024
-"""Nonces from which the data choose the tail of a law of distances, unless the model is a mixture of experts."""
-
 LAWS: dict[str, type[Law]] = {
     **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
     **dict.fromkeys(("vector", "position vector", "token vector", "tokens", "few tokens"), stats.LogNoise),
@@ -162,12 +162,16 @@ class MachineNoise:
         sizes: Sizes by pair.
         spread: Spread of a machine that was not measured.
         known: Spread of a pair that was measured: the error of its size.
+        scores: Residuals of all pairs, each over the size of its pair, as :func:`pack_scores` writes them.
+        widest: Those of the pair whose shape is the widest.
     """
 
     law: Law
     sizes: Sizes
     spread: Spread
     known: Spread
+    scores: str = ""
+    widest: str = ""
 
     def predict_law(self, kind: str, validator: int | None = None) -> Law:
         """Return the law of a new machine of a kind against a validator's machine."""
@@ -232,9 +236,12 @@ class BuildNoise:
         hidden_size: Hidden size of the model where the law is relative to the block's own scale; 0 where it is not.
         effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
         left_out: How often honest machines were accused that the law does not know; None with fewer than three.
-        mixture: Whether the model is a mixture of experts; None where the measurement was not told.
         effective_dimension: Effective dimension of the states, from which the widths of blocks follow; None where it
             was not measured.
+        scores: Honest residuals in units of the law, which price the bets of a test; empty in files of earlier
+            releases.
+        widest: Those of the pair whose shape is the widest.
+        control: Second computation of every nonce that the residuals were divided by; None without one.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -251,14 +258,16 @@ class BuildNoise:
     hidden_size: Annotated[int, Field(ge=0, le=2**20)] = 0
     effect: Annotated[float, Field(gt=1, lt=100)] | None = None
     left_out: LeftOut | None = None
-    mixture: bool | None = None
     effective_dimension: Annotated[float, Field(ge=1, le=2**20)] | None = None
+    scores: Scores = ""
+    widest: Scores = ""
+    control: Control | None = None
 
     @property
     def noise(self) -> MachineNoise:
         """The noise between machines."""
         sizes = Sizes(self.sizes, tuple(machine.kind for machine in self.machines))
-        return MachineNoise(self.law, sizes, self.spread, self.known)
+        return MachineNoise(self.law, sizes, self.spread, self.known, self.scores, self.widest)
 
     @property
     def engines(self) -> list[Fingerprint]:
@@ -276,13 +285,20 @@ class BuildNoise:
     def identity(self) -> tuple[object, ...]:
         """What two measurements of one build have in common."""
         names = sorted(machine.fingerprint.id if machine.fingerprint else machine.name for machine in self.machines)
-        return self.preset, self.digest, tuple(names)
+        return self.preset, self.digest, tuple(names), self.control and (self.control.of, self.control.dtype)
 
     @property
     def source(self) -> str:
         """Where the law comes from, in words."""
         of_machines = f" of {len(self.machines)} machines" if len(self.machines) >= FEWEST_MACHINES else ""
-        return f"calibration on {self.n} nonces{of_machines}"
+        beside = f" with a control in {self.control.dtype}" if self.control is not None else ""
+        return f"calibration on {self.n} nonces{of_machines}{beside}"
+
+    def has_control(self, control: str | None, own: str | None) -> bool:
+        """Return whether residuals are divided by a control in this number format, beside a validator in its own."""
+        if self.control is None or control is None:
+            return (self.control is None) == (control is None)
+        return self.control.dtype == control and own in (None, self.control.of)
 
     def judges(self, prover: Fingerprint) -> list[Fingerprint]:
         """Return the fingerprints of the measured machines that may judge a prover: of a pair, the other one."""
@@ -333,7 +349,8 @@ class BuildNoise:
         row = self._row(validator)
         measured = row is not None and len(self.machines) < FEWEST_MACHINES
         spread = self.known if measured else self.spread
-        noise = Noise(self.noise.predict_law(kind, row), self.source, spread, self.effect)
+        law = self.noise.predict_law(kind, row)
+        noise = Noise(law, self.source, spread, self.effect, self.scores, self.widest, self.control)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise
@@ -347,8 +364,11 @@ class BuildNoise:
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        told: JsonObject = {"mixture": True} if self.mixture else {}  # older files have neither
+        told: JsonObject = (
+            {"scores": self.scores, "widest": self.widest} if self.scores else {}
+        )  # older files have none of these
         told |= {} if self.effective_dimension is None else {"effective_dimension": self.effective_dimension}
+        told |= {} if self.control is None else {"control": asdict(self.control)}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
         engines = [one.fingerprint and one.fingerprint.as_dict() for one in self.machines]
         return told | {
@@ -369,7 +389,8 @@ class BuildNoise:
         Raises:
             ValueError: No measurement gives a value. AssayError and the errors of wrong types mean the same.
         """
-        build = TypeAdapter(cls).validate_json(dumps({name: one for name, one in values.items() if name != "named"}))
+        former = ("named", "mixture")  # which earlier releases wrote
+        build = TypeAdapter(cls).validate_json(dumps({name: one for name, one in values.items() if name not in former}))
         if type(build.law) is not LAWS.get(build.output):
             raise ValueError(f"a law of another kind than {build.output!r:.60} has")
         if max(j for _, j in build.sizes) >= len(build.machines):
@@ -387,19 +408,30 @@ class Calibration:
 
     builds: tuple[BuildNoise, ...]
 
-    def find_build(self, header: Header, validator: Fingerprint | None = None) -> BuildNoise:
+    def find_build(
+        self, header: Header, validator: Fingerprint | None = None, control: str | None = None
+    ) -> BuildNoise:
         """Return the noise of the build that a proof was made with, and between its number format and a validator's.
 
+        With a ``control``, a number format, it is a law of scores by that control.
+
         Raises:
-            CalibrationError: No build is of the proof's model, preset and engine; names what differs.
+            CalibrationError: No build is of the proof's model, preset and engine, or has this control; names what
+                differs.
         """
         dtypes = sorted((header.fingerprint.dtype, validator.dtype)) if validator is not None else None
 
         def order(build: BuildNoise) -> tuple[bool, bool]:
             return dtypes is not None and dtypes not in build.formats, header.fingerprint not in build.engines
 
+        own = None if validator is None else validator.dtype
+        fitting = [build for build in self.builds if build.has_control(control, own)]
+        if not fitting:
+            seen = f"a calibration without a law of nonces that are computed in {own} and again in {control}"
+            do = "leave the control out, or measure one in these formats: `assay poc calibrate --model M`"
+            raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         reasons = []
-        for build in sorted(self.builds, key=order):
+        for build in sorted(fitting, key=order):
             try:
                 build.check_header(header)
             except CalibrationError as error:
@@ -407,6 +439,22 @@ class Calibration:
             else:
                 return build
         raise reasons[0]
+
+    def control_of(self, header: Header, own: str) -> str:
+        """Return the number format of the control with which a validator in its ``own`` judges a proof.
+
+        Raises:
+            CalibrationError: No control was measured for this proof and format.
+        """
+        formats = sorted((header.fingerprint.dtype, own))
+        for build in self.builds:
+            if build.control is not None and build.control.of == own and formats in build.formats:
+                return build.control.dtype
+        raise CalibrationError(
+            f"a calibration without a control for a proof in {formats[0]}, judged in {own}",
+            wanted="a law of scores, which `assay poc calibrate --model M` measures where a control is a gain",
+            do="leave --control out, or measure with more number formats",
+        )
 
     def check_kind(self, header: Header, engine: str) -> None:
         """Refuse a validator on a kind of engine, ``hf`` or ``vllm``, that was not measured beside the prover's.
@@ -483,19 +531,24 @@ def noise_for(
     calibration: Calibration | None,
     *,
     builds: Sequence[Build] | None = None,
+    control: str | None = None,
 ) -> Noise | None:
     """Return the honest noise between the engine of a proof and that of its validator.
 
     Without a calibration it is that of a bundled model, and None for any other. The kind of the prover's machine is
-    that of the pinned ``builds``, whatever the header says.
+    that of the pinned ``builds``, whatever the header says. ``control`` is the number format in which the validator
+    computes every nonce again.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build, or was not measured between these number
             formats; names what differs.
     """
     if calibration is None:
+        if control is not None:
+            seen, do = "a control without a calibration", "pass --calibration, or leave the control out"
+            raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         return bundled_noise(header.digest, header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
-    build = calibration.find_build(header, validator)
+    build = calibration.find_build(header, validator, control)
     than = "than this validator's"
     build.check_engine(validator, than)
     formats = sorted((header.fingerprint.dtype, validator.dtype))
@@ -520,6 +573,7 @@ def find_build_noise(
     preset: str,
     formats: tuple[str, str],
     round: Round | None,
+    control: str | None = None,
 ) -> Noise | None:
     """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
 
@@ -529,6 +583,7 @@ def find_build_noise(
     """
     for measured in (one for calibration in calibrations for one in calibration.builds):
         fits = not measured.formats or sorted(formats) in measured.formats
+        fits = fits and measured.has_control(control, formats[1])
         if (measured.digest, measured.preset) == (digest, preset) and fits:
             allowed = [known for known in measured.engines if build is None or not build.differing(known)]
             if allowed or not measured.engines:
@@ -588,6 +643,9 @@ It was chosen on sets of two quantised mixtures (docs/networks.md). Machines tha
 prediction by .02 in the root mean square for one mixture, and by up to .07 for the other.
 """
 
+WIDTH = 0.95
+"""Quantile of residuals by which the widest pair of machines is chosen. Pairs differ in shape, not in size alone."""
+
 PAIR_SPREAD = 0.02
 """Spread of ln size of one pair of machines between blocks, added to the error of its measurement."""
 
@@ -608,7 +666,6 @@ Residuals = Mapping[Pair, FloatArray]
 def calibrate(
     *proofs: Proof,
     hidden_size: int | None = None,
-    mixture: bool | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure the noise of a build between the machines of honest proofs.
@@ -622,8 +679,6 @@ def calibrate(
         proofs: Honest proofs of one checkpoint and preset, one of every machine and round.
         hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
             without it the law is wider.
-        mixture: Whether the model is a mixture of experts. A law of its distances has at most 2.5 degrees of freedom,
-            because few nonces of a block ask other experts. It should rest on 1024 distances or more.
         progress: Function that is called with (machines left out, machines in all).
 
     Returns:
@@ -668,7 +723,6 @@ def calibrate(
         first.pipeline,
         digest=first.digest,
         hidden_size=hidden_size if hidden_size and first.pipeline.head == "random" else 0,
-        mixture=mixture,
         progress=progress,
     )
     return Calibration(builds=(build,))
@@ -723,17 +777,19 @@ def fit_build(
     *,
     digest: str | None,
     hidden_size: int = 0,
-    mixture: bool | None = None,
     effective_dimension: float | None = None,
+    control: Control | None = None,
     progress: Progress | None = None,
 ) -> BuildNoise:
     """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of each block.
+
+    With a ``control``, ``measured`` has the scores that it gives.
 
     The other arguments are fields of :class:`BuildNoise`.
     """
     between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if hidden_size else BLOCK_SPREAD
     n = min(errors.size for errors in measured.values())
-    fit = partial(fit_noise, pipeline, wide=bool(mixture) or n < ENOUGH)
+    fit = partial(fit_noise, pipeline)
     kinds = [machine.kind for machine in machines]
     effect, left_out = leave_out(measured, kinds, fit, between_blocks=between, progress=progress)
     noise = fit_machines(measured, kinds, fit, between_blocks=between)
@@ -750,8 +806,10 @@ def fit_build(
         hidden_size=hidden_size,
         effect=effect,
         left_out=left_out,
-        mixture=mixture,
         effective_dimension=effective_dimension,
+        scores=noise.scores,
+        widest=noise.widest,
+        control=control,
     )
 
 
@@ -765,9 +823,11 @@ def fit_machines(
     """
     size = {pair: float(np.median(np.abs(errors_N))) for pair, errors_N in residuals.items()}
     some = {pair: value for pair, value in size.items() if value > 0}
-    if not some:  # machines that agree to the bit
-        law = fit(np.concatenate(list(residuals.values()))).law
-        return MachineNoise(law, Sizes(dict.fromkeys(size, law.size), tuple(kinds)), PRIOR, PRIOR)
+    if not some:  # machines that mostly agree to the bit; the rare nonces on which they do not price the bets
+        every_N = np.concatenate(list(residuals.values()))
+        law = fit(every_N).law
+        sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
+        return MachineNoise(law, sizes, PRIOR, PRIOR, pack_scores(every_N, law))
     sizes = Sizes(some, tuple(kinds))
     pooled_N = np.concatenate([residuals[pair] * (sizes.typical / value) for pair, value in some.items()])
     found = fit(pooled_N)
@@ -780,7 +840,10 @@ def fit_machines(
     dof = PRIOR.dof + machines - 1
     known = min(math.hypot(error, between_blocks), _WIDEST)
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
-    return MachineNoise(found.law, sizes, Spread(new, dof), Spread(known, PRIOR.dof))
+    over = [np.abs(residuals[pair]) * (sizes.typical / value) for pair, value in some.items()]
+    widest = max(over, key=lambda size_N: float(np.quantile(size_N, WIDTH)))
+    scores = pack_scores(pooled_N, found.law), pack_scores(widest, found.law)
+    return MachineNoise(found.law, sizes, Spread(new, dof), Spread(known, PRIOR.dof), *scores)
 
 
 def leave_out(
@@ -812,7 +875,7 @@ def leave_out(
                 noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
             for pair, errors_N in mine.items() if rest else ():
                 law = noise.predict_law(kinds[machine], pair[0] if pair[1] == machine else pair[1])
-                test = sequential_test(Noise(law, "left out", noise.spread, effect))
+                test = sequential_test(Noise(law, "left out", noise.spread, effect, noise.scores, noise.widest))
                 drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
                 shares.append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
                 left.append(machine)

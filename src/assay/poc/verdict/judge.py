@@ -51,7 +51,8 @@ class Verdict:
             undecided.
         power: Chance with which the sample accuses a node that computes a tenth of its nonces at five times the honest
             noise; None without a law.
-        residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce.
+        residuals: Received minus recomputed distance, or L2 distance of the vectors, per checked nonce; where the law
+            has a control, they are scores.
         nonces: Nonces that were checked.
         sample_seed: Number that draws the same sample again.
         header: Header of the proof, whose values agree with the pins.
@@ -130,6 +131,7 @@ def judge(
     recomputed: Sequence[Record],
     noise: Noise | None,
     *,
+    again: Sequence[Record] | None = None,
     pins: Pins | None = None,
     test: stats.SequentialTest | None = None,
     seed: int = 0,
@@ -137,12 +139,16 @@ def judge(
 ) -> Verdict:
     """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the same order.
 
-    Without a law of honest noise the verdict is undecided, whatever the residuals are. ``test`` is a fresh one; that of
+    Without a law of honest noise the verdict is undecided, whatever the residuals are. ``again`` has what the validator
+    computed a second time, where the law has a control. ``test`` is a fresh one; that of
     the honest noise at the usual error rates when None. The header agrees with ``pins``. ``seed`` drew the sample, and
     ``power`` is what :func:`assay.poc.verdict.noise.plan_sample` says of it.
     """
     header = proof.header
     errors = residuals(received, recomputed)
+    count = count_mismatches(errors)
+    if noise is not None and noise.control is not None and again is not None:
+        errors = noise.control.scores(errors, residuals(recomputed, again))
     nonces = tuple(record.nonce for record in received)
     outcome: Outcome = "undecided"
     reason, result, found = missing_law(header.round.model, header.digest, header.round), None, None
@@ -155,7 +161,6 @@ def judge(
             batch_size=header.fingerprint.batch_size,
         )
         reason = _reason(outcome, result, found)
-    count = count_mismatches(errors)
     if header.pipeline.output == "distance":
         pairs = [
             (a.distance, b.distance)

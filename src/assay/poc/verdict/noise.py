@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PlainValidator, TypeAdapter
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 
 from assay import stats
 from assay.errors import CalibrationError, UsageError
@@ -49,14 +49,14 @@ BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
 
-WIDE_DOF = 2.5
-"""Most degrees of freedom of a law of distances from few nonces, or of a mixture of experts: both hide rare large ones.
-
-Distances of many blocks of a small Qwen3-MoE choose it; it was tested on two other mixtures
-(research/results/mixture_wider.json). For vectors a heavier tail costs power and prevents nothing (accounts.json).
-"""
-
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
+
+LEAST_SCORE = 1e-6  # added to residuals over their typical size, so that zero has a logarithm
+FARTHEST = 16.0  # a control over its typical size, or below it
+WORTH = 0.9  # spread of ln residual that a control may leave at most
+
+MOST_SCORES = 1024
+"""Honest residuals that are kept with a law, to price its bets; of more, as many quantiles."""
 
 _KINDS: dict[str, TypeAdapter[Any]] = {"scale": TypeAdapter(stats.ScaleNoise), "log": TypeAdapter(stats.LogNoise)}
 _OF_RESIDUALS = ("a kind, scale or log, with its finite parameters", "calibrate")
@@ -103,8 +103,86 @@ def _read_spread(values: Any) -> Spread:
     return TypeAdapter(Spread).validate_json(dumps(values))
 
 
+def pack_scores(residuals: npt.ArrayLike, law: Law) -> str:
+    """Return the sizes of honest residuals over that of their law: base64 of logarithms in float16, in ascending order.
+
+    Of more than :data:`MOST_SCORES`, as many quantiles are kept.
+    """
+    logs = np.sort(np.log(law.magnitudes(residuals) / law.size + LEAST_SCORE))
+    if len(logs) > MOST_SCORES:
+        logs = np.quantile(logs, (np.arange(MOST_SCORES) + 0.5) / MOST_SCORES)
+    return base64.b64encode(logs.astype("<f2").tobytes()).decode()
+
+
+def unpack_scores(text: str) -> FloatArray:
+    """Return the sizes that :func:`pack_scores` wrote, over that of the law, [N].
+
+    Raises:
+        ValueError: The text holds no such sizes.
+    """
+    logs = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float64)
+    if len(logs) > MOST_SCORES or not np.isfinite(logs).all() or bool(np.any(np.diff(logs) < 0)):
+        raise ValueError(f"{len(logs)} scores, or some that are not numbers in ascending order")
+    return np.exp(logs)
+
+
+def _check_scores(text: str) -> str:
+    unpack_scores(text)
+    return text
+
+
 ReadLaw = Annotated[Law, PlainValidator(read_law)]
 ReadSpread = Annotated[Spread, PlainValidator(_read_spread)]
+Scores = Annotated[str, Field(max_length=4 * MOST_SCORES), AfterValidator(_check_scores)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A second honest computation of every nonce, which says how hard the nonce is for any machine.
+
+    A residual counts as a *score*: it is divided by (control / size) ** power. The control is the residual between the
+    validator's two computations of the nonce, so the node has no part in it.
+
+    Args:
+        of: Number format of the validator's first computation, which the node is compared with.
+        dtype: Number format of the second.
+        size: Typical control.
+        power: Slope of the logarithm of a residual on that of its control, among honest machines.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    of: Annotated[str, Field(min_length=1, max_length=64)]
+    dtype: Annotated[str, Field(min_length=1, max_length=64)]
+    size: Annotated[float, Field(ge=1e-12, le=2.0)]
+    power: Annotated[float, Field(gt=0, le=1)]
+
+    @classmethod
+    def measured(cls, pairs: Sequence[tuple[FloatArray, FloatArray]], *, of: str, dtype: str) -> Self | None:
+        """Return the control that honest residuals [N] and their controls [N] of several pairs give.
+
+        It is None where a control takes less than a tenth of the spread of the logarithms away: then the second
+        computation is not worth its price.
+        """
+        sizes = [(np.abs(residuals_N), np.abs(controls_N)) for residuals_N, controls_N in pairs]
+        if not sizes or min(float(np.median(one)) for pair in sizes for one in pair) == 0.0:
+            return None  # machines that agree to the bit
+        logs = [np.log(np.stack([r, c])[:, (r > 0) & (c > 0)]) for r, c in sizes]
+        both_2N = np.concatenate([one - np.median(one, axis=1, keepdims=True) for one in logs], axis=1)
+        (var, shared), (_, var_again) = np.cov(both_2N)
+        if shared <= 0 or math.sqrt(max(1 - shared**2 / (var * var_again), 0.0)) > WORTH:
+            return None
+        power = min(1.0, float(shared / var_again))
+        return cls(of=of, dtype=dtype, size=float(np.median(np.concatenate([c for _, c in sizes]))), power=power)
+
+    def scores(self, residuals_N: npt.ArrayLike, controls_N: npt.ArrayLike) -> FloatArray:
+        """Return the scores of residuals, [N]; a control counts as `FARTHEST` times its typical size at most.
+
+        A control that is zero or not finite counts as typical: it says nothing of the nonce, and excuses no node.
+        """
+        over_N = np.abs(np.asarray(controls_N, dtype=np.float64)) / self.size
+        over_N = np.where(np.isfinite(over_N) & (over_N > 0), np.clip(over_N, 1 / FARTHEST, FARTHEST), 1.0)
+        return np.asarray(residuals_N, dtype=np.float64) / over_N**self.power
 
 
 @dataclass(frozen=True)
@@ -116,6 +194,10 @@ class Noise:
         source: Where the law comes from, in words.
         spread: Law of the scale of a machine over that of ``law``.
         effect: Smallest multiple of the noise that counts as another computation; that of :data:`EFFECT` when None.
+        scores: Honest residuals that the law was measured on, as :func:`pack_scores` writes them: they price the bets
+            of the test. Without them the law is believed.
+        widest: Those of the pair of machines whose shape is the widest, which price the bets on a share.
+        control: Second computation of each nonce that the residuals are divided by; None without one.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -124,6 +206,9 @@ class Noise:
     source: str = ""
     spread: ReadSpread = field(default_factory=Spread)
     effect: float | None = None
+    scores: Scores = ""
+    widest: Scores = ""
+    control: Control | None = None
 
     @property
     def size(self) -> float:
@@ -137,13 +222,16 @@ class Noise:
         return dumps({name: value for name, value in values.items() if name not in ("sigma", "mu", "source")})
 
     def scaled(self, factor: float) -> "Noise":
-        """Return the noise ``factor`` times larger."""
-        return replace(self, law=self.law.scaled(factor))
+        """Return the noise where residuals, and controls as well, are ``factor`` times larger."""
+        power = 0.0 if self.control is None else self.control.power
+        return replace(self, law=self.law.scaled(factor ** (1 - power)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
         values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
+        values |= {"scores": self.scores, "widest": self.widest} if self.scores else {}
+        values |= {} if self.control is None else {"control": asdict(self.control)}
         return values | ({"effect": self.effect} if self.effect is not None else {})
 
     @classmethod
@@ -155,7 +243,8 @@ class Noise:
         """
         with _refusing(values, *_OF_RESIDUALS):
             law = dict(values)
-            rest = {name: law.pop(name) for name in ("source", "effect", "spread") if name in law}
+            known = ("source", "effect", "spread", "scores", "widest", "control")
+            rest = {name: law.pop(name) for name in known if name in law}
             law.pop("named", None)
             check_version(law.pop("test", TEST), TEST, "the residual test")
             return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
@@ -191,16 +280,13 @@ def missing_law(model: str, digest: str, round: Round) -> str:
     )
 
 
-def fit_noise(
-    pipeline: Pipeline, errors: FloatArray, *, wide: bool = False
-) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
-    """Fit a law to honest residuals [N] of a pipeline; for a ``wide`` tail of distances see :data:`WIDE_DOF`."""
-    if pipeline.output != "distance":
-        # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
-        floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
-        return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
-    found = fit_scale_noise(errors)
-    return fit_scale_noise(errors, dof=WIDE_DOF) if wide and found.law.dof > WIDE_DOF else found
+def fit_noise(pipeline: Pipeline, errors: FloatArray) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
+    """Fit a law to honest residuals [N] of a pipeline."""
+    if pipeline.output == "distance":
+        return fit_scale_noise(errors)
+    # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
+    floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
+    return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
 
 
 def law_as_dict(law: Law) -> dict[str, Any]:
@@ -233,7 +319,10 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     """
     effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     rates = {"alpha": alpha, "beta": beta, "effect": effect}
-    return stats.SequentialTest(noise.law, spread=noise.spread, **rates)
+    if not noise.scores:
+        return stats.SequentialTest(noise.law, spread=noise.spread, **rates)
+    honest, widest = (unpack_scores(text) * noise.size for text in (noise.scores, noise.widest or noise.scores))
+    return stats.SequentialTest(noise.law, spread=noise.spread, honest=honest, widest=widest, **rates)
 
 
 SAMPLES = (32, 48, 64, 96, 128)
