@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     trainer = GRPO(
         adapter, optimizer, OwnReward(tasks(), reward, optimizer.arm), config, prompts=4,
-        processing_class=model.tokenizer, axes=(basis, None),
+        processing_class=model.tokenizer, axes=basis,
     )  # fmt: skip
     checkpoint, done = last_checkpoint(folder)
     log = TrainLog(folder / "log.jsonl", {}, step=done)
