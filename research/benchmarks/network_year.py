@@ -5,7 +5,7 @@ machine's scale is drawn once from its spread: no block effect, no fault. *Suspe
 `Life`. E is the likelihood ratio of the cheats to honest noise, so the chance that an honest node is convicted is the
 mean of 1/E_τ over lives of the cheats, τ the audit that convicts. Pass: no expected number exceeds α times the nodes;
 the number seen is in the 95 % range of its Poisson law, and it in the interval of the number seen. *Fitted*: networks
-whose law was fitted to 1024 honest residuals.
+whose law was fitted to 1024 honest residuals, which price its bets.
 
     python research/benchmarks/network_year.py -o research/results/network_year.json
 """
@@ -20,7 +20,7 @@ from scipy.stats import chi2, poisson
 from assay.poc import Noise, get_pipeline
 from assay.poc.verdict import Life
 from assay.poc.verdict.life import error_share
-from assay.poc.verdict.noise import fit_noise, sequential_test
+from assay.poc.verdict.noise import fit_noise, pack_scores, sequential_test
 from assay.stats.noise import Spread
 from assay.stats.sequential import SHARES
 
@@ -116,8 +116,9 @@ def main():
             found = {name: row(alpha, nodes, *one, int(number)) for name, one, number in both}
             rows.append({"preset": preset, "law": str(law), "alpha": alpha, "nodes": nodes, **found})
         for _ in range(NETWORKS):
-            fit = fit_noise(get_pipeline(preset), draw(law, 1024, rng))
-            fitted = Noise(fit.law, "fitted", Spread(math.hypot(fit.error, SPREAD.sd)))
+            fit = fit_noise(get_pipeline(preset), honest := draw(law, 1024, rng))
+            spread, scores = Spread(math.hypot(fit.error, SPREAD.sd)), pack_scores(honest, fit.law)
+            fitted = Noise(fit.law, "fitted", spread, scores=scores)
             numbers = count(fitted, grid, {1e-3: 10_000}, rng)[1e-3].tolist()
             fits.append({"preset": preset, "law": str(fit.law), "alpha": 1e-3, "nodes": 10_000, "seen": numbers})
     publish("network_year", {"weeks": WEEKS, "checked": CHECKED, "rows": rows, "fits": fits}, options.output)
