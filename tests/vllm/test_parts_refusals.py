@@ -330,7 +330,7 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
 
 def test_a_format_that_cannot_recompute_a_proof_and_a_device_for_vllm_are_refused():
     header = SimpleNamespace(fingerprint=SimpleNamespace(dtype="float32"), pipeline=get_pipeline("poc-2.0"))
-    with pytest.raises(UsageError, match="int8 on vLLM"):
-        open_judge(Launch(model="m", engine="vllm", dtype="int8"), header).__enter__()
+    with pytest.raises(UsageError, match="float8 on vLLM"):
+        open_judge(Launch(model="m", engine="vllm", dtype="float8"), header).__enter__()
     with pytest.raises(UsageError, match="--device"):
         vllm_engine(Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16).__enter__()

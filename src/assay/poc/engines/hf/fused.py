@@ -424,9 +424,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 # In the order of preference; each serves what those before it do not.
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set, as torchao does
-# when it rounds weights. They go with each function that is compiled: Dynamo puts torch's deterministic mode back after
-# every trace, and with it Inductor's setting of that name, so a patch around many functions would hold for the first.
+# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set. They go with
+# each function that is compiled: Dynamo puts torch's deterministic mode back after every trace, and with it Inductor's
+# setting of that name, so a patch around many functions would hold for the first.
 _KERNELS = {
     "deterministic": True,  # reductions have one configuration, and matrices are not padded
     "triton.autotune_pointwise": False,
