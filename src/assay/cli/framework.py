@@ -150,10 +150,8 @@ class Command(click.Command):
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
             self.params += [self.settings[name].parameter(not self.is_shown(name)) for name in ordered]
             if self.settings:
-                kind = click.Path(path_type=Path)
-                self.params.append(
-                    click.Option(["--config"], type=kind, metavar="FILE", help="TOML file with further settings.")
-                )
+                how: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE", "envvar": "ASSAY_CONFIG"}
+                self.params.append(click.Option(["--config"], help="TOML file with further settings.", **how))
             if "as_json" in inspect.signature(self.function).parameters:
                 self.params.append(click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object."))
         return super().get_params(ctx)
@@ -171,7 +169,8 @@ class Command(click.Command):
         """Run the command with the values of its settings; name the flag in errors, and exit with its code."""
         words = ctx.command_path.split()[1:]
         given = {n: v for n, v in ctx.params.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-        table = own_table(given.pop("config", None) or ctx.obj, ctx, words)
+        given.pop("config", None)
+        table = own_table(ctx.params.get("config"), ctx, words)
         as_json = bool(given.pop("as_json", table.pop("json", False)))
         self._warn(words, given)
         from assay.files.storage import check_new_file
