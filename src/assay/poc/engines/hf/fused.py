@@ -11,7 +11,8 @@ must return the same bits.
 
 `prove` is 1.31, 1.19, 1.15 and 1.09 times as fast as the bare decoder of transformers under `torch.compile`, for the
 shapes of 0.6, 1, 4 and 8 billion parameters in bfloat16 on an H200 (`prove_over_compiled` in
-research/results/gpu_prove_*.json), and in float8 1.27, 1.48, 1.53 and 1.64 times as fast as in bfloat16:
+research/results/gpu_prove_*.json), and in float8, with an earlier kernel of the gate, 1.27, 1.48, 1.53 and 1.64 times
+as fast as in bfloat16:
 
     python research/benchmarks/gpu_prove.py --model shape:qwen3-0.6b --seconds 2
 
