@@ -119,17 +119,6 @@ def test_what_is_no_option_any_more_is_read_with_a_warning(sample, monkeypatch):
     secret = sample("--model", "m", "--secret", "abc")
     assert "--secret shows a secret" in secret.err
     assert "abc" not in secret.err
-    assert "ASSAY_SHOW_SHARE is not read" in sample("--model", "m", ASSAY_SHOW_SHARE="0.1").err
-
-
-def test_retired_variables_are_named(assay, monkeypatch):
-    variables = {"ASSAY_BLOCK_HASH": "b", "ASSAY_POC_PROVE_NONCES": "0:4", "ASSAY_PORT": "tcp://1.2.3.4"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    said = assay(*PROVE).err
-    assert "ASSAY_BLOCK_HASH is not read: use --block-hash" in said
-    assert "ASSAY_POC_PROVE_NONCES is not read: use --nonces" in said
-    assert "ASSAY_PORT" not in said
 
 
 def test_settings_are_strict_in_python_too(monkeypatch):

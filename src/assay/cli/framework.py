@@ -29,9 +29,6 @@ EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc experiment``."""
 OF_RESEARCH = ("research", "poc experiment", "poc ledger merge", "vhack fuzz")
 CONTINUES = "what is done is kept, and the same command continues it"
-RETIRED = ("block_hash", "public_key", "host", "port", "log_format")
-"""Fields that had a short variable of their own, such as ``ASSAY_PORT``."""
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -219,7 +216,7 @@ class Command(click.Command):
         return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
     def _warn(self, words: Sequence[str], given: Mapping[str, Any]) -> None:
-        """Say of options and variables of earlier releases where their values belong now."""
+        """Say of options of earlier releases, and of secrets, where their values belong now."""
         place = f"under [{'.'.join(words)}] in a file for --config"
         for one in (self.settings[name] for name in given):
             if one.flag.secret:
@@ -228,13 +225,6 @@ class Command(click.Command):
         if moved := [name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)]:
             flags = ", ".join(self.settings[name].spelling for name in moved)
             _say(f"{flags} will go: write {', '.join(f'`{name} = …`' for name in moved)} {place}")
-        prefix = "_".join(("ASSAY", *words, "")).upper().replace("-", "_")
-        for name, one in self.settings.items():
-            variables = {prefix + one.spelling.lstrip("-").replace("-", "_").upper(), prefix + name.upper()}
-            variables |= {f"ASSAY_{name.upper()}"} if name in RETIRED else set()
-            for variable in sorted(variables & os.environ.keys()):
-                if "://" not in os.environ[variable]:  # Kubernetes sets ASSAY_PORT=tcp://… for a service of this name
-                    _say(f"{variable} is not read: use {one.spelling}, or `{name} = …` {place}")
 
 
 class Group(click.Group):
