@@ -73,6 +73,14 @@ def test_retry_after_is_honoured(service, receive):
     assert "webhook-signature" not in receiver.seen[0][2]  # there is no secret
 
 
+def test_a_pause_that_the_clock_made_longer_than_any_is_over(service, receive):
+    receiver = receive(lambda n: (503, {"Retry-After": "3600"}) if n == 1 else (200, {}))
+    owe_one(service, receiver.url)
+    until(lambda: [row.attempts for row in service.controller.outbox.rows(["pending"], 1)] == [1])
+    service.sql("UPDATE outbox SET next_attempt_at = next_attempt_at + 10 * 86400")  # by a clock that was set back
+    until(lambda: len(receiver.seen) == 2)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_redirects_are_not_followed(serving, receive, status):
     elsewhere = receive()
