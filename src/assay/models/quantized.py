@@ -44,14 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CHOSEN_FORMATS = ("float8",)
-"""``float8``: weights and inputs in e4m3, products in float8."""
-
-STORED_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
-"""Formats in which checkpoints are stored (:mod:`assay.models.quantized`)."""
-
-NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
-"""Formats in eight or four bits that the weights of a model may have."""
+NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
+"""Formats in eight or four bits that the weights of a model may have: as they are stored, or rounded to ``float8``."""
 
 
 class LoadingFormat(TypedDict):
@@ -462,8 +456,8 @@ def check_quantisation(name: str | None, device: torch.device) -> None:
     """Refuse a number format that is unknown, or that a device does not have."""
     if name is None:
         return
-    if name not in CHOSEN_FORMATS:
-        raise UsageError(f"quantise={name!r}", wanted=" or ".join(CHOSEN_FORMATS), do="choose one, or leave it out")
+    if name != FLOAT8.name:
+        raise UsageError(f"quantise={name!r}", wanted=FLOAT8.name, do="choose it, or leave it out")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
         raise BackendUnavailable(
             f"float8 on {device}",
