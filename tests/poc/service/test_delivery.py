@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -142,8 +141,7 @@ def test_pauses_double_within_bounds():
     assert len({backoff(3, 1.0, 60.0) for _ in range(20)}) > 10
 
 
-def test_retry_after_in_both_forms():
-    dates = {f"Fri, {day} Nov 2026 {time} GMT": s for day, time, s in ((20, "10:00:30", 30), (20, "09:00:00", 0))}
-    given = {"": 0, "7": 7, "-7": 0, "soon": 0, "999999999999": 86_400, "Fri, 99 Nov 2026 10:00:30 GMT": 0}
-    for value, seconds in (given | dates).items():
-        assert retry_after(value, datetime(2026, 11, 20, 10, 0, 0, tzinfo=UTC)) == seconds, value
+def test_retry_after_is_a_number_of_seconds():
+    given = {"": 0, "7": 7, "-7": 0, "soon": 0, "²": 0, "9" * 400: 86_400, "Fri, 20 Nov 2026 10:00:30 GMT": 0}
+    for value, seconds in given.items():
+        assert retry_after(value) == seconds, value

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -315,13 +314,6 @@ def backoff(attempts: int, base: float, longest: float) -> float:
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
-def retry_after(value: str, now: datetime | None = None) -> float:
-    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
-    try:
-        if value.strip().isdigit():
-            seconds = float(value)
-        else:  # a date of HTTP is always in GMT
-            seconds = (parsedate_to_datetime(value).replace(tzinfo=UTC) - (now or datetime.now(UTC))).total_seconds()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_PAUSE)
+def retry_after(value: str) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 for none, or for one with a date."""
+    return min(float(value), LONGEST_PAUSE) if value.isascii() and value.isdigit() else 0.0
