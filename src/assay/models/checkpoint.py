@@ -379,7 +379,9 @@ def _downloaded(hub_id: str) -> Path:
 def find_bundled(reference: str) -> Path:
     """Return the directory of a ``reference:`` name, the configuration of a ``shape:``, a ``pretrained:`` file."""
     if reference not in CATALOGUE:
-        do = f"did you mean {nearest(reference)!r}?"
+        spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
+        (near,) = difflib.get_close_matches(reference.lower(), spelled, n=1, cutoff=0.0)
+        do = f"did you mean {spelled[near]!r}?"
         raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
     kind, _, name = reference.partition(":")
     if kind == "shape":
@@ -394,12 +396,6 @@ def find_bundled(reference: str) -> Path:
         wanted="a checkout of the repository, which has it in tests/data/models",
         do="install from a checkout with pip install -e ., or use reference:qwen3",
     )
-
-
-def nearest(name: str) -> str:
-    """Return the bundled model whose name, with or without ``reference:`` or ``shape:``, is most like this one."""
-    spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
-    return spelled[difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.0)[0]]
 
 
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":

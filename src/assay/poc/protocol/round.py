@@ -29,6 +29,9 @@ NONCE_TEXTS = {
     "reflection": "{block}_{key}_nonce_{nonce}_hidden_r{index}",
     "pick": "{block}_{key}_nonce_{nonce}_pick_{k}",
     "rotation": "{block}_{key}_nonce_{nonce}_haar_hh_{k}_{index}",
+    # In no published preset: for experiments that read positions with published texts.
+    "weights": "{block}_{key}_nonce_{nonce}_weights",
+    "projection": "{block}_{key}_nonce_{nonce}_projection_{k}",
 }
 BLOCK_TEXTS = {
     "layer_reflection": "{block}_layer_{index}_householder",
