@@ -80,7 +80,7 @@ check: $(READY)  ## lint, format, types, import rules, language, and what nothin
 
 # Wheels and their hashes as the index has them, so torch for Linux is the build with CUDA. No source of packages is named.
 lock: $(READY)  ## write requirements.lock: exact versions and hashes of all extras but vllm
-	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --extra dev --extra quant -c constraints.txt --universal \
+	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --quiet --extra dev -c constraints.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 	  -o requirements.lock
 

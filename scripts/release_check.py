@@ -40,7 +40,6 @@ MISSING = {  # commands that need an extra, by the extra
     ),
     "train": (("vhack", "train", "--model", MODEL, "-o", "run", "--steps", "1"),),
     "vllm": (("poc", "prove", "--model", MODEL, *ROUND, "--engine", "vllm", "-o", "vllm.jsonl"),),
-    "quant": (("poc", "prove", "--model", MODEL, *ROUND, "--dtype", "int8", "-o", "int8.jsonl"),),
 }
 
 

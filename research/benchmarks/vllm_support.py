@@ -161,12 +161,12 @@ def main():
 
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
-    from assay.models.quantized import STORED_FORMATS
+    from assay.models.quantized import NUMBER_FORMATS
     from assay.poc.vllm import compatibility
 
     dtypes = ("bfloat16", "float16", "float32")
     architectures = {name for known in compatibility.WITH_STATE.values() for name in known}
-    compatibility.STORED = {device: dict.fromkeys(STORED_FORMATS, dtypes)}
+    compatibility.STORED = {device: dict.fromkeys(NUMBER_FORMATS, dtypes)}
     compatibility.WITH_STATE = {device: dict.fromkeys(architectures, dtypes)}
     compatibility.EIGHT_BIT_CACHES = {device: {"fp8": ()}}
     compatibility.SHARED_EXPERTS = (device,)

@@ -160,7 +160,7 @@ def test_a_signal_that_a_library_turns_into_its_own_error_is_no_traceback(monkey
         except BaseException as error:
             raise ValueError("a schema that cannot be built") from error
 
-    monkeypatch.setattr(sys.modules["assay.cli.app"], "_user_config", wraps)
+    monkeypatch.setattr(sys.modules["assay.cli.framework"], "own_table", lambda *_: wraps())
     assert run(["models", "list"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "stopped\n"
 

@@ -119,17 +119,6 @@ def test_what_is_no_option_any_more_is_read_with_a_warning(sample, monkeypatch):
     secret = sample("--model", "m", "--secret", "abc")
     assert "--secret shows a secret" in secret.err
     assert "abc" not in secret.err
-    assert "ASSAY_SHOW_SHARE is not read" in sample("--model", "m", ASSAY_SHOW_SHARE="0.1").err
-
-
-def test_retired_variables_are_named(assay, monkeypatch):
-    variables = {"ASSAY_BLOCK_HASH": "b", "ASSAY_POC_PROVE_NONCES": "0:4", "ASSAY_PORT": "tcp://1.2.3.4"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    said = assay(*PROVE).err
-    assert "ASSAY_BLOCK_HASH is not read: use --block-hash" in said
-    assert "ASSAY_POC_PROVE_NONCES is not read: use --nonces" in said
-    assert "ASSAY_PORT" not in said
 
 
 def test_settings_are_strict_in_python_too(monkeypatch):
@@ -145,17 +134,20 @@ def test_settings_are_strict_in_python_too(monkeypatch):
     ("text", "seen"),
     [
         ("poc = 5", "poc is not a table"),
-        ("[models]\nlist = [1]", "list is not a table"),
-        ("[models.list]\ntypo = 1", "typo in the configuration file"),
+        ("[models]\ninfo = [1]", "info is not a table"),
+        ("[models.info]\ntypo = 1", "typo in the configuration file"),
         ("[none]\nx = 1", "none is not a command"),
         ("\\", "Invalid"),
         pytest.param("a = " + "[" * 100_000, "recursion", id="deep"),
         pytest.param("#" * (2**22 + 1), "longer than 4194304 bytes", id="long"),
     ],
 )
-def test_a_configuration_that_says_nothing_known_is_refused(text, seen, refused, tmp_path):
+def test_a_configuration_that_says_nothing_known_is_refused(text, seen, refused, tmp_path, monkeypatch):
     (tmp_path / "assay.toml").write_text(text)
-    assert seen in refused("--config", tmp_path / "assay.toml", "models", "list")
+    command = "models", "info", "reference:qwen3"
+    assert seen in refused(*command, "--config", tmp_path / "assay.toml")
+    monkeypatch.setenv("ASSAY_CONFIG", str(tmp_path / "assay.toml"))
+    assert seen in refused(*command)
 
 
 @pytest.mark.parametrize("name", ["poc prove", "poc serve", "vhack extract", "models random"])

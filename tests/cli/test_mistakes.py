@@ -12,7 +12,7 @@ VERIFY = f"poc verify %s --model model {ROUND} --seq-len 8"
 MISTAKES = (
     "pc",
     "demo --speed",
-    "--config /none.toml doctor",
+    "demo --config /none.toml",
     "poc prov --model model",
     "poc prove --modle model",
     "poc prove --model model --block-hash block_alpha -o a.jsonl",

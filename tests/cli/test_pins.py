@@ -56,7 +56,7 @@ BESIDE = {
     "--r-target": 1.5,
     "--node-id": 1,
     "--node-count": 4,
-    "--prover-dtype": "int8",
+    "--prover-dtype": "float8",
 }
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,8 +10,6 @@ from assay.errors import BadWeights
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
 from assay.poc import PIPELINES, Round, prove
-from assay.poc.protocol.pipelines import Positions
-from assay.poc.protocol.transforms import Transform
 
 NUMPY = streams.get_backend("numpy")
 HARDENED = PIPELINES["hardened"]
@@ -54,20 +51,3 @@ def test_texts_are_versioned_and_prefixed(hardened: Round):
     assert plain[0].text("inputs", 0) == plain[1].text("inputs", 0), "the published texts collide"
     one, two = (replace(round, preset="hardened").text("inputs", 0) for round in plain)
     assert one != two
-
-
-def test_chosen_positions_are_the_drawn_ones(hardened: Round):
-    few = Transform(
-        hardened,
-        replace(HARDENED, read=Positions(3)),
-        hidden_size=64,
-        vocab_size=8,
-        device=torch.device("cpu"),
-        trained_head=torch.nn.Identity(),
-    )
-    weights = few.reading([0, 5], 16).weights.numpy()
-    assert (np.abs(weights).sum(1) == 3).all()
-    chosen = NUMPY.picks(streams.seeds([hardened.text("positions", 5)]), 16, 3)[0]
-    assert set(np.flatnonzero(weights[1])) == set(chosen)
-    signs = NUMPY.signs(streams.seeds([hardened.text("weights", 5)]), 16)[0]
-    assert (weights[1][chosen] == signs[chosen]).all()

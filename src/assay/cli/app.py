@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Annotated, Any
 
 import click
@@ -25,10 +24,6 @@ from assay.cli.poc import poc
 from assay.cli.vhack import vhack
 from assay.errors import AssayError, UsageError
 from assay.settings import Settings
-
-
-def _keep_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
-    context.obj = Path(path) if path else _user_config()
 
 
 class ConfigSettings(Settings):
@@ -62,16 +57,6 @@ app = Group(
     "",
     "Measure what a language model really computed, and what its training really learns.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    params=[
-        click.Option(
-            ["--config"],
-            metavar="FILE",
-            envvar="ASSAY_CONFIG",
-            callback=_keep_config,
-            expose_value=False,
-            help="Configuration file (TOML) with a table per command.",
-        )
-    ],
 )
 click.version_option(__version__, message="assay %(version)s", help="Print the version and exit.")(app)
 for _command in (
@@ -154,13 +139,3 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _user_config() -> Path | None:
-    """The user's own file, if there is one that can be seen."""
-    try:
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        found = folder / "assay" / "config.toml"
-        return found if found.is_file() else None
-    except (OSError, RuntimeError):  # there is no home directory, or it cannot be read
-        return None

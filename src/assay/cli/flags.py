@@ -21,7 +21,7 @@ KernelName = Annotated[
 ]
 ModelName = Annotated[str, MODEL, Field(description="Model: a directory, GGUF file, hub id, or name of models list")]
 NumberFormat = Annotated[
-    Literal["float32", "float16", "bfloat16", "int8", "float8"] | None,
+    Literal["float32", "float16", "bfloat16", "float8"] | None,
     DTYPE,
     Field(description="Number format of the weights; by default that of the other side, or the stored one."),
 ]

@@ -29,9 +29,6 @@ EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc experiment``."""
 OF_RESEARCH = ("research", "poc experiment", "poc ledger merge", "vhack fuzz")
 CONTINUES = "what is done is kept, and the same command continues it"
-RETIRED = ("block_hash", "public_key", "host", "port", "log_format")
-"""Fields that had a short variable of their own, such as ``ASSAY_PORT``."""
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -150,10 +147,8 @@ class Command(click.Command):
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
             self.params += [self.settings[name].parameter(not self.is_shown(name)) for name in ordered]
             if self.settings:
-                kind = click.Path(path_type=Path)
-                self.params.append(
-                    click.Option(["--config"], type=kind, metavar="FILE", help="TOML file with further settings.")
-                )
+                how: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE", "envvar": "ASSAY_CONFIG"}
+                self.params.append(click.Option(["--config"], help="TOML file with further settings.", **how))
             if "as_json" in inspect.signature(self.function).parameters:
                 self.params.append(click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object."))
         return super().get_params(ctx)
@@ -171,7 +166,8 @@ class Command(click.Command):
         """Run the command with the values of its settings; name the flag in errors, and exit with its code."""
         words = ctx.command_path.split()[1:]
         given = {n: v for n, v in ctx.params.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
-        table = own_table(given.pop("config", None) or ctx.obj, ctx, words)
+        given.pop("config", None)
+        table = own_table(ctx.params.get("config"), ctx, words)
         as_json = bool(given.pop("as_json", table.pop("json", False)))
         self._warn(words, given)
         from assay.files.storage import check_new_file
@@ -220,7 +216,7 @@ class Command(click.Command):
         return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
     def _warn(self, words: Sequence[str], given: Mapping[str, Any]) -> None:
-        """Say of options and variables of earlier releases where their values belong now."""
+        """Say of options of earlier releases, and of secrets, where their values belong now."""
         place = f"under [{'.'.join(words)}] in a file for --config"
         for one in (self.settings[name] for name in given):
             if one.flag.secret:
@@ -229,13 +225,6 @@ class Command(click.Command):
         if moved := [name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)]:
             flags = ", ".join(self.settings[name].spelling for name in moved)
             _say(f"{flags} will go: write {', '.join(f'`{name} = …`' for name in moved)} {place}")
-        prefix = "_".join(("ASSAY", *words, "")).upper().replace("-", "_")
-        for name, one in self.settings.items():
-            variables = {prefix + one.spelling.lstrip("-").replace("-", "_").upper(), prefix + name.upper()}
-            variables |= {f"ASSAY_{name.upper()}"} if name in RETIRED else set()
-            for variable in sorted(variables & os.environ.keys()):
-                if "://" not in os.environ[variable]:  # Kubernetes sets ASSAY_PORT=tcp://… for a service of this name
-                    _say(f"{variable} is not read: use {one.spelling}, or `{name} = …` {place}")
 
 
 class Group(click.Group):

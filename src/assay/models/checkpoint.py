@@ -106,13 +106,6 @@ _ODD: dict[str, tuple[Any, ...]] = {
 }
 """Settings under which a model is no causal decoder, or does not answer as others do."""
 
-_FOREIGN = {
-    "model_index.json": "a diffusers pipeline, which has no causal language model",
-    "params.json": "weights in the layout of their authors: use the ones that were converted for transformers",
-    "tokenizer.json": "a tokenizer without a model",
-}
-"""What a folder without config.json is, by a file in it."""
-
 _HIGHEST_ID = 2**21
 """The highest token id that is read: the library makes a table as long as the highest."""
 
@@ -203,9 +196,8 @@ def _locate(reference: str | Path) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        foreign = [what for name, what in _FOREIGN.items() if (path.parent / name).is_file()]
         raise ModelNotFound(
-            f"{path.parent} has no {path.name}" + "".join(f"; it is {what}" for what in foreign[:1]),
+            f"{path.parent} has no {path.name}",
             wanted="a checkpoint directory of a language model, as transformers' save_pretrained writes it",
             do="check the path",
         )
@@ -380,14 +372,16 @@ def _downloaded(hub_id: str) -> Path:
             f"{hub_id!r} is no directory here, is not in the local cache, and the hub did not return it: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
             wanted="a directory, reference:NAME, shape:NAME, or a hub id that can be downloaded",
-            do=f"{_suggestion(hub_id)}check the name and the network, or give a directory",
+            do="check the name and the network, or take a model of `assay models list`",
         ) from error
 
 
 def find_bundled(reference: str) -> Path:
     """Return the directory of a ``reference:`` name, the configuration of a ``shape:``, a ``pretrained:`` file."""
     if reference not in CATALOGUE:
-        do = f"did you mean {nearest(reference)!r}?"
+        spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
+        (near,) = difflib.get_close_matches(reference.lower(), spelled, n=1, cutoff=0.0)
+        do = f"did you mean {spelled[near]!r}?"
         raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
     kind, _, name = reference.partition(":")
     if kind == "shape":
@@ -402,19 +396,6 @@ def find_bundled(reference: str) -> Path:
         wanted="a checkout of the repository, which has it in tests/data/models",
         do="install from a checkout with pip install -e ., or use reference:qwen3",
     )
-
-
-def nearest(name: str) -> str:
-    """Return the bundled model whose name, with or without ``reference:`` or ``shape:``, is most like this one."""
-    spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
-    return spelled[difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.0)[0]]
-
-
-def _suggestion(hub_id: str) -> str:
-    """Return a question after the bundled model with trained weights that a hub id is much like, or nothing."""
-    names = {name.partition(":")[2]: name for name in CATALOGUE if not name.startswith("shape:")}
-    close = difflib.get_close_matches(hub_id.partition("/")[2].lower() or hub_id.lower(), names, n=1, cutoff=0.6)
-    return f"did you mean {names[close[0]]!r}? If not, " if close else ""
 
 
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":

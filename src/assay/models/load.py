@@ -279,8 +279,8 @@ def load_model(
             ``"random-embed"``, only the input embeddings (and a head tied to them). A shape has no trained weights:
             ``"trained"`` gives it ``"random-all"`` for a fixed block, and its norms keep the weight one in every mode.
         block_hash: Block of a random mode.
-        quantise: Format of the decoder's linear layers: ``"int8"`` or ``"float8"`` rounds them, and the rest keeps its
-            dtype. A checkpoint that is stored in eight bits has its own, and None or the name of that takes it.
+        quantise: Format of the decoder's linear layers: ``"float8"`` rounds them, and the rest keeps its dtype. A
+            checkpoint that is stored in eight bits has its own, and None or the name of that takes it.
 
     Raises:
         UsageError: An argument is not one of the above, or a block hash is missing or has no use.
@@ -288,7 +288,7 @@ def load_model(
         UnsafeCheckpoint: The checkpoint is a pickle.
         BadWeights: Weights are corrupt, missing, surplus, of another shape, or not finite.
         ModelError: The configuration or tokenizer cannot be used (unknown architecture, quantised).
-        BackendUnavailable: The device is not there, or torchao, which eight-bit weights need, is missing.
+        BackendUnavailable: The device is not there, or does not have the format.
         OutOfMemory: The model does not fit on the device.
 
     Example:
@@ -321,7 +321,7 @@ def load_model(
             _randomise_embeddings(module, block)
         cast("nn.Module", module).to(target).eval()  # the library's own `to` is wrapped in a way that hides its type
         if rounded and form is None:
-            round_weights(module, rounded)
+            round_weights(module)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -8,15 +8,13 @@ in its own dtype, as the engines that run such checkpoints do: (q − z) · s, w
 15, and z and s are those of a group of columns. The scale is cast to the dtype first, and the product is rounded once.
 
 ``quantise`` rounds the weights of a checkpoint that is stored in 16 bits: an honest configuration that a network may
-agree on. ``float8`` rounds inputs too, with a scale for every position. ``int8`` is torchao's.
+agree on. ``float8`` rounds inputs too, with a scale for every position.
 
 Shapes: R rows, C columns, G groups of columns, P = eight numbers in a whole number of 32 bits.
 """
 
-import importlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
@@ -26,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError, how_to_install
+from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
 from assay.models.checkpoint import EIGHT_BITS, Source, Stored, build, find_file
 from assay.models.decoder import backbone
 from assay.models.eight_bits import (
@@ -46,14 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CHOSEN_FORMATS = ("int8", "float8")
-"""``int8``: weights in int8, products in the model's dtype. ``float8``: e4m3 weights and inputs, products in float8."""
-
-STORED_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
-"""Formats in which checkpoints are stored (:mod:`assay.models.quantized`)."""
-
-NUMBER_FORMATS = tuple(dict.fromkeys(CHOSEN_FORMATS + STORED_FORMATS))
-"""Formats in eight or four bits that the weights of a model may have."""
+NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
+"""Formats in eight or four bits that the weights of a model may have: as they are stored, or rounded to ``float8``."""
 
 
 class LoadingFormat(TypedDict):
@@ -461,31 +453,22 @@ def _join(weights: Sequence[Rounded], join: Callable[[list[Tensor]], Tensor]) ->
 
 
 def check_quantisation(name: str | None, device: torch.device) -> None:
-    """Refuse a number format that is unknown, or that needs torchao or a device that is not there."""
+    """Refuse a number format that is unknown, or that a device does not have."""
     if name is None:
         return
-    if name not in CHOSEN_FORMATS:
-        raise UsageError(f"quantise={name!r}", wanted=" or ".join(CHOSEN_FORMATS), do="choose one, or leave it out")
-    if name == "int8":
-        _torchao()
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+    if name != FLOAT8.name:
+        raise UsageError(f"quantise={name!r}", wanted=FLOAT8.name, do="choose it, or leave it out")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
         raise BackendUnavailable(
             f"float8 on {device}",
             wanted="a CUDA device of compute capability 8.9 or more, or a CPU",
-            do="use int8, or a device such as an H100",
+            do="use --device cpu, or a device such as an H100",
         )
 
 
-def quantise(module: "PreTrainedModel", name: str) -> None:
-    """Round the weights of the decoder's linear layers; embeddings, norms and the head stay as they are."""
-    if name == "float8":
-        _round_to_float8(backbone(module))
-        return
-    library = _torchao()
-    # Without this, torchao would let Inductor choose kernels by timing, everywhere.
-    config = library.Int8WeightOnlyConfig(set_inductor_config=False)
-    with _silent():
-        library.quantize_(backbone(module), config, filter_fn=lambda part, _: isinstance(part, nn.Linear))
+def quantise(module: "PreTrainedModel") -> None:
+    """Round the weights of the decoder's linear layers to e4m3; embeddings, norms and the head stay as they are."""
+    _round_to_float8(backbone(module))
 
 
 def _round_to_float8(owner: nn.Module) -> None:
@@ -525,26 +508,3 @@ def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
         )
     for key, weight in stacks.items():
         _check_widths(f"{name}.{key}", weight)
-
-
-def _torchao() -> Any:
-    try:
-        with _silent():
-            return importlib.import_module("torchao.quantization")
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"eight-bit weights: {error}",
-            wanted="torchao, which rounds the weights and multiplies by them",
-            do=f"{how_to_install('quant')}; or use --dtype bfloat16",
-        ) from None
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Hide log lines: torchao reports kernels of other devices that it could not load."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(level)

@@ -16,7 +16,7 @@ from assay.errors import ProofMismatch, UsageError
 from assay.models.frame import Frame
 from assay.models.load import Model, load_model, model_info
 from assay.models.load import check_loadable as check_model
-from assay.models.quantized import NUMBER_FORMATS, STORED_FORMATS, in_format
+from assay.models.quantized import NUMBER_FORMATS, in_format
 from assay.poc.engines.base import Engine, unsupported
 from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
 from assay.poc.engines.hf.fused import worth_compiling
@@ -183,7 +183,7 @@ def open_judge(
     if chosen.engine == "hf":
         yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
-    stored = dtype in STORED_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
+    stored = dtype in NUMBER_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
     _refuse_for_vllm(None if stored else dtype, header.pipeline)
     size = judging_batch(header, engine="vllm", calibration=calibration)
     shape = {"batch_size": size, "seq_len": header.round.seq_len}

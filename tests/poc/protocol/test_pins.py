@@ -71,9 +71,9 @@ def test_number_formats_of_the_default(header: Header):
     for dtype in ("float32", "float16", "bfloat16"):
         stated = replace(header, fingerprint=replace(header.fingerprint, dtype=dtype))
         assert "prover_dtype" not in Pins().unpinned(stated)
-    stated = replace(header, fingerprint=replace(header.fingerprint, dtype="int8"))
+    stated = replace(header, fingerprint=replace(header.fingerprint, dtype="float8"))
     assert "prover_dtype" in Pins().unpinned(stated)
-    assert "prover_dtype" not in Pins(prover_dtype="int8").unpinned(stated)
+    assert "prover_dtype" not in Pins(prover_dtype="float8").unpinned(stated)
 
 
 def test_a_cache_that_rounds_belongs_to_the_number_format(header: Header):

@@ -354,7 +354,7 @@ def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[st
 def test_only_the_bundled_models_have_a_law_and_no_other_is_judged(responses: Receipts, small_model: Model, tmp_path):
     """On 8580455f these receipts are honest by the law of another model."""
     assert bundled_response_noise(QWEN3, "float32", "bfloat16") == bundled_response_noise(QWEN3, "bfloat16", "float32")
-    assert bundled_response_noise(QWEN3, "int8", "float32") is None
+    assert bundled_response_noise(QWEN3, "int8-rows", "float32") is None
     assert bundled_response_noise(QWEN3, "float32", "float32") is not None
     assert noise_between(responses.header, HFPrefill(small_model).fingerprint, None) is None
     named = Receipts.build(replace(responses.header, reference="m; reboot"), responses.receipts, 1.0)

@@ -3,10 +3,7 @@
 import asyncio
 import gc
 import logging
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -329,23 +326,6 @@ def test_head_is_answered_as_get_without_the_body(service, tmp_path):
     assert service.client.head(f"{PREFIX}/stop").status_code == 405
     receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1")
     assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
-
-
-def test_a_registry_of_its_own_reads_no_files_of_other_processes(tmp_path):
-    code = """
-from prometheus_client import Counter, CollectorRegistry, values
-from assay.poc.net.metrics import Exported
-for _ in "ab":
-    one = Exported("some")
-    one.requests.labels("/", "200").inc(5)
-    print([line for line in one.text({}).decode().splitlines() if "requests_total{" in line])
-assert Counter("other", "", registry=CollectorRegistry())._value.__class__ is not values.MutexValue
-"""
-    for _ in "cd":  # and none of an earlier start
-        about = {"env": os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, "text": True, "capture_output": True}
-        found = subprocess.run([sys.executable, "-c", code], **about)
-        line = """['some_http_requests_total{route="/",status="200"} 5.0']\n"""
-        assert found.stdout == 2 * line, found.stderr
 
 
 # The log

@@ -166,7 +166,7 @@ def test_a_header_that_states_another_engine_or_checkpoint_is_refused_by_name(ru
         ({"digest": "0" * 64}, "digest"),
         ({"weights": "random-all"}, "weights"),
         ({"fingerprint": replace(header.fingerprint, dtype="bfloat16")}, "prover_dtype"),
-        ({"fingerprint": replace(header.fingerprint, dtype="int8")}, "prover_dtype"),
+        ({"fingerprint": replace(header.fingerprint, dtype="float8")}, "prover_dtype"),
         ({"fingerprint": replace(header.fingerprint, engine="vllm")}, "builds"),
     ):
         text = text_of(Proof.build(replace(header, **change), honest.records, 1.0), tmp_path)

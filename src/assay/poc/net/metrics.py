@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from assay._version import __version__
@@ -15,29 +15,6 @@ from assay.files.jsonl import JsonObject
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of Prometheus' exposition format."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
-class _OwnValues:
-    """Keeps the values of a metric in this process, whatever ``PROMETHEUS_MULTIPROC_DIR`` says.
-
-    That variable is for libraries that share one registry among processes. Its files outlive a restart, and would let
-    two registries of one process share all counters.
-    """
-
-    def _metric_init(self) -> None:
-        shared, values.ValueClass = values.ValueClass, values.MutexValue
-        try:
-            super()._metric_init()  # type: ignore[misc]
-        finally:
-            values.ValueClass = shared
-
-
-Kind = TypeVar("Kind", Counter, Gauge, Histogram)
-
-
-def _own(kind: type[Kind]) -> type[Kind]:
-    """Return a kind of metric whose values, and those of its series, stay in this process."""
-    return type(kind.__name__, (_OwnValues, kind), {})
 
 
 class Exported:
@@ -51,8 +28,8 @@ class Exported:
         ProcessCollector(registry=self.registry)
         self._namespace = namespace
         self._shown: list[tuple[Gauge, str, Callable[[JsonObject], Any]]] = []
-        self.gauge = partial(_own(Gauge), namespace=namespace, registry=self.registry)
-        self.histogram = partial(_own(Histogram), namespace=namespace, registry=self.registry, buckets=_SECONDS)
+        self.gauge = partial(Gauge, namespace=namespace, registry=self.registry)
+        self.histogram = partial(Histogram, namespace=namespace, registry=self.registry, buckets=_SECONDS)
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
         self.requests = self.counter("http_requests", "Requests by route and status.", {"route": (), "status": ()})
         self.request_seconds = self.histogram("http_request_seconds", "Time of one request.", ["route"])
@@ -62,7 +39,7 @@ class Exported:
 
         ``labels`` has the values that each label is known to have.
         """
-        made = _own(Counter)(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
+        made = Counter(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
         for known in product(*labels.values()) if labels else ():
             made.labels(*known)
         return made

@@ -36,12 +36,7 @@ MOST_BYTES = 2**26  # that wait at the same time; an item that waits alone may b
 TICK = 1.0  # seconds after which :class:`GroupCommit` rests where nothing arrives
 
 
-def since_start() -> float:
-    """Return the time of the clock when the machine started. It changes only when the clock is set."""
-    return time.time() - time.monotonic()
-
-
-_STARTED = since_start()
+_STARTED = time.time() - time.monotonic()  # the time of the clock when the machine started
 
 
 def settled_time() -> float:

@@ -48,14 +48,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Positions:
-    """Read ``count`` positions, drawn for every nonce, or all of them where it is 0.
+    """Read all positions.
 
     The result is the sum of their unit states, each with a sign that is drawn for the nonce. With ``later`` only the
     second half is read: states of the first positions are far from all others, and most of their noise is their own;
     and the last layer then updates half of the positions.
     """
 
-    count: int = 0
     later: bool = False
 
     def first(self, seq_len: int) -> int:
@@ -138,8 +137,8 @@ class Pipeline:
         for name, first in (("texts", "published"), ("steps", 0), ("inputs", "noise")):
             if described[name] == first:
                 del described[name]
-        if described["read"] == asdict(Positions(getattr(self.read, "count", 0))):
-            del described["read"]["later"]
+        if isinstance(self.read, Positions):  # the count is that of drawn positions: 0 reads all
+            described["read"] = {"count": 0, "later": True} if self.read.later else {"count": 0}
         return described
 
 

@@ -30,7 +30,6 @@ NONCE_TEXTS = {
     "pick": "{block}_{key}_nonce_{nonce}_pick_{k}",
     "rotation": "{block}_{key}_nonce_{nonce}_haar_hh_{k}_{index}",
     # In no published preset: for experiments that read positions with published texts.
-    "positions": "{block}_{key}_nonce_{nonce}_positions",
     "weights": "{block}_{key}_nonce_{nonce}_weights",
     "projection": "{block}_{key}_nonce_{nonce}_projection_{k}",
 }

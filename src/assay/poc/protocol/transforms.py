@@ -170,9 +170,6 @@ class Transform:
             return None
         seeds = self._seeds("weights", nonces)
         weights_BT = as_tensor(self._backend.signs(seeds, seq_len)).float()
-        if 0 < read.count < seq_len:
-            chosen_BM = as_tensor(self._backend.picks(self._seeds("positions", nonces), seq_len, read.count))
-            weights_BT = torch.zeros_like(weights_BT).scatter(1, chosen_BM, weights_BT.gather(1, chosen_BM))
         mean, inverse = self._frame
         reading = Reading(weights_BT, mean, inverse, read.first(seq_len))
         weights_BT[:, : reading.first] = 0

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from assay.errors import StorageError, UsageError
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.callbacks import Blocked, call, new_client
-from assay.poc.net.runtime import Runtime, settled_time, since_start
+from assay.poc.net.runtime import Runtime, settled_time
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import describe_packing
 from assay.poc.service.database import FILE, open_database
@@ -40,8 +39,7 @@ OWED = ("open", "pending")
 RECEIPTS = "receipts"
 """The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
 TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
-MAX_RETRY_AFTER = 86_400.0
-SET_BACK = 5.0  # seconds by which the clock may fall behind before pauses are forgotten
+LONGEST_PAUSE = 86_400.0  # seconds between two attempts
 
 
 Callback = sa.Row[Any]
@@ -128,7 +126,9 @@ class Outbox:
     def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
         """Return up to ``limit`` callbacks whose time has come, the oldest first, with their bodies."""
         c, found = self._c, list[tuple[Callback, str]]()
-        ready = (c.status == "pending") & (c.next_attempt_at <= time.time()) & c.id.not_in(list(besides))
+        now = time.time()  # where the clock was set back, a pause may be longer than any
+        is_due = (c.next_attempt_at <= now) | (c.next_attempt_at > now + LONGEST_PAUSE)
+        ready = (c.status == "pending") & is_due & c.id.not_in(list(besides))
         query: sa.Select[Any] = sa.select(*self._columns, c.body).where(ready)
         with self._db.read() as connection:
             for row in connection.execute(query.order_by(c.next_attempt_at, c.seq).limit(limit)).all():
@@ -227,7 +227,6 @@ class Delivery:
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
-        self._started_at = since_start()
 
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
@@ -251,11 +250,6 @@ class Delivery:
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
         outbox, wait_for = self._outbox, self._runtime.call
-        started_at = since_start()
-        if started_at < self._started_at - SET_BACK:
-            log.warning("the clock was set back, so every pending callback is due now")
-            await wait_for(outbox.retry_now)
-        self._started_at = started_at
         await wait_for(outbox.close_open, self._settings.callback_interval)
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
@@ -304,7 +298,7 @@ class Delivery:
         self._metrics.deliveries.labels(outcome).inc()
         about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
         log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
-        attempted, retry_in = self._outbox.attempted, None if last else pause
+        attempted, retry_in = self._outbox.attempted, None if last else min(pause, LONGEST_PAUSE)
         while True:
             try:
                 await self._runtime.call(attempted, callback.id, error, retry_in=retry_in)
@@ -320,13 +314,6 @@ def backoff(attempts: int, base: float, longest: float) -> float:
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
-def retry_after(value: str, now: datetime | None = None) -> float:
-    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 if it cannot be read."""
-    try:
-        if value.strip().isdigit():
-            seconds = float(value)
-        else:  # a date of HTTP is always in GMT
-            seconds = (parsedate_to_datetime(value).replace(tzinfo=UTC) - (now or datetime.now(UTC))).total_seconds()
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+def retry_after(value: str) -> float:
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 for none, or for one with a date."""
+    return min(float(value), LONGEST_PAUSE) if value.isascii() and value.isdigit() else 0.0

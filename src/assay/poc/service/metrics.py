@@ -34,9 +34,6 @@ class Metrics(Exported):
         shown("valid_expected_ratio", "Valid share that the law of the block expects.", lambda s: s["expected_rate"])
         error = "Standard error of that share: of the nonces checked, and of the block's law."
         shown("valid_expected_error_ratio", error, lambda s: s["expected_rate_error"])
-        width = "Width of the block's distances over that of the chord law."
-        shown("block_factor_ratio", width, lambda s: s["block_factor"])
-        shown("block_factor_error_ratio", "Standard error of that width.", lambda s: s["block_factor_error"])
         shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status")
         stored = "Receipts of responses on disk; repeated ones were there already."
         self.receipts = counter("receipts", stored, {"as": ("new", "repeated")})

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from assay.errors import DataError, UsageError
+from assay.errors import UsageError
 from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, loads
 from assay.poc.net.app import new_app
@@ -60,10 +60,7 @@ class Received:
             return True
 
     def batches(self, after: int, limit: int) -> list[JsonObject]:
-        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they are large.
-
-        A body that is not JSON is None.
-        """
+        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they are large."""
         received, found, size = self._received, list[JsonObject](), 0
         query = sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
         with self._db.read() as connection:
@@ -71,7 +68,7 @@ class Received:
                 size += len(row.body)
                 if found and size > MOST_LISTED:
                     break
-                found.append({**row._mapping, "body": _read(row.body)})
+                found.append({**row._mapping, "body": loads(row.body, "callback")})
         return found
 
     def stats(self) -> dict[str, int]:
@@ -124,7 +121,13 @@ def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
     @app.post("/{kind}")
     async def take(kind: Literal["generated", "validated", "receipts"], request: Request) -> Response:
         """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or receipts' names."""
-        known_as, body = _verified(await request.body(), kind, dict(request.headers), signatures)
+        body, values = parsed(await request.body())
+        signatures.check(body, request.headers)
+        # The path is not signed. The body is, and tells the kinds apart.
+        said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
+        if values and kind != said:
+            raise unsigned(400, f"the body of another callback under /{kind}")
+        known_as = message_id(request.headers)
         new = await run_in_threadpool(store.add, known_as, kind, body)
         budget.info(log, "callback", kind=kind, id=known_as, new=new)
         return JSONResponse({"status": "OK", "new": new})
@@ -154,21 +157,3 @@ def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     return app
-
-
-def _verified(raw: bytes, kind: str, headers: dict[str, str], signatures: Signatures) -> tuple[str, str]:
-    """Return id and body of a callback whose signature and form are right."""
-    body, values = parsed(raw)
-    signatures.check(body, headers)
-    # The path is not signed. The body is, and tells the kinds apart.
-    said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
-    if values and kind != said:
-        raise unsigned(400, f"the body of another callback under /{kind}")
-    return message_id(headers), body
-
-
-def _read(text: str) -> JsonObject | None:
-    try:
-        return loads(text, "callback")
-    except DataError:  # an older version kept bodies that it had not read strictly
-        return None

@@ -20,6 +20,7 @@ from sqlalchemy.dialects.sqlite import insert
 from assay import stats
 from assay.files.database import Database, damaged
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.runtime import settled_time
 from assay.poc.protocol.blocks import BlockFactor, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
@@ -168,8 +169,6 @@ class Rounds:
     def __init__(self, database: Database, outbox: Outbox) -> None:
         self._db, self._outbox = database, outbox
         self._rounds, self._records, self._service = database["rounds"], database["records"], database["service"]
-        self._opened = time.monotonic()
-        self._newest: float | None = database.scalar(sa.select(sa.func.max(self._rounds.c.touched_at)))
 
     def current(self) -> tuple[State, StoredRound | None]:
         """Return the state and round in which the service was left."""
@@ -253,18 +252,11 @@ class Rounds:
         return counts
 
     def prune(self, keep: float) -> int:
-        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback; return how many.
-
-        Time is counted from the newest use of any round that was on disk when this object was made: a clock that
-        is far ahead would make every round look unused.
-        """
-        now = time.time()
-        if self._newest is not None:
-            now = min(now, self._newest + time.monotonic() - self._opened)
+        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback; return how many."""
         rounds, service, outbox = self._rounds, self._service, self._db["outbox"]
         owed = sa.select(outbox.c.round_id).where(outbox.c.round_id.is_not(None), outbox.c.status != "delivered")
         current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
-        old = (rounds.c.touched_at < now - keep) & rounds.c.id.not_in(owed.union_all(current))
+        old = (rounds.c.touched_at < settled_time() - keep) & rounds.c.id.not_in(owed.union_all(current))
         return self._db.change(rounds.delete().where(old))
 
 

@@ -244,8 +244,6 @@ class HFEngine(Engine):
                 yield f"triton {version('triton')}"
             if self._compiled.fused:
                 yield FUSED
-        if self.model.quantised == "int8":
-            yield f"torchao {version('torchao')}"
         if is_wide(self.device, self.model.dtype):
             yield WIDE
         if torch.are_deterministic_algorithms_enabled():

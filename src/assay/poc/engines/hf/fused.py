@@ -11,7 +11,8 @@ must return the same bits.
 
 `prove` is 1.31, 1.19, 1.15 and 1.09 times as fast as the bare decoder of transformers under `torch.compile`, for the
 shapes of 0.6, 1, 4 and 8 billion parameters in bfloat16 on an H200 (`prove_over_compiled` in
-research/results/gpu_prove_*.json), and in float8 1.27, 1.48, 1.53 and 1.64 times as fast as in bfloat16:
+research/results/gpu_prove_*.json), and in float8, with an earlier kernel of the gate, 1.27, 1.48, 1.53 and 1.64 times
+as fast as in bfloat16:
 
     python research/benchmarks/gpu_prove.py --model shape:qwen3-0.6b --seconds 2
 
@@ -424,9 +425,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 # In the order of preference; each serves what those before it do not.
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set, as torchao does
-# when it rounds weights. They go with each function that is compiled: Dynamo puts torch's deterministic mode back after
-# every trace, and with it Inductor's setting of that name, so a patch around many functions would hold for the first.
+# Of Inductor: kernels follow from what they compute, never from a timing, whatever the process has set. They go with
+# each function that is compiled: Dynamo puts torch's deterministic mode back after every trace, and with it Inductor's
+# setting of that name, so a patch around many functions would hold for the first.
 _KERNELS = {
     "deterministic": True,  # reductions have one configuration, and matrices are not padded
     "triton.autotune_pointwise": False,

@@ -1,6 +1,6 @@
 """What stands between the products of a layer, as triton kernels: each passes once over what it reads and writes.
 
-:mod:`assay.poc.engines.hf.fused` uses them and says what they gain: 1.01 to 1.06 in bfloat16, 1.27 to 1.64 in float8.
+:mod:`assay.poc.engines.hf.fused` uses them and says what they gain.
 
 - `normalised`: the residual stream plus an update, and its norm.
 - `turned`: queries and keys after their norms and the rotation, written over what they were.
@@ -163,16 +163,6 @@ def _turn(
 
 
 @triton.jit
-def _gate_part(x, row, rows, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return a part of the gate and of the other projection, and where it is in a row of the result."""
-    column = start + tl.arange(0, COLUMNS)[None, :]
-    valid = (row < rows)[:, None] & (column < WIDTH)
-    at = row[:, None] * (2 * WIDTH) + column
-    gate = tl.load(x + at, mask=valid, other=0.0)
-    return gate, tl.load(x + at + WIDTH, mask=valid, other=0.0), row[:, None] * WIDTH + column, valid
-
-
-@triton.jit
 def _gated(gate, up):
     wide = gate.to(tl.float32)
     active = (wide / (1.0 + tl.exp(0.0 - wide))).to(up.dtype).to(tl.float32)
@@ -183,40 +173,12 @@ def _gated(gate, up):
 def _gate(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS
-    gate, up, at, valid = _gate_part(x, row, rows, start, WIDTH, COLUMNS)
-    _store(y, at, valid, _gated(gate, up), scales, row, rows, start, GROUP, WIDTH, ROWS, COLUMNS)
-
-
-@triton.jit
-def _gate_and_round(
-    x, y, scales, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
-):  # fmt: skip
-    # Three parts leave fewer lanes idle than one of the next power of two. All are read before any is reduced.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    a_gate, a_up, a_at, a_valid = _gate_part(x, row, rows, 0, WIDTH, FIRST)
-    if SECOND:
-        b_gate, b_up, b_at, b_valid = _gate_part(x, row, rows, FIRST, WIDTH, SECOND)
-    if THIRD:
-        c_gate, c_up, c_at, c_valid = _gate_part(x, row, rows, FIRST + SECOND, WIDTH, THIRD)
-    a = _gated(a_gate, a_up)
-    if SECOND:
-        b = _gated(b_gate, b_up)
-    if THIRD:
-        c = _gated(c_gate, c_up)
-    largest = _largest(a, 1)
-    if SECOND:
-        largest = _larger(largest, _largest(b, 1))
-    if THIRD:
-        largest = _larger(largest, _largest(c, 1))
-    kept: tl.constexpr = y.dtype.element_ty
-    scale, factor = _scale(largest, kept)
-    tl.store(scales + row, scale, mask=row < rows)
-    tl.store(y + a_at, _to(a * factor[:, None], kept), mask=a_valid)
-    if SECOND:
-        tl.store(y + b_at, _to(b * factor[:, None], kept), mask=b_valid)
-    if THIRD:
-        tl.store(y + c_at, _to(c * factor[:, None], kept), mask=c_valid)
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    valid = (row < rows)[:, None] & (column < WIDTH)
+    at = row[:, None] * (2 * WIDTH) + column
+    gate, up = tl.load(x + at, mask=valid, other=0.0), tl.load(x + at + WIDTH, mask=valid, other=0.0)
+    place = row[:, None] * WIDTH + column
+    _store(y, place, valid, _gated(gate, up), scales, row, rows, start, GROUP, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -312,17 +274,9 @@ def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
     width = x.shape[-1] // 2
     rows = x.numel() // (2 * width)
     y, scales = _outputs((*x.shape[:-1], width), x, by)
-    if by is None or by.block:
-        grid, sizes = _tiles(rows, width, by, whole=False)
-        _gate[grid](x, y, scales, rows, **sizes)
-        return y if scales is None else Rounded(y, scales)
-    first, second, third = _parts(width)
-    tile = max(1, _NUMBERS // (2 * first))
-    warps = min(32, max(_WARPS, tile * first // (32 * _PER_THREAD)))
-    _gate_and_round[(triton.cdiv(rows, tile),)](
-        x, y, scales, rows, WIDTH=width, ROWS=tile, FIRST=first, SECOND=second, THIRD=third, num_warps=warps, **_EXACT
-    )
-    return Rounded(y, scales)
+    grid, sizes = _tiles(rows, width, by, whole=by is not None and by.block is None)
+    _gate[grid](x, y, scales, rows, **sizes)
+    return y if scales is None else Rounded(y, scales)
 
 
 def rounded(x: Tensor, by: Arithmetic) -> Rounded:
@@ -377,12 +331,3 @@ def _tiles(
     return (triton.cdiv(rows, tile), triton.cdiv(width, columns)), {
         "GROUP": group, "WIDTH": width, "ROWS": tile, "COLUMNS": columns, "num_warps": warps, **_EXACT
     }  # fmt: skip
-
-
-def _parts(width: int) -> tuple[int, int, int]:
-    """Return three powers of two that cover a width, each at most half of the one before and the last perhaps 0."""
-    first = 1 << (width.bit_length() - 1)
-    left = width - first
-    second = 1 << (left.bit_length() - 1) if left else 0
-    left -= second
-    return first, second, triton.next_power_of_2(left) if left else 0
