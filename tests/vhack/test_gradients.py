@@ -10,7 +10,6 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd, weights_digest
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients import packed as _packed
 from assay.vhack.gradients.batches import (
     Encoded,
     encode,
@@ -64,21 +63,12 @@ def test_truncated_factors_give_the_first_coordinates(gradients_of, cut_svd, wan
     assert worst_error(found, {name: rows[:, :8] for name, rows in wanted.items()}) < 1e-4
 
 
-def test_bfloat16_is_close_to_float32_by_the_attention_and_the_norms_of_float32(
-    monkeypatch, small_checkpoint, gradients_of, wanted
-):
+def test_bfloat16_is_close_to_float32_by_the_norms_of_float32(monkeypatch, small_checkpoint, gradients_of, wanted):
     model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
-    written_out = {_packed._InBlocks: 0, Norm: 0}
-    for kind in written_out:
-
-        def counted(*given, kind=kind, real=kind.apply):
-            written_out[kind] += 1
-            return real(*given)
-
-        monkeypatch.setattr(kind, "apply", counted)
+    norms, real = [], Norm.apply
+    monkeypatch.setattr(Norm, "apply", lambda *given: norms.append(given) or real(*given))
     found = gradients_of(model, svd=weight_svd(model, dtype="bfloat16"), max_tokens=4096)
-    assert written_out[_packed._InBlocks] == model.num_layers
-    assert written_out[Norm] > 2 * model.num_layers
+    assert len(norms) > 2 * model.num_layers
     for name, rows in found.items():
         assert rows.dtype == torch.float32
         # Singular vectors of rounded weights differ a little, and so do the coordinates.

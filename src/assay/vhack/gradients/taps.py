@@ -12,23 +12,18 @@ The sum is done in one of several ways that differ in rounding only. With G_b = 
 - *project*: ``c = Vh x`` and ``p = Uᵀ ∂L/∂y`` per token, then the sum over tokens of their product; in any dtype;
 - *right*: ``p`` only, then the diagonal of ``(Σ_t p xᵀ) Vhᵀ``;
 - *left*: ``c`` only, then the diagonal of ``Uᵀ (Σ_t ∂L/∂y cᵀ)``;
-- *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``;
-- *inner*: from what the pass computes anyway. Where W has more rows than columns, the diagonal of
-  ``Vh (Σ_t xᵀ∂L/∂x) Vhᵀ`` over S, for ``∂L/∂x = Wᵀ ∂L/∂y = Vhᵀ S p``; otherwise the diagonal of
-  ``Uᵀ (Σ_t y ∂L/∂yᵀ) U`` over S, for ``y = W x = U S c``.
+- *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``.
 
 All but the first keep a sum over tokens in a matrix before it is projected, so they are for float32 only, and take a
-few large products per sample, which suits a CPU. The last divides by singular values, which lifts the rounding of what
-it divides by as much as they differ: it is for matrices whose condition is small, as that of long ones is.
+few large products per sample, which suits a CPU.
 
 ``W = U S Vh`` gives some products for less. Where W has more rows than columns, ``Wᵀ ∂L/∂y = Vhᵀ S p`` costs the
 smaller side squared once p is known; where it has more columns, so does ``W x = U S c``. This is as exact as the
 factors.
 
 On one CPU thread the gradients of the bundled model Qwen3 take 1.21 times as long if every tap projects, 1.14 without
-products by factors, 1.05 without *outer* and 1.04 without *inner*; these last two gain less than a tenth and stay,
-because frozen bases have their bits and the sum is slower without them. A GPU only projects, in Qwen3-4B in 0.58 s
-(research/results/vhack_ways_cpu.json).
+products by factors and 1.05 without *outer* (research/results/vhack_ways_cpu.json, where a fifth way saved 1.04). A GPU
+only projects, in Qwen3-4B in 0.58 s.
 
 Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordinates of δS.
 """
@@ -50,9 +45,6 @@ from assay.vhack.gradients.svd import Factors
 from assay.vhack.gradients.targets import expert_matrices, fused_names
 
 _FITS = 1e-5
-# Largest ratio of singular values that results are divided by. Measured against float64, with singular values spread
-# evenly on a logarithmic scale, it adds a relative error of 2.5e-8 times the ratio: 8e-7 of the 1e-5 that is promised.
-_CONDITION = 32.0
 
 
 def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -> Tensor:
@@ -69,7 +61,7 @@ def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -
 class Way:
     """How one tap computes what it has to."""
 
-    how: str  # "project", "right", "left", "outer" or "inner"
+    how: str  # "project", "right", "left" or "outer"
     early: bool  # Vh x is computed in the forward pass and kept, and x is not
     output: bool  # W x comes from the factors
     input: bool  # Wᵀ ∂L/∂y comes from the factors
@@ -94,13 +86,11 @@ class Tap:
     kernels: ModuleType | None
 
     def __post_init__(self) -> None:
-        linear, singular = self.linear, self.factors.values
-        self.values = singular.to(self.factors.left.dtype)
+        linear = self.linear
+        self.values = self.factors.values.to(self.factors.left.dtype)
         own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
         self.plain = linear.forward if own else None
         self.factored = self.factored and not own
-        self.narrow = linear.weight.shape[0] < linear.weight.shape[1]
-        self.even = self.factored and not self.together and float(singular[0] / singular[-1]) <= _CONDITION
         # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
 
@@ -139,9 +129,6 @@ class Tap:
         outer = (1 + rank / tokens) * outputs * inputs
         saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
         sided = rank * (outputs + inputs - saved)
-        inner = (1 + rank / tokens) * rank**2
-        if self.even and inner < min(sided, outer):
-            return Way("inner", early=False, output=False, input=False)
         if outer < sided:
             return Way("outer", early=False, output=False, input=False)
         return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
@@ -156,29 +143,27 @@ class Tap:
         left_OR = self.factors.left
         return gradient_NO.to(left_OR.dtype) @ left_OR
 
-    def leave(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> None:
+    def leave(
+        self, kept: Tensor, gradient_NO: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way
+    ) -> None:
         """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
 
-        The forward pass kept inputs, their coordinates, or outputs; ``second`` are gradients of the outputs, or in the
-        way *inner* of a weight with more rows those of the inputs.
+        The forward pass kept inputs or their coordinates.
         """
-        rows_BR, before_BR = self._rows(kept, second, projected_NR, segments, way), self.found.get(self.name)
+        rows_BR, before_BR = self._rows(kept, gradient_NO, projected_NR, segments, way), self.found.get(self.name)
         self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
 
-    def _rows(self, kept: Tensor, second: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way) -> Tensor:
+    def _rows(
+        self, kept: Tensor, gradient_NO: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way
+    ) -> Tensor:
         if way.how == "project":
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
             return segment_products(projected_NR, along_NR, segments.offsets, self.kernels)
         left_OR, right_RI = self.factors.left, self.factors.right
-        first = projected_NR if way.how == "right" else kept if way.how == "inner" else second
-        last = second if way.how == "inner" else kept
+        first = projected_NR if way.how == "right" else gradient_NO
         assert first is not None
-        sums = [first[start:end].T @ last[start:end] for start, end in segments.bounds]
-        if way.how == "inner":
-            turn_XR = left_OR if self.narrow else right_RI.T
-            turned_BXR = (torch.cat(sums) @ turn_XR).view(len(sums), *turn_XR.shape)
-            return turned_BXR.mul_(turn_XR).sum(1).div_(self.values)
+        sums = [first[start:end].T @ kept[start:end] for start, end in segments.bounds]
         if way.how == "outer":
             return torch.stack([delta_gradient(each, left_OR, right_RI) for each in sums])
         if way.how == "left":
@@ -201,9 +186,6 @@ class _Tapped(torch.autograd.Function):
             output_NO = (kept * tap.values) @ tap.factors.left.T
             if bias is not None:
                 output_NO += bias
-        elif way.how == "inner" and tap.narrow:
-            kept = inputs_NI @ tap.linear.weight.T
-            output_NO = kept if bias is None else kept + bias
         else:
             output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
             kept = tap.along(inputs_NI) if way.early else inputs_NI
@@ -216,11 +198,11 @@ class _Tapped(torch.autograd.Function):
         (gradient,), (kept,) = gradients, ctx.saved_tensors
         tap, way = ctx.tap, ctx.way
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
-        from_inputs, is_wanted = way.how == "inner" and not tap.narrow, ctx.needs_input_grad[0]
+        is_wanted = ctx.needs_input_grad[0]
         with wide_products(gradient):
-            result_NI = gradient_NO @ tap.linear.weight if from_inputs or (is_wanted and not way.input) else None
+            result_NI = gradient_NO @ tap.linear.weight if is_wanted and not way.input else None
             projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
-            tap.leave(kept, result_NI if from_inputs else gradient_NO, projected_NR, ctx.segments, way)
+            tap.leave(kept, gradient_NO, projected_NR, ctx.segments, way)
             if way.input and is_wanted and projected_NR is not None:
                 result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
         return None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1), None, None, None
