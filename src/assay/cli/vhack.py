@@ -85,7 +85,6 @@ class CheckCommand(RuleSettings, GradientSettings):
     """Settings of ``assay vhack check``."""
 
     basis: Path | None = Field(None, description="Basis to check; without it, bases are fitted.")
-    log: Path | None = Field(None, description="Log of a training run, for check 4.")
     method: Method = "lda"
     output: Result = None
     html: Annotated[Path | None, FILE] = Field(None, description="File for the report page.")
@@ -226,7 +225,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
 @vhack.add(
     "check",
     CheckCommand,
-    shown="model pairs basis log method output html seed device allow_partial",
+    shown="model pairs basis method output html seed device allow_partial",
     example="assay vhack check --model reference:qwen3 --pairs generated:48 --html check.html",
 )
 def check(chosen: CheckCommand, as_json: bool) -> int:
@@ -236,7 +235,6 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     """
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
-    from assay.vhack.checks.five_checks import read_source_log
     from assay.vhack.checks.folds import check_groups
     from assay.vhack.checks.page import make_page
     from assay.vhack.gradients.targets import MIN_COVERAGE
@@ -244,7 +242,6 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
     found = find_pairs(chosen.pairs)
-    entries = read_source_log(chosen.log) if chosen.log else None
     read = Basis.load(chosen.basis) if chosen.basis else None
     if few := check_groups([pair.group for pair in found], rules, read):
         click.echo(f"warning: {few}", err=True)
@@ -257,7 +254,6 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
             loaded,
             basis=read,
             settings=rules,
-            log=entries,
             min_coverage=0.0 if chosen.allow_partial else MIN_COVERAGE,
             progress=progress,
         )

@@ -27,11 +27,11 @@ from scipy import stats
 from assay.errors import UsageError
 from assay.pages.report import SERIES, Cell, Report
 from assay.stats.rates import proportion_interval
-from assay.vhack.checks.five_checks import SourceCin, check_source_log
 from assay.vhack.checks.judge import Check, CheckReport
 from assay.vhack.training.evaluation import Rate
 from assay_research.runs.report import Column, Curves, Section, Table, draw_section, table_of
 from assay_research.study.log import RunLog
+from assay_research.study.sources import check_source_log
 
 MARGIN = 0.05
 _CONFIDENCE = 0.95
@@ -319,12 +319,8 @@ def _sections(logs: Sequence[RunLog], results: Sequence[ArmResult], checks: Sequ
 
 def source_checks(logs: Sequence[RunLog]) -> list[tuple[str, Check]]:
     """Return check 4 of every run that has stored rollouts, on its first steps."""
-    found = []
-    for log in logs:
-        entries = [SourceCin(line["step"], line["source"], line["cin"]) for line in log.sources]
-        if entries:
-            found.append((str(log.header["run"]), check_source_log(entries, steps=(0, _EARLY - 1))))
-    return found
+    measured = ((str(log.header["run"]), log.sources) for log in logs if log.sources)
+    return [(run, check_source_log(lines, steps=(0, _EARLY - 1))) for run, lines in measured]
 
 
 def _tables(results: Sequence[ArmResult]) -> dict[str, Table]:

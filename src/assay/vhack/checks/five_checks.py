@@ -7,15 +7,9 @@ Check 1 ranks over all samples and check 2 within each pair. Check 3 has three n
 - *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
 - *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
 
-Check 4: during training, is the gradient of cheating samples further along the axes than that of the others? cin here
-is that of a whole batch: the components and the length of the *summed* gradient of one source. Without a training log,
-the two sides of a held-out group are two batches, as if from a teacher that cheats and a student that does not. With a
-log, both are measured in the same step. A log is JSON Lines. A line with a ``source`` field is one measurement, other
-lines are passed over::
-
-    {"step": 12, "source": "teacher", "cin": 0.31}
-
-``step`` is a whole number from 0, ``source`` a name, ``cin`` the mean over modules, a share.
+Check 4: is the gradient of a batch that cheats further along the axes than that of one that does not? cin here is that
+of a whole batch: the components and the length of the *summed* gradient of one side of a held-out group, as if they
+came from a teacher that cheats and a student that does not.
 
 Check 5: would other pairs have given the same axes? The groups are divided into two halves at random, many times, and a
 basis is fitted to each half. Drawing groups with replacement would put the same pairs on both sides, and noise would
@@ -32,19 +26,16 @@ Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import comb
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import read_jsonl
 from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy
@@ -74,12 +65,11 @@ from assay.vhack.checks.judge import (
     judge,
     p_value,
     reached_levels,
-    rule_of,
     undecided_check,
 )
 from assay.vhack.detect import collect_evidence, compare_detectors
 from assay.vhack.gradients.batches import find_chat_template
-from assay.vhack.pairs.pairs import Pair, validated
+from assay.vhack.pairs.pairs import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,18 +77,8 @@ if TYPE_CHECKING:
 BoolArray = npt.NDArray[np.bool_]
 
 _DRAWS = 25  # random frames of one module that are held at a time
-_FEWEST_BLOCKS = 6
 _FEWEST_PAIRS = 2  # of a half, for one difference between clean sides
 _OVERLAP = "mean squared cosine of the principal angles between bases of two halves of the groups"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceCin:
-    """Share along the axes, mean over modules, of the gradient of one source in one step, counted from 0."""
-
-    step: Annotated[int, Field(strict=True, ge=0)]
-    source: Annotated[str, Field(min_length=1)]
-    cin: Annotated[float, Field(strict=True, ge=0, le=1.000001)]
 
 
 def check(
@@ -107,7 +87,6 @@ def check(
     *,
     basis: Basis | None = None,
     settings: CheckSettings | None = None,
-    log: Sequence[SourceCin] | None = None,
     **how: Unpack[GradientOptions],
 ) -> CheckReport:
     """Return five checks whether hack directions are real, on held-out data and each against its nulls.
@@ -120,7 +99,6 @@ def check(
         model: Model that the basis belongs to.
         basis: Basis to check; None fits bases itself.
         settings: Amount of evidence and strictness of the rules.
-        log: Measurements of a training run from `read_source_log`, for check 4.
         how: Keywords of :class:`assay.vhack.basis.extract.GradientOptions`; a given basis says itself rank and factors,
             and what it covers.
 
@@ -156,7 +134,7 @@ def check(
         # In its coordinates, and of as much of the model as it was made of.
         how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
     gradients = pair_gradients(pairs, model, **how)
-    found = check_gradients(gradients, basis=basis, settings=settings, log=log)
+    found = check_gradients(gradients, basis=basis, settings=settings)
     sides = {pair.key: pair.samples() for pair in pairs}
     samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
     both = {name: torch.cat([rows_NR, gradients.clean[name]]) for name, rows_NR in gradients.hack.items()}
@@ -173,7 +151,6 @@ def check_gradients(
     *,
     basis: Basis | None = None,
     settings: CheckSettings | None = None,
-    log: Sequence[SourceCin] | None = None,
 ) -> CheckReport:
     """Return the five checks of gradients that are at hand; :func:`check` describes the arguments and errors."""
     settings = settings or CheckSettings()
@@ -188,7 +165,7 @@ def check_gradients(
             pools,
             check_heldout(design),
             check_random_null(design, pools.measured),
-            check_sources(design) if log is None else check_source_log(log, settings),
+            check_sources(design),
             check_stability(design),
         )
     hack_BN, clean_BN = design.held_out
@@ -343,37 +320,6 @@ def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.rando
     return labels_N
 
 
-def read_source_log(path: str | Path) -> list[SourceCin]:
-    """Return the measurements in a training log; lines without ``source`` are passed over.
-
-    Raises:
-        DataError: The file cannot be read, it has no measurement, or one is malformed or given twice; the message
-            names the line.
-    """
-    found: dict[tuple[int, str], SourceCin] = {}
-    for number, record in read_jsonl(path):
-        if "source" not in record:
-            continue
-        try:
-            entry = validated(SourceCin, record)
-            if (entry.step, entry.source) in found:
-                raise ValueError(f"source {entry.source} twice in step {entry.step}")
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number}: {error}",
-                wanted='{"step": 0, "source": "teacher", "cin": 0.2}, each source once a step, cin in [0, 1]',
-                do="correct the line",
-            ) from None
-        found[entry.step, entry.source] = entry
-    if not found:
-        raise DataError(
-            f"{path}: no line with a source",
-            wanted="a log of `assay vhack train --teacher`, which measures cin of its sources",
-            do="check the path, or leave --log out",
-        )
-    return list(found.values())
-
-
 def check_sources(design: Design) -> Check:
     """Return check 4 with the sides of every held-out group as two batches."""
     geometry, settings = design.geometry, design.settings
@@ -401,45 +347,6 @@ def check_sources(design: Design) -> Check:
         settings,
         design.smallest_p,
         details={"mean_cin_hack": float(hack_BG[0].mean()), "mean_cin_clean": float(clean_BG[0].mean())},
-    )
-
-
-def check_source_log(
-    entries: Sequence[SourceCin], settings: CheckSettings | None = None, *, steps: tuple[int, int] | None = None
-) -> Check:
-    """Return check 4 of a training log: cin of the teacher minus cin of the student, step by step.
-
-    Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
-    root of the number of steps, at least 6. The difference is expected early in training, so ``steps`` may be the first
-    and the last one to use.
-
-    Raises:
-        UsageError: No step has both sources.
-    """
-    settings = settings or CheckSettings()
-    hack, clean = ({one.step: one.cin for one in entries if one.source == name} for name in ("teacher", "student"))
-    first, last = steps or (0, max(hack, default=0))
-    both = sorted(step for step in hack.keys() & clean.keys() if first <= step <= last)
-    if not both:
-        seen = "no step with both teacher and student"
-        raise UsageError(seen, wanted="both sources in a step", do="pass another --log")
-    statistic = f"cin of teacher minus cin of student, mean over {len(both)} steps"
-    if len(both) < _FEWEST_BLOCKS:
-        rule = rule_of("sources", [SWAPPED], settings, "blocks of steps")
-        return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
-    count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
-    blocks = [str(index * count // len(both)) for index in range(len(both))]
-    differences_T = np.array([hack[step] - clean[step] for step in both])
-    signs_BT = draw_swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
-    return judge(
-        "sources",
-        statistic,
-        bootstrap(np.mean, [differences_T], [blocks], settings),
-        {SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
-        settings,
-        0.5**count,
-        swapped="blocks of steps",
-        details={"steps": both},
     )
 
 

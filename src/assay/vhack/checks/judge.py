@@ -196,7 +196,6 @@ def judge(
     settings: CheckSettings,
     smallest_p: float,
     *,
-    swapped: str = "whole groups",
     details: Mapping[str, Any] | None = None,
 ) -> Check:
     """Return the check after applying the rule that checks 1 to 4 share.
@@ -204,7 +203,7 @@ def judge(
     It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
     above the bound of the check and above the 1 − alpha quantile of every null. The first part alone bounds the
     probability that noise passes. Where only the interval is too wide, or the smallest p-value that the groups can give
-    is above alpha, the verdict is ``undecided``. ``swapped`` is what the rule says that labels are swapped in.
+    is above alpha, the verdict is ``undecided``.
     """
     p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
     if smallest_p > settings.alpha:
@@ -218,7 +217,7 @@ def judge(
         faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
         wide = reached_levels("interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings)
         verdict, reason = decide(faults, *wide)
-    rule = rule_of(name, nulls, settings, swapped)
+    rule = rule_of(name, nulls, settings)
     draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
     return Check(name, TITLES[name], statistic, rule, measured, draws, p_values, verdict, reason, dict(details or {}))
 
@@ -247,7 +246,7 @@ def decide(faults: Sequence[str], below: Sequence[str], wide: Sequence[str]) -> 
     return ("undecided", "; ".join([*wide, "add pairs"])) if wide else ("pass", "every part of the rule holds")
 
 
-def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings, swapped: str = "whole groups") -> str:
+def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
     """Return the rule of :func:`judge` in words."""
     (what, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
     interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
@@ -258,7 +257,7 @@ def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings, swapped: s
             "of every null."
         )
     return (
-        f"Passes if, with the labels of {swapped} swapped at random, at most a share {settings.alpha:g} reaches "
+        f"Passes if, with the labels of whole groups swapped at random, at most a share {settings.alpha:g} reaches "
         f"{what}, and {interval} {above:g} and above the null's {quantile}."
     ) + "".join(f" So for {null} bases." for null in others)
 

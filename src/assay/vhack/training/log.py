@@ -49,11 +49,11 @@ class TrainLog:
     - ``quarantine``, where there is one: 1 if the second δS wrote and learned with the first in this step, else 0;
     - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along them.
 
-    A **source** line is one measurement for check 4 (:func:`assay.vhack.checks.read_source_log`): cin of the summed
-    gradient of some rollouts, along the axes, from the backward pass of all. Sources are ``student`` and
-    ``teacher``, and among the student's ``exploited`` and ``correct``. A source without rollouts in a step, or whose
-    gradient is zero because all rewards of its groups were equal, has no line. A **refresh** line says how much of the
-    axes stayed: the mean squared cosine of the principal angles between old and new ones, over modules.
+    A **source** line is one measurement: cin of the summed gradient of some rollouts, along the axes, from the backward
+    pass of all. Sources are ``student`` and ``teacher``, and among the student's ``exploited`` and ``correct``. A
+    source without rollouts in a step, or whose gradient is zero because all rewards of its groups were equal, has no
+    line. A **refresh** line says how much of the axes stayed: the mean squared cosine of the principal angles between
+    old and new ones, over modules.
 
     Args:
         path: File to write.
