@@ -7,7 +7,6 @@ from torch.nn import functional
 from assay.errors import ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.delta.groups import Kinds
 from tests.vhack.delta.conftest import gradients_of, loss_of, randomise
 
 
@@ -87,7 +86,7 @@ def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, adapter, token
     masks = [[1, 0, 1], [0, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
     with adapter.per_sample() as found:
         for each in masks:
-            found.kinds = Kinds.of(torch.tensor(each, dtype=torch.bool).unbind(), ids.device)
+            found.kinds = torch.tensor(each).float()
             loss_of(module, ids).backward()
     for rows, kinds, parameter, gradient in zip(single.rows, found.rows, adapter.delta, wanted, strict=True):
         parts = [rows[:, [0, 2]].sum(1), 0 * rows[:, 0], rows[:, 1]]

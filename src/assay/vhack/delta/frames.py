@@ -26,7 +26,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.groups import Group, Kinds
+from assay.vhack.delta.groups import Group
 
 # How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
 _SKEW = 1e-3
@@ -160,12 +160,12 @@ class Rollouts:
     to the gradient of δS.
 
     Attributes:
-        kinds: Kinds of samples; set before a forward pass, it keeps one row per kind instead, which is cheaper.
+        kinds: 1 where a sample is of a kind, [G, B] float32; set before a forward pass, it keeps one row per kind.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
-        self.kinds: Kinds | None = None
+        self.kinds: Tensor | None = None
 
     def record(self, group: int, module: int, rows_BR: Tensor) -> None:
         """Add the rollouts of one backward pass."""

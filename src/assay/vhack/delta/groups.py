@@ -15,12 +15,12 @@ which differ in rounding:
 - *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
 - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I operations.
 
-Gradients of single samples can only be computed by projecting; sums over a few kinds of samples by either.
+Gradients of single samples are summed over the samples of a kind afterwards, where only that is wanted.
 
 Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordinates of δS, G kinds.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -133,24 +133,6 @@ def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
     return groups
 
 
-# Multiplications that a sum per kind must save; on a GPU, those that it does while the operations are being sent.
-_WORTH = {"cuda": 2e10}
-
-
-@dataclass(frozen=True, eq=False)
-class Kinds:
-    """Which samples of a batch are of which kind; each sample is of one kind."""
-
-    members: tuple[Tensor, ...]  # indices of the samples of each kind, [≤B] int64
-    weights: Tensor  # membership, [G, B] float32, 1 where a sample is of a kind
-
-    @classmethod
-    def of(cls, chosen: Sequence[Tensor], device: torch.device) -> "Kinds":
-        """Return the kinds given one mask per kind, [B] bool on the CPU."""
-        weights_GB = torch.stack(list(chosen)).float()
-        return cls(tuple(mask.nonzero()[:, 0].to(device) for mask in chosen), weights_GB.to(device))
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What the product of one module needs."""
@@ -160,7 +142,7 @@ class Plan:
     right: Tensor  # Vh, [R, I]
     # Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
     rows: Callable[[Tensor], None] | None = None
-    kinds: Kinds | None = None  # None keeps samples apart
+    kinds: Tensor | None = None  # 1 where a sample is of a kind, [G, B] float32; None keeps samples apart
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
@@ -201,33 +183,16 @@ def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
     gradient, inputs = gradient.to(plan.left.dtype), inputs.to(plan.right.dtype)
     if plan.rows is None:
         return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
-    rows_BR = _sum_by_kind(gradient, inputs, plan, plan.kinds) if plan.kinds else _sum_products(gradient, inputs, plan)
+    rows_BR = _sum_products(gradient, inputs, plan)
+    if plan.kinds is not None:
+        rows_BR = plan.kinds @ rows_BR
     plan.rows(rows_BR)
     return rows_BR.sum(dim=0)
 
 
-def _sum_by_kind(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan, kinds: Kinds) -> Tensor:
-    """Return the gradient summed over the samples of each kind, [G, R] float32."""
-    filled = sum(len(members) > 0 for members in kinds.members)
-    saved = _multiplications_saved(inputs_BTI.shape[0] * inputs_BTI.shape[1], filled, plan)
-    if saved <= _WORTH.get(gradient_BTO.device.type, 0.0):
-        return kinds.weights @ _sum_products(gradient_BTO, inputs_BTI, plan)
-    sums = []
-    for members in kinds.members:
-        whole = len(members) == len(inputs_BTI)
-        theirs, taken = (x if whole else x.index_select(0, members) for x in (gradient_BTO, inputs_BTI))
-        sums.append(_sum_products(theirs.flatten(0, 1)[None], taken.flatten(0, 1)[None], plan)[0])
-    return torch.stack(sums)
-
-
-def _multiplications_saved(tokens: int, sums: int, plan: Plan) -> int:
-    """Return how many multiplications fewer the outer order has, for so many tokens in so many sums."""
-    (outputs, rank), width = plan.left.shape, plan.right.shape[1]
-    return tokens * rank * (outputs + width) - (tokens + sums * rank) * outputs * width
-
-
 def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
     """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
-    if _multiplications_saved(inputs_BTI.shape[1], 1, plan) > 0:
+    (outputs, rank), (tokens, width) = plan.left.shape, inputs_BTI.shape[1:]
+    if tokens * rank * (outputs + width) > (tokens + rank) * outputs * width:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)
     return sample_products(gradient_BTO @ plan.left, inputs_BTI @ plan.right.T)

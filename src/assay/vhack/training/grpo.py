@@ -32,7 +32,6 @@ from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import Arm
 from assay.vhack.delta.delta import DeltaS
 from assay.vhack.delta.frames import Rollouts
-from assay.vhack.delta.groups import Kinds
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.delta.quarantine import shift_baseline
 from assay.vhack.detect import RolloutJudge
@@ -269,7 +268,7 @@ class GRPO(GRPOTrainer):
         self._filling = inputs if _STORED in inputs else None
         outcomes = Outcomes(inputs["outcomes"].cpu(), inputs["paid"].cpu())
         if self.watching is not None:
-            self.watching.kinds = Kinds.of(list(outcomes.kinds().values()), inputs["outcomes"].device)
+            self.watching.kinds = torch.stack(list(outcomes.kinds().values())).float().to(inputs["outcomes"].device)
         loss: Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
         if self.adapter.model.training:
             self.seen.append((outcomes, loss.detach(), self._weights))
