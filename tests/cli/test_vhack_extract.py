@@ -25,8 +25,6 @@ def test_a_basis_is_written_and_described(told, refused, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     said = told(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 1, "-o", path)
     assert said["schema"] == "assay.vhack.extract/1"
-    # Three axes of three whitened pairs: of what these axes keep it would be all.
-    assert 0.5 < said["energy_of_5_axes"] < 0.999
     assert (said["modules_left_out"], said["weights_covered"]) == (0, 1.0)
     assert (said["modules"], said["pairs_used"], said["pairs_held_out"], said["axes_per_module"]) == (56, 3, 1, 3)
     basis = Basis.load(path, load_model("reference:llama", device="cpu"))

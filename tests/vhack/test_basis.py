@@ -142,19 +142,6 @@ def test_a_part_of_the_pairs_gives_the_basis_of_that_part_alone():
         assert basis.origin.pairs == tuple(f"p{index}" for index in keep)
 
 
-def test_the_energy_of_axes_is_their_share_of_all_differences():
-    hack, clean = planted(2, 3.0)
-    difference = (hack["m"] - clean["m"]).double()
-    for method in METHODS:
-        basis = basis_of(hack, clean, method=method, top_k=3)
-        projected = difference @ basis.axes["m"].double().T
-        assert basis.energy["m"].sum().item() == pytest.approx(float((projected.norm() / difference.norm()) ** 2), 1e-5)
-        assert 0.1 < basis.energy["m"].sum() < 0.99  # of all differences, not of what three axes keep
-        assert torch.equal(basis.slice(2).energy["m"], basis.energy["m"][:2])
-    cut = basis_of(hack, clean, method="svd", tau_axis=0.9)
-    assert cut.energy["m"][-1] == 0 == cut.axes["m"][-1].norm()
-
-
 def test_gradients_that_do_not_fit_are_refused():
     hack, clean = planted(0, 1.0)
     with pytest.raises(UsageError, match="different modules, numbers or shapes"):

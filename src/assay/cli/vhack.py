@@ -200,7 +200,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
             progress=progress,
         )
     basis.save(chosen.output)
-    origin, energy = basis.origin, [float(shares[:5].sum()) for shares in basis.energy.values()]
+    origin = basis.origin
     held_out = sorted({pair.group for pair in pairs} - set(origin.groups))
     values = {
         "path": str(chosen.output),
@@ -216,7 +216,6 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
         "pairs_held_out": len(pairs) - len(origin.given),
         "groups_held_out": held_out,
         "undecided_axes": len(basis.undecided),
-        "energy_of_5_axes": round(sum(energy) / len(energy), 4),
         "captured_energy": round(origin.captured, 6),
     }
     show_values("assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none")

@@ -116,8 +116,6 @@ class Basis:
         votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2] int64 per module
             name.
         origin: Model, pairs and settings it was made from.
-        energy: Share of ‖D‖² along each axis, [K] float32 per module name; D are the differences it was extracted
-            from. The file does not hold it, so it is empty in a basis that was read from one.
 
     Example:
         >>> import torch
@@ -131,7 +129,6 @@ class Basis:
     singular_values: dict[str, Tensor]
     votes: dict[str, Tensor]
     origin: Origin = field(default_factory=Origin)
-    energy: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def undecided(self) -> list[tuple[str, int]]:
@@ -160,8 +157,7 @@ class Basis:
         }
         values = {name: values_K[:k_use] for name, values_K in self.singular_values.items()}
         votes = {name: votes_K2[:k_use] for name, votes_K2 in self.votes.items()}
-        energy = {name: shares_K[:k_use] * axes[name].any(dim=1) for name, shares_K in self.energy.items()}
-        return replace(self, axes=axes, singular_values=values, votes=votes, energy=energy)
+        return replace(self, axes=axes, singular_values=values, votes=votes)
 
     def save(self, path: str | Path) -> None:
         """Write the basis as one safetensors file, replacing an older one in one step.
@@ -343,13 +339,6 @@ _ROUNDING = torch.finfo(torch.float32).eps
 def gram(rows_NR: Tensor) -> Tensor:
     """Return the Gram matrix of the rows, [N, N] in float64."""
     return rows_NR.double() @ rows_NR.double().T
-
-
-def energy_along(rows_NR: Tensor, axes_KR: Tensor) -> Tensor:
-    """Return the share of ‖D‖² that lies along each of some orthonormal axes, [K] float32; D are the rows."""
-    rows_NR = rows_NR.double()
-    along_K = (rows_NR @ axes_KR.double().T).square().sum(dim=0)
-    return (along_K / rows_NR.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).float()
 
 
 def find_axes(

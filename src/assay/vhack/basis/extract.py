@@ -18,7 +18,7 @@ from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
 from assay.models.load import Model
 from assay.streams.backends import dtype_name
-from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, energy_along, find_axes, gram, zero_weak_axes
+from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, find_axes, gram, zero_weak_axes
 from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
@@ -121,7 +121,7 @@ class PairGradients:
         check_method(method, len(rows))
         index = torch.tensor(rows)
         square = (index[:, None], index[None, :])
-        axes, values, votes, energy = {}, {}, {}, {}
+        axes, values, votes = {}, {}, {}
         for name, gram_NN in self._grams.items():
             rows_NR = self.differences(name)[index]
             clean = (self.clean[name][index], self._clean_grams[name][square]) if method == "lda" else None
@@ -129,7 +129,6 @@ class PairGradients:
                 rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean
             )
             axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
-            energy[name] = energy_along(rows_NR, axes[name])
         if not any(values_K.any() for values_K in values.values()):
             raise DataError(
                 "hack and clean have the same gradients in every module",
@@ -145,7 +144,7 @@ class PairGradients:
             groups=tuple(self.groups[row] for row in rows),
             tokens={name: tuple(tokens_NE[index].sum(dim=0).tolist()) for name, tokens_NE in self.tokens.items()},
         )
-        return Basis(axes, values, votes, origin, energy)
+        return Basis(axes, values, votes, origin)
 
 
 def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:
