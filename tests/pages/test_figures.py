@@ -1,11 +1,8 @@
-import math
 import subprocess
 import sys
 from xml.etree import ElementTree
 
-import pytest
-
-from assay.pages.report import INK, MUTED, PAPER, RULE, SERIES, figure, heatmap, legend, to_svg
+from assay.pages.report import INK, MUTED, PAPER, RULE, SERIES, figure, legend, to_svg
 
 
 def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
@@ -28,13 +25,6 @@ def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
     links = [v[1:] for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
     assert links
     assert set(links) <= known
-
-
-@pytest.mark.parametrize("matrix", [[[1.0]], [[0.0, 0.0]], [[math.nan, math.nan]], [[-1.0, 3.0]]])
-def test_heatmap_draws_any_values(matrix):
-    fig, ax = figure()
-    heatmap(ax, matrix, ["row"], [str(i) for i in range(len(matrix[0]))], label="share")
-    assert "share" in to_svg(fig, prefix="f", description="d")
 
 
 def test_pyplot_is_never_loaded():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -67,36 +66,6 @@ def style_axes(ax: "Axes") -> None:
 def legend(ax: "Axes", **options: Any) -> None:
     """Add a legend without a box, in the ink of the page; options go to ``Axes.legend``."""
     ax.legend(frameon=False, labelcolor=INK, fontsize=9, **options)
-
-
-def heatmap(ax: "Axes", matrix: npt.ArrayLike, rows: Sequence[str], columns: Sequence[str], *, label: str = "") -> None:
-    """Draw a matrix as tinted cells with a scale beside it.
-
-    Positive values have the first colour, negative ones the second. Strength is opacity, so zero is the colour of the
-    page in light and in dark. A missing value (NaN) is left empty. The matrix is [R, C], with a label for every row and
-    column, and one for the scale.
-    """
-    from matplotlib.colors import ListedColormap, to_rgba
-
-    values_RC = np.asarray(matrix, dtype=np.float64)
-    largest = float(np.nanmax(np.abs(values_RC), initial=0.0)) or 1.0
-    low = -largest if np.nanmin(values_RC, initial=0.0) < 0 else 0.0
-    shades = np.linspace(0.0, 1.0, 24)  # matplotlib makes pixels of a scale with 50 colours
-    negative = [to_rgba(SERIES[1], shade) for shade in shades[::-1]] if low else []
-    colours = ListedColormap([*negative, *(to_rgba(SERIES[0], shade) for shade in shades)])
-    cells = ax.pcolormesh(values_RC, cmap=colours, vmin=low, vmax=largest, edgecolors=PAPER, linewidth=0.4)
-    ax.invert_yaxis()
-    ax.set_xticks(np.arange(len(columns)) + 0.5, columns)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
-    scale = ax.figure.colorbar(cells, ax=ax, pad=0.03, aspect=40)
-    style_axes(scale.ax)
-    scale.set_label(label)
-    scale.outline.set_visible(False)
-    ax.tick_params(length=0)
-    for part in (ax, scale.ax):
-        part.grid(visible=False)
-        for spine in part.spines.values():
-            spine.set_visible(False)
 
 
 def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:

@@ -256,10 +256,10 @@ def _given(part: Any) -> Any:
 def _count_ngrams(evidence: Evidence) -> list[FloatArray]:
     """Return roots of the numbers of hashed character n-grams, each row of length 1."""
     counts_SD = np.zeros((len(evidence), _HASHES))
-    for counts_D, text in zip(counts_SD, evidence.texts, strict=True):
+    for row, text in enumerate(evidence.texts):
         for n in _NGRAM:
             hashes = [zlib.crc32(text[at : at + n].encode()) % _HASHES for at in range(len(text) - n + 1)]
-            counts_D += np.bincount(hashes, minlength=_HASHES)
+            counts_SD[row] += np.bincount(hashes, minlength=_HASHES)
     roots_SD = np.sqrt(counts_SD)
     return [roots_SD / np.linalg.norm(roots_SD, axis=1, keepdims=True).clip(1e-9)]
 

@@ -15,6 +15,7 @@ import structlog
 from fastapi import FastAPI, Request
 from structlog.testing import capture_logs
 
+from assay.errors import UsageError
 from assay.poc.net import routes as _route
 from assay.poc.net import server as _server
 from assay.poc.net.logs import LogBudget, configure_logs
@@ -326,6 +327,12 @@ def test_head_is_answered_as_get_without_the_body(service, tmp_path):
     assert service.client.head(f"{PREFIX}/stop").status_code == 405
     receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1")
     assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
+
+
+def test_metrics_of_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "metrics")
+    with listen("127.0.0.1", 0) as listener, pytest.raises(UsageError, match="PROMETHEUS_MULTIPROC_DIR"):
+        run_app(None, None, listener)
 
 
 # The log

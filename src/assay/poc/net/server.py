@@ -150,9 +150,12 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     libraries below such a thread abort when Python takes them down.
 
     Raises:
-        UsageError: The server did not start; the log says why.
+        UsageError: The server did not start; the log says why. Or metrics would be shared with other processes.
         ModelError: The model could not be loaded.
     """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # whose files outlive a restart, and mix two servers' counters
+        seen, wanted = "PROMETHEUS_MULTIPROC_DIR in the environment", "metrics of this process alone"
+        raise UsageError(seen, wanted=wanted, do="start assay without it")
     server = _Server(bounded_config(app, settings), runtime.closing if runtime else threading.Event())
 
     def on_loaded(loaded: Future[Any]) -> None:

@@ -185,16 +185,8 @@ def check_two_pools(
     if svd is None:  # those that the basis was made with; it says itself how much of the model its modules are
         rank, dtype = basis.origin.rank, basis.origin.factors or None
         svd = weight_svd(model, modules=modules, rank=rank, dtype=dtype, min_coverage=0.0, progress=stages[0])
-    gradients = per_sample_gradients(
-        samples,
-        model,
-        tokenizer=tokenizer,
-        svd=svd,
-        modules=modules,
-        max_tokens=max_tokens,
-        names=names,
-        progress=stages[1],
-    )
+    given: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd, "modules": modules, "max_tokens": max_tokens}
+    gradients = per_sample_gradients(samples, model, names=names, progress=stages[1], **given)
     used = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used, gradients, "samples")
     groups = [[one.group for one in pool] for pool in pools]
