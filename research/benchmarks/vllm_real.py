@@ -4,7 +4,6 @@ transformers under the law of these two, which `calibrate` fits to proofs of oth
     python research/benchmarks/vllm_real.py --model DIRECTORY -o research/results/vllm_real.json
 """
 
-from dataclasses import replace
 from statistics import median
 
 import torch
@@ -25,7 +24,7 @@ def measure_speed(engine, options):
     """Return the nonces per second of both presets in turns, by the way they take."""
     rows, throttle = {}, engine._client.throttle
     for way, (turns, count) in SPEED.items():
-        throttle.settings = replace(throttle.settings, path=way)
+        throttle.settings = throttle.settings.model_copy(update={"path": way})
 
         def rate(preset, nonces, engine=engine):
             round = Round(block_hash="speed", public_key="k", preset=preset, seq_len=options.seq_len)
@@ -42,7 +41,7 @@ def measure_speed(engine, options):
             "ratio": median(ratios),
             "ratios": ratios,
         }
-    throttle.settings = replace(throttle.settings, path="auto")
+    throttle.settings = throttle.settings.model_copy(update={"path": "auto"})
     return rows
 
 

@@ -228,7 +228,7 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
         if kind == "adapter":
             beside = chat_beside(engine, make_adapter(model.module.config, folder), said)
         with beside:
-            told = {"hidden_size": model.hidden_size, "mixture": kind.startswith(MIXTURES)}
+            told = {"hidden_size": model.hidden_size}
             presets = {preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS}
         row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
         row |= {"chat": said} if said else {}

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,10 +39,10 @@ def engine(request):
 def by_path(engine, path: str, preset: str, count: int = 48) -> tuple[poc.Proof, int]:
     """Prove along one path; return the proof, and how many of its nonces ran beside the scheduler."""
     throttle, direct = engine._client.throttle, engine._client.direct
-    throttle.settings = replace(throttle.settings, path=path)
+    throttle.settings = throttle.settings.model_copy(update={"path": path})
     before = direct.nonces
     proof = poc.prove(engine.model, make_round(preset, key="paths"), range(count), engine=engine)
-    throttle.settings = replace(throttle.settings, path="auto")
+    throttle.settings = throttle.settings.model_copy(update={"path": "auto"})
     return proof, direct.nonces - before
 
 
@@ -64,9 +63,9 @@ def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     other, throttle = replace_shape(engine, seq_len=seq_len, batch_size=8), engine._client.throttle
     round, values, before = make_round("hardened", seq_len=seq_len), [], engine._client.direct.nonces
     for path in ("auto", "requests"):
-        throttle.settings = replace(throttle.settings, path=path)
+        throttle.settings = throttle.settings.model_copy(update={"path": path})
         values.append(np.concatenate(list(other.outputs(round, poc.get_pipeline("hardened"), range(20)))))
-    throttle.settings = replace(throttle.settings, path="auto")
+    throttle.settings = throttle.settings.model_copy(update={"path": "auto"})
     assert engine._client.direct.nonces - before == 20
     assert np.array_equal(*values)
 

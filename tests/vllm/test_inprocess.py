@@ -1,7 +1,7 @@
 """An engine of our own: agreement with transformers, hostile calls, no rows left behind."""
 
 import asyncio
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 
 import numpy as np
@@ -136,7 +136,7 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
 
 def test_requests_that_are_aborted_run_again(engine, monkeypatch: pytest.MonkeyPatch):
     throttle = engine._client.throttle
-    monkeypatch.setattr(throttle, "settings", replace(throttle.settings, path="requests"))
+    monkeypatch.setattr(throttle, "settings", throttle.settings.model_copy(update={"path": "requests"}))
 
     async def scenario():
         spec = Spec(make_round(key="abort"), poc.get_pipeline("poc-2.0"))
