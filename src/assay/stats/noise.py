@@ -2,8 +2,8 @@
 
 Both laws here have monotone likelihood ratios: f_m(x)/f_1(x) never falls as the residual x grows. So a smaller residual
 never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md).
-Where the honest residuals of a law are known, they price the bets on it: a tail that is heavier than the law's no longer
-accuses an honest node.
+Where the honest residuals of a law are known, they price the bets on it: a tail that is heavier than the law's no
+longer accuses an honest node.
 
 Suffixes: N values.
 """
