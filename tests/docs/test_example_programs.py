@@ -99,7 +99,7 @@ def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
         monkeypatch.setenv("SECRET", secret_of("node_A"))
         for new in (True, False):
             assert example.main(str(tmp_path / "proof.jsonl"), "http://127.0.0.1:8090") == 0
-            assert json.loads(capsys.readouterr().out)["new"] is new
+            assert json.loads(capsys.readouterr().out.splitlines()[-1])["new"] is new  # after lines of the log
         running.wait_ready()
         node = lambda: next(n for n in running.get("/nodes")["nodes"] if n["public_key"] == "node_A")  # noqa: E731
         until(lambda: node()["recorded"] > 0)
