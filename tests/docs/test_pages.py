@@ -257,7 +257,7 @@ PAGES = {
             "assay poc experiment simulate": "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 "
             "--validators 10",
         },
-        makes=("experiments/redteam-llama-float16", "experiments/simulate"),
+        makes=("experiments/redteam-llama-float16",),
     ),
     "redteam-responses": Page(
         MODELS,
