@@ -254,8 +254,6 @@ PAGES = {
         small={
             "assay poc experiment redteam": "--models ./small-llama --device cpu --nonces 8 --honest 64 --seq-len 16 "
             "--batch-size 16",
-            "assay poc experiment simulate": "--nodes 100 --cheating 0.02 --rounds 2 --checkers 1 --checked 4 "
-            "--validators 10",
         },
         makes=("experiments/redteam-llama-float16",),
     ),
