@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -132,9 +133,8 @@ class Auditor(Launch):
             AssayError: As of :meth:`audit_proof`.
         """
         read = Receipts.load(path)
-        network = None if self.pins is None else NetworkPins.load(self.pins)
         asked = requests_of(requests, self.model)
-        pins = ReceiptPins.of_network(network, given or Pins(), read.header, requests=asked, evidence=evidence)
+        pins = ReceiptPins.of_network(self._network, given or Pins(), read.header, requests=asked, evidence=evidence)
         pins.check(read)  # before a model is loaded
         seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
         sample = sample_receipts(read, self.sample, seed)
@@ -164,7 +164,7 @@ class Auditor(Launch):
 
         The model that the header states must be one of the pins; the judge compares it with the one that is loaded.
         """
-        network = None if self.pins is None else NetworkPins.load(self.pins)
+        network = self._network
         pins = given if network is None else network.for_round(model=header.digest, also=given)
         if positions is not None:
             share: dict[str, Any] = {"node_id": pins.node_id or 0, "node_count": pins.node_count or 1}
@@ -175,9 +175,13 @@ class Auditor(Launch):
         pins.check(header)
         return pins, None if network is None else find_pinned_calibration(network, header)
 
+    @cached_property
+    def _network(self) -> NetworkPins | None:
+        return None if self.pins is None else NetworkPins.load(self.pins)
+
     @property
     def _account_alpha(self) -> float:
-        return account_alpha(None if self.pins is None else NetworkPins.load(self.pins), self.alpha)
+        return account_alpha(self._network, self.alpha)
 
     def _control(self, header: Header, measured: Calibration | None) -> str:
         """Return the number format in which nonces are computed again, which the model can be loaded in."""
@@ -189,8 +193,7 @@ class Auditor(Launch):
         return again
 
     def _pinned_frame(self, header: Header) -> Path | None:
-        network = None if self.pins is None else NetworkPins.load(self.pins)
-        return None if network is None else network.frame(header.digest)
+        return None if self._network is None else self._network.frame(header.digest)
 
     def _check_ledger(self, believed: Sequence[str]) -> None:
         """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's word."""

@@ -165,28 +165,30 @@ def _fit(
         every = [row for row, engine in enumerate(engines) if engine.dtype in pair]
         rows = every if len(set(every) - again) < 2 else [row for row in every if row not in again]
         place = {row: index for index, row in enumerate(rows)}
-        of_pair = {
-            (place[i], place[j]): errors_N
+        chosen = {
+            (i, j): errors_N
             for (i, j), errors_N in measured.items()
             if {i, j} <= place.keys() and sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair)
         }
+        of_pair = {(place[i], place[j]): errors_N for (i, j), errors_N in chosen.items()}
         if not of_pair:  # one engine in a format says nothing of that format beside itself
             continue
         known: dict[str, Any] = {"digest": digest, "hidden_size": hidden_size, "effective_dimension": effective}
         machines = describe_machines([engines[row] for row in rows])
         found = [fit_build(of_pair, machines, pipeline, **known)]
-        if (scored := _scores(measured, engines, rows, pair)) is not None and not pipeline.steps:
-            control, scores = scored
-            found.append(fit_build(scores, machines, pipeline, control=control, **known))
+        scored = None if pipeline.steps else _scores(measured, engines, chosen, pair)
+        if scored is not None:
+            scores = dict(zip(of_pair, scored[1], strict=True))
+            found.append(fit_build(scores, machines, pipeline, control=scored[0], **known))
         # Kernels of one machine do not show how machines differ: the smallest cheat is the usual one.
         builds += [replace(build, effect=None) for build in found]
     return Calibration(builds=tuple(builds))
 
 
 def _scores(
-    measured: Residuals, engines: Sequence[Fingerprint], rows: Sequence[int], pair: tuple[str, str]
-) -> tuple[Control, Residuals] | None:
-    """Return the control of a pair of number formats and the scores of its engines; None where a control is no gain.
+    measured: Residuals, engines: Sequence[Fingerprint], chosen: Residuals, pair: tuple[str, str]
+) -> tuple[Control, list[FloatArray]] | None:
+    """Return the control of a pair of number formats and the scores of ``chosen``; None where a control is no gain.
 
     The validator has the second format of the pair, and computes every nonce again in the first format that neither
     has, on the usual engine.
@@ -194,14 +196,12 @@ def _scores(
     again = next((row for row, engine in enumerate(engines) if engine.dtype not in pair), None)
     if again is None:
         return None
-    place = {row: index for index, row in enumerate(rows)}
-    both: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
-    for (i, j), errors_N in measured.items():
-        if {i, j} <= place.keys() and sorted((engines[i].dtype, engines[j].dtype)) == sorted(pair):
-            validator = j if engines[j].dtype == pair[1] else i
-            both[place[i], place[j]] = errors_N, measured[min(validator, again), max(validator, again)]
-    control = Control.measured([*both.values()], of=pair[1], dtype=engines[again].dtype)
-    return None if control is None else (control, {key: control.scores(*values) for key, values in both.items()})
+    both: list[tuple[FloatArray, FloatArray]] = []
+    for (i, j), errors_N in chosen.items():
+        validator = j if engines[j].dtype == pair[1] else i
+        both.append((errors_N, measured[min(validator, again), max(validator, again)]))
+    control = Control.measured(both, of=pair[1], dtype=engines[again].dtype)
+    return None if control is None else (control, [control.scores(*values) for values in both])
 
 
 def _engines(

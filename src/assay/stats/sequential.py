@@ -169,8 +169,9 @@ class SequentialTest:
         self._cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
         self._whole_2M = self._share_2M = np.array([[np.inf], [0.0]])  # logarithms of caps, and of prices
         if honest is not None:
-            self._whole_2M = np.log(fair_bets(law, honest, self._multiples_M))
-            self._share_2M = np.log(fair_bets(law, honest if widest is None else widest, self._multiples_M))
+            self._whole_2M = self._share_2M = np.log(fair_bets(law, honest, self._multiples_M))
+        if widest is not None:
+            self._share_2M = np.log(fair_bets(law, widest, self._multiples_M))
         self._scales_J, weight_J = self.spread.atoms
         self._honest_H, honest_H = self.spread.fine
         count = self._multiples_M.size

@@ -319,9 +319,7 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     """
     effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     rates = {"alpha": alpha, "beta": beta, "effect": effect}
-    if not noise.scores:
-        return stats.SequentialTest(noise.law, spread=noise.spread, **rates)
-    honest, widest = (unpack_scores(text) * noise.size for text in (noise.scores, noise.widest or noise.scores))
+    honest, widest = (unpack_scores(text) * noise.size if text else None for text in (noise.scores, noise.widest))
     return stats.SequentialTest(noise.law, spread=noise.spread, honest=honest, widest=widest, **rates)
 
 
