@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import page_blocks  # noqa: E402
 
-PORTS = ("8000", "8081", "8082", "8090")
+PORTS = ("8100", "8081", "8082", "8090")
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 """Variables of scripts: those of now, for torch sets some that no reader has when tests import it."""
 ROW = re.compile(r"^\| \[([\w-]+)\]\(\S+\) \| (`.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
@@ -30,7 +30,7 @@ assay() {
   local port=
   case "$*" in
     *--help*) ;;
-    "poc serve"*) port=$PORT_8000;;
+    "poc serve"*) port=$PORT_8100;;
     "poc validator"*) port=$PORT_8090;;
   esac
   if [ -n "$port" ]; then set -- "$@" --port "$port"; fi

@@ -30,7 +30,7 @@ def checkout(tmp_path):
 def test_the_readme(checkout):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     port = free_port()
-    text = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    text = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8100", f"127.0.0.1:{port}")
     done = run(text.replace("assay poc serve", f"assay poc serve --port {port}"), checkout)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("honest") == 1  # of the program, as its comment says

@@ -30,9 +30,9 @@ systemctl() {{
   case "$1" in
     stop) kill $SERVICE; wait $SERVICE;;
     start | enable)
-      (cd "$PLACE" && exec $AHEAD assay poc serve --model reference:qwen3 --data-dir state --port $PORT_8000) &
+      (cd "$PLACE" && exec $AHEAD assay poc serve --model reference:qwen3 --data-dir state --port $PORT_8100) &
       SERVICE=$!
-      curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8000/ready;;
+      curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8100/ready;;
   esac
 }}
 PLACE=$PWD

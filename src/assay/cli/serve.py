@@ -38,7 +38,7 @@ class RunSettings(Settings):
 
     model: ModelName
     host: Host = "127.0.0.1"
-    port: Port = 8000
+    port: Port = 8100
     dtype: NumberFormat = None
     device: Device = None
     kernels: KernelName = "auto"

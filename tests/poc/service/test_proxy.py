@@ -133,7 +133,7 @@ def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
             "listen 80;": f"listen 127.0.0.1:{plain};",
             "listen 443 ssl;": f"listen 127.0.0.1:{secure} ssl;",
             "/etc/ssl/assay": str(certificates),
-            "127.0.0.1:8000": f"127.0.0.1:{upstream}",
+            "127.0.0.1:8100": f"127.0.0.1:{upstream}",
         },
     )
     (tmp_path / "assay.conf").write_text(text)
@@ -158,7 +158,7 @@ def test_caddy(certificates: Path, upstream: int, tmp_path: Path):
         for name in NAMES
     }
     options = {"\n\tservers {": f"\n\tadmin off\n\thttp_port {plain}\n\thttps_port {secure}\n\tservers {{"}
-    text = changed((DEPLOY / "Caddyfile").read_text(), sites | options | {"127.0.0.1:8000": f"127.0.0.1:{upstream}"})
+    text = changed((DEPLOY / "Caddyfile").read_text(), sites | options | {"127.0.0.1:8100": f"127.0.0.1:{upstream}"})
     (tmp_path / "Caddyfile").write_text(text)
     command = [CADDY, "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
     with running(command, tmp_path, secure):
