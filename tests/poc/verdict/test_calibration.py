@@ -45,13 +45,17 @@ def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, sma
         assert verdict.noise.source == "calibration on 40 nonces"
 
 
-def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model):
+def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model, small_checkpoint: Path):
     with pytest.raises(CalibrationError, match="another dtype than the prover's: float32") as refused:
         verify(narrow, small_model, calibration=calibrate(proof, proof))
     assert refused.value.wanted == "dtype bfloat16"
     with pytest.raises(CalibrationError, match="another dtype than this validator's: bfloat16"):
         verify(proof, small_model, calibration=calibrate(proof, narrow))
     vectors = changed(calibrate(proof, proof), output="vector")
+    plain = load_model(small_checkpoint, dtype="float32", device="cpu")
+    plain.module.set_attn_implementation("eager")
+    by_kernels = calibrate(proof, prove(plain, proof.round, range(40), batch_size=8))
+    assert verify(proof, small_model, calibration=by_kernels).honest, "an engine equal to the prover's differs less"
     with pytest.raises(CalibrationError, match="another output than the proof's: vector"):
         verify(proof, small_model, calibration=vectors)
 
