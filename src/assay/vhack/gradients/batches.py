@@ -101,8 +101,7 @@ class Batch:
     positions: Tensor | None  # of each token in its sample, [1, N]; None if padded
     segments: Segments  # of the samples among the N rows of all tokens
     label_segments: Segments  # of the samples among the M rows that predict a completion token
-    label_spans: list[tuple[int, int]]  # half-open, of those rows of each sample among the N
-    label_rows: Tensor  # numbers of those rows, [M]
+    label_rows: Tensor  # numbers of those rows among the N, [M]
     labels: Tensor  # token that each of these rows should predict, [M]
     loss_weights: Tensor  # one over the number of completion tokens of the sample, [M] float32
 
@@ -137,7 +136,6 @@ class Batch:
             torch.cat([torch.arange(size) for size in sizes])[None].to(device) if packed else None,
             segments,
             Segments.of(counts.tolist(), device),
-            spans,
             torch.tensor([row for span in spans for row in range(*span)]).to(device),
             torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
             counts.to(torch.float32).reciprocal().repeat_interleave(counts).to(device),

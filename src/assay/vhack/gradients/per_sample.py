@@ -144,7 +144,7 @@ class Replica:
             register()
             self.module.config._attn_implementation = PACKED
             *_, last = layers = decoder_layers(self.module)
-            packed = PackedLayers(lambda: self.batch, self.kernels, in_blocks=on_cpu and not recipe.together)
+            packed = PackedLayers(lambda: self.batch, self.kernels)
             for layer in layers:
                 vars(layer)["forward"] = packed.forward(layer, labels_only=layer is last)
         for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():

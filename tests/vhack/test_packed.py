@@ -1,11 +1,10 @@
-"""A packed layer gives what transformers gives for each sample, and the same gradients, with every attention."""
+"""A packed layer gives what transformers gives for each sample, and the same gradients."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from assay.vhack.gradients import packed as _blocks
 from assay.vhack.gradients.batches import Segments
 from assay.vhack.gradients.packed import PackedLayers
 
@@ -29,11 +28,7 @@ def model(request):
 def _batch(spans=None):
     segments = Segments.of(LENGTHS, torch.device("cpu"))
     rows = [row for span in spans or segments.bounds for row in range(*span)]
-    return SimpleNamespace(segments=segments, label_spans=spans, label_rows=torch.tensor(rows))
-
-
-def _packed(batch, *, in_blocks=True):
-    return PackedLayers(lambda: batch, None, in_blocks=in_blocks)
+    return SimpleNamespace(segments=segments, label_rows=torch.tensor(rows))
 
 
 def _leaf():
@@ -67,33 +62,24 @@ def _weight():
     return torch.randn(1, sum(LENGTHS), 24, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kept", [16384, 1])
-@pytest.mark.parametrize("in_blocks", [True, False])
-def test_it_gives_what_transformers_gives(monkeypatch, model, kept, in_blocks):
-    monkeypatch.setattr(_blocks, "_KEPT_WEIGHTS", kept)
-    packed = _packed(_batch(), in_blocks=in_blocks)
+def test_it_gives_what_transformers_gives(model):
+    packed = PackedLayers(_batch, None)
     forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
     found, wanted = _outcome(model, forwards, _weight()), _one_by_one(model, model.layers, _weight())
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("in_blocks", [True, False])
-def test_queries_that_no_loss_asks_for_are_left_out(monkeypatch, model, in_blocks):
+def test_queries_that_no_loss_asks_for_are_left_out(model):
     bounds = Segments.of(LENGTHS, torch.device("cpu")).bounds
     spans = [(start + (end - start) // 3, end - 1) for start, end in bounds]
     asked = torch.zeros(1, sum(LENGTHS), 1)
     for begin, end in spans:
         asked[:, begin:end] = 1
-    rows = []
-    real = _blocks._blocks
-    monkeypatch.setattr(_blocks, "_blocks", lambda *args: rows.append(list(real(*args))) or rows[-1])
     layer = model.layers[0]
-    late = _packed(_batch(spans), in_blocks=in_blocks).forward(layer, labels_only=True)
+    late = PackedLayers(lambda: _batch(spans), None).forward(layer, labels_only=True)
     out, gradient = _outcome(model, [late], _weight() * asked)
     wanted, wanted_gradient = _one_by_one(model, [layer], _weight() * asked)
     assert not (out * (1 - asked)).any()
     torch.testing.assert_close(out, wanted * asked, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-5, atol=1e-5)
-    if in_blocks:
-        assert sum(last - first for _, first, last in rows[0]) == int(asked.sum()) < sum(LENGTHS)
