@@ -1,4 +1,4 @@
-"""Takes the pictures of both instruments' reports in docs/images, from real runs on the bundled model.
+"""Takes the pictures of both instruments in docs/images: of the demo's report, and of a published training run.
 
 ``python -m scripts.report_images`` writes them; it takes a minute or two.
 """
@@ -8,18 +8,27 @@ import io
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from assay.cli import run
+from assay.files.jsonl import read_json
+from assay.pages.report import SERIES, Report, figure, legend
 from tests.poc.service.dashboard.browser import Watched, chromium
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-CHECK = ("vhack", "check", "--model", "reference:qwen3", "--pairs", "generated:48")
+RUN = Path(__file__).parents[1] / "research" / "results" / "vhack_filter.json"
+ARMS = {
+    "none": "plain training",
+    "filter=cin-lda:random": "as many dropped at random",
+    "filter=cin-lda": "flagged rollouts dropped",
+}
+TOGETHER = 4  # steps whose mean is one point
 WIDTH = 720
 COLORS = 128  # of pages in flat colours: more are not seen, and make files three times as large
 PARTS = {
     "report-poc": ("demo/report.html", "h2:has-text('How far off')", "h2:has-text('v_hack')"),
-    "report-vhack": ("check.html", "h2:has-text('cin of held-out samples')", "dl >> nth=0"),
+    "vhack-filter": ("arms.html", "h2:has-text('Rollouts that cheat')", "p:has-text('End')"),
 }
 """Report of each picture, and what stands where the picture begins and ends."""
 
@@ -30,14 +39,31 @@ def save_picture(taken: bytes, path: Path) -> None:
     picture.quantize(COLORS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+def write_arms(path: Path) -> None:
+    """Write a page with the share of rollouts that cheat over the steps of a run, by arm."""
+    arms, report = read_json(RUN)["arms"], Report("v_hack", "")
+    fig, ax = figure(6.8, 2.8)
+    for (name, label), color in zip(ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True):
+        hacks = np.array([step["hack"] for step in arms[name]["steps"]])
+        means = [part.mean() for part in np.split(hacks, range(TOGETHER, len(hacks), TOGETHER))]
+        ax.plot(np.arange(len(means)) * TOGETHER + (TOGETHER - 1) / 2, means, color=color, label=label, linewidth=1.8)
+    ax.set(xlabel="step of training", ylabel="share of rollouts", ylim=(-0.03, 1.03))
+    legend(ax)
+    report.section("Rollouts that cheat")
+    report.figure(fig, "One exploit is stored in every group; the detector knows three of six kinds. A model of 7 M.")
+    report.paragraph("End")
+    report.write(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=IMAGES)
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as directory, chromium() as browser:
         folder = Path(directory)
-        if run(["demo", "-o", str(folder / "demo")]) or run([*CHECK, "--html", str(folder / "check.html")]):
-            raise SystemExit("a run did not end as the pictures should show it")
+        if run(["demo", "-o", str(folder / "demo")]):
+            raise SystemExit("the demo did not end as the picture should show it")
+        write_arms(folder / "arms.html")
         for name, (report, first, end) in PARTS.items():
             for scheme in ("light", "dark"):
                 watched = Watched(browser, color_scheme=scheme, viewport={"width": WIDTH, "height": 900})
