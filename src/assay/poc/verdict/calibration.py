@@ -798,17 +798,12 @@ def fit_build(
         preset=pipeline.name,
         digest=digest,
         machines=machines,
-        law=noise.law,
-        sizes=noise.sizes.pairs,
-        spread=noise.spread,
-        known=noise.known,
+        **vars(noise) | {"sizes": noise.sizes.pairs},
         n=n,
         hidden_size=hidden_size,
         effect=effect,
         left_out=left_out,
         effective_dimension=effective_dimension,
-        scores=noise.scores,
-        widest=noise.widest,
         control=control,
     )
 
