@@ -394,6 +394,7 @@ REPEATED = "repeated"
 SUSPECTED = "suspected place"
 """Reason of earlier releases for a nonce that they held against honesty alone; now the pool of all audits decides."""
 
+
 @dataclass(frozen=True, kw_only=True, order=True)
 class Account:
     """The node, model, build and preset that one e-process runs over.

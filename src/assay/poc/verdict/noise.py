@@ -13,8 +13,9 @@ import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -304,6 +305,12 @@ def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) ->
     Raises:
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
     """
+    return copy(_untouched_test(noise, alpha, beta))  # a test replaces its numbers, and changes no array
+
+
+@lru_cache(maxsize=256)
+def _untouched_test(noise: Noise, alpha: float, beta: float) -> stats.SequentialTest:
+    """Return the test that others are copies of: pricing its bets takes milliseconds, and lives are many."""
     effect = noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
     rates = {"alpha": alpha, "beta": beta, "effect": effect}
     honest, widest = (unpack_scores(text) * noise.size if text else None for text in (noise.scores, noise.widest))
