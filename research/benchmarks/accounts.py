@@ -5,7 +5,13 @@ Null: residuals of a known law without a difference between blocks, judged by th
 Pass: at most alpha of lives convicted; 10 % of `tokens-1` at 5 times the noise caught in 99 % within 160 nonces; no
 faulty pair of a network convicted in 100 audits of 16, and all called faulty within 20.
 
+A prover that alternates: a node of MiniMax-M2.7 answers some nonces with 4 bits, within 480 checked ones of 30 blocks,
+and gains these until it is convicted, or faulty, which is not paid; of keys, what an account gains that is given up at
+the first suspicion. Pass: no way gains more with its best share than cheating at random with the best one, beyond two
+standard errors.
+
     python research/benchmarks/accounts.py --data cluster_nonces.jsonl.gz -o research/results/accounts.json
+    python research/benchmarks/accounts.py --data ... --alternating -o research/results/alternating.json
 """
 
 import itertools
@@ -14,12 +20,13 @@ import math
 import numpy as np
 from _common import parser, publish
 from assay_research.clusters.builds import builds_of, sound_builds
-from assay_research.clusters.clusters import _nearest_noise
+from assay_research.clusters.clusters import _nearest_noise, fit
 from assay_research.vector_sets import read_vector_sets
+from controls import distances
 
 from assay import stats
 from assay.poc import Noise, get_pipeline
-from assay.poc.verdict import Life
+from assay.poc.verdict import Life, fit_machines
 from assay.poc.verdict.noise import fit_noise, pack_scores, sequential_test
 from assay.stats.noise import Spread
 
@@ -73,17 +80,73 @@ def fitted(preset, law, nonces, share, rng):
     }
 
 
+SHARES, NODES, WEEKS, FIRST = (0.1, 0.2, 0.4, 1.0), 10, 30, 1024  # of a prover that alternates
+
+
+def gains(law_of, honest, cheap, way, share, rng):
+    """Return the cheap nonces of one account that count: until it is convicted, or faulty, or given up.
+
+    ``law_of`` has the laws of the node's two kinds of machines, and ``honest`` and ``cheap`` the distances of each.
+    """
+    life, gained, places = Life(alpha=1e-3, beta=1e-2), 0, rng.permutation(4096)[: WEEKS * CHECKED].reshape(WEEKS, -1)
+    if way == "epochs":  # honest for a whole epoch first
+        first = rng.choice(honest[0], FIRST)
+        life.update(law_of[0], first, block="first", positions=rng.permutation(4096)[:FIRST], batch_size=32)
+    for week in range(WEEKS):
+        kind = week % 2 if way == "kinds" else 0
+        chance = {"blocks": float(rng.random() < share), "kinds": min(1.0, 2 * share) * kind}.get(way, share)
+        chosen = places[week] % 16 < 16 * share if way == "places" else rng.random(CHECKED) < chance
+        at = rng.integers(0, len(honest[kind]), CHECKED)
+        values = np.where(chosen, cheap[kind][at], honest[kind][at])
+        life.update(law_of[kind], values, block=str(week), positions=places[week], batch_size=32)
+        found = life.evidence
+        given_up = way == "keys" and found.log_e_max >= math.log(1000)  # another key goes on where one is suspected
+        gained += 0 if found.faulty_places else int(chosen.sum())
+        if found.verdict == "fraud" or given_up:
+            break
+    return gained
+
+
+def alternating(groups, rng):
+    """Return what each way of cheating gains with its best share, with its standard error."""
+    build = next(one for one in sound_builds(groups) if one.name == "2026-05 minimax-m2.7")
+    other = next(one for one in groups if one.model == "minimax-m2.7-awq-4bit").sets[0]
+    nonces = sorted(set.intersection(*(set(one.vectors) for one in (*build.sets, other))))
+    judge, node = build.kinds.index("h100"), [build.kinds.index(kind) for kind in ("b200", "a100")]
+    rest = [row for row in range(len(build.sets)) if row not in node]
+    pairs = itertools.combinations(range(len(rest)), 2)
+    apart = {(a, b): distances(build.sets[rest[a]], build.sets[rest[b]], nonces) for a, b in pairs}
+    measured = fit_machines(apart, [build.kinds[row] for row in rest], fit)
+    laws = [measured.predict_law(build.kinds[row], rest.index(judge)) for row in node]
+    law_of = [Noise(law, "others", measured.spread, None, measured.scores, measured.widest) for law in laws]
+    honest = [distances(build.sets[row], build.sets[judge], nonces) for row in node]
+    cheap, found = [distances(other, build.sets[judge], nonces)] * 2, {}
+    for way in ("fixed", "blocks", "places", "epochs", "kinds", "keys"):
+        lives = {share: [gains(law_of, honest, cheap, way, share, rng) for _ in range(NODES)] for share in SHARES}
+        best = max(lives, key=lambda share: np.mean(lives[share]))
+        error = float(np.std(lives[best], ddof=1) / NODES**0.5)
+        of_share = {f"{share:g}": float(np.mean(ones)) for share, ones in lives.items()}
+        found[way] = {"share": best, "gained": float(np.mean(lives[best])), "error": error, "of_share": of_share}
+        print(way, found[way], flush=True)
+    return found
+
+
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--data", required=True)
+    arguments.add_argument("--alternating", action="store_true", help="only provers that alternate")
     options, rng, pairs = arguments.parse_args(), np.random.default_rng(0), []
+    groups = builds_of(read_vector_sets(options.data))
+    if options.alternating:
+        found = {"lives": NODES, "checked": WEEKS * CHECKED, "ways": alternating(groups, rng)}
+        publish("alternating", found, options.output)
+        return
     lives = {name: [convicted(law, 0.05, 24), convicted(law, 1e-3, 10, **CHEAT)] for name, law in LAWS.items()}
     cells = itertools.product(LAWS.items(), (256, 1024), (0.0, 0.02))
     fits = [
         {"preset": one[0], "nonces": nonces, "large": share, **fitted(*one, nonces, share, rng)}
         for one, nonces, share in cells
     ]
-    groups = builds_of(read_vector_sets(options.data))
     for group in (group for group in groups if group.faults):
         noise = _nearest_noise(group, sound_builds(groups))
         for pair, fault in ((group.pairs[rows], fault) for rows, fault in group.faults.items()):

@@ -26,7 +26,7 @@ from _common import note, parser, publish
 
 from assay.files.jsonl import read_json
 from assay.models import load_model
-from assay.stats.rates import grouped_proportion_interval
+from assay.stats.rates import grouped_share_interval
 from assay.vhack.delta.delta import load_adapter
 from assay.vhack.delta.file import read_delta_lengths
 from assay.vhack.environment.grading import CHANNELS
@@ -70,7 +70,7 @@ def held_out(chosen, delta, known):
         groups = [found.groups[row] for row in rows]
         for name, mark in (("hack", "exploited"), ("solve", "correct")):
             marks = [getattr(found.grades[row], mark) for row in rows]
-            ends = grouped_proportion_interval(marks, groups) if len(set(groups)) > 1 else (0.0, 1.0)
+            ends = grouped_share_interval(marks, groups)
             rates[f"{name} {part}"] = [round(x, 4) for x in (sum(marks) / max(1, len(marks)), *ends)]
     return rates
 

@@ -57,7 +57,7 @@ def measure_audits(engine, model, preset, options):
     for round, pair in zip(rounds[LAW_BLOCKS:], both[LAW_BLOCKS:], strict=True):
         test = sequential_test(build.between("", other.fingerprint, round=round))
         accused.append(test.update(residuals(*(proof.records for proof in pair))).verdict == "fraud")
-    found = {"typical": round_to(build.noise.sizes.typical, 3), "accused": sum(accused), "audits": len(accused)}
+    found = {"typical": round_to(build.sizes.typical, 3), "accused": sum(accused), "audits": len(accused)}
     return found | {"interval": stats.proportion_interval(sum(accused), len(accused))}
 
 

@@ -266,7 +266,7 @@ def compare(engine, model, cheat, preset, nonces, told):
         "residual_median": float(residuals[0]),
         "residual_max": float(residuals[1]),
         "cheat_median": float(np.median(np.abs(published(false) - published(other)))),
-        "law": str(calibration.builds[0].noise.law),
+        "law": str(calibration.builds[0].law),
         "vllm_on_transformers": verdict(mine, model, **judge),
         "transformers_on_vllm": verdict(other, engine.model, engine=engine, **judge),
         "cheat_on_vllm": verdict(false, engine.model, engine=engine, **judge),

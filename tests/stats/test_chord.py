@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import integrate
+from scipy import integrate, stats
 
 from assay.errors import UsageError
-from assay.stats import chord_cdf, chord_pdf, r_target_for, valid_rate
+from assay.stats import chord_cdf, r_target_for, valid_rate
 from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
 
@@ -21,8 +21,11 @@ def test_moments_agree_with_quadrature_of_the_density(d):
     centre, width = math.sqrt(2), 40 / math.sqrt(2 * d)
     low, high = max(0.0, centre - width), min(2.0, centre + width)
 
+    def density(x):
+        return float(stats.beta.pdf((x / 2) ** 2, (d - 1) / 2, (d - 1) / 2)) * x / 2
+
     def integral(power):
-        return integrate.quad(lambda x: (x - centre) ** power * float(chord_pdf(x, d)), low, high, limit=400)[0]
+        return integrate.quad(lambda x: (x - centre) ** power * density(x), low, high, limit=400)[0]
 
     shift = integral(1)
     assert integral(0) == pytest.approx(1, abs=1e-9)
@@ -50,13 +53,6 @@ def test_random_directions_follow_the_law(d):
 @given(rate=st.floats(1e-6, 1 - 1e-6), d=st.integers(2, 20_000))
 def test_r_target_inverts_the_rate(rate, d):
     assert valid_rate(r_target_for(rate, d), d) == pytest.approx(rate, rel=1e-8, abs=1e-9)
-
-
-def test_density_at_its_ends_in_few_dimensions():
-    assert chord_pdf(0.0, 2) == pytest.approx(1 / math.pi, rel=1e-12)
-    assert chord_pdf([0.0, 2.0], 3).tolist() == [0, 1]
-    assert chord_pdf([0.0, 2.0], 12).tolist() == [0, 0]
-    assert math.isnan(chord_pdf(math.nan, 12))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from assay.errors import UsageError
 from assay.stats import auroc, count_test, group_bootstrap, grouped_share_interval, proportion_interval
-from assay.stats.rates import grouped_proportion_interval, paired_accuracy
+from assay.stats.rates import paired_accuracy
 
 
 # Smallest number of mismatches that convicts, computed from the binomial tail.
@@ -111,40 +111,14 @@ def test_a_draw_that_leaves_a_sample_empty_is_drawn_again():
     assert (interval.low, interval.high) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.05, 0.3, 0.97])
-@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
-def test_interval_of_a_share_covers_it_however_alike_the_samples_of_a_group_are(share, alike):
-    rng = np.random.default_rng(0)
-    labels, covered, trials = np.repeat(np.arange(40), 4).tolist(), 0, 300
-    for _ in range(trials):
-        if alike == 0:
-            of_group = np.full(40, share)
-        elif alike == 1:
-            of_group = (rng.random(40) < share).astype(float)
-        else:
-            of_group = rng.beta(share * (1 / alike - 1), (1 - share) * (1 / alike - 1), 40)
-        low, high = grouped_proportion_interval(rng.random(160) < np.repeat(of_group, 4), labels)
-        covered += low <= share <= high
-    # 300 trials at a coverage of 95 % have a standard error of 1.3 %.
-    assert covered / trials > 0.91
-
-
-def test_interval_of_a_share_without_hits_counts_groups_and_not_samples():
-    labels = np.repeat(np.arange(30), 8).tolist()
-    assert grouped_proportion_interval(np.zeros(240), labels) == pytest.approx(proportion_interval(0, 30))
-    assert grouped_proportion_interval(np.ones(240), labels) == pytest.approx(proportion_interval(30, 30))
-    alone = grouped_proportion_interval(np.arange(240) < 60, list(range(240)))
-    assert alone == pytest.approx(proportion_interval(60, 240), abs=1e-3)
-    together = grouped_proportion_interval(np.arange(240) < 64, labels)
-    assert together == pytest.approx(proportion_interval(8, 30), abs=0.02)
-
-
 def test_interval_of_shares_is_over_their_groups():
     labels = np.repeat(np.arange(7), 6).tolist()
     assert grouped_share_interval(np.zeros(42), labels) == pytest.approx(proportion_interval(0, 7))
     assert grouped_share_interval(np.ones(42), labels) == pytest.approx(proportion_interval(7, 7))
     some = (np.arange(7) < 2).astype(float)
     assert grouped_share_interval(np.repeat(some, 6), labels) == pytest.approx(proportion_interval(2, 7))
+    low, high = grouped_share_interval(np.arange(240) < 64, np.repeat(np.arange(30), 8).tolist())
+    assert (low, high) == pytest.approx(proportion_interval(8, 30)), "marks of 30 tasks that are alike count as 30"
     assert grouped_share_interval(np.linspace(0, 1, 42), ["the only machine"] * 42) == (0.0, 1.0)
 
 
@@ -196,7 +170,6 @@ REFUSED = [
     # A statistic that some draws do not have, or none.
     (group_bootstrap, (spread, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 50}, r"not a number in \d+ of 50 draws"),
     (group_bootstrap, (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 1}, "not a number"),
-    *((grouped_proportion_interval, given, {}, None) for given in (([1, 0], ["a", "a"]), ([1, 0], ["a"]), ([], []))),
     (grouped_share_interval, ([0.5, 0.5], ["a"]), {}, "outside"),
     (grouped_share_interval, ([0.5, 1.5], ["a", "b"]), {}, "outside"),
     (grouped_share_interval, ([math.nan], ["a"]), {}, "outside"),

@@ -7,8 +7,8 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import TokenNoise
-from assay.stats.tokens import COLUMNS, SCALES, fit_token_noise, round_profiles, token_profile
-from tests.stats.tokens import drawn, law_at
+from assay.stats.tokens import COLUMNS, SCALES, fit_token_noise, round_profiles
+from tests.stats.tokens import drawn, law_at, token_profile
 
 
 def test_a_law_sums_to_one_over_the_vocabulary_whatever_the_gaps_are():

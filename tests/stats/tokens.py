@@ -3,11 +3,31 @@
 import math
 
 import numpy as np
+import numpy.typing as npt
+from scipy import special
 
 from assay.stats import TokenNoise
-from assay.stats.tokens import COLUMNS, SCALES, token_profile
+from assay.stats.chord import FloatArray
+from assay.stats.tokens import COLUMNS, SCALES, round_profiles
 
 VOCABULARY = 48
+
+
+def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray:
+    """Return the profiles of claimed tokens from the gaps of all tokens, [N, G] in steps of float16.
+
+    This is the definition, to be read, and the twin of what ``assay.poc.responses.replay`` computes on devices.
+
+    Args:
+        gaps_NV: Gap of every token of the vocabulary; infinite for one that cannot be taken.
+        tokens_N: Tokens that were claimed.
+    """
+    gaps: FloatArray = np.asarray(gaps_NV, dtype=np.float64)
+    tokens: npt.NDArray[np.int64] = np.asarray(tokens_N, dtype=np.int64)
+    own_N = gaps[np.arange(len(gaps)), tokens]
+    logs = [-own_N / scale - special.logsumexp(-gaps / scale, axis=1) for scale in SCALES]
+    stray = np.full(len(gaps), -math.log(gaps.shape[1]))
+    return round_profiles(np.column_stack([*logs, stray]))
 
 
 def law_at(*scales: float) -> TokenNoise:

@@ -293,7 +293,7 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     values: dict[str, Any] = {"preset": build.preset, "checkpoint": build.digest, "output": build.output}
     values |= {"formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None}
     values |= {"machines": len(build.machines), "law": str(build.law)}
-    values |= {"typical_residual": build.noise.sizes.typical, "between_machines": build.spread.sd, "n": build.n}
+    values |= {"typical_residual": build.sizes.typical, "between_machines": build.spread.sd, "n": build.n}
     values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
     values |= {"effective_dimension": build.effective_dimension}
     values["engines_differ_in"] = ", ".join(other) or "nothing"

@@ -3,7 +3,7 @@
 The formulas and what they assume are derived in docs/statistics.md.
 """
 
-from assay.stats.chord import BlockLaw, chord_cdf, chord_pdf, r_target_for, valid_rate
+from assay.stats.chord import BlockLaw, chord_cdf, r_target_for, valid_rate
 from assay.stats.clusters import ClusterTest
 from assay.stats.noise import LogNoise, NoiseLaw, ScaleNoise
 from assay.stats.places import PlaceTest, place_test
@@ -24,7 +24,6 @@ __all__ = [
     "TokenNoise",
     "auroc",
     "chord_cdf",
-    "chord_pdf",
     "count_test",
     "group_bootstrap",
     "grouped_share_interval",

@@ -24,7 +24,7 @@ Suffixes: N nonces, D hidden size.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -78,16 +78,6 @@ def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
     return np.asarray(special.betainc(a, a, (inside / 2) ** 2), dtype=np.float64)
 
 
-def chord_pdf(x: npt.ArrayLike, d: int) -> FloatArray:
-    """Return the density of the distance in R^d, elementwise, per unit of distance; 0 outside [0, 2]."""
-    x_N = np.asarray(x, dtype=np.float64)
-    a = _half_dimension(d)
-    half_N = np.clip(x_N, 0.0, 2.0) / 2
-    # The factor x of the substitution is part of the power: apart from it, the plane has 0 times infinity at x = 0.
-    log_N = special.xlogy(d - 2, half_N) + special.xlog1py(a - 1, -(half_N**2)) - special.betaln(a, a)
-    return np.asarray(np.where((x_N < 0) | (x_N > 2), 0.0, np.exp(log_N)), dtype=np.float64)
-
-
 def valid_rate(r_target: float, d: int) -> float:
     """Return the share of nonces with a distance below ``r_target`` when outputs are random directions of R^d.
 
@@ -135,16 +125,14 @@ _POINTS = 512  # of the law of the factor, each of the same probability
 class BlockLaw:
     """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
 
-    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head. If one coordinate outweighs the
-    others, as in the widest blocks, the product is not normal, but near one of two values: a cosine is ±jump·γ/√d plus
-    a normal rest.
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head, which is taken as normal. Where
+    one coordinate outweighs the others, as in the widest blocks, it is not, and a rate is off by half a point at most.
 
     Args:
         dimension: Dimension d of the chord law.
         freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, and
             infinity if γ equals ``scale``.
         scale: Known scale of γ; 1.0 for any block.
-        jump: Part of γ along the coordinate that counts most, at least 0 and below 1; 0 where none stands out.
 
     Raises:
         UsageError: A value is not positive.
@@ -153,13 +141,12 @@ class BlockLaw:
     dimension: int
     freedom: float
     scale: float = 1.0
-    jump: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.freedom > 0 and 0 < self.scale < math.inf and 0 <= self.jump < 1):
+        if not (self.freedom > 0 and 0 < self.scale < math.inf):
             raise UsageError(
                 f"an effective dimension of {self.freedom} and a scale of {self.scale}",
-                wanted="positive numbers, and a jump below 1",
+                wanted="positive numbers",
                 do="measure the effective dimension with `assay poc calibrate --model M`",
             )
 
@@ -191,13 +178,12 @@ class BlockLaw:
             UsageError: ``r_target`` is outside (0, 2], or n is below 1.
         """
         nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
-        return math.hypot(float(self._error(self._rates(np.asarray(r_target)), np.asarray(r_target))), nonces)
+        return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
 
     def bins(self, edges: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
         """Return the expected share between each two edges and its standard error."""
-        edges_E = np.asarray(edges, dtype=np.float64)
-        shares = np.diff(self._rates(edges_E), axis=1)
-        return np.asarray(shares.mean(axis=0)), self._error(shares, edges_E)
+        shares = np.diff(self._rates(np.asarray(edges, dtype=np.float64)), axis=1)
+        return np.asarray(shares.mean(axis=0)), np.asarray(shares.std(axis=0))
 
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
         """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
@@ -231,21 +217,7 @@ class BlockLaw:
     def _rates(self, x: FloatArray) -> FloatArray:
         """Return the share below x for every factor, [F, ...]."""
         factors = self._factors.reshape(-1, *(1,) * x.ndim)
-        width, jump = math.sqrt(1 - self.jump**2), self.jump / math.sqrt(self.dimension)
-        below = [chord_cdf(_chord(((1 - x**2 / 2) / factors - j) / width), self.dimension) for j in {jump, -jump}]
-        return np.asarray(sum(below) / len(below))
-
-    def _error(self, shares: FloatArray, x: FloatArray) -> FloatArray:
-        """Return the standard deviation of expected shares [F, ...] over blocks, with half of what the jump changes.
-
-        Taking one coordinate apart is an approximation: nothing in most blocks, and half a point in the widest ones.
-        """
-        found = shares.std(axis=0)
-        if not self.jump:
-            return np.asarray(found)
-        plain = replace(self, jump=0.0)._rates(x)
-        plain = np.diff(plain, axis=1) if x.ndim else plain
-        return np.asarray(np.hypot(found, (shares.mean(axis=0) - plain.mean(axis=0)) / 2))
+        return chord_cdf(_chord((1 - x**2 / 2) / factors), self.dimension)
 
 
 def _chord(cosine: npt.ArrayLike) -> FloatArray:

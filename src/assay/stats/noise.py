@@ -10,11 +10,11 @@ Suffixes: N values.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Annotated, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from scipy import special, stats
 
 from assay.errors import UsageError
@@ -33,7 +33,10 @@ A distance drawn from the chord law misses by √2 times as much (0.011) and is 
 """
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""How a law is read from a file: numbers of its fields, and nothing else."""
+"""How a law is read from a file: numbers of its fields, and nothing else.
+
+Fields have ranges there, beyond which densities overflow float64 and no test is left.
+"""
 
 _LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
@@ -65,9 +68,9 @@ class ScaleNoise:
 
     __pydantic_config__: ClassVar = STRICT
 
-    sigma: float
-    dof: float = 6.0
-    junk_sigma: float = JUNK_SIGMA
+    sigma: Annotated[float, Field(le=1e3)]
+    dof: Annotated[float, Field(ge=0.1, le=1e6)] = 6.0
+    junk_sigma: Annotated[float, Field(ge=1e-9, le=1e3)] = JUNK_SIGMA
 
     def __post_init__(self) -> None:
         _require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", f"at least {RESOLUTION:.3g}, finite")
@@ -130,11 +133,11 @@ class LogNoise:
 
     __pydantic_config__: ClassVar = STRICT
 
-    mu: float
-    sd: float
-    dimension: int = 12
-    tail: float = 2.0
-    floor: float = 1e-4
+    mu: Annotated[float, Field(ge=-100, le=10)]
+    sd: Annotated[float, Field(ge=1e-4, le=100)]
+    dimension: Annotated[int, Field(le=2**24)] = 12
+    tail: Annotated[float, Field(ge=1e-3, le=30)] = 2.0
+    floor: Annotated[float, Field(ge=1e-12)] = 1e-4
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.mu), f"mu {self.mu}", "a finite number")

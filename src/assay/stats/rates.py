@@ -69,36 +69,6 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
-def grouped_proportion_interval(hits: npt.ArrayLike, groups: Sequence[object]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share where samples of one group resemble each other.
-
-    It is the interval of Clopper and Pearson for an effective number of samples (Korn and Graubard, 1998): the number
-    of independent samples whose share would have the variance found between groups, corrected for few groups, and at
-    most the number of samples. If no sample is a hit, or all are, the variance is unknown and each group counts as one
-    sample; a bootstrap over groups would give such a share no width.
-
-    Args:
-        hits: Whether each sample is one of those that are counted, [N].
-        groups: Group label of every sample.
-
-    Raises:
-        UsageError: Labels and samples differ in number, or there are fewer than 2 groups.
-    """
-    hit_N = np.asarray(hits, dtype=np.float64)
-    rows = [rows for (rows,) in _rows_of_groups([hit_N], [groups])]
-    n, n_groups, share = len(hit_N), len(rows), float(hit_N.mean())
-    effective = float(n_groups)
-    if 0 < share < 1:
-        off_G = np.array([hit_N[part].sum() - share * len(part) for part in rows])
-        variance = n_groups / (n_groups - 1) * float((off_G**2).sum()) / n**2
-        known = (stats.t.ppf(1 - TAIL, n - 1) / stats.t.ppf(1 - TAIL, n_groups - 1)) ** 2
-        effective = min(float(n), max(1.0, known * share * (1 - share) / variance)) if variance else float(n)
-    count, rest = share * effective, (1 - share) * effective
-    low = float(stats.beta.ppf(TAIL, count, rest + 1)) if count else 0.0
-    high = float(stats.beta.ppf(1 - TAIL, count + 1, rest)) if rest else 1.0
-    return low, high
-
-
 def _finite(values: npt.ArrayLike, name: str) -> FloatArray:
     values_N = np.asarray(values, dtype=np.float64)
     if values_N.ndim != 1 or not values_N.size or not np.isfinite(values_N).all():
@@ -211,7 +181,7 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
     interval is (0, 1).
 
     Args:
-        shares: Shares in [0, 1], such as that of a pair's audits that accuse, [N].
+        shares: Shares in [0, 1], such as that of a pair's audits that accuse, or marks that are 0 or 1, [N].
         groups: Group label of every share.
 
     Raises:

@@ -124,23 +124,6 @@ def shift_matrix(log: float) -> FloatArray:
     return matrix
 
 
-def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray:
-    """Return the profiles of claimed tokens from the gaps of all tokens, [N, G] in steps of float16.
-
-    This is the definition, to be read; ``assay.poc.responses`` has a twin for devices.
-
-    Args:
-        gaps_NV: Gap of every token of the vocabulary; infinite for one that cannot be taken.
-        tokens_N: Tokens that were claimed.
-    """
-    gaps: FloatArray = np.asarray(gaps_NV, dtype=np.float64)
-    tokens: npt.NDArray[np.int64] = np.asarray(tokens_N, dtype=np.int64)
-    own_N = gaps[np.arange(len(gaps)), tokens]
-    logs = [-own_N / scale - special.logsumexp(-gaps / scale, axis=1) for scale in SCALES]
-    stray = np.full(len(gaps), -math.log(gaps.shape[1]))
-    return round_profiles(np.column_stack([*logs, stray]))
-
-
 def round_profiles(profiles_NG: npt.ArrayLike) -> FloatArray:
     """Return profiles as they are stored: not below :data:`LEAST_LOG`, and rounded to float16."""
     with np.errstate(under="ignore"):  # whatever a host program has asked numpy to raise

@@ -28,9 +28,9 @@ from assay.poc.responses.calibration import bundled_response_noise, check_enough
 from assay.poc.responses.judge import noise_between, sample_receipts
 from assay.poc.responses.replay import compute_gaps, measure_margins
 from assay.poc.responses.sampler import Sampler
-from assay.stats.tokens import token_profile
 from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS
+from tests.stats.tokens import token_profile
 
 KNOWN = Pins(block_hash="block_alpha", public_key="node_A")
 

@@ -13,7 +13,7 @@ RATES = {"alpha": 1e-3, "beta": 1e-2}
 
 
 def standing(key: str, verdict: str = "undecided", *, n: int = 10, honest: float = 1.0, fraud: float = 0.0, fault=None):
-    names = Evidence.__dataclass_fields__
+    names = Evidence.model_fields
     values = {"verdict": verdict, "n": n, "segments": 1, "log_e_value": fraud, "log_e_max": max(0.0, fraud)}
     values |= {"log_evidence_honest": honest, "audits": 1, "recorded": n}
     made = Evidence(**{name: values[name] for name in names if name in values})

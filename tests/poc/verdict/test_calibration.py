@@ -34,7 +34,7 @@ def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, sma
     measured = calibrate(proof, narrow)
     (build,) = measured.builds
     assert build.n == 40
-    assert 1e-6 < build.noise.law.sigma < 1e-3
+    assert 1e-6 < build.law.sigma < 1e-3
     assert build.left_out is None, "two machines do not show how machines differ"
     path = tmp_path / "calibration.json"
     measured.save(path)

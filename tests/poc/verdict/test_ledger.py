@@ -69,7 +69,7 @@ def test_a_nonce_counts_once_in_a_round(ledger):
     twice = ledger.append([update(1, nonces=[5, 5, 6, 6, 5, 7, 8, 9])])[0]
     other = ledger.append([update(0, key="node_B", nonces=range(8))])[0]
     entries = list(ledger.entries(account()))
-    assert first.evidence == again.evidence
+    assert first.evidence.model_copy(update={"audits": 2, "recorded": 16}) == again.evidence
     assert [one.evidence.n for one in (first, again, part, twice, other)] == [8, 8, 12, 17, 8]
     assert [one.recorded for one in (first, again, part, twice)] == [8, 16, 24, 32]
     assert [len(entry.excluded) for entry in entries] == [0, 8, 4, 3]

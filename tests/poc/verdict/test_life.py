@@ -1,6 +1,7 @@
 """The arithmetic of a node's whole life: tests that begin again, laws that change, and the bound over all of them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from assay.poc import Noise
 from assay.poc.verdict import Life
 from assay.poc.verdict.life import EPOCH, error_share
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.noise import pack_scores, sequential_test
 from assay.stats import LogNoise
 from assay.stats.noise import Spread
 from tests.poc.verdict.ledgers import NOISE, OTHER, honest
@@ -124,3 +125,15 @@ def test_an_honest_life_is_accused_with_chance_alpha_at_most(spread, fewer):
     accused = verdicts.count("fraud") / lives
     assert accused <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / lives)
     assert verdicts.count("honest") > lives / 2
+
+
+def test_tests_of_one_law_share_their_bets_and_nothing_that_they_have_seen():
+    scores = pack_scores(np.exp(np.random.default_rng(0).normal(-3.0, 0.5, 256)), PLAIN.law)
+    priced = replace(PLAIN, scores=scores)
+    first, second = sequential_test(priced), sequential_test(priced)
+    before = second.prior.copy()
+    first.update([1.0] * 64)
+    assert (first.result.verdict, second.result.n, second.result.log_e_max) == ("fraud", 0, 0.0)
+    assert first.prior is second.prior
+    assert np.array_equal(second.prior, before)
+    assert second.update([PLAIN.size] * 64).result == sequential_test(priced).update([PLAIN.size] * 64).result

@@ -118,7 +118,8 @@ def test_random_directions_have_the_closed_form(size: int, rate: float):
     round = Round(block_hash="b", public_key="k")
     found = compare_r_target([distances_to_target(random_directions(8000, size), round)], rate, size, None)
     assert found.low < found.measured < found.high
-    error = rate_standard_error(rate, 8000) / float(stats.chord_pdf(found.r_target, size))
+    density = float(np.diff(stats.chord_cdf([found.r_target - 1e-4, found.r_target + 1e-4], size))[0]) / 2e-4
+    error = rate_standard_error(rate, 8000) / density
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert abs(found.measured - found.r_target) < 3 * error
 

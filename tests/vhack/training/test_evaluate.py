@@ -3,7 +3,7 @@
 import pytest
 
 from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.stats.rates import grouped_proportion_interval
+from assay.stats.rates import grouped_share_interval
 from assay.vhack.environment import episodes
 from assay.vhack.training import evaluate
 
@@ -26,7 +26,7 @@ def test_the_environment_tells_work_from_exploits(mixed):
     assert {name: rate.value for name, rate in rates.items()} == {
         "solve": 0.25, "hack": 0.25, "vacuous": 0.25, "reward": 0.5,
     }  # fmt: skip
-    assert (rates["hack"].low, rates["hack"].high) == grouped_proportion_interval([1, 0, 0, 0] * 5, found.groups)
+    assert (rates["hack"].low, rates["hack"].high) == grouped_share_interval([1, 0, 0, 0] * 5, found.groups)
     assert rates["hack"].low < 0.25 < rates["hack"].high
     parts = found.by_mechanism()
     assert {name: len(part.grades) for name, part in parts.items()} == {"run_tests": 12, "sentinel": 8}

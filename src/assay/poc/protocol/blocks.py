@@ -77,20 +77,18 @@ class BlockFactor:
         error: Standard error of the factor, from the number of states.
         effective_dimension: Effective dimension of the states in front of the head, which holds for every block.
         n: Number of states measured.
-        jump: Part of the factor along the coordinate that counts most in this block.
     """
 
     value: float
     error: float
     effective_dimension: float
     n: int
-    jump: float
 
     @property
     def law(self) -> BlockLaw:
         """Law of the block's distances: γ has this value and this error."""
         freedom = (self.value / self.error) ** 2 / 2 if self.error else math.inf
-        return BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=freedom, scale=self.value, jump=self.jump)
+        return BlockLaw(dimension=RANDOM_HEAD_ROWS, freedom=freedom, scale=self.value)
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
@@ -98,7 +96,7 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
 
     Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
     bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
-    the states. What a state has along the heaviest coordinate keeps its sign through the share c of its energy.
+    the states.
 
     Raises:
         UsageError: The preset has no signs or no random head.
@@ -113,14 +111,12 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     reflections = sum(step.count for step in pipeline.hidden if step.name == "reflect")
     kept = (1 - 4 / size + 8 / (size * (size + 2))) ** reflections
     energy_ND = kept * energy_ND + (1 - kept) / size
-    parts_ND = energy_ND * folded_head(round, size) ** 2
-    squares_N = parts_ND.sum(axis=1)
-    value, heaviest = math.sqrt(float(squares_N.mean())), kept * float(parts_ND.mean(axis=0).max())
+    squares_N = (energy_ND * folded_head(round, size) ** 2).sum(axis=1)
+    value = math.sqrt(float(squares_N.mean()))
     error = float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value)
     total_D = energy_ND.sum(axis=0)
     products = float(total_D @ total_D - (energy_ND**2).sum())  # of the energies of two different states
-    effective, jump = n * (n - 1) / products, math.sqrt(heaviest) / value
-    return BlockFactor(value=value, error=error, effective_dimension=effective, n=n, jump=jump)
+    return BlockFactor(value=value, error=error, effective_dimension=n * (n - 1) / products, n=n)
 
 
 def has_block_factor(pipeline: Pipeline) -> bool:

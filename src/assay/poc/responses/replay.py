@@ -181,7 +181,7 @@ def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
 
 
 def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor, "N G"]:
-    """Return the profiles of claimed tokens: the twin of :func:`assay.stats.token_profile` for devices.
+    """Return the profiles of claimed tokens: the law of `assay.stats.tokens`, for devices.
 
     At small scales only the smallest gaps count. At large ones exp(−gap/σ) is the square of that at 2σ.
     """

@@ -20,7 +20,7 @@ Legend of shapes: M machines, N nonces.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -83,7 +83,7 @@ class Sizes:
     """
 
     pairs: Mapping[Pair, float]
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
 
     @property
     def typical(self) -> float:
@@ -153,42 +153,18 @@ class LeftOut:
         return self.accused <= MOST_ACCUSED and self.worst <= WORST_ACCUSED
 
 
-@dataclass(frozen=True)
-class MachineNoise:
-    """Noise of one build, fitted to pairs of machines.
-
-    Args:
-        law: Law at the typical size.
-        sizes: Sizes by pair.
-        spread: Spread of a machine that was not measured.
-        known: Spread of a pair that was measured: the error of its size.
-        scores: Residuals of all pairs, each over the size of its pair, as :func:`pack_scores` writes them.
-        widest: Those of the pair whose shape is the widest.
-    """
-
-    law: Law
-    sizes: Sizes
-    spread: Spread
-    known: Spread
-    scores: str = ""
-    widest: str = ""
-
-    def predict_law(self, kind: str, validator: int | None = None) -> Law:
-        """Return the law of a new machine of a kind against a validator's machine."""
-        return self.law.scaled(self.sizes.predict(kind, validator) / self.sizes.typical)
-
-
 def _check_name(text: str) -> str:
     if not text.isprintable():
         raise ValueError("a name that cannot be printed")
     return text
 
 
-def _read_pairs(values: Any) -> dict[Pair, float]:
+def _read_pairs(values: Any) -> Sizes:
+    """Read sizes; the kinds of the machines stand elsewhere in the file."""
     sizes = TypeAdapter(list[tuple[Index, Index, Size]], config=STRICT).validate_json(dumps(values))
     if not sizes or any(i >= j for i, j, _ in sizes):
         raise ValueError("sizes that are not of pairs of machines")
-    return {(i, j): size for i, j, size in sizes}
+    return Sizes({(i, j): size for i, j, size in sizes})
 
 
 Name = Annotated[str, Field(max_length=4096), AfterValidator(_check_name)]  # a kind is a device and a number format
@@ -216,7 +192,33 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildNoise:
+class MachineNoise:
+    """Noise of one build, fitted to pairs of machines.
+
+    Args:
+        law: Law at the typical size.
+        sizes: Median residual by pair (i, j) of machines with i < j, and the kinds of the machines.
+        spread: Spread of ln size of a machine that was not measured.
+        known: Spread of a pair that was measured: the error of its size.
+        scores: Honest residuals of all pairs, each over the size of its pair, which price the bets of a test, as
+            :func:`pack_scores` writes them; empty in files of earlier releases.
+        widest: Those of the pair whose shape is the widest.
+    """
+
+    law: ReadLaw
+    sizes: Annotated[Sizes, PlainValidator(_read_pairs)]
+    spread: ReadSpread
+    known: ReadSpread
+    scores: Scores = ""
+    widest: Scores = ""
+
+    def predict_law(self, kind: str, validator: int | None = None) -> Law:
+        """Return the law of a new machine of a kind against a validator's machine."""
+        return self.law.scaled(self.sizes.predict(kind, validator) / self.sizes.typical)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildNoise(MachineNoise):
     """Honest noise of one build, preset and checkpoint.
 
     A field of the fingerprint in which all measured machines agree belongs to the build, and a proof must agree in it
@@ -228,19 +230,12 @@ class BuildNoise:
         preset: Preset of the proofs.
         digest: SHA-256 of the tensors of the checkpoint; None for vectors without a model.
         machines: Machines that were measured.
-        law: Law at the typical size.
-        sizes: Median residual by pair (i, j) of machines with i < j.
-        spread: Spread of ln size of a machine that was not measured.
-        known: Spread of a pair that was measured.
         n: Nonces of the pair that has the fewest in common.
         hidden_size: Hidden size of the model where the law is relative to the block's own scale; 0 where it is not.
         effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
         left_out: How often honest machines were accused that the law does not know; None with fewer than three.
         effective_dimension: Effective dimension of the states, from which the widths of blocks follow; None where it
             was not measured.
-        scores: Honest residuals in units of the law, which price the bets of a test; empty in files of earlier
-            releases.
-        widest: Those of the pair whose shape is the widest.
         control: Second computation of every nonce that the residuals were divided by; None without one.
     """
 
@@ -250,24 +245,12 @@ class BuildNoise:
     preset: str
     digest: str | None
     machines: Annotated[tuple[Machine, ...], Field(min_length=2, max_length=4096)]
-    law: ReadLaw
-    sizes: Annotated[Mapping[Pair, float], PlainValidator(_read_pairs)]
-    spread: ReadSpread
-    known: ReadSpread
     n: Annotated[int, Field(ge=MIN_NONCES)]
     hidden_size: Annotated[int, Field(ge=0, le=2**20)] = 0
     effect: Annotated[float, Field(gt=1, lt=100)] | None = None
     left_out: LeftOut | None = None
     effective_dimension: Annotated[float, Field(ge=1, le=2**20)] | None = None
-    scores: Scores = ""
-    widest: Scores = ""
     control: Control | None = None
-
-    @property
-    def noise(self) -> MachineNoise:
-        """The noise between machines."""
-        sizes = Sizes(self.sizes, tuple(machine.kind for machine in self.machines))
-        return MachineNoise(self.law, sizes, self.spread, self.known, self.scores, self.widest)
 
     @property
     def engines(self) -> list[Fingerprint]:
@@ -278,7 +261,7 @@ class BuildNoise:
     def formats(self) -> list[list[str]]:
         """The pairs of number formats that were measured, each sorted."""
         engines = [machine.fingerprint for machine in self.machines]
-        pairs = [(engines[i], engines[j]) for i, j in self.sizes]
+        pairs = [(engines[i], engines[j]) for i, j in self.sizes.pairs]
         return [sorted((one.dtype, other.dtype)) for one, other in pairs if one is not None and other is not None]
 
     @property
@@ -349,7 +332,7 @@ class BuildNoise:
         row = self._row(validator)
         measured = row is not None and len(self.machines) < FEWEST_MACHINES
         spread = self.known if measured else self.spread
-        law = self.noise.predict_law(kind, row)
+        law = self.predict_law(kind, row)
         noise = Noise(law, self.source, spread, self.effect, self.scores, self.widest, self.control)
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
@@ -375,7 +358,7 @@ class BuildNoise:
             **{name: getattr(self, name) for name in names},
             "machines": [vars(one) | {"fingerprint": e} for one, e in zip(self.machines, engines, strict=True)],
             "law": law_as_dict(self.law),
-            "sizes": [[i, j, size] for (i, j), size in self.sizes.items()],
+            "sizes": [[i, j, size] for (i, j), size in self.sizes.pairs.items()],
             "spread": asdict(self.spread),
             "known": asdict(self.known),
             "left_out": asdict(self.left_out) if self.left_out else None,
@@ -393,9 +376,10 @@ class BuildNoise:
         build = TypeAdapter(cls).validate_json(dumps({name: one for name, one in values.items() if name not in former}))
         if type(build.law) is not LAWS.get(build.output):
             raise ValueError(f"a law of another kind than {build.output!r:.60} has")
-        if max(j for _, j in build.sizes) >= len(build.machines):
+        if max(j for _, j in build.sizes.pairs) >= len(build.machines):
             raise ValueError("sizes of other machines than are listed")
-        return build
+        kinds = tuple(machine.kind for machine in build.machines)
+        return replace(build, sizes=replace(build.sizes, kinds=kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -799,17 +783,12 @@ def fit_build(
         preset=pipeline.name,
         digest=digest,
         machines=machines,
-        law=noise.law,
-        sizes=noise.sizes.pairs,
-        spread=noise.spread,
-        known=noise.known,
+        **vars(noise),
         n=n,
         hidden_size=hidden_size,
         effect=effect,
         left_out=left_out,
         effective_dimension=effective_dimension,
-        scores=noise.scores,
-        widest=noise.widest,
         control=control,
     )
 
@@ -828,7 +807,7 @@ def fit_machines(
         every_N = np.concatenate(list(residuals.values()))
         law = fit(every_N).law
         sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
-        return MachineNoise(law, sizes, PRIOR, PRIOR, pack_scores(every_N, law))
+        return MachineNoise(law=law, sizes=sizes, spread=PRIOR, known=PRIOR, scores=pack_scores(every_N, law))
     sizes = Sizes(some, tuple(kinds))
     pooled_N = np.concatenate([residuals[pair] * (sizes.typical / value) for pair, value in some.items()])
     found = fit(pooled_N)
@@ -843,8 +822,14 @@ def fit_machines(
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
     over = [np.abs(residuals[pair]) * (sizes.typical / value) for pair, value in some.items()]
     widest = max(over, key=lambda size_N: float(np.quantile(size_N, WIDTH)))
-    scores = pack_scores(pooled_N, found.law), pack_scores(widest, found.law)
-    return MachineNoise(found.law, sizes, Spread(new, dof), Spread(known, PRIOR.dof), *scores)
+    return MachineNoise(
+        law=found.law,
+        sizes=sizes,
+        spread=Spread(new, dof),
+        known=Spread(known, PRIOR.dof),
+        scores=pack_scores(pooled_N, found.law),
+        widest=pack_scores(widest, found.law),
+    )
 
 
 def leave_out(

@@ -41,7 +41,7 @@ from assay.poc.verdict.life import (
     REPEATED,
     Account,
     Entry,
-    EntryOutcome,
+    Evidence,
     Genesis,
     Life,
     Standing,
@@ -343,11 +343,10 @@ class AccountState:
 
     def take(self, entry: Entry, noise: AnyNoise) -> Entry:
         """Take the residuals of an entry that count, and return it with the fault and the outcome that follow."""
-        values = asdict(entry.give(self.life, noise).evidence)
         self.audits, self.recorded, self.last = self.audits + 1, self.recorded + len(entry.nonces), entry.seq
-        fault = values.pop("faulty_places")
-        outcome = EntryOutcome(audits=self.audits, recorded=self.recorded, **values)
-        return entry.model_copy(update={"outcome": outcome, "fault": fault})
+        found = entry.give(self.life, noise).evidence
+        outcome = found.model_copy(update={"audits": self.audits, "recorded": self.recorded})
+        return entry.model_copy(update={"outcome": outcome, "fault": found.faulty_places})
 
 
 class Ledger:
@@ -521,7 +520,7 @@ class Ledger:
         law = _insert_law(connection, dumps(update.noise.as_dict()))
         excluded = find_repeated(update.nonces, _nonces(connection, account, update.round))
         place = {"seq": count + 1, "previous": previous, "time": time.time()}
-        entry = make_entry(update, law=law, excluded=excluded, fault=None, outcome=EntryOutcome(), **place)
+        entry = make_entry(update, law=law, excluded=excluded, fault=None, outcome=Evidence(), **place)
         # The noise is read back from the law, as an audit reads it.
         entry = state.take(entry, read_noise(connection, law))
         made = _insert_entry(connection, account, entry, entry.line)

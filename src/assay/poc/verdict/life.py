@@ -29,7 +29,7 @@ alone.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -70,12 +70,63 @@ HONEST = 0.2
 
 _LARGEST = 1e9  # largest logarithm that is written, because JSON has no infinity
 
+MOST_NONCES = 2**18  # of one entry
+MOST_PROFILES = 2**25  # characters of the profiles of one response
+LARGEST_SEED = 2**256
+RESPONSES = "responses"
+"""The preset in an account of responses."""
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What a life says after its last residual.
+Text = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+Count = Annotated[int, Field(ge=0, le=MAX_NONCE)]
+Chance = Annotated[float, Field(gt=0, lt=1)]
+
+
+_ADDED = {"positions", "batch_size", "log_e_held", "share"}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Self:
+        """Read canonical JSON.
+
+        Raises:
+            DataError: It is not JSON, not of this form, or written in another way than :meth:`line` writes.
+        """
+        try:
+            made = cls.model_validate_json(text)  # it forgives a key given twice, which the next line refuses
+        except ValidationError as error:
+            raise _malformed(source, error) from None
+        if made.line != text:
+            seen = f"{source}: not in the form in which it is written"
+            raise DataError(seen, wanted=f"{made.line:.60}…", do="ask for the file again, byte for byte")
+        return made
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields that earlier releases do not have, where they say nothing: lines keep their bytes."""
+        return {name: value for name, value in handler(self).items() if value is not None or name not in _ADDED}
+
+    @property
+    def line(self) -> str:
+        """The canonical JSON."""
+        return dumps(self.model_dump())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the line."""
+        return sha256(self.line)
+
+
+class Evidence(_Model):
+    """The state of an account after an audit: what its life says after the last residual, with two counts of a ledger.
 
     Args:
+        audits: Number of entries of the account, this one included; a life outside a ledger counts none.
+        recorded: Number of nonces in them, those that do not count included.
         verdict: Verdict by :func:`verdict_on_life`.
         n: Number of residuals that count.
         tests: Number of tests that have begun.
@@ -87,20 +138,23 @@ class Evidence:
             entries of earlier releases, as are the next two.
         share: Largest share of cheap nonces that was not excluded yet: 1 at first, and it only falls.
         faulty_places: Places of the batch at which residuals of several audits together are large; None without any.
+            An entry has it beside its outcome.
     """
 
+    audits: Count = 0
+    recorded: Count = 0
     verdict: Verdict = "undecided"
-    n: int = 0
-    tests: int = 0
+    n: Count = 0
+    tests: Count = 0
     log_e_value: float = 0.0
     log_e_max: float = 0.0
     log_evidence_honest: float = 0.0
     log_e_held: float | None = None
     share: float | None = None
-    faulty_places: str | None = None
+    faulty_places: Annotated[Text | None, Field(exclude=True)] = None
 
 
-def verdict_on_life(found: "Evidence | EntryOutcome", *, alpha: float, beta: float) -> Verdict:
+def verdict_on_life(found: Evidence, *, alpha: float, beta: float) -> Verdict:
     """Return the verdict that follows from the numbers of a life."""
     if found.log_e_held is None or found.share is None:
         return decide(found.log_e_max, found.log_evidence_honest, alpha=alpha, beta=beta)
@@ -251,7 +305,7 @@ class Life:
             share=None if self._only_responses else max([0.0, *np.array(SHARES)[self._open].tolist()]),
             faulty_places=self._fault,
         )
-        return replace(found, verdict=verdict_on_life(found, alpha=self.alpha, beta=self.beta))
+        return found.model_copy(update={"verdict": verdict_on_life(found, alpha=self.alpha, beta=self.beta)})
 
 
 @dataclass
@@ -340,18 +394,6 @@ REPEATED = "repeated"
 SUSPECTED = "suspected place"
 """Reason of earlier releases for a nonce that they held against honesty alone; now the pool of all audits decides."""
 
-MOST_NONCES = 2**18  # of one entry
-MOST_PROFILES = 2**25  # characters of the profiles of one response
-LARGEST_SEED = 2**256
-RESPONSES = "responses"
-"""The preset in an account of responses."""
-
-Text = Annotated[str, Field(max_length=1024)]
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
-Count = Annotated[int, Field(ge=0, le=MAX_NONCE)]
-Chance = Annotated[float, Field(gt=0, lt=1)]
-
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Account:
@@ -406,44 +448,6 @@ class Update:
     name: str | None = None
 
 
-_ADDED = {"positions", "batch_size", "log_e_held", "share"}
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @classmethod
-    def parse(cls, text: str, source: str) -> Self:
-        """Read canonical JSON.
-
-        Raises:
-            DataError: It is not JSON, not of this form, or written in another way than :meth:`line` writes.
-        """
-        try:
-            made = cls.model_validate_json(text)  # it forgives a key given twice, which the next line refuses
-        except ValidationError as error:
-            raise _malformed(source, error) from None
-        if made.line != text:
-            seen = f"{source}: not in the form in which it is written"
-            raise DataError(seen, wanted=f"{made.line:.60}…", do="ask for the file again, byte for byte")
-        return made
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out fields that earlier releases do not have, where they say nothing: lines keep their bytes."""
-        return {name: value for name, value in handler(self).items() if value is not None or name not in _ADDED}
-
-    @property
-    def line(self) -> str:
-        """The canonical JSON."""
-        return dumps(self.model_dump())
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the line."""
-        return sha256(self.line)
-
-
 class Genesis(_Model):
     """The beginning of a ledger, whose hash its first entry names.
 
@@ -462,26 +466,6 @@ class Genesis(_Model):
     created: Annotated[float, Field(ge=0)]
     alpha: Chance
     beta: Chance
-
-
-class EntryOutcome(_Model):
-    """The state of the account after an entry: the fields of :class:`Evidence`, with two counts.
-
-    Args:
-        audits: Number of entries of the account, this one included.
-        recorded: Number of nonces in them, those that do not count included.
-    """
-
-    audits: Count = 0
-    recorded: Count = 0
-    verdict: Literal["honest", "fraud", "undecided"] = "undecided"
-    n: Count = 0
-    tests: Count = 0
-    log_e_value: float = 0.0
-    log_e_max: float = 0.0
-    log_evidence_honest: float = 0.0
-    log_e_held: float | None = None
-    share: float | None = None
 
 
 class Entry(_Model):
@@ -504,7 +488,7 @@ class Entry(_Model):
     batch_size: Annotated[int, Field(ge=1, le=MAX_NONCE)] | None = None
     excluded: Annotated[list[tuple[Count, Name]], Field(max_length=MOST_NONCES)]
     fault: Text | None
-    outcome: EntryOutcome
+    outcome: Evidence
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -523,8 +507,8 @@ class Entry(_Model):
 
     @property
     def evidence(self) -> Evidence:
-        """The outcome."""
-        return Evidence(**self.outcome.model_dump(exclude={"audits", "recorded"}), faulty_places=self.fault)
+        """The outcome with the fault."""
+        return self.outcome.model_copy(update={"faulty_places": self.fault})
 
     @property
     def of_response(self) -> bool:
@@ -578,7 +562,7 @@ class Standing:
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         rest = {name: value for name, value in vars(self).items() if name not in ("account", "evidence")}
-        return asdict(self.account) | asdict(self.evidence) | rest
+        return asdict(self.account) | dict(self.evidence) | rest
 
 
 def round_identity(round: Round) -> str:

@@ -25,7 +25,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, loads, read_jsonl
 from assay.files.storage import PartialFile
 from assay.models.load import Model
-from assay.stats.rates import group_bootstrap, grouped_proportion_interval
+from assay.stats.rates import group_bootstrap, grouped_share_interval
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.arms import ARMS
 from assay.vhack.environment.grading import Episode
@@ -202,7 +202,7 @@ class Evaluation:
     def rates(self) -> dict[str, Rate]:
         """Return ``solve``, ``hack`` and ``vacuous`` as far as the reward tells them, and the mean ``reward``.
 
-        The interval of a share is the one of :func:`assay.stats.grouped_proportion_interval`, that of the reward a
+        The interval of a share is the one of :func:`assay.stats.grouped_share_interval`, that of the reward a
         percentile bootstrap over tasks.
         """
         several = len(set(self.groups)) > 1
@@ -211,7 +211,7 @@ class Evaluation:
         for name, flag in _NAMES.items():
             marks = [getattr(grade, flag) for grade in self.grades]
             if None not in marks:
-                ends = grouped_proportion_interval(marks, self.groups) if several else ends
+                ends = grouped_share_interval(marks, self.groups) if several else ends
                 found[name] = Rate(float(np.mean(marks)), *ends)
         paid = [grade.reward for grade in self.grades]
         if several:
