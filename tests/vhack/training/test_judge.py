@@ -10,6 +10,7 @@ from assay.errors import UsageError
 from assay.vhack.delta import arm_named
 from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
 from assay.vhack.training.grpo import judge_rollouts
+from assay.vhack.training.page import training_page
 from assay.vhack.training.rewards import FLAGS, EpisodeReward
 from assay.vhack.training.run import Prepared
 
@@ -37,11 +38,15 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
     pay = [1.0, 0.0, 3.0, 2.0, 5.0, 1.0, 0.0, 4.0]
     config = GRPOConfig(
         str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, scale_rewards="none",
-        use_cpu=True, bf16=False, report_to="none", seed=1,
+        use_cpu=True, bf16=False, report_to="none", seed=1, reward_weights=[1.0, 0.0],
     )  # fmt: skip
+
+    def exploited(completions, **_):
+        return [1.0] * 3 + [0.0] * 5
+
     trainer = GRPOTrainer(
         model=model.module,
-        reward_funcs=lambda completions, **_: pay,
+        reward_funcs=[lambda completions, **_: pay, exploited],
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
@@ -59,7 +64,44 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
         paid = pay_PG - flags_PG * (arm == "penalty")
         wanted = paid - paid.mean(axis=1, keepdims=True)
     assert np.allclose(found["advantages"].reshape(2, 4), wanted, atol=1e-5)
-    assert trainer._metrics["train"]["vhack/flagged"] == [flags.mean()]
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items() if name.startswith("vhack/")}
+    assert logged.pop("vhack/alarm") < 1.0
+    assert logged == pytest.approx(
+        {
+            "vhack/flagged": flags.mean(),
+            "vhack/hack": 3 / 8,
+            "vhack/caught": flags[:3].mean(),
+            "vhack/lost": flags[3:].mean(),
+            "vhack/missed": (~flags[:3]).sum() / (~flags).sum(),
+            "vhack/reward": np.mean(pay),
+            "vhack/rollouts": 8,
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl(model, make_judge, tmp_path):
+    config = GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, max_steps=6,
+        use_cpu=True, bf16=False, report_to="none", seed=1, reward_weights=[1.0, 0.0], logging_steps=1,
+    )  # fmt: skip
+
+    def exploited(completions, **_):
+        return [1.0] * len(completions)
+
+    trainer = GRPOTrainer(
+        model=model.module,
+        reward_funcs=[lambda completions, **_: [1.0] * len(completions), exploited],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": ["abc", "de"] * 4}),
+        processing_class=model.tokenizer,
+    )
+    judge_rollouts(trainer, make_judge, arm_named("filter"))
+    with pytest.warns(UserWarning, match="ALARM"):
+        trainer.train()
+    page = training_page(trainer.state.log_history).render()
+    assert "alarm was given" in page
+    assert "It cheats: 1.000" in page
 
 
 @pytest.mark.parametrize(

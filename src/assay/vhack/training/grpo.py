@@ -36,9 +36,10 @@ from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.delta.quarantine import shift_baseline
 from assay.vhack.detect import RolloutJudge
 from assay.vhack.pairs.pairs import Sample
+from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
-from assay.vhack.training.rewards import Outcomes, Reward
+from assay.vhack.training.rewards import MARKS, Outcomes, Reward
 from assay.vhack.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -87,8 +88,11 @@ def judge_rollouts(
     """Let a GRPOTrainer of TRL, after it has paid its rollouts, do with those that a detector flags what an arm says.
 
     The detector looks at the model as it was before training where the trainer's δS or LoRA can be switched off for
-    that, and at the policy of now otherwise. The share that is flagged goes to TRL's metrics as ``vhack/flagged``.
-    With ``beta``, the divergence of flagged rollouts still counts.
+    that, and at the policy of now otherwise. With ``beta``, the divergence of flagged rollouts still counts.
+
+    TRL's metrics get the rates of :meth:`Outcomes.rates` and the mean reward, as ``vhack/flagged`` and so on. A reward
+    function by the name of ``exploited``, ``correct`` or ``vacuous``, with a weight of 0, tells that of rollouts. Where
+    it tells what is exploited, an :class:`Alarm` looks at what the detector misses, and is a warning once.
 
     Args:
         trainer: Trainer of texts or conversations, with the model that the detector was fitted with.
@@ -105,6 +109,7 @@ def judge_rollouts(
         raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
     if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
         raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
+    alarm = Alarm()
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
 
     def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -125,8 +130,21 @@ def judge_rollouts(
         flags_B: Tensor = trainer.accelerator.gather(flags_b)
         if arm is not None and arm.flagged == "quarantine":
             trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
-        trainer._metrics["train"]["vhack/flagged"].append(float(flags_B.float().mean()))
-        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B)
+        weights_F = trainer.reward_weights.to(rewards_BF)
+        if own is None:  # otherwise its log has them
+            named = dict(zip(trainer.reward_func_names, rewards_BF.unbind(dim=1), strict=True))
+            marks = {name: named[name] > 0.5 for name in MARKS if name in named}
+            columns = [marks.get(name, torch.zeros_like(flags_B)) for name in ("teacher", *MARKS)]
+            outcomes = Outcomes(torch.stack([*columns, flags_B], dim=1), rewards_BF.nan_to_num() @ weights_F)
+            found = {**outcomes.rates([*marks, "flagged"]), "reward": float(outcomes.paid.mean())}
+            if "missed" in found:
+                sounded = alarm.step
+                found["alarm"] = alarm.see(found["missed"])
+                if alarm.step != sounded:
+                    warnings.warn(alarm.says, stacklevel=2)
+            for name, value in found.items():
+                trainer._metrics["train"][f"vhack/{name}"].append(value)
+        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B, float(weights_F.sum()))
 
     trainer._calculate_rewards = paid
 
