@@ -220,16 +220,6 @@ def arm_named(name: str) -> Arm:
     return replace(arm, name=name, basis=kind)
 
 
-def gating_arm(name: str) -> Arm:
-    """Return the arm with a name, and refuse one that needs a detector, where nothing judges rollouts."""
-    arm = arm_named(name)
-    if arm.flagged:
-        raise UsageError(
-            f"arm {name!r} without a detector", wanted="a gate", do="use assay vhack train, or another arm"
-        )
-    return arm
-
-
 def load_controls(arm: Arm) -> Any:
     """Return the module of assay-research with what an arm needs beside true axes, ``make_basis`` and ``Shortcut``.
 
