@@ -15,6 +15,7 @@ from assay.vhack import Basis
 from assay.vhack.basis import extract as _extract
 from assay.vhack.delta import ARMS
 from assay.vhack.delta import delta as _delta
+from assay.vhack.detect import fit_judge
 from assay.vhack.names import DEFAULT_ARM
 from assay.vhack.training import TrainLog, train
 from assay.vhack.training import run as _run
@@ -289,3 +290,17 @@ def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_an
     monkeypatch.setattr(_run, "train", lambda *_, **__: result)
     monkeypatch.setattr(_cli, "_check_tokenizer", lambda _: None)
     assert cli(["vhack", "train", "--model", "m", "-o", str(tmp_path)]) == 1
+
+
+def test_a_run_renews_its_detector_with_what_it_wrote(run, monkeypatch):
+    fitted = []
+
+    def counted(pairs, *rest, **others):
+        fitted.append(len(pairs))
+        return fit_judge(pairs, *rest, **others)
+
+    monkeypatch.setattr(_run, "fit_judge", counted)
+    result = run("run", steps=2, arm="filter", detector="cin-svd", clean_lost=0.3, refresh=1)
+    # Of each of the two prompts of a step a stored exploit and the policy's own work.
+    assert fitted == [6, 8, 10]
+    assert 0 <= result.last["flagged"] <= 1

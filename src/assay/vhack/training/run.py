@@ -82,7 +82,7 @@ class Prepared:
         check_attachable(model)
         assert model.tokenizer is not None
         self.settings, self.model, self.tokenizer = settings, model, model.tokenizer
-        self.pairs, self.earlier, self.processes = pairs, earlier, processes
+        self.pairs, self.earlier, self.processes, self.say = pairs, earlier, processes, say
         self.pool, self.arm = None, settings.chosen
         if settings.teacher:
             self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
@@ -95,7 +95,7 @@ class Prepared:
             progress=_told(say, "matrices decomposed"),
         )
         processes.broadcast_factors(self.svd)
-        self.judge = self._fit_judge(say)
+        self.judge = self._fit_judge(pairs, say)
         if say is not None:
             say(f"gradients of {len(pairs)} pairs for the axes")
         self.axes = processes.broadcast(self._extract_axes(load=True))
@@ -112,13 +112,13 @@ class Prepared:
             make(self.adapter.delta), self.adapter, self.axes, arm=self.arm, max_norm=limit, quarantine=second
         )
 
-    def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
+    def _fit_judge(self, pairs: list[Pair], say: Callable[[str], None] | None) -> RolloutJudge | None:
         """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
         detector = self.settings.flags_by[0]
         if detector in (None, "labels"):
             return None
         how: dict[str, Any] = {"detector": detector, "promised": self.settings.clean_lost, "svd": self.svd}
-        judge = fit_judge(self.pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
+        judge = fit_judge(pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
         if say is not None:
             held = judge.threshold
             lost = f"{held.lost:.3f} ({held.low:.3f} to {held.high:.3f}) of the clean sides"
@@ -158,9 +158,19 @@ class Prepared:
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
-        """Renew the axes if it is time after so many steps, and return how much of the old ones stayed."""
+        """Renew axes and detector if it is time after so many steps, and return how much of the old axes stayed.
+
+        Axes are those of the policy of now. The detector still looks through the model before training, in which an
+        exploit has not become likely yet, and learns from the run's own rollouts beside the pairs.
+        """
+        from assay.vhack.training.grpo import pair_judged
+
         if not self.settings.refresh or step % self.settings.refresh:
             return None
+        if self.judge is not None:
+            own = self.processes.broadcast(pair_judged(trainer.judged))
+            with self.adapter.disabled():
+                trainer.judge = self._fit_judge([*self.pairs, *own], self.say)
         before, axes = trainer.axes, self.processes.broadcast(self._extract_axes(load=False))
         trainer.use_axes(axes)
         return _measure_overlap(before, axes) if before is not None else None
