@@ -132,19 +132,17 @@ class DeltaS(nn.Module):
         This happens by itself before a forward pass or `generate` after δS was changed in place, and after every step
         of a :class:`ProjectedOptimizer`.
         """
-        if self._enabled:
-            self._merge()
+        if not self._enabled:
+            return
+        for index, (group, parameter) in enumerate(zip(self.groups, self.delta, strict=True)):
+            values_MR = parameter.detach()
+            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
+        self._merged_at = self._versions()
 
     def scale_added(self, scale: float) -> None:
         """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what trains."""
         self._scale = scale
         self.refresh()
-
-    def _merge(self) -> None:
-        for index, (group, parameter) in enumerate(zip(self.groups, self.delta, strict=True)):
-            values_MR = parameter.detach()
-            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
-        self._merged_at = self._versions()
 
     def _is_stale(self) -> bool:
         """Return whether δS has changed since it was merged."""
@@ -208,7 +206,7 @@ class DeltaS(nn.Module):
         """
         self._refuse_disabled("merge")
         self.added = ()
-        self._merge()
+        self.refresh()
         self._undo.close()
         return self.model
 

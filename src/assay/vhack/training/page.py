@@ -18,12 +18,7 @@ _RATES = {
     "missed": "cheats among the unflagged",
 }
 """Shares that the page draws over steps, in the order of the colours."""
-_OTHERS = {
-    "caught": "flagged of those that cheat",
-    "reward": "reward",
-    "alarm": "evidence of the alarm, of what it takes",
-}
-_PREFIX = "vhack/"  # of what assay adds to the metrics of TRL
+_OTHERS = {"caught": "flagged of those that cheat", "reward": "reward", "alarm": "evidence of the alarm, which takes 1"}
 _WINDOW = 10  # steps at most that the beginning and the end of a run are means of
 _FEWEST = 4  # steps of which a page says how they went
 _ALL, _NONE, _MANY = 0.9, 0.01, 0.05  # of rollouts: nearly all, none to speak of, more than the promise of a detector
@@ -131,7 +126,7 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
         if not isinstance(history, list):
             raise DataError(f"{path} has no log_history", wanted="trainer_state.json of TRL", do="name another file")
         log = history
-    lines = [{name.removeprefix(_PREFIX): value for name, value in line.items()} for line in log if "reward" in line]
+    lines = [{name.removeprefix("vhack/"): value for name, value in line.items()} for line in log if "reward" in line]
     return title, [line for line in lines if "step" in line]
 
 
@@ -141,9 +136,7 @@ def _draw(page: Report, steps: list[JsonObject], shown: list[tuple[str, str, str
     drawn = [(name, words, colour) for name, words, colour in shown if any(name in step for step in steps)]
     for name, words, colour in drawn:
         points = [(step["step"], step[name]) for step in steps if name in step]
-        ax.plot(
-            *zip(*points, strict=True), color=colour, linewidth=1.4, marker="" if len(points) > 1 else "o", label=words
-        )
+        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, marker=".", markersize=3, label=words)
     ax.set(xlabel="step", ylabel=unit)
     if unit == "share of rollouts":
         ax.set_ylim(-0.02, 1.02)

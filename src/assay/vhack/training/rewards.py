@@ -119,14 +119,13 @@ class Outcomes:
                 known = [(name, self.column(flag)) for name, flag in named if flag in told]
                 found |= {name + suffix: int((chosen & column).sum()) / count for name, column in known}
                 found[f"rollouts{suffix}"] = count
-                parts = {"flagged": chosen, "caught": self.column("exploited"), "lost": ~self.column("exploited")}
-                for name, part in parts.items() if "flagged" in told else ():
+                hack, flag = self.column("exploited"), self.column("flagged")
+                by_flag = {"flagged": (chosen, flag), "caught": (hack, flag), "lost": (~hack, flag)}
+                parts = {**by_flag, "missed": (~flag, hack)} if "flagged" in told else {}
+                for name, (part, counted) in parts.items():
                     among = part & chosen
                     if among.any() and (name == "flagged" or "exploited" in told):
-                        found[name + suffix] = int((among & self.column("flagged")).sum()) / int(among.sum())
-                through = chosen & ~self.column("flagged")
-                if {"flagged", "exploited"} <= set(told) and through.any():
-                    found["missed" + suffix] = int((through & self.column("exploited")).sum()) / int(through.sum())
+                        found[name + suffix] = int((among & counted).sum()) / int(among.sum())
         return found
 
 
