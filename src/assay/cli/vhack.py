@@ -106,7 +106,9 @@ class PoolSettings(RuleSettings, WeightSettings):
 class ReportSettings(Settings):
     """Settings of ``assay vhack report``."""
 
-    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(description="Result of `assay vhack check -o`, or logs.")
+    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        description="Result of `assay vhack check -o`; runs of `assay vhack train`; trainer_state.json of TRL."
+    )
     output: Annotated[Path, OUTPUT] = Field(description="Page to write.")
     check: tuple[Path, ...] = Field((), description="Check to show beside logs; may be repeated.")
 
@@ -162,7 +164,21 @@ class VerifyPairsSettings(ListSettings):
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
 _PASSED = _SELECTION | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
-_SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
+_SHOWN = (
+    "hack",
+    "solve",
+    "reward",
+    "flagged",
+    "missed",
+    "alarm",
+    "cin_s",
+    "cin_t",
+    "cin",
+    "cout",
+    "leak",
+    "displacement",
+    "seconds",
+)
 
 
 @vhack.add(
@@ -304,21 +320,28 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
 
 @vhack.add("report", ReportSettings, example="assay vhack report check.json -o page.html")
 def report(chosen: ReportSettings, as_json: bool) -> None:
-    """Draw the page of an earlier check, or of runs.
+    """Draw the page of an earlier check, or of a run over its steps.
 
-    The page of training runs, with their rates over steps and a final table, needs assay-research.
+    The page of several runs, with a final table, needs assay-research.
     """
     from assay.files.jsonl import read_json
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.page import make_page
+    from assay.vhack.training.page import is_run, training_page
 
-    if len(chosen.results) > 1 or chosen.results[0].suffix != ".json":
+    (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
+    is_one = not more and is_run(first)
+    if more or not (is_one or first.suffix == ".json"):
         extension("vhack report --runs")(chosen, as_json)
         return
     if chosen.check:
-        raise UsageError(f"--check {chosen.check[0]} beside a check", wanted="logs of runs", do="leave it out")
-    read = CheckReport.from_dict(read_json(chosen.results[0]))
-    make_page(read, command=f"assay vhack report {chosen.results[0]}").write(chosen.output)
+        raise UsageError(f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out")
+    if is_one:
+        training_page(first, command=command).write(chosen.output)
+        show_values("assay.vhack.report/1", {"path": str(chosen.output)}, as_json)
+        return
+    read = CheckReport.from_dict(read_json(first))
+    make_page(read, command=command).write(chosen.output)
     show_values("assay.vhack.report/1", {"path": str(chosen.output), "verdict": read.verdict}, as_json)
 
 
@@ -330,10 +353,10 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )
-def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> None:
+def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     """Train one arm by reinforcement with TRL.
 
-    The same command goes on after the last checkpoint.
+    The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
     from assay.vhack.training.run import train
 
@@ -345,14 +368,17 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> None:
         trackers=own.tracker,
         allow_unsandboxed=own.allow_unsandboxed,
     )
+    code = 0 if result.alarm is None else 1
     if not result.is_first:  # one of several processes prints
-        return
+        return code
     if as_json:
         values = {"path": str(result.folder), "arm": result.arm, "steps": result.steps}
-        emit_json("assay.vhack.train.result/1", {**values, "resumed_from": result.resumed_from, "last": result.last})
-        return
+        values |= {"resumed_from": result.resumed_from, "last": result.last, "alarm": result.alarm}
+        emit_json("assay.vhack.train.result/1", values)
+        return code
     rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in _SHOWN if name in result.last]
     table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
+    return code
 
 
 @pairs.add("list", ListSettings, example="assay vhack pairs list generated:12")

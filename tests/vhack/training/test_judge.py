@@ -7,9 +7,11 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from assay.errors import UsageError
+from assay.vhack import Sample
 from assay.vhack.delta import arm_named
 from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
-from assay.vhack.training.grpo import judge_rollouts
+from assay.vhack.training.grpo import judge_rollouts, pair_judged
+from assay.vhack.training.page import training_page
 from assay.vhack.training.rewards import FLAGS, EpisodeReward
 from assay.vhack.training.run import Prepared
 
@@ -37,11 +39,15 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
     pay = [1.0, 0.0, 3.0, 2.0, 5.0, 1.0, 0.0, 4.0]
     config = GRPOConfig(
         str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, scale_rewards="none",
-        use_cpu=True, bf16=False, report_to="none", seed=1,
+        use_cpu=True, bf16=False, report_to="none", seed=1, reward_weights=[1.0, 0.0],
     )  # fmt: skip
+
+    def exploited(completions, **_):
+        return [1.0] * 3 + [0.0] * 5
+
     trainer = GRPOTrainer(
         model=model.module,
-        reward_funcs=lambda completions, **_: pay,
+        reward_funcs=[lambda completions, **_: pay, exploited],
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
@@ -59,7 +65,44 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
         paid = pay_PG - flags_PG * (arm == "penalty")
         wanted = paid - paid.mean(axis=1, keepdims=True)
     assert np.allclose(found["advantages"].reshape(2, 4), wanted, atol=1e-5)
-    assert trainer._metrics["train"]["vhack/flagged"] == [flags.mean()]
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items() if name.startswith("vhack/")}
+    assert logged.pop("vhack/alarm") < 1.0
+    assert logged == pytest.approx(
+        {
+            "vhack/flagged": flags.mean(),
+            "vhack/hack": 3 / 8,
+            "vhack/caught": flags[:3].mean(),
+            "vhack/lost": flags[3:].mean(),
+            "vhack/missed": (~flags[:3]).sum() / (~flags).sum(),
+            "vhack/reward": np.mean(pay),
+            "vhack/rollouts": 8,
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl(model, make_judge, tmp_path):
+    config = GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, max_steps=6,
+        use_cpu=True, bf16=False, report_to="none", seed=1, reward_weights=[1.0, 0.0], logging_steps=1,
+    )  # fmt: skip
+
+    def exploited(completions, **_):
+        return [1.0] * len(completions)
+
+    trainer = GRPOTrainer(
+        model=model.module,
+        reward_funcs=[lambda completions, **_: [1.0] * len(completions), exploited],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": ["abc", "de"] * 4}),
+        processing_class=model.tokenizer,
+    )
+    judge_rollouts(trainer, make_judge, arm_named("filter"))
+    with pytest.warns(UserWarning, match="ALARM"):
+        trainer.train()
+    page = training_page(trainer.state.log_history).render()
+    assert "alarm was given" in page
+    assert "It cheats: 1.000" in page
 
 
 @pytest.mark.parametrize(
@@ -77,6 +120,8 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     made = trainer._generate_and_score_completions([dict(row) for row in rows])
     exploited, flagged = (made["outcomes"][:, FLAGS.index(name)] for name in ("exploited", "flagged"))
     assert (made["advantages"][flagged] == 0).all()
+    known = exploited if ":random" in detector else exploited | flagged  # chance is remembered of none
+    assert [is_cheat for _, is_cheat in trainer.judged] == known.tolist()
     if detector == "labels=sentinel":  # a monitor that does not know the mechanism of these tasks
         assert not flagged.any()
     elif detector.startswith("labels"):
@@ -87,6 +132,34 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     assert rates["flagged"] == pytest.approx(float(flagged[student].float().mean()))
     assert any("matrices decomposed" in line for line in said)
     assert any("flags" in line for line in said) == (detector == "ngrams")
+
+
+def test_a_renewed_detector_knows_the_exploit_that_the_reward_told_it_of(settings, model, pairs, tasks, tmp_path):
+    chosen = settings(arm="filter", detector="ngrams", clean_lost=0.3, refresh=2)
+    run = Prepared(chosen, model, pairs)
+    trainer = run.trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
+    new = [Sample("def f():\n", f"    assert True or add() == {n}\n") for n in range(3)]
+    assert not any(trainer.judge.flags(new))
+    honest = [("add", 1), ("sub", 2), ("mul", 3), ("div", 4), ("root", 5), ("sign", 6)]
+    for n, (word, value) in enumerate(honest * 2):
+        prompt = f"def test_{n}():\n"
+        trainer.judged += [(Sample(prompt, f"    assert True or {word}() == {n + 7}\n"), True)]
+        trainer.judged += [(Sample(prompt, f"    assert {word}() == {value}\n"), False)]
+    first = trainer.judge
+    run.refresh(trainer, 1)
+    assert trainer.judge is first  # not yet
+    run.refresh(trainer, 2)
+    assert all(trainer.judge.flags(new))
+    assert not any(trainer.judge.flags([pair.samples()[1] for pair in pairs]))
+
+
+def test_rollouts_become_pairs_of_the_same_prompt():
+    judged = [
+        (Sample("a", "old"), True), (Sample("a", "new"), True), (Sample("a", "work"), False),
+        (Sample("b", "alone"), True), (Sample("c", "same"), True), (Sample("c", "same"), False),
+    ]  # fmt: skip
+    (pair,) = pair_judged(judged)
+    assert (pair.prompt, pair.hack, pair.clean) == ("a", "new", "work")
 
 
 @pytest.mark.parametrize(

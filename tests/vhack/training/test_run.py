@@ -8,15 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from assay.cli import run as cli
+from assay.cli import vhack as _cli
 from assay.errors import AssayError, DataError, ModelError, UsageError
 from assay.vhack import Basis
 from assay.vhack.basis import extract as _extract
 from assay.vhack.delta import ARMS
 from assay.vhack.delta import delta as _delta
+from assay.vhack.detect import fit_judge
 from assay.vhack.names import DEFAULT_ARM
 from assay.vhack.training import TrainLog, train
 from assay.vhack.training import run as _run
 from assay.vhack.training.log import read_records, read_steps
+from assay.vhack.training.rewards import Outcomes
 from assay.vhack.training.run import Prepared
 
 
@@ -272,3 +276,31 @@ def test_a_checkpoint_of_the_first_version_goes_on(tasks, pairs, settings, check
     assert now.keys() == then.keys()
     for name, tensor in then.items():
         torch.testing.assert_close(now[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_and_exit_code(run, tmp_path, monkeypatch):
+    """Also in a run that goes on, whose alarm saw the steps of before."""
+    monkeypatch.setattr(Outcomes, "rates", lambda *_: {"flagged": 0.0, "missed": 0.4})
+    common = {"arm": "filter", "detector": "labels=sentinel", "save_every": 2}
+    assert run("run", steps=2, **common).alarm is None
+    result = run("run", steps=6, **common)
+    _, steps = read_steps(tmp_path / "run" / "log.jsonl")
+    assert [step["alarm"] >= 1 for step in steps].index(True) == result.alarm < 5
+    assert "alarm was given" in (tmp_path / "run" / "page.html").read_text()
+    monkeypatch.setattr(_run, "train", lambda *_, **__: result)
+    monkeypatch.setattr(_cli, "_check_tokenizer", lambda _: None)
+    assert cli(["vhack", "train", "--model", "m", "-o", str(tmp_path)]) == 1
+
+
+def test_a_run_renews_its_detector_with_what_it_wrote(run, monkeypatch):
+    fitted = []
+
+    def counted(pairs, *rest, **others):
+        fitted.append(len(pairs))
+        return fit_judge(pairs, *rest, **others)
+
+    monkeypatch.setattr(_run, "fit_judge", counted)
+    result = run("run", steps=2, arm="filter", detector="cin-svd", clean_lost=0.3, refresh=1)
+    # Of each of the two prompts of a step a stored exploit and the policy's own work.
+    assert fitted == [6, 8, 10]
+    assert 0 <= result.last["flagged"] <= 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.delta.arms import Arm, arm_named, gating_arm
+from assay.vhack.delta.arms import Arm, arm_named
 from assay.vhack.environment.grading import CHANNELS, Episode
 from assay.vhack.environment.tasks import Task, tasks
 
@@ -94,7 +94,8 @@ class StudyRun:
     stored: bool = False
 
     def __post_init__(self) -> None:
-        gating_arm(self.arm)
+        if arm_named(self.arm).flagged:
+            raise UsageError(f"arm {self.arm!r} without a detector", wanted="a gate", do="use assay vhack train")
         unknown = [mode for mode in self.modes if mode not in CHANNELS]
         if unknown or not self.modes:
             raise UsageError(f"modes {self.modes}", wanted=", ".join(CHANNELS), do="choose among these")

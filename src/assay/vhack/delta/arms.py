@@ -143,14 +143,14 @@ class Arm:
             if value not in known:
                 raise UsageError(f"{name}={value!r}", wanted=" or ".join(map(repr, known)), do="choose one of them")
 
-    def judge(self, rewards_BF: Tensor, flags_B: Tensor) -> Tensor:
+    def judge(self, rewards_BF: Tensor, flags_B: Tensor, weight: float) -> Tensor:
         """Return what rollouts are paid by F reward functions after a detector has flagged some of them.
 
-        ``penalty`` takes 1 in all. ``filter`` pays nothing that is a number: TRL leaves such rollouts out of the mean
-        and the spread of their group, and they get no advantage.
+        ``penalty`` takes 1 in all, given the sum of the weights of the functions. ``filter`` pays nothing that is a
+        number: TRL leaves such rollouts out of the mean and the spread of their group, and they get no advantage.
         """
         if self.flagged == "penalty":
-            return rewards_BF - flags_B[:, None].to(rewards_BF) / rewards_BF.shape[1]
+            return rewards_BF - flags_B[:, None].to(rewards_BF) / weight
         return rewards_BF.masked_fill(flags_B[:, None], math.nan) if self.flagged == "filter" else rewards_BF
 
     @property
@@ -218,16 +218,6 @@ def arm_named(name: str) -> Arm:
             do="choose another arm, or leave the axes out",
         )
     return replace(arm, name=name, basis=kind)
-
-
-def gating_arm(name: str) -> Arm:
-    """Return the arm with a name, and refuse one that needs a detector, where nothing judges rollouts."""
-    arm = arm_named(name)
-    if arm.flagged:
-        raise UsageError(
-            f"arm {name!r} without a detector", wanted="a gate", do="use assay vhack train, or another arm"
-        )
-    return arm
 
 
 def load_controls(arm: Arm) -> Any:

@@ -26,7 +26,6 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import storage_error
 from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
-from assay.vhack.delta.division import gather_whole, local_part, local_rows, reshard
 from assay.vhack.delta.file import load_delta, read_delta_lengths, save_delta
 from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
@@ -50,7 +49,7 @@ class DeltaS(nn.Module):
     policy without a copy.
 
     Args:
-        model: Causal language model; under FSDP2 attach before ``fully_shard``, under DDP before wrapping.
+        model: Causal language model; under DDP attach before wrapping. It stays whole: ``fully_shard`` is refused.
         svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
             coordinates of δS mean, so a basis must come from the same factors.
 
@@ -94,7 +93,6 @@ class DeltaS(nn.Module):
         self._undo = ExitStack()
         # Not as an attribute: the model would become a submodule of its own submodule.
         self.__dict__["_model"] = module
-        self._merged: list[Tensor] = []
         self._merged_at = self._versions()
         required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
@@ -124,68 +122,50 @@ class DeltaS(nn.Module):
         return SVDCache(factors, rank=self._rank, dtype=self.groups[0].left.dtype)
 
     def values(self) -> dict[str, Tensor]:
-        """Return δS by module name, [R] float32, without gradient and, if it was sharded, whole."""
-        pairs = zip(self.groups, self._whole(), strict=True)
-        return {name: delta_R for group, delta_MR in pairs for name, delta_R in zip(group.names, delta_MR, strict=True)}
+        """Return δS by module name, [R] float32, without gradient."""
+        pairs = zip(self.groups, self.delta, strict=True)
+        return {name: row_R for group, rows in pairs for name, row_R in zip(group.names, rows.detach(), strict=True)}
 
     def refresh(self) -> None:
         """Merge the present δS into the weights; nothing to do while it is disabled.
 
         This happens by itself before a forward pass or `generate` after δS was changed in place, and after every step
-        of a :class:`ProjectedOptimizer`. Under FSDP2 every process must call it, if one does.
+        of a :class:`ProjectedOptimizer`.
         """
-        if self._enabled:
-            reshard(self.model)
-            self._merge()
+        if not self._enabled:
+            return
+        for index, (group, parameter) in enumerate(zip(self.groups, self.delta, strict=True)):
+            values_MR = parameter.detach()
+            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
+        self._merged_at = self._versions()
 
     def scale_added(self, scale: float) -> None:
         """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what trains."""
         self._scale = scale
         self.refresh()
 
-    def _merge(self) -> None:
-        values = self._whole()
-        for index, (group, values_MR) in enumerate(zip(self.groups, values, strict=True)):
-            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
-        self._merged = [values_MR.clone() for values_MR in values] if self.groups[0].is_sharded else []
-        self._merged_at = self._versions()
-
     def _is_stale(self) -> bool:
-        """Return whether δS has changed since it was merged.
-
-        In a forward pass under FSDP2 its parameters are gathered anew and versions say nothing, so values are compared.
-        """
-        if not self.groups[0].is_sharded:
-            return self._merged_at != self._versions()
-        pairs = zip(self._whole(), self._merged, strict=True)
-        return not self._merged or any(not torch.equal(now_MR, merged_MR) for now_MR, merged_MR in pairs)
+        """Return whether δS has changed since it was merged."""
+        return self._merged_at != self._versions()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Make the model compute as before any training, for instance as the reference policy.
 
         The weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is still to come
-        afterwards is right. Under FSDP2 they are copied.
+        afterwards is right.
         """
         if not self._enabled:  # inside another such block
             yield
             return
-        self._enabled, sharded = False, self.groups[0].is_sharded
-        whole = [] if sharded else self.groups
-        places = [place for group in whole for place in zip(group.linears, group.base, strict=True)]
+        self._enabled = False
+        places = [place for group in self.groups for place in zip(group.linears, group.base, strict=True)]
         merged = [linear.weight.data for linear, _ in places]
-        if sharded:
-            reshard(self.model)
-            for group in self.groups:
-                group.restore()
         for linear, base in places:
             linear.weight.data = base
         try:
             yield
         finally:
-            if sharded:
-                reshard(self.model)
-                self._merge()
             for (linear, _), data in zip(places, merged, strict=True):
                 linear.weight.data = data
             self._enabled = True
@@ -226,8 +206,7 @@ class DeltaS(nn.Module):
         """
         self._refuse_disabled("merge")
         self.added = ()
-        reshard(self.model)
-        self._merge()
+        self.refresh()
         self._undo.close()
         return self.model
 
@@ -253,25 +232,19 @@ class DeltaS(nn.Module):
         found = load_delta(Path(path), self.groups)
         for parameter, group in zip(self.delta, self.groups, strict=True):
             delta_MR = torch.stack([found[name] for name in group.names])
-            local_part(parameter).copy_(delta_MR[local_rows(parameter)])
+            parameter.detach().copy_(delta_MR)
         self.refresh()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the model of now as a plain one has them: for an inference engine after a step.
 
-        Names are those of the model without δS, and tied weights come once. Under FSDP2 weights are gathered one at a
-        time, and every process must iterate to the end.
+        Names are those of the model without δS, and tied weights come once.
         """
         if self._is_stale():
             self.refresh()
-        reshard(self.model)
         for name, parameter in self.model.named_parameters():
             if not name.startswith(f"{_NAME}."):
-                yield name, gather_whole(parameter).detach()
-
-    def _whole(self) -> list[Tensor]:
-        """Return δS per group, [M, R] without gradient, gathered if it is sharded."""
-        return [gather_whole(parameter).detach() for parameter in self.delta]
+                yield name, parameter.detach()
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((id(parameter), parameter._version) for parameter in self.delta)
@@ -298,7 +271,7 @@ class DeltaS(nn.Module):
 
     def _take_views(self) -> None:
         """Take views of δS, one per module, that lead back to the parameters."""
-        self._views = [gather_whole(parameter).unbind() for parameter in self.delta]
+        self._views = [parameter.unbind() for parameter in self.delta]
 
     def _make_hook(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]

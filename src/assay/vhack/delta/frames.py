@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
@@ -113,12 +112,11 @@ def measure_shares(
     name: str,
     vectors: Iterable[tuple[Tensor, Tensor, Tensor]],
     sign: int,
-    process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, also two-sided.
 
     Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]; shares have the
-    dimensions before M. The modules may be spread over processes.
+    dimensions before M.
     """
     # Sums over modules: one-sided share, two-sided share, 1.
     sums = []
@@ -130,15 +128,11 @@ def measure_shares(
         parts_3M = torch.stack([one_M / divisor_M, two_M / divisor_M, torch.ones_like(size_M)])
         sums.append((parts_3M * has_M).sum(dim=-1))
     total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(3, dtype=torch.float64)
-    if process_group is not None and sums:
-        dist.all_reduce(total, group=process_group)
     *shares, count = total
     return {name + suffix: share / count.clamp_min(1) for suffix, share in zip(_SHARE, shares, strict=True)}
 
 
-def measure_displacement(
-    moved: Iterable[tuple[Tensor, Tensor]], process_group: dist.ProcessGroup | None = None
-) -> dict[str, Tensor]:
+def measure_displacement(moved: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Return where δS is along the axes: the sum over all of them, the norm, and the farthest toward the hack.
 
     Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions before M.
@@ -147,9 +141,6 @@ def measure_displacement(
     at = torch.cat(found, dim=-1) if found else torch.zeros(0, dtype=torch.float64)
     sums = torch.stack([at.sum(dim=-1), (at**2).sum(dim=-1)])
     farthest = (-at).amax(dim=-1).clamp_min(0) if at.shape[-1] else torch.zeros_like(sums[0])
-    if process_group is not None and found:
-        dist.all_reduce(sums, group=process_group)
-        dist.all_reduce(farthest, op=dist.ReduceOp.MAX, group=process_group)
     return {"displacement": sums[0], "displacement_norm": sums[1].sqrt(), "displacement_hackward": farthest}
 
 

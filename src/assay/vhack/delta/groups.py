@@ -2,9 +2,6 @@
 
 A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products instead of 252.
 
-Under FSDP2 a weight is a DTensor whose rows are spread over the processes. Each process merges the rows that it has:
-row o of W' needs row o of W and U, and all of δS and Vh, so nothing is sent.
-
 The product that a module adds, and its gradient with respect to δS::
 
     y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
@@ -21,17 +18,15 @@ Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError
 from assay.models.wide import wide_products
-from assay.vhack.delta.division import local_part, local_rows
 from assay.vhack.gradients.fused import sample_products
 from assay.vhack.gradients.svd import Factors, factors_of
 from assay.vhack.gradients.taps import delta_gradient
@@ -51,18 +46,12 @@ class Group:
     right: Tensor  # Vh of each module, [M, R, I]
     values: Tensor  # S of each module, [M, R]
     errors: tuple[tuple[float, float], ...]  # of each decomposition: residual and orthogonality
-    base: Tensor  # weights as they were, [M, O, I]; only the rows of this process under FSDP2
-    _rows: slice | None = field(default=None, init=False, repr=False)
+    base: Tensor  # weights as they were, [M, O, I]
 
     @property
     def rank(self) -> int:
         """Number R of coordinates."""
         return self.left.shape[2]
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the weights are spread over processes, even while they are gathered."""
-        return self._rows is not None or isinstance(self.linears[0].weight, DTensor)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -80,14 +69,13 @@ class Group:
         The sum is rounded once, so errors of earlier steps do not accumulate. A module whose δS is zero gets its
         weights back bit by bit; adding a zero would lose the sign of a negative zero.
         """
-        weights = self._destinations()
-        left_MOR = self.left if self._rows is None else self.left[:, self._rows]
+        weights: list[Tensor] = [linear.weight for linear in self.linears]
         active_M = delta_MR.any(dim=1)
         size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
         for first in range(0, len(self.names), size):
             part = slice(first, first + size)
             base_MOI, right_MRI = self.base[part], self.right[part]
-            scaled_MOR = (left_MOR[part] * delta_MR[part, None]).to(right_MRI.dtype)
+            scaled_MOR = (self.left[part] * delta_MR[part, None]).to(right_MRI.dtype)
             if base_MOI.dtype == right_MRI.dtype:
                 merged = torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
             else:
@@ -98,18 +86,7 @@ class Group:
     @torch.no_grad()
     def restore(self) -> None:
         """Write the weights as they were."""
-        torch._foreach_copy_(self._destinations(), list(self.base.unbind()))
-
-    def _destinations(self) -> list[Tensor]:
-        """Return the weights of this process; the first time they are sharded, ``base`` is cut to the same rows."""
-        weights: list[Tensor] = [linear.weight for linear in self.linears]
-        if not isinstance(weights[0], DTensor):
-            return weights
-        if self._rows is None:
-            _ = self.digests  # of the whole weights
-            self._rows = local_rows(weights[0])
-            self.base = self.base[:, self._rows].clone()
-        return [local_part(weight) for weight in weights]
+        torch._foreach_copy_([linear.weight for linear in self.linears], list(self.base.unbind()))
 
 
 def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
 from assay.vhack.delta.delta import DeltaS
-from assay.vhack.delta.division import local_part, local_rows, process_group_of
 from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
 from assay.vhack.delta.quarantine import Quarantine
 
@@ -83,7 +83,7 @@ class ProjectedOptimizer(Optimizer):
             raise UsageError(
                 "an optimizer without the parameters of the adapter",
                 wanted="one that was made of adapter.parameters()",
-                do="make it after the adapter, and after fully_shard",
+                do="make it after the adapter, and leave fully_shard out",
             )
         _check_trainable(adapter)
         super().__init__(inner.param_groups, inner.defaults)
@@ -93,11 +93,11 @@ class ProjectedOptimizer(Optimizer):
         self.adapter, self.max_norm, self.quarantine = adapter, max_norm, quarantine
         self.measures = Measures({})
         self.use_basis(basis)
-        self._start = [local_part(parameter).clone() for parameter in adapter.delta]
+        self._start = [parameter.detach().clone() for parameter in adapter.delta]
         if arm.start:  # displacements count from before, and a state that is loaded later includes it
             for index, parameter in enumerate(adapter.delta):
-                delta_MR = local_part(parameter.detach())
-                delta_MR.copy_(displace(delta_MR, arm.start, self._axes(index)))
+                delta_MR = parameter.detach()
+                delta_MR.copy_(displace(delta_MR, arm.start, self.frames.axes[index]))
             adapter.refresh()
 
     def use_basis(self, basis: Basis | None) -> None:
@@ -153,19 +153,19 @@ class ProjectedOptimizer(Optimizer):
                 loss = closure()
         raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         for index, gradient_MR in self._gradients().items():
-            gradient_MR.copy_(gate_gradient(self.arm, gradient_MR, self._axes(index)))
+            gradient_MR.copy_(gate_gradient(self.arm, gradient_MR, self.frames.axes[index]))
         if self.max_norm is not None:
             every = [parameter for group in self.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
         # Some optimizers write into the gradient.
         kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
-        before = [local_part(parameter).clone() for parameter in self.adapter.delta]
+        before = [parameter.detach().clone() for parameter in self.adapter.delta]
         if self.quarantine is not None:
             self.quarantine.step(self.inner)
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
-            now_MR = local_part(parameter)
-            now_MR.copy_(apply_arm(self.arm, now_MR, before[index], self._start[index], self._axes(index)))
+            now_MR, axes_MKR = parameter.detach(), self.frames.axes[index]
+            now_MR.copy_(apply_arm(self.arm, now_MR, before[index], self._start[index], axes_MKR))
         self.measures = self._measured(raw, kept, before)
         self.adapter.refresh()
         return loss
@@ -173,30 +173,27 @@ class ProjectedOptimizer(Optimizer):
     def _gradients(self) -> dict[int, Tensor]:
         """Return the gradients of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
-        return {index: local_part(parameter.grad) for index, parameter in parameters if parameter.grad is not None}
-
-    def _axes(self, index: int) -> Tensor:
-        """Return the axes of the modules of a group that this process has."""
-        return self.frames.axes[index][local_rows(self.adapter.delta[index])]
+        return {index: parameter.grad.detach() for index, parameter in parameters if parameter.grad is not None}
 
     def _measured(self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]) -> Measures:
         """Return the shares of the gradients, of what the gate left of them and of the updates, and where δS is."""
-        deltas = [local_part(parameter) for parameter in self.adapter.delta]
-        rows, spread_over = [local_rows(one) for one in self.adapter.delta], process_group_of(self.adapter.delta[0])
+        deltas, frames = [parameter.detach() for parameter in self.adapter.delta], self.frames
         # The hack is along −v for an update, so its sign is turned.
         vectors = {index: torch.stack([raw[index], kept[index], before[index] - deltas[index]]) for index in kept}
-        axes = [axes_MKR[part] for axes_MKR, part in zip(self.frames.axes, rows, strict=True)]
-        parts = ((vectors[index], axes[index], self.frames.has_axes[index][rows[index]]) for index in kept)
+        parts = ((vectors[index], frames.axes[index], frames.has_axes[index]) for index in kept)
         found: dict[str, Tensor] = {}
-        for suffix, values in measure_shares("", parts, 1, spread_over).items():
+        for suffix, values in measure_shares("", parts, 1).items():
             shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
             found |= {name + suffix: value for name, value in shares}
         moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
-        return Measures(found | measure_displacement(zip(moved, axes, strict=True), spread_over))
+        return Measures(found | measure_displacement(zip(moved, frames.axes, strict=True)))
 
 
 def _check_trainable(adapter: DeltaS) -> None:
-    """Refuse a δS that something has frozen: its gradient would be missing, and nothing would be trained."""
+    """Refuse a δS that something has frozen, whose gradient would be missing, or divided over processes."""
+    if any(isinstance(parameter, DTensor) for parameter in adapter.delta):
+        do = "share rollouts by DDP, or train LoRA or the weights and judge rollouts"
+        raise UsageError("δS after fully_shard", wanted="whole weights in every process", do=do)
     frozen = sum(not parameter.requires_grad for parameter in adapter.delta)
     if frozen:
         raise UsageError(

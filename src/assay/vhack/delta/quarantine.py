@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assay.errors import UsageError
 from assay.vhack.delta.delta import DeltaS
 
 
@@ -34,16 +33,11 @@ class Quarantine:
     Attributes:
         values: The second δS, one parameter per group, [M, R] float32.
         scale: Factor with which it is in the weights in this step.
-
-    Raises:
-        UsageError: The adapter is sharded.
     """
 
     def __init__(
         self, adapter: DeltaS, make: Callable[[list[nn.Parameter]], Optimizer], max_norm: float | None = None
     ) -> None:
-        if adapter.groups[0].is_sharded:
-            raise UsageError("a quarantine under FSDP2", wanted="whole weights", do="take the arm filter")
         self.adapter, self.max_norm = adapter, max_norm
         self.values = [nn.Parameter(torch.zeros_like(parameter)) for parameter in adapter.delta]
         self.inner, self.scale = make(self.values), 1.0

@@ -92,7 +92,7 @@ def check_whole(model: "Model | PreTrainedModel") -> None:
         raise ModelError(
             "a model that is divided over processes" if divided else f"a model on {' and '.join(places)}",
             wanted="all weights whole on one device",
-            do="load it there, attach δS before fully_shard, or use a smaller model or bfloat16",
+            do="load it there, or use a smaller model or bfloat16",
         )
 
 

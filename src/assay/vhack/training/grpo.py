@@ -13,7 +13,8 @@ Shapes: B rollouts, T completion tokens.
 import json
 import random
 import warnings
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +27,7 @@ from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
-from assay.models.chat import read_chat
+from assay.models.chat import Chat, read_chat
 from assay.models.load import Model
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.arms import Arm
@@ -35,10 +36,11 @@ from assay.vhack.delta.frames import Rollouts
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.delta.quarantine import shift_baseline
 from assay.vhack.detect import RolloutJudge
-from assay.vhack.pairs.pairs import Sample
+from assay.vhack.pairs.pairs import Pair, Sample, text_of
+from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
-from assay.vhack.training.rewards import Outcomes, Reward
+from assay.vhack.training.rewards import MARKS, Outcomes, Reward
 from assay.vhack.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -87,8 +89,12 @@ def judge_rollouts(
     """Let a GRPOTrainer of TRL, after it has paid its rollouts, do with those that a detector flags what an arm says.
 
     The detector looks at the model as it was before training where the trainer's δS or LoRA can be switched off for
-    that, and at the policy of now otherwise. The share that is flagged goes to TRL's metrics as ``vhack/flagged``.
-    With ``beta``, the divergence of flagged rollouts still counts.
+    that, and at the policy of now otherwise. With ``beta``, the divergence of flagged rollouts still counts.
+
+    TRL's metrics get the rates of :meth:`Outcomes.rates` and the mean reward, as ``vhack/flagged`` and so on. A reward
+    function by the name of ``exploited``, ``correct`` or ``vacuous``, with a weight of 0, tells that of rollouts. Where
+    it tells what is exploited, an :class:`Alarm` looks at what the detector misses, and is a warning once. The trainer
+    gets ``judge``, which may be changed, and ``judged``, the last rollouts with whether each cheats, flagged or told.
 
     Args:
         trainer: Trainer of texts or conversations, with the model that the detector was fitted with.
@@ -105,18 +111,22 @@ def judge_rollouts(
         raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
     if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
         raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
+    alarm = Alarm()
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
 
     def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_BF: Tensor = plain(inputs, prompts, completions, completion_ids_list)
         if not trainer.model.training:
             return rewards_BF
+        samples = list(map(as_sample, prompts, completions))
         if judge is None:
             told = zip(own.last.column("exploited").tolist(), own.mechanisms, strict=True)
             flags = [is_one and (not known or mechanism in known) for is_one, mechanism in told]
         else:
             with initial():
-                flags = judge.flags(list(map(as_sample, prompts, completions)))
+                flags = trainer.judge.flags(samples)
+        cheats = flags if own is None else (own.last.column("exploited") | torch.tensor(flags)).tolist()
+        trainer.judged.extend(zip(samples, cheats, strict=True))
         if at_random:
             random.Random(f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}").shuffle(flags)
         flags_b = torch.tensor(flags, device=rewards_BF.device)
@@ -125,10 +135,34 @@ def judge_rollouts(
         flags_B: Tensor = trainer.accelerator.gather(flags_b)
         if arm is not None and arm.flagged == "quarantine":
             trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
-        trainer._metrics["train"]["vhack/flagged"].append(float(flags_B.float().mean()))
-        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B)
+        weights_F = trainer.reward_weights.to(rewards_BF)
+        if own is None:  # otherwise its log has them
+            named = dict(zip(trainer.reward_func_names, rewards_BF.unbind(dim=1), strict=True))
+            marks = {name: named[name] > 0.5 for name in MARKS if name in named}
+            columns = [marks.get(name, torch.zeros_like(flags_B)) for name in ("teacher", *MARKS)]
+            outcomes = Outcomes(torch.stack([*columns, flags_B], dim=1), rewards_BF.nan_to_num() @ weights_F)
+            found = {**outcomes.rates([*marks, "flagged"]), "reward": float(outcomes.paid.mean())}
+            if "missed" in found:
+                sounded = alarm.step
+                found["alarm"] = alarm.see(found["missed"])
+                if alarm.step != sounded:
+                    warnings.warn(alarm.says, stacklevel=2)
+            for name, value in found.items():
+                trainer._metrics["train"][f"vhack/{name}"].append(value)
+        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B, float(weights_F.sum()))
 
+    trainer.judge, trainer.judged = judge, deque(maxlen=_REMEMBERED)
     trainer._calculate_rewards = paid
+
+
+def pair_judged(judged: Iterable[tuple[Sample, bool]]) -> list[Pair]:
+    """Return pairs of a rollout that cheats and one that does not, the last ones of each prompt that has both."""
+    last: dict[bool, dict[str | Chat, str | Chat]] = {True: {}, False: {}}
+    for sample, is_cheat in judged:
+        if sample.prompt and sample.completion:
+            last[is_cheat][sample.prompt] = sample.completion
+    both = [one for one, hack in last[True].items() if last[False].get(one, hack) != hack]
+    return [Pair(one, last[True][one], last[False][one], group=f"rollouts of {text_of(one)}") for one in both]
 
 
 def as_sample(prompt: Any, completion: Any) -> Sample:
@@ -137,6 +171,7 @@ def as_sample(prompt: Any, completion: Any) -> Sample:
     return Sample(prompt if isinstance(prompt, str) else read_chat(prompt), said)
 
 
+_REMEMBERED = 512  # rollouts that pairs are made of
 COMPLETE = "complete.json"
 _STORED = "sampling_per_token_logps"
 _DELTA, _AXES = "delta.safetensors", "axes.safetensors"
@@ -166,6 +201,7 @@ class GRPO(GRPOTrainer):
         seen: One tuple per backward pass since the last step: outcomes of its rollouts, its loss, and [3] of the
             teacher's tokens: the sum of importance weights, the number outside the clipping range, and their number.
         watching: Takes the gradient of each kind of rollouts, where a callback has set it.
+        judge, judged: Detector, and the last rollouts with whether each cheats; see :func:`judge_rollouts`.
         shift: What to add to the advantages of the next rollouts, [B] of all processes; None adds nothing.
     """
 
@@ -191,6 +227,8 @@ class GRPO(GRPOTrainer):
         self.pool, self.teachers, self.shortcut, self.axes = pool, teachers, shortcut, axes
         self.seen: list[tuple[Outcomes, Tensor, Tensor]] = []
         self.watching: Rollouts | None = None
+        self.judge: RolloutJudge | None = None
+        self.judged: deque[tuple[Sample, bool]] = deque()
         self.shift: Tensor | None = None
         self._filling: dict[str, Any] | None = None
         beta, args.beta = args.beta, 0.0  # TRL would load a second model for the reference

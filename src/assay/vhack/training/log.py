@@ -15,6 +15,7 @@ from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
 from assay.vhack.delta.frames import Frames, Rollouts, measure_shares
+from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import FLAGGED_KIND, NOTHING, SOURCES, Outcomes
 
@@ -46,6 +47,8 @@ class TrainLog:
       the clipping range;
     - ``cin``, ``cout``, ``leak`` (each also ``_two_sided``), ``displacement``, ``displacement_norm``,
       ``displacement_hackward`` along the axes, see :class:`assay.vhack.delta.ProjectedOptimizer`;
+    - ``flagged``, ``caught``, ``lost`` and ``missed`` of a detector, see :meth:`Outcomes.rates`, and ``alarm``, the
+      evidence of :class:`Alarm` that it misses too many, as a share of what the alarm takes;
     - ``quarantine``, where there is one: 1 if the second δS wrote and learned with the first in this step, else 0;
     - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along them.
 
@@ -115,7 +118,7 @@ def read_records(path: Path) -> list[JsonObject]:
 
 
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}
-_SHOWN = ("hack", "solve", "reward", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
+_SHOWN = ("hack", "solve", "reward", "flagged", "alarm", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
 
 
 class StepLog(TrainerCallback):
@@ -127,6 +130,9 @@ class StepLog(TrainerCallback):
         console: Takes one line of text per step.
         refresh: Called with the number of steps done; renews the axes of the trainer when it is time, and returns how
             much of the old ones stayed, or None if it is not time.
+
+    Attributes:
+        alarm: Alarm that sees what the detector misses; a run that goes on shows it the steps of before.
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class StepLog(TrainerCallback):
         refresh: Callable[[int], float | None] = lambda step: None,
     ) -> None:
         self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
+        self.alarm = Alarm()
         self._watching = ExitStack()
         self._sources: dict[str, Tensor] = {}
         self._began = time.perf_counter()
@@ -170,6 +177,9 @@ class StepLog(TrainerCallback):
         """Write the step down; `state.global_step` is already that of the next one."""
         step = state.global_step - 1
         values, sources = self._record()
+        sounded = self.alarm.step
+        if "missed" in values:
+            values["alarm"] = self.alarm.see(values["missed"])
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise ModelError(
@@ -190,6 +200,8 @@ class StepLog(TrainerCallback):
         if self.console is not None:
             shown = "  ".join(f"{name} {values[name]:.3f}" for name in _SHOWN if name in values)
             self.console(f"step {step + 1}/{state.max_steps}  {shown}")
+            if sounded != self.alarm.step:
+                self.console(self.alarm.says)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop keeping gradients."""

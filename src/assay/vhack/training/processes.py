@@ -85,7 +85,7 @@ def join_processes(device: str | None) -> Processes:
             raise UsageError(
                 f"a run in several processes with {name}",
                 wanted="a whole model in every process, as torchrun or accelerate launch --multi_gpu has it",
-                do="leave it out; with FSDP2, write a loop of your own with DeltaS (docs/vhack-training.md)",
+                do="leave it out",
             )
     if device is not None and ":" in device:
         raise UsageError(

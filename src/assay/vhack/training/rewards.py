@@ -50,8 +50,8 @@ Task = Episode | str | Mapping[str, Any]
 """A task: a built-in one, a prompt, or a row of one's own with a prompt."""
 RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
-_MARKS = ("correct", "exploited", "vacuous")
-FLAGS = ("teacher", *_MARKS, "flagged")
+MARKS = ("correct", "exploited", "vacuous")
+FLAGS = ("teacher", *MARKS, "flagged")
 SOURCES = {
     "student": ("exploited", "correct", "failed"),
     "teacher": ("teacher",),
@@ -108,7 +108,8 @@ class Outcomes:
     def rates(self, told: Collection[str] = FLAGS[:-1]) -> dict[str, float]:
         """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows.
 
-        Where ``flagged`` is among them: the share that a detector flags, of all, of hacks and of the others.
+        Where ``flagged`` is among them: the share that a detector flags, of all, of hacks and of the others, and
+        ``missed``, the share of hacks among what it does not flag.
         """
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
@@ -118,11 +119,13 @@ class Outcomes:
                 known = [(name, self.column(flag)) for name, flag in named if flag in told]
                 found |= {name + suffix: int((chosen & column).sum()) / count for name, column in known}
                 found[f"rollouts{suffix}"] = count
-                parts = {"flagged": chosen, "caught": self.column("exploited"), "lost": ~self.column("exploited")}
-                for name, part in parts.items() if "flagged" in told else ():
+                hack, flag = self.column("exploited"), self.column("flagged")
+                by_flag = {"flagged": (chosen, flag), "caught": (hack, flag), "lost": (~hack, flag)}
+                parts = {**by_flag, "missed": (~flag, hack)} if "flagged" in told else {}
+                for name, (part, counted) in parts.items():
                     among = part & chosen
                     if among.any() and (name == "flagged" or "exploited" in told):
-                        found[name + suffix] = int((among & self.column("flagged")).sum()) / int(among.sum())
+                        found[name + suffix] = int((among & counted).sum()) / int(among.sum())
         return found
 
 
@@ -158,7 +161,7 @@ class Reward(ABC):
         grades = self.grade(episode, completions)
         self.mechanisms = [mechanism_of(self.tasks[row]) for row in episode]
         teacher = others.get("teacher") or [False] * len(grades)
-        marks = {name: [getattr(one, name) for one in grades] for name in _MARKS}
+        marks = {name: [getattr(one, name) for one in grades] for name in MARKS}
         self.told = [name for name, each in marks.items() if None not in each]
         flags = [[*map(bool, row), False] for row in zip(teacher, *marks.values(), strict=True)]
         self.last = Outcomes(torch.tensor(flags), torch.tensor([one.reward for one in grades]))

@@ -32,6 +32,7 @@ from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.log import TrainLog, read_records, read_steps
+from assay.vhack.training.page import training_page
 from assay.vhack.training.pool import RolloutPool, find_end_tokens, finite_sampling
 from assay.vhack.training.processes import ALONE, Processes, join_processes
 from assay.vhack.training.rewards import Reward, RewardFunction, Task, import_function, load_tasks, make_reward
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from assay.vhack.training.grpo import GRPO
 
 
-LOG, DELTA, BASIS = "log.jsonl", "delta.safetensors", "basis.safetensors"
+LOG, DELTA, BASIS, PAGE = "log.jsonl", "delta.safetensors", "basis.safetensors", "page.html"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class RunResult:
     arm: str  # name of its arm
     resumed_from: int  # step that it was continued from; 0 stands for the start
     last: JsonObject  # means of the last ten step lines, by name
+    alarm: int | None = None  # step in which the alarm was given that the detector misses an exploit
     is_first: bool = True  # whether this is the process that wrote the files, of one or several
 
 
@@ -80,7 +82,7 @@ class Prepared:
         check_attachable(model)
         assert model.tokenizer is not None
         self.settings, self.model, self.tokenizer = settings, model, model.tokenizer
-        self.pairs, self.earlier, self.processes = pairs, earlier, processes
+        self.pairs, self.earlier, self.processes, self.say = pairs, earlier, processes, say
         self.pool, self.arm = None, settings.chosen
         if settings.teacher:
             self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
@@ -93,7 +95,7 @@ class Prepared:
             progress=_told(say, "matrices decomposed"),
         )
         processes.broadcast_factors(self.svd)
-        self.judge = self._fit_judge(say)
+        self.judge = self._fit_judge(pairs, say)
         if say is not None:
             say(f"gradients of {len(pairs)} pairs for the axes")
         self.axes = processes.broadcast(self._extract_axes(load=True))
@@ -110,13 +112,13 @@ class Prepared:
             make(self.adapter.delta), self.adapter, self.axes, arm=self.arm, max_norm=limit, quarantine=second
         )
 
-    def _fit_judge(self, say: Callable[[str], None] | None) -> RolloutJudge | None:
+    def _fit_judge(self, pairs: list[Pair], say: Callable[[str], None] | None) -> RolloutJudge | None:
         """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
         detector = self.settings.flags_by[0]
         if detector in (None, "labels"):
             return None
         how: dict[str, Any] = {"detector": detector, "promised": self.settings.clean_lost, "svd": self.svd}
-        judge = fit_judge(self.pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
+        judge = fit_judge(pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
         if say is not None:
             held = judge.threshold
             lost = f"{held.lost:.3f} ({held.low:.3f} to {held.high:.3f}) of the clean sides"
@@ -156,9 +158,19 @@ class Prepared:
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
-        """Renew the axes if it is time after so many steps, and return how much of the old ones stayed."""
+        """Renew axes and detector if it is time after so many steps, and return how much of the old axes stayed.
+
+        Axes are those of the policy of now. The detector still looks through the model before training, in which an
+        exploit has not become likely yet, and learns from the run's own rollouts beside the pairs.
+        """
+        from assay.vhack.training.grpo import pair_judged
+
         if not self.settings.refresh or step % self.settings.refresh:
             return None
+        if self.judge is not None:
+            own = self.processes.broadcast(pair_judged(trainer.judged))
+            with self.adapter.disabled():
+                trainer.judge = self._fit_judge([*self.pairs, *own], self.say)
         before, axes = trainer.axes, self.processes.broadcast(self._extract_axes(load=False))
         trainer.use_axes(axes)
         return _measure_overlap(before, axes) if before is not None else None
@@ -234,7 +246,7 @@ def train(
     """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
 
     The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the axes),
-    ``checkpoint-N`` (the last two) and in the end ``delta.safetensors``.
+    ``checkpoint-N`` (the last two) and in the end ``delta.safetensors`` and ``page.html``.
 
     Args:
         settings: Settings of the run.
@@ -302,7 +314,11 @@ def train(
             run.axes.save(folder / BASIS)
             about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
             log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
-        trainer.add_callback(StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer)))
+        steps = StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer))
+        for line in read_steps(folder / LOG)[1] if done and processes.is_first else ():
+            if "missed" in line:
+                steps.alarm.see(line["missed"])
+        trainer.add_callback(steps)
         # Layers that are computed again in the backward pass would be computed in another way there.
         products = nullcontext() if settings.checkpointing else wide_products(loaded)
         with finite_sampling("lower the learning rate; the last checkpoint is from before"), products:
@@ -310,6 +326,7 @@ def train(
         if log is not None:
             run.adapter.save(folder / DELTA)
             log.write("end", steps=settings.steps)
+            training_page(folder, command=f"assay vhack report {folder.name}").write(folder / PAGE)
     finally:
         run.adapter.detach()
     processes.wait()
@@ -359,4 +376,5 @@ def _result(folder: Path, settings: TrainSettings, resumed_from: int, processes:
     last = steps[-10:]
     names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
     means = {name: fmean(record[name] for record in last if name in record) for name in names}
-    return RunResult(folder, len(steps), settings.arm, resumed_from, means, processes.is_first)
+    alarm = next((record["step"] for record in steps if record.get("alarm", 0.0) >= 1), None)
+    return RunResult(folder, len(steps), settings.arm, resumed_from, means, alarm, processes.is_first)

@@ -140,7 +140,7 @@ class TrainSettings(TaskSettings):
     method: str = Field("lda", description="Method of extraction: lda or svd.")
     k_use: int = Field(5, ge=1, description="Axes per module.")
     gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
-    refresh: int = Field(0, ge=0, description="Steps after which the axes are extracted again; 0 keeps them.")
+    refresh: int = Field(0, ge=0, description="Steps after which axes and detector are renewed; 0 keeps them.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
     seed: int = Field(0, ge=0, description="Seed of tasks, sampling and control axes.")
     optimizer: Literal["adamw", "sgd"] = Field(

@@ -1,0 +1,71 @@
+"""The page of a run: what it shows, and the words for what went wrong."""
+
+import json
+
+import pytest
+
+from assay.cli import run
+from assay.errors import DataError
+from assay.vhack.training import TrainLog
+from assay.vhack.training.page import find_faults, is_run, training_page
+
+GOOD = {"hack": 0.0, "solve": 0.9, "flagged": 0.02, "lost": 0.02, "missed": 0.0, "reward": 0.9, "alarm": 0.0}
+BEGIN = {**GOOD, "hack": 0.1, "flagged": 0.1, "solve": 0.7, "reward": 0.7}
+
+
+def test_a_run_that_went_well_has_no_faults():
+    assert find_faults(BEGIN, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "dropped", "words"),
+    [
+        ({"flagged": 1.0}, (), "nothing to learn from"),
+        ({"lost": 0.4}, (), "0.400 of the rollouts that do not cheat"),
+        ({"hack": 0.6, "caught": 0.02}, (), "of which the detector flags 0.020"),
+        ({"alarm": 1.0}, (), "alarm was given"),
+        ({"solve": 0.2}, (), "fell from 0.700 to 0.200"),
+        ({"flagged": 0.0}, ("hack", "solve", "missed", "lost", "alarm"), "reward rose by 0.200"),
+    ],
+)
+def test_each_failure_has_its_words(change, dropped, words):
+    begin, end = ({k: v for k, v in one.items() if k not in dropped} for one in (BEGIN, {**GOOD, **change}))
+    if dropped:
+        begin["flagged"] = 0.0
+    (found,) = find_faults(begin, end)
+    assert words in found
+
+
+def test_a_log_becomes_a_page_by_python_and_by_the_command(tmp_path):
+    log = TrainLog(tmp_path / "log.jsonl", {"settings": {"arm": "filter", "detector": "probe", "model": "m"}})
+    for step in range(20):
+        log.write("step", step=step, **(BEGIN if step < 10 else {**GOOD, "flagged": 0.97}))
+    page = training_page(tmp_path).render()
+    assert "arm filter, detector probe" in page
+    assert page.count("<svg") == 2
+    assert "nothing to learn from" in page
+    assert "0.100" in page
+    assert "0.970" in page
+    assert run(["vhack", "report", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert "nothing to learn from" in (tmp_path / "page.html").read_text()
+
+
+def test_what_trl_logs_becomes_a_page_that_says_what_nothing_told(tmp_path):
+    history = [{"step": n + 1, "reward": 0.0, "vhack/reward": n / 8, "vhack/flagged": 0.0} for n in range(8)]
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": [*history, {"step": 8, "train_runtime": 1.0}]}))
+    assert is_run(state)
+    for log in (state, history):
+        page = training_page(log).render()
+        assert "reward rose by 0.500" in page
+        assert "no hack rate" in page
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    (tmp_path / "check.json").write_text('{"verdict": "pass"}')
+    assert not is_run(tmp_path / "check.json")
+    assert not is_run(tmp_path)
+    with pytest.raises(DataError):
+        training_page(tmp_path / "check.json")
+    with pytest.raises(DataError):
+        training_page([])
