@@ -7,9 +7,14 @@ the same load in turns, so that whatever else the machine does falls on both: to
 tokens of a stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
 transformers in float32 and bfloat16 and judged by the stated defaults.
 
+`chat` asks a chat model on the CPU build of vLLM by OpenAI's client. Servers without the plugin, with it, and with it
+beside a round get the same questions. The logits of 20 questions and their answers stand beside those of transformers,
+and so does every token at which answers differ. `assay poc replay` judges receipts under a law of others.
+
     python research/benchmarks/vllm_responses.py tokens --requests 200
     python research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
     python research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
+    python research/benchmarks/vllm_responses.py chat --model DIRECTORY -o research/results/vllm_chat_cpu.json
     python research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
 """
 
@@ -26,7 +31,9 @@ from itertools import product
 from pathlib import Path
 
 import httpx
-from _common import note, parser, publish
+import numpy as np
+import torch
+from _common import note, parser, publish, round_to
 from _vllm import (
     BLOCK,
     NODE,
@@ -43,10 +50,13 @@ from _vllm import (
 from assay_research.responses.field import Ours, share_accused
 from responses import AUDITS, TOKENS
 
-from assay.models import load_model, save_random
+from assay import stats
+from assay.models import load_model, load_tokenizer, read_chat, save_random
+from assay.models.chat import render_chat
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.calibration import bundled_response_noise
+from tests.vllm.chatting import ANSWER, RECEIPTS, TOP, judged, of_server, of_transformers, questions, same, tokens_of
 
 DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options
@@ -213,9 +223,87 @@ def audits(arguments, folder):
     return {"requests": arguments.requests, "audits": AUDITS, "settings": figures}
 
 
+SHOWN = 20  # questions whose log probabilities are compared
+PLAIN = dict.fromkeys(("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False)
+BUILDS = {"float32, eager": (None, 4), "bfloat16, compiled": (False, 1), "bfloat16, eager": (None, 0)}
+"""Options for --enforce-eager, and requests at once."""
+
+
+def apart(wanted, found, tokenizer):
+    """Return how far log probabilities are from those of float32, and where answers first differ from its answers.
+
+    The divergence is that of the likeliest tokens and of all others together.
+    """
+    kl, moved, other, tied, groups, differences = [], [], [], [], [], []
+    for number, rows in enumerate(found[2]):
+        for sure, row in zip(wanted[2][number], rows, strict=True):
+            row = row if isinstance(row, dict) else dict(zip(*(x.tolist() for x in row.topk(TOP)[::-1]), strict=True))
+            own, there = (torch.tensor(list(row.values())).double(), sure[list(row)].double())
+            rest = [(1 - x.exp().sum()).clamp(min=1e-12) for x in (there, own)]
+            kl.append(float((there.exp() * (there - own)).sum() + rest[0] * (rest[0] / rest[1]).log()))
+            moved.append(float((there - own).abs()[own.topk(20).indices].max()))
+            best = own.topk(2).values
+            other.append(max(row, key=row.get) != int(sure.argmax()))
+            tied.append(bool(best[0] == best[1]))
+            groups.append(number)
+        a, b = wanted[0][number], found[0][number]
+        if a != b:
+            at = next(i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
+            margins = [float(x[number][at][a[at]] - x[number][at][b[at]]) for x in (wanted[1], found[1])]
+            row = {"question": number, "at": at, "float32": tokenizer.decode(a[at]), "here": tokenizer.decode(b[at])}
+            differences.append(row | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])})
+    interval = stats.group_bootstrap(np.median, [kl], [groups])
+    return {
+        "positions": len(kl),
+        "kl_median": [round_to(x) for x in (interval.value, interval.low, interval.high)],
+        "kl_max": round_to(max(kl)),
+        "moved": [round_to(float(x)) for x in (np.median(moved), max(moved))],
+        "other_token": round_to(float(np.mean(other))),
+        "tied": round_to(float(np.mean(tied))),
+        "different_answers": len(differences),
+        "differences": differences,
+    }
+
+
+def chat(arguments, root):
+    """Return the figures of all builds of a chat model, one server at a time."""
+    asked, tokenizer = questions(arguments.requests), load_tokenizer(arguments.model)
+    chats = [render_chat(read_chat([{"role": "user", "content": text}]), tokenizer) for text in asked[:SHOWN]]
+    prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
+    wanted = of_transformers(arguments.model, "float32", "eager", prompts)
+    figures = {"requests": len(asked), "tokens": ANSWER, "logits": (logits := {}), "servers": (servers := {})}
+    for dtype, attention in (("float32", "sdpa"), ("bfloat16", "eager"), ("bfloat16", "sdpa")):
+        found = of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
+        logits[f"transformers, {dtype}, {attention}"] = apart(wanted, found, tokenizer)
+    for build, (eager, at_once) in BUILDS.items():
+        folder = root / build.replace(", ", "-")
+        options = options_of(arguments) | {"--dtype": build.partition(",")[0], "--enforce-eager": eager}
+        options |= {"--chat-template": False, "--max-logprobs": str(TOP)}
+        with Server(folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN) as server:
+            found = of_server(server, asked[:SHOWN], prompts, wanted[0])
+            logits[f"vllm, {build}"] = apart(wanted, found, tokenizer)
+            alone = tokens_of(server, asked, at_once) if at_once else []
+        publish("vllm_responses_chat", figures, arguments.output)  # what comes next takes minutes
+        if not at_once:
+            continue
+        row = servers[build] = {"at_once": at_once}
+        with Server(folder / "plugin", environment=SEEDED, options=options) as server:
+            row["same_with_the_plugin"] = same(alone, tokens_of(server, asked, at_once))
+            server.begin("beside")
+            before = server.wait_for(8)
+            row["same_beside_a_round"] = same(alone, tokens_of(server, asked, at_once))
+            row["nonces_meanwhile"] = server.checked() - before
+            server.post("/stop").raise_for_status()
+            if "bfloat16" in build:
+                begin(server)
+                row["replay"] = judged(server, asked[:RECEIPTS], folder, arguments.model)
+        publish("vllm_responses_chat", figures, arguments.output)
+    return figures
+
+
 def main():
     made = parser(__doc__)
-    made.add_argument("part", choices=("tokens", "audits", "cost"))
+    made.add_argument("part", choices=("tokens", "audits", "chat", "cost"))
     made.add_argument("--requests", type=int, default=200, help="of each turn")
     made.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost")
     made.add_argument("--turns", type=int, default=6)
@@ -238,6 +326,8 @@ def main():
             figures |= tokens(arguments, Path(folder))
         elif arguments.part == "audits":
             figures |= audits(arguments, Path(folder))
+        elif arguments.part == "chat":
+            figures |= chat(arguments, Path(folder))
         else:
             figures |= {"at_once": arguments.at_once} | cost(arguments)
     publish(f"vllm_responses_{arguments.part}", figures, arguments.output)
