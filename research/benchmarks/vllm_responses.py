@@ -40,6 +40,7 @@ from _vllm import (
     ON_GPU,
     REFERENCE,
     SEEDED,
+    ForkedServer,
     Server,
     agreement,
     begin,
@@ -102,7 +103,9 @@ def by_setting(arguments, folder, prepare, measure):
 
 def options_of(arguments):
     """Return the options of a server of this model on this device."""
-    return {"--model": arguments.model, "--dtype": arguments.dtype} | (ON_GPU if arguments.gpu else {})
+    return {"--model": str(Path(arguments.model).absolute()), "--dtype": arguments.dtype} | (
+        ON_GPU if arguments.gpu else {}
+    )
 
 
 def failures(server):
@@ -225,7 +228,7 @@ def audits(arguments, folder):
 
 SHOWN = 20  # questions whose log probabilities are compared
 PLAIN = dict.fromkeys(("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False)
-BUILDS = {"float32, eager": (None, 4), "bfloat16, compiled": (False, 1), "bfloat16, eager": (None, 0)}
+BUILDS = {"bfloat16, compiled": (False, 1), "float32, eager": (None, 4), "bfloat16, eager": (None, 0)}
 """Options for --enforce-eager, and requests at once."""
 
 
@@ -276,10 +279,10 @@ def chat(arguments, root):
         found = of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
         logits[f"transformers, {dtype}, {attention}"] = apart(wanted, found, tokenizer)
     for build, (eager, at_once) in BUILDS.items():
-        folder = root / build.replace(", ", "-")
+        folder, start = root / build.replace(", ", "-"), Server if eager is False else ForkedServer
         options = options_of(arguments) | {"--dtype": build.partition(",")[0], "--enforce-eager": eager}
         options |= {"--chat-template": False, "--max-logprobs": str(TOP)}
-        with Server(folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN) as server:
+        with start(folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN) as server:
             found = of_server(server, asked[:SHOWN], prompts, wanted[0])
             logits[f"vllm, {build}"] = apart(wanted, found, tokenizer)
             alone = tokens_of(server, asked, at_once) if at_once else []
@@ -287,7 +290,7 @@ def chat(arguments, root):
         if not at_once:
             continue
         row = servers[build] = {"at_once": at_once}
-        with Server(folder / "plugin", environment=SEEDED, options=options) as server:
+        with start(folder / "plugin", environment=SEEDED, options=options) as server:
             row["same_with_the_plugin"] = same(alone, tokens_of(server, asked, at_once))
             server.begin("beside")
             before = server.wait_for(8)

@@ -75,7 +75,7 @@ def of_transformers(
     model: str, dtype: str, attention: str, prompts: list[list[int]], given: list[list[int]] | None = None
 ) -> tuple[list[list[int]], list[Any], list[Any]]:
     """Return greedy answers with the log probabilities of their steps, and those of prompts with the answers given."""
-    network = load_model(model, dtype=dtype).module
+    network = load_model(model, dtype=dtype, device="cpu").module
     network.set_attn_implementation(attention)
     greedy = {"max_new_tokens": ANSWER, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with torch.inference_mode():
