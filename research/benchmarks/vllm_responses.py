@@ -52,12 +52,11 @@ from assay_research.responses.field import Ours, share_accused
 from responses import AUDITS, TOKENS
 
 from assay import stats
-from assay.models import load_model, load_tokenizer, read_chat, save_random
-from assay.models.chat import render_chat
+from assay.models import load_model, load_tokenizer, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.calibration import bundled_response_noise
-from tests.vllm.chatting import ANSWER, RECEIPTS, TOP, judged, of_server, of_transformers, questions, same, tokens_of
+from tests.vllm import chatting
 
 DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options
@@ -103,9 +102,7 @@ def by_setting(arguments, folder, prepare, measure):
 
 def options_of(arguments):
     """Return the options of a server of this model on this device."""
-    return {"--model": str(Path(arguments.model).absolute()), "--dtype": arguments.dtype} | (
-        ON_GPU if arguments.gpu else {}
-    )
+    return {"--model": arguments.model, "--dtype": arguments.dtype} | (ON_GPU if arguments.gpu else {})
 
 
 def failures(server):
@@ -237,32 +234,31 @@ def apart(wanted, found, tokenizer):
 
     The divergence is that of the likeliest tokens and of all others together.
     """
-    kl, moved, other, tied, groups, differences = [], [], [], [], [], []
-    for number, rows in enumerate(found[2]):
-        for sure, row in zip(wanted[2][number], rows, strict=True):
-            row = row if isinstance(row, dict) else dict(zip(*(x.tolist() for x in row.topk(TOP)[::-1]), strict=True))
-            own, there = (torch.tensor(list(row.values())).double(), sure[list(row)].double())
+    rows, differences = [], []
+    for number, of_question in enumerate(found[2]):
+        for sure, row in zip(wanted[2][number], of_question, strict=True):
+            ids = torch.tensor(list(row)) if isinstance(row, dict) else row.topk(chatting.TOP).indices
+            own, there = (x.double() for x in (torch.tensor([row[i] for i in ids.tolist()]), sure[ids]))
             rest = [(1 - x.exp().sum()).clamp(min=1e-12) for x in (there, own)]
-            kl.append(float((there.exp() * (there - own)).sum() + rest[0] * (rest[0] / rest[1]).log()))
-            moved.append(float((there - own).abs()[own.topk(20).indices].max()))
-            best = own.topk(2).values
-            other.append(max(row, key=row.get) != int(sure.argmax()))
-            tied.append(bool(best[0] == best[1]))
-            groups.append(number)
+            kl = (there.exp() * (there - own)).sum() + rest[0] * (rest[0] / rest[1]).log()
+            first, second = own.topk(2).values
+            moved = (there - own).abs()[own.topk(20).indices].max()
+            rows.append((number, float(kl), float(moved), ids[own.argmax()] != sure.argmax(), first == second))
         a, b = wanted[0][number], found[0][number]
         if a != b:
             at = next(i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
             margins = [float(x[number][at][a[at]] - x[number][at][b[at]]) for x in (wanted[1], found[1])]
-            row = {"question": number, "at": at, "float32": tokenizer.decode(a[at]), "here": tokenizer.decode(b[at])}
-            differences.append(row | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])})
+            one = {"question": number, "at": at, "float32": tokenizer.decode(a[at]), "here": tokenizer.decode(b[at])}
+            differences.append(one | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])})
+    groups, kl, moved, other, tied = np.array(rows, dtype=float).T
     interval = stats.group_bootstrap(np.median, [kl], [groups])
     return {
         "positions": len(kl),
         "kl_median": [round_to(x) for x in (interval.value, interval.low, interval.high)],
-        "kl_max": round_to(max(kl)),
-        "moved": [round_to(float(x)) for x in (np.median(moved), max(moved))],
-        "other_token": round_to(float(np.mean(other))),
-        "tied": round_to(float(np.mean(tied))),
+        "kl_max": round_to(kl.max()),
+        "moved": [round_to(x) for x in (np.median(moved), moved.max())],
+        "other_token": round_to(other.mean()),
+        "tied": round_to(tied.mean()),
         "different_answers": len(differences),
         "differences": differences,
     }
@@ -270,36 +266,34 @@ def apart(wanted, found, tokenizer):
 
 def chat(arguments, root):
     """Return the figures of all builds of a chat model, one server at a time."""
-    asked, tokenizer = questions(arguments.requests), load_tokenizer(arguments.model)
-    chats = [render_chat(read_chat([{"role": "user", "content": text}]), tokenizer) for text in asked[:SHOWN]]
-    prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    wanted = of_transformers(arguments.model, "float32", "eager", prompts)
-    figures = {"requests": len(asked), "tokens": ANSWER, "logits": (logits := {}), "servers": (servers := {})}
+    asked, tokenizer = chatting.questions(arguments.requests), load_tokenizer(arguments.model)
+    prompts = chatting.prompts_of(asked[:SHOWN], tokenizer)
+    wanted = chatting.of_transformers(arguments.model, "float32", "eager", prompts)
+    figures = {"requests": len(asked), "tokens": chatting.ANSWER, "logits": (logits := {}), "servers": (servers := {})}
     for dtype, attention in (("float32", "sdpa"), ("bfloat16", "eager"), ("bfloat16", "sdpa")):
-        found = of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
+        found = chatting.of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
         logits[f"transformers, {dtype}, {attention}"] = apart(wanted, found, tokenizer)
     for build, (eager, at_once) in BUILDS.items():
         folder, start = root / build.replace(", ", "-"), Server if eager is False else ForkedServer
-        options = options_of(arguments) | {"--dtype": build.partition(",")[0], "--enforce-eager": eager}
-        options |= {"--chat-template": False, "--max-logprobs": str(TOP)}
+        options = {"--model": str(Path(arguments.model).absolute()), "--dtype": build.partition(",")[0]}
+        options |= {"--enforce-eager": eager, "--chat-template": False, "--max-logprobs": str(chatting.TOP)}
         with start(folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN) as server:
-            found = of_server(server, asked[:SHOWN], prompts, wanted[0])
+            found = chatting.of_server(server, asked[:SHOWN], prompts, wanted[0])
             logits[f"vllm, {build}"] = apart(wanted, found, tokenizer)
-            alone = tokens_of(server, asked, at_once) if at_once else []
-        publish("vllm_responses_chat", figures, arguments.output)  # what comes next takes minutes
+            alone, again = (chatting.tokens_of(server, asked, at_once) if at_once else [] for _ in range(2))
         if not at_once:
             continue
-        row = servers[build] = {"at_once": at_once}
+        row = servers[build] = {"at_once": at_once, "same_again": chatting.same(alone, again)}
         with start(folder / "plugin", environment=SEEDED, options=options) as server:
-            row["same_with_the_plugin"] = same(alone, tokens_of(server, asked, at_once))
+            row["same_with_the_plugin"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
             server.begin("beside")
             before = server.wait_for(8)
-            row["same_beside_a_round"] = same(alone, tokens_of(server, asked, at_once))
+            row["same_beside_a_round"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
             row["nonces_meanwhile"] = server.checked() - before
             server.post("/stop").raise_for_status()
             if "bfloat16" in build:
                 begin(server)
-                row["replay"] = judged(server, asked[:RECEIPTS], folder, arguments.model)
+                row["replay"] = chatting.judged(server, asked[: chatting.RECEIPTS], folder, arguments.model)
         publish("vllm_responses_chat", figures, arguments.output)
     return figures
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from _vllm import BLOCK, MODEL, NODE, Server
 
-from assay.models import load_model
+from assay.models import load_model, read_chat
+from assay.models.chat import render_chat
 from assay.poc.responses import Receipts
 
 FORMS = ("Explain {} in one sentence.", "List three facts about {}.", "Why do people like {}?", "Who invented {}?")
@@ -33,6 +34,12 @@ def questions(count: int) -> list[str]:
         "What is the capital of Italy?",
         *random.Random(0).sample(made, count - 2),
     ]
+
+
+def prompts_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of questions in the chat template."""
+    chats = [render_chat(read_chat([{"role": "user", "content": text}]), tokenizer) for text in texts]
+    return [list(ids) for ids in tokenizer(chats, add_special_tokens=False)["input_ids"]]
 
 
 def ask(url: str, texts: list[str], *, model: str, tokens: int, at_once: int = 4, **options: Any) -> list[Any]:
@@ -111,25 +118,26 @@ def judged(server: Server, asked: list[str], folder: Path, model: str) -> dict[s
     (folder / "all").write_bytes(server.client.get("/api/v1/receipts.jsonl?after=0&limit=1000").content)
     receipts = Receipts.load(folder / "all")
     for part in (0, 1):
-        Receipts.build(receipts.header, receipts.receipts[part::2], 1.0).save(folder / f"part-{part}")
-    named = {one.request_id for one in receipts.receipts[1::2]}
-    sent = [
-        {"messages": [{"role": "user", "content": text}], "request_id": f"chat-{i}"} for i, text in enumerate(asked)
-    ]
-    sent = [one | {"temperature": WARM, "max_tokens": RECEIPT} for one in sent if one["request_id"] in named]
-    (folder / "sent").write_text("".join(json.dumps(one) + "\n" for one in sent))
+        some = receipts.receipts[part::2]
+        Receipts.build(receipts.header, some, 1.0).save(folder / f"part-{part}")
+        lines = []
+        for name in (one.request_id for one in some):
+            message = {"role": "user", "content": asked[int(name.removeprefix("chat-"))]}
+            sent = {"messages": [message], "request_id": name, "temperature": WARM, "max_tokens": RECEIPT}
+            lines.append(json.dumps(sent) + "\n")
+        (folder / f"sent-{part}").write_text("".join(lines))
 
     def call(command: str, *words: object) -> dict[str, Any]:
         shared = ["--model", model, "--config", str(folder / "settings"), "--json"]
         line = [sys.executable, "-m", "assay", "poc", command, *map(str, words), *shared]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
-        return json.loads(done.stdout or json.dumps({"failed": done.stderr})) | {"code": done.returncode}
+        return json.loads(done.stdout or json.dumps({"failed": done.stderr[:1000]})) | {"code": done.returncode}
 
     verdicts = {}
     for dtype in ("float32", "bfloat16"):
         settings = [f'[poc.{command}]\ndtype = "{dtype}"\n' for command in ("replay", "calibrate-responses")]
         (folder / "settings").write_text("".join(settings))
-        call("calibrate-responses", folder / "part-0", "--output", folder / "law")
-        stated = ("--requests", folder / "sent", "--block-hash", BLOCK, "--public-key", NODE)
+        call("calibrate-responses", folder / "part-0", "--requests", folder / "sent-0", "--output", folder / "law")
+        stated = ("--requests", folder / "sent-1", "--block-hash", BLOCK, "--public-key", NODE)
         verdicts[dtype] = call("replay", folder / "part-1", "--calibration", folder / "law", *stated)
     return verdicts

@@ -5,10 +5,9 @@ import importlib.util
 import pytest
 from _vllm import ForkedServer
 
-from assay.models import load_tokenizer, read_chat
-from assay.models.chat import render_chat
+from assay.models import load_tokenizer
 from assay.models.checkpoint import resolve
-from tests.vllm.chatting import of_transformers, questions, tokens_of
+from tests.vllm.chatting import of_transformers, prompts_of, questions, tokens_of
 from tests.vllm.conftest import SEQ_LEN, SMALL
 
 SURE = 0.01
@@ -33,9 +32,7 @@ def server(checkpoint: str, tmp_path_factory: pytest.TempPathFactory):
 def test_answers_alone_and_beside_a_round_are_those_of_transformers(server, checkpoint: str):
     """Greedy answers of transformers without near ties, in which an engine may rightly choose another token."""
     asked, tokenizer = questions(32), load_tokenizer(checkpoint)
-    chats = [render_chat(read_chat([{"role": "user", "content": text}]), tokenizer) for text in asked]
-    prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    answers, steps, _ = of_transformers(checkpoint, "float32", "sdpa", prompts)
+    answers, steps, _ = of_transformers(checkpoint, "float32", "sdpa", prompts_of(asked, tokenizer))
     best = [of_answer.topk(2).values for of_answer in steps]
     sure = [i for i, top in enumerate(best) if (top[:, 0] - top[:, 1]).min() > SURE]
     assert len(sure) >= 24
