@@ -31,15 +31,15 @@ def server(checkpoint: str, tmp_path_factory: pytest.TempPathFactory):
 
 def test_answers_alone_and_beside_a_round_are_those_of_transformers(server, checkpoint: str):
     """Greedy answers of transformers without near ties, in which an engine may rightly choose another token."""
-    asked, tokenizer = questions(32), load_tokenizer(checkpoint)
+    asked, tokenizer = questions(24), load_tokenizer(checkpoint)
     answers, steps, _ = of_transformers(checkpoint, "float32", "sdpa", prompts_of(asked, tokenizer))
     best = [of_answer.topk(2).values for of_answer in steps]
     sure = [i for i, top in enumerate(best) if (top[:, 0] - top[:, 1]).min() > SURE]
-    assert len(sure) >= 24
+    assert len(sure) >= 16
     asked, wanted = [asked[i] for i in sure], [answers[i] for i in sure]
     assert tokens_of(server, asked, 4) == wanted
     server.begin("beside")
     before = server.wait_for(8)
     assert tokens_of(server, asked, 4) == wanted
-    assert server.checked() > before
+    server.wait_for(before + 8)  # the round went on
     server.post("/stop").raise_for_status()
