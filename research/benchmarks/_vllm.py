@@ -96,7 +96,7 @@ class Server:
         self.choose_port()
         template = self.data_dir / "chat.jinja"  # the bundled models have none
         template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-        options = self.options | {"--host": "127.0.0.1", "--port": str(self.port), "--chat-template": str(template)}
+        options = {"--chat-template": str(template)} | self.options | {"--host": "127.0.0.1", "--port": str(self.port)}
         words = [word for name, value in options.items() if value is not False for word in (name, value) if word]
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
         self.process = self.run(command, os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)})
@@ -119,13 +119,15 @@ class Server:
     def wait_until_ready(self, timeout=900.0, *, pause=0.5):
         """Wait until chat and the service of a process that was launched answer."""
         deadline = time.monotonic() + timeout
+        plain = self.environment.get("VLLM_PLUGINS") == ""  # has no service
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 code, tail = self.process.poll(), self.tail()
                 self.stop()
                 raise RuntimeError(f"the server did not start (exit code {code}):\n{tail}")
             with contextlib.suppress(httpx.HTTPError):
-                if self.client.get(f"{POW}/status", timeout=5).json().get("ready"):
+                answer = self.client.get("/health" if plain else f"{POW}/status", timeout=5)
+                if answer.is_success if plain else answer.json().get("ready"):
                     return
             time.sleep(pause)
 

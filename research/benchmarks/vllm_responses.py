@@ -7,9 +7,14 @@ the same load in turns, so that whatever else the machine does falls on both: to
 tokens of a stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
 transformers in float32 and bfloat16 and judged by the stated defaults.
 
+`chat` asks a chat model on the CPU build of vLLM by OpenAI's client. Servers without the plugin, with it, and with it
+beside a round get the same questions. The logits of 20 questions and their answers stand beside those of transformers,
+and so does every token at which answers differ. `assay poc replay` judges receipts under a law of others.
+
     python research/benchmarks/vllm_responses.py tokens --requests 200
     python research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
     python research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
+    python research/benchmarks/vllm_responses.py chat --model DIRECTORY -o research/results/vllm_chat_cpu.json
     python research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
 """
 
@@ -26,13 +31,16 @@ from itertools import product
 from pathlib import Path
 
 import httpx
-from _common import note, parser, publish
+import numpy as np
+import torch
+from _common import note, parser, publish, round_to
 from _vllm import (
     BLOCK,
     NODE,
     ON_GPU,
     REFERENCE,
     SEEDED,
+    ForkedServer,
     Server,
     agreement,
     begin,
@@ -43,10 +51,12 @@ from _vllm import (
 from assay_research.responses.field import Ours, share_accused
 from responses import AUDITS, TOKENS
 
-from assay.models import load_model, save_random
+from assay import stats
+from assay.models import load_model, load_tokenizer, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
 from assay.poc.responses.calibration import bundled_response_noise
+from tests.vllm import chatting
 
 DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options
@@ -213,9 +223,84 @@ def audits(arguments, folder):
     return {"requests": arguments.requests, "audits": AUDITS, "settings": figures}
 
 
+SHOWN = 20  # questions whose log probabilities are compared
+PLAIN = dict.fromkeys(("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False)
+BUILDS = {"bfloat16, compiled": (False, 1), "float32, eager": (None, 4), "bfloat16, eager": (None, 0)}
+"""Options for --enforce-eager, and requests at once."""
+
+
+def apart(wanted, found, tokenizer):
+    """Return how far log probabilities are from those of float32, and where answers first differ from its answers.
+
+    The divergence is that of the likeliest tokens and of all others together.
+    """
+    rows, differences = [], []
+    for number, of_question in enumerate(found[2]):
+        for sure, row in zip(wanted[2][number], of_question, strict=True):
+            ids = torch.tensor(list(row)) if isinstance(row, dict) else row.topk(chatting.TOP).indices
+            own, there = (x.double() for x in (torch.tensor([row[i] for i in ids.tolist()]), sure[ids]))
+            rest = [(1 - x.exp().sum()).clamp(min=1e-12) for x in (there, own)]
+            kl = (there.exp() * (there - own)).sum() + rest[0] * (rest[0] / rest[1]).log()
+            first, second = own.topk(2).values
+            moved = (there - own).abs()[own.topk(20).indices].max()
+            rows.append((number, float(kl), float(moved), ids[own.argmax()] != sure.argmax(), first == second))
+        a, b = wanted[0][number], found[0][number]
+        if a != b:
+            at = next(i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
+            margins = [float(x[number][at][a[at]] - x[number][at][b[at]]) for x in (wanted[1], found[1])]
+            one = {"question": number, "at": at, "float32": tokenizer.decode(a[at]), "here": tokenizer.decode(b[at])}
+            differences.append(one | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])})
+    groups, kl, moved, other, tied = np.array(rows, dtype=float).T
+    interval = stats.group_bootstrap(np.median, [kl], [groups])
+    return {
+        "positions": len(kl),
+        "kl_median": [round_to(x) for x in (interval.value, interval.low, interval.high)],
+        "kl_max": round_to(kl.max()),
+        "moved": [round_to(x) for x in (np.median(moved), moved.max())],
+        "other_token": round_to(other.mean()),
+        "tied": round_to(tied.mean()),
+        "different_answers": len(differences),
+        "differences": differences,
+    }
+
+
+def chat(arguments, root):
+    """Return the figures of all builds of a chat model, one server at a time."""
+    asked, tokenizer = chatting.questions(arguments.requests), load_tokenizer(arguments.model)
+    prompts = chatting.prompts_of(asked[:SHOWN], tokenizer)
+    wanted = chatting.of_transformers(arguments.model, "float32", "eager", prompts)
+    figures = {"requests": len(asked), "tokens": chatting.ANSWER, "logits": (logits := {}), "servers": (servers := {})}
+    for dtype, attention in (("float32", "sdpa"), ("bfloat16", "eager"), ("bfloat16", "sdpa")):
+        found = chatting.of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
+        logits[f"transformers, {dtype}, {attention}"] = apart(wanted, found, tokenizer)
+    for build, (eager, at_once) in BUILDS.items():
+        folder, start = root / build.replace(", ", "-"), Server if eager is False else ForkedServer
+        options = {"--model": str(Path(arguments.model).absolute()), "--dtype": build.partition(",")[0]}
+        options |= {"--enforce-eager": eager, "--chat-template": False, "--max-logprobs": str(chatting.TOP)}
+        with start(folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN) as server:
+            found = chatting.of_server(server, asked[:SHOWN], prompts, wanted[0])
+            logits[f"vllm, {build}"] = apart(wanted, found, tokenizer)
+            alone, again = (chatting.tokens_of(server, asked, at_once) if at_once else [] for _ in range(2))
+        if not at_once:
+            continue
+        row = servers[build] = {"at_once": at_once, "same_again": chatting.same(alone, again)}
+        with start(folder / "plugin", environment=SEEDED, options=options) as server:
+            row["same_with_the_plugin"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
+            server.begin("beside")
+            before = server.wait_for(8)
+            row["same_beside_a_round"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
+            row["nonces_meanwhile"] = server.checked() - before
+            server.post("/stop").raise_for_status()
+            if "bfloat16" in build:
+                begin(server)
+                row["replay"] = chatting.judged(server, asked[: chatting.RECEIPTS], folder, arguments.model)
+        publish("vllm_responses_chat", figures, arguments.output)
+    return figures
+
+
 def main():
     made = parser(__doc__)
-    made.add_argument("part", choices=("tokens", "audits", "cost"))
+    made.add_argument("part", choices=("tokens", "audits", "chat", "cost"))
     made.add_argument("--requests", type=int, default=200, help="of each turn")
     made.add_argument("--tokens", type=int, nargs="+", default=[64], help="of an answer, for cost")
     made.add_argument("--turns", type=int, default=6)
@@ -238,6 +323,8 @@ def main():
             figures |= tokens(arguments, Path(folder))
         elif arguments.part == "audits":
             figures |= audits(arguments, Path(folder))
+        elif arguments.part == "chat":
+            figures |= chat(arguments, Path(folder))
         else:
             figures |= {"at_once": arguments.at_once} | cost(arguments)
     publish(f"vllm_responses_{arguments.part}", figures, arguments.output)
