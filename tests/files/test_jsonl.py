@@ -1,6 +1,9 @@
 import gzip
 import json
 import math
+import random
+import tomllib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.errors import DataError, UsageError
+from assay.files import jsonl
 from assay.files.jsonl import dumps, is_deep, loads, read_json, read_jsonl
 
 JSON = st.recursive(
@@ -147,3 +151,43 @@ def test_read_json_reads_one_document_over_several_lines(tmp_path):
     path.write_text("{} {}")
     with pytest.raises(DataError, match="calibration"):
         read_json(path)
+
+
+PLAIN = ["# pins", "[round]", "length = 8", "[[nodes]]", "key = 'a'", "id = 1", "id = [\n1,"]
+ODD = "[[nodes]]| [[nodes]]|[nodes.of]|  [nodes.of]|[nodes]|nodes = 1|[[nodes.of]]|]|x = [|[1],|[[nodes]] # a|"
+ODD += f"[[nodes]]\r||t = {3 * chr(34)}|{3 * chr(34)}|u = {3 * chr(39)}|{3 * chr(39)}|y = 0x{'f' * 16}"
+
+
+def test_tables_of_nodes_that_are_known_are_read_as_the_parser_reads_the_whole(tmp_path):
+    chance, counts = random.Random(0), Counter[bool]()
+    for _ in range(4000):
+        pieces = chance.choices(PLAIN, k=chance.randrange(12)) + chance.choices(ODD.split("|"), k=chance.randrange(3))
+        chance.shuffle(pieces)
+        text = "\n".join(pieces)
+        (tmp_path / "pins.toml").write_bytes(text.encode())
+        try:
+            wanted, error = tomllib.loads(text), ""
+        except ValueError as fault:
+            wanted, error = {}, str(fault)
+        try:
+            found, refused = jsonl.read_toml(tmp_path / "pins.toml"), ""
+        except DataError as fault:
+            found, refused = wanted, fault.seen
+        assert (found, error in refused) == (wanted, True)
+        counts[not refused and str(found.get("nodes")).count("{") > 1] += 1
+    assert counts[True] > 50
+
+
+def test_a_change_of_one_node_parses_that_node(tmp_path, monkeypatch):
+    """Parsing ten thousand of them held every message up for half a second."""
+    parsed, loads, path = [], tomllib.loads, tmp_path / "pins.toml"
+    monkeypatch.setattr(jsonl.tomllib, "loads", lambda text: parsed.append(text) or loads(text))
+    tables = [f'[[nodes]]\nkey = "changed_{i}"\n' for i in range(1000)]
+    path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 8\n")
+    jsonl.read_toml(path)
+    del parsed[:]
+    tables[7] = '[[nodes]]\nkey = "another"\n'
+    path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 9\n")
+    found = jsonl.read_toml(path)
+    assert (found["round"], found["nodes"][7], len(found["nodes"])) == ({"seq_len": 9}, {"key": "another"}, 1000)
+    assert sum(map(len, parsed)) < 200

@@ -8,11 +8,12 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -203,18 +204,53 @@ LONGEST_FILE = 2**22
 
 
 def read_toml(path: str | Path) -> JsonObject:
-    """Return the tables of a TOML file of at most 4 MiB."""
+    """Return the tables of a TOML file of at most 4 MiB, which are not to be changed: some are kept for the next."""
     try:
-        tables = tomllib.loads(read_whole(path, LONGEST_FILE).decode())
+        return _tables(read_whole(path, LONGEST_FILE).decode())
     except UnicodeDecodeError as error:
         raise _bad(path, f"byte {error.start + 1} is not UTF-8", "a TOML file") from error
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
         raise _bad(path, str(error), "a TOML file") from error
+
+
+_NODE = "[[nodes]]\n"
+_known: dict[str, JsonObject] = {}  # tables [[nodes]] by their text, of files that were read lately
+_MOST_KNOWN, _LONGEST_KNOWN = 2**15, 1000  # tables, and characters of each
+
+
+def _tables(text: str) -> JsonObject:
+    """Return what TOML text holds; of ten thousand tables ``[[nodes]]`` only those are parsed that are not known.
+
+    Such a table goes from its line to the next that begins with a bracket. The others are parsed without it, with one
+    line ``[[nodes]]`` for each row of them: where one may not stand there, or has more than its own keys, the whole
+    text is parsed.
+    """
+    cut = () if '"""' in text or "'''" in text else re.split("^(?=\\[)", text, flags=re.MULTILINE)
+    nodes = [part for part in cut if part.startswith(_NODE)]
+    found = {part: _known.get(part) for part in nodes}
+    new = [part for part, table in found.items() if table is None]
+    rows = [_NODE if own else "".join(row) for own, row in groupby(cut, lambda part: part.startswith(_NODE))]
+    try:
+        rest, fresh = _parse("".join(rows)), _parse("".join(new))
+    except ValueError:  # of which the line is another than in the text
+        return _parse(text)
+    tables = fresh.pop("nodes", [])
+    if not nodes or fresh or len(tables) != len(new) or rest.get("nodes") != [{}] * rows.count(_NODE):
+        return _parse(text)
+    found.update(zip(new, tables, strict=True))
+    if len(_known) > _MOST_KNOWN:
+        _known.clear()
+    _known.update((part, table) for part, table in found.items() if table and len(part) <= _LONGEST_KNOWN)
+    return rest | {"nodes": [found[part] for part in nodes]}
+
+
+def _parse(text: str) -> JsonObject:
+    tables = tomllib.loads(text)
     waiting: list[Any] = [tables]
     while waiting:
         value = waiting.pop()
         waiting += parts(value)
         # Python reads any whole number that is written in hexadecimal digits, and cannot show it.
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise _bad(path, f"a whole number of {value.bit_length()} bits, where TOML has 64", "a TOML file")
+            raise ValueError(f"a whole number of {value.bit_length()} bits, where TOML has 64")
     return tables

@@ -143,6 +143,19 @@ def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(stopped, sm
     assert controller.worker.standings == {}
 
 
+def test_a_change_of_pins_reads_no_ledger(stopped, tmp_path, monkeypatch):
+    """Reading the evidence of ten thousand nodes again held evidence up for seconds."""
+    _steps(stopped)
+    controller, pins, before = stopped.controller, tmp_path / "pins.toml", stopped.controller.worker.standings
+    monkeypatch.setattr(controller.ledger, "standings", lambda: pytest.fail("the ledger was read"))
+    text = pins.read_text()
+    for build, wanted in (("new", {}), ("cpu", before)):
+        pins.write_text(text.replace('name = "cpu"', f'name = "{build}"'))
+        controller.tend()
+        assert controller.worker.standings == wanted
+    assert list(before) == ["node_A"]
+
+
 def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model):
     inbox = stopped.controller.inbox
     assert inbox.prune(keep=3600) == 0
