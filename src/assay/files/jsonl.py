@@ -27,6 +27,15 @@ LONGEST_LINE = 2**26
 DEEPEST = 64
 """Levels of the deepest value that is read. Files of assay have ten, and a thousand end the Python that shows them."""
 
+MOST_PARTS = 2**22
+"""Commas and opening brackets of the largest value that is read: three bytes of ``[],`` take seventy of memory."""
+
+LONGEST_HEADER = 2**25
+"""Bytes of the longest header of a safetensors file that is read: 32 MiB."""
+
+LONGEST_TENSORS = 2**32
+"""Bytes of the largest basis, δS or adapter that is read: 4 GiB."""
+
 JsonObject = dict[str, Any]
 """An object of JSON, as it was read."""
 
@@ -61,20 +70,31 @@ def loads(text: str | bytes, source: str) -> JsonObject:
     Other text, and what is nested too deeply, is a DataError that names its source, such as ``proof.jsonl, line 3``.
     """
     try:
-        decoded = text.decode() if isinstance(text, bytes) else text
-        if decoded.startswith("\ufeff"):
-            raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
-        value = json.loads(decoded, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite)
-        if "\\u" in decoded:
-            json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+        value = parse(text.decode() if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
         raise _bad(source, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _bad(source, str(error)) from error
     if not isinstance(value, dict):
         raise _bad(source, f"a {type(value).__name__} where an object should be")
-    if decoded.count("[") + decoded.count("{") > DEEPEST and is_deep(value, DEEPEST):
-        raise _bad(source, f"nested more than {DEEPEST} levels deep")
+    return value
+
+
+def parse(text: str) -> Any:
+    """Return the value of strict JSON. A ValueError, or a RecursionError: it is something else, too deep or too large.
+
+    What it takes in memory is bounded before the parser sees it.
+    """
+    opened = text.count("[") + text.count("{")
+    if opened + text.count(",") > MOST_PARTS:
+        raise ValueError(f"more than {MOST_PARTS} commas and brackets")
+    if text.startswith("\ufeff"):
+        raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
+    value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+    if opened > DEEPEST and is_deep(value, DEEPEST):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
     return value
 
 
@@ -180,6 +200,21 @@ def read_whole(path: str | Path, longest: int) -> bytes:
         do = "check that it is the file you meant"
         raise DataError(f"{path}: longer than {longest} bytes", wanted="a smaller file", do=do)
     return text
+
+
+def check_tensors(path: str | Path, longest: int | None = None) -> None:
+    """Refuse, before a library opens it, what is no safetensors file, or larger than so many bytes.
+
+    The library holds names, shapes and offsets against the size of the file, and takes several times the memory of
+    the header for that.
+    """
+    with _regular(Path(path)) as file:
+        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if longest is not None and size > longest:
+        raise _bad(path, f"longer than {longest} bytes", "a smaller file")
+    if header > min(LONGEST_HEADER, size):
+        wanted = f"a safetensors file with a header of {LONGEST_HEADER} bytes at most"
+        raise _bad(path, f"a header of {header} bytes", wanted)
 
 
 @contextmanager
