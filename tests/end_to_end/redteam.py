@@ -16,6 +16,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,23 +25,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import torch
+from safetensors.torch import save_file
 
 from assay.errors import AssayError
+from assay.models.checkpoint import list_tensors
+from assay.models.frame import Frame
 from assay.poc import Calibration, NetworkPins, Proof
 from assay.poc.responses import Receipts
+from assay.poc.responses.adapters import load_adapter
 from assay.poc.responses.requests import read_requests
 from assay.poc.service import Settings
 from assay.poc.validator.registry import Registry
+from assay.poc.verdict import Ledger
+from assay.poc.verdict.ledger import audit_ledger
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.file import read_delta_lengths
 from assay.vhack.pairs.pairs import read_pairs
 from tests.end_to_end.server import Server
 from tests.poc.service.conftest import signed
 from tests.poc.service.receipts import header, receipt
 from tests.poc.validator.conftest import API, KEYS, proof_of, secret_of
 from tests.poc.validator.senders import ValidatorServer, write_network
+from tests.poc.verdict.ledgers import filled
 
 KEY = "redteam-" + "k" * 20
 HONEST, PAUSE = 12, 0.4  # callbacks while an attacker holds what it holds, and seconds between two
@@ -194,7 +207,28 @@ def samples(directory: Path, model: Any) -> dict[str, tuple[bytes, Callable[[Pat
     (directory / "requests.jsonl").write_text('{"prompt": "a"}\n{"prompt": [1, 2], "temperature": 0.5}\n')
     pair = {"prompt": "p", "clean": "c", "hack": "h", "group": "g"}
     (directory / "pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": str(i)}) + "\n" for i in range(4)))
-    readers: dict[str, Callable[[Path], object]] = {
+    filled(directory / "ledger.sqlite3")
+    with Ledger(directory / "ledger.sqlite3") as ledger:
+        ledger.export(directory / "export.jsonl")
+    Basis({"q": torch.eye(2, 4)}, {"q": torch.ones(2)}, {"q": torch.tensor([[5, 1]] * 2)}).save(directory / "basis")
+    ones = np.ones(4, np.float32)
+    Frame("0" * 64, "trained", rows=8, left_out=np.array([0], np.int32), mean=0 * ones, scale=ones).save(
+        directory / "frame"
+    )
+    save_file({"q": torch.ones(4)}, directory / "delta", metadata={"schema": "assay.delta_s/1"})
+    factors = {f"base_model.model.a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(factors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "peft_type": "LORA"}')
+    save_file({"a": torch.ones(4)}, directory / "model.safetensors")
+    found = readers(directory)
+    for name, read in found.items():
+        read(directory / name)  # as it is
+    return {name: ((directory / name).read_bytes(), read) for name, read in found.items()}
+
+
+def readers(directory: Path) -> dict[str, Callable[[Path], object]]:
+    """Return what reads each kind of file of a folder, by its name there."""
+    return {
         "proof.jsonl": Proof.load,
         "receipts.jsonl": Receipts.load,
         "pins.toml": NetworkPins.load,
@@ -202,10 +236,14 @@ def samples(directory: Path, model: Any) -> dict[str, tuple[bytes, Callable[[Pat
         "calibration.json": Calibration.load,
         "requests.jsonl": read_requests,
         "pairs.jsonl": read_pairs,
+        "export.jsonl": audit_ledger,
+        "basis": Basis.load,
+        "frame": Frame.load,
+        "delta": read_delta_lengths,
+        "adapter_model.safetensors": lambda path: load_adapter(path.parent),
+        "adapter_config.json": lambda path: load_adapter(path.parent),
+        "model.safetensors": lambda path: list_tensors(path.parent),
     }
-    for name, read in readers.items():
-        read(directory / name)  # as it is
-    return {name: ((directory / name).read_bytes(), read) for name, read in readers.items()}
 
 
 TOKENS = b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'.split(b"|")
@@ -228,12 +266,17 @@ def changed(whole: bytes, chance: random.Random) -> bytes:
     return whole[:place] + chance.choice(TOKENS) + whole[end:]
 
 
-def read_changed(name: str, whole: bytes, read: Callable[[Path], object], seconds: float, seed: int) -> dict[str, Any]:
+def read_changed(
+    name: str, whole: bytes, read: Callable[[Path], object], seconds: float, seed: int, beside: Path
+) -> dict[str, Any]:
     """Read changed files until the time is over; return how many were refused, and the first that was neither."""
     chance, until, counts, fault = random.Random(seed), time.monotonic() + seconds, [0, 0], None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
+        if name.startswith("adapter"):  # the two files of an adapter lie beside each other
+            for file in beside.glob("adapter*"):
+                shutil.copy(file, folder)
         while fault is None and time.monotonic() < until:
             path.write_bytes(changed(whole, chance))
             try:
@@ -246,6 +289,19 @@ def read_changed(name: str, whole: bytes, read: Callable[[Path], object], second
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10
     found = {"attack": f"files like {name}", "read": counts[0], "refused": counts[1], "fault": fault}
     return found | {"mib_grown": grown, "held": fault is None}
+
+
+def follow(directory: Path, seconds: float) -> Iterator[dict[str, Any]]:
+    """Let atheris find files that reach every line of every reader; where it is not installed, say so."""
+    if find_spec("atheris") is None:
+        yield {"attack": "atheris over every reader", "says": "not run: atheris is not installed", "held": True}
+        return
+    script = Path(__file__).parents[2] / "research" / "benchmarks" / "atheris_readers.py"
+    command = [sys.executable, str(script), str(directory), "--seconds", str(max(1, int(seconds)))]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"attack"')]
+    for row in rows or [{"attack": "atheris over every reader", "held": False}]:
+        yield row | ({} if row["held"] else {"says": done.stderr[-3000:]})
 
 
 def call_routes(directory: Path, checkpoint: Path, seconds: float) -> dict[str, Any]:
@@ -280,7 +336,8 @@ def run(directory: Path, model: Any, checkpoint: Path, seconds: float) -> Iterat
             memory.append(resident(server.pid))
         yield {"attack": "all of these in turn", "mib": memory, "held": memory[-1] - memory[0] <= 64}
     for seed, (name, (whole, read)) in enumerate(samples(folders[1], model).items()):
-        yield read_changed(name, whole, read, seconds / 8, seed)
+        yield read_changed(name, whole, read, seconds / 16, seed, folders[1])
+    yield from follow(folders[1], seconds / 16)
     yield call_routes(folders[2], checkpoint, seconds)
 
 
@@ -290,7 +347,6 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=600.0, help="of each of the three parts")
     options.add_argument("-o", "--output", type=Path)
     chosen = options.parse_args()
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from assay.models import load_model

@@ -22,5 +22,5 @@ def server(tmp_path_factory, small_model, small_checkpoint):
 
 def test_a_changed_file_is_read_or_refused(tmp_path, small_model):
     for seed, (name, (whole, read)) in enumerate(redteam.samples(tmp_path, small_model).items()):
-        found = redteam.read_changed(name, whole, read, 1.0, seed)
+        found = redteam.read_changed(name, whole, read, 1.0, seed, tmp_path)
         assert found["held"], found

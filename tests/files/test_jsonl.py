@@ -1,14 +1,26 @@
 import gzip
 import json
 import math
+import random
+import tomllib
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.errors import DataError, UsageError
+from assay.errors import AssayError, DataError, UsageError
+from assay.files import jsonl
 from assay.files.jsonl import dumps, is_deep, loads, read_json, read_jsonl
+from assay.models import checkpoint
+from assay.models.checkpoint import list_tensors
+from assay.models.frame import Frame
+from assay.poc.responses import adapters
+from assay.poc.responses.adapters import load_adapter
+from assay.vhack.basis import basis
+from assay.vhack.basis.basis import Basis
+from assay.vhack.delta.file import read_delta_lengths
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -147,3 +159,74 @@ def test_read_json_reads_one_document_over_several_lines(tmp_path):
     path.write_text("{} {}")
     with pytest.raises(DataError, match="calibration"):
         read_json(path)
+
+
+PLAIN = ["# pins", "[round]", "length = 8", "[[nodes]]", "key = 'a'", "id = 1", "id = [\n1,"]
+ODD = "[[nodes]]| [[nodes]]|[nodes.of]|  [nodes.of]|[nodes]|nodes = 1|[[nodes.of]]|]|x = [|[1],|[[nodes]] # a|"
+ODD += f"[[nodes]]\r||t = {3 * chr(34)}|{3 * chr(34)}|u = {3 * chr(39)}|{3 * chr(39)}|y = 0x{'f' * 16}"
+
+
+def test_tables_of_nodes_that_are_known_are_read_as_the_parser_reads_the_whole(tmp_path):
+    chance, counts = random.Random(0), Counter[bool]()
+    for _ in range(4000):
+        pieces = chance.choices(PLAIN, k=chance.randrange(12)) + chance.choices(ODD.split("|"), k=chance.randrange(3))
+        chance.shuffle(pieces)
+        text = "\n".join(pieces)
+        (tmp_path / "pins.toml").write_bytes(text.encode())
+        try:
+            wanted, error = tomllib.loads(text), ""
+        except ValueError as fault:
+            wanted, error = {}, str(fault)
+        try:
+            found, refused = jsonl.read_toml(tmp_path / "pins.toml"), ""
+        except DataError as fault:
+            found, refused = wanted, fault.seen
+        assert (found, error in refused) == (wanted, True)
+        counts[not refused and str(found.get("nodes")).count("{") > 1] += 1
+    assert counts[True] > 50
+
+
+def test_a_change_of_one_node_parses_that_node(tmp_path, monkeypatch):
+    """Parsing ten thousand of them held every message up for half a second."""
+    parsed, loads, path = [], tomllib.loads, tmp_path / "pins.toml"
+    monkeypatch.setattr(jsonl.tomllib, "loads", lambda text: parsed.append(text) or loads(text))
+    tables = [f'[[nodes]]\nkey = "changed_{i}"\n' for i in range(1000)]
+    path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 8\n")
+    jsonl.read_toml(path)
+    del parsed[:]
+    tables[7] = '[[nodes]]\nkey = "another"\n'
+    path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 9\n")
+    found = jsonl.read_toml(path)
+    assert (found["round"], found["nodes"][7], len(found["nodes"])) == ({"seq_len": 9}, {"key": "another"}, 1000)
+    assert sum(map(len, parsed)) < 200
+
+
+def test_a_value_that_would_take_all_memory_never_reaches_the_parser(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MOST_PARTS", 1000)
+    assert len(loads('{"a":[' + "0," * 990 + "0]}", "here")["a"]) == 991
+    monkeypatch.setattr(jsonl.json, "loads", lambda *given, **how: pytest.fail("it was parsed"))
+    for text in ('{"a":[' + "[]," * 500 + "[]]}", '{"a":' + "[" * 1001, '{"a":{' + ",".join(['"":1'] * 1001) + "}}"):
+        (tmp_path / "a.json").write_text(text)
+        for read in (read_json, lambda path: list(read_jsonl(path))):
+            with pytest.raises(DataError, match="more than 1000"):
+                read(tmp_path / "a.json")
+
+
+def _adapter(path):
+    (path.parent / "adapter_config.json").write_text("{}")
+    return load_adapter(path.parent)
+
+
+@pytest.mark.parametrize("read", [Basis.load, read_delta_lengths, Frame.load, list_tensors, _adapter])
+def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(tmp_path, monkeypatch, read):
+    for module in (basis, checkpoint):
+        monkeypatch.setattr(module, "safe_open", lambda *given, **how: pytest.fail("the library was called"))
+    monkeypatch.setattr(adapters, "load_file", lambda *given: pytest.fail("the library was called"))
+    name = "adapter_model.safetensors" if read is _adapter else "model.safetensors"
+    for header, size in ((2**26, 2**27), (2**62, 100), (0, 0)):
+        with (tmp_path / name).open("wb") as file:  # as a sparse file it takes no disk
+            file.write(header.to_bytes(8, "little"))
+            file.truncate(size or 2**33)
+        if size or read is not list_tensors:  # of which a checkpoint may be as large
+            with pytest.raises(AssayError):
+                read(tmp_path if read is list_tensors else tmp_path / name)

@@ -8,11 +8,12 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,15 @@ LONGEST_LINE = 2**26
 
 DEEPEST = 64
 """Levels of the deepest value that is read. Files of assay have ten, and a thousand end the Python that shows them."""
+
+MOST_PARTS = 2**22
+"""Commas and opening brackets of the largest value that is read: three bytes of ``[],`` take seventy of memory."""
+
+LONGEST_HEADER = 2**25
+"""Bytes of the longest header of a safetensors file that is read: 32 MiB."""
+
+LONGEST_TENSORS = 2**32
+"""Bytes of the largest basis, δS or adapter that is read: 4 GiB."""
 
 JsonObject = dict[str, Any]
 """An object of JSON, as it was read."""
@@ -60,20 +70,31 @@ def loads(text: str | bytes, source: str) -> JsonObject:
     Other text, and what is nested too deeply, is a DataError that names its source, such as ``proof.jsonl, line 3``.
     """
     try:
-        decoded = text.decode() if isinstance(text, bytes) else text
-        if decoded.startswith("\ufeff"):
-            raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
-        value = json.loads(decoded, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite)
-        if "\\u" in decoded:
-            json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+        value = parse(text.decode() if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
         raise _bad(source, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _bad(source, str(error)) from error
     if not isinstance(value, dict):
         raise _bad(source, f"a {type(value).__name__} where an object should be")
-    if decoded.count("[") + decoded.count("{") > DEEPEST and is_deep(value, DEEPEST):
-        raise _bad(source, f"nested more than {DEEPEST} levels deep")
+    return value
+
+
+def parse(text: str) -> Any:
+    """Return the value of strict JSON. A ValueError, or a RecursionError: it is something else, too deep or too large.
+
+    What it takes in memory is bounded before the parser sees it.
+    """
+    opened = text.count("[") + text.count("{")
+    if opened + text.count(",") > MOST_PARTS:
+        raise ValueError(f"more than {MOST_PARTS} commas and brackets")
+    if text.startswith("\ufeff"):
+        raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
+    value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+    if opened > DEEPEST and is_deep(value, DEEPEST):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
     return value
 
 
@@ -181,6 +202,21 @@ def read_whole(path: str | Path, longest: int) -> bytes:
     return text
 
 
+def check_tensors(path: str | Path, longest: int | None = None) -> None:
+    """Refuse, before a library opens it, what is no safetensors file, or larger than so many bytes.
+
+    The library holds names, shapes and offsets against the size of the file, and takes several times the memory of
+    the header for that.
+    """
+    with _regular(Path(path)) as file:
+        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if longest is not None and size > longest:
+        raise _bad(path, f"longer than {longest} bytes", "a smaller file")
+    if header > min(LONGEST_HEADER, size):
+        wanted = f"a safetensors file with a header of {LONGEST_HEADER} bytes at most"
+        raise _bad(path, f"a header of {header} bytes", wanted)
+
+
 @contextmanager
 def _regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file. A pipe would be waited for without end, and a device may have no end."""
@@ -203,18 +239,53 @@ LONGEST_FILE = 2**22
 
 
 def read_toml(path: str | Path) -> JsonObject:
-    """Return the tables of a TOML file of at most 4 MiB."""
+    """Return the tables of a TOML file of at most 4 MiB, which are not to be changed: some are kept for the next."""
     try:
-        tables = tomllib.loads(read_whole(path, LONGEST_FILE).decode())
+        return _tables(read_whole(path, LONGEST_FILE).decode())
     except UnicodeDecodeError as error:
         raise _bad(path, f"byte {error.start + 1} is not UTF-8", "a TOML file") from error
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
         raise _bad(path, str(error), "a TOML file") from error
+
+
+_NODE = "[[nodes]]\n"
+_known: dict[str, JsonObject] = {}  # tables [[nodes]] by their text, of files that were read lately
+_MOST_KNOWN, _LONGEST_KNOWN = 2**15, 1000  # tables, and characters of each
+
+
+def _tables(text: str) -> JsonObject:
+    """Return what TOML text holds; of ten thousand tables ``[[nodes]]`` only those are parsed that are not known.
+
+    Such a table goes from its line to the next that begins with a bracket. The others are parsed without it, with one
+    line ``[[nodes]]`` for each row of them: where one may not stand there, or has more than its own keys, the whole
+    text is parsed.
+    """
+    cut = () if '"""' in text or "'''" in text else re.split("^(?=\\[)", text, flags=re.MULTILINE)
+    nodes = [part for part in cut if part.startswith(_NODE)]
+    found = {part: _known.get(part) for part in nodes}
+    new = [part for part, table in found.items() if table is None]
+    rows = [_NODE if own else "".join(row) for own, row in groupby(cut, lambda part: part.startswith(_NODE))]
+    try:
+        rest, fresh = _parse("".join(rows)), _parse("".join(new))
+    except ValueError:  # of which the line is another than in the text
+        return _parse(text)
+    tables = fresh.pop("nodes", [])
+    if not nodes or fresh or len(tables) != len(new) or rest.get("nodes") != [{}] * rows.count(_NODE):
+        return _parse(text)
+    found.update(zip(new, tables, strict=True))
+    if len(_known) > _MOST_KNOWN:
+        _known.clear()
+    _known.update((part, table) for part, table in found.items() if table and len(part) <= _LONGEST_KNOWN)
+    return rest | {"nodes": [found[part] for part in nodes]}
+
+
+def _parse(text: str) -> JsonObject:
+    tables = tomllib.loads(text)
     waiting: list[Any] = [tables]
     while waiting:
         value = waiting.pop()
         waiting += parts(value)
         # Python reads any whole number that is written in hexadecimal digits, and cannot show it.
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise _bad(path, f"a whole number of {value.bit_length()} bits, where TOML has 64", "a TOML file")
+            raise ValueError(f"a whole number of {value.bit_length()} bits, where TOML has 64")
     return tables

@@ -50,7 +50,7 @@ from assay.errors import (
     UsageError,
     is_out_of_memory,
 )
-from assay.files.jsonl import LONGEST_LINE, parts, read_json, read_whole
+from assay.files.jsonl import LONGEST_FILE, LONGEST_LINE, check_tensors, parse, parts, read_json, read_whole
 from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 
@@ -202,7 +202,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             do="check the path",
         )
     try:
-        published = json.loads(read_whole(path, LONGEST_LINE), object_hook=_plain_number)
+        published = json.loads(read_whole(path, LONGEST_FILE), object_hook=_plain_number)
     except (DataError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}", wanted="a JSON object", do="save it again") from error
     if not isinstance(published, dict) or not isinstance(published.get("model_type"), str):
@@ -525,7 +525,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         do = "check that the download or the save was complete"
         raise ModelNotFound(f"{directory} holds no weights", wanted=wanted, do=do)
     try:
-        names = set(json.loads(read_whole(index, LONGEST_LINE))["weight_map"].values())
+        names = set(_places(directory).values())
         files = tuple(directory / name for name in sorted(names))
     except (DataError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise bad_weights(f"{index} is unreadable: {error}", "JSON with a weight_map") from error
@@ -535,13 +535,18 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
+def _places(directory: Path) -> dict[str, str]:
+    """Return the file of every tensor by the index of a directory."""
+    return dict(parse(read_whole(directory / _INDEX, LONGEST_LINE).decode())["weight_map"])
+
+
 def find_file(directory: Path, tensors: Mapping[str, Stored], name: str) -> Path:
     """Return the file of a tensor; of one that is missing, the file in which the index has it, or else the index."""
     if name in tensors:
         return tensors[name].file
     if (directory / _SINGLE).is_file():
         return directory / _SINGLE
-    placed = json.loads((directory / _INDEX).read_text("utf-8"))["weight_map"].get(name)
+    placed = _places(directory).get(name)
     return directory / (_INDEX if placed is None else placed)
 
 
@@ -564,11 +569,12 @@ def list_tensors(directory: Path) -> list[Stored]:
 
 def _headers(file: Path) -> Iterator[Stored]:
     try:
+        check_tensors(file)
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 - no mapping
                 view = reader.get_slice(name)
                 yield Stored(file, name, view.get_dtype(), tuple(view.get_shape()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, DataError) as error:
         raise bad_weights(f"{file} is corrupt or cut short: {error}", "a whole safetensors file") from error
 
 

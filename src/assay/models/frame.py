@@ -15,7 +15,6 @@ Legend of shapes: V tokens of the vocabulary, D hidden size, E ids that are left
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import dumps, read_whole
+from assay.files.jsonl import dumps, parse, read_whole
 from assay.files.storage import write_atomic
 
 SEQUENCES, POSITIONS = 64, 64  # sequences that a frame is measured on, and their length where the model takes it
@@ -111,12 +110,12 @@ class Frame:
         """Return the frame that :meth:`to_bytes` wrote. Raises DataError: the bytes are something else."""
         try:
             size = int.from_bytes(content[:8], "little")
-            said: dict[str, Any] = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][_KIND])
+            said: dict[str, Any] = parse(parse(content[8 : 8 + size].decode())["__metadata__"][_KIND])
             arrays = load(content)
             made = cls(
                 said["digest"], said["weights"], said["rows"], *(arrays[n] for n in ("left_out", "mean", "scale"))
             )
-        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             seen = f"{source}: {type(error).__name__}: {error}"[:200]
             raise DataError(seen, wanted="a frame", do="make it with `assay poc frame`, or fetch it again") from None
         except UsageError as error:

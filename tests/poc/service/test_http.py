@@ -99,6 +99,22 @@ def test_heads_are_bounded_before_any_key_is_read(head):
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+        b"authorization: Bearer a\r\nauthorization: Bearer b\r\ncontent-length: 1\r\n\r\nx",
+    ],
+)
+def test_what_a_proxy_may_have_read_otherwise_is_refused_and_ends_the_connection(lines):
+    with listening() as (address, _):
+        request = b"POST /size HTTP/1.1\r\nhost: x\r\n" + lines
+        found = exchange(address, request + post(b"x"))
+        assert found.startswith(b"HTTP/1.1 400"), found[:100]
+        assert found.count(b"HTTP/1.1 ") == 1
+        assert b"connection: close" in found.lower()
+
+
 def test_connections_are_bounded():
     with listening(header_timeout=30.0) as (address, _):
         held = [socket.create_connection(address, timeout=20) for _ in range(4)]

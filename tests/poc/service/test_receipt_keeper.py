@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from assay.poc.service import Settings
 from assay.poc.service.callbacks import Outbox
 from assay.poc.service.database import open_database
 from assay.poc.service.metrics import Metrics
-from assay.poc.service.receipts import ReceiptKeeper
+from assay.poc.service.receipts import NewReceipt, ReceiptKeeper
 from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store
 from tests.waiting import until
@@ -120,6 +121,36 @@ def test_the_end_stores_what_waits_and_takes_nothing_more(held):
 
     asyncio.run(scenario())
     assert [entry["request_id"] for entry in keeper.listed(0, 10)] == ["chat"]
+
+
+def test_what_one_client_has_stored_leaves_room_on_the_disk_for_another(tmp_path, monkeypatch):
+    room = SimpleNamespace(total=0, used=0, free=30_000)
+    monkeypatch.setattr("assay.poc.net.shares.shutil.disk_usage", lambda path: room)
+    database = open_database(tmp_path)
+
+    def keeper() -> ReceiptKeeper:
+        return ReceiptKeeper(database, Outbox(database), Settings(data_dir=tmp_path), Metrics())
+
+    def put(keeper: ReceiptKeeper, name: str, client: str | None) -> None:
+        line = receipt(name).line() + " " * 3000
+        keeper._check_room(client, len(line))
+        assert keeper._write([NewReceipt(header().line(), receipt(name), line, client)]) == [True]
+        room.free -= len(line)
+        keeper._rest(True)
+
+    first = keeper()
+    for number in range(4):
+        put(first, f"a{number}", "a")
+    for again in (first, keeper()):  # and after a restart
+        with pytest.raises(Refusal, match="one client"):
+            put(again, "a", "a")
+        put(again, f"b{again is first}", f"b{again is first}")
+        put(again, f"c{again is first}", None)
+    assert again.delete("a0") == 1
+    room.free += 20_000
+    again._rest(False)  # sees that
+    put(again, "a", "a")
+    database.close()
 
 
 def test_what_one_client_has_waiting_leaves_room_for_another(service):

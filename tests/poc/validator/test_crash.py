@@ -7,12 +7,15 @@ from contextlib import closing
 
 import pytest
 
-from assay.errors import StorageError
+from assay.errors import StorageError, UsageError
+from assay.poc.service import Settings
+from assay.poc.validator import ValidatorSettings
 from assay.poc.validator.claims import read_claim
+from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.worker import Recomputer, recompute
 from assay.poc.verdict import Ledger
-from tests.poc.validator.conftest import KEYS, Running, body_of, proof_of
+from tests.poc.validator.conftest import KEYS, Running, body_of, nodes_text, pins_text, proof_of
 from tests.waiting import until
 
 
@@ -90,7 +93,6 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, smal
 
 
 def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ever(stopped, small_model, tmp_path):
-    from tests.poc.validator.conftest import nodes_text, pins_text
 
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=KEYS[1:]).replace("node_id = 0", "node_id = 2", 1))
     (tmp_path / "nodes.toml").write_text(nodes_text(KEYS[1:]))
@@ -141,6 +143,44 @@ def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(stopped, sm
     controller.worker.step(controller.loaded.result())
     assert [account.build for account in controller.ledger.accounts()] == ["cpu"]
     assert controller.worker.standings == {}
+
+
+def test_a_change_of_pins_reads_no_ledger(stopped, tmp_path, monkeypatch):
+    """Reading the evidence of ten thousand nodes again held evidence up for seconds."""
+    _steps(stopped)
+    controller, pins, before = stopped.controller, tmp_path / "pins.toml", stopped.controller.worker.standings
+    monkeypatch.setattr(controller.ledger, "standings", lambda: pytest.fail("the ledger was read"))
+    text = pins.read_text()
+    for build, wanted in (("new", {}), ("cpu", before)):
+        pins.write_text(text.replace('name = "cpu"', f'name = "{build}"'))
+        controller.tend()
+        assert controller.worker.standings == wanted
+    assert list(before) == ["node_A"]
+
+
+def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_the_port(stopped, tmp_path):
+    """Whoever reaches it could sign for such a node, and have it convicted."""
+    controller, nodes = stopped.controller, tmp_path / "nodes.toml"
+    signed, before = nodes.read_text(), controller.registry
+    unsigned = signed + '[[nodes]]\npublic_key = "node_D"\n'
+    controller._signed = True
+    for text in (unsigned, "".join(f'[[nodes]]\npublic_key = "{key}"\n' for key in KEYS)):
+        nodes.write_text(text)
+        controller.tend()
+        assert controller.registry is before  # and a message of node_A still needs its secret
+        stopped.send(body_of(proof_of(stopped.model, "node_A", range(60, 70))), key="node_B", id="m7", status=401)
+    controller._signed = False  # on this machine alone it is taken
+    nodes.write_text(unsigned)
+    controller.tend()
+    assert not controller.registry.senders["node_D"].signatures
+
+
+def test_a_start_without_secrets_is_refused_where_others_reach_the_port(small_model, tmp_path):
+    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    settings, server = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+    with pytest.raises(UsageError, match="nodes that sign nothing"):
+        ValidatorController(lambda: pytest.fail("loaded"), settings, server, signed=True)
+    assert not (tmp_path / "data").exists()
 
 
 def test_old_messages_are_pruned_and_those_being_drawn_stay(stopped, small_model):

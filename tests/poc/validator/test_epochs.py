@@ -136,7 +136,7 @@ def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monk
     """A bound of 4 GiB a node bounds nothing on a disk that has less."""
     disk, used = 24 * 2**20, lambda: sum(inbox._kept.values())
     usage = SimpleNamespace(total=disk, free=disk)
-    monkeypatch.setattr("assay.poc.validator.inbox.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("assay.poc.net.shares.shutil.disk_usage", lambda path: usage)
     sent = dict.fromkeys("ABC", 0)
     for i in range(300):
         for key in sent:

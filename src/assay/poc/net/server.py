@@ -37,7 +37,10 @@ MAX_FILES = 16_384
 
 
 class ClientLimit:
-    """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them."""
+    """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them.
+
+    With 400 it answers what another server on the way may read otherwise: a body of two lengths, and two keys.
+    """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._open = app, Shares(sys.maxsize, most)
@@ -45,7 +48,11 @@ class ClientLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         client = client_of(scope["client"][0]) if scope.get("client") else None
-        app = self._app
+        app, names = self._app, [name for name, _ in scope.get("headers", ())]
+        if names.count(b"authorization") > 1 or (b"content-length" in names and b"transfer-encoding" in names):
+            wanted = "one authorization, and one of content-length and transfer-encoding"
+            app = answer(Refusal(400, "headers that contradict each other", wanted=wanted, do="send one of the two"))
+            app.headers["connection"] = "close"  # what follows may be a part of the body
         with ExitStack() as held:
             try:
                 held.enter_context(self._open.held(client, "requests", do="wait for some of yours"))

@@ -1,9 +1,11 @@
 """Shares: whatever one client holds of something that there is only so much of leaves enough of it for the others."""
 
 import ipaddress
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from assay.poc.net.refusals import Refusal
 
@@ -63,6 +65,12 @@ class Shares:
 def fair_share(most: int, others: int) -> int:
     """Return how much one client may hold beside ``others``: half of what those leave, so n have n / (n + 1)."""
     return (most - others + 1) // 2
+
+
+def disk_room(folder: Path) -> int:
+    """Return the bytes that clients may fill of a disk; a sixteenth, 256 MiB at most, is for what the server writes."""
+    found = shutil.disk_usage(folder)
+    return max(0, found.free - min(found.total // 16, 2**28))
 
 
 def room_of(client: str | None, most: int, held: int, own: int) -> int:

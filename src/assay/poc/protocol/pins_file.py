@@ -31,7 +31,7 @@ from assay.files.jsonl import JsonObject, read_toml, read_whole
 from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Text
-from assay.poc.protocol.round import DIGEST, MAX_COUNT, MAX_NONCE, Round
+from assay.poc.protocol.round import DIGEST, MAX_COUNT, MAX_NONCE, Round, check_name, check_number
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
@@ -276,7 +276,8 @@ class NetworkPins(Table):
 
     def _check_node(self, node: NodePins, own: Sequence[NodePins], names: set[str]) -> None:
         count = self._count(node)
-        Round(block_hash="any", public_key=node.public_key, node_id=node.node_id, node_count=count)
+        check_name("public_key", node.public_key, do="pass the public key as the chain prints it")
+        check_number("node_id", node.node_id, 0, count - 1)
         others = {self._count(other) for other in own[:1]} - {count}  # which are alike
         if others:
             seen = f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}"

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from assay.errors import ModelError, UsageError
-from assay.files.jsonl import read_json
+from assay.errors import DataError, ModelError, UsageError
+from assay.files.jsonl import LONGEST_TENSORS, check_tensors, read_json
 from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.models.load import Model
 from assay.poc.protocol.round import check_digest, check_name
@@ -84,11 +84,13 @@ def digest_adapter(path: str | Path) -> str:
     """
     parts = []
     try:
+        check_tensors(Path(path) / WEIGHTS, LONGEST_TENSORS)
         for name in (CONFIG, WEIGHTS):
             with (Path(path) / name).open("rb") as file:
                 parts.append(hashlib.file_digest(file, "sha256").digest())
-    except OSError as error:
-        seen, wanted = f"no adapter in {path}: {error.strerror}", f"a directory with {CONFIG} and {WEIGHTS}"
+    except (OSError, DataError) as error:
+        reason = error.seen if isinstance(error, DataError) else error.strerror
+        seen, wanted = f"no adapter in {path}: {reason}", f"a directory with {CONFIG} and {WEIGHTS}"
         raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
     return hashlib.sha256(b"".join(parts)).hexdigest()
 

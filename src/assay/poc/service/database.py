@@ -94,6 +94,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE receipt_room (id INTEGER PRIMARY KEY CHECK (id = 1), filler BLOB NOT NULL)",
     ),
     ("ALTER TABLE jobs ADD COLUMN client TEXT", "ALTER TABLE outbox ADD COLUMN client TEXT"),
+    (
+        "ALTER TABLE receipts ADD COLUMN client TEXT",
+        "CREATE INDEX receipts_client ON receipts (client, size) WHERE client IS NOT NULL",
+    ),
 )
 
 RECEIVED: tuple[tuple[str, ...], ...] = (

@@ -3,7 +3,8 @@
 import hashlib
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Annotated, Any, NamedTuple
@@ -22,7 +23,7 @@ from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import HEAD, Scope, needs, problems
 from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
-from assay.poc.net.shares import Shares
+from assay.poc.net.shares import Shares, disk_room, fair_share
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
@@ -58,6 +59,7 @@ class NewReceipt(NamedTuple):
     header: str
     receipt: Receipt
     line: str
+    client: str | None  # who asked, and has a share of the disk; None for this machine
 
 
 class Page(NamedTuple):
@@ -79,7 +81,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         self._lost = 0
         self._pruned_at = float("-inf")
         self._journal_owed = not database.empty_journal()
-        self._tidying = threading.Lock()
+        self._tidying, self._counting = threading.Lock(), threading.Lock()
+        sums = sa.select(self._c.client, sa.func.sum(self._c.size)).where(self._c.client.is_not(None))
+        stored = database.rows(sums.group_by(self._c.client))
+        self._stored: Counter[str | None] = Counter(dict(map(tuple, stored)))  # bytes on disk by client
+        self._free = disk_room(database.path.parent)
         metrics.receipts_failing.set_function(lambda: float(self.failing))
 
     def sink(self, header: ReceiptHeader) -> "ReceiptSink":
@@ -96,11 +102,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         now, headers, fresh, announced = time.time(), dict[str, int](), [], []
         insert = (
             "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash, sha256, "
-            "line) SELECT ?,?,?,?,?,?,?,?,?,?,? "
+            "line, client) SELECT ?,?,?,?,?,?,?,?,?,?,?,? "
             "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id = ?) RETURNING seq"
         )
         with self.database.write() as connection:
-            for text, receipt, line in items:
+            for text, receipt, line, client in items:
                 if text not in headers:
                     new = "INSERT INTO receipt_headers (text) VALUES (?) ON CONFLICT DO NOTHING"
                     connection.exec_driver_sql(new, (text,))
@@ -109,7 +115,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 header, name, encoded = headers[text], _name(receipt.request_id), line.encode()
                 sha256 = hashlib.sha256(encoded).digest()
                 about = (receipt.index, len(receipt.output), len(encoded), receipt.finish)
-                texts = (receipt.request_id, receipt.block_hash, sha256, line)
+                texts = (receipt.request_id, receipt.block_hash, sha256, line, client)
                 values = (header, now, name, *about, *texts, name, sha256, header)
                 seq = connection.exec_driver_sql(insert, values).scalar()
                 fresh.append(seq is not None)
@@ -121,9 +127,23 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                     numbers = [seq for seq, _ in group]
                     self._outbox.announce(connection, None, url, numbers, interval=interval, most=most, header=header)
         self._lost = 0
+        self._count(+1, [(item.client, len(item.line.encode())) for item, new in zip(items, fresh, strict=True) if new])
         self.metrics.receipts.labels("new").inc(sum(fresh))
         self.metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
         return fresh
+
+    def _count(self, sign: int, rows: Iterable[tuple[str | None, int]]) -> None:
+        """Count bytes of clients that are on the disk, or no longer."""
+        with self._counting:
+            for client, size in rows:
+                self._stored[client] += sign * size
+
+    @override
+    def _check_room(self, client: str | None, size: int) -> None:
+        super()._check_room(client, size)
+        stored = self._stored[client]
+        if client is not None and stored + size > fair_share(self._free + stored, 0):
+            raise self._refusal("those of one client have half of what its disk has free")
 
     @override
     def _refusal(self, seen: str) -> Refusal:
@@ -132,6 +152,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     @override
     def _rest(self, wrote: bool) -> None:
         # See whether the disk has room again, delete what is old, and leave nothing of it behind.
+        self._free = disk_room(self.database.path.parent)
         if self.failing and not wrote:
             self._probe()
         due = time.monotonic() - self._pruned_at > PRUNE_EVERY
@@ -221,12 +242,14 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
     def _delete(self, *where: sa.ColumnElement[bool]) -> int:
         with self.database.write() as connection:
-            count = connection.execute(self._table.delete().where(*where)).rowcount
-            if count:
+            delete = self._table.delete().where(*where).returning(self._c.client, self._c.size)
+            gone = [(row.client, row.size) for row in connection.execute(delete)]
+            if gone:
                 self._outbox.forget_receipts(connection)
-        if count:  # and is else left alone: another thread may just have set it
+        if gone:  # and is else left alone: another thread may just have set it
             self._journal_owed = True
-        return count
+        self._count(-1, gone)
+        return len(gone)
 
     def tidy(self) -> None:
         """Empty the journal if it may hold something that was deleted. Readers may delay it until the next call."""
@@ -266,8 +289,8 @@ class ReceiptSink:
     async def store(self, receipt: Receipt, *, client: str | None = None) -> None:
         """Store a receipt; it is on disk when this returns. A response may not be complete before that.
 
-        ``client`` is who asked: of the receipts that may wait for the disk, each has a share. A prompt is stored as a
-        hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the wait for it is cancelled.
+        ``client`` is who asked: of the disk and of the receipts that wait for it, each has a share. A prompt is stored
+        as a hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the wait for it ends.
 
         Raises:
             Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
@@ -277,7 +300,7 @@ class ReceiptSink:
         line = kept.line()
         Tally(self._header).add(kept, line)
         try:
-            await self._keeper.put(NewReceipt(self._header_line, kept, line), size=len(line), client=client)
+            await self._keeper.put(NewReceipt(self._header_line, kept, line, client), size=len(line), client=client)
         except Refusal:
             self._keeper.metrics.receipts_refused.inc()
             raise

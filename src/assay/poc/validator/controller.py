@@ -143,7 +143,7 @@ class ValidatorController(Runtime):
             log.error("the pins or the nodes are wrong, and the old ones hold", reason=error.seen, do=error.do)
             return
         self.registry = fresh
-        self.worker.load_standings()
+        self.worker.choose_standings()
         log.info("pins and nodes were read again", nodes=len(fresh.senders))
 
     @property

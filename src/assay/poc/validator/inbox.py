@@ -5,7 +5,6 @@ Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`
 """
 
 import hashlib
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from assay.files.database import Database
 from assay.files.jsonl import JsonObject
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import GroupCommit, settled_time
-from assay.poc.net.shares import fair_share
+from assay.poc.net.shares import disk_room, fair_share
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
 from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.verdict.ledger import Ledger
@@ -141,7 +140,7 @@ class Inbox:
                 self._senders[key] = number
             kept = connection.exec_driver_sql(f"SELECT sender, sum({_SIZE}) FROM inbox GROUP BY sender")
             self._kept: Counter[int] = Counter(dict(map(tuple, kept)))  # bytes by sender
-        self._free = self._find_free()
+        self._free = disk_room(data_dir)
 
     def close(self) -> None:
         """Close the file."""
@@ -151,11 +150,6 @@ class Inbox:
         """Return whether a node's messages leave no room for one of so many bytes, of its own or of the disk's."""
         kept = self._kept[self._senders.get(public_key, 0)]
         return kept + size > min(self._most, fair_share(self._free + kept, 0))
-
-    def _find_free(self) -> int:
-        """Return the bytes that messages may take on the disk; a sixteenth, 256 MiB at most, is for the ledger."""
-        found = shutil.disk_usage(self.database.path.parent)
-        return max(0, found.free - min(found.total // 16, 2**28))
 
     def add(self, messages: Sequence[Message]) -> list[bool]:
         """Keep messages in one transaction; return of each whether it is new. They are on disk when this returns.
@@ -195,7 +189,7 @@ class Inbox:
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
                 keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
                 connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
-        self._senders, self._epoch, self._free = senders, epoch, self._find_free()
+        self._senders, self._epoch, self._free = senders, epoch, disk_room(self.database.path.parent)
         for message, new in zip(messages, fresh, strict=True):
             self._kept[senders[message.public_key]] += message.size if new else 0
         return fresh
@@ -210,7 +204,7 @@ class Inbox:
         """End the epoch if its time has passed. Call it where :meth:`add` is called."""
         with self.database.write() as connection:
             epoch = self._roll(connection, time.time())
-        self._epoch, self._free = epoch, self._find_free()
+        self._epoch, self._free = epoch, disk_room(self.database.path.parent)
 
     def _roll(self, connection: sa.Connection, now: float) -> Epoch:
         """Return the epoch of now. The secret after it is on disk already, so that its commitment can be read.

@@ -94,8 +94,8 @@ class Registry:
         shared, self._pinned = Signatures(settings.callback_secrets), defaultdict[str, list[NodePins]](list)
         for node in network.nodes:
             self._pinned[node.public_key].append(node)
-        listed = {key: NodeEntry(public_key=key) for key in self._pinned}
-        known = listed | {entry.public_key: entry for entry in entries}
+        given = {entry.public_key: entry for entry in entries}
+        known = {key: given.get(key) or NodeEntry(public_key=key) for key in self._pinned} | given
         _check_names(known)
         _check_owners(known.values(), settings.callback_secrets)
         self.senders = {key: self._sender(entry, shared, settings) for key, entry in known.items()}

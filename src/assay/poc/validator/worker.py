@@ -188,12 +188,13 @@ class Recomputer(EngineThread):
         """Number of nodes that had something to draw from at the last look."""
         self.error: str | None = None
         """What the engine failed on last; None while it works."""
-        self.load_standings()
+        self._lives = {standing.account: standing for standing in ledger.standings()}  # of every account
+        self.choose_standings()
 
-    def load_standings(self) -> None:
-        """Read the evidence of the nodes on their present builds from the ledger."""
+    def choose_standings(self) -> None:
+        """Choose the evidence of the nodes on their present builds."""
         with self._recording:  # or evidence that is added meanwhile would be taken back
-            self.standings = self._present(self._ledger.standings())
+            self.standings = self._present(self._lives.values())
 
     def _present(self, standings: Iterable[Standing]) -> dict[str, Standing]:
         """Return those of accounts on the present builds of the nodes, by key."""
@@ -274,6 +275,7 @@ class Recomputer(EngineThread):
             accounts = [account_of(found.round.public_key, registry) for found in checked]
             standings = self._ledger.append(map(Checked.update, checked, accounts))
             now = {standing.account.public_key: standing for standing in standings}
+            self._lives |= {standing.account: standing for standing in standings}
             self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
         self._inbox.finish(draws, changes, head=self._ledger.head)

@@ -33,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
+from assay.files.jsonl import LONGEST_TENSORS, check_tensors, parse
 from assay.files.storage import write_atomic
 from assay.models.load import Model
 from assay.vhack.gradients.targets import Coverage, target_modules, weights_digest
@@ -263,11 +264,10 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
 def read_tensors(path: str | Path, do: str) -> tuple[dict[str, str], Tensors]:
     """Return metadata and tensors of a safetensors file, or raise a DataError that says what to do."""
     try:
-        if not Path(path).is_file():
-            raise FileNotFoundError("not a file")
+        check_tensors(path, LONGEST_TENSORS)
         with safe_open(path, framework="pt") as reader:
             return reader.metadata() or {}, {name: reader.get_tensor(name) for name in list(reader.keys())}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, DataError) as error:
         raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=do) from error
 
 
@@ -278,7 +278,7 @@ def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
         origin = _parse_origin(metadata)
         axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
         values = {name: tensors[_VALUES + name] for name in axes}
-        counts = json.loads(metadata["votes"])
+        counts = parse(metadata["votes"])
         votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
         if not axes:
             raise ValueError("it has no axes of any module")
@@ -298,8 +298,8 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
         raise ValueError(f"schema {metadata['schema']!r}")
     stated: dict[str, object] = {name: metadata[name] for name in ("model", "captured", *_SETTINGS)}
     stated |= {"weights": metadata["weights_sha256"], "rank": None if metadata["rank"] == "full" else metadata["rank"]}
-    stated |= {name: json.loads(metadata[name]) for name in ("pairs", "groups", "skipped")}
-    stated |= {name: json.loads(metadata[name]) for name in ("coverage", "tokens") if name in metadata}
+    stated |= {name: parse(metadata[name]) for name in ("pairs", "groups", "skipped")}
+    stated |= {name: parse(metadata[name]) for name in ("coverage", "tokens") if name in metadata}
     stated["chat_template"] = metadata.get("chat_template_sha256", "")
     origin = validated(Origin, stated)
     if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:

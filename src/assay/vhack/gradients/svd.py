@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from assay.errors import BadWeights, UsageError
+from assay.errors import BadWeights, DataError, UsageError
+from assay.files.jsonl import check_tensors
 from assay.files.storage import storage_error, write_atomic
 from assay.models.device import one_thread
 from assay.models.load import Model
@@ -268,11 +269,12 @@ def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, ca
 def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
     """Return the factors in a file, or None where there is no whole file of this matrix; it is then written again."""
     try:
+        check_tensors(path)
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}
             left, values, right = (reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right"))
             found = Factors(left, values, right, float(metadata["residual"]), float(metadata["orthogonality"]))
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError, DataError):
         return None
     rank = min(weight.shape)
     fits = (left.shape, values.shape, right.shape) == ((weight.shape[0], rank), (rank,), (rank, weight.shape[1]))
