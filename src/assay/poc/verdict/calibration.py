@@ -560,7 +560,7 @@ def noise_for(
             do="judge in one of them with --dtype, or measure this pair with `assay poc calibrate --model M`",
         )
     judges = build.judges(header.fingerprint)
-    if len(judges) == 1:  # the other one of a pair
+    if len(judges) == 1 and header.fingerprint != validator:  # the other one of a pair; its own engine is no further
         _refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
     return build.between(build.kind_of(builds, header.fingerprint.dtype), validator, round=header.round)
 
