@@ -45,21 +45,11 @@ class Case(NamedTuple):
     proof: "Proof"
     verdict: "Verdict"
 
-    def summary(self) -> dict[str, Any]:
-        """Return JSON-ready values."""
-        return {
-            "name": self.name,
-            "verdict": self.verdict.verdict,
-            "mean_distance": float(self.proof.distances.mean()),
-            "valid_rate": self.proof.valid_rate,
-            "largest_residual": float(np.abs(self.verdict.residuals).max()),
-            "checked": self.verdict.checked,
-        }
-
     def row(self) -> list[str]:
         """Return the cells of :data:`COLUMNS`."""
-        _, verdict, mean, rate, largest, checked = self.summary().values()
-        return [self.name, f"{mean:.5f}", f"{rate:.1%}", f"{largest:.2g}", str(checked), verdict]
+        mean, largest = self.proof.distances.mean(), np.abs(self.verdict.residuals).max()
+        values = f"{mean:.5f}", f"{self.proof.valid_rate:.1%}", f"{largest:.2g}", str(self.verdict.checked)
+        return [self.name, *values, self.verdict.verdict]
 
 
 def measure_law(model: "Model") -> "Calibration | None":
@@ -150,9 +140,9 @@ def draw(
     )
     kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail"}
     for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
-        rows = [(*case.row()[:-1], case.verdict.verdict) for case in cases]
-        shown = [[*row[:-1], Badge(row[-1], kinds.get(row[-1], "undecided"))] for row in rows]
-        report.table(COLUMNS, shown, caption=caption)
+        badges = [Badge(case.verdict.verdict, kinds.get(case.verdict.verdict, "undecided")) for case in cases]
+        rows = [[*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)]
+        report.table(COLUMNS, rows, caption=caption)
     fig, ax = figure()
     for index, case in enumerate([honest[0], *cheaters]):
         residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
@@ -228,8 +218,8 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     if as_json:
         values = {
             "model": name,
-            "honest": [case.summary() for case in honest],
-            "cheaters": [case.summary() for case in cheaters],
+            "honest": [dict(zip(COLUMNS, case.row(), strict=True)) for case in honest],
+            "cheaters": [dict(zip(COLUMNS, case.row(), strict=True)) for case in cheaters],
             "all_as_expected": passed == len(honest) and caught == len(cheaters),
             "detectors": {one.name: one.auroc.value for one in compared.results},
             "filter": flagged,
