@@ -63,10 +63,12 @@ def measure_law(model: "Model") -> "Calibration | None":
     other = replace(model, module=copy.deepcopy(model.module))
     other.module.set_attn_implementation("eager")
     rounds = [poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)]
+    asked, proofs = [(side, round) for round in rounds for side in (model, other)], []
     with progress_bar("honest noise") as progress:
-        proofs = [
-            poc.prove(side, round, range(CHEATED), progress=progress) for round in rounds for side in (model, other)
-        ]
+        for side, round in asked:
+            proofs.append(poc.prove(side, round, range(CHEATED)))
+            if progress:
+                progress(len(proofs) * CHEATED, len(asked) * CHEATED)
     return poc.calibrate(*proofs, hidden_size=model.hidden_size)
 
 
