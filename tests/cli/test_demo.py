@@ -26,6 +26,7 @@ def foreign(tmp_path):
 @pytest.mark.parametrize("bundled", [True, False])
 def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monkeypatch, foreign, bundled):
     monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
+    monkeypatch.setattr("assay.poc.verdict.noise.is_bundled", lambda digest: bundled)
     result = assay("demo", "--model", "reference:qwen3" if bundled else foreign, "-o", tmp_path, "--json")
     assert result.code == 0, result.err
     summary = json.loads(result.out)
