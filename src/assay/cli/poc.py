@@ -329,10 +329,8 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
 def _sentence(verdict: "Verdict") -> str:
     """Return what a verdict comes to, for a reader who knows no statistics."""
     checked = f"of {verdict.proved} nonces {verdict.checked} were recomputed"
-    if verdict.honest:
-        power = "" if verdict.power is None else f", and {CHEAT} would have shown with a chance of {verdict.power:.0%}"
-        return f"Honest: {checked}; they match within honest noise{power}"
     said = {
+        "honest": "they match within honest noise",
         "fraud": "they differ by more than honest noise explains",
         "faulty": "what is wrong lies at some places of the batch, as with a broken machine",
     }
