@@ -19,10 +19,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-if not __debug__:
-    sys.exit("second.py checks by assert: run it without -O")
-
 LAWS = Path(__file__).parents[1] / "src" / "assay" / "poc" / "verdict" / "bundled_noise.json"
+
+
+class Refused(ValueError):
+    """A proof or a frame that is not what was expected."""
+
+
+def require(holds, otherwise):
+    if not holds:
+        raise Refused(otherwise)
+
 
 # ---- streams.md ------------------------------------------------------------------------------------------------------
 LN = (0.06971611827611923, -0.11479733884334564, 0.11685419827699661, -0.12425687164068222, 0.14249058067798615,
@@ -287,20 +294,22 @@ def read(path):
     lines = Path(path).read_bytes().splitlines(keepends=True)
     header, *records, footer = map(json.loads, lines)
     for line, value in zip(lines, [header, *records, footer], strict=True):
-        assert line.decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", "another form"
-    assert [record["nonce"] for record in records] == [n for run in header["nonces"] for n in range(*run)], "nonces"
+        require(line.decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", "another form")
+    stated = [n for run in header["nonces"] for n in range(*run)]
+    require([record["nonce"] for record in records] == stated, "other nonces than the header names")
     for record in records:
-        assert "distance" not in record or record["valid"] == (record["distance"] < header["round"]["r_target"])
+        valid = "distance" not in record or record["valid"] == (record["distance"] < header["round"]["r_target"])
+        require(valid, f"nonce {record['nonce']}: valid is not what its distance says")
     wanted = {"records": len(records), "valid": sum(record.get("valid", True) for record in records)}
     wanted["sha256"] = hashlib.sha256(b"".join(lines[1:-1])).hexdigest()
-    assert footer["footer"] | wanted == footer["footer"], "another footer"
+    require(footer["footer"] | wanted == footer["footer"], "another footer")
     return header, records
 
 
 def read_frame(path, header):
     """Return the arrays of a frame that is the one which a header names."""
     content = Path(path).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == header["model"]["frame"], "another frame"
+    require(hashlib.sha256(content).hexdigest() == header["model"]["frame"], "another frame")
     start = 8 + int.from_bytes(content[:8], "little")
     found = {}
     for name, of in json.loads(content[8:start]).items():
@@ -374,13 +383,10 @@ def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype
     """Return the verdict of a proof with the residuals of a sample."""
     header, records = read(proof)
     stated = header["fingerprint"]["dtype"]
-    assert (header["round"]["block_hash"], header["round"]["public_key"]) == (block_hash, public_key), "another round"
-    assert header["model"] | {"reference": "", "frame": ""} == {
-        "reference": "",
-        "digest": digest(checkpoint),
-        "weights": "trained",
-        "frame": "",
-    }
+    known = (header["round"]["block_hash"], header["round"]["public_key"])
+    require(known == (block_hash, public_key), "another block or key")
+    model = {"reference": "", "digest": digest(checkpoint), "weights": "trained", "frame": ""}
+    require(header["model"] | {"reference": "", "frame": ""} == model, "another checkpoint")
     drawn = np.random.default_rng(seed).choice(len(records), size=min(sample, len(records)), replace=False)
     engine = Recomputation(checkpoint, header, dtype or stated, frame)
     residuals = [engine.residual(records[i]) for i in sorted(drawn)]
@@ -399,7 +405,12 @@ def main():
     parser.add_argument("--sample", type=int, default=128)
     parser.add_argument("--dtype", help="number format here; that of the proof otherwise")
     parser.add_argument("--frame", help="frame of the checkpoint, for tokens-1")
-    print(json.dumps(found := verify(**vars(parser.parse_args()))))
+    try:
+        found = verify(**vars(parser.parse_args()))
+    except (Refused, OSError, json.JSONDecodeError) as refused:
+        print(f"refused: {refused}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(found))
     sys.exit({"honest": 0, "fraud": 1, "undecided": 2}[found["verdict"]])
 
 

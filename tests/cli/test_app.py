@@ -211,3 +211,9 @@ def test_an_interruption_promises_only_what_is_true(arguments, said, assay, monk
 def test_both_instruments_are_there_after_a_plain_import():
     done = subprocess.run([sys.executable, "-c", "import assay; assay.vhack.extract, assay.poc.prove"], check=False)
     assert done.returncode == 0
+
+
+def test_numbers_of_the_services_have_units(assay):
+    said = assay("config", "poc", "validator").out
+    for name, unit in {"epoch": "SECONDS", "drain": "SECONDS", "max_kept": "BYTES", "max_body": "BYTES"}.items():
+        assert f"[{unit}]\n# {name} = " in said

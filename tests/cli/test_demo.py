@@ -1,27 +1,69 @@
-"""The demonstration, on the bundled model, as a user sees it."""
+"""The demonstration, on the bundled model and on one without a law, as a user sees it."""
 
 import json
+import shlex
+import shutil
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+from assay.models.checkpoint import find_bundled
 from assay.poc import Proof
 
 
-def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monkeypatch):
+@pytest.fixture
+def foreign(tmp_path):
+    """A checkpoint in float32 with a tokenizer, of which assay has no law."""
+    folder = tmp_path / "model"
+    shutil.copytree(find_bundled("reference:qwen3"), folder)
+    weights = {name: tensor.float() * 1.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monkeypatch, foreign, bundled):
     monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
-    result = assay("demo", "-o", tmp_path / "out", "--json")
+    monkeypatch.setattr("assay.poc.verdict.noise.is_bundled", lambda digest: bundled)
+    result = assay("demo", "--model", "reference:qwen3" if bundled else foreign, "-o", tmp_path, "--json")
     assert result.code == 0, result.err
     summary = json.loads(result.out)
-    assert summary["schema"] == "assay.demo/1"
-    assert [row["verdict"] for row in summary["honest"]] == ["honest"] * 9
+    assert summary["schema"] == "assay.demo/2"
+    assert [row["verdict"] for row in summary["honest"]] == ["honest"] * 3
     assert [row["verdict"] for row in summary["cheaters"]] == ["fraud"] * 4
     assert summary["all_as_expected"] is True
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 1
-    assert {row["name"] for row in summary["vhack"]} == {"pools", "heldout", "random_null", "sources", "stability"}
-    assert {row["verdict"] for row in summary["vhack"]} == {"pass"}
-    assert "<code>assay vhack check</code>" in page
-    for phase in ("honest nodes: ", "hack directions: "):
+    assert summary["detectors"].keys() == {"length", "ngrams", "likelihood", "probe"}
+    assert 0 <= summary["filter"]["lost"] < summary["filter"]["caught"] <= summary["filter"]["asked"] < 48
+    for phase in ("honest nodes: ", "detectors: ", *(() if bundled else ("honest noise: ",))):
         assert phase in result.err, "a pipe sees progress"
-    assert "chord law" in page
-    assert "weight matrix, in torch.bfloat16" in page, "factors have the dtype of the weights"
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert len(Proof.load(tmp_path / "out" / "proof.jsonl").records) == 64
+    assert len(Proof.load(tmp_path / "proof.jsonl").records) == 56
+    assert (tmp_path / "calibration.json").exists() is not bundled
+    program, *verify = shlex.split(summary["next"][0])
+    assert program == "assay"
+    assert assay(*verify).code == 0, "the command that the demonstration prints"
+
+
+def test_demo_takes_the_real_model_where_its_packages_are(assay, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(name):
+        asked.append(name)
+        raise FileNotFoundError(2, "stop", name)
+
+    monkeypatch.setattr("assay.models.load.model_info", stop)
+    for found in (True, False):
+        monkeypatch.setattr("assay.cli.demo.find_spec", lambda name, found=found: found or name != "gguf" or None)
+        assert assay("demo", "-o", tmp_path / "new").code == 2
+    assert asked == ["pretrained:smollm2", "reference:qwen3"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_demo_refuses_a_model_without_a_tokenizer_before_it_computes(assay, tmp_path, small_checkpoint):
+    refused = assay("demo", "--model", small_checkpoint, "-o", tmp_path / "new")
+    assert (refused.code, (tmp_path / "new").exists()) == (2, False)
+    assert "tokenizer" in refused.err

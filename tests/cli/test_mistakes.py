@@ -1,6 +1,8 @@
 """Commands that cannot work end with code 2 and an error in three parts, without a traceback and without a file."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -37,7 +39,10 @@ MISTAKES = (
     f"{PROVE} -o nodir/a.jsonl",
     f"{PROVE} -o proof.jsonl",
     f"{PROVE} -o a.jsonl --preset poc-2",
-    *(f"{PROVE} -o a.jsonl --nonces {nonces}" for nonces in ("5", "5:5", "5:1", "0:99999999999999999999", "٣:٥")),
+    *(
+        f"{PROVE} -o a.jsonl --nonces {nonces}"
+        for nonces in ("0", "5.5", "5:5", "5:1", "0:99999999999999999999", "٣:٥")
+    ),
     f"{PROVE} -o a.jsonl --nonces=-4:4",
     *(f"{PROVE} -o a.jsonl --r-target {target}" for target in ("0", "2.5", "nan")),
     *(f"{PROVE} -o a.jsonl --seq-len {length}" for length in ("0", "129", "1000000")),
@@ -76,6 +81,12 @@ def folder(tmp_path_factory, small_checkpoint, small_model):
         output=made / "proof.jsonl",
     )
     (made / "truncated.jsonl").write_text((made / "proof.jsonl").read_text()[:-30])
+    (made / "empty").mkdir()
+    (made / "loop").symlink_to("loop")
+    (made / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    texts = {"nothing": "", "text.txt": "words\n", "list.json": "[1]", "nüll.jsonl": "null\n"}
+    for name, text in (texts | {"number.toml": "[poc.prove]\nnonces = 5.5\n"}).items():
+        (made / name).write_text(text)
     (made / "typo.toml").write_text('[poc.prove]\nmodle = "model"\n')
     return made
 
@@ -87,3 +98,72 @@ def test_a_mistake_is_answered_in_three_parts(command, folder, refused, monkeypa
     refused(*shlex.split(command))
     after = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     assert after == before, "a mistake leaves no file and changes none"
+
+
+@pytest.mark.parametrize("place", ["./absent", "/absent/model", "text.txt", "../absent"])
+@pytest.mark.parametrize("words", ["models info", "models path", "demo --model", "poc frame -o frame.safetensors"])
+def test_a_path_without_a_model_is_refused_before_torch_is_imported(words, place, tmp_path):
+    (tmp_path / "text.txt").write_text("no model")
+    code = (
+        "import sys; from assay.cli import run; code = run(sys.argv[1:]); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules); sys.exit(code)"
+    )
+    called = [sys.executable, "-c", code, *words.split(), place]
+    done = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (2, ["False", "False"]), done.stderr
+    assert all(part in done.stderr for part in ("error: ", "wanted: ", "to do: "))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+MORE = (
+    "config poc prov",
+    "config poc",
+    "models info a b",
+    "models info empty",
+    "models random shape:nope -o new",
+    "poc prove --config number.toml --model model --block-hash B --public-key K -o a.jsonl",
+    "poc prove --config empty --model model --block-hash B --public-key K -o a.jsonl",
+    f"{PROVE} -o empty",
+    f"{PROVE} -o a.jsonl --pins nothing",
+    f"{PROVE} -o a.jsonl --preset tokens-1",
+    f"{PROVE} -o a.jsonl --preset tokens-1 --frame text.txt",
+    f"{PROVE} -o a.jsonl --batch-size 1.5",
+    f"{PROVE} -o loop",
+    VERIFY % "empty",
+    VERIFY % "nothing",
+    VERIFY % "nüll.jsonl",
+    VERIFY % "bytes.jsonl",
+    VERIFY % "proof.jsonl" + " --alpha 5%",
+    VERIFY % "proof.jsonl" + " --sample all",
+    "poc replay nothing --model model",
+    "poc respond --model model --block-hash B --public-key K --prompts empty -o r.jsonl",
+    "poc frame text.txt -o f.safetensors",
+    "poc collect --model model --blocks 0 -o new",
+    "poc calibrate empty text.txt -o c.json",
+    "poc calibrate --merge list.json --merge list.json -o c.json",
+    "poc pins new --model model --from-proof text.txt -o n.toml",
+    "poc pins check empty",
+    "poc pins check nothing",
+    "poc ledger show text.txt",
+    "poc ledger show empty",
+    "poc serve --model model --port eighty --data-dir new",
+    "vhack extract --model model --pairs empty -o b.safetensors",
+    "vhack extract --model model --pairs generated:x -o b.safetensors",
+    "vhack check --model model --pairs generated:4",
+    "vhack report list.json -o p.html",
+    "vhack report empty -o p.html",
+    "vhack pairs generate -n 0 -o p.jsonl",
+    "vhack pairs generate -n 5 -o empty",
+    "vhack pairs match absent.jsonl -o p.jsonl",
+    "vhack pairs verify list.json",
+    "vhack pairs list text.txt",
+)
+
+
+@pytest.mark.parametrize("command", MORE)
+def test_a_file_of_another_kind_is_answered_in_three_parts(command, folder, refused, monkeypatch):
+    monkeypatch.chdir(folder)
+    refused(*shlex.split(command))
+    assert not {"a.jsonl", "new", "r.jsonl", "c.json", "n.toml", "p.html", "p.jsonl"} & {
+        path.name for path in folder.iterdir()
+    }

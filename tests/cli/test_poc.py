@@ -140,3 +140,13 @@ def test_the_round_comes_from_the_pins(prove, assay, refused, small_checkpoint, 
         assert f"beside {pins}" in said
         assert flag in said
     assert not (tmp_path / "third.jsonl").exists()
+
+
+def test_one_number_is_the_end_of_a_range_and_a_verdict_begins_with_a_sentence(assay, proving, small_checkpoint):
+    made = proving(nonces="8", seq_len=16)
+    assert assay(*made).code == 0
+    assert Proof.load(made[-1]).header.nonces == ((0, 8, 1),)
+    known = ("--block-hash", "b", "--public-key", "k", "--seq-len", "16")
+    said = assay("poc", "verify", made[-1], "--model", small_checkpoint, *known).out.splitlines()
+    assert "8 nonces" in said[0], "what was done, before the table"
+    assert all(len(line.rstrip()) <= 160 for line in said)

@@ -49,7 +49,8 @@ def print_config(chosen: ConfigSettings) -> None:
         if not one.flag.argument:
             required = " Required." if one.field.is_required() else ""
             shown = "…" if one.default is None else json.dumps(one.default, ensure_ascii=False)
-            lines += ["", f"# {(one.field.description or '').splitlines()[0]}{required}", f"# {name} = {shown}"]
+            unit = "" if one.unit == name.upper() else f" [{one.unit}]"
+            lines += ["", f"# {(one.field.description or '').splitlines()[0]}{required}{unit}", f"# {name} = {shown}"]
     click.echo("\n".join(lines))
 
 

@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
-from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
+from assay.errors import AssayError, BackendUnavailable, ModelNotFound, StorageError, UsageError, how_to_install
 from assay.settings import NEAR, Settings, Spelling, words_of
 
 EXTENSIONS = "assay.commands"
@@ -75,16 +75,20 @@ class Setting:
         shown = "" if is_none else f"  [default: {self.default}]"
         return f"{self.field.description or ''}{'  [required]' if self.field.is_required() else shown}"
 
+    @property
+    def unit(self) -> str:
+        """What stands for a value in the help: its unit, its few words, or the name."""
+        words = words_of(self.field.annotation)
+        is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
+        unit = self.flag.unit or ("|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit)
+        return unit or ("FILE" if is_path else self.name.upper())
+
     def parameter(self, hidden: bool) -> click.Parameter:
         """Return the option or the argument of click's. Settings check the values, so it takes any text."""
         if self.flag.argument:
             count = -1 if self.repeats else 1
             return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
-        words = words_of(self.field.annotation)
-        is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
-        unit = self.flag.unit or ("|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit)
-        how: dict[str, Any] = {"multiple": self.repeats, "type": str}
-        how |= {"metavar": unit or ("FILE" if is_path else self.name.upper())}
+        how: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
         how = {"is_flag": True} if self.field.annotation is bool else how
         return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **how)
 
@@ -176,6 +180,8 @@ class Command(click.Command):
         values = self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
         refuse_own_sources(self.settings, values)
+        for name in {"model", "reference"} & values.keys():
+            refuse_no_model(str(values[name]))
         made = [
             kind(**{name: value for name, value in values.items() if self.settings[name].kind is kind})
             for kind in self.kinds
@@ -323,6 +329,20 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
                 raise UsageError(f"configuration file {path}: {seen}", wanted=wanted, do=do)
         tables, command = tables.get(word, {}), command.get_command(context, word)
     return tables
+
+
+def refuse_no_model(reference: str) -> None:
+    """Refuse a path at which no model can be; a command would first import transformers, which takes seconds."""
+    path = Path(os.path.expanduser(reference))  # noqa: PTH111 - that of Path fails where there is no such user
+    try:
+        is_model = path.is_dir() or path.suffix.lower() == ".gguf"
+        if is_model or not (path.exists() or reference.startswith((".", "/", "~"))):
+            return
+        seen = f"{reference!r} is {'a file' if path.exists() else 'no directory'}"
+    except OSError:  # a name that is longer than a file system takes: the loader says so
+        return
+    wanted = "a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models list`"
+    raise ModelNotFound(seen, wanted=wanted, do="check the path, or run `assay models list` for the bundled ones")
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:

@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 from pydantic import Field
 
 from assay.cli.flags import (
@@ -38,9 +40,9 @@ poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
 
 def _positions(text: str) -> tuple[int, int]:
-    first, _, end = text.partition(":")
+    first, _, end = text.partition(":") if ":" in text else ("0", "", text)
     if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
-        raise ValueError("two numbers A:B with A < B, for instance 0:256")
+        raise ValueError("a number N, or two A:B with A < B, for instance 0:256")
     return int(first), int(end)
 
 
@@ -293,6 +295,7 @@ class _Pace:
 
 
 CHEAT = "a tenth of the nonces at 5 times the honest noise"
+COLUMN = 90  # characters of a reason in a line
 
 
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
@@ -304,7 +307,7 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
     condition = ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
     rows = [
         ("verdict", f"{verdict.verdict}{condition}"),
-        ("why", verdict.reason),
+        ("why", fill(verdict.reason, COLUMN)),
         ("block hash", header.round.block_hash),
         ("public key", header.round.public_key),
         ("model", f"{header.round.model:.80} ({header.digest[:12]})"),
@@ -316,10 +319,22 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
         ("power", "none" if verdict.power is None else f"{verdict.power:.0%} for {CHEAT}"),
         ("honest noise", "not measured" if noise is None else f"{noise.size:.2g} ({noise.source})"),
         ("gross residuals", "" if sequential is None else f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
-        ("published rule", rule),
+        ("published rule", fill(rule, COLUMN)),
         *life_rows(standing),
     ]
+    click.echo(f"{_sentence(verdict)}{condition}")
     table(("", "result"), rows)
+
+
+def _sentence(verdict: "Verdict") -> str:
+    """Return what a verdict comes to, for a reader who knows no statistics."""
+    checked = f"of {verdict.proved} nonces {verdict.checked} were recomputed"
+    said = {
+        "honest": "they match within honest noise",
+        "fraud": "they differ by more than honest noise explains",
+        "faulty": "what is wrong lies at some places of the batch, as with a broken machine",
+    }
+    return f"{verdict.verdict.capitalize()}: {checked}; {said.get(verdict.verdict, 'that decides nothing yet')}"
 
 
 def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:

@@ -360,7 +360,7 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     """
     from assay.vhack.training.run import train
 
-    _check_tokenizer(chosen.model)
+    check_tokenizer(chosen.model)
     result = train(
         chosen,
         own.output,
@@ -470,11 +470,11 @@ def _load(chosen: WeightSettings) -> "Model":
     """Load the model of a command about texts."""
     from assay.models.load import load_model
 
-    _check_tokenizer(chosen.model)
+    check_tokenizer(chosen.model)
     return load_model(chosen.model, dtype=chosen.dtype, device=chosen.device)
 
 
-def _check_tokenizer(model: str) -> None:
+def check_tokenizer(model: str) -> None:
     """Refuse a model that cannot read texts, before its weights are read."""
     from assay.models.checkpoint import load_tokenizer
 
@@ -483,20 +483,15 @@ def _check_tokenizer(model: str) -> None:
         raise UsageError(f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do)
 
 
-def check_table(result: "CheckReport") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the columns and the rows of a table of all checks. The p-value is the largest against any null."""
+def print_checks(result: "CheckReport", *, title: str) -> None:
+    """Print the table of all checks, with the largest p-value of any null, and why those that failed did."""
     rows: list[tuple[str, ...]] = []
     for made in result.checks:
         value = made.measured
         shown = ("", "") if value is None else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
         p = f"{max(made.p_values.values()):.2g}" if made.p_values else ""
         rows.append((made.title, *shown, p, made.verdict))
-    return ("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows
-
-
-def print_checks(result: "CheckReport", *, title: str) -> None:
-    """Print the table of all checks, and why those that did not pass did not."""
-    table(*check_table(result), title=title)
+    table(("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows, title=title)
     for made in result.checks:
         if made.verdict != "pass":
             click.echo(f"{made.title}: {made.reason}")

@@ -72,8 +72,8 @@ def test_it_shows_nodes_verdicts_and_what_is_accepted(shown, watch):
         ["?", "undecided"],
         ["✓", "honest"],
     ]
-    assert "e^9.1" in rows[0]
-    assert "e^−4.0" in rows[0]
+    assert "over 1000 to 1" in rows[0]
+    assert "none" in rows[0], "no evidence of honesty"
     assert "position mod 16 in 0 to 5" in rows[1]
     assert "–" in rows[2]
     assert "1\u202fmin 33\u202fs" in rows[3]
@@ -104,3 +104,11 @@ def test_text_of_senders_stays_text(shown, watch):
     assert watched.page.title() == "Validating · assay"
     assert watched.errors == []
     assert len(watched.origins) == 1
+
+
+def test_without_an_open_block_it_shows_how_one_is_announced(running, watch):
+    running.values = snapshot() | {"blocks": []}
+    watched = watch(running.url)
+    watched.wait(LIVE)
+    assert watched.page.locator("#no-blocks").is_visible()
+    assert f"{running.url.rstrip('/')}/api/v1/validator/blocks" in watched.text("announce")

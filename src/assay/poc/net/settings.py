@@ -51,9 +51,10 @@ def _list(flag: str, description: str) -> Any:
     return Field((), validate_default=True, validation_alias=name, description=description)
 
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Chance = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, "NUMBER", Field(ge=1)]
+Bytes = Annotated[int, "BYTES", Field(ge=1)]
+Seconds = Annotated[float, "SECONDS", Field(ge=0, allow_inf_nan=False)]
+Chance = Annotated[float, "SHARE", Field(gt=0, lt=1)]
 _read_calibration = BeforeValidator(partial(loaded_by, "assay.poc.verdict.calibration", "Calibration"))
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
@@ -77,7 +78,7 @@ class ServerSettings(assay.settings.Settings):
         "--validate-key", "Keys that may validate, submit artifact jobs and read."
     )
     read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list("--read-key", "Keys that may only read.")
-    max_body: Count = Field(2**20, description="Largest body of a request.")
+    max_body: Bytes = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(
         2**26,
         description="Memory for all bodies that are being received at the same time, an eighth of it for each address. "
@@ -91,7 +92,7 @@ class ServerSettings(assay.settings.Settings):
         description="Connections, and requests, that one address, or one /64 of IPv6, has open at the same time. "
         "Addresses of this machine are not bounded: a proxy on it names its clients.",
     )
-    max_header: Count = Field(2**16, description="Largest head of a request, all its headers included.")
+    max_header: Bytes = Field(2**16, description="Largest head of a request, all its headers included.")
     header_timeout: Seconds = Field(
         10.0, description="Time in which the next request of a connection must begin, and its whole head arrive."
     )

@@ -29,7 +29,7 @@ function sentence(snapshot) {
   if (error) return ["fail", `The last batch failed: ${visible(error)}`];
   const missing = snapshot.laws.find((law) => law.missing);
   if (missing) return ["undecided", `Nodes of the build ${visible(missing.build)} stay undecided: ${visible(missing.missing)}`];
-  if (!snapshot.blocks.length) return ["undecided", "No block is open, so no message is accepted: announce one."];
+  if (!snapshot.blocks.length) return ["undecided", "No block is open, so no message is accepted: announce one as shown under What is accepted."];
   return ["", waiting ? `Recomputing a sample of ${plural(waiting, "node")}.` : "Waiting for messages."];
 }
 
@@ -74,8 +74,8 @@ function nodeRow(node) {
   row.append(
     cell("", badge(node.verdict), node.fault ? part("note", name(node.fault, 60)) : ""),
     cell("names", part("", name(node.public_key, 44)), part("note", `${about}${plural(node.messages, "message")}`)),
-    cell("n evidence", power(node.log_e_value), bar(node.log_e_value)),
-    cell("n evidence", power(node.log_evidence_honest), bar(node.log_evidence_honest)),
+    cell("n evidence", odds(node.log_e_value), bar(node.log_e_value)),
+    cell("n evidence", odds(node.log_evidence_honest), bar(node.log_evidence_honest)),
     cell("n", count(node.checked), part("note", `of ${compact(node.claimed)}`)),
     cell("n", ...decision(node)),
   );
@@ -87,9 +87,10 @@ function decision(node) {
   return [duration(node.seconds_to_decision), part("note", plural(node.nonces_to_decision, "nonce"))];
 }
 
-/** Evidence as the power of e that it is. */
-function power(logarithm) {
-  return `e^${logarithm.toFixed(1)}`.replace("-", "−");
+/** Evidence as the odds that it is. */
+function odds(logarithm) {
+  if (logarithm < Math.log(2)) return "none";
+  return logarithm < FULL ? `${compact(Math.exp(logarithm))} to 1` : "over 1000 to 1";
 }
 
 function bar(logarithm) {
@@ -119,6 +120,7 @@ function changeRow(change) {
 function showPins(snapshot) {
   const { pins, model, blocks, epoch, inbox } = snapshot;
   putName("model", `${model.reference}, ${model.digest.slice(0, 12)}`, 100);
+  $("no-blocks").hidden = blocks.length > 0;
   const open = blocks.map((block) => shorten(block.block_hash, 24));
   put("blocks", open.length ? open.slice(0, 4).join(", ") + (open.length > 4 ? `, and ${open.length - 4} more` : "") : "none is open");
   put("round", `${pins.preset}, ${pins.seq_len} positions, ${pins.strength} bits`);
@@ -129,6 +131,9 @@ function showPins(snapshot) {
   put("uptime", duration(snapshot.uptime_seconds));
   put("version", `assay ${snapshot.version}`);
 }
+
+put("announce", `curl -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
+  ${new URL("api/v1/validator/blocks", location.href)} -d '{"block_hash": "block_alpha", "block_height": 7}'`);
 
 const title = () => ((shown.verdicts.fraud ?? 0) ? `${plural(shown.verdicts.fraud, "node")} fraud` : "Validating");
 

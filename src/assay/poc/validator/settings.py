@@ -5,10 +5,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from assay.poc.net.settings import Count
+from assay.poc.net.settings import Bytes, Count
 from assay.settings import Flag, Settings
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, "SECONDS", Field(gt=0, allow_inf_nan=False)]
 
 
 class ValidatorSettings(Settings):
@@ -40,8 +40,8 @@ class ValidatorSettings(Settings):
         2**22, description="Positions of a share that callbacks may name; farther nonces are refused with 32-bit seeds."
     )
     open_blocks: Count = Field(16, description="Latest announced blocks of which messages are accepted.")
-    max_proof: Count = Field(2**24, description="Largest proof in bytes.")
+    max_proof: Bytes = Field(2**24, description="Largest proof in bytes.")
     max_unwritten: Count = Field(4096, description="Messages that wait for the disk at the same time.")
-    max_kept: Count = Field(2**32, description="Bytes of the messages of one node that are kept; more are refused.")
+    max_kept: Bytes = Field(2**32, description="Bytes of the messages of one node that are kept; more are refused.")
     keep: Seconds = Field(2 * 86_400.0, description="Time for which messages are kept; evidence is kept for ever.")
     poll_interval: Seconds = Field(5.0, description="Pause between two questions to a node that is polled.")
