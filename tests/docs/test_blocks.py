@@ -29,14 +29,19 @@ def checkout(tmp_path):
 @pytest.mark.skipif(not (ROOT / ".venv/.ready").exists(), reason="runs in the environment of `make setup`")
 def test_the_readme(checkout):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    port = free_port()
-    text = page_blocks.script(readme, leave_out=INSTALLS).replace("127.0.0.1:8100", f"127.0.0.1:{port}")
-    done = run(text.replace("assay poc serve", f"assay poc serve --port {port}"), checkout)
+    text = page_blocks.script(readme, leave_out=INSTALLS)
+    for name, known in (("validator", 8090), ("serve", 8100)):
+        port = free_port()
+        text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{port}")
+        text = text.replace(f"assay poc {name}", f"assay poc {name} --port {port}")
+    done = run(text, checkout)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines().count("honest") == 1  # of the program, as its comment says
-    assert '"status":"OK"' in done.stdout  # of the request to the service
-    for name in ("data/service.sqlite3", "hack.safetensors"):
-        assert (checkout / name).is_file(), name
+    assert done.stdout.splitlines().count("fraud") == 1  # of the program, as its comment says
+    (shown,) = re.findall(r"^```text\n(Honest: .*\n)```$", readme, re.MULTILINE)
+    assert shown in done.stdout
+    assert '"verdict":"honest"' in done.stdout  # of the validator
+    (served,) = re.findall(r"^```console\npip .*\n((?s:.*?))^```$", readme, re.MULTILINE)
+    assert served in (ROOT / "docs/vllm.md").read_text(encoding="utf-8"), "tests/vllm runs the command of that page"
 
 
 @pytest.mark.slow

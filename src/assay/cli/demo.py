@@ -3,7 +3,7 @@
 import copy
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from assay.settings import Settings
 
 if TYPE_CHECKING:
     from assay.models.load import Model
-    from assay.pages.report import BadgeKind, Report
+    from assay.pages.report import BadgeKind, Cell, Report
     from assay.poc.protocol.proof import Proof
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration import Calibration
@@ -53,6 +53,15 @@ class Case(NamedTuple):
         return [self.name, *values, self.verdict.verdict]
 
 
+def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
+    """Yield items, with a bar of how many are done."""
+    with progress_bar(label, "steps") as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            if progress:
+                progress(done, len(items))
+
+
 def measure_law(model: "Model") -> "Calibration | None":
     """Measure how far two kinds of kernels differ, in blocks that no node proves; None where assay has the law."""
     from assay import poc
@@ -63,12 +72,8 @@ def measure_law(model: "Model") -> "Calibration | None":
     other = replace(model, module=copy.deepcopy(model.module))
     other.module.set_attn_implementation("eager")
     rounds = [poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)]
-    asked, proofs = [(side, round) for round in rounds for side in (model, other)], []
-    with progress_bar("honest noise") as progress:
-        for side, round in asked:
-            proofs.append(poc.prove(side, round, range(CHEATED)))
-            if progress:
-                progress(len(proofs) * CHEATED, len(asked) * CHEATED)
+    asked = [(side, round) for round in rounds for side in (model, other)]
+    proofs = [poc.prove(side, round, range(CHEATED)) for side, round in followed("honest noise", asked)]
     return poc.calibrate(*proofs, hidden_size=model.hidden_size)
 
 
@@ -80,13 +85,10 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
     def judge(label: str, attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]") -> list[Case]:
         """Make proofs that are to be of a round, and let a validator with the real model judge them."""
         cases = []
-        with progress_bar(label) as progress:
-            for name, round, prove in attempts:
-                proof = prove()
-                verdict = poc.verify(proof, model, sample=len(proof.records), expect=round, calibration=law)
-                cases.append(Case(name, proof, verdict))
-                if progress:
-                    progress(len(cases) * NONCES, len(attempts) * NONCES)
+        for name, round, prove in followed(label, attempts):
+            proof = prove()
+            verdict = poc.verify(proof, model, sample=len(proof.records), expect=round, calibration=law)
+            cases.append(Case(name, proof, verdict))
         return cases
 
     shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
@@ -111,13 +113,9 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
     from assay.vhack.detect import Cost, collect_evidence, compare_detectors, fit_judge, make_detectors
     from assay.vhack.pairs.generate import generate_pairs
 
-    pairs, read = generate_pairs(PAIRS), []
-    with progress_bar("detectors", "completions") as progress:
-        for side in (0, 1):
-            samples = [pair.samples()[side] for pair in pairs[:COMPARED]]
-            read.append(collect_evidence(samples, model, cost=Cost.FORWARD))
-            if progress:
-                progress(len(read) * COMPARED, 2 * COMPARED)
+    pairs = generate_pairs(PAIRS)
+    sides = [[pair.samples()[side] for pair in pairs[:COMPARED]] for side in (0, 1)]
+    read = [collect_evidence(samples, model, cost=Cost.FORWARD) for samples in followed("detectors", sides)]
     groups = [pair.group for pair in pairs]
     half, of_compared = set(list(dict.fromkeys(groups))[::2]), groups[:COMPARED]
     cheap = [one for one in make_detectors() if one.cost < Cost.BACKWARD]
@@ -144,7 +142,7 @@ def draw(
     kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail"}
     for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
         badges = [Badge(case.verdict.verdict, kinds.get(case.verdict.verdict, "undecided")) for case in cases]
-        rows = [[*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)]
+        rows: list[list[Cell]] = [[*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)]
         report.table(COLUMNS, rows, caption=caption)
     fig, ax = figure()
     for index, case in enumerate([honest[0], *cheaters]):

@@ -22,7 +22,8 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
-from assay.errors import AssayError, BackendUnavailable, ModelNotFound, StorageError, UsageError, how_to_install
+from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
+from assay.files.references import find_path
 from assay.settings import NEAR, Settings, Spelling, words_of
 
 EXTENSIONS = "assay.commands"
@@ -181,7 +182,7 @@ class Command(click.Command):
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
         refuse_own_sources(self.settings, values)
         for name in {"model", "reference"} & values.keys():
-            refuse_no_model(str(values[name]))
+            find_path(str(values[name]))  # or it is refused here, before a command imports torch
         made = [
             kind(**{name: value for name, value in values.items() if self.settings[name].kind is kind})
             for kind in self.kinds
@@ -329,20 +330,6 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
                 raise UsageError(f"configuration file {path}: {seen}", wanted=wanted, do=do)
         tables, command = tables.get(word, {}), command.get_command(context, word)
     return tables
-
-
-def refuse_no_model(reference: str) -> None:
-    """Refuse a path at which no model can be; a command would first import transformers, which takes seconds."""
-    path = Path(os.path.expanduser(reference))  # noqa: PTH111 - that of Path fails where there is no such user
-    try:
-        is_model = path.is_dir() or path.suffix.lower() == ".gguf"
-        if is_model or not (path.exists() or reference.startswith((".", "/", "~"))):
-            return
-        seen = f"{reference!r} is {'a file' if path.exists() else 'no directory'}"
-    except OSError:  # a name that is longer than a file system takes: the loader says so
-        return
-    wanted = "a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models list`"
-    raise ModelNotFound(seen, wanted=wanted, do="check the path, or run `assay models list` for the bundled ones")
 
 
 def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> None:

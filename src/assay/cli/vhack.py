@@ -106,9 +106,7 @@ class PoolSettings(RuleSettings, WeightSettings):
 class ReportSettings(Settings):
     """Settings of ``assay vhack report``."""
 
-    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(
-        description="Result of `assay vhack check -o`; runs of `assay vhack train`; trainer_state.json of TRL."
-    )
+    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(description="Result of a check, runs, or logs of TRL.")
     output: Annotated[Path, OUTPUT] = Field(description="Page to write.")
     check: tuple[Path, ...] = Field((), description="Check to show beside logs; may be repeated.")
 
@@ -164,21 +162,8 @@ class VerifyPairsSettings(ListSettings):
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
 _PASSED = _SELECTION | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
-_SHOWN = (
-    "hack",
-    "solve",
-    "reward",
-    "flagged",
-    "missed",
-    "alarm",
-    "cin_s",
-    "cin_t",
-    "cin",
-    "cout",
-    "leak",
-    "displacement",
-    "seconds",
-)
+_TOLD = ("hack", "solve", "reward", "flagged", "missed", "alarm")
+_SHOWN = (*_TOLD, "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
 
 
 @vhack.add(
@@ -327,10 +312,11 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     from assay.files.jsonl import read_json
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.page import make_page
-    from assay.vhack.training.page import is_run, training_page
+    from assay.vhack.training.page import training_page
 
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
-    is_one = not more and is_run(first)
+    is_log = first.name == "trainer_state.json" or first.suffix == ".jsonl" or (first / "log.jsonl").is_file()
+    is_one = is_log and not more
     if more or not (is_one or first.suffix == ".json"):
         extension("vhack report --runs")(chosen, as_json)
         return

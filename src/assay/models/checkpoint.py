@@ -51,6 +51,7 @@ from assay.errors import (
     is_out_of_memory,
 )
 from assay.files.jsonl import LONGEST_FILE, LONGEST_LINE, check_tensors, parse, parts, read_json, read_whole
+from assay.files.references import find_path, no_model
 from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 
@@ -177,21 +178,11 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
 
 def _locate(reference: str | Path) -> Path:
     name = os.fspath(reference)
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - that of Path fails where there is no such user
-    try:
-        if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
-            return path
-    except OSError as error:  # a name that is longer than a file system takes
-        seen, wanted = f"{name!r:.80} is no directory: {error.strerror}", "a checkpoint directory, or another reference"
-        raise ModelNotFound(seen, wanted=wanted, do="check the path") from error
-    is_free = isinstance(reference, str) and not (path.exists() or path.is_symlink())
-    if is_free and _HUB_ID.fullmatch(name):
+    if (path := find_path(name)) is not None:
+        return path
+    if isinstance(reference, str) and _HUB_ID.fullmatch(name):
         return _cached(name) or _downloaded(name)
-    raise ModelNotFound(
-        f"{name!r} is {'a file' if path.exists() else 'no directory'}",
-        wanted="a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models list`",
-        do="run `assay models list` for the bundled ones, or check the path",
-    )
+    raise no_model(name, "no directory")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

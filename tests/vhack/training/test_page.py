@@ -7,7 +7,7 @@ import pytest
 from assay.cli import run
 from assay.errors import DataError
 from assay.vhack.training import TrainLog
-from assay.vhack.training.page import find_faults, is_run, training_page
+from assay.vhack.training.page import find_faults, training_page
 
 GOOD = {"hack": 0.0, "solve": 0.9, "flagged": 0.02, "lost": 0.02, "missed": 0.0, "reward": 0.9, "alarm": 0.0}
 BEGIN = {**GOOD, "hack": 0.1, "flagged": 0.1, "solve": 0.7, "reward": 0.7}
@@ -54,7 +54,6 @@ def test_what_trl_logs_becomes_a_page_that_says_what_nothing_told(tmp_path):
     history = [{"step": n + 1, "reward": 0.0, "vhack/reward": n / 8, "vhack/flagged": 0.0} for n in range(8)]
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": [*history, {"step": 8, "train_runtime": 1.0}]}))
-    assert is_run(state)
     for log in (state, history):
         page = training_page(log).render()
         assert "reward rose by 0.500" in page
@@ -63,8 +62,6 @@ def test_what_trl_logs_becomes_a_page_that_says_what_nothing_told(tmp_path):
 
 def test_what_is_no_log_is_refused(tmp_path):
     (tmp_path / "check.json").write_text('{"verdict": "pass"}')
-    assert not is_run(tmp_path / "check.json")
-    assert not is_run(tmp_path)
     with pytest.raises(DataError):
         training_page(tmp_path / "check.json")
     with pytest.raises(DataError):

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from assay.errors import AssayError, DataError
+from assay.errors import DataError
 from assay.files.jsonl import JsonObject, read_json
 from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
 from assay.vhack.training.log import read_steps
@@ -70,14 +70,6 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     _draw(page, steps, shown, "share of rollouts", "Shares of the rollouts of each step, without those of a teacher.")
     _draw(page, steps, [("reward", "reward", SERIES[0])], "mean reward", "Reward as paid, mean of each step.")
     return page
-
-
-def is_run(path: Path) -> bool:
-    """Return whether a file or directory is what :func:`training_page` takes."""
-    try:
-        return bool(_read(path))
-    except (AssayError, OSError):
-        return False
 
 
 def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[str]:
