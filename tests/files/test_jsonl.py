@@ -125,7 +125,7 @@ def test_empty_lines_at_the_end_are_passed_over_and_others_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "shape"),
     [
-        (b'[\n{"a":1}]', "JSON array"), (b'{\r\n"a":1}', "several lines"), (gzip.compress(b"{}"), "gzip"),
+        (b'[\n{"a":1}]', "JSON array"), (b'{\r\n"a":1}', "several lines"), (gzip.compress(b"{}", mtime=0), "gzip"),
         (b"PK\x03\x04", "zip"), (b"PAR1\0\n", "parquet"), ("{}".encode("utf-16"), "UTF-16"),
     ],
 )  # fmt: skip
