@@ -27,7 +27,7 @@ TOGETHER = 4  # steps whose mean is one point
 WIDTH = 720
 COLORS = 128  # of pages in flat colours: more are not seen, and make files three times as large
 PARTS = {
-    "report-poc": ("demo/report.html", "h2:has-text('How far off')", "h2:has-text('v_hack')"),
+    "report-poc": ("demo/report.html", "figure >> nth=0", "h2:has-text('v_hack')"),
     "vhack-filter": ("arms.html", "h2:has-text('Rollouts that cheat')", "p:has-text('End')"),
 }
 """Report of each picture, and what stands where the picture begins and ends."""
