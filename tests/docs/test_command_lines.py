@@ -31,6 +31,7 @@ def folder(small_model, tmp_path, monkeypatch):
     """A folder with the files that a command reads before its work."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     (tmp_path / "keys").write_text("k" * 20 + "\n")
+    (tmp_path / "here.toml").write_text("[poc.serve]\nallow_private_callbacks = true\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
