@@ -305,7 +305,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
 
 @vhack.add("report", ReportSettings, example="assay vhack report check.json -o page.html")
 def report(chosen: ReportSettings, as_json: bool) -> None:
-    """Draw the page of an earlier check, or of a run over its steps.
+    """Draw the page of a check, or of a run.
 
     The page of several runs, with a final table, needs assay-research.
     """

@@ -288,7 +288,7 @@ def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_an
     assert [step["alarm"] >= 1 for step in steps].index(True) == result.alarm < 5
     assert "alarm was given" in (tmp_path / "run" / "page.html").read_text()
     monkeypatch.setattr(_run, "train", lambda *_, **__: result)
-    monkeypatch.setattr(_cli, "_check_tokenizer", lambda _: None)
+    monkeypatch.setattr(_cli, "check_tokenizer", lambda _: None)
     assert cli(["vhack", "train", "--model", "m", "-o", str(tmp_path)]) == 1
 
 
