@@ -180,8 +180,8 @@ def lora_request(path: Path) -> SimpleNamespace:
 
 
 async def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).write_text(name)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(8))  # of no tensors
     llm, sink, _ = recorded()
     await ask(llm, AcceptedRequest("r", "block"), lora_request=lora_request(tmp_path))
     assert [one.adapter for one in sink.receipts] == [Adapter("tuned", digest_adapter(tmp_path))]
