@@ -93,9 +93,8 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
 
     shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
     rounds = [poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()]
-    names = [" ".join(words) for words in BLOCKS.items()]
     provers = [partial(poc.prove, model, one, range(NONCES)) for one in rounds]
-    honest = judge("honest nodes", list(zip(names, rounds, provers, strict=True)))
+    honest = judge("honest nodes", list(zip(map(" ".join, BLOCKS.items()), rounds, provers, strict=True)))
     first, skipped = rounds[0], max(1, model.num_layers // 4)
     cheaters: dict[str, Callable[[], Proof]] = {
         "weights rounded to int4": lambda: poc.prove(cheats.rounded(model), first, range(CHEATED)),

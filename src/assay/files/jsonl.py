@@ -241,7 +241,8 @@ LONGEST_FILE = 2**22
 def read_toml(path: str | Path) -> JsonObject:
     """Return the tables of a TOML file of at most 4 MiB, which are not to be changed: some are kept for the next."""
     try:
-        return _tables(read_whole(path, LONGEST_FILE).decode())
+        text = read_whole(path, LONGEST_FILE).decode()
+        return _tables(text) if _NODE in text else _parse(text)
     except UnicodeDecodeError as error:
         raise _bad(path, f"byte {error.start + 1} is not UTF-8", "a TOML file") from error
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError names line and column
