@@ -1,28 +1,34 @@
-r"""Rollouts judged by a detector, with an exploit stored in every group: what each arm does to hack and solve rate.
+r"""The fourth experiment: rollouts judged by a detector, with a stored exploit in every group; the arms over seeds.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/vhack_filter.py --device cpu --steps 40 --prompts 4 --group 8 \
-        --arms none filter=cin-lda filter=cin-lda:random -o research/results/vhack_filter.json
+    OMP_NUM_THREADS=1 python research/benchmarks/vhack_filter.py --steps 40 --prompts 4 --group 8 --seeds 300 301 \
+        --arms none filter=cin-lda filter=cin-lda:random -o research/results/vhack_filter_seeds.json
 
-The organism of 7 M parameters, which we trained ourselves. A group has one stored exploit and rollouts of the policy,
-so every arm sees as many. Pairs and partial monitor know ``--known`` of six mechanisms, tasks have all. A stored
-exploit counts as written by a policy that is certain of it, so its importance weight is the policy's own probability.
-Afterwards what is kept of δS completes held-out tasks. Predicted: filter by cin and by probe end at a hack rate of at
-most 0.02 and solve at least as much as no-loophole less 0.05; random flags and the partial monitor fail. On a GPU:
+The organism of 7 M parameters, or with ``--model`` one that vhack_organisms.py made; we trained them all ourselves. A
+group has one stored exploit and rollouts of the policy, so every arm sees as many. Pairs and partial monitor know
+``--known`` of six mechanisms, tasks have all. A stored exploit counts as written by a policy that is certain of it, so
+its importance weight is the policy's own probability. ``--exploit partial`` stores another kind, of which pairs know
+nothing: it does all of the work but the first step, and tells the grader "right". ``ARM/N`` renews axes and detector
+after every N steps. Afterwards what is kept of δS completes held-out tasks.
 
-    python research/benchmarks/vhack_filter.py --device cuda --steps 120 --limit 420 --at-once 8 --micro-batch 72 \
-        --arms none no-loophole filter=cin-lda filter=probe filter=cin-lda:random filter=monitor penalty=cin-lda \
-        quarantine=cin-lda -o "$OUT/vhack_filter.json"
+Predicted before the first run with more than one seed: at 7 M and 30 M, filter by cin-lda ends at a hack rate of at
+most 0.02 in the mean over seeds and solves at least as much as no-loophole less 0.05; filter by probe does not (it
+failed with one seed); random flags and the partial monitor end above 0.5. At 120 M and on SmolLM2 the same for cin-lda.
+Partial exploit: every arm without renewal ends above 0.5, and with renewal after 5 steps above 0.05.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import torch
 from _common import note, parser, publish
+from scipy.stats import t
 
 from assay.files.jsonl import read_json
 from assay.models import load_model
@@ -37,30 +43,29 @@ from assay.vhack.training.log import read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
 from assay.vhack.training.settings import SampleSettings
 
-MODEL = "reference:organism"
 TASKS = {"families": ("arithmetic", "branches", "digits", "counts"), "modes": tuple(CHANNELS), "share_none": 0.0}
 KEPT = ("step", "hack", "solve", "flagged", "caught", "lost", "caught_teacher", "quarantine", "seconds")
-LONGEST = 96
 
 
-def store_exploits(settings, path):
+def store_exploits(settings, path, partial):
     """Write the exploit of every task of a run into a pool."""
-    tokenizer = load_model(MODEL, device="cpu").tokenizer
+    tokenizer = load_model(settings.model, device="cpu").tokenizer
     rollouts = []
     for episode in settings.episodes(settings.tasks):
-        text = episode.completion(episode.exploit(None))
+        text = episode.completion(episode.exploit(episode.task.source(leave_out=0) if partial else None))
         tokens = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-        if len(tokens) <= LONGEST:
+        if len(tokens) <= settings.max_new_tokens:
             rollouts.append(PoolRollout(episode.prompt, text, tokens, (0.0,) * len(tokens)))
     RolloutPool(rollouts).save(path)
 
 
 def held_out(chosen, delta, known):
     """Rates of what is kept on held-out tasks, of all mechanisms, of those that pairs show, and of the others."""
-    model = load_model(MODEL, device=chosen.device, dtype="float32")
+    model = load_model(chosen.model, device=chosen.device, dtype="float32")
     load_adapter(model, delta, read_delta_lengths(delta)).merge()
-    tasks = SampleSettings(seed=chosen.seed, difficulty=(2, 4), **TASKS).episodes(chosen.held_out)
-    drawn = sample_pool(model, [t.prompt for t in tasks], per_prompt=8, max_new_tokens=LONGEST, seed=7, batch=128)
+    tasks = SampleSettings(seed=chosen.seeds[0], difficulty=(2, 4), **TASKS).episodes(chosen.held_out)
+    prompts = [task.prompt for task in tasks]
+    drawn = sample_pool(model, prompts, per_prompt=8, max_new_tokens=chosen.longest, seed=7, batch=128)
     by_prompt = {task.prompt: task for task in tasks}
     asked = [by_prompt[rollout.prompt] for rollout in drawn]
     found = evaluate(asked, [rollout.completion for rollout in drawn], allow_unsandboxed=chosen.allow_unsandboxed)
@@ -77,13 +82,15 @@ def held_out(chosen, delta, known):
 
 def one(chosen, arm, folder):
     """Train one arm, and return its steps and the rates afterwards."""
-    name, _, detector = arm.partition("=")
+    kind, _, renewed = arm.partition("/")
+    name, _, detector = kind.partition("=")
     known = list(CHANNELS)[: chosen.known]
-    how = {"model": MODEL, "device": chosen.device, "dtype": "float32", "seed": chosen.seed, "difficulty": (2, 4)}
-    how |= {"tasks": 1024, "prompts": chosen.prompts, "group": chosen.group, "max_new_tokens": LONGEST, **TASKS}
-    how |= {"steps": chosen.steps, "micro_batch": chosen.micro_batch, "save_every": 10}
+    how = {"model": chosen.model, "device": chosen.device, "dtype": "float32", "seed": chosen.seeds[0]}
+    how |= {"tasks": 1024, "prompts": chosen.prompts, "group": chosen.group, "max_new_tokens": chosen.longest, **TASKS}
+    how |= {"steps": chosen.steps, "micro_batch": chosen.micro_batch, "save_every": 10, "lr": chosen.lr}
     how |= {"arm": name, "detector": "labels=" + "+".join(known) if detector == "monitor" else detector or None}
-    store_exploits(TrainSettings(**how), folder / "pool.jsonl")
+    how |= {"difficulty": (2, 4), "refresh": int(renewed or 0)}
+    store_exploits(TrainSettings(**how), folder / "pool.jsonl", chosen.exploit == "partial")
     settings = TrainSettings(**how, teacher=str(folder / "pool.jsonl"), teacher_share=1 / chosen.group)
     pairs = environment_pairs(chosen.pairs, whole=True, families=TASKS["families"], modes=known)
     began = time.perf_counter()
@@ -103,35 +110,60 @@ def one(chosen, arm, folder):
     return {"rates": rates, "after": done, "seconds": round(time.perf_counter() - began, 1), "steps": kept}
 
 
+def over_seeds(rates):
+    """Mean over seeds of every rate, the ends of its 95 % t interval where there are two seeds, and the largest."""
+    found = {}
+    for name in rates[0]:
+        values = np.array([one[name][0] for one in rates])
+        half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        ends = [values.mean() - half, values.mean() + half] if len(values) > 1 else []
+        found[name] = [round(float(x), 4) for x in (values.mean(), *ends, values.max())]
+    return found
+
+
 def main():
-    """Run every arm in a process of its own, some at once, and write what is there after each, in their order."""
+    """Run every arm of every seed in a process of its own, some at once, and write what is there after each."""
     options = parser(__doc__)
-    options.add_argument("--device", default="cpu")
+    options.add_argument("--model", default="reference:organism")
+    options.add_argument("--device", default="cpu", help="cuda takes the GPUs in turns")
     options.add_argument("--arms", nargs="+", default=["none", "no-loophole", "filter=cin-lda"])
-    options.add_argument("--seed", type=int, default=300)
+    options.add_argument("--seeds", nargs="+", type=int, default=[300])
     for flag, default in (("steps", 120), ("prompts", 16), ("group", 9), ("known", 3), ("pairs", 48), ("held-out", 48)):
         options.add_argument(f"--{flag}", type=int, default=default)
+    options.add_argument("--longest", type=int, default=96, help="tokens of a completion")
+    options.add_argument("--lr", type=float, default=0.015)
+    options.add_argument("--exploit", choices=("whole", "partial"), default="whole")
     options.add_argument("--limit", type=float, default=1e9, help="seconds, after which the last checkpoint counts")
     options.add_argument("--micro-batch", type=int, default=0, help="rollouts of a backward pass; 0 takes one group")
-    options.add_argument("--at-once", type=int, default=1, help="arms that run side by side")
+    options.add_argument("--at-once", type=int, default=1, help="runs side by side")
     options.add_argument("--allow-unsandboxed", action="store_true")
     chosen = options.parse_args()
-    shown = {name: value for name, value in vars(chosen).items() if name not in ("output", "arms", "at_once")}
-    rest = [part for part in sys.argv[1:] if part not in chosen.arms and part != "--arms"]
-    found = {}
+    cells = [(arm, seed) for seed in chosen.seeds for arm in chosen.arms]
+    found = {arm: {"seeds": {}} for arm in chosen.arms}
+    shown = {name: value for name, value in vars(chosen).items() if name not in ("output", "arms", "at_once", "model")}
+    shown["model"] = Path(chosen.model).name
+    gpus = torch.cuda.device_count() if chosen.device == "cuda" else 0
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(chosen.at_once) as pool:
-        if len(chosen.arms) == 1:
-            found = {chosen.arms[0]: one(chosen, chosen.arms[0], Path(name))}
-            return publish("vhack_filter", {**shown, "arms": found}, chosen.output)
+        if len(cells) == 1:
+            found = one(chosen, chosen.arms[0], Path(name))
+            return publish("vhack_filter", {**shown, "run": found}, chosen.output)
 
-        def apart(arm):
-            path = Path(name) / f"{chosen.arms.index(arm)}.json"
-            line = [sys.executable, __file__, *rest, "--arms", arm, "-o", str(path)]
-            ended = subprocess.run(line, stdout=subprocess.DEVNULL, check=False)
-            return read_json(path)["arms"] if path.exists() else {arm: {"failed": ended.returncode}}
+        def apart(index):
+            arm, seed = cells[index]
+            path = Path(name) / f"{index}.json"
+            line = [sys.executable, __file__, *sys.argv[1:], "--arms", arm, "--seeds", str(seed), "-o", str(path)]
+            mine = {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {}
+            log = chosen.output.with_suffix(f".{index}.log") if chosen.output else os.devnull
+            with Path(log).open("wb") as lines:
+                ended = subprocess.run(line, stdout=lines, stderr=lines, env=os.environ | mine, check=False)
+            return read_json(path)["run"] if path.exists() else {"failed": ended.returncode}
 
-        for part in pool.map(apart, chosen.arms):
-            found |= part
+        for done in as_completed(asked := {pool.submit(apart, index): index for index in range(len(cells))}):
+            arm, seed = cells[asked[done]]
+            found[arm]["seeds"][seed] = done.result()
+            ended = [run["rates"] for run in found[arm]["seeds"].values() if "rates" in run]
+            if ended:
+                found[arm]["rates"] = over_seeds(ended)
             publish("vhack_filter", {**shown, "arms": found}, chosen.output)
     return None
 
