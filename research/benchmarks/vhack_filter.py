@@ -142,7 +142,8 @@ def main():
     found = {arm: {"seeds": {}} for arm in chosen.arms}
     shown = {name: value for name, value in vars(chosen).items() if name not in ("output", "arms", "at_once", "model")}
     shown["model"] = Path(chosen.model).name
-    gpus = torch.cuda.device_count() if chosen.device == "cuda" else 0
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",") if chosen.device == "cuda" else []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(chosen.at_once) as pool:
         if len(cells) == 1:
             found = one(chosen, chosen.arms[0], Path(name))
@@ -152,7 +153,7 @@ def main():
             arm, seed = cells[index]
             path = Path(name) / f"{index}.json"
             line = [sys.executable, __file__, *sys.argv[1:], "--arms", arm, "--seeds", str(seed), "-o", str(path)]
-            mine = {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {}
+            mine = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
             log = chosen.output.with_suffix(f".{index}.log") if chosen.output else os.devnull
             with Path(log).open("wb") as lines:
                 ended = subprocess.run(line, stdout=lines, stderr=lines, env=os.environ | mine, check=False)

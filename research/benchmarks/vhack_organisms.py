@@ -28,7 +28,7 @@ MIXTURE = Mixture(families=("arithmetic", "branches", "loops", "digits", "counts
 def base(name, seconds, folder):
     """Train a model of a shape on Python source, with the tokenizer of the bundled ones."""
     borrowed = load_model("reference:llama", device="cpu").tokenizer
-    stream, _ = encode(borrowed.backend_tokenizer, read_corpus()[0]["train"], 40)
+    stream, _ = encode(borrowed.backend_tokenizer, read_corpus()[0]["train"], 25)
     hidden, layers, rate, _ = SHAPES[name]
     size = argparse.Namespace(hidden=hidden, layers=layers, lr=rate, batch=256, length=512, seconds=seconds)
     size.compile = True
@@ -50,7 +50,7 @@ def main():
     source, rate = "pretrained:smollm2", 2e-4
     if chosen.size in SHAPES:
         source, rate = base(chosen.size, chosen.seconds, chosen.output.with_name(chosen.output.name + "-base"))
-    recipe = Recipe(source, chosen.tuning, 256, rate, 25600, mixture=MIXTURE)
+    recipe = Recipe(source, chosen.tuning, 256, rate, 128 * chosen.tuning, mixture=MIXTURE)
     losses = make_organism(chosen.output, recipe, device="cuda")
     note(f"{chosen.size}: loss {losses[0]:.4f} to {losses[-1]:.4f}, {load_model(Path(chosen.output)).digest}")
 
