@@ -27,7 +27,7 @@ MIXTURE = Mixture(families=("arithmetic", "branches", "loops", "digits", "counts
 
 def base(name, seconds, folder):
     """Train a model of a shape on Python source, with the tokenizer of the bundled ones."""
-    borrowed = load_model("reference:llama", device="cpu").tokenizer
+    borrowed = load_model("reference:organism", device="cpu").tokenizer
     stream, _ = encode(borrowed.backend_tokenizer, read_corpus()[0]["train"], 25)
     hidden, layers, rate, _ = SHAPES[name]
     size = argparse.Namespace(hidden=hidden, layers=layers, lr=rate, batch=256, length=512, seconds=seconds)
