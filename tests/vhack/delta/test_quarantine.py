@@ -104,3 +104,15 @@ def test_flagged_rollouts_are_in_no_baseline():
     flags = torch.tensor([False, False, True, True, True, True])
     advantages = rewards - rewards.view(2, 3).mean(dim=1).repeat_interleave(3) + shift_baseline(rewards, flags, 3)
     assert advantages.tolist() == pytest.approx([0.5, -0.5, 1.5, 0.0, -2.0, 2.0])
+
+
+def test_gradients_that_cancel_leave_every_number_finite(module, small_svd):
+    """Rounding made a second moment negative where flagged rollouts undo what the others teach."""
+    adapter, second, optimizer = made(module, small_svd)
+    torch.manual_seed(0)
+    for size in (1e-6, 1.0):
+        grads = [size * torch.randn_like(value) for value in second.values]
+        for kept, value, grad_MR in zip(adapter.delta, second.values, grads, strict=True):
+            kept.grad, value.grad = grad_MR.clone(), -grad_MR
+        optimizer.step()
+    assert all(torch.isfinite(value).all() for value in (*adapter.delta, *second.values))

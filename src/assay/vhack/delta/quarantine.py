@@ -1,8 +1,7 @@
 """A second δS for what flagged rollouts teach: it is in the weights while a model trains, and in no file.
 
 The model with both writes and learns the exploit there, so that the first δS, which is kept, is not paid for it. In
-every second step the first one writes alone; otherwise honest rollouts would stop being sampled once both together
-cheat, and what is kept would stop learning. Flagged and other rollouts of a group have one baseline, the mean of those
+every second step the first one writes alone; otherwise honest rollouts would stop being sampled once both together cheat. Flagged and other rollouts of a group have one baseline, the mean of those
 that are not flagged. Each δS has moments of its own, but Adam scales both by the square of the gradient of all
 rollouts; by its own it would scale the small part of a routed gradient up again (after GRAFT, 2026).
 
@@ -66,10 +65,11 @@ class Quarantine:
                 continue
             whole_MR = (kept.grad + value.grad).square()
             for optimizer, one, own_MR in ((inner, kept, kept.grad), (self.inner, value, value.grad)):
-                state = optimizer.state.get(one, {})
-                if "exp_avg_sq" in state:  # to which Adam will add the square of its own part
+                state, mine_MR = optimizer.state.get(one, {}), own_MR.square()
+                if "exp_avg_sq" in state:  # Adam adds the square of its own part; rounding must leave no negative sum
                     beta = float(optimizer.param_groups[0]["betas"][1])
-                    state["exp_avg_sq"] += (1 - beta) / beta * (whole_MR - own_MR.square())
+                    wanted_MR = beta / (1 - beta) * state["exp_avg_sq"] + whole_MR - mine_MR
+                    state["exp_avg_sq"].copy_((1 - beta) / beta * torch.maximum(wanted_MR, mine_MR * (2**-16 - 1)))
         self.inner.step()
 
     def state_dict(self) -> dict[str, Any]:
