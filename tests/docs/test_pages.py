@@ -80,9 +80,9 @@ COLLECT = "assay poc collect --model reference:qwen3 --preset hardened --seq-len
 FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
 
 
-def proofs(*, block="BLOCK", key="KEY", blocks=0, **dtypes):
+def proofs(*, block="BLOCK", key="KEY", blocks=0, nonces=128, **dtypes):
     """Return lines that prove a block once under each name, in its format, and other blocks once."""
-    made = [(name, block, dtype, 128) for name, dtype in dtypes.items()]
+    made = [(name, block, dtype, nonces) for name, dtype in dtypes.items()]
     made += [(f"block{turn}", f"block {turn}", "bfloat16", 32) for turn in range(blocks)]
     return PROOFS.replace("MADE", repr(made)).replace("KEY", repr(key))
 
@@ -270,9 +270,9 @@ PAGES = {
         makes=("proof.jsonl",),
     ),
     "vllm": Page(
-        proofs(vllm="float32", transformers="bfloat16", block="B", key="K") + "cp vllm.jsonl proof.jsonl\n",
+        proofs(vllm="float32", transformers="bfloat16", block="B", key="K", nonces=512) + "cp vllm.jsonl proof.jsonl\n",
         {"MODEL": "reference:qwen3"},
-        {"assay poc verify": "--seq-len 16 --dtype bfloat16"},  # as on a machine without vLLM
+        {"assay poc verify": "--seq-len 16 --dtype bfloat16 --sample 512"},  # as on a machine without vLLM
         says=("honest",),
     ),
 }
