@@ -1,9 +1,9 @@
 """A second δS for what flagged rollouts teach: it is in the weights while a model trains, and in no file.
 
 The model with both writes and learns the exploit there, so that the first δS, which is kept, is not paid for it. In
-every second step the first one writes alone; otherwise honest rollouts would stop being sampled once both together cheat. Flagged and other rollouts of a group have one baseline, the mean of those
-that are not flagged. Each δS has moments of its own, but Adam scales both by the square of the gradient of all
-rollouts; by its own it would scale the small part of a routed gradient up again (after GRAFT, 2026).
+every second step the first one writes alone; otherwise honest rollouts would stop being sampled once both together
+cheat. All rollouts of a group have one baseline, the mean of those that are not flagged. Each δS has moments of its
+own, but Adam scales both by the square of the gradient of all rollouts, or a small part would grow (GRAFT, 2026).
 
 Shapes: B rollouts, M modules of a group, R coordinates of δS.
 """
