@@ -1,6 +1,7 @@
 """The law of a round's block: an honest node in a wide block raises no alert, and one that is off its law does."""
 
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_an_honest_node_in_a_wide_block_raises_no_alert(measured):
     histogram = seen["histogram"]
     assert sum(histogram["expected"]) + histogram["below"] + histogram["above"] == pytest.approx(n, rel=0.02)
     assert len(histogram["expected_errors"]) == len(histogram["expected"])
+
+
+def test_the_first_nonces_come_before_the_law_of_their_block(rig, serving, llama, monkeypatch):
+    """On a CPU the law takes as long as its 64 nonces, in which a round looked dead."""
+    counted = threading.Event()
+    monkeypatch.setattr(Deployment, "block_factor", lambda *_: counted.wait(60) and None)
+    rig.deployment = lambda: Deployment.of(llama, compiled=False)
+    with serving(seq_len=16) as service:
+        service.post("/init/generate", ROUND | SHAPE)
+        until(lambda: service.checked() >= 1, 30)
+        counted.set()
+        service.post("/stop")
 
 
 def test_a_calibration_says_how_wide_the_error_is(rig, measured, llama, monkeypatch):

@@ -86,7 +86,7 @@ class Controller(Runtime):
             partial(self.load_model, load),
             self.writer,
             self.jobs,
-            begins=self._measure_block,
+            begun=self._measure_block,
             failed=self._engine_failed,
         )
 

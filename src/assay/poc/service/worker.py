@@ -40,8 +40,8 @@ class ShareDone(AssayError):
 class Worker(EngineThread):
     """A thread that runs everything that touches the engine, one batch at a time.
 
-    Validations come first, then the round, whose batches go to ``writer``, then artifact jobs. ``begins`` is called
-    before the first batch of a round and of what is left of one, and ``failed`` receives the error that ended a round.
+    Validations come first, then the round, whose batches go to ``writer``, then artifact jobs. ``begun`` is called
+    after the first batch of a round and of what is left of one, and ``failed`` receives the error that ended a round.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Worker(EngineThread):
         writer: "Writer",
         jobs: Jobs,
         *,
-        begins: Callable[[Deployment, StoredRound], None],
+        begun: Callable[[Deployment, StoredRound], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__("assay-engine", load)
-        self._put, self._begins, self._background, self._failed = writer.put, begins, jobs.step, failed
+        self._put, self._begun, self._background, self._failed = writer.put, begun, jobs.step, failed
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
         self._epoch = 0
@@ -110,19 +110,19 @@ class Worker(EngineThread):
     def _generate(self, deployment: Deployment, stored: StoredRound, epoch: int) -> None:
         """Do one batch of the round."""
         try:
-            if self._stream is None or self._stream_epoch != epoch:
+            if first := self._stream is None or self._stream_epoch != epoch:
                 self._drop_stream()
-                self._begins(deployment, stored)
                 share = range(stored.next_nonce, MAX_NONCE + 1, stored.round.node_count)
                 self._stream = deployment.compute(stored.round, stored.batch_size, share)
                 self._stream_epoch = epoch
             started = time.perf_counter()
             records = next(self._stream, None)
             if records is None:
-                share_of = f"node {stored.round.node_id} of {stored.round.node_count}"
-                seen = f"the share is done: {share_of} has no further nonce"
+                seen = f"the share is done: node {stored.round.node_id} of {stored.round.node_count} has no nonce left"
                 raise ShareDone(seen, wanted="a round that has nonces left", do="begin another round")
             wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
+            if first and wanted:
+                self._begun(deployment, stored)
         except Exception as error:
             self._drop_stream()
             with self._state:
