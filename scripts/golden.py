@@ -68,7 +68,7 @@ def bases(folder: Path, run) -> dict[str, str]:
     """Basis files of every method in float32."""
     found = {}
     for model in MODELS:
-        for method in ("svd", "lda", "mean-diff"):
+        for method in ("svd", "lda"):
             out = folder / "basis.safetensors"
             run("vhack", "extract", "--model", model, "--pairs", "generated:8", "--method", method, "--top-k", "4",
                 "--dtype", "float32", "--max-tokens", "4096", "--no-cache", "--overwrite", "-o", out)  # fmt: skip
