@@ -25,10 +25,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from _common import note, parser, publish
-from scipy.stats import t
+from assay_research.study.summary import mean_of
 
 from assay.files.jsonl import read_json
 from assay.models import load_model
@@ -114,10 +113,9 @@ def over_seeds(rates):
     """Mean over seeds of every rate, the ends of its 95 % t interval where there are two seeds, and the largest."""
     found = {}
     for name in rates[0]:
-        values = np.array([one[name][0] for one in rates])
-        half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        ends = [values.mean() - half, values.mean() + half] if len(values) > 1 else []
-        found[name] = [round(float(x), 4) for x in (values.mean(), *ends, values.max())]
+        values = [one[name][0] for one in rates]
+        mean = mean_of(values)
+        found[name] = [round(x, 4) for x in (mean.value, mean.low, mean.high, max(values)) if x is not None]
     return found
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "research" / "scripts"))
 from train_reference_models import encode, new_model, read_corpus, train
 
 SHAPES = {"30m": (512, 9, 2e-3, 6e-4), "120m": (896, 12, 1e-3, 3e-4)}
-MIXTURE = Mixture(families=("arithmetic", "branches", "loops", "digits", "counts"), difficulty=(1, 4))
+MIXTURE = Mixture(difficulty=(1, 4))
 
 
 def base(name, seconds, folder):
