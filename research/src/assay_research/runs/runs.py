@@ -11,7 +11,6 @@ may be continued with another.
 """
 
 import re
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -95,9 +94,9 @@ class Plan(Settings):
         chosen = self.model_dump(exclude=set(self.choosing))
         return {name: "default" if value is None else value for name, value in chosen.items()}
 
-    @abstractmethod
     def cells(self) -> Iterable[Measurement]:
-        """Return the key of every wanted cell, with the function that measures it."""
+        """Return the keys of wanted cells, each with the function that measures it (none if `measure` is replaced)."""
+        raise NotImplementedError
 
     def measure(self, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
         """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.
