@@ -30,7 +30,8 @@ from assay.poc.verdict.noise import Control, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS, FORMATS, SEQ_LEN = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32"), 16
-BLOCKS, NONCES, OF_LAW, LAWS, LIVES = 48, 64, 16, 4, 560
+BLOCKS, NONCES, LAWS = 48, 64, 4
+LIVES, CHEATS = 560, 100  # under each law
 HONEST, CHEAT = (24, 16), (10, 16)  # audits of a life, and nonces of each
 ALPHA = 1e-3
 
@@ -115,7 +116,7 @@ def cells(reference, preset, blocks, folder):
                     suspected, found = convicted(noise, lives(values_BN, others, audits, LIVES, rng, cheat=False))
                     _, caught = convicted(
                         noise,
-                        lives(values_BN, others, (min(CHEAT[0], len(others)), CHEAT[1]), LIVES // 2, rng, cheat=True),
+                        lives(values_BN, others, (min(CHEAT[0], len(others)), CHEAT[1]), CHEATS, rng, cheat=True),
                     )
                     yield {
                         "model": reference,
