@@ -1,11 +1,10 @@
 """What a control does on published vectors of real machines: each machine is left out once, and judged by the others.
 
-The validator has machine j, and machine k as its control (or k and l, whose distances from j, over what is usual for
-that pair, count by their geometric mean). Where these are joint, a node's residual is the geometric mean of its
-distances to j and k (and l), each over what is usual there, and the control that of all distances between them. Joint
-controls were chosen on the sets of 2026-04, and then measured on those of 2026-05. Law, power and spread come from the
-machines that are left, on the same nonces. Audits draw nonces without replacement. A cheat is 1.4 times the honest
-distance, of the pair or of what is usual where that is larger; or another build. The intervals are over machines.
+The validator has machine j, and machine k as its control, or k and l; scores are those of `verify`. Law, power and
+spread come from the machines that are left, on the same nonces. Audits draw nonces without replacement. A cheat is 1.4
+times the honest distance, of the pair or of what is usual where that is larger; or another build. The geometric mean of
+a node's distances was chosen on the sets of 2026-04, and then measured on those of 2026-05. The intervals are over
+machines.
 
     python research/benchmarks/controls.py --data cluster_nonces.jsonl.gz -o research/results/controls.json
 """
@@ -33,24 +32,14 @@ def distances(one, other, nonces):
     return np.linalg.norm(np.diff(np.array(pairs, dtype=np.float64), axis=1)[:, 0], axis=1)
 
 
-def over_usual(sizes):
-    """Return the geometric mean of distances [N] that several pairs have, each over its median, [N]."""
-    logs = [np.log(np.maximum(one, 1e-4)) for one in sizes]
-    return np.exp(np.mean([one - np.median(one) for one in logs], axis=0))
-
-
 def caught_at(test, values_RC):
     """Return after how many nonces each audit accuses, [R]; infinity for never."""
     accused_RC = test.accusations(values_RC)
     return np.where(accused_RC[:, -1], accused_RC.argmax(axis=1) + 1.0, np.inf)
 
 
-def leave_one_out(build, cheats, controls, joint, rng):
-    """Return what is seen of every machine that is left out, with so many controls, by sort of audit.
-
-    Where they are ``joint``, the residual of a node is the geometric mean of its distances to all of the validator's
-    computations, and the control that of all distances between these.
-    """
+def leave_one_out(build, cheats, controls, rng):
+    """Return what is seen of every machine that is left out, with so many controls, by sort of audit."""
     nonces = sorted(set.intersection(*(set(one.vectors) for one in build.sets)))
     apart = {
         (i, j): distances(build.sets[i], build.sets[j], nonces)
@@ -59,51 +48,54 @@ def leave_one_out(build, cheats, controls, joint, rng):
     found = []
     for machine in range(len(build.sets)):
         rest = [row for row in range(len(build.sets)) if row != machine]
+        usual = {
+            row: float(np.median([np.median(apart[other, row]) for other in rest if other != row])) for row in rest
+        }  # known before a node is judged
 
         def beside(judge, *others, rest=rest):
-            """Return the machines that compute beside a judge, of other kinds where there are enough."""
+            """Return a judge and the machines that compute beside it, of other kinds where there are enough."""
             alike = {build.kinds[row] for row in (judge, *others)}
             known = [row for row in rest if row not in (judge, *others)]
             foreign = [row for row in known if build.kinds[row] not in alike]
-            return rng.permutation(foreign if len(foreign) >= controls else known)[:controls].tolist()
+            return [judge, *rng.permutation(foreign if len(foreign) >= controls else known)[:controls].tolist()]
 
-        def control_of(judge, rows):
-            pairs = itertools.combinations((judge, *rows), 2) if joint else ((judge, row) for row in rows)
-            return over_usual([apart[pair] for pair in pairs])
+        def between(rows):
+            return np.stack([apart[pair] for pair in itertools.combinations(rows, 2)])
 
-        usual = {
-            row: np.median([np.median(apart[other, row]) for other in rest if other != row]) for row in rest
-        }  # known before a node is judged
-
-        def residual_of(judge, rows, distances_of, usual=usual):
-            """Return the distances to the judge, or to all that compute, in units of what is usual at the judge."""
-            if not joint:
-                return distances_of(judge)
-            logs = [np.log(np.maximum(distances_of(row), 1e-4) / usual[row]) for row in (judge, *rows)]
-            return np.minimum(np.exp(np.mean(logs, axis=0)) * usual[judge], 2.0)
+        def control_of(rows, power, usual=usual):
+            """Return the control of these computations, with what is typical of each."""
+            sizes = tuple(np.median(between(rows), axis=1).tolist())
+            dtypes = tuple(f"machine {row}" for row in rows[1:])
+            return Control(of="", dtypes=dtypes, usual=tuple(map(usual.get, rows)), sizes=sizes, power=power)
 
         pairs = list(itertools.combinations(range(len(rest)), 2))
         if controls:  # machines of a kind are alike, and say little of each other's nonces
             pairs = [(a, b) for a, b in pairs if build.kinds[rest[a]] != build.kinds[rest[b]]] or pairs
-        plain = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}
-        control, scores = None, plain
+        scores, power = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}, None
         if controls:
             both = {}
             for a, b in pairs:
-                node, judge = (rest[a], rest[b]) if not joint or (a + b) % 2 else (rest[b], rest[a])  # each is a node
+                node, judge = (rest[a], rest[b]) if (a + b) % 2 else (rest[b], rest[a])  # each is a node
                 rows = beside(judge, node)
-                residual = residual_of(judge, rows, lambda row, node=node: apart[node, row])
-                both[a, b] = residual, control_of(judge, rows)
-            control = Control.measured([*both.values()], of="one", dtype="another")
-            scores = {pair: control.scores(*one) for pair, one in both.items()}
+                both[a, b] = rows, np.stack([apart[node, row] for row in rows])
+            over = [
+                (
+                    node_EN / [[usual[row]] for row in rows],
+                    between(rows) / [[size] for size in control_of(rows, 1).sizes],
+                )
+                for rows, node_EN in both.values()
+            ]
+            power = Control.measured(over, of="", dtypes=[""] * controls).power
+            scores = {
+                pair: control_of(rows, power).scores(node_EN, between(rows)) for pair, (rows, node_EN) in both.items()
+            }
         noise = fit_machines(scores, [build.kinds[row] for row in rest], fit)
-        seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": control and control.power}
-        rows = {"honest": [], "x1.4": []} | {name: [] for name in cheats}
+        seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": power}
+        found_by_sort = {"honest": [], "x1.4": []} | {name: [] for name in cheats}
         for judge in rest:
             law = noise.predict_law(build.kinds[machine], rest.index(judge))
             test = sequential_test(Noise(law, "", noise.spread, EFFECT, noise.scores, noise.widest))
-            rows_beside = beside(judge) if controls else []
-            size = control_of(judge, rows_beside) if controls else None
+            rows = beside(judge)
 
             def larger(row, machine=machine, usual=usual):
                 factor = RATIO * max(1.0, usual[row] / np.median(apart[machine, row]))
@@ -116,12 +108,12 @@ def leave_one_out(build, cheats, controls, joint, rng):
                     f"{name}/{i}": lambda row, one=one: distances(one, build.sets[row], nonces)
                     for i, one in enumerate(complete)
                 }
-            pools = {name: residual_of(judge, rows_beside, one) for name, one in of_sort.items()}
-            for name, pool in pools.items():
-                values = pool if control is None else control.scores(pool, size)
+            for name, distances_of in of_sort.items():
+                node_EN = np.stack([distances_of(row) for row in rows])
+                values = control_of(rows, power).scores(node_EN, between(rows)) if controls else node_EN[0]
                 audits, checked = (AUDITS, CHECKED) if name == "honest" else CHEATS
-                rows[name.split("/")[0]] += caught_at(test, drawn(rng, values, audits, checked)).tolist()
-        found.append(seen | rows)
+                found_by_sort[name.split("/")[0]] += caught_at(test, drawn(rng, values, audits, checked)).tolist()
+        found.append(seen | found_by_sort)
     return found
 
 
@@ -144,11 +136,10 @@ def main():
     for build in (one for one in sound_builds(groups) if len(one.sets) >= 4):
         same = [one for one in groups if (one.family, one.round) == (build.family, build.round)]
         cheats = {group.model: group.sets for group in same if group.model != build.model}
-        ways = [(0, False), (1, False), (1, True)] + [(2, False), (2, True)] * (len(build.sets) > 4)
-        for controls, joint in ways:
-            found = leave_one_out(build, cheats, controls, joint, rng)
+        for controls in (0, 1, 2) if len(build.sets) > 4 else (0, 1):
+            found = leave_one_out(build, cheats, controls, rng)
             names = [name for name in ("honest", "x1.4", *cheats) if any(one[name] for one in found)]
-            row = {"build": build.name, "machines": len(build.sets), "controls": controls, "joint": joint}
+            row = {"build": build.name, "machines": len(build.sets), "controls": controls}
             row |= {key: float(np.mean([one[key] or 0 for one in found])) for key in ("sd", "spread", "power")}
             builds.append(row | {name: summary(found, name) for name in names})
             print(builds[-1], flush=True)

@@ -5,7 +5,9 @@ import pytest
 
 from assay.errors import StorageError
 from assay.pages.report import Badge, Report, figure
+from tests.poc.service.dashboard import browser as chromium
 
+browser, watch = chromium.browser, chromium.watch  # fixtures
 ORIGIN = {"versions": {"python": "3.11"}, "commit": "abc", "dirty": True, "gpu": None}
 VOID = {"meta", "br", "hr", "img"}
 
@@ -74,3 +76,30 @@ def test_write_is_complete_or_an_error(tmp_path):
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == sample().render()
     with pytest.raises(StorageError):
         sample().write(tmp_path / "none" / "r.html")
+
+
+HOSTILE = (
+    "<img src=x onerror='document.title=1'></svg></style><script>document.title=2</script>\u202etxt.`\u2066\x07&amp;"
+)
+
+
+@pytest.mark.browser
+def test_whatever_a_page_is_told_stays_text_in_chromium(watch, tmp_path):
+    report = Report(HOSTILE, HOSTILE, command=HOSTILE, origin={"versions": {HOSTILE: HOSTILE}, "commit": HOSTILE})
+    report.section(HOSTILE)
+    report.paragraph(HOSTILE, Badge(HOSTILE, "pass"))
+    report.table([HOSTILE, "n"], [[HOSTILE, HOSTILE]], caption=HOSTILE)
+    report.definitions({HOSTILE: HOSTILE})
+    fig, ax = figure()
+    ax.plot([0, 1])
+    report.figure(fig, HOSTILE)
+    with report.details(HOSTILE):
+        report.paragraph(HOSTILE)
+    report.write(tmp_path / "page.html")
+    watched = watch((tmp_path / "page.html").as_uri())
+    text = watched.page.locator("body").inner_text()
+    assert text.count("<img src=x") > 10
+    assert not set("\u202e\u2066\x07") & set(text)
+    assert watched.page.locator("img, script").count() == 0
+    assert watched.page.title() not in ("1", "2")
+    assert (watched.errors, len(watched.requests)) == ([], 1)

@@ -97,7 +97,7 @@ class VerifySettings(AuditSettings):
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
     frame: FrameFile = None
-    control: bool = Field(False, description="Compute every nonce again in the format that --calibration names.")
+    control: bool = Field(False, description="Compute every nonce again in the formats that --calibration names.")
 
 
 class FrameSettings(Settings):

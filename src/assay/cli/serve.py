@@ -208,17 +208,16 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     registry.check_length(info)
     dtype = chosen.dtype or pinned_format(own.pins, chosen.model)
     check_loadable(chosen.model, dtype, chosen.device)
-    if own.control is not None:
-        check_loadable(chosen.model, own.control, chosen.device)
+    for name in own.controls:
+        check_loadable(chosen.model, name, chosen.device)
     check_ledger(service.data_dir / LEDGER, alpha=registry.alpha, beta=service.beta)
     configure_logs(chosen.log_format)
 
     def load() -> "Deployment":
         pins = NetworkPins.load(own.pins)
         deployed = chosen.deploy(pins, dtype)
-        if own.control is None:
-            return deployed
-        return replace(deployed, control=chosen.model_copy(update={"dtype": own.control}).deploy(pins))
+        again = (chosen.model_copy(update={"dtype": name}).deploy(pins) for name in own.controls)
+        return replace(deployed, controls=tuple(again))
 
     validate(
         load,

@@ -162,8 +162,6 @@ class VerifyPairsSettings(ListSettings):
 _SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
 _PASSED = _SELECTION | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
-_TOLD = ("hack", "solve", "reward", "flagged", "missed", "alarm")
-_SHOWN = (*_TOLD, "cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds")
 
 
 @vhack.add(
@@ -324,13 +322,12 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
         return
     if chosen.check:
         raise UsageError(f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out")
-    if page is not None:
-        page.write(chosen.output)
-        show_values("assay.vhack.report/1", {"path": str(chosen.output)}, as_json)
-        return
-    read = CheckReport.from_dict(read_json(first))
-    make_page(read, command=command).write(chosen.output)
-    show_values("assay.vhack.report/1", {"path": str(chosen.output), "verdict": read.verdict}, as_json)
+    values = {"path": str(chosen.output)}
+    if page is None:
+        read = CheckReport.from_dict(read_json(first))
+        page, values["verdict"] = make_page(read, command=command), read.verdict
+    page.write(chosen.output)
+    show_values("assay.vhack.report/1", values, as_json)
 
 
 @vhack.add(
@@ -346,6 +343,7 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
 
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
+    from assay.vhack.training.log import SHOWN
     from assay.vhack.training.run import train
 
     check_tokenizer(chosen.model)
@@ -364,7 +362,7 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
         values |= {"resumed_from": result.resumed_from, "last": result.last, "alarm": result.alarm}
         emit_json("assay.vhack.train.result/1", values)
         return code
-    rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in _SHOWN if name in result.last]
+    rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in SHOWN if name in result.last]
     table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
     return code
 

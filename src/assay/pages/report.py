@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from assay.errors import visible
 from assay.files.storage import write_atomic
 from assay.pages.provenance import provenance
 
@@ -193,6 +194,10 @@ def _inline(value: str | float | bool | None) -> str:
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("assay.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    loader=PackageLoader("assay.pages", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    finalize=lambda value: type(value)(visible(value, len(value))) if isinstance(value, str) else value,
 )
 _TEMPLATES.filters["inline"] = _inline

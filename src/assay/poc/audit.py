@@ -53,8 +53,7 @@ class Auditor(Launch):
     Args:
         pins: File with all that the network agreed on.
         calibration: File with the measured honest noise; one of the pins when None.
-        control: Whether every nonce of a proof is computed again in the format that the calibration names, so that the
-            node's residual counts in units of how far the validator's own two computations are apart.
+        control: Whether every nonce of a proof is computed again in the formats that the calibration names.
         sample: Number of nonces or responses to recompute.
         seed: Number that draws the sample; unpredictable when None.
         alpha: Bound on the chance that an honest node is ever accused; that of the pins, or .001, when None.
@@ -98,13 +97,13 @@ class Auditor(Launch):
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
         self._check_law(law, missing_law(self.model, header.digest, header.round))
         check_judge(how, header, measured)
-        again = self._control(header, measured) if self.control else None
+        again = self._controls(header, measured) if self.control else ()
         with open_judge(how, header, measured) as (loaded, made):
             engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "progress")}
                 drawn["alpha"] = self._account_alpha
-                drawn["control"] = again and load(self.model, again, self.device)
+                drawn["controls"] = [load(self.model, name, self.device) for name in again]
                 verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
                 standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
         return Audit(verdict, standing)
@@ -183,13 +182,14 @@ class Auditor(Launch):
     def _account_alpha(self) -> float:
         return account_alpha(self._network, self.alpha)
 
-    def _control(self, header: Header, measured: Calibration | None) -> str:
-        """Return the number format in which nonces are computed again, which the model can be loaded in."""
+    def _controls(self, header: Header, measured: Calibration | None) -> tuple[str, ...]:
+        """Return the number formats in which nonces are computed again, which the model can be loaded in."""
         if measured is None:
             do = "pass --calibration, or leave --control out"
             raise UsageError("--control without a calibration", wanted="one that measured a control", do=do)
         again = measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
-        check_loadable(self.model, again, self.device)
+        for name in again:
+            check_loadable(self.model, name, self.device)
         return again
 
     def _pinned_frame(self, header: Header) -> Path | None:

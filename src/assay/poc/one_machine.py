@@ -12,7 +12,7 @@ another number of threads. A build of another processor or library has to be mea
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,13 +85,6 @@ def calibrate_model(
         UsageError: There are fewer than 256 nonces, no or repeated formats, or no file for the frame of the preset.
         ModelError: The model cannot be loaded or run.
         BadWeights: The model gives NaN or infinity in a format.
-
-    Example:
-        >>> import assay
-        >>> found = assay.poc.calibrate_model("reference:qwen3", seq_len=16, formats=["float32"], device="cpu")
-        >>> build = found.builds[0]
-        >>> len(build.machines), build.n, 10 < build.effective_dimension < 60
-        (3, 1024, True)
     """
     pipeline = get_pipeline(preset)
     if blocks * nonces < FEWEST or min(blocks, nonces) < 1:
@@ -190,17 +183,21 @@ def _scores(
 ) -> tuple[Control, list[FloatArray]] | None:
     """Return the control of a pair of number formats and the scores of ``chosen``; None where a control is no gain.
 
-    The validator has the second format of the pair, and computes every nonce again in the first format that neither
-    has, on the usual engine.
+    The validator has the second format of the pair, and computes every nonce again in the first two formats that
+    neither has, on the usual engine.
     """
-    again = next((row for row, engine in enumerate(engines) if engine.dtype not in pair), None)
-    if again is None:
+    again = {engine.dtype: row for row, engine in reversed([*enumerate(engines)]) if engine.dtype not in pair}
+    dtypes = sorted(again, key=again.__getitem__)[:2]
+    if not dtypes:
         return None
     both: list[tuple[FloatArray, FloatArray]] = []
-    for (i, j), errors_N in chosen.items():
-        validator = j if engines[j].dtype == pair[1] else i
-        both.append((errors_N, measured[min(validator, again), max(validator, again)]))
-    control = Control.measured(both, of=pair[1], dtype=engines[again].dtype)
+    for i, j in chosen:
+        node, validator = (i, j) if engines[j].dtype == pair[1] else (j, i)
+        own = [validator, *(again[name] for name in dtypes)]
+        sides = [(node, row) for row in own], combinations(own, 2)
+        residuals_EN, between_PN = (np.stack([measured[min(two), max(two)] for two in side]) for side in sides)
+        both.append((residuals_EN, between_PN))
+    control = Control.measured(both, of=pair[1], dtypes=dtypes)
     return None if control is None else (control, [control.scores(*values) for values in both])
 
 

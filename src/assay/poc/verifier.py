@@ -1,7 +1,7 @@
 """The verifier: recompute a sample of a proof, and judge the residuals."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +37,7 @@ def verify(
     seed: int | None = None,
     calibration: Calibration | None = None,
     engine: Engine | None = None,
-    control: Model | None = None,
+    controls: Sequence[Model] = (),
     alpha: float = 1e-3,
     beta: float = 1e-2,
     progress: Progress | None = None,
@@ -62,9 +62,8 @@ def verify(
             undecided, but for the bundled models, whose law comes with assay.
         engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
             1024 rows and 2**18 positions, or with the one that the calibration was measured with.
-        control: Same checkpoint in the number format that a law of the calibration names as its control. Every nonce of
-            the sample is computed again with it, and the node's residual counts in units of how far the validator's
-            own two computations are apart.
+        controls: Same checkpoint in the number formats that a law of the calibration names. Every nonce is computed
+            again with each, and the node's residuals count over how far the validator's own computations are apart.
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
         progress: Function that is called with (nonces done, nonces in all) after every batch.
@@ -97,15 +96,15 @@ def verify(
     """
     header = proof.header
     pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
-    again = None if control is None else control.quantised or dtype_name(control.dtype)
+    again = [one.quantised or dtype_name(one.dtype) for one in controls]
     engine, noise = judging_setup(
-        header, model, engine=engine, calibration=calibration, builds=pins.builds, control=again
+        header, model, engine=engine, calibration=calibration, builds=pins.builds, controls=again
     )
     test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     size, power = plan_sample(test, len(proof.records), sample)
     chosen = _draw(proof, size, seed)
-    engines = [engine] if control is None else [engine, _controlling(header, control, model)]
+    engines = [engine, *(_controlling(header, one, model) for one in controls)]
     found: list[list[Record]] = [[] for _ in engines]
     for one, records in zip(engines, found, strict=True):
         for batch in recompute(header, one, chosen):
@@ -113,7 +112,7 @@ def verify(
             if progress:
                 progress(sum(map(len, found)), len(chosen) * len(engines))
     more: dict[str, Any] = {"pins": pins, "test": test, "seed": seed, "power": power}
-    return judge(proof, chosen, found[0], noise, again=found[1] if control is not None else None, **more)
+    return judge(proof, chosen, found[0], noise, again=dict(zip(again, found[1:], strict=True)), **more)
 
 
 def check_proof(
@@ -158,13 +157,13 @@ def judging_setup(
     engine: Engine | None = None,
     calibration: Calibration | None = None,
     builds: Sequence[Build] | None = None,
-    control: str | None = None,
+    controls: Collection[str] = (),
 ) -> tuple[Engine, Noise | None]:
     """Return the engine that recomputes a proof, and the honest noise between the prover's engine and it, if known.
 
     :func:`verify` calls this before it computes anything, and its arguments are those of `verify`; ``builds`` are the
-    pinned ones, which say of which kind the prover's machine is, and ``control`` is a number format. To call it before
-    a ledger is begun keeps the disk free of ledgers for proofs that are refused.
+    pinned ones, which say of which kind the prover's machine is, and ``controls`` are number formats. To call it
+    before a ledger is begun keeps the disk free of ledgers for proofs that are refused.
 
     Raises:
         ProofMismatch: The proof is of another checkpoint.
@@ -182,7 +181,7 @@ def judging_setup(
         check_length(one, header.round)
         _check_frame(header, one)
         try:
-            return one, noise_for(header, one.fingerprint, calibration, builds=builds, control=control)
+            return one, noise_for(header, one.fingerprint, calibration, builds=builds, controls=controls)
         except CalibrationError as error:
             refused.append(error)
     raise refused[0]

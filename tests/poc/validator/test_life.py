@@ -9,7 +9,7 @@ from assay.models import load_model
 from assay.poc import Calibration, calibrate_model, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.proof import encode_vector
-from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.judge import scores
 from assay.poc.verdict.noise import Control
 from tests.poc.validator.conftest import BATCH, BLOCK, KEYS, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
@@ -70,7 +70,7 @@ def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, sma
 def test_residuals_count_over_the_control_that_a_validator_computes(
     validating, small_model, small_checkpoint, tmp_path
 ):
-    control = Control(of="float32", dtype="float16", size=5e-4, power=0.5)
+    control = Control(of="float32", dtypes=("float16",), usual=(5e-3, 5e-3), sizes=(5e-4,), power=0.5)
     shape = {"preset": "artifact", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
     law = calibrate_model(str(small_checkpoint), **shape, device="cpu")
     Calibration(builds=tuple(replace(build, control=control) for build in law.builds)).save(tmp_path / "law.json")
@@ -79,7 +79,7 @@ def test_residuals_count_over_the_control_that_a_validator_computes(
     pins = pins_text(small_model, preset="artifact").replace('"float32"', '"bfloat16"')
     with validating(pins=pins, service={"calibration": tmp_path / "law.json"}) as running:
         running.close()
-        running.load = lambda: replace(judge, control=Deployment.of(again, compiled=False))
+        running.load = lambda: replace(judge, controls=(Deployment.of(again, compiled=False),))
         running.start()
         proof = proof_of(node, "node_A", range(60), preset="artifact")
         running.send(body_of(proof))
@@ -92,7 +92,7 @@ def test_residuals_count_over_the_control_that_a_validator_computes(
     )
     received = {record.nonce: record for record in proof.records}
     claimed, own, others = ([side[nonce] for nonce in entry.nonces] for side in (received, first, second))
-    wanted = control.scores(residuals(claimed, own), residuals(own, others))
+    wanted = scores(claimed, own, {"float16": others}, control)
     assert entry.residuals == pytest.approx(wanted.tolist(), rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""A second computation of every nonce: it sharpens the test, and no node gains by it."""
+"""Other computations of every nonce: they sharpen the test, and no node gains by them."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from assay.errors import CalibrationError, ProofMismatch
 from assay.models import load_model
 from assay.poc import Calibration, Noise, Pins, Round, calibrate_model, cheats, prove, verify
 from assay.poc.verdict import Ledger, audit_ledger
+from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import sequential_test
 
 ROUND = Round(block_hash="b", public_key="k", seq_len=16, preset="artifact")
@@ -28,43 +29,78 @@ def made(tmp_path_factory):
     return SimpleNamespace(law=Calibration.load(path), node=node, own=own, control=control, proof=proof)
 
 
+def _noise(made):
+    """Return a law whose control is one more computation."""
+    return next(one for one in made.law.builds if one.control and len(one.control.dtypes) == 1).between("", None)
+
+
 def test_a_control_raises_the_power_of_a_sample(made, tmp_path):
     plain = verify(made.proof, made.own, calibration=made.law, **AGREED)
-    beside = verify(made.proof, made.own, calibration=made.law, control=made.control, **AGREED)
+    beside = verify(made.proof, made.own, calibration=made.law, controls=[made.control], **AGREED)
     assert (plain.verdict, beside.verdict, beside.exit_code) == ("honest", "honest", 0)
     assert beside.power > plain.power + 0.1
-    assert (plain.noise.control, beside.noise.control.dtype) == (None, "bfloat16")
+    assert (plain.noise.control, beside.noise.control.dtypes) == (None, ("bfloat16",))
     assert Noise.from_dict(beside.noise.as_dict()) == beside.noise
     path = tmp_path / "ledger.sqlite3"
     with Ledger(path) as ledger:
         ledger.record(beside, proof=made.proof.footer.sha256)
     assert audit_ledger(path).clean
     cheat = prove(cheats.rounded(made.node, 4), ROUND, range(96))
-    assert verify(cheat, made.own, calibration=made.law, control=made.control, **AGREED).fraud
+    assert verify(cheat, made.own, calibration=made.law, controls=[made.control], **AGREED).fraud
+
+
+def test_where_three_formats_are_at_hand_a_nonce_is_computed_three_times(made):
+    others = [made.control, made.own]
+    plain, found = (
+        verify(made.proof, made.node, calibration=made.law, controls=controls, **AGREED) for controls in ([], others)
+    )
+    assert (found.verdict, found.noise.control.dtypes) == ("honest", ("bfloat16", "float32"))
+    assert found.noise.law.sd < 0.7 * plain.noise.law.sd
+    own = [prove(model, ROUND, range(96), batch_size=32).records for model in (made.node, *others)]
+    first, second, third = ([side[nonce] for nonce in found.nonces] for side in own)
+    received, control = [made.proof.records[nonce] for nonce in found.nonces], found.noise.control
+    node_EN = np.stack([residuals(received, one) for one in (first, second, third)]) / np.array(control.usual)[:, None]
+    between = [residuals(one, other) for one, other in ((first, second), (first, third), (second, third))]
+    between_PN = np.stack(between) / np.array(control.sizes)[:, None]
+    mean = np.prod(np.maximum(node_EN, 1 / 16), axis=0) ** (1 / 3)
+    wanted = control.usual[0] * mean / np.prod(np.clip(between_PN, 1 / 16, 16), axis=0) ** (control.power / 3)
+    assert found.residuals == pytest.approx(wanted.tolist(), rel=0.1)
+    cheat = prove(cheats.rounded(made.node, 4), ROUND, range(96))
+    assert verify(cheat, made.node, calibration=made.law, controls=others, **AGREED).fraud
+
+
+def test_to_copy_one_computation_excuses_little(made):
+    control = _noise(made).control
+    far, typical = np.full(8, 1.0), np.full((1, 8), control.sizes[0])
+    copied, honest = ([one, far] for one in (np.zeros(8), np.full(8, control.usual[0])))
+    assert (control.scores(copied, typical) == control.scores(honest, typical) / 4).all()
+    assert np.isnan(control.scores([np.full(8, np.nan), far], typical)).all(), "what is missing stays missing"
 
 
 @pytest.mark.parametrize("control", [np.nan, np.inf, 0.0])
 def test_nonces_on_which_the_own_machines_differ_without_bound_excuse_no_node(made, control):
-    noise = next(build for build in made.law.builds if build.control).between("", None)
+    noise = _noise(made)
     rng = np.random.default_rng(0)
-    honest, invented = noise.size * np.exp(0.3 * rng.normal(size=96)), rng.uniform(1.0, 2.0, 96)
-    assert sequential_test(noise).update(noise.control.scores(invented, np.full(96, control))).verdict == "fraud"
-    few = noise.control.scores(honest, np.where(np.arange(96) < 1, control, noise.control.size))
+    honest, invented = np.exp(0.3 * rng.normal(size=96)), rng.uniform(1.0, 2.0, 96)
+    scores = noise.control.scores([invented, invented], [np.full(96, control)])
+    assert sequential_test(noise).update(scores).verdict == "fraud"
+    usual = np.outer(noise.control.usual, noise.size / noise.control.usual[0] * honest)
+    few = noise.control.scores(usual, [np.where(np.arange(96) < 1, control, noise.control.sizes[0])])
     assert np.isfinite(few).all()
     assert sequential_test(noise).update(few).verdict != "fraud", "nor do they accuse one"
 
 
 def test_a_law_by_a_control_is_of_the_size_of_scores_in_every_block(made):
-    noise = next(build for build in made.law.builds if build.control).between("", None)
-    residuals, controls = np.array([0.01, 0.02]), np.array([0.004, 0.03])
+    noise = _noise(made)
+    own, between = np.array([[0.01, 0.02], [0.03, 0.01]]), np.array([[0.004, 0.03]])
     there = noise.scaled(1.2)
-    scores = noise.control.scores(residuals, controls) / noise.size
-    assert there.control.scores(1.2 * residuals, 1.2 * controls) / there.size == pytest.approx(scores)
+    found = noise.control.scores(own, between) / noise.size
+    assert there.control.scores(1.2 * own, 1.2 * between) / there.size == pytest.approx(found)
 
 
 def test_a_control_of_another_checkpoint_or_in_another_format_is_refused(made):
     with pytest.raises(ProofMismatch, match="a control with") as refused:
-        verify(made.proof, made.own, calibration=made.law, control=replace(made.control, digest="0" * 64), **AGREED)
+        verify(made.proof, made.own, calibration=made.law, controls=[replace(made.control, digest="0" * 64)], **AGREED)
     assert "checkpoint of the proof" in refused.value.wanted
     with pytest.raises(CalibrationError, match="again in float32"):
-        verify(made.proof, made.own, calibration=made.law, control=made.own, **AGREED)
+        verify(made.proof, made.own, calibration=made.law, controls=[made.own], **AGREED)

@@ -50,7 +50,7 @@ class Deployment:
     :class:`~assay.errors.AssayError` if that shape does not fit."""
     decodes: bool = False  # whether its engines take the presets that decode
     framed: bool = False  # whether they have the frame of the checkpoint, which tokens-1 needs
-    control: "Deployment | None" = None  # same model in another number format, with which a validator computes again
+    controls: tuple["Deployment", ...] = ()  # same model in other number formats, with which a validator computes again
 
     def __post_init__(self) -> None:
         # The latest engines are kept, with the kernels and graphs that were made for them. Every stream of batches asks

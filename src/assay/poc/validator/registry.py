@@ -250,6 +250,5 @@ class Noises:
         if not self._measured:
             return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
         of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
-        again = self._deployment.control
-        of |= {"control": None if again is None else again.dtype}
+        of |= {"controls": [one.dtype for one in self._deployment.controls]}
         return find_build_noise(self._measured, build, **of, formats=formats, round=round)

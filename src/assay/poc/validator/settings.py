@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from assay.poc.net.settings import Bytes, Count
-from assay.settings import Flag, Settings
+from assay.settings import Flag, Names, Settings
 
 Seconds = Annotated[float, "SECONDS", Field(gt=0, allow_inf_nan=False)]
 
@@ -26,8 +26,8 @@ class ValidatorSettings(Settings):
     )
     nonces_per_hour: Count = Field(3600, description="Nonces that are recomputed in an hour, of all nodes together.")
     sample: Count = Field(8, description="Nonces that are drawn from one message at a time.")
-    control: str | None = Field(
-        None, description="Number format in which every nonce is computed again; the calibration must have measured it."
+    controls: Names = Field(
+        (), description="Number formats in which every nonce is computed again, where the calibration measured them."
     )
     batch_size: Count = Field(32, description="Nonces per forward pass, of any nodes.")
     minimum_share: float = Field(

@@ -38,7 +38,7 @@ from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
-from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.judge import residuals, scores
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Standing, Update, round_identity
 from assay.poc.verdict.noise import Noise
@@ -259,17 +259,16 @@ class Recomputer(EngineThread):
                 wanted.append((claim.round, [claim.nonces[place] for place in places]))
                 received.append([claim.record(place, registry.pipeline) for place in places])
         recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
-        again = recomputed
-        if deployment.control is not None:
-            again = recompute(deployment.control, self._settings.batch_size, wanted, received)
-        for source, (round, nonces), claimed, records, others in zip(
-            sources, wanted, received, recomputed, again, strict=True
+        again = {one.dtype: recompute(one, self._settings.batch_size, wanted, received) for one in deployment.controls}
+        for row, (source, (round, nonces), claimed, records) in enumerate(
+            zip(sources, wanted, received, recomputed, strict=True)
         ):
             build = registry.senders[round.public_key].build  # the claim was read under this registry
             errors, noise = residuals(claimed, records), self._noise(build, round)
             assert noise is not None  # a round scales it
             if noise.control is not None:
-                errors = noise.control.scores(errors, residuals(records, others))
+                others = {name: found[row] for name, found in again.items()}
+                errors = scores(claimed, records, others, noise.control)
             checked.append(Checked(source, round, nonces, errors, noise, build))
         with self._recording:
             accounts = [account_of(found.round.public_key, registry) for found in checked]

@@ -19,7 +19,7 @@ Legend of shapes: M machines, N nonces.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -236,7 +236,7 @@ class BuildNoise(MachineNoise):
         left_out: How often honest machines were accused that the law does not know; None with fewer than three.
         effective_dimension: Effective dimension of the states, from which the widths of blocks follow; None where it
             was not measured.
-        control: Second computation of every nonce that the residuals were divided by; None without one.
+        control: Other computations of every nonce, by which the residuals are scores; None without one.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -268,20 +268,20 @@ class BuildNoise(MachineNoise):
     def identity(self) -> tuple[object, ...]:
         """What two measurements of one build have in common."""
         names = sorted(machine.fingerprint.id if machine.fingerprint else machine.name for machine in self.machines)
-        return self.preset, self.digest, tuple(names), self.control and (self.control.of, self.control.dtype)
+        return self.preset, self.digest, tuple(names), self.control and (self.control.of, self.control.dtypes)
 
     @property
     def source(self) -> str:
         """Where the law comes from, in words."""
         of_machines = f" of {len(self.machines)} machines" if len(self.machines) >= FEWEST_MACHINES else ""
-        beside = f" with a control in {self.control.dtype}" if self.control is not None else ""
+        beside = f" with a control in {' and '.join(self.control.dtypes)}" if self.control is not None else ""
         return f"calibration on {self.n} nonces{of_machines}{beside}"
 
-    def has_control(self, control: str | None, own: str | None) -> bool:
-        """Return whether residuals are divided by a control in this number format, beside a validator in its own."""
-        if self.control is None or control is None:
-            return (self.control is None) == (control is None)
-        return self.control.dtype == control and own in (None, self.control.of)
+    def has_control(self, controls: Collection[str], own: str | None) -> bool:
+        """Return whether a validator in its ``own`` format has what the law needs, with controls in these formats."""
+        if self.control is None:
+            return True
+        return set(self.control.dtypes) <= set(controls) and own in (None, self.control.of)
 
     def judges(self, prover: Fingerprint) -> list[Fingerprint]:
         """Return the fingerprints of the measured machines that may judge a prover: of a pair, the other one."""
@@ -393,11 +393,11 @@ class Calibration:
     builds: tuple[BuildNoise, ...]
 
     def find_build(
-        self, header: Header, validator: Fingerprint | None = None, control: str | None = None
+        self, header: Header, validator: Fingerprint | None = None, controls: Collection[str] = ()
     ) -> BuildNoise:
         """Return the noise of the build that a proof was made with, and between its number format and a validator's.
 
-        With a ``control``, a number format, it is a law of scores by that control.
+        With ``controls``, number formats, it is a law of scores.
 
         Raises:
             CalibrationError: No build is of the proof's model, preset and engine, or has this control; names what
@@ -409,9 +409,10 @@ class Calibration:
             return dtypes is not None and dtypes not in build.formats, header.fingerprint not in build.engines
 
         own = None if validator is None else validator.dtype
-        fitting = [build for build in self.builds if build.has_control(control, own)]
+        fitting = [one for one in self.builds if bool(one.control) == bool(controls) and one.has_control(controls, own)]
         if not fitting:
-            seen = f"a calibration without a law of nonces that are computed in {own} and again in {control}"
+            again = " and ".join(controls)
+            seen = f"a calibration without a law of nonces that are computed in {own} and again in {again}"
             do = "leave the control out, or measure one in these formats: `assay poc calibrate --model M`"
             raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         reasons = []
@@ -424,8 +425,8 @@ class Calibration:
                 return build
         raise reasons[0]
 
-    def control_of(self, header: Header, own: str) -> str:
-        """Return the number format of the control with which a validator in its ``own`` judges a proof.
+    def control_of(self, header: Header, own: str) -> tuple[str, ...]:
+        """Return the number formats of the control with which a validator in its ``own`` judges a proof.
 
         Raises:
             CalibrationError: No control was measured for this proof and format.
@@ -433,7 +434,7 @@ class Calibration:
         formats = sorted((header.fingerprint.dtype, own))
         for build in self.builds:
             if build.control is not None and build.control.of == own and formats in build.formats:
-                return build.control.dtype
+                return build.control.dtypes
         raise CalibrationError(
             f"a calibration without a control for a proof in {formats[0]}, judged in {own}",
             wanted="a law of scores, which `assay poc calibrate --model M` measures where a control is a gain",
@@ -515,24 +516,24 @@ def noise_for(
     calibration: Calibration | None,
     *,
     builds: Sequence[Build] | None = None,
-    control: str | None = None,
+    controls: Collection[str] = (),
 ) -> Noise | None:
     """Return the honest noise between the engine of a proof and that of its validator.
 
     Without a calibration it is that of a bundled model, and None for any other. The kind of the prover's machine is
-    that of the pinned ``builds``, whatever the header says. ``control`` is the number format in which the validator
-    computes every nonce again.
+    that of the pinned ``builds``, whatever the header says. ``controls`` are the number formats in which the
+    validator computes every nonce again.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build, or was not measured between these number
             formats; names what differs.
     """
     if calibration is None:
-        if control is not None:
+        if controls:
             seen, do = "a control without a calibration", "pass --calibration, or leave the control out"
             raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         return bundled_noise(header.digest, header.pipeline.noise, header.fingerprint.dtype, validator.dtype)
-    build = calibration.find_build(header, validator, control)
+    build = calibration.find_build(header, validator, controls)
     than = "than this validator's"
     build.check_engine(validator, than)
     formats = sorted((header.fingerprint.dtype, validator.dtype))
@@ -558,17 +559,19 @@ def find_build_noise(
     preset: str,
     formats: tuple[str, str],
     round: Round | None,
-    control: str | None = None,
+    controls: Collection[str] = (),
 ) -> Noise | None:
     """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
 
-    ``formats`` are the number formats of the node and of the validator, which must have been measured together.
-    Calibrations are tried in their order, for the checkpoint ``digest`` and any build when None. The block of ``round``
-    scales distances; without one, the law is that of the usual scale.
+    ``formats`` are the number formats of the node and of the validator, which must have been measured together. Laws
+    come first that use more of the ``controls`` which the validator has, then calibrations in their order, for the
+    checkpoint ``digest`` and any build when None. The block of ``round`` scales distances; without one, the law is that
+    of the usual scale.
     """
-    for measured in (one for calibration in calibrations for one in calibration.builds):
+    every = [one for calibration in calibrations for one in calibration.builds]
+    for measured in sorted(every, key=lambda one: -len(one.control.dtypes if one.control else ())):
         fits = not measured.formats or sorted(formats) in measured.formats
-        fits = fits and measured.has_control(control, formats[1])
+        fits = fits and measured.has_control(controls, formats[1])
         if (measured.digest, measured.preset) == (digest, preset) and fits:
             allowed = [known for known in measured.engines if build is None or not build.differing(known)]
             if allowed or not measured.engines:
@@ -672,17 +675,6 @@ def calibrate(
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
         UsageError: The preset decodes.
-
-    Example:
-        >>> import assay
-        >>> from assay.poc import Round
-        >>> model = assay.load_model("reference:qwen3", device="cpu")
-        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
-        >>> first = assay.poc.prove(model, round, range(32), batch_size=32)
-        >>> second = assay.poc.prove(model, round, range(32), batch_size=16)
-        >>> build = assay.poc.calibrate(first, second).builds[0]
-        >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
-        (32, 'poc-2.0', [32, 16])
     """
     if len(proofs) < 2:
         raise ProofMismatch(

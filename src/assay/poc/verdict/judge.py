@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from assay import stats
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.proof import DistanceRecord, Header, Proof, Record, TokenRecord, VectorRecord
-from assay.poc.verdict.noise import Noise, missing_law, sequential_test
+from assay.poc.verdict.noise import Control, Noise, missing_law, sequential_test
 from assay.stats import sequential
 
 P_FLIP = 5e-4
@@ -125,13 +126,22 @@ def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.nd
     return np.array([_residual(a, b) for a, b in zip(received, recomputed, strict=True)])
 
 
+def scores(
+    received: Sequence[Record], recomputed: Sequence[Record], again: Mapping[str, Sequence[Record]], control: Control
+) -> np.ndarray:
+    """Return the score of every nonce by a control, [N] in float64; ``again`` has its records by number format."""
+    own = [recomputed, *(again[name] for name in control.dtypes)]
+    between = [residuals(one, other) for one, other in combinations(own, 2)]
+    return control.scores([residuals(received, one) for one in own], between)
+
+
 def judge(
     proof: Proof,
     received: Sequence[Record],
     recomputed: Sequence[Record],
     noise: Noise | None,
     *,
-    again: Sequence[Record] | None = None,
+    again: Mapping[str, Sequence[Record]] | None = None,
     pins: Pins | None = None,
     test: stats.SequentialTest | None = None,
     seed: int = 0,
@@ -140,15 +150,15 @@ def judge(
     """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the same order.
 
     Without a law of honest noise the verdict is undecided, whatever the residuals are. ``again`` has what the validator
-    computed a second time, where the law has a control. ``test`` is a fresh one; that of
-    the honest noise at the usual error rates when None. The header agrees with ``pins``. ``seed`` drew the sample, and
-    ``power`` is what :func:`assay.poc.verdict.noise.plan_sample` says of it.
+    computed again, by number format, where the law has a control. ``test`` is a fresh one; that of the honest noise at
+    the usual error rates when None. The header agrees with ``pins``. ``seed`` drew the sample, and ``power`` is what
+    :func:`assay.poc.verdict.noise.plan_sample` says of it.
     """
     header = proof.header
     errors = residuals(received, recomputed)
     count = count_mismatches(errors)
-    if noise is not None and noise.control is not None and again is not None:
-        errors = noise.control.scores(errors, residuals(recomputed, again))
+    if noise is not None and noise.control is not None:
+        errors = scores(received, recomputed, again or {}, noise.control)
     nonces = tuple(record.nonce for record in received)
     outcome: Outcome = "undecided"
     reason, result, found = missing_law(header.round.model, header.digest, header.round), None, None

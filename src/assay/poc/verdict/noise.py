@@ -53,7 +53,7 @@ TEST = 2
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 
 LEAST_SCORE = 1e-6  # added to residuals over their typical size, so that zero has a logarithm
-FARTHEST = 16.0  # a control over its typical size, or below it
+FARTHEST = 16.0  # a residual of a control over its typical size, or below it
 WORTH = 0.9  # spread of ln residual that a control may leave at most
 
 MOST_SCORES = 1024
@@ -122,55 +122,73 @@ def _check_scores(text: str) -> str:
 ReadLaw = Annotated[Law, PlainValidator(read_law)]
 ReadSpread = Annotated[Spread, PlainValidator(_read_spread)]
 Scores = Annotated[str, Field(max_length=4 * MOST_SCORES), AfterValidator(_check_scores)]
+_Format = Annotated[str, Field(min_length=1, max_length=64)]
+_Typical = tuple[Annotated[float, Field(ge=1e-12, le=2.0)], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A second honest computation of every nonce, which says how hard the nonce is for any machine.
+    """One or two more honest computations of every nonce, which say how hard the nonce is for any machine.
 
-    A residual counts as a *score*: it is divided by (control / size) ** power. The control is the residual between the
-    validator's two computations of the nonce, so the node has no part in it.
+    A residual counts as a *score*: the geometric mean of the node's residuals from all of the validator's computations,
+    over that of those between these computations to a power, each in units of what is typical.
 
     Args:
-        of: Number format of the validator's first computation, which the node is compared with.
-        dtype: Number format of the second.
-        size: Typical control.
-        power: Slope of the logarithm of a residual on that of its control, among honest machines.
+        of: Number format of the validator's first computation.
+        dtypes: Number formats of the others.
+        usual: Typical residual of an honest node from each computation, the first one first.
+        sizes: Typical residual between each two of them, in the order of `itertools.combinations`.
+        power: Slope of the logarithm of the one mean on that of the other, among honest machines.
     """
 
     __pydantic_config__: ClassVar = STRICT
 
-    of: Annotated[str, Field(min_length=1, max_length=64)]
-    dtype: Annotated[str, Field(min_length=1, max_length=64)]
-    size: Annotated[float, Field(ge=1e-12, le=2.0)]
+    of: _Format
+    dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]
+    usual: _Typical
+    sizes: _Typical
     power: Annotated[float, Field(gt=0, le=1)]
 
-    @classmethod
-    def measured(cls, pairs: Sequence[tuple[FloatArray, FloatArray]], *, of: str, dtype: str) -> Self | None:
-        """Return the control that honest residuals [N] and their controls [N] of several pairs give.
+    def __post_init__(self) -> None:
+        count = len(self.dtypes) + 1
+        if (len(self.usual), len(self.sizes)) != (count, math.comb(count, 2)):
+            raise ValueError(f"sizes of other computations than of {self.of} and {', '.join(self.dtypes)}")
 
-        It is None where a control takes less than a tenth of the spread of the logarithms away: then the second
-        computation is not worth its price.
+    @classmethod
+    def measured(cls, pairs: Sequence[tuple[FloatArray, FloatArray]], *, of: str, dtypes: Sequence[str]) -> Self | None:
+        """Return the control that honest machines give: for several of them residuals [E, N], and those between [P, N].
+
+        It is None where it takes less than a tenth of the spread of the logarithms away, and is not worth its price.
         """
-        sizes = [(np.abs(residuals_N), np.abs(controls_N)) for residuals_N, controls_N in pairs]
-        if not sizes or min(float(np.median(one)) for pair in sizes for one in pair) == 0.0:
+        if not pairs or min(float(np.median(np.abs(one), axis=1).min()) for pair in pairs for one in pair) == 0.0:
             return None  # machines that agree to the bit
-        logs = [np.log(np.stack([r, c])[:, (r > 0) & (c > 0)]) for r, c in sizes]
-        both_2N = np.concatenate([one - np.median(one, axis=1, keepdims=True) for one in logs], axis=1)
+        usual, sizes = (np.median(np.abs(np.hstack(side)), axis=1).tolist() for side in zip(*pairs, strict=True))
+        made = cls(of=of, dtypes=tuple(dtypes), usual=tuple(usual), sizes=tuple(sizes), power=1.0)
+        logs = [np.log([made._node(node_EN), made._between(between_PN)]) for node_EN, between_PN in pairs]
+        both_2N = np.hstack([one - np.median(one, axis=1, keepdims=True) for one in logs])
         (var, shared), (_, var_again) = np.cov(both_2N)
         if shared <= 0 or math.sqrt(max(1 - shared**2 / (var * var_again), 0.0)) > WORTH:
             return None
-        power = min(1.0, float(shared / var_again))
-        return cls(of=of, dtype=dtype, size=float(np.median(np.concatenate([c for _, c in sizes]))), power=power)
+        return replace(made, power=min(1.0, float(shared / var_again)))
 
-    def scores(self, residuals_N: npt.ArrayLike, controls_N: npt.ArrayLike) -> FloatArray:
-        """Return the scores of residuals, [N]; a control counts as `FARTHEST` times its typical size at most.
+    def scores(self, node_EN: npt.ArrayLike, between_PN: npt.ArrayLike) -> FloatArray:
+        """Return scores, [N] in the unit of the first residual, from E residuals of each nonce and P between.
 
-        A control that is zero or not finite counts as typical: it says nothing of the nonce, and excuses no node.
+        A residual between computations counts as `FARTHEST` times its typical size at most, and as typical where it is
+        zero or not finite, so it excuses no node. One of the node counts as a `FARTHEST`-th of its typical size at
+        least: to equal one computation excuses little. Where one is missing, so is the score.
         """
-        over_N = np.abs(np.asarray(controls_N, dtype=np.float64)) / self.size
-        over_N = np.where(np.isfinite(over_N) & (over_N > 0), np.clip(over_N, 1 / FARTHEST, FARTHEST), 1.0)
-        return np.asarray(residuals_N, dtype=np.float64) / over_N**self.power
+        return np.asarray(self.usual[0] * self._node(node_EN) / self._between(between_PN) ** self.power)
+
+    def _node(self, node_EN: npt.ArrayLike) -> FloatArray:
+        over_EN = np.abs(np.asarray(node_EN, dtype=np.float64)) / np.array(self.usual)[:, None]
+        return np.asarray(np.exp(np.log(np.maximum(over_EN, 1 / FARTHEST)).mean(axis=0)))
+
+    def _between(self, between_PN: npt.ArrayLike) -> FloatArray:
+        over_PN = np.abs(np.asarray(between_PN, dtype=np.float64)) / np.array(self.sizes)[:, None]
+        says = np.isfinite(over_PN) & (over_PN > 0)
+        over_PN = np.where(says, np.clip(over_PN, 1 / FARTHEST, FARTHEST), 1.0)
+        return np.asarray(np.exp(np.log(over_PN).mean(axis=0)))
 
 
 @dataclass(frozen=True)
@@ -185,7 +203,7 @@ class Noise:
         scores: Honest residuals that the law was measured on, as :func:`pack_scores` writes them: they price the bets
             of the test. Without them the law is believed.
         widest: Those of the pair of machines whose shape is the widest, which price the bets on a share.
-        control: Second computation of each nonce that the residuals are divided by; None without one.
+        control: Other computations of each nonce, by which residuals are scores; None without one.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -28,7 +28,8 @@ class Alarm:
         level: Probability that a run in which no more are to be expected ever gives the alarm.
 
     Attributes:
-        step: Number of shares seen when the alarm was given; None before that.
+        seen: Number of shares seen.
+        step: That number when the alarm was given; None before that.
 
     Raises:
         UsageError: An argument is no share.
@@ -46,7 +47,7 @@ class Alarm:
                 raise UsageError(f"{name}={value}", wanted="a share in (0, 1)", do="choose one, such as 0.05")
         self.tolerated, self.level = tolerated, level
         self.step: int | None = None
-        self._seen, self._wealth = 0, np.zeros(len(_BETS))
+        self.seen, self._wealth = 0, np.zeros(len(_BETS))
 
     @property
     def says(self) -> str:
@@ -58,11 +59,11 @@ class Alarm:
 
     def see(self, share: float) -> float:
         """Take the share of a step, and return the evidence as a share of what the alarm takes, 1 from then on."""
-        self._seen += 1
-        begun = 1 / (self._seen * (self._seen + 1))
+        self.seen += 1
+        begun = 1 / (self.seen * (self.seen + 1))
         odds = 1 + np.array(_BETS) / self.tolerated * (share - self.tolerated)
         self._wealth = (self._wealth + begun) * odds
         found = float(self._wealth.mean()) * self.level
         if self.step is None and found >= 1:
-            self.step = self._seen
+            self.step = self.seen
         return 1.0 if self.step is not None else found

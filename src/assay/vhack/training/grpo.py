@@ -143,9 +143,8 @@ def judge_rollouts(
             outcomes = Outcomes(torch.stack([*columns, flags_B], dim=1), rewards_BF.nan_to_num() @ weights_F)
             found = {**outcomes.rates([*marks, "flagged"]), "reward": float(outcomes.paid.mean())}
             if "missed" in found:
-                sounded = alarm.step
                 found["alarm"] = alarm.see(found["missed"])
-                if alarm.step != sounded:
+                if alarm.step == alarm.seen:
                     warnings.warn(alarm.says, stacklevel=2)
             for name, value in found.items():
                 trainer._metrics["train"][f"vhack/{name}"].append(value)

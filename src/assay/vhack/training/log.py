@@ -118,7 +118,8 @@ def read_records(path: Path) -> list[JsonObject]:
 
 
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}
-_SHOWN = ("hack", "solve", "reward", "flagged", "alarm", "cin_s", "cin_t", "cin", "cout", "leak", "displacement")
+_OF_AXES = ("cin_s", "cin_t", "cin", "cout", "leak", "displacement")
+SHOWN = ("hack", "solve", "reward", "flagged", "missed", "alarm", *_OF_AXES, "seconds")
 
 
 class StepLog(TrainerCallback):
@@ -177,7 +178,6 @@ class StepLog(TrainerCallback):
         """Write the step down; `state.global_step` is already that of the next one."""
         step = state.global_step - 1
         values, sources = self._record()
-        sounded = self.alarm.step
         if "missed" in values:
             values["alarm"] = self.alarm.see(values["missed"])
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -198,9 +198,9 @@ class StepLog(TrainerCallback):
         for name, value in values.items():
             self.trainer._metrics["train"][f"vhack/{name}"].append(value)
         if self.console is not None:
-            shown = "  ".join(f"{name} {values[name]:.3f}" for name in _SHOWN if name in values)
+            shown = "  ".join(f"{name} {values[name]:.3f}" for name in SHOWN if name in values)
             self.console(f"step {step + 1}/{state.max_steps}  {shown}")
-            if sounded != self.alarm.step:
+            if "missed" in values and self.alarm.step == self.alarm.seen:
                 self.console(self.alarm.says)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

@@ -18,14 +18,14 @@ FLAGS = (
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A browser with a profile of its own. Each module opens one, since its event loop lives in this thread."""
+def chromium(*flags: str) -> Iterator[Browser]:
+    """A browser with a profile of its own, and more flags. Each module opens one: its loop lives in this thread."""
     if not CHROMIUM.exists():
         # On a bare machine the rest of the suite still runs; where CI runs, the page must be looked at.
         missing = "Chromium is not installed: apt-get install --no-install-recommends chromium"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
         try:
             yield browser
         finally:
