@@ -1,6 +1,6 @@
 """Every reader of files under atheris: files that reach each line of it are read, or refused by an error of assay.
 
-``make redteam`` runs it where atheris is installed, which assay does not need.
+``make redteam`` installs atheris, which assay does not need, and runs it.
 
     python research/benchmarks/atheris_readers.py FOLDER --seconds 60
 
