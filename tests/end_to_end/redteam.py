@@ -144,12 +144,21 @@ def open_and_close(address: Address, stop: threading.Event) -> list[socket.socke
     return []
 
 
+def full_share(address: Address, stop: threading.Event) -> list[socket.socket]:
+    """Messages of another node, until its share of the disk is full."""
+    body = json.dumps({"public_key": KEYS[1], "fraud_detected": False, "text": "x" * 2**16})
+    sent = (signed(secret_of(KEYS[1]), body, f"full_{time.time_ns()}") for _ in range(2**10))
+    while ask(address[1], "POST", f"{API}/validated", body, **next(sent))[0] == 200:
+        pass
+    return []
+
+
 def resident(pid: int) -> int:
     """Return the resident MiB of a process."""
     return int(psutil.Process(pid).memory_info().rss) >> 20
 
 
-ATTACKS = (idle, stalled_bodies, small_bodies, slow_heads, pipelined, streams, open_and_close)
+ATTACKS = (idle, stalled_bodies, small_bodies, slow_heads, pipelined, streams, open_and_close, full_share)
 
 
 def ask(port: int, method: str, path: str, body: str = "", **headers: str) -> tuple[int, float]:
@@ -190,7 +199,9 @@ def network(directory: Path, model: Any, checkpoint: Path) -> Iterator[Validator
     write_network(directory, model, KEYS)
     keys = directory / "keys"
     keys.write_text(KEY)
-    server = ValidatorServer(directory, "--host", "0.0.0.0", "--api-key-file", str(keys), model=checkpoint)
+    (config := directory / "assay.toml").write_text(f"[poc.validator]\nmax_kept = {2**22}\n")
+    flags = ("--host", "0.0.0.0", "--api-key-file", str(keys), "--config", str(config))
+    server = ValidatorServer(directory, *flags, model=checkpoint)
     server.start()
     try:
         server.wait_for("/health")
