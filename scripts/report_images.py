@@ -1,4 +1,4 @@
-"""Takes the pictures of both instruments in docs/images: of the demo's report, and of a published training run.
+"""Takes the pictures of both instruments in docs/images: of the demo's report, and of published training runs.
 
 ``python -m scripts.report_images`` writes them; it takes a minute or two.
 """
@@ -17,7 +17,7 @@ from assay.pages.report import SERIES, Report, figure, legend
 from tests.poc.service.dashboard.browser import Watched, chromium
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-RUN = Path(__file__).parents[1] / "research" / "results" / "vhack_filter.json"
+RUN = Path(__file__).parents[1] / "research" / "results" / "vhack_filter_seeds.json"
 ARMS = {
     "none": "plain training",
     "filter=cin-lda:random": "as many dropped at random",
@@ -40,17 +40,22 @@ def save_picture(taken: bytes, path: Path) -> None:
 
 
 def write_arms(path: Path) -> None:
-    """Write a page with the share of rollouts that cheat over the steps of a run, by arm."""
+    """Write a page with the share of rollouts that cheat over steps, by arm: mean and range of the seeds."""
     arms, report = read_json(RUN)["arms"], Report("v_hack", "")
     fig, ax = figure(6.8, 2.8)
     for (name, label), color in zip(ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True):
-        hacks = np.array([step["hack"] for step in arms[name]["steps"]])
-        means = [part.mean() for part in np.split(hacks, range(TOGETHER, len(hacks), TOGETHER))]
-        ax.plot(np.arange(len(means)) * TOGETHER + (TOGETHER - 1) / 2, means, color=color, label=label, linewidth=1.8)
+        runs = [[step["hack"] for step in one["steps"]] for one in arms[name]["seeds"].values()]
+        points = min(map(len, runs)) // TOGETHER  # runs had equal time, and the slowest has the fewest steps
+        means = np.array([one[: points * TOGETHER] for one in runs]).reshape(len(runs), points, TOGETHER).mean(axis=2)
+        steps = np.arange(points) * TOGETHER + (TOGETHER - 1) / 2
+        ax.plot(steps, means.mean(axis=0), color=color, label=label, linewidth=1.8)
+        ax.fill_between(steps, means.min(axis=0), means.max(axis=0), color=color, alpha=0.15, linewidth=0)
     ax.set(xlabel="step of training", ylabel="share of rollouts", ylim=(-0.03, 1.03))
     legend(ax)
     report.section("Rollouts that cheat")
-    report.figure(fig, "One exploit is stored in every group; the detector knows three of six kinds. A model of 7 M.")
+    report.figure(
+        fig, "One exploit is stored in every group; the detector knows three of six kinds. A model of 7 M, 8 seeds."
+    )
     report.paragraph("End")
     report.write(path)
 
