@@ -55,7 +55,7 @@ def _validate(server: Server) -> None:
         round = Round(
             block_hash=BLOCK["block_hash"], public_key=key, block_height=BLOCK["block_height"], seq_len=SHAPE["seq_len"]
         )
-        server.post("/init/validate", BLOCK | SHAPE | {"public_key": key})
+        server.post("/init/validate", BLOCK | SHAPE | {"public_key": key, "node_count": 1})
         proof = assay.poc.prove(prover, round, nonces=range(count), batch_size=SHAPE["batch_size"])
         server.post("/validate", BLOCK | {"public_key": key, "node_id": 0} | _valid(proof))
 
@@ -76,7 +76,7 @@ def _photograph(server: Server, out: Path, nonces: int) -> None:
         for name, watched in pages.items():
             watched.wait("document.body.dataset.link === 'live'")
             save_picture(watched.page.screenshot(full_page=name != "dashboard-phone"), out / f"{name}.png")
-            print(f"{out / name}.png", f"shift {watched.shift():.4f}", watched.errors)
+            print(f"{out / name}.png", watched.errors)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from assay.poc.verdict.noise import Control, sequential_test
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS, FORMATS, SEQ_LEN = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32"), 16
 BLOCKS, NONCES, LAWS = 48, 64, 4
-LIVES, CHEATS = 560, 100  # under each law
+LIVES, CHEATS = 280, 40  # under each law
 HONEST, CHEAT = (24, 16), (10, 16)  # audits of a life, and nonces of each
 ALPHA = 1e-3
 
