@@ -167,3 +167,12 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(watch):
         assert watched.errors_besides("401") == []
     finally:
         stand_in.close()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "count", "words"),
+    [("fraud", True, ["✕", "fraud"]), ("undecided", True, ["?", "undecided", "the count says fraud"])],
+)
+def test_the_count_is_told_in_words_beside_the_verdict(live, verdict, count, words):
+    watched = live(snapshot(verdicts=[VERDICT | {"verdict": verdict, "fraud_detected": count}]))
+    assert watched.page.locator("#verdict-rows td").first.inner_text().split("\n") == words

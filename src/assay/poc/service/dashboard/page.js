@@ -83,10 +83,10 @@ function showVerdicts(verdicts) {
 }
 
 function verdictRow(verdict) {
-  const fraud = verdict.fraud_detected || verdict.verdict === "fraud";
+  const fraud = verdict.verdict === "fraud";
   const [kind, mark, word] = fraud ? ["fail", "✕", "fraud"] : verdict.verdict === "honest" ? ["pass", "✓", "honest"] : ["undecided", "?", "undecided"];
   const row = document.createElement("tr");
-  const rule = verdict.fraud_detected ? "by the count" : fraud ? "by the residuals" : "";
+  const rule = verdict.fraud_detected && !fraud ? "the count says fraud" : "";
   row.append(
     cell("", part("badge " + kind, part("mark", mark), word), rule && part("note", rule)),
     cell("names", part("", name(verdict.public_key, 40)), part("note", name(verdict.block_hash, 40))),
