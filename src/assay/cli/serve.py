@@ -219,11 +219,4 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
         again = (chosen.model_copy(update={"dtype": name}).deploy(pins) for name in own.controls)
         return replace(deployed, controls=tuple(again))
 
-    validate(
-        load,
-        own,
-        service,
-        reference=chosen.model,
-        host=chosen.host,
-        port=chosen.port,
-    )
+    validate(load, own, service, reference=chosen.model, host=chosen.host, port=chosen.port)
