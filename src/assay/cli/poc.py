@@ -563,9 +563,7 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
 
 
 @pins.add(
-    "check",
-    CheckPinsSettings,
-    example="assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY",
+    "check", CheckPinsSettings, example="assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY"
 )
 def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     """Say what a file pins and what it leaves open.

@@ -25,9 +25,7 @@ Host = Annotated[str, "ADDRESS", Field(description="Address to listen on; one th
 Port = Annotated[int, "PORT", Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")]
 LogFormat = Annotated[Literal["console", "json"], Field(description="Form of the log.")]
 DataDir = Annotated[
-    Path,
-    Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"),
-    Field(description="Directory of the service's database."),
+    Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"), Field(description="Directory of the service's database.")
 ]
 
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
@@ -219,11 +217,4 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
         again = (chosen.model_copy(update={"dtype": name}).deploy(pins) for name in own.controls)
         return replace(deployed, controls=tuple(again))
 
-    validate(
-        load,
-        own,
-        service,
-        reference=chosen.model,
-        host=chosen.host,
-        port=chosen.port,
-    )
+    validate(load, own, service, reference=chosen.model, host=chosen.host, port=chosen.port)

@@ -265,11 +265,7 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
 def measure(paths: Sequence[Path], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
     """Return the honest noise of proof files, by :func:`assay.poc.calibrate`; the model says its size."""
     info = None if model is None else model_info(model)
-    return calibrate(
-        *map(Proof.load, paths),
-        hidden_size=None if info is None else info.hidden_size,
-        progress=progress,
-    )
+    return calibrate(*map(Proof.load, paths), hidden_size=None if info is None else info.hidden_size, progress=progress)
 
 
 def describe(build: BuildNoise) -> dict[str, Any]:

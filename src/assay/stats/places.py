@@ -114,11 +114,7 @@ class PlaceTest:
 
 
 def place_test(
-    magnitudes: npt.ArrayLike,
-    positions: npt.ArrayLike,
-    *,
-    batch_size: int | None = None,
-    honest_size: float = 0.0,
+    magnitudes: npt.ArrayLike, positions: npt.ArrayLike, *, batch_size: int | None = None, honest_size: float = 0.0
 ) -> PlaceTest:
     """Test whether residuals depend on the place of their nonces in the prover's batches.
 

@@ -215,10 +215,7 @@ def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
     cos_negative = ((quadrant + 1) & 2) == 2
     sin_negative = (quadrant & 2) == 2
     turned_cosine, turned_sine = np.where(odd, sine, cosine), np.where(odd, cosine, sine)
-    return (
-        np.where(cos_negative, -turned_cosine, turned_cosine),
-        np.where(sin_negative, -turned_sine, turned_sine),
-    )
+    return (np.where(cos_negative, -turned_cosine, turned_cosine), np.where(sin_negative, -turned_sine, turned_sine))
 
 
 def _sha256(text: str) -> bytes:

@@ -25,6 +25,9 @@ CARRIED = """
 MALFORMED = """
     ftp://8.8.8.8/ file:///etc/passwd http:// //8.8.8.8/ http://user:pw@8.8.8.8/ http://[::1/ http://8.8.8.8:99999/
     http://0177.0.0.1/ javascript:alert(1)
+    http://8.8.8.8:0/ http://@8.8.8.8/ http://8.8.8.8/a/../b http://8.8.8.8/./a http://8.8.8.8/é http://8.8.8.8/"
+    http://8.8.8.8/a#b http://8.8.8.8# http://8.8.8.8:+80/ http://8.8.8.8:８０/ http://8。8。8。8/ http://8.8.8.8./
+    http://a..b/ http://.a/ http://a%2eb/ http://*/ http://xn--a/
 """.split()  # noqa: SIM905
 # Forms that only the resolver understands: they are names to us, and addresses to it.
 DISGUISED = ["http://2130706433/", "http://0x7f.1/", "http://127.1/"]
@@ -67,6 +70,16 @@ def test_one_private_address_among_several_blocks_the_name(monkeypatch):
         asyncio.run(resolve("http://rebinding.example/", allow_private=False))
 
 
+@pytest.mark.parametrize("name", ["faß.example", "xn--fa-hia.example"])
+def test_an_international_name_is_asked_for_as_it_is_written(name, monkeypatch):
+    """In Python's own form the first is fass.example, which may be somebody else's."""
+    asked = []
+    answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 80))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **kwargs: asked.append(host) or [answer])
+    asyncio.run(resolve(f"http://{name}/", allow_private=False))
+    assert asked == ["xn--fa-hia.example"]
+
+
 def test_a_call_goes_to_the_address_that_was_checked(monkeypatch):
     answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 8443))
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **kwargs: [answer])
@@ -91,6 +104,7 @@ def test_a_call_goes_to_the_address_that_was_checked(monkeypatch):
     [
         ("/hook%2Fa%3Fb/c?token=x%2By%2F", "/hook%2Fa%3Fb/c/generated?token=x%2By%2F"),
         ("/a%25b%23/", "/a%25b%23/generated"),
+        ("/a//?sig=a|b;c&flag&y=%2F+z", "/a//generated?sig=a|b;c&flag&y=%2F+z"),
         ("", "/generated"),
     ],
 )

@@ -7,11 +7,13 @@ that was checked. Redirects are never followed.
 import asyncio
 import ipaddress
 import math
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from urllib.parse import urlencode
 
 import httpx
 from standardwebhooks import Webhook, WebhookVerificationError
@@ -37,6 +39,10 @@ PRIVATE = tuple(
 
 GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 
+_WRITTEN = re.compile(r"https?://\[?([^][/?#@]+?)\]?(?::[0-9]*)?([/?][^#]*)?", re.IGNORECASE)
+_HOST = re.compile(r"(?!.*\.[0-9]+\.$)(?=.{1,254}$)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|.*:.*")
+_SIGNATURE = re.compile("v1,[A-Za-z0-9+/]{43}=")
+
 _DNS = ThreadPoolExecutor(4, "assay-dns")
 """Threads of their own: a name server that does not answer holds each for many seconds."""
 
@@ -51,21 +57,23 @@ def check_url(url: str | None, *, allow_private: bool) -> None:
         return
     try:
         parsed = httpx.URL(url)
-        host = parsed.host
-        if not 0 < (parsed.port or 80) < 65_536:
+        host, sent, shown = parsed.raw_host.decode(), parsed.raw_path.decode(), parsed.host
+        if parsed.port is not None and not 0 < parsed.port < 65_536:
             raise ValueError(f"port {parsed.port}")
-    except (httpx.InvalidURL, ValueError, UnicodeError) as error:
+    except (httpx.InvalidURL, ValueError) as error:
         raise _refusal(f"callback URL: {error}") from None
-    if parsed.scheme not in ("http", "https") or not host:
-        raise _refusal(f"callback URL with scheme {parsed.scheme!r}")
-    if parsed.userinfo:
-        raise _refusal("callback URL with a user name or password")
+    form = _WRITTEN.fullmatch(url)
+    if form is None or parsed.userinfo:
+        raise _refusal("callback URL with a user name, a password or a fragment, or of another scheme than http")
+    is_kept = form[1].lower() in (host, shown) and (form[2] or "").removeprefix("/") == sent[1:]
+    if not (is_kept and _HOST.fullmatch(host)):
+        raise _refusal("callback URL with . or .., an odd host or port, or signs that are sent as %XX (write them so)")
     if allow_private:
         return
     try:
         address = _address(host)
     except ValueError:
-        if f".{host.lower().rstrip('.')}".endswith(".localhost"):
+        if f".{host.rstrip('.')}".endswith(".localhost"):
             raise _refusal("callback URL to this machine") from None
         return
     if not _is_public(address):
@@ -101,13 +109,14 @@ async def call(
     address = await resolve(url, allow_private=allow_private)
     # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two names.
     written, mark, query = host.raw_path.partition(b"?")
-    target = host.copy_with(host=address, raw_path=written.rstrip(b"/") + path.encode() + mark + query)
+    asked = b"&".join(filter(None, (query, urlencode(params or {}).encode())))
+    below = written.removesuffix(b"/") + path.encode() + (b"?" + asked if mark or asked else b"")
     request = client.build_request(
         method,
-        target.copy_merge_params(params) if params else target,
+        host.copy_with(host=address, raw_path=below),
         content=content,
         headers=headers | {"Host": host.netloc.decode("ascii"), "User-Agent": "assay"},
-        extensions={"sni_hostname": host.host},
+        extensions={"sni_hostname": host.raw_host.decode().removesuffix(".")},
     )
     return await client.send(request, stream=True)
 
@@ -121,7 +130,8 @@ async def resolve(url: str, *, allow_private: bool) -> str:
     """
     parsed = httpx.URL(url)
     port = parsed.port or (443 if parsed.scheme == "https" else 80)
-    look_up = partial(socket.getaddrinfo, parsed.host, port, type=socket.SOCK_STREAM)
+    # As it is asked for: Python's own form of an international name can be the name of somebody else.
+    look_up = partial(socket.getaddrinfo, parsed.raw_host.decode(), port, type=socket.SOCK_STREAM)
     try:
         found = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
     except UnicodeError as error:
@@ -173,8 +183,8 @@ class Signatures:
             return
         _check_clock(headers.get("webhook-timestamp", ""))
         # What is not of the form of this version is passed over, as the standard has it.
-        forms = [each for each in headers.get("webhook-signature", "").split() if each.count(",") == 1]
-        headers = {**headers, "webhook-signature": " ".join(each for each in forms if each.startswith("v1,"))}
+        forms = filter(_SIGNATURE.fullmatch, headers.get("webhook-signature", "").split())
+        headers = {**headers, "webhook-signature": " ".join(forms)}
         for secret in self._secrets:
             try:
                 Webhook(secret).verify(body, dict(headers), json_parse=False)

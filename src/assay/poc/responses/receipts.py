@@ -41,13 +41,7 @@ from assay.poc.protocol.proof import (
 )
 from assay.poc.protocol.round import check_digest, check_name, check_number
 from assay.poc.responses.adapters import Adapter
-from assay.poc.responses.sampling import (
-    HIGHEST_TOKEN,
-    ResponseName,
-    ResponseSeed,
-    Sampling,
-    check_block_hash,
-)
+from assay.poc.responses.sampling import HIGHEST_TOKEN, ResponseName, ResponseSeed, Sampling, check_block_hash
 
 KIND = "assay.poc.receipts"
 SCHEMA = 1

@@ -1,6 +1,7 @@
 """Who may send what, and the honest noise of each: the pins, and the validator's file of secrets and builds."""
 
 import hashlib
+import re
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -150,12 +151,12 @@ class Registry:
 
 
 def _check_names(keys: Iterable[str]) -> None:
-    """Refuse keys that look alike to everyone who reads them: those of one normal form (NFC) of Unicode."""
+    """Refuse keys that look alike: those of one normal form (NFKC) of Unicode once what is not drawn is left out."""
     found: dict[str, str] = {}
     for key in keys:
-        if (other := found.setdefault(normalize("NFC", key), key)) != key:
+        if (other := found.setdefault(normalize("NFKC", _UNSEEN.sub("", key)), key)) != key:
             seen, wanted = f"the keys {other!a:.80} and {key!a:.80}", "keys that can be told apart"
-            raise UsageError(seen, wanted=wanted, do="write both in the normal form NFC, or remove one of the two")
+            raise UsageError(seen, wanted=wanted, do="write both in the normal form NFKC, or remove one of the two")
 
 
 def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
@@ -199,6 +200,9 @@ def _entries(path: Path) -> tuple[NodeEntry, ...]:
     return found
 
 
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 KEPT = 256  # noises of builds and blocks
 
 

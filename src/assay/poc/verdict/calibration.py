@@ -651,11 +651,7 @@ SCALED_SPREAD = 0.03
 Residuals = Mapping[Pair, FloatArray]
 
 
-def calibrate(
-    *proofs: Proof,
-    hidden_size: int | None = None,
-    progress: Progress | None = None,
-) -> Calibration:
+def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress | None = None) -> Calibration:
     """Measure the noise of a build between the machines of honest proofs.
 
     Proofs of the same round are compared nonce by nonce. Every machine needs a round in common with another one. Two

@@ -24,14 +24,7 @@ _PLACES = {
 }
 __getattr__, __dir__, _ = lazy_loader.attach(__name__, submod_attrs=_PLACES)
 
-__all__ = [
-    "PluginSettings",
-    "ResponseExtension",
-    "VLLMEngine",
-    "WorkerExtension",
-    "before_start",
-    "plugin",
-]
+__all__ = ["PluginSettings", "ResponseExtension", "VLLMEngine", "WorkerExtension", "before_start", "plugin"]
 
 _SERVERS = ("api_server.py", "entry.py")
 """Files that ``python -m`` runs as a server: the second one since vLLM 0.32, where the first is deprecated."""

@@ -147,10 +147,7 @@ def check(
 
 
 def check_gradients(
-    gradients: PairGradients,
-    *,
-    basis: Basis | None = None,
-    settings: CheckSettings | None = None,
+    gradients: PairGradients, *, basis: Basis | None = None, settings: CheckSettings | None = None
 ) -> CheckReport:
     """Return the five checks of gradients that are at hand; :func:`check` describes the arguments and errors."""
     settings = settings or CheckSettings()

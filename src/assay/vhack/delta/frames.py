@@ -108,11 +108,7 @@ class Measures:
         return dict(zip(self.tensors, values, strict=True))
 
 
-def measure_shares(
-    name: str,
-    vectors: Iterable[tuple[Tensor, Tensor, Tensor]],
-    sign: int,
-) -> dict[str, Tensor]:
+def measure_shares(name: str, vectors: Iterable[tuple[Tensor, Tensor, Tensor]], sign: int) -> dict[str, Tensor]:
     """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, also two-sided.
 
     Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]; shares have the
