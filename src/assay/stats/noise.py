@@ -195,7 +195,7 @@ class LogNoise:
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
         """Return the logarithm of the density of x = ln L2 for distances ``multiple`` times larger, [N]."""
         z_N = np.abs(np.log(magnitudes_N) - self.mu - math.log(multiple)) / self.sd
-        return -np.asarray(scipy.special.huber(self.tail, z_N)) - math.log(self.sd * self.standard_mass)
+        return -np.asarray(scipy.special.huber(self.tail, z_N), np.float64) - math.log(self.sd * self.standard_mass)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """Return P(honest distance ≥ L2), [N]."""
