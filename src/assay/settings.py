@@ -19,6 +19,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from assay.errors import UsageError
 
+NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
+"""Formats in eight or four bits that the weights of a model may have: as they are stored, or rounded to ``float8``."""
 NEAR = 0.72
 """Similarity from which on a word may be the one that was meant."""
 
@@ -34,6 +36,7 @@ class Flag:
         unit: What a value is or counts, such as ``SECONDS``, for the help.
         argument: Whether the field is a positional argument.
         file: Whether the value is a file that is written: a command sees first that it can be.
+        reads: Module and name of what reads the file that is named, without torch: a command sees first that it can.
     """
 
     names: tuple[str, ...] = ()
@@ -42,6 +45,7 @@ class Flag:
     unit: str = ""
     argument: bool = False
     file: bool = False
+    reads: str = ""
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,35 @@ def test_a_path_without_a_model_is_refused_before_torch_is_imported(words, place
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+WITHOUT_TORCH = (
+    VERIFY % "truncated.jsonl",
+    VERIFY % "proof.jsonl" + " --calibration list.json",
+    VERIFY % "proof.jsonl" + " --pins typo.toml",
+    VERIFY % "proof.jsonl" + " --ledger proof.jsonl",
+    "poc calibrate bytes.jsonl text.txt -o c.json",
+    "poc calibrate --merge list.json --merge list.json -o c.json",
+    "poc pins check text.txt",
+    "poc pins new --model model --from-proof truncated.jsonl -o n.toml",
+    "poc replay text.txt --model model",
+    f"poc respond --model model {ROUND} --prompts bytes.jsonl -o r.jsonl",
+    "poc ledger show text.txt",
+    "vhack extract --model model --pairs bytes.jsonl -o b.safetensors",
+    "vhack check --model model --basis text.txt",
+)
+
+
+@pytest.mark.parametrize("command", WITHOUT_TORCH)
+def test_a_bad_file_is_refused_before_torch_is_imported(command, folder):
+    code = (
+        "import sys; from assay.cli import run; code = run(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'scipy.stats'} & set(sys.modules))); sys.exit(code)"
+    )
+    called = [sys.executable, "-c", code, *shlex.split(command)]
+    done = subprocess.run(called, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+    assert all(part in done.stderr for part in ("error: ", "wanted: ", "to do: "))
+
+
 MORE = (
     "config poc prov",
     "config poc",

@@ -81,7 +81,7 @@ def test_a_stopped_run_says_that_it_continues_and_does(assay, small_checkpoint, 
     out = tmp_path / "receipts.jsonl"
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", prompts, *ROUND, "-o", out]
     receipts = []
-    module = sys.modules["assay.poc.responses.respond"]
+    module = sys.modules["assay.poc.responses.answering"]
     make = module.Receipt
 
     def stop(**made):

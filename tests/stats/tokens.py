@@ -16,7 +16,7 @@ VOCABULARY = 48
 def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray:
     """Return the profiles of claimed tokens from the gaps of all tokens, [N, G] in steps of float16.
 
-    This is the definition, to be read, and the twin of what ``assay.poc.responses.replay`` computes on devices.
+    This is the definition, to be read, and the twin of what ``assay.poc.responses.replaying`` computes on devices.
 
     Args:
         gaps_NV: Gap of every token of the vocabulary; infinite for one that cannot be taken.

@@ -13,6 +13,9 @@ FILE = Flag(file=True)
 FOLDER = Flag(("-o", "--output"))  # or a database, which may be there
 MODEL = Flag(variable="ASSAY_MODEL", unit="MODEL")
 DTYPE = Flag(variable="ASSAY_DTYPE", unit="DTYPE")
+PINS = Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")
+PROOF = Flag(reads="assay.poc.protocol.proof:Proof.load")
+RECEIPTS = Flag(reads="assay.poc.responses.receipts:Receipts.load")
 
 EngineName = Literal["hf", "vllm"]
 KernelName = Annotated[
@@ -26,10 +29,13 @@ NumberFormat = Annotated[
     Field(description="Number format of the weights; by default that of the other side, or the stored one."),
 ]
 PinsFile = Annotated[
-    Path | None,
-    Flag(variable="ASSAY_PINS"),
-    Field(description="What the network agreed on; other settings must agree with it."),
+    Path | None, PINS, Field(description="What the network agreed on; other settings must agree with it.")
 ]
+_CALIBRATION = Flag(reads="assay.poc.verdict.calibration:Calibration.load")
+CalibrationFile = Annotated[Path | None, _CALIBRATION]
+CalibrationFiles = Annotated[tuple[Path, ...], _CALIBRATION]
+FrameToRead = Annotated[Path | None, Flag(reads="assay.models.frame:Frame.load")]
+LedgerFile = Annotated[Path | None, Flag(variable="ASSAY_LEDGER", reads="assay.poc.verdict.ledger:check_ledger")]
 BlockHash = Annotated[str | None, "HASH", Field(description="Block of the round.")]
 PublicKey = Annotated[str | None, "KEY", Field(description="Key of the node.")]
 Overwrite = Annotated[bool, Field(description="Replace what exists.")]
@@ -44,10 +50,8 @@ class AuditSettings(Settings):
     pins: PinsFile = None
     block_hash: BlockHash = None
     public_key: PublicKey = None
-    calibration: Path | None = Field(None, description="Measured honest noise; else that of the pins, or the default.")
-    ledger: Annotated[Path | None, Flag(variable="ASSAY_LEDGER")] = Field(
-        None, description="Ledger of nodes' lives to add the audit to; the life then counts."
-    )
+    calibration: CalibrationFile = Field(None, description="Measured honest noise; else that of pins, or the default.")
+    ledger: LedgerFile = Field(None, description="Ledger of nodes' lives to add the audit to; the life then counts.")
     engine: EngineName = Field("hf", description="Engine that recomputes.")
     device: Device = None
     dtype: NumberFormat = None

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -98,6 +99,12 @@ class Setting:
         if isinstance(value, int | float) and not isinstance(value, bool) and self.field.annotation is str:
             return str(value)
         return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
+
+    def check_files(self, value: Any) -> None:
+        """Read what a command will read, no pipe and nothing long, so that a bad file is refused without torch."""
+        for path in (value if isinstance(value, tuple) else [value]) if self.flag.reads and value else ():
+            if not path.exists() or path.is_dir() or (path.is_file() and path.stat().st_size <= 2**22):
+                _imported(self.flag.reads)(path)
 
 
 class Command(click.Command):
@@ -191,6 +198,8 @@ class Command(click.Command):
         try:
             for name in (name for name in values if self.settings[name].flag.file):
                 check_new_file(values[name], overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)))
+            for setting in self.settings.values():
+                setting.check_files(getattr(made[self.kinds.index(setting.kind)], setting.name))
             ctx.exit(self.function(*made, **options) or 0)
         except Stopped as stop:
             stop.resumable = self.resumable
@@ -385,7 +394,7 @@ def _imported(where: str) -> Any:
     module, _, name = where.partition(":")
     try:
         with without_collection():
-            return getattr(import_module(module), name)
+            return attrgetter(name)(import_module(module))
     except ModuleNotFoundError as error:
         raise _not_installed(error, "train" if ".training." in module else "serve") from error
 

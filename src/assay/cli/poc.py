@@ -14,9 +14,14 @@ from assay.cli.flags import (
     FOLDER,
     MODEL,
     OUTPUT,
+    PINS,
+    PROOF,
     AuditSettings,
     BlockHash,
+    CalibrationFile,
+    CalibrationFiles,
     EngineName,
+    FrameToRead,
     KernelName,
     ModelName,
     NumberFormat,
@@ -47,7 +52,7 @@ def _positions(text: str) -> tuple[int, int]:
 
 
 FrameFile = Annotated[
-    Path | None, Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file.")
+    FrameToRead, Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file.")
 ]
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
@@ -85,7 +90,7 @@ class ProveSettings(Settings):
 class VerifySettings(AuditSettings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
-    proof: Annotated[Path, ARGUMENT] = Field(description="Proof file.")
+    proof: Annotated[Path, ARGUMENT, PROOF] = Field(description="Proof file.")
     sample: Annotated[int | None, "NONCES"] = Field(None, description="Nonces to recompute; else what the law needs.")
     seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions of a nonce agreed on; else 256.")
     preset: Annotated[str | None, "NAME"] = Field(None, description="Preset agreed on; else poc-2.0.")
@@ -138,9 +143,9 @@ class CalibrateSettings(Settings):
     seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce of --model.")
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
-    merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
+    merge: CalibrationFiles = Field((), description="Calibration file whose builds are added; repeatable.")
     valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
-    calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
+    calibration: CalibrationFile = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
     device: Device = None
     dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
     blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that --model is measured in.")
@@ -418,9 +423,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """
     import os
 
-    from assay.poc.measurement import describe, measure, target_for
-    from assay.poc.one_machine import calibrate_model
     from assay.poc.protocol.pipelines import get_pipeline
+    from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.calibration import Calibration
 
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
@@ -433,6 +437,12 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         )
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
     _check_form(chosen, merging)
+    get_pipeline(chosen.preset)
+    for path in chosen.proofs:  # before torch is imported
+        Proof.load(path)
+    from assay.poc.measurement import describe, measure, target_for
+    from assay.poc.one_machine import calibrate_model
+
     if chosen.valid_rate is not None:
         how = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
         show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
@@ -507,8 +517,10 @@ class NewPinsSettings(Settings):
 
     model: ModelName
     output: Annotated[Path, OUTPUT] = Field(description="Pins file to write.")
-    from_proof: tuple[Path, ...] = Field((), description="Honest proof whose round and build are taken over.")
-    calibration: tuple[Path, ...] = Field((), description="Calibration file of this model to pin.")
+    from_proof: Annotated[tuple[Path, ...], PROOF] = Field(
+        (), description="Honest proof whose round and build are taken over."
+    )
+    calibration: CalibrationFiles = Field((), description="Calibration file of this model to pin.")
     public_key: Annotated[tuple[str, ...], "KEY"] = Field((), description="Key of a node that may prove; else any.")
     preset: Annotated[str | None, "NAME"] = Field(None, description="Preset; that of the proof, or poc-2.0.")
     seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions; as in the proof, or 256.")
@@ -518,7 +530,7 @@ class NewPinsSettings(Settings):
     overwrite: Overwrite = False
     r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="As in the proof, or 1.416.")
     fewest_nonces: Annotated[int, "NONCES"] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
-    frame: Path | None = Field(None, description="Frame of the model to pin, for tokens-1, the preset then.")
+    frame: FrameToRead = Field(None, description="Frame of the model to pin, for tokens-1, the preset then.")
     dtype: Annotated[str | None, "DTYPE"] = Field(
         None, description="Number format of the build where there is no proof; else the first one of the preset."
     )
@@ -527,8 +539,8 @@ class NewPinsSettings(Settings):
 class CheckPinsSettings(Settings):
     """Settings of ``assay poc pins check``: what is known of the round of a proof."""
 
-    pins: Annotated[Path, ARGUMENT] = Field(description="Pins file.")
-    proof: Annotated[Path | None, ARGUMENT] = Field(None, description="Proof file that is held against it.")
+    pins: Annotated[Path, ARGUMENT, PINS] = Field(description="Pins file.")
+    proof: Annotated[Path | None, ARGUMENT, PROOF] = Field(None, description="Proof file that is held against it.")
     block_hash: BlockHash = None
     public_key: PublicKey = None
     node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node.")

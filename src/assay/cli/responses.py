@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, AuditSettings, EngineName, ModelName, NumberFormat, Overwrite
+from assay.cli.flags import ARGUMENT, OUTPUT, RECEIPTS, AuditSettings, EngineName, ModelName, NumberFormat, Overwrite
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, poc
-from assay.settings import Device, Settings
+from assay.settings import Device, Flag, Settings
 
+REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
+RequestFile = Annotated[Path | None, REQUESTS]
+NoiseFile = Annotated[Path | None, Flag(reads="assay.poc.responses.calibration:ResponseCalibration.load")]
 Batch = Annotated[
     int, "RESPONSES", Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")
 ]
@@ -20,7 +23,7 @@ class RespondSettings(Settings):
     """Settings of ``assay poc respond``."""
 
     model: ModelName
-    prompts: Path = Field(description="JSON Lines with prompt or messages, and what a line sets for itself.")
+    prompts: Annotated[Path, REQUESTS] = Field(description="Lines with prompt or messages, and their own settings.")
     block_hash: Annotated[str, "HASH"] = Field(description="Block that became known after the requests.")
     public_key: Annotated[str, "KEY"] = Field(description="Key of the node.")
     output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
@@ -42,8 +45,9 @@ class RespondSettings(Settings):
 class ReplaySettings(AuditSettings):
     """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses again."""
 
-    receipts: Annotated[Path, ARGUMENT] = Field(description="File of receipts.")
-    requests: Path | None = Field(None, description="Requests that were sent; needed for exit code 0.")
+    calibration: NoiseFile = Field(None, description="Measured honest noise of responses; else the default.")
+    receipts: Annotated[Path, ARGUMENT, RECEIPTS] = Field(description="File of receipts.")
+    requests: RequestFile = Field(None, description="Requests that were sent; needed for exit code 0.")
     sample: Annotated[int | None, "RESPONSES"] = Field(None, description="Responses to replay; all by default.")
     evidence: Literal["both", "tokens", "sketches"] = Field("both", description="What receipts must have.")
     lora: Path | None = Field(None, description="Directory of the LoRA adapter of receipts that name one.")
@@ -53,10 +57,10 @@ class ReplaySettings(AuditSettings):
 class CalibrateResponsesSettings(Settings):
     """Settings of ``assay poc calibrate-responses``."""
 
-    receipts: Annotated[tuple[Path, ...], ARGUMENT] = Field(description="Receipts of honest nodes of one build.")
+    receipts: Annotated[tuple[Path, ...], ARGUMENT, RECEIPTS] = Field(description="Receipts of nodes of one build.")
     model: ModelName
     output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
-    requests: Path | None = Field(None, description="Requests that were sent, for receipts with hashes of prompts.")
+    requests: RequestFile = Field(None, description="Requests that were sent, for receipts with hashes of prompts.")
     batch_size: Batch = 16
     dtype: NumberFormat = None
     device: Device = None
@@ -179,7 +183,7 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     from assay.poc.audit import requests_of
     from assay.poc.launch import Launch, open_prefill
     from assay.poc.responses.calibration import check_enough_tokens, check_one_checkpoint
-    from assay.poc.responses.replay import check_adapter, check_runnable
+    from assay.poc.responses.replaying import check_adapter, check_runnable
 
     files = [responses.Receipts.load(path) for path in chosen.receipts]
     for read in files:

@@ -33,6 +33,7 @@ Method = Annotated[str, "TEXT", Field(description="Method of extraction: lda or 
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
+TENSORS = Flag(reads="assay.files.jsonl:check_tensors")
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
 
 
@@ -84,7 +85,7 @@ class ExtractSettings(GradientSettings):
 class CheckCommand(RuleSettings, GradientSettings):
     """Settings of ``assay vhack check``."""
 
-    basis: Path | None = Field(None, description="Basis to check; without it, bases are fitted.")
+    basis: Annotated[Path | None, TENSORS] = Field(None, description="Basis to check; without it, bases are fitted.")
     method: Method = "lda"
     output: Result = None
     html: Annotated[Path | None, FILE] = Field(None, description="File for the report page.")
@@ -93,7 +94,7 @@ class CheckCommand(RuleSettings, GradientSettings):
 class PoolSettings(RuleSettings, WeightSettings):
     """Settings of ``assay vhack pools``."""
 
-    basis: Path = Field(description="File of the basis to score with.")
+    basis: Annotated[Path, TENSORS] = Field(description="File of the basis to score with.")
     hack: Path = Field(description="Samples that cheat: JSON Lines with prompt, completion and perhaps group.")
     clean: Path = Field(description="Samples that do not cheat, likewise.")
     limit: Annotated[int | None, "ROWS"] = Field(
@@ -174,12 +175,13 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     """Extract a basis of hack directions."""
     from assay import vhack
     from assay.vhack import checks
+    from assay.vhack.pairs.generate import find_pairs
+
+    pairs = find_pairs(chosen.pairs)  # before torch is imported
     from assay.vhack.basis.extract import select_pairs
     from assay.vhack.checks.folds import fewest_groups
     from assay.vhack.delta.delta import user_cache
-    from assay.vhack.pairs.generate import find_pairs
 
-    pairs = find_pairs(chosen.pairs)
     groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method=chosen.method))
     if groups < least:
         click.echo(
@@ -232,14 +234,15 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     Exit code 0 all pass, 1 a check fails, 2 undecided or bad input.
     """
     from assay.vhack import checks
+    from assay.vhack.pairs.generate import find_pairs
+
+    found = find_pairs(chosen.pairs)  # before torch is imported
     from assay.vhack.basis.basis import Basis
     from assay.vhack.checks.folds import check_groups
     from assay.vhack.checks.page import make_page
     from assay.vhack.gradients.targets import MIN_COVERAGE
-    from assay.vhack.pairs.generate import find_pairs
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
-    found = find_pairs(chosen.pairs)
     read = Basis.load(chosen.basis) if chosen.basis else None
     if few := check_groups([pair.group for pair in found], rules, read):
         click.echo(f"warning: {few}", err=True)
@@ -490,13 +493,13 @@ def _print_detectors(compared: "Comparison | None") -> None:
 
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
-Delta = Annotated[Path | None, Field(description="File of δS of this model, merged before sampling.")]
+Delta = Annotated[Path | None, TENSORS, Field(description="File of δS of this model, merged before sampling.")]
 
 
 class MergeSettings(WeightSettings):
     """Settings of ``assay vhack merge``."""
 
-    delta: Path = Field(description="File of δS that training or DeltaS.save wrote for this model.")
+    delta: Annotated[Path, TENSORS] = Field(description="File of δS that training or DeltaS.save wrote for this model.")
     output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
     overwrite: Overwrite = False
 

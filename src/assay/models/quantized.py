@@ -39,13 +39,10 @@ from assay.models.eight_bits import (
     float8_blocks,
     round_rows,
 )
+from assay.settings import NUMBER_FORMATS as NUMBER_FORMATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
-"""Formats in eight or four bits that the weights of a model may have: as they are stored, or rounded to ``float8``."""
 
 
 class LoadingFormat(TypedDict):

@@ -33,7 +33,7 @@ from assay.poc.responses.judge import (
     sample_receipts,
 )
 from assay.poc.responses.receipts import Receipts
-from assay.poc.responses.replay import check_adapter, check_ends, check_runnable, replay
+from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict

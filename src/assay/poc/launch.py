@@ -16,7 +16,7 @@ from assay.errors import ProofMismatch, UsageError
 from assay.models.frame import Frame
 from assay.models.load import Model, load_model, model_info
 from assay.models.load import check_loadable as check_model
-from assay.models.quantized import NUMBER_FORMATS, in_format
+from assay.models.quantized import in_format
 from assay.poc.engines.base import Engine, unsupported
 from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
 from assay.poc.engines.hf.fused import worth_compiling
@@ -29,6 +29,7 @@ from assay.poc.responses.prefill import HFPrefill, Prefill
 from assay.poc.responses.receipts import Receipts
 from assay.poc.verdict.calibration import Calibration
 from assay.poc.verifier import judging_batch
+from assay.settings import NUMBER_FORMATS
 
 EngineName = Literal["hf", "vllm"]
 Kernels = Literal["auto", "compiled", "eager"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats as distributions
+import scipy
 
 from assay import stats
 from assay.errors import ProofMismatch, UsageError
@@ -171,7 +171,7 @@ def compare_r_target(
             do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
         )
     ordered_N, tail = np.sort(np.concatenate(distances)), (1 - CONFIDENCE) / 2
-    ranks = np.asarray(distributions.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
+    ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
     low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
     closed, measured = stats.r_target_for(valid_rate, dimension), float(np.quantile(ordered_N, valid_rate))
     freedom = math.inf if effective_dimension is None else effective_dimension * n**2 / float(counts @ counts)

@@ -29,7 +29,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+import scipy
 
 from assay.errors import UsageError
 
@@ -57,7 +57,8 @@ def _log_mean_over_sqrt2(d: int) -> float:
     a = _half_dimension(d)
     if a > _SERIES_FROM:
         return -1 / (16 * a) + 7 / (1536 * a**3) - 31 / (20480 * a**5)
-    log_mean = special.gammaln(a + 0.5) - special.gammaln(a) + special.gammaln(2 * a) - special.gammaln(2 * a + 0.5)
+    ln_gamma = scipy.special.gammaln
+    log_mean = ln_gamma(a + 0.5) - ln_gamma(a) + ln_gamma(2 * a) - ln_gamma(2 * a + 0.5)
     return float(log_mean + math.log(2) / 2)
 
 
@@ -75,7 +76,7 @@ def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
     """Return P(distance ≤ x) in R^d, elementwise; 0 below x = 0 and 1 above x = 2."""
     inside = np.clip(np.asarray(x, dtype=np.float64), 0.0, 2.0)
     a = _half_dimension(d)
-    return np.asarray(special.betainc(a, a, (inside / 2) ** 2), dtype=np.float64)
+    return np.asarray(scipy.special.betainc(a, a, (inside / 2) ** 2), dtype=np.float64)
 
 
 def valid_rate(r_target: float, d: int) -> float:
@@ -104,7 +105,7 @@ def r_target_for(rate: float, d: int) -> float:
     if not 0.0 < rate <= 1.0:
         raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
     a = _half_dimension(d)
-    return 2 * math.sqrt(float(special.betaincinv(a, a, rate)))
+    return 2 * math.sqrt(float(scipy.special.betaincinv(a, a, rate)))
 
 
 def rate_standard_error(rate: float, n: int) -> float:
@@ -154,7 +155,7 @@ class BlockLaw:
         """Return the quantile of the factor γ over such blocks."""
         if math.isinf(self.freedom):
             return self.scale
-        return self.scale * math.sqrt(float(stats.chi2.ppf(q, self.freedom)) / self.freedom)
+        return self.scale * math.sqrt(float(scipy.stats.chi2.ppf(q, self.freedom)) / self.freedom)
 
     @property
     def factor_error(self) -> float:
@@ -194,7 +195,7 @@ class BlockLaw:
             UsageError: ``r_target`` is outside (0, 2], or n is below 1.
         """
         rate = self.valid_rate(r_target)
-        nonces = 0.0 if n is None else float(stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)
+        nonces = 0.0 if n is None else float(scipy.stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)
         cosine = 1 - r_target**2 / 2
         ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
         low, high = (math.hypot(end - rate, nonces) for end in ends)

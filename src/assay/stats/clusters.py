@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
@@ -113,8 +113,8 @@ class ClusterTest:
         machines = np.arange(-reach, reach + 1)
         of_cluster, weight_U = cluster_scales(self.between)
         few = np.unique(np.rint(np.linspace(-2, 2, 3) * sd / STEP).astype(int))
-        weight_H = stats.t.pdf(machines * STEP / sd, spread.dof)
-        weight_J = stats.t.pdf(few * STEP / sd, spread.dof)
+        weight_H = scipy.stats.t.pdf(machines * STEP / sd, spread.dof)
+        weight_J = scipy.stats.t.pdf(few * STEP / sd, spread.dof)
         cheap, fours = max(CHEAP, self.effect), math.log(max(self.law.junk_multiple, FAR) / FAR) / math.log(4)
         self._multiples = grid_of_multiples(_LEAST, FAR * 4.0 ** math.ceil(fours), [self.effect, cheap])
         steps = np.rint(np.log(self._multiples) / STEP).astype(int)

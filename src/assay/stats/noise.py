@@ -14,8 +14,8 @@ from typing import Annotated, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 from pydantic import ConfigDict, Field
-from scipy import special, stats
 
 from assay.errors import UsageError
 from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_mean, chord_std
@@ -94,7 +94,7 @@ class ScaleNoise:
     @property
     def gross_threshold(self) -> float:
         """The absolute residual that honest noise exceeds with probability `GROSS_PROBABILITY`."""
-        return self.sigma * float(stats.t.isf(GROSS_PROBABILITY / 2, self.dof))
+        return self.sigma * float(scipy.stats.t.isf(GROSS_PROBABILITY / 2, self.dof))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
         """Return |e|, at most 2, [N]; non-finite residuals become 2."""
@@ -103,13 +103,13 @@ class ScaleNoise:
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
         """Return the logarithm of the density of multiple · sigma · t at the given |e|, [N]."""
         scale, half = multiple * self.sigma, (self.dof + 1) / 2
-        constant = special.gammaln(half) - special.gammaln(self.dof / 2) - math.log(self.dof * math.pi) / 2
+        constant = scipy.special.gammaln(half) - scipy.special.gammaln(self.dof / 2) - math.log(self.dof * math.pi) / 2
         z_N = magnitudes_N / scale
         return np.asarray(constant - math.log(scale) - half * np.log1p(z_N * z_N / self.dof), dtype=np.float64)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """Return P(|sigma · t| ≥ |e|), [N]."""
-        return np.asarray(2 * stats.t.sf(magnitudes_N / self.sigma, self.dof), dtype=np.float64)
+        return np.asarray(2 * scipy.stats.t.sf(magnitudes_N / self.sigma, self.dof), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class LogNoise:
         beyond = math.exp(-(self.tail**2) / 2) / self.tail / self.standard_mass
         if probability < beyond:
             return self.tail + math.log(beyond / probability) / self.tail
-        return float(special.ndtri(0.5 + (0.5 - probability) * self.standard_mass / math.sqrt(2 * math.pi)))
+        return float(scipy.special.ndtri(0.5 + (0.5 - probability) * self.standard_mass / math.sqrt(2 * math.pi)))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
         """Return the distances between floor and 2, [N]; non-finite ones become 2.
@@ -195,13 +195,13 @@ class LogNoise:
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
         """Return the logarithm of the density of x = ln L2 for distances ``multiple`` times larger, [N]."""
         z_N = np.abs(np.log(magnitudes_N) - self.mu - math.log(multiple)) / self.sd
-        return -np.asarray(special.huber(self.tail, z_N), dtype=np.float64) - math.log(self.sd * self.standard_mass)
+        return -np.asarray(scipy.special.huber(self.tail, z_N), np.float64) - math.log(self.sd * self.standard_mass)
 
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """Return P(honest distance ≥ L2), [N]."""
         z_N = (np.log(magnitudes_N) - self.mu) / self.sd
         size_N = np.abs(z_N)
-        core_N = math.sqrt(2 * math.pi) * (0.5 - special.ndtr(np.minimum(size_N, self.tail)))
+        core_N = math.sqrt(2 * math.pi) * (0.5 - scipy.special.ndtr(np.minimum(size_N, self.tail)))
         tail_N = -np.exp(-(self.tail**2) / 2) * np.expm1(-self.tail * np.maximum(size_N - self.tail, 0)) / self.tail
         upper_N = 0.5 + (core_N - tail_N) / self.standard_mass
         return np.asarray(np.where(z_N >= 0, upper_N, 1 - upper_N), dtype=np.float64)
@@ -253,7 +253,7 @@ class Spread:
     def _grid(self, deviations_J: FloatArray) -> tuple[FloatArray, FloatArray]:
         if self.sd == 0:
             return np.ones(1), np.ones(1)
-        weight_J = stats.t.pdf(deviations_J, self.dof)
+        weight_J = scipy.stats.t.pdf(deviations_J, self.dof)
         return np.exp(self.sd * deviations_J), np.asarray(weight_J / weight_J.sum(), dtype=np.float64)
 
 
@@ -307,10 +307,10 @@ def fit_scale_noise(residuals: npt.ArrayLike) -> NoiseFit[ScaleNoise]:
         UsageError: There are too few residuals, or one of them is not finite.
     """
     size_N = np.abs(_read_honest(residuals))
-    middle = float(stats.t.ppf(0.75, DOF))
+    middle = float(scipy.stats.t.ppf(0.75, DOF))
     sigma = max(float(np.median(size_N)) / middle, RESOLUTION)
     # The standard error of the median m is 1/(2·f(m)·√n), and |t| has twice the density of t.
-    error = 1 / (4 * float(stats.t.pdf(middle, DOF)) * middle * math.sqrt(size_N.size))
+    error = 1 / (4 * float(scipy.stats.t.pdf(middle, DOF)) * middle * math.sqrt(size_N.size))
     return NoiseFit(ScaleNoise(sigma, DOF), error)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
@@ -281,7 +281,7 @@ def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> Float
     r = P(H = h + 1)/P(H = h): these ratios fall with h, so the sum lies below a geometric series. Far in the tail the
     bound is close.
     """
-    log_factorial = special.gammaln(np.arange(n + 1) + 1.0)
+    log_factorial = scipy.special.gammaln(np.arange(n + 1) + 1.0)
 
     def log_choose(total: IntArray | int, chosen: IntArray) -> FloatArray:
         return np.asarray(log_factorial[total] - log_factorial[chosen] - log_factorial[total - chosen])

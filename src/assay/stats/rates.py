@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import TAIL, FloatArray
@@ -52,7 +52,7 @@ def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> Coun
         UsageError: A count or probability is out of range.
     """
     _check_counts(mismatches, n, p_mismatch=p_mismatch, alpha=alpha)
-    p_value = float(stats.binomtest(mismatches, n, p_mismatch, "greater").pvalue) if n else 1.0
+    p_value = float(scipy.stats.binomtest(mismatches, n, p_mismatch, "greater").pvalue) if n else 1.0
     return CountTest(n=n, mismatches=mismatches, p_value=p_value, fraud=p_value < alpha)
 
 
@@ -65,7 +65,7 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
     _check_counts(count, n, confidence=confidence)
     if n == 0:
         return 0.0, 1.0
-    interval = stats.binomtest(count, n).proportion_ci(confidence)
+    interval = scipy.stats.binomtest(count, n).proportion_ci(confidence)
     return float(interval.low), float(interval.high)
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
@@ -210,7 +210,7 @@ def _likeliest(
         """Return the weights after one round of EM, and the logarithm of the likelihood before it."""
         each = [one @ given for one in moved]
         logs_LU = np.stack([np.add.reduceat(np.log(one), starts) for one in each], axis=1) + np.log(weight_U)
-        totals_L = special.logsumexp(logs_LU, axis=1)
+        totals_L = scipy.special.logsumexp(logs_LU, axis=1)
         posterior_LU = np.exp(logs_LU - totals_L[:, None])
         gained = sum(
             (np.repeat(posterior, sizes) / one) @ part
@@ -241,6 +241,6 @@ def _error(law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt
     for moved in (-width, 0.0, width):
         logs_C = np.asarray(steps * STEP + moved, dtype=np.float64)
         logs_LU = np.add.reduceat(law.log_likelihoods(profiles_NG, logs_C), starts)
-        totals.append(float(special.logsumexp(logs_LU + np.log(weight_U), axis=1).sum()))
+        totals.append(float(scipy.special.logsumexp(logs_LU + np.log(weight_U), axis=1).sum()))
     curvature = (2 * totals[1] - totals[0] - totals[2]) / width**2
     return min(_LARGEST_ERROR, 1 / math.sqrt(max(curvature, 1e-9)))

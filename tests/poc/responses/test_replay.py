@@ -26,7 +26,7 @@ from assay.poc.responses import (
 )
 from assay.poc.responses.calibration import bundled_response_noise, check_enough_tokens
 from assay.poc.responses.judge import noise_between, sample_receipts
-from assay.poc.responses.replay import compute_gaps, measure_margins
+from assay.poc.responses.replaying import compute_gaps, measure_margins
 from assay.poc.responses.sampler import Sampler
 from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS

@@ -27,7 +27,7 @@ from assay.poc.responses.adapters import Lora
 from assay.poc.responses.calibration import fit_response_noise
 from assay.poc.responses.prefill import HFPrefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
-from assay.poc.responses.replay import Replayed, replay
+from assay.poc.responses.replaying import Replayed, replay
 from assay.poc.responses.sampling import Sampling
 from assay.poc.verdict.noise import ResponseNoise, ResponseTest
 from assay.stats.tokens import COLUMNS

@@ -16,13 +16,12 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+import scipy
 
 from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import block_target
 from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
 from assay.streams.backends import as_tensor
 
@@ -64,7 +63,7 @@ def block_scale(round: Round, hidden_size: int) -> float:
     if get_pipeline(round.preset).head != "random":
         return 1.0
     length = float(np.linalg.norm(folded_head(round, hidden_size)))
-    log_mean = special.gammaln((hidden_size + 1) / 2) - special.gammaln(hidden_size / 2)
+    log_mean = scipy.special.gammaln((hidden_size + 1) / 2) - scipy.special.gammaln(hidden_size / 2)
     return length / (math.sqrt(2) * math.exp(float(log_mean)))
 
 
@@ -129,6 +128,8 @@ def _folded(block: Round, hidden_size: int) -> FloatArray:
     seeds = streams.seeds([block.block_text("random_head")])
     normals = streams.get_backend("auto", "cpu").normals(seeds, hidden_size * RANDOM_HEAD_ROWS)
     head_VD = as_tensor(normals).numpy().reshape(RANDOM_HEAD_ROWS, hidden_size)
+    from assay.poc.protocol.transforms import block_target
+
     target_V = block_target(block, RANDOM_HEAD_ROWS).numpy().astype(np.float64)
     v_D = np.zeros(hidden_size)
     for start in range(0, RANDOM_HEAD_ROWS, _ROWS_AT_ONCE):

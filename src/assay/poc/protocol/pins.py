@@ -11,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
-from assay.models.quantized import NUMBER_FORMATS
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import SEPARATOR, Fingerprint, Header, Text
 from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_digest, check_number
+from assay.settings import NUMBER_FORMATS
 
 CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the model's dtype has
 

@@ -10,32 +10,6 @@ So one prefill of prompt and output shows, token by token, whether model and par
 docs/responses.md has the formulas and the format.
 """
 
-from assay.poc.responses.calibration import ResponseCalibration, calibrate_responses
-from assay.poc.responses.judge import ReceiptPins, ResponseVerdict, judge_responses
-from assay.poc.responses.prefill import HFPrefill
-from assay.poc.responses.receipts import Prompt, Receipt, ReceiptFooter, ReceiptHeader, Receipts
-from assay.poc.responses.replay import Replayed, replay
-from assay.poc.responses.requests import Request, read_requests
-from assay.poc.responses.respond import respond
-from assay.poc.responses.sampling import ResponseSeed, Sampling
+import lazy_loader
 
-__all__ = [
-    "HFPrefill",
-    "Prompt",
-    "Receipt",
-    "ReceiptFooter",
-    "ReceiptHeader",
-    "ReceiptPins",
-    "Receipts",
-    "Replayed",
-    "Request",
-    "ResponseCalibration",
-    "ResponseSeed",
-    "ResponseVerdict",
-    "Sampling",
-    "calibrate_responses",
-    "judge_responses",
-    "read_requests",
-    "replay",
-    "respond",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -22,7 +22,7 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import LONGEST_TENSORS, check_tensors, read_json
 from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
 from assay.models.load import Model
-from assay.poc.protocol.round import check_digest, check_name
+from assay.poc.responses.receipts import Adapter as Adapter
 
 _READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -37,22 +37,6 @@ _FREE = {
     *("layers_pattern", "ensure_weight_tying", "eva_config", "runtime_config", "megatron_core", "qalora_group_size"),
 }
 """Settings that are read above, or that change nothing of what is computed. Every other one must be empty or off."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What a receipt says of an adapter.
-
-    Raises:
-        UsageError: A value is out of range.
-    """
-
-    name: str  # name under which requests ask for it
-    digest: str  # :func:`digest_adapter` of its files
-
-    def __post_init__(self) -> None:
-        check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
-        check_digest("digest of the adapter", self.digest)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, PlainValidator
@@ -25,12 +25,14 @@ from assay.files.storage import write_jsonl
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
-from assay.poc.responses.replay import Replayed
 from assay.poc.verdict.calibration import PRIOR
 from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
 from assay.stats import tokens as tokens_law
 from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise
 from assay.stats.tokens import FEWEST_TOKENS, TokenFit, fit_token_noise
+
+if TYPE_CHECKING:
+    from assay.poc.responses.replaying import Replayed
 
 FILE_KIND = "assay.poc.responses.calibration"
 SCHEMA = 1
@@ -123,7 +125,7 @@ class ResponseCalibration:
 
 
 def calibrate_responses(
-    measured: Sequence[tuple[ReceiptHeader, Sequence[Replayed]]], verifier: Fingerprint
+    measured: "Sequence[tuple[ReceiptHeader, Sequence[Replayed]]]", verifier: Fingerprint
 ) -> ResponseCalibration:
     """Measure the noise of honest receipts that were replayed.
 
@@ -194,7 +196,7 @@ def _check_enough_sketches(count: int, responses: int) -> None:
         )
 
 
-def fit_response_noise(by_prover: Sequence[Sequence[Replayed]], source: str) -> ResponseNoise:
+def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -> ResponseNoise:
     """Fit the noise of honest responses to what the replay of every machine gave."""
     everything = [one for replayed in by_prover for one in replayed]
     profiles = [one.profiles for one in everything if len(one.profiles)]
@@ -227,7 +229,7 @@ def _bundled() -> JsonObject:
     return read_json(BUNDLED_LAWS)
 
 
-def _scale_of_tokens(fit: TokenFit, replayed: Sequence[Replayed]) -> float:
+def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[Replayed]") -> float:
     """Return the likeliest ln scale of the tokens of a machine over that of the law; 0 where they do not say."""
     profiles = [one.profiles for one in replayed if len(one.profiles)]
     if not profiles:

@@ -4,7 +4,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.responses.calibration import ResponseCalibration, bundled_response_noise
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
-from assay.poc.responses.replay import Replayed
 from assay.poc.responses.requests import Request
 from assay.poc.verdict.judge import EXIT_CODES, Outcome
 from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
+
+if TYPE_CHECKING:
+    from assay.poc.responses.replaying import Replayed
 
 Evidence = Literal["both", "tokens", "sketches"]
 """What receipts must have: tokens that were sampled with seeds, sketches, or both."""
@@ -138,7 +140,7 @@ class ResponseVerdict:
     result: ResponseResult | None
     reason: str
     noise: ResponseNoise | None
-    replayed: tuple[Replayed, ...]
+    replayed: "tuple[Replayed, ...]"
     receipts: Receipts
     pins: ReceiptPins
     sample_seed: int | None
@@ -239,7 +241,7 @@ class ResponseVerdict:
 
 @np.errstate(under="ignore")
 def judge_responses(
-    replayed: Sequence[Replayed],
+    replayed: "Sequence[Replayed]",
     receipts: Receipts,
     noise: ResponseNoise | None,
     *,

@@ -40,7 +40,6 @@ from assay.poc.protocol.proof import (
     read_as,
 )
 from assay.poc.protocol.round import check_digest, check_name, check_number
-from assay.poc.responses.adapters import Adapter
 from assay.poc.responses.sampling import HIGHEST_TOKEN, ResponseName, ResponseSeed, Sampling, check_block_hash
 
 KIND = "assay.poc.receipts"
@@ -60,6 +59,22 @@ def _listed(given: Any) -> tuple[Any, ...]:
 
 
 Ids = Annotated[tuple[int, ...], PlainValidator(_listed)]  # whose values check_ids() looks at
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a receipt says of an adapter.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    name: str  # name under which requests ask for it
+    digest: str  # :func:`assay.poc.responses.adapters.digest_adapter` of its files
+
+    def __post_init__(self) -> None:
+        check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
+        check_digest("digest of the adapter", self.digest)
 
 
 @dataclass(frozen=True)

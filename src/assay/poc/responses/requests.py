@@ -9,7 +9,6 @@ from typing import Any
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.models.chat import CHAT_OPTIONS, LONGEST_TEXT, Chat, chat_template_digest, read_chat, render_chat
-from assay.models.checkpoint import check_tokens
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
@@ -187,6 +186,8 @@ def encode_requests(
         UsageError: A text has no tokenizer or no tokens, messages have no template or one that refuses them, a token is
             not in the vocabulary, or prompt and ``max_tokens`` together are longer than the model's positions.
     """
+    from assay.models.checkpoint import check_tokens
+
     found = []
     for request in requests:
         name = f"request {request.request_id!r:.80}"

@@ -18,7 +18,7 @@ class ValidatorSettings(Settings):
         UsageError: A value is of another type or out of range, or a setting has an unknown name.
     """
 
-    pins: Annotated[Path, Flag(variable="ASSAY_PINS")] = Field(
+    pins: Annotated[Path, Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")] = Field(
         description="Pins file: what the network agreed on. `assay poc pins new` writes one."
     )
     nodes: Path | None = Field(

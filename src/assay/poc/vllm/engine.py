@@ -33,7 +33,7 @@ from assay.poc.protocol.transforms import check_frame
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, check_finite
 from assay.poc.responses.receipts import ReceiptHeader
-from assay.poc.responses.replay import check_model
+from assay.poc.responses.replaying import check_model
 from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
 from assay.poc.vllm.compatibility import EXTENSION, RESPONSE_EXTENSION, check_config, check_installed, check_numbers
 from assay.poc.vllm.response_worker import state_argument

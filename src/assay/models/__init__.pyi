@@ -1,0 +1,10 @@
+from .chat import Chat as Chat
+from .chat import read_chat as read_chat
+from .checkpoint import load_tokenizer as load_tokenizer
+from .load import Model as Model
+from .load import ModelInfo as ModelInfo
+from .load import list_models as list_models
+from .load import load_model as load_model
+from .load import model_info as model_info
+from .load import save_random as save_random
+from .quantized import NUMBER_FORMATS as NUMBER_FORMATS
