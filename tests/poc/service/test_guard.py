@@ -72,7 +72,7 @@ def test_one_private_address_among_several_blocks_the_name(monkeypatch):
 
 @pytest.mark.parametrize("name", ["faß.example", "xn--fa-hia.example"])
 def test_an_international_name_is_asked_for_as_it_is_written(name, monkeypatch):
-    """In Python's own form the first is fass.example, which may be somebody else's."""
+    """In the form of Python the first is fass.example, which may be another host."""
     asked = []
     answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 80))
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **kwargs: asked.append(host) or [answer])

@@ -130,7 +130,7 @@ async def resolve(url: str, *, allow_private: bool) -> str:
     """
     parsed = httpx.URL(url)
     port = parsed.port or (443 if parsed.scheme == "https" else 80)
-    # As it is asked for: Python's own form of an international name can be the name of somebody else.
+    # As it is asked for: Python's own form of an international name can be that of another host.
     look_up = partial(socket.getaddrinfo, parsed.raw_host.decode(), port, type=socket.SOCK_STREAM)
     try:
         found = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
