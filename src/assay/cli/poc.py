@@ -18,7 +18,6 @@ from assay.cli.flags import (
     PROOF,
     AuditSettings,
     BlockHash,
-    CalibrationFile,
     CalibrationFiles,
     EngineName,
     FrameToRead,
@@ -143,9 +142,9 @@ class CalibrateSettings(Settings):
     seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce of --model.")
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
-    merge: CalibrationFiles = Field((), description="Calibration file whose builds are added; repeatable.")
+    merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
-    calibration: CalibrationFile = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
+    calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
     device: Device = None
     dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
     blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that --model is measured in.")
