@@ -5,14 +5,12 @@ the third format as their control. A law comes from 16 blocks, drawn anew for ea
 32. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is 10 of 16, of which a tenth of the
 residuals is five times larger. The same lives are lived without a difference between blocks: nonces are shuffled first.
 
-Pass: of honest lives at most .0001 convicted, and .003 under the worst law; of cheats 99 % with `tokens-1` and
-`hardened`.
+Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but `poc-2.0`.
 
-    python research/benchmarks/lives.py --smallest -o lives.json     # without SmolLM2
     python research/benchmarks/lives.py -o research/results/lives.json
 """
 
-import math
+from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,33 +28,27 @@ from assay.poc.verdict.noise import Control, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS, FORMATS, SEQ_LEN = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32"), 16
-BLOCKS, NONCES, LAWS = 48, 64, 4
-LIVES, CHEATS = 280, 40  # under each law
-HONEST, CHEAT = (24, 16), (10, 16)  # audits of a life, and nonces of each
-ALPHA = 1e-3
+BLOCKS, NONCES, LAWS, LIVES, CHEATS = 48, 64, 4, 280, 40  # the last two under each law
+ALPHA, HONEST, CHEAT = 1e-3, (24, 16), (10, 16)  # audits of a life, and nonces of each
 
 
-def compute(reference, preset, blocks, frame):
+def compute(reference, preset, frame):
     """Return the residuals [B, N] of two formats by their names, over the scale of the block, and the fingerprints."""
     pipeline, records, engines = get_pipeline(preset), {}, {}
     if pipeline.framed and not frame.exists():
         measure_frame(load_model(reference, device="cpu")).save(frame)
-    rounds = [Round(block_hash=f"fresh-{i}", public_key="k", preset=preset, seq_len=SEQ_LEN) for i in range(blocks)]
+    rounds = [Round(block_hash=f"fresh-{i}", public_key="k", preset=preset, seq_len=SEQ_LEN) for i in range(BLOCKS)]
     for name in FORMATS:
         model = load_model(reference, dtype=name, device="cpu").with_frame(frame if pipeline.framed else None)
         engine = HFEngine(model, batch_size=32, seq_len=SEQ_LEN)
         records[name] = [prove(model, round, range(NONCES), engine=engine).records for round in rounds]
         engines[name], size = engine.fingerprint, model.module.config.hidden_size
-        note(f"{reference}, {preset}: {name}")
     size = size if pipeline.output == "distance" and pipeline.head == "random" else 0
     scales = [block_scale(round, size) if size else 1.0 for round in rounds]
-    pairs = (("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", "float16"))
-    apart = {
-        frozenset(pair): np.stack(
-            [residuals(a, b) / s for a, b, s in zip(*(records[name] for name in pair), scales, strict=True)]
-        )
-        for pair in pairs
-    }
+    apart = {}
+    for pair in combinations(FORMATS, 2):
+        both = zip(*(records[name] for name in pair), scales, strict=True)
+        apart[frozenset(pair)] = np.stack([residuals(a, b) / scale for a, b, scale in both])
     return apart, engines, {"digest": model.digest, "hidden_size": size}
 
 
@@ -85,9 +77,9 @@ def convicted(noise, drawn):
     return float(suspected.mean()), found
 
 
-def cells(reference, preset, blocks, folder):
+def cells(reference, preset, folder):
     """Yield what is seen under every law of a model and preset."""
-    apart, engines, known = compute(reference, preset, blocks, folder / f"{reference[-5:]}.safetensors")
+    apart, engines, known = compute(reference, preset, folder / f"{reference[-5:]}.safetensors")
     pipeline, own = get_pipeline(preset), "float32"
     for name, again in (("bfloat16", "float16"), ("float16", "bfloat16")):
         node_EBN = np.stack([apart[frozenset((name, other))] for other in (own, again)])
@@ -96,66 +88,42 @@ def cells(reference, preset, blocks, folder):
         for law in range(LAWS):
             for shuffled in (False, True):
                 rng = np.random.default_rng(law)
-                order = rng.permutation(blocks * NONCES) if shuffled else np.arange(blocks * NONCES)
+                order = rng.permutation(BLOCKS * NONCES) if shuffled else np.arange(BLOCKS * NONCES)
                 node, between = (
                     one.reshape(*one.shape[:-2], -1)[..., order].reshape(one.shape) for one in (node_EBN, between_BN)
                 )
-                chosen = rng.permutation(blocks)
-                of_law, others = chosen[: blocks // 3], chosen[blocks // 3 :]
+                chosen = rng.permutation(BLOCKS)
+                of_law, others = chosen[: BLOCKS // 3], chosen[BLOCKS // 3 :]
                 flat_EN, flat_PN = node[:, of_law].reshape(2, -1), between[None, of_law].reshape(1, -1)
-                control = Control.measured([(flat_EN, flat_PN)], of=own, dtypes=[again])
                 ways = {"residuals": (None, node[0])}
-                if control is not None:
+                if control := Control.measured([(flat_EN, flat_PN)], of=own, dtypes=[again]):
                     scores = control.scores(node.reshape(2, -1), between.reshape(1, -1))
                     ways["scores"] = control, scores.reshape(between.shape)
                 for way, (used, values_BN) in ways.items():
                     measured = {(0, 1): values_BN[of_law].ravel()}
                     build = fit_build(measured, machines, pipeline, **known, control=used)
                     noise = build.between("", engines[own])
-                    audits = min(HONEST[0], len(others)), HONEST[1]
-                    suspected, found = convicted(noise, lives(values_BN, others, audits, LIVES, rng, cheat=False))
-                    _, caught = convicted(
-                        noise,
-                        lives(values_BN, others, (min(CHEAT[0], len(others)), CHEAT[1]), CHEATS, rng, cheat=True),
-                    )
-                    yield {
-                        "model": reference,
-                        "preset": preset,
-                        "formats": [name, own],
-                        "values": way,
-                        "law": law,
-                        "shuffled": shuffled,
-                        "lives": LIVES,
-                        "suspected": suspected,
-                        "convicted": int(found.sum()),
-                        "caught": float(caught.mean()),
-                    }
+                    suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng, cheat=False))
+                    _, caught = convicted(noise, lives(values_BN, others, CHEAT, CHEATS, rng, cheat=True))
+                    row = {"model": reference, "preset": preset, "formats": [name, own], "values": way, "law": law}
+                    row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected}
+                    yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
 
 
 def main():
-    arguments = parser(__doc__)
-    arguments.add_argument("--smallest", action="store_true", help="only the bundled models, in 12 blocks")
-    options, found = arguments.parse_args(), []
-    models, blocks = (MODELS[:2], 12) if options.smallest else (MODELS, BLOCKS)
+    options, found = parser(__doc__).parse_args(), []
     with TemporaryDirectory() as folder:
-        for reference in models:
-            for preset in PRESETS:
-                found += cells(reference, preset, blocks, Path(folder))
-                note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
+        for reference, preset in product(MODELS, PRESETS):
+            found += cells(reference, preset, Path(folder))
+            note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
     table = []
-    for preset in PRESETS:
-        for way in ("residuals", "scores"):
-            for shuffled in (False, True):
-                ones = [
-                    one for one in found if (one["preset"], one["values"], one["shuffled"]) == (preset, way, shuffled)
-                ]
-                worst = max((one["convicted"] / one["lives"] for one in ones), default=math.nan)
-                row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones)}
-                row |= {"lives": sum(one["lives"] for one in ones), "convicted": sum(one["convicted"] for one in ones)}
-                row |= {"worst_law": worst, "least_caught": min((one["caught"] for one in ones), default=math.nan)}
-                row |= {"caught": float(np.mean([one["caught"] for one in ones])) if ones else math.nan}
-                table.append(row)
-    publish("lives", {"blocks": blocks, "table": table, "laws": found}, options.output)
+    for preset, way, shuffled in product(PRESETS, ("residuals", "scores"), (False, True)):
+        ones = [one for one in found if (one["preset"], one["values"], one["shuffled"]) == (preset, way, shuffled)]
+        counts, caught = [one["convicted"] for one in ones], [one["caught"] for one in ones]
+        row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones), "lives": LIVES * len(ones)}
+        row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}
+        table.append(row | {"least_caught": min(caught), "caught": float(np.mean(caught))})
+    publish("lives", {"blocks": BLOCKS, "table": table, "laws": found}, options.output)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,6 @@ WITHOUT_TORCH = (
     VERIFY % "proof.jsonl" + " --pins typo.toml",
     VERIFY % "proof.jsonl" + " --ledger proof.jsonl",
     "poc calibrate bytes.jsonl text.txt -o c.json",
-    "poc calibrate --merge list.json --merge list.json -o c.json",
     "poc pins check text.txt",
     "poc pins new --model model --from-proof truncated.jsonl -o n.toml",
     "poc replay text.txt --model model",

@@ -49,7 +49,7 @@ def test_check_writes_json_and_page_and_report_draws_it_again(assay, tmp_path):
     [
         (("-o", "missing/check.json"), "missing/check.json: No such file or directory"),
         (("--html", "."), "Is a directory"),
-        (("--basis", "missing.safetensors"), "cannot be read"),
+        (("--basis", "missing.safetensors"), "No such file"),
         (("--pairs", "generated:4"), "2 pairs for lda"),
     ],
 )

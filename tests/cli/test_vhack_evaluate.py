@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from assay.vhack.delta import DeltaS
 from assay.vhack.environment import Episode, tasks
 from tests.vhack.training.conftest import checkpoint  # noqa: F401
 
+TENSORS = Path(__file__).parents[1] / "data" / "models" / "llama" / "model.safetensors"
 FLAGS = ["--modes", "exit_code", "--difficulty", "1", "--tasks", 3, "--per-task", 2, "--max-new-tokens", 6]
 OWN = """
 def tasks():
@@ -101,11 +103,11 @@ def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkey
         ("sample", ["--tasks", "0"], "0 tasks"),
         ("sample", ["--modes", "luck"], "modes luck"),
         ("sample", ["--split", "mine"], "--split mine"),
-        ("sample", ["--delta", "missing.safetensors"], "missing.safetensors cannot be read"),
+        ("sample", ["--delta", "missing.safetensors"], "missing.safetensors: No such file"),
         ("sample", ["-o", "no/such/folder"], "no/such/folder"),
         ("evaluate", ["--reward", "none:such"], "--reward none:such"),
         ("evaluate", ["--samples", "missing.jsonl"], "missing.jsonl"),
-        ("evaluate", ["--samples", "samples.jsonl", "--delta", "d"], "--delta with --samples"),
+        ("evaluate", ["--samples", "samples.jsonl", "--delta", str(TENSORS)], "--delta with --samples"),
         ("evaluate", ["-o", "no/such/folder"], "no/such/folder"),
         ("evaluate", ["--graded", "."], "Is a directory"),
     ],

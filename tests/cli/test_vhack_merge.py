@@ -39,5 +39,5 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(refused, me
     (tmp_path / "none.safetensors").write_bytes(b"nothing")
     assert "which exists" in refused(*merge, "-o", tmp_path)
     assert "δS of other modules" in refused(*merge, "--model", "reference:qwen3", "-o", tmp_path / "new")
-    assert "cannot be read" in refused(*merge, "--delta", tmp_path / "none.safetensors", "-o", tmp_path / "new")
+    assert "a header of" in refused(*merge, "--delta", tmp_path / "none.safetensors", "-o", tmp_path / "new")
     assert not (tmp_path / "new").exists()
