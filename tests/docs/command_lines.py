@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from assay.cli import run
-from assay.cli.framework import Command
+from assay.cli.framework import Command, Setting
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -99,8 +99,9 @@ def _stop(*_: object, **__: object) -> NoReturn:
 
 
 def _invoke(command: Command, context: Any) -> Any:
-    """Take the place of ``Command.invoke``: make the settings of a command, and stop where its work would begin."""
-    with mock.patch.object(command, "function", functools.wraps(command.function)(_stop)):
+    """Take the place of ``Command.invoke``: make the settings of a command, and stop where it would read or work."""
+    stopped = mock.patch.object(command, "function", functools.wraps(command.function)(_stop))
+    with stopped, mock.patch.object(Setting, "check_files"):
         return _INVOKE(command, context)
 
 

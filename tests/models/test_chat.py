@@ -65,7 +65,7 @@ def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
     [
         ("", "without a chat template", {}),
         ("{{ raise_exception('roles must alternate') }}", "refuses: TemplateError: roles must alternate", {}),
-        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined", {}),
+        ("{{ strftime_now('%Y') }}", "'no_clock' is undefined", {}),
         ("{{ messages.__class__.__mro__ }}", "SecurityError", {}),
         (f"{{{{ 'a' * {LONGEST_TEXT + 1} }}}}", "rendered to 16777217 characters", {}),
         ("hi", "does not use", {"tools": [{"name": "f"}]}),

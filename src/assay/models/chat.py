@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
-import jinja2
 from pydantic import BeforeValidator, Field, Json, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
@@ -140,12 +139,18 @@ def render_chat(
     return whole.removeprefix(text)
 
 
+_NO_CLOCK = "{% set strftime_now = no_clock %}{{ '' }}"
+"""Begins a template that asks for the time, so that it has none: no argument of transformers takes its clock away."""
+
+
 def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template_kwargs: Any = None, **how: Any) -> str:
     # Given here, these cannot be among the values for the template: a TypeError says so.
-    how |= {"tools": tools, "chat_template": None, "continue_final_message": False, "tokenize": False}
-    told = {"strftime_now": jinja2.Undefined(name="strftime_now"), **(chat_template_kwargs or {})}
+    how |= {"tools": tools, "continue_final_message": False, "tokenize": False}
     try:
-        text = str(tokenizer.apply_chat_template(messages, **how, **told))
+        template = tokenizer.get_chat_template(tools=tools)
+        if "strftime_now" in template and "strftime_now" not in (chat_template_kwargs or {}):
+            template = f"{_NO_CLOCK}{template}"
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, **how, **chat_template_kwargs or {}))
         text.encode()  # an unpaired surrogate is no text
     except Exception as error:  # what the author's program raises: of jinja, or of Python
         raise UsageError(

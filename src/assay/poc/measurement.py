@@ -97,6 +97,19 @@ def measure_r_target(
     Raises:
         UsageError: A rate or dimension is out of range or missing, or there are fewer than 30 nonces.
         ProofMismatch: The proofs are of several presets, checkpoints or lengths.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> proof = assay.poc.prove(model, round, range(64))
+        >>> states = assay.poc.measure_block_factor(model, round)
+        >>> found = assay.poc.measure_r_target(proof, 0.5, effective_dimension=states.effective_dimension)
+        >>> found.n, found.dimension, round.r_target - 0.05 < found.r_target < round.r_target
+        (64, 8192, True)
+        >>> 20 < found.effective_dimension < 60, found.low < found.measured < found.high
+        (True, True)
     """
     given = (proofs,) if isinstance(proofs, Proof) else tuple(proofs)
     _refuse_different(given)

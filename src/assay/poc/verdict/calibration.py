@@ -671,6 +671,17 @@ def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
         UsageError: The preset decodes.
+
+    Example:
+        >>> import assay
+        >>> from assay.poc import Round
+        >>> model = assay.load_model("reference:qwen3", device="cpu")
+        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
+        >>> first = assay.poc.prove(model, round, range(32), batch_size=32)
+        >>> second = assay.poc.prove(model, round, range(32), batch_size=16)
+        >>> build = assay.poc.calibrate(first, second).builds[0]
+        >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
+        (32, 'poc-2.0', [32, 16])
     """
     if len(proofs) < 2:
         raise ProofMismatch(
