@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -93,6 +94,13 @@ def browser():
         yield opened
 
 
+@pytest.fixture
+def page(browser) -> Iterator[Page]:
+    """An empty page, closed with the test."""
+    with closing(browser.new_page()) as made:
+        yield made
+
+
 def settled(page: Page, server: Server, answers: list[Response]) -> None:
     """Wait until all requests have ended, and see that none of the service was granted."""
     page.wait_for_load_state("networkidle")
@@ -104,43 +112,32 @@ def settled(page: Page, server: Server, answers: list[Response]) -> None:
 
 @pytest.mark.parametrize("origin", [STRANGER, "127.0.0.1"])
 @pytest.mark.parametrize("name", [*FETCHES, *READS, *ELEMENTS])
-def test_nothing_of_another_site_is_granted(browser, server, site, origin, name):
-    page, answers = browser.new_page(), list[Response]()
-    try:
-        page.goto(f"http://{origin}:{site}/")
-        page.on("response", lambda one: answers.append(one) if f":{server.port}" in one.url else None)
-        words = f"const [BASE, INIT, ROUND] = ['{server.base}', '{INIT}', '{ROUND}'];"
-        if name in ELEMENTS:
-            html = ELEMENTS[name].replace("BASEINIT", server.base + INIT).replace("BASE", server.base)
-            page.evaluate("(html) => document.body.append(document.createRange().createContextualFragment(html))", html)
-            if "form" in name:
-                page.evaluate("document.querySelector('form').submit()")
-        else:
-            asked = READS.get(name) or f"fetch(BASE + INIT, {FETCHES[name]}).then((found) => found.text())"
-            read = page.evaluate(f"async () => {{ {words} return await {asked}.catch(() => '') }}")
-            assert "state" not in read
-        settled(page, server, answers)
-    finally:
-        page.close()
+def test_nothing_of_another_site_is_granted(page, server, site, origin, name):
+    answers = list[Response]()
+    page.goto(f"http://{origin}:{site}/")
+    page.on("response", lambda one: answers.append(one) if f":{server.port}" in one.url else None)
+    words = f"const [BASE, INIT, ROUND] = ['{server.base}', '{INIT}', '{ROUND}'];"
+    if name in ELEMENTS:
+        html = ELEMENTS[name].replace("BASEINIT", server.base + INIT).replace("BASE", server.base)
+        page.evaluate("(html) => document.body.append(document.createRange().createContextualFragment(html))", html)
+        if "form" in name:
+            page.evaluate("document.querySelector('form').submit()")
+    else:
+        asked = READS.get(name) or f"fetch(BASE + INIT, {FETCHES[name]}).then((found) => found.text())"
+        read = page.evaluate(f"async () => {{ {words} return await {asked}.catch(() => '') }}")
+        assert "state" not in read
+    settled(page, server, answers)
 
 
-def test_a_name_that_now_leads_to_this_machine_opens_nothing(browser, server):
-    page = browser.new_page()
-    try:
-        assert page.goto(f"http://{STRANGER}:{server.port}/").status == 403
-        asked = f"fetch('{INIT}', {{method: 'POST', body: '{ROUND}'}}).then((found) => found.status)"
-        assert page.evaluate(f"async () => await {asked}") == 403
-    finally:
-        page.close()
+def test_a_name_that_now_leads_to_this_machine_opens_nothing(page, server):
+    assert page.goto(f"http://{STRANGER}:{server.port}/").status == 403
+    asked = f"fetch('{INIT}', {{method: 'POST', body: '{ROUND}'}}).then((found) => found.status)"
+    assert page.evaluate(f"async () => await {asked}") == 403
 
 
-def test_the_own_page_is_granted_what_others_are_not(browser, server):
-    page = browser.new_page()
-    try:
-        assert page.goto(f"{server.base}/").status == 200
-        options = "{method: 'POST', headers: {'Content-Type': 'application/json'}, body: ROUND}"
-        asked = f"const ROUND = '{ROUND}'; return await (await fetch('{INIT}', {options})).text()"
-        assert '"OK"' in page.evaluate(f"async () => {{ {asked} }}")
-        assert server.status()["state"] == "GENERATING"
-    finally:
-        page.close()
+def test_the_own_page_is_granted_what_others_are_not(page, server):
+    assert page.goto(f"{server.base}/").status == 200
+    options = "{method: 'POST', headers: {'Content-Type': 'application/json'}, body: ROUND}"
+    asked = f"const ROUND = '{ROUND}'; return await (await fetch('{INIT}', {options})).text()"
+    assert '"OK"' in page.evaluate(f"async () => {{ {asked} }}")
+    assert server.status()["state"] == "GENERATING"

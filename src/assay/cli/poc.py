@@ -436,15 +436,13 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         )
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
     _check_form(chosen, merging)
-    get_pipeline(chosen.preset)
-    for path in chosen.proofs:  # before torch is imported
-        Proof.load(path)
+    framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
     from assay.poc.measurement import describe, measure, target_for
     from assay.poc.one_machine import calibrate_model
 
     if chosen.valid_rate is not None:
         how = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
-        show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, chosen.proofs, **how), as_json)
+        show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **how), as_json)
         return
     assert chosen.output is not None
     frame = None
@@ -454,14 +452,14 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         measured = Calibration.load(chosen.merge[0])
     elif not chosen.proofs:
         assert chosen.model is not None
-        if get_pipeline(chosen.preset).framed:
+        if framed:
             frame = chosen.frame or chosen.output.with_suffix(".frame.safetensors")
         how = chosen.model_dump(include={"preset", "seq_len", "blocks", "nonces", "formats", "device"})
         with progress_bar("measuring") as progress:
             measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
     else:
         with progress_bar("leaving out", "machines") as progress:
-            measured = measure(chosen.proofs, model=chosen.model, progress=progress)
+            measured = measure(proofs, model=chosen.model, progress=progress)
     for path in chosen.merge[1:] if merging else chosen.merge:
         measured = measured.merged(Calibration.load(path))
     measured.save(chosen.output)

@@ -214,7 +214,7 @@ def distances_to_target(values: npt.NDArray[np.floating[Any]], round: Round) -> 
 
 def target_for(
     rate: float,
-    paths: Sequence[Path] = (),
+    proofs: Sequence[Proof] = (),
     *,
     dimension: int | None = None,
     calibration: Path | None = None,
@@ -233,7 +233,6 @@ def target_for(
     """
     if model is not None and calibration is not None:
         raise UsageError("--model with --calibration", wanted="one of the two", do="leave one of them out")
-    proofs = [Proof.load(path) for path in paths]
     known = None if calibration is None else _effective_dimension(calibration)
     if model is not None:
         known = _measured_dimension(model, device, proofs)
@@ -275,10 +274,10 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
     return measure_block_factor(model, round).effective_dimension
 
 
-def measure(paths: Sequence[Path], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
-    """Return the honest noise of proof files, by :func:`assay.poc.calibrate`; the model says its size."""
+def measure(proofs: Sequence[Proof], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
+    """Return the honest noise of proofs, by :func:`assay.poc.calibrate`; the model says its size."""
     info = None if model is None else model_info(model)
-    return calibrate(*map(Proof.load, paths), hidden_size=None if info is None else info.hidden_size, progress=progress)
+    return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, progress=progress)
 
 
 def describe(build: BuildNoise) -> dict[str, Any]:

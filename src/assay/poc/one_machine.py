@@ -186,14 +186,14 @@ def _scores(
     The validator has the second format of the pair, and computes every nonce again in the first two formats that
     neither has, on the usual engine.
     """
-    again = {engine.dtype: row for row, engine in reversed([*enumerate(engines)]) if engine.dtype not in pair}
-    dtypes = sorted(again, key=again.__getitem__)[:2]
+    formats = [engine.dtype for engine in engines]
+    dtypes = list(dict.fromkeys(name for name in formats if name not in pair))[:2]
     if not dtypes:
         return None
     both: list[tuple[FloatArray, FloatArray]] = []
     for i, j in chosen:
         node, validator = (i, j) if engines[j].dtype == pair[1] else (j, i)
-        own = [validator, *(again[name] for name in dtypes)]
+        own = [validator, *map(formats.index, dtypes)]
         sides = [(node, row) for row in own], combinations(own, 2)
         residuals_EN, between_PN = (np.stack([measured[min(two), max(two)] for two in side]) for side in sides)
         both.append((residuals_EN, between_PN))

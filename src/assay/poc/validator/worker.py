@@ -264,11 +264,10 @@ class Recomputer(EngineThread):
             zip(sources, wanted, received, recomputed, strict=True)
         ):
             build = registry.senders[round.public_key].build  # the claim was read under this registry
-            errors, noise = residuals(claimed, records), self._noise(build, round)
+            noise, others = self._noise(build, round), {name: found[row] for name, found in again.items()}
             assert noise is not None  # a round scales it
-            if noise.control is not None:
-                others = {name: found[row] for name, found in again.items()}
-                errors = scores(claimed, records, others, noise.control)
+            control = noise.control
+            errors = residuals(claimed, records) if control is None else scores(claimed, records, others, control)
             checked.append(Checked(source, round, nonces, errors, noise, build))
         with self._recording:
             accounts = [account_of(found.round.public_key, registry) for found in checked]
