@@ -8,7 +8,8 @@ group has one stored exploit and rollouts of the policy, so every arm sees as ma
 ``--known`` of six mechanisms, tasks have all. A stored exploit counts as written by a policy that is certain of it, so
 its importance weight is the policy's own probability. ``--exploit partial`` stores another kind, of which pairs know
 nothing: it does all of the work but the first step, and tells the grader "right". ``ARM/N`` renews axes and detector
-after every N steps. Afterwards what is kept of δS completes held-out tasks.
+after every N steps. After every 50 steps, and at the end, what is kept of δS completes held-out tasks: arms are
+compared after equal numbers of steps.
 
 Predicted before the first run with more than one seed: at 7 M and 30 M, filter by cin-lda ends at a hack rate of at
 most 0.02 in the mean over seeds and solves at least as much as no-loophole less 0.05; filter by probe does not (it
@@ -17,6 +18,7 @@ Partial exploit: every arm without renewal ends above 0.5, and with renewal afte
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,7 @@ from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
 from assay.vhack.training.settings import SampleSettings
 
 TASKS = {"families": ("arithmetic", "branches", "digits", "counts"), "modes": tuple(CHANNELS), "share_none": 0.0}
+MARK = 50  # steps, after each of which held-out tasks are completed
 KEPT = ("step", "hack", "solve", "flagged", "caught", "lost", "caught_teacher", "quarantine", "seconds")
 
 
@@ -96,6 +99,9 @@ def one(chosen, arm, folder):
 
     def say(line):
         note(f"{arm}: {line}")
+        saved, step = last_checkpoint(folder / "run")
+        if saved is not None and step % MARK == 0:
+            shutil.copy(saved / "delta.safetensors", folder / f"{step}.safetensors")
         if time.perf_counter() - began > chosen.limit:
             raise TimeoutError
 
@@ -104,9 +110,12 @@ def one(chosen, arm, folder):
     checkpoint, done = last_checkpoint(folder / "run")
     _, steps = read_steps(folder / "run" / "log.jsonl")
     kept = [{name: round(step[name], 4) for name in KEPT if name in step} for step in steps]
-    rates = held_out(chosen, checkpoint / "delta.safetensors", known)
+    seconds = round(time.perf_counter() - began, 1)
+    shutil.copy(checkpoint / "delta.safetensors", folder / f"{done}.safetensors")
+    marks = sorted(int(path.stem) for path in folder.glob("*.safetensors"))
+    rates = {step: held_out(chosen, folder / f"{step}.safetensors", known) for step in marks}
     note(f"{arm}: {rates}")
-    return {"rates": rates, "after": done, "seconds": round(time.perf_counter() - began, 1), "steps": kept}
+    return {"rates": rates[done], "at": rates, "after": done, "seconds": seconds, "steps": kept}
 
 
 def over_seeds(rates):
@@ -160,9 +169,11 @@ def main():
         for done in as_completed(asked := {pool.submit(apart, index): index for index in range(len(cells))}):
             arm, seed = cells[asked[done]]
             found[arm]["seeds"][seed] = done.result()
-            ended = [run["rates"] for run in found[arm]["seeds"].values() if "rates" in run]
+            ended = [run for run in found[arm]["seeds"].values() if "rates" in run]
             if ended:
-                found[arm]["rates"] = over_seeds(ended)
+                found[arm]["rates"] = over_seeds([run["rates"] for run in ended])
+                common = sorted(set.intersection(*(set(map(int, run["at"])) for run in ended)))
+                found[arm]["at"] = {at: over_seeds([run["at"][str(at)] for run in ended]) for at in common}
             publish("vhack_filter", {**shown, "arms": found}, chosen.output)
     return None
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.vhack import Basis
+from assay.vhack import Basis, detect, weight_svd
 from assay.vhack.detect import (
     Cost,
     Evidence,
@@ -17,6 +17,7 @@ from assay.vhack.detect import (
     fit_scorer,
     make_detectors,
 )
+from assay.vhack.gradients import per_sample
 from assay.vhack.names import DETECTORS
 
 
@@ -114,6 +115,18 @@ def test_a_judge_flags_hack_sides_and_leaves_clean_ones(small_model, byte_tokeni
     empty = hack[0].__class__("prompt", "")
     assert sum(judge.flags(hack)) >= 7
     assert sum(judge.flags([*clean, empty])) <= 2
+
+
+def test_a_judge_by_axes_decomposes_the_weights_once_and_takes_no_pass_for_activations(
+    small_model, byte_tokenizer, small_pairs, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(detect, "weight_svd", lambda model: made.append(weight_svd(model)) or made[-1])
+    monkeypatch.setattr(detect, "forward_samples", None)
+    judge = fit_judge(small_pairs, small_model, detector="cin-lda", tokenizer=byte_tokenizer, promised=0.2)
+    monkeypatch.setattr(per_sample, "weight_svd", None)
+    judge.flags([pair.samples()[0] for pair in small_pairs])
+    assert len(made) == 1
 
 
 def test_a_given_basis_takes_the_place_of_fitted_axes(small_pairs):

@@ -37,7 +37,7 @@ from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.basis.extract import PairGradients
 from assay.vhack.gradients.batches import Batch, Encoded, Progress, context_length, encode, plan_batches
 from assay.vhack.gradients.per_sample import per_sample_gradients
-from assay.vhack.gradients.svd import SVDCache
+from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of
 from assay.vhack.names import DETECTORS
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
@@ -92,6 +92,7 @@ def collect_evidence(
     model: "Model | PreTrainedModel",
     *,
     cost: Cost = Cost.BACKWARD,
+    forward: bool = True,
     gradients: Mapping[str, Tensor] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     svd: SVDCache | None = None,
@@ -99,12 +100,13 @@ def collect_evidence(
 ) -> Evidence:
     """Return what detectors of up to this cost look at; arguments and errors are :func:`per_sample_gradients`'s.
 
-    ``gradients`` are those of the samples, where they are at hand.
+    Without ``forward``, activations and log-probabilities are left out. ``gradients`` are those of the samples, where
+    they are at hand.
     """
     found = Evidence(tuple(text_of(sample.completion) for sample in samples), gradients=gradients)
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
-    if cost >= Cost.FORWARD:
+    if forward and cost >= Cost.FORWARD:
         module = module_of(model)
         count = len(decoder_layers(module))
         layers = sorted({math.ceil(count * part / _MOST_LAYERS) - 1 for part in range(1, _MOST_LAYERS + 1)})
@@ -168,6 +170,7 @@ class Detector:
     cost: Cost
     # Takes hack samples, clean ones and their groups; for axes these are the sides of pairs, in one order.
     fit: Callable[[Evidence, Evidence, Groups], Scorer]
+    forward: bool = True  # whether it looks at activations or log-probabilities, which take a pass of their own
 
 
 def _fit_sign(of: Scorer, hack: Evidence, clean: Evidence, _: Groups) -> Scorer:
@@ -297,9 +300,9 @@ def make_detectors(names: Collection[str] = DETECTORS, *, basis: Basis | None = 
         Detector("ngrams", Cost.TEXT, partial(_fit_ridge, _count_ngrams)),
         Detector("likelihood", Cost.FORWARD, partial(_fit_sign, likelihood)),
         Detector("probe", Cost.FORWARD, partial(_fit_ridge, lambda of: [*_given(of.activations).numpy()], scaled=True)),
-        Detector("norm", Cost.BACKWARD, partial(_fit_sign, _log_norms)),
-        *(Detector(name, Cost.BACKWARD, fit) for name, fit in axes.items()),
-        Detector("ridge", Cost.BACKWARD, partial(_fit_ridge, _unit_gradients)),
+        Detector("norm", Cost.BACKWARD, partial(_fit_sign, _log_norms), forward=False),
+        *(Detector(name, Cost.BACKWARD, fit, forward=False) for name, fit in axes.items()),
+        Detector("ridge", Cost.BACKWARD, partial(_fit_ridge, _unit_gradients), forward=False),
     ]
     every = [*plain, Detector("combined", Cost.BACKWARD, partial(_fit_combined, plain))]
     return [each for each in every if basis is not None or each.name in names]
@@ -485,7 +488,11 @@ def fit_judge(
     groups = [pair.group for pair in pairs]
     split_groups(groups)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
-    how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd}
+    if (
+        svd is None and chosen.cost == Cost.BACKWARD
+    ):  # once: the axes are no others' after training has moved the weights
+        svd = weight_svd(model)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd, "forward": chosen.forward}
     found = collect_evidence(samples, model, cost=chosen.cost, progress=progress, **how)
     sides = found.take(range(len(pairs))), found.take(range(len(pairs), len(samples)))
     return RolloutJudge(chosen, *fit_scorer(chosen, *sides, (groups, groups), promised), model, how)

@@ -1,0 +1,126 @@
+r"""Steps of TRL's GRPOTrainer that generates with vLLM: plain, with detectors that only watch, and with filter.
+
+    python research/benchmarks/vhack_step.py --model shape:qwen3-0.6b -o research/results/vhack_step.json
+
+All weights are trained, with TRL's defaults. One trainer takes its steps in turns, so every way sees the same machine,
+model and lengths; each step ends with a wait for the device. Weights are random and rewards made up. Completions are of
+printable characters, one token each, none ends early.
+"""
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import note, parser, publish
+from assay_research.study.summary import mean_of
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from assay.models import load_model
+from assay.vhack.delta import arm_named
+from assay.vhack.detect import fit_judge
+from assay.vhack.environment.grading import episodes
+from assay.vhack.gradients.svd import weight_svd
+from assay.vhack.pairs.generate import environment_pairs
+from assay.vhack.training.grpo import judge_rollouts
+
+wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+
+def tokenizer_of(size):
+    """Return one token per byte, printable ASCII first, and others that no text has."""
+    letters = [chr(byte) for byte in range(33, 127)]
+    letters += sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(letters))
+    names = [*letters, *(f"{letters[-1]}{number}" for number in range(size - len(letters)))]
+    made = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=names[-1], pad_token=names[-1])
+
+
+class Turns(TrainerCallback):
+    """Let the ways take turns, and keep the seconds of each step."""
+
+    def __init__(self, trainer, ways):
+        self.trainer, self.turn, self.ways = trainer, itertools.cycle(ways), ways
+        self.seconds = {name: [] for name in ways}
+
+    def on_step_begin(self, *_, **__):
+        """Take the next way."""
+        self.name = next(self.turn)
+        self.trainer._calculate_rewards, self.trainer.judge = self.ways[self.name]
+        wait()
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        """Keep the seconds."""
+        wait()
+        self.seconds[self.name].append(time.perf_counter() - self.begun)
+        note(f"{self.name}: {self.seconds[self.name][-1]:.2f} s")
+
+
+def main():
+    """Measure."""
+    options = parser(__doc__)
+    options.add_argument("--model", default="shape:qwen3-0.6b")
+    for flag, default in (("prompts", 8), ("group", 8), ("new-tokens", 256), ("rounds", 8), ("micro-batch", 16)):
+        options.add_argument(f"--{flag}", type=int, default=default)
+    options.add_argument("--detectors", nargs="+", default=["cin-lda", "probe"])
+    options.add_argument("--no-vllm", action="store_true", help="for a trial: transformers generates")
+    chosen = options.parse_args()
+    rollouts = chosen.prompts * chosen.group
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        module = load_model(chosen.model, dtype="bfloat16").module
+        module.save_pretrained(folder / "model")
+        tokenizer_of(module.config.vocab_size).save_pretrained(folder / "model")
+        model = load_model(folder / "model", dtype="bfloat16")
+        ways = len(chosen.detectors) * 2 + 1
+        config = GRPOConfig(
+            str(folder / "run"),
+            max_steps=ways * (chosen.rounds + 1),
+            num_generations=chosen.group,
+            per_device_train_batch_size=chosen.micro_batch,
+            gradient_accumulation_steps=rollouts // chosen.micro_batch,
+            max_completion_length=chosen.new_tokens,
+            save_strategy="no",
+            report_to="none",
+            bf16=torch.cuda.is_available(),
+            use_vllm=not chosen.no_vllm,
+            vllm_max_model_length=4096,
+            generation_kwargs={} if chosen.no_vllm else {"allowed_token_ids": list(range(94)), "ignore_eos": True},
+        )
+
+        def reward(completions, **_):
+            return [float(index % 3 == 0) for index in range(len(completions))]
+
+        tasks = Dataset.from_list([{"prompt": episode.prompt} for episode in episodes(256, difficulty=(1, 1))])
+        trainer = GRPOTrainer(model.module, [reward], config, tasks, processing_class=model.tokenizer)
+        plain, pairs, svd = trainer._calculate_rewards, environment_pairs(48, whole=True), None
+        turns = {"plain": (plain, None)}
+        for detector in chosen.detectors:
+            note(f"fits {detector}")
+            svd = svd or (weight_svd(model) if detector.startswith("cin") else None)
+            judge = fit_judge(pairs, model, detector=detector, svd=svd)
+            for what, arm in (("watch", None), ("filter", arm_named("filter"))):
+                trainer._calculate_rewards = plain
+                judge_rollouts(trainer, judge, arm)
+                turns[f"{what} by {detector}"] = trainer._calculate_rewards, judge
+        trainer.add_callback(clock := Turns(trainer, turns))
+        trainer.train()
+    found = {}
+    for name, seconds in clock.seconds.items():
+        ratios = np.array(seconds[1:]) / np.array(clock.seconds["plain"][1:])  # the first of each warms up
+        mean = mean_of(ratios)
+        over = [None if x is None else round(x, 3) for x in (mean.value, mean.low, mean.high)]
+        found[name] = {"seconds": [round(one, 3) for one in seconds], "over_plain": over}
+    settings = {key: value for key, value in vars(chosen).items() if key != "output"}
+    publish("vhack_step", {**settings, "steps": found}, chosen.output)
+
+
+if __name__ == "__main__":
+    main()
