@@ -392,9 +392,10 @@ def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype
     residuals = [engine.residual(records[i]) for i in sorted(drawn)]
     family = "distance" if engine.head != "none" else "vector"
     if engine.versioned:
-        family = {"hardened": "position vector"}.get(engine.preset, "tokens" if engine.steps >= 256 else "few tokens")
-    law = json.loads(LAWS.read_text())["laws"][family]["/".join(sorted((stated, dtype or stated)))]
-    return judged(residuals, law) | {"residuals": residuals}
+        of_decode = "tokens" if engine.steps >= 256 else "few tokens"
+        family = {"hardened": "position vector", "tokens-1": "token vector"}.get(engine.preset, of_decode)
+    law = json.loads(LAWS.read_text())["laws"].get(family, {}).get("/".join(sorted((stated, dtype or stated))))
+    return (judged(residuals, law) if law else {"verdict": "undecided"}) | {"residuals": residuals}  # no law, no verdict
 
 
 def main():

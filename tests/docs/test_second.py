@@ -13,6 +13,7 @@ import torch
 
 import assay
 from assay.files.jsonl import read_json
+from assay.models.frame import Frame
 from assay.poc import Pins, Round, bundled_noise, measure_frame, prove, verify
 from assay.poc.protocol.pipelines import FORWARD
 from assay.poc.verdict.noise import sequential_test
@@ -202,6 +203,27 @@ def test_known_answers_of_nonces_of_tokens():
         assert f"{words[0]:08x}" == row["projection_seed"]
         assert sha256(second.normals(words, 32 * known["hidden_size"]).numpy()) == row["projection_sha256_le_f32"]
         np.testing.assert_allclose(engine.value(nonce).astype(float), row["vector"], atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("distance", "honest"), ("vector", "undecided")])
+def test_proofs_of_the_vectors_are_read_and_verified(name, wanted, tmp_path):
+    proof, frame = VECTORS / f"proof_{name}.jsonl", VECTORS / "frame_qwen3.safetensors"
+    how = {"block_hash": "block_alpha", "public_key": "node_A", "seed": 0, "frame": frame}
+    model = assay.load_model("reference:qwen3", dtype="float32").with_frame(Frame.load(frame))
+    found = second.verify(proof, checkpoint("qwen3"), **how)
+    assert found["verdict"] == verify(assay.poc.Proof.load(proof), model).verdict == wanted  # tokens-1 has no law here
+    assert max(found["residuals"]) < 1e-2
+    lines = proof.read_bytes().split(b"\n")
+    for damaged in (lines[:-2], [*lines[:2], *lines[3:]], [line + b" " for line in lines], [*lines, lines[1]]):
+        (tmp_path / "damaged").write_bytes(b"\n".join(damaged))
+        with pytest.raises((second.Refused, json.JSONDecodeError)):
+            second.read(tmp_path / "damaged")
+
+
+def test_verdicts_of_the_vectors():
+    for row in read_json(VECTORS / "verdicts.json")["rows"]:
+        found = second.judged(row["residuals"], LAWS[row["family"]][row["dtypes"]])
+        assert found == pytest.approx({name: row[name] for name in found})
 
 
 @pytest.mark.slow
