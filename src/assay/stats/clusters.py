@@ -25,10 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy
 
-from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import REACH, LogNoise, Spread
-from assay.stats.sequential import CHEAP, FAR, Verdict, decide, grid_of_multiples, log_sum
+from assay.stats.noise import REACH, LogNoise, Spread, require
+from assay.stats.sequential import CHEAP, FAR, Result, check_rates, decide, grid_of_multiples, log_sum
 from assay.stats.tokens import STEP, TokenNoise, cluster_scales
 
 ClusteredLaw = TokenNoise | LogNoise
@@ -46,26 +45,16 @@ _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against 
 _NARROWEST = 2 * STEP  # spread of a machine that the grid resolves
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterResult:
-    """All numbers behind the verdict of one test.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterResult(Result):
+    """All numbers behind the verdict of a `ClusterTest`, which looks at the ends of blocks.
 
     Args:
-        verdict: Verdict by :func:`assay.stats.sequential.decide`.
-        n: Number of values.
         clusters: Number of clusters.
-        log_e_value: Natural logarithm of the e-value after the last value.
-        log_e_max: Running maximum of that over the ends of blocks.
-        log_evidence_honest: Least evidence against any cheat that an honest verdict excludes.
-        weakest: Name of the cheat that this evidence is weakest against.
+        weakest: Name of the cheat that the evidence for honesty is weakest against.
     """
 
-    verdict: Verdict
-    n: int
     clusters: int
-    log_e_value: float
-    log_e_max: float
-    log_evidence_honest: float
     weakest: str
 
 
@@ -94,12 +83,8 @@ class ClusterTest:
         beta: float = 1e-2,
         effect: float = 2.0,
     ) -> None:
-        if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf and 0 <= between < 2):
-            raise UsageError(
-                f"alpha {alpha}, beta {beta}, effect {effect}, spread of clusters {between}",
-                wanted="alpha and beta in (0, 1), effect above 1, a spread in [0, 2)",
-                do="use the defaults, or check the calibration",
-            )
+        check_rates(alpha, beta, effect)
+        require(0 <= between < 2, f"a spread of clusters of {between}", "a number in [0, 2)")
         self.law, self.alpha, self.beta, self.effect, self.between = law, alpha, beta, effect, between
         self._prepare(spread or Spread())
         self._path_K = np.zeros(self._log_prior_K.size)

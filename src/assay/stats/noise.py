@@ -42,7 +42,8 @@ _LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 
 
-def _require(condition: bool, seen: str, wanted: str) -> None:
+def require(condition: bool, seen: str, wanted: str) -> None:
+    """Refuse a parameter of a law with a UsageError."""
     if not condition:
         raise UsageError(seen, wanted=wanted, do="check the calibration that this noise law comes from")
 
@@ -73,9 +74,9 @@ class ScaleNoise:
     junk_sigma: Annotated[float, Field(ge=1e-9, le=1e3)] = JUNK_SIGMA
 
     def __post_init__(self) -> None:
-        _require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", f"at least {RESOLUTION:.3g}, finite")
-        _require(0 < self.dof < math.inf, f"{self.dof} degrees of freedom", "a positive finite number")
-        _require(0 < self.junk_sigma < math.inf, f"junk_sigma {self.junk_sigma}", "a positive finite number")
+        require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", f"at least {RESOLUTION:.3g}, finite")
+        require(0 < self.dof < math.inf, f"{self.dof} degrees of freedom", "a positive finite number")
+        require(0 < self.junk_sigma < math.inf, f"junk_sigma {self.junk_sigma}", "a positive finite number")
 
     @property
     def size(self) -> float:
@@ -140,11 +141,11 @@ class LogNoise:
     floor: Annotated[float, Field(ge=1e-12)] = 1e-4
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.mu), f"mu {self.mu}", "a finite number")
-        _require(0 < self.sd < math.inf, f"sd {self.sd}", "a positive finite number")
-        _require(self.dimension >= 2, f"dimension {self.dimension}", "at least 2")
-        _require(0 < self.tail < math.inf, f"tail {self.tail}", "a positive finite number")
-        _require(0 < self.floor < _LARGEST, f"floor {self.floor}", "a distance in (0, 2)")
+        require(math.isfinite(self.mu), f"mu {self.mu}", "a finite number")
+        require(0 < self.sd < math.inf, f"sd {self.sd}", "a positive finite number")
+        require(self.dimension >= 2, f"dimension {self.dimension}", "at least 2")
+        require(0 < self.tail < math.inf, f"tail {self.tail}", "a positive finite number")
+        require(0 < self.floor < _LARGEST, f"floor {self.floor}", "a distance in (0, 2)")
 
     @property
     def size(self) -> float:
@@ -232,8 +233,8 @@ class Spread:
     dof: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.sd < 1.0, f"a spread of {self.sd}", "0 to 1: beyond that nothing is known of a new machine")
-        _require(1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", "a number from 1 to a million")
+        require(0 <= self.sd < 1.0, f"a spread of {self.sd}", "0 to 1: beyond that nothing is known of a new machine")
+        require(1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", "a number from 1 to a million")
 
     @property
     def atoms(self) -> tuple[FloatArray, FloatArray]:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -166,7 +167,20 @@ class Oracle:
         return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
-Rule = CountRule | Oracle | stats.SequentialTest
+@dataclass(frozen=True)
+class Ours:
+    """The residual test, on audits that each start from nothing."""
+
+    test: stats.SequentialTest
+
+    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
+        """Return whether it accuses after each nonce, [R, C], and whether it says honest after some, [R, A]."""
+        values_RC = np.asarray(values_RC)
+        honest = [[copy(self.test).update(row_C[:count]).verdict == "honest" for count in at] for row_C in values_RC]
+        return self.test.accusations(values_RC), np.array(honest, dtype=np.bool_).reshape(len(values_RC), len(at))
+
+
+Rule = CountRule | Oracle | Ours
 """A rule for the distances of one audit."""
 
 
@@ -185,7 +199,7 @@ def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) 
         judge: Validator's machine.
     """
     found = Noise(noise.predict_law(kind, judge), OURS, noise.spread, effect, noise.scores, noise.widest)
-    ours: dict[str, Rule] = {OURS: sequential_test(found, alpha=ALPHA, beta=BETA)}
+    ours: dict[str, Rule] = {OURS: Ours(sequential_test(found, alpha=ALPHA, beta=BETA))}
     return ours | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
 

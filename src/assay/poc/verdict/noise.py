@@ -31,7 +31,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.stats.clusters import ClusterResult
 from assay.stats.noise import STRICT, NoiseFit, Spread, fit_log_noise, fit_scale_noise
-from assay.stats.sequential import CHEAP, EXCLUDED, Verdict, decide
+from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG
 
 FloatArray = npt.NDArray[np.float64]
@@ -532,26 +532,16 @@ class ResponseNoise:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResponseResult:
-    """All numbers behind a verdict on responses; the logarithms are natural ones.
+class ResponseResult(Result):
+    """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches.
 
     Args:
-        verdict: Verdict by :func:`assay.stats.sequential.decide`.
-        n: Number of blocks of 32 tokens.
         responses: Number of responses.
-        log_e_value: Logarithm of the average of the e-values of tokens and sketches.
-        log_e_max: Running maximum of that over the blocks.
-        log_evidence_honest: Least evidence of the parts that have seen values.
         tokens: Numbers of the test of tokens.
         sketches: Numbers of the test of sketches.
     """
 
-    verdict: Verdict
-    n: int
     responses: int
-    log_e_value: float
-    log_e_max: float
-    log_evidence_honest: float
     tokens: ClusterResult
     sketches: ClusterResult
 
