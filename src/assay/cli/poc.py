@@ -582,9 +582,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     """
     from assay import poc
     from assay.poc.network_pins import list_open, list_pinned
-    from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
+    from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_pinned_calibration
     from assay.poc.verdict.noise import missing_law
-    from assay.poc.verdict.promise import account_alpha, describe_promise
 
     network = poc.NetworkPins.load(chosen.pins)
     pinned = [Calibration.load(path) for model in network.models for path in network.calibrations(model)]

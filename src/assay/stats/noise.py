@@ -2,8 +2,6 @@
 
 Both laws here have monotone likelihood ratios: f_m(x)/f_1(x) never falls as the residual x grows. So a smaller residual
 never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md).
-Where the honest residuals of a law are known, they price the bets on it: a tail that is heavier than the law's no
-longer accuses an honest node.
 
 Suffixes: N values.
 """
@@ -359,15 +357,13 @@ _BET_SHARE = 0.1  # share of cheap nonces for which the cap of a bet is chosen
 def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the caps and prices that make likelihood ratios fair bets under the residuals themselves, [M] each.
 
-    A test that believes a law's tail accuses honest nodes where the tail is heavier. So the ratio R = f_m/f_1 of noise
-    m times larger is cut off at a cap c and divided by a price, the mean of min(R, c) over the N honest residuals and
-    one more, which is taken to reach the cap::
+    The ratio R = f_m/f_1 of noise m times larger is cut off at a cap c and divided by a price, the mean of min(R, c)
+    over the N honest residuals and one more, which is taken to reach the cap::
 
         price = max(1, (Σ_i min(R(x_i), c) + c) / (N + 1))
 
-    If a new residual is exchangeable with those, min(R, c)/price is at most 1 on average, whatever their law is (a
-    conformal e-value: Vovk, "Conformal e-prediction", 2025). Of all caps the one is taken with which wealth grows
-    fastest against a node that computes a tenth of its nonces m times as badly.
+    docs/statistics.md says why that is fair (Vovk, "Conformal e-prediction", 2025). Of all caps the one is taken with
+    which wealth grows fastest against a node that computes a tenth of its nonces m times as badly.
 
     Args:
         law: Law whose ratios are bet on.

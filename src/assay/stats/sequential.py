@@ -2,18 +2,10 @@
 
     E_n = Σ_r w_r Σ_g v_g Π_i g(x_i)  /  Σ_r w_r Π_i f_r(x_i),    g = (1 − π)·f_r + π·f_rm
 
-Residuals x_i are independent with density f_r: honest noise, r times that of the law. The scale r of a machine that was
-not measured is unknown. It has the law of a `Spread`, with weights w_r, and is drawn once for the whole life of a test.
-A cheat g has a share π of nonces whose residuals are m times larger, on a grid of both with weights v_g: all nonces
-from another computation (π = 1), some computed cheaply, or a few invented (m at the size of junk).
-
-Under honest noise E_n is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
-Grünwald, Vovk and Shafer 2023). The verdict is fraud when the running maximum of E_n reaches 1/α. The same ratio the
-other way round, for one cheat at a time, bounds the chance that this cheat or a larger one is called honest.
-
-Where the honest residuals are known that the law was measured on, the ratio f_rm/f_r of a cheat is capped and divided
-by its price, so that the bet is fair under these residuals and not only under the law (`assay.stats.noise.fair_bets`).
-What an honest verdict excludes is weighed by the ratios of the law.
+docs/statistics.md says what the scales r and the cheats g stand for, and why P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939;
+Ramdas, Grünwald, Vovk and Shafer 2023). The same ratio the other way round, for one cheat at a time, bounds the chance
+that this cheat or a larger one is called honest; it is weighed by the ratios of the law. For E, the ratio f_rm/f_r is
+capped and priced where honest residuals are known (`assay.stats.noise.fair_bets`).
 
 Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats.
 """

@@ -7,13 +7,12 @@ one shape, which is fitted to all of them together. The size predicted for a new
 
     usual_j = median over kinds k of median over machines i of kind k of s_ij.
 
-Machines of one kind may agree far more closely than others. So the validator's own kind is left out where another kind
+Machines of one kind may agree far more closely than others, so the validator's own kind is left out where another kind
 was measured. If machines of the new machine's kind were measured and are noisier than usual_j, their size is taken
-instead. If they were quieter, it is not: that promises nothing.
+instead; quieter ones promise nothing.
 
 The spread is the root mean square of ln(size/predicted) over machines that were left out of the measurement and lay
-above their prediction. Deviations downwards do not count, because only larger noise can accuse. A few machines say
-little about the spread, so it is combined with the prior :data:`PRIOR`.
+above their prediction, because only larger noise can accuse. It is combined with the prior :data:`PRIOR`.
 
 Legend of shapes: M machines, N nonces.
 """
@@ -41,6 +40,7 @@ from assay.poc.protocol.proof import STRICT, Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import (
+    ALPHA,
     Control,
     FloatArray,
     Law,
@@ -347,9 +347,8 @@ class BuildNoise(MachineNoise):
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        told: JsonObject = (
-            {"scores": self.scores, "widest": self.widest} if self.scores else {}
-        )  # older files have none of these
+        # Older files have none of these.
+        told: JsonObject = {"scores": self.scores, "widest": self.widest} if self.scores else {}
         told |= {} if self.effective_dimension is None else {"effective_dimension": self.effective_dimension}
         told |= {} if self.control is None else {"control": asdict(self.control)}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
@@ -419,10 +418,9 @@ class Calibration:
         for build in sorted(fitting, key=order):
             try:
                 build.check_header(header)
+                return build
             except CalibrationError as error:
                 reasons.append(error)
-            else:
-                return build
         raise reasons[0]
 
     def control_of(self, header: Header, own: str) -> tuple[str, ...]:
@@ -595,15 +593,46 @@ def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration
         calibration = Calibration.load(path)
         try:
             calibration.find_build(header)
+            return calibration
         except CalibrationError as error:
             reason = error.with_traceback(None)
-        else:
-            return calibration
     if reason is None:
         return None
     seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
     do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
     raise CalibrationError(seen, wanted=reason.wanted, do=do)
+
+
+def account_alpha(pins: NetworkPins | None, given: float | None = None) -> float:
+    """Return the bound on the chance that one honest account is ever convicted: that of the pins, the given one, .001.
+
+    A UsageError refuses a given one that contradicts the pins.
+    """
+    stated = None if pins is None or pins.network is None else pins.network.alpha
+    if stated is not None and given not in (None, stated):
+        do = "leave alpha out, or correct [network] of the pins"
+        raise UsageError(f"alpha {given:g}", wanted=f"{stated:g}, as [network] of the pins says", do=do)
+    return next((alpha for alpha in (stated, given) if alpha is not None), ALPHA)
+
+
+def describe_promise(pins: NetworkPins, alpha: float, calibrations: Iterable[Calibration]) -> JsonObject:
+    """Return the nodes of a network, the false convictions that it accepts, alpha, and how many are to be expected.
+
+    ``expected`` is the number of nodes times the larger of alpha and the upper end of the interval of the worst build;
+    None where the pins state no number, or no machine was left out of a law. ``law_error`` says what it stands on: as
+    far as few machines say, the upper end may be the share of audits that accuse a new one, of single audits under
+    α = .001 and not of lives, where a noisier machine shows more.
+    """
+    stated: JsonObject = {"nodes": None, "false_convictions": None} if pins.network is None else vars(pins.network)
+    builds = [build for calibration in calibrations for build in calibration.builds]
+    # A law of one machine leaves out engines of that machine, and has no effect of its own.
+    left = [build.left_out for build in builds if build.left_out is not None and build.effect is not None]
+    if not left or len(left) < len(builds):
+        return {**stated, "alpha": alpha, "expected": None, "law_error": "unknown beyond alpha: no machine left out"}
+    worst = max(left, key=lambda one: one.high)
+    error = f"{worst.low:.2%} to {worst.high:.2%} of audits of {worst.checked} nonces accuse machines left out"
+    expected = stated["nodes"] and stated["nodes"] * max(alpha, worst.high)
+    return {**stated, "alpha": alpha, "expected": expected, "law_error": error}
 
 
 def _kind(engine: Fingerprint) -> str:
@@ -808,7 +837,8 @@ def fit_machines(
         sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
         return MachineNoise(law=law, sizes=sizes, spread=PRIOR, known=PRIOR, scores=pack_scores(every_N, law))
     sizes = Sizes(some, tuple(kinds))
-    pooled_N = np.concatenate([residuals[pair] * (sizes.typical / value) for pair, value in some.items()])
+    alike = [residuals[pair] * (sizes.typical / value) for pair, value in some.items()]
+    pooled_N = np.concatenate(alike)
     found = fit(pooled_N)
     fewest = min(residuals[pair].size for pair in some)
     error = found.error * math.sqrt(pooled_N.size / fewest)  # of the size of one pair
@@ -819,8 +849,7 @@ def fit_machines(
     dof = PRIOR.dof + machines - 1
     known = min(math.hypot(error, between_blocks), _WIDEST)
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
-    over = [np.abs(residuals[pair]) * (sizes.typical / value) for pair, value in some.items()]
-    widest = max(over, key=lambda size_N: float(np.quantile(size_N, WIDTH)))
+    widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
     return MachineNoise(
         law=found.law,
         sizes=sizes,

@@ -47,6 +47,9 @@ A vector shows a multiple in twelve numbers at once, and cheaper models come clo
 BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 """Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They hold for no other."""
 
+ALPHA, BETA = 1e-3, 1e-2
+"""Usual bounds on the chance that an honest node is ever accused, and that a cheat is called honest."""
+
 TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
 
@@ -310,15 +313,10 @@ def check_version(found: Any, wanted: int, test: str) -> None:
         )
 
 
-def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
-    """Return a fresh test of residuals against honest noise.
+def sequential_test(noise: Noise, *, alpha: float = ALPHA, beta: float = BETA) -> stats.SequentialTest:
+    """Return a fresh test of residuals against honest noise, with the rates of :class:`assay.stats.SequentialTest`.
 
     Every verdict comes from this test: in `verify`, the service, the validator and the experiments.
-
-    Args:
-        noise: Honest noise of distances or of vectors.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
 
     Raises:
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
@@ -476,10 +474,6 @@ class PartNoise:
     between: float = 0.0
     effect: float = 2.0
 
-    def scaled(self, factor: float) -> "PartNoise":
-        """Return the noise ``factor`` times larger."""
-        return replace(self, law=self.law.scaled(factor))
-
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         law = self.law
@@ -502,10 +496,6 @@ class ResponseNoise:
     tokens: PartNoise
     sketches: PartNoise
     source: str
-
-    def scaled(self, factor: float) -> "ResponseNoise":
-        """Return the noise ``factor`` times larger."""
-        return replace(self, tokens=self.tokens.scaled(factor), sketches=self.sketches.scaled(factor))
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
@@ -547,18 +537,12 @@ class ResponseResult(Result):
 
 
 class ResponseTest:
-    """The test of responses: feed it one response after the other, read the verdict at any time.
+    """The test of responses: feed it one after the other, read the verdict at any time.
 
-    Args:
-        noise: Honest noise of responses.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
-
-    Raises:
-        UsageError: A rate is out of range.
+    Its rates are those of :class:`assay.stats.ClusterTest`, and it refuses what that refuses.
     """
 
-    def __init__(self, noise: ResponseNoise, *, alpha: float = 1e-3, beta: float = 1e-2) -> None:
+    def __init__(self, noise: ResponseNoise, *, alpha: float = ALPHA, beta: float = BETA) -> None:
         self.noise, self.alpha, self.beta = noise, alpha, beta
         rates = {"alpha": alpha, "beta": beta}
         self.tokens, self.sketches = (
