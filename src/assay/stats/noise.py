@@ -8,7 +8,7 @@ Suffixes: N values.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -281,26 +281,12 @@ Shapes are fixed and the sizes are quantiles, because a test does not believe a 
 themselves price its bets (:func:`fair_bets`).
 """
 
-LawT = TypeVar("LawT", bound=NoiseLaw)
 
-
-@dataclass(frozen=True, slots=True)
-class NoiseFit(Generic[LawT]):
-    """A noise law measured on honest residuals.
-
-    Args:
-        law: Law.
-        error: Standard error of the logarithm of the scale.
-    """
-
-    law: LawT
-    error: float
-
-
-def fit_scale_noise(residuals: npt.ArrayLike) -> NoiseFit[ScaleNoise]:
+def fit_scale_noise(residuals: npt.ArrayLike) -> tuple[ScaleNoise, float]:
     """Fit the scale of honest residuals of a distance, [N] finite values, by the median of their sizes.
 
-    Residuals that are mostly zero, as on identical hardware, give sigma = `RESOLUTION`.
+    It comes with the standard error of its logarithm. Residuals that are mostly zero, as on identical hardware, give
+    sigma = `RESOLUTION`.
 
     Raises:
         UsageError: There are too few residuals, or one of them is not finite.
@@ -310,15 +296,16 @@ def fit_scale_noise(residuals: npt.ArrayLike) -> NoiseFit[ScaleNoise]:
     sigma = max(float(np.median(size_N)) / middle, RESOLUTION)
     # The standard error of the median m is 1/(2·f(m)·√n), and |t| has twice the density of t.
     error = 1 / (4 * float(scipy.stats.t.pdf(middle, DOF)) * middle * math.sqrt(size_N.size))
-    return NoiseFit(ScaleNoise(sigma, DOF), error)
+    return ScaleNoise(sigma, DOF), error
 
 
 def fit_log_noise(
     distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4, tail: float = TAIL
-) -> NoiseFit[LogNoise]:
+) -> tuple[LogNoise, float]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values, by two of their quantiles.
 
-    Distances that are all below ``floor`` give mu = ln floor and the least spread believed.
+    The law comes with the standard error of its location. Distances that are all below ``floor`` give mu = ln floor and
+    the least spread believed.
 
     Args:
         distances: Honest L2 distances.
@@ -334,7 +321,7 @@ def fit_log_noise(
     sd = max(float(upper - middle) / law.standard_quantile(1 - UPPER), SMALLEST_LOG_SD)
     law = replace(law, mu=float(middle), sd=sd)
     # The standard error of the median is 1/(2·f(0)·√n).
-    return NoiseFit(law, error=sd * law.standard_mass / (2 * math.sqrt(np.size(distances))))
+    return law, sd * law.standard_mass / (2 * math.sqrt(np.size(distances)))
 
 
 def _read_honest(values: npt.ArrayLike) -> FloatArray:

@@ -29,7 +29,6 @@ from assay.poc.verdict.calibration import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.judge import judge_residuals
 from assay.poc.verdict.noise import Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Flag
-from assay.stats.noise import NoiseFit
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
 from assay_research.runs.report import Column, Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import Measurement, Plan, RunRecords
@@ -184,9 +183,9 @@ Rule = CountRule | Oracle | Ours
 """A rule for the distances of one audit."""
 
 
-def fit(distances_N: FloatArray) -> NoiseFit[stats.LogNoise]:
+def fit(distances_N: FloatArray) -> tuple[stats.NoiseLaw, float]:
     """Fit the law of published vectors."""
-    return fit_noise(get_pipeline("artifact"), distances_N)  # type: ignore[return-value]
+    return fit_noise(get_pipeline("artifact"), distances_N)
 
 
 def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) -> dict[str, Rule]:

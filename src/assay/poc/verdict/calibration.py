@@ -54,7 +54,7 @@ from assay.poc.verdict.noise import (
     pack_scores,
     sequential_test,
 )
-from assay.stats.noise import NoiseFit, Spread
+from assay.stats.noise import Spread
 
 Pair = tuple[int, int]
 
@@ -650,7 +650,7 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
         )
 
 
-Fit = Callable[[FloatArray], NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]]
+Fit = Callable[[FloatArray], tuple[Law, float]]
 Progress = Callable[[int, int], None]
 
 PRIOR = Spread(sd=0.03, dof=30.0)
@@ -833,15 +833,15 @@ def fit_machines(
     some = {pair: value for pair, value in size.items() if value > 0}
     if not some:  # machines that mostly agree to the bit; the rare nonces on which they do not price the bets
         every_N = np.concatenate(list(residuals.values()))
-        law = fit(every_N).law
+        law, _ = fit(every_N)
         sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
         return MachineNoise(law=law, sizes=sizes, spread=PRIOR, known=PRIOR, scores=pack_scores(every_N, law))
     sizes = Sizes(some, tuple(kinds))
     alike = [residuals[pair] * (sizes.typical / value) for pair, value in some.items()]
     pooled_N = np.concatenate(alike)
-    found = fit(pooled_N)
+    law, error = fit(pooled_N)
     fewest = min(residuals[pair].size for pair in some)
-    error = found.error * math.sqrt(pooled_N.size / fewest)  # of the size of one pair
+    error *= math.sqrt(pooled_N.size / fewest)  # of the size of one pair
     deviations = sizes.deviations()
     upwards = deviations[deviations > 0]
     machines = len({i for pair in some for i in pair})
@@ -851,12 +851,12 @@ def fit_machines(
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
     widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
     return MachineNoise(
-        law=found.law,
+        law=law,
         sizes=sizes,
         spread=Spread(new, dof),
         known=Spread(known, PRIOR.dof),
-        scores=pack_scores(pooled_N, found.law),
-        widest=pack_scores(widest, found.law),
+        scores=pack_scores(pooled_N, law),
+        widest=pack_scores(widest, law),
     )
 
 

@@ -29,10 +29,9 @@ from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.stats.clusters import ClusterResult
-from assay.stats.noise import STRICT, NoiseFit, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.noise import STRICT, Spread, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
-from assay.stats.tokens import COLUMNS, LEAST_LOG
+from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
 
 FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw
@@ -289,8 +288,8 @@ def missing_law(model: str, digest: str, round: Round) -> str:
     )
 
 
-def fit_noise(pipeline: Pipeline, errors: FloatArray) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
-    """Fit a law to honest residuals [N] of a pipeline."""
+def fit_noise(pipeline: Pipeline, errors: FloatArray) -> tuple[Law, float]:
+    """Fit a law to honest residuals [N] of a pipeline; return it with the standard error of the log of its size."""
     if pipeline.output == "distance":
         return fit_scale_noise(errors)
     # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
