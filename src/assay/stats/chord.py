@@ -206,9 +206,8 @@ class BlockLaw:
     @cached_property
     def _factors(self) -> FloatArray:
         """Values of γ of equal probability, [F]."""
-        if math.isinf(self.freedom):
-            return np.array([self.scale])
-        return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
+        points = 1 if math.isinf(self.freedom) else _POINTS
+        return np.array([self.factor((i + 0.5) / points) for i in range(points)])
 
     def _rates(self, x: FloatArray) -> FloatArray:
         """Return the share below x for every factor, [F, ...]."""

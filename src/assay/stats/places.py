@@ -6,7 +6,7 @@ is valid for any law of them: of the table of those at the suspected places or e
 as many largest ones as stand there.
 
 The places tried are runs p mod m in start … start + length − 1, with an equal share of α for every modulus m
-(Bonferroni), half of which is for runs that start at 0. So α bounds the chance of a fault where there is none.
+(Bonferroni), half of which is for runs that start at 0. So α bounds the chance that a sound machine is called faulty.
 
 Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of runs.
 """

@@ -87,7 +87,7 @@ def check_rates(alpha: float, beta: float, effect: float) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Result:
     """What every test says of the values that it has seen; logarithms are natural ones.
 
@@ -107,7 +107,7 @@ class Result:
     log_evidence_honest: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SequentialResult(Result):
     """All numbers behind the verdict of a `SequentialTest`.
 

@@ -277,7 +277,7 @@ _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against 
 _NARROWEST = 2 * STEP  # spread of a machine that the grid resolves
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ClusterResult(Result):
     """All numbers behind the verdict of a `ClusterTest`, which looks at the ends of blocks.
 

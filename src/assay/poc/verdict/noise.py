@@ -520,7 +520,7 @@ class ResponseNoise:
         return made
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ResponseResult(Result):
     """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches.
 
