@@ -69,9 +69,9 @@ def fitted(preset, law, nonces, share, rng):
     for _ in range(6):
         honest, audits = draw(law, nonces, rng, share, 10.0), draw(law, (300, 64), rng, share, 10.0)
         cheats = draw(law, (100, 150), rng, share, 10.0) * np.where(rng.random((100, 150)) < 0.1, 5.0, 1.0)
-        fit = fit_noise(get_pipeline(preset), honest)
-        for name, scores in {"believed": "", "priced": pack_scores(honest, fit.law)}.items():
-            test = sequential_test(Noise(fit.law, name, Spread(math.hypot(fit.error, 0.03)), None, scores))
+        fit, error = fit_noise(get_pipeline(preset), honest)
+        for name, scores in {"believed": "", "priced": pack_scores(honest, fit)}.items():
+            test = sequential_test(Noise(fit, name, Spread(math.hypot(error, 0.03)), None, scores))
             found = [float(test.accusations(np.minimum(one, 2.0))[:, -1].mean()) for one in (audits, cheats)]
             shares[name].append(found)
     return {

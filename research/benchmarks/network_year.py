@@ -116,11 +116,11 @@ def main():
             found = {name: row(alpha, nodes, *one, int(number)) for name, one, number in both}
             rows.append({"preset": preset, "law": str(law), "alpha": alpha, "nodes": nodes, **found})
         for _ in range(NETWORKS):
-            fit = fit_noise(get_pipeline(preset), honest := draw(law, 1024, rng))
-            spread, scores = Spread(math.hypot(fit.error, SPREAD.sd)), pack_scores(honest, fit.law)
-            fitted = Noise(fit.law, "fitted", spread, scores=scores)
+            fit, error = fit_noise(get_pipeline(preset), honest := draw(law, 1024, rng))
+            spread, scores = Spread(math.hypot(error, SPREAD.sd)), pack_scores(honest, fit)
+            fitted = Noise(fit, "fitted", spread, scores=scores)
             numbers = count(fitted, grid, {1e-3: 10_000}, rng)[1e-3].tolist()
-            fits.append({"preset": preset, "law": str(fit.law), "alpha": 1e-3, "nodes": 10_000, "seen": numbers})
+            fits.append({"preset": preset, "law": str(fit), "alpha": 1e-3, "nodes": 10_000, "seen": numbers})
     publish("network_year", {"weeks": WEEKS, "checked": CHECKED, "rows": rows, "fits": fits}, options.output)
 
 

@@ -119,6 +119,12 @@ def figures(reference, dtype, verifier, found, cheat):
     return row
 
 
+def wider(noise):
+    """Return the noise a margin larger."""
+    tokens, sketches = (replace(part, law=part.law.scaled(MARGIN)) for part in (noise.tokens, noise.sketches))
+    return replace(noise, tokens=tokens, sketches=sketches)
+
+
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--count", type=int, default=32, help="responses of each way of sampling")
@@ -134,7 +140,7 @@ def main():
         note(f"{reference} {dtype} {verifier}: accused {rows[-1]['accused']}")
         provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(map(together, found.values()))
     if options.install:  # the default of a pair of formats: both models together, and a margin
-        laws = {pair: fit_response_noise(some, "default").scaled(MARGIN).as_dict() for pair, some in provers.items()}
+        laws = {pair: wider(fit_response_noise(some, "default")).as_dict() for pair, some in provers.items()}
         write_atomic(BUNDLED_LAWS, dumps({"margin": MARGIN, "laws": laws}) + "\n")
     publish("responses", {"alpha": ALPHA, "pairs": rows}, options.output)
 

@@ -30,6 +30,8 @@ FORMS = {
     "--pins": ("PROOFS", "--pins", "pins.toml", "-o", "c.json"),
     "--device": ("PROOFS", "--device", "cpu", "-o", "c.json"),
     "--frame": ("PROOFS", "--frame", "frame.safetensors", "-o", "c.json"),
+    "--controls": ("--valid-rate", 0.1, "--controls", "float16"),
+    "controls in float16, for no machine": ("PROOFS", "--controls", "float16", "-o", "c.json"),
     "--formats": ("--valid-rate", 0.1, "--formats", "float32"),
     "--digest": ("PROOFS", "--digest", "ab" * 32, "-o", "c.json"),
     "--sets": ("PROOFS", "--sets", "x", "-o", "c.json"),

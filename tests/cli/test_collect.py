@@ -7,8 +7,7 @@ import pytest
 
 from assay.poc import Calibration, Proof
 from assay.poc.protocol.pins_file import Accepted
-from assay.poc.verdict.calibration import LeftOut
-from assay.poc.verdict.promise import describe_promise
+from assay.poc.verdict.calibration import LeftOut, describe_promise
 from tests.poc.service.test_pins import pins
 
 SMALL = ("--seq-len", 8, "--blocks", 3, "--nonces", 16, "--batch-size", 16, "--device", "cpu")

@@ -22,7 +22,7 @@ def drawn(shape, rng, large=0.0, cheap=0.0):
 
 def test_a_bet_wins_nothing_from_the_residuals_that_price_it():
     honest = drawn(1024, np.random.default_rng(0), large=0.02)
-    law = fit_log_noise(honest).law
+    law, _ = fit_log_noise(honest)
     size, multiples = law.magnitudes(honest), grid_of_multiples(1.5, law.junk_multiple, [5.0])
     for multiple, cap, price in zip(multiples, *fair_bets(law, honest, multiples), strict=True):
         ratio = np.exp(law.log_density(size, float(multiple)) - law.log_density(size, 1.0))
@@ -34,20 +34,20 @@ def test_a_bet_wins_nothing_from_the_residuals_that_price_it():
 def test_a_tail_that_the_law_does_not_have_accuses_nobody_and_cheats_are_caught(large, least):
     rng = np.random.default_rng(0)
     honest = drawn(1024, rng, large)
-    fit = fit_log_noise(honest)
-    arguments = {"spread": Spread(math.hypot(fit.error, 0.03)), "effect": 2.0}
-    priced = SequentialTest(fit.law, honest=honest, **arguments)
+    law, error = fit_log_noise(honest)
+    arguments = {"spread": Spread(math.hypot(error, 0.03)), "effect": 2.0}
+    priced = SequentialTest(law, honest=honest, **arguments)
     audits, cheats = drawn((300, 64), rng, large), drawn((100, 150), rng, large, cheap=0.1)
     assert priced.accusations(audits)[:, -1].mean() < 0.01
     assert priced.accusations(cheats)[:, -1].mean() >= least
     if large:
-        assert SequentialTest(fit.law, **arguments).accusations(audits)[:, -1].mean() > 0.02
+        assert SequentialTest(law, **arguments).accusations(audits)[:, -1].mean() > 0.02
 
 
 def test_bets_on_a_share_are_priced_by_the_widest_pair():
     rng = np.random.default_rng(1)
     honest, widest = drawn(1024, rng), drawn(1024, rng, large=0.03)
-    law, audits = fit_log_noise(honest).law, drawn((200, 64), rng, large=0.03)
+    law, audits = fit_log_noise(honest)[0], drawn((200, 64), rng, large=0.03)
     accused = [
         SequentialTest(law, effect=2.0, honest=honest, **more).accusations(audits)[:, -1].mean()
         for more in ({}, {"widest": widest})

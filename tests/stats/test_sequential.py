@@ -250,15 +250,10 @@ def test_simulated_verdicts_are_those_of_single_nodes(spread, drawn, fewer, monk
     values = (values * np.resize([0.5, 3, 10], (40, 1)))[: 40 // fewer]
     arguments = {"spread": Spread(spread), "effect": 4.0}
     test = SequentialTest(ScaleNoise(1e-4), **arguments)
-    at = (7, 30)
-    accused, honest = test.simulated(values, at=at)
-    for row, row_accused, row_honest in zip(values, accused, honest, strict=True):
+    accused = test.accusations(values)
+    for row, row_accused in zip(values, accused, strict=True):
         single = SequentialTest(ScaleNoise(1e-4), **arguments)
-        found = [single.update([value]).verdict for value in row]
-        assert [verdict == "fraud" for verdict in found] == row_accused.tolist()
-        assert [found[count - 1] == "honest" for count in at] == row_honest.tolist()
+        assert [single.update([value]).verdict == "fraud" for value in row] == row_accused.tolist()
     assert 0 < accused[:, -1].mean() < 1
-    assert 0 < honest[:, -1].mean() < 1
     assert test.result.n == 0, "the object keeps its state"
-    assert np.array_equal(test.accusations(values), accused)
     assert test.accusations(np.zeros((0, 5))).shape == (0, 5)

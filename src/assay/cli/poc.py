@@ -152,6 +152,7 @@ class CalibrateSettings(Settings):
     formats: Names = Field(
         ("bfloat16", "float16", "float32"), description="Number formats that --model is measured in."
     )
+    controls: Names = Field((), description="Number formats of PROOFS that are computed again by those who validate.")
     vectors: Path | None = Field(None, description="Sets of vectors of a network, in place of proofs (research).")
     sets: Names = Field((), description="Words that the name of a set must have; with a dash before: must not.")
     digest: Annotated[str | None, "HASH"] = Field(
@@ -411,7 +412,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     The second use takes honest proofs of one checkpoint and preset, two or more of every round, from several machines.
     Three machines and more also judge a machine that was not measured, and the file says how often honest machines that
-    are left out of the measurement are accused. --merge adds the builds of other files.
+    are left out of the measurement are accused. Proofs in the formats of `controls` are no machines: a validator
+    computes them again on its own, for a second law, of scores. --merge adds the builds of other files.
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
 
@@ -459,7 +461,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
             measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
     else:
         with progress_bar("leaving out", "machines") as progress:
-            measured = measure(proofs, model=chosen.model, progress=progress)
+            measured = measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
     for path in chosen.merge[1:] if merging else chosen.merge:
         measured = measured.merged(Calibration.load(path))
     measured.save(chosen.output)
@@ -486,6 +488,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
         (not alone, ("pins", "preset", "frame", "seq_len", *shape), "no --model alone", "nothing is run"),
         (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
+        (rate or not chosen.proofs, ("controls",), "no proofs to compare", "it says which of them are controls"),
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
     ):
@@ -582,9 +585,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     """
     from assay import poc
     from assay.poc.network_pins import list_open, list_pinned
-    from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
+    from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_pinned_calibration
     from assay.poc.verdict.noise import missing_law
-    from assay.poc.verdict.promise import account_alpha, describe_promise
 
     network = poc.NetworkPins.load(chosen.pins)
     pinned = [Calibration.load(path) for model in network.models for path in network.calibrations(model)]

@@ -98,8 +98,8 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     from assay.poc.net.logs import configure_logs
     from assay.poc.protocol.round import Round
     from assay.poc.service.app import serve
+    from assay.poc.verdict.calibration import account_alpha
     from assay.poc.verdict.ledger import check_ledger
-    from assay.poc.verdict.promise import account_alpha
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
     info = model_info(chosen.model)

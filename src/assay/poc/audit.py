@@ -35,12 +35,11 @@ from assay.poc.responses.judge import (
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests
-from assay.poc.verdict.calibration import Calibration, find_pinned_calibration
+from assay.poc.verdict.calibration import Calibration, account_alpha, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing
 from assay.poc.verdict.noise import bundled_noise, missing_law
-from assay.poc.verdict.promise import account_alpha
 from assay.poc.verifier import check_proof, judging_setup, verify
 
 V = TypeVar("V", Verdict, ResponseVerdict)

@@ -26,7 +26,6 @@ from assay.poc.engines.hf.engine import measure_block_factor
 from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
-from assay.poc.prover import Progress
 from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray
 from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
@@ -274,10 +273,10 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
     return measure_block_factor(model, round).effective_dimension
 
 
-def measure(proofs: Sequence[Proof], *, model: str | None = None, progress: Progress | None = None) -> Calibration:
+def measure(proofs: Sequence[Proof], *, model: str | None = None, **how: Any) -> Calibration:
     """Return the honest noise of proofs, by :func:`assay.poc.calibrate`; the model says its size."""
     info = None if model is None else model_info(model)
-    return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, progress=progress)
+    return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, **how)
 
 
 def describe(build: BuildNoise) -> dict[str, Any]:

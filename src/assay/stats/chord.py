@@ -1,24 +1,19 @@
-"""The chord law: the distance x of a random direction in R^d from a fixed one.
+"""The chord law: the distance x of a random direction in R^d from a fixed one, and the law of the distances of a block.
 
     (x/2)² ~ Beta(a, a),    a = (d − 1)/2
-
-The direction is uniform on the unit sphere, at angle θ from the fixed one, with (1 + cos θ)/2 ~ Beta(a, a) (Fang, Kotz
-and Ng 1990, §3.1) and x = √(2 − 2 cos θ). This is exact. For large d the law is close to N(√2, 1/√(2d)). A dimension
-below 2 is a UsageError.
-
-The law of a block has all cosines of the block wider or narrower by one factor γ:
-
     γ² ~ χ²_ν/ν,    ν = 1/‖M‖²,    M = E[x xᵀ]
 
-All distances of a block are measured along one vector v, N(0, I) over blocks: the random head, folded onto the target.
-Unit states x with second moments M have products v·x of variance γ² = vᵀMv, where the chord law has variance one. Over
-blocks γ² is Σ λᵢχ²₁ with the eigenvalues λ of M, which has mean one and variance 2‖M‖². The law above has the same two
-moments (Satterthwaite 1946; Box 1954, theorem 3.1). γ varies by about 1/√(2ν).
+docs/statistics.md derives the first, which is exact (Fang, Kotz and Ng 1990, §3.1). A dimension below 2 is a
+UsageError.
 
-ν is the *effective dimension* of the states. It is D where all directions of R^D occur alike, and much less where a few
-coordinates carry most of a trained state. Signs drawn per nonce make M diagonal and keep the energy of a coordinate. A
-reflection in a random hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at
-D = 256.
+γ is the factor by which all cosines of a block are wider or narrower. They are products with one vector v, N(0, I) over
+blocks: the random head, folded onto the target. Unit states x with second moments M have products v·x of variance γ² =
+vᵀMv. Over blocks that is Σ λᵢχ²₁ with the eigenvalues λ of M; the law above has the same mean and variance
+(Satterthwaite 1946; Box 1954, theorem 3.1).
+
+ν is the *effective dimension* of the states: D where all directions of R^D occur alike. Signs drawn per nonce make M
+diagonal and keep the energy of a coordinate. A reflection in a random hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M
+has beyond I/D; eight of them keep 88 % at D = 256.
 
 Suffixes: N nonces, D hidden size.
 """
@@ -211,9 +206,8 @@ class BlockLaw:
     @cached_property
     def _factors(self) -> FloatArray:
         """Values of γ of equal probability, [F]."""
-        if math.isinf(self.freedom):
-            return np.array([self.scale])
-        return np.array([self.factor((i + 0.5) / _POINTS) for i in range(_POINTS)])
+        points = 1 if math.isinf(self.freedom) else _POINTS
+        return np.array([self.factor((i + 0.5) / points) for i in range(points)])
 
     def _rates(self, x: FloatArray) -> FloatArray:
         """Return the share below x for every factor, [F, ...]."""

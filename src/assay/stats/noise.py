@@ -2,15 +2,13 @@
 
 Both laws here have monotone likelihood ratios: f_m(x)/f_1(x) never falls as the residual x grows. So a smaller residual
 never counts against a node, and noise smaller than calibrated makes the test more cautious (docs/statistics.md).
-Where the honest residuals of a law are known, they price the bets on it: a tail that is heavier than the law's no
-longer accuses an honest node.
 
 Suffixes: N values.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +40,8 @@ _LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 
 
-def _require(condition: bool, seen: str, wanted: str) -> None:
+def require(condition: bool, seen: str, wanted: str) -> None:
+    """Refuse a parameter of a law with a UsageError."""
     if not condition:
         raise UsageError(seen, wanted=wanted, do="check the calibration that this noise law comes from")
 
@@ -73,9 +72,9 @@ class ScaleNoise:
     junk_sigma: Annotated[float, Field(ge=1e-9, le=1e3)] = JUNK_SIGMA
 
     def __post_init__(self) -> None:
-        _require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", f"at least {RESOLUTION:.3g}, finite")
-        _require(0 < self.dof < math.inf, f"{self.dof} degrees of freedom", "a positive finite number")
-        _require(0 < self.junk_sigma < math.inf, f"junk_sigma {self.junk_sigma}", "a positive finite number")
+        require(RESOLUTION <= self.sigma < math.inf, f"sigma {self.sigma}", f"at least {RESOLUTION:.3g}, finite")
+        require(0 < self.dof < math.inf, f"{self.dof} degrees of freedom", "a positive finite number")
+        require(0 < self.junk_sigma < math.inf, f"junk_sigma {self.junk_sigma}", "a positive finite number")
 
     @property
     def size(self) -> float:
@@ -140,11 +139,11 @@ class LogNoise:
     floor: Annotated[float, Field(ge=1e-12)] = 1e-4
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.mu), f"mu {self.mu}", "a finite number")
-        _require(0 < self.sd < math.inf, f"sd {self.sd}", "a positive finite number")
-        _require(self.dimension >= 2, f"dimension {self.dimension}", "at least 2")
-        _require(0 < self.tail < math.inf, f"tail {self.tail}", "a positive finite number")
-        _require(0 < self.floor < _LARGEST, f"floor {self.floor}", "a distance in (0, 2)")
+        require(math.isfinite(self.mu), f"mu {self.mu}", "a finite number")
+        require(0 < self.sd < math.inf, f"sd {self.sd}", "a positive finite number")
+        require(self.dimension >= 2, f"dimension {self.dimension}", "at least 2")
+        require(0 < self.tail < math.inf, f"tail {self.tail}", "a positive finite number")
+        require(0 < self.floor < _LARGEST, f"floor {self.floor}", "a distance in (0, 2)")
 
     @property
     def size(self) -> float:
@@ -232,8 +231,8 @@ class Spread:
     dof: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.sd < 1.0, f"a spread of {self.sd}", "0 to 1: beyond that nothing is known of a new machine")
-        _require(1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", "a number from 1 to a million")
+        require(0 <= self.sd < 1.0, f"a spread of {self.sd}", "0 to 1: beyond that nothing is known of a new machine")
+        require(1 <= self.dof <= 1e6, f"{self.dof} degrees of freedom", "a number from 1 to a million")
 
     @property
     def atoms(self) -> tuple[FloatArray, FloatArray]:
@@ -282,26 +281,12 @@ Shapes are fixed and the sizes are quantiles, because a test does not believe a 
 themselves price its bets (:func:`fair_bets`).
 """
 
-LawT = TypeVar("LawT", bound=NoiseLaw)
 
-
-@dataclass(frozen=True, slots=True)
-class NoiseFit(Generic[LawT]):
-    """A noise law measured on honest residuals.
-
-    Args:
-        law: Law.
-        error: Standard error of the logarithm of the scale.
-    """
-
-    law: LawT
-    error: float
-
-
-def fit_scale_noise(residuals: npt.ArrayLike) -> NoiseFit[ScaleNoise]:
+def fit_scale_noise(residuals: npt.ArrayLike) -> tuple[ScaleNoise, float]:
     """Fit the scale of honest residuals of a distance, [N] finite values, by the median of their sizes.
 
-    Residuals that are mostly zero, as on identical hardware, give sigma = `RESOLUTION`.
+    It comes with the standard error of its logarithm. Residuals that are mostly zero, as on identical hardware, give
+    sigma = `RESOLUTION`.
 
     Raises:
         UsageError: There are too few residuals, or one of them is not finite.
@@ -311,15 +296,16 @@ def fit_scale_noise(residuals: npt.ArrayLike) -> NoiseFit[ScaleNoise]:
     sigma = max(float(np.median(size_N)) / middle, RESOLUTION)
     # The standard error of the median m is 1/(2·f(m)·√n), and |t| has twice the density of t.
     error = 1 / (4 * float(scipy.stats.t.pdf(middle, DOF)) * middle * math.sqrt(size_N.size))
-    return NoiseFit(ScaleNoise(sigma, DOF), error)
+    return ScaleNoise(sigma, DOF), error
 
 
 def fit_log_noise(
     distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4, tail: float = TAIL
-) -> NoiseFit[LogNoise]:
+) -> tuple[LogNoise, float]:
     """Fit location and scale of the logarithms of honest L2 distances, [N] finite values, by two of their quantiles.
 
-    Distances that are all below ``floor`` give mu = ln floor and the least spread believed.
+    The law comes with the standard error of its location. Distances that are all below ``floor`` give mu = ln floor and
+    the least spread believed.
 
     Args:
         distances: Honest L2 distances.
@@ -335,7 +321,7 @@ def fit_log_noise(
     sd = max(float(upper - middle) / law.standard_quantile(1 - UPPER), SMALLEST_LOG_SD)
     law = replace(law, mu=float(middle), sd=sd)
     # The standard error of the median is 1/(2·f(0)·√n).
-    return NoiseFit(law, error=sd * law.standard_mass / (2 * math.sqrt(np.size(distances))))
+    return law, sd * law.standard_mass / (2 * math.sqrt(np.size(distances)))
 
 
 def _read_honest(values: npt.ArrayLike) -> FloatArray:
@@ -358,15 +344,13 @@ _BET_SHARE = 0.1  # share of cheap nonces for which the cap of a bet is chosen
 def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the caps and prices that make likelihood ratios fair bets under the residuals themselves, [M] each.
 
-    A test that believes a law's tail accuses honest nodes where the tail is heavier. So the ratio R = f_m/f_1 of noise
-    m times larger is cut off at a cap c and divided by a price, the mean of min(R, c) over the N honest residuals and
-    one more, which is taken to reach the cap::
+    The ratio R = f_m/f_1 of noise m times larger is cut off at a cap c and divided by a price, the mean of min(R, c)
+    over the N honest residuals and one more, which is taken to reach the cap::
 
         price = max(1, (Σ_i min(R(x_i), c) + c) / (N + 1))
 
-    If a new residual is exchangeable with those, min(R, c)/price is at most 1 on average, whatever their law is (a
-    conformal e-value: Vovk, "Conformal e-prediction", 2025). Of all caps the one is taken with which wealth grows
-    fastest against a node that computes a tenth of its nonces m times as badly.
+    docs/statistics.md says why that is fair (Vovk, "Conformal e-prediction", 2025). Of all caps the one is taken with
+    which wealth grows fastest against a node that computes a tenth of its nonces m times as badly.
 
     Args:
         law: Law whose ratios are bet on.

@@ -1,20 +1,12 @@
 """The place test: whether residuals are large at certain places of the prover's batches.
 
-A machine can be wrong at fixed places without cheating: the first rows of every batch are overwritten, one rank has
-stale weights. Then a residual depends on the position p of its nonce.
-Honest residuals do not, and neither do those of a cheat who ignores places: every assignment of residuals to positions
-is equally likely. A suspected set of places then gives a two-by-two table, of residuals at these places or elsewhere,
-among the largest or not. "Largest" are as many residuals as stand at the places. Fisher's exact test of this table is
-valid for any law of the residuals.
+docs/statistics.md says what faults these are, which places are suspected, and what a cheat at fixed places gains. If
+residuals do not depend on the place, every assignment of them to positions p is equally likely. So Fisher's exact test
+is valid for any law of them: of the table of those at the suspected places or elsewhere, among the largest or not, with
+as many largest ones as stand there.
 
 The places tried are runs p mod m in start … start + length − 1, with an equal share of α for every modulus m
-(Bonferroni). m is the batch size, a divisor or multiple of it, or a power of two. They cover places in a batch, the
-first rows of a batch, and ranks. Half of the share of each m is for runs that start at 0.
-
-So residuals that do not depend on the place are called faulty with probability α at most.
-
-A cheat at fixed places gains nothing: a faulty proof is not paid, at most half of the places are set aside, and the
-other residuals are judged as always. If they accuse, that is fraud.
+(Bonferroni), half of which is for runs that start at 0. So α bounds the chance that a sound machine is called faulty.
 
 Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of runs.
 """
@@ -216,7 +208,8 @@ class _Sample:
 
     def find_runs(self, moduli: tuple[int, ...]) -> list[Places]:
         """Return the clearest run of every modulus, with p-values for all that were tried."""
-        return [_among(len(moduli), self._find_run(modulus)) for modulus in moduli]
+        found, tried = map(self._find_run, moduli), math.log(len(moduli))
+        return [replace(run, log_p=min(0.0, run.log_p + tried)) for run in found]
 
     def _find_run(self, modulus: int) -> Places:
         """Return the clearest run of places of a modulus: any start (of 64 at most), any length up to half."""
@@ -260,11 +253,6 @@ class _Sample:
                 if shorter.at_multiple(run.modulus) == run.places:
                     return shorter
         return run
-
-
-def _among(tried: int, places: Places) -> Places:
-    """Return places with the p-value that holds for as many kinds as were tried."""
-    return replace(places, log_p=min(0.0, places.log_p + math.log(tried)))
 
 
 def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> IntArray:

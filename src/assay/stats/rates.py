@@ -98,23 +98,6 @@ def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
     return float((below + up_to) / 2 / (positive_P.size * negative_N.size))
 
 
-def paired_accuracy(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
-    """Return the share of pairs whose positive side scores above its negative side, a tie counting one half.
-
-    Args:
-        positive: Scores of the positive sides, [N].
-        negative: Scores of the negative sides in the same order, [N].
-
-    Raises:
-        UsageError: The sides differ in length, are empty, or hold a non-finite score.
-    """
-    positive_N, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
-    if positive_N.size != negative_N.size:
-        seen = f"{positive_N.size} positive and {negative_N.size} negative scores"
-        raise UsageError(seen, wanted="one of each per pair", do="keep both sides of a pair")
-    return float(np.mean(positive_N > negative_N) + np.mean(positive_N == negative_N) / 2)
-
-
 @dataclass(frozen=True, slots=True)
 class BootstrapInterval:
     """A statistic on the data as measured, and both ends of its percentile interval."""

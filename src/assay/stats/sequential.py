@@ -2,18 +2,10 @@
 
     E_n = Σ_r w_r Σ_g v_g Π_i g(x_i)  /  Σ_r w_r Π_i f_r(x_i),    g = (1 − π)·f_r + π·f_rm
 
-Residuals x_i are independent with density f_r: honest noise, r times that of the law. The scale r of a machine that was
-not measured is unknown. It has the law of a `Spread`, with weights w_r, and is drawn once for the whole life of a test.
-A cheat g has a share π of nonces whose residuals are m times larger, on a grid of both with weights v_g: all nonces
-from another computation (π = 1), some computed cheaply, or a few invented (m at the size of junk).
-
-Under honest noise E_n is a non-negative martingale that starts at 1, so P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939; Ramdas,
-Grünwald, Vovk and Shafer 2023). The verdict is fraud when the running maximum of E_n reaches 1/α. The same ratio the
-other way round, for one cheat at a time, bounds the chance that this cheat or a larger one is called honest.
-
-Where the honest residuals are known that the law was measured on, the ratio f_rm/f_r of a cheat is capped and divided
-by its price, so that the bet is fair under these residuals and not only under the law (`assay.stats.noise.fair_bets`).
-What an honest verdict excludes is weighed by the ratios of the law.
+docs/statistics.md says what the scales r and the cheats g stand for, and why P(sup_n E_n ≥ 1/α) ≤ α (Ville 1939;
+Ramdas, Grünwald, Vovk and Shafer 2023). The same ratio the other way round, for one cheat at a time, bounds the chance
+that this cheat or a larger one is called honest; it is weighed by the ratios of the law. For E, the ratio f_rm/f_r is
+capped and priced where honest residuals are known (`assay.stats.noise.fair_bets`).
 
 Suffixes: N values, H scales of honest machines, J scales of cheats, M multiples, P shares, K cheats.
 """
@@ -85,18 +77,42 @@ def log_sum(path: FloatArray) -> FloatArray:
     return np.asarray(top[..., 0] + np.log(np.exp(path - top).sum(axis=-1)), dtype=np.float64)
 
 
+def check_rates(alpha: float, beta: float, effect: float) -> None:
+    """Refuse error rates and a multiple of noise that no test can have, with a UsageError."""
+    if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
+        raise UsageError(
+            f"alpha {alpha}, beta {beta}, effect {effect}",
+            wanted="alpha and beta in (0, 1), effect above 1",
+            do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
+        )
+
+
 @dataclass(frozen=True, slots=True)
-class SequentialResult:
-    """All numbers behind a verdict.
+class Result:
+    """What every test says of the values that it has seen; logarithms are natural ones.
 
     Args:
         verdict: Verdict by :func:`decide`.
-        n: Number of residuals seen, non-finite ones included.
-        log_e_value: Natural logarithm of the e-value after the last residual; it does not depend on their order.
+        n: Number of values seen, non-finite ones included; of responses, of their blocks of 32 tokens.
+        log_e_value: Logarithm of the e-value after the last value; it does not depend on their order.
         log_e_max: Running maximum of that, which decides fraud; it depends on the order.
         log_evidence_honest: Least evidence against any cheat that an honest verdict excludes, as the logarithm of a
             likelihood ratio; it does not depend on the order.
-        weakest: Name of the cheat that this evidence is weakest against.
+    """
+
+    verdict: Verdict
+    n: int
+    log_e_value: float
+    log_e_max: float
+    log_evidence_honest: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialResult(Result):
+    """All numbers behind the verdict of a `SequentialTest`.
+
+    Args:
+        weakest: Name of the cheat that the evidence for honesty is weakest against.
         share_excluded: Share of cheaply computed nonces that an honest verdict excludes; None if n is too small.
         gross: Number of residuals above ``gross_threshold``.
         gross_threshold: Residual that honest noise exceeds once in ten thousand.
@@ -105,11 +121,6 @@ class SequentialResult:
         effect: Smallest factor that counts as another computation.
     """
 
-    verdict: Verdict
-    n: int
-    log_e_value: float
-    log_e_max: float
-    log_evidence_honest: float
     weakest: str
     share_excluded: float | None
     gross: int
@@ -150,12 +161,7 @@ class SequentialTest:
         honest: npt.ArrayLike | None = None,
         widest: npt.ArrayLike | None = None,
     ) -> None:
-        if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
-            raise UsageError(
-                f"alpha {alpha}, beta {beta}, effect {effect}",
-                wanted="alpha and beta in (0, 1), effect above 1",
-                do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
-            )
+        check_rates(alpha, beta, effect)
         if law.junk_multiple <= effect:
             raise UsageError(
                 f"honest noise only {law.junk_multiple:.3g} times smaller than invented values",
@@ -195,9 +201,15 @@ class SequentialTest:
 
         A non-finite value counts as the largest residual there can be: gross, and the strongest evidence of fraud.
         """
-        size_N = self.law.magnitudes(values)
-        for start in range(0, size_N.size, _CHUNK):
-            self._take(size_N[start : start + _CHUNK])
+        every_N = self.law.magnitudes(values)
+        for start in range(0, every_N.size, _CHUNK):
+            size_N = every_N[start : start + _CHUNK]
+            # Starting the sum from the state makes the result independent of how the values were split into updates.
+            path = np.cumsum(np.vstack([self._log_path, self.steps(size_N)]), axis=0)[1:]
+            self._log_path = path[-1]
+            self._log_e_max = max(self._log_e_max, float(self.log_e(path).max()))
+            self._n += size_N.size
+            self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
         return self
 
     def accusations(self, values_RC: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -205,25 +217,9 @@ class SequentialTest:
 
         For simulation: every row starts from nothing, and this object keeps its state.
         """
-        return self.simulated(values_RC)[0]
-
-    def simulated(
-        self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Return the verdicts on R new nodes with C residuals each; this object keeps its state.
-
-        Args:
-            values_RC: Residuals in the order in which they are checked.
-            at: Numbers of residuals, A of them, after which the verdict is asked for.
-
-        Returns:
-            Whether each would have been accused after each of its residuals, [R, C], and whether it would be called
-            honest after the numbers asked for, [R, A].
-        """
         nodes, checked = np.shape(values_RC)
         size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
         accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
-        honest_RA = np.zeros((nodes, len(at)), dtype=np.bool_)
         first, needed = self.honest_paths, -math.log(self.alpha)
         # Audits drawn from the same residuals share their steps, which cost more than the sums of them.
         rows = _TOGETHER if np.unique(size_RC).size <= _SIMULATED else max(1, _SIMULATED // max(1, checked))
@@ -243,10 +239,7 @@ class SequentialTest:
                 left_R, path = np.delete(left_R, over), np.delete(path, over, axis=0) if over.size else path
                 if not left_R.size:
                     break
-                for asked in (index for index, count in enumerate(at) if count == column + 1):
-                    clear = [min(self._evidence(one, column + 1).values()) >= -math.log(self.beta) for one in path]
-                    honest_RA[start + left_R, asked] = clear
-        return accused_RC, honest_RA
+        return accused_RC
 
     def steps(self, values: npt.ArrayLike) -> FloatArray:
         """Return the logarithms that every value adds to every path, over the density of the law: [N, paths]."""
@@ -271,33 +264,13 @@ class SequentialTest:
         bets = path[..., self.honest_paths : -self.excluding]
         return log_sum(bets) - log_sum(path[..., : self.honest_paths])
 
-    def _take(self, size_N: FloatArray) -> None:
-        # Starting the sum from the state makes the result independent of how the values were split into updates.
-        path = np.cumsum(np.vstack([self._log_path, self.steps(size_N)]), axis=0)[1:]
-        self._log_path = path[-1]
-        self._log_e_max = max(self._log_e_max, float(self.log_e(path).max()))
-        self._n += size_N.size
-        self._gross += int(np.count_nonzero(size_N > self.law.gross_threshold))
-
-    def honest_over(self, path: FloatArray | None = None) -> FloatArray:
+    def honest_over(self) -> FloatArray:
         """Return the logarithm of the likelihood ratio of honest noise to every share of `SHARES`, [P].
 
-        A share below one is at `CHEAP` times the noise, and all nonces are at ``effect`` times; of the residuals that
-        were seen when ``path`` is None.
+        A share below one is at `CHEAP` times the noise, and all nonces are at ``effect`` times.
         """
-        path = self._log_path if path is None else path
-        honest = float(log_sum(path[: self.honest_paths]))
-        return honest - log_sum(path[-self.excluding :].reshape(-1, len(SHARES)).T)
-
-    def _evidence(self, path: FloatArray, n: int) -> dict[str, float]:
-        """Return the logarithm of the likelihood ratio of honest noise to every cheat that n residuals can exclude."""
-        over_P = self.honest_over(path).tolist()
-        found = {f"{self.effect:g} times the honest noise": over_P[-1]}
-        share = share_excluded(n, self.beta)
-        if share is not None:
-            multiple = self._multiples_M[self._cheap]
-            found[f"{share:.0%} of the nonces at {multiple:.3g} times the honest noise"] = over_P[SHARES.index(share)]
-        return found
+        honest = float(log_sum(self._log_path[: self.honest_paths]))
+        return honest - log_sum(self._log_path[-self.excluding :].reshape(-1, len(SHARES)).T)
 
     @property
     def verdict(self) -> Verdict:
@@ -307,7 +280,11 @@ class SequentialTest:
     @property
     def result(self) -> SequentialResult:
         """The verdict with every number it rests on."""
-        evidence = self._evidence(self._log_path, self._n)
+        share, over_P = share_excluded(self._n, self.beta), self.honest_over().tolist()
+        evidence = {f"{self.effect:g} times the honest noise": over_P[-1]}
+        if share is not None:
+            name = f"{share:.0%} of the nonces at {self._multiples_M[self._cheap]:.3g} times the honest noise"
+            evidence[name] = over_P[SHARES.index(share)]
         weakest = min(evidence, key=lambda name: evidence[name])
         return SequentialResult(
             verdict=decide(self._log_e_max, evidence[weakest], alpha=self.alpha, beta=self.beta),
@@ -316,7 +293,7 @@ class SequentialTest:
             log_e_max=self._log_e_max,
             log_evidence_honest=float(evidence[weakest]) if self._n else 0.0,
             weakest=weakest,
-            share_excluded=share_excluded(self._n, self.beta),
+            share_excluded=share,
             gross=self._gross,
             gross_threshold=self.law.gross_threshold,
             alpha=self.alpha,

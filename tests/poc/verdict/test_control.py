@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from assay.errors import CalibrationError, ProofMismatch
+from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.models import load_model
-from assay.poc import Calibration, Noise, Pins, Round, calibrate_model, cheats, prove, verify
+from assay.poc import Calibration, Noise, Pins, Round, calibrate, calibrate_model, cheats, prove, verify
 from assay.poc.verdict import Ledger, audit_ledger
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import sequential_test
@@ -104,3 +104,51 @@ def test_a_control_of_another_checkpoint_or_in_another_format_is_refused(made):
     assert "checkpoint of the proof" in refused.value.wanted
     with pytest.raises(CalibrationError, match="again in float32"):
         verify(made.proof, made.own, calibration=made.law, controls=[made.own], **AGREED)
+
+
+@pytest.fixture(scope="module")
+def machines(made):
+    """Honest proofs of two nodes, and of a validator in two formats."""
+    rounds = [replace(ROUND, block_hash=f"calibration {block}") for block in range(2)]
+    engines = [(made.node, 32), (made.node, 8), (made.own, 32), (made.control, 32)]
+    return [prove(model, round, range(128), batch_size=size) for model, size in engines for round in rounds]
+
+
+def test_proofs_of_validators_in_another_format_give_a_law_of_scores(made, machines, tmp_path):
+    beside = calibrate(*machines, controls=["bfloat16"])
+    plain, *scored = beside.builds
+    assert plain == calibrate(*machines[:6]).builds[0], "the law without a control does not know of it"
+    build = next(one for one in scored if one.control.of == "float32")
+    assert (build.control.dtypes, build.formats, len(build.machines)) == (
+        ("bfloat16",),
+        [["float16", "float32"]] * 2,
+        3,
+    )
+    node, own, again = (
+        [record for proof in some for record in proof.records] for some in (machines[:2], machines[4:6], machines[6:])
+    )
+    first = build.control.scores([residuals(node, own), residuals(node, again)], [residuals(own, again)])
+    assert build.sizes.pairs[0, 2] == pytest.approx(np.median(first)), "as a verdict has them"
+    beside.save(tmp_path / "law.json")
+    law = Calibration.load(tmp_path / "law.json")
+    assert law == beside
+    found = verify(made.proof, made.own, calibration=law, controls=[made.control], **AGREED)
+    assert (found.verdict, found.noise.control) == ("honest", build.control)
+    assert verify(made.proof, made.own, calibration=law, **AGREED).noise.control is None
+    cheat = prove(cheats.rounded(made.node, 4), ROUND, range(96))
+    assert verify(cheat, made.own, calibration=law, controls=[made.control], **AGREED).fraud
+    assert law.fixes_format(made.proof.header), "as without a control"
+
+
+def test_controls_that_no_validator_computed_are_refused(machines):
+    elsewhere = replace(machines[-1].header, fingerprint=replace(machines[-1].header.fingerprint, device="another"))
+    strangers = [*machines[:6], replace(machines[-1], header=elsewhere)]
+    for proofs, controls in (
+        (strangers, ["bfloat16"]),
+        (machines[:6], ["bfloat16"]),
+        (machines, ["bfloat16", "x", "y"]),
+    ):
+        with pytest.raises(UsageError, match="controls in bfloat16"):
+            calibrate(*proofs, controls=controls)
+    with pytest.raises(ProofMismatch, match="0 proof to calibrate with beside controls"):
+        calibrate(*machines, controls=["bfloat16", "float16", "float32"])

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -28,7 +29,6 @@ from assay.poc.verdict.calibration import MachineNoise, fit_machines, leave_out
 from assay.poc.verdict.judge import judge_residuals
 from assay.poc.verdict.noise import Noise, fit_noise, law_as_dict, sequential_test
 from assay.settings import Flag
-from assay.stats.noise import NoiseFit
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
 from assay_research.runs.report import Column, Curves, Section, Table, or_never, table_of
 from assay_research.runs.runs import Measurement, Plan, RunRecords
@@ -166,13 +166,26 @@ class Oracle:
         return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
-Rule = CountRule | Oracle | stats.SequentialTest
+@dataclass(frozen=True)
+class Ours:
+    """The residual test, on audits that each start from nothing."""
+
+    test: stats.SequentialTest
+
+    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
+        """Return whether it accuses after each nonce, [R, C], and whether it says honest after some, [R, A]."""
+        values_RC = np.asarray(values_RC)
+        honest = [[copy(self.test).update(row_C[:count]).verdict == "honest" for count in at] for row_C in values_RC]
+        return self.test.accusations(values_RC), np.array(honest, dtype=np.bool_).reshape(len(values_RC), len(at))
+
+
+Rule = CountRule | Oracle | Ours
 """A rule for the distances of one audit."""
 
 
-def fit(distances_N: FloatArray) -> NoiseFit[stats.LogNoise]:
+def fit(distances_N: FloatArray) -> tuple[stats.NoiseLaw, float]:
     """Fit the law of published vectors."""
-    return fit_noise(get_pipeline("artifact"), distances_N)  # type: ignore[return-value]
+    return fit_noise(get_pipeline("artifact"), distances_N)
 
 
 def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) -> dict[str, Rule]:
@@ -185,7 +198,7 @@ def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) 
         judge: Validator's machine.
     """
     found = Noise(noise.predict_law(kind, judge), OURS, noise.spread, effect, noise.scores, noise.widest)
-    ours: dict[str, Rule] = {OURS: sequential_test(found, alpha=ALPHA, beta=BETA)}
+    ours: dict[str, Rule] = {OURS: Ours(sequential_test(found, alpha=ALPHA, beta=BETA))}
     return ours | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
 

@@ -358,5 +358,5 @@ class Field:
 
 def _fit_pair(pipeline: Pipeline, honest_N: FloatArray) -> Noise:
     """Return the noise of one pair of engines, with the error of its size."""
-    fit = fit_noise(pipeline, honest_N)
-    return Noise(fit.law, "the field", Spread(min(float(np.hypot(fit.error, PAIR_SPREAD)), 0.99)))
+    law, error = fit_noise(pipeline, honest_N)
+    return Noise(law, "the field", Spread(min(float(np.hypot(error, PAIR_SPREAD)), 0.99)))

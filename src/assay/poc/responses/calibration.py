@@ -209,11 +209,11 @@ def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -
     )
     sketches = [one.residuals for one in everything if len(one.residuals)]
     _check_enough_sketches(sum(map(len, sketches)), len(everything))
-    fit = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL)
+    law, error = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL)
     of_provers = [np.concatenate([one.residuals for one in some]) for some in by_prover if some]
-    scales = [float(np.median(np.log(fit.law.magnitudes(some)))) - fit.law.mu for some in of_provers if len(some)]
-    between = max(_between([np.log(fit.law.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)
-    part = PartNoise(law=fit.law, spread=_spread(fit.error, scales), between=between)
+    scales = [float(np.median(np.log(law.magnitudes(some)))) - law.mu for some in of_provers if len(some)]
+    between = max(_between([np.log(law.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)
+    part = PartNoise(law=law, spread=_spread(error, scales), between=between)
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
 

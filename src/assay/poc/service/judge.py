@@ -21,12 +21,11 @@ from assay.poc.service.callbacks import Outbox
 from assay.poc.service.requests import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.settings import Settings
-from assay.poc.verdict.calibration import Calibration, find_build_noise
+from assay.poc.verdict.calibration import Calibration, account_alpha, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Update, round_identity
 from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, missing_law, sequential_test
-from assay.poc.verdict.promise import account_alpha
 
 
 class HonestNoise:

@@ -23,9 +23,8 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.calibration import Calibration, find_build_noise
+from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_build_noise
 from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
-from assay.poc.verdict.promise import account_alpha, describe_promise
 
 T = TypeVar("T")
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]

@@ -7,22 +7,21 @@ one shape, which is fitted to all of them together. The size predicted for a new
 
     usual_j = median over kinds k of median over machines i of kind k of s_ij.
 
-Machines of one kind may agree far more closely than others. So the validator's own kind is left out where another kind
+Machines of one kind may agree far more closely than others, so the validator's own kind is left out where another kind
 was measured. If machines of the new machine's kind were measured and are noisier than usual_j, their size is taken
-instead. If they were quieter, it is not: that promises nothing.
+instead; quieter ones promise nothing.
 
 The spread is the root mean square of ln(size/predicted) over machines that were left out of the measurement and lay
-above their prediction. Deviations downwards do not count, because only larger noise can accuse. A few machines say
-little about the spread, so it is combined with the prior :data:`PRIOR`.
+above their prediction, because only larger noise can accuse. It is combined with the prior :data:`PRIOR`.
 
 Legend of shapes: M machines, N nonces.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -37,10 +36,11 @@ from assay.poc.protocol.blocks import block_scale
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.proof import STRICT, Fingerprint, Header, Proof
+from assay.poc.protocol.proof import STRICT, Fingerprint, Header, Proof, Record
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.judge import compare, residuals
 from assay.poc.verdict.noise import (
+    ALPHA,
     Control,
     FloatArray,
     Law,
@@ -54,7 +54,7 @@ from assay.poc.verdict.noise import (
     pack_scores,
     sequential_test,
 )
-from assay.stats.noise import NoiseFit, Spread
+from assay.stats.noise import Spread
 
 Pair = tuple[int, int]
 
@@ -347,9 +347,8 @@ class BuildNoise(MachineNoise):
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
-        told: JsonObject = (
-            {"scores": self.scores, "widest": self.widest} if self.scores else {}
-        )  # older files have none of these
+        # Older files have none of these.
+        told: JsonObject = {"scores": self.scores, "widest": self.widest} if self.scores else {}
         told |= {} if self.effective_dimension is None else {"effective_dimension": self.effective_dimension}
         told |= {} if self.control is None else {"control": asdict(self.control)}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
@@ -419,10 +418,9 @@ class Calibration:
         for build in sorted(fitting, key=order):
             try:
                 build.check_header(header)
+                return build
             except CalibrationError as error:
                 reasons.append(error)
-            else:
-                return build
         raise reasons[0]
 
     def control_of(self, header: Header, own: str) -> tuple[str, ...]:
@@ -460,7 +458,8 @@ class Calibration:
         Where one was not, a prover that may state any format chooses the law that judges it.
         """
         wanted = (header.digest, header.pipeline.name)
-        builds = [build.engines for build in self.builds if (build.digest, build.preset) == wanted]
+        plain = [build for build in self.builds if build.control is None]
+        builds = [build.engines for build in plain if (build.digest, build.preset) == wanted]
         return all(not known or header.fingerprint.dtype in {one.dtype for one in known} for known in builds)
 
     @property
@@ -595,15 +594,46 @@ def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration
         calibration = Calibration.load(path)
         try:
             calibration.find_build(header)
+            return calibration
         except CalibrationError as error:
             reason = error.with_traceback(None)
-        else:
-            return calibration
     if reason is None:
         return None
     seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
     do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
     raise CalibrationError(seen, wanted=reason.wanted, do=do)
+
+
+def account_alpha(pins: NetworkPins | None, given: float | None = None) -> float:
+    """Return the bound on the chance that one honest account is ever convicted: that of the pins, the given one, .001.
+
+    A UsageError refuses a given one that contradicts the pins.
+    """
+    stated = None if pins is None or pins.network is None else pins.network.alpha
+    if stated is not None and given not in (None, stated):
+        do = "leave alpha out, or correct [network] of the pins"
+        raise UsageError(f"alpha {given:g}", wanted=f"{stated:g}, as [network] of the pins says", do=do)
+    return next((alpha for alpha in (stated, given) if alpha is not None), ALPHA)
+
+
+def describe_promise(pins: NetworkPins, alpha: float, calibrations: Iterable[Calibration]) -> JsonObject:
+    """Return the nodes of a network, the false convictions that it accepts, alpha, and how many are to be expected.
+
+    ``expected`` is the number of nodes times the larger of alpha and the upper end of the interval of the worst build;
+    None where the pins state no number, or no machine was left out of a law. ``law_error`` says what it stands on: as
+    far as few machines say, the upper end may be the share of audits that accuse a new one, of single audits under
+    α = .001 and not of lives, where a noisier machine shows more.
+    """
+    stated: JsonObject = {"nodes": None, "false_convictions": None} if pins.network is None else vars(pins.network)
+    builds = [build for calibration in calibrations for build in calibration.builds]
+    # A law of one machine leaves out engines of that machine, and has no effect of its own.
+    left = [build.left_out for build in builds if build.left_out is not None and build.effect is not None]
+    if not left or len(left) < len(builds):
+        return {**stated, "alpha": alpha, "expected": None, "law_error": "unknown beyond alpha: no machine left out"}
+    worst = max(left, key=lambda one: one.high)
+    error = f"{worst.low:.2%} to {worst.high:.2%} of audits of {worst.checked} nonces accuse machines left out"
+    expected = stated["nodes"] and stated["nodes"] * max(alpha, worst.high)
+    return {**stated, "alpha": alpha, "expected": expected, "law_error": error}
 
 
 def _kind(engine: Fingerprint) -> str:
@@ -621,7 +651,7 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
         )
 
 
-Fit = Callable[[FloatArray], NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]]
+Fit = Callable[[FloatArray], tuple[Law, float]]
 Progress = Callable[[int, int], None]
 
 PRIOR = Spread(sd=0.03, dof=30.0)
@@ -651,7 +681,9 @@ SCALED_SPREAD = 0.03
 Residuals = Mapping[Pair, FloatArray]
 
 
-def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress | None = None) -> Calibration:
+def calibrate(
+    *proofs: Proof, hidden_size: int | None = None, controls: Sequence[str] = (), progress: Progress | None = None
+) -> Calibration:
     """Measure the noise of a build between the machines of honest proofs.
 
     Proofs of the same round are compared nonce by nonce. Every machine needs a round in common with another one. Two
@@ -663,6 +695,8 @@ def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress
         proofs: Honest proofs of one checkpoint and preset, one of every machine and round.
         hidden_size: Hidden size of the model, which makes a law of distances relative to the scale of each block;
             without it the law is wider.
+        controls: One or two number formats. Proofs in them are no machines, but what the machine with the same device
+            computes again as a validator. They give a second law, of scores, for each two formats where that is a gain.
         progress: Function that is called with (machines left out, machines in all).
 
     Returns:
@@ -670,7 +704,7 @@ def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress
 
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
-        UsageError: The preset decodes.
+        UsageError: The preset decodes, or no machine has proofs of the same rounds in all formats of the controls.
 
     Example:
         >>> import assay
@@ -683,9 +717,12 @@ def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress
         >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
         (32, 'poc-2.0', [32, 16])
     """
-    if len(proofs) < 2:
+    machines = [proof for proof in proofs if proof.header.fingerprint.dtype not in controls]
+    if len(machines) < 2:
         raise ProofMismatch(
-            f"{len(proofs)} proof to calibrate with", wanted="two or more", do="prove the same round on another machine"
+            f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}",
+            wanted="two or more",
+            do="prove the same round on another machine",
         )
     first = proofs[0].header
     if len({(proof.header.digest, proof.header.weights, proof.round.preset) for proof in proofs}) > 1:
@@ -700,20 +737,28 @@ def calibrate(*proofs: Proof, hidden_size: int | None = None, progress: Progress
             wanted="proofs of a preset whose values are compared nonce by nonce",
             do="judge them by the default law; research/results/decode_noise.json says how it was measured",
         )
-    measured, fingerprints = _compare_machines(proofs, hidden_size)
-    build = fit_build(
-        measured,
-        describe_machines(fingerprints),
-        first.pipeline,
-        digest=first.digest,
-        hidden_size=hidden_size if hidden_size and first.pipeline.head == "random" else 0,
-        progress=progress,
-    )
-    return Calibration(builds=(build,))
+    pairs, fingerprints = _pair_machines(machines)
+    size = hidden_size if hidden_size and first.pipeline.head == "random" else 0
+    scales = {proof.round: block_scale(proof.round, hidden_size) if hidden_size else 1.0 for proof in machines}
+    measured = {
+        pair: np.concatenate([residuals(*_in_common(one, other)) / scales[one.round] for one, other in both])
+        for pair, both in pairs.items()
+    }
+    check_compared(measured, len(fingerprints))
+    fit = partial(fit_build, pipeline=first.pipeline, digest=first.digest, hidden_size=size, progress=progress)
+    builds = [fit(measured, describe_machines(fingerprints))]
+    if controls:
+        engines = [(proof, proof.header.fingerprint) for proof in proofs]
+        again = {(proof.round, one.device, one.dtype): proof for proof, one in engines if one.dtype in controls}
+        builds += _fit_scores(_sides_of(pairs, again, controls, scales), fingerprints, controls, fit)
+    return Calibration(builds=tuple(builds))
 
 
-def _compare_machines(proofs: Sequence[Proof], hidden_size: int | None) -> tuple[Residuals, list[Fingerprint]]:
-    """Return the residuals of pairs of machines, over the scale of each block, and the fingerprints of the machines.
+PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
+
+
+def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
+    """Return the proofs of the same round by pair of machines, and the fingerprints of the machines.
 
     A machine is an engine. Two proofs of one round are of two machines, even if their engines are described alike.
     """
@@ -727,19 +772,73 @@ def _compare_machines(proofs: Sequence[Proof], hidden_size: int | None) -> tuple
             fingerprints.append(proof.header.fingerprint)
         rows.append(row)
         taken.add((row, proof.round))
-    found: dict[tuple[int, int], list[FloatArray]] = {}
+    found: dict[Pair, list[tuple[Proof, Proof]]] = {}
     for a, b in combinations(range(len(proofs)), 2):
-        if proofs[a].round != proofs[b].round:
-            continue
-        (i, one), (j, other) = sorted([(rows[a], proofs[a]), (rows[b], proofs[b])], key=lambda pair: pair[0])
-        theirs = {record.nonce: record for record in other.records}
-        common = [record for record in one.records if record.nonce in theirs]
-        errors = residuals(common, [theirs[record.nonce] for record in common])
-        scale = block_scale(one.round, hidden_size) if hidden_size else 1.0
-        found.setdefault((i, j), []).append(errors / scale)
-    measured = {pair: np.concatenate(parts) for pair, parts in found.items()}
-    check_compared(measured, len(fingerprints))
-    return measured, fingerprints
+        if proofs[a].round == proofs[b].round:
+            (i, one), (j, other) = sorted([(rows[a], proofs[a]), (rows[b], proofs[b])], key=lambda pair: pair[0])
+            found.setdefault((i, j), []).append((one, other))
+    return found, fingerprints
+
+
+def _in_common(*proofs: Proof) -> list[list[Record]]:
+    """Return the records of the nonces that all proofs have, of each of them."""
+    records = [{record.nonce: record for record in proof.records} for proof in proofs]
+    common = [nonce for nonce in records[0] if all(nonce in one for one in records)]
+    return [[one[nonce] for nonce in common] for one in records]
+
+
+Sides = tuple[FloatArray, FloatArray]
+
+
+def _sides_of(
+    pairs: PairedProofs,
+    again: Mapping[tuple[Round, str, str], Proof],
+    controls: Sequence[str],
+    scales: Mapping[Round, float],
+) -> dict[Pair, Sides]:
+    """Return residuals of nodes, [E, N], and those between computations of validators, [P, N], by node and validator.
+
+    A control is of the device of the validator's first computation: one of another device would be further from it than
+    the validator's own is, and scores by such a law would accuse.
+    """
+    found = {}
+    for (i, j), both in pairs.items():
+        for pair, proofs in (((i, j), both), ((j, i), [two[::-1] for two in both])):
+            parts = []
+            for node, validator in proofs:
+                wanted = [(node.round, validator.header.fingerprint.device, name) for name in controls]
+                if all(one in again for one in wanted):
+                    received, *own = _in_common(node, validator, *(again[one] for one in wanted))
+                    parts.append([side / scales[node.round] for side in compare(received, own)])
+            if sum(node_EN.shape[1] for node_EN, _ in parts) >= MIN_NONCES:
+                node_EN, between_PN = (np.hstack(side) for side in zip(*parts, strict=True))
+                found[pair] = node_EN, between_PN
+    return found
+
+
+def _fit_scores(
+    found: Mapping[Pair, Sides],
+    engines: Sequence[Fingerprint],
+    controls: Sequence[str],
+    fit: Callable[..., BuildNoise],
+) -> Iterator[BuildNoise]:
+    """Yield a law of scores for each two number formats, of nodes and of validators, for which a control is a gain."""
+    if not found or len(controls) > 2:
+        raise UsageError(
+            f"controls in {' and '.join(controls)}, for {'too many formats' if found else 'no machine'}",
+            wanted=f"one or two, in which a device that validates has {MIN_NONCES} nonces of another machine's round",
+            do="prove these rounds again in these formats, on a machine that validates",
+        )
+    for formats in product(dict.fromkeys(engine.dtype for engine in engines), repeat=2):
+        chosen: dict[Pair, Sides] = {}
+        for pair, sides in found.items():
+            if tuple(engines[row].dtype for row in pair) == formats:
+                chosen.setdefault((min(pair), max(pair)), sides)
+        control = Control.measured([*chosen.values()], of=formats[1], dtypes=controls)
+        if control is not None:
+            rows = sorted({row for pair in chosen for row in pair})
+            scores = {(rows.index(i), rows.index(j)): control.scores(*sides) for (i, j), sides in chosen.items()}
+            yield fit(scores, describe_machines([engines[row] for row in rows]), control=control)
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
@@ -804,14 +903,15 @@ def fit_machines(
     some = {pair: value for pair, value in size.items() if value > 0}
     if not some:  # machines that mostly agree to the bit; the rare nonces on which they do not price the bets
         every_N = np.concatenate(list(residuals.values()))
-        law = fit(every_N).law
+        law, _ = fit(every_N)
         sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
         return MachineNoise(law=law, sizes=sizes, spread=PRIOR, known=PRIOR, scores=pack_scores(every_N, law))
     sizes = Sizes(some, tuple(kinds))
-    pooled_N = np.concatenate([residuals[pair] * (sizes.typical / value) for pair, value in some.items()])
-    found = fit(pooled_N)
+    alike = [residuals[pair] * (sizes.typical / value) for pair, value in some.items()]
+    pooled_N = np.concatenate(alike)
+    law, error = fit(pooled_N)
     fewest = min(residuals[pair].size for pair in some)
-    error = found.error * math.sqrt(pooled_N.size / fewest)  # of the size of one pair
+    error *= math.sqrt(pooled_N.size / fewest)  # of the size of one pair
     deviations = sizes.deviations()
     upwards = deviations[deviations > 0]
     machines = len({i for pair in some for i in pair})
@@ -819,15 +919,14 @@ def fit_machines(
     dof = PRIOR.dof + machines - 1
     known = min(math.hypot(error, between_blocks), _WIDEST)
     new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
-    over = [np.abs(residuals[pair]) * (sizes.typical / value) for pair, value in some.items()]
-    widest = max(over, key=lambda size_N: float(np.quantile(size_N, WIDTH)))
+    widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
     return MachineNoise(
-        law=found.law,
+        law=law,
         sizes=sizes,
         spread=Spread(new, dof),
         known=Spread(known, PRIOR.dof),
-        scores=pack_scores(pooled_N, found.law),
-        widest=pack_scores(widest, found.law),
+        scores=pack_scores(pooled_N, law),
+        widest=pack_scores(widest, law),
     )
 
 

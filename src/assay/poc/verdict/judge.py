@@ -126,13 +126,17 @@ def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.nd
     return np.array([_residual(a, b) for a, b in zip(received, recomputed, strict=True)])
 
 
+def compare(received: Sequence[Record], own: Sequence[Sequence[Record]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a node's residuals from each own computation of a validator, [E, N], and those between these, [P, N]."""
+    between = [residuals(one, other) for one, other in combinations(own, 2)]
+    return np.stack([residuals(received, one) for one in own]), np.stack(between)
+
+
 def scores(
     received: Sequence[Record], recomputed: Sequence[Record], again: Mapping[str, Sequence[Record]], control: Control
 ) -> np.ndarray:
     """Return the score of every nonce by a control, [N] in float64; ``again`` has its records by number format."""
-    own = [recomputed, *(again[name] for name in control.dtypes)]
-    between = [residuals(one, other) for one, other in combinations(own, 2)]
-    return control.scores([residuals(received, one) for one in own], between)
+    return control.scores(*compare(received, [recomputed, *(again[name] for name in control.dtypes)]))
 
 
 def judge(

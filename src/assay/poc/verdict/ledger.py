@@ -8,12 +8,9 @@ the entries, byte for byte, and before the first entry under a law, that law::
     {"seq":1,"previous":"…",…}
     {"head":{"count":1,"hash":"…"}}
 
-An audit of a ledger checks every hash and every place, and computes every verdict again from the evidence. The chain is
-read first, in the order of the entries. Then the entries of each account are taken one after the other, as when they
-were written. The result names the first entry that is wrong. Numbers may differ in their last digits, as those of two
-machines do. Outcomes of earlier releases have another rule, and are not computed again. The result notes how many they
-are, and where clocks were wrong. Whoever rewrites the file from one entry to the end, with its hashes, leaves a chain
-without a fault. Only a hash of the head that was published before shows that another chain stood there.
+An audit checks every hash and place in the order of the entries, and then computes every verdict again, one account
+after the other. Its result names the first entry that is wrong. Numbers may differ in their last digits, as those of
+two machines do. docs/ledger.md says what it takes as it is, and that only a published head shows a rewritten chain.
 """
 
 import math
@@ -51,7 +48,7 @@ from assay.poc.verdict.life import (
     sha256,
     verdict_on_life,
 )
-from assay.poc.verdict.noise import AnyNoise, noise_from_dict
+from assay.poc.verdict.noise import ALPHA, BETA, AnyNoise, noise_from_dict
 
 AT_ONCE = 256  # rows that are read at a time
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
@@ -329,7 +326,6 @@ def text_of(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-ALPHA, BETA = 1e-3, 1e-2  # of a new ledger
 LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
 MAGIC = b"SQLite format 3\0"
 

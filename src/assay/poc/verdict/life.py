@@ -2,28 +2,16 @@
 
 A life is a sequence of tests k = 1, 2, … with e-values E_k and weights w_k, Σ w_k = 1. An honest node ever has
 E_k ≥ 1/(alpha · w_k) with chance alpha · w_k at most (Ville 1939), so in its whole life with chance alpha at most,
-however its tests depend on each other. That raises a suspicion. A test *convicts* if besides
+however its tests depend on each other. That raises a suspicion. docs/statistics.md ("The account") says what a test
+needs besides to convict, which can only lower the chance, when a node is honest, and which laws share a test.
 
-- its e-value is as large without the residuals of any one block, because noise of one block may be odd as a whole;
-- and without those at places of the batch that may be faulty: at least `PLACES` nonces are pooled, over audits, for the
-  place test, and until then none of them convicts.
-
-Both are further conditions, so the bound holds. Of older pools, the eight blocks that accuse most are kept apart.
-
-What speaks for a node is one number: the largest share of nonces that it may have computed cheaply, as far as its
-evidence goes. Each share that a test excludes with a likelihood ratio of 1/(beta · w_k) stays excluded, so the number
-only falls. A node is honest when it is `HONEST` at most.
-
-Residuals count in units of the size of their law. So laws that differ in nothing but their size, such as those of two
-blocks or of two kinds of machines by one calibration, are one test. Another law begins a test of its own. After every
-`EPOCH` nonces another test begins from nothing. It catches a node that was honest for long and then cheats; the first
-test would first have to make up for everything that spoke for the node.
+A test that began after `EPOCH` nonces catches a node that was honest for long and then cheats: the first test would
+first have to make up for everything that spoke for the node. Of older pools of places, the blocks that accuse most are
+kept apart. For responses, which have no places in a batch, a test convicts by its e-value alone.
 
 A ledger keeps a life on disk as entries, each one line of canonical JSON with its place, the hash of the entry before
-it, the account, the evidence and the outcome. Its own hash is the SHA-256 of the line. So a change of an entry or of
-its place changes the hash of every entry that follows. What entries of earlier releases hold counts on by this rule;
-their outcomes stay as they were written. For responses, which have no places in a batch, a test convicts by its e-value
-alone.
+it, the account, the evidence and the outcome. Its own hash is the SHA-256 of the line. What entries of earlier releases
+hold counts on by this rule; their outcomes stay as they were written.
 """
 
 import hashlib
@@ -229,8 +217,10 @@ class Life:
             )
         else:
             law, self._only_responses = noise.shape, False
-            if self._pooled_count >= EPOCH:
-                self._settle()
+            if self._pooled_count >= EPOCH:  # another pool begins; residuals at places that may be faulty never convict
+                for test in self.tests:
+                    test.settle(self._pool)
+                self._pool = []
             running = self._tests_of(noise, law)
             sizes = np.asarray(residuals, dtype=np.float64) / noise.size
             for test in running:
@@ -284,12 +274,6 @@ class Life:
         All of it stands for responses, whose tokens have no place in a batch.
         """
         return test.held(self._pool if self._pooled_count >= PLACES else [])
-
-    def _settle(self) -> None:
-        """Begin another pool; residuals at places that may be faulty never convict."""
-        for test in self.tests:
-            test.settle(self._pool)
-        self._pool = []
 
     @property
     def evidence(self) -> Evidence:

@@ -29,10 +29,9 @@ from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.stats.clusters import ClusterResult
-from assay.stats.noise import STRICT, NoiseFit, Spread, fit_log_noise, fit_scale_noise
-from assay.stats.sequential import CHEAP, EXCLUDED, Verdict, decide
-from assay.stats.tokens import COLUMNS, LEAST_LOG
+from assay.stats.noise import STRICT, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
+from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
 
 FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw
@@ -46,6 +45,9 @@ A vector shows a multiple in twelve numbers at once, and cheaper models come clo
 
 BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
 """Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They hold for no other."""
+
+ALPHA, BETA = 1e-3, 1e-2
+"""Usual bounds on the chance that an honest node is ever accused, and that a cheat is called honest."""
 
 TEST = 2
 """Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
@@ -286,8 +288,8 @@ def missing_law(model: str, digest: str, round: Round) -> str:
     )
 
 
-def fit_noise(pipeline: Pipeline, errors: FloatArray) -> NoiseFit[stats.ScaleNoise] | NoiseFit[stats.LogNoise]:
-    """Fit a law to honest residuals [N] of a pipeline."""
+def fit_noise(pipeline: Pipeline, errors: FloatArray) -> tuple[Law, float]:
+    """Fit a law to honest residuals [N] of a pipeline; return it with the standard error of the log of its size."""
     if pipeline.output == "distance":
         return fit_scale_noise(errors)
     # Rounded to float16, equal vectors may differ by a step. The published law came before that was measured.
@@ -310,15 +312,10 @@ def check_version(found: Any, wanted: int, test: str) -> None:
         )
 
 
-def sequential_test(noise: Noise, *, alpha: float = 1e-3, beta: float = 1e-2) -> stats.SequentialTest:
-    """Return a fresh test of residuals against honest noise.
+def sequential_test(noise: Noise, *, alpha: float = ALPHA, beta: float = BETA) -> stats.SequentialTest:
+    """Return a fresh test of residuals against honest noise, with the rates of :class:`assay.stats.SequentialTest`.
 
     Every verdict comes from this test: in `verify`, the service, the validator and the experiments.
-
-    Args:
-        noise: Honest noise of distances or of vectors.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
 
     Raises:
         UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand out.
@@ -476,10 +473,6 @@ class PartNoise:
     between: float = 0.0
     effect: float = 2.0
 
-    def scaled(self, factor: float) -> "PartNoise":
-        """Return the noise ``factor`` times larger."""
-        return replace(self, law=self.law.scaled(factor))
-
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         law = self.law
@@ -502,10 +495,6 @@ class ResponseNoise:
     tokens: PartNoise
     sketches: PartNoise
     source: str
-
-    def scaled(self, factor: float) -> "ResponseNoise":
-        """Return the noise ``factor`` times larger."""
-        return replace(self, tokens=self.tokens.scaled(factor), sketches=self.sketches.scaled(factor))
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
@@ -531,44 +520,28 @@ class ResponseNoise:
         return made
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResponseResult:
-    """All numbers behind a verdict on responses; the logarithms are natural ones.
+@dataclass(frozen=True, slots=True)
+class ResponseResult(Result):
+    """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches.
 
     Args:
-        verdict: Verdict by :func:`assay.stats.sequential.decide`.
-        n: Number of blocks of 32 tokens.
         responses: Number of responses.
-        log_e_value: Logarithm of the average of the e-values of tokens and sketches.
-        log_e_max: Running maximum of that over the blocks.
-        log_evidence_honest: Least evidence of the parts that have seen values.
         tokens: Numbers of the test of tokens.
         sketches: Numbers of the test of sketches.
     """
 
-    verdict: Verdict
-    n: int
     responses: int
-    log_e_value: float
-    log_e_max: float
-    log_evidence_honest: float
     tokens: ClusterResult
     sketches: ClusterResult
 
 
 class ResponseTest:
-    """The test of responses: feed it one response after the other, read the verdict at any time.
+    """The test of responses: feed it one after the other, read the verdict at any time.
 
-    Args:
-        noise: Honest noise of responses.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
-
-    Raises:
-        UsageError: A rate is out of range.
+    Its rates are those of :class:`assay.stats.ClusterTest`, and it refuses what that refuses.
     """
 
-    def __init__(self, noise: ResponseNoise, *, alpha: float = 1e-3, beta: float = 1e-2) -> None:
+    def __init__(self, noise: ResponseNoise, *, alpha: float = ALPHA, beta: float = BETA) -> None:
         self.noise, self.alpha, self.beta = noise, alpha, beta
         rates = {"alpha": alpha, "beta": beta}
         self.tokens, self.sketches = (

@@ -38,7 +38,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.models.device import one_thread
 from assay.models.load import Model
-from assay.stats.rates import BootstrapInterval, auroc, paired_accuracy
+from assay.stats.rates import BootstrapInterval, auroc
 from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.checks.folds import (
@@ -199,7 +199,8 @@ def _judge_held_out(
 def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
     statistic = "share of pairs whose hack side has the larger cin"
-    return _judge_held_out(design, "heldout", statistic, paired_accuracy, {"pairs": len(design.tested)})
+    details = {"pairs": len(design.tested)}
+    return _judge_held_out(design, "heldout", statistic, lambda hack, clean: auroc(hack - clean, [0.0]), details)
 
 
 def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
