@@ -29,8 +29,6 @@ from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training.grpo import judge_rollouts
 
-wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-
 
 def tokenizer_of(size):
     """Return one token per byte, printable ASCII first, and others that no text has."""
@@ -53,13 +51,13 @@ class Turns(TrainerCallback):
         """Take the next way."""
         self.name = next(self.turn)
         self.trainer._calculate_rewards, self.trainer.judge = self.ways[self.name]
-        wait()
+        torch.cuda.synchronize()
         self.begun = time.perf_counter()
 
     def on_step_end(self, *_, **__):
         """Keep the seconds."""
-        wait()
-        self.seconds[self.name].append(time.perf_counter() - self.begun)
+        torch.cuda.synchronize()
+        self.seconds[self.name].append(round(time.perf_counter() - self.begun, 3))
         note(f"{self.name}: {self.seconds[self.name][-1]:.2f} s")
 
 
@@ -70,29 +68,25 @@ def main():
     for flag, default in (("prompts", 8), ("group", 8), ("new-tokens", 256), ("rounds", 8), ("micro-batch", 16)):
         options.add_argument(f"--{flag}", type=int, default=default)
     options.add_argument("--detectors", nargs="+", default=["cin-lda", "probe"])
-    options.add_argument("--no-vllm", action="store_true", help="for a trial: transformers generates")
     chosen = options.parse_args()
-    rollouts = chosen.prompts * chosen.group
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         module = load_model(chosen.model, dtype="bfloat16").module
         module.save_pretrained(folder / "model")
         tokenizer_of(module.config.vocab_size).save_pretrained(folder / "model")
         model = load_model(folder / "model", dtype="bfloat16")
-        ways = len(chosen.detectors) * 2 + 1
         config = GRPOConfig(
             str(folder / "run"),
-            max_steps=ways * (chosen.rounds + 1),
+            max_steps=(1 + 2 * len(chosen.detectors)) * (chosen.rounds + 1),
             num_generations=chosen.group,
             per_device_train_batch_size=chosen.micro_batch,
-            gradient_accumulation_steps=rollouts // chosen.micro_batch,
+            gradient_accumulation_steps=chosen.prompts * chosen.group // chosen.micro_batch,
             max_completion_length=chosen.new_tokens,
             save_strategy="no",
             report_to="none",
-            bf16=torch.cuda.is_available(),
-            use_vllm=not chosen.no_vllm,
+            use_vllm=True,
             vllm_max_model_length=4096,
-            generation_kwargs={} if chosen.no_vllm else {"allowed_token_ids": list(range(94)), "ignore_eos": True},
+            generation_kwargs={"allowed_token_ids": list(range(94)), "ignore_eos": True},
         )
 
         def reward(completions, **_):
@@ -114,12 +108,9 @@ def main():
         trainer.train()
     found = {}
     for name, seconds in clock.seconds.items():
-        ratios = np.array(seconds[1:]) / np.array(clock.seconds["plain"][1:])  # the first of each warms up
-        mean = mean_of(ratios)
-        over = [None if x is None else round(x, 3) for x in (mean.value, mean.low, mean.high)]
-        found[name] = {"seconds": [round(one, 3) for one in seconds], "over_plain": over}
-    settings = {key: value for key, value in vars(chosen).items() if key != "output"}
-    publish("vhack_step", {**settings, "steps": found}, chosen.output)
+        mean = mean_of(np.array(seconds[1:]) / np.array(clock.seconds["plain"][1:]))  # the first of each warms up
+        found[name] = {"seconds": seconds, "over_plain": [mean.value, mean.low, mean.high]}
+    publish("vhack_step", {**vars(chosen), "output": None, "steps": found}, chosen.output)
 
 
 if __name__ == "__main__":
