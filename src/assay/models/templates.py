@@ -53,7 +53,7 @@ def _compiled(template: str) -> Template:
 
 
 def _answer(request: bytes, longest: int) -> bytes:
-    """Return ``+`` and the text of a template with its values, or ``-`` and why there is none."""
+    """Return ``+`` and the text of a template with its values, or ``-`` and what went wrong."""
     template, values = json.loads(request)
     try:
         text = _compiled(template).render(values)
