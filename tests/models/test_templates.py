@@ -132,7 +132,7 @@ def test_texts_of_bundled_models_are_those_of_transformers(reference):
     assert chat.render_chat(read_chat(messages), tokenizer) == theirs
 
 
-def test_threads_share_the_process_and_a_fork_and_an_interrupted_request_leave_it(monkeypatch):
+def test_threads_share_the_process_and_forks_interrupts_and_signals_never_mix_its_answers(monkeypatch):
     ask = [read_chat([{"role": "user", "content": f"{n}" * 99}]) for n in range(64)]
     tokenizer = chat_tokenizer("{{ messages[0].content }}")
     expected = [one.fields["messages"][0]["content"] for one in ask]
@@ -155,6 +155,10 @@ def test_threads_share_the_process_and_a_fork_and_an_interrupted_request_leave_i
         chat.render_chat(ask[3], tokenizer)
     assert shared.returncode == -signal.SIGKILL
     assert chat.render_chat(ask[4], tokenizer) == expected[4]
+    own = chat._TEMPLATES._process
+    own.kill()  # as an operator or the kernel may, between two requests
+    own.wait()
+    assert chat.render_chat(ask[5], tokenizer) == expected[5]
     own = chat._TEMPLATES._process
     chat._TEMPLATES._connection.close()  # as where this process ends without a word
     assert own.wait(10) == 0

@@ -193,7 +193,7 @@ class _Templates:
     def ask(self, name: str, request: bytes) -> bytes:
         with self._lock:
             try:
-                if self._process is None:
+                if self._process is None or self._process.poll() is not None:
                     self._start()
                 self._connection.send_bytes(request)
                 if not self._connection.poll(_PATIENCE):
