@@ -503,7 +503,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         # vLLM reads whatever lies there; an adapter, or Mistral's own form of the same weights, is another thing.
         others = [name for name in written if not name.startswith((_SINGLE, ".", "adapter_model.", "consolidated"))]
         if others or (directory / _INDEX).is_file():
-            seen, do = f"{directory} holds {_SINGLE} and {[*others, _INDEX][0]}", "remove the set that is not meant"
+            seen, do = f"{directory} holds {_SINGLE} and {[*others, _INDEX][0]}", "move what is not meant elsewhere"
             raise BadWeights(seen, wanted="one set of weights: programs choose differently", do=do)
         return (directory / _SINGLE,)
     index, wanted = directory / _INDEX, f"{_SINGLE}, or {_INDEX} with its files"
