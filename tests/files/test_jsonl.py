@@ -107,6 +107,12 @@ def test_bytes_that_are_not_text_are_named(tmp_path):
         list(read_jsonl(path))
 
 
+def test_a_path_that_no_file_can_have_is_refused():
+    """A file of TOML can hold one."""
+    with pytest.raises(DataError, match="Invalid argument"):
+        list(read_jsonl("a\0b"))
+
+
 def test_lines_are_numbered_and_the_last_needs_no_line_end(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"a":"\u2028"}\r\n{"b":2}', encoding="utf-8")

@@ -33,6 +33,25 @@ def test_no_weights_at_all(checkpoint):
         load_model(checkpoint)
 
 
+@pytest.mark.parametrize("names", [("model-00001-of-00002", "model-00002-of-00002"), ("a", "b"), ("Model",)])
+def test_files_without_an_index_are_refused_by_name(checkpoint, names):
+    """None is known to be the whole model."""
+    whole = checkpoint / "model.safetensors"
+    for name in names:
+        (checkpoint / f"{name}.safetensors").write_bytes(whole.read_bytes())
+    with pytest.raises(BadWeights, match=f"model.safetensors and {names[0]}"):
+        load_model(checkpoint)
+    whole.unlink()
+    with pytest.raises(ModelNotFound, match=f"{names[0]}.safetensors and no file that says what belongs"):
+        load_model(checkpoint)
+
+
+def test_the_files_of_an_adapter_and_of_mistral_are_no_weights(tmp_path):
+    for name in ("model", "adapter_model", "consolidated", "consolidated-00001-of-00002", "._model"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 200, 6000])
 def test_a_file_cut_short(checkpoint, keep):
     file = checkpoint / "model.safetensors"

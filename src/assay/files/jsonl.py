@@ -221,6 +221,8 @@ def check_tensors(path: str | Path, longest: int | None = None) -> None:
 def _regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file. A pipe would be waited for without end, and a device may have no end."""
     try:
+        if "\0" in str(path):  # a ValueError of Python
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISDIR(mode):

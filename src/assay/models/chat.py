@@ -1,18 +1,27 @@
 """Conversations as chat models take them: messages, which the chat template of a checkpoint turns into text.
 
-A template is a program of the model's author. transformers renders it in a sandbox of jinja. Here it has no clock
-either, so that a validator renders the text of yesterday's request again; a date is set by ``chat_template_kwargs``.
+A template is a program of the model's author. It runs as in transformers, in a sandbox of jinja, but in a process of
+its own with bounds (:mod:`assay.models.templates`), and without a clock, so that a validator renders the text of
+yesterday's request again; a date is set by ``chat_template_kwargs``.
 """
 
+import atexit
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from pydantic import BeforeValidator, Field, Json, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from assay.errors import UsageError, reason_of
+from assay.errors import ResourceError, UsageError
 from assay.files.jsonl import dumps
 
 if TYPE_CHECKING:
@@ -125,40 +134,118 @@ def render_chat(
             wanted="a chat_template.jinja, or a chat_template in tokenizer_config.json, beside the weights",
             do="take the Instruct or chat model of this kind, or write the prompt as text",
         )
-    fields = chat.fields
-    text = _rendered(tokenizer, **fields, add_generation_prompt=True)
-    if "tools" in fields and text == _rendered(tokenizer, **fields | {"tools": None}, add_generation_prompt=True):
+    fields, name = chat.fields, f"the chat template of {reference}"
+    text = _rendered(tokenizer, name, **fields, add_generation_prompt=True)
+    if "tools" in fields and text == _rendered(tokenizer, name, **fields | {"tools": None}, add_generation_prompt=True):
         raise UsageError("tools, which the chat template does not use", wanted="no tools", do="leave tools out")
     if answer is None:
         return text
     fields["messages"] += answer.fields["messages"]
-    whole = _rendered(tokenizer, **fields, add_generation_prompt=False)
+    whole = _rendered(tokenizer, name, **fields, add_generation_prompt=False)
     if not whole.startswith(text):
         seen = "a completion after which the chat template renders the prompt in another way"
         raise UsageError(seen, wanted="a prompt that stays the same", do="write the completion as text")
     return whole.removeprefix(text)
 
 
-_NO_CLOCK = "{% set strftime_now = no_clock %}{{ '' }}"
-"""Begins a template that asks for the time, so that it has none: no argument of transformers takes its clock away."""
+_TAKEN = {
+    *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("tools", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    "tokenizer_kwargs",
+}
+"""What transformers takes for itself, or assay sets: never among the values for a template."""
 
 
-def _rendered(tokenizer: Any, *, messages: Any, tools: Any = None, chat_template_kwargs: Any = None, **how: Any) -> str:
-    # Given here, these cannot be among the values for the template: a TypeError says so.
-    how |= {"tools": tools, "continue_final_message": False, "tokenize": False}
+def _rendered(tokenizer: Any, name: str, *, chat_template_kwargs: Any = None, tools: Any = None, **own: Any) -> str:
+    given = chat_template_kwargs or {}
+    if taken := sorted(_TAKEN & given.keys()):
+        do = "leave it out of chat_template_kwargs"
+        raise UsageError(f"chat_template_kwargs with {taken[0]!r}", wanted="values for the template only", do=do)
+    values = {**tokenizer.special_tokens_map, "documents": None, **given, **own, "tools": tools}
     try:
         template = tokenizer.get_chat_template(tools=tools)
-        if "strftime_now" in template and "strftime_now" not in (chat_template_kwargs or {}):
-            template = f"{_NO_CLOCK}{template}"
-        text = str(tokenizer.apply_chat_template(messages, chat_template=template, **how, **chat_template_kwargs or {}))
-        text.encode()  # an unpaired surrogate is no text
-    except Exception as error:  # what the author's program raises: of jinja, or of Python
+    except ValueError as error:  # several, and none is the default
+        refused = f"ValueError: {error}"
+    else:
+        answer = _TEMPLATES.ask(name, dumps([template, values]).encode())
+        if answer.startswith(b"+"):
+            return answer[1:].decode()
+        refused = answer[1:].decode()
+    raise UsageError(
+        f"messages that {name} refuses: {refused:.200}",
+        wanted="roles and contents in an order that it takes; it has no clock",
+        do="correct the messages; set what the template needs, such as a date, in chat_template_kwargs",
+    )
+
+
+_SECONDS, _MEMORY = 2, 2**29
+"""What one text may take: time of a processor, so that a busy machine refuses nothing, and bytes of address space."""
+_PATIENCE = 60  # seconds of the wall, after which something else is wrong
+
+
+class _Templates:
+    """The process that renders: started when it is first asked, ended with this one and by whatever goes wrong."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, name: str, request: bytes) -> bytes:
+        with self._lock:
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                self._connection.send_bytes(request)
+                if not self._connection.poll(_PATIENCE):
+                    raise TimeoutError
+                return self._connection.recv_bytes(4 * LONGEST_TEXT + 1)
+            except (EOFError, OSError) as error:
+                late = self.end() == -signal.SIGPROF or isinstance(error, TimeoutError)
+            except BaseException:  # else what it answers is taken for an answer to the next
+                self.end()
+                raise
+        most = f"{_SECONDS} s" if late else f"{_MEMORY >> 20} MiB, or ends the process that renders"
         raise UsageError(
-            f"messages that the chat template refuses: {reason_of(error):.200}",
-            wanted="roles and contents in an order that it takes; it has no clock",
-            do="correct the messages; set what the template needs, such as a date, in chat_template_kwargs",
-        ) from None
-    if not 0 < len(text) <= LONGEST_TEXT:
-        seen, wanted = f"messages that are rendered to {len(text)} characters", f"1 to {LONGEST_TEXT}"
-        raise UsageError(seen, wanted=wanted, do="correct them")
-    return text
+            f"{name}, which takes more for these messages than {most}",
+            wanted="a template that writes messages one after another",
+            do="take the template of a publisher whom you trust, or write the prompt as text",
+        )
+
+    def _start(self) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        bounds = (theirs.fileno(), _SECONDS, _MEMORY, LONGEST_TEXT)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-S", str(Path(__file__).with_name("templates.py")), *map(str, bounds)],
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+            self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            seen = f"no process that renders chat templates: {type(error).__name__} {error}, ended with {self.end()}"
+            raise ResourceError(seen, wanted="Python with jinja2", do="install assay again") from None
+
+    def end(self) -> int | None:
+        """End the process, and return what ended it."""
+        if self._process is None:
+            return None
+        self._connection.close()
+        self._process.kill()
+        ended, self._process = self._process.wait(), None
+        return ended
+
+    def forget(self) -> None:
+        """Leave the process to the one that this one is a fork of."""
+        if self._process is not None:
+            self._process.returncode = 0  # it is not waited for here
+        self.__init__()  # type: ignore[misc]
+
+
+_TEMPLATES = _Templates()
+atexit.register(_TEMPLATES.end)
+os.register_at_fork(after_in_child=_TEMPLATES.forget)

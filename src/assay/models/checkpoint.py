@@ -497,11 +497,13 @@ class Stored:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a checkpoint, sorted; refuse pickles, and an index without its files."""
+    """Return the safetensors files of a checkpoint, sorted; refuse pickles, and files without or beside their index."""
+    written = sorted(path.name for path in directory.glob("*.safetensors"))
     if (directory / _SINGLE).is_file():
-        others = [*directory.glob("model-*.safetensors"), *directory.glob(_INDEX)]
-        if others:
-            seen, do = f"{directory} holds {_SINGLE} and {others[0].name}", "remove the set that is not meant"
+        # vLLM reads whatever lies there; an adapter, or Mistral's own form of the same weights, is another thing.
+        others = [name for name in written if not name.startswith((_SINGLE, ".", "adapter_model.", "consolidated"))]
+        if others or (directory / _INDEX).is_file():
+            seen, do = f"{directory} holds {_SINGLE} and {[*others, _INDEX][0]}", "move what is not meant elsewhere"
             raise BadWeights(seen, wanted="one set of weights: programs choose differently", do=do)
         return (directory / _SINGLE,)
     index, wanted = directory / _INDEX, f"{_SINGLE}, or {_INDEX} with its files"
@@ -514,7 +516,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
                 do="convert it on a machine you can afford to lose: model.save_pretrained writes safetensors",
             )
         do = "check that the download or the save was complete"
-        raise ModelNotFound(f"{directory} holds no weights", wanted=wanted, do=do)
+        seen = f"{written[0]} and no file that says what belongs to it" if written else "no weights"
+        raise ModelNotFound(f"{directory} holds {seen}", wanted=wanted, do=do)
     try:
         names = set(_places(directory).values())
         files = tuple(directory / name for name in sorted(names))

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 from standardwebhooks import Webhook
 
+from assay.poc.net import callbacks
 from assay.poc.service.callbacks import backoff, open_outbox, retry_after
 from tests.end_to_end.receiver import Answering
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service
@@ -108,9 +110,11 @@ def test_dead_letters_are_kept_and_replayed_while_the_service_runs(serving, rece
     assert receiver.seen[-1][2]["webhook-id"] == row.id
 
 
-def test_a_blocked_address_is_a_dead_letter_at_once(serving):
+def test_a_blocked_address_is_a_dead_letter_at_once(serving, monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 9))]
+    monkeypatch.setattr(callbacks.socket, "getaddrinfo", lambda *_, **__: found)
     with serving(allow_private_callbacks=False) as service:
-        owe_one(service, "http://2130706433:9/")  # 127.0.0.1, in a form that only the resolver understands
+        owe_one(service, "http://rebinding.example:9/")
         until(lambda: service.controller.outbox.counts()["dead"] == 1)
         (row,) = service.controller.outbox.rows(["dead"], 1)
     assert row.attempts == 1

@@ -24,7 +24,8 @@ CARRIED = """
 """.split()  # noqa: SIM905
 MALFORMED = """
     ftp://8.8.8.8/ file:///etc/passwd http:// //8.8.8.8/ http://user:pw@8.8.8.8/ http://[::1/ http://8.8.8.8:99999/
-    http://0177.0.0.1/ javascript:alert(1)
+    http://0177.0.0.1/ javascript:alert(1) http://2130706433/ http://0x7f000001/ http://017700000001/ http://0x7f.1/
+    http://127.1/ http://127.0.1/ http://127.0.0.0x1/ http://127.1./ http://0x./ http://a.1/ http://1.2.3.4.5/ http://0X7F.1/
     http://8.8.8.8:0/ http://@8.8.8.8/ http://8.8.8.8/a/../b http://8.8.8.8/./a http://8.8.8.8/é http://8.8.8.8/"
     http://8.8.8.8/a#b http://8.8.8.8# http://8.8.8.8:+80/ http://8.8.8.8:８０/ http://8。8。8。8/ http://8.8.8.8./
     http://a..b/ http://.a/ http://a%2eb/ http://*/ http://xn--a/
@@ -48,7 +49,9 @@ def test_malformed_urls_are_refused_always(url):
             check_url(url, allow_private=allow)
 
 
-@pytest.mark.parametrize("url", ["http://8.8.8.8/x", "https://example.org:8443/hook?token=1", "http://[2606:4700::1]/"])
+@pytest.mark.parametrize(
+    "url", ["http://8.8.8.8/x", "https://example.org:8443/hook?token=1", "http://[2606:4700::1]/", "http://0x.de/"]
+)
 def test_public_urls_pass(url):
     check_url(url, allow_private=False)
 

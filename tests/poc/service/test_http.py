@@ -99,6 +99,41 @@ def test_heads_are_bounded_before_any_key_is_read(head):
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
 
 
+CHUNKED = b"POST /size HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 300 + b"content-length: 0\r\n\r\n", 400),
+        (CHUNKED + b"0\r\n" + b"a:b\r\n" * 300 + b"\r\n", 400),
+        (CHUNKED + b"1\r\nx\r\n" * 2000 + b"0\r\n\r\n", 400),
+        (CHUNKED + b"1\r\nx\r\n" * 1000 + b"0\r\na: b\r\n\r\n", 200),
+        (CHUNKED + (b"80\r\n" + b"x" * 128 + b"\r\n") * 2000 + b"0\r\n\r\n", 200),
+        (b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 200 + b"content-length: 0\r\n\r\n", 200),
+    ],
+)
+def test_what_takes_long_to_parse_is_refused(request_, status):
+    """A head of 64 KiB in short lines held all others up for 40 ms, and a body of tiny chunks without end."""
+    with listening(max_header=65_536) as (address, _):
+        assert exchange(address, request_).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_a_body_that_goes_wrong_after_the_answer_began_leaves_no_traceback(caplog):
+    async def answer(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = bounded_config(answer, Settings(**LIMITS))
+    config.lifespan = "off"
+    with on_port(config) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(CHUNKED)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"no size\r\n")
+        assert read(connection) == b""
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize(
     "lines",
     [

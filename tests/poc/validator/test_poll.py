@@ -30,13 +30,18 @@ class Node(Answering):
         names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "seq_len")
         self.config = {name: getattr(round, name) for name in names} | {"group_id": 0, "n_groups": 1, "k_dim": 0}
         self.r_target, self.most, self.asked, self.answer = round.r_target, 1000, [], None
+        self.spaces = 0  # before an answer, each in a chunk of its own
         super().__init__()
 
     def handle(self, handler) -> None:
         parts = urlsplit(handler.path)
         self.asked.append((parts.path, parse_qs(parts.query), handler.headers.get("Authorization")))
         status, body = self.found_after(parse_qs(parts.query))
-        self.respond(handler, status, body, **{"Location": "http://127.0.0.1:1/"} if status == 302 else {})
+        headers = {"Location": "http://127.0.0.1:1/"} if status == 302 else {}
+        if self.spaces:
+            headers["Transfer_Encoding"] = "chunked"
+            body = b"1\r\n \r\n" * self.spaces + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        self.respond(handler, status, body, **headers)
 
     def found_after(self, query: dict) -> tuple[int, bytes]:
         if self.answer is not None:
@@ -139,6 +144,15 @@ def test_answers_that_cannot_be_used_are_bounded_and_counted(polling, node, answ
         until(lambda: _outcomes(running)["failed"] + _outcomes(running)["refused"] > 1)
         assert running.get("/status")["inbox"]["messages"] == 0
         assert all(path == f"{PREFIX}/status" for path, *_ in node.asked)
+
+
+@pytest.mark.parametrize(("spaces", "outcome"), [(900, "taken"), (2000, "failed")])
+def test_an_answer_in_tiny_chunks_is_cut_off(polling, node, spaces, outcome):
+    """Each takes the one loop of the validator as long as a request."""
+    node.spaces = spaces
+    with polling() as running:
+        until(lambda: _outcomes(running)[outcome] > 0)
+        assert outcome == "taken" or running.node("node_A")["messages"] == 0
 
 
 def test_a_private_address_needs_permission(small_model, tmp_path):

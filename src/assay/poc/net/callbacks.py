@@ -40,7 +40,9 @@ PRIVATE = tuple(
 GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 
 _WRITTEN = re.compile(r"https?://\[?([^][/?#@]+?)\]?(?::[0-9]*)?([/?][^#]*)?", re.IGNORECASE)
-_HOST = re.compile(r"(?!.*\.[0-9]+\.$)(?=.{1,254}$)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|.*:.*")
+# A name whose end is a number is an address to the resolver: 2130706433, 127.1 and 0x7f.1 are 127.0.0.1.
+_NAME = r"(?!(.*\.)?([0-9]+|0x[0-9a-f]*)\.?$)(?=.{1,254}$)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?"
+_HOST = re.compile(rf"{_NAME}|[0-9]+(\.[0-9]+){{3}}|.*:.*")
 _SIGNATURE = re.compile("v1,[A-Za-z0-9+/]{43}=")
 
 _DNS = ThreadPoolExecutor(4, "assay-dns")
@@ -67,7 +69,9 @@ def check_url(url: str | None, *, allow_private: bool) -> None:
         raise _refusal("callback URL with a user name, a password or a fragment, or of another scheme than http")
     is_kept = form[1].lower() in (host, shown) and (form[2] or "").removeprefix("/") == sent[1:]
     if not (is_kept and _HOST.fullmatch(host)):
-        raise _refusal("callback URL with . or .., an odd host or port, or signs that are sent as %XX (write them so)")
+        raise _refusal(
+            "callback URL with . or .., an odd host (write addresses as 192.0.2.1) or port, or signs sent as %XX"
+        )
     if allow_private:
         return
     try:

@@ -20,6 +20,7 @@ from typing import Any
 import h11
 import structlog
 import uvicorn
+from h11._receivebuffer import ReceiveBuffer
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import override
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -34,6 +35,8 @@ from assay.poc.net.shares import Shares, client_of
 log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384
+MAX_LINES = 256  # of a head
+MAX_CHUNKS, LEAST_CHUNK = 1024.0, 128  # of a body: smaller ones than this on average, and their bytes
 
 
 class ClientLimit:
@@ -61,6 +64,36 @@ class ClientLimit:
             await app(scope, receive, send)
 
 
+class _Lines(ReceiveBuffer):
+    """What came of a head or a trailer, of which h11 parses each line for itself."""
+
+    @override
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        lines = super().maybe_extract_lines()
+        if lines is not None and len(lines) > MAX_LINES:
+            raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
+        return lines
+
+
+class _Connection(h11.Connection):
+    """HTTP/1.1 in which no kilobyte takes much longer than another: with few headers, and no body in tiny chunks."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(h11.SERVER, most)
+        self._receive_buffer, self._spare = _Lines(), 0.0
+
+    @override
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._spare = MAX_CHUNKS
+        elif isinstance(event, h11.Data):
+            self._spare += len(event.data) / LEAST_CHUNK - event.chunk_end
+            if self._spare < 0:
+                raise h11.RemoteProtocolError("a body of many small chunks")
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """A connection that ends where no whole head comes in time, or where its client has its share of connections.
 
@@ -69,6 +102,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, config: uvicorn.Config, *, connections: Shares, **about: Any) -> None:
         super().__init__(config, **about)
+        self.conn = _Connection(config.h11_max_incomplete_event_size)  # type: ignore[arg-type]
         self._shares, self._ahead = connections, 0
 
     @override
@@ -102,6 +136,13 @@ class BoundedProtocol(H11Protocol):
             self.timeout_keep_alive_task = timer
         elif timer is not None:
             timer.cancel()
+
+    @override
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # the answer began before the rest of the body came
+            self.transport.close()
 
     @override
     def on_response_complete(self) -> None:

@@ -30,7 +30,7 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
 from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, is_loopback, needs, observed, route_class
-from assay.poc.net.server import check_host, listen, run_app
+from assay.poc.net.server import LEAST_CHUNK, MAX_CHUNKS, check_host, listen, run_app
 from assay.poc.net.settings import ServerSettings
 from assay.poc.net.shares import PARTS
 from assay.poc.protocol.round import MAX_NONCE
@@ -226,11 +226,12 @@ class Poller:
         try:
             if not response.is_success:
                 raise httpx.HTTPError(f"HTTP {response.status_code}")
-            content = bytearray()
+            content, spare = bytearray(), MAX_CHUNKS
             async for chunk in response.aiter_raw():
                 content += chunk
-                if len(content) > LONGEST_ANSWER:
-                    raise httpx.HTTPError(f"an answer of more than {LONGEST_ANSWER} bytes")
+                spare += len(chunk) / LEAST_CHUNK - 1
+                if len(content) > LONGEST_ANSWER or spare < 0:
+                    raise httpx.HTTPError(f"an answer of more than {LONGEST_ANSWER} bytes, or in tiny chunks")
         finally:
             await response.aclose()
         return parsed(bytes(content))[1]
