@@ -429,14 +429,14 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
     if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
-        raise UsageError(
-            "a proof that is named twice",
-            wanted="every file once: a machine says nothing about its noise beside itself",
-            do="leave one out of PROOFS, or pass that of another machine",
-        )
+        seen, do = "a proof that is named twice", "leave one out of PROOFS, or pass that of another machine"
+        raise UsageError(seen, wanted="every file once: a machine says nothing about its noise beside itself", do=do)
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
     _check_form(chosen, merging)
     framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
+    merged = [*map(Calibration.load, chosen.merge)]
+    if chosen.calibration is not None:
+        Calibration.load(chosen.calibration)
     from assay.poc.measurement import describe, measure, target_for
     from assay.poc.one_machine import calibrate_model
 
@@ -449,7 +449,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
-        measured = Calibration.load(chosen.merge[0])
+        measured = merged.pop(0)
     elif not chosen.proofs:
         assert chosen.model is not None
         if framed:
@@ -460,8 +460,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     else:
         with progress_bar("leaving out", "machines") as progress:
             measured = measure(proofs, model=chosen.model, progress=progress)
-    for path in chosen.merge[1:] if merging else chosen.merge:
-        measured = measured.merged(Calibration.load(path))
+    for one in merged:
+        measured = measured.merged(one)
     measured.save(chosen.output)
     for build in measured.builds:
         show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)

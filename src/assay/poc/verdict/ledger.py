@@ -626,11 +626,8 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
     regular = path.is_file()  # SQLite waits without end for a pipe
     found = tables(path, flag=_flag(read_only=read_only)) if regular else set()
     if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
-        raise UsageError(
-            f"no ledger at {path}",
-            wanted="a file that `assay poc verify --ledger` began",
-            do="pass its path" if read_only else "name such a file with --ledger, or one that is not there yet",
-        )
+        do = "pass its path" if read_only else "name such a file with --ledger, or one that is not there yet"
+        raise UsageError(f"no ledger at {path}", wanted="a file that `assay poc verify --ledger` began", do=do)
     if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
         # Anything may stand in its place, such as a view without an end.
         raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))

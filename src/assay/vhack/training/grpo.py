@@ -359,11 +359,8 @@ class GRPO(GRPOTrainer):
 def _check(args: GRPOConfig, processes: Processes) -> None:
     """Refuse settings of TRL under which a run would not be what its log says."""
     if args.world_size != processes.count:
-        raise UsageError(
-            f"a trainer of {processes.count} process in {args.world_size}",
-            wanted="one process",
-            do="start several with assay vhack train, which takes tasks and a reward of one's own",
-        )
+        do = "start several with assay vhack train, which takes tasks and a reward of one's own"
+        raise UsageError(f"a trainer of {processes.count} process in {args.world_size}", wanted="one process", do=do)
     for name, seen, wanted, why in (
         ("max_grad_norm", args.max_grad_norm or 0.0, 0.0, "TRL clips before the gate; ProjectedOptimizer has max_norm"),
         ("shuffle_dataset", bool(args.shuffle_dataset), False, "the prompts have an order that a run can go on with"),
