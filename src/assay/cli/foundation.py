@@ -115,9 +115,7 @@ class NumberSettings(Settings):
     backend: Literal["auto", "numpy", "torch", "triton"] = Field(
         "auto", description="Implementation that computes the values."
     )
-    device: Annotated[str, AfterValidator(device_name), "DEVICE"] = Field(
-        "cpu", description="Device that computes: cpu or cuda."
-    )
+    device: Annotated[str, AfterValidator(device_name), "DEVICE"] = Field("cpu", description="Device: cpu or cuda.")
     strength: Literal[32, 256] = Field(32, description="Bits of the seed of normals: 32, as published, or 256.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of normals.")
 

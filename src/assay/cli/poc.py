@@ -143,10 +143,12 @@ class CalibrateSettings(Settings):
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
-    valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
+    valid_rate: Annotated[float | None, "SHARE"] = Field(
+        None, gt=0, le=1, description="Share of valid nonces that is wanted."
+    )
     calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
     device: Device = None
-    dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
+    dimension: Annotated[int | None, "NUMBER"] = Field(None, ge=2, description="Dimension of the output.")
     blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that --model is measured in.")
     nonces: Annotated[int, "NUMBER"] = Field(64, ge=1, description="Nonces of each of these blocks.")
     formats: Names = Field(
@@ -369,6 +371,7 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     from assay import poc
     from assay.poc.launch import Proving, open_prover
 
+    poc.Round(block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len)
     if poc.get_pipeline(chosen.preset).steps:
         seen, do = f"preset {chosen.preset}, whose tokens part after the first that differs", "choose another preset"
         raise UsageError(seen, wanted="one whose values are compared nonce by nonce", do=do)
@@ -422,6 +425,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """
     import os
 
+    from assay.models.frame import Frame
+    from assay.poc.protocol.pins import FORMATS
     from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.calibration import Calibration
@@ -435,6 +440,10 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     _check_form(chosen, merging)
     framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
     merged = [*map(Calibration.load, chosen.merge)]
+    for name in (one for one in chosen.formats if one not in FORMATS):
+        raise UsageError(f"--formats {name}", wanted=f"some of {', '.join(FORMATS)}", do="correct --formats")
+    if framed and chosen.frame is not None and chosen.frame.exists():
+        Frame.load(chosen.frame)
     if chosen.calibration is not None:
         Calibration.load(chosen.calibration)
     from assay.poc.measurement import describe, measure, target_for

@@ -195,15 +195,16 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     from assay.files.storage import check_folder
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
-    from assay.poc.net.server import check_host
     from assay.poc.network_pins import pinned_format
     from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.validator.registry import Registry
     from assay.poc.verdict.ledger import check_ledger
 
-    check_host(chosen.host, service)  # first what needs no torch
-    check_folder(service.data_dir)
+    check_folder(service.data_dir)  # first what needs no torch
     registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
+    from assay.poc.net.server import check_host
+
+    check_host(chosen.host, service)
     from assay.models.load import model_info
     from assay.poc.validator.app import validate
     from assay.poc.validator.controller import LEDGER

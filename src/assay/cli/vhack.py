@@ -30,9 +30,7 @@ vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
 WeightDtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    DTYPE,
-    Field(description="float32 or bfloat16; by default the stored one."),
+    Literal["float32", "float16", "bfloat16"] | None, DTYPE, Field(description="Else the stored one.")
 ]
 Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction.")]
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
@@ -316,9 +314,11 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     The page of several runs, with a final table, needs assay-research.
     """
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
-    if first.suffix == ".json" and not more:
-        from assay.files.jsonl import read_json
+    from assay.files.jsonl import read_json, read_jsonl
 
+    if first.suffix != ".json":
+        next(read_jsonl(first / "log.jsonl" if first.is_dir() else first), None)  # or it is refused without torch
+    elif not more:
         found = read_json(first)
         if found.get("schema") != CHECK and not isinstance(found.get("log_history"), list):
             wanted, do = f"a result of schema {CHECK}, or trainer_state.json of TRL", "name another file"
@@ -357,6 +357,7 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
 
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
+    from assay.files.jsonl import read_jsonl
     from assay.files.storage import check_folder
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.training.tasks import import_function, load_tasks
@@ -364,6 +365,8 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     check_folder(own.output)  # and all else that needs no torch
     if chosen.basis:
         check_basis(chosen.basis)
+    if chosen.teacher:
+        next(read_jsonl(chosen.teacher), None)
     if chosen.reward:
         import_function(chosen.reward, "--reward")
     load_tasks(chosen, least=chosen.prompts, why="those of a step", model=chosen.model)

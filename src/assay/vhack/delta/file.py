@@ -27,7 +27,7 @@ from assay.streams.definition import seed32
 from assay.vhack.basis.basis import read_tensors
 from assay.vhack.delta.groups import Group
 from assay.vhack.gradients.targets import tensor_digest
-from assay.vhack.names import DELTA
+from assay.vhack.names import DELTA, check_delta
 
 _PROBE = "_probe/"
 _TOLERANCE = 1e-2
@@ -57,9 +57,8 @@ def read_delta_lengths(path: str | Path) -> dict[str, int]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """Return metadata, δS and probes of a file with this schema."""
+    check_delta(path)
     metadata, tensors = read_tensors(path, _REDO)
-    if metadata.get("schema") != DELTA:
-        raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=DELTA, do="give one of DeltaS.save")
     probes = {name.removeprefix(_PROBE): tensors.pop(name) for name in list(tensors) if name.startswith(_PROBE)}
     return metadata, tensors, probes
 
