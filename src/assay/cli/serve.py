@@ -95,15 +95,15 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     from assay.files.storage import check_folder
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
-    from assay.poc.net.server import check_host
+    from assay.poc.net.settings import check_host
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.ledger import check_ledger
     from assay.poc.verdict.promise import account_alpha
 
-    check_host(chosen.host, service)  # first what needs no torch
-    check_folder(service.data_dir)
+    check_folder(service.data_dir)  # first what needs no torch
     if service.ledger is not None:
         check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
+    check_host(chosen.host, service)
     from assay.models.load import model_info
     from assay.poc.engines.hf.engine import check_shape
     from assay.poc.service.app import serve
@@ -195,6 +195,7 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     from assay.files.storage import check_folder
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
+    from assay.poc.net.settings import check_host
     from assay.poc.network_pins import pinned_format
     from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.validator.registry import Registry
@@ -202,8 +203,6 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
 
     check_folder(service.data_dir)  # first what needs no torch
     registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
-    from assay.poc.net.server import check_host
-
     check_host(chosen.host, service)
     from assay.models.load import model_info
     from assay.poc.validator.app import validate

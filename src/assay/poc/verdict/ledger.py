@@ -699,17 +699,13 @@ def open_source(path: Path) -> Iterator[Source]:
         DataError: It is neither; names the line.
         StorageError: It cannot be read.
     """
-    _, start = next(read_lines(path), (1, b""))
+    is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
+    if is_ledger and LEDGER.name not in tables(path, flag="ledger"):
+        raise _bad(str(path), "a database without a ledger")
     with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
-        if start.startswith(MAGIC):
-            if LEDGER.name not in tables(path, flag="ledger"):
-                raise _bad(str(path), "a database without a ledger")
-            database, stated = _open(path, read_only=True), None
-        else:
-            database = _open(Path(folder, "copy.sqlite3"))
-            stated = _read_export(path, database)
+        database = _open(path, read_only=True) if is_ledger else _open(Path(folder, "copy.sqlite3"))
         try:
-            yield Source(path, database, stated)
+            yield Source(path, database, None if is_ledger else _read_export(path, database))
         finally:
             database.close()
 

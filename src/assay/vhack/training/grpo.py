@@ -387,6 +387,8 @@ def trl_arguments(
             wanted="as many backward passes in every process",
             do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts",
         )
+    form = "activation" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient"  # before transformers 5.24
+    checkpointing: dict[str, Any] = {f"{form}_checkpointing": settings.checkpointing}
     made = GRPOConfig(
         output_dir=str(folder),
         seed=settings.seed,
@@ -410,8 +412,7 @@ def trl_arguments(
         report_to=list(trackers) or "none",
         disable_tqdm=True,
         bf16=False,  # the model computes in its own dtype, and δS is float32
-        gradient_checkpointing=settings.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing | {f"{form}_checkpointing_kwargs": {"use_reentrant": False}},
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,  # δS of every module takes part in every pass
