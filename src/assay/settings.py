@@ -79,7 +79,7 @@ Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
 
 
 def device_name(name: str | None) -> str | None:
-    """Return the name of a device, as a validator of a field; a ValueError says that it is none."""
+    """Return the name of a device, as a validator of a field; a ValueError says that there is no such one."""
     if name is not None and not DEVICE_NAME.fullmatch(name):
         raise ValueError("cpu, cuda or cuda:N")
     return name

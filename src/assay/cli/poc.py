@@ -143,9 +143,7 @@ class CalibrateSettings(Settings):
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
-    valid_rate: Annotated[float | None, "SHARE"] = Field(
-        None, gt=0, le=1, description="Share of valid nonces that is wanted."
-    )
+    valid_rate: Annotated[float | None, "SHARE"] = Field(None, gt=0, le=1, description="Wanted share of valid nonces.")
     calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
     device: Device = None
     dimension: Annotated[int | None, "NUMBER"] = Field(None, ge=2, description="Dimension of the output.")

@@ -11,6 +11,7 @@ from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelName, NumberForma
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
+from assay.files.storage import check_folder
 from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
@@ -92,7 +93,6 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     A restart continues where the service was stopped. Keys and callback secrets come from files or from the variables
     ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
-    from assay.files.storage import check_folder
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
     from assay.poc.net.settings import check_host
@@ -192,7 +192,6 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     It takes the work of the nodes, recomputes a secret sample of it, and keeps the ledger of their lives. A restart
     continues where the validator was stopped. Messages that it has acknowledged are on disk.
     """
-    from assay.files.storage import check_folder
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
     from assay.poc.net.settings import check_host

@@ -14,6 +14,7 @@ from assay.cli.flags import ARGUMENT, DTYPE, FILE, FOLDER, MODEL, OUTPUT, ModelN
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.errors import AssayError, DataError, UsageError
+from assay.files.storage import check_folder
 from assay.settings import Device, Flag, Settings
 from assay.vhack.names import CHECK, check_basis
 
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
-WeightDtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None, DTYPE, Field(description="Else the stored one.")
-]
+WeightDtype = Annotated[Literal["float32", "float16", "bfloat16"] | None, DTYPE, Field(description="Else as stored.")]
 Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction.")]
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
@@ -358,18 +357,17 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
     from assay.files.jsonl import read_jsonl
-    from assay.files.storage import check_folder
     from assay.vhack.pairs.generate import find_pairs
-    from assay.vhack.training.tasks import import_function, load_tasks
+    from assay.vhack.training.tasks import import_function
 
     check_folder(own.output)  # and all else that needs no torch
     if chosen.basis:
         check_basis(chosen.basis)
     if chosen.teacher:
         next(read_jsonl(chosen.teacher), None)
-    if chosen.reward:
-        import_function(chosen.reward, "--reward")
-    load_tasks(chosen, least=chosen.prompts, why="those of a step", model=chosen.model)
+    for flag, where in (("--reward", chosen.reward), ("--tasks", chosen.tasks)):
+        if isinstance(where, str):
+            import_function(where, flag)
     find_pairs(chosen.pairs)
     from assay.vhack.training.log import SHOWN
     from assay.vhack.training.run import train
@@ -565,8 +563,6 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
 
     The result is a directory that anything loads as a plain model.
     """
-    from assay.files.storage import check_folder
-
     check_folder(chosen.output, new=not chosen.overwrite)
     from assay.vhack.delta.delta import write_merged
 

@@ -5,12 +5,12 @@ judge, and add the verdict to the ledger of nodes' lives where there is one.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from assay.errors import CalibrationError, UsageError
 from assay.poc.launch import Launch, check_judge, check_loadable, load, open_judge, open_prefill
@@ -38,9 +38,6 @@ from assay.poc.verdict.noise import bundled_noise, missing_law
 from assay.poc.verdict.promise import account_alpha
 from assay.poc.verdict.proofs import check_proof
 
-if TYPE_CHECKING:
-    from assay.poc.prover import Progress
-
 V = TypeVar("V", Verdict, ResponseVerdict)
 
 
@@ -66,7 +63,7 @@ class Auditor(Launch):
     seed: int | None = None
     alpha: float | None = None
     ledger: Path | None = None
-    progress: "Progress | None" = None
+    progress: Callable[[int, int], None] | None = None
 
     def audit_proof(
         self, path: Path, *, given: Pins | None = None, positions: tuple[int, int] | None = None

@@ -1,7 +1,5 @@
 """Start the engine that proves, judges or replays, and refuse what it cannot do before weights are read.
 
-What can be refused without a model is, before torch and transformers are imported.
-
 ``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line, for the engine ``vllm``.
 """
 

@@ -48,7 +48,7 @@ def check_proof(
 
 
 def draw_records(proof: Proof, sample: int | None, seed: int) -> list[Record]:
-    """Return the records of a sample; a UsageError says that there are not so many, or that the seed is none."""
+    """Return the records of a sample; a UsageError says that there are not so many, or refuses the seed."""
     total = len(proof.records)
     size = min(LARGEST_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:
