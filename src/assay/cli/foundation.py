@@ -35,8 +35,8 @@ class RandomSettings(InfoSettings):
 
     output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
-    weights: Literal["random-all", "random-embed"] = Field("random-all", description="What is random.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="Format of the weights.")
+    weights: Literal["random-all", "random-embed"] = Field("random-all", description="random-all or random-embed.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="float32, float16 or bfloat16.")
 
 
 @models.add("list", example="assay models list")

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
-WeightDtype = Annotated[Literal["float32", "float16", "bfloat16"] | None, DTYPE, Field(description="Else as stored.")]
-Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction.")]
+Dtype = Literal["float32", "float16", "bfloat16"]
+WeightDtype = Annotated[Dtype | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
+Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction: lda or svd.")]
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
