@@ -57,8 +57,8 @@ def read_delta_lengths(path: str | Path) -> dict[str, int]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """Return metadata, δS and probes of a file with this schema."""
-    check_delta(path)
     metadata, tensors = read_tensors(path, _REDO)
+    check_delta(path)
     probes = {name.removeprefix(_PROBE): tensors.pop(name) for name in list(tensors) if name.startswith(_PROBE)}
     return metadata, tensors, probes
 
