@@ -8,12 +8,13 @@ generated from it::
         blocks: Names = Field(("a", "b"), description="Block hashes.")          # --blocks a,b
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import Field, GetCoreSchemaHandler, ValidationError
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -76,8 +77,18 @@ def _split(text: str) -> tuple[str, ...]:
 Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
 """Words that are separated by commas where they are written as text."""
 
+
+def device_name(name: str | None) -> str | None:
+    """Return the name of a device, as a validator of a field; a ValueError says that there is no such one."""
+    if name is not None and not DEVICE_NAME.fullmatch(name):
+        raise ValueError("cpu, cuda or cuda:N")
+    return name
+
+
+DEVICE_NAME = re.compile("cpu(:0)?|cuda(:[0-9]+)?")
 Device = Annotated[
     str | None,
+    AfterValidator(device_name),
     Flag(variable="ASSAY_DEVICE", unit="DEVICE"),
     Field(description="Device that runs the model: cpu or cuda; by default cuda where there is one."),
 ]
@@ -150,11 +161,8 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     field = kind.model_fields.get(name)
     if field is None:
         known = get_close_matches(name, kind.model_fields, cutoff=NEAR)
-        return UsageError(
-            f"a setting {name!r}",
-            wanted=f"a field of {kind.__name__}",
-            do=f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})",
-        )
+        do = f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})"
+        return UsageError(f"a setting {name!r}", wanted=f"a field of {kind.__name__}", do=do)
     flag, variable = kind.spelling(name), kind.environment_name(name)
     if variable and not kind.has_flags:
         flag, variable = variable, None

@@ -122,7 +122,7 @@ def test_a_life_of_fraud_is_code_1(assay, small_model, small_checkpoint, tmp_pat
 
 
 def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, proofs, tmp_path):
-    known = ("poc", "verify", proofs["honest"], "--model", "reference:none", "--block-hash", "b", "--seq-len", 16)
+    known = ("poc", "verify", proofs["honest"], "--model", "no/model", "--block-hash", "b", "--seq-len", 16)
     said = refused(*known, "--ledger", tmp_path / "l.sqlite3")
     assert "--ledger with public_key taken on the prover's word" in said
     assert "pass --public-key" in said

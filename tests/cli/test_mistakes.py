@@ -128,11 +128,38 @@ WITHOUT_TORCH = (
     "poc ledger show text.txt",
     "vhack extract --model model --pairs bytes.jsonl -o b.safetensors",
     "vhack check --model model --basis text.txt",
+    "poc prove --model reference:qwen4 --block-hash B --public-key K -o a.jsonl",
+    f"poc prove --model empty {ROUND} -o a.jsonl",
+    f"{PROVE} -o a.jsonl --nonces 0",
+    f"{PROVE} -o a.jsonl --batch-size 0",
+    f"{PROVE} -o a.jsonl --device cdua",
+    f"{PROVE} -o a.jsonl --preset decode --kernels compiled",
+    f"{PROVE} -o a.jsonl --preset tokens-1",
+    VERIFY % "proof.jsonl" + " --sample 1000",
+    VERIFY % "proof.jsonl" + " --preset hardened",
+    VERIFY % "proof.jsonl" + " --control",
+    VERIFY.replace("block_alpha", "block_beta") % "proof.jsonl",
+    "poc collect --model model --seq-len 0 -o new",
+    "poc calibrate --merge list.json --merge list.json -o c.json",
+    "poc calibrate --model model --formats fp9 -o c.json",
+    "poc pins new --model model --preset nope -o n.toml",
+    "poc respond --model model --prompts nothing --block-hash '' --public-key K -o r.jsonl",
+    "poc serve --model model --data-dir text.txt",
+    "poc serve --model model --host 0.0.0.0 --data-dir new",
+    "poc callbacks list --data-dir empty",
+    "vhack extract --model model --method pca -o b.safetensors",
+    "vhack merge --model model --delta text.txt -o text.txt",
+    "vhack report list.json -o p.html",
+    "vhack train --model model --reward os:nope -o new",
+    "vhack train --model model --arm nope -o new",
+    "vhack sample --model model --tasks os:nope -o s.jsonl",
+    "vhack evaluate --samples text.txt",
+    "vhack evaluate",
 )
 
 
 @pytest.mark.parametrize("command", WITHOUT_TORCH)
-def test_a_bad_file_is_refused_before_torch_is_imported(command, folder):
+def test_what_needs_no_model_is_refused_before_torch_is_imported(command, folder):
     code = (
         "import sys; from assay.cli import run; code = run(sys.argv[1:]); "
         "print(sorted({'torch', 'transformers', 'scipy.stats'} & set(sys.modules))); sys.exit(code)"

@@ -93,7 +93,7 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
     beside = Proof.build(replace(proof.header, fingerprint=fingerprint), records, 1.0)
     calibrate(proof, beside).save(path)
     beside.save(tmp_path / "vllm.jsonl")
-    monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges
         options = ("--model", small_checkpoint, "--calibration", path, "--engine", prover, *PINS[:6])
         said = refused("poc", "verify", tmp_path / f"{prover}.jsonl", *options)
@@ -133,7 +133,7 @@ def test_the_round_comes_from_the_pins(prove, assay, refused, small_checkpoint, 
     assert (header.round.seq_len, header.round.block_hash, header.fingerprint.batch_size) == (16, "next", 8)
     known = ("--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu", "--model")
     assert assay("poc", "verify", tmp_path / "second.jsonl", *known, small_checkpoint).code == 0
-    monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     wrong = {"--seq-len": 17, "--strength": 256, "--batch-size": 16, "--dtype": "bfloat16", "--nonces": "0:8"}
     for flag, value in (wrong | {"--preset": "artifact"}).items():
         said = refused(*base, flag, value, "-o", tmp_path / "third.jsonl")

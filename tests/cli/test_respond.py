@@ -68,7 +68,7 @@ def test_an_example_runs_as_text(assay, tmp_path):
 def test_what_cannot_be_answered_is_refused_before_the_model_is_loaded(
     content, flags, seen, refused, small_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("assay.poc.launch.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "prompts.jsonl").write_text(content)
     command = ["poc", "respond", "--model", small_checkpoint, "--prompts", tmp_path / "prompts.jsonl", *ROUND]
     assert seen.replace("CHECKPOINT", str(small_checkpoint)) in refused(

@@ -78,7 +78,7 @@ def test_refusals_come_before_the_model_is_loaded(refused, small_model, tmp_path
         "fingerprint": replace(proof.header.fingerprint, seq_len=2**20, batch_size=10**9),
     }
     good = edited(proof, tmp_path / "good.jsonl")
-    absent = ("--model", "/")
+    absent = ("--model", "no/model")
     for path, flags, seen in (
         (good, ("--sample", 0), "a sample of 0"),
         (good, ("--sample", 33), "a sample of 33"),
@@ -105,5 +105,5 @@ def test_files_that_are_no_files_are_refused(refused, small_model, tmp_path):
         file.truncate(2**32)
     for proof, calibration in ((fifo, None), (sparse, None), ("/dev/zero", None), (good, fifo), (good, sparse)):
         flags = ("--calibration", calibration) if calibration else ()
-        said = refused("poc", "verify", proof, "--model", "/", *flags)
+        said = refused("poc", "verify", proof, "--model", "no/model", *flags)
         assert any(seen in said for seen in ("is a pipe or a device", "longer than 67108864 bytes")), said

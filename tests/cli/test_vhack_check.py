@@ -60,7 +60,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(refused, monkeyp
 
 
 def test_too_few_groups_are_told_before_the_work(assay):
-    check = ("vhack", "check", "--model", ".", "--pairs")
+    check = ("vhack", "check", "--model", "no/model", "--pairs")
     said = assay(*check, "authored").err
     assert "warning: 8 groups are too few for a verdict by lda: it needs 13" in said
     assert "or check with --method svd, which needs 6" in said

@@ -62,7 +62,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(refused, tmp_path, monk
 
 def test_few_groups_are_told_with_what_to_do(assay, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", generate_pairs(4))
-    extract = ("vhack", "extract", "--model", ".", "-o", tmp_path / "basis", "--pairs")
+    extract = ("vhack", "extract", "--model", "no/model", "-o", tmp_path / "basis", "--pairs")
     said = assay(*extract, tmp_path / "pairs.jsonl").err
     assert "warning: 4 pairs in 4 groups are too few" in said
     assert "by lda, assay vhack check needs 13" in said

@@ -12,8 +12,8 @@ from assay.vhack import Basis, extract
 from assay.vhack.checks import check, check_two_pools, read_pool
 from assay.vhack.gradients.batches import encode
 from assay.vhack.pairs import read_pairs, write_pairs
-from assay.vhack.training.rewards import load_tasks
 from assay.vhack.training.settings import SampleSettings
+from assay.vhack.training.tasks import load_tasks
 from tests.models.test_chat import ANSWER, TEMPLATE, USER, chat_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "vhack-pairs.md"

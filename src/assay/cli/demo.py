@@ -180,6 +180,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
 
     Proves and verifies real compute, catches four cheaters, flags cheating completions, and writes an HTML report.
     """
+    from assay.files.storage import write_atomic
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 
@@ -190,15 +191,16 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     started = time.perf_counter()
     click.echo(f"loading {name}", err=True)
     model = load_model(name)
-    names = ("report.html", "proof.jsonl", "calibration.json", "check.html")
-    page, file, noise, checks = (chosen.output / one for one in names)
+    names = ("report.html", "proof.jsonl", "calibration.json", "check.html", "verify.toml")
+    page, file, noise, checks, settings = (chosen.output / one for one in names)
     law = measure_law(model)
     honest, cheaters = run_rounds(model, law)
     compared, flagged = ask_detectors(model)
     seconds = time.perf_counter() - started
     honest[0].proof.save(file, overwrite=True)
     block, key = next(iter(BLOCKS.items()))
-    known = ["--block-hash", block, "--public-key", key, "--seq-len", str(SEQ_LEN)]
+    write_atomic(settings, f"[poc.verify]\nseq_len = {SEQ_LEN}\n")
+    known = ["--block-hash", block, "--public-key", key, "--config", str(settings)]
     if law is not None:
         law.save(noise)
         known += ["--calibration", str(noise)]

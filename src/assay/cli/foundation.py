@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from assay.cli.flags import ARGUMENT, FOLDER
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, show_values, table
 from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.settings import Flag, Settings
+from assay.settings import Flag, Settings, device_name
 
 models = Group("models", "Bundled models and random checkpoints.")
 
@@ -35,8 +35,8 @@ class RandomSettings(InfoSettings):
 
     output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
-    weights: Annotated[str, "NAME"] = Field("random-all", description="What is random: random-all or random-embed.")
-    dtype: Annotated[str, "NAME"] = Field("bfloat16", description="float32, float16 or bfloat16.")
+    weights: Literal["random-all", "random-embed"] = Field("random-all", description="random-all or random-embed.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="float32, float16 or bfloat16.")
 
 
 @models.add("list", example="assay models list")
@@ -67,7 +67,10 @@ def info(chosen: InfoSettings, as_json: bool) -> None:
 def random(chosen: RandomSettings, as_json: bool) -> None:
     """Write a checkpoint with random weights."""
     from assay import models
+    from assay.files.storage import check_new_file
 
+    if chosen.output.exists():
+        check_new_file(chosen.output)
     models.save_random(chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"}))
     if as_json:
         values = {"path": str(chosen.output), "weights": chosen.weights, "block_hash": chosen.block_hash}
@@ -112,7 +115,7 @@ class NumberSettings(Settings):
     backend: Literal["auto", "numpy", "torch", "triton"] = Field(
         "auto", description="Implementation that computes the values."
     )
-    device: Annotated[str, "DEVICE"] = Field("cpu", description="Device that computes: cpu or cuda.")
+    device: Annotated[str, AfterValidator(device_name), "DEVICE"] = Field("cpu", description="Device: cpu or cuda.")
     strength: Literal[32, 256] = Field(32, description="Bits of the seed of normals: 32, as published, or 256.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of normals.")
 

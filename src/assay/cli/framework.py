@@ -24,7 +24,7 @@ from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
 from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
-from assay.files.references import find_path
+from assay.files.references import check_reference
 from assay.settings import NEAR, Settings, Spelling, words_of
 
 EXTENSIONS = "assay.commands"
@@ -189,7 +189,7 @@ class Command(click.Command):
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
         refuse_own_sources(self.settings, values)
         for name in {"model", "reference"} & values.keys():
-            find_path(str(values[name]))  # or it is refused here, before a command imports torch
+            check_reference(str(values[name]))  # or it is refused here, before a command imports torch
         made = [
             kind(**{name: value for name, value in values.items() if self.settings[name].kind is kind})
             for kind in self.kinds
@@ -313,11 +313,8 @@ def extension(words: str) -> Any:
     """Return what another package that is installed has put under some words into the entry-point group of commands."""
     for point in entry_points(group=EXTENSIONS, name=words):
         return point.load()
-    raise UsageError(
-        f"assay {words}, which the package assay does not have",
-        wanted="the package assay-research",
-        do="install assay-research (research/ of the repository)",
-    )
+    wanted, do = "the package assay-research", "install assay-research (research/ of the repository)"
+    raise UsageError(f"assay {words}, which the package assay does not have", wanted=wanted, do=do)
 
 
 def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -> dict[str, Any]:

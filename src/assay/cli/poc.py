@@ -143,10 +143,10 @@ class CalibrateSettings(Settings):
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
-    valid_rate: Annotated[float | None, "SHARE"] = Field(None, description="Share of valid nonces that is wanted.")
+    valid_rate: Annotated[float | None, "SHARE"] = Field(None, gt=0, le=1, description="Wanted share of valid nonces.")
     calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
     device: Device = None
-    dimension: Annotated[int | None, "NUMBER"] = Field(None, description="Dimension of the output.")
+    dimension: Annotated[int | None, "NUMBER"] = Field(None, ge=2, description="Dimension of the output.")
     blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that --model is measured in.")
     nonces: Annotated[int, "NUMBER"] = Field(64, ge=1, description="Nonces of each of these blocks.")
     formats: Names = Field(
@@ -370,6 +370,7 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     from assay import poc
     from assay.poc.launch import Proving, open_prover
 
+    poc.Round(block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len)
     if poc.get_pipeline(chosen.preset).steps:
         seen, do = f"preset {chosen.preset}, whose tokens part after the first that differs", "choose another preset"
         raise UsageError(seen, wanted="one whose values are compared nonce by nonce", do=do)
@@ -424,6 +425,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """
     import os
 
+    from assay.models.frame import Frame
+    from assay.poc.protocol.pins import FORMATS
     from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.calibration import Calibration
@@ -431,14 +434,18 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
     if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
-        raise UsageError(
-            "a proof that is named twice",
-            wanted="every file once: a machine says nothing about its noise beside itself",
-            do="leave one out of PROOFS, or pass that of another machine",
-        )
+        seen, do = "a proof that is named twice", "leave one out of PROOFS, or pass that of another machine"
+        raise UsageError(seen, wanted="every file once: a machine says nothing about its noise beside itself", do=do)
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
     _check_form(chosen, merging)
     framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
+    merged = [*map(Calibration.load, chosen.merge)]
+    for name in (one for one in chosen.formats if one not in FORMATS):
+        raise UsageError(f"--formats {name}", wanted=f"some of {', '.join(FORMATS)}", do="correct --formats")
+    if framed and chosen.frame is not None and chosen.frame.exists():
+        Frame.load(chosen.frame)
+    if chosen.calibration is not None:
+        Calibration.load(chosen.calibration)
     from assay.poc.measurement import describe, measure, target_for
     from assay.poc.one_machine import calibrate_model
 
@@ -451,7 +458,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
-        measured = Calibration.load(chosen.merge[0])
+        measured = merged.pop(0)
     elif not chosen.proofs:
         assert chosen.model is not None
         if framed:
@@ -462,8 +469,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     else:
         with progress_bar("leaving out", "machines") as progress:
             measured = measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
-    for path in chosen.merge[1:] if merging else chosen.merge:
-        measured = measured.merged(Calibration.load(path))
+    for one in merged:
+        measured = measured.merged(one)
     measured.save(chosen.output)
     for build in measured.builds:
         show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)

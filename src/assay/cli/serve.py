@@ -11,6 +11,7 @@ from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelName, NumberForma
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
 from assay.errors import UsageError
+from assay.files.storage import check_folder
 from assay.settings import Device, Flag, Settings
 
 if TYPE_CHECKING:
@@ -92,22 +93,26 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     A restart continues where the service was stopped. Keys and callback secrets come from files or from the variables
     ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
-    from assay.models.load import model_info
-    from assay.poc.engines.hf.engine import check_shape
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
+    from assay.poc.net.settings import check_host
     from assay.poc.protocol.round import Round
-    from assay.poc.service.app import serve
     from assay.poc.verdict.calibration import account_alpha
     from assay.poc.verdict.ledger import check_ledger
+
+    check_folder(service.data_dir)  # first what needs no torch
+    if service.ledger is not None:
+        check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
+    check_host(chosen.host, service)
+    from assay.models.load import model_info
+    from assay.poc.engines.hf.engine import check_shape
+    from assay.poc.service.app import serve
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
     info = model_info(chosen.model)
     if service.seq_len != Round.seq_len:
         check_shape(info, batch_size=1, seq_len=service.seq_len)
     check_loadable(chosen.model, chosen.dtype, chosen.device)
-    if service.ledger is not None:
-        check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
     configure_logs(chosen.log_format)
     serve(lambda: chosen.deploy(service.pins), service, host=chosen.host, port=chosen.port)
 
@@ -158,11 +163,8 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
     with open_outbox(chosen.data_dir) as outbox:
         count = outbox.replay(list(chosen.ids) or None)
     if chosen.ids and count < len(chosen.ids):
-        raise UsageError(
-            f"{count} of {len(chosen.ids)} callbacks were dead",
-            wanted="ids of dead callbacks",
-            do="`assay poc callbacks list` shows them",
-        )
+        wanted, do = "ids of dead callbacks", "`assay poc callbacks list` shows them"
+        raise UsageError(f"{count} of {len(chosen.ids)} callbacks were dead", wanted=wanted, do=do)
     if as_json:
         emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
     else:
@@ -190,20 +192,22 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     It takes the work of the nodes, recomputes a secret sample of it, and keeps the ledger of their lives. A restart
     continues where the validator was stopped. Messages that it has acknowledged are on disk.
     """
-    from assay.models.load import model_info
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
+    from assay.poc.net.settings import check_host
     from assay.poc.network_pins import pinned_format
     from assay.poc.protocol.pins_file import NetworkPins
-    from assay.poc.validator.app import validate
-    from assay.poc.validator.controller import LEDGER
     from assay.poc.validator.registry import Registry
     from assay.poc.verdict.ledger import check_ledger
 
-    # Before there is a database.
-    info = model_info(chosen.model)
+    check_folder(service.data_dir)  # first what needs no torch
     registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
-    registry.check_length(info)
+    check_host(chosen.host, service)
+    from assay.models.load import model_info
+    from assay.poc.validator.app import validate
+    from assay.poc.validator.controller import LEDGER
+
+    registry.check_length(model_info(chosen.model))  # before there is a database
     dtype = chosen.dtype or pinned_format(own.pins, chosen.model)
     check_loadable(chosen.model, dtype, chosen.device)
     for name in own.controls:

@@ -13,27 +13,30 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, DTYPE, FILE, FOLDER, MODEL, OUTPUT, ModelName, Overwrite, Seed, Unsandboxed
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
-from assay.errors import AssayError, UsageError
+from assay.errors import AssayError, DataError, UsageError
+from assay.files.storage import check_folder
 from assay.settings import Device, Flag, Settings
+from assay.vhack.names import CHECK, check_basis
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.load import Model
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.detect import Comparison
-    from assay.vhack.training.rewards import Task
     from assay.vhack.training.settings import SampleSettings, TrainSettings
+    from assay.vhack.training.tasks import Task
 
 
 vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
-WeightDtype = Annotated[str | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
-Method = Annotated[str, "TEXT", Field(description="Method of extraction: lda or svd.")]
+Dtype = Literal["float32", "float16", "bfloat16"]
+WeightDtype = Annotated[Dtype | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
+Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction: lda or svd.")]
 Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
-TENSORS = Flag(reads="assay.files.jsonl:check_tensors")
+BASIS = Flag(reads="assay.vhack.names:check_basis")
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
 
 
@@ -68,10 +71,10 @@ class ExtractSettings(GradientSettings):
     heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",), unit="GROUP")] = Field(
         None, description="Group to hold out; repeatable. By default the last sixth, a third of 30 groups or more."
     )
-    top_k: Annotated[int, "AXES"] = Field(12, description="Axes per module.")
-    tau_axis: float = Field(0.0, description="Share S_i/S_0 below which an axis is set to zero.")
+    top_k: Annotated[int, "AXES"] = Field(12, ge=1, description="Axes per module.")
+    tau_axis: float = Field(0.0, ge=0, le=1, description="Share S_i/S_0 below which an axis is set to zero.")
     method: Method = "lda"
-    rank: int | None = Field(None, description="Singular directions per matrix; all by default.")
+    rank: int | None = Field(None, ge=1, description="Singular directions per matrix; all by default.")
     factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh.")
     cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE", unit="DIRECTORY")] = Field(
         None, description="Directory of decompositions; on a CPU by default the user's cache directory."
@@ -85,7 +88,7 @@ class ExtractSettings(GradientSettings):
 class CheckCommand(RuleSettings, GradientSettings):
     """Settings of ``assay vhack check``."""
 
-    basis: Annotated[Path | None, TENSORS] = Field(None, description="Basis to check; without it, bases are fitted.")
+    basis: Annotated[Path | None, BASIS] = Field(None, description="Basis to check; without it, bases are fitted.")
     method: Method = "lda"
     output: Result = None
     html: Annotated[Path | None, FILE] = Field(None, description="File for the report page.")
@@ -94,7 +97,7 @@ class CheckCommand(RuleSettings, GradientSettings):
 class PoolSettings(RuleSettings, WeightSettings):
     """Settings of ``assay vhack pools``."""
 
-    basis: Annotated[Path, TENSORS] = Field(description="File of the basis to score with.")
+    basis: Annotated[Path, BASIS] = Field(description="File of the basis to score with.")
     hack: Path = Field(description="Samples that cheat: JSON Lines with prompt, completion and perhaps group.")
     clean: Path = Field(description="Samples that do not cheat, likewise.")
     limit: Annotated[int | None, "ROWS"] = Field(
@@ -310,12 +313,20 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
 
     The page of several runs, with a final table, needs assay-research.
     """
-    from assay.files.jsonl import read_json
+    (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
+    from assay.files.jsonl import read_json, read_jsonl
+
+    if first.suffix != ".json":
+        next(read_jsonl(first / "log.jsonl" if first.is_dir() else first), None)  # or it is refused without torch
+    elif not more:
+        found = read_json(first)
+        if found.get("schema") != CHECK and not isinstance(found.get("log_history"), list):
+            wanted, do = f"a result of schema {CHECK}, or trainer_state.json of TRL", "name another file"
+            raise DataError(f"{first} is neither", wanted=wanted, do=do)
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.page import make_page
     from assay.vhack.training.page import training_page
 
-    (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     try:
         page = None if more else training_page(first, command=command)
     except (AssayError, OSError):  # a check, or a log that research reads
@@ -327,7 +338,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
         raise UsageError(f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out")
     values = {"path": str(chosen.output)}
     if page is None:
-        read = CheckReport.from_dict(read_json(first))
+        read = CheckReport.from_dict(found)
         page, values["verdict"] = make_page(read, command=command), read.verdict
     page.write(chosen.output)
     show_values("assay.vhack.report/1", values, as_json)
@@ -346,6 +357,19 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
 
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
+    from assay.files.jsonl import read_jsonl
+    from assay.vhack.pairs.generate import find_pairs
+    from assay.vhack.training.tasks import import_function
+
+    check_folder(own.output)  # and all else that needs no torch
+    if chosen.basis:
+        check_basis(chosen.basis)
+    if chosen.teacher:
+        next(read_jsonl(chosen.teacher), None)
+    for flag, where in (("--reward", chosen.reward), ("--tasks", chosen.tasks)):
+        if isinstance(where, str):
+            import_function(where, flag)
+    find_pairs(chosen.pairs)
     from assay.vhack.training.log import SHOWN
     from assay.vhack.training.run import train
 
@@ -493,13 +517,14 @@ def _print_detectors(compared: "Comparison | None") -> None:
 
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
-Delta = Annotated[Path | None, TENSORS, Field(description="File of δS of this model, merged before sampling.")]
+DELTA = Flag(reads="assay.vhack.names:check_delta")
+Delta = Annotated[Path | None, DELTA, Field(description="File of δS of this model, merged before sampling.")]
 
 
 class MergeSettings(WeightSettings):
     """Settings of ``assay vhack merge``."""
 
-    delta: Annotated[Path, TENSORS] = Field(description="File of δS that training or DeltaS.save wrote for this model.")
+    delta: Annotated[Path, DELTA] = Field(description="File of δS that training or DeltaS.save wrote for this model.")
     output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
     overwrite: Overwrite = False
 
@@ -539,6 +564,7 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
 
     The result is a directory that anything loads as a plain model.
     """
+    check_folder(chosen.output, new=not chosen.overwrite)
     from assay.vhack.delta.delta import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
@@ -560,7 +586,7 @@ def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
 
     The same command continues an interrupted one.
     """
-    from assay.vhack.training.rewards import load_tasks
+    from assay.vhack.training.tasks import load_tasks
 
     tasks, _ = load_tasks(how, least=1, why="to complete", model=own.model)
     tasks = [task for task in tasks for _ in range(how.per_task)]
@@ -585,9 +611,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     """
     from assay.files.jsonl import dumps
     from assay.files.storage import write_jsonl
-    from assay.vhack import training
-    from assay.vhack.training.evaluation import Rate, read_samples
-    from assay.vhack.training.rewards import check_gradable, import_function, load_tasks
+    from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
 
     has_model = own.model not in (None, os.environ.get("ASSAY_MODEL"))  # which is for all commands
     for flag, is_given in (("--model", has_model), ("--delta", own.delta is not None)):
@@ -602,6 +626,9 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
         raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
     if reward is None:
         check_gradable(tasks, source, allow_unsandboxed=own.allow_unsandboxed)
+    from assay.vhack import training
+    from assay.vhack.training.evaluation import Rate
+
     if own.samples is None and own.model is not None:
         tasks = [task for task in tasks for _ in range(how.per_task)]
         with TemporaryDirectory() as folder:
@@ -643,7 +670,7 @@ def _sampled(
     from assay.vhack.delta.file import read_delta_lengths
     from assay.vhack.training.evaluation import sample_tasks
     from assay.vhack.training.pool import encode_prompts
-    from assay.vhack.training.rewards import read_prompt
+    from assay.vhack.training.tasks import read_prompt
 
     lengths = read_delta_lengths(own.delta) if own.delta else {}
     encode_prompts(reference, [read_prompt(task) for task in tasks], how.max_new_tokens)

@@ -283,9 +283,18 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
     # A text is read whatever its bytes are: a reader that does not trust a file compares hashes.
     connection.text_factory = partial(str, encoding="utf-8", errors="replace")
-    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "trusted_schema=OFF", "query_only=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
+    _set_up(connection, f"busy_timeout={BUSY_TIMEOUT_MS}", "trusted_schema=OFF", "query_only=ON")
     return connection
+
+
+def _set_up(connection: Any, *pragmas: str) -> None:
+    """Set pragmas of a new connection, and close it where that fails: nothing else would."""
+    try:
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}").close()
+    except BaseException:
+        connection.close()
+        raise
 
 
 @contextmanager
@@ -308,15 +317,9 @@ def _three_parts(path: Path, flag: str) -> Iterator[None]:
 def _on_connect(connection: Any, record: ConnectionPoolEntry, *, secure_delete: bool) -> None:
     # The driver must not open transactions by itself: see _on_begin.
     connection.isolation_level = None
-    for pragma in (
-        f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",  # the file keeps it; a transaction could not set it
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "journal_size_limit=8388608",
-        f"secure_delete={int(secure_delete)}",
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
+    more = ("synchronous=FULL", "foreign_keys=ON", "journal_size_limit=8388608", f"secure_delete={int(secure_delete)}")
+    # The file keeps its journal mode; a transaction could not set it.
+    _set_up(connection, f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", *more)
 
 
 def _on_begin(connection: sa.Connection) -> None:

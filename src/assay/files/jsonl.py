@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from assay.errors import DataError, UsageError
 
@@ -50,11 +51,8 @@ def dumps(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_python_number)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"a value that is not JSON: {error}",
-            wanted="objects, lists, strings, booleans, null and finite numbers",
-            do="convert or drop it before writing",
-        ) from error
+        wanted, do = "objects, lists, strings, booleans, null and finite numbers", "convert or drop it before writing"
+        raise UsageError(f"a value that is not JSON: {error}", wanted=wanted, do=do) from error
     return text
 
 
@@ -215,6 +213,18 @@ def check_tensors(path: str | Path, longest: int | None = None) -> None:
     if header > min(LONGEST_HEADER, size):
         wanted = f"a safetensors file with a header of {LONGEST_HEADER} bytes at most"
         raise _bad(path, f"a header of {header} bytes", wanted)
+
+
+def check_kind(schema: str, path: str | Path) -> None:
+    """Refuse a safetensors file that does not name this schema."""
+    check_tensors(path)
+    try:
+        with safe_open(path, framework="np") as reader:
+            found = (reader.metadata() or {}).get("schema")
+    except SafetensorError as error:
+        raise _bad(path, str(error), "a safetensors file") from error
+    if found != schema:
+        raise _bad(path, f"schema {found!r:.60}", f"a file of schema {schema}")
 
 
 @contextmanager

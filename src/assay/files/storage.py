@@ -93,6 +93,13 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
             raise PermissionError(errno.EACCES, "")
 
 
+def check_folder(path: Path, *, new: bool = False) -> None:
+    """Refuse a path at which there is no directory but something else, or one that must be ``new`` and holds files."""
+    if path.exists() and not (path.is_dir() and not (new and any(path.iterdir()))):
+        wanted, do = ("a new or empty directory", ", or --overwrite") if new else ("a directory", "")
+        raise UsageError(f"{path}, which exists", wanted=wanted, do=f"choose another{do}")
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file, replacing an older one in one step; on a StorageError the older one is untouched."""
     path = Path(path)
@@ -162,11 +169,8 @@ class PartialFile:
             except BlockingIOError:
                 is_ours = False
         if not is_ours:
-            raise StorageError(
-                f"{self.partial} is being written by another process",
-                wanted="one writer per file",
-                do="wait for it to end, or choose another file name",
-            )
+            wanted, do = "one writer per file", "wait for it to end, or choose another file name"
+            raise StorageError(f"{self.partial} is being written by another process", wanted=wanted, do=do)
 
     def recover(self) -> list[str]:
         """Return the intact lines that an earlier writer left, without line ends; whatever follows them is cut off.
@@ -179,11 +183,8 @@ class PartialFile:
             *complete, _torn = self._file.readall().split(b"\n")
             intact = list(takewhile(_is_intact, complete))
             if complete and not intact:
-                raise StorageError(
-                    f"{self.partial} is not what an earlier run left",
-                    wanted="lines of JSON, or no such file",
-                    do="move it away, or choose another file name",
-                )
+                wanted, do = "lines of JSON, or no such file", "move it away, or choose another file name"
+                raise StorageError(f"{self.partial} is not what an earlier run left", wanted=wanted, do=do)
             self._file.truncate(sum(len(raw) + 1 for raw in intact))
         return [raw.decode() for raw in intact]
 

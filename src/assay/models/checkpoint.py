@@ -1,18 +1,15 @@
 """A checkpoint: where a reference leads, its configuration, tokenizer and weight files, their tensors and their digest.
 
-The catalogue lists the bundled models: trained reference models, and published shapes without weights. A hub id is
-looked up in the local cache first, then fetched over the network with short timeouts. Only safetensors is read. The
-digest is SHA-256 over the sorted names of ``SHA-256(name, dtype, shape, bytes)`` of each tensor, so it depends neither
-on how the tensors are spread over files nor on how they are loaded.
+A hub id is looked up in the local cache first, then fetched over the network with short timeouts. Only safetensors is
+read. The digest is SHA-256 over the sorted names of ``SHA-256(name, dtype, shape, bytes)`` of each tensor, so it
+depends neither on how the tensors are spread over files nor on how they are loaded.
 """
 
 import base64
-import difflib
 import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 import warnings
 from collections import Counter
@@ -51,7 +48,7 @@ from assay.errors import (
     is_out_of_memory,
 )
 from assay.files.jsonl import LONGEST_FILE, LONGEST_LINE, check_tensors, parse, parts, read_json, read_whole
-from assay.files.references import find_path, no_model
+from assay.files.references import CATALOGUE, check_bundled, check_config, check_hub_id, find_path, is_bundled
 from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 
@@ -89,14 +86,6 @@ def silence_transformers() -> Iterator[None]:
 _HERE = Path(__file__).parent
 _CHECKOUT = Path(__file__).parents[3] / "tests" / "data" / "models"  # models that are not in the wheel
 
-CATALOGUE: dict[str, dict[str, Any]] = {
-    row["reference"]: row for row in json.loads((_HERE / "catalogue.json").read_text("utf-8"))
-}
-"""Facts of the bundled models by reference, as :class:`assay.models.ModelInfo` has them."""
-
-BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
-"""Names without their prefix, which stand for nothing: the error names the whole reference."""
-
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _MOST_LAYERS = 2**12
 _ODD: dict[str, tuple[Any, ...]] = {
@@ -110,7 +99,6 @@ _ODD: dict[str, tuple[Any, ...]] = {
 _HIGHEST_ID = 2**21
 """The highest token id that is read: the library makes a table as long as the highest."""
 
-_HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _SECONDS = 5.0
 
@@ -149,19 +137,14 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
             without, its header alone is read, and the source has no directory.
     """
     name = os.fspath(reference)
-    if isinstance(reference, str) and (
-        name.startswith(("reference:", "shape:", "pretrained:")) or (name in BARE_NAMES and not Path(name).exists())
-    ):
+    if isinstance(reference, str) and is_bundled(name):
         path = find_bundled(name)
         directory = None if name.startswith("shape:") else path
     else:
         directory = path = _locate(reference)
         if (path / CONFIG).is_file():
-            raise ModelError(
-                f"{path} holds an adapter",
-                wanted="a whole model: an adapter is not part of what is measured here",
-                do="merge the adapter into its model and save the result",
-            )
+            seen, do = f"{path} holds an adapter", "merge the adapter into its model and save the result"
+            raise ModelError(seen, wanted="a whole model: an adapter is not part of what is measured here", do=do)
     if directory is not None and (file := gguf.find_gguf(directory)):
         directory = path = gguf.folder_of(file)
         if not (path / "config.json").is_file():
@@ -180,18 +163,12 @@ def _locate(reference: str | Path) -> Path:
     name = os.fspath(reference)
     if (path := find_path(name)) is not None:
         return path
-    if isinstance(reference, str) and _HUB_ID.fullmatch(name):
-        return _cached(name) or _downloaded(name)
-    raise no_model(name, "no directory")
+    check_hub_id(name if isinstance(reference, str) else f"./{name}")
+    return _cached(name) or _downloaded(name)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelNotFound(
-            f"{path.parent} has no {path.name}",
-            wanted="a checkpoint directory of a language model, as transformers' save_pretrained writes it",
-            do="check the path",
-        )
+    check_config(path)
     try:
         published = json.loads(read_whole(path, LONGEST_FILE), object_hook=_plain_number)
     except (DataError, ValueError, RecursionError) as error:
@@ -226,11 +203,8 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
         ) from error
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known or config.is_encoder_decoder or not _is_complete(config):
-        raise ModelError(
-            f"{name!r} is a {published['model_type']} model",
-            wanted="a causal language model with " + ", ".join(_NEEDED),
-            do="use a decoder-only model",
-        )
+        wanted = "a causal language model with " + ", ".join(_NEEDED)
+        raise ModelError(f"{name!r} is a {published['model_type']} model", wanted=wanted, do="use a decoder-only model")
     text = config.get_text_config(decoder=True)
     is_either = "is_decoder" in getattr(type(text), "__dataclass_fields__", ())  # as BERT, which is an encoder without
     for key, values in (_ODD | ({"is_decoder": (False,)} if is_either else {})).items():
@@ -314,11 +288,8 @@ def build(config: "PreTrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     except Exception as error:  # a configuration of impossible numbers fails in many ways
         if is_out_of_memory(error):
             raise
-        raise ModelError(
-            f"no model can be built from this configuration: {error}",
-            wanted="sizes that fit together",
-            do="compare its config.json with the published one (--model, or REFERENCE)",
-        ) from error
+        wanted, do = "sizes that fit together", "compare its config.json with the published one (--model, or REFERENCE)"
+        raise ModelError(f"no model can be built from this configuration: {error}", wanted=wanted, do=do) from error
     module.tie_weights()
     return module
 
@@ -369,11 +340,7 @@ def _downloaded(hub_id: str) -> Path:
 
 def find_bundled(reference: str) -> Path:
     """Return the directory of a ``reference:`` name, the configuration of a ``shape:``, a ``pretrained:`` file."""
-    if reference not in CATALOGUE:
-        spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
-        (near,) = difflib.get_close_matches(reference.lower(), spelled, n=1, cutoff=0.0)
-        do = f"did you mean {spelled[near]!r}?"
-        raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
+    check_bundled(reference)
     kind, _, name = reference.partition(":")
     if kind == "shape":
         return _HERE / "shapes" / f"{name}.json"

@@ -9,6 +9,7 @@ import torch
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.memory import kept_bytes
+from assay.settings import DEVICE_NAME
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -21,7 +22,7 @@ def parse_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index not in ("", "0")):
+    if not DEVICE_NAME.fullmatch(name):
         raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise BackendUnavailable(

@@ -21,9 +21,9 @@ from transformers import GenerationConfig
 
 from assay import streams
 from assay.errors import BadWeights, OutOfMemory, StorageError, UsageError, is_out_of_memory
+from assay.files.references import CATALOGUE
 from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
-    CATALOGUE,
     EIGHT_BITS,
     Source,
     Stored,
@@ -395,11 +395,8 @@ def _format_of(source: Source, quantise: str | None, weights: str, device: torch
         check_quantisation(quantise, device)
         return None
     if quantise not in (None, form.name) or weights != "trained":
-        raise UsageError(
-            f"{source.reference}, stored in {form.name}, as {quantise or weights}",
-            wanted="its own weights in its own format",
-            do="leave quantise and weights (--dtype, --weights) out",
-        )
+        wanted, do = "its own weights in its own format", "leave quantise and weights (--dtype, --weights) out"
+        raise UsageError(f"{source.reference}, stored in {form.name}, as {quantise or weights}", wanted=wanted, do=do)
     check_device(form, device)
     return form
 

@@ -217,11 +217,8 @@ def check_device(form: StoredFormat, device: torch.device) -> None:
         )
     libraries = find_spec("triton") is not None and hasattr(functional, "scaled_mm")
     if not libraries or torch.cuda.get_device_capability(device) != _TESTED_CAPABILITY:
-        raise BackendUnavailable(
-            f"{form.name} on {device}",
-            wanted="a CPU, or an H100 or H200 with torch 2.10 or later and triton, on which it was tested",
-            do="pass --device cpu, or use vLLM",
-        )
+        wanted = "a CPU, or an H100 or H200 with torch 2.10 or later and triton, on which it was tested"
+        raise BackendUnavailable(f"{form.name} on {device}", wanted=wanted, do="pass --device cpu, or use vLLM")
 
 
 OF_A_WORD = 8
@@ -456,11 +453,8 @@ def check_quantisation(name: str | None, device: torch.device) -> None:
     if name != FLOAT8.name:
         raise UsageError(f"quantise={name!r}", wanted=FLOAT8.name, do="choose it, or leave it out")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
-        raise BackendUnavailable(
-            f"float8 on {device}",
-            wanted="a CUDA device of compute capability 8.9 or more, or a CPU",
-            do="use --device cpu, or a device such as an H100",
-        )
+        seen, do = f"float8 on {device}", "use --device cpu, or a device such as an H100"
+        raise BackendUnavailable(seen, wanted="a CUDA device of compute capability 8.9 or more, or a CPU", do=do)
 
 
 def quantise(module: "PreTrainedModel") -> None:
@@ -485,11 +479,8 @@ def _round_to_float8(owner: nn.Module) -> None:
 def _check_widths(name: str, weight: torch.Tensor) -> None:
     rows, columns = weight.shape[-2:]
     if weight.is_cuda and (rows % WIDTHS or columns % WIDTHS):
-        raise ModelError(
-            f"{name} has {rows} rows of {columns} numbers, and float8 was asked for",
-            wanted=f"multiples of {WIDTHS}, which products in float8 need on CUDA",
-            do="use another --dtype",
-        )
+        wanted, do = f"multiples of {WIDTHS}, which products in float8 need on CUDA", "use another --dtype"
+        raise ModelError(f"{name} has {rows} rows of {columns} numbers, and float8 was asked for", wanted=wanted, do=do)
 
 
 def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
@@ -498,10 +489,7 @@ def check_experts(name: str, part: Any, stacks: dict[str, Any]) -> None:
     other = getattr(part, "has_bias", True) or getattr(part, "is_transposed", True)
     gate = getattr(getattr(part, "_apply_gate", None), "__name__", "")
     if set(stacks) != {"gate_up_proj", "down_proj"} or not plain or other or gate != "_default_apply_gate":
-        raise ModelError(
-            f"{name} is a {type(part).__name__}, and eight bits were asked for",
-            wanted="experts with one gate and no bias, as those of Qwen3",
-            do="use another --dtype",
-        )
+        wanted, do = "experts with one gate and no bias, as those of Qwen3", "use another --dtype"
+        raise ModelError(f"{name} is a {type(part).__name__}, and eight bits were asked for", wanted=wanted, do=do)
     for key, weight in stacks.items():
         _check_widths(f"{name}.{key}", weight)

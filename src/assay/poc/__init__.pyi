@@ -27,7 +27,7 @@ from .verdict.calibration import calibrate as calibrate
 from .verdict.judge import Verdict as Verdict
 from .verdict.noise import Noise as Noise
 from .verdict.noise import bundled_noise as bundled_noise
-from .verifier import check_proof as check_proof
+from .verdict.proofs import check_proof as check_proof
 from .verifier import judging_batch as judging_batch
 from .verifier import judging_setup as judging_setup
 from .verifier import verify as verify

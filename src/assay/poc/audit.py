@@ -5,7 +5,7 @@ judge, and add the verdict to the ledger of nodes' lives where there is one.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from assay.errors import CalibrationError, UsageError
-from assay.models.checkpoint import load_tokenizer
-from assay.models.load import model_info
 from assay.poc.launch import Launch, check_judge, check_loadable, load, open_judge, open_prefill
 from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Header, Proof
 from assay.poc.protocol.round import Round
-from assay.poc.prover import Progress
-from assay.poc.responses.adapters import load_adapter
 from assay.poc.responses.calibration import ResponseCalibration
 from assay.poc.responses.judge import (
     Evidence,
@@ -33,14 +29,13 @@ from assay.poc.responses.judge import (
     sample_receipts,
 )
 from assay.poc.responses.receipts import Receipts
-from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
 from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.calibration import Calibration, account_alpha, find_pinned_calibration
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing
 from assay.poc.verdict.noise import bundled_noise, missing_law
-from assay.poc.verifier import check_proof, judging_setup, verify
+from assay.poc.verdict.proofs import check_proof
 
 V = TypeVar("V", Verdict, ResponseVerdict)
 
@@ -67,7 +62,7 @@ class Auditor(Launch):
     seed: int | None = None
     alpha: float | None = None
     ledger: Path | None = None
-    progress: Progress | None = None
+    progress: Callable[[int, int], None] | None = None
 
     def audit_proof(
         self, path: Path, *, given: Pins | None = None, positions: tuple[int, int] | None = None
@@ -89,14 +84,19 @@ class Auditor(Launch):
         header = proof.header
         pins, measured = self._expected(header, given or Pins(), positions)
         check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
+        again = self._controls(header, measured) if self.control else ()
         needed = header.pipeline.framed and self.frame is None
         how = replace(self, frame=self._pinned_frame(header)) if needed else self
         self._check_ledger(pins.unpinned(header))
         formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
         self._check_law(law, missing_law(self.model, header.digest, header.round))
+        how.read_frame(header.pipeline)
         check_judge(how, header, measured)
-        again = self._controls(header, measured) if self.control else ()
+        for name in again:
+            check_loadable(self.model, name, self.device)
+        from assay.poc.verifier import judging_setup, verify
+
         with open_judge(how, header, measured) as (loaded, made):
             engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
@@ -131,11 +131,15 @@ class Auditor(Launch):
             AssayError: As of :meth:`audit_proof`.
         """
         read = Receipts.load(path)
+        seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
+        sample = sample_receipts(read, self.sample, seed)
+        ReceiptPins.of_network(self._network, given or Pins(), read.header, evidence=evidence).check(read)
+        from assay.poc.responses.adapters import load_adapter
+        from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
+
         asked = requests_of(requests, self.model)
         pins = ReceiptPins.of_network(self._network, given or Pins(), read.header, requests=asked, evidence=evidence)
         pins.check(read)  # before a model is loaded
-        seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
-        sample = sample_receipts(read, self.sample, seed)
         adapter = None if lora is None else load_adapter(lora)
         check_adapter(read, adapter)
         measured = None if self.calibration is None else ResponseCalibration.load(self.calibration)
@@ -186,10 +190,7 @@ class Auditor(Launch):
         if measured is None:
             do = "pass --calibration, or leave --control out"
             raise UsageError("--control without a calibration", wanted="one that measured a control", do=do)
-        again = measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
-        for name in again:
-            check_loadable(self.model, name, self.device)
-        return again
+        return measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
 
     def _pinned_frame(self, header: Header) -> Path | None:
         return None if self._network is None else self._network.frame(header.digest)
@@ -200,11 +201,8 @@ class Auditor(Launch):
             return
         if believed:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
-            raise UsageError(
-                f"--ledger with {', '.join(believed)} taken on the prover's word",
-                wanted="evidence about the node that is named, in a round that was asked for",
-                do=f"pass {flags}",
-            )
+            wanted, do = "evidence about the node that is named, in a round that was asked for", f"pass {flags}"
+            raise UsageError(f"--ledger with {', '.join(believed)} taken on the prover's word", wanted=wanted, do=do)
         check_ledger(self.ledger, alpha=self._account_alpha)
 
     def _check_law(self, law: object, missing: str) -> None:
@@ -251,6 +249,9 @@ def requests_of(path: Path | None, model: str) -> list[Request] | None:
 
 def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
+    from assay.models.checkpoint import load_tokenizer
+    from assay.models.load import model_info
+
     info = model_info(model)
     has_text = any(request.stop or not isinstance(request.prompt, tuple) for request in requests)
     limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}

@@ -10,26 +10,23 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
 from assay.models.frame import Frame
-from assay.models.load import Model, load_model, model_info
-from assay.models.load import check_loadable as check_model
-from assay.models.quantized import in_format
-from assay.poc.engines.base import Engine, unsupported
-from assay.poc.engines.hf.engine import HFEngine, auto_batch, be_deterministic, check_shape
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pins import of_weights
-from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.proof import Header
-from assay.poc.protocol.transforms import check_frame
-from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import HFPrefill, Prefill
+from assay.poc.protocol.round import check_batch_size
 from assay.poc.responses.receipts import Receipts
 from assay.poc.verdict.calibration import Calibration
-from assay.poc.verifier import judging_batch
 from assay.settings import NUMBER_FORMATS
+
+if TYPE_CHECKING:
+    from assay.models.load import Model
+    from assay.poc.engines.base import Engine
+    from assay.poc.responses.adapters import Lora
+    from assay.poc.responses.prefill import Prefill
 
 EngineName = Literal["hf", "vllm"]
 Kernels = Literal["auto", "compiled", "eager"]
@@ -94,20 +91,22 @@ class Proving(Launch):
     kernels: Kernels = "auto"
     deterministic: bool = False
 
-    def shape(self, model: Model, pipeline: Pipeline) -> dict[str, Any]:
+    def shape(self, model: "Model", pipeline: Pipeline) -> dict[str, Any]:
         """Return the arguments of an hf engine for a loaded model."""
+        from assay.poc.engines.hf.engine import auto_batch
+
         size = auto_batch(model, self.seq_len + pipeline.steps) if self.batch_size == "auto" else self.batch_size
         compiled = compiles(model, self.kernels)
         return {"batch_size": size, "seq_len": self.seq_len, "compiled": compiled and not pipeline.steps}
 
     def check(self, pipeline: Pipeline) -> None:
         """Refuse options that the engine has no use for, which vLLM needs half a minute to say."""
+        check_batch_size(1 if self.batch_size == "auto" else self.batch_size)
         if self.engine == "hf":
             if pipeline.steps and self.kernels == "compiled":
                 seen = f"--kernels compiled with --preset {self.preset}"
                 raise UsageError(seen, wanted="eager kernels, which decode", do="leave --kernels out")
             return
-        _refuse_for_vllm(None, pipeline)
         of_hf = {
             f"--kernels {self.kernels}": self.kernels != "auto",
             "--deterministic": self.deterministic,
@@ -120,10 +119,11 @@ class Proving(Launch):
                 wanted="no --kernels or --deterministic, a batch size in numbers, and a dtype",
                 do=f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
             )
+        _refuse_for_vllm(None, pipeline)
 
 
 @contextmanager
-def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine]]:
+def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     """Load a model and its engine; yield both.
 
     Raises:
@@ -133,8 +133,11 @@ def open_prover(chosen: Proving) -> Iterator[tuple[Model, Engine]]:
     """
     pipeline, size = get_pipeline(chosen.preset), 1 if chosen.batch_size == "auto" else chosen.batch_size
     chosen.check(pipeline)
-    check_shape(model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps)
     frame = chosen.read_frame(pipeline)
+    from assay.models.load import model_info
+    from assay.poc.engines.hf.engine import HFEngine, be_deterministic, check_shape
+
+    check_shape(model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps)
     if chosen.engine == "vllm":
         with vllm_engine(chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len, frame=frame) as made:
             yield made
@@ -153,6 +156,8 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
         CalibrationError: The calibration was measured with another kind of engine.
         AssayError: As of :func:`open_judge`.
     """
+    from assay.models.load import model_info
+
     dtype = of_weights(header.fingerprint.dtype)
     if calibration is not None:
         calibration.check_kind(header, chosen.engine)
@@ -169,7 +174,7 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
 @contextmanager
 def open_judge(
     chosen: Launch, header: Header, calibration: Calibration | None = None
-) -> Iterator[tuple[Model, Engine | None]]:
+) -> Iterator[tuple["Model", "Engine | None"]]:
     """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
 
     The calibration that will judge the proof says the batch that it was measured with.
@@ -186,6 +191,8 @@ def open_judge(
         return
     stored = dtype in NUMBER_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
     _refuse_for_vllm(None if stored else dtype, header.pipeline)
+    from assay.poc.verifier import judging_batch
+
     size = judging_batch(header, engine="vllm", calibration=calibration)
     shape = {"batch_size": size, "seq_len": header.round.seq_len}
     with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as made:
@@ -198,8 +205,8 @@ def open_judge(
 
 @contextmanager
 def open_prefill(
-    chosen: Launch, files: Sequence[Receipts], *, batch_size: int = 16, adapter: Lora | None = None
-) -> Iterator[tuple[Model, Prefill]]:
+    chosen: Launch, files: Sequence[Receipts], *, batch_size: int = 16, adapter: "Lora | None" = None
+) -> Iterator[tuple["Model", "Prefill"]]:
     """Yield the model and the engine that replay receipts, at most ``batch_size`` responses at once.
 
     The first node's number format is taken where none is chosen. ``adapter`` is that of receipts that name one.
@@ -211,6 +218,8 @@ def open_prefill(
     """
     dtype = chosen.dtype or of_weights(files[0].header.fingerprint.dtype)
     if chosen.engine == "hf":
+        from assay.poc.responses.prefill import HFPrefill
+
         loaded = load(chosen.model, dtype, chosen.device)
         yield loaded, HFPrefill(loaded, batch_size=batch_size)
         return
@@ -224,25 +233,33 @@ def open_prefill(
         yield made.model, made
 
 
-def load(model: str, dtype: str | None, device: str | None) -> Model:
+def load(model: str, dtype: str | None, device: str | None) -> "Model":
     """Load a model in the dtype or the eight-bit number format that a name stands for."""
+    from assay.models.load import load_model
+    from assay.models.quantized import in_format
+
     return load_model(model, **in_format(dtype), device=device)
 
 
 def check_loadable(model: str, dtype: str | None, device: str | None) -> None:
     """Refuse what :func:`load` refuses, as far as no weights must be read for it."""
+    from assay.models.load import check_loadable as check_model
+    from assay.models.quantized import in_format
+
     check_model(model, quantise=in_format(dtype)["quantise"], device=device)
 
 
-def compiles(model: Model, kernels: Kernels) -> bool:
+def compiles(model: "Model", kernels: Kernels) -> bool:
     """Return whether compiled kernels are asked for, or are the faster ones of a model."""
+    from assay.poc.engines.hf.fused import worth_compiling
+
     return worth_compiling(model) if kernels == "auto" else kernels == "compiled"
 
 
 @contextmanager
 def vllm_engine(
     chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int, frame: Frame | None = None
-) -> Iterator[tuple[Model, Engine]]:
+) -> Iterator[tuple["Model", "Engine"]]:
     """Start vLLM with a model; yield the model's identity and the engine. It raises what :func:`open_prover` raises."""
     options = _prepare_vllm(chosen.device)
     from assay.poc.vllm.engine import VLLMEngine
@@ -294,6 +311,7 @@ def vllm_options(text: str) -> dict[str, Any]:
 
 def _refuse_for_vllm(dtype: str | None, pipeline: Pipeline | None = None) -> None:
     """Refuse an eight-bit number format, which vLLM is not given, and a pipeline that it does not run."""
+    from assay.poc.engines.base import unsupported
     from assay.poc.vllm.engine import supports_pipeline
 
     if pipeline is not None and not supports_pipeline(pipeline):

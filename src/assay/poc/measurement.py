@@ -134,11 +134,8 @@ def _refuse_different(proofs: Sequence[Proof]) -> None:
         raise UsageError("no proof", wanted="one or more", do="pass honest proofs of the model")
     of_one = [(p.round.preset, p.round.seq_len, p.header.digest, p.header.weights) for p in proofs]
     if len(set(of_one)) > 1:
-        raise ProofMismatch(
-            "proofs of " + " and ".join(sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one})),
-            wanted="proofs of one preset, length and checkpoint",
-            do="measure them one by one",
-        )
+        seen = "proofs of " + " and ".join(sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one}))
+        raise ProofMismatch(seen, wanted="proofs of one preset, length and checkpoint", do="measure them one by one")
     inputs = Counter(
         (proof.round.block_hash, proof.round.public_key, record.nonce) for proof in proofs for record in proof.records
     )
@@ -156,11 +153,8 @@ def _dimension(proof: Proof, dimension: int | None) -> int:
         seen = f"--dimension {dimension} with preset {pipeline.name}"
         raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
     if (size := known or dimension) is None:
-        raise UsageError(
-            f"a proof of preset {pipeline.name}",
-            wanted="the dimension of its output",
-            do="pass --dimension: the vocabulary with the trained head, the hidden size without one",
-        )
+        do = "pass --dimension: the vocabulary with the trained head, the hidden size without one"
+        raise UsageError(f"a proof of preset {pipeline.name}", wanted="the dimension of its output", do=do)
     return size
 
 

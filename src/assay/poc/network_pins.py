@@ -6,21 +6,21 @@ Values that are given beside a file, by options or a configuration file, must ag
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.storage import write_atomic
-from assay.models.load import Model, identify, model_info
-from assay.poc.engines.base import Engine
-from assay.poc.engines.hf.engine import check_shape
 from assay.poc.launch import Proving
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
 from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, Accepted, NetworkPins, PinnedFile, pins_text
-from assay.poc.protocol.pipelines import get_pipeline
+from assay.poc.protocol.pipelines import check_frame, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import check_frame
 from assay.poc.verdict.calibration import Calibration
+
+if TYPE_CHECKING:
+    from assay.models.load import Model
+    from assay.poc.engines.base import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Asked:
     how: Proving
     pins: Pins | None
 
-    def check_engine(self, model: Model, engine: Engine) -> None:
+    def check_engine(self, model: "Model", engine: "Engine") -> None:
         """Refuse a checkpoint or a build that the network did not agree on, before anything is computed.
 
         Raises:
@@ -132,12 +132,8 @@ def _flag(name: str) -> str:
 
 
 def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageError:
-    return UsageError(
-        f"{_flag(name)} {value} beside {file}",
-        wanted=f"{wanted}, as the network agreed there",
-        do="leave it out, or correct one of the two",
-        field=name,
-    )
+    seen, do = f"{_flag(name)} {value} beside {file}", "leave it out, or correct one of the two"
+    return UsageError(seen, wanted=f"{wanted}, as the network agreed there", do=do, field=name)
 
 
 def pinned_format(pins: Path, model: str) -> str | None:
@@ -182,11 +178,14 @@ def write_pins(
         check_frame(get_pipeline(round["preset"]), None)
     Pins(prover_dtype=dtype)  # an error names the formats
     builds = _builds(dtype, headers, round["preset"]) if engine is None else [describe_build(engine)]
+    for path in calibrations:
+        _check_calibration(path, headers)
+    from assay.models.load import identify, model_info  # when nothing can be refused without it
+    from assay.poc.engines.hf.engine import check_shape
+
     if asked["seq_len"] is not None:  # the default is one to be changed in the file
         steps = get_pipeline(round["preset"]).steps
         check_shape(model_info(model), batch_size=1, seq_len=asked["seq_len"], steps=steps)
-    for path in calibrations:
-        _check_calibration(path, headers)
     known = identify(model, dtype="float32").with_frame(frame)  # in which dtype it would run does not matter
     digest = known.digest
     for path, header in zip(proofs, headers, strict=True):

@@ -27,10 +27,9 @@ from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
 from assay.poc.launch import check_loadable, load
 from assay.poc.protocol.blocks import block_scale, has_block_factor
-from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import check_frame
 from assay.poc.prover import Progress, prove, recompute
 from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
@@ -88,11 +87,8 @@ def calibrate_model(
     """
     pipeline = get_pipeline(preset)
     if blocks * nonces < FEWEST or min(blocks, nonces) < 1:
-        raise UsageError(
-            f"{blocks} blocks with {nonces} nonces",
-            wanted=f"at least {FEWEST} nonces in all: fewer do not show the tail",
-            do=f"leave both out, for {BLOCKS} blocks with {NONCES}",
-        )
+        seen, do = f"{blocks} blocks with {nonces} nonces", f"leave both out, for {BLOCKS} blocks with {NONCES}"
+        raise UsageError(seen, wanted=f"at least {FEWEST} nonces in all: fewer do not show the tail", do=do)
     if not formats or len(set(formats)) < len(formats):
         seen = f"the number formats {', '.join(formats) or 'none'}"
         raise UsageError(seen, wanted="one or more, each once", do="leave --formats out")

@@ -18,7 +18,7 @@ from assay.models.load import Model
 from assay.poc.engines.base import Engine, check_supported
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.engines.hf.fused import worth_compiling
-from assay.poc.protocol.pipelines import Pipeline, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.proof import (
     DistanceRecord,
     Header,
@@ -30,7 +30,6 @@ from assay.poc.protocol.proof import (
     runs_of,
 )
 from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import check_frame
 
 T = TypeVar("T")
 DEFAULT_BATCH = 32

@@ -2,23 +2,23 @@
 
 import secrets
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from assay.errors import CalibrationError, ProofMismatch, UsageError
+from assay.errors import CalibrationError, ProofMismatch
 from assay.models.load import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
 from assay.poc.engines.hf.fused import worth_compiling
-from assay.poc.protocol.pins import FORMATS, Build, Pins
-from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record, check_distinct_seeds
+from assay.poc.protocol.pins import Build, Pins
+from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, check_length, frame_name, recompute
 from assay.poc.verdict.calibration import Calibration, noise_for
 from assay.poc.verdict.judge import Verdict, judge
-from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, plan_sample, sequential_test
+from assay.poc.verdict.noise import Noise, plan_sample, sequential_test
+from assay.poc.verdict.proofs import check_proof, draw_records
 from assay.streams.backends import dtype_name
 
 # A header may claim any batch shape, and may have claimed it in a calibration; a validator follows it so far, for equal
@@ -103,7 +103,7 @@ def verify(
     test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     size, power = plan_sample(test, len(proof.records), sample)
-    chosen = _draw(proof, size, seed)
+    chosen = draw_records(proof, size, seed)
     engines = [engine, *(_controlling(header, one, model) for one in controls)]
     found: list[list[Record]] = [[] for _ in engines]
     for one, records in zip(engines, found, strict=True):
@@ -113,41 +113,6 @@ def verify(
                 progress(sum(map(len, found)), len(chosen) * len(engines))
     more: dict[str, Any] = {"pins": pins, "test": test, "seed": seed, "power": power}
     return judge(proof, chosen, found[0], noise, again=dict(zip(again, found[1:], strict=True)), **more)
-
-
-def check_proof(
-    proof: Proof,
-    *,
-    expect: Pins | Round | None = None,
-    sample: int | None = None,
-    calibration: Calibration | None = None,
-) -> Pins:
-    """Refuse a proof as far as that needs no model, and return what is pinned; the arguments are those of `verify`.
-
-    :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs that are refused.
-
-    Raises:
-        ProofMismatch: The header contradicts ``expect`` or names a number format that this version does not know, or
-            nonces have colliding input seeds.
-        UsageError: The sample is larger than the proof, or an expected value is out of range.
-        CalibrationError: The calibration is of another model, preset or engine than the prover's.
-    """
-    header = proof.header
-    if header.fingerprint.dtype not in FORMATS:
-        raise ProofMismatch(
-            f"a proof in the number format {header.fingerprint.dtype!r:.40}",
-            wanted="one of " + ", ".join(FORMATS),
-            do="ask the node for a proof in one of them, or verify with the version of assay that wrote it",
-        )
-    pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
-    if calibration is not None and pins.prover_dtype is None:
-        calibration.find_build(header)
-        if calibration.fixes_format(header):
-            pins = replace(pins, prover_dtype=header.fingerprint.dtype)
-    pins.check(header)
-    _draw(proof, sample, 0)
-    check_distinct_seeds(header.round, header.all_nonces())
-    return pins
 
 
 def judging_setup(
@@ -244,14 +209,3 @@ def _measured(header: Header, calibration: Calibration | None, engine: str) -> l
 
 def _bounded(batch_size: int, header: Header) -> int:
     return max(1, min(batch_size, LARGEST_BATCH, LARGEST_SHAPE // header.positions))
-
-
-def _draw(proof: Proof, sample: int | None, seed: int) -> list[Record]:
-    total = len(proof.records)
-    size = min(LARGEST_SAMPLE, total) if sample is None else sample
-    if type(size) is not int or not 1 <= size <= total:
-        raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
-    if type(seed) is not int or seed < 0:
-        raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
-    chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
-    return [proof.records[i] for i in sorted(chosen.tolist())]

@@ -72,11 +72,8 @@ def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[f
 def _finite(values: npt.ArrayLike, name: str) -> FloatArray:
     values_N = np.asarray(values, dtype=np.float64)
     if values_N.ndim != 1 or not values_N.size or not np.isfinite(values_N).all():
-        raise UsageError(
-            f"{name} of shape {values_N.shape}",
-            wanted="a non-empty list of finite numbers",
-            do="drop or repair the samples without a score",
-        )
+        wanted, do = "a non-empty list of finite numbers", "drop or repair the samples without a score"
+        raise UsageError(f"{name} of shape {values_N.shape}", wanted=wanted, do=do)
     return values_N
 
 

@@ -81,11 +81,8 @@ def _check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: to
     if rows is not None:
         _check("rows", rows, device, ("int64",), 1)
         if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
-            raise UsageError(
-                f"rows from {int(rows.min())} to {int(rows.max())} of {count}",
-                wanted=f"rows from 0 to {count - 1}",
-                do="number the rows of the scores from 0",
-            )
+            seen = f"rows from {int(rows.min())} to {int(rows.max())} of {count}"
+            raise UsageError(seen, wanted=f"rows from 0 to {count - 1}", do="number the rows of the scores from 0")
     wanted = count if rows is None else len(rows)
     if len(seeds) != wanted:
         do = "name the rows that get noise in rows_N"
@@ -248,11 +245,8 @@ class Backend:
         """
         checked_BR = _checked(seeds_BR)
         if x_BD.ndim != 2 or len(x_BD) != len(checked_BR):
-            raise UsageError(
-                f"an array of shape {tuple(x_BD.shape)} and seeds of {len(checked_BR)} rows",
-                wanted="rows [B, D] and seeds [B, R]",
-                do="give every row its own seeds",
-            )
+            seen = f"an array of shape {tuple(x_BD.shape)} and seeds of {len(checked_BR)} rows"
+            raise UsageError(seen, wanted="rows [B, D] and seeds [B, R]", do="give every row its own seeds")
         with self._room_for(x_BD.shape[1]):
             return self._reflected(x_BD, checked_BR)
 
@@ -267,11 +261,8 @@ class Backend:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(
-                f"streams of {n} elements do not fit on {self.device}",
-                wanted="free memory for the whole batch",
-                do="make fewer streams in one call",
-            ) from error
+            wanted, do = "free memory for the whole batch", "make fewer streams in one call"
+            raise OutOfMemory(f"streams of {n} elements do not fit on {self.device}", wanted=wanted, do=do) from error
 
     def _generate(self, kind: str, seeds_B: UInts, n: int) -> Array:
         """Return the first n numbers of a kind, which is the name of a public method."""
@@ -342,11 +333,8 @@ def step_seeds(words_B8: Seeds, steps_N: Seeds) -> UInts:
 def _single(seeds: Seeds) -> UInts:
     seeds_BS = _checked(seeds)
     if seeds_BS.shape[1] != 1:
-        raise UsageError(
-            f"{seeds_BS.shape[1]} sub-seeds for each stream",
-            wanted="one seed for each stream: only normals take more",
-            do="make the seeds with strength=32",
-        )
+        wanted, do = "one seed for each stream: only normals take more", "make the seeds with strength=32"
+        raise UsageError(f"{seeds_BS.shape[1]} sub-seeds for each stream", wanted=wanted, do=do)
     return np.ascontiguousarray(seeds_BS[:, 0])
 
 

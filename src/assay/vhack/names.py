@@ -1,4 +1,13 @@
-"""Names that settings and the command line know before torch is loaded."""
+"""Names that settings and the command line know before torch is loaded, and the kinds of files that they name."""
+
+from functools import partial
+
+from assay.files.jsonl import check_kind
+
+BASIS, DELTA, CHECK = "v2_with_sv", "assay.delta_s/1", "assay.vhack.check/1"
+"""Schemas of the files of a basis, of a δS, and of the result of a check."""
+
+check_basis, check_delta = partial(check_kind, BASIS), partial(check_kind, DELTA)
 
 METHODS = ("lda", "svd")
 """Methods of extraction: of :func:`assay.vhack.basis.basis.find_axes`."""

@@ -8,8 +8,8 @@ import torch
 from assay.errors import DataError, ModelError, UsageError
 from assay.vhack.checks import read_pool
 from assay.vhack.training import sample_tasks
-from assay.vhack.training.evaluation import read_samples
 from assay.vhack.training.pool import RolloutPool
+from assay.vhack.training.tasks import read_samples
 
 HOW = {"temperature": 1.0, "max_new_tokens": 5, "seed": 0, "batch": 2}
 

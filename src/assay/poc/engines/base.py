@@ -26,8 +26,6 @@ from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.streams.backends import as_tensor
 
-MAX_BATCH = 65_536
-
 
 class Decoded(NamedTuple):
     """What a batch of nonces publishes."""
@@ -99,17 +97,8 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
 def unsupported(pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]) -> UsageError:
     """Return the refusal of a pipeline on an engine of that name, which names the presets that it supports."""
     supported = [name for name, known in PIPELINES.items() if supports(known)]
-    return UsageError(
-        f"preset {pipeline.name} on the {engine} engine",
-        wanted=f"one of {', '.join(supported)}",
-        do="choose one of them with --preset, or use --engine hf in one process",
-    )
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch size that is not a number from 1 to 65 536."""
-    if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
-        raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
+    wanted, do = f"one of {', '.join(supported)}", "choose one of them with --preset, or use --engine hf in one process"
+    return UsageError(f"preset {pipeline.name} on the {engine} engine", wanted=wanted, do=do)
 
 
 def noise_inputs(

@@ -7,7 +7,6 @@ as they are. Only a service without keys has a middleware, which guards it again
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -34,7 +33,7 @@ from assay.files.jsonl import unique_keys
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.settings import ServerSettings
+from assay.poc.net.settings import ServerSettings, is_loopback
 from assay.poc.net.shares import PARTS, Shares, client_of
 
 log = structlog.get_logger("assay.http")
@@ -100,14 +99,6 @@ def route_path(scope: Connection) -> str:
     """Return the path of a request as the router compares it: without the root path (``--root-path``)."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if root and f"{path}/".startswith(f"{root}/") else path
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address or name is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _digest(key: str) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 import structlog
 from typing_extensions import override
@@ -17,11 +17,13 @@ from typing_extensions import override
 from assay._version import __version__
 from assay.errors import StorageError, reason_of
 from assay.files.jsonl import JsonObject
-from assay.poc.net.deployment import Deployment
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.settings import ServerSettings
 from assay.poc.net.shares import Shares
+
+if TYPE_CHECKING:
+    from assay.poc.net.deployment import Deployment
 
 log = structlog.get_logger("assay.runtime")
 
@@ -85,7 +87,7 @@ class EngineThread(LoopThread):
     Where ``load`` returns None, the thread ends. The application answers meanwhile.
     """
 
-    def __init__(self, name: str, load: Callable[[], Deployment | None]) -> None:
+    def __init__(self, name: str, load: "Callable[[], Deployment | None]") -> None:
         super().__init__(name)
         self._load, self._loading = load, True
 
@@ -103,7 +105,7 @@ class EngineThread(LoopThread):
                 self._turn_failed(error)
 
     @abstractmethod
-    def _turn(self, deployment: Deployment) -> None:
+    def _turn(self, deployment: "Deployment") -> None:
         """Do one piece of work, or wait for it."""
 
     @abstractmethod
@@ -170,7 +172,7 @@ class Runtime(ABC):
         """Make a call that blocks, in a thread kept for that, and wait for its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
-    def load_model(self, load: Callable[[], Deployment]) -> Deployment | None:
+    def load_model(self, load: "Callable[[], Deployment]") -> "Deployment | None":
         """Load the model and begin to work with it, in the engine's thread; return None where that fails."""
         try:
             deployment = load()
@@ -187,14 +189,14 @@ class Runtime(ABC):
         return deployment
 
     @abstractmethod
-    def _check_model(self, deployment: Deployment) -> None:
+    def _check_model(self, deployment: "Deployment") -> None:
         """Refuse a model that does not fit the settings."""
 
     def _loading_failed(self, error: Exception) -> None:
         """Take the error that ended loading."""
         log.error("model not loaded", error=reason_of(error))
 
-    def _begin(self, deployment: Deployment) -> None:
+    def _begin(self, deployment: "Deployment") -> None:
         """Take the deployment, and continue what was interrupted."""
         self.deployment = deployment
 

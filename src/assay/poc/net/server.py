@@ -27,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from assay.errors import UsageError
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.routes import answer, is_loopback
+from assay.poc.net.routes import answer
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.settings import ServerSettings
 from assay.poc.net.shares import Shares, client_of
@@ -225,14 +225,6 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     if runtime is not None and not runtime.ended:  # what it computes is not on disk, and will be computed again
         sys.stderr.flush()
         os._exit(0)
-
-
-def check_host(host: str, settings: ServerSettings) -> None:
-    """Refuse an address that others reach while requests need no key."""
-    if not is_loopback(host) and not settings.has_keys:
-        wanted = "an API key where others reach the port"
-        do = "pass --api-key-file, set ASSAY_API_KEY, or leave --host out"
-        raise UsageError(f"--host {host} without a key", wanted=wanted, do=do)
 
 
 @contextmanager

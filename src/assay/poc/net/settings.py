@@ -6,6 +6,7 @@ A value comes from the argument of that name, else from the environment, else fr
 
 import base64
 import importlib
+import ipaddress
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -142,6 +143,22 @@ class ServerSettings(assay.settings.Settings):
     def has_keys(self) -> bool:
         """Whether requests must carry a key."""
         return bool(self.api_keys or self.validate_keys or self.read_keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address or name is reachable from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def check_host(host: str, settings: ServerSettings) -> None:
+    """Refuse an address that others reach while requests need no key."""
+    if not is_loopback(host) and not settings.has_keys:
+        wanted = "an API key where others reach the port"
+        do = "pass --api-key-file, set ASSAY_API_KEY, or leave --host out"
+        raise UsageError(f"--host {host} without a key", wanted=wanted, do=do)
 
 
 def check_secrets(secrets: Sequence[str]) -> list[bytes]:

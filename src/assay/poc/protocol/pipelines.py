@@ -13,10 +13,13 @@ and the one row whose nonces take more than one forward pass.
 import re
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import UsageError
 from assay.stats.chord import RANDOM_HEAD_ROWS
+
+if TYPE_CHECKING:
+    from assay.models.frame import Frame
 
 LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]  # what happens between the layers of a decoder
 
@@ -259,3 +262,15 @@ def find_pipeline(name: str) -> Pipeline | None:
         return PIPELINES.get(name)
     row = PIPELINES["decode"]
     return replace(row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps)
+
+
+def check_frame(pipeline: Pipeline, frame: "Frame | None", *, hidden_size: int = 0, vocab_size: int = 0) -> None:
+    """Refuse a pipeline without the frame that it needs, or with that of a model of another shape."""
+    if not pipeline.framed:
+        return
+    do = "make it with `assay poc frame`, and name the file in pins.toml, or with --frame"
+    if frame is None:
+        raise UsageError(f"{pipeline.name} without a frame", wanted="the frame of the checkpoint", do=do)
+    if (len(frame.mean), frame.rows) != (hidden_size, vocab_size):
+        seen = f"a frame of {len(frame.mean)} coordinates and {frame.rows} tokens"
+        raise UsageError(seen, wanted=f"{hidden_size} and {vocab_size}, as the model has", do=do)

@@ -415,7 +415,7 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
     order_N = np.argsort(seeds_N, kind="stable")
     equal = np.flatnonzero(np.diff(seeds_N[order_N]) == 0)
     pairs = nonces_N.size * (nonces_N.size - 1) / 2
-    if equal.size > scipy.stats.poisson.isf(CHANCE, pairs / 2**32):
+    if equal.size and equal.size > scipy.stats.poisson.isf(CHANCE, pairs / 2**32):
         one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
         seen = f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}"
         wanted = "an input seed of its own for every nonce: one forward pass must not serve two of them"

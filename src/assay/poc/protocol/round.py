@@ -19,6 +19,7 @@ from assay.poc.protocol.pipelines import find_pipeline, get_pipeline
 MAX_NONCE = 2**53 - 1  # largest nonce: exact in every JSON reader, and far beyond what a round can use
 MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
+MAX_BATCH = 65_536
 MAX_NAME = 1024
 DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
@@ -202,6 +203,12 @@ def check_number(name: str, value: object, low: int, high: int) -> None:
         raise UsageError(
             f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}", field=name
         )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size that is not a number from 1 to 65 536."""
+    if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
+        raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
 
 
 def check_digest(name: str, value: object) -> None:

@@ -20,7 +20,7 @@ from assay import streams
 from assay.errors import UsageError
 from assay.models.frame import Frame
 from assay.models.wide import own_precision
-from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step
+from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step, check_frame
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.streams.backends import as_tensor
@@ -107,18 +107,6 @@ def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float3
     normals_V = as_tensor(backend.normals(streams.seeds([round.block_text("target")]), size)).to(device)[0]
     target_V: Tensor = normals_V / torch.linalg.vector_norm(normals_V)
     return target_V
-
-
-def check_frame(pipeline: Pipeline, frame: Frame | None, *, hidden_size: int = 0, vocab_size: int = 0) -> None:
-    """Refuse a pipeline without the frame that it needs, or with that of a model of another shape."""
-    if not pipeline.framed:
-        return
-    do = "make it with `assay poc frame`, and name the file in pins.toml, or with --frame"
-    if frame is None:
-        raise UsageError(f"{pipeline.name} without a frame", wanted="the frame of the checkpoint", do=do)
-    if (len(frame.mean), frame.rows) != (hidden_size, vocab_size):
-        seen = f"a frame of {len(frame.mean)} coordinates and {frame.rows} tokens"
-        raise UsageError(seen, wanted=f"{hidden_size} and {vocab_size}, as the model has", do=do)
 
 
 class Transform:

@@ -269,8 +269,5 @@ def _told_apart(law: stats.TokenNoise, profiles_NG: np.ndarray) -> float:
 
 
 def _other(what: str, measured: Any, stated: Any) -> CalibrationError:
-    return CalibrationError(
-        f"a calibration of responses with another {what}: {measured}",
-        wanted=str(stated),
-        do="measure it with `assay poc calibrate-responses` on honest receipts, or leave --calibration out",
-    )
+    do = "measure it with `assay poc calibrate-responses` on honest receipts, or leave --calibration out"
+    return CalibrationError(f"a calibration of responses with another {what}: {measured}", wanted=str(stated), do=do)

@@ -12,7 +12,8 @@ from assay.files.jsonl import JsonObject
 from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
-from assay.poc.net.server import check_host, listen, run_app
+from assay.poc.net.server import listen, run_app
+from assay.poc.net.settings import check_host
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service import requests

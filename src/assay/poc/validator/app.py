@@ -29,9 +29,9 @@ from assay.poc.net.callbacks import Blocked, call, message_id, new_client, parse
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, is_loopback, needs, observed, route_class
-from assay.poc.net.server import LEAST_CHUNK, MAX_CHUNKS, check_host, listen, run_app
-from assay.poc.net.settings import ServerSettings
+from assay.poc.net.routes import Bodies, Keys, LocalOnly, Scope, needs, observed, route_class
+from assay.poc.net.server import LEAST_CHUNK, MAX_CHUNKS, listen, run_app
+from assay.poc.net.settings import ServerSettings, check_host, is_loopback
 from assay.poc.net.shares import PARTS
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.validator.claims import Claim, Reader, read_claim, refused, sender_of

@@ -29,7 +29,7 @@ from assay.poc.protocol.proof import (
 )
 from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.validator.registry import Registry, Sender
-from assay.poc.verifier import check_proof
+from assay.poc.verdict.proofs import check_proof
 
 MOST_NONCES = 2**16  # of one message
 REASONS = (

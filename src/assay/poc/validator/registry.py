@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from unicodedata import normalize
 from urllib.parse import urlsplit
 
@@ -15,9 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_toml
-from assay.models.load import ModelInfo
 from assay.poc.net.callbacks import Signatures, check_url
-from assay.poc.net.deployment import Deployment
 from assay.poc.net.settings import ServerSettings, check_secrets
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
@@ -25,6 +23,10 @@ from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_build_noise
 from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
+
+if TYPE_CHECKING:
+    from assay.models.load import ModelInfo
+    from assay.poc.net.deployment import Deployment
 
 T = TypeVar("T")
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -115,7 +117,7 @@ class Registry:
         """Read both files, of which errors name the key."""
         return cls(_latest(NetworkPins.load, pins), model, _latest(_entries, nodes) if nodes else (), settings)
 
-    def check_length(self, model: ModelInfo | Deployment) -> None:
+    def check_length(self, model: "ModelInfo | Deployment") -> None:
         """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
         if self.network.round.seq_len > model.max_positions:
             seen, wanted = f"seq_len {self.network.round.seq_len} with {model.reference}", model.max_positions
@@ -213,7 +215,7 @@ class Noises:
         DataError: A pinned file cannot be read, or is another one.
     """
 
-    def __init__(self, settings: ServerSettings, registry: Registry, deployment: Deployment) -> None:
+    def __init__(self, settings: ServerSettings, registry: Registry, deployment: "Deployment") -> None:
         self._registry, self._deployment, given = registry, deployment, settings.calibration
         pinned = registry.network.calibrations(registry.model) if given is None else ()
         self._measured = [Calibration.load(path) for path in pinned] if given is None else [given]

@@ -622,11 +622,8 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
     regular = path.is_file()  # SQLite waits without end for a pipe
     found = tables(path, flag=_flag(read_only=read_only)) if regular else set()
     if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
-        raise UsageError(
-            f"no ledger at {path}",
-            wanted="a file that `assay poc verify --ledger` began",
-            do="pass its path" if read_only else "name such a file with --ledger, or one that is not there yet",
-        )
+        do = "pass its path" if read_only else "name such a file with --ledger, or one that is not there yet"
+        raise UsageError(f"no ledger at {path}", wanted="a file that `assay poc verify --ledger` began", do=do)
     if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
         # Anything may stand in its place, such as a view without an end.
         raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))
@@ -698,17 +695,13 @@ def open_source(path: Path) -> Iterator[Source]:
         DataError: It is neither; names the line.
         StorageError: It cannot be read.
     """
-    _, start = next(read_lines(path), (1, b""))
+    is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
+    if is_ledger and LEDGER.name not in tables(path, flag="ledger"):
+        raise _bad(str(path), "a database without a ledger")
     with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
-        if start.startswith(MAGIC):
-            if LEDGER.name not in tables(path, flag="ledger"):
-                raise _bad(str(path), "a database without a ledger")
-            database, stated = _open(path, read_only=True), None
-        else:
-            database = _open(Path(folder, "copy.sqlite3"))
-            stated = _read_export(path, database)
+        database = _open(path, read_only=True) if is_ledger else _open(Path(folder, "copy.sqlite3"))
         try:
-            yield Source(path, database, stated)
+            yield Source(path, database, None if is_ledger else _read_export(path, database))
         finally:
             database.close()
 

@@ -210,11 +210,8 @@ class Life:
             for test in self._tests_of(noise, dumps(noise.as_dict())):
                 test.update(residuals)
         elif isinstance(noise, ResponseNoise) or isinstance(residuals, ResponseBlocks):
-            raise DataError(
-                "residuals of another kind than the law that they are judged under",
-                wanted="responses under a law of responses, and nonces under one of nonces",
-                do="ask for the file again",
-            )
+            wanted, do = "responses under a law of responses, and nonces under one of nonces", "ask for the file again"
+            raise DataError("residuals of another kind than the law that they are judged under", wanted=wanted, do=do)
         else:
             law, self._only_responses = noise.shape, False
             if self._pooled_count >= EPOCH:  # another pool begins; residuals at places that may be faulty never convict
@@ -586,8 +583,5 @@ def make_entry(update: Update, **added: Any) -> Entry:
 def _malformed(source: str, error: ValidationError) -> DataError:
     fault = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in fault["loc"])
-    return DataError(
-        f"{source}: {place or 'the whole'}: {fault['msg']:.200}",
-        wanted="an entry as assay writes it",
-        do="ask for the file again, or make it anew",
-    )
+    wanted, do = "an entry as assay writes it", "ask for the file again, or make it anew"
+    return DataError(f"{source}: {place or 'the whole'}: {fault['msg']:.200}", wanted=wanted, do=do)

@@ -305,11 +305,8 @@ def law_as_dict(law: Law) -> dict[str, Any]:
 def check_version(found: Any, wanted: int, test: str) -> None:
     """Refuse noise for another version of a test."""
     if found != wanted:
-        raise CalibrationError(
-            f"noise for version {found!r:.20} of {test}",
-            wanted=f"version {wanted}, whose evidence this release can compute again",
-            do="read it with the release of assay that wrote it",
-        )
+        seen, do = f"noise for version {found!r:.20} of {test}", "read it with the release of assay that wrote it"
+        raise CalibrationError(seen, wanted=f"version {wanted}, whose evidence this release can compute again", do=do)
 
 
 def sequential_test(noise: Noise, *, alpha: float = ALPHA, beta: float = BETA) -> stats.SequentialTest:

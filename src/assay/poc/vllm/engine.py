@@ -25,11 +25,10 @@ from assay.models.checkpoint import load_tokenizer, resolve
 from assay.models.device import processor
 from assay.models.frame import Frame
 from assay.models.load import identify
-from assay.poc.engines.base import Decoded, Engine, Replayed, check_batch_size, check_supported
-from assay.poc.protocol.pipelines import Pipeline, sketch_steps
+from assay.poc.engines.base import Decoded, Engine, Replayed, check_supported
+from assay.poc.protocol.pipelines import Pipeline, check_frame, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
-from assay.poc.protocol.round import Round
-from assay.poc.protocol.transforms import check_frame
+from assay.poc.protocol.round import Round, check_batch_size
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, check_finite
 from assay.poc.responses.receipts import ReceiptHeader

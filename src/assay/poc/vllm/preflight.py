@@ -11,8 +11,7 @@ from pydantic import Field
 
 from assay.errors import UsageError
 from assay.models.load import identify
-from assay.poc.net.routes import is_loopback
-from assay.poc.net.settings import Seconds
+from assay.poc.net.settings import Seconds, is_loopback
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.round import check_name

@@ -37,6 +37,7 @@ from assay.files.jsonl import LONGEST_TENSORS, check_tensors, parse
 from assay.files.storage import write_atomic
 from assay.models.load import Model
 from assay.vhack.gradients.targets import Coverage, target_modules, weights_digest
+from assay.vhack.names import BASIS
 from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 
-SCHEMA = "v2_with_sv"
+SCHEMA = BASIS
 _VALUES = "_sv/"
 _SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
 _REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"

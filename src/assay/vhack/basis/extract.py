@@ -69,11 +69,8 @@ class PairGradients:
         self.keys = tuple(str(index) for index in range(n)) if keys is None else tuple(keys)
         self.groups = self.keys if groups is None else tuple(groups)
         if not len(self.keys) == len(self.groups) == n:
-            raise UsageError(
-                f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs",
-                wanted="one of each per pair",
-                do="pass lists as long as the gradients",
-            )
+            wanted, do = "one of each per pair", "pass lists as long as the gradients"
+            raise UsageError(f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs", wanted=wanted, do=do)
         self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
         sides = (("hack", self.hack), ("clean", self.clean))
         for side, name, rows_NR in ((side, *item) for side, rows in sides for item in rows.items()):
@@ -130,11 +127,8 @@ class PairGradients:
             )
             axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
         if not any(values_K.any() for values_K in values.values()):
-            raise DataError(
-                "hack and clean have the same gradients in every module",
-                wanted="pairs whose two sides differ",
-                do="check the pairs: the two completions must not be the same",
-            )
+            wanted, do = "pairs whose two sides differ", "check the pairs: the two completions must not be the same"
+            raise DataError("hack and clean have the same gradients in every module", wanted=wanted, do=do)
         origin = replace(
             self.origin,
             top_k=top_k,

@@ -12,12 +12,12 @@ from assay.errors import DataError, UsageError
 from assay.stats.rates import BootstrapInterval, group_bootstrap
 from assay.vhack.basis.basis import Origin
 from assay.vhack.detect import Comparison
-from assay.vhack.names import METHODS
+from assay.vhack.names import CHECK, METHODS
 from assay.vhack.pairs.pairs import validated
 
 FloatArray = npt.NDArray[np.float64]
 CheckVerdict = Literal["pass", "fail", "undecided"]
-SCHEMA = "assay.vhack.check/1"
+SCHEMA = CHECK
 TITLES = {
     "pools": "cin of hack against clean samples",
     "heldout": "Held-out pairs of held-out groups",
@@ -163,11 +163,8 @@ class CheckReport:
             if not (report.hack and report.clean):
                 raise ValueError("it has no scores")
         except ValueError as error:
-            raise DataError(
-                f"a check report that cannot be used: {error}",
-                wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
-                do="run the checks again",
-            ) from None
+            wanted, do = f"what `assay vhack check --json` prints, schema {SCHEMA}", "run the checks again"
+            raise DataError(f"a check report that cannot be used: {error}", wanted=wanted, do=do) from None
         return report
 
 

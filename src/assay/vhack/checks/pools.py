@@ -110,11 +110,8 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
         prompt, completion, group = record.get("prompt", ""), record.get("completion", ""), record.get("group")
         texts = (prompt, completion) if group is None else (prompt, completion, group)
         if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
-            raise DataError(
-                f"{path}, line {number}: {why}",
-                wanted='{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name',
-                do="correct or remove the line",
-            )
+            wanted = '{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name'
+            raise DataError(f"{path}, line {number}: {why}", wanted=wanted, do="correct or remove the line")
         said = prompt.json if isinstance(prompt, Chat) else prompt
         known = group if group is not None else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
         found.append(PoolSample(Sample(prompt, completion), known))

@@ -28,15 +28,15 @@ import re
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from assay.errors import UsageError
-from assay.vhack.delta.frames import along, spread
 from assay.vhack.names import DEFAULT_ARM
 
-Number = TypeVar("Number", float, Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Number = TypeVar("Number", float, "Tensor")
 
 GATES = ("none", "one_sided", "two_sided")
 """Rules that say which part of an update along the axes is removed."""
@@ -70,13 +70,13 @@ class Gate:
         if not (math.isfinite(self.gain) and self.gain >= 0):
             raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do="1 erases, 1.1 pushes back")
 
-    def coefficients(self, hackward: Tensor) -> Tensor:
+    def coefficients(self, hackward: "Tensor") -> "Tensor":
         """Return how much of each hack-ward coordinate is removed, in its shape."""
         if self.kind == "one_sided":
             return self.gain * hackward.relu()
         return {"none": 0.0, "two_sided": 1.0}[self.kind] * self.gain * hackward
 
-    def apply(self, vectors_MR: Tensor, axes_MKR: Tensor, sign: int) -> Tensor:
+    def apply(self, vectors_MR: "Tensor", axes_MKR: "Tensor", sign: int) -> "Tensor":
         """Return what is left of vectors, [..., M, R] float64.
 
         Args:
@@ -84,6 +84,8 @@ class Gate:
             axes_MKR: Axes, [..., M, K, R] float64.
             sign: 1 for gradients, −1 for updates: whether the hack lies along +v or along −v.
         """
+        from assay.vhack.delta.frames import along, spread
+
         wide_MR = vectors_MR.double()
         removed_MK = self.coefficients(sign * along(axes_MKR, wide_MR))
         return wide_MR - sign * spread(axes_MKR, removed_MK)
@@ -101,8 +103,10 @@ class Box:
         if not (self.hackward >= 0 and self.away >= 0):
             raise UsageError(f"{self}", wanted="a box around the start, bounds from 0 on", do="give lengths, not signs")
 
-    def correction(self, displacement_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+    def correction(self, displacement_MR: "Tensor", axes_MKR: "Tensor") -> "Tensor":
         """Return what to add to δS so that it is inside again, [..., M, R] float64, zero where it is inside."""
+        from assay.vhack.delta.frames import along, spread
+
         at_MK = along(axes_MKR, displacement_MR)
         return spread(axes_MKR, at_MK.clamp(-self.hackward, self.away) - at_MK)
 
@@ -143,7 +147,7 @@ class Arm:
             if value not in known:
                 raise UsageError(f"{name}={value!r}", wanted=" or ".join(map(repr, known)), do="choose one of them")
 
-    def judge(self, rewards_BF: Tensor, flags_B: Tensor, weight: float) -> Tensor:
+    def judge(self, rewards_BF: "Tensor", flags_B: "Tensor", weight: float) -> "Tensor":
         """Return what rollouts are paid by F reward functions after a detector has flagged some of them.
 
         ``penalty`` takes 1 in all, given the sum of the weights of the functions. ``filter`` pays nothing that is a
@@ -248,14 +252,14 @@ def _distance(name: str, text: str) -> float:
     return found
 
 
-def gate_gradient(arm: Arm, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+def gate_gradient(arm: Arm, gradient_MR: "Tensor", axes_MKR: "Tensor") -> "Tensor":
     """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients."""
     if arm.level != "gradient" or arm.gate.kind == "none" or not axes_MKR.shape[-2]:
         return gradient_MR
     return arm.gate.apply(gradient_MR, axes_MKR, 1).to(gradient_MR.dtype)
 
 
-def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+def apply_arm(arm: Arm, delta_MR: "Tensor", before_MR: "Tensor", start_MR: "Tensor", axes_MKR: "Tensor") -> "Tensor":
     """Return δS after the arm has acted on what the inner optimizer did: gate the update, then box.
 
     Args:
@@ -276,7 +280,7 @@ def apply_arm(arm: Arm, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, a
     return delta_MR
 
 
-def displace(delta_MR: Tensor, distance: float | Tensor, axes_MKR: Tensor) -> Tensor:
+def displace(delta_MR: "Tensor", distance: "float | Tensor", axes_MKR: "Tensor") -> "Tensor":
     """Return δS, [..., M, R], moved along +v of every axis, away from the hack.
 
     The distance is in units of δS; a tensor holds one per run and is shaped to fit before [M, R].

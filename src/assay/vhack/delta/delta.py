@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, UsageError
-from assay.files.storage import storage_error
+from assay.files.storage import check_folder, storage_error
 from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.file import load_delta, read_delta_lengths, save_delta
@@ -371,10 +371,7 @@ def write_merged(
         DataError: The δS is of other modules.
         StorageError: The directory cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise UsageError(
-            f"{folder}, which exists", wanted="a new or empty directory", do="choose another, or --overwrite"
-        )
+    check_folder(folder, new=not overwrite)
     lengths = read_delta_lengths(path)
     model = load_model(reference, dtype=dtype, device=device)
     adapter = load_adapter(model, path, lengths, progress=progress)

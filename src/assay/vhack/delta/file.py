@@ -27,8 +27,8 @@ from assay.streams.definition import seed32
 from assay.vhack.basis.basis import read_tensors
 from assay.vhack.delta.groups import Group
 from assay.vhack.gradients.targets import tensor_digest
+from assay.vhack.names import DELTA, check_delta
 
-_SCHEMA = "assay.delta_s/1"
 _PROBE = "_probe/"
 _TOLERANCE = 1e-2
 _REDO = "attach the adapter to the model that the file was made with, with the same factors, or train again"
@@ -38,7 +38,7 @@ def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor])
     """Write δS by module name; :meth:`DeltaS.save` calls it."""
     values = {name: delta_R.cpu().contiguous() for name, delta_R in delta.items()}
     probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
-    metadata = {"schema": _SCHEMA, "weights_sha256": _weights(groups), "delta_sha256": _digest(values)}
+    metadata = {"schema": DELTA, "weights_sha256": _weights(groups), "delta_sha256": _digest(values)}
     write_atomic(path, save({**values, **probes}, metadata=metadata))
 
 
@@ -58,8 +58,7 @@ def read_delta_lengths(path: str | Path) -> dict[str, int]:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """Return metadata, δS and probes of a file with this schema."""
     metadata, tensors = read_tensors(path, _REDO)
-    if metadata.get("schema") != _SCHEMA:
-        raise DataError(f"{path} has schema {metadata.get('schema')!r}", wanted=_SCHEMA, do="give one of DeltaS.save")
+    check_delta(path)
     probes = {name.removeprefix(_PROBE): tensors.pop(name) for name in list(tensors) if name.startswith(_PROBE)}
     return metadata, tensors, probes
 

@@ -86,11 +86,8 @@ def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
     skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
     if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
         worst = int(skew_M.nan_to_num(torch.inf).argmax())
-        raise DataError(
-            f"axes of {group.names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal",
-            wanted="orthonormal rows, or zero ones",
-            do="extract the basis again",
-        )
+        seen = f"axes of {group.names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal"
+        raise DataError(seen, wanted="orthonormal rows, or zero ones", do="extract the basis again")
     for _ in range(_ITERATIONS):
         axes_MKR = 1.5 * axes_MKR - 0.5 * (axes_MKR @ axes_MKR.transpose(1, 2)) @ axes_MKR
     return axes_MKR

@@ -445,11 +445,8 @@ def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
     fine_MN = [torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0) for rows_NR in found.values()]
     for one in encoded if not torch.stack(fine_MN).all() else ():
         if bad := next((name for name, fine_N in zip(found, fine_MN, strict=True) if not fine_N[one.index]), ""):
-            raise DataError(
-                f"the loss or the gradient of {one.name} in {bad} is not finite",
-                wanted="finite numbers",
-                do="leave the sample out, or load the model in float32",
-            )
+            wanted, do = "finite numbers", "leave the sample out, or load the model in float32"
+            raise DataError(f"the loss or the gradient of {one.name} in {bad} is not finite", wanted=wanted, do=do)
 
 
 def _store(found: SampleGradients, computed: Computed) -> None:

@@ -86,11 +86,8 @@ def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: 
     """
     wide_OI = weight_OI.detach().double()
     if not torch.isfinite(wide_OI).all():
-        raise BadWeights(
-            f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity",
-            wanted="finite weights",
-            do="load the checkpoint again",
-        )
+        wanted, do = "finite weights", "load the checkpoint again"
+        raise BadWeights(f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity", wanted=wanted, do=do)
     is_tall = wide_OI.shape[0] >= wide_OI.shape[1]
     tall = wide_OI if is_tall else wide_OI.T
     by_gram = method == "gram" or (method == "auto" and weight_OI.is_cuda)

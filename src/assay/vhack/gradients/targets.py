@@ -133,11 +133,8 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     for name, linear in found.items():
         # As in Zamba: each would have a δS, and merging one would undo the other.
         if (other := first.setdefault(id(linear.weight), name)) != name:
-            raise ModelError(
-                f"{name} has the weight of {other}",
-                wanted="projections with a weight each",
-                do="use a model whose layers share no projection",
-            )
+            wanted, do = "projections with a weight each", "use a model whose layers share no projection"
+            raise ModelError(f"{name} has the weight of {other}", wanted=wanted, do=do)
     return found
 
 
@@ -149,11 +146,8 @@ def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
     if seen is None and config is not None and getattr(config.get_text_config(), "is_causal", True) is False:
         seen = "its configuration"
     if seen is not None:
-        raise ModelError(
-            f"{type(module).__name__} whose attention is not causal, by {seen}",
-            wanted="a decoder in which no token sees a later one",
-            do="use a causal language model",
-        )
+        wanted, do = "a decoder in which no token sees a later one", "use a causal language model"
+        raise ModelError(f"{type(module).__name__} whose attention is not causal, by {seen}", wanted=wanted, do=do)
 
 
 def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | None) -> dict[str, nn.Linear]:

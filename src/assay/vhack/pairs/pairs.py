@@ -243,11 +243,8 @@ def _match(record: JsonObject, hack: str, clean: str, name: str) -> Pair:
     if not isinstance(task, str) or not isinstance(mode, str):
         group = record.get("group")
         if not isinstance(group, str) or not group.strip():
-            raise DataError(
-                f"{name}: neither a built-in task nor a group",
-                wanted="a group, by which checks hold pairs out",
-                do='add "group" to the tasks, as text',
-            )
+            wanted, do = "a group, by which checks hold pairs out", 'add "group" to the tasks, as text'
+            raise DataError(f"{name}: neither a built-in task nor a group", wanted=wanted, do=do)
         return Pair(record["prompt"], hack, clean, group)
     try:
         family = task_named(task).family.name

@@ -95,11 +95,8 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
             if not (cases and listed) or record["task"] in found or not isinstance(record["task"], str):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise DataError(
-                f"{path}, line {number}: no tests of a new task",
-                wanted='{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}',
-                do="correct the line",
-            ) from None
+            wanted, do = '{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}', "correct the line"
+            raise DataError(f"{path}, line {number}: no tests of a new task", wanted=wanted, do=do) from None
         found[record["task"]] = cases
     return found
 
@@ -162,11 +159,8 @@ def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Cal
     longest = max(len(text_of(side).encode(errors="surrogatepass")) for side in (pair.hack, pair.clean))
     bound = Limits().program_bytes
     if longest > bound:
-        raise DataError(
-            f"pair {index} (group {pair.group}): a side of {longest} bytes",
-            wanted=f"programs of at most {bound} bytes",
-            do="shorten it, or leave the pair out of the verification",
-        )
+        wanted, do = f"programs of at most {bound} bytes", "shorten it, or leave the pair out of the verification"
+        raise DataError(f"pair {index} (group {pair.group}): a side of {longest} bytes", wanted=wanted, do=do)
     channel, task = tags["channel"], tags["task"]
     if channel not in CHANNELS:
         raise DataError(f"pair {index}: channel {channel!r:.60}", wanted=", ".join(CHANNELS), do="correct the tag")

@@ -22,17 +22,17 @@ from typing import Any, Unpack
 import numpy as np
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import JsonObject, dumps, loads, read_jsonl
+from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.storage import PartialFile
 from assay.models.load import Model
 from assay.stats.rates import group_bootstrap, grouped_share_interval
 from assay.streams.backends import dtype_name
 from assay.vhack.delta.arms import ARMS
 from assay.vhack.environment.grading import Episode
-from assay.vhack.environment.tasks import task_named
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.pool import Sampling, encode_prompts, sample_batches
-from assay.vhack.training.rewards import Graded, RewardFunction, Task, make_reward, mechanism_of, read_prompt
+from assay.vhack.training.rewards import Graded, make_reward
+from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt
 
 
 def sample_tasks(
@@ -113,57 +113,6 @@ def group_of(task: Task) -> str:
     """Return the name of what completions of a task have in common: its ``group``, or else task or prompt itself."""
     said = task.task.name if isinstance(task, Episode) else _group_said(task)
     return read_prompt(task) if said is None else said
-
-
-def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObject], list[Task]]:
-    """Return the lines of a file of completions, and the task of each; that of a line without one has its prompt.
-
-    Raises:
-        DataError: The file cannot be read or holds no line; a line has no prompt or no completion, or no task has its
-            prompt, and the message names the line; or two tasks have one prompt.
-    """
-    by_prompt: dict[str, Task] = {}
-    for task in tasks:
-        if by_prompt.setdefault(read_prompt(task), task) != task:
-            raise DataError(
-                f"two different tasks with the prompt {read_prompt(task)!r:.80}",
-                wanted="prompts by which the tasks of completions can be found",
-                do="make them differ, or leave one out",
-            )
-    records: list[JsonObject] = []
-    found: list[Task] = []
-    for number, record in read_jsonl(path):
-        records.append(record)
-        found.append(_task_of(record, by_prompt, f"{path}, line {number}"))
-    if not records:
-        raise DataError(f"{path}: no completion", wanted="at least one line", do="check the path")
-    return records, found
-
-
-def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Task:
-    prompt, completion = record.get("prompt"), record.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise DataError(f"{name}: not a completion", wanted='{"prompt": "…", "completion": "…"}', do="correct the line")
-    if "task" not in record:
-        if prompt not in by_prompt:
-            raise DataError(
-                f"{name}: a prompt of none of the {len(by_prompt)} tasks",
-                wanted="prompts of the tasks, or lines of assay vhack sample with the name of a built-in one",
-                do="describe the tasks by --tasks and its neighbours as they were for sampling",
-            )
-        return by_prompt[prompt]
-    task, mode, markers = (record.get(part) for part in ("task", "mode", "markers"))
-    try:
-        made = Episode(task_named(str(task)), str(mode), str(markers))
-    except (DataError, UsageError) as error:
-        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do="correct the line") from error
-    if made.prompt != prompt:
-        raise DataError(
-            f"{name}: a prompt that is not the one of {made.task.name} in mode {made.mode}",
-            wanted="the prompt of the task that the line names",
-            do="take task, mode and markers out of the line, or correct them",
-        )
-    return made
 
 
 _BATCH = 64  # completions that are graded between two calls of progress
@@ -273,11 +222,8 @@ def evaluate(
         print(found.rates()["hack"].text)
     """
     if not completions or len(tasks) != len(completions):
-        raise DataError(
-            f"{len(completions)} completions of {len(tasks)} tasks",
-            wanted="at least one, and a task for each",
-            do="repeat a task for each of its completions",
-        )
+        wanted, do = "at least one, and a task for each", "repeat a task for each of its completions"
+        raise DataError(f"{len(completions)} completions of {len(tasks)} tasks", wanted=wanted, do=do)
     workers = workers or os.cpu_count() or 1
     paying = make_reward(tasks, reward, ARMS["none"], "tasks", workers=workers, allow_unsandboxed=allow_unsandboxed)
     grades: list[Graded] = []

@@ -359,11 +359,8 @@ class GRPO(GRPOTrainer):
 def _check(args: GRPOConfig, processes: Processes) -> None:
     """Refuse settings of TRL under which a run would not be what its log says."""
     if args.world_size != processes.count:
-        raise UsageError(
-            f"a trainer of {processes.count} process in {args.world_size}",
-            wanted="one process",
-            do="start several with assay vhack train, which takes tasks and a reward of one's own",
-        )
+        do = "start several with assay vhack train, which takes tasks and a reward of one's own"
+        raise UsageError(f"a trainer of {processes.count} process in {args.world_size}", wanted="one process", do=do)
     for name, seen, wanted, why in (
         ("max_grad_norm", args.max_grad_norm or 0.0, 0.0, "TRL clips before the gate; ProjectedOptimizer has max_norm"),
         ("shuffle_dataset", bool(args.shuffle_dataset), False, "the prompts have an order that a run can go on with"),
@@ -390,6 +387,8 @@ def trl_arguments(
             wanted="as many backward passes in every process",
             do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts",
         )
+    form = "activation" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient"  # before transformers 5.24
+    checkpointing: dict[str, Any] = {f"{form}_checkpointing": settings.checkpointing}
     made = GRPOConfig(
         output_dir=str(folder),
         seed=settings.seed,
@@ -413,8 +412,7 @@ def trl_arguments(
         report_to=list(trackers) or "none",
         disable_tqdm=True,
         bf16=False,  # the model computes in its own dtype, and δS is float32
-        gradient_checkpointing=settings.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing | {f"{form}_checkpointing_kwargs": {"use_reentrant": False}},
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,  # δS of every module takes part in every pass

@@ -182,11 +182,8 @@ class StepLog(TrainerCallback):
             values["alarm"] = self.alarm.see(values["missed"])
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise ModelError(
-                f"step {step}: {', '.join(bad)} not finite",
-                wanted="finite numbers",
-                do="lower the learning rate; the last checkpoint is from before",
-            )
+            wanted, do = "finite numbers", "lower the learning rate; the last checkpoint is from before"
+            raise ModelError(f"step {step}: {', '.join(bad)} not finite", wanted=wanted, do=do)
         overlap = self.refresh(state.global_step)
         if self.log is not None:
             self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))

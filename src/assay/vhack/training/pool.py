@@ -160,11 +160,8 @@ def find_end_tokens(model: Model) -> list[int]:
 
 
 def _cannot_complete(reference: str, missing: str) -> UsageError:
-    return UsageError(
-        f"{reference} without {missing}",
-        wanted="a model with a tokenizer that has an eos_token",
-        do="name the token in its tokenizer_config.json, or choose another --model",
-    )
+    do = "name the token in its tokenizer_config.json, or choose another --model"
+    return UsageError(f"{reference} without {missing}", wanted="a model with a tokenizer that has an eos_token", do=do)
 
 
 def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:

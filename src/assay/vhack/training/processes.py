@@ -82,17 +82,11 @@ def join_processes(device: str | None) -> Processes:
         return ALONE
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
-            raise UsageError(
-                f"a run in several processes with {name}",
-                wanted="a whole model in every process, as torchrun or accelerate launch --multi_gpu has it",
-                do="leave it out",
-            )
+            wanted = "a whole model in every process, as torchrun or accelerate launch --multi_gpu has it"
+            raise UsageError(f"a run in several processes with {name}", wanted=wanted, do="leave it out")
     if device is not None and ":" in device:
-        raise UsageError(
-            f"--device {device} for several processes",
-            wanted="a device for each",
-            do="leave it out, or say cuda or cpu",
-        )
+        wanted, do = "a device for each", "leave it out, or say cuda or cpu"
+        raise UsageError(f"--device {device} for several processes", wanted=wanted, do=do)
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")

@@ -1,11 +1,4 @@
-"""Tasks, and the rewards of completions: of the environment, or of one's own in Python or as ``module:function``.
-
-*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt``, which may be
-messages that the model's chat template turns into text, and whatever else the reward needs to know of a task, or of
-:class:`assay.vhack.environment.Episode`::
-
-    def tasks():
-        return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
+"""The rewards of completions: of the environment, or of one's own in Python or as ``module:function``.
 
 *A reward* is a function of TRL's form: it takes prompts, completions and the columns of the tasks as lists of one
 length, and returns what each completion is paid. Instead of a number it may return a mapping with ``reward`` and, for
@@ -19,36 +12,25 @@ Shapes: B rollouts.
 
 import math
 import random
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from assay.errors import BackendUnavailable, DataError, UsageError, reason_of
-from assay.models.chat import render_chat
-from assay.models.checkpoint import load_tokenizer
+from assay.errors import DataError, UsageError
 from assay.vhack.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
-from assay.vhack.environment.sandbox import available_backend
-from assay.vhack.pairs.pairs import chat_columns
-from assay.vhack.training.settings import TaskSettings
+from assay.vhack.training.tasks import RewardFunction, Task, check_gradable, mechanism_of, read_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-Task = Episode | str | Mapping[str, Any]
-"""A task: a built-in one, a prompt, or a row of one's own with a prompt."""
-RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
 MARKS = ("correct", "exploited", "vacuous")
 FLAGS = ("teacher", *MARKS, "flagged")
@@ -209,119 +191,6 @@ class EpisodeReward(Reward):
         ]
 
 
-def import_function(where: str, flag: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names; modules in the working directory are found too.
-
-    Raises:
-        UsageError: The text has another form, the module cannot be imported or fails when it is, or it has no such
-            function. The message names the flag.
-    """
-    module, _, name = where.partition(":")
-    if not module or not name:
-        raise UsageError(f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found = getattr(import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever a module of the user raises while it is imported
-        raise UsageError(
-            f"{flag} {where}: {type(error).__name__}: {error}",
-            wanted="a function in a module that can be imported from here",
-            do=f"check both names, start from the directory of the module, and try python -c 'import {module}'",
-        ) from error
-    finally:
-        with suppress(ValueError):  # the module may have changed the path itself
-            sys.path.remove(here)
-    if not callable(found):
-        raise UsageError(f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}")
-    made: Callable[..., Any] = found
-    return made
-
-
-def load_tasks(
-    settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str, model: str | None = None
-) -> tuple[list[Task], str]:
-    """Return the tasks that settings name, or those in their place, and what they are called in errors.
-
-    Raises:
-        UsageError: The function of the tasks cannot be found.
-        DataError: It fails, a task has no prompt, or there are fewer than ``least``; ``why`` says what needs them.
-            Or messages have no chat template, that of ``model``, or are refused by it.
-    """
-    source = str(settings.tasks) if tasks is None else "tasks"
-    if tasks is None and isinstance(settings.tasks, int):
-        tasks = settings.episodes(settings.tasks)
-    elif tasks is None:
-        make = import_function(str(settings.tasks), "--tasks")
-        try:
-            tasks = list(make())
-        except (Exception, SystemExit) as error:  # whatever a function of the user raises
-            raise DataError(
-                f"--tasks {source} raised {type(error).__name__}: {error}",
-                wanted="a function without arguments that returns a list of tasks",
-                do="correct it",
-            ) from error
-    found = _render_tasks(list(tasks), model, source)
-    if len(found) < least:
-        raise DataError(f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some")
-    for index, task in enumerate(found):
-        if not isinstance(task, Episode) and not (read_prompt(task) if isinstance(task, str | Mapping) else ""):
-            raise DataError(
-                f"{source}: task {index} is {task!r:.80}",
-                wanted="a prompt, or a mapping with one under 'prompt'",
-                do="correct what the function returns",
-            )
-    return found, source
-
-
-def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Task]:
-    """Return tasks with text for prompts of messages, as a tokenizer that may add a beginning token takes it."""
-    tokenizer: Any = None
-    for index, task in enumerate(tasks):
-        if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), list):
-            continue
-        try:
-            tokenizer = tokenizer or (None if model is None else load_tokenizer(model))
-            text = render_chat(chat_columns(dict(task), ())["prompt"], tokenizer)
-        except (UsageError, ValueError) as error:
-            wanted, do = "messages for a model with a chat template", "correct them, or name the model (--model)"
-            raise DataError(f"{source}: task {index}: {reason_of(error)}", wanted=wanted, do=do) from None
-        begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
-        tasks[index] = {**task, "prompt": text.removeprefix(tokenizer.bos_token if begins else "")}
-    return tasks
-
-
-def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: bool) -> list[Episode]:
-    """Return tasks that the environment can grade here.
-
-    Raises:
-        UsageError: There are others than built-in ones among them.
-        BackendUnavailable: There is no sandbox.
-    """
-    graded = [task for task in tasks if isinstance(task, Episode)]
-    if len(graded) < len(tasks):
-        raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
-    if available_backend() is None and not allow_unsandboxed:
-        raise BackendUnavailable(
-            "no sandbox for the programs of the model",
-            wanted="bubblewrap where user namespaces are allowed",
-            do="install bubblewrap, or accept the risk with --allow-unsandboxed",
-        )
-    return graded
-
-
-def read_prompt(task: Task) -> str:
-    """Return the prompt of a task, or an empty text where it has none."""
-    found = task if isinstance(task, str) else task.prompt if isinstance(task, Episode) else task.get("prompt")
-    return found if isinstance(found, str) else ""
-
-
-def mechanism_of(task: Task) -> str:
-    """Return the loophole of a task: the mode of a built-in one, ``mechanism`` of one's own, or an empty text."""
-    said = task.mode if isinstance(task, Episode) else task.get("mechanism") if isinstance(task, Mapping) else None
-    return said if isinstance(said, str) else ""
-
-
 def make_reward(
     tasks: Sequence[Task], function: RewardFunction | None, arm: Arm, source: str, *, workers: int, **how: bool
 ) -> Reward:
@@ -348,11 +217,8 @@ class OwnReward(Reward):
     def __init__(self, tasks: Sequence[Task], function: RewardFunction, arm: Arm) -> None:
         super().__init__(tasks)
         if arm.exploit_pays != Arm.exploit_pays:
-            raise UsageError(
-                f"the arm {arm.name} with a reward of one's own",
-                wanted="an arm that leaves the pay as it is",
-                do="take another arm, and let the reward itself pay less",
-            )
+            wanted, do = "an arm that leaves the pay as it is", "take another arm, and let the reward itself pay less"
+            raise UsageError(f"the arm {arm.name} with a reward of one's own", wanted=wanted, do=do)
         self.function = function
 
     @override
@@ -395,8 +261,5 @@ def _flag(mark: Mapping[str, Any], name: str) -> bool | None:
 
 
 def _refusal(seen: str) -> DataError:
-    return DataError(
-        f"the reward returned {seen}",
-        wanted="one finite number for each completion, or a mapping with it under 'reward'",
-        do="correct the function",
-    )
+    wanted, do = "one finite number for each completion, or a mapping with it under 'reward'", "correct the function"
+    return DataError(f"the reward returned {seen}", wanted=wanted, do=do)

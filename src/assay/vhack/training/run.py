@@ -35,8 +35,9 @@ from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.page import training_page
 from assay.vhack.training.pool import RolloutPool, find_end_tokens, finite_sampling
 from assay.vhack.training.processes import ALONE, Processes, join_processes
-from assay.vhack.training.rewards import Reward, RewardFunction, Task, import_function, load_tasks, make_reward
+from assay.vhack.training.rewards import Reward, make_reward
 from assay.vhack.training.settings import TrainSettings
+from assay.vhack.training.tasks import RewardFunction, Task, import_function, load_tasks
 
 if TYPE_CHECKING:
     from assay.vhack.training.grpo import GRPO
@@ -224,11 +225,8 @@ def _check_installed(trackers: tuple[str, ...]) -> None:
 
     there: list[str] = cast(Any, integrations).get_available_reporting_integrations()
     if missing := [name for name in trackers if name not in there]:
-        raise UsageError(
-            f"tracker {', '.join(missing)}",
-            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
-            do="install it, or leave it out: log.jsonl has everything",
-        )
+        seen, do = f"tracker {', '.join(missing)}", "install it, or leave it out: log.jsonl has everything"
+        raise UsageError(seen, wanted=f"one that is installed: {', '.join(there) or 'there is none'}", do=do)
 
 
 def train(

@@ -34,12 +34,10 @@ from assay.models.load import Model, ModelInfo
 from assay.models.rows import steps_of_passes
 from assay.models.wide import WIDE, is_wide, own_precision
 from assay.poc.engines.base import (
-    MAX_BATCH,
     Decoded,
     Engine,
     HostCopy,
     Replayed,
-    check_batch_size,
     drawn_prompts,
     drawn_seeds,
     margins,
@@ -49,14 +47,13 @@ from assay.poc.engines.base import (
 )
 from assay.poc.engines.hf.fused import FUSED, CompiledForward, worth_compiling
 from assay.poc.protocol.blocks import BlockFactor, block_factor
-from assay.poc.protocol.pipelines import LayerStep, Pipeline, get_pipeline, sketch_steps
+from assay.poc.protocol.pipelines import LayerStep, Pipeline, check_frame, get_pipeline, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import MAX_BATCH, Round, check_batch_size
 from assay.poc.protocol.transforms import (
     ROWS_OF_A_PRODUCT,
     Reading,
     Transform,
-    check_frame,
     project,
     reflect,
     sketch_states,
