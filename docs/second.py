@@ -395,7 +395,7 @@ def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype
         of_decode = "tokens" if engine.steps >= 256 else "few tokens"
         family = {"hardened": "position vector", "tokens-1": "token vector"}.get(engine.preset, of_decode)
     law = json.loads(LAWS.read_text())["laws"].get(family, {}).get("/".join(sorted((stated, dtype or stated))))
-    return (judged(residuals, law) if law else {"verdict": "undecided"}) | {"residuals": residuals}  # no law, no verdict
+    return (judged(residuals, law) if law else {"verdict": "undecided"}) | {"residuals": residuals}
 
 
 def main():

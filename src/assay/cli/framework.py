@@ -345,11 +345,9 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
         for name, given in values.items():
             texts = [one for one in (given if isinstance(given, list | tuple) else [given]) if isinstance(one, str)]
             if name not in (result, "merge") and any(_same_file(values[result], one) for one in texts):  # it may grow
-                raise UsageError(
-                    f"{flag} {values[result]}, which is {settings[name].spelling} too",
-                    wanted="a file of its own for every result",
-                    do=f"choose another name with {flag}",
-                )
+                seen = f"{flag} {values[result]}, which is {settings[name].spelling} too"
+                do = f"choose another name with {flag}"
+                raise UsageError(seen, wanted="a file of its own for every result", do=do)
 
 
 def _same_file(result: str, other: str) -> bool:

@@ -175,11 +175,9 @@ class Database:
             seen = "another file is in the place of the one that is open"
         except OSError as error:
             seen = error.strerror or str(error)
-        raise StorageError(
-            f"{self.path}: {seen}",
-            wanted="the file that was opened: what is written would be lost with it",
-            do="stop this process before a database is moved or restored, and start it again",
-        )
+        wanted = "the file that was opened: what is written would be lost with it"
+        do = "stop this process before a database is moved or restored, and start it again"
+        raise StorageError(f"{self.path}: {seen}", wanted=wanted, do=do)
 
     def _own(self, data_dir: Path, *, exclusive: bool) -> int:
         """Create directory and file where they are missing, take the lock where it is wanted, and shut others out.
@@ -224,11 +222,9 @@ class Database:
             raise damaged(self.path, "the table migrations is missing", flag=self._flag)  # a view may have no end
         current = connection.exec_driver_sql("SELECT coalesce(max(version), 0) FROM migrations").scalar_one()
         if type(current) is not int or not oldest <= current <= newest:
-            raise StorageError(
-                f"a database of schema {current!r:.40}",
-                wanted=f"schema {newest}" + (" or older" if oldest < newest else ""),
-                do=f"run the version of assay that wrote it, or pass another {self._flag}",
-            )
+            wanted = f"schema {newest}" + (" or older" if oldest < newest else "")
+            do = f"run the version of assay that wrote it, or pass another {self._flag}"
+            raise StorageError(f"a database of schema {current!r:.40}", wanted=wanted, do=do)
         return current
 
 

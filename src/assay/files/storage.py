@@ -200,11 +200,9 @@ class PartialFile:
             self.append_lines([first])
             return []
         if lines[0] != first:
-            raise UsageError(
-                f"{self.partial} was begun with other arguments, another model or another engine",
-                wanted="the same command as the interrupted one",
-                do="repeat that command, or remove the partial file to start again",
-            )
+            seen = f"{self.partial} was begun with other arguments, another model or another engine"
+            do = "repeat that command, or remove the partial file to start again"
+            raise UsageError(seen, wanted="the same command as the interrupted one", do=do)
         kept = lines[: most + 1]
         values = [read(number, f"{line}\n".encode()) for number, line in enumerate(kept[1:], start=2)]
         if len(lines) > len(kept):

@@ -129,11 +129,9 @@ def render_chat(
             not use the tools, or gives too much text.
     """
     if not chat_template_digest(tokenizer):
-        raise UsageError(
-            f"messages for {reference} without a chat template",
-            wanted="a chat_template.jinja, or a chat_template in tokenizer_config.json, beside the weights",
-            do="take the Instruct or chat model of this kind, or write the prompt as text",
-        )
+        wanted = "a chat_template.jinja, or a chat_template in tokenizer_config.json, beside the weights"
+        do = "take the Instruct or chat model of this kind, or write the prompt as text"
+        raise UsageError(f"messages for {reference} without a chat template", wanted=wanted, do=do)
     fields, name = chat.fields, f"the chat template of {reference}"
     text = _rendered(tokenizer, name, **fields, add_generation_prompt=True)
     if "tools" in fields and text == _rendered(tokenizer, name, **fields | {"tools": None}, add_generation_prompt=True):
@@ -171,11 +169,9 @@ def _rendered(tokenizer: Any, name: str, *, chat_template_kwargs: Any = None, to
         if answer.startswith(b"+"):
             return answer[1:].decode()
         refused = answer[1:].decode()
-    raise UsageError(
-        f"messages that {name} refuses: {refused:.200}",
-        wanted="roles and contents in an order that it takes; it has no clock",
-        do="correct the messages; set what the template needs, such as a date, in chat_template_kwargs",
-    )
+    wanted = "roles and contents in an order that it takes; it has no clock"
+    do = "correct the messages; set what the template needs, such as a date, in chat_template_kwargs"
+    raise UsageError(f"messages that {name} refuses: {refused:.200}", wanted=wanted, do=do)
 
 
 _SECONDS, _MEMORY = 2, 2**29
@@ -205,11 +201,9 @@ class _Templates:
                 self.end()
                 raise
         most = f"{_SECONDS} s" if late else f"{_MEMORY >> 20} MiB, or ends the process that renders"
-        raise UsageError(
-            f"{name}, which takes more for these messages than {most}",
-            wanted="a template that writes messages one after another",
-            do="take the template of a publisher whom you trust, or write the prompt as text",
-        )
+        wanted = "a template that writes messages one after another"
+        do = "take the template of a publisher whom you trust, or write the prompt as text"
+        raise UsageError(f"{name}, which takes more for these messages than {most}", wanted=wanted, do=do)
 
     def _start(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()

@@ -322,11 +322,9 @@ def _downloaded(hub_id: str) -> Path:
         names = [file.rfilename for file in HfApi().model_info(hub_id, timeout=_SECONDS).siblings or []]
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles and not any(name.endswith(".safetensors") for name in names):
-            raise UnsafeCheckpoint(
-                f"{hub_id!r} is published only as a pickle ({pickles[0]}), which would execute code when it is read",
-                wanted="safetensors",
-                do="ask its authors for safetensors, or convert it on a machine you can afford to lose",
-            )
+            seen = f"{hub_id!r} is published only as a pickle ({pickles[0]}), which would execute code when it is read"
+            do = "ask its authors for safetensors, or convert it on a machine you can afford to lose"
+            raise UnsafeCheckpoint(seen, wanted="safetensors", do=do)
         with silence_transformers():
             return Path(snapshot_download(hub_id, allow_patterns=_FILES, etag_timeout=_SECONDS))
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -349,11 +347,9 @@ def find_bundled(reference: str) -> Path:
     for path in (_HERE / "reference" / name, _CHECKOUT / name):
         if (path / "config.json").is_file():
             return path
-    raise ModelNotFound(
-        f"{reference} is not in the installed package",
-        wanted="a checkout of the repository, which has it in tests/data/models",
-        do="install from a checkout with pip install -e ., or use reference:qwen3",
-    )
+    wanted = "a checkout of the repository, which has it in tests/data/models"
+    do = "install from a checkout with pip install -e ., or use reference:qwen3"
+    raise ModelNotFound(f"{reference} is not in the installed package", wanted=wanted, do=do)
 
 
 def load_tokenizer(reference: str | Path) -> "PreTrainedTokenizerBase | None":
@@ -382,11 +378,9 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
     except BaseException as error:  # the libraries raise many kinds, down to a panic of Rust, which is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(
-            f"the tokenizer in {directory} cannot be read: {error}",
-            wanted="tokenizer files that need no code of their own",
-            do="save the tokenizer again, or remove its files to load the model without one",
-        ) from error
+        wanted = "tokenizer files that need no code of their own"
+        do = "save the tokenizer again, or remove its files to load the model without one"
+        raise ModelError(f"the tokenizer in {directory} cannot be read: {error}", wanted=wanted, do=do) from error
 
 
 def _check_ids(path: Path) -> None:
@@ -520,11 +514,9 @@ def list_tensors(directory: Path) -> list[Stored]:
         raise bad_weights(seen, "every tensor of the model once")
     for tensor in tensors:
         if tensor.dtype not in STORED_DTYPES and tensor.dtype not in _OTHERS:
-            raise BadWeights(
-                f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}",
-                wanted="float32, float16 or bfloat16, or a quantised format of docs/models.md",
-                do="use the checkpoint before quantisation",
-            )
+            wanted = "float32, float16 or bfloat16, or a quantised format of docs/models.md"
+            do = "use the checkpoint before quantisation"
+            raise BadWeights(f"{tensor.file} stores {tensor.name!r} as {tensor.dtype}", wanted=wanted, do=do)
     return tensors
 
 

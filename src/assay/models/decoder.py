@@ -102,11 +102,9 @@ def backbone(module: nn.Module) -> nn.Module:
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module) and decoder is not module:
         return decoder
-    raise LayersNotFound(
-        f"{type(module).__name__} has no decoder below its head",
-        wanted="a causal language model of transformers (get_decoder() returns its backbone)",
-        do="load the model with assay.models.load_model",
-    )
+    wanted = "a causal language model of transformers (get_decoder() returns its backbone)"
+    do = "load the model with assay.models.load_model"
+    raise LayersNotFound(f"{type(module).__name__} has no decoder below its head", wanted=wanted, do=do)
 
 
 def head_of(module: nn.Module) -> nn.Module:
@@ -138,11 +136,9 @@ def decoder_layers(module: nn.Module) -> nn.ModuleList:
     if layers is not None and len(layers) == expected:
         return layers
     seen = "no list of layers" if layers is None else f"{len(layers)} layers where the configuration says {expected}"
-    raise LayersNotFound(
-        f"{type(decoder).__name__} has {seen}",
-        wanted=f"an nn.ModuleList named {', '.join(_LISTS_OF_LAYERS)} with config.num_hidden_layers entries",
-        do="use a model whose decoder layers can be found; hooks on a guess would measure something else",
-    )
+    wanted = f"an nn.ModuleList named {', '.join(_LISTS_OF_LAYERS)} with config.num_hidden_layers entries"
+    do = "use a model whose decoder layers can be found; hooks on a guess would measure something else"
+    raise LayersNotFound(f"{type(decoder).__name__} has {seen}", wanted=wanted, do=do)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -25,11 +25,9 @@ def parse_device(name: str | None) -> torch.device:
     if not DEVICE_NAME.fullmatch(name):
         raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise BackendUnavailable(
-            f"device={name!r}, and torch sees {torch.cuda.device_count()} CUDA devices",
-            wanted="a device that is there",
-            do="use --device cpu, or install a torch with CUDA on a machine that has one",
-        )
+        seen = f"device={name!r}, and torch sees {torch.cuda.device_count()} CUDA devices"
+        do = "use --device cpu, or install a torch with CUDA on a machine that has one"
+        raise BackendUnavailable(seen, wanted="a device that is there", do=do)
     return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 

@@ -210,11 +210,9 @@ def check_device(form: StoredFormat, device: torch.device) -> None:
         check_quantisation(form.name, device)
         return
     if form.block is not None and form.block != CUDA_BLOCK:
-        raise BackendUnavailable(
-            "{} with a scale for {} x {} numbers, on {}".format(form.name, *form.block, device),
-            wanted="blocks of {} x {} on CUDA".format(*CUDA_BLOCK),
-            do="pass --device cpu, or use vLLM",
-        )
+        seen = "{} with a scale for {} x {} numbers, on {}".format(form.name, *form.block, device)
+        do = "pass --device cpu, or use vLLM"
+        raise BackendUnavailable(seen, wanted="blocks of {} x {} on CUDA".format(*CUDA_BLOCK), do=do)
     libraries = find_spec("triton") is not None and hasattr(functional, "scaled_mm")
     if not libraries or torch.cuda.get_device_capability(device) != _TESTED_CAPABILITY:
         wanted = "a CPU, or an H100 or H200 with torch 2.10 or later and triton, on which it was tested"

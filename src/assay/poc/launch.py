@@ -114,11 +114,9 @@ class Proving(Launch):
             f"--dtype {self.dtype}": self.dtype in NUMBER_FORMATS,
         }
         if given := [flag for flag, is_given in of_hf.items() if is_given]:
-            raise UsageError(
-                f"{given[0]} with --engine vllm",
-                wanted="no --kernels or --deterministic, a batch size in numbers, and a dtype",
-                do=f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
-            )
+            wanted = "no --kernels or --deterministic, a batch size in numbers, and a dtype"
+            do = f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options"
+            raise UsageError(f"{given[0]} with --engine vllm", wanted=wanted, do=do)
         _refuse_for_vllm(None, pipeline)
 
 
@@ -164,11 +162,9 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
     chosen.check_loadable(dtype)
     info, positions = model_info(chosen.model), header.round.seq_len + header.pipeline.steps
     if positions > info.max_positions:
-        raise ProofMismatch(
-            f"a proof of {positions} positions",
-            wanted=f"at most the {info.max_positions} of {info.reference}",
-            do="pass the model of the round with --model, or ask the node for its proof of this round",
-        )
+        wanted = f"at most the {info.max_positions} of {info.reference}"
+        do = "pass the model of the round with --model, or ask the node for its proof of this round"
+        raise ProofMismatch(f"a proof of {positions} positions", wanted=wanted, do=do)
 
 
 @contextmanager

@@ -114,11 +114,9 @@ def measure_r_target(
     _refuse_different(given)
     size, is_vector = _dimension(given[0], dimension), given[0].header.pipeline.output == "vector"
     if effective_dimension is None and not is_vector:
-        raise UsageError(
-            "distances, and no effective dimension of the model's states",
-            wanted="what says how blocks differ",
-            do="pass --model, or the --calibration that `assay poc calibrate --model M` wrote",
-        )
+        wanted = "what says how blocks differ"
+        do = "pass --model, or the --calibration that `assay poc calibrate --model M` wrote"
+        raise UsageError("distances, and no effective dimension of the model's states", wanted=wanted, do=do)
     per_block: dict[str, list[FloatArray]] = {}
     for proof in given:
         vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
@@ -171,11 +169,9 @@ def compare_r_target(
     counts = np.array([len(of_block) for of_block in distances], dtype=np.float64)
     n = int(counts.sum())
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:
-        raise UsageError(
-            f"{n} nonces for a valid rate of {valid_rate}",
-            wanted=f"at least {MIN_NONCES} nonces and a rate in (0, 1)",
-            do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
-        )
+        wanted = f"at least {MIN_NONCES} nonces and a rate in (0, 1)"
+        do = "prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %"
+        raise UsageError(f"{n} nonces for a valid rate of {valid_rate}", wanted=wanted, do=do)
     ordered_N, tail = np.sort(np.concatenate(distances)), (1 - CONFIDENCE) / 2
     ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
     low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
@@ -245,11 +241,9 @@ def _effective_dimension(path: Path) -> float:
     measured = [build.effective_dimension for build in Calibration.load(path).builds]
     known = next((one for one in measured if one is not None), None)
     if known is None:
-        raise UsageError(
-            f"{path}, which has no effective dimension",
-            wanted="a calibration of a model's own states, for a preset with signs and a random head",
-            do="write one with `assay poc calibrate --model M`",
-        )
+        wanted = "a calibration of a model's own states, for a preset with signs and a random head"
+        do = "write one with `assay poc calibrate --model M`"
+        raise UsageError(f"{path}, which has no effective dimension", wanted=wanted, do=do)
     return known
 
 
@@ -258,11 +252,9 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
     model = load_model(reference, device=device)
     other = [p.header for p in proofs if (p.header.digest, p.header.weights) != (model.digest, model.weights)]
     if other:
-        raise ProofMismatch(
-            f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)",
-            wanted=f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)",
-            do="pass their model with --model, or leave it out",
-        )
+        seen = f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)"
+        wanted = f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)"
+        raise ProofMismatch(seen, wanted=wanted, do="pass their model with --model, or leave it out")
     round = proofs[0].round if proofs else Round(block_hash="calibration", public_key="calibration")
     return measure_block_factor(model, round).effective_dimension
 

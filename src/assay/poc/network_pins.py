@@ -190,11 +190,9 @@ def write_pins(
     digest = known.digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
-            raise ProofMismatch(
-                f"{path}: a proof of {header.round.model:.80} ({header.weights}, {header.digest[:12]})",
-                wanted=f"one of {model} (trained, {digest[:12]})",
-                do="pass the proof of a node that ran this checkpoint",
-            )
+            seen = f"{path}: a proof of {header.round.model:.80} ({header.weights}, {header.digest[:12]})"
+            do = "pass the proof of a node that ran this checkpoint"
+            raise ProofMismatch(seen, wanted=f"one of {model} (trained, {digest[:12]})", do=do)
     shares = [(key, share) for key in public_keys for share in range(round["node_count"])]
     files = [PinnedFile.of(path, output.parent) for path in calibrations]
     tables: list[tuple[str, Mapping[str, object]]] = [

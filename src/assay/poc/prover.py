@@ -91,11 +91,9 @@ def prove(
         decoding = get_pipeline(round.preset).steps > 0  # which runs the kernels of eager torch
         engine = HFEngine(model, **shape, compiled=worth_compiling(model) and not decoding)
     elif batch_size not in (None, engine.batch_size):
-        raise UsageError(
-            f"batch_size {batch_size} with an engine of {engine.batch_size} rows",
-            wanted="one of the two: the batch shape belongs to the engine",
-            do="leave batch_size out, or make the engine with it",
-        )
+        wanted = "one of the two: the batch shape belongs to the engine"
+        do = "leave batch_size out, or make the engine with it"
+        raise UsageError(f"batch_size {batch_size} with an engine of {engine.batch_size} rows", wanted=wanted, do=do)
     chosen = round.check_nonces(nonces)
     check_length(engine, round)
     pipeline = get_pipeline(round.preset)
@@ -210,11 +208,9 @@ def _in_batches(
             batch = items[:0] if start is None else items[start : start + engine.batch_size]
             arrays = made if isinstance(made, tuple) else () if made is None else (made,)
             if {len(array) for array in arrays} != {len(batch)}:
-                raise ModelError(
-                    f"an engine with {len(arrays[0]) if arrays else 0} results for a batch of {len(batch)} nonces",
-                    wanted="one result for each nonce",
-                    do="start the engine again; if that does not help, use --engine hf",
-                )
+                seen = f"an engine with {len(arrays[0]) if arrays else 0} results for a batch of {len(batch)} nonces"
+                do = "start the engine again; if that does not help, use --engine hf"
+                raise ModelError(seen, wanted="one result for each nonce", do=do)
             yield batch, arrays
 
 

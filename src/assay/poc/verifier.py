@@ -136,11 +136,9 @@ def judging_setup(
         CalibrationError: The calibration is of another model, preset or pair of engines.
     """
     if (header.digest, header.weights) != (model.digest, model.weights):
-        raise ProofMismatch(
-            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
-            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do="verify with the checkpoint that the network agreed on (--model)",
-        )
+        seen = f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})"
+        do = "verify with the checkpoint that the network agreed on (--model)"
+        raise ProofMismatch(seen, wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})", do=do)
     refused = []
     for one in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(one, header.round)

@@ -140,11 +140,9 @@ class BlockLaw:
 
     def __post_init__(self) -> None:
         if not (self.freedom > 0 and 0 < self.scale < math.inf):
-            raise UsageError(
-                f"an effective dimension of {self.freedom} and a scale of {self.scale}",
-                wanted="positive numbers",
-                do="measure the effective dimension with `assay poc calibrate --model M`",
-            )
+            seen = f"an effective dimension of {self.freedom} and a scale of {self.scale}"
+            do = "measure the effective dimension with `assay poc calibrate --model M`"
+            raise UsageError(seen, wanted="positive numbers", do=do)
 
     def factor(self, q: float) -> float:
         """Return the quantile of the factor γ over such blocks."""

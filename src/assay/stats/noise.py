@@ -327,11 +327,9 @@ def fit_log_noise(
 def _read_honest(values: npt.ArrayLike) -> FloatArray:
     values_N = np.asarray(values, dtype=np.float64).ravel()
     if values_N.size < FEWEST_RESIDUALS or not np.isfinite(values_N).all():
-        raise UsageError(
-            f"{values_N.size} residuals, {np.count_nonzero(~np.isfinite(values_N))} of them not finite",
-            wanted=f"at least {FEWEST_RESIDUALS} finite residuals of honest nonces",
-            do="measure more nonces, and find out why any are not finite",
-        )
+        seen = f"{values_N.size} residuals, {np.count_nonzero(~np.isfinite(values_N))} of them not finite"
+        do = "measure more nonces, and find out why any are not finite"
+        raise UsageError(seen, wanted=f"at least {FEWEST_RESIDUALS} finite residuals of honest nonces", do=do)
     return values_N
 
 

@@ -135,17 +135,13 @@ def place_test(
     values_N, positions_N = np.asarray(magnitudes, dtype=np.float64), np.asarray(positions)
     alike = values_N.ndim == 1 and values_N.shape == positions_N.shape
     if not alike or (values_N.size and (not np.issubdtype(positions_N.dtype, np.integer) or positions_N.min() < 0)):
-        raise UsageError(
-            f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape {positions_N.shape}",
-            wanted="one whole number from 0 for each residual",
-            do="pass the index of each nonce in the prover's own sequence",
-        )
+        seen = f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape {positions_N.shape}"
+        do = "pass the index of each nonce in the prover's own sequence"
+        raise UsageError(seen, wanted="one whole number from 0 for each residual", do=do)
     if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
-        raise UsageError(
-            f"batch_size {batch_size}, honest_size {honest_size}",
-            wanted="a batch of at least 1, a finite size of at least 0",
-            do="pass the batch size of the proof's header, or None",
-        )
+        wanted = "a batch of at least 1, a finite size of at least 0"
+        do = "pass the batch size of the proof's header, or None"
+        raise UsageError(f"batch_size {batch_size}, honest_size {honest_size}", wanted=wanted, do=do)
     if values_N.size < 2:
         return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, np.zeros(values_N.size, dtype=np.bool_))
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))

@@ -141,11 +141,9 @@ def group_bootstrap(
     draws = [statistic(*_resample(arrays, rows, generator)) for _ in range(n_resamples)]
     without = np.count_nonzero(np.isnan([found, *draws]))
     if without:
-        raise UsageError(
-            f"a statistic that is not a number in {without} of {n_resamples} draws and the samples themselves",
-            wanted="a number for every draw of groups",
-            do="leave rows without a number out, or choose a statistic that every draw has",
-        )
+        seen = f"a statistic that is not a number in {without} of {n_resamples} draws and the samples themselves"
+        do = "leave rows without a number out, or choose a statistic that every draw has"
+        raise UsageError(seen, wanted="a number for every draw of groups", do=do)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return BootstrapInterval(found, float(low), float(high))
 
@@ -170,11 +168,9 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
     share_N = np.asarray(shares, dtype=np.float64)
     outside = np.count_nonzero(~((share_N >= 0) & (share_N <= 1)))
     if outside or len(share_N) != len(groups):
-        raise UsageError(
-            f"{len(share_N)} shares, {outside} of them outside [0, 1], with {len(groups)} group labels",
-            wanted="shares in [0, 1], with one label for each",
-            do="pass shares and labels of equal length",
-        )
+        seen = f"{len(share_N)} shares, {outside} of them outside [0, 1], with {len(groups)} group labels"
+        do = "pass shares and labels of equal length"
+        raise UsageError(seen, wanted="shares in [0, 1], with one label for each", do=do)
     if len(set(groups)) < 2:
         return 0.0, 1.0
     mean_G = np.array([share_N[rows].mean() for (rows,) in _rows_of_groups([share_N], [groups])])

@@ -80,11 +80,9 @@ def log_sum(path: FloatArray) -> FloatArray:
 def check_rates(alpha: float, beta: float, effect: float) -> None:
     """Refuse error rates and a multiple of noise that no test can have, with a UsageError."""
     if not (0 < alpha < 1 and 0 < beta < 1 and 1 < effect < math.inf):
-        raise UsageError(
-            f"alpha {alpha}, beta {beta}, effect {effect}",
-            wanted="alpha and beta in (0, 1), effect above 1",
-            do="use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors",
-        )
+        wanted = "alpha and beta in (0, 1), effect above 1"
+        do = "use 1e-3, 1e-2, and an effect of 4 for distances or 2 for vectors"
+        raise UsageError(f"alpha {alpha}, beta {beta}, effect {effect}", wanted=wanted, do=do)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +161,9 @@ class SequentialTest:
     ) -> None:
         check_rates(alpha, beta, effect)
         if law.junk_multiple <= effect:
-            raise UsageError(
-                f"honest noise only {law.junk_multiple:.3g} times smaller than invented values",
-                wanted=f"more than effect = {effect:g} times",
-                do="calibrate on closer hardware, or lower effect",
-            )
+            seen = f"honest noise only {law.junk_multiple:.3g} times smaller than invented values"
+            do = "calibrate on closer hardware, or lower effect"
+            raise UsageError(seen, wanted=f"more than effect = {effect:g} times", do=do)
         self.law, self.spread = law, spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
         junk = law.junk_multiple

@@ -94,11 +94,9 @@ class TokenNoise:
     def __post_init__(self) -> None:
         good = len(self.weights) == COLUMNS and all(0 <= weight <= 1 for weight in self.weights)
         if not good or abs(math.fsum(self.weights) - 1) > 1e-9 or self.weights[-1] < LEAST_STRAY * 0.999:
-            raise UsageError(
-                f"{len(self.weights)} weights of a law of tokens with sum {math.fsum(self.weights):.6g}",
-                wanted=f"{COLUMNS} probabilities with sum 1, the last one at least {LEAST_STRAY:g}",
-                do="check the calibration that this law comes from",
-            )
+            seen = f"{len(self.weights)} weights of a law of tokens with sum {math.fsum(self.weights):.6g}"
+            wanted = f"{COLUMNS} probabilities with sum 1, the last one at least {LEAST_STRAY:g}"
+            raise UsageError(seen, wanted=wanted, do="check the calibration that this law comes from")
 
     @property
     def size(self) -> float:
@@ -190,11 +188,9 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
 def check_enough_tokens(tokens: int, clusters: int) -> None:
     """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to, with a UsageError."""
     if tokens < FEWEST_TOKENS:
-        raise UsageError(
-            f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
-            wanted=f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each",
-            do="replay receipts of more honest responses (RECEIPTS)",
-        )
+        wanted = f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each"
+        do = "replay receipts of more honest responses (RECEIPTS)"
+        raise UsageError(f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}", wanted=wanted, do=do)
 
 
 def cluster_scales(between: float) -> tuple[npt.NDArray[np.int64], FloatArray]:

@@ -72,11 +72,9 @@ def _check_rows(device: str, scores: torch.Tensor, seeds: torch.Tensor, rows: to
     _check("scores", scores, device, ("float32",), 2)
     count, columns = scores.shape
     if (columns > 1 and scores.stride(1) != 1) or (count > 1 and scores.stride(0) < columns):
-        raise UsageError(
-            f"scores of shape {tuple(scores.shape)} and strides {scores.stride()}",
-            wanted="rows that are contiguous and do not overlap",
-            do="call .contiguous() on the scores and add the noise to that",
-        )
+        seen = f"scores of shape {tuple(scores.shape)} and strides {scores.stride()}"
+        do = "call .contiguous() on the scores and add the noise to that"
+        raise UsageError(seen, wanted="rows that are contiguous and do not overlap", do=do)
     _check("seeds", seeds, device, _SEEDS, 1)
     if rows is not None:
         _check("rows", rows, device, ("int64",), 1)
@@ -107,11 +105,9 @@ def _check(name: str, tensor: torch.Tensor, device: str, dtypes: tuple[str, ...]
     if there and kind == "cuda":
         there = tensor.device.index == (int(number) if number else torch.cuda.current_device())
     if dtype not in dtypes or tensor.ndim != axes or not there:
-        raise UsageError(
-            f"{name} of dtype {dtype} and shape {tuple(tensor.shape)} on {tensor.device}",
-            wanted=f"{' or '.join(dtypes)} with {axes} {'axis' if axes == 1 else 'axes'} on {device}",
-            do="convert it, or take the backend of its device",
-        )
+        seen = f"{name} of dtype {dtype} and shape {tuple(tensor.shape)} on {tensor.device}"
+        wanted = f"{' or '.join(dtypes)} with {axes} {'axis' if axes == 1 else 'axes'} on {device}"
+        raise UsageError(seen, wanted=wanted, do="convert it, or take the backend of its device")
 
 
 Seeds: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[Any]
@@ -322,11 +318,9 @@ def step_seeds(words_B8: Seeds, steps_N: Seeds) -> UInts:
     """
     words, steps = _checked(words_B8), _checked(steps_N)
     if words.shape[1] != WORDS or steps.shape[1] != 1:
-        raise UsageError(
-            f"words of shape {words.shape} and steps of shape {np.shape(steps_N)}",
-            wanted=f"{WORDS} words for each stream [B, {WORDS}], and steps [N]",
-            do="make the words with assay.streams.seeds(texts, strength=256)",
-        )
+        wanted = f"{WORDS} words for each stream [B, {WORDS}], and steps [N]"
+        do = "make the words with assay.streams.seeds(texts, strength=256)"
+        raise UsageError(f"words of shape {words.shape} and steps of shape {np.shape(steps_N)}", wanted=wanted, do=do)
     return definition.step_seeds(words, steps.T)
 
 
@@ -399,11 +393,9 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
     try:
         module = importlib.import_module(f"assay.streams.{name}_backend")
     except ImportError as error:
-        raise BackendUnavailable(
-            f"backend {name}: {error}",
-            wanted=f"the packages of backend {name}; triton comes with the CUDA builds of torch",
-            do="use backend auto, which takes the fastest one that is there",
-        ) from error
+        wanted = f"the packages of backend {name}; triton comes with the CUDA builds of torch"
+        do = "use backend auto, which takes the fastest one that is there"
+        raise BackendUnavailable(f"backend {name}: {error}", wanted=wanted, do=do) from error
     backend: Backend = getattr(module, f"{name.capitalize()}Backend")(device)
     return backend
 

@@ -36,11 +36,9 @@ class TorchBackend(Backend):
         self._tile = _TILE[torch.device(device).type]
         count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
         if device != "cpu" and (torch.device(device).index or 0) >= count:
-            raise BackendUnavailable(
-                f"device {device}, with {count} CUDA devices on this machine",
-                wanted="a CUDA device of that number that torch can use",
-                do="use device cpu, or run assay doctor to see what torch finds",
-            )
+            seen = f"device {device}, with {count} CUDA devices on this machine"
+            do = "use device cpu, or run assay doctor to see what torch finds"
+            raise BackendUnavailable(seen, wanted="a CUDA device of that number that torch can use", do=do)
 
     def _generate(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
         if kind == "permutations":

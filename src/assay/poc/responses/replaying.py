@@ -305,11 +305,9 @@ def check_runnable(
     # A prompt of which the client's record has the very ids needs no template.
     stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in prompts}
     for other in stated - {None, own}:
-        raise ProofMismatch(
-            f"prompts that the chat template {other:.12} made",
-            wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
-            do="replay with the tokenizer files that the network agreed on, or pass --requests with token ids",
-        )
+        wanted = f"the chat template of {model.reference}, {own[:12] or 'which has none'}"
+        do = "replay with the tokenizer files that the network agreed on, or pass --requests with token ids"
+        raise ProofMismatch(f"prompts that the chat template {other:.12} made", wanted=wanted, do=do)
     return [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
 
 
@@ -321,11 +319,9 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
         if receipt.finish != "stop" or request is None or not output:
             continue
         if not request.is_ended(output, ends, model.tokenizer):
-            raise ProofMismatch(
-                f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, the last {output[-1]}",
-                wanted=f"an end token of {model.reference}, or a stop of the request",
-                do="ask the node for the whole answer, and list the stop and stop_token_ids that were sent",
-            )
+            seen = f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, the last {output[-1]}"
+            do = "ask the node for the whole answer, and list the stop and stop_token_ids that were sent"
+            raise ProofMismatch(seen, wanted=f"an end token of {model.reference}, or a stop of the request", do=do)
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:

@@ -433,11 +433,9 @@ class Calibration:
         for build in self.builds:
             if build.control is not None and build.control.of == own and formats in build.formats:
                 return build.control.dtypes
-        raise CalibrationError(
-            f"a calibration without a control for a proof in {formats[0]}, judged in {own}",
-            wanted="a law of scores, which `assay poc calibrate --model M` measures where a control is a gain",
-            do="leave --control out, or measure with more number formats",
-        )
+        seen = f"a calibration without a control for a proof in {formats[0]}, judged in {own}"
+        wanted = "a law of scores, which `assay poc calibrate --model M` measures where a control is a gain"
+        raise CalibrationError(seen, wanted=wanted, do="leave --control out, or measure with more number formats")
 
     def check_kind(self, header: Header, engine: str) -> None:
         """Refuse a validator on a kind of engine, ``hf`` or ``vllm``, that was not measured beside the prover's.
@@ -644,11 +642,9 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
     """Refuse values that differ from what was measured; the error names them."""
     other = [name for name in measured if measured[name] != stated[name]]
     if other:
-        raise CalibrationError(
-            f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(str(measured[n]) for n in other),
-            wanted=", ".join(f"{name} {stated[name]}" for name in other),
-            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
-        )
+        seen = f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(str(measured[n]) for n in other)
+        do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
+        raise CalibrationError(seen, wanted=", ".join(f"{name} {stated[name]}" for name in other), do=do)
 
 
 Fit = Callable[[FloatArray], tuple[Law, float]]
@@ -719,24 +715,17 @@ def calibrate(
     """
     machines = [proof for proof in proofs if proof.header.fingerprint.dtype not in controls]
     if len(machines) < 2:
-        raise ProofMismatch(
-            f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}",
-            wanted="two or more",
-            do="prove the same round on another machine",
-        )
+        seen = f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}"
+        raise ProofMismatch(seen, wanted="two or more", do="prove the same round on another machine")
     first = proofs[0].header
     if len({(proof.header.digest, proof.header.weights, proof.round.preset) for proof in proofs}) > 1:
-        raise ProofMismatch(
-            "proofs of different rounds or checkpoints",
-            wanted="honest proofs of one checkpoint and preset",
-            do="calibrate every checkpoint and preset by itself; --merge puts them into one file",
-        )
+        wanted = "honest proofs of one checkpoint and preset"
+        do = "calibrate every checkpoint and preset by itself; --merge puts them into one file"
+        raise ProofMismatch("proofs of different rounds or checkpoints", wanted=wanted, do=do)
     if first.pipeline.steps:
-        raise UsageError(
-            f"proofs of {first.round.preset}, whose tokens part after the first that differs",
-            wanted="proofs of a preset whose values are compared nonce by nonce",
-            do="judge them by the default law; research/results/decode_noise.json says how it was measured",
-        )
+        seen = f"proofs of {first.round.preset}, whose tokens part after the first that differs"
+        do = "judge them by the default law; research/results/decode_noise.json says how it was measured"
+        raise UsageError(seen, wanted="proofs of a preset whose values are compared nonce by nonce", do=do)
     pairs, fingerprints = _pair_machines(machines)
     size = hidden_size if hidden_size and first.pipeline.head == "random" else 0
     scales = {proof.round: block_scale(proof.round, hidden_size) if hidden_size else 1.0 for proof in machines}
@@ -846,11 +835,9 @@ def check_compared(measured: Residuals, machines: int) -> None:
     fewest = min((errors.size for errors in measured.values()), default=0)
     compared = {i for pair in measured for i in pair}
     if fewest < MIN_NONCES or len(compared) < machines:
-        raise ProofMismatch(
-            f"proofs with {fewest} nonces in common" if measured else "proofs of different rounds or checkpoints",
-            wanted=f"proofs of one round and checkpoint, with at least {MIN_NONCES} nonces in common",
-            do="prove the same round on all engines, for instance --nonces 0:256",
-        )
+        seen = f"proofs with {fewest} nonces in common" if measured else "proofs of different rounds or checkpoints"
+        wanted = f"proofs of one round and checkpoint, with at least {MIN_NONCES} nonces in common"
+        raise ProofMismatch(seen, wanted=wanted, do="prove the same round on all engines, for instance --nonces 0:256")
 
 
 def fit_build(

@@ -395,11 +395,9 @@ class Ledger:
             for name, wanted in (("alpha", alpha), ("beta", beta)):
                 begun = getattr(self.genesis, name)
                 if wanted is not None and wanted != begun:
-                    raise UsageError(
-                        f"{name} {wanted:g} for the ledger {self.path}",
-                        wanted=f"{begun:g}, at which it was begun: a life has one error rate",
-                        do=f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin another ledger",
-                    )
+                    seen = f"{name} {wanted:g} for the ledger {self.path}"
+                    do = f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin another ledger"
+                    raise UsageError(seen, wanted=f"{begun:g}, at which it was begun: a life has one error rate", do=do)
         except BaseException:
             self.close()
             raise
@@ -458,11 +456,9 @@ class Ledger:
         """
         header, noise = verdict.header, verdict.noise
         if noise is None:
-            raise UsageError(
-                f"a verdict without a law: {verdict.reason}",
-                wanted="a verdict by a measured law, without which an audit says nothing of a life",
-                do="verify the proof again with a calibration",
-            )
+            wanted = "a verdict by a measured law, without which an audit says nothing of a life"
+            do = "verify the proof again with a calibration"
+            raise UsageError(f"a verdict without a law: {verdict.reason}", wanted=wanted, do=do)
         account = Account(
             public_key=header.round.public_key,
             digest=header.digest,

@@ -402,11 +402,9 @@ class ResponseBlocks:
         found, profiles = np.asarray(distances, dtype=np.float64), np.asarray(profiles_NG, dtype=np.float64)
         tokens, blocks = len(profiles), len(found)
         if profiles.shape[1:] != (COLUMNS,) or (tokens and math.ceil(tokens / SKETCH_EVERY) != blocks):
-            raise UsageError(
-                f"profiles of shape {profiles.shape} in {blocks} blocks",
-                wanted=f"{COLUMNS} columns for each of {SKETCH_EVERY} tokens a block, or no tokens",
-                do="pass the evidence of one whole response",
-            )
+            wanted = f"{COLUMNS} columns for each of {SKETCH_EVERY} tokens a block, or no tokens"
+            do = "pass the evidence of one whole response"
+            raise UsageError(f"profiles of shape {profiles.shape} in {blocks} blocks", wanted=wanted, do=do)
         starts = range(0, SKETCH_EVERY * blocks, SKETCH_EVERY)
         return cls(found, profiles, tuple(min(SKETCH_EVERY, max(0, tokens - start)) for start in starts))
 

@@ -466,10 +466,8 @@ def cin_over_modules(gradients: Mapping[str, Tensor], basis: Basis, *, two_sided
     """
     missing = [name for name in basis.axes if name not in gradients]
     if missing or not basis.axes:
-        raise UsageError(
-            f"no gradients of {missing[0]}" if missing else "a basis without modules",
-            wanted="gradients of every module of the basis",
-            do="compute the gradients and the basis with the same model",
-        )
+        seen = f"no gradients of {missing[0]}" if missing else "a basis without modules"
+        do = "compute the gradients and the basis with the same model"
+        raise UsageError(seen, wanted="gradients of every module of the basis", do=do)
     each = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
     return torch.stack(each).mean(dim=0)

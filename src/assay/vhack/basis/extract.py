@@ -146,11 +146,9 @@ def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> in
     counts = {shape[0] for shape in shapes.values()}
     same = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
     if not same or len(counts) != 1 or any(len(shape) != 2 for shape in shapes.values()) or 0 in counts:
-        raise UsageError(
-            "hack and clean gradients of different modules, numbers or shapes",
-            wanted="the same modules on both sides, each [N, R] with one N of at least 1",
-            do="compute both sides from the same pairs with the same model",
-        )
+        wanted = "the same modules on both sides, each [N, R] with one N of at least 1"
+        do = "compute both sides from the same pairs with the same model"
+        raise UsageError("hack and clean gradients of different modules, numbers or shapes", wanted=wanted, do=do)
     return counts.pop()
 
 
@@ -190,11 +188,9 @@ def split_pairs(
     unknown = chosen - {pair.group for pair in pairs}
     kept = [pair for pair in pairs if pair.group not in chosen]
     if unknown or not kept:
-        raise UsageError(
-            f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from",
-            wanted="some groups, but not all, of " + ", ".join(dict.fromkeys(pair.group for pair in pairs)),
-            do="name other groups",
-        )
+        seen = f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from"
+        wanted = "some groups, but not all, of " + ", ".join(dict.fromkeys(pair.group for pair in pairs))
+        raise UsageError(seen, wanted=wanted, do="name other groups")
     return kept, [pair for pair in pairs if pair.group in chosen]
 
 

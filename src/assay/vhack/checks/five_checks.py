@@ -122,11 +122,9 @@ def check(
     for index, pair in enumerate(pairs):
         other, group = groups.setdefault(pair.prompt, (index, pair.group))
         if group != pair.group:
-            raise DataError(
-                f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}",
-                wanted="every prompt in one group, so that it is held out whole",
-                do="give them the same group",
-            )
+            seen = f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}"
+            do = "give them the same group"
+            raise DataError(seen, wanted="every prompt in one group, so that it is held out whole", do=do)
     if basis is not None:
         if basis.origin.weights:
             basis.check_model(model)

@@ -306,11 +306,9 @@ def check_groups(groups: Sequence[str], settings: CheckSettings, basis: Basis | 
             )
         what = "that the basis was not made from "
     elif len(found) < (fewest := 2 if settings.method == "svd" else _HELD_OUT_PART + 1):
-        raise UsageError(
-            f"{len(found)} group{'s' * (len(found) != 1)} of pairs to check {settings.method} with",
-            wanted=f"at least {fewest}, and {least} for a verdict",
-            do="add pairs of other groups (--pairs generated:48 has 30), or check with --method svd",
-        )
+        seen = f"{len(found)} group{'s' * (len(found) != 1)} of pairs to check {settings.method} with"
+        do = "add pairs of other groups (--pairs generated:48 has 30), or check with --method svd"
+        raise UsageError(seen, wanted=f"at least {fewest}, and {least} for a verdict", do=do)
     elif settings.method != "svd":
         check_method(settings.method, sum(group not in _parts(groups, settings)[0] for group in groups))
         other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
@@ -403,11 +401,9 @@ def refuse_seen(basis: Basis, rows: Mapping[str, Tensor], what: str, scored: Ten
         explained.append(float(weights_N @ along_N))
         on_scored.append(1.0 if scored is None else float(weights_N[scored].norm() / weights_N.norm()))
     if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:
-        raise DataError(
-            f"the basis was made from {what} that it is to be scored on",
-            wanted=f"held-out {what}: numbers from its own pairs show nothing",
-            do=f"score it on other {what}, or check without a basis",
-        )
+        wanted = f"held-out {what}: numbers from its own pairs show nothing"
+        do = f"score it on other {what}, or check without a basis"
+        raise DataError(f"the basis was made from {what} that it is to be scored on", wanted=wanted, do=do)
 
 
 def _rows(groups: Sequence[str], part: set[str]) -> tuple[Tensor, Tensor]:

@@ -225,20 +225,16 @@ def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[l
     hack, clean = pools
     if both := {one.sample for one in hack} & {one.sample for one in clean}:
         prompt = min(text_of(one.prompt) for one in both)
-        raise DataError(
-            f"{len(both)} samples are in both pools, one of them of the prompt {prompt!r:.60}",
-            wanted="samples that cheat in one, and samples that do not in the other",
-            do="remove them from the pool to which they do not belong",
-        )
+        seen = f"{len(both)} samples are in both pools, one of them of the prompt {prompt!r:.60}"
+        do = "remove them from the pool to which they do not belong"
+        raise DataError(seen, wanted="samples that cheat in one, and samples that do not in the other", do=do)
     known = set(basis.origin.groups)
     kept = [[one for one in pool if one.group not in known] for pool in pools]
     for kind, pool, left in zip(_KINDS, pools, kept, strict=True):
         if not left:
-            raise DataError(
-                f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis was made from",
-                wanted="samples of groups it has not seen: numbers from its own groups show nothing",
-                do="add samples of other groups, or hold groups out at extraction",
-            )
+            seen = f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis was made from"
+            wanted = "samples of groups it has not seen: numbers from its own groups show nothing"
+            raise DataError(seen, wanted=wanted, do="add samples of other groups, or hold groups out at extraction")
     return kept, sum(map(len, pools)) - sum(map(len, kept))
 
 

@@ -216,11 +216,9 @@ def arm_named(name: str) -> Arm:
     if kind in (None, "true"):
         return arm
     if kind not in BASIS_KINDS or not arm.acts:
-        raise UsageError(
-            f"arm {arm.name} along {kind} axes",
-            wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
-            do="choose another arm, or leave the axes out",
-        )
+        wanted = f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions"
+        do = "choose another arm, or leave the axes out"
+        raise UsageError(f"arm {arm.name} along {kind} axes", wanted=wanted, do=do)
     return replace(arm, name=name, basis=kind)
 
 

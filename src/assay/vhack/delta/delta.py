@@ -319,11 +319,9 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
         do = "merge LoRA first, or train it with TRL and the arm filter (assay.vhack.training.grpo.judge_rollouts)"
         raise UsageError("δS beside LoRA", wanted="a model without LoRA, which no gate would hold back", do=do)
     if experts := [name for name in target_modules(model) if name not in own]:
-        raise ModelError(
-            f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
-            wanted="a dense model: δS of such experts is extracted and checked, but not trained",
-            do="train a dense model",
-        )
+        seen = f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor"
+        wanted = "a dense model: δS of such experts is extracted and checked, but not trained"
+        raise ModelError(seen, wanted=wanted, do="train a dense model")
 
 
 def user_cache(model: Model, asked: Path | None = None) -> Path | None:

@@ -76,11 +76,9 @@ def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
     axes_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
     for index, axes_KR in found.items():
         if axes_KR.shape[1] > group.rank:
-            raise UsageError(
-                f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates",
-                wanted=f"at most {group.rank}, those of the adapter",
-                do="decompose the weights with the rank of the basis",
-            )
+            wanted = f"at most {group.rank}, those of the adapter"
+            do = "decompose the weights with the rank of the basis"
+            raise UsageError(f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates", wanted=wanted, do=do)
         axes_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
     ones_MK = axes_MKR.any(dim=2).double()
     skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
@@ -164,11 +162,9 @@ class Rollouts:
         """
         counts = {sum(len(part) for part in parts) for modules in self._parts for parts in modules}
         if len(counts) != 1 or counts == {0}:
-            raise UsageError(
-                f"gradients of {sorted(counts)} rollouts in different modules",
-                wanted="one number of rollouts for all of them, at least 1",
-                do="run forward and backward of the whole model inside per_sample()",
-            )
+            wanted = "one number of rollouts for all of them, at least 1"
+            do = "run forward and backward of the whole model inside per_sample()"
+            raise UsageError(f"gradients of {sorted(counts)} rollouts in different modules", wanted=wanted, do=do)
         found = []
         for modules in self._parts:
             rows = torch.cat([part for parts in modules for part in parts])  # one operation for all modules

@@ -129,11 +129,9 @@ def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor
         ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens, width].
     """
     if plan.rows is not None and inputs.ndim != 3:
-        raise ModelError(
-            f"{plan.name} is given inputs of shape {list(inputs.shape)}",
-            wanted="[samples, tokens, width] for gradients of single samples",
-            do="do not pack samples into one row, or do without per_sample",
-        )
+        wanted = "[samples, tokens, width] for gradients of single samples"
+        do = "do not pack samples into one row, or do without per_sample"
+        raise ModelError(f"{plan.name} is given inputs of shape {list(inputs.shape)}", wanted=wanted, do=do)
     result: Tensor = _Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
     return result
 

@@ -80,11 +80,9 @@ class ProjectedOptimizer(Optimizer):
             raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
         known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
         if not all(id(parameter) in known for parameter in adapter.delta):
-            raise UsageError(
-                "an optimizer without the parameters of the adapter",
-                wanted="one that was made of adapter.parameters()",
-                do="make it after the adapter, and leave fully_shard out",
-            )
+            wanted = "one that was made of adapter.parameters()"
+            do = "make it after the adapter, and leave fully_shard out"
+            raise UsageError("an optimizer without the parameters of the adapter", wanted=wanted, do=do)
         _check_trainable(adapter)
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
@@ -133,11 +131,9 @@ class ProjectedOptimizer(Optimizer):
             if self.quarantine is not None:
                 self.quarantine.load_state_dict(state_dict[_KEY]["quarantine"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"the state of an optimizer that does not fit: {error}",
-                wanted="one of the same kind around the same adapter, from state_dict",
-                do="build optimizer and adapter as they were when it was saved",
-            ) from error
+            wanted = "one of the same kind around the same adapter, from state_dict"
+            do = "build optimizer and adapter as they were when it was saved"
+            raise DataError(f"the state of an optimizer that does not fit: {error}", wanted=wanted, do=do) from error
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -196,8 +192,6 @@ def _check_trainable(adapter: DeltaS) -> None:
         raise UsageError("δS after fully_shard", wanted="whole weights in every process", do=do)
     frozen = sum(not parameter.requires_grad for parameter in adapter.delta)
     if frozen:
-        raise UsageError(
-            f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)",
-            wanted="a δS that is trained",
-            do="leave LoRA out, or call adapter.delta.requires_grad_(True)",
-        )
+        seen = f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)"
+        do = "leave LoRA out, or call adapter.delta.requires_grad_(True)"
+        raise UsageError(seen, wanted="a δS that is trained", do=do)

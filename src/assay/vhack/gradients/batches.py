@@ -169,11 +169,9 @@ def encode(
             if not ids:
                 raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
         if longest is not None and len(prompt) + len(completion) > longest:
-            raise DataError(
-                f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion",
-                wanted=f"at most {longest} tokens together, the context of the model",
-                do="shorten or leave it out; a cut sample would measure something else",
-            )
+            seen = f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion"
+            do = "shorten or leave it out; a cut sample would measure something else"
+            raise DataError(seen, wanted=f"at most {longest} tokens together, the context of the model", do=do)
         if rows is not None:
             check_tokens(name, (*prompt, *completion), rows)
         found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))

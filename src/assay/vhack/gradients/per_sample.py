@@ -429,11 +429,9 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
         if not is_out_of_memory(error):
             raise
         if len(batch) == 1:
-            raise OutOfMemory(
-                f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
-                wanted="room for one sample",
-                do="turn checkpointing on, use bfloat16, or leave the sample out",
-            ) from error
+            seen = f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}"
+            do = "turn checkpointing on, use bfloat16, or leave the sample out"
+            raise OutOfMemory(seen, wanted="room for one sample", do=do) from error
     # Outside the except block: inside, the exception keeps the memory of the failed attempt.
     middle = len(batch) // 2
     return [done for half in (batch[:middle], batch[middle:]) for done in _attempt(replica, half)]

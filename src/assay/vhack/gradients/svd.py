@@ -145,11 +145,9 @@ def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -
     for name, linear in modules.items():
         shape = (given[name].left.shape[0], given[name].right.shape[1]) if name in given else None
         if shape != tuple(linear.weight.shape):
-            raise UsageError(
-                f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}",
-                wanted=f"factors of its weight, {list(linear.weight.shape)}",
-                do="compute them with weight_svd of this very model",
-            )
+            seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
+            do = "compute them with weight_svd of this very model"
+            raise UsageError(seen, wanted=f"factors of its weight, {list(linear.weight.shape)}", do=do)
     return {name: given[name] for name in modules}
 
 

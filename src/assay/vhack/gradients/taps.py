@@ -284,11 +284,9 @@ class ExpertsPass:
         """Return the weighted sum of what the experts of each row say, [N, H]; the rows must be all tokens in order."""
         batch = self.batch()
         if hidden_NH.ndim != 2 or len(hidden_NH) != batch.ids.numel():
-            raise ModelError(
-                f"{self.name} is given inputs of shape {list(hidden_NH.shape)}",
-                wanted="[tokens, width], all tokens in their order, before they are sorted by expert",
-                do="use another model",
-            )
+            wanted = "[tokens, width], all tokens in their order, before they are sorted by expert"
+            do = "use another model"
+            raise ModelError(f"{self.name} is given inputs of shape {list(hidden_NH.shape)}", wanted=wanted, do=do)
         order, sizes = self._sorted(index_NK, batch)
         rows = order // index_NK.shape[1]
         weight_X1 = weights_NK.flatten()[order, None]

@@ -89,11 +89,9 @@ def check_whole(model: "Model | PreTrainedModel") -> None:
     divided = divided or any(isinstance(parameter, DTensor) for parameter in module.parameters())
     places = sorted({str(parameter.device) for parameter in module.parameters()})
     if divided or len(places) > 1:
-        raise ModelError(
-            "a model that is divided over processes" if divided else f"a model on {' and '.join(places)}",
-            wanted="all weights whole on one device",
-            do="load it there, or use a smaller model or bfloat16",
-        )
+        seen = "a model that is divided over processes" if divided else f"a model on {' and '.join(places)}"
+        do = "load it there, or use a smaller model or bfloat16"
+        raise ModelError(seen, wanted="all weights whole on one device", do=do)
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
@@ -157,22 +155,18 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
     """
     without = (name for name, parameter in module_of(model).named_parameters() if parameter.device.type == "meta")
     if name := next(without, ""):
-        raise ModelError(
-            f"{name} has no memory of its own, as with offloading to a disk or to the memory of the CPU",
-            wanted="all weights on one device",
-            do="load the model in bfloat16 or on a larger device; --rank leaves room for the factors",
-        )
+        seen = f"{name} has no memory of its own, as with offloading to a disk or to the memory of the CPU"
+        do = "load the model in bfloat16 or on a larger device; --rank leaves room for the factors"
+        raise ModelError(seen, wanted="all weights on one device", do=do)
     found = target_modules(model)
     _check_causal(module_of(model), found)
     if names is None:
         return found
     unknown = sorted(set(names) - set(found))
     if unknown or not names:
-        raise UsageError(
-            f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all",
-            wanted="names of target_modules, such as " + next(iter(found)),
-            do="name some of these, or leave the names out for all",
-        )
+        seen = f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all"
+        do = "name some of these, or leave the names out for all"
+        raise UsageError(seen, wanted="names of target_modules, such as " + next(iter(found)), do=do)
     return {name: module for name, module in found.items() if name in names}
 
 

@@ -113,11 +113,9 @@ def pair_task_named(name: str) -> PairTask:
             raise ValueError
         return PairTask(family, a, b)
     except (KeyError, ValueError):
-        raise DataError(
-            f"task {name!r:.80}",
-            wanted="FAMILY/a=N,b=N with numbers that the family allows",
-            do="use the tags that the generator wrote, or give hidden cases of your own with --tests",
-        ) from None
+        wanted = "FAMILY/a=N,b=N with numbers that the family allows"
+        do = "use the tags that the generator wrote, or give hidden cases of your own with --tests"
+        raise DataError(f"task {name!r:.80}", wanted=wanted, do=do) from None
 
 
 _MOST_REPEATS = 1000  # draws in a row that give nothing new
@@ -313,11 +311,9 @@ def find_pairs(
         near = get_close_matches(name.lower(), _MADE if colon else ("authored", *_MADE), n=1)
         if near and not Path(reference).exists():
             meant = near[0] + (colon + numbers if colon else "" if near[0] == "authored" else ":48")
-            raise UsageError(
-                f"pairs {reference!r:.60}, neither a file nor a name of pairs",
-                wanted=f"authored, {', '.join(f'{made}:N' for made in _MADE)}, or a pair file",
-                do=f"did you mean {meant:.60}?",
-            )
+            wanted = f"authored, {', '.join(f'{made}:N' for made in _MADE)}, or a pair file"
+            do = f"did you mean {meant:.60}?"
+            raise UsageError(f"pairs {reference!r:.60}, neither a file nor a name of pairs", wanted=wanted, do=do)
         return read_pairs(reference)
     count, _, seed = numbers.partition(":")
     if not re.fullmatch(r"[0-9]{1,5}(:[0-9]{0,18})?", numbers):

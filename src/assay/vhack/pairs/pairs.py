@@ -217,11 +217,9 @@ def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) ->
     worked = sum(bool(texts) for texts in done.values())
     pairs = tuple(pair for here in found.values() for pair in here.values())
     if not pairs:
-        raise DataError(
-            f"{len(found)} prompts with a hack and {worked} with correct work, and none with both",
-            wanted="hacks and correct work on the same tasks",
-            do="sample both files from the same tasks, more of each with --per-task",
-        )
+        seen = f"{len(found)} prompts with a hack and {worked} with correct work, and none with both"
+        do = "sample both files from the same tasks, more of each with --per-task"
+        raise DataError(seen, wanted="hacks and correct work on the same tasks", do=do)
     return Matched(pairs, len(found), worked)
 
 
@@ -229,11 +227,9 @@ def _graded(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
     for number, record in read_jsonl(path):
         name = f"{path}, line {number}"
         if not all(isinstance(record.get(field), kind) for field, kind in _GRADED.items()):
-            raise DataError(
-                f"{name}: no graded completion",
-                wanted="prompt and completion, and correct, exploited and vacuous as true or false",
-                do="grade the file without --reward: assay vhack evaluate --samples FILE --graded GRADED",
-            )
+            wanted = "prompt and completion, and correct, exploited and vacuous as true or false"
+            do = "grade the file without --reward: assay vhack evaluate --samples FILE --graded GRADED"
+            raise DataError(f"{name}: no graded completion", wanted=wanted, do=do)
         if record["prompt"].strip() and record["completion"].strip():  # no side of a pair may be empty
             yield name, record
 

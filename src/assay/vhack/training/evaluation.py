@@ -75,11 +75,9 @@ def sample_tasks(
             for line, prompt in zip(lines, prompts[: len(lines)], strict=True)
         )
         if not fits and not overwrite:
-            raise UsageError(
-                f"{file.partial} holds completions that were sampled with other settings",
-                wanted="the settings with which it was begun",
-                do="repeat these, choose another file, or pass --overwrite",
-            )
+            seen = f"{file.partial} holds completions that were sampled with other settings"
+            do = "repeat these, choose another file, or pass --overwrite"
+            raise UsageError(seen, wanted="the settings with which it was begun", do=do)
         first = first if fits else 0
         if first < len(lines):
             file.restart()

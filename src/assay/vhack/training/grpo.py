@@ -382,11 +382,9 @@ def trl_arguments(
     on_gpu = model.device.type == "cuda"
     rollouts, at_once = settings.prompts * settings.group, settings.rollouts_per_backward * processes.count
     if rollouts % at_once:
-        raise UsageError(
-            f"{rollouts} rollouts a step, {at_once // processes.count} a backward pass, {processes.count} processes",
-            wanted="as many backward passes in every process",
-            do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts",
-        )
+        seen = f"{rollouts} rollouts a step, {at_once // processes.count} a backward pass, {processes.count} processes"
+        do = f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts"
+        raise UsageError(seen, wanted="as many backward passes in every process", do=do)
     form = "activation" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient"  # before transformers 5.24
     checkpointing: dict[str, Any] = {f"{form}_checkpointing": settings.checkpointing}
     made = GRPOConfig(

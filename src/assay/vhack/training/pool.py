@@ -182,11 +182,9 @@ def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: i
         check_tokens("a prompt", tokens, known.vocab_size)
     longest = max(map(len, ids.values()), default=0)
     if longest + max_new_tokens > known.max_positions:
-        raise UsageError(
-            f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
-            wanted=f"at most {known.max_positions}, the context of the model",
-            do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
-        )
+        wanted = f"at most {known.max_positions}, the context of the model"
+        do = "allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts"
+        raise UsageError(f"prompts of up to {longest} tokens and {max_new_tokens} new ones", wanted=wanted, do=do)
     return [ids[prompt] for prompt in prompts]
 
 

@@ -134,11 +134,9 @@ class Prepared:
 
         settings = self.settings
         if self.pool is not None and not self.pool.prompts & set(reward.prompts):
-            raise DataError(
-                f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks",
-                wanted="completions of the prompts of this run",
-                do="sample the pool from the prompts of the same tasks, modes and seed",
-            )
+            seen = f"{settings.teacher}: no completion of any of the {len(reward.prompts)} tasks"
+            do = "sample the pool from the prompts of the same tasks, modes and seed"
+            raise DataError(seen, wanted="completions of the prompts of this run", do=do)
         trainer = GRPO(
             self.adapter,
             self.optimizer,
@@ -361,11 +359,9 @@ def _continue_settings(folder: Path, settings: TrainSettings, done: int, process
     if (before := head.get("processes", 1)) != processes.count:
         other.append(f"{before} processes, now {processes.count}")
     if other or settings.steps < done:
-        raise UsageError(
-            f"{folder} holds a run with {', '.join(other) or f'{done} steps already'}",
-            wanted="the same settings, and no fewer steps",
-            do="choose another directory, or the settings of that run",
-        )
+        seen = f"{folder} holds a run with {', '.join(other) or f'{done} steps already'}"
+        do = "choose another directory, or the settings of that run"
+        raise UsageError(seen, wanted="the same settings, and no fewer steps", do=do)
     return settings
 
 

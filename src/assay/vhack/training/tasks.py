@@ -44,11 +44,9 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
     try:
         found = getattr(import_module(module), name)
     except (Exception, SystemExit) as error:  # whatever a module of the user raises while it is imported
-        raise UsageError(
-            f"{flag} {where}: {type(error).__name__}: {error}",
-            wanted="a function in a module that can be imported from here",
-            do=f"check both names, start from the directory of the module, and try python -c 'import {module}'",
-        ) from error
+        wanted = "a function in a module that can be imported from here"
+        do = f"check both names, start from the directory of the module, and try python -c 'import {module}'"
+        raise UsageError(f"{flag} {where}: {type(error).__name__}: {error}", wanted=wanted, do=do) from error
     finally:
         with suppress(ValueError):  # the module may have changed the path itself
             sys.path.remove(here)
@@ -118,11 +116,9 @@ def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: boo
     if len(graded) < len(tasks):
         raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
     if available_backend() is None and not allow_unsandboxed:
-        raise BackendUnavailable(
-            "no sandbox for the programs of the model",
-            wanted="bubblewrap where user namespaces are allowed",
-            do="install bubblewrap, or accept the risk with --allow-unsandboxed",
-        )
+        wanted = "bubblewrap where user namespaces are allowed"
+        do = "install bubblewrap, or accept the risk with --allow-unsandboxed"
+        raise BackendUnavailable("no sandbox for the programs of the model", wanted=wanted, do=do)
     return graded
 
 
@@ -166,11 +162,9 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
         raise DataError(f"{name}: not a completion", wanted='{"prompt": "…", "completion": "…"}', do="correct the line")
     if "task" not in record:
         if prompt not in by_prompt:
-            raise DataError(
-                f"{name}: a prompt of none of the {len(by_prompt)} tasks",
-                wanted="prompts of the tasks, or lines of assay vhack sample with the name of a built-in one",
-                do="describe the tasks by --tasks and its neighbours as they were for sampling",
-            )
+            wanted = "prompts of the tasks, or lines of assay vhack sample with the name of a built-in one"
+            do = "describe the tasks by --tasks and its neighbours as they were for sampling"
+            raise DataError(f"{name}: a prompt of none of the {len(by_prompt)} tasks", wanted=wanted, do=do)
         return by_prompt[prompt]
     task, mode, markers = (record.get(part) for part in ("task", "mode", "markers"))
     try:
@@ -178,9 +172,7 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
     except (DataError, UsageError) as error:
         raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do="correct the line") from error
     if made.prompt != prompt:
-        raise DataError(
-            f"{name}: a prompt that is not the one of {made.task.name} in mode {made.mode}",
-            wanted="the prompt of the task that the line names",
-            do="take task, mode and markers out of the line, or correct them",
-        )
+        seen = f"{name}: a prompt that is not the one of {made.task.name} in mode {made.mode}"
+        do = "take task, mode and markers out of the line, or correct them"
+        raise DataError(seen, wanted="the prompt of the task that the line names", do=do)
     return made
