@@ -158,24 +158,6 @@ def _format_column(dtype: str, suffix: str) -> list[str]:
     ]
 
 
-def cheap_shares() -> None:
-    """Print honest audits accused, and shares of nonces that are computed cheaply and caught, beside an oracle."""
-    measured: list[dict[str, Any]] = read_json(RESULTS / "shares.json")["rows"]
-    cheats = [(i, one["share"]) for i, one in enumerate(measured[0]["cheats"][:4]) if one["multiple"] == 5]
-    rows = []
-    for name, model in (("Qwen3", "reference:qwen3"), ("Llama", "reference:llama")):
-        for preset in ("poc-2.0", "artifact", "hardened"):
-            found = [row for row in measured if (row["model"], row["preset"]) == (model, preset)]
-            figures = [100 * max(row[name] for row in found) for name in ("accused", "accused_worst_pair")]
-            caught = [
-                " / ".join(f"{min(row['cheats'][i][of] for row in found):.3f}" for of in ("caught", "oracle"))
-                for i, _ in cheats
-            ]
-            rows.append((f"{name}, `{preset}`", f"{figures[0]:.2f}", f"{figures[1]:.1f}", *caught))
-    header = [f"{share:.0%} at 5 ×" for _, share in cheats]
-    print_table(("model, preset", "accused", "worst pair of blocks", *header), rows)
-
-
 def gumbels() -> None:
     """Print what Gumbel numbers cost a core, beside torch's numbers without seeds and a step of decoding."""
     header = ("rows", "numbers", "`torch.rand`", "noise of a step", "`exponential_`", "the model's step")

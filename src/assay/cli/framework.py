@@ -182,6 +182,10 @@ class Command(click.Command):
         table = own_table(ctx.params.get("config"), ctx, words)
         as_json = bool(given.pop("as_json", table.pop("json", False)))
         self._warn(words, given)
+        own = [name for one in self.settings.values() if (name := one.kind.environment_name(one.name))]
+        for name in sorted(os.environ.keys() - set(own)):
+            if name.startswith("ASSAY_") and (near := get_close_matches(name, own, n=1, cutoff=0.9)):
+                _say(f"{name} is set and read by nothing here: did you mean {near[0]}?")
         from assay.files.storage import check_new_file
 
         variables = {name: os.environ.get(one.kind.environment_name(name) or "") for name, one in self.settings.items()}

@@ -318,9 +318,11 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
 
     if first.suffix != ".json":
         next(read_jsonl(first / "log.jsonl" if first.is_dir() else first), None)  # or it is refused without torch
-    elif not more:
+    is_state = False
+    if first.suffix == ".json" and not more:
         found = read_json(first)
-        if found.get("schema") != CHECK and not isinstance(found.get("log_history"), list):
+        is_state = isinstance(found.get("log_history"), list)
+        if found.get("schema") != CHECK and not is_state:
             wanted, do = f"a result of schema {CHECK}, or trainer_state.json of TRL", "name another file"
             raise DataError(f"{first} is neither", wanted=wanted, do=do)
     from assay.vhack.checks.judge import CheckReport
@@ -330,6 +332,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     try:
         page = None if more else training_page(first, command=command)
     except (AssayError, OSError):  # a check, or a log that research reads
+        if is_state:
+            raise
         page = None
     if page is None and (more or first.suffix != ".json"):
         extension("vhack report --runs")(chosen, as_json)
@@ -657,7 +661,7 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
         rows.append((name, part["tasks"], part["completions"], *shown))
     counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
     title = f"{counts}, {values['faults']} not graded"
-    table(("mechanism", "tasks", "completions", *names), rows, title=title)
+    table(("mechanism", "groups", "completions", *names), rows, title=title)
 
 
 def _sampled(

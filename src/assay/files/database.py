@@ -32,7 +32,7 @@ _ADVICE = {
     sqlite3.SQLITE_CANTOPEN: ("a file that can be opened, in a directory that can be written", "pass another {flag}"),
     sqlite3.SQLITE_READONLY: ("a file and a directory that can be written", "pass another {flag}"),
 }
-_NO_ROOM = ("a database that can be written", "free some space on that disk; a service continues by itself")
+_NO_ROOM = ("a database that can be written", "free some space on that disk; a service that runs continues by itself")
 
 SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 """Query of everything that an SQLite file defines: what it is, its name, the table it belongs to, and its text."""

@@ -309,7 +309,7 @@ class Inbox:
         for row in self._rows("SELECT count AS entries, hash FROM ledger_heads"):
             if not ledger.contains(row.entries, row.hash):
                 seen = f"{ledger.path} without the {row.entries} entries that {self.database.path} knows of"
-                do = "restore the newest backup of the ledger, or move both files away to begin again"
+                do = "restore both files from one backup, or move both away to begin again, which forgets all accounts"
                 raise StorageError(seen, wanted="the ledger that was written beside it, with nothing missing", do=do)
         self.finish((), head=ledger.head)
 

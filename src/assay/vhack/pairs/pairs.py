@@ -172,7 +172,7 @@ def _bad(name: str, seen: str, wanted: str) -> DataError:
     return DataError(f"{name}: {seen}", wanted=wanted, do=f"correct or remove it; the form is in {_PAGE}")
 
 
-_GRADED = {"prompt": str, "completion": str, "correct": bool, "exploited": bool, "vacuous": bool}
+_GRADED = {"prompt": str, "completion": str, "correct": bool, "exploited": bool}
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) ->
     done: dict[str, list[str]] = {}
     for _, record in _graded(works):
         texts = done.setdefault(record["prompt"], [])
-        if record["correct"] and not record["vacuous"] and record["completion"] not in texts:
+        if record["correct"] and not record.get("vacuous") and record["completion"] not in texts:
             texts.append(record["completion"])
     found: dict[str, dict[str, Pair]] = {}  # by prompt and hack
     for name, record in _graded(hacks):
@@ -227,8 +227,8 @@ def _graded(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
     for number, record in read_jsonl(path):
         name = f"{path}, line {number}"
         if not all(isinstance(record.get(field), kind) for field, kind in _GRADED.items()):
-            wanted = "prompt and completion, and correct, exploited and vacuous as true or false"
-            do = "grade the file without --reward: assay vhack evaluate --samples FILE --graded GRADED"
+            wanted = "prompt and completion, and correct and exploited as true or false"
+            do = "grade it with assay vhack evaluate --graded, and let a reward of your own return both"
             raise DataError(f"{name}: no graded completion", wanted=wanted, do=do)
         if record["prompt"].strip() and record["completion"].strip():  # no side of a pair may be empty
             yield name, record

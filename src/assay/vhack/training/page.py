@@ -40,7 +40,8 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     """
     title, steps = _read(log)
     if not steps:
-        raise DataError("a log without steps", wanted="one step or more", do="wait for the first one")
+        do = "wait for the first one; TRL logs every step with logging_steps=1"
+        raise DataError("a log without steps", wanted="one step or more", do=do)
     width = min(_WINDOW, max(1, len(steps) // 2))
     ends = [
         {name: fmean(values) for name in (*_RATES, *_OTHERS) if (values := [s[name] for s in part if name in s])}
@@ -50,11 +51,16 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     page.section("How it went")
     wrong = find_faults(*ends) if len(steps) >= _FEWEST else []
     badge = Badge("look", "fail") if wrong else Badge("nothing found", "pass")
-    if not wrong and (len(steps) < _FEWEST or "hack" not in ends[1]):
+    paid = any(step.get("reward") for step in steps)
+    if not wrong and (len(steps) < _FEWEST or "hack" not in ends[1] or not paid):
         badge = Badge("undecided", "undecided")
     page.paragraph(badge, f"  {len(steps)} steps; the beginning and the end are means of {width}.")
     for sentence in wrong:
         page.paragraph(sentence)
+    if len(steps) < _FEWEST:
+        page.paragraph(f"Fewer than {_FEWEST} steps decide nothing.")
+    if not paid:
+        page.paragraph("No step paid anything, so nothing was learned and nothing tested: take easier tasks.")
     if "hack" not in ends[1]:
         page.paragraph(
             "Nothing told which rollouts cheat, so there is no hack rate and no alarm: let the reward return "
@@ -68,7 +74,13 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     page.section("Over steps")
     shown = [(name, words, colour) for (name, words), colour in zip(_RATES.items(), SERIES, strict=True)]
     _draw(page, steps, shown, "share of rollouts", "Shares of the rollouts of each step, without those of a teacher.")
-    _draw(page, steps, [("reward", "reward", SERIES[0])], "mean reward", "Reward as paid, mean of each step.")
+    _draw(
+        page,
+        steps,
+        [("reward", "reward", SERIES[0])],
+        "mean reward",
+        "Reward as paid, mean of each step.",
+    )
     return page
 
 
@@ -91,7 +103,8 @@ def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[st
     elif end.get("lost", 0.0) > 2 * _MANY:
         found.append(
             f"The detector flags {end['lost']:.3f} of the rollouts that do not cheat, more than it promised for clean "
-            "sides of pairs: rollouts do not look like the pairs. Add pairs that the model wrote."
+            "sides of pairs: rollouts do not look like the pairs. Add pairs that the model wrote, or take another "
+            "detector."
         )
     if "hack" not in end and rose > _RISE and max(begin.get("flagged", 1.0), end.get("flagged", 1.0)) <= _NONE:
         found.append(
@@ -118,7 +131,9 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
         if not isinstance(history, list):
             raise DataError(f"{path} has no log_history", wanted="trainer_state.json of TRL", do="name another file")
         log = history
-    lines = [{name.removeprefix("vhack/"): value for name, value in line.items()} for line in log if "reward" in line]
+    told = [{name: one for name, one in line.items() if one is not None} for line in log if "reward" in line]
+    # TRL leaves flagged rollouts out of its own reward, which is None where all are.
+    lines = [{"reward": 0.0} | line | {name[6:]: line[name] for name in line if name[:6] == "vhack/"} for line in told]
     return title, [line for line in lines if "step" in line]
 
 
