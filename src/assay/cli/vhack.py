@@ -316,8 +316,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if first.suffix != ".json":
-        next(read_jsonl(first / "log.jsonl" if first.is_dir() else first), None)  # or it is refused without torch
+    if first.suffix != ".json" and first.is_file():
+        next(read_jsonl(first), None)  # or it is refused without torch
     is_state = False
     if first.suffix == ".json" and not more:
         found = read_json(first)
