@@ -10,6 +10,7 @@ that cannot be imported, and would answer chat and prove nothing. docs/vllm.md d
 import multiprocessing
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import lazy_loader  # type: ignore[import-untyped]
@@ -49,6 +50,7 @@ def before_start() -> None:
     chosen = "assay" in os.environ.get("VLLM_PLUGINS", "").split(",")
     try:
         if chosen:
+            import_module("assay.poc.net.routes")  # its packages do not come with vLLM
             from assay.poc.vllm.preflight import check_server
 
             check_server()
