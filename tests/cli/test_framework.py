@@ -121,6 +121,12 @@ def test_what_is_no_option_any_more_is_read_with_a_warning(sample, monkeypatch):
     assert "abc" not in secret.err
 
 
+def test_a_misspelt_variable_draws_a_warning_and_that_of_another_command_none(sample):
+    found = sample("--model", "m", ASSAY_MODLE="x").err
+    assert "ASSAY_MODLE is set and read by nothing here: did you mean ASSAY_MODEL?" in found
+    assert sample("--model", "m", ASSAY_PINS="x").err.count("did you mean") == 1
+
+
 def test_settings_are_strict_in_python_too(monkeypatch):
     monkeypatch.setenv("SHARE", "0.2")
     assert Sample(model="m").share == 0.5, "a value in Python does not depend on the environment"

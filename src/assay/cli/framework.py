@@ -9,7 +9,7 @@ import errno
 import gc
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
@@ -181,14 +181,11 @@ class Command(click.Command):
         given.pop("config", None)
         table = own_table(ctx.params.get("config"), ctx, words)
         as_json = bool(given.pop("as_json", table.pop("json", False)))
-        self._warn(words, given)
-        own = [name for one in self.settings.values() if (name := one.kind.environment_name(one.name))]
-        for name in sorted(os.environ.keys() - set(own)):
-            if name.startswith("ASSAY_") and (near := get_close_matches(name, own, n=1, cutoff=0.9)):
-                _say(f"{name} is set and read by nothing here: did you mean {near[0]}?")
+        own = {name: variable for name, one in self.settings.items() if (variable := one.kind.environment_name(name))}
+        self._warn(words, given, own.values())
         from assay.files.storage import check_new_file
 
-        variables = {name: os.environ.get(one.kind.environment_name(name) or "") for name, one in self.settings.items()}
+        variables = {name: os.environ.get(variable) for name, variable in own.items()}
         values = self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
         values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
         refuse_own_sources(self.settings, values)
@@ -235,8 +232,11 @@ class Command(click.Command):
                 raise UsageError(seen, wanted="one of " + ", ".join(sorted(self.settings)), do=do)
         return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
-    def _warn(self, words: Sequence[str], given: Mapping[str, Any]) -> None:
-        """Say of options of earlier releases, and of secrets, where their values belong now."""
+    def _warn(self, words: Sequence[str], given: Mapping[str, Any], own: Collection[str]) -> None:
+        """Say of options of earlier releases, and of secrets, where their values belong, and of misspelt variables."""
+        for name in sorted(os.environ.keys() - set(own)):
+            if name.startswith("ASSAY_") and (near := get_close_matches(name, own, n=1, cutoff=0.9)):
+                _say(f"{name} is set and read by nothing here: did you mean {near[0]}?")
         place = f"under [{'.'.join(words)}] in a file for --config"
         for one in (self.settings[name] for name in given):
             if one.flag.secret:

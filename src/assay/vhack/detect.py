@@ -488,10 +488,8 @@ def fit_judge(
     groups = [pair.group for pair in pairs]
     split_groups(groups)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
-    if (
-        svd is None and chosen.cost == Cost.BACKWARD
-    ):  # once: the axes are no others' after training has moved the weights
-        svd = weight_svd(model)
+    if svd is None and chosen.cost == Cost.BACKWARD:
+        svd = weight_svd(model)  # once: training moves the weights, and the axes belong to these
     how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd, "forward": chosen.forward}
     found = collect_evidence(samples, model, cost=chosen.cost, progress=progress, **how)
     sides = found.take(range(len(pairs))), found.take(range(len(pairs), len(samples)))

@@ -60,6 +60,14 @@ def test_what_trl_logs_becomes_a_page_that_says_what_nothing_told(tmp_path):
         assert "no hack rate" in page
 
 
+def test_a_step_in_which_trl_kept_nothing_has_what_was_paid_and_a_run_without_pay_tests_nothing():
+    steps = [{"step": n + 1, "reward": None, "vhack/reward": 0.5, "vhack/flagged": 1.0} for n in range(8)]
+    assert "0.500" in training_page(steps).render()
+    page = training_page([step | {"vhack/reward": 0.0, "vhack/hack": 0.0, "vhack/flagged": 0.0} for step in steps])
+    assert "nothing tested" in page.render()
+    assert "nothing found" not in page.render()
+
+
 def test_what_is_no_log_is_refused(tmp_path):
     (tmp_path / "check.json").write_text('{"verdict": "pass"}')
     with pytest.raises(DataError):

@@ -74,13 +74,7 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     page.section("Over steps")
     shown = [(name, words, colour) for (name, words), colour in zip(_RATES.items(), SERIES, strict=True)]
     _draw(page, steps, shown, "share of rollouts", "Shares of the rollouts of each step, without those of a teacher.")
-    _draw(
-        page,
-        steps,
-        [("reward", "reward", SERIES[0])],
-        "mean reward",
-        "Reward as paid, mean of each step.",
-    )
+    _draw(page, steps, [("reward", "reward", SERIES[0])], "mean reward", "Reward as paid, mean of each step.")
     return page
 
 
@@ -133,7 +127,8 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
         log = history
     told = [{name: one for name, one in line.items() if one is not None} for line in log if "reward" in line]
     # TRL leaves flagged rollouts out of its own reward, which is None where all are.
-    lines = [{"reward": 0.0} | line | {name[6:]: line[name] for name in line if name[:6] == "vhack/"} for line in told]
+    ours = [{name.removeprefix("vhack/"): one for name, one in line.items() if "vhack/" in name} for line in told]
+    lines = [{"reward": 0.0} | line | found for line, found in zip(told, ours, strict=True)]
     return title, [line for line in lines if "step" in line]
 
 
