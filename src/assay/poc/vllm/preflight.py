@@ -83,7 +83,7 @@ def check_server() -> None:
 
         ServeSubcommand().subparser_init(parser.add_subparsers())
     else:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.entrypoints.cli.serve import make_arg_parser
 
         make_arg_parser(parser)
     arguments, settings = parser.parse_args(), PluginSettings()
