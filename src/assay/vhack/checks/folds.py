@@ -27,7 +27,7 @@ from assay.errors import DataError
 from assay.vhack.basis.basis import Basis, shrinkage
 from assay.vhack.basis.extract import PairGradients
 from assay.vhack.checks.judge import CheckSettings, FloatArray
-from assay.vhack.pairs.selection import check_groups, divide
+from assay.vhack.pairs.selection import HELD_OUT_PART, check_groups, split_groups
 
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -272,9 +272,9 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     Raises:
         UsageError: There are too few groups to fit a basis and score another group.
     """
-    how = settings.method, settings.seed
-    check_groups(gradients.groups, *how, settings.alpha)
-    parts, count = divide(gradients.groups, *how, settings.n_folds), len(set(gradients.groups))
+    check_groups(gradients.groups, settings.method, settings.seed, settings.alpha)
+    n_parts, count = settings.n_folds if settings.method == "svd" else HELD_OUT_PART, len(set(gradients.groups))
+    parts = split_groups(gradients.groups, n_parts, settings.seed)
     geometry = Geometry(gradients)
     if settings.method == "svd":
         text = f"{count} groups in {len(parts)} folds; each fold is scored by a basis of the others"

@@ -11,8 +11,8 @@ from assay.vhack.pairs.pairs import Pair
 
 # The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
 _HELD_OUT_SHARE, _SHARE_OF_MANY, _MANY_GROUPS = 6, 3, 30
-_HELD_OUT_PART = 3
 _FEWEST_SCORED = 2  # groups, without which there is no interval
+HELD_OUT_PART = 3  # parts of the groups, of which lda fits two
 
 
 def check_method(method: str, n: int) -> None:
@@ -99,19 +99,9 @@ def split_groups(groups: Sequence[str], n_folds: int = 5, seed: int = 0) -> list
 
 
 def fewest_groups(method: str, alpha: float = 0.05, *, given: bool = False) -> int:
-    """Return how many groups the checks need at least for a p-value that alpha allows.
-
-    Where a basis is given all these groups are scored, and none serves a fit.
-    """
+    """Return how many groups a p-value that alpha allows needs at least; beside a given basis none serves a fit."""
     free = ceil(log2(1 / alpha))
-    if given:
-        return free
-    return free + 1 if method == "svd" else _HELD_OUT_PART * (free - 1) + 1
-
-
-def divide(groups: Sequence[str], method: str, seed: int, n_folds: int = 5) -> list[set[str]]:
-    """Return the parts of the groups that are scored one after the other, or of which the first is held out."""
-    return split_groups(groups, n_folds if method == "svd" else _HELD_OUT_PART, seed)
+    return free if given else free + 1 if method == "svd" else HELD_OUT_PART * (free - 1) + 1
 
 
 def check_groups(
@@ -139,12 +129,12 @@ def check_groups(
                 do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
             )
         what = "that the basis was not made from "
-    elif len(found) < (fewest := 2 if method == "svd" else _HELD_OUT_PART + 1):
+    elif len(found) < (fewest := 2 if method == "svd" else HELD_OUT_PART + 1):
         seen = f"{len(found)} group{'s' * (len(found) != 1)} of pairs to check {method} with"
         do = "add pairs of other groups (--pairs generated:48 has 30), or check with --method svd"
         raise UsageError(seen, wanted=f"at least {fewest}, and {least} for a verdict", do=do)
     elif method != "svd":
-        check_method(method, sum(group not in divide(groups, method, seed)[0] for group in groups))
+        check_method(method, sum(group not in split_groups(groups, HELD_OUT_PART, seed)[0] for group in groups))
         other = f", or check with --method svd, which needs {fewest_groups('svd', alpha)}"
     if len(found) >= least:
         return None
