@@ -309,7 +309,7 @@ class Delivery:
 
 
 async def _first_words(response: httpx.Response) -> str:
-    """Return the first words of a refusal, which nobody vouches for, and for a 4xx what to do."""
+    """Return the first words of a refusal, with control characters written out, and for a 4xx what to do."""
     found = b""
     with suppress(httpx.HTTPError, TimeoutError):
         async with asyncio.timeout(1.0):
