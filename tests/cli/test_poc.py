@@ -121,7 +121,7 @@ def test_the_published_rule_is_held_against_published_presets(preset, said, prov
     assert said in next(line for line in seen.out.splitlines() if "published rule" in line)
 
 
-def test_the_round_comes_from_the_pins(prove, assay, refused, small_checkpoint, tmp_path, monkeypatch):
+def test_the_round_comes_from_the_pins(prove, proving, assay, refused, small_checkpoint, tmp_path, monkeypatch):
     assert prove("first.jsonl", nonces="0:32").code == 0
     pins = tmp_path / "pins.toml"
     new = ("poc", "pins", "new", "--model", small_checkpoint, "--from-proof", tmp_path / "first.jsonl", "-o", pins)
@@ -133,6 +133,12 @@ def test_the_round_comes_from_the_pins(prove, assay, refused, small_checkpoint, 
     assert (header.round.seq_len, header.round.block_hash, header.fingerprint.batch_size) == (16, "next", 8)
     known = ("--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu", "--model")
     assert assay("poc", "verify", tmp_path / "second.jsonl", *known, small_checkpoint).code == 0
+    begun = tmp_path / "third.jsonl.partial"  # under pins, and continued without them: only as the header says
+    begun.write_text("\n".join((tmp_path / "second.jsonl").read_text().splitlines()[:20]) + "\n")
+    assert "repeat that command with all its flags" in refused(
+        *proving(begun.stem, nonces="0:32", block_hash="next", seq_len=8)
+    )
+    begun.unlink()
     monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     wrong = {"--seq-len": 17, "--strength": 256, "--batch-size": 16, "--dtype": "bfloat16", "--nonces": "0:8"}
     for flag, value in (wrong | {"--preset": "artifact"}).items():

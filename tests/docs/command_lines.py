@@ -50,7 +50,7 @@ def shown(text: str) -> Iterator[list[str]]:
 
 
 def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
-    """Return what programs say of the lines that they refuse, read in a folder with the files that they need."""
+    """Return what programs say of lines that they refuse or whose flags will go, in a folder with the files needed."""
     command = [sys.executable, "-m", "tests.docs.command_lines"]
     environment = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}:{ROOT / 'research' / 'src'}",
@@ -76,13 +76,13 @@ def _with_new_output(words: list[str]) -> list[str]:
 
 
 def _refusal(words: list[str]) -> str:
-    """Have a line read by its program; return what it said if it did not take it, and else nothing."""
+    """Have a line read by its program; return what it said if it did not take it or a flag will go; else nothing."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
             code: object = run(_with_new_output(words)[1:]) if words[0] == "assay" else _start(words[1:])
         except _Read:
-            return ""
+            return said.getvalue() if " will go: " in said.getvalue() else ""
         except SystemExit as end:
             code = end.code
     return f"exit code {code}: {said.getvalue()}"

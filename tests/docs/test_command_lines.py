@@ -4,6 +4,7 @@ Most of them also run (docs/blocks.md).
 """
 
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -31,8 +32,10 @@ def folder(small_model, tmp_path, monkeypatch):
     """A folder with the files that a command reads before its work."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     (tmp_path / "keys").write_text("k" * 20 + "\n")
-    (tmp_path / "here.toml").write_text("[poc.serve]\nallow_private_callbacks = true\n")
     monkeypatch.chdir(tmp_path)
+    for path in PAGES:
+        for line in re.findall(r"^printf .*\.toml$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            subprocess.run(["bash", "-c", line], env={"DIGEST": "0" * 64}, check=True)
     return tmp_path
 
 

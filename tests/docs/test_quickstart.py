@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
         assert all(0 <= line["vhack/flagged"] <= 1 for line in history if "reward" in line)
         capsys.readouterr()
         for command in COMMANDS:
+            if command.startswith("printf "):
+                subprocess.run(["bash", "-c", command], check=True)
+                continue
             code = run(shlex.split(command)[1:])
             told = capsys.readouterr()
             # 1 and 2 are verdicts of the check; then its table is there.

@@ -163,8 +163,8 @@ class VerifyPairsSettings(ListSettings):
     allow_unsandboxed: Unsandboxed = False
 
 
-_SELECTION = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
-_PASSED = _SELECTION | {"factors", "max_tokens", "checkpointing"}
+_AXES = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
+_PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
 
 
@@ -177,22 +177,19 @@ _PASSED = _SELECTION | {"factors", "max_tokens", "checkpointing"}
 def extract(chosen: ExtractSettings, as_json: bool) -> None:
     """Extract a basis of hack directions."""
     from assay import vhack
-    from assay.vhack import checks
     from assay.vhack.pairs.generate import find_pairs
+    from assay.vhack.pairs.selection import fewest_groups, select_pairs
 
     pairs = find_pairs(chosen.pairs)  # before torch is imported
-    from assay.vhack.basis.extract import select_pairs
-    from assay.vhack.checks.folds import fewest_groups
-    from assay.vhack.delta.delta import user_cache
-
-    groups, least = len({pair.group for pair in pairs}), fewest_groups(checks.CheckSettings(method=chosen.method))
-    if groups < least:
+    select_pairs(pairs, **chosen.model_dump(include={"n_heldout", "heldout_groups", "method"}))
+    if (groups := len({pair.group for pair in pairs})) < (least := fewest_groups(chosen.method)):
         click.echo(
             f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real: "
             f"by {chosen.method}, assay vhack check needs {least} (--pairs generated:48 has 30 groups)",
             err=True,
         )
-    select_pairs(pairs, **chosen.model_dump(include=_SELECTION))
+    from assay.vhack.delta.delta import user_cache
+
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
         basis = vhack.extract(
@@ -238,16 +235,18 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     """
     from assay.vhack import checks
     from assay.vhack.pairs.generate import find_pairs
+    from assay.vhack.pairs.selection import check_groups
 
     found = find_pairs(chosen.pairs)  # before torch is imported
+    how = [pair.group for pair in found], chosen.method, chosen.seed, chosen.alpha
+    few = None if chosen.basis else check_groups(*how)
     from assay.vhack.basis.basis import Basis
-    from assay.vhack.checks.folds import check_groups
     from assay.vhack.checks.page import make_page
     from assay.vhack.gradients.targets import MIN_COVERAGE
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
     read = Basis.load(chosen.basis) if chosen.basis else None
-    if few := check_groups([pair.group for pair in found], rules, read):
+    if few := check_groups(*how, read.origin.groups) if read else few:
         click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
     if chosen.basis:
@@ -316,8 +315,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if first.suffix != ".json" and first.is_file():
-        next(read_jsonl(first), None)  # or it is refused without torch
+    if first.suffix != ".json" and first.is_file() and next(read_jsonl(first), None) is None:  # before torch
+        raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
     is_state = False
     if first.suffix == ".json" and not more:
         found = read_json(first)

@@ -201,7 +201,7 @@ class PartialFile:
             return []
         if lines[0] != first:
             seen = f"{self.partial} was begun with other arguments, another model or another engine"
-            do = "repeat that command, or remove the partial file to start again"
+            do = "repeat that command with all its flags, or remove the partial file to start again"
             raise UsageError(seen, wanted="the same command as the interrupted one", do=do)
         kept = lines[: most + 1]
         values = [read(number, f"{line}\n".encode()) for number, line in enumerate(kept[1:], start=2)]

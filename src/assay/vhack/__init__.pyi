@@ -5,7 +5,6 @@ from .basis.basis import cin_over_modules as cin_over_modules
 from .basis.extract import PairGradients as PairGradients
 from .basis.extract import extract as extract
 from .basis.extract import pair_gradients as pair_gradients
-from .basis.extract import split_pairs as split_pairs
 from .gradients.per_sample import SampleGradients as SampleGradients
 from .gradients.per_sample import per_sample_gradients as per_sample_gradients
 from .gradients.svd import Factors as Factors
@@ -17,3 +16,4 @@ from .gradients.targets import target_modules as target_modules
 from .gradients.targets import weights_digest as weights_digest
 from .pairs.pairs import Pair as Pair
 from .pairs.pairs import Sample as Sample
+from .pairs.selection import split_pairs as split_pairs

@@ -41,6 +41,7 @@ from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of
 from assay.vhack.names import DETECTORS
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
+from assay.vhack.pairs.selection import split_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +52,6 @@ Groups = tuple[Sequence[str], Sequence[str]]
 
 _TOKENS = {"cuda": 16384, "cpu": 1024}  # of a forward pass, padding included
 _MOST_LAYERS = 8  # that a probe chooses from, evenly spaced
-_FOLDS = 5
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of a ridge, in mean eigenvalues of the Gram matrix
 _HASHES, _NGRAM = 4096, (2, 3, 4)
 _ENOUGH = 19  # clean samples, of which a threshold can promise 5 %
@@ -306,16 +306,6 @@ def make_detectors(names: Collection[str] = DETECTORS, *, basis: Basis | None = 
     ]
     every = [*plain, Detector("combined", Cost.BACKWARD, partial(_fit_combined, plain))]
     return [each for each in every if basis is not None or each.name in names]
-
-
-def split_groups(groups: Sequence[str], n_folds: int = _FOLDS, seed: int = 0) -> list[set[str]]:
-    """Return the parts of a random division of the groups, as many as there may be; one group is refused."""
-    names = list(dict.fromkeys(groups))
-    if len(names) < 2:
-        raise UsageError("samples of one group", wanted="two groups or more, of which one is held out", do="add pairs")
-    order = np.random.default_rng(seed).permutation(len(names))
-    n_parts = min(n_folds, len(names))
-    return [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
 
 
 def cross_score(

@@ -35,7 +35,7 @@ class Receiver(Answering):
         headers = {name.lower(): value for name, value in handler.headers.items()}
         self.seen.append((time.monotonic(), handler.path, headers, body))
         status, extra = self._answer(len(self.seen))
-        self.respond(handler, status, **extra)
+        self.respond(handler, status, extra.pop("says", "").encode(), **extra)
 
 
 @pytest.fixture
@@ -108,6 +108,17 @@ def test_dead_letters_are_kept_and_replayed_while_the_service_runs(serving, rece
             assert outbox.replay([row.id]) == 1
         until(lambda: service.controller.outbox.counts() == {"pending": 0, "dead": 0})
     assert receiver.seen[-1][2]["webhook-id"] == row.id
+
+
+def test_a_dead_letter_says_what_the_receiver_answered_and_what_to_do(serving, receive):
+    receiver = receive(lambda n: (404, {"says": f"no such block\x1b[2J\n {'x' * 100_000}"}))
+    with serving(callback_attempts=1) as service:
+        owe_one(service, receiver.url)
+        until(lambda: service.controller.outbox.counts()["dead"] == 1)
+        (row,) = service.controller.outbox.rows(["dead"], 1)
+    assert row.last_error.startswith(r"HTTP 404: no such block\x1b[2J xxx")
+    assert "x; to do: correct that, or the callback URL, then run assay poc callbacks replay" in row.last_error
+    assert len(row.last_error) < 500
 
 
 def test_a_blocked_address_is_a_dead_letter_at_once(serving, monkeypatch):

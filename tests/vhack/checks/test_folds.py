@@ -7,14 +7,9 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.vhack import Origin, PairGradients, cin_over_modules
 from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks.folds import (
-    Geometry,
-    cin_per_module,
-    cross_fit,
-    draw_swaps,
-    fewest_groups,
-)
+from assay.vhack.checks.folds import Geometry, cin_per_module, cross_fit, draw_swaps
 from assay.vhack.names import METHODS
+from assay.vhack.pairs.selection import fewest_groups
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,7 +106,7 @@ def test_few_groups_leave_every_check_undecided(gradients, quick):
 @pytest.mark.parametrize("method", ["svd", "lda"])
 def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick, method):
     settings = replace(quick, method=method)
-    least = fewest_groups(settings)
+    least = fewest_groups(method, settings.alpha)
     verdicts = [
         {made.verdict for made in check_gradients(gradients(0, n_groups=n), settings=settings).checks}
         for n in (least - 1, least)

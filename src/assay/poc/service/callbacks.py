@@ -22,7 +22,7 @@ import sqlalchemy as sa
 import structlog
 from standardwebhooks import Webhook
 
-from assay.errors import StorageError, UsageError
+from assay.errors import StorageError, UsageError, visible
 from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.callbacks import Blocked, call, new_client
@@ -40,7 +40,7 @@ RECEIPTS = "receipts"
 """The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
 TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
 LONGEST_PAUSE = 86_400.0  # seconds between two attempts
-
+LONGEST_WORDS = 300  # bytes of an answer that are kept
 
 Callback = sa.Row[Any]
 """A row of the table ``outbox``, without number and body."""
@@ -167,11 +167,9 @@ class Outbox:
 
         Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback is a dead letter.
         """
-        now = time.time()
-        if error is None or retry_in is None:
-            values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": now}
-        else:
-            values = {"next_attempt_at": now + retry_in}
+        values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": time.time()}
+        if error is not None and retry_in is not None:
+            values = {"next_attempt_at": time.time() + retry_in}
         values |= {"attempts": self._c.attempts + 1, "last_error": error}
         self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
 
@@ -270,7 +268,7 @@ class Delivery:
     async def _send(self, client: httpx.AsyncClient, callback: Callback, body: str) -> tuple[str | None, float]:
         """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
         now, private = datetime.now(UTC), self._settings.allow_private_callbacks
-        headers = {"Content-Type": "application/json", "webhook-id": callback.id}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "webhook-id": callback.id}
         headers["webhook-timestamp"] = str(int(now.timestamp()))
         if self._signers:
             headers["webhook-signature"] = " ".join(signer.sign(callback.id, now, body) for signer in self._signers)
@@ -278,6 +276,7 @@ class Delivery:
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
                 response = await call(client, "POST", callback.url, f"/{callback.kind}", **about)
+                words = "" if response.is_success else await _first_words(response)
                 await response.aclose()
         except Blocked as error:
             return str(error), float("inf")
@@ -287,7 +286,7 @@ class Delivery:
             return f"{type(error).__name__}: {error}"[:200], 0.0
         if response.is_success:
             return None, 0.0
-        return f"HTTP {response.status_code}", retry_after(response.headers.get("retry-after", ""))
+        return f"HTTP {response.status_code}{words}", retry_after(response.headers.get("retry-after", ""))
 
     async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
         """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
@@ -307,6 +306,17 @@ class Delivery:
                 if self._runtime.closing.is_set():
                     return
                 await asyncio.sleep(1.0)
+
+
+async def _first_words(response: httpx.Response) -> str:
+    """Return the first words of a refusal, with control characters written out, and for a 4xx what to do."""
+    found = b""
+    with suppress(httpx.HTTPError, TimeoutError):
+        async with asyncio.timeout(1.0):
+            found = await anext(response.aiter_raw(LONGEST_WORDS), b"")
+    words = visible(" ".join(found.decode(errors="replace").split()))
+    do = "correct that, or the callback URL, then run assay poc callbacks replay"
+    return (f": {words}" if words else "") + (f"; to do: {do}" if response.is_client_error else "")
 
 
 def backoff(attempts: int, base: float, longest: float) -> float:

@@ -23,15 +23,12 @@ from assay.vhack.gradients.batches import Progress, find_chat_template, stage_pr
 from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
 from assay.vhack.gradients.targets import coverage, module_of, target_modules, weights_digest
-from assay.vhack.names import METHODS
 from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.selection import check_method, pair_names, select_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
-_HELD_OUT_SHARE = 6
-_SHARE_OF_MANY, _MANY_GROUPS = 3, 30
 # Parts of the model whose full factors exist one after the other where truncated ones are wanted.
 _PARTS = 8
 
@@ -152,92 +149,6 @@ def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> in
     return counts.pop()
 
 
-def check_method(method: str, n: int) -> None:
-    """Raise UsageError unless ``method`` exists and ``n`` pairs are enough for it."""
-    if method not in METHODS:
-        raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
-    least = 3 if method == "lda" else 1
-    if n < least:
-        raise UsageError(f"{n} pairs for {method}", wanted=f"at least {least}", do="use more pairs or another method")
-
-
-def split_pairs(
-    pairs: Sequence[Pair], *, n_heldout: int | None = None, heldout_groups: Sequence[str] | None = None
-) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to extract from and the pairs to test with, each in order.
-
-    Args:
-        pairs: Pairs in order, with their groups.
-        n_heldout: Number of pairs to hold out from the end, as the original proposal does; 0 holds out none.
-        heldout_groups: Groups to hold out whole. With neither, the last groups are held out: as many as it takes for a
-            sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
-            all used.
-
-    Raises:
-        UsageError: Both are given, a group is unknown, or no pair would be left.
-    """
-    if n_heldout is not None and heldout_groups:
-        raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
-    if n_heldout is not None:
-        if not 0 <= n_heldout < len(pairs):
-            do = "lower --n-heldout, or leave it out"
-            raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do=do)
-        cut = len(pairs) - n_heldout
-        return list(pairs[:cut]), list(pairs[cut:])
-    chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)
-    unknown = chosen - {pair.group for pair in pairs}
-    kept = [pair for pair in pairs if pair.group not in chosen]
-    if unknown or not kept:
-        seen = f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from"
-        wanted = "some groups, but not all, of " + ", ".join(dict.fromkeys(pair.group for pair in pairs))
-        raise UsageError(seen, wanted=wanted, do="name other groups")
-    return kept, [pair for pair in pairs if pair.group in chosen]
-
-
-def _last_groups(pairs: Sequence[Pair]) -> set[str]:
-    names = list(dict.fromkeys(pair.group for pair in pairs))
-    share = _SHARE_OF_MANY if len(names) >= _MANY_GROUPS else _HELD_OUT_SHARE
-    chosen: set[str] = set()
-    for name in reversed(names[1:]):
-        chosen.add(name)
-        if share * sum(pair.group in chosen for pair in pairs) >= len(pairs):
-            break
-    return chosen
-
-
-def _names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
-    """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by both its names."""
-    found: dict[str, str] = {}
-    for index, pair in enumerate(pairs):
-        name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
-        if other := found.get(pair.key):
-            raise DataError(f"{name} is the same as {other}", wanted="each pair once", do="remove one of them")
-        found[pair.key] = name
-    return found
-
-
-def select_pairs(
-    pairs: Sequence[Pair],
-    *,
-    n_heldout: int | None,
-    heldout_groups: Sequence[str] | None,
-    top_k: int,
-    tau_axis: float,
-    method: str,
-    rank: int | None = None,
-) -> dict[str, Pair]:
-    """Return the pairs to extract from by their names in errors, which count all pairs.
-
-    It checks all that :func:`extract` is asked for, as that does, before any work, and needs no model.
-    """
-    names = _names(pairs)
-    check_axis_settings(top_k, tau_axis)
-    check_rank(rank)
-    used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
-    check_method(method, len(used))
-    return {names[pair.key]: pair for pair in used}
-
-
 class GradientOptions(TypedDict, total=False):
     """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and :func:`extract`."""
 
@@ -281,7 +192,7 @@ def pair_gradients(
     """
     svd, rank, progress = how.get("svd"), how.get("rank"), how.get("progress")
     check_rank(rank)
-    labels = _names(pairs, names)
+    labels = pair_names(pairs, names)
     kept = [pair for pair in pairs if pair.hack != pair.clean]
     if not kept:
         raise _nothing_left(len(pairs))
@@ -372,7 +283,9 @@ def extract(
     """
     axes: dict[str, Any] = {"top_k": top_k, "tau_axis": tau_axis, "method": method}
     svd, rank = how.get("svd"), how.get("rank")
-    used = select_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, rank=rank, **axes)
+    check_axis_settings(top_k, tau_axis)
+    check_rank(rank)
+    used = select_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, method=method)
     if path is not None and Path(path).exists():
         weight = next(iter(target_modules(model).values())).weight
         expected: dict[str, object] = {

@@ -15,20 +15,19 @@ basis is fitted to, K axes, R coordinates of δS, B draws.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, log2
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from assay.errors import DataError, UsageError
+from assay.errors import DataError
 from assay.vhack.basis.basis import Basis, shrinkage
-from assay.vhack.basis.extract import PairGradients, check_method
+from assay.vhack.basis.extract import PairGradients
 from assay.vhack.checks.judge import CheckSettings, FloatArray
-from assay.vhack.detect import split_groups
+from assay.vhack.pairs.selection import HELD_OUT_PART, check_groups, split_groups
 
 # As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
@@ -175,8 +174,6 @@ def cin_per_module(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | Non
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on scored pairs, above
 # which the basis was made from scored pairs. Gradients of another run in bfloat16 differ by about 1 %.
 _EXPLAINED, _ON_SCORED = 0.99, 0.1
-_HELD_OUT_PART = 3
-_FEWEST_SCORED = 2  # groups, without which there is no interval
 _AT_ONCE = 100  # rows of swapped labels, to bound the memory
 
 
@@ -266,60 +263,6 @@ def draw_swaps(groups: Sequence[str], n: int, generator: np.random.Generator) ->
     return torch.from_numpy(np.concatenate([np.ones((1, len(names))), signs_BG])[:, index_N])
 
 
-def fewest_groups(settings: CheckSettings, *, given: bool = False) -> int:
-    """Return how many groups the checks need at least for a p-value that alpha allows.
-
-    Where a basis is given all these groups are scored, and none serves a fit.
-    """
-    free = ceil(log2(1 / settings.alpha))
-    if given:
-        return free
-    return free + 1 if settings.method == "svd" else _HELD_OUT_PART * (free - 1) + 1
-
-
-def _parts(groups: Sequence[str], settings: CheckSettings) -> list[set[str]]:
-    """Return the parts of the groups that are scored one after the other, or of which the first is held out."""
-    return split_groups(groups, settings.n_folds if settings.method == "svd" else _HELD_OUT_PART, settings.seed)
-
-
-def check_groups(groups: Sequence[str], settings: CheckSettings, basis: Basis | None = None) -> str | None:
-    """Refuse groups of pairs of which none can be scored, before any work; pairs of a given basis are not scored.
-
-    ``groups`` are those of all pairs.
-
-    Returns:
-        Why the groups that are left are too few for a verdict, and what to do; None where they are enough.
-
-    Raises:
-        UsageError: There are too few groups to fit a basis and score another group, or fewer than two that a basis has
-            not seen.
-    """
-    found, least = set(groups), fewest_groups(settings, given=basis is not None)
-    what, other = "", ""
-    if basis is not None:
-        found -= set(basis.origin.groups)
-        if len(found) < _FEWEST_SCORED:
-            raise UsageError(
-                "every pair belongs to a group the basis was made from" + "".join(f", or to group {g}" for g in found),
-                wanted="pairs of two groups or more that it has not seen: numbers from its own pairs show nothing",
-                do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
-            )
-        what = "that the basis was not made from "
-    elif len(found) < (fewest := 2 if settings.method == "svd" else _HELD_OUT_PART + 1):
-        seen = f"{len(found)} group{'s' * (len(found) != 1)} of pairs to check {settings.method} with"
-        do = "add pairs of other groups (--pairs generated:48 has 30), or check with --method svd"
-        raise UsageError(seen, wanted=f"at least {fewest}, and {least} for a verdict", do=do)
-    elif settings.method != "svd":
-        check_method(settings.method, sum(group not in _parts(groups, settings)[0] for group in groups))
-        other = f", or check with --method svd, which needs {fewest_groups(replace(settings, method='svd'))}"
-    if len(found) >= least:
-        return None
-    return (
-        f"{len(found)} groups {what}are too few for a verdict by {settings.method}: it needs {least}. Add pairs of "
-        f"other groups (--pairs generated:48 has 30){other}"
-    )
-
-
 def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     """Return folds of whole groups, each scored by a basis of the others.
 
@@ -329,8 +272,9 @@ def cross_fit(gradients: PairGradients, settings: CheckSettings) -> Design:
     Raises:
         UsageError: There are too few groups to fit a basis and score another group.
     """
-    check_groups(gradients.groups, settings)
-    parts, count = _parts(gradients.groups, settings), len(set(gradients.groups))
+    check_groups(gradients.groups, settings.method, settings.seed, settings.alpha)
+    n_parts, count = settings.n_folds if settings.method == "svd" else HELD_OUT_PART, len(set(gradients.groups))
+    parts = split_groups(gradients.groups, n_parts, settings.seed)
     geometry = Geometry(gradients)
     if settings.method == "svd":
         text = f"{count} groups in {len(parts)} folds; each fold is scored by a basis of the others"
@@ -366,7 +310,7 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
     if ranks[0] != ranks[1]:
         wanted, do = "the same", "use the same model, and factors of the rank of the basis"
         raise DataError("gradients of other modules or ranks than the basis has", wanted=wanted, do=do)
-    check_groups(gradients.groups, settings, basis)
+    check_groups(gradients.groups, settings.method, settings.seed, settings.alpha, basis.origin.groups)
     train, test = _rows(gradients.groups, set(basis.origin.groups))
     differences = {name: gradients.differences(name) for name in basis.axes}
     refuse_seen(basis, differences, "pairs", test)

@@ -19,7 +19,7 @@ from assay.models.load import Model, load_model
 from assay.models.wide import wide_products
 from assay.pages.provenance import provenance
 from assay.vhack.basis.basis import Basis
-from assay.vhack.basis.extract import extract, pair_gradients, select_pairs
+from assay.vhack.basis.extract import extract, pair_gradients
 from assay.vhack.delta.arms import load_controls
 from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.delta.optimizer import ProjectedOptimizer
@@ -31,6 +31,7 @@ from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.selection import select_pairs
 from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.page import training_page
 from assay.vhack.training.pool import RolloutPool, find_end_tokens, finite_sampling
@@ -335,8 +336,7 @@ def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
     if settings.basis is not None:
         Basis.load(settings.basis)
     if settings.basis is None or settings.refresh:
-        how: dict[str, Any] = {"top_k": settings.k_use, "tau_axis": 0.0, "method": settings.method}
-        select_pairs(pairs, n_heldout=0, heldout_groups=None, **how)
+        select_pairs(pairs, n_heldout=0, heldout_groups=None, method=settings.method)
     if settings.flags_by[0] not in (None, "labels"):
         check_promise(len(pairs), settings.clean_lost)
 
