@@ -1,7 +1,7 @@
 """Judged rollouts in verl: by its own reward manager, advantages and loss where verl is installed.
 
-It runs in a process of its own, ``python -m tests.vhack.training.test_verl``, which prints JSON: verl imports Ray, which
-vLLM takes wherever it can import it, so both lie beside the environment of vLLM.
+verl runs in a process of its own, ``python -m tests.vhack.training.test_verl``, which prints JSON: it imports Ray, and
+vLLM takes Ray wherever it can import it, so both lie beside the environment of vLLM.
 """
 
 import asyncio
@@ -23,12 +23,8 @@ from tests.vhack.conftest import bytewise
 
 BESIDE = Path(sys.prefix, "ray")
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
-JUDGE = RolloutJudge(
-    Detector("word", Cost.TEXT, None),
-    lambda evidence: np.array([float("cheat" in text) for text in evidence.texts]),
-    HELD,
-    None,
-)
+FLAG = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
+JUDGE = RolloutJudge(Detector("word", Cost.TEXT, None), FLAG, HELD, None)
 SOLUTIONS = ("a", "cheat", "abc", "bbbbb", "cheater", "d")
 PROMPTS = ("p", "p", "p", "p", "q", "q")
 
@@ -130,9 +126,8 @@ def main():
     actor = ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1)
     loss, _ = core_algos.get_policy_loss_fn("vanilla")(logs_BT.detach(), logs_BT, advantages_BT, mask_BT, config=actor)
     loss.backward()
-    flagged = [one["reward_extra_info"]["flagged"] for one in told]
-    gradients = logs_BT.grad.abs().sum(-1).tolist()
-    print(json.dumps({"flagged": flagged, "advantages": advantages_BT[:, 0].tolist(), "gradients": gradients}))
+    found = {"advantages": advantages_BT[:, 0].tolist(), "gradients": logs_BT.grad.abs().sum(-1).tolist()}
+    print(json.dumps(found | {"flagged": [one["reward_extra_info"]["flagged"] for one in told]}))
 
 
 if __name__ == "__main__":
