@@ -309,14 +309,15 @@ class Delivery:
 
 
 async def _first_words(response: httpx.Response) -> str:
-    """Return the first words of a refusal, with control characters written out, and for a 4xx what to do."""
+    """Return the first words of a refusal, with control characters written out, and what to do if no retry helps."""
     found = b""
     with suppress(httpx.HTTPError, TimeoutError):
         async with asyncio.timeout(1.0):
             found = await anext(response.aiter_raw(LONGEST_WORDS), b"")
     words = visible(" ".join(found.decode(errors="replace").split()))
     do = "correct that, or the callback URL, then run assay poc callbacks replay"
-    return (f": {words}" if words else "") + (f"; to do: {do}" if response.is_client_error else "")
+    is_final = response.is_client_error and response.status_code not in (408, 429)
+    return (f": {words}" if words else "") + (f"; to do: {do}" if is_final else "")
 
 
 def backoff(attempts: int, base: float, longest: float) -> float:
