@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -121,7 +120,7 @@ def read_records(path: Path) -> list[JsonObject]:
 def check_steps(steps: Iterable[Mapping[str, Any]], source: str = "a log") -> None:
     """Refuse a step without its number, or with anything but finite numbers beside its kind."""
     for name, one in (pair for step in steps for pair in {"step": None, **step}.items() if pair[0] != "kind"):
-        if isinstance(one, bool) or not (isinstance(one, int | float | np.floating) and -1e300 < one < 1e300):
+        if isinstance(one, bool) or not (hasattr(one, "__float__") and -1e300 < one < 1e300):
             seen, do = f"{source}: a step with {name} {one!r:.60}", "repair or remove the line"
             raise DataError(seen, wanted="a finite number", do=do)
 
