@@ -236,3 +236,9 @@ def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(tmp
         if size or read is not list_tensors:  # of which a checkpoint may be as large
             with pytest.raises(AssayError):
                 read(tmp_path if read is list_tensors else tmp_path / name)
+
+
+def test_a_key_of_many_parts_never_reaches_the_parser():
+    for text in ("a" + ".a" * 50_000 + " = 1", '"="' + ".a" * 50_000 + " = 1"):
+        with pytest.raises(ValueError, match="a key of more than 64 parts"):
+            jsonl._parse(text)

@@ -304,7 +304,7 @@ def _three_parts(path: Path, flag: str) -> Iterator[None]:
             raise damaged(path, str(reason), flag=flag) from error
         wanted, do = _ADVICE.get(getattr(reason, "sqlite_errorcode", 0) & 0xFF, _NO_ROOM)
         raise StorageError(f"{path}: {reason}", wanted=wanted, do=do.format(flag=flag)) from error
-    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the last: of a message
         if isinstance(error, sa.exc.IntegrityError):
             raise
         raise damaged(path, str(getattr(error, "orig", error)), flag=flag) from error

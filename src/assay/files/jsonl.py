@@ -195,8 +195,7 @@ def read_whole(path: str | Path, longest: int) -> bytes:
     with _regular(Path(path)) as file:
         text = file.read(longest + 1)
     if len(text) > longest:
-        do = "check that it is the file you meant"
-        raise DataError(f"{path}: longer than {longest} bytes", wanted="a smaller file", do=do)
+        raise DataError(f"{path}: longer than {longest} bytes", wanted="a smaller file", do="pass another one")
     return text
 
 
@@ -238,12 +237,11 @@ def _regular(path: Path) -> Iterator[BinaryIO]:
             if stat.S_ISDIR(mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(mode):
-                do = "copy its content to a file first"
-                raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do=do)
+                raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do="copy it to a file first")
             yield file
     except OSError as error:
-        do = "check its path and permissions"
-        raise DataError(f"{path}: {error.strerror}", wanted="a file that can be read", do=do) from error
+        wanted, do = "a file that can be read", "check its path and permissions"
+        raise DataError(f"{path}: {error.strerror}", wanted=wanted, do=do) from error
 
 
 LONGEST_FILE = 2**22
@@ -293,6 +291,8 @@ def _tables(text: str) -> JsonObject:
 
 
 def _parse(text: str) -> JsonObject:
+    if any(line.rpartition("=")[0].count(".") > DEEPEST for line in text.split("\n")):  # takes memory by its square
+        raise ValueError(f"a key of more than {DEEPEST} parts")
     tables = tomllib.loads(text)
     waiting: list[Any] = [tables]
     while waiting:

@@ -69,15 +69,16 @@ class Frame:
     def __post_init__(self) -> None:
         drawn = self.rows - len(self.left_out)
         known = type(self.rows) is int and 1 <= drawn <= self.rows <= MOST_ROWS
-        ends = self.left_out[[0, -1]] if len(self.left_out) else [0, 0]
+        ends = self.left_out.ravel()[[0, -1]] if self.left_out.size else [0, 0]
         ordered = bool((np.diff(self.left_out) > 0).all()) and 0 <= ends[0] <= ends[1] < max(1, self.rows)
-        moments = np.stack([self.mean, self.scale]) if self.mean.shape == self.scale.shape else np.full((2, 1), np.nan)
+        alike = self.left_out.ndim == self.mean.ndim == 1 and self.mean.shape == self.scale.shape
+        moments = np.stack([self.mean, self.scale]) if alike else np.full((2, 1), np.nan)
         for holds, seen, wanted in (
             (bool(_DIGEST.fullmatch(str(self.digest))), f"the digest {self.digest!r:.80}", "64 hexadecimal digits"),
             (known, f"{drawn} of {self.rows!r:.20} rows", f"1 to {MOST_ROWS} rows, some of which are drawn"),
             (ordered, "ids in another order, twice, or without a row", "ascending ids below the number of rows"),
-            (bool(np.isfinite(moments).all()), "a mean or a scale that is not finite", "finite numbers of one length"),
-            (bool((moments[1] > 0).all()), "a scale of 0 or less", "scales above 0"),
+            (bool(np.isfinite(moments).all()), "a mean or a scale that is not finite", "finite rows of one length"),
+            (bool((moments[1] > 1e-37).all()), "a scale of 0 or less, or next to it", "scales above 0"),
         ):
             if not holds:
                 raise UsageError(f"a frame with {seen}", wanted=wanted, do="make it again with `assay poc frame`")
@@ -109,7 +110,7 @@ class Frame:
     def from_bytes(cls, content: bytes, source: str | Path = "a frame") -> "Frame":
         """Return the frame that :meth:`to_bytes` wrote. Raises DataError: the bytes are something else."""
         try:
-            size = int.from_bytes(content[:8], "little")
+            size = min(int.from_bytes(content[:8], "little"), 2**12)  # a header of more tensors is cut, and no JSON
             said: dict[str, Any] = parse(parse(content[8 : 8 + size].decode())["__metadata__"][_KIND])
             arrays = load(content)
             made = cls(

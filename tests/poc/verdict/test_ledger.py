@@ -333,6 +333,22 @@ def test_a_ledger_that_was_cut_takes_no_more(tmp_path):
         ledger.append([update(9)])
 
 
+def test_an_account_whose_entries_were_deleted_is_named_as_such(tmp_path):
+    path = filled(tmp_path / "l.sqlite3", 3)
+    with by_hand(path) as database:
+        database.execute("DELETE FROM updates WHERE account = 1")
+    with Ledger(path, read_only=True) as ledger, pytest.raises(DataError, match="an account without entries"):
+        list(ledger.standings())
+
+
+def test_a_damaged_schema_whose_error_is_no_text_is_refused_in_words(tmp_path):
+    path = filled(tmp_path / "l.sqlite3", 3)
+    damaged = path.read_bytes().replace(b"tablemigrations", b"table\xf0igrations")
+    path.write_bytes(damaged.replace(b"CREATE TABLE mig", b"CREATE TAB?E mig"))
+    with pytest.raises(StorageError, match="codec"):
+        Ledger(path, read_only=True)
+
+
 DROPPING = (
     "CREATE TRIGGER sqlitexa BEFORE INSERT ON updates WHEN NEW.entry LIKE '%node_A%' BEGIN SELECT RAISE(IGNORE); END",
     "CREATE TRIGGER sqlitexb BEFORE UPDATE ON ledger WHEN NEW.count > (SELECT max(seq) FROM updates)"

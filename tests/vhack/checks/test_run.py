@@ -60,6 +60,15 @@ def test_a_report_of_another_form_is_refused(report, change):
         CheckReport.from_dict({**report.as_dict(), **change})
 
 
+def test_a_report_that_no_page_can_show_is_refused(report):
+    record = json.loads(json.dumps(report.as_dict()))
+    with pytest.raises(UsageError, match="alpha=5e-324"):
+        CheckReport.from_dict({**record, "settings": {"alpha": 5e-324}})
+    record["checks"][2]["nulls"]["Haar"] = []
+    with pytest.raises(DataError, match="a null without draws"):
+        CheckReport.from_dict(record)
+
+
 def test_the_page_shows_every_check(report):
     html = make_page(report).render()
     for made in report.checks:

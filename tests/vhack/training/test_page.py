@@ -1,6 +1,7 @@
 """The page of a run: what it shows, and the words for what went wrong."""
 
 import json
+import math
 
 import pytest
 
@@ -74,3 +75,23 @@ def test_what_is_no_log_is_refused(tmp_path):
         training_page(tmp_path / "check.json")
     with pytest.raises(DataError):
         training_page([])
+
+
+@pytest.mark.parametrize("name", ["step", "hack"])
+@pytest.mark.parametrize("value", ['"x"', "null", "true", "[]", "1" + "0" * 400, "1e308"])
+def test_what_is_no_number_reaches_no_mean_no_verdict_and_no_alarm(tmp_path, capsys, name, value):
+    line = json.dumps({"kind": "step", "step": 3, "reward": 0.5, "hack": 0.0} | {name: "HERE"}).replace('"HERE"', value)
+    (tmp_path / "log.jsonl").write_text('{"kind":"run","schema":"assay.vhack.train/1","settings":[]}\n' + line + "\n")
+    (tmp_path / "state.json").write_text(f'{{"log_history": [{line}]}}')
+    for path in (tmp_path / "log.jsonl", *[tmp_path / "state.json"] * (value != "null")):
+        assert run(["vhack", "report", str(path), "-o", str(tmp_path / "page.html")]) == 2
+        assert f"a step with {name} " in capsys.readouterr().err
+
+
+def test_steps_that_are_not_numbers_of_python_are_refused(tmp_path):
+    for history in ([{"step": 1, "reward": math.nan}], [{"step": 1, "reward": 1.0, "vhack/hack": math.inf}]):
+        with pytest.raises(DataError, match="a step with"):
+            training_page(history)
+    (tmp_path / "state.json").write_text('{"log_history": [1, null, "reward"]}')
+    with pytest.raises(DataError, match="log_history"):
+        training_page(tmp_path / "state.json")

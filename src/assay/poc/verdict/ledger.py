@@ -564,9 +564,10 @@ class Ledger:
 
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
         own = UPDATES.c.account == account
-        first = sa.select(sa.func.min(UPDATES.c.seq)).where(own).scalar_subquery()
-        last = sa.select(sa.func.max(UPDATES.c.seq)).where(own).scalar_subquery()
-        entries = list(self._entries(connection, UPDATES.c.seq.in_([first, last])))
+        ends = [sa.select(of(UPDATES.c.seq)).where(own).scalar_subquery() for of in (sa.func.min, sa.func.max)]
+        entries = list(self._entries(connection, UPDATES.c.seq.in_(ends)))
+        if not entries:
+            raise DataError(f"{self.path}: an account without entries", wanted="all of them", do=self._find_change)
         begun, now = entries[0], entries[-1]
         return Standing(
             account=now.account,

@@ -314,7 +314,7 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
 
 def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
     k = len(votes_K2)
-    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or k == 0:
+    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or not 0 < k <= axes_KR.shape[1]:
         raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
     if axes_KR.dtype != torch.float32 or values_K.dtype != torch.float32:
         raise ValueError(f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not float32")

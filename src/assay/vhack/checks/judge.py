@@ -76,7 +76,7 @@ class CheckSettings:
     def __post_init__(self) -> None:
         counts = (self.k_use, self.n_flips, self.n_null, self.n_splits, self.n_resamples)
         good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
-        enough = self.alpha > 0 and f"at least {round(1 / self.alpha)} flips and null bases, for a p-value below alpha"
+        enough = self.alpha > 0 and f"at least {1 / self.alpha:.0f} flips and null bases, for a p-value below alpha"
         for is_good, wanted in (
             (self.method in METHODS, f"method {' or '.join(METHODS)}"),
             (good and 0 <= self.tau_axis <= 1 and self.seed >= 0, "positive counts, 2 folds or more, shares in (0, 1)"),
@@ -160,8 +160,8 @@ class CheckReport:
             report = validated(cls, record)
             if (names := tuple(check.name for check in report.checks)) != CHECKS:
                 raise ValueError(f"it has the checks {names}")
-            if not (report.hack and report.clean):
-                raise ValueError("it has no scores")
+            if not all([report.hack, report.clean, *(draws for one in report.checks for draws in one.nulls.values())]):
+                raise ValueError("it has no scores, or a null without draws")
         except ValueError as error:
             wanted, do = f"what `assay vhack check --json` prints, schema {SCHEMA}", "run the checks again"
             raise DataError(f"a check report that cannot be used: {error}", wanted=wanted, do=do) from None

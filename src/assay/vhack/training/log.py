@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,14 +107,22 @@ def read_records(path: Path) -> list[JsonObject]:
     """
     found: list[JsonObject] = []
     try:
-        for _, record in read_jsonl(path):
-            found.append(record)
+        found.extend(record for _, record in read_jsonl(path))
     except DataError:
         if not found or path.read_bytes().endswith(b"\n"):
             raise
     if not found or found[0].get("schema") != LOG_SCHEMA or any("kind" not in record for record in found):
         raise DataError(f"{path} is not a training log", wanted=f"schema {LOG_SCHEMA}", do="choose another directory")
+    check_steps((record for record in found if record["kind"] == "step"), str(path))
     return found
+
+
+def check_steps(steps: Iterable[Mapping[str, Any]], source: str = "a log") -> None:
+    """Refuse a step without its number, or with anything but finite numbers beside its kind."""
+    for name, one in (pair for step in steps for pair in {"step": None, **step}.items() if pair[0] != "kind"):
+        if isinstance(one, bool) or not (hasattr(one, "__float__") and -1e300 < one < 1e300):
+            seen, do = f"{source}: a step with {name} {one!r:.60}", "repair or remove the line"
+            raise DataError(seen, wanted="a finite number", do=do)
 
 
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}

@@ -8,7 +8,7 @@ from typing import Any
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, read_json
 from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
-from assay.vhack.training.log import read_steps
+from assay.vhack.training.log import check_steps, read_steps
 
 _RATES = {
     "hack": "hack rate",
@@ -40,8 +40,8 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     """
     title, steps = _read(log)
     if not steps:
-        do = "wait for the first one; TRL logs every step with logging_steps=1"
-        raise DataError("a log without steps", wanted="one step or more", do=do)
+        raise DataError("a log without steps", wanted="one or more", do="wait for one; TRL: logging_steps=1 logs each")
+    check_steps({name: step[name] for name in ("step", *_RATES, *_OTHERS) if name in step} for step in steps)
     width = min(_WINDOW, max(1, len(steps) // 2))
     ends = [
         {name: fmean(values) for name in (*_RATES, *_OTHERS) if (values := [s[name] for s in part if name in s])}
@@ -114,22 +114,20 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
     """Return what a run is, in words, and its steps, with their number and what they log under the names of a log."""
     title = "A run of TRL's trainer."
     if isinstance(log, str | Path):
-        path = Path(log)
-        path = path / "log.jsonl" if path.is_dir() else path
+        path = Path(log) / "log.jsonl" if Path(log).is_dir() else Path(log)
         if path.suffix != ".json":
             head, steps = read_steps(path)
-            chosen = head.get("settings") or {}
+            chosen = found if isinstance(found := head.get("settings"), dict) else {}
             named = {name: chosen[name] for name in ("model", "arm", "detector") if chosen.get(name)}
             return ", ".join(f"{name} {value}" for name, value in named.items()), steps
         history = read_json(path).get("log_history")
-        if not isinstance(history, list):
+        if not (isinstance(history, list) and all(isinstance(line, dict) for line in history)):
             raise DataError(f"{path} has no log_history", wanted="trainer_state.json of TRL", do="name another file")
         log = history
     told = [{name: one for name, one in line.items() if one is not None} for line in log if "reward" in line]
     # TRL leaves flagged rollouts out of its own reward, which is None where all are.
     ours = [{name.removeprefix("vhack/"): one for name, one in line.items() if "vhack/" in name} for line in told]
-    lines = [{"reward": 0.0} | line | found for line, found in zip(told, ours, strict=True)]
-    return title, [line for line in lines if "step" in line]
+    return title, [{"reward": 0.0} | line | own for line, own in zip(told, ours, strict=True) if "step" in line]
 
 
 def _draw(page: Report, steps: list[JsonObject], shown: list[tuple[str, str, str]], unit: str, says: str) -> None:
