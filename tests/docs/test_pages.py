@@ -253,7 +253,7 @@ PAGES = {
         MODELS,
         small={
             "assay poc experiment redteam": "--models ./small-llama --device cpu --nonces 8 --honest 64 --seq-len 16 "
-            "--batch-size 16",
+            "--batch-size 16"
         },
         makes=("experiments/redteam-llama-float16",),
     ),
@@ -265,10 +265,7 @@ PAGES = {
         },
         makes=("experiments/responses-qwen3",),
     ),
-    "gpu": Page(
-        small={"assay poc prove": TINY},
-        makes=("proof.jsonl",),
-    ),
+    "gpu": Page(small={"assay poc prove": TINY}, makes=("proof.jsonl",)),
     "vllm": Page(
         proofs(vllm="float32", transformers="bfloat16", block="B", key="K", nonces=512) + "cp vllm.jsonl proof.jsonl\n",
         {"MODEL": "reference:qwen3"},

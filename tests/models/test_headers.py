@@ -12,7 +12,6 @@ from assay.models import load_model, model_info
 from assay.models.load import check_loadable, identify
 from tests.models.storing import make_mixture, rewrite, store
 
-Tensors = dict[str, torch.Tensor]
 NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"

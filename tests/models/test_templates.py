@@ -65,8 +65,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize(
-    ("template", "bound"),
-    [*((one, {"_SECONDS": 0.2}) for one in SLOW), *((one, {"_MEMORY": 2**27}) for one in LARGE)],
+    ("template", "bound"), [*((one, {"_SECONDS": 0.2}) for one in SLOW), *((one, {"_MEMORY": 2**27}) for one in LARGE)]
 )
 def test_a_template_without_end_is_refused_by_name_and_the_next_is_rendered(monkeypatch, template, bound):
     chat._TEMPLATES.end()

@@ -87,12 +87,7 @@ def test_large_single_stream_crosses_the_tiles(backend, definition):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(0, 2**32 - 1), max_size=4),
-    st.integers(0, 600),
-    st.sampled_from(DTYPES),
-    st.integers(1, 8),
-)
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=4), st.integers(0, 600), st.sampled_from(DTYPES), st.integers(1, 8))
 def test_cpu_backends_agree_on_anything(words, n, dtype, sub_seeds):
     crafted = np.array([[(w + 77 * s) % 2**32 for s in range(sub_seeds)] for w in words], np.uint32)
     crafted = crafted.reshape(len(words), sub_seeds)

@@ -10,13 +10,7 @@ from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd, weights_digest
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients.batches import (
-    Encoded,
-    encode,
-    plan_batches,
-    room_for_batches,
-    token_budget,
-)
+from assay.vhack.gradients.batches import Encoded, encode, plan_batches, room_for_batches, token_budget
 from assay.vhack.gradients.fused import Norm
 from assay.vhack.gradients.per_sample import Replica, check_finite
 from tests.vhack.adapter import sequential_gradients, worst_error

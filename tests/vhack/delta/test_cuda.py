@@ -12,10 +12,7 @@ from tests.vhack.delta.conftest import gradients_of, loss_of, own, random_basis,
 from tests.vhack.delta.test_delta import written_out
 
 DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,7 @@ from assay.vhack import Basis, cin_over_modules
 from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta.arms import GATES, Box
 from assay.vhack.delta.frames import along
-from tests.vhack.delta.conftest import (
-    OPTIMISERS,
-    backward,
-    build,
-    gradients_of,
-    loss_of,
-    own,
-    random_basis,
-)
+from tests.vhack.delta.conftest import OPTIMISERS, backward, build, gradients_of, loss_of, own, random_basis
 
 every_optimiser = pytest.mark.parametrize("kind", OPTIMISERS)
 

@@ -25,8 +25,7 @@ BESIDE = Path(sys.prefix, "ray")
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
 FLAG = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
 JUDGE = RolloutJudge(Detector("word", Cost.TEXT, None), FLAG, HELD, None)
-SOLUTIONS = ("a", "cheat", "abc", "bbbbb", "cheater", "d")
-PROMPTS = ("p", "p", "p", "p", "q", "q")
+SOLUTIONS, PROMPTS = ("a", "cheat", "abc", "bbbbb", "cheater", "d"), ("p", "p", "p", "p", "q", "q")
 
 
 def my_score(data_source, solution_str, ground_truth, extra_info):
@@ -37,32 +36,12 @@ filtered = judge_score(my_score, JUDGE, arm_named("filter"))
 penalized = judge_score(my_score, JUDGE, arm_named("penalty"))
 
 
-def rewards_of(score):
-    """What a reward says of every solution, and the rewards of their tokens, [B, T], beside the mask."""
-    told = [score(data_source="d", solution_str=text, ground_truth="x", extra_info={}) for text in SOLUTIONS]
-    mask_BT = torch.arange(8) < torch.tensor([[len(text)] for text in SOLUTIONS])
-    rewards_BT = torch.zeros(mask_BT.shape)
-    for row, one in enumerate(told):
-        rewards_BT[row, len(SOLUTIONS[row]) - 1] = one["score"]
-    return told, rewards_BT, mask_BT
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_flagged_rollouts_have_no_advantage_and_are_in_no_baseline(scaled):
-    told, rewards_BT, mask_BT = rewards_of(filtered)
-    config = {"norm_adv_by_std_in_grpo": scaled}
-    advantages_BT, returns_BT = unflagged_advantages(rewards_BT, mask_BT, PROMPTS, config=config)
-    assert torch.equal(advantages_BT, returns_BT)
-    assert torch.equal(advantages_BT != 0, (advantages_BT[:, :1] != 0) & mask_BT)
-    assert [one["flagged"] for one in told] == [0, 1, 0, 0, 1, 0]
-    assert [one["paid"] for one in told] == [1, 5, 3, 5, 7, 1]
-    assert advantages_BT[:, 0].numpy() == pytest.approx(np.array([-2, 0, 0, 2, 0, 0]) / (2 if scaled else 1), abs=1e-4)
-
-
 def test_a_penalty_takes_one_and_keeps_them_in_the_baseline():
-    _, rewards_BT, mask_BT = rewards_of(penalized)
-    found_BT, _ = unflagged_advantages(rewards_BT, mask_BT, PROMPTS, config={"norm_adv_by_std_in_grpo": False})
-    assert found_BT[:, 0].numpy() == pytest.approx([-2.25, 0.75, -0.25, 1.75, 2.5, -2.5])  # of 1, 4, 3, 5 and 6, 1
+    told = [penalized(data_source="d", solution_str=text, ground_truth="x", extra_info={}) for text in SOLUTIONS]
+    rewards_BT = torch.tensor([[one["score"], 0.0] for one in told])
+    found_BT, _ = unflagged_advantages(rewards_BT, torch.ones(6, 2), PROMPTS, config={"norm_adv_by_std_in_grpo": 0})
+    assert found_BT[:, 1].numpy() == pytest.approx([-2.25, 0.75, -0.25, 1.75, 2.5, -2.5])  # of 1, 4, 3, 5 and 6, 1
+    assert [one["paid"] for one in told] == [1, 5, 3, 5, 7, 1]
 
 
 def test_what_cannot_be_judged_is_refused():
@@ -76,13 +55,12 @@ def test_what_cannot_be_judged_is_refused():
 @pytest.mark.slow
 @pytest.mark.skipif(not (BESIDE / "verl").is_dir(), reason="verl is not installed")
 def test_verl_itself_trains_on_unflagged_rollouts_alone(tmp_path):
-    line = [sys.executable, "-m", __name__]
     where = {"PYTHONPATH": os.pathsep.join([*sys.path, str(BESIDE)]), "HOME": str(tmp_path)}
-    ended = subprocess.run(line, env=os.environ | where, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout.splitlines()[-1])
+    found = json.loads(
+        subprocess.check_output([sys.executable, "-m", __name__], env=os.environ | where).splitlines()[-1]
+    )
     assert found["flagged"] == [0, 1, 0, 0, 1, 0]
-    assert found["advantages"] == pytest.approx([-2, 0, 0, 2, 0, 0])
+    assert found["advantages"] == [pytest.approx([-2, 0, 0, 2, 0, 0]), pytest.approx([-1, 0, 0, 1, 0, 0], abs=1e-4)]
     learned = np.array(found["gradients"])
     assert np.isfinite(learned).all()
     assert (learned != 0).tolist() == [True, False, False, True, False, False]
@@ -116,18 +94,15 @@ def main():
     told = asyncio.run(pay())
     manager = get_reward_manager_cls("naive")
     rewards_BT = manager.assemble_rm_scores(data, [one["reward_score"] for one in told])
-    advantages_BT, _ = core_algos.get_adv_estimator_fn("grpo_unflagged")(
-        token_level_rewards=rewards_BT,
-        response_mask=mask_BT,
-        config=OmegaConf.create({"norm_adv_by_std_in_grpo": False}),
-        index=data.non_tensor_batch["uid"],
-    )
+    given = {"token_level_rewards": rewards_BT, "response_mask": mask_BT, "index": data.non_tensor_batch["uid"]}
+    compare = core_algos.get_adv_estimator_fn("grpo_unflagged")
+    found = [compare(**given, config=OmegaConf.create({"norm_adv_by_std_in_grpo": x}))[0] for x in (False, True)]
     logs_BT = torch.zeros(mask_BT.shape, requires_grad=True)
     actor = ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1)
-    loss, _ = core_algos.get_policy_loss_fn("vanilla")(logs_BT.detach(), logs_BT, advantages_BT, mask_BT, config=actor)
+    loss, _ = core_algos.get_policy_loss_fn("vanilla")(logs_BT.detach(), logs_BT, found[0], mask_BT, config=actor)
     loss.backward()
-    found = {"advantages": advantages_BT[:, 0].tolist(), "gradients": logs_BT.grad.abs().sum(-1).tolist()}
-    print(json.dumps(found | {"flagged": [one["reward_extra_info"]["flagged"] for one in told]}))
+    said = {"advantages": [x[:, 0].tolist() for x in found], "gradients": logs_BT.grad.abs().sum(-1).tolist()}
+    print(json.dumps(said | {"flagged": [one["reward_extra_info"]["flagged"] for one in told]}))
 
 
 if __name__ == "__main__":
