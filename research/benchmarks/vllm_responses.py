@@ -284,6 +284,11 @@ def chat(arguments, root):
         if not at_once:
             continue
         row = servers[build] = {"at_once": at_once, "same_again": chatting.same(alone, again)}
+        without = {"--enable-prompt-embeds": False}  # with it vLLM compiles another graph
+        ways = {"with_the_flags_alone": ({"VLLM_PLUGINS": ""}, {}), "without_prompt_embeds": (SEEDED, without)}
+        for way, (environment, more) in ways.items():
+            with start(folder / way, environment=environment, options=options | more) as server:
+                row[f"same_{way}"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
         with start(folder / "plugin", environment=SEEDED, options=options) as server:
             row["same_with_the_plugin"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
             server.begin("beside")
