@@ -93,7 +93,7 @@ def test_a_full_queue_asks_to_come_back(serving):
 def test_one_key_cannot_hold_the_whole_queue_or_all_callbacks(serving, bound):
     keys = ("first-" + "x" * 20, "second-" + "x" * 20)
     first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
-    with serving(**bound, validate_keys=keys, callback_backoff=600, callback_backoff_max=600) as service:
+    with serving(**bound, validate_keys=keys, callback_backoff=600, callback_backoff_max=600, drain=0.5) as service:
         service.rig.open.clear()
 
         def queue(headers: dict[str, str]) -> int:

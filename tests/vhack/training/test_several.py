@@ -22,6 +22,7 @@ from assay.vhack.training import TrainSettings, train
 from assay.vhack.training.grpo import GRPO
 from assay.vhack.training.log import read_steps
 
+pytestmark = pytest.mark.slow
 NAMES = ("hack", "solve", "rollouts", "loss", "cin", "cout", "leak", "displacement", "cin_s")
 
 
@@ -29,8 +30,7 @@ def sample_the_same():
     """Let a completion depend on its prompt and its place alone, so that one process and two see the same rollouts."""
 
     def sampled(self, prompt_ids, *_, **__):
-        rows = []
-        first = self.processes.index * len(prompt_ids) + 1000 * self.state.global_step
+        rows, first = [], self.processes.index * len(prompt_ids) + 1000 * self.state.global_step
         for place, ids in enumerate(prompt_ids, start=first):
             generator = torch.Generator().manual_seed(sum(ids) + 7 * place)
             rows.append(torch.randint(97, 122, (5 + place % 7,), generator=generator).tolist())
