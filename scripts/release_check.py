@@ -170,8 +170,10 @@ def check_demo(stranger: Stranger) -> str:
     found = json.loads(stranger.assay("demo", "--json"))
     if not found["all_as_expected"] or not (stranger.place / "demo" / "report.html").is_file():
         raise Failed(f"not as expected: {found['honest']}, {found['cheaters']}")
-    checks = [check["verdict"] for check in found["vhack"]]
-    return f"all verdicts as expected, v_hack {checks.count('pass')} of {len(checks)}, {found['seconds']} s"
+    flagged = found["filter"]
+    if flagged["caught"] < flagged["asked"] / 2:
+        raise Failed(f"a filter that caught {flagged['caught']} of {flagged['asked']}")
+    return f"all verdicts as expected, a filter caught {flagged['caught']} of {flagged['asked']}, {found['seconds']} s"
 
 
 def check_proof(stranger: Stranger) -> str:
