@@ -239,6 +239,7 @@ def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(tmp
 
 
 def test_a_key_of_many_parts_never_reaches_the_parser():
-    for text in ("a" + ".a" * 50_000 + " = 1", '"="' + ".a" * 50_000 + " = 1"):
+    for text in ("a" + ".a" * 50_000 + " = 1", '"="' + ".a" * 50_000 + " = 1", "[a" + " . a" * 50_000 + "]"):
         with pytest.raises(ValueError, match="a key of more than 64 parts"):
             jsonl._parse(text)
+    assert jsonl._parse("x = [" + "{a = 0.5}, " * 100 + "]")["x"][99] == {"a": 0.5}

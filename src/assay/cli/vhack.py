@@ -246,7 +246,8 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
     read = Basis.load(chosen.basis) if chosen.basis else None
-    if few := check_groups(*how, read.origin.groups) if read else few:
+    few = check_groups(*how, read.origin.groups) if read else few
+    if few:
         click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
     if chosen.basis:

@@ -290,8 +290,13 @@ def _tables(text: str) -> JsonObject:
     return rest | {"nodes": [found[part] for part in nodes]}
 
 
+# A string of a line, whole or cut off, and a key or name of a table with too many parts once strings are one letter.
+_STRINGS = re.compile(r"""\"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?""")
+_LONG_KEY = re.compile(rf"(?<![\w-])[\w-]++(?:[ \t]*+\.[ \t]*+[\w-]++){{{DEEPEST}}}")
+
+
 def _parse(text: str) -> JsonObject:
-    if any(line.rpartition("=")[0].count(".") > DEEPEST for line in text.split("\n")):  # takes memory by its square
+    if _LONG_KEY.search(_STRINGS.sub("s", text)):  # the parser would take memory by its square
         raise ValueError(f"a key of more than {DEEPEST} parts")
     tables = tomllib.loads(text)
     waiting: list[Any] = [tables]

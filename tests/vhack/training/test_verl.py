@@ -32,8 +32,7 @@ def my_score(data_source, solution_str, ground_truth, extra_info):
     return float(len(solution_str))
 
 
-filtered = judge_score(my_score, JUDGE, arm_named("filter"))
-penalized = judge_score(my_score, JUDGE, arm_named("penalty"))
+filtered, penalized = (judge_score(my_score, JUDGE, arm_named(arm)) for arm in ("filter", "penalty"))
 
 
 def test_a_penalty_takes_one_and_keeps_them_in_the_baseline():

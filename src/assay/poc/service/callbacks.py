@@ -167,9 +167,11 @@ class Outbox:
 
         Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback is a dead letter.
         """
-        values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": time.time()}
-        if error is not None and retry_in is not None:
-            values = {"next_attempt_at": time.time() + retry_in}
+        now = time.time()
+        if error is None or retry_in is None:
+            values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": now}
+        else:
+            values = {"next_attempt_at": now + retry_in}
         values |= {"attempts": self._c.attempts + 1, "last_error": error}
         self._db.change(self._table.update().where(self._c.id == callback_id).values(values))
 

@@ -119,10 +119,11 @@ def read_records(path: Path) -> list[JsonObject]:
 
 def check_steps(steps: Iterable[Mapping[str, Any]], source: str = "a log") -> None:
     """Refuse a step without its number, or with anything but finite numbers beside its kind."""
-    for name, one in (pair for step in steps for pair in {"step": None, **step}.items() if pair[0] != "kind"):
-        if isinstance(one, bool) or not (hasattr(one, "__float__") and -1e300 < one < 1e300):
-            seen, do = f"{source}: a step with {name} {one!r:.60}", "repair or remove the line"
-            raise DataError(seen, wanted="a finite number", do=do)
+    for step in steps:
+        for name, one in {"step": None, **step}.items():
+            if name != "kind" and (isinstance(one, bool) or not (hasattr(one, "__float__") and -1e300 < one < 1e300)):
+                seen, do = f"{source}: a step with {name} {one!r:.60}", "repair or remove the line"
+                raise DataError(seen, wanted="a finite number", do=do)
 
 
 _SHORT = {"student": "cin_s", "teacher": "cin_t"}
