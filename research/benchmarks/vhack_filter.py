@@ -14,7 +14,8 @@ compared after equal numbers of steps.
 Predicted before the first run with more than one seed: at 7 M and 30 M, filter by cin-lda ends at a hack rate of at
 most 0.02 in the mean over seeds and solves at least as much as no-loophole less 0.05; filter by probe does not (it
 failed with one seed); random flags and the partial monitor end above 0.5. At 120 M and on SmolLM2 the same for cin-lda.
-Partial exploit: every arm without renewal ends above 0.5, and with renewal after 5 steps above 0.05.
+Partial exploit: every arm without renewal ends above 0.5, and with renewal after 5 steps above 0.05. Later, before
+their runs: cin-lda renewed after 20 steps hacks at most 0.03 in every seed at 7 M; penalty at most 0.02 on SmolLM2.
 """
 
 import os
@@ -153,6 +154,8 @@ def main():
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",") if chosen.device == "cuda" else []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(chosen.at_once) as pool:
         if len(cells) == 1:
+            if share := float(os.environ.get("GPU_SHARE", 0)):
+                torch.cuda.set_per_process_memory_fraction(min(1.0, 1.3 * share))
             found = one(chosen, chosen.arms[0], Path(name))
             return publish("vhack_filter", {**shown, "run": found}, chosen.output)
 
@@ -160,7 +163,8 @@ def main():
             arm, seed = cells[index]
             path = Path(name) / f"{index}.json"
             line = [sys.executable, __file__, *sys.argv[1:], "--arms", arm, "--seeds", str(seed), "-o", str(path)]
-            mine = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+            share = str(0.95 * len(gpus) / min(chosen.at_once, len(cells)))  # of a GPU's memory: a run keeps what it took
+            mine = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)], "GPU_SHARE": share} if gpus else {}
             log = chosen.output.with_suffix(f".{index}.log") if chosen.output else os.devnull
             with Path(log).open("wb") as lines:
                 ended = subprocess.run(line, stdout=lines, stderr=lines, env=os.environ | mine, check=False)
