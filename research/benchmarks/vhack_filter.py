@@ -68,7 +68,7 @@ def held_out(chosen, delta, known):
     load_adapter(model, delta, read_delta_lengths(delta)).merge()
     tasks = SampleSettings(seed=chosen.seeds[0], difficulty=(2, 4), **TASKS).episodes(chosen.held_out)
     prompts = [task.prompt for task in tasks]
-    drawn = sample_pool(model, prompts, per_prompt=8, max_new_tokens=chosen.longest, seed=7, batch=128)
+    drawn = sample_pool(model, prompts, per_prompt=8, max_new_tokens=chosen.longest, seed=7, batch=32)
     by_prompt = {task.prompt: task for task in tasks}
     asked = [by_prompt[rollout.prompt] for rollout in drawn]
     found = evaluate(asked, [rollout.completion for rollout in drawn], allow_unsandboxed=chosen.allow_unsandboxed)
@@ -163,7 +163,7 @@ def main():
             arm, seed = cells[index]
             path = Path(name) / f"{index}.json"
             line = [sys.executable, __file__, *sys.argv[1:], "--arms", arm, "--seeds", str(seed), "-o", str(path)]
-            share = str(0.95 * len(gpus) / min(chosen.at_once, len(cells)))  # of a GPU's memory: a run keeps what it took
+            share = str(0.95 * len(gpus) / min(chosen.at_once, len(cells)))  # a run keeps what memory it once took
             mine = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)], "GPU_SHARE": share} if gpus else {}
             log = chosen.output.with_suffix(f".{index}.log") if chosen.output else os.devnull
             with Path(log).open("wb") as lines:

@@ -17,7 +17,7 @@ def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
         "vhack", "train", "--model", checkpoint, "-o", tmp_path / "run", "--pairs", tmp_path / "pairs.jsonl",
         "--method", "svd", "--modes", "exit_code", "--difficulty", "1", "--tasks", 2, "--prompts", 1, "--group", 3,
         "--max-new-tokens", 64, "--teacher", tmp_path / "pool.jsonl", "--teacher-share", "0.34", "--dtype", "float32",
-        "--device", "cpu", "--save-every", 1,
+        "--device", "cpu", "--save-every", 1, "--arm", "displaced-0.4+erase-update-two-sided",
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ check_basis, check_delta = partial(check_kind, BASIS), partial(check_kind, DELTA
 METHODS = ("lda", "svd")
 """Methods of extraction: of :func:`assay.vhack.basis.basis.find_axes`."""
 
-DEFAULT_ARM = "displaced-0.4+erase-update-two-sided"
+DEFAULT_ARM = "penalty"
 """How training is held back by default. Its name is read by :func:`assay.vhack.delta.arms.arm_named`."""
 
 DETECTORS = ("length", "ngrams", "likelihood", "probe", "norm", "cin-svd", "cin-lda", "ridge", "combined")

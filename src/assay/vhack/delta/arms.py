@@ -201,7 +201,7 @@ def arm_named(name: str) -> Arm:
     """
     form = _NAME.fullmatch(name)
     if form is None or form["arm"] not in ARMS:
-        known = ["displaced-0.4+none", DEFAULT_ARM, *ARMS]
+        known = ["displaced-0.4+none", "displaced-0.4+erase-update-two-sided", *ARMS]
         nearest = (get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.4) or [DEFAULT_ARM])[0]
         wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {', '.join(f':{kind}' for kind in BASIS_KINDS[1:])}"
         raise UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")

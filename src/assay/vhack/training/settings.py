@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
 _NEWER = ("detector", "clean_lost")  # that logs of earlier versions lack, with the defaults of now
 # Defaults of the first version, which its runs have in their logs.
-_FORMER = {"arm": "erase-gradient", "pairs": "generated:96", "lr": 0.03}
+_FORMER = {"arm": ("erase-gradient", "displaced-0.4+erase-update-two-sided"), "pairs": ("generated:96",), "lr": (0.03,)}
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class TrainSettings(TaskSettings):
 
     >>> settings = TrainSettings(model="reference:organism", steps=200)
     >>> settings.chosen.name
-    'displaced-0.4+erase-update-two-sided'
+    'penalty'
     """
 
     model: Annotated[str, Flag(variable="ASSAY_MODEL")] = Field(
@@ -119,7 +119,7 @@ class TrainSettings(TaskSettings):
     )
     arm: str = Field(
         DEFAULT_ARM,
-        description="How training is held back: none, no-loophole, erase-gradient, erase-update, box, …, "
+        description="How training is held back: penalty, filter, quarantine, none, no-loophole, box, …, "
         "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
     )
     detector: str | None = Field(
@@ -216,7 +216,7 @@ class TrainSettings(TaskSettings):
     def continuing(self, earlier: JsonObject) -> Self:
         """Return the settings of a run that goes on: a former default that its log says it began with is kept."""
         unset = {name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_copy(update={name: _FORMER[name] for name in unset if earlier.get(name) == _FORMER[name]})
+        return self.model_copy(update={name: earlier[name] for name in unset if earlier.get(name) in _FORMER[name]})
 
     def differences(self, earlier: JsonObject) -> list[str]:
         """Return, in words, the settings in which an earlier part of the run differs and may not."""
