@@ -163,7 +163,7 @@ def main():
             arm, seed = cells[index]
             path = Path(name) / f"{index}.json"
             line = [sys.executable, __file__, *sys.argv[1:], "--arms", arm, "--seeds", str(seed), "-o", str(path)]
-            share = str(0.95 * len(gpus) / min(chosen.at_once, len(cells)))  # of a GPU's memory: a run keeps what it took
+            share = str(0.95 * len(gpus) / min(chosen.at_once, len(cells)))  # a run keeps what memory it once took
             mine = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)], "GPU_SHARE": share} if gpus else {}
             log = chosen.output.with_suffix(f".{index}.log") if chosen.output else os.devnull
             with Path(log).open("wb") as lines:
