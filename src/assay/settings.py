@@ -170,15 +170,12 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     near = get_close_matches(str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR)
+    shown = fault["input"] if isinstance(fault["input"], str) else repr(fault["input"])
     correct = f"correct {flag}{f' or {variable}' if variable else ''}"
     return UsageError(
-        flag if kind.flag(name).secret else f"{flag} {_shown(fault['input'])}",
+        flag if kind.flag(name).secret else f"{flag} {shown:.60}",
         wanted=wanted,
         do=f"did you mean {flag} {near[0]}?"
         if near
         else correct + ("" if field.is_required() else ", or leave it out"),
     )
-
-
-def _shown(value: Any) -> str:
-    return f"{value if isinstance(value, str) else repr(value):.60}"

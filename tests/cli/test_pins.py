@@ -1,6 +1,7 @@
 """``assay poc pins`` and ``verify --pins``: one file against provers who choose the header."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,7 @@ def test_a_file_says_what_it_pins_and_leaves_open(assay, told, refused, pins, ho
     assert [line.split(":")[0].split(" of ")[0] for line in said["open"]] == ["block", "key", "nonces", "honest noise"]
     proof = tmp_path / "honest.jsonl"
     assert assay("poc", "pins", "check", pins, proof, *KNOWN).code == 0
+    assert "a round without a proof" in refused("poc", "pins", "check", pins, "--node-id", 5)
     believed = assay("poc", "pins", "check", pins, proof, "--json")
     assert (believed.code, json.loads(believed.out)["unpinned"]) == (2, ["block_hash", "public_key"])
     made(small_model, seq_len=8, **STRONG).save(tmp_path / "short.jsonl")
@@ -143,7 +145,8 @@ def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small
     proofs = ("--from-proof", tmp_path / "a.jsonl", "--from-proof", tmp_path / "b.jsonl")
     assert "proofs with seq_len 8 and 16" in refused(*new, *proofs)
     assert "--dtype float16 beside --from-proof" in refused(*new, *proofs[:2], "--dtype", "float16")
-    assert "trained, " in refused(*new, *proofs[:2], "--model", "reference:llama")
+    said = refused(*new, *proofs[:2], "--model", "reference:llama")
+    assert re.search("^warning: --model is given more than once(.|\n)*trained, ", said)
     assert not (tmp_path / "pins.toml").exists()
     told(*new, *proofs, "--seq-len", 16, "--public-key", "k", "--node-count", 2)
     network = NetworkPins.load(tmp_path / "pins.toml")

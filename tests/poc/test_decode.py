@@ -64,7 +64,7 @@ def test_a_proof_is_read_as_it_was_written(proof: Proof, tmp_path: Path):
     [
         ({"tokens": "AAAA"}, "a vector that is 3 bytes"),
         ({"tokens": "!"}, "a vector that is"),
-        ({"tokens": [1, 2]}, "tokens of a RecordLine"),
+        ({"tokens": [1, 2]}, "tokens holds [1, 2]"),
         ({"sketches": base64.b64encode(b"\x00\x7e" * 12).decode()}, "NaN or infinity"),
         ({"sketches": ""}, "a vector that is 0 bytes"),
         ({"vector": "AAAA"}, "in another form"),

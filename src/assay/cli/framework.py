@@ -174,6 +174,13 @@ class Command(click.Command):
             formatter.write_text(f"{hidden} more settings in a file for --config: assay config {' '.join(words)}")
         formatter.write(f"{self.epilog}\n")
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Say which options are given more than once: a script may add one, and who repeats one may not know it."""
+        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
+        for one in {one for one in order if order.count(one) > 1 and not one.multiple}:
+            _say(f"{one.opts[-1]} is given more than once, and the last value counts")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> None:
         """Run the command with the values of its settings; name the flag in errors, and exit with its code."""
         words = ctx.command_path.split()[1:]

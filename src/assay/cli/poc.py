@@ -454,7 +454,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **how), as_json)
         return
     assert chosen.output is not None
-    frame = None
+    frame = chosen.frame
     if chosen.vectors is not None:
         measured = extension("poc calibrate --vectors")(chosen)
     elif merging:
@@ -462,7 +462,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     elif not chosen.proofs:
         assert chosen.model is not None
         if framed:
-            frame = chosen.frame or chosen.output.with_suffix(".frame.safetensors")
+            frame = frame or chosen.output.with_suffix(".frame.safetensors")
         how = chosen.model_dump(include={"preset", "seq_len", "blocks", "nonces", "formats", "device"})
         with progress_bar("measuring") as progress:
             measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
@@ -595,6 +595,9 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_pinned_calibration
     from assay.poc.verdict.noise import missing_law
 
+    known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
+    if chosen.proof is None and any(value is not None for value in known.values()):
+        raise UsageError("a round without a proof", wanted="the proof of that round", do="name it behind the pins")
     network = poc.NetworkPins.load(chosen.pins)
     pinned = [Calibration.load(path) for model in network.models for path in network.calibrations(model)]
     promise = describe_promise(network, account_alpha(network), pinned)
@@ -603,7 +606,6 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     believed: tuple[str, ...] = ()
     if chosen.proof is not None:
         header = poc.Proof.load(chosen.proof).header
-        known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
         if network.nodes:  # a key and a share that the file lists are not only the prover's word
             stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
             known |= {name: value for name, value in stated.items() if known[name] is None}

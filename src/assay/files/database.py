@@ -85,6 +85,7 @@ class Database:
         flag: str = "--data-dir",
     ) -> None:
         self.path, self._flag = data_dir / name, flag
+        _check_beside(self.path, flag)
         self._writing = threading.Lock()
         self._file = None if read_only else self._own(data_dir, exclusive=exclusive)
         if read_only:
@@ -236,6 +237,14 @@ def _file_system(path: Path) -> int:
     return int.from_bytes(found.raw[:4], sys.byteorder)
 
 
+def _check_beside(path: Path, flag: str) -> None:
+    """Refuse what is no file in the place of a journal of SQLite, which would wait in a pipe for ever."""
+    for beside in (path.with_name(f"{path.name}{end}") for end in ("-journal", "-wal", "-shm")):
+        if beside.exists() and not beside.is_file():
+            do = f"remove it, or pass another {flag}"
+            raise StorageError(f"{beside} is no file", wanted="a journal of SQLite, or nothing there", do=do)
+
+
 def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageError:
     """Return the error of a file that holds something other than what this version writes."""
     do = f"restore it from a backup, or pass another {flag}"
@@ -244,6 +253,7 @@ def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageErro
 
 def tables(path: Path, *, flag: str = "--data-dir") -> set[str]:
     """Return the names of the tables of an SQLite file, which stays as it is; none of an empty file."""
+    _check_beside(path, flag)
     with _three_parts(path, flag), closing(_connect_to_read(path)) as connection:
         return {str(name) for kind, name, *_ in connection.execute(SCHEMA) if kind == "table"}
 

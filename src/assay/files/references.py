@@ -37,7 +37,7 @@ def check_reference(reference: str) -> None:
 
 def is_bundled(reference: str) -> bool:
     """Return whether a reference is written as a name of the catalogue, or as one without its prefix."""
-    prefixed = reference.startswith(("reference:", "shape:", "pretrained:"))
+    prefixed = reference.lower().startswith(("reference:", "shape:", "pretrained:"))
     return prefixed or (reference in BARE_NAMES and not Path(reference).exists())
 
 

@@ -124,13 +124,6 @@ def _randomise(module: nn.Module, block: str, device: torch.device, *, unit_norm
             _draw(name, parameter, block, device)
 
 
-def _randomise_embeddings(module: "PreTrainedModel", block: str) -> None:
-    """Replace the input embeddings only. A head that is tied to them changes with them, for it is the same matrix."""
-    weight = module.get_input_embeddings().weight
-    name, parameter = next(pair for pair in module.named_parameters() if pair[1] is weight)
-    _draw(name, parameter, block, parameter.device)
-
-
 def _is_norm(name: str) -> bool:
     owner = name.split(".")[-2]
     return name.endswith(".weight") and ("norm" in owner or owner.startswith("ln_"))
@@ -317,8 +310,10 @@ def load_model(
             _read_generation(module, source.directory)
         if is_shape or mode == "random-all":
             _randomise(module, kept or block, target, unit_norms=is_shape)
-        if mode == "random-embed":
-            _randomise_embeddings(module, block)
+        if mode == "random-embed":  # a head that is tied to them changes with them, for it is the same matrix
+            weight = module.get_input_embeddings().weight
+            name, parameter = next(pair for pair in module.named_parameters() if pair[1] is weight)
+            _draw(name, parameter, block, parameter.device)
         cast("nn.Module", module).to(target).eval()  # the library's own `to` is wrapped in a way that hides its type
         if rounded and form is None:
             round_weights(module)

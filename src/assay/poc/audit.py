@@ -85,8 +85,9 @@ class Auditor(Launch):
         pins, measured = self._expected(header, given or Pins(), positions)
         check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
         again = self._controls(header, measured) if self.control else ()
-        needed = header.pipeline.framed and self.frame is None
-        how = replace(self, frame=self._pinned_frame(header)) if needed else self
+        how = self
+        if header.pipeline.framed and self.frame is None and self._network is not None:
+            how = replace(self, frame=self._network.frame(header.digest))
         self._check_ledger(pins.unpinned(header))
         formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
@@ -191,9 +192,6 @@ class Auditor(Launch):
             do = "pass --calibration, or leave --control out"
             raise UsageError("--control without a calibration", wanted="one that measured a control", do=do)
         return measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
-
-    def _pinned_frame(self, header: Header) -> Path | None:
-        return None if self._network is None else self._network.frame(header.digest)
 
     def _check_ledger(self, believed: Sequence[str]) -> None:
         """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's word."""

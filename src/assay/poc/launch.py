@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from assay.errors import ProofMismatch, UsageError
 from assay.models.frame import Frame
 from assay.poc.protocol.pins import of_weights
-from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Header
 from assay.poc.protocol.round import check_batch_size
 from assay.poc.responses.receipts import Receipts
@@ -61,11 +61,9 @@ class Launch:
     frame: Path | None = None
 
     def read_frame(self, pipeline: Pipeline) -> Frame | None:
-        """Return the frame that a pipeline needs; a UsageError where no file is named for it."""
-        frame = Frame.load(self.frame) if pipeline.framed and self.frame is not None else None
-        if frame is None:
-            check_frame(pipeline, None)
-        return frame
+        """Return the frame that a pipeline needs; a UsageError where no file is named for it, or one for nothing."""
+        check_frame_file(pipeline, self.frame)
+        return None if self.frame is None else Frame.load(self.frame)
 
     def check_loadable(self, dtype: str | None = None) -> None:
         """Refuse what :func:`load` refuses in a number format, as far as no weights must be read for it."""

@@ -13,9 +13,9 @@ from assay.files.storage import write_atomic
 from assay.poc.launch import Proving
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
 from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, Accepted, NetworkPins, PinnedFile, pins_text
-from assay.poc.protocol.pipelines import check_frame, get_pipeline
+from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Header, Proof
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import Round, check_name
 from assay.poc.verdict.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: 
             raise UsageError(f"no {flag} beside {file}", wanted="the value of this round", do=f"pass {flag}")
         known = {name: value for name in Round.__dataclass_fields__ if (value := getattr(pins, name)) is not None}
         round, positions = Round(**known), positions or network.round.nonces or (0, 256)
-        how = replace(how, model=how.model or entry.reference, frame=how.frame or network.frame(entry.digest))
+        how = replace(how, model=how.model or entry.reference)
+        if how.frame is None and get_pipeline(round.preset).framed:
+            how = replace(how, frame=network.frame(entry.digest))
         how = _pinned_engine(how, pins, given, file)
     nonces = round.nonces(*positions)
     if pins is not None and pins.nonces is not None and list(pins.nonces) != list(nonces):
@@ -170,12 +172,13 @@ def write_pins(
         ProofMismatch: A proof is of another checkpoint.
         CalibrationError: A calibration is of none of the proofs.
     """
+    for key in public_keys:
+        check_name("public_key", key, do="pass --public-key as the chain prints it")
     accepted, headers = Accepted.read(false_convictions), [Proof.load(path).header for path in proofs]
     if frame is not None and asked["preset"] is None and not headers:
         asked = {**asked, "preset": "tokens-1"}
     round = _round(asked, headers)
-    if frame is None:
-        check_frame(get_pipeline(round["preset"]), None)
+    check_frame_file(get_pipeline(round["preset"]), frame)
     Pins(prover_dtype=dtype)  # an error names the formats
     builds = _builds(dtype, headers, round["preset"]) if engine is None else [describe_build(engine)]
     for path in calibrations:

@@ -27,7 +27,7 @@ from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
 from assay.poc.launch import check_loadable, load
 from assay.poc.protocol.blocks import block_scale, has_block_factor
-from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, prove, recompute
@@ -96,9 +96,8 @@ def calibrate_model(
         check_loadable(reference, name, device)
     info = model_info(reference)
     check_shape(info, batch_size=max(shape.batch_size for shape in SHAPES), seq_len=seq_len, steps=pipeline.steps)
-    if frame is None or not pipeline.framed:
-        check_frame(pipeline, None)
-    elif not frame.exists():
+    check_frame_file(pipeline, frame)
+    if frame is not None and not frame.exists():
         check_new_file(frame, overwrite=False)
         measure_frame(load(reference, None, device), progress=progress).save(frame)
     rounds = [

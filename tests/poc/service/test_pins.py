@@ -128,6 +128,10 @@ def test_a_round_does_not_continue_under_other_pins(serving, rig):
         until(lambda: service.status()["state"] == "STOPPED")
         assert service.status()["error"] == "pins mismatch: seq_len"
         assert refused(service, "/phase/generate", {}) == ["seq_len"]
+        service.settings = service.settings.model_copy(update={"pins": None})
+        service.close()
+        with pytest.raises(Exception, match="begun under pins"):
+            service.start()
 
 
 def test_a_file_is_read_when_the_settings_are_made(tmp_path: Path, monkeypatch):

@@ -269,6 +269,9 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
                 Ledger(path, read_only=read_only)
     with pytest.raises(UsageError, match="no ledger at"):
         Ledger(tmp_path / "none.sqlite3", read_only=True)
+    os.mkfifo(tmp_path / "none.sqlite3-journal")
+    with pytest.raises(StorageError, match="no file"):  # SQLite would wait for a writer
+        Ledger(tmp_path / "none.sqlite3")
     assert not (tmp_path / "none.sqlite3").exists()
     assert service.read_bytes() == before
 

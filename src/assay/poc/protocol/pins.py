@@ -51,10 +51,6 @@ def of_weights(dtype: str) -> str:
 ANY = "*"
 
 
-def _in_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str | int) else value
-
-
 def _not_empty(text: str) -> str:
     if not text:
         raise ValueError('the words of a fingerprint, or "*"')
@@ -67,7 +63,7 @@ def _known(text: str) -> str:
     return text
 
 
-OneOrMore = (Field(min_length=1), BeforeValidator(_in_tuple))
+OneOrMore = (Field(min_length=1), BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value))
 Words = Annotated[tuple[Annotated[Text, AfterValidator(_not_empty)], ...], *OneOrMore]
 Counts = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], *OneOrMore]
 Formats = Annotated[tuple[Annotated[str, BeforeValidator(_known)], ...], *OneOrMore]

@@ -13,6 +13,7 @@ and the one row whose nonces take more than one forward pass.
 import re
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import UsageError
@@ -262,6 +263,15 @@ def find_pipeline(name: str) -> Pipeline | None:
         return PIPELINES.get(name)
     row = PIPELINES["decode"]
     return replace(row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps)
+
+
+def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:
+    """Refuse a pipeline without the file of the frame that it needs, and a file for one that reads none."""
+    if path is None:
+        check_frame(pipeline, None)
+    elif not pipeline.framed:
+        seen, wanted = f"--frame with preset {pipeline.name}", "no frame: only tokens-1 reads one"
+        raise UsageError(seen, wanted=wanted, do="leave --frame out, or choose tokens-1")
 
 
 def check_frame(pipeline: Pipeline, frame: "Frame | None", *, hidden_size: int = 0, vocab_size: int = 0) -> None:

@@ -68,11 +68,12 @@ def read_as(kind: type[T], text: bytes) -> T:
         made: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
-        value, said = fault["input"], f"of a {kind.__name__.strip('_')}"
-        if fault["loc"] and not isinstance(value, dict | list):
-            said = f"is {value[:60] if isinstance(value, str) else value!r:.60}"
-        place = ".".join(map(str, fault["loc"])) or "the line"
-        raise format_error(f"{place} {said}", f"{fault['msg']:.200}") from None
+        place, value, wanted = ".".join(map(str, fault["loc"])), fault["input"], f"{fault['msg']:.200}"
+        if not place or fault["type"] == "missing":  # no place: the text is no JSON, and pydantic says where
+            raise format_error(f"no {place}" if place else wanted, "a line as assay writes it") from None
+        said = "holds" if isinstance(value, dict | list) else "is"
+        shown = value[:60] if isinstance(value, str) else f"{value!r:.60}"
+        raise format_error(f"{place} {said} {shown}", wanted.removeprefix("Input should be ")) from None
     return made
 
 

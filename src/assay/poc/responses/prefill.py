@@ -107,7 +107,8 @@ class HFPrefill(Prefill):
             with nullcontext() if adapter is None else adapter.on(self.model):
                 made = [self._run(rows) for rows in zip(*(passes[index] for index in batch), strict=True)]
             for index, parts in zip(batch, zip(*made, strict=True), strict=True):
-                yield index, _joined(parts)
+                logits, hidden = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+                yield index, Prefilled(logits, hidden, hidden[::SKETCH_EVERY])
 
     def _passes(self, response: PromptAndOutput) -> list[PromptAndOutput]:
         """Return a response in parts, each of which one pass serves; what came before a part is its prompt."""
@@ -141,12 +142,6 @@ class HFPrefill(Prefill):
         logits_NV, hidden_ND, _ = _run_model(self.model, ids_BT, (rows, columns), on=on, use_cache=False)
         sizes = [len(response.output) for response in responses]
         return list(zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True))
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Prefilled:
-    """Return what several passes gave for the parts of one response."""
-    logits_NV, hidden_ND = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
-    return Prefilled(logits_NV, hidden_ND, hidden_ND[::SKETCH_EVERY])
 
 
 @torch.inference_mode()

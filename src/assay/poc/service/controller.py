@@ -16,7 +16,7 @@ from functools import partial
 import structlog
 from typing_extensions import override
 
-from assay.errors import AssayError, EngineEnded, StorageError, reason_of
+from assay.errors import AssayError, EngineEnded, StorageError, UsageError, reason_of
 from assay.files.jsonl import JsonObject
 from assay.poc.engines.base import check_supported
 from assay.poc.net.deployment import Deployment
@@ -50,7 +50,7 @@ class Controller(Runtime):
 
     Raises:
         StorageError: The data directory is in use, cannot be written, or holds a damaged database.
-        UsageError: The ledger was begun at other error rates.
+        UsageError: The ledger was begun at other error rates, or the round under pins that are not given.
         Refusal: The callback URL of receipts can never be called.
         DataError: A calibration that the pins name cannot be read, or is another one than was pinned.
     """
@@ -78,6 +78,9 @@ class Controller(Runtime):
             self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
             self.outbox.retry_now()
             self.state, stored = self.rounds.current()
+            if stored and stored.under_pins and settings.pins is None:
+                seen, do = "a round that was begun under pins, and no --pins", "pass --pins, or another --data-dir"
+                raise UsageError(seen, wanted="the pins that the network agreed on", do=do)
             self.progress = Progress(stored, self.rounds) if stored else None
             self._files = opened.pop_all()
         self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)

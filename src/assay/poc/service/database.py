@@ -98,6 +98,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE receipts ADD COLUMN client TEXT",
         "CREATE INDEX receipts_client ON receipts (client, size) WHERE client IS NOT NULL",
     ),
+    ("ALTER TABLE rounds ADD COLUMN under_pins INTEGER NOT NULL DEFAULT 0",),
 )
 
 RECEIVED: tuple[tuple[str, ...], ...] = (

@@ -283,6 +283,7 @@ def round_values(
         reference=deployment.reference,
         digest=deployment.digest,
         weights=deployment.weights,
+        under_pins=settings.pins is not None,
     )
     _check_work(asked.round, request.batch_size, deployment, settings, share=needs_share)
     return asked

@@ -104,6 +104,7 @@ class RoundValues:
     weights: str
     fraud_threshold: float
     callback_url: str | None
+    under_pins: bool
 
     def __post_init__(self) -> None:
         for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
@@ -142,7 +143,7 @@ class StoredRound(RoundValues):
 
     def public(self) -> dict[str, Any]:
         """Return what a reader may know: all but the callback URL, which may contain a token, and the counts."""
-        hidden = {"callback_url", "next_nonce", "checked", "valid", "seconds", "touched_at"}
+        hidden = {"callback_url", "under_pins", "next_nonce", "checked", "valid", "seconds", "touched_at"}
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
 
@@ -195,13 +196,14 @@ class Rounds:
                 return None
             fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
             change = {name: fresh[name] for name in ("touched_at", *FREE)}
+            change["under_pins"] = sa.func.max(rounds.c.under_pins, values.under_pins)
             begin = insert(rounds).on_conflict_do_update(["block_hash", "public_key"], set_=change).returning(rounds)
             stored = StoredRound(**connection.execute(begin.values(fresh)).mappings().one())
             # One nonce must not have two results.
             if other := sorted(name for name, value in vars(values).items() if value != getattr(stored, name)):
                 seen = "this block and key have a round with another " + ", ".join(other)
                 wanted = ", ".join(f"{name} {getattr(stored, name)!r}" for name in other)
-                do = "repeat the values of the first request, or use a new block or key"
+                do = "repeat the values of the first request under the same pins, or use a new block or key"
                 raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": other})
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored

@@ -445,12 +445,8 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
     """
     along_NK: Tensor = gradients_NR @ axes_KR.to(gradients_NR).T
     along_N: Tensor = (along_NK if two_sided else along_NK.relu()).norm(dim=1)
-    return along_N / _positive(gradients_NR.norm(dim=1))
-
-
-def _positive(lengths: Tensor) -> Tensor:
-    """Return the lengths to divide by: 1 instead of 0."""
-    return torch.where(lengths > 0, lengths, 1.0)
+    lengths_N = gradients_NR.norm(dim=1)
+    return along_N / torch.where(lengths_N > 0, lengths_N, 1.0)
 
 
 def cin_over_modules(gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False) -> Tensor:

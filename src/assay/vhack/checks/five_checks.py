@@ -43,7 +43,6 @@ from assay.vhack.basis.basis import Basis
 from assay.vhack.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.checks.folds import (
     Design,
-    Fold,
     Frame,
     Geometry,
     cin_per_module,
@@ -247,21 +246,14 @@ def _clean_clean(design: Design) -> Tensor:
     generator = np.random.default_rng([settings.seed, 3])
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for fold in design.folds:
-        rows = _clean_rows(fold)
+        # A basis from a file may come without its pairs. A null that has seen the samples is harder to beat.
+        rows = fold.train if len(fold.train) > 1 else torch.cat([fold.train, fold.test])
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
             frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
             along_MKS = frame.along[:, :, samples]
             scores_BS[draw, samples] = cin_per_module(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
     return scores_BS
-
-
-def _clean_rows(fold: Fold) -> Tensor:
-    """Return the pairs whose clean sides make a null basis: those of training, or with too few of these all.
-
-    A basis from a file may come without its pairs. A null that has seen the samples is harder to beat.
-    """
-    return fold.train if len(fold.train) > 1 else torch.cat([fold.train, fold.test])
 
 
 def check_unpaired(
