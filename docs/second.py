@@ -3,8 +3,9 @@
     python docs/second.py PROOF CHECKPOINT BLOCK KEY --seed 5
 
 A sample of the nonces is recomputed on transformers, and judged under the law of the bundled models;
-`assay poc verify --seed 5` draws the same one. Nothing of assay is imported, and one file of its numbers is read.
-The place test is not made, and only block and key are pinned. A reader of receipts is at the end of responses.md.
+`assay poc verify` with `seed = 5` in its `--config` draws the same one. Nothing of assay is imported, and one file of
+its numbers is read. The place test is not made, and only block and key are pinned. A reader of receipts is at the end
+of responses.md.
 """
 
 import argparse

@@ -27,20 +27,21 @@ from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import Control, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
-PRESETS, FORMATS, SEQ_LEN = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32"), 16
+PRESETS, FORMATS = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32")
 BLOCKS, NONCES, LAWS, LIVES, CHEATS = 48, 64, 4, 280, 40  # the last two under each law
 ALPHA, HONEST, CHEAT = 1e-3, (24, 16), (10, 16)  # audits of a life, and nonces of each
 
 
-def compute(reference, preset, frame):
+def compute(reference, preset, frame, options):
     """Return the residuals [B, N] of two formats by their names, over the scale of the block, and the fingerprints."""
     pipeline, records, engines = get_pipeline(preset), {}, {}
     if pipeline.framed and not frame.exists():
         measure_frame(load_model(reference, device="cpu")).save(frame)
-    rounds = [Round(block_hash=f"fresh-{i}", public_key="k", preset=preset, seq_len=SEQ_LEN) for i in range(BLOCKS)]
+    of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
+    rounds = [Round(block_hash=f"fresh-{i}", **of_all) for i in range(BLOCKS)]
     for name in FORMATS:
-        model = load_model(reference, dtype=name, device="cpu").with_frame(frame if pipeline.framed else None)
-        engine = HFEngine(model, batch_size=32, seq_len=SEQ_LEN)
+        model = load_model(reference, dtype=name, device=options.device).with_frame(frame if pipeline.framed else None)
+        engine = HFEngine(model, batch_size=32, seq_len=options.seq_len)
         records[name] = [prove(model, round, range(NONCES), engine=engine).records for round in rounds]
         engines[name], size = engine.fingerprint, model.module.config.hidden_size
     size = size if pipeline.output == "distance" and pipeline.head == "random" else 0
@@ -77,9 +78,9 @@ def convicted(noise, drawn):
     return float(suspected.mean()), found
 
 
-def cells(reference, preset, folder):
+def cells(reference, preset, folder, options):
     """Yield what is seen under every law of a model and preset."""
-    apart, engines, known = compute(reference, preset, folder / f"{reference[-5:]}.safetensors")
+    apart, engines, known = compute(reference, preset, folder / f"{reference[-5:]}.safetensors", options)
     pipeline, own = get_pipeline(preset), "float32"
     for name, again in (("bfloat16", "float16"), ("float16", "bfloat16")):
         node_EBN = np.stack([apart[frozenset((name, other))] for other in (own, again)])
@@ -111,19 +112,24 @@ def cells(reference, preset, folder):
 
 
 def main():
-    options, found = parser(__doc__).parse_args(), []
+    made, found = parser(__doc__), []
+    made.add_argument("--models", nargs="+", default=MODELS)
+    made.add_argument("--presets", nargs="+", default=PRESETS)
+    made.add_argument("--seq-len", type=int, default=16)
+    made.add_argument("--device", default="cpu")
+    options = made.parse_args()
     with TemporaryDirectory() as folder:
-        for reference, preset in product(MODELS, PRESETS):
-            found += cells(reference, preset, Path(folder))
+        for reference, preset in product(options.models, options.presets):
+            found += cells(reference, preset, Path(folder), options)
             note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
     table = []
-    for preset, way, shuffled in product(PRESETS, ("residuals", "scores"), (False, True)):
+    for preset, way, shuffled in product(options.presets, ("residuals", "scores"), (False, True)):
         ones = [one for one in found if (one["preset"], one["values"], one["shuffled"]) == (preset, way, shuffled)]
         counts, caught = [one["convicted"] for one in ones], [one["caught"] for one in ones]
         row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones), "lives": LIVES * len(ones)}
         row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}
         table.append(row | {"least_caught": min(caught), "caught": float(np.mean(caught))})
-    publish("lives", {"blocks": BLOCKS, "table": table, "laws": found}, options.output)
+    publish("lives", {"blocks": BLOCKS, "positions": options.seq_len, "table": table, "laws": found}, options.output)
 
 
 if __name__ == "__main__":

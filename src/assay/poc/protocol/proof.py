@@ -420,7 +420,7 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
         one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
         seen = f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}"
         wanted = "an input seed of its own for every nonce: one forward pass must not serve two of them"
-        do = "ask the node for consecutive nonces of its share, or agree on --strength 256"
+        do = "ask the node for consecutive nonces of its share, or agree on strength = 256 in the pins"
         raise ProofMismatch(seen, wanted=wanted, do=do, field="nonces")
 
 
