@@ -577,31 +577,6 @@ def find_build_noise(
     return None
 
 
-def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
-    """Return the first pinned calibration of the proof's model that was measured with its preset and build.
-
-    It is None where the network pins none for this model, so that the stated default holds.
-
-    Raises:
-        CalibrationError: There are calibrations, and none is of this proof: a wider law must not take its place.
-        DataError: A file cannot be read, or is another one than was pinned.
-        UsageError: The model is not one of the network's.
-    """
-    reason = None
-    for path in network.calibrations(network.model(header.digest)):
-        calibration = Calibration.load(path)
-        try:
-            calibration.find_build(header)
-            return calibration
-        except CalibrationError as error:
-            reason = error.with_traceback(None)
-    if reason is None:
-        return None
-    seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
-    do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
-    raise CalibrationError(seen, wanted=reason.wanted, do=do)
-
-
 def account_alpha(pins: NetworkPins | None, given: float | None = None) -> float:
     """Return the bound on the chance that one honest account is ever convicted: that of the pins, the given one, .001.
 
