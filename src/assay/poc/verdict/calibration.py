@@ -9,10 +9,8 @@ one shape, which is fitted to all of them together. The size predicted for a new
 
 Machines of one kind may agree far more closely than others, so the validator's own kind is left out where another kind
 was measured. If machines of the new machine's kind were measured and are noisier than usual_j, their size is taken
-instead; quieter ones promise nothing.
-
-The spread is the root mean square of ln(size/predicted) over machines that were left out of the measurement and lay
-above their prediction, because only larger noise can accuse. It is combined with the prior :data:`PRIOR`.
+instead; quieter ones promise nothing. The spread is that of ln(size/predicted) over machines that were left out of the
+measurement (:func:`spread_of_new`).
 
 Legend of shapes: M machines, N nonces.
 """
@@ -874,22 +872,29 @@ def fit_machines(
     law, error = fit(pooled_N)
     fewest = min(residuals[pair].size for pair in some)
     error *= math.sqrt(pooled_N.size / fewest)  # of the size of one pair
-    deviations = sizes.deviations()
-    upwards = deviations[deviations > 0]
-    machines = len({i for pair in some for i in pair})
-    squares = (machines - 1) * float(np.mean(upwards**2)) if upwards.size else 0.0
-    dof = PRIOR.dof + machines - 1
     known = min(math.hypot(error, between_blocks), _WIDEST)
-    new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
     widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
     return MachineNoise(
         law=law,
         sizes=sizes,
-        spread=Spread(new, dof),
+        spread=spread_of_new(sizes.deviations(), len({i for pair in some for i in pair}), known),
         known=Spread(known, PRIOR.dof),
         scores=pack_scores(pooled_N, law),
         widest=pack_scores(widest, law),
     )
+
+
+def spread_of_new(deviations: Iterable[float], machines: int, *errors: float) -> Spread:
+    """Return the spread of ln size of a machine that was not measured, from ln(size/predicted) of machines left out.
+
+    It is the root mean square of those above their prediction, because only larger noise can accuse, combined with
+    :data:`PRIOR` and the errors of the measurement.
+    """
+    upwards = [deviation for deviation in deviations if deviation > 0]
+    squares = (machines - 1) * float(np.mean(np.square(upwards))) if upwards else 0.0
+    dof = PRIOR.dof + machines - 1
+    between = math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof)
+    return Spread(min(math.hypot(between, *errors), _WIDEST), dof)
 
 
 def leave_out(
