@@ -2,12 +2,10 @@
 
     p_σ(v) = exp(−gap_v/σ) / Σ_w exp(−gap_w/σ)
 
-With seeded noise the token of every step is the argmax of scores that a verifier computes again. The *gap* of a token
-is the least change of scores, in units of the logits, with which it wins: 0 where both engines agree. p_σ is the chance
-of token v where scores differ at the scale σ. It is exact for differences with Gumbel's law, and sums to 1 over the
-vocabulary for any gaps. The *profile* of a claimed token is its log p_σ on a fixed grid of σ, and ln 1/V: the law of a
-token that does not depend on the scores. An honest law is a mixture over that grid. So every law, every larger noise
-and every share of it is one vector of weights.
+docs/statistics.md ("Tokens of responses") says what the gaps are, and why p_σ is the chance of token v where scores
+differ at the scale σ, in units of the logits. The *profile* of a claimed token is its log p_σ on a fixed grid of σ, and
+ln 1/V: the law of a token that does not depend on the scores. An honest law is a mixture over that grid. So every law,
+every larger noise and every share of it is one vector of weights.
 
 The residual test for values that come in clusters, such as the tokens of one response, is
 
@@ -15,13 +13,12 @@ The residual test for values that come in clusters, such as the tokens of one re
     E = Σ_r w_r Σ_g v_g Π_clusters g_r  /  Σ_r w_r Π_clusters h_r
 
 h_r is the likelihood of a cluster x_1 … x_n of an honest machine, with f_s the likelihood at noise s times that of the
-law. The scale r of the machine is drawn once for a life. The scale u of the cluster is drawn once for it, ln u ~
-between · t, because values of one cluster share more than the law says: a long prompt, a repeated phrase, a batch mate.
-
-g_r is the likelihood of a cluster of a cheat: noise m times larger in all values, h_rm; in a share π of the values,
-with (1 − π)·f_ru + π·f_rum in place of f_ru; or in a share ρ of the clusters, (1 − ρ)·h_r + ρ·h_rm. w and v are weights
-over scales and cheats. Under honest noise E is a non-negative martingale that starts at 1, at every value and not only
-at the end of a cluster. Everything is evaluated on one grid of ln scale, so that r, u and m are steps on it.
+law. The scale r of the machine is drawn once for a life, and the scale u of a cluster once for it, ln u ~ between · t:
+values of one cluster share more than the law says, such as a long prompt or a batch mate. g_r is the likelihood of a
+cluster of a cheat: noise m times larger in all values, h_rm; in a share π of the values, with (1 − π)·f_ru + π·f_rum in
+place of f_ru; or in a share ρ of the clusters, (1 − ρ)·h_r + ρ·h_rm. w and v are weights over scales and cheats. Under
+honest noise E is a non-negative martingale from 1, at every value and not only at the end of a cluster. Everything is
+evaluated on one grid of ln scale, so that r, u and m are steps on it.
 
 Suffixes: N values, G columns of a profile, B ends of blocks, C points of the grid, H scales of honest machines, J
 scales of cheats, U scales of clusters, M multiples, K paths.
@@ -41,36 +38,19 @@ from assay.stats.chord import FloatArray
 from assay.stats.noise import REACH, STRICT, LogNoise, Spread, require
 from assay.stats.sequential import CHEAP, FAR, Result, check_rates, decide, grid_of_multiples, log_sum
 
-INDIFFERENT = 0.5
-"""Loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one."""
-
+INDIFFERENT = 0.5  # loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one
+# Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything.
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
-"""Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
-
-COLUMNS = SCALES.size + 1
-"""Number of columns of a profile: the scales, and 1/V."""
-
-LEAST_LOG = -6e4
-"""Logarithm of the smallest probability of a profile, which float16 holds."""
-
+COLUMNS = SCALES.size + 1  # number of columns of a profile: the scales, and 1/V
+LEAST_LOG = -6e4  # logarithm of the smallest probability of a profile, which float16 holds
+# Tokens that a fitted law adds, spread over all columns: what none of n tokens shows may be in 3/n of them.
 UNSEEN = 3.0
-"""Tokens that a fitted law adds, spread over all columns: what none of n tokens shows may be in 3/n of them."""
-
-LEAST_STRAY = 1e-6
-"""Least share of tokens that do not depend on the scores."""
-
+LEAST_STRAY = 1e-6  # least share of tokens that do not depend on the scores
+# Spreads of ln scale between clusters that a fit chooses from; not zero, as no small sample holds an odd response.
 BETWEEN = (0.2, 0.4, 0.7, 1.1)
-"""Spreads of ln scale between clusters that a fit chooses from; not zero, as no small sample holds an odd response."""
-
-CLUSTER_DOF = 4.0
-"""Degrees of freedom of the law of the scales of clusters."""
-
-STEP = 1 / 64
-"""Distance of neighbours on the grid of ln scale on which tests stand."""
-
-FEWEST_TOKENS = 256
-"""Fewest honest tokens that a law is fitted to."""
-
+CLUSTER_DOF = 4.0  # degrees of freedom of the law of the scales of clusters
+STEP = 1 / 64  # distance of neighbours on the grid of ln scale on which tests stand
+FEWEST_TOKENS = 256  # fewest honest tokens that a law is fitted to
 _LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
 _ROUNDS = 300  # of the search, three of the EM algorithm each
 _CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
@@ -258,15 +238,11 @@ def _error(law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt
     return min(_LARGEST_ERROR, 1 / math.sqrt(max(curvature, 1e-9)))
 
 
+# The laws of values that come in clusters: tokens by their profiles, and sketches by their distances.
 ClusteredLaw = TokenNoise | LogNoise
-"""The laws of values that come in clusters: tokens by their profiles, and sketches by their distances."""
-
-WITHIN = (0.02, 0.1, 0.4)
-"""Shares π of the values of every cluster that the e-value looks for."""
-
+WITHIN = (0.02, 0.1, 0.4)  # shares π of the values of every cluster that the e-value looks for
+# Shares ρ of the clusters that it looks for; an honest verdict on enough clusters excludes the last one.
 CLUSTERS = (0.05, 0.3)
-"""Shares ρ of the clusters that it looks for; an honest verdict on enough clusters excludes the last one."""
-
 _WEIGHTS = {"whole": 0.4, "within": 0.3, "clusters": 0.3}
 _LEAST = 2.0  # multiple that is looked for
 _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against a share; most say less
@@ -336,19 +312,16 @@ class ClusterTest:
         self._log_U = np.log(weight_U / weight_U.sum())
         self._log_J = np.log(weight_J / weight_J.sum())
         log_H = np.log(weight_H / weight_H.sum())
-        points_HU = machines[:, None] + of_cluster
-        points_JU = few[:, None] + of_cluster
         points_JMU = few[:, None, None] + steps[:, None] + of_cluster
-        points = np.unique(np.concatenate([points_HU.ravel(), points_JU.ravel(), points_JMU.ravel()]))
+        every = (machines[:, None] + of_cluster, few[:, None] + of_cluster, points_JMU)  # [H, U], [J, U], [J, M, U]
+        points = np.unique(np.concatenate([each.ravel() for each in every]))
         self._logs_C = points * STEP
-        self._at_HU, self._at_JU, self._at_JMU = (
-            np.searchsorted(points, each) for each in (points_HU, points_JU, points_JMU)
-        )
+        self._at_HU, self._at_JU, self._at_JMU = (np.searchsorted(points, each) for each in every)
         cheats_JM = (self._log_J[:, None] - np.log(steps.size) + np.zeros((1, steps.size))).ravel()
         kinds = (("whole", 1), ("within", len(WITHIN)), ("clusters", len(CLUSTERS)))
         cheats = [cheats_JM + math.log(_WEIGHTS[kind] / count) for kind, count in kinds for _ in range(count)]
         self._log_prior_K = np.concatenate([log_H, *cheats])
-        self._honest, self._size = log_H.size, cheats_JM.size
+        self._honest = log_H.size
 
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
         """Return the logarithms that the values of one cluster add to every path up to each end of a block, [B, K].
@@ -360,18 +333,16 @@ class ClusterTest:
         logs_NC = _log_likelihoods(self.law, values, self._logs_C)
         sums_BC = _sum_to_ends(logs_NC, ends)
         log_U = self._log_U
-        honest_BH = log_sum(sums_BC[:, self._at_HU] + log_U)
-        own_BJ = log_sum(sums_BC[:, self._at_JU] + log_U)
-        whole_BJM = log_sum(sums_BC[:, self._at_JMU] + log_U)
-        parts = [honest_BH, whole_BJM.reshape(len(sums_BC), -1)]
+        every = (self._at_HU, self._at_JU, self._at_JMU)
+        honest_BH, own_BJ, whole_BJM = (log_sum(sums_BC[:, at] + log_U) for at in every)
+        parts = [honest_BH, whole_BJM]
         plain_NJ1U = logs_NC[:, self._at_JU][:, :, None]
         for share in WITHIN:
             mixed = np.logaddexp(plain_NJ1U + math.log1p(-share), logs_NC[:, self._at_JMU] + math.log(share))
-            parts.append(log_sum(_sum_to_ends(mixed, ends) + log_U).reshape(len(sums_BC), -1))
-        for share in CLUSTERS:
-            either = np.logaddexp(own_BJ[:, :, None] + math.log1p(-share), whole_BJM + math.log(share))
-            parts.append(either.reshape(len(sums_BC), -1))
-        return np.concatenate(parts, axis=1)
+            parts.append(log_sum(_sum_to_ends(mixed, ends) + log_U))
+        own_BJ1 = own_BJ[:, :, None]
+        parts += [np.logaddexp(own_BJ1 + math.log1p(-share), whole_BJM + math.log(share)) for share in CLUSTERS]
+        return np.concatenate([part.reshape(len(sums_BC), -1) for part in parts], axis=1)
 
     def log_e(self, paths: FloatArray) -> FloatArray:
         """Return the logarithm of the e-value of paths [..., K] from the beginning of a life."""
@@ -397,20 +368,17 @@ class ClusterTest:
     @property
     def evidence(self) -> dict[str, float]:
         """The logarithm of the likelihood ratio of honest noise to every cheat that an honest verdict excludes."""
-        whole = self._path_K + self._log_prior_K
-        honest = float(log_sum(whole[: self._honest]))
-        first = self._honest
+        honest_H, cheats = np.split(self._path_K, [self._honest])
+        honest = float(log_sum(honest_H + self._log_prior_K[: self._honest]))
+        paths_KJM = cheats.reshape(-1, self._log_J.size, self._multiples.size)  # K kinds of cheats
 
         def against(kind: int, multiple: int) -> float:
-            paths_JM = self._path_K[first + kind * self._size : first + (kind + 1) * self._size].reshape(
-                self._log_J.size, -1
-            )
-            return honest - float(log_sum(paths_JM[:, multiple] + self._log_J))
+            return honest - float(log_sum(paths_KJM[kind, :, multiple] + self._log_J))
 
         found = {f"{self.effect:g} times the honest noise": against(0, self._excluded)}
         if -self.clusters * math.log1p(-CLUSTERS[-1]) >= -_ENOUGH * math.log(self.beta):
             name = f"{CLUSTERS[-1]:.0%} of the responses at {self._multiples[self._cheap]:.3g} times the honest noise"
-            found[name] = against(len(WITHIN) + len(CLUSTERS), self._cheap)
+            found[name] = against(-1, self._cheap)
         return found
 
     @property
