@@ -300,8 +300,6 @@ class BuildNoise(MachineNoise):
 
     def check_engine(self, engine: Fingerprint, than: str) -> None:
         """Refuse an engine of another build; the error names the fields that differ from the nearest measured one."""
-        if not self.engines:
-            return
         wanted, measured = engine.as_dict(), [known.as_dict() for known in self.engines]
         of_machine: set[str] = set()
         if len(measured) >= FEWEST_MACHINES:
@@ -310,14 +308,11 @@ class BuildNoise(MachineNoise):
             {name: value for name, value in one.items() if value != wanted[name] and name not in of_machine}
             for one in measured
         ]
-        nearest = min(differing, key=len)
-        _refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
+        _refuse_difference(min(differing, key=len, default={}), wanted, than)
 
     def kind_of(self, builds: Sequence[Build] | None, dtype: str) -> str:
-        """Return the kind of a prover's machine: the only measured one that its pinned builds allow, else none.
-
-        A header is the prover's word, and a prover that may name its kind chooses how wide the law is.
-        """
+        """Return the kind of a prover's machine: the only measured one that its pinned builds allow, else none."""
+        # A header is the prover's word, and a prover that may name its kind chooses how wide the law is.
         allowed = [one for one in self.engines if one.dtype == dtype]
         fitting = {_kind(one) for one in allowed for build in builds or () if build.allows("device", one.device)}
         return fitting.pop() if len(fitting) == 1 else ""
@@ -340,7 +335,7 @@ class BuildNoise(MachineNoise):
         if engine is None:
             return None
         same = [i for i, machine in enumerate(self.machines) if machine.fingerprint == engine]
-        alike = [i for i, machine in enumerate(self.machines) if machine.kind and machine.kind == _kind(engine)]
+        alike = [i for i, machine in enumerate(self.machines) if machine.kind == _kind(engine)]
         return next(iter(same + alike), None)
 
     def as_dict(self) -> JsonObject:
@@ -364,11 +359,7 @@ class BuildNoise(MachineNoise):
 
     @classmethod
     def from_dict(cls, values: Any) -> "BuildNoise":
-        """Read what :meth:`as_dict` wrote.
-
-        Raises:
-            ValueError: No measurement gives a value. AssayError and the errors of wrong types mean the same.
-        """
+        """Read what :meth:`as_dict` wrote; ValueError, AssayError and errors of wrong types say that it is not."""
         former = ("named", "mixture")  # which earlier releases wrote
         build = TypeAdapter(cls).validate_json(dumps({name: one for name, one in values.items() if name not in former}))
         if type(build.law) is not LAWS.get(build.output):
@@ -381,13 +372,9 @@ class BuildNoise(MachineNoise):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Measured honest noise: of one build, or of several in one file.
+    """Measured honest noise: of one build, or of several in one file."""
 
-    Args:
-        builds: Noise of every build, the first one first tried.
-    """
-
-    builds: tuple[BuildNoise, ...]
+    builds: tuple[BuildNoise, ...]  # the first one first tried
 
     def find_build(
         self, header: Header, validator: Fingerprint | None = None, controls: Collection[str] = ()
@@ -422,11 +409,7 @@ class Calibration:
         raise reasons[0]
 
     def control_of(self, header: Header, own: str) -> tuple[str, ...]:
-        """Return the number formats of the control with which a validator in its ``own`` judges a proof.
-
-        Raises:
-            CalibrationError: No control was measured for this proof and format.
-        """
+        """Return the formats of the control beside a validator's own; a CalibrationError where none was measured."""
         formats = sorted((header.fingerprint.dtype, own))
         for build in self.builds:
             if build.control is not None and build.control.of == own and formats in build.formats:
@@ -436,11 +419,7 @@ class Calibration:
         raise CalibrationError(seen, wanted=wanted, do="leave --control out, or measure with more number formats")
 
     def check_kind(self, header: Header, engine: str) -> None:
-        """Refuse a validator on a kind of engine, ``hf`` or ``vllm``, that was not measured beside the prover's.
-
-        Raises:
-            CalibrationError: Names the kind that was measured; or as of :meth:`find_build`.
-        """
+        """Refuse, with a CalibrationError, an engine (``hf`` or ``vllm``) that was not measured beside the prover's."""
         kinds = {one.engine for one in self.find_build(header).judges(header.fingerprint)}
         if kinds and engine not in kinds:
             measured = " or ".join(sorted(kinds))
@@ -469,21 +448,13 @@ class Calibration:
         return Calibration(builds=(*self.builds, *(one for one in other.builds if one.identity not in mine)))
 
     def save(self, path: str | Path) -> None:
-        """Write the calibration file in one piece, replacing an older one.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
+        """Write the file in one piece, replacing an older one; a StorageError where that fails."""
         builds = [build.as_dict() for build in self.builds]
         write_atomic(path, dumps({"kind": KIND, "schema": SCHEMA, "builds": builds}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Read a calibration file.
-
-        Raises:
-            CalibrationError: The file is not a calibration.
-        """
+        """Read a calibration file; a CalibrationError where the file is not a calibration."""
         try:
             values = read_json(path)
             kind, schema = values.pop("kind", None), values.pop("schema", None)
@@ -495,9 +466,8 @@ class Calibration:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, AssayError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
-            raise CalibrationError(
-                seen, wanted=f"a calibration file, schema {SCHEMA}", do="write one with `assay poc calibrate`"
-            ) from None
+            wanted, do = f"a calibration file, schema {SCHEMA}", "write one with `assay poc calibrate`"
+            raise CalibrationError(seen, wanted=wanted, do=do) from None
 
 
 def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...]:
@@ -534,11 +504,9 @@ def noise_for(
     formats = sorted((header.fingerprint.dtype, validator.dtype))
     if build.formats and formats not in build.formats and header.fingerprint != validator:
         measured = " or ".join(dict.fromkeys(" and ".join(pair) for pair in build.formats))
-        raise CalibrationError(
-            f"a calibration without a law between {formats[0]} and {formats[1]}",
-            wanted=f"number formats that were measured beside each other: {measured}",
-            do="judge in one of them with --dtype, or measure this pair with `assay poc calibrate --model M`",
-        )
+        seen = f"a calibration without a law between {formats[0]} and {formats[1]}"
+        do = "judge in one of them with --dtype, or measure this pair with `assay poc calibrate --model M`"
+        raise CalibrationError(seen, wanted=f"number formats that were measured beside each other: {measured}", do=do)
     judges = build.judges(header.fingerprint)
     equal = header.fingerprint == validator and formats in build.formats  # differs less than the pair that was measured
     if len(judges) == 1 and not equal:  # the other one of a pair
@@ -623,30 +591,20 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
 Fit = Callable[[FloatArray], tuple[Law, float]]
 Progress = Callable[[int, int], None]
 
+# Spread of ln size between machines of one build that is assumed before any was measured. It was chosen on sets of two
+# quantised mixtures (docs/networks.md): machines left out lay above their prediction by .02 in the root mean square for
+# one mixture, and by up to .07 for the other.
 PRIOR = Spread(sd=0.03, dof=30.0)
-"""Spread of ln size between machines of one build that is assumed before any was measured.
-
-It was chosen on sets of two quantised mixtures (docs/networks.md). Machines that were left out lay above their
-prediction by .02 in the root mean square for one mixture, and by up to .07 for the other.
-"""
-
+# Quantile of residuals by which the widest pair of machines is chosen. Pairs differ in shape, not in size alone.
 WIDTH = 0.95
-"""Quantile of residuals by which the widest pair of machines is chosen. Pairs differ in shape, not in size alone."""
-
-PAIR_SPREAD = 0.02
-"""Spread of ln size of one pair of machines between blocks, added to the error of its measurement."""
-
+PAIR_SPREAD = 0.02  # spread of ln size of one pair of machines between blocks, added to the error of its measurement
 AUDITS = 200  # of every left-out machine against every other one
 AUDITED = 300  # nonces of such an audit, or all where fewer were measured
 EFFECTS = (1.25, 1.5, 2.0, 3.0, 4.0)
 _WIDEST = 0.9  # spread: beyond it nothing is known
-
-BLOCK_SPREAD = 0.07
-"""Spread of ln size of distances between blocks, where the law does not know the block's own scale."""
-
+BLOCK_SPREAD = 0.07  # spread of ln size of distances between blocks, where the law does not know the block's own scale
+# That spread where the law is relative to the length of the block's folded head (block_scale.json).
 SCALED_SPREAD = 0.03
-"""That spread where the law is relative to the length of the block's folded head (block_scale.json)."""
-
 Residuals = Mapping[Pair, FloatArray]
 
 
@@ -720,14 +678,12 @@ PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
 
 
 def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
-    """Return the proofs of the same round by pair of machines, and the fingerprints of the machines.
-
-    A machine is an engine. Two proofs of one round are of two machines, even if their engines are described alike.
-    """
+    """Return the proofs of the same round by pair of machines, which are engines, and their fingerprints."""
     fingerprints: list[Fingerprint] = []
     rows: list[int] = []
     taken: set[tuple[int, Round]] = set()
     for proof in proofs:
+        # Two proofs of one round are of two machines, even if their engines are described alike.
         alike = (i for i, known in enumerate(fingerprints) if known == proof.header.fingerprint)
         row = next((i for i in alike if (i, proof.round) not in taken), len(fingerprints))
         if row == len(fingerprints):
@@ -758,16 +714,13 @@ def _sides_of(
     controls: Sequence[str],
     scales: Mapping[Round, float],
 ) -> dict[Pair, Sides]:
-    """Return residuals of nodes, [E, N], and those between computations of validators, [P, N], by node and validator.
-
-    A control is of the device of the validator's first computation: one of another device would be further from it than
-    the validator's own is, and scores by such a law would accuse.
-    """
+    """Return residuals of nodes, [E, N], and between computations of validators, [P, N], by node and validator."""
     found = {}
     for (i, j), both in pairs.items():
         for pair, proofs in (((i, j), both), ((j, i), [two[::-1] for two in both])):
             parts = []
             for node, validator in proofs:
+                # A control of another device would be further from the first computation than the validator's own is.
                 wanted = [(node.round, validator.header.fingerprint.device, name) for name in controls]
                 if all(one in again for one in wanted):
                     received, *own = _in_common(node, validator, *(again[one] for one in wanted))
@@ -826,9 +779,7 @@ def fit_build(
 ) -> BuildNoise:
     """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of each block.
 
-    With a ``control``, ``measured`` has the scores that it gives.
-
-    The other arguments are fields of :class:`BuildNoise`.
+    With a ``control``, ``measured`` has the scores that it gives. Other arguments are fields of :class:`BuildNoise`.
     """
     between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if hidden_size else BLOCK_SPREAD
     n = min(errors.size for errors in measured.values())

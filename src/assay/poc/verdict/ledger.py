@@ -51,11 +51,10 @@ from assay.poc.verdict.life import (
 from assay.poc.verdict.noise import ALPHA, BETA, AnyNoise, noise_from_dict
 
 AT_ONCE = 256  # rows that are read at a time
+LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
+MAGIC = b"SQLite format 3\0"
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
-
-CLOCK = 60.0
-"""Seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes it."""
-
+CLOCK = 60.0  # seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes it
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
 _EXACT = ("audits", "recorded", "n", "tests", "share")
 
@@ -123,8 +122,7 @@ LEDGER, LAWS, ACCOUNTS, UPDATES = (
         ("updates", "seq account round name law entry hash"),
     )
 )
-OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
-"""The columns of an :class:`Account`."""
+OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]  # the columns of an `Account`
 
 
 def select_account(account: Account) -> sa.Select[Any]:
@@ -324,10 +322,6 @@ def _beside_entries(connection: sa.Connection) -> Iterator[Fault]:
 def text_of(value: object) -> str:
     """Return a text that is to be parsed; an empty one for anything else, which no parser takes."""
     return value if isinstance(value, str) else ""
-
-
-LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
-MAGIC = b"SQLite format 3\0"
 
 
 class AccountState:
@@ -686,12 +680,7 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a ledger or an export of one to read; the file stays as it is.
-
-    Raises:
-        DataError: It is neither; names the line.
-        StorageError: It cannot be read.
-    """
+    """Open a ledger or an export of one to read, which stays as it is; a DataError names a line of neither."""
     is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
     if is_ledger and LEDGER.name not in tables(path, flag="ledger"):
         raise _bad(str(path), "a database without a ledger")
@@ -716,9 +705,8 @@ def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
         StorageError: The file cannot be read.
     """
     if head is not None and (len(head) != 64 or set(head) - set("0123456789abcdef")):
-        raise UsageError(
-            f"--head {head:.80}", wanted="64 hexadecimal digits, in lower case", do="give the hash that was published"
-        )
+        seen, do = f"--head {head:.80}", "give the hash that was published"
+        raise UsageError(seen, wanted="64 hexadecimal digits, in lower case", do=do)
     with open_source(Path(path)) as source:
         return source.audit(head)
 
