@@ -25,11 +25,10 @@ from assay.files.storage import write_jsonl
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
+from assay.poc.responses.token_fit import FEWEST_TOKENS, TokenFit, check_number_of_tokens, fit_token_noise
 from assay.poc.verdict.calibration import spread_of_new
 from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
-from assay.stats import tokens as tokens_law
 from assay.stats.noise import FEWEST_RESIDUALS, fit_log_noise
-from assay.stats.tokens import FEWEST_TOKENS, TokenFit, fit_token_noise
 
 if TYPE_CHECKING:
     from assay.poc.responses.replaying import Replayed
@@ -181,7 +180,7 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
         seen = f"{tokens} of {total} tokens that were sampled with a seed and without a mask"
         do = "replay receipts of more honest responses with seeded sampling (RECEIPTS)"
         raise UsageError(seen, wanted=f"at least {FEWEST_TOKENS}", do=do)
-    tokens_law.check_enough_tokens(tokens, len(usable))
+    check_number_of_tokens(tokens, len(usable))
     _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
 
 
