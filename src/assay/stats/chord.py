@@ -27,8 +27,7 @@ from assay.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 TAIL = 0.025  # beyond either end of an interval of 95 %
-# Rows of the published random head: the dimension in which the distances of `poc-2.0` are measured.
-RANDOM_HEAD_ROWS = 8192
+RANDOM_HEAD_ROWS = 8192  # of the published random head: the dimension in which distances of `poc-2.0` are measured
 _POINTS = 512  # of the law of the factor, each of the same probability
 _SERIES_FROM = 50.0  # above this a, the asymptotic series is more precise than differences of log-gamma
 
@@ -84,10 +83,8 @@ def _checked(r_target: float) -> float:
 def r_target_for(rate: float, d: int) -> float:
     """Return the ``r_target`` at which a share ``rate`` of random directions is valid: exact inverse of `valid_rate`.
 
-    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate.
-
-    Raises:
-        UsageError: ``rate`` is outside (0, 1], or the dimension is below 2.
+    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate. A UsageError refuses a
+    ``rate`` outside (0, 1], and a dimension below 2.
     """
     if not 0.0 < rate <= 1.0:
         raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
@@ -147,10 +144,8 @@ class BlockLaw:
     def rate_error(self, r_target: float, n: int | None = None) -> float:
         """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.
 
-        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half.
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half. A UsageError refuses an ``r_target``
+        outside (0, 2], and an n below 1.
         """
         nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
         return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
@@ -163,10 +158,8 @@ class BlockLaw:
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
         """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
 
-        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008).
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008). A
+        UsageError refuses an ``r_target`` outside (0, 2], and an n below 1.
         """
         rate = self.valid_rate(r_target)
         nonces = 0.0 if n is None else float(scipy.stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)

@@ -18,14 +18,14 @@ from pydantic import ConfigDict, Field
 from assay.errors import UsageError
 from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_mean, chord_std
 
-# Spacing of fp32 numbers around √2: two distances cannot agree better than this, unless they are equal.
-RESOLUTION = 2.0**-23
+RESOLUTION = 2.0**-23  # spacing of fp32 numbers around √2: distances agree no better than this, unless they are equal
 GROSS_PROBABILITY = 1e-4  # a residual that honest noise exceeds with this probability at most is counted as gross
+LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
+_LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
+
 # Residual of the best invented distance for `poc-2.0`, the constant √2 (0.0078). A distance drawn from the chord law
 # misses by √2 times as much (0.011) and is easier to catch.
 JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
-LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
-_LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 
 # How a law is read from a file: numbers of its fields, and nothing else. Fields have ranges there, beyond which
 # densities overflow float64 and no test is left.
@@ -250,6 +250,7 @@ FEWEST_RESIDUALS = 16  # fewest honest residuals that a law is fitted to
 SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
 DOF = 4.0  # degrees of freedom of a measured law of distances
 TAIL = 2.0  # start of the exponential tail of a measured law of vectors, in units of sd
+
 # Quantile of honest distances of vectors that, with their median, gives sd: only large distances accuse. Shapes are
 # fixed and sizes quantiles, because a test does not believe a law's tail: residuals price its bets (`fair_bets`).
 UPPER = 0.9

@@ -26,8 +26,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 PLACE_ALPHA = 1e-4  # bound on the chance that residuals that do not depend on the place are called faulty
-# Least factor between the medians at bad places and elsewhere: a smaller dependence may be real, but is no fault.
-MATERIAL_RATIO = 1.5
+MATERIAL_RATIO = 1.5  # least factor between the medians at bad places and elsewhere; a smaller one may be no fault
 SUSPICION = 0.05  # largest p-value at which more nonces must be checked before large residuals are called fraud
 
 # Once a dependence is shown, further places only change what is set aside, and one that is left may look like fraud.

@@ -27,14 +27,15 @@ CHEAP = 5.0  # multiple of honest noise at which a share of the nonces counts as
 FAR = 16.0  # multiple beyond which neighbours on the grid are further apart
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # shares π of a node's nonces that the e-value looks for
 _SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
+_CHUNK = 256  # values taken at a time
+_SIMULATED = 20_000  # values simulated at a time, to bound memory
+_TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
+_ROUNDING = 1e-6  # of logarithms of e-values
+
 # Shares π of cheaply computed nonces that an honest verdict excludes, each with a factor c. A nonce gives at most
 # −ln(1 − π) of evidence against a share, and most give less. So the smallest share is excluded for which n nonces can
 # give c times the evidence that is needed.
 EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
-_CHUNK = 256
-_SIMULATED = 20_000  # values simulated at a time, to bound memory
-_TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
-_ROUNDING = 1e-6  # of logarithms of e-values
 
 
 def decide(log_e_max: float, log_evidence_honest: float, *, alpha: float, beta: float) -> Verdict:

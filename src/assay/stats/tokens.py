@@ -129,11 +129,9 @@ def cluster_scales(between: float) -> tuple[npt.NDArray[np.int64], FloatArray]:
     return np.rint(deviations * between / STEP).astype(np.int64), np.asarray(weights / weights.sum())
 
 
-# The laws of values that come in clusters: tokens by their profiles, and sketches by their distances.
-ClusteredLaw = TokenNoise | LogNoise
+ClusteredLaw = TokenNoise | LogNoise  # of values that come in clusters: tokens by profiles, and sketches by distances
 WITHIN = (0.02, 0.1, 0.4)  # shares π of the values of every cluster that the e-value looks for
-# Shares ρ of the clusters that it looks for; an honest verdict on enough clusters excludes the last one.
-CLUSTERS = (0.05, 0.3)
+CLUSTERS = (0.05, 0.3)  # shares ρ of the clusters that it looks for; an honest verdict on enough excludes the last one
 _WEIGHTS = {"whole": 0.4, "within": 0.3, "clusters": 0.3}
 _LEAST = 2.0  # multiple that is looked for
 _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against a share; most say less

@@ -16,10 +16,8 @@ from assay.stats.chord import FloatArray
 from assay.stats.tokens import COLUMNS, LEAST_STRAY, STEP, TokenNoise, cluster_scales, shift_matrix
 
 INDIFFERENT = 0.5  # loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one
-# Tokens that a fitted law adds, spread over all columns: what none of n tokens shows may be in 3/n of them.
-UNSEEN = 3.0
-# Spreads of ln scale between clusters that a fit chooses from; not zero, as no small sample holds an odd response.
-BETWEEN = (0.2, 0.4, 0.7, 1.1)
+UNSEEN = 3.0  # tokens that a law adds, spread over all columns: what none of n tokens shows may be in 3/n of them
+BETWEEN = (0.2, 0.4, 0.7, 1.1)  # spreads of ln scale between clusters; not zero: no small sample has an odd response
 FEWEST_TOKENS = 256  # fewest honest tokens that a law is fitted to
 _LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
 _ROUNDS = 300  # of the search, three of the EM algorithm each

@@ -395,8 +395,8 @@ class Calibration:
         own = None if validator is None else validator.dtype
         fitting = [one for one in self.builds if bool(one.control) == bool(controls) and one.has_control(controls, own)]
         if not fitting:
-            again = " and ".join(controls)
-            seen = f"a calibration without a law of nonces that are computed in {own} and again in {again}"
+            formats = f"{own} and again in {' and '.join(controls)}"
+            seen = f"a calibration without a law of nonces that are computed in {formats}"
             do = "leave the control out, or measure one in these formats: `assay poc calibrate --model M`"
             raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         reasons = []
@@ -588,24 +588,25 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
         raise CalibrationError(seen, wanted=", ".join(f"{name} {stated[name]}" for name in other), do=do)
 
 
-Fit = Callable[[FloatArray], tuple[Law, float]]
-Progress = Callable[[int, int], None]
-
 # Spread of ln size between machines of one build that is assumed before any was measured. It was chosen on sets of two
 # quantised mixtures (docs/networks.md): machines left out lay above their prediction by .02 in the root mean square for
 # one mixture, and by up to .07 for the other.
 PRIOR = Spread(sd=0.03, dof=30.0)
-# Quantile of residuals by which the widest pair of machines is chosen. Pairs differ in shape, not in size alone.
-WIDTH = 0.95
-PAIR_SPREAD = 0.02  # spread of ln size of one pair of machines between blocks, added to the error of its measurement
+
+WIDTH = 0.95  # quantile of residuals by which the widest pair is chosen: pairs differ in shape, not in size alone
 AUDITS = 200  # of every left-out machine against every other one
 AUDITED = 300  # nonces of such an audit, or all where fewer were measured
 EFFECTS = (1.25, 1.5, 2.0, 3.0, 4.0)
 _WIDEST = 0.9  # spread: beyond it nothing is known
+PAIR_SPREAD = 0.02  # spread of ln size of one pair of machines between blocks, added to the error of its measurement
 BLOCK_SPREAD = 0.07  # spread of ln size of distances between blocks, where the law does not know the block's own scale
-# That spread where the law is relative to the length of the block's folded head (block_scale.json).
-SCALED_SPREAD = 0.03
+SCALED_SPREAD = 0.03  # where the law is relative to the length of the block's folded head (block_scale.json)
+
+Fit = Callable[[FloatArray], tuple[Law, float]]
+Progress = Callable[[int, int], None]
 Residuals = Mapping[Pair, FloatArray]
+PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
+Sides = tuple[FloatArray, FloatArray]  # of residuals: of the node from each computation, and between these
 
 
 def calibrate(
@@ -674,9 +675,6 @@ def calibrate(
     return Calibration(builds=tuple(builds))
 
 
-PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
-
-
 def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
     """Return the proofs of the same round by pair of machines, which are engines, and their fingerprints."""
     fingerprints: list[Fingerprint] = []
@@ -703,9 +701,6 @@ def _in_common(*proofs: Proof) -> list[list[Record]]:
     records = [{record.nonce: record for record in proof.records} for proof in proofs]
     common = [nonce for nonce in records[0] if all(nonce in one for one in records)]
     return [[one[nonce] for nonce in common] for one in records]
-
-
-Sides = tuple[FloatArray, FloatArray]
 
 
 def _sides_of(
@@ -821,18 +816,12 @@ def fit_machines(
     alike = [residuals[pair] * (sizes.typical / value) for pair, value in some.items()]
     pooled_N = np.concatenate(alike)
     law, error = fit(pooled_N)
-    fewest = min(residuals[pair].size for pair in some)
-    error *= math.sqrt(pooled_N.size / fewest)  # of the size of one pair
+    error *= math.sqrt(pooled_N.size / min(one_N.size for one_N in alike))  # of the size of one pair
     known = min(math.hypot(error, between_blocks), _WIDEST)
+    new = spread_of_new(sizes.deviations(), len({i for pair in some for i in pair}), known)
     widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
-    return MachineNoise(
-        law=law,
-        sizes=sizes,
-        spread=spread_of_new(sizes.deviations(), len({i for pair in some for i in pair}), known),
-        known=Spread(known, PRIOR.dof),
-        scores=pack_scores(pooled_N, law),
-        widest=pack_scores(widest, law),
-    )
+    prices = {"scores": pack_scores(pooled_N, law), "widest": pack_scores(widest, law)}
+    return MachineNoise(law=law, sizes=sizes, spread=new, known=Spread(known, PRIOR.dof), **prices)
 
 
 def spread_of_new(deviations: Iterable[float], machines: int, *errors: float) -> Spread:

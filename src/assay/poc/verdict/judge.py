@@ -21,8 +21,7 @@ COUNT_ALPHA = 0.01  # level of the published count test
 DIST_THRESHOLD = 0.02  # distance of two vectors above which the published rule counts a mismatch
 P_MISMATCH = 0.001  # honest mismatch rate of vectors that the published rule assumes
 LARGEST_MARGIN = 4.0  # largest margin that a token counts with: the largest squared distance of two unit vectors
-# A verdict of a proof: `faulty` where residuals depend on the place in the batch, and are honest elsewhere.
-Outcome = sequential.Verdict | Literal["faulty"]
+Outcome = sequential.Verdict | Literal["faulty"]  # where residuals depend on the place, and are honest elsewhere
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
 """What a command exits with, by verdict."""
 

@@ -1,13 +1,6 @@
 """The ledger of nodes' lives: one SQLite file, to which every audit adds an entry, and from which none is removed.
 
-An export of a ledger is JSON Lines. It begins with the genesis of the ledger and ends with its head. Between them stand
-the entries, byte for byte, and before the first entry under a law, that law::
-
-    {"kind":"assay.poc.ledger","version":1,"id":"…","created":1.8e9,"alpha":0.001,"beta":0.01}
-    {"law":{…}}
-    {"seq":1,"previous":"…",…}
-    {"head":{"count":1,"hash":"…"}}
-
+An export of a ledger is JSON Lines: its genesis, every law before its first use, the entries byte for byte, its head.
 An audit checks every hash and place in the order of the entries, and then computes every verdict again, one account
 after the other. Its result names the first entry that is wrong. Numbers may differ in their last digits, as those of
 two machines do. docs/ledger.md says what it takes as it is, and that only a published head shows a rewritten chain.

@@ -16,21 +16,13 @@ hold counts on by this rule; their outcomes stay as they were written.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from assay import stats
 from assay.errors import DataError, UsageError
@@ -41,8 +33,7 @@ from assay.stats.sequential import SHARES, Verdict, decide
 
 Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
 
-# Number of counted nonces after which the next audit begins another test, and the pool of places another one.
-EPOCH = 1024
+EPOCH = 1024  # counted nonces after which the next audit begins another test, and the pool of places another one
 FIRST_WEIGHT = 0.9  # share of the error rates that the first test has
 PLACES = 128  # nonces of a pool from which it convicts: fewer may not show that a machine is wrong at fixed places
 APART = 8  # blocks of older pools that can be left out: those that accuse most, because leaving out another takes less
@@ -53,6 +44,8 @@ MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
 RESPONSES = "responses"  # the preset in an account of responses
+REPEATED = "repeated"  # reason of a nonce that does not count, because the account has an entry of it in the same round
+SUSPECTED = "suspected place"  # reason of earlier releases; now the pool of all audits decides, and the nonce counts
 
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -79,7 +72,7 @@ class _Model(BaseModel):
         return made
 
     @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Leave out added fields where they say nothing, so that lines of earlier releases keep their bytes."""
         return {name: value for name, value in handler(self).items() if value is not None or name not in _ADDED}
 
@@ -351,11 +344,6 @@ def log_average(tests: Sequence[tuple[float, float]]) -> float:
     return float(np.logaddexp.reduce([*logs, math.log(rest)]))
 
 
-REPEATED = "repeated"  # reason of a nonce that does not count, because the account has an entry of it in the same round
-# Reason of earlier releases for a nonce that they held against honesty alone; now the pool of all audits decides.
-SUSPECTED = "suspected place"
-
-
 @dataclass(frozen=True, kw_only=True, order=True)
 class Account:
     """The node, model, build and preset that one e-process runs over.
@@ -487,10 +475,9 @@ class Entry(_Model):
         if self.of_response:
             return life.update(noise, ResponseBlocks.parse(self.residuals, self.profiles).without(out))
         kept = [place for place in range(len(self.nonces)) if place not in out]
-        found, places = [self.residuals[place] for place in kept], self.positions or self.nonces
-        values = [math.nan if x is None else x for x in found]
-        chosen = [places[place] for place in kept]
-        return life.update(noise, values, block=self.block_hash, positions=chosen, batch_size=self.batch_size)
+        values = [math.nan if (x := self.residuals[place]) is None else x for place in kept]
+        positions = [(self.positions or self.nonces)[place] for place in kept]
+        return life.update(noise, values, block=self.block_hash, positions=positions, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

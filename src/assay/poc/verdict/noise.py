@@ -35,15 +35,16 @@ from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
 
 FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw  # law of honest residuals
+
+# Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They hold for no other.
+BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
+
 # Smallest multiple of the honest noise that counts as another computation, where no measurement gives one. A vector
 # shows a multiple in twelve numbers at once, and cheaper models come closer to it, so half is enough.
 EFFECT = {"distance": 4.0, "vector": 2.0}
-# Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They hold for no other.
-BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
-# Usual bounds on the chance that an honest node is ever accused, and that a cheat is called honest.
-ALPHA, BETA = 1e-3, 1e-2
-# Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence.
-TEST = 2
+
+ALPHA, BETA = 1e-3, 1e-2  # usual bounds on the chance that an honest node is ever accused, and a cheat called honest
+TEST = 2  # version of the residual test: its cheats, weights and scales; another one computes other evidence
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 LEAST_SCORE = 1e-6  # added to residuals over their typical size, so that zero has a logarithm
 FARTHEST = 16.0  # a residual of a control over its typical size, or below it
@@ -235,13 +236,9 @@ class Noise:
 
 
 def bundled_noise(digest: str, output: str, prover_dtype: str, validator_dtype: str) -> Noise | None:
-    """Return the law of a bundled model between two number formats; None for any other model, which has no law.
+    """Return the law of a bundled model between two number formats in any order; None for any other, which has no law.
 
-    Args:
-        digest: SHA-256 of the tensors of the checkpoint.
-        output: Family of noise: :attr:`assay.poc.Pipeline.noise`.
-        prover_dtype: Number format of one engine.
-        validator_dtype: Number format of the other engine; the order does not matter.
+    ``digest`` is the SHA-256 of the tensors of the checkpoint, ``output`` the family: :attr:`assay.poc.Pipeline.noise`.
     """
     known, pair = _bundled(), "/".join(sorted((prover_dtype, validator_dtype)))
     law = known["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
@@ -437,7 +434,7 @@ class PartNoise:
         """Return JSON-ready values."""
         law = self.law
         values = {"weights": list(law.weights)} if isinstance(law, stats.TokenNoise) else law_as_dict(law)
-        return {"law": values, "spread": asdict(self.spread), "between": self.between, "effect": self.effect}
+        return asdict(self) | {"law": values}
 
 
 @dataclass(frozen=True, kw_only=True)
