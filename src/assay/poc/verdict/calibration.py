@@ -62,12 +62,10 @@ SCHEMA = 2
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
-LAWS: dict[str, type[Law]] = {
+LAWS: dict[str, type[Law]] = {  # kind of law by family of noise
     **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
     **dict.fromkeys(("vector", "position vector", "token vector", "tokens", "few tokens"), stats.LogNoise),
 }
-"""Kind of law by family of noise."""
-
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 
 
@@ -381,11 +379,8 @@ class Calibration:
     ) -> BuildNoise:
         """Return the noise of the build that a proof was made with, and between its number format and a validator's.
 
-        With ``controls``, number formats, it is a law of scores.
-
-        Raises:
-            CalibrationError: No build is of the proof's model, preset and engine, or has this control; names what
-                differs.
+        With ``controls``, number formats, it is a law of scores. A CalibrationError names what differs where no build
+        is of the proof's model, preset and engine, or has this control.
         """
         dtypes = sorted((header.fingerprint.dtype, validator.dtype)) if validator is not None else None
 
@@ -487,11 +482,8 @@ def noise_for(
 
     Without a calibration it is that of a bundled model, and None for any other. The kind of the prover's machine is
     that of the pinned ``builds``, whatever the header says. ``controls`` are the number formats in which the
-    validator computes every nonce again.
-
-    Raises:
-        CalibrationError: The calibration is of another model, preset or build, or was not measured between these number
-            formats; names what differs.
+    validator computes every nonce again. A CalibrationError names what differs where the calibration is of another
+    model, preset or build, or was not measured between these number formats.
     """
     if calibration is None:
         if controls:
@@ -626,9 +618,6 @@ def calibrate(
         controls: One or two number formats. Proofs in them are no machines, but what the machine with the same device
             computes again as a validator. They give a second law, of scores, for each two formats where that is a gain.
         progress: Function that is called with (machines left out, machines in all).
-
-    Returns:
-        The calibration.
 
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.

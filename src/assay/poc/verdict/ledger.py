@@ -429,7 +429,7 @@ class Ledger:
         return int(count), str(hash)
 
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
-        """Add the evidence of a verdict, and return what the whole life of the node says now.
+        """Add the evidence of a verdict, and return what the life of the node says now; errors are :meth:`append`'s.
 
         Args:
             verdict: Verdict on a sample of a proof.
@@ -437,9 +437,6 @@ class Ledger:
             build: Name of the prover's build. When None, that of the pinned build of its fingerprint, or the number
                 format where none is pinned: anything else in a fingerprint is the prover's word, and a new word must
                 not begin a new life.
-
-        Raises:
-            AssayError: As of :meth:`append`.
         """
         header, noise = verdict.header, verdict.noise
         if noise is None:

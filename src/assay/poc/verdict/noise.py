@@ -236,9 +236,10 @@ class Noise:
 
 
 def bundled_noise(digest: str, output: str, prover_dtype: str, validator_dtype: str) -> Noise | None:
-    """Return the law of a bundled model between two number formats in any order; None for any other, which has no law.
+    """Return the law of a bundled model between two number formats; None for any other model, which has no law.
 
     ``digest`` is the SHA-256 of the tensors of the checkpoint, ``output`` the family: :attr:`assay.poc.Pipeline.noise`.
+    The order of the formats does not matter.
     """
     known, pair = _bundled(), "/".join(sorted((prover_dtype, validator_dtype)))
     law = known["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
