@@ -591,8 +591,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     gives exit code 2, as with verify.
     """
     from assay import poc
-    from assay.poc.network_pins import list_open, list_pinned
-    from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_pinned_calibration
+    from assay.poc.network_pins import find_pinned_calibration, list_open, list_pinned
+    from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise
     from assay.poc.verdict.noise import missing_law
 
     known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from assay.errors import CalibrationError, UsageError
 from assay.poc.launch import Launch, check_judge, check_loadable, load, open_judge, open_prefill
+from assay.poc.network_pins import find_pinned_calibration
 from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Header, Proof
@@ -30,7 +31,7 @@ from assay.poc.responses.judge import (
 )
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.requests import Request, encode_requests, read_requests
-from assay.poc.verdict.calibration import Calibration, account_alpha, find_pinned_calibration
+from assay.poc.verdict.calibration import Calibration, account_alpha
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.life import Standing

@@ -261,6 +261,31 @@ def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
         raise reasons[0]
 
 
+def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
+    """Return the first pinned calibration of the proof's model that was measured with its preset and build.
+
+    It is None where the network pins none for this model, so that the stated default holds.
+
+    Raises:
+        CalibrationError: There are calibrations, and none is of this proof: a wider law must not take its place.
+        DataError: A file cannot be read, or is another one than was pinned.
+        UsageError: The model is not one of the network's.
+    """
+    reason = None
+    for path in network.calibrations(network.model(header.digest)):
+        calibration = Calibration.load(path)
+        try:
+            calibration.find_build(header)
+            return calibration
+        except CalibrationError as error:
+            reason = error.with_traceback(None)
+    if reason is None:
+        return None
+    seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
+    do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
+    raise CalibrationError(seen, wanted=reason.wanted, do=do)
+
+
 def list_pinned(network: NetworkPins) -> list[str]:
     """Return what a file pins, one line a table."""
     shared = network.round.model_dump(exclude_none=True)

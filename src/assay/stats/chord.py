@@ -3,13 +3,10 @@
     (x/2)² ~ Beta(a, a),    a = (d − 1)/2
     γ² ~ χ²_ν/ν,    ν = 1/‖M‖²,    M = E[x xᵀ]
 
-docs/statistics.md derives the first, which is exact (Fang, Kotz and Ng 1990, §3.1). A dimension below 2 is a
-UsageError.
-
-γ is the factor by which all cosines of a block are wider or narrower. They are products with one vector v, N(0, I) over
-blocks: the random head, folded onto the target. Unit states x with second moments M have products v·x of variance γ² =
-vᵀMv. Over blocks that is Σ λᵢχ²₁ with the eigenvalues λ of M; the law above has the same mean and variance
-(Satterthwaite 1946; Box 1954, theorem 3.1).
+docs/statistics.md derives both. The first is exact (Fang, Kotz and Ng 1990, §3.1); dimensions below 2 are refused.
+γ is the factor by which all cosines of a block are wider or narrower: unit states x with second moments M have products
+with the folded head v of variance γ² = vᵀMv. Over blocks that is Σ λᵢχ²₁ with the eigenvalues λ of M; the law has
+the same mean and variance (Satterthwaite 1946; Box 1954, theorem 3.1).
 
 ν is the *effective dimension* of the states: D where all directions of R^D occur alike. Signs drawn per nonce make M
 diagonal and keep the energy of a coordinate. A reflection in a random hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M
@@ -30,10 +27,8 @@ from assay.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 TAIL = 0.025  # beyond either end of an interval of 95 %
-
-RANDOM_HEAD_ROWS = 8192
-"""Rows of the published random head: the dimension in which the distances of ``poc-2.0`` are measured."""
-
+RANDOM_HEAD_ROWS = 8192  # of the published random head: the dimension in which distances of `poc-2.0` are measured
+_POINTS = 512  # of the law of the factor, each of the same probability
 _SERIES_FROM = 50.0  # above this a, the asymptotic series is more precise than differences of log-gamma
 
 
@@ -44,13 +39,10 @@ def _half_dimension(d: int) -> float:
 
 
 def _log_mean_over_sqrt2(d: int) -> float:
-    """Return ln(E[x]/√2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½)).
-
-    The series is that of ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), at a
-    and 2a.
-    """
+    """Return ln(E[x]/√2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½))."""
     a = _half_dimension(d)
     if a > _SERIES_FROM:
+        # ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), at a and 2a.
         return -1 / (16 * a) + 7 / (1536 * a**3) - 31 / (20480 * a**5)
     ln_gamma = scipy.special.gammaln
     log_mean = ln_gamma(a + 0.5) - ln_gamma(a) + ln_gamma(2 * a) - ln_gamma(2 * a + 0.5)
@@ -77,8 +69,7 @@ def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
 def valid_rate(r_target: float, d: int) -> float:
     """Return the share of nonces with a distance below ``r_target`` when outputs are random directions of R^d.
 
-    Raises:
-        UsageError: ``r_target`` is outside (0, 2], or the dimension is below 2.
+    A UsageError refuses an ``r_target`` outside (0, 2], and a dimension below 2.
     """
     return float(chord_cdf(_checked(r_target), d))
 
@@ -92,10 +83,8 @@ def _checked(r_target: float) -> float:
 def r_target_for(rate: float, d: int) -> float:
     """Return the ``r_target`` at which a share ``rate`` of random directions is valid: exact inverse of `valid_rate`.
 
-    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate.
-
-    Raises:
-        UsageError: ``rate`` is outside (0, 1], or the dimension is below 2.
+    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate. A UsageError refuses a
+    ``rate`` outside (0, 1], and a dimension below 2.
     """
     if not 0.0 < rate <= 1.0:
         raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
@@ -104,17 +93,10 @@ def r_target_for(rate: float, d: int) -> float:
 
 
 def rate_standard_error(rate: float, n: int) -> float:
-    """Return the standard error of a measured rate from n independent nonces, √(p(1 − p)/n).
-
-    Raises:
-        UsageError: ``rate`` is outside [0, 1] or n is below 1.
-    """
+    """Return the standard error √(p(1 − p)/n) of a rate p in [0, 1] of n ≥ 1 independent nonces, else a UsageError."""
     if not 0.0 <= rate <= 1.0 or n < 1:
         raise UsageError(f"rate {rate} of {n} nonces", wanted="a rate in [0, 1] of at least 1 nonce", do="check both")
     return math.sqrt(rate * (1 - rate) / n)
-
-
-_POINTS = 512  # of the law of the factor, each of the same probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,20 +138,14 @@ class BlockLaw:
         return self.scale / math.sqrt(2 * self.freedom)
 
     def valid_rate(self, r_target: float) -> float:
-        """Return the expected share of nonces with a distance below ``r_target``.
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2].
-        """
+        """Return the expected share of nonces with a distance below ``r_target`` in (0, 2], else a UsageError."""
         return float(self._rates(np.asarray(_checked(r_target))).mean())
 
     def rate_error(self, r_target: float, n: int | None = None) -> float:
         """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.
 
-        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half.
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half. A UsageError refuses an ``r_target``
+        outside (0, 2], and an n below 1.
         """
         nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
         return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
@@ -182,10 +158,8 @@ class BlockLaw:
     def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
         """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
 
-        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008).
-
-        Raises:
-            UsageError: ``r_target`` is outside (0, 2], or n is below 1.
+        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008). A
+        UsageError refuses an ``r_target`` outside (0, 2], and an n below 1.
         """
         rate = self.valid_rate(r_target)
         nonces = 0.0 if n is None else float(scipy.stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)

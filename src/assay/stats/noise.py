@@ -18,26 +18,18 @@ from pydantic import ConfigDict, Field
 from assay.errors import UsageError
 from assay.stats.chord import RANDOM_HEAD_ROWS, FloatArray, chord_mean, chord_std
 
-RESOLUTION = 2.0**-23
-"""Spacing of fp32 numbers around √2: two distances cannot agree better than this, unless they are equal."""
-
-GROSS_PROBABILITY = 1e-4
-"""A residual that honest noise exceeds with this probability at most is counted as gross."""
-
-JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
-"""Residual of the best invented distance for ``poc-2.0``, the constant √2 (0.0078).
-
-A distance drawn from the chord law misses by √2 times as much (0.011) and is easier to catch.
-"""
-
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""How a law is read from a file: numbers of its fields, and nothing else.
-
-Fields have ranges there, beyond which densities overflow float64 and no test is left.
-"""
-
-_LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
+RESOLUTION = 2.0**-23  # spacing of fp32 numbers around √2: distances agree no better than this, unless they are equal
+GROSS_PROBABILITY = 1e-4  # a residual that honest noise exceeds with this probability at most is counted as gross
+LARGEST_LOG = 500.0  # of ratios of densities, which must not overflow
 _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
+
+# Residual of the best invented distance for `poc-2.0`, the constant √2 (0.0078). A distance drawn from the chord law
+# misses by √2 times as much (0.011) and is easier to catch.
+JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
+
+# How a law is read from a file: numbers of its fields, and nothing else. Fields have ranges there, beyond which
+# densities overflow float64 and no test is left.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def require(condition: bool, seen: str, wanted: str) -> None:
@@ -157,7 +149,7 @@ class LogNoise:
     @property
     def junk_multiple(self) -> float:
         """The mean distance of an invented vector over the typical honest distance."""
-        return chord_mean(self.dimension) / math.exp(self.mu)
+        return chord_mean(self.dimension) / self.size
 
     @property
     def gross_threshold(self) -> float:
@@ -178,17 +170,12 @@ class LogNoise:
         return float(scipy.special.ndtri(0.5 + (0.5 - probability) * self.standard_mass / math.sqrt(2 * math.pi)))
 
     def magnitudes(self, values: npt.ArrayLike) -> FloatArray:
-        """Return the distances between floor and 2, [N]; non-finite ones become 2.
-
-        Raises:
-            UsageError: A distance is negative.
-        """
+        """Return the distances between floor and 2, [N]; non-finite ones become 2, and a negative is a UsageError."""
         values_N = np.asarray(values, dtype=np.float64)
         negative = values_N[np.isfinite(values_N) & (values_N < 0)]
         if negative.size:
-            raise UsageError(
-                f"distance {negative[0]}", wanted="L2 distances, at least 0", do="pass norms, not residuals"
-            )
+            seen, do = f"distance {negative[0]}", "pass norms, not residuals"
+            raise UsageError(seen, wanted="L2 distances, at least 0", do=do)
         return np.maximum(_clipped_size(values_N), self.floor)
 
     def log_density(self, magnitudes_N: FloatArray, multiple: float) -> FloatArray:
@@ -214,8 +201,7 @@ NoiseLaw = ScaleNoise | LogNoise
 class Spread:
     """The law of the scale of one machine over that of a noise law: ln scale ~ sd · t.
 
-    A law is measured on some machines, and judges another. A test that takes the scale for known accuses honest
-    machines that are a little noisier than those measured.
+    A test that takes the scale for known accuses honest machines that are a little noisier than those measured.
 
     Args:
         sd: Scale of the logarithm; 0 where the scale is known.
@@ -256,40 +242,25 @@ class Spread:
         return np.exp(self.sd * deviations_J), np.asarray(weight_J / weight_J.sum(), dtype=np.float64)
 
 
-REACH = 4.5
-"""Number of spreads to either side over which a test averages the scale of a machine."""
-
+REACH = 4.5  # number of spreads to either side over which a test averages the scale of a machine
 _ATOMS = np.linspace(-3.0, 3.0, 7)  # in spreads too
 _CLOSE = 0.0125  # distance of ln scale
 
-
-FEWEST_RESIDUALS = 16
-"""Fewest honest residuals that a law is fitted to."""
-
+FEWEST_RESIDUALS = 16  # fewest honest residuals that a law is fitted to
 SMALLEST_LOG_SD = 0.1  # least spread of ln L2 that is believed: 10 % of the distance
+DOF = 4.0  # degrees of freedom of a measured law of distances
+TAIL = 2.0  # start of the exponential tail of a measured law of vectors, in units of sd
 
-DOF = 4.0
-"""Degrees of freedom of a measured law of distances."""
-
-TAIL = 2.0
-"""Start of the exponential tail of a measured law of vectors, in units of sd."""
-
+# Quantile of honest distances of vectors that, with their median, gives sd: only large distances accuse. Shapes are
+# fixed and sizes quantiles, because a test does not believe a law's tail: residuals price its bets (`fair_bets`).
 UPPER = 0.9
-"""Quantile of honest distances of vectors that, with their median, gives sd: only large distances accuse.
-
-Shapes are fixed and the sizes are quantiles, because a test does not believe a law's tail: the honest residuals
-themselves price its bets (:func:`fair_bets`).
-"""
 
 
 def fit_scale_noise(residuals: npt.ArrayLike) -> tuple[ScaleNoise, float]:
-    """Fit the scale of honest residuals of a distance, [N] finite values, by the median of their sizes.
+    """Fit the scale of honest residuals of a distance, [N], by the median of their sizes.
 
     It comes with the standard error of its logarithm. Residuals that are mostly zero, as on identical hardware, give
-    sigma = `RESOLUTION`.
-
-    Raises:
-        UsageError: There are too few residuals, or one of them is not finite.
+    sigma = `RESOLUTION`. Too few residuals are a UsageError, and so is one that is not finite.
     """
     size_N = np.abs(_read_honest(residuals))
     middle = float(scipy.stats.t.ppf(0.75, DOF))
@@ -302,13 +273,13 @@ def fit_scale_noise(residuals: npt.ArrayLike) -> tuple[ScaleNoise, float]:
 def fit_log_noise(
     distances: npt.ArrayLike, *, dimension: int = 12, floor: float = 1e-4, tail: float = TAIL
 ) -> tuple[LogNoise, float]:
-    """Fit location and scale of the logarithms of honest L2 distances, [N] finite values, by two of their quantiles.
+    """Fit location and scale of the logarithms of honest L2 distances, by two of their quantiles.
 
     The law comes with the standard error of its location. Distances that are all below ``floor`` give mu = ln floor and
     the least spread believed.
 
     Args:
-        distances: Honest L2 distances.
+        distances: Honest L2 distances, [N] finite values.
         dimension: Length of the vectors.
         floor: Distance below which values are not told apart.
         tail: Start of the exponential tail, in units of sd.
@@ -333,17 +304,14 @@ def _read_honest(values: npt.ArrayLike) -> FloatArray:
     return values_N
 
 
-CAPS = np.exp(np.arange(0.5, 9.0, 0.5))
-"""Largest likelihood ratios among which a bet chooses."""
-
+CAPS = np.exp(np.arange(0.5, 9.0, 0.5))  # largest likelihood ratios among which a bet chooses
 _BET_SHARE = 0.1  # share of cheap nonces for which the cap of a bet is chosen
 
 
 def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the caps and prices that make likelihood ratios fair bets under the residuals themselves, [M] each.
 
-    The ratio R = f_m/f_1 of noise m times larger is cut off at a cap c and divided by a price, the mean of min(R, c)
-    over the N honest residuals and one more, which is taken to reach the cap::
+    The ratio R = f_m/f_1 of noise m times larger is cut off at a cap c and divided by a price::
 
         price = max(1, (Σ_i min(R(x_i), c) + c) / (N + 1))
 
@@ -358,7 +326,7 @@ def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> 
     size_N = law.magnitudes(honest)
 
     def ratios(sizes_N: FloatArray, multiple: float) -> FloatArray:
-        return np.exp(np.minimum(law.log_density(sizes_N, multiple) - law.log_density(sizes_N, 1.0), _LARGEST_LOG))
+        return np.exp(np.minimum(law.log_density(sizes_N, multiple) - law.log_density(sizes_N, 1.0), LARGEST_LOG))
 
     caps, prices = [], []
     for multiple in multiples_M:

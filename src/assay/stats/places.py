@@ -25,17 +25,11 @@ from assay.stats.chord import FloatArray
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-PLACE_ALPHA = 1e-4
-"""Bound on the chance that residuals that do not depend on the place are called faulty."""
+PLACE_ALPHA = 1e-4  # bound on the chance that residuals that do not depend on the place are called faulty
+MATERIAL_RATIO = 1.5  # least factor between the medians at bad places and elsewhere; a smaller one may be no fault
+SUSPICION = 0.05  # largest p-value at which more nonces must be checked before large residuals are called fraud
 
-MATERIAL_RATIO = 1.5
-"""Least factor between the medians at bad places and elsewhere: a smaller dependence may be real, but is no fault."""
-
-SUSPICION = 0.05
-"""Largest p-value at which more nonces must be checked before large residuals are called fraud."""
-
-# Once a dependence is shown, further places only change what is set aside, and a bad place that is left among the
-# others may look like fraud. So further places need a less small p-value.
+# Once a dependence is shown, further places only change what is set aside, and one that is left may look like fraud.
 _EXTENSION_ALPHA = 0.01
 _EXTENSIONS = 8
 
@@ -56,8 +50,8 @@ class Places:
 
     @property
     def p_value(self) -> float:
-        """The p-value."""
-        return max(math.exp(self.log_p), sys.float_info.min)  # it underflows, but is never 0
+        """The p-value, which is never 0."""
+        return max(math.exp(self.log_p), sys.float_info.min)
 
     def contain(self, positions_N: IntArray) -> BoolArray:
         """Return which positions are among them, [N]."""
@@ -226,13 +220,11 @@ class _Sample:
         return Places(modulus, places, log_p=float(log_p_LS[row, column]))
 
     def extend_run(self, run: Places) -> Places:
-        """Return the run with further places at which the remaining residuals are large, up to half of all places.
-
-        Two machines may each have a fault, so places are added of the same modulus, its divisors and its multiples.
-        """
+        """Return the run with further places where the others are large: two machines may each have a fault."""
         for _ in range(_EXTENSIONS):
             own = run.modulus
             rest_N = ~run.contain(self.positions)
+            # Places of the same modulus, its divisors and its multiples, up to half of all.
             related = tuple(modulus for modulus in self.moduli if modulus % own == 0 or own % modulus == 0)
             if not related or np.count_nonzero(rest_N) < 2:
                 break

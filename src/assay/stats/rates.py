@@ -10,7 +10,8 @@ import scipy
 from assay.errors import UsageError
 from assay.stats.chord import TAIL, FloatArray
 
-_REDRAWS = 100
+_Array = npt.NDArray[np.generic]
+_REDRAWS = 100  # of groups that leave a sample empty
 _DRAWS, _AT_ONCE = 20_000, 1000  # of the weights of groups: in all, and held in memory together
 
 
@@ -59,8 +60,7 @@ def count_test(mismatches: int, n: int, p_mismatch: float, alpha: float) -> Coun
 def proportion_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the confidence interval of a share by Clopper and Pearson; with n = 0 nothing is known, so it is (0, 1).
 
-    Raises:
-        UsageError: A count or the confidence is out of range.
+    A UsageError refuses a count or a confidence out of range.
     """
     _check_counts(count, n, confidence=confidence)
     if n == 0:
@@ -188,9 +188,7 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
     return min(float(np.quantile(low, TAIL)), most_low), max(float(np.quantile(high, 1 - TAIL)), least_high)
 
 
-def _rows_of_groups(
-    arrays: Sequence[npt.NDArray[np.generic]], groups: Sequence[Sequence[object]]
-) -> list[list[list[int]]]:
+def _rows_of_groups(arrays: Sequence[_Array], groups: Sequence[Sequence[object]]) -> list[list[list[int]]]:
     """Return the rows of every group in every sample."""
     counts = [len(array) for array in arrays], [len(side) for side in groups]
     if counts[0] != counts[1]:
@@ -206,8 +204,8 @@ def _rows_of_groups(
 
 
 def _resample(
-    arrays: Sequence[npt.NDArray[np.generic]], rows: Sequence[Sequence[Sequence[int]]], generator: np.random.Generator
-) -> list[npt.NDArray[np.generic]]:
+    arrays: Sequence[_Array], rows: Sequence[Sequence[Sequence[int]]], generator: np.random.Generator
+) -> list[_Array]:
     for _ in range(_REDRAWS):
         drawn = generator.integers(len(rows), size=len(rows))
         taken = [[row for g in drawn for row in rows[g][sample]] for sample in range(len(arrays))]

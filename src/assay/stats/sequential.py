@@ -20,34 +20,22 @@ import numpy.typing as npt
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import NoiseLaw, Spread, fair_bets
+from assay.stats.noise import LARGEST_LOG, NoiseLaw, Spread, fair_bets
 
-Verdict = Literal["honest", "fraud", "undecided"]
-"""Verdict of a sequential test."""
-
-CHEAP = 5.0
-"""Multiple of honest noise at which a share of the nonces counts as computed cheaply."""
-
-FAR = 16.0
-"""Multiple beyond which neighbours on the grid are further apart."""
-
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
-"""Shares π of a node's nonces that the e-value looks for."""
-
+Verdict = Literal["honest", "fraud", "undecided"]  # verdict of a sequential test
+CHEAP = 5.0  # multiple of honest noise at which a share of the nonces counts as computed cheaply
+FAR = 16.0  # multiple beyond which neighbours on the grid are further apart
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # shares π of a node's nonces that the e-value looks for
 _SHARE_WEIGHTS = np.array([0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45])
-
-EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
-"""Shares π of cheaply computed nonces that an honest verdict excludes, each with a factor c.
-
-A nonce gives at most −ln(1 − π) of evidence against a share, and most give less. So the smallest share is excluded for
-which n nonces can give c times the evidence that is needed.
-"""
-
-_CHUNK = 256
+_CHUNK = 256  # values taken at a time
 _SIMULATED = 20_000  # values simulated at a time, to bound memory
 _TOGETHER = 256  # nodes simulated at a time, whose sums fit into a cache
 _ROUNDING = 1e-6  # of logarithms of e-values
-_LARGEST_RATIO = 500.0  # of logarithms of densities, whose exp must not overflow
+
+# Shares π of cheaply computed nonces that an honest verdict excludes, each with a factor c. A nonce gives at most
+# −ln(1 − π) of evidence against a share, and most give less. So the smallest share is excluded for which n nonces can
+# give c times the evidence that is needed.
+EXCLUDED = ((0.1, 1.25), (0.4, 2.5))
 
 
 def decide(log_e_max: float, log_evidence_honest: float, *, alpha: float, beta: float) -> Verdict:
@@ -209,10 +197,7 @@ class SequentialTest:
         return self
 
     def accusations(self, values_RC: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Return whether each of R new nodes with C residuals would have been accused after each of them, [R, C].
-
-        For simulation: every row starts from nothing, and this object keeps its state.
-        """
+        """Return whether R simulated nodes with C residuals are accused after each, [R, C]; no state changes."""
         nodes, checked = np.shape(values_RC)
         size_RC: FloatArray = self.law.magnitudes(values_RC).reshape(nodes, checked)
         accused_RC = np.zeros((nodes, checked), dtype=np.bool_)
@@ -301,7 +286,7 @@ class SequentialTest:
 def _mixed(share_NM: FloatArray, whole_NM: FloatArray) -> FloatArray:
     """Return ln((1 − π) + π·R) for every share π below one and logarithm of R, and for one what stands beside it."""
     shares_P1 = np.array(SHARES)[:-1, None]
-    mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(share_NM, _LARGEST_RATIO))[:, None, :])
+    mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(share_NM, LARGEST_LOG))[:, None, :])
     return np.concatenate([mixed_NPM, whole_NM[:, None, :]], axis=1)
 
 

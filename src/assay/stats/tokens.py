@@ -2,12 +2,10 @@
 
     p_σ(v) = exp(−gap_v/σ) / Σ_w exp(−gap_w/σ)
 
-With seeded noise the token of every step is the argmax of scores that a verifier computes again. The *gap* of a token
-is the least change of scores, in units of the logits, with which it wins: 0 where both engines agree. p_σ is the chance
-of token v where scores differ at the scale σ. It is exact for differences with Gumbel's law, and sums to 1 over the
-vocabulary for any gaps. The *profile* of a claimed token is its log p_σ on a fixed grid of σ, and ln 1/V: the law of a
-token that does not depend on the scores. An honest law is a mixture over that grid. So every law, every larger noise
-and every share of it is one vector of weights.
+docs/statistics.md ("Tokens of responses") says what the gaps are, and why p_σ is the chance of token v where scores
+differ at the scale σ, in units of the logits. The *profile* of a claimed token is its log p_σ on a fixed grid of σ, and
+ln 1/V: the law of a token that does not depend on the scores. An honest law is a mixture over that grid. So every law,
+every larger noise and every share of it is one vector of weights.
 
 The residual test for values that come in clusters, such as the tokens of one response, is
 
@@ -15,13 +13,12 @@ The residual test for values that come in clusters, such as the tokens of one re
     E = Σ_r w_r Σ_g v_g Π_clusters g_r  /  Σ_r w_r Π_clusters h_r
 
 h_r is the likelihood of a cluster x_1 … x_n of an honest machine, with f_s the likelihood at noise s times that of the
-law. The scale r of the machine is drawn once for a life. The scale u of the cluster is drawn once for it, ln u ~
-between · t, because values of one cluster share more than the law says: a long prompt, a repeated phrase, a batch mate.
-
-g_r is the likelihood of a cluster of a cheat: noise m times larger in all values, h_rm; in a share π of the values,
-with (1 − π)·f_ru + π·f_rum in place of f_ru; or in a share ρ of the clusters, (1 − ρ)·h_r + ρ·h_rm. w and v are weights
-over scales and cheats. Under honest noise E is a non-negative martingale that starts at 1, at every value and not only
-at the end of a cluster. Everything is evaluated on one grid of ln scale, so that r, u and m are steps on it.
+law. The scale r of the machine is drawn once for a life, and the scale u of a cluster once for it, ln u ~ between · t:
+values of one cluster share more than the law says, such as a long prompt or a batch mate. g_r is the likelihood of a
+cluster of a cheat: noise m times larger in all values, h_rm; in a share π of the values, with (1 − π)·f_ru + π·f_rum in
+place of f_ru; or in a share ρ of the clusters, (1 − ρ)·h_r + ρ·h_rm. w and v are weights over scales and cheats. Under
+honest noise E is a non-negative martingale from 1, at every value and not only at the end of a cluster. Everything is
+evaluated on one grid of ln scale, so that r, u and m are steps on it.
 
 Suffixes: N values, G columns of a profile, B ends of blocks, C points of the grid, H scales of honest machines, J
 scales of cheats, U scales of clusters, M multiples, K paths.
@@ -41,39 +38,13 @@ from assay.stats.chord import FloatArray
 from assay.stats.noise import REACH, STRICT, LogNoise, Spread, require
 from assay.stats.sequential import CHEAP, FAR, Result, check_rates, decide, grid_of_multiples, log_sum
 
-INDIFFERENT = 0.5
-"""Loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one."""
-
+# Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything.
 SCALES: FloatArray = np.exp2(np.arange(-20, 7, dtype=np.float64))
-"""Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything."""
-
-COLUMNS = SCALES.size + 1
-"""Number of columns of a profile: the scales, and 1/V."""
-
-LEAST_LOG = -6e4
-"""Logarithm of the smallest probability of a profile, which float16 holds."""
-
-UNSEEN = 3.0
-"""Tokens that a fitted law adds, spread over all columns: what none of n tokens shows may be in 3/n of them."""
-
-LEAST_STRAY = 1e-6
-"""Least share of tokens that do not depend on the scores."""
-
-BETWEEN = (0.2, 0.4, 0.7, 1.1)
-"""Spreads of ln scale between clusters that a fit chooses from; not zero, as no small sample holds an odd response."""
-
-CLUSTER_DOF = 4.0
-"""Degrees of freedom of the law of the scales of clusters."""
-
-STEP = 1 / 64
-"""Distance of neighbours on the grid of ln scale on which tests stand."""
-
-FEWEST_TOKENS = 256
-"""Fewest honest tokens that a law is fitted to."""
-
-_LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
-_ROUNDS = 300  # of the search, three of the EM algorithm each
-_CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
+COLUMNS = SCALES.size + 1  # number of columns of a profile: the scales, and 1/V
+LEAST_LOG = -6e4  # logarithm of the smallest probability of a profile, which float16 holds
+LEAST_STRAY = 1e-6  # least share of tokens that do not depend on the scores
+CLUSTER_DOF = 4.0  # degrees of freedom of the law of the scales of clusters
+STEP = 1 / 64  # distance of neighbours on the grid of ln scale on which tests stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,54 +116,6 @@ def round_profiles(profiles_NG: npt.ArrayLike) -> FloatArray:
     return rounded.astype(np.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenFit:
-    """The law of the tokens of one honest cluster, the spread of ln scale between clusters, and its standard error."""
-
-    law: TokenNoise
-    between: float
-    error: float
-    n: int
-
-
-def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
-    """Fit the weights of the scales to honest tokens by maximum likelihood (Kiefer and Wolfowitz 1956), with EM.
-
-    The weights are fitted for every spread between clusters in :data:`BETWEEN`. The largest spread is taken whose
-    log-likelihood is within `INDIFFERENT` of the best. :data:`UNSEEN` tokens are added.
-
-    Args:
-        clusters: Profiles [N, G] of the honest tokens of every cluster; one without tokens says nothing.
-
-    Raises:
-        UsageError: There are too few tokens, or a number that is not a logarithm of a probability.
-    """
-    logs = [given for one in clusters if (given := np.asarray(one, dtype=np.float64)).size]
-    n = sum(map(len, logs))
-    good = all(one.ndim == 2 and one.shape[1] == COLUMNS and bool(np.all(one <= 0)) for one in logs)
-    check_enough_tokens(n if good else 0, len(logs))
-    chances = np.exp(np.concatenate(logs))
-    starts = np.cumsum([0, *map(len, logs[:-1])])
-    fits: list[tuple[FloatArray, float]] = []
-    for between in BETWEEN:
-        fits.append(_likeliest(chances, starts, between, fits[-1][0] if fits else np.full(COLUMNS, 1 / COLUMNS)))
-    best = max(found for _, found in fits)
-    chosen = max(i for i, (_, found) in enumerate(fits) if found >= best - INDIFFERENT)
-    weights = (n * fits[chosen][0] + UNSEEN / COLUMNS) / (n + UNSEEN)
-    weights[-1] = max(weights[-1], LEAST_STRAY)
-    law = TokenNoise(tuple((weights / weights.sum()).tolist()))
-    error = _error(law, BETWEEN[chosen], np.concatenate(logs), starts)
-    return TokenFit(law, BETWEEN[chosen], error, n)
-
-
-def check_enough_tokens(tokens: int, clusters: int) -> None:
-    """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to, with a UsageError."""
-    if tokens < FEWEST_TOKENS:
-        wanted = f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each"
-        do = "replay receipts of more honest responses (RECEIPTS)"
-        raise UsageError(f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}", wanted=wanted, do=do)
-
-
 def cluster_scales(between: float) -> tuple[npt.NDArray[np.int64], FloatArray]:
     """Return the scales of clusters as steps on the grid of ln scale, and their probabilities, [U] each.
 
@@ -206,67 +129,9 @@ def cluster_scales(between: float) -> tuple[npt.NDArray[np.int64], FloatArray]:
     return np.rint(deviations * between / STEP).astype(np.int64), np.asarray(weights / weights.sum())
 
 
-def _likeliest(
-    chances_NG: FloatArray, starts: npt.NDArray[np.int64], between: float, weights: FloatArray
-) -> tuple[FloatArray, float]:
-    """Return the likeliest weights for one spread between clusters, and the logarithm of their likelihood.
-
-    The search begins at ``weights``, none of which is 0. EM alone takes thousands of rounds here, so its rounds are
-    extrapolated (SQUAREM, Varadhan and Roland 2008).
-    """
-    steps, weight_U = cluster_scales(between)
-    moved = [chances_NG @ shift_matrix(step * STEP) for step in steps]
-    sizes = np.diff([*starts, len(chances_NG)])
-
-    def improved(given: FloatArray) -> tuple[FloatArray, float]:
-        """Return the weights after one round of EM, and the logarithm of the likelihood before it."""
-        each = [one @ given for one in moved]
-        logs_LU = np.stack([np.add.reduceat(np.log(one), starts) for one in each], axis=1) + np.log(weight_U)
-        totals_L = scipy.special.logsumexp(logs_LU, axis=1)
-        posterior_LU = np.exp(logs_LU - totals_L[:, None])
-        gained = sum(
-            (np.repeat(posterior, sizes) / one) @ part
-            for posterior, one, part in zip(posterior_LU.T, each, moved, strict=True)
-        )
-        return given * gained / len(chances_NG), float(totals_L.sum())
-
-    weights, found = (weights + 1e-3) / (weights + 1e-3).sum(), -math.inf
-    for _round in range(_ROUNDS):
-        once, _ = improved(weights)
-        twice, before = improved(once)
-        first, change = once - weights, twice - 2 * once + weights
-        stretch = max(1.0, math.sqrt(float(first @ first) / max(float(change @ change), 1e-300)))
-        far = np.maximum(weights + 2 * stretch * first + stretch**2 * change, 1e-12)
-        weights, reached = improved(far / far.sum())
-        if reached < before:  # too far
-            weights, reached = improved(twice)
-        gain, found = reached - found, reached
-        if gain < _CONVERGED:
-            break
-    return weights, found
-
-
-def _error(law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt.NDArray[np.int64]) -> float:
-    """Return the standard error of ln scale, from the curvature of the likelihood of the clusters."""
-    steps, weight_U = cluster_scales(between)
-    width, totals = 0.25, []
-    for moved in (-width, 0.0, width):
-        logs_C = np.asarray(steps * STEP + moved, dtype=np.float64)
-        logs_LU = np.add.reduceat(law.log_likelihoods(profiles_NG, logs_C), starts)
-        totals.append(float(scipy.special.logsumexp(logs_LU + np.log(weight_U), axis=1).sum()))
-    curvature = (2 * totals[1] - totals[0] - totals[2]) / width**2
-    return min(_LARGEST_ERROR, 1 / math.sqrt(max(curvature, 1e-9)))
-
-
-ClusteredLaw = TokenNoise | LogNoise
-"""The laws of values that come in clusters: tokens by their profiles, and sketches by their distances."""
-
-WITHIN = (0.02, 0.1, 0.4)
-"""Shares π of the values of every cluster that the e-value looks for."""
-
-CLUSTERS = (0.05, 0.3)
-"""Shares ρ of the clusters that it looks for; an honest verdict on enough clusters excludes the last one."""
-
+ClusteredLaw = TokenNoise | LogNoise  # of values that come in clusters: tokens by profiles, and sketches by distances
+WITHIN = (0.02, 0.1, 0.4)  # shares π of the values of every cluster that the e-value looks for
+CLUSTERS = (0.05, 0.3)  # shares ρ of the clusters that it looks for; an honest verdict on enough excludes the last one
 _WEIGHTS = {"whole": 0.4, "within": 0.3, "clusters": 0.3}
 _LEAST = 2.0  # multiple that is looked for
 _ENOUGH = 1.25  # an honest cluster speaks with at most −ln(1 − ρ) against a share; most say less
@@ -336,19 +201,16 @@ class ClusterTest:
         self._log_U = np.log(weight_U / weight_U.sum())
         self._log_J = np.log(weight_J / weight_J.sum())
         log_H = np.log(weight_H / weight_H.sum())
-        points_HU = machines[:, None] + of_cluster
-        points_JU = few[:, None] + of_cluster
         points_JMU = few[:, None, None] + steps[:, None] + of_cluster
-        points = np.unique(np.concatenate([points_HU.ravel(), points_JU.ravel(), points_JMU.ravel()]))
+        every = (machines[:, None] + of_cluster, few[:, None] + of_cluster, points_JMU)  # [H, U], [J, U], [J, M, U]
+        points = np.unique(np.concatenate([each.ravel() for each in every]))
         self._logs_C = points * STEP
-        self._at_HU, self._at_JU, self._at_JMU = (
-            np.searchsorted(points, each) for each in (points_HU, points_JU, points_JMU)
-        )
+        self._at_HU, self._at_JU, self._at_JMU = (np.searchsorted(points, each) for each in every)
         cheats_JM = (self._log_J[:, None] - np.log(steps.size) + np.zeros((1, steps.size))).ravel()
         kinds = (("whole", 1), ("within", len(WITHIN)), ("clusters", len(CLUSTERS)))
         cheats = [cheats_JM + math.log(_WEIGHTS[kind] / count) for kind, count in kinds for _ in range(count)]
         self._log_prior_K = np.concatenate([log_H, *cheats])
-        self._honest, self._size = log_H.size, cheats_JM.size
+        self._honest = log_H.size
 
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
         """Return the logarithms that the values of one cluster add to every path up to each end of a block, [B, K].
@@ -360,18 +222,16 @@ class ClusterTest:
         logs_NC = _log_likelihoods(self.law, values, self._logs_C)
         sums_BC = _sum_to_ends(logs_NC, ends)
         log_U = self._log_U
-        honest_BH = log_sum(sums_BC[:, self._at_HU] + log_U)
-        own_BJ = log_sum(sums_BC[:, self._at_JU] + log_U)
-        whole_BJM = log_sum(sums_BC[:, self._at_JMU] + log_U)
-        parts = [honest_BH, whole_BJM.reshape(len(sums_BC), -1)]
+        every = (self._at_HU, self._at_JU, self._at_JMU)
+        honest_BH, own_BJ, whole_BJM = (log_sum(sums_BC[:, at] + log_U) for at in every)
+        parts = [honest_BH, whole_BJM]
         plain_NJ1U = logs_NC[:, self._at_JU][:, :, None]
         for share in WITHIN:
             mixed = np.logaddexp(plain_NJ1U + math.log1p(-share), logs_NC[:, self._at_JMU] + math.log(share))
-            parts.append(log_sum(_sum_to_ends(mixed, ends) + log_U).reshape(len(sums_BC), -1))
-        for share in CLUSTERS:
-            either = np.logaddexp(own_BJ[:, :, None] + math.log1p(-share), whole_BJM + math.log(share))
-            parts.append(either.reshape(len(sums_BC), -1))
-        return np.concatenate(parts, axis=1)
+            parts.append(log_sum(_sum_to_ends(mixed, ends) + log_U))
+        own_BJ1 = own_BJ[:, :, None]
+        parts += [np.logaddexp(own_BJ1 + math.log1p(-share), whole_BJM + math.log(share)) for share in CLUSTERS]
+        return np.concatenate([part.reshape(len(sums_BC), -1) for part in parts], axis=1)
 
     def log_e(self, paths: FloatArray) -> FloatArray:
         """Return the logarithm of the e-value of paths [..., K] from the beginning of a life."""
@@ -397,20 +257,17 @@ class ClusterTest:
     @property
     def evidence(self) -> dict[str, float]:
         """The logarithm of the likelihood ratio of honest noise to every cheat that an honest verdict excludes."""
-        whole = self._path_K + self._log_prior_K
-        honest = float(log_sum(whole[: self._honest]))
-        first = self._honest
+        honest_H, cheats = np.split(self._path_K, [self._honest])
+        honest = float(log_sum(honest_H + self._log_prior_K[: self._honest]))
+        paths_KJM = cheats.reshape(-1, self._log_J.size, self._multiples.size)  # K kinds of cheats
 
         def against(kind: int, multiple: int) -> float:
-            paths_JM = self._path_K[first + kind * self._size : first + (kind + 1) * self._size].reshape(
-                self._log_J.size, -1
-            )
-            return honest - float(log_sum(paths_JM[:, multiple] + self._log_J))
+            return honest - float(log_sum(paths_KJM[kind, :, multiple] + self._log_J))
 
         found = {f"{self.effect:g} times the honest noise": against(0, self._excluded)}
         if -self.clusters * math.log1p(-CLUSTERS[-1]) >= -_ENOUGH * math.log(self.beta):
             name = f"{CLUSTERS[-1]:.0%} of the responses at {self._multiples[self._cheap]:.3g} times the honest noise"
-            found[name] = against(len(WITHIN) + len(CLUSTERS), self._cheap)
+            found[name] = against(-1, self._cheap)
         return found
 
     @property

@@ -28,9 +28,11 @@ from assay.poc.responses.calibration import bundled_response_noise, check_enough
 from assay.poc.responses.judge import noise_between, sample_receipts
 from assay.poc.responses.replaying import compute_gaps, measure_margins
 from assay.poc.responses.sampler import Sampler
+from assay.poc.responses.token_fit import fit_token_noise
+from assay.stats.tokens import COLUMNS, SCALES
 from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS
-from tests.stats.tokens import token_profile
+from tests.stats.tokens import drawn, law_at, token_profile
 
 KNOWN = Pins(block_hash="block_alpha", public_key="node_A")
 
@@ -329,6 +331,37 @@ def test_a_machine_of_a_calibration_is_a_public_key(served: dict[str, Receipts],
     assert two.tokens.spread.dof == one.tokens.spread.dof + 1
 
 
+@pytest.mark.parametrize(("between", "found"), [(0.0, (0.0, 0.2, 0.4)), (1.1, (0.7, 1.1))])
+def test_a_fit_finds_the_scale_and_the_spread_between_responses(between: float, found: tuple[float, ...]):
+    fit = fit_token_noise(drawn(80, 40, law_at(0.0625), between=between, seed=1))
+    assert fit.between in found
+    near = int(np.searchsorted(SCALES, 0.0625))
+    assert sum(fit.law.weights[near - 2 : near + 2]) > 0.5
+    assert fit.n == 80 * 40
+    assert fit.error < 0.3
+    assert min(fit.law.weights) > 0  # what a sample does not show is not taken for absent
+
+
+def test_a_response_without_tokens_says_nothing():
+    clusters = drawn(8, 40, law_at(0.0625), between=0.7, seed=2)
+    empty = np.zeros((0, COLUMNS))
+    assert fit_token_noise([empty, *clusters[:4], empty, *clusters[4:], empty]) == fit_token_noise(clusters)
+
+
+def test_engines_that_agree_on_every_token_leave_room_for_what_was_not_seen():
+    certain = np.zeros((64, COLUMNS))
+    certain[:, SCALES.searchsorted(1.0) :] = -2.0
+    fit = fit_token_noise([certain] * 8)
+    assert fit.law.weights[-1] >= 1e-6
+    assert sum(fit.law.weights[SCALES.searchsorted(1.0) :]) < 0.02
+
+
+@pytest.mark.parametrize("clusters", [[], [np.zeros((10, COLUMNS))], [np.ones((300, COLUMNS))], [np.zeros((300, 3))]])
+def test_what_is_no_sample_is_refused(clusters: list[np.ndarray]):
+    with pytest.raises(UsageError, match="honest tokens"):
+        fit_token_noise(clusters)
+
+
 def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[str, Receipts]):
     def files(kept: int, **changes):
         receipts = served["honest"].receipts
@@ -342,10 +375,8 @@ def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[st
             check_enough_tokens(files(5, **changes))
     with_sketches, without = files(8)[0].receipts[:7], replace(files(8)[0].receipts[7], sketches=np.zeros((0, 12)))
     header = served["honest"].header
-    mixed = [
-        Receipts.build(header, with_sketches, 1.0),
-        Receipts.build(replace(header, sketched=False), [without], 1.0),
-    ]
+    files_of = ((header, with_sketches), (replace(header, sketched=False), [without]))
+    mixed = [Receipts.build(head, receipts, 1.0) for head, receipts in files_of]
     with pytest.raises(UsageError, match="14 sketches of 8 honest responses"):
         check_enough_tokens(mixed)
 

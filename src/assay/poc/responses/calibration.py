@@ -25,11 +25,10 @@ from assay.files.storage import write_jsonl
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
-from assay.poc.verdict.calibration import PRIOR
+from assay.poc.responses.token_fit import FEWEST_TOKENS, TokenFit, check_number_of_tokens, fit_token_noise
+from assay.poc.verdict.calibration import spread_of_new
 from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
-from assay.stats import tokens as tokens_law
-from assay.stats.noise import FEWEST_RESIDUALS, Spread, fit_log_noise
-from assay.stats.tokens import FEWEST_TOKENS, TokenFit, fit_token_noise
+from assay.stats.noise import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:
     from assay.poc.responses.replaying import Replayed
@@ -58,7 +57,6 @@ OF_BUILD = ("engine", "device", "dtype", "attention", "torch", "library")
 """Fields of a fingerprint in which an engine must be like a measured one."""
 
 _ERROR_OF_PAIR = 0.05  # spread of ln scale that is assumed of one pair of engines, beside the error of its measurement
-_WIDEST = 0.9
 _BETA = 1e-2
 _MOST_PROVERS = 256
 
@@ -182,7 +180,7 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
         seen = f"{tokens} of {total} tokens that were sampled with a seed and without a mask"
         do = "replay receipts of more honest responses with seeded sampling (RECEIPTS)"
         raise UsageError(seen, wanted=f"at least {FEWEST_TOKENS}", do=do)
-    tokens_law.check_enough_tokens(tokens, len(usable))
+    check_number_of_tokens(tokens, len(usable))
     _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
 
 
@@ -201,9 +199,10 @@ def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -
     everything = [one for replayed in by_prover for one in replayed]
     profiles = [one.profiles for one in everything if len(one.profiles)]
     found = fit_token_noise(profiles)
+    of_tokens = [_scale_of_tokens(found, some) for some in by_prover]
     tokens = PartNoise(
         law=found.law,
-        spread=_spread(found.error, [_scale_of_tokens(found, some) for some in by_prover]),
+        spread=spread_of_new(of_tokens, len(of_tokens), found.error, _ERROR_OF_PAIR),
         between=found.between,
         effect=_told_apart(found.law, np.concatenate(profiles)),
     )
@@ -213,7 +212,8 @@ def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -
     of_provers = [np.concatenate([one.residuals for one in some]) for some in by_prover if some]
     scales = [float(np.median(np.log(law.magnitudes(some)))) - law.mu for some in of_provers if len(some)]
     between = max(_between([np.log(law.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)
-    part = PartNoise(law=law, spread=_spread(error, scales), between=between)
+    spread = spread_of_new(scales, len(scales), error, _ERROR_OF_PAIR)
+    part = PartNoise(law=law, spread=spread, between=between)
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
 
@@ -237,15 +237,6 @@ def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[Replayed]") -> float:
     logs = np.linspace(-1, 1, 33)
     totals = fit.law.log_likelihoods(np.concatenate(profiles), logs).sum(axis=0)
     return float(logs[int(np.argmax(totals))]) if float(np.ptp(totals)) > 1 else 0.0
-
-
-def _spread(error: float, deviations: Sequence[float]) -> Spread:
-    """Return the spread of a machine that was not measured: what these show upwards, beside a prior and the error."""
-    upwards = [deviation for deviation in deviations if deviation > 0]
-    dof = PRIOR.dof + len(deviations) - 1
-    squares = (len(deviations) - 1) * float(np.mean(np.square(upwards))) if upwards else 0.0
-    between = math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof)
-    return Spread(min(math.hypot(between, error, _ERROR_OF_PAIR), _WIDEST), dof)
 
 
 def _between(logs: Sequence[np.ndarray]) -> float:

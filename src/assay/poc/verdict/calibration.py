@@ -9,10 +9,8 @@ one shape, which is fitted to all of them together. The size predicted for a new
 
 Machines of one kind may agree far more closely than others, so the validator's own kind is left out where another kind
 was measured. If machines of the new machine's kind were measured and are noisier than usual_j, their size is taken
-instead; quieter ones promise nothing.
-
-The spread is the root mean square of ln(size/predicted) over machines that were left out of the measurement and lay
-above their prediction, because only larger noise can accuse. It is combined with the prior :data:`PRIOR`.
+instead; quieter ones promise nothing. The spread is that of ln(size/predicted) over machines that were left out of the
+measurement (:func:`spread_of_new`).
 
 Legend of shapes: M machines, N nonces.
 """
@@ -64,12 +62,10 @@ SCHEMA = 2
 MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
-LAWS: dict[str, type[Law]] = {
+LAWS: dict[str, type[Law]] = {  # kind of law by family of noise
     **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
     **dict.fromkeys(("vector", "position vector", "token vector", "tokens", "few tokens"), stats.LogNoise),
 }
-"""Kind of law by family of noise."""
-
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 
 
@@ -302,8 +298,6 @@ class BuildNoise(MachineNoise):
 
     def check_engine(self, engine: Fingerprint, than: str) -> None:
         """Refuse an engine of another build; the error names the fields that differ from the nearest measured one."""
-        if not self.engines:
-            return
         wanted, measured = engine.as_dict(), [known.as_dict() for known in self.engines]
         of_machine: set[str] = set()
         if len(measured) >= FEWEST_MACHINES:
@@ -312,14 +306,11 @@ class BuildNoise(MachineNoise):
             {name: value for name, value in one.items() if value != wanted[name] and name not in of_machine}
             for one in measured
         ]
-        nearest = min(differing, key=len)
-        _refuse_difference(nearest, {name: wanted[name] for name in nearest}, than)
+        _refuse_difference(min(differing, key=len, default={}), wanted, than)
 
     def kind_of(self, builds: Sequence[Build] | None, dtype: str) -> str:
-        """Return the kind of a prover's machine: the only measured one that its pinned builds allow, else none.
-
-        A header is the prover's word, and a prover that may name its kind chooses how wide the law is.
-        """
+        """Return the kind of a prover's machine: the only measured one that its pinned builds allow, else none."""
+        # A header is the prover's word, and a prover that may name its kind chooses how wide the law is.
         allowed = [one for one in self.engines if one.dtype == dtype]
         fitting = {_kind(one) for one in allowed for build in builds or () if build.allows("device", one.device)}
         return fitting.pop() if len(fitting) == 1 else ""
@@ -342,7 +333,7 @@ class BuildNoise(MachineNoise):
         if engine is None:
             return None
         same = [i for i, machine in enumerate(self.machines) if machine.fingerprint == engine]
-        alike = [i for i, machine in enumerate(self.machines) if machine.kind and machine.kind == _kind(engine)]
+        alike = [i for i, machine in enumerate(self.machines) if machine.kind == _kind(engine)]
         return next(iter(same + alike), None)
 
     def as_dict(self) -> JsonObject:
@@ -366,11 +357,7 @@ class BuildNoise(MachineNoise):
 
     @classmethod
     def from_dict(cls, values: Any) -> "BuildNoise":
-        """Read what :meth:`as_dict` wrote.
-
-        Raises:
-            ValueError: No measurement gives a value. AssayError and the errors of wrong types mean the same.
-        """
+        """Read what :meth:`as_dict` wrote; ValueError, AssayError and errors of wrong types say that it is not."""
         former = ("named", "mixture")  # which earlier releases wrote
         build = TypeAdapter(cls).validate_json(dumps({name: one for name, one in values.items() if name not in former}))
         if type(build.law) is not LAWS.get(build.output):
@@ -383,24 +370,17 @@ class BuildNoise(MachineNoise):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Measured honest noise: of one build, or of several in one file.
+    """Measured honest noise: of one build, or of several in one file."""
 
-    Args:
-        builds: Noise of every build, the first one first tried.
-    """
-
-    builds: tuple[BuildNoise, ...]
+    builds: tuple[BuildNoise, ...]  # the first one first tried
 
     def find_build(
         self, header: Header, validator: Fingerprint | None = None, controls: Collection[str] = ()
     ) -> BuildNoise:
         """Return the noise of the build that a proof was made with, and between its number format and a validator's.
 
-        With ``controls``, number formats, it is a law of scores.
-
-        Raises:
-            CalibrationError: No build is of the proof's model, preset and engine, or has this control; names what
-                differs.
+        With ``controls``, number formats, it is a law of scores. A CalibrationError names what differs where no build
+        is of the proof's model, preset and engine, or has this control.
         """
         dtypes = sorted((header.fingerprint.dtype, validator.dtype)) if validator is not None else None
 
@@ -410,8 +390,8 @@ class Calibration:
         own = None if validator is None else validator.dtype
         fitting = [one for one in self.builds if bool(one.control) == bool(controls) and one.has_control(controls, own)]
         if not fitting:
-            again = " and ".join(controls)
-            seen = f"a calibration without a law of nonces that are computed in {own} and again in {again}"
+            formats = f"{own} and again in {' and '.join(controls)}"
+            seen = f"a calibration without a law of nonces that are computed in {formats}"
             do = "leave the control out, or measure one in these formats: `assay poc calibrate --model M`"
             raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         reasons = []
@@ -424,11 +404,7 @@ class Calibration:
         raise reasons[0]
 
     def control_of(self, header: Header, own: str) -> tuple[str, ...]:
-        """Return the number formats of the control with which a validator in its ``own`` judges a proof.
-
-        Raises:
-            CalibrationError: No control was measured for this proof and format.
-        """
+        """Return the formats of the control beside a validator's own; a CalibrationError where none was measured."""
         formats = sorted((header.fingerprint.dtype, own))
         for build in self.builds:
             if build.control is not None and build.control.of == own and formats in build.formats:
@@ -438,11 +414,7 @@ class Calibration:
         raise CalibrationError(seen, wanted=wanted, do="leave --control out, or measure with more number formats")
 
     def check_kind(self, header: Header, engine: str) -> None:
-        """Refuse a validator on a kind of engine, ``hf`` or ``vllm``, that was not measured beside the prover's.
-
-        Raises:
-            CalibrationError: Names the kind that was measured; or as of :meth:`find_build`.
-        """
+        """Refuse, with a CalibrationError, an engine (``hf`` or ``vllm``) that was not measured beside the prover's."""
         kinds = {one.engine for one in self.find_build(header).judges(header.fingerprint)}
         if kinds and engine not in kinds:
             measured = " or ".join(sorted(kinds))
@@ -471,21 +443,13 @@ class Calibration:
         return Calibration(builds=(*self.builds, *(one for one in other.builds if one.identity not in mine)))
 
     def save(self, path: str | Path) -> None:
-        """Write the calibration file in one piece, replacing an older one.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
+        """Write the file in one piece, replacing an older one; a StorageError where that fails."""
         builds = [build.as_dict() for build in self.builds]
         write_atomic(path, dumps({"kind": KIND, "schema": SCHEMA, "builds": builds}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Read a calibration file.
-
-        Raises:
-            CalibrationError: The file is not a calibration.
-        """
+        """Read a calibration file; a CalibrationError where the file is not a calibration."""
         try:
             values = read_json(path)
             kind, schema = values.pop("kind", None), values.pop("schema", None)
@@ -497,9 +461,8 @@ class Calibration:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, AssayError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
-            raise CalibrationError(
-                seen, wanted=f"a calibration file, schema {SCHEMA}", do="write one with `assay poc calibrate`"
-            ) from None
+            wanted, do = f"a calibration file, schema {SCHEMA}", "write one with `assay poc calibrate`"
+            raise CalibrationError(seen, wanted=wanted, do=do) from None
 
 
 def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...]:
@@ -519,11 +482,8 @@ def noise_for(
 
     Without a calibration it is that of a bundled model, and None for any other. The kind of the prover's machine is
     that of the pinned ``builds``, whatever the header says. ``controls`` are the number formats in which the
-    validator computes every nonce again.
-
-    Raises:
-        CalibrationError: The calibration is of another model, preset or build, or was not measured between these number
-            formats; names what differs.
+    validator computes every nonce again. A CalibrationError names what differs where the calibration is of another
+    model, preset or build, or was not measured between these number formats.
     """
     if calibration is None:
         if controls:
@@ -536,11 +496,9 @@ def noise_for(
     formats = sorted((header.fingerprint.dtype, validator.dtype))
     if build.formats and formats not in build.formats and header.fingerprint != validator:
         measured = " or ".join(dict.fromkeys(" and ".join(pair) for pair in build.formats))
-        raise CalibrationError(
-            f"a calibration without a law between {formats[0]} and {formats[1]}",
-            wanted=f"number formats that were measured beside each other: {measured}",
-            do="judge in one of them with --dtype, or measure this pair with `assay poc calibrate --model M`",
-        )
+        seen = f"a calibration without a law between {formats[0]} and {formats[1]}"
+        do = "judge in one of them with --dtype, or measure this pair with `assay poc calibrate --model M`"
+        raise CalibrationError(seen, wanted=f"number formats that were measured beside each other: {measured}", do=do)
     judges = build.judges(header.fingerprint)
     equal = header.fingerprint == validator and formats in build.formats  # differs less than the pair that was measured
     if len(judges) == 1 and not equal:  # the other one of a pair
@@ -575,31 +533,6 @@ def find_build_noise(
                 kind = measured.kind_of(None if build is None else [build], formats[0])
                 return measured.between(kind, None, round=round)
     return None
-
-
-def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
-    """Return the first pinned calibration of the proof's model that was measured with its preset and build.
-
-    It is None where the network pins none for this model, so that the stated default holds.
-
-    Raises:
-        CalibrationError: There are calibrations, and none is of this proof: a wider law must not take its place.
-        DataError: A file cannot be read, or is another one than was pinned.
-        UsageError: The model is not one of the network's.
-    """
-    reason = None
-    for path in network.calibrations(network.model(header.digest)):
-        calibration = Calibration.load(path)
-        try:
-            calibration.find_build(header)
-            return calibration
-        except CalibrationError as error:
-            reason = error.with_traceback(None)
-    if reason is None:
-        return None
-    seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
-    do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
-    raise CalibrationError(seen, wanted=reason.wanted, do=do)
 
 
 def account_alpha(pins: NetworkPins | None, given: float | None = None) -> float:
@@ -647,34 +580,25 @@ def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], t
         raise CalibrationError(seen, wanted=", ".join(f"{name} {stated[name]}" for name in other), do=do)
 
 
-Fit = Callable[[FloatArray], tuple[Law, float]]
-Progress = Callable[[int, int], None]
-
+# Spread of ln size between machines of one build that is assumed before any was measured. It was chosen on sets of two
+# quantised mixtures (docs/networks.md): machines left out lay above their prediction by .02 in the root mean square for
+# one mixture, and by up to .07 for the other.
 PRIOR = Spread(sd=0.03, dof=30.0)
-"""Spread of ln size between machines of one build that is assumed before any was measured.
 
-It was chosen on sets of two quantised mixtures (docs/networks.md). Machines that were left out lay above their
-prediction by .02 in the root mean square for one mixture, and by up to .07 for the other.
-"""
-
-WIDTH = 0.95
-"""Quantile of residuals by which the widest pair of machines is chosen. Pairs differ in shape, not in size alone."""
-
-PAIR_SPREAD = 0.02
-"""Spread of ln size of one pair of machines between blocks, added to the error of its measurement."""
-
+WIDTH = 0.95  # quantile of residuals by which the widest pair is chosen: pairs differ in shape, not in size alone
 AUDITS = 200  # of every left-out machine against every other one
 AUDITED = 300  # nonces of such an audit, or all where fewer were measured
 EFFECTS = (1.25, 1.5, 2.0, 3.0, 4.0)
 _WIDEST = 0.9  # spread: beyond it nothing is known
+PAIR_SPREAD = 0.02  # spread of ln size of one pair of machines between blocks, added to the error of its measurement
+BLOCK_SPREAD = 0.07  # spread of ln size of distances between blocks, where the law does not know the block's own scale
+SCALED_SPREAD = 0.03  # where the law is relative to the length of the block's folded head (block_scale.json)
 
-BLOCK_SPREAD = 0.07
-"""Spread of ln size of distances between blocks, where the law does not know the block's own scale."""
-
-SCALED_SPREAD = 0.03
-"""That spread where the law is relative to the length of the block's folded head (block_scale.json)."""
-
+Fit = Callable[[FloatArray], tuple[Law, float]]
+Progress = Callable[[int, int], None]
 Residuals = Mapping[Pair, FloatArray]
+PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
+Sides = tuple[FloatArray, FloatArray]  # of residuals: of the node from each computation, and between these
 
 
 def calibrate(
@@ -694,9 +618,6 @@ def calibrate(
         controls: One or two number formats. Proofs in them are no machines, but what the machine with the same device
             computes again as a validator. They give a second law, of scores, for each two formats where that is a gain.
         progress: Function that is called with (machines left out, machines in all).
-
-    Returns:
-        The calibration.
 
     Raises:
         ProofMismatch: The proofs are of other checkpoints or presets, or have fewer than 30 nonces in common.
@@ -743,18 +664,13 @@ def calibrate(
     return Calibration(builds=tuple(builds))
 
 
-PairedProofs = Mapping[Pair, Sequence[tuple[Proof, Proof]]]
-
-
 def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
-    """Return the proofs of the same round by pair of machines, and the fingerprints of the machines.
-
-    A machine is an engine. Two proofs of one round are of two machines, even if their engines are described alike.
-    """
+    """Return the proofs of the same round by pair of machines, which are engines, and their fingerprints."""
     fingerprints: list[Fingerprint] = []
     rows: list[int] = []
     taken: set[tuple[int, Round]] = set()
     for proof in proofs:
+        # Two proofs of one round are of two machines, even if their engines are described alike.
         alike = (i for i, known in enumerate(fingerprints) if known == proof.header.fingerprint)
         row = next((i for i in alike if (i, proof.round) not in taken), len(fingerprints))
         if row == len(fingerprints):
@@ -776,25 +692,19 @@ def _in_common(*proofs: Proof) -> list[list[Record]]:
     return [[one[nonce] for nonce in common] for one in records]
 
 
-Sides = tuple[FloatArray, FloatArray]
-
-
 def _sides_of(
     pairs: PairedProofs,
     again: Mapping[tuple[Round, str, str], Proof],
     controls: Sequence[str],
     scales: Mapping[Round, float],
 ) -> dict[Pair, Sides]:
-    """Return residuals of nodes, [E, N], and those between computations of validators, [P, N], by node and validator.
-
-    A control is of the device of the validator's first computation: one of another device would be further from it than
-    the validator's own is, and scores by such a law would accuse.
-    """
+    """Return residuals of nodes, [E, N], and between computations of validators, [P, N], by node and validator."""
     found = {}
     for (i, j), both in pairs.items():
         for pair, proofs in (((i, j), both), ((j, i), [two[::-1] for two in both])):
             parts = []
             for node, validator in proofs:
+                # A control of another device would be further from the first computation than the validator's own is.
                 wanted = [(node.round, validator.header.fingerprint.device, name) for name in controls]
                 if all(one in again for one in wanted):
                     received, *own = _in_common(node, validator, *(again[one] for one in wanted))
@@ -853,9 +763,7 @@ def fit_build(
 ) -> BuildNoise:
     """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of each block.
 
-    With a ``control``, ``measured`` has the scores that it gives.
-
-    The other arguments are fields of :class:`BuildNoise`.
+    With a ``control``, ``measured`` has the scores that it gives. Other arguments are fields of :class:`BuildNoise`.
     """
     between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if hidden_size else BLOCK_SPREAD
     n = min(errors.size for errors in measured.values())
@@ -897,24 +805,25 @@ def fit_machines(
     alike = [residuals[pair] * (sizes.typical / value) for pair, value in some.items()]
     pooled_N = np.concatenate(alike)
     law, error = fit(pooled_N)
-    fewest = min(residuals[pair].size for pair in some)
-    error *= math.sqrt(pooled_N.size / fewest)  # of the size of one pair
-    deviations = sizes.deviations()
-    upwards = deviations[deviations > 0]
-    machines = len({i for pair in some for i in pair})
-    squares = (machines - 1) * float(np.mean(upwards**2)) if upwards.size else 0.0
-    dof = PRIOR.dof + machines - 1
+    error *= math.sqrt(pooled_N.size / min(one_N.size for one_N in alike))  # of the size of one pair
     known = min(math.hypot(error, between_blocks), _WIDEST)
-    new = min(math.hypot(math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof), known), _WIDEST)
+    new = spread_of_new(sizes.deviations(), len({i for pair in some for i in pair}), known)
     widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
-    return MachineNoise(
-        law=law,
-        sizes=sizes,
-        spread=Spread(new, dof),
-        known=Spread(known, PRIOR.dof),
-        scores=pack_scores(pooled_N, law),
-        widest=pack_scores(widest, law),
-    )
+    prices = {"scores": pack_scores(pooled_N, law), "widest": pack_scores(widest, law)}
+    return MachineNoise(law=law, sizes=sizes, spread=new, known=Spread(known, PRIOR.dof), **prices)
+
+
+def spread_of_new(deviations: Iterable[float], machines: int, *errors: float) -> Spread:
+    """Return the spread of ln size of a machine that was not measured, from ln(size/predicted) of machines left out.
+
+    It is the root mean square of those above their prediction, because only larger noise can accuse, combined with
+    :data:`PRIOR` and the errors of the measurement.
+    """
+    upwards = [deviation for deviation in deviations if deviation > 0]
+    squares = (machines - 1) * float(np.mean(np.square(upwards))) if upwards else 0.0
+    dof = PRIOR.dof + machines - 1
+    between = math.sqrt((PRIOR.dof * PRIOR.sd**2 + squares) / dof)
+    return Spread(min(math.hypot(between, *errors), _WIDEST), dof)
 
 
 def leave_out(

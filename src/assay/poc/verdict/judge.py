@@ -16,21 +16,12 @@ from assay.poc.protocol.proof import DistanceRecord, Header, Proof, Record, Toke
 from assay.poc.verdict.noise import Control, Noise, missing_law, sequential_test
 from assay.stats import sequential
 
-P_FLIP = 5e-4
-"""Honest mismatch rate of distances that the published rule assumes."""
-COUNT_ALPHA = 0.01
-"""Level of the published count test."""
-DIST_THRESHOLD = 0.02
-"""Distance of two vectors above which the published rule counts a mismatch."""
-P_MISMATCH = 0.001
-"""Honest mismatch rate of vectors that the published rule assumes."""
-
-LARGEST_MARGIN = 4.0
-"""Largest margin that a token counts with: the largest squared distance of two unit vectors."""
-
-Outcome = sequential.Verdict | Literal["faulty"]
-"""A verdict of a proof: ``faulty`` where residuals depend on the place in the batch, and are honest elsewhere."""
-
+P_FLIP = 5e-4  # honest mismatch rate of distances that the published rule assumes
+COUNT_ALPHA = 0.01  # level of the published count test
+DIST_THRESHOLD = 0.02  # distance of two vectors above which the published rule counts a mismatch
+P_MISMATCH = 0.001  # honest mismatch rate of vectors that the published rule assumes
+LARGEST_MARGIN = 4.0  # largest margin that a token counts with: the largest squared distance of two unit vectors
+Outcome = sequential.Verdict | Literal["faulty"]  # where residuals depend on the place, and are honest elsewhere
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
 """What a command exits with, by verdict."""
 
@@ -167,13 +158,9 @@ def judge(
     outcome: Outcome = "undecided"
     reason, result, found = missing_law(header.round.model, header.digest, header.round), None, None
     if noise is not None:
-        outcome, result, found = judge_residuals(
-            errors,
-            noise,
-            test=test or sequential_test(noise),
-            positions=places_of(header, nonces),
-            batch_size=header.fingerprint.batch_size,
-        )
+        test, places = test or sequential_test(noise), places_of(header, nonces)
+        stated = header.fingerprint.batch_size
+        outcome, result, found = judge_residuals(errors, noise, test=test, positions=places, batch_size=stated)
         reason = _reason(outcome, result, found)
     if header.pipeline.output == "distance":
         pairs = [
@@ -244,12 +231,8 @@ def judge_residuals(
         positions: Index of every nonce in the prover's own sequence; the places are not tested when None.
         batch_size: Batch size that the prover states.
     """
-    places = stats.place_test(
-        errors_N,
-        np.arange(len(errors_N)) if positions is None else np.asarray(positions),
-        batch_size=batch_size,
-        honest_size=noise.size,
-    )
+    at_N = np.arange(len(errors_N)) if positions is None else np.asarray(positions)
+    places = stats.place_test(errors_N, at_N, batch_size=batch_size, honest_size=noise.size)
     if positions is None or not (places.faulty or places.suspected):
         result = test.update(errors_N).result
         return result.verdict, result, places
@@ -280,10 +263,9 @@ def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.Plac
 
 
 def published_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:
-    """Apply the published rule to nonces that were claimed valid.
+    """Apply the published rule to nonces that were claimed valid: fraud if a count against 5e-4 gives p < 0.01.
 
-    A mismatch is a received distance at or above ``r_target``, or a recomputed one above it. A value
-    that is not finite is a mismatch. Fraud if a binomial test of the count against 5e-4 gives p < 0.01.
+    A mismatch is a received distance at or above ``r_target``, a recomputed one above it, or one that is not finite.
     """
     pairs = zip(received, recomputed, strict=True)
     mismatches = sum(not (a < r_target and b <= r_target) for a, b in pairs)

@@ -1,13 +1,6 @@
 """The ledger of nodes' lives: one SQLite file, to which every audit adds an entry, and from which none is removed.
 
-An export of a ledger is JSON Lines. It begins with the genesis of the ledger and ends with its head. Between them stand
-the entries, byte for byte, and before the first entry under a law, that law::
-
-    {"kind":"assay.poc.ledger","version":1,"id":"…","created":1.8e9,"alpha":0.001,"beta":0.01}
-    {"law":{…}}
-    {"seq":1,"previous":"…",…}
-    {"head":{"count":1,"hash":"…"}}
-
+An export of a ledger is JSON Lines: its genesis, every law before its first use, the entries byte for byte, its head.
 An audit checks every hash and place in the order of the entries, and then computes every verdict again, one account
 after the other. Its result names the first entry that is wrong. Numbers may differ in their last digits, as those of
 two machines do. docs/ledger.md says what it takes as it is, and that only a published head shows a rewritten chain.
@@ -51,11 +44,10 @@ from assay.poc.verdict.life import (
 from assay.poc.verdict.noise import ALPHA, BETA, AnyNoise, noise_from_dict
 
 AT_ONCE = 256  # rows that are read at a time
+LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
+MAGIC = b"SQLite format 3\0"
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
-
-CLOCK = 60.0
-"""Seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes it."""
-
+CLOCK = 60.0  # seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes it
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
 _EXACT = ("audits", "recorded", "n", "tests", "share")
 
@@ -123,8 +115,7 @@ LEDGER, LAWS, ACCOUNTS, UPDATES = (
         ("updates", "seq account round name law entry hash"),
     )
 )
-OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]
-"""The columns of an :class:`Account`."""
+OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]  # the columns of an `Account`
 
 
 def select_account(account: Account) -> sa.Select[Any]:
@@ -326,10 +317,6 @@ def text_of(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries when they are needed
-MAGIC = b"SQLite format 3\0"
-
-
 class AccountState:
     """The life of one account of a ledger, which takes its entries one after the other."""
 
@@ -442,7 +429,7 @@ class Ledger:
         return int(count), str(hash)
 
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
-        """Add the evidence of a verdict, and return what the whole life of the node says now.
+        """Add the evidence of a verdict, and return what the life of the node says now; errors are :meth:`append`'s.
 
         Args:
             verdict: Verdict on a sample of a proof.
@@ -450,9 +437,6 @@ class Ledger:
             build: Name of the prover's build. When None, that of the pinned build of its fingerprint, or the number
                 format where none is pinned: anything else in a fingerprint is the prover's word, and a new word must
                 not begin a new life.
-
-        Raises:
-            AssayError: As of :meth:`append`.
         """
         header, noise = verdict.header, verdict.noise
         if noise is None:
@@ -686,12 +670,7 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a ledger or an export of one to read; the file stays as it is.
-
-    Raises:
-        DataError: It is neither; names the line.
-        StorageError: It cannot be read.
-    """
+    """Open a ledger or an export of one to read, which stays as it is; a DataError names a line of neither."""
     is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
     if is_ledger and LEDGER.name not in tables(path, flag="ledger"):
         raise _bad(str(path), "a database without a ledger")
@@ -716,9 +695,8 @@ def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
         StorageError: The file cannot be read.
     """
     if head is not None and (len(head) != 64 or set(head) - set("0123456789abcdef")):
-        raise UsageError(
-            f"--head {head:.80}", wanted="64 hexadecimal digits, in lower case", do="give the hash that was published"
-        )
+        seen, do = f"--head {head:.80}", "give the hash that was published"
+        raise UsageError(seen, wanted="64 hexadecimal digits, in lower case", do=do)
     with open_source(Path(path)) as source:
         return source.audit(head)
 

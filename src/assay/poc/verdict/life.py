@@ -16,21 +16,13 @@ hold counts on by this rule; their outcomes stay as they were written.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from assay import stats
 from assay.errors import DataError, UsageError
@@ -41,28 +33,19 @@ from assay.stats.sequential import SHARES, Verdict, decide
 
 Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
 
-EPOCH = 1024
-"""Number of counted nonces after which the next audit begins another test, and the pool of places another one."""
-
-FIRST_WEIGHT = 0.9
-"""Share of the error rates that the first test has."""
-
-PLACES = 128
-"""Nonces of a pool from which it convicts: fewer may not show that a machine is wrong at fixed places."""
-
-APART = 8
-"""Blocks of older pools that can be left out: those that accuse most, because leaving out another takes less."""
-
-HONEST = 0.2
-"""Largest share of cheap nonces that is not excluded at which a life is called honest."""
-
+EPOCH = 1024  # counted nonces after which the next audit begins another test, and the pool of places another one
+FIRST_WEIGHT = 0.9  # share of the error rates that the first test has
+PLACES = 128  # nonces of a pool from which it convicts: fewer may not show that a machine is wrong at fixed places
+APART = 8  # blocks of older pools that can be left out: those that accuse most, because leaving out another takes less
+HONEST = 0.2  # largest share of cheap nonces that is not excluded at which a life is called honest
 _LARGEST = 1e9  # largest logarithm that is written, because JSON has no infinity
 
 MOST_NONCES = 2**18  # of one entry
 MOST_PROFILES = 2**25  # characters of the profiles of one response
 LARGEST_SEED = 2**256
-RESPONSES = "responses"
-"""The preset in an account of responses."""
+RESPONSES = "responses"  # the preset in an account of responses
+REPEATED = "repeated"  # reason of a nonce that does not count, because the account has an entry of it in the same round
+SUSPECTED = "suspected place"  # reason of earlier releases; now the pool of all audits decides, and the nonce counts
 
 Text = Annotated[str, Field(max_length=1024)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -70,8 +53,7 @@ Hash = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 Count = Annotated[int, Field(ge=0, le=MAX_NONCE)]
 Chance = Annotated[float, Field(gt=0, lt=1)]
 
-
-_ADDED = {"positions", "batch_size", "log_e_held", "share"}
+_ADDED = {"positions", "batch_size", "log_e_held", "share"}  # fields that entries of earlier releases do not have
 
 
 class _Model(BaseModel):
@@ -79,11 +61,7 @@ class _Model(BaseModel):
 
     @classmethod
     def parse(cls, text: str, source: str) -> Self:
-        """Read canonical JSON.
-
-        Raises:
-            DataError: It is not JSON, not of this form, or written in another way than :meth:`line` writes.
-        """
+        """Read canonical JSON; a DataError where it is not JSON, of another form, or not what :attr:`line` writes."""
         try:
             made = cls.model_validate_json(text)  # it forgives a key given twice, which the next line refuses
         except ValidationError as error:
@@ -94,8 +72,8 @@ class _Model(BaseModel):
         return made
 
     @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out fields that earlier releases do not have, where they say nothing: lines keep their bytes."""
+    def _without_absent(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out added fields where they say nothing, so that lines of earlier releases keep their bytes."""
         return {name: value for name, value in handler(self).items() if value is not None or name not in _ADDED}
 
     @property
@@ -266,10 +244,7 @@ class Life:
                 test.log_e_held = max(test.log_e_held, min(_LARGEST, held))
 
     def held(self, test: "LifeTest") -> float:
-        """Return the logarithm of what stands of a test's e-value without any one block and without faulty places.
-
-        All of it stands for responses, whose tokens have no place in a batch.
-        """
+        """Return the logarithm of what stands of a test's e-value without any one block and without faulty places."""
         return test.held(self._pool if self._pooled_count >= PLACES else [])
 
     @property
@@ -326,7 +301,7 @@ class LifeTest:
 
     def held(self, pool: Sequence[_Pooled]) -> float:
         """Return the logarithm of the e-value of what is left without any one block, at sound places of the pool."""
-        if not isinstance(self.test, stats.SequentialTest):
+        if not isinstance(self.test, stats.SequentialTest):  # all of it for responses: tokens have no place in a batch
             return self.log_e
         if len({one.block for one in pool[self.begins :]} | self.blocks.keys()) < 2:
             return 0.0  # nothing is left
@@ -367,13 +342,6 @@ def log_average(tests: Sequence[tuple[float, float]]) -> float:
     logs = [log_weight + log_e for log_weight, log_e in tests]
     rest = 1 - math.fsum(math.exp(log_weight) for log_weight, _ in tests)
     return float(np.logaddexp.reduce([*logs, math.log(rest)]))
-
-
-REPEATED = "repeated"
-"""Reason of a nonce that does not count, because the account has an entry of it in the same round."""
-
-SUSPECTED = "suspected place"
-"""Reason of earlier releases for a nonce that they held against honesty alone; now the pool of all audits decides."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -507,10 +475,9 @@ class Entry(_Model):
         if self.of_response:
             return life.update(noise, ResponseBlocks.parse(self.residuals, self.profiles).without(out))
         kept = [place for place in range(len(self.nonces)) if place not in out]
-        found, places = [self.residuals[place] for place in kept], self.positions or self.nonces
-        values = [math.nan if x is None else x for x in found]
-        chosen = [places[place] for place in kept]
-        return life.update(noise, values, block=self.block_hash, positions=chosen, batch_size=self.batch_size)
+        values = [math.nan if (x := self.residuals[place]) is None else x for place in kept]
+        positions = [(self.positions or self.nonces)[place] for place in kept]
+        return life.update(noise, values, block=self.block_hash, positions=positions, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -563,11 +530,7 @@ def sha256(text: str) -> str:
 
 
 def make_entry(update: Update, **added: Any) -> Entry:
-    """Return the entry of an update, with the fields that the ledger adds or changes.
-
-    Raises:
-        UsageError: A value of the update is not what an entry may hold.
-    """
+    """Return the entry of an update, with what the ledger adds; a UsageError refuses what an entry may not hold."""
     nonces, residuals = [*map(int, update.nonces)], [float(x) if math.isfinite(x) else None for x in update.residuals]
     values = vars(update) | {"nonces": nonces, "residuals": residuals} | added
     if update.positions is not None:

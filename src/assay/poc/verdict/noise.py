@@ -34,33 +34,22 @@ from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
 
 FloatArray = npt.NDArray[np.float64]
-Law = stats.NoiseLaw
-"""Law of honest residuals."""
+Law = stats.NoiseLaw  # law of honest residuals
 
-EFFECT = {"distance": 4.0, "vector": 2.0}
-"""Smallest multiple of the honest noise that counts as another computation, where no measurement gives one.
-
-A vector shows a multiple in twelve numbers at once, and cheaper models come closer to it, so half is enough.
-"""
-
+# Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They hold for no other.
 BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
-"""Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They hold for no other."""
 
-ALPHA, BETA = 1e-3, 1e-2
-"""Usual bounds on the chance that an honest node is ever accused, and that a cheat is called honest."""
+# Smallest multiple of the honest noise that counts as another computation, where no measurement gives one. A vector
+# shows a multiple in twelve numbers at once, and cheaper models come closer to it, so half is enough.
+EFFECT = {"distance": 4.0, "vector": 2.0}
 
-TEST = 2
-"""Version of the residual test: its cheats, their weights and its scales. Another version computes other evidence."""
-
+ALPHA, BETA = 1e-3, 1e-2  # usual bounds on the chance that an honest node is ever accused, and a cheat called honest
+TEST = 2  # version of the residual test: its cheats, weights and scales; another one computes other evidence
 VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
-
 LEAST_SCORE = 1e-6  # added to residuals over their typical size, so that zero has a logarithm
 FARTHEST = 16.0  # a residual of a control over its typical size, or below it
 WORTH = 0.9  # spread of ln residual that a control may leave at most
-
-MOST_SCORES = 1024
-"""Honest residuals that are kept with a law, to price its bets; of more, as many quantiles."""
-
+MOST_SCORES = 1024  # honest residuals that are kept with a law, to price its bets; of more, as many quantiles
 _KINDS: dict[str, TypeAdapter[Any]] = {"scale": TypeAdapter(stats.ScaleNoise), "log": TypeAdapter(stats.LogNoise)}
 _OF_RESIDUALS = ("a kind, scale or log, with its finite parameters", "calibrate")
 
@@ -76,11 +65,7 @@ def _refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
 
 
 def read_law(values: Any) -> Law:
-    """Read a law.
-
-    Raises:
-        CalibrationError: The values are not a law, or a parameter is one that no measurement gives.
-    """
+    """Read a law; a CalibrationError where it is not one, or has a parameter that no measurement gives."""
     with _refusing(values, *_OF_RESIDUALS):
         parameters = dict(values)
         law: Law = _KINDS[parameters.pop("kind")].validate_json(dumps(parameters))
@@ -105,11 +90,7 @@ def pack_scores(residuals: npt.ArrayLike, law: Law) -> str:
 
 
 def unpack_scores(text: str) -> FloatArray:
-    """Return the sizes that :func:`pack_scores` wrote, over that of the law, [N].
-
-    Raises:
-        ValueError: The text holds no such sizes.
-    """
+    """Return the sizes that :func:`pack_scores` wrote, over that of the law, [N]; a ValueError where it did not."""
     logs = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2").astype(np.float64)
     if len(logs) > MOST_SCORES or not np.isfinite(logs).all() or bool(np.any(np.diff(logs) < 0)):
         raise ValueError(f"{len(logs)} scores, or some that are not numbers in ascending order")
@@ -244,16 +225,12 @@ class Noise:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Noise":
-        """Read what :meth:`as_dict` wrote. Laws of known cheats, which earlier releases had, are ignored.
-
-        Raises:
-            CalibrationError: The values are no noise, or a parameter is not a finite number.
-        """
+        """Read what :meth:`as_dict` wrote; a CalibrationError where it is no noise, or has a parameter out of range."""
         with _refusing(values, *_OF_RESIDUALS):
             law = dict(values)
             known = ("source", "effect", "spread", "scores", "widest", "control")
             rest = {name: law.pop(name) for name in known if name in law}
-            law.pop("named", None)
+            law.pop("named", None)  # laws of known cheats, which earlier releases had
             check_version(law.pop("test", TEST), TEST, "the residual test")
             return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
 
@@ -261,11 +238,8 @@ class Noise:
 def bundled_noise(digest: str, output: str, prover_dtype: str, validator_dtype: str) -> Noise | None:
     """Return the law of a bundled model between two number formats; None for any other model, which has no law.
 
-    Args:
-        digest: SHA-256 of the tensors of the checkpoint.
-        output: Family of noise: :attr:`assay.poc.Pipeline.noise`.
-        prover_dtype: Number format of one engine.
-        validator_dtype: Number format of the other engine; the order does not matter.
+    ``digest`` is the SHA-256 of the tensors of the checkpoint, ``output`` the family: :attr:`assay.poc.Pipeline.noise`.
+    The order of the formats does not matter.
     """
     known, pair = _bundled(), "/".join(sorted((prover_dtype, validator_dtype)))
     law = known["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
@@ -329,9 +303,7 @@ def _untouched_test(noise: Noise, alpha: float, beta: float) -> stats.Sequential
     return stats.SequentialTest(noise.law, spread=noise.spread, honest=honest, widest=widest, **rates)
 
 
-SAMPLES = (32, 48, 64, 96, 128)
-"""Numbers of nonces among which a verifier chooses, where its caller does not choose."""
-
+SAMPLES = (32, 48, 64, 96, 128)  # numbers of nonces among which a verifier chooses, where its caller does not choose
 LARGEST_SAMPLE = SAMPLES[-1]
 WANTED_POWER = 0.95  # at which a smaller sample is enough
 _TRIALS = 300
@@ -374,8 +346,7 @@ def _bundled() -> JsonObject:
 
 
 KIND = "responses"
-RESPONSE_TEST = 1
-"""Version of the test of responses: its cheats, their weights and its scales."""
+RESPONSE_TEST = 1  # version of the test of responses: its cheats, their weights and its scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,11 +365,7 @@ class ResponseBlocks:
 
     @classmethod
     def whole(cls, distances: npt.ArrayLike, profiles_NG: npt.ArrayLike) -> Self:
-        """Return the evidence of a whole response.
-
-        Raises:
-            UsageError: The tokens do not fill the blocks.
-        """
+        """Return the evidence of a whole response; a UsageError where the tokens do not fill the blocks."""
         found, profiles = np.asarray(distances, dtype=np.float64), np.asarray(profiles_NG, dtype=np.float64)
         tokens, blocks = len(profiles), len(found)
         if profiles.shape[1:] != (COLUMNS,) or (tokens and math.ceil(tokens / SKETCH_EVERY) != blocks):
@@ -410,11 +377,7 @@ class ResponseBlocks:
 
     @classmethod
     def parse(cls, distances: Sequence[float | None], text: str | None) -> Self:
-        """Return the evidence that an entry of a ledger holds.
-
-        Raises:
-            ValueError: The text does not hold profiles of these blocks.
-        """
+        """Return the evidence of an entry of a ledger; a ValueError where the text has no profiles of these blocks."""
         content = base64.b64decode(text or "", validate=True)
         profiles = np.frombuffer(content, dtype="<f2").reshape(-1, COLUMNS).astype(np.float64)
         if not bool(np.all((profiles <= 0) & (profiles >= 2 * LEAST_LOG))):
@@ -446,8 +409,8 @@ class ResponseBlocks:
 
 
 def _read_part_law(values: Any) -> Any:
-    weights = {"weights"} == set(values)
-    return TypeAdapter(stats.TokenNoise).validate_json(dumps(values)) if weights else read_law(values)
+    of_tokens = set(values) == {"weights"}
+    return TypeAdapter(stats.TokenNoise).validate_json(dumps(values)) if of_tokens else read_law(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,7 +435,7 @@ class PartNoise:
         """Return JSON-ready values."""
         law = self.law
         values = {"weights": list(law.weights)} if isinstance(law, stats.TokenNoise) else law_as_dict(law)
-        return {"law": values, "spread": asdict(self.spread), "between": self.between, "effect": self.effect}
+        return asdict(self) | {"law": values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,11 +461,7 @@ class ResponseNoise:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Read what :meth:`as_dict` wrote.
-
-        Raises:
-            CalibrationError: The values are not the noise of responses, or are for another version of the test.
-        """
+        """Read what :meth:`as_dict` wrote; a CalibrationError where it is not that, or of another version."""
         with _refusing(values, "the laws of tokens and sketches with their finite parameters", "calibrate-responses"):
             parts = dict(values)
             if parts.pop("kind") != KIND:
@@ -531,10 +490,7 @@ class ResponseResult(Result):
 
 
 class ResponseTest:
-    """The test of responses: feed it one after the other, read the verdict at any time.
-
-    Its rates are those of :class:`assay.stats.ClusterTest`, and it refuses what that refuses.
-    """
+    """The test of responses: feed it one after the other. Rates and refusals are :class:`assay.stats.ClusterTest`'s."""
 
     def __init__(self, noise: ResponseNoise, *, alpha: float = ALPHA, beta: float = BETA) -> None:
         self.noise, self.alpha, self.beta = noise, alpha, beta
@@ -576,15 +532,10 @@ class ResponseTest:
         )
 
 
-AnyNoise = Noise | ResponseNoise
-"""Honest noise of proofs or of responses."""
+AnyNoise = Noise | ResponseNoise  # honest noise of proofs or of responses
 
 
 def noise_from_dict(values: Any) -> AnyNoise:
-    """Read the noise of proofs or of responses.
-
-    Raises:
-        CalibrationError: The values are not a noise.
-    """
+    """Read the noise of proofs or of responses; a CalibrationError where the values are neither."""
     of_responses = isinstance(values, Mapping) and values.get("kind") == KIND
     return ResponseNoise.from_dict(values) if of_responses else Noise.from_dict(values)
