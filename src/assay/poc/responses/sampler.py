@@ -24,7 +24,6 @@ Shapes: N rows, V tokens of the vocabulary.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import UsageError
+from assay.models.device import to_device
 from assay.poc.responses.sampling import Sampling
 from assay.streams.backends import as_tensor
 
@@ -203,12 +203,6 @@ class Sampler:
         tokens = [[token for token, _ in row] for row in padded]
         values = [[bias for _, bias in row] for row in padded]
         return to_device(tokens, self.device), to_device(torch.tensor(values, dtype=torch.float32), self.device)
-
-
-def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
-    """Copy values to a device without waiting for it."""
-    made = torch.as_tensor(values)
-    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
 def _check_rows(shape: tuple[int, ...], seeds: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from assay import streams
+from assay.models.device import to_device
 from assay.poc.engines.base import HostCopy, noise_inputs, token_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
@@ -362,7 +363,7 @@ class DirectPasses:
         if spec.frame is not None:
             # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would notice others.
             ids_BT = token_inputs(spec.round, spec.frame, nonces, seq_len=seq_len).astype(np.int32)
-            ids_N = torch.from_numpy(ids_BT).view(-1).to(device)
+            ids_N = to_device(ids_BT, device).view(-1)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
             # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for them.

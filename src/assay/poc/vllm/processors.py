@@ -25,7 +25,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from assay import streams
-from assay.poc.responses.sampler import Sampler, to_device
+from assay.models.device import to_device
+from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.response_worker import SeedArgument, read_seed_argument
 

@@ -25,9 +25,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from assay import streams
+from assay.models.device import to_device
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.transforms import sketch_states
-from assay.poc.responses.sampler import to_device
 from assay.poc.responses.sampling import Sampling
 from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import call_before, is_first_of_group, spans

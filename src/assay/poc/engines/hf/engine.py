@@ -29,7 +29,7 @@ from typing_extensions import override
 from assay import streams
 from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
 from assay.models.decoder import backbone, decoder_layers
-from assay.models.device import free_bytes, processor
+from assay.models.device import free_bytes, processor, to_device
 from assay.models.load import Model, ModelInfo
 from assay.models.rows import steps_of_passes
 from assay.models.wide import WIDE, is_wide, own_precision
@@ -259,7 +259,7 @@ class HFEngine(Engine):
     @torch.inference_mode()
     def embed(self, ids_BT: Int64[np.ndarray, "B T"]) -> Float[Tensor, "B T D"]:
         """Return the embeddings of tokens, as the model makes them."""
-        made: Tensor = self.model.module.get_input_embeddings()(torch.from_numpy(ids_BT).to(self.device))
+        made: Tensor = self.model.module.get_input_embeddings()(to_device(ids_BT, self.device))
         return made
 
     @torch.inference_mode()
