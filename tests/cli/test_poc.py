@@ -88,10 +88,11 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
 ):
     assert prove("hf.jsonl", nonces="0:32").code == 0
     proof, path = Proof.load(tmp_path / "hf.jsonl"), tmp_path / "calibration.json"
-    fingerprint = replace(proof.header.fingerprint, engine="vllm")
     records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in proof.records]
-    beside = Proof.build(replace(proof.header, fingerprint=fingerprint), records, 1.0)
-    calibrate(proof, beside).save(path)
+    header = replace(proof.header, fingerprint=replace(proof.header.fingerprint, engine="vllm"))
+    (made := calibrate(proof, beside := Proof.build(header, records, 1.0))).save(path)
+    half = replace(one := made.builds[0], machines=(one.machines[0], replace(one.machines[1], fingerprint=None)))
+    assert (half.judges(half.engines[0]), half.judges(one.engines[1])) == ([], half.engines)
     beside.save(tmp_path / "vllm.jsonl")
     monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges

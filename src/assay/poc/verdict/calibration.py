@@ -283,8 +283,8 @@ class BuildNoise(MachineNoise):
         """Return the fingerprints of the measured machines that may judge a prover: of a pair, the other one."""
         if not 0 < len(self.engines) < FEWEST_MACHINES:
             return self.engines
-        one, two = self.engines
-        return [two if prover == one else one]
+        one, *others = self.engines  # of a pair of which one machine has no fingerprint, the other is not known
+        return others if prover == one else [one]
 
     def check_header(self, header: Header) -> None:
         """Refuse a proof of another model, preset or build than was measured."""
