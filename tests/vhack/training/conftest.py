@@ -82,7 +82,7 @@ def settings(checkpoint, pool):
         chosen = {
             "model": str(checkpoint), "steps": 2, "prompts": 2, "group": 3, "max_new_tokens": 64, "tasks": 4,
             "save_every": 2, "k_use": 2, "teacher": str(pool), "teacher_share": 0.34, "dtype": "float32",
-            "device": "cpu", "method": "svd", **others,
+            "device": "cpu", "method": "svd", "arm": "displaced-0.4+erase-update-two-sided", **others,
         }  # fmt: skip
         return TrainSettings(**chosen)
 

@@ -86,7 +86,7 @@ def made(checkpoint, pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
     common = {
         "model": str(checkpoint), "prompts": 2, "group": 4, "micro_batch": 2, "max_new_tokens": 16, "tasks": 4,
-        "save_every": 2, "k_use": 2, "dtype": "float32", "device": "cpu", "method": "svd", "lr": 0.01,
+        "save_every": 2, "k_use": 2, "dtype": "float32", "device": "cpu", "method": "svd", "lr": 0.01, "arm": "box",
     }  # fmt: skip
 
     def call(name, *, same, **others):

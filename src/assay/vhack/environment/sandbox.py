@@ -218,11 +218,15 @@ def _python(*arguments: str) -> list[str]:
     return [_interpreter(), "-I", "-S", "-B", *arguments]
 
 
+def _prefixes() -> list[str]:
+    """Return the directories that hold the programs and libraries which the interpreter needs."""
+    return ["/usr", "/usr/local", str(Path(sys.base_prefix).resolve())]
+
+
 @cache
 def _shown() -> list[str]:
     """Return the directories that the sandbox shows, none of them inside another."""
-    needed = "/usr", "/usr/local", str(Path(sys.base_prefix).resolve())  # by the interpreter
-    found = {str(Path(prefix) / part) for prefix in needed for part in _PARTS}
+    found = {str(Path(prefix) / part) for prefix in _prefixes() for part in _PARTS}
     found |= {str(Path(_interpreter()).parent), *_ROOTS}
     real = {path for path in found if Path(path).is_dir() and not Path(path).is_symlink()}
     return sorted(path for path in real if not any(str(above) in real for above in Path(path).parents))

@@ -354,9 +354,7 @@ def per_sample_gradients(
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
     factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
-    # Batches run side by side, but one alone where a user's hooks may keep something between calls.
-    alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
-    recipe, at_once = recipe_for(module), 1 if alone else torch.get_num_threads()
+    recipe, at_once = recipe_for(module), _at_once(module)
     recomputed = count_layers(module) if checkpointing else 0
     room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
@@ -376,6 +374,12 @@ def per_sample_gradients(
             if progress:
                 progress(done, len(samples))
     return found
+
+
+def _at_once(module: "PreTrainedModel") -> int:
+    """Return how many batches run side by side: one where a user's hooks may keep something between calls."""
+    alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
+    return 1 if alone else torch.get_num_threads()
 
 
 @contextmanager
