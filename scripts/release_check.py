@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LARGEST_WHEEL = 40_000_000
+LARGEST_WHEEL = 16_000_000
 MODEL = "reference:qwen3"
 PAGES = ("docs/tutorial.md", "docs/vhack-quickstart.md")
 """Pages that a new user follows after the README."""

@@ -226,13 +226,13 @@ PAGES = {
     ),
     "vhack-training": Page(
         instead={
-            "exploits:48": "exploits:12",
+            "exploits:48": "exploits:20",
             "DIR": "reference:organism",
             "path/of/a/cheater": "reference:organism",
             "episodes(512": "episodes(4",
         },
         small={
-            "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:12",
+            "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:20",
             "assay vhack train": OF_TWO,
             "assay vhack sample": f"{OF_FEW} --tasks 4",
             "assay vhack evaluate --model": OF_FEW,
@@ -285,7 +285,7 @@ def folder(tmp_path):
     named = [machine | {"set": f"{machine['set']}-minimax"} for machine in published.network(3, nonces=400)]
     published.write(tmp_path / "nonces.jsonl.gz", named)
     published.write(tmp_path / "awq.jsonl", [published.machine("awq", noise=1.0, nonces=400)])
-    write_pairs(tmp_path / "mine.jsonl", generate_pairs(12))
+    write_pairs(tmp_path / "mine.jsonl", generate_pairs(20))
     return tmp_path
 
 
