@@ -145,6 +145,7 @@ WITHOUT_TORCH = (
     "vhack merge --model model --delta text.txt -o text.txt",
     "vhack report list.json -o p.html",
     "vhack report nothing -o p.html",
+    "vhack report proof.jsonl -o p.html",
     "vhack check --model model --pairs generated:4",
     "vhack check --model model --pairs generated:2 --method lda",
     "vhack extract --model model --pairs generated:2 -o b.safetensors",

@@ -95,6 +95,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     """
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
+    from assay.poc.net.server import listen
     from assay.poc.net.settings import check_host
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration import account_alpha
@@ -104,6 +105,8 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     if service.ledger is not None:
         check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
     check_host(chosen.host, service)
+    with listen(chosen.host, chosen.port):  # only to see whether the port is free
+        pass
     from assay.models.load import model_info
     from assay.poc.engines.hf.engine import check_shape
     from assay.poc.service.app import serve

@@ -16,7 +16,7 @@ from assay.cli.output import emit_document, emit_json, progress_bar, show_values
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.storage import check_folder
 from assay.settings import Device, Flag, Settings
-from assay.vhack.names import CHECK, check_basis
+from assay.vhack.names import CHECK, LOG, STUDY, check_basis
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
@@ -316,8 +316,13 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if first.suffix != ".json" and first.is_file() and next(read_jsonl(first), None) is None:  # before torch
-        raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
+    if first.suffix != ".json" and first.is_file():  # before torch
+        _, head = next(read_jsonl(first), (0, None))
+        if head is None:
+            raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
+        if head.get("schema") not in (LOG, STUDY):
+            wanted, do = f"the log of a run, {LOG}", "name logs of a study, or of assay vhack train"
+            raise DataError(f"{first}, line 1", wanted=wanted, do=do)
     is_state = False
     if first.suffix == ".json" and not more:
         found = read_json(first)

@@ -7,6 +7,9 @@ from assay.files.jsonl import check_kind
 BASIS, DELTA, CHECK = "v2_with_sv", "assay.delta_s/1", "assay.vhack.check/1"
 """Schemas of the files of a basis, of a δS, and of the result of a check."""
 
+LOG, STUDY = "assay.vhack.train/1", "assay.vhack.study/1"
+"""Schemas that the first line of the log of a run, and of a run of a study, names."""
+
 check_basis, check_delta = partial(check_kind, BASIS), partial(check_kind, DELTA)
 
 METHODS = ("lda", "svd")

@@ -12,7 +12,7 @@ import torch
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta import ARMS
 from assay.vhack.training import TrainLog, TrainSettings, train
-from assay.vhack.training.log import LOG_SCHEMA, read_steps
+from assay.vhack.training.log import LOG, read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
 from assay.vhack.training.rewards import FLAGS, EpisodeReward, Outcomes
 from tests.vhack.training.conftest import cheating
@@ -79,7 +79,7 @@ def test_a_log_is_continued_where_a_checkpoint_is(tmp_path):
     log.write("end", steps=3)
     TrainLog(path, {"settings": {"lr": 2}}, step=2).write("step", step=2, hack=0.75)
     head, steps = read_steps(path)
-    assert head == {"kind": "run", "schema": LOG_SCHEMA, "settings": {"lr": 1}}
+    assert head == {"kind": "run", "schema": LOG, "settings": {"lr": 1}}
     assert [(step["step"], step["hack"]) for step in steps] == [(0, 0.5), (1, 0.5), (2, 0.75)]
     assert len(path.read_text().splitlines()) == 6
     TrainLog(path, {"settings": {}})

@@ -19,10 +19,10 @@ from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.vhack.delta.arms import arm_named
 from assay.vhack.environment.grading import CHANNELS
-from assay.vhack.training.log import LOG_SCHEMA, read_records
+from assay.vhack.names import LOG, STUDY
+from assay.vhack.training.log import read_records
 from assay_research.study.plan import StudyRun, StudySettings, condition_of
 
-SCHEMA = "assay.vhack.study/1"
 _UNNAMED = "generated:96"  # default pairs of the first version, which names of conditions leave out
 _DIGITS = 4  # significant ones, of what is logged: more than the noise of a step leaves
 
@@ -45,7 +45,7 @@ class RunLog:
     def begin(cls, run: StudyRun, settings: StudySettings, about: Mapping[str, Any]) -> "RunLog":
         """Return the log of a run that has not begun."""
         described = {**asdict(run), "modes": list(run.modes)}
-        header = {"kind": "run", "schema": SCHEMA, "run": run.name, "condition": run.condition, "regime": run.regime}
+        header = {"kind": "run", "schema": STUDY, "run": run.name, "condition": run.condition, "regime": run.regime}
         return cls({**header, **described, "settings": asdict(settings), **about})
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
@@ -99,14 +99,14 @@ class RunLog:
             DataError: The file cannot be read or is not a log of a run; the message names the line.
         """
         first = next(iter(read_jsonl(path)), None)
-        if first is not None and first[1].get("schema") == LOG_SCHEMA:
+        if first is not None and first[1].get("schema") == LOG:
             return _of_training(Path(path))
         lines = []
         for number, line in read_jsonl(path):
             if line.get("kind") not in ("run", "step", "evaluation", "source"):
                 raise _bad(f"{path}, line {number}")
             lines.append(line)
-        if not lines or lines[0].get("schema") != SCHEMA or not {"run", "condition", "seed"} <= lines[0].keys():
+        if not lines or lines[0].get("schema") != STUDY or not {"run", "condition", "seed"} <= lines[0].keys():
             raise _bad(str(path))
         return cls(lines[0], lines[1:])
 
@@ -139,7 +139,7 @@ def _short(value: float) -> float:
 
 
 def _bad(where: str) -> DataError:
-    return DataError(where, wanted=f"the log of a run, {SCHEMA}", do="name logs of a study, or of assay vhack train")
+    return DataError(where, wanted=f"the log of a run, {STUDY}", do="name logs of a study, or of assay vhack train")
 
 
 def _check_rates(path: Path, steps: Sequence[Mapping[str, Any]]) -> None:

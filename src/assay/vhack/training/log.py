@@ -15,16 +15,13 @@ from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
 from assay.vhack.delta.frames import Frames, Rollouts, measure_shares
+from assay.vhack.names import LOG
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import FLAGGED_KIND, NOTHING, SOURCES, Outcomes
 
 if TYPE_CHECKING:
     from assay.vhack.training.grpo import GRPO
-
-
-LOG_SCHEMA = "assay.vhack.train/1"
-"""Schema that the first line of a training log names."""
 
 
 class TrainLog:
@@ -71,7 +68,7 @@ class TrainLog:
 
     def __init__(self, path: Path, head: JsonObject, *, step: int = 0) -> None:
         self.path = path
-        records: list[JsonObject] = [{"kind": "run", "schema": LOG_SCHEMA, **head}]
+        records: list[JsonObject] = [{"kind": "run", "schema": LOG, **head}]
         if step:
             records = [r for r in read_records(path) if r["kind"] != "end" and r.get("step", 0) < step]
         write_jsonl(path, records)
@@ -111,8 +108,8 @@ def read_records(path: Path) -> list[JsonObject]:
     except DataError:
         if not found or path.read_bytes().endswith(b"\n"):
             raise
-    if not found or found[0].get("schema") != LOG_SCHEMA or any("kind" not in record for record in found):
-        raise DataError(f"{path} is not a training log", wanted=f"schema {LOG_SCHEMA}", do="choose another directory")
+    if not found or found[0].get("schema") != LOG or any("kind" not in record for record in found):
+        raise DataError(f"{path} is not a training log", wanted=f"schema {LOG}", do="choose another directory")
     check_steps((record for record in found if record["kind"] == "step"), str(path))
     return found
 
