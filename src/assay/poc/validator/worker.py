@@ -274,9 +274,12 @@ class Recomputer(EngineThread):
             standings = self._ledger.append(map(Checked.update, checked, accounts))
             now = {standing.account.public_key: standing for standing in standings}
             self._lives |= {standing.account: standing for standing in standings}
-            self.standings = {**self.standings, **self._present(now.values())}
         changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
-        self._inbox.finish(draws, changes, head=self._ledger.head)
+        try:
+            self._inbox.finish(draws, changes, head=self._ledger.head)
+        finally:  # who sees a verdict finds when it was reached
+            with self._recording:
+                self.standings = {**self.standings, **self._present(now.values())}
         self._last |= {change["account"]: change["verdict"] for change in changes}
         self._metrics.nonces.inc(sum(len(found.nonces) for found in checked))
         for change in changes:
