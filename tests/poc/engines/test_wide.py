@@ -51,6 +51,7 @@ def test_an_engine_computes_what_the_definition_says_and_names_it(
     assert WIDE in engine.fingerprint.kernels
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of its own compiler
 @pytest.mark.usefixtures("without_fast_products")
 def test_a_compiled_engine_multiplies_in_float32_too(small_checkpoint: Path, round_: Round, tmp_path: Path):
