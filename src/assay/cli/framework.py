@@ -177,7 +177,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Say which options are given more than once: a script may add one, and who repeats one may not know it."""
         order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
-        for one in {one for one in order if order.count(one) > 1 and not one.multiple}:
+        for one in dict.fromkeys(one for one in order if order.count(one) > 1 and not one.multiple):
             _say(f"{one.opts[-1]} is given more than once, and the last value counts")
         return super().parse_args(ctx, args)
 

@@ -95,7 +95,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     """
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
-    from assay.poc.net.server import listen
+    from assay.poc.net.server import check_port
     from assay.poc.net.settings import check_host
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration import account_alpha
@@ -105,8 +105,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     if service.ledger is not None:
         check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
     check_host(chosen.host, service)
-    with listen(chosen.host, chosen.port):  # only to see whether the port is free
-        pass
+    check_port(chosen.host, chosen.port)
     from assay.models.load import model_info
     from assay.poc.engines.hf.engine import check_shape
     from assay.poc.service.app import serve
@@ -197,6 +196,7 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     """
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
+    from assay.poc.net.server import check_port
     from assay.poc.net.settings import check_host
     from assay.poc.network_pins import pinned_format
     from assay.poc.protocol.pins_file import NetworkPins
@@ -206,6 +206,7 @@ def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "Va
     check_folder(service.data_dir)  # first what needs no torch
     registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
     check_host(chosen.host, service)
+    check_port(chosen.host, chosen.port)
     from assay.models.load import model_info
     from assay.poc.validator.app import validate
     from assay.poc.validator.controller import LEDGER

@@ -55,7 +55,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 
 def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
-    """Copy values to a device without waiting for it, as CUDA does with unpinned memory from 64 KiB on."""
+    """Copy values to a device without waiting for it. Unpinned, CUDA makes the host wait from 64 KiB on."""
     made = torch.as_tensor(values)
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 

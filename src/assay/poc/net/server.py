@@ -251,3 +251,9 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
             seen, do = f"{host}:{port}: {error.strerror}", f"pass another {flag}"
             raise UsageError(seen, wanted=f"{wanted} of this machine", do=do) from None
         yield listener
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse, before a model is read, an address that :func:`listen` would refuse afterwards."""
+    with listen(host, port):
+        pass
