@@ -30,7 +30,7 @@ def base(name, seconds, folder):
     borrowed = load_model("reference:organism", device="cpu").tokenizer
     stream, _ = encode(borrowed.backend_tokenizer, read_corpus()[0]["train"], 25)
     hidden, layers, rate, _ = SHAPES[name]
-    size = argparse.Namespace(hidden=hidden, layers=layers, lr=rate, batch=256, length=512, seconds=seconds)
+    size = argparse.Namespace(hidden=hidden, layers=layers, lr=rate, batch=2**17 // hidden, length=512, seconds=seconds)
     size.compile = True
     model = new_model("llama", borrowed.backend_tokenizer, size).to("cuda")
     note(f"{name}: {len(stream)} tokens of source, {train(model, stream.to('cuda'), size)}")
