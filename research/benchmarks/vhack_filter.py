@@ -16,8 +16,8 @@ most 0.02 in the mean over seeds and solves at least as much as no-loophole less
 failed with one seed); random flags and the partial monitor end above 0.5. At 120 M and on SmolLM2 the same for cin-lda.
 Partial exploit: every arm without renewal ends above 0.5, and with renewal after 5 steps above 0.05. Later, before
 their runs: cin-lda renewed after 20 steps hacks at most 0.03 in every seed at 7 M; penalty at most 0.02 on SmolLM2.
-Then, for held-out tasks at 7, 30 and 120 M and on SmolLM2: penalty hacks at most 0.02 in the mean, and solves at least as
-much as no-loophole less 0.05, after the same steps.
+Then, for held-out tasks at 7, 30 and 120 M and on SmolLM2: penalty hacks at most 0.02 in the mean, and solves at least
+as much as no-loophole less 0.05, after the same steps.
 """
 
 import os
