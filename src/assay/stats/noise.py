@@ -27,9 +27,15 @@ _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 # misses by √2 times as much (0.011) and is easier to catch.
 JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
 
-# How a law is read from a file: numbers of its fields, and nothing else. Fields have ranges there, beyond which
-# densities overflow float64 and no test is left.
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+class Strict:
+    """How a law is read from a file: numbers of its fields, and nothing else.
+
+    Fields have ranges there, beyond which densities overflow float64 and no test is left.
+    """
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def require(condition: bool, seen: str, wanted: str) -> None:
@@ -45,7 +51,7 @@ def _clipped_size(values: npt.ArrayLike) -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleNoise:
+class ScaleNoise(Strict):
     """Residuals e = received − recomputed of a distance: e ~ sigma · t with ``dof`` degrees of freedom.
 
     Args:
@@ -56,8 +62,6 @@ class ScaleNoise:
     Raises:
         UsageError: A parameter is not finite or out of range.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     sigma: Annotated[float, Field(le=1e3)]
     dof: Annotated[float, Field(ge=0.1, le=1e6)] = 6.0
@@ -104,7 +108,7 @@ class ScaleNoise:
 
 
 @dataclass(frozen=True, slots=True)
-class LogNoise:
+class LogNoise(Strict):
     """L2 distances of published vectors: x = ln max(L2, floor), normal up to ``tail`` sd and exponential beyond.
 
     The density is exp(−ρ(z))/c with z = (x − mu)/sd and Huber's ρ. It is log-concave, which makes the ratio monotone.
@@ -121,8 +125,6 @@ class LogNoise:
     Raises:
         UsageError: A parameter is not finite or out of range.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     mu: Annotated[float, Field(ge=-100, le=10)]
     sd: Annotated[float, Field(ge=1e-4, le=100)]
@@ -198,7 +200,7 @@ NoiseLaw = ScaleNoise | LogNoise
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(Strict):
     """The law of the scale of one machine over that of a noise law: ln scale ~ sd · t.
 
     A test that takes the scale for known accuses honest machines that are a little noisier than those measured.
@@ -210,8 +212,6 @@ class Spread:
     Raises:
         UsageError: A parameter is out of range.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     sd: float = 0.0
     dof: float = 30.0

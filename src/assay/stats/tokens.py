@@ -27,7 +27,7 @@ scales of cheats, U scales of clusters, M multiples, K paths.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import REACH, STRICT, LogNoise, Spread, require
+from assay.stats.noise import REACH, LogNoise, Spread, Strict, require
 from assay.stats.sequential import CHEAP, FAR, Result, check_rates, decide, grid_of_multiples, log_sum
 
 # Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything.
@@ -48,7 +48,7 @@ STEP = 1 / 64  # distance of neighbours on the grid of ln scale on which tests s
 
 
 @dataclass(frozen=True, slots=True)
-class TokenNoise:
+class TokenNoise(Strict):
     """The law of claimed tokens: weights of the scales in :data:`SCALES`, and of tokens that ignore the scores.
 
     Args:
@@ -57,8 +57,6 @@ class TokenNoise:
     Raises:
         UsageError: The weights are not probabilities, or leave no room for a stray token.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     weights: tuple[float, ...]
 
@@ -140,12 +138,7 @@ _NARROWEST = 2 * STEP  # spread of a machine that the grid resolves
 
 @dataclass(frozen=True, slots=True)
 class ClusterResult(Result):
-    """All numbers behind the verdict of a `ClusterTest`, which looks at the ends of blocks.
-
-    Args:
-        clusters: Number of clusters.
-        weakest: Name of the cheat that the evidence for honesty is weakest against.
-    """
+    """All numbers behind the verdict of a `ClusterTest`; ``weakest`` is as in `SequentialResult`."""
 
     clusters: int
     weakest: str
@@ -179,13 +172,7 @@ class ClusterTest:
         check_rates(alpha, beta, effect)
         require(0 <= between < 2, f"a spread of clusters of {between}", "a number in [0, 2)")
         self.law, self.alpha, self.beta, self.effect, self.between = law, alpha, beta, effect, between
-        self._prepare(spread or Spread())
-        self._path_K = np.zeros(self._log_prior_K.size)
-        self._log_e_max = 0.0
-        self.n = self.clusters = 0
-
-    def _prepare(self, spread: Spread) -> None:
-        """Lay all scales on the grid, and the paths of the e-value in one row."""
+        spread = spread or Spread()
         sd = max(spread.sd, _NARROWEST)
         reach = math.ceil(REACH * sd / STEP)
         machines = np.arange(-reach, reach + 1)
@@ -211,6 +198,9 @@ class ClusterTest:
         cheats = [cheats_JM + math.log(_WEIGHTS[kind] / count) for kind, count in kinds for _ in range(count)]
         self._log_prior_K = np.concatenate([log_H, *cheats])
         self._honest = log_H.size
+        self._path_K = np.zeros(self._log_prior_K.size)
+        self._log_e_max = 0.0
+        self.n = self.clusters = 0
 
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
         """Return the logarithms that the values of one cluster add to every path up to each end of a block, [B, K].

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
@@ -34,7 +34,7 @@ from assay.poc.protocol.blocks import block_scale
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.proof import STRICT, Fingerprint, Header, Proof, Record
+from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.judge import compare, residuals
 from assay.poc.verdict.noise import (
@@ -52,7 +52,7 @@ from assay.poc.verdict.noise import (
     pack_scores,
     sequential_test,
 )
-from assay.stats.noise import Spread
+from assay.stats.noise import Spread, Strict
 
 Pair = tuple[int, int]
 
@@ -119,7 +119,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class LeftOut(Strict):
     """How often honest machines were accused that were left out of the measurement.
 
     Args:
@@ -132,8 +132,6 @@ class LeftOut:
         audits: Number of audits of each pair.
         checked: Number of nonces of an audit.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     accused: float
     low: float
@@ -157,7 +155,7 @@ def _check_name(text: str) -> str:
 
 def _read_pairs(values: Any) -> Sizes:
     """Read sizes; the kinds of the machines stand elsewhere in the file."""
-    sizes = TypeAdapter(list[tuple[Index, Index, Size]], config=STRICT).validate_json(dumps(values))
+    sizes = TypeAdapter(list[tuple[Index, Index, Size]], config=Strict.__pydantic_config__).validate_json(dumps(values))
     if not sizes or any(i >= j for i, j, _ in sizes):
         raise ValueError("sizes that are not of pairs of machines")
     return Sizes({(i, j): size for i, j, size in sizes})
@@ -169,7 +167,7 @@ Size = Annotated[float, Field(ge=1e-30, le=1e3)]  # far beyond what residuals of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Machine(Strict):
     """A machine that was measured.
 
     Args:
@@ -177,8 +175,6 @@ class Machine:
         kind: Kind of machine, such as its GPU; empty where it is unknown.
         fingerprint: Description of its engine; None for vectors that were published without one.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     name: Annotated[Name, Field(min_length=1)]
     kind: Name
@@ -188,7 +184,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineNoise:
+class MachineNoise(Strict):
     """Noise of one build, fitted to pairs of machines.
 
     Args:
@@ -234,8 +230,6 @@ class BuildNoise(MachineNoise):
             was not measured.
         control: Other computations of every nonce, by which the residuals are scores; None without one.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     output: str
     preset: str

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.stats.noise import STRICT, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.noise import Spread, Strict, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
 
@@ -110,7 +110,7 @@ _Typical = tuple[Annotated[float, Field(ge=1e-12, le=2.0)], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control:
+class Control(Strict):
     """One or two more honest computations of every nonce, which say how hard the nonce is for any machine.
 
     A residual counts as a *score*: the geometric mean of the node's residuals from all of the validator's computations,
@@ -123,8 +123,6 @@ class Control:
         sizes: Typical residual between each two of them, in the order of `itertools.combinations`.
         power: Slope of the logarithm of the one mean on that of the other, among honest machines.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     of: _Format
     dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]
@@ -175,7 +173,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Strict):
     """The honest law, its source, and what an honest verdict must exclude.
 
     Args:
@@ -188,8 +186,6 @@ class Noise:
         widest: Those of the pair of machines whose shape is the widest, which price the bets on a share.
         control: Other computations of each nonce, by which residuals are scores; None without one.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     law: ReadLaw
     source: str = ""
@@ -323,21 +319,15 @@ def plan_sample(test: stats.SequentialTest | None, proved: int, sample: int | No
     """
     if test is None:
         return min(SAMPLES[0], proved) if sample is None else sample, None
-    power_C = _power(test, min(LARGEST_SAMPLE, proved) if sample is None else sample)
+    rng, law = np.random.default_rng(0), test.law
+    shape = _TRIALS, min(LARGEST_SAMPLE, proved) if sample is None else sample
+    grid = np.geomspace(law.size * 1e-4, law.size * 1e6, _GRID)
+    honest_RC = np.interp(rng.random(shape), 1 - law.survival(grid), grid)
+    cheap_RC = rng.random(shape) < EXCLUDED[0][0]
+    power_C = test.accusations(np.where(cheap_RC, CHEAP * honest_RC, honest_RC)).mean(axis=0)
     enough = (count for count in SAMPLES if count <= power_C.size and power_C[count - 1] >= WANTED_POWER)
     size = next(enough, power_C.size) if sample is None else sample
     return size, float(power_C[size - 1])
-
-
-def _power(test: stats.SequentialTest, checked: int) -> FloatArray:
-    """Return the chance of an accusation after each of the checked nonces, [C]."""
-    rng, law = np.random.default_rng(0), test.law
-    low, high = (law.size * factor for factor in (1e-4, 1e6))
-    grid = np.geomspace(low, high, _GRID)
-    honest_RC = np.interp(rng.random((_TRIALS, checked)), 1 - law.survival(grid), grid)
-    cheap_RC = rng.random((_TRIALS, checked)) < EXCLUDED[0][0]
-    sizes_RC = np.where(cheap_RC, CHEAP * honest_RC, honest_RC)
-    return np.asarray(test.accusations(sizes_RC).mean(axis=0))
 
 
 @cache
@@ -414,7 +404,7 @@ def _read_part_law(values: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartNoise:
+class PartNoise(Strict):
     """Honest noise of the tokens or of the sketches of responses.
 
     Args:
@@ -423,8 +413,6 @@ class PartNoise:
         between: Spread of ln scale between the responses of one machine.
         effect: Smallest multiple of the noise that an honest verdict excludes.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
@@ -439,16 +427,8 @@ class PartNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResponseNoise:
-    """Honest noise of responses.
-
-    Args:
-        tokens: Noise of claimed tokens, in units of the logits.
-        sketches: Noise of sketches, as L2 distances.
-        source: Where it comes from, in words.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
+class ResponseNoise(Strict):
+    """Honest noise of claimed tokens, in units of the logits, and of sketches, as L2 distances; its source in words."""
 
     tokens: PartNoise
     sketches: PartNoise
@@ -476,13 +456,7 @@ class ResponseNoise:
 
 @dataclass(frozen=True, slots=True)
 class ResponseResult(Result):
-    """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches.
-
-    Args:
-        responses: Number of responses.
-        tokens: Numbers of the test of tokens.
-        sketches: Numbers of the test of sketches.
-    """
+    """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches."""
 
     responses: int
     tokens: ClusterResult
