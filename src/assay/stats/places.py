@@ -45,8 +45,7 @@ class Places:
 
     modulus: int
     places: frozenset[int]
-    log_p: float = 0.0
-    """Logarithm of the p-value that residuals do not depend on these places."""
+    log_p: float = 0.0  # logarithm of the p-value that residuals do not depend on these places
 
     @property
     def p_value(self) -> float:

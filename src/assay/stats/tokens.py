@@ -27,7 +27,7 @@ scales of cheats, U scales of clusters, M multiples, K paths.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -87,9 +87,10 @@ class TokenNoise(Strict):
         own = np.array(self.weights)
         return np.stack([shift_matrix(float(log)) @ own for log in logs_C], axis=1)
 
-    def log_likelihoods(self, profiles_NG: FloatArray, logs_C: FloatArray) -> FloatArray:
+    def log_likelihoods(self, profiles_NG: npt.ArrayLike, logs_C: FloatArray) -> FloatArray:
         """Return the log-probability of tokens under the law with its scales multiplied by exp(logs), [N, C]."""
-        return np.asarray(np.log(np.exp(profiles_NG) @ self.weights_at(logs_C)), dtype=np.float64)
+        chances_NG = np.exp(np.asarray(profiles_NG, dtype=np.float64))
+        return np.asarray(np.log(chances_NG @ self.weights_at(logs_C)), dtype=np.float64)
 
 
 def shift_matrix(log: float) -> FloatArray:
@@ -147,12 +148,11 @@ class ClusterResult(Result):
 class ClusterTest:
     """The test of clusters for one law: feed it clusters as they come, read the verdict at any time.
 
+    Arguments that are not named here are those of `SequentialTest`.
+
     Args:
         law: Law of honest values.
-        spread: Law of the scale of a machine over that of ``law``.
         between: Spread of ln scale between clusters of one machine.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest multiple of the noise that an honest verdict excludes; cheats are looked for from 2 on.
 
     Raises:
@@ -205,11 +205,9 @@ class ClusterTest:
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
         """Return the logarithms that the values of one cluster add to every path up to each end of a block, [B, K].
 
-        Args:
-            values: Values of the cluster in their order.
-            ends: Number of values before the end of each block; they do not descend.
+        An end is the number of values before it; ``ends`` do not descend.
         """
-        logs_NC = _log_likelihoods(self.law, values, self._logs_C)
+        logs_NC = self.law.log_likelihoods(values, self._logs_C)
         sums_BC = _sum_to_ends(logs_NC, ends)
         log_U = self._log_U
         every = (self._at_HU, self._at_JU, self._at_JMU)
@@ -274,13 +272,6 @@ class ClusterTest:
             log_evidence_honest=evidence[weakest],
             weakest=weakest,
         )
-
-
-def _log_likelihoods(law: ClusteredLaw, values: Any, logs_C: FloatArray) -> FloatArray:
-    if isinstance(law, TokenNoise):
-        return law.log_likelihoods(np.asarray(values, dtype=np.float64), logs_C)
-    size_N = law.magnitudes(values)
-    return np.stack([law.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
 
 
 def _sum_to_ends(values: FloatArray, ends: Sequence[int]) -> FloatArray:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -115,20 +114,13 @@ class Control(Strict):
 
     A residual counts as a *score*: the geometric mean of the node's residuals from all of the validator's computations,
     over that of those between these computations to a power, each in units of what is typical.
-
-    Args:
-        of: Number format of the validator's first computation.
-        dtypes: Number formats of the others.
-        usual: Typical residual of an honest node from each computation, the first one first.
-        sizes: Typical residual between each two of them, in the order of `itertools.combinations`.
-        power: Slope of the logarithm of the one mean on that of the other, among honest machines.
     """
 
-    of: _Format
-    dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]
-    usual: _Typical
-    sizes: _Typical
-    power: Annotated[float, Field(gt=0, le=1)]
+    of: _Format  # number format of the validator's first computation
+    dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]  # those of the others
+    usual: _Typical  # residual of an honest node from each computation, the first one first
+    sizes: _Typical  # residual between each two of them, in the order of `itertools.combinations`
+    power: Annotated[float, Field(gt=0, le=1)]  # slope of ln of the one mean on that of the other, if honest
 
     def __post_init__(self) -> None:
         count = len(self.dtypes) + 1
@@ -310,12 +302,9 @@ def plan_sample(test: stats.SequentialTest | None, proved: int, sample: int | No
     """Return how many nonces a verifier recomputes, and the power that this has.
 
     The power is the chance that the test accuses a node that computes a tenth of its nonces at 5 × the honest noise. It
-    is simulated under the law itself, with fixed seeds; its standard error is at most 3 points.
-
-    Args:
-        test: Fresh test; without one there is no power, and the least number is enough.
-        proved: Number of nonces of the proof.
-        sample: Number that is asked for. When None, the first of :data:`SAMPLES` with a power of 95 %, else the last.
+    is simulated under the law itself, with fixed seeds; its standard error is at most 3 points. Where no ``sample`` is
+    asked for, it is the first of :data:`SAMPLES` with a power of 95 %, else the last, and at most the nonces that were
+    ``proved``. Without a fresh test there is no power, and the least number is enough.
     """
     if test is None:
         return min(SAMPLES[0], proved) if sample is None else sample, None
@@ -341,17 +330,11 @@ RESPONSE_TEST = 1  # version of the test of responses: its cheats, their weights
 
 @dataclass(frozen=True, eq=False)
 class ResponseBlocks:
-    """The evidence of a response in blocks of 32 tokens, which the ledger calls its nonces.
+    """The evidence of a response in blocks of 32 tokens, which the ledger calls its nonces."""
 
-    Args:
-        distances: L2 distance of the sketch of every block, [B]; NaN where there is no sketch.
-        profiles: Profiles of the tokens of all blocks, [N, G]; without a row where tokens say nothing.
-        sizes: Number of the tokens of every block.
-    """
-
-    distances: FloatArray
-    profiles: FloatArray
-    sizes: tuple[int, ...]
+    distances: FloatArray  # L2 distance of the sketch of every block, [B]; NaN where there is no sketch
+    profiles: FloatArray  # of the tokens of all blocks, [N, G]; without a row where tokens say nothing
+    sizes: tuple[int, ...]  # number of the tokens of every block
 
     @classmethod
     def whole(cls, distances: npt.ArrayLike, profiles_NG: npt.ArrayLike) -> Self:
@@ -382,11 +365,6 @@ class ResponseBlocks:
         """The profiles as base64 of little-endian float16; None without tokens."""
         return base64.b64encode(self.profiles.astype("<f2").tobytes()).decode() if len(self.profiles) else None
 
-    @property
-    def ends(self) -> list[int]:
-        """Number of tokens up to the end of every block."""
-        return list(accumulate(self.sizes))
-
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -405,14 +383,7 @@ def _read_part_law(values: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PartNoise(Strict):
-    """Honest noise of the tokens or of the sketches of responses.
-
-    Args:
-        law: Law of one value.
-        spread: Law of the scale of a machine over that of ``law``.
-        between: Spread of ln scale between the responses of one machine.
-        effect: Smallest multiple of the noise that an honest verdict excludes.
-    """
+    """Honest noise of the tokens or of the sketches of responses: arguments of :class:`assay.stats.ClusterTest`."""
 
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
@@ -480,7 +451,7 @@ class ResponseTest:
         """Take the evidence of one response."""
         if len(response):
             seen = np.isfinite(response.distances)
-            tokens_B = self.tokens.take(response.profiles, response.ends)
+            tokens_B = self.tokens.take(response.profiles, np.cumsum(response.sizes).tolist())
             sketches_B = self.sketches.take(response.distances[seen], np.cumsum(seen).tolist())
             logs_B = np.logaddexp(tokens_B, sketches_B) - math.log(2)
             self._log_e = float(logs_B[-1])
