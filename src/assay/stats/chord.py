@@ -155,18 +155,14 @@ class BlockLaw:
         shares = np.diff(self._rates(np.asarray(edges, dtype=np.float64)), axis=1)
         return np.asarray(shares.mean(axis=0)), np.asarray(shares.std(axis=0))
 
-    def rate_interval(self, r_target: float, n: int | None = None) -> tuple[float, float]:
+    def rate_interval(self, r_target: float) -> tuple[float, float]:
         """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
 
-        At each end, the squares of the distances that γ and the n nonces give are added (Zou and Donner 2008). A
-        UsageError refuses an ``r_target`` outside (0, 2], and an n below 1.
+        A UsageError refuses an ``r_target`` outside (0, 2].
         """
-        rate = self.valid_rate(r_target)
-        nonces = 0.0 if n is None else float(scipy.stats.norm.ppf(1 - TAIL)) * rate_standard_error(rate, n)
-        cosine = 1 - r_target**2 / 2
+        cosine = 1 - _checked(r_target) ** 2 / 2
         ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
-        low, high = (math.hypot(end - rate, nonces) for end in ends)
-        return max(0.0, rate - low), min(1.0, rate + high)
+        return ends[0], ends[1]
 
     def target_interval(self, r_target: float, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of the quantile of a block, if that of an average block is ``r_target``."""

@@ -27,9 +27,15 @@ _LARGEST = 2.0  # largest difference of two distances, and of two unit vectors
 # misses by √2 times as much (0.011) and is easier to catch.
 JUNK_SIGMA = chord_std(RANDOM_HEAD_ROWS)
 
-# How a law is read from a file: numbers of its fields, and nothing else. Fields have ranges there, beyond which
-# densities overflow float64 and no test is left.
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+class Strict:
+    """How a law is read from a file: numbers of its fields, and nothing else.
+
+    Fields have ranges there, beyond which densities overflow float64 and no test is left.
+    """
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def require(condition: bool, seen: str, wanted: str) -> None:
@@ -45,7 +51,7 @@ def _clipped_size(values: npt.ArrayLike) -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleNoise:
+class ScaleNoise(Strict):
     """Residuals e = received − recomputed of a distance: e ~ sigma · t with ``dof`` degrees of freedom.
 
     Args:
@@ -56,8 +62,6 @@ class ScaleNoise:
     Raises:
         UsageError: A parameter is not finite or out of range.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     sigma: Annotated[float, Field(le=1e3)]
     dof: Annotated[float, Field(ge=0.1, le=1e6)] = 6.0
@@ -104,7 +108,7 @@ class ScaleNoise:
 
 
 @dataclass(frozen=True, slots=True)
-class LogNoise:
+class LogNoise(Strict):
     """L2 distances of published vectors: x = ln max(L2, floor), normal up to ``tail`` sd and exponential beyond.
 
     The density is exp(−ρ(z))/c with z = (x − mu)/sd and Huber's ρ. It is log-concave, which makes the ratio monotone.
@@ -121,8 +125,6 @@ class LogNoise:
     Raises:
         UsageError: A parameter is not finite or out of range.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     mu: Annotated[float, Field(ge=-100, le=10)]
     sd: Annotated[float, Field(ge=1e-4, le=100)]
@@ -183,6 +185,11 @@ class LogNoise:
         z_N = np.abs(np.log(magnitudes_N) - self.mu - math.log(multiple)) / self.sd
         return -np.asarray(scipy.special.huber(self.tail, z_N), np.float64) - math.log(self.sd * self.standard_mass)
 
+    def log_likelihoods(self, distances: npt.ArrayLike, logs_C: FloatArray) -> FloatArray:
+        """Return the logarithm of the density of distances [N] that are exp(logs) times larger, [N, C]."""
+        size_N = self.magnitudes(distances)
+        return np.stack([self.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
+
     def survival(self, magnitudes_N: FloatArray) -> FloatArray:
         """Return P(honest distance ≥ L2), [N]."""
         z_N = (np.log(magnitudes_N) - self.mu) / self.sd
@@ -198,7 +205,7 @@ NoiseLaw = ScaleNoise | LogNoise
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(Strict):
     """The law of the scale of one machine over that of a noise law: ln scale ~ sd · t.
 
     A test that takes the scale for known accuses honest machines that are a little noisier than those measured.
@@ -210,8 +217,6 @@ class Spread:
     Raises:
         UsageError: A parameter is out of range.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     sd: float = 0.0
     dof: float = 30.0
@@ -275,17 +280,9 @@ def fit_log_noise(
 ) -> tuple[LogNoise, float]:
     """Fit location and scale of the logarithms of honest L2 distances, by two of their quantiles.
 
-    The law comes with the standard error of its location. Distances that are all below ``floor`` give mu = ln floor and
-    the least spread believed.
-
-    Args:
-        distances: Honest L2 distances, [N] finite values.
-        dimension: Length of the vectors.
-        floor: Distance below which values are not told apart.
-        tail: Start of the exponential tail, in units of sd.
-
-    Raises:
-        UsageError: There are too few distances, one is negative or not finite, or a parameter is out of range.
+    The law comes with the standard error of its location, and with the other arguments as its parameters. Distances [N]
+    that are all below ``floor`` give mu = ln floor and the least spread believed. Too few distances are a UsageError,
+    and so is one that is negative or not finite, or a parameter out of range.
     """
     law = LogNoise(0.0, 1.0, dimension, tail, floor)
     middle, upper = np.quantile(np.log(law.magnitudes(_read_honest(distances))), [0.5, UPPER])
@@ -309,7 +306,7 @@ _BET_SHARE = 0.1  # share of cheap nonces for which the cap of a bet is chosen
 
 
 def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the caps and prices that make likelihood ratios fair bets under the residuals themselves, [M] each.
+    """Return the caps and prices that make likelihood ratios fair bets under honest residuals [N] themselves, [M] each.
 
     The ratio R = f_m/f_1 of noise m times larger is cut off at a cap c and divided by a price::
 
@@ -317,11 +314,6 @@ def fair_bets(law: NoiseLaw, honest: npt.ArrayLike, multiples_M: FloatArray) -> 
 
     docs/statistics.md says why that is fair (Vovk, "Conformal e-prediction", 2025). Of all caps the one is taken with
     which wealth grows fastest against a node that computes a tenth of its nonces m times as badly.
-
-    Args:
-        law: Law whose ratios are bet on.
-        honest: Honest residuals that the law was measured on, [N].
-        multiples_M: Multiples m.
     """
     size_N = law.magnitudes(honest)
 

@@ -45,8 +45,7 @@ class Places:
 
     modulus: int
     places: frozenset[int]
-    log_p: float = 0.0
-    """Logarithm of the p-value that residuals do not depend on these places."""
+    log_p: float = 0.0  # logarithm of the p-value that residuals do not depend on these places
 
     @property
     def p_value(self) -> float:
@@ -181,13 +180,6 @@ class _Sample:
     moduli: tuple[int, ...]
     honest_size: float
 
-    def largest(self, wanted: int) -> BoolArray:
-        """Return which residuals are among the ``wanted`` largest, [N]; fewer where equal ones straddle the end."""
-        count = self.sizes.size
-        if not 0 < wanted < count:
-            return np.zeros(count, dtype=np.bool_)
-        return np.asarray(self.sizes > np.partition(self.sizes, count - 1 - wanted)[count - 1 - wanted])
-
     def medians(self, places: Places) -> tuple[float, float]:
         """Return the median residual at the places, and the larger of the median elsewhere and the honest size."""
         inside_N = places.contain(self.positions)
@@ -206,8 +198,10 @@ class _Sample:
         place_N = self.positions % modulus
         lengths_L = np.arange(1, modulus // 2 + 1)
         starts_S = np.arange(0, modulus, -(-modulus // _MOST_STARTS))
-        wanted_L = [round(self.sizes.size * length / modulus) for length in lengths_L.tolist()]
-        large_LM = np.stack([np.bincount(place_N[self.largest(wanted)], minlength=modulus) for wanted in wanted_L])
+        wanted_L = [round(self.sizes.size * length / modulus) for length in lengths_L.tolist()]  # at most half of all
+        # Of the wanted largest residuals, those above the next one: fewer where equal ones straddle the end.
+        least_L = np.sort(self.sizes)[[-1 - wanted for wanted in wanted_L]]
+        large_LM = np.stack([np.bincount(place_N[self.sizes > least], minlength=modulus) for least in least_L])
         held_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
         hits_LS, held_LS = (_sum_runs(counts_LM, lengths_L, starts_S) for counts_LM in (large_LM, held_LM))
         log_p_LS = log_fisher(hits_LS, held_LS, large_LM.sum(axis=1, keepdims=True), self.sizes.size)

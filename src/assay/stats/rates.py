@@ -17,13 +17,9 @@ _DRAWS, _AT_ONCE = 20_000, 1000  # of the weights of groups: in all, and held in
 
 @dataclass(frozen=True, slots=True)
 class CountTest:
-    """The outcome of `count_test`.
+    """The outcome of `count_test`: fraud where the p-value is below alpha.
 
-    Args:
-        n: Number of nonces checked.
-        mismatches: Number of them that did not match.
-        p_value: Probability that an honest node has at least this number of mismatches.
-        fraud: Whether ``p_value`` is below alpha.
+    The p-value is the probability that an honest node has at least this number of mismatches among n checked nonces.
     """
 
     n: int
@@ -80,14 +76,8 @@ def _finite(values: npt.ArrayLike, name: str) -> FloatArray:
 def auroc(positive: npt.ArrayLike, negative: npt.ArrayLike) -> float:
     """Return the probability that a positive scores above a negative, a tie counting one half.
 
-    Equals the area under the ROC curve, computed from the negatives below each positive (Mann and Whitney 1947).
-
-    Args:
-        positive: Scores of the positive class, [P].
-        negative: Scores of the negative class, [N].
-
-    Raises:
-        UsageError: A side is empty or holds a non-finite score.
+    Equals the area under the ROC curve, from the negatives [N] below each positive [P] (Mann and Whitney 1947).
+    A UsageError refuses a side that is empty or holds a non-finite score.
     """
     positive_P, negative_N = _finite(positive, "positive scores"), _finite(negative, "negative scores")
     ordered_N = np.sort(negative_N)
@@ -158,12 +148,8 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
     groups, a bootstrap holds the truth in half of the cases (tests/stats/test_rates.py). For a single group the
     interval is (0, 1).
 
-    Args:
-        shares: Shares in [0, 1], such as that of a pair's audits that accuse, or marks that are 0 or 1, [N].
-        groups: Group label of every share.
-
-    Raises:
-        UsageError: Labels and shares differ in number, or a share is outside [0, 1].
+    The shares [N] are in [0, 1], such as that of a pair's audits that accuse, or marks that are 0 or 1. A UsageError
+    refuses others, and labels that differ from them in number.
     """
     share_N = np.asarray(shares, dtype=np.float64)
     outside = np.count_nonzero(~((share_N >= 0) & (share_N <= 1)))

@@ -97,14 +97,13 @@ class Result:
 class SequentialResult(Result):
     """All numbers behind the verdict of a `SequentialTest`.
 
+    ``alpha``, ``beta`` and ``effect`` are those of the test.
+
     Args:
         weakest: Name of the cheat that the evidence for honesty is weakest against.
         share_excluded: Share of cheaply computed nonces that an honest verdict excludes; None if n is too small.
         gross: Number of residuals above ``gross_threshold``.
         gross_threshold: Residual that honest noise exceeds once in ten thousand.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which is to be excluded, or a larger one, is called honest.
-        effect: Smallest factor that counts as another computation.
     """
 
     weakest: str
@@ -148,13 +147,12 @@ class SequentialTest:
         widest: npt.ArrayLike | None = None,
     ) -> None:
         check_rates(alpha, beta, effect)
-        if law.junk_multiple <= effect:
-            seen = f"honest noise only {law.junk_multiple:.3g} times smaller than invented values"
+        if (junk := law.junk_multiple) <= effect:
+            seen = f"honest noise only {junk:.3g} times smaller than invented values"
             do = "calibrate on closer hardware, or lower effect"
             raise UsageError(seen, wanted=f"more than effect = {effect:g} times", do=do)
         self.law, self.spread = law, spread or Spread()
         self.alpha, self.beta, self.effect = alpha, beta, effect
-        junk = law.junk_multiple
         self._multiples_M = grid_of_multiples(effect, junk, [CHEAP] if effect < CHEAP < junk else [])
         self._cheap = int(np.argmin(np.abs(self._multiples_M - CHEAP)))
         self._whole_2M = self._share_2M = np.array([[np.inf], [0.0]])  # logarithms of caps, and of prices
@@ -167,8 +165,8 @@ class SequentialTest:
         count = self._multiples_M.size
         weight_K = np.repeat(_SHARE_WEIGHTS / count, count)
         self._log_scale_J, self._log_cheat_K = np.log(weight_J), np.log(weight_K)
+        # Number of paths of honest noise: E is Σ exp over those of the bets, over Σ exp over these.
         self.honest_paths: int = honest_H.size
-        """Number of paths of honest noise. E is Σ exp over those of the bets, over Σ exp over these."""
         bets_JK = self._log_scale_J[:, None] + self._log_cheat_K
         self.excluding: int = self._scales_J.size * len(SHARES)
         """Number of paths of cheats that an honest verdict excludes, by the ratios of the law; they stand last."""
@@ -261,7 +259,8 @@ class SequentialTest:
     @property
     def result(self) -> SequentialResult:
         """The verdict with every number it rests on."""
-        share, over_P = share_excluded(self._n, self.beta), self.honest_over().tolist()
+        known = (share for share, times in EXCLUDED if self._n * math.log1p(-share) <= times * math.log(self.beta))
+        share, over_P = next(known, None), self.honest_over().tolist()
         evidence = {f"{self.effect:g} times the honest noise": over_P[-1]}
         if share is not None:
             name = f"{share:.0%} of the nonces at {self._multiples_M[self._cheap]:.3g} times the honest noise"
@@ -288,8 +287,3 @@ def _mixed(share_NM: FloatArray, whole_NM: FloatArray) -> FloatArray:
     shares_P1 = np.array(SHARES)[:-1, None]
     mixed_NPM = np.log1p(shares_P1 * np.expm1(np.minimum(share_NM, LARGEST_LOG))[:, None, :])
     return np.concatenate([mixed_NPM, whole_NM[:, None, :]], axis=1)
-
-
-def share_excluded(n: int, beta: float) -> float | None:
-    """Return the share of cheaply computed nonces that an honest verdict on n excludes; None if n is too small."""
-    return next((share for share, times in EXCLUDED if n * math.log1p(-share) <= times * math.log(beta)), None)

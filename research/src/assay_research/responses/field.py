@@ -287,7 +287,7 @@ class Ours:
 
     def looks(self, one: Replayed) -> Looks:
         """Return what a response adds to the sums of both tests at the end of every block of 32 tokens."""
-        ends = one.blocks.ends
+        ends = np.cumsum(one.blocks.sizes).tolist()
         tokens, sketched = self.tests
         parts = [tokens.paths(one.profiles, ends), sketched.paths(one.residuals, range(1, len(ends) + 1))]
         return Looks(np.concatenate(parts, axis=1), np.array(ends), ends[-1])

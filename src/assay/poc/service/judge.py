@@ -64,8 +64,9 @@ class HonestNoise:
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
     """Refuse a calibration of another model than is deployed: its noise would be too wide or too narrow."""
-    if calibration is not None and deployment.digest not in calibration.digests:
-        measured = ", ".join(digest[:12] for digest in calibration.digests if digest) or "that it does not name"
+    digests = [deployment.digest] if calibration is None else [build.digest for build in calibration.builds]
+    if deployment.digest not in digests:
+        measured = ", ".join(digest[:12] for digest in digests if digest) or "that it does not name"
         wanted = f"one of {deployment.reference} ({deployment.digest[:12]})"
         do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
         raise CalibrationError(f"a calibration of a checkpoint {measured}", wanted=wanted, do=do)

@@ -16,12 +16,13 @@ Legend of shapes: M machines, N nonces.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
@@ -34,7 +35,7 @@ from assay.poc.protocol.blocks import block_scale
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.proof import STRICT, Fingerprint, Header, Proof, Record
+from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.judge import compare, residuals
 from assay.poc.verdict.noise import (
@@ -52,7 +53,7 @@ from assay.poc.verdict.noise import (
     pack_scores,
     sequential_test,
 )
-from assay.stats.noise import Spread
+from assay.stats.noise import Spread, Strict
 
 Pair = tuple[int, int]
 
@@ -71,24 +72,15 @@ _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the noise between machines.
+    """Sizes of the noise between machines."""
 
-    Args:
-        pairs: Median residual by pair (i, j) with i < j; pairs with median 0 are left out.
-        kinds: Kind of every machine, such as its GPU; empty where it is unknown.
-    """
-
-    pairs: Mapping[Pair, float]
-    kinds: tuple[str, ...] = ()
+    pairs: Mapping[Pair, float]  # median residual by pair (i, j) with i < j; pairs with median 0 are left out
+    kinds: tuple[str, ...] = ()  # of every machine, such as its GPU; empty where it is unknown
 
     @property
     def typical(self) -> float:
         """Median size over all pairs."""
         return float(np.median(list(self.pairs.values())))
-
-    def without(self, machine: int) -> "Sizes":
-        """Return the sizes of the pairs that a machine is not in."""
-        return Sizes({pair: size for pair, size in self.pairs.items() if machine not in pair}, self.kinds)
 
     def predict(self, kind: str, validator: int | None = None) -> float:
         """Return the size to expect of a new machine of a kind against a validator's machine, or against any."""
@@ -112,36 +104,27 @@ class Sizes:
         """Return ln(size / predicted) of every machine as if it were new, against every other machine."""
         found = []
         for i, kind in enumerate(self.kinds):
-            rest = self.without(i)
+            rest = replace(self, pairs={pair: size for pair, size in self.pairs.items() if i not in pair})
             measured = {sum(pair) - i: size for pair, size in self.pairs.items() if i in pair and rest.pairs}
             found += [math.log(size / rest.predict(kind, j)) for j, size in sorted(measured.items())]
         return np.array(found)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class LeftOut(Strict):
     """How often honest machines were accused that were left out of the measurement.
 
-    Args:
-        accused: Share of audits that accuse.
-        low: Lower end of its 95 % interval over machines (:func:`assay.stats.grouped_share_interval`).
-        high: Upper end of that interval. It is at least that of as many machines without an accusation, because few
-            machines do not show that all others are like them.
-        worst: Largest share of one pair of machines.
-        pairs: Number of ordered pairs.
-        audits: Number of audits of each pair.
-        checked: Number of nonces of an audit.
+    The upper end of the interval is at least that of as many machines without an accusation, because few machines do
+    not show that all others are like them.
     """
 
-    __pydantic_config__: ClassVar = STRICT
-
-    accused: float
-    low: float
+    accused: float  # share of audits that accuse
+    low: float  # lower end of its 95 % interval over machines (`assay.stats.grouped_share_interval`)
     high: float
-    worst: float
-    pairs: int
-    audits: int
-    checked: int
+    worst: float  # largest share of one pair of machines
+    pairs: int  # number of ordered pairs
+    audits: int  # of each pair
+    checked: int  # nonces of an audit
 
     @property
     def holds(self) -> bool:
@@ -157,7 +140,7 @@ def _check_name(text: str) -> str:
 
 def _read_pairs(values: Any) -> Sizes:
     """Read sizes; the kinds of the machines stand elsewhere in the file."""
-    sizes = TypeAdapter(list[tuple[Index, Index, Size]], config=STRICT).validate_json(dumps(values))
+    sizes = TypeAdapter(list[tuple[Index, Index, Size]], config=Strict.__pydantic_config__).validate_json(dumps(values))
     if not sizes or any(i >= j for i, j, _ in sizes):
         raise ValueError("sizes that are not of pairs of machines")
     return Sizes({(i, j): size for i, j, size in sizes})
@@ -169,7 +152,7 @@ Size = Annotated[float, Field(ge=1e-30, le=1e3)]  # far beyond what residuals of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Machine(Strict):
     """A machine that was measured.
 
     Args:
@@ -177,8 +160,6 @@ class Machine:
         kind: Kind of machine, such as its GPU; empty where it is unknown.
         fingerprint: Description of its engine; None for vectors that were published without one.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     name: Annotated[Name, Field(min_length=1)]
     kind: Name
@@ -188,7 +169,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineNoise:
+class MachineNoise(Strict):
     """Noise of one build, fitted to pairs of machines.
 
     Args:
@@ -196,9 +177,8 @@ class MachineNoise:
         sizes: Median residual by pair (i, j) of machines with i < j, and the kinds of the machines.
         spread: Spread of ln size of a machine that was not measured.
         known: Spread of a pair that was measured: the error of its size.
-        scores: Honest residuals of all pairs, each over the size of its pair, which price the bets of a test, as
-            :func:`pack_scores` writes them; empty in files of earlier releases.
-        widest: Those of the pair whose shape is the widest.
+        scores: Honest residuals of all pairs, each over the size of its pair; empty in files of earlier releases.
+        widest: Those of the pair whose shape is the widest; both are as in :class:`Noise`.
     """
 
     law: ReadLaw
@@ -220,33 +200,19 @@ class BuildNoise(MachineNoise):
     A field of the fingerprint in which all measured machines agree belongs to the build, and a proof must agree in it
     too. A field in which they differ belongs to the machine and may have any value, but the number format must be that
     of a measured machine. Two machines do not show how machines differ, so with two only these are judged.
-
-    Args:
-        output: Family of noise that was compared: :attr:`assay.poc.Pipeline.noise`.
-        preset: Preset of the proofs.
-        digest: SHA-256 of the tensors of the checkpoint; None for vectors without a model.
-        machines: Machines that were measured.
-        n: Nonces of the pair that has the fewest in common.
-        hidden_size: Hidden size of the model where the law is relative to the block's own scale; 0 where it is not.
-        effect: Smallest multiple of the noise that counts as another computation; the usual one when None.
-        left_out: How often honest machines were accused that the law does not know; None with fewer than three.
-        effective_dimension: Effective dimension of the states, from which the widths of blocks follow; None where it
-            was not measured.
-        control: Other computations of every nonce, by which the residuals are scores; None without one.
     """
 
-    __pydantic_config__: ClassVar = STRICT
-
-    output: str
-    preset: str
-    digest: str | None
+    output: str  # family of noise that was compared: :attr:`assay.poc.Pipeline.noise`
+    preset: str  # of the proofs
+    digest: str | None  # SHA-256 of the tensors of the checkpoint; None for vectors without a model
     machines: Annotated[tuple[Machine, ...], Field(min_length=2, max_length=4096)]
-    n: Annotated[int, Field(ge=MIN_NONCES)]
-    hidden_size: Annotated[int, Field(ge=0, le=2**20)] = 0
-    effect: Annotated[float, Field(gt=1, lt=100)] | None = None
-    left_out: LeftOut | None = None
+    n: Annotated[int, Field(ge=MIN_NONCES)]  # nonces of the pair that has the fewest in common
+    hidden_size: Annotated[int, Field(ge=0, le=2**20)] = 0  # where the law is relative to the scale of a block; else 0
+    effect: Annotated[float, Field(gt=1, lt=100)] | None = None  # as in `Noise`
+    left_out: LeftOut | None = None  # None with fewer than three machines
+    # Effective dimension of the states, from which the widths of blocks follow; None where it was not measured.
     effective_dimension: Annotated[float, Field(ge=1, le=2**20)] | None = None
-    control: Control | None = None
+    control: Control | None = None  # other computations of every nonce, by which the residuals are scores
 
     @property
     def engines(self) -> list[Fingerprint]:
@@ -299,11 +265,10 @@ class BuildNoise(MachineNoise):
     def check_engine(self, engine: Fingerprint, than: str) -> None:
         """Refuse an engine of another build; the error names the fields that differ from the nearest measured one."""
         wanted, measured = engine.as_dict(), [known.as_dict() for known in self.engines]
-        of_machine: set[str] = set()
-        if len(measured) >= FEWEST_MACHINES:
-            of_machine = {name for name in wanted if len({str(one[name]) for one in measured}) > 1} - _MEASURED
+        varied = {name for name in wanted if len({str(one[name]) for one in measured}) > 1} - _MEASURED
+        of_build = wanted.keys() - (varied if len(measured) >= FEWEST_MACHINES else ())
         differing = [
-            {name: value for name, value in one.items() if value != wanted[name] and name not in of_machine}
+            {name: value for name, value in one.items() if value != wanted[name] and name in of_build}
             for one in measured
         ]
         _refuse_difference(min(differing, key=len, default={}), wanted, than)
@@ -320,7 +285,9 @@ class BuildNoise(MachineNoise):
 
         The block of ``round`` scales a law that is relative to it.
         """
-        row = self._row(validator)
+        same = [validator is not None and one.fingerprint == validator for one in self.machines]
+        alike = [validator is not None and one.kind == _kind(validator) for one in self.machines]
+        row = next((found.index(True) for found in (same, alike) if any(found)), None)
         measured = row is not None and len(self.machines) < FEWEST_MACHINES
         spread = self.known if measured else self.spread
         law = self.predict_law(kind, row)
@@ -328,13 +295,6 @@ class BuildNoise(MachineNoise):
         if self.hidden_size and round is not None:
             return noise.scaled(block_scale(round, self.hidden_size))
         return noise
-
-    def _row(self, engine: Fingerprint | None) -> int | None:
-        if engine is None:
-            return None
-        same = [i for i, machine in enumerate(self.machines) if machine.fingerprint == engine]
-        alike = [i for i, machine in enumerate(self.machines) if machine.kind == _kind(engine)]
-        return next(iter(same + alike), None)
 
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
@@ -382,20 +342,17 @@ class Calibration:
         With ``controls``, number formats, it is a law of scores. A CalibrationError names what differs where no build
         is of the proof's model, preset and engine, or has this control.
         """
-        dtypes = sorted((header.fingerprint.dtype, validator.dtype)) if validator is not None else None
-
-        def order(build: BuildNoise) -> tuple[bool, bool]:
-            return dtypes is not None and dtypes not in build.formats, header.fingerprint not in build.engines
-
         own = None if validator is None else validator.dtype
+        dtypes = None if own is None else sorted((header.fingerprint.dtype, own))
         fitting = [one for one in self.builds if bool(one.control) == bool(controls) and one.has_control(controls, own)]
         if not fitting:
             formats = f"{own} and again in {' and '.join(controls)}"
             seen = f"a calibration without a law of nonces that are computed in {formats}"
             do = "leave the control out, or measure one in these formats: `assay poc calibrate --model M`"
             raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
+        fitting.sort(key=lambda one: (dtypes not in one.formats, header.fingerprint not in one.engines))
         reasons = []
-        for build in sorted(fitting, key=order):
+        for build in fitting:
             try:
                 build.check_header(header)
                 return build
@@ -427,15 +384,9 @@ class Calibration:
 
         Where one was not, a prover that may state any format chooses the law that judges it.
         """
-        wanted = (header.digest, header.pipeline.name)
-        plain = [build for build in self.builds if build.control is None]
-        builds = [build.engines for build in plain if (build.digest, build.preset) == wanted]
-        return all(not known or header.fingerprint.dtype in {one.dtype for one in known} for known in builds)
-
-    @property
-    def digests(self) -> tuple[str | None, ...]:
-        """SHA-256 of the checkpoints of the builds."""
-        return tuple(build.digest for build in self.builds)
+        plain = [one for one in self.builds if one.control is None]
+        builds = [one for one in plain if (one.digest, one.preset) == (header.digest, header.pipeline.name)]
+        return all(header.fingerprint.dtype in {known.dtype for known in one.engines} for one in builds if one.engines)
 
     def merged(self, other: "Calibration") -> "Calibration":
         """Return a calibration with the builds of both; for a build that is in both, this one's measurement counts."""
@@ -666,23 +617,19 @@ def calibrate(
 
 def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
     """Return the proofs of the same round by pair of machines, which are engines, and their fingerprints."""
-    fingerprints: list[Fingerprint] = []
-    rows: list[int] = []
-    taken: set[tuple[int, Round]] = set()
+    machines: dict[tuple[Fingerprint, int], int] = {}
+    rows, taken = list[int](), Counter[tuple[Fingerprint, Round]]()
     for proof in proofs:
         # Two proofs of one round are of two machines, even if their engines are described alike.
-        alike = (i for i, known in enumerate(fingerprints) if known == proof.header.fingerprint)
-        row = next((i for i in alike if (i, proof.round) not in taken), len(fingerprints))
-        if row == len(fingerprints):
-            fingerprints.append(proof.header.fingerprint)
-        rows.append(row)
-        taken.add((row, proof.round))
+        engine = proof.header.fingerprint
+        rows.append(machines.setdefault((engine, taken[engine, proof.round]), len(machines)))
+        taken[engine, proof.round] += 1
     found: dict[Pair, list[tuple[Proof, Proof]]] = {}
     for a, b in combinations(range(len(proofs)), 2):
         if proofs[a].round == proofs[b].round:
             (i, one), (j, other) = sorted([(rows[a], proofs[a]), (rows[b], proofs[b])], key=lambda pair: pair[0])
             found.setdefault((i, j), []).append((one, other))
-    return found, fingerprints
+    return found, [engine for engine, _ in machines]
 
 
 def _in_common(*proofs: Proof) -> list[list[Record]]:
@@ -710,8 +657,7 @@ def _sides_of(
                     received, *own = _in_common(node, validator, *(again[one] for one in wanted))
                     parts.append([side / scales[node.round] for side in compare(received, own)])
             if sum(node_EN.shape[1] for node_EN, _ in parts) >= MIN_NONCES:
-                node_EN, between_PN = (np.hstack(side) for side in zip(*parts, strict=True))
-                found[pair] = node_EN, between_PN
+                found[pair] = np.hstack([node_EN for node_EN, _ in parts]), np.hstack([own_PN for _, own_PN in parts])
     return found
 
 
@@ -723,11 +669,10 @@ def _fit_scores(
 ) -> Iterator[BuildNoise]:
     """Yield a law of scores for each two number formats, of nodes and of validators, for which a control is a gain."""
     if not found or len(controls) > 2:
-        raise UsageError(
-            f"controls in {' and '.join(controls)}, for {'too many formats' if found else 'no machine'}",
-            wanted=f"one or two, in which a device that validates has {MIN_NONCES} nonces of another machine's round",
-            do="prove these rounds again in these formats, on a machine that validates",
-        )
+        seen = f"controls in {' and '.join(controls)}, for {'too many formats' if found else 'no machine'}"
+        wanted = f"one or two, in which a device that validates has {MIN_NONCES} nonces of another machine's round"
+        do = "prove these rounds again in these formats, on a machine that validates"
+        raise UsageError(seen, wanted=wanted, do=do)
     for formats in product(dict.fromkeys(engine.dtype for engine in engines), repeat=2):
         chosen: dict[Pair, Sides] = {}
         for pair, sides in found.items():
@@ -755,35 +700,22 @@ def fit_build(
     machines: tuple[Machine, ...],
     pipeline: Pipeline,
     *,
-    digest: str | None,
-    hidden_size: int = 0,
-    effective_dimension: float | None = None,
-    control: Control | None = None,
     progress: Progress | None = None,
+    **known: Any,
 ) -> BuildNoise:
     """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of each block.
 
-    With a ``control``, ``measured`` has the scores that it gives. Other arguments are fields of :class:`BuildNoise`.
+    With a ``control``, ``measured`` has the scores that it gives. What is ``known`` are fields of :class:`BuildNoise`:
+    ``digest``, ``hidden_size``, ``effective_dimension`` and ``control``.
     """
-    between = PAIR_SPREAD if pipeline.output != "distance" else SCALED_SPREAD if hidden_size else BLOCK_SPREAD
-    n = min(errors.size for errors in measured.values())
+    of_distances = SCALED_SPREAD if known.get("hidden_size") else BLOCK_SPREAD
+    between = of_distances if pipeline.output == "distance" else PAIR_SPREAD
     fit = partial(fit_noise, pipeline)
     kinds = [machine.kind for machine in machines]
     effect, left_out = leave_out(measured, kinds, fit, between_blocks=between, progress=progress)
-    noise = fit_machines(measured, kinds, fit, between_blocks=between)
-    return BuildNoise(
-        output=pipeline.noise,
-        preset=pipeline.name,
-        digest=digest,
-        machines=machines,
-        **vars(noise),
-        n=n,
-        hidden_size=hidden_size,
-        effect=effect,
-        left_out=left_out,
-        effective_dimension=effective_dimension,
-        control=control,
-    )
+    known |= vars(fit_machines(measured, kinds, fit, between_blocks=between))
+    known |= {"output": pipeline.noise, "preset": pipeline.name, "n": min(map(np.size, measured.values()))}
+    return BuildNoise(machines=machines, effect=effect, left_out=left_out, **known)
 
 
 def fit_machines(
@@ -831,7 +763,6 @@ def leave_out(
     kinds: Sequence[str],
     fit: Fit,
     *,
-    effects: Sequence[float] = EFFECTS,
     audits: int = AUDITS,
     between_blocks: float = PAIR_SPREAD,
     progress: Progress | None = None,
@@ -840,13 +771,13 @@ def leave_out(
 
     Every machine is left out once. Its audits against every other machine draw nonces without replacement, and are
     judged by the law that the other machines give. If no effect is large enough, the last one is returned. With fewer
-    than three machines both values are None. ``audits`` is the number of every ordered pair; ``effects`` ascend. The
-    other arguments are those of :func:`fit_machines`.
+    than three machines both values are None. ``audits`` is the number of every ordered pair, and the other arguments
+    are those of :func:`fit_machines`.
     """
     if len(kinds) < FEWEST_MACHINES:
         return None, None
     checked = min(AUDITED, *(errors_N.size for errors_N in residuals.values()))
-    for effect in effects:
+    for effect in EFFECTS:
         rng, shares, left = np.random.default_rng(0), list[float](), list[int]()
         for machine in range(len(kinds)):
             rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}

@@ -224,12 +224,9 @@ def judge_residuals(
     aside. The others are judged as always, and if they accuse, the verdict is fraud. If a dependence on the place is
     only suspected, large residuals at the suspected places are not yet called fraud.
 
-    Args:
-        errors_N: Residuals in the order in which they were checked; NaN for a missing value.
-        noise: Honest noise.
-        test: Fresh test that takes the residuals.
-        positions: Index of every nonce in the prover's own sequence; the places are not tested when None.
-        batch_size: Batch size that the prover states.
+    The residuals [N], NaN for a missing value, come in the order in which they were checked, and ``test`` is a fresh
+    one. ``positions`` are the indices of the nonces in the prover's own sequence, in batches of the ``batch_size`` that
+    it states; the places are not tested when None.
     """
     at_N = np.arange(len(errors_N)) if positions is None else np.asarray(positions)
     places = stats.place_test(errors_N, at_N, batch_size=batch_size, honest_size=noise.size)

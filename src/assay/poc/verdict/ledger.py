@@ -13,12 +13,12 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -48,6 +48,7 @@ LIVES = 1024  # accounts kept in memory; others are rebuilt from their entries w
 MAGIC = b"SQLite format 3\0"
 CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
 CLOCK = 60.0  # seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes it
+FLAG = {False: "--ledger", True: "ledger"}  # what errors call the file: commands that only read it have no flag
 _NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
 _EXACT = ("audits", "recorded", "n", "tests", "share")
 
@@ -332,11 +333,11 @@ class AccountState:
         return entry.model_copy(update={"outcome": outcome, "fault": found.faulty_places})
 
 
-class Ledger:
+class Ledger(AbstractContextManager["Ledger"]):
     """The evidence of every audit of every node, one e-process per account, on disk before anything is acknowledged.
 
     Several processes may write to one file. A nonce counts once per account and round: of a proof that is checked
-    twice, the nonces that were checked before are recorded and do not count.
+    twice, the nonces that were checked before are recorded and do not count. docs/ledger.md shows it in use.
 
     Args:
         path: File of the ledger. It is created if it does not exist.
@@ -348,20 +349,6 @@ class Ledger:
     Raises:
         UsageError: The file is no ledger, or was begun at other error rates.
         StorageError: The file cannot be read or written.
-
-    Example:
-        >>> import assay
-        >>> from assay.poc import Round
-        >>> model = assay.load_model("reference:qwen3", device="cpu")
-        >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
-        >>> proof = assay.poc.prove(model, round, range(32))
-        >>> with assay.poc.verdict.Ledger("ledger.sqlite3") as ledger:
-        ...     for _ in range(2):
-        ...         verdict = assay.poc.verify(proof, model, expect=round)
-        ...         standing = ledger.record(verdict, proof=proof.footer.sha256)
-        ...         print(standing.verdict, standing.audits, standing.recorded, standing.evidence.n)
-        honest 1 32 32
-        honest 2 64 32
     """
 
     def __init__(
@@ -370,7 +357,7 @@ class Ledger:
         self.path = Path(path)
         self._find_change = f"find what was changed: assay poc ledger audit {path}"
         check_ledger(self.path, read_only=read_only)
-        self._db = _open(self.path, read_only=read_only, flag=_flag(read_only=read_only))
+        self._db = _open(self.path, read_only=read_only, flag=FLAG[read_only])
         self._appending = threading.Lock()
         self._states: OrderedDict[int, AccountState] = OrderedDict()
         try:
@@ -431,12 +418,9 @@ class Ledger:
     def record(self, verdict: Verdict, *, proof: str | None = None, build: str | None = None) -> Standing:
         """Add the evidence of a verdict, and return what the life of the node says now; errors are :meth:`append`'s.
 
-        Args:
-            verdict: Verdict on a sample of a proof.
-            proof: SHA-256 of the proof: that of its footer.
-            build: Name of the prover's build. When None, that of the pinned build of its fingerprint, or the number
-                format where none is pinned: anything else in a fingerprint is the prover's word, and a new word must
-                not begin a new life.
+        ``proof`` is the SHA-256 in the footer of the proof, and ``build`` the name of the prover's build. When None, it
+        is that of the pinned build of its fingerprint, or the number format where none is pinned: anything else in a
+        fingerprint is the prover's word, and a new word must not begin a new life.
         """
         header, noise = verdict.header, verdict.noise
         if noise is None:
@@ -494,7 +478,10 @@ class Ledger:
         state = self._state(connection, account)
         count, previous = self._head(connection)
         law = _insert_law(connection, dumps(update.noise.as_dict()))
-        excluded = find_repeated(update.nonces, _nonces(connection, account, update.round))
+        each = sa.func.json_each(UPDATES.c.entry, "$.nonces").table_valued("value")
+        same = (UPDATES.c.account == account) & (UPDATES.c.round == update.round)
+        seen = sa.select(each.c.value).select_from(UPDATES.join(each, sa.true())).where(same)
+        excluded = find_repeated(update.nonces, set(connection.execute(seen).scalars()))
         place = {"seq": count + 1, "previous": previous, "time": time.time()}
         entry = make_entry(update, law=law, excluded=excluded, fault=None, outcome=Evidence(), **place)
         # The noise is read back from the law, as an audit reads it.
@@ -566,13 +553,8 @@ class Ledger:
     def export(self, path: str | Path, *, overwrite: bool = False) -> tuple[int, str]:
         """Write everything that an audit elsewhere needs as JSON Lines; return the head.
 
-        Args:
-            path: File to write.
-            overwrite: Whether a file of that name may be replaced.
-
-        Raises:
-            UsageError: The file exists and ``overwrite`` is not set.
-            StorageError: It cannot be written.
+        A UsageError refuses a file that exists where ``overwrite`` is not set. A file that cannot be written is a
+        StorageError.
         """
         with PartialFile(Path(path), overwrite=overwrite) as out, self._db.read() as connection:
             out.restart()
@@ -586,9 +568,6 @@ class Ledger:
         """Close the file."""
         self._db.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -600,24 +579,16 @@ def check_ledger(path: Path, *, alpha: float | None = None, beta: float | None =
         UsageError: The file is no ledger, was begun at other error rates, or does not exist and is only to be read.
         StorageError: It cannot be read, or is no SQLite file, or a table of the ledger is missing.
     """
-    regular = path.is_file()  # SQLite waits without end for a pipe
-    found = tables(path, flag=_flag(read_only=read_only)) if regular else set()
+    regular, flag = path.is_file(), FLAG[read_only]  # SQLite waits without end for a pipe
+    found = tables(path, flag=flag) if regular else set()
     if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
         do = "pass its path" if read_only else "name such a file with --ledger, or one that is not there yet"
         raise UsageError(f"no ledger at {path}", wanted="a file that `assay poc verify --ledger` began", do=do)
     if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
         # Anything may stand in its place, such as a view without an end.
-        raise damaged(path, f"the table {min(missing)} is missing", flag=_flag(read_only=read_only))
+        raise damaged(path, f"the table {min(missing)} is missing", flag=flag)
     if LEDGER.name in found and (alpha, beta) != (None, None):
         Ledger(path, alpha=alpha, beta=beta).close()
-
-
-def _nonces(connection: sa.Connection, account: int, round: str) -> set[int]:
-    """Return the nonces of a round that an account has entries of."""
-    each = sa.func.json_each(UPDATES.c.entry, "$.nonces").table_valued("value")
-    same = (UPDATES.c.account == account) & (UPDATES.c.round == round)
-    query = sa.select(each.c.value).select_from(UPDATES.join(each, sa.true())).where(same)
-    return set(connection.execute(query).scalars())
 
 
 def find_repeated(nonces: Sequence[int], seen: Collection[int]) -> list[tuple[int, str]]:
@@ -628,11 +599,6 @@ def find_repeated(nonces: Sequence[int], seen: Collection[int]) -> list[tuple[in
             found.append((place, REPEATED))
         before.add(nonce)
     return found
-
-
-def _flag(*, read_only: bool) -> str:
-    """Return what errors call the file: commands that only read a ledger have no flag for it."""
-    return "ledger" if read_only else "--ledger"
 
 
 @dataclass(frozen=True)
@@ -685,9 +651,7 @@ def open_source(path: Path) -> Iterator[Source]:
 def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
     """Audit a ledger or an export of one, which stays as it is: every hash, every place and every verdict.
 
-    Args:
-        path: File of the ledger, or export.
-        head: Hash of the head that was published once; entries up to it must still be there.
+    ``head`` is the hash of a head that was published once; entries up to it must still be there.
 
     Raises:
         UsageError: The head cannot be one.

@@ -211,11 +211,9 @@ class Life:
         if not running or running[-1].n >= EPOCH:
             weight = error_share(len(self.tests) + 1)
             rates = {"alpha": self.alpha * weight, "beta": self.beta * weight}
-            if isinstance(noise, ResponseNoise):
-                made = LifeTest(ResponseTest(noise, **rates), math.log(weight), law)
-            else:
-                made = LifeTest(sequential_test(noise, **rates), math.log(weight), law, size=noise.size)
-            made.begins = len(self._pool)
+            test = ResponseTest(noise, **rates) if isinstance(noise, ResponseNoise) else sequential_test(noise, **rates)
+            size = 0.0 if isinstance(noise, ResponseNoise) else noise.size
+            made = LifeTest(test, math.log(weight), law, size, begins=len(self._pool))
             self.tests.append(made)
             running[1:] = [made]
         return running
@@ -365,53 +363,28 @@ class Account:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The result of one audit, to be added to a ledger.
-
-    Args:
-        account: Account of the node.
-        round: Identity of the round, by :func:`round_identity`; a nonce counts once in it.
-        block_hash: Block of the round.
-        noise: Honest noise that the residuals are judged under, chosen without looking at them.
-        nonces: Nonces that were checked; the blocks of 32 tokens of a response.
-        residuals: Residual of each nonce, NaN or an infinity for a missing value; the distances of the sketches of a
-            response.
-        profiles: Profiles of the tokens of a response, by :attr:`ResponseBlocks.text`; None without tokens.
-        proof: SHA-256 of the proof; None for evidence that is no proof.
-        sample_seed: Number that drew the nonces; None where they were not drawn by one.
-        positions: Index of each nonce in the node's own sequence; its number when None.
-        batch_size: Batch size that the node states.
-        name: Name of the update. A second update of that name changes nothing, so a sender may repeat it safely.
-    """
+    """The result of one audit, to be added to a ledger; of a response, the nonces are its blocks of 32 tokens."""
 
     account: Account
-    round: str
+    round: str  # identity of the round, by `round_identity`; a nonce counts once in it
     block_hash: str
-    noise: AnyNoise
-    nonces: Sequence[int]
-    residuals: Sequence[float]
-    profiles: str | None = None
-    proof: str | None = None
-    sample_seed: int | None = None
-    positions: Sequence[int] | None = None
-    batch_size: int | None = None
-    name: str | None = None
+    noise: AnyNoise  # that the residuals are judged under, chosen without looking at them
+    nonces: Sequence[int]  # those that were checked
+    residuals: Sequence[float]  # of each nonce, or distance of its sketch; NaN or an infinity for a missing value
+    profiles: str | None = None  # of the tokens of a response, by `ResponseBlocks.text`; None without tokens
+    proof: str | None = None  # SHA-256 of the proof; None for evidence that is no proof
+    sample_seed: int | None = None  # number that drew the nonces; None where they were not drawn by one
+    positions: Sequence[int] | None = None  # index of each nonce in the node's own sequence; its number when None
+    batch_size: int | None = None  # that the node states
+    name: str | None = None  # a second update of this name changes nothing, so a sender may repeat it safely
 
 
 class Genesis(_Model):
-    """The beginning of a ledger, whose hash its first entry names.
-
-    Args:
-        kind: Kind of file.
-        version: Version of the form.
-        id: Random digits that tell ledgers apart.
-        created: Time at which the ledger was begun, in seconds.
-        alpha: Bound on the chance that an honest node is ever accused.
-        beta: Bound on the chance that a cheater is called honest.
-    """
+    """The beginning of a ledger, whose hash its first entry names: when it was created, in seconds, and its rates."""
 
     kind: Literal["assay.poc.ledger"] = "assay.poc.ledger"
     version: Literal[1] = 1
-    id: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
+    id: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]  # random digits that tell ledgers apart
     created: Annotated[float, Field(ge=0)]
     alpha: Chance
     beta: Chance
@@ -482,25 +455,15 @@ class Entry(_Model):
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What a ledger says of an account.
-
-    Args:
-        account: Account.
-        evidence: Evidence after its last entry.
-        audits: Number of its entries.
-        recorded: Number of nonces in them, those that do not count included.
-        begun: Time of its first entry, in seconds.
-        last: Time of its last entry, in seconds.
-        fault: Places of the batch at which the residuals of its last audits together are large; None without any.
-    """
+    """What a ledger says of an account."""
 
     account: Account
-    evidence: Evidence
-    audits: int
-    recorded: int
-    begun: float
-    last: float
-    fault: str | None
+    evidence: Evidence  # after its last entry
+    audits: int  # number of its entries
+    recorded: int  # nonces in them, those that do not count included
+    begun: float  # time of its first entry, in seconds
+    last: float  # time of its last entry
+    fault: str | None  # places of the batch at which the residuals of its last audits together are large
 
     @property
     def verdict(self) -> Verdict:
@@ -515,8 +478,7 @@ class Standing:
 
 def round_identity(round: Round) -> str:
     """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one computation."""
-    names = ("block_hash", "preset", "seq_len", "strength")
-    return sha256(dumps({name: getattr(round, name) for name in names}))
+    return sha256(dumps({name: getattr(round, name) for name in ("block_hash", "preset", "seq_len", "strength")}))
 
 
 def response_identity(seed_text: str) -> str:

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,7 @@ from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.stats.noise import STRICT, Spread, fit_log_noise, fit_scale_noise
+from assay.stats.noise import Spread, Strict, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
 from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
 
@@ -110,27 +109,18 @@ _Typical = tuple[Annotated[float, Field(ge=1e-12, le=2.0)], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control:
+class Control(Strict):
     """One or two more honest computations of every nonce, which say how hard the nonce is for any machine.
 
     A residual counts as a *score*: the geometric mean of the node's residuals from all of the validator's computations,
     over that of those between these computations to a power, each in units of what is typical.
-
-    Args:
-        of: Number format of the validator's first computation.
-        dtypes: Number formats of the others.
-        usual: Typical residual of an honest node from each computation, the first one first.
-        sizes: Typical residual between each two of them, in the order of `itertools.combinations`.
-        power: Slope of the logarithm of the one mean on that of the other, among honest machines.
     """
 
-    __pydantic_config__: ClassVar = STRICT
-
-    of: _Format
-    dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]
-    usual: _Typical
-    sizes: _Typical
-    power: Annotated[float, Field(gt=0, le=1)]
+    of: _Format  # number format of the validator's first computation
+    dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]  # those of the others
+    usual: _Typical  # residual of an honest node from each computation, the first one first
+    sizes: _Typical  # residual between each two of them, in the order of `itertools.combinations`
+    power: Annotated[float, Field(gt=0, le=1)]  # slope of ln of the one mean on that of the other, if honest
 
     def __post_init__(self) -> None:
         count = len(self.dtypes) + 1
@@ -175,7 +165,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Strict):
     """The honest law, its source, and what an honest verdict must exclude.
 
     Args:
@@ -188,8 +178,6 @@ class Noise:
         widest: Those of the pair of machines whose shape is the widest, which price the bets on a share.
         control: Other computations of each nonce, by which residuals are scores; None without one.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     law: ReadLaw
     source: str = ""
@@ -314,30 +302,21 @@ def plan_sample(test: stats.SequentialTest | None, proved: int, sample: int | No
     """Return how many nonces a verifier recomputes, and the power that this has.
 
     The power is the chance that the test accuses a node that computes a tenth of its nonces at 5 × the honest noise. It
-    is simulated under the law itself, with fixed seeds; its standard error is at most 3 points.
-
-    Args:
-        test: Fresh test; without one there is no power, and the least number is enough.
-        proved: Number of nonces of the proof.
-        sample: Number that is asked for. When None, the first of :data:`SAMPLES` with a power of 95 %, else the last.
+    is simulated under the law itself, with fixed seeds; its standard error is at most 3 points. Where no ``sample`` is
+    asked for, it is the first of :data:`SAMPLES` with a power of 95 %, else the last, and at most the nonces that were
+    ``proved``. Without a fresh test there is no power, and the least number is enough.
     """
     if test is None:
         return min(SAMPLES[0], proved) if sample is None else sample, None
-    power_C = _power(test, min(LARGEST_SAMPLE, proved) if sample is None else sample)
+    rng, law = np.random.default_rng(0), test.law
+    shape = _TRIALS, min(LARGEST_SAMPLE, proved) if sample is None else sample
+    grid = np.geomspace(law.size * 1e-4, law.size * 1e6, _GRID)
+    honest_RC = np.interp(rng.random(shape), 1 - law.survival(grid), grid)
+    cheap_RC = rng.random(shape) < EXCLUDED[0][0]
+    power_C = test.accusations(np.where(cheap_RC, CHEAP * honest_RC, honest_RC)).mean(axis=0)
     enough = (count for count in SAMPLES if count <= power_C.size and power_C[count - 1] >= WANTED_POWER)
     size = next(enough, power_C.size) if sample is None else sample
     return size, float(power_C[size - 1])
-
-
-def _power(test: stats.SequentialTest, checked: int) -> FloatArray:
-    """Return the chance of an accusation after each of the checked nonces, [C]."""
-    rng, law = np.random.default_rng(0), test.law
-    low, high = (law.size * factor for factor in (1e-4, 1e6))
-    grid = np.geomspace(low, high, _GRID)
-    honest_RC = np.interp(rng.random((_TRIALS, checked)), 1 - law.survival(grid), grid)
-    cheap_RC = rng.random((_TRIALS, checked)) < EXCLUDED[0][0]
-    sizes_RC = np.where(cheap_RC, CHEAP * honest_RC, honest_RC)
-    return np.asarray(test.accusations(sizes_RC).mean(axis=0))
 
 
 @cache
@@ -351,17 +330,11 @@ RESPONSE_TEST = 1  # version of the test of responses: its cheats, their weights
 
 @dataclass(frozen=True, eq=False)
 class ResponseBlocks:
-    """The evidence of a response in blocks of 32 tokens, which the ledger calls its nonces.
+    """The evidence of a response in blocks of 32 tokens, which the ledger calls its nonces."""
 
-    Args:
-        distances: L2 distance of the sketch of every block, [B]; NaN where there is no sketch.
-        profiles: Profiles of the tokens of all blocks, [N, G]; without a row where tokens say nothing.
-        sizes: Number of the tokens of every block.
-    """
-
-    distances: FloatArray
-    profiles: FloatArray
-    sizes: tuple[int, ...]
+    distances: FloatArray  # L2 distance of the sketch of every block, [B]; NaN where there is no sketch
+    profiles: FloatArray  # of the tokens of all blocks, [N, G]; without a row where tokens say nothing
+    sizes: tuple[int, ...]  # number of the tokens of every block
 
     @classmethod
     def whole(cls, distances: npt.ArrayLike, profiles_NG: npt.ArrayLike) -> Self:
@@ -392,11 +365,6 @@ class ResponseBlocks:
         """The profiles as base64 of little-endian float16; None without tokens."""
         return base64.b64encode(self.profiles.astype("<f2").tobytes()).decode() if len(self.profiles) else None
 
-    @property
-    def ends(self) -> list[int]:
-        """Number of tokens up to the end of every block."""
-        return list(accumulate(self.sizes))
-
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -414,17 +382,8 @@ def _read_part_law(values: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartNoise:
-    """Honest noise of the tokens or of the sketches of responses.
-
-    Args:
-        law: Law of one value.
-        spread: Law of the scale of a machine over that of ``law``.
-        between: Spread of ln scale between the responses of one machine.
-        effect: Smallest multiple of the noise that an honest verdict excludes.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
+class PartNoise(Strict):
+    """Honest noise of the tokens or of the sketches of responses: arguments of :class:`assay.stats.ClusterTest`."""
 
     law: Annotated[stats.TokenNoise | stats.LogNoise, PlainValidator(_read_part_law)]
     spread: ReadSpread
@@ -439,16 +398,8 @@ class PartNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResponseNoise:
-    """Honest noise of responses.
-
-    Args:
-        tokens: Noise of claimed tokens, in units of the logits.
-        sketches: Noise of sketches, as L2 distances.
-        source: Where it comes from, in words.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
+class ResponseNoise(Strict):
+    """Honest noise of claimed tokens, in units of the logits, and of sketches, as L2 distances; its source in words."""
 
     tokens: PartNoise
     sketches: PartNoise
@@ -476,13 +427,7 @@ class ResponseNoise:
 
 @dataclass(frozen=True, slots=True)
 class ResponseResult(Result):
-    """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches.
-
-    Args:
-        responses: Number of responses.
-        tokens: Numbers of the test of tokens.
-        sketches: Numbers of the test of sketches.
-    """
+    """All numbers behind a verdict on responses, by the average of the e-values of tokens and sketches."""
 
     responses: int
     tokens: ClusterResult
@@ -506,7 +451,7 @@ class ResponseTest:
         """Take the evidence of one response."""
         if len(response):
             seen = np.isfinite(response.distances)
-            tokens_B = self.tokens.take(response.profiles, response.ends)
+            tokens_B = self.tokens.take(response.profiles, np.cumsum(response.sizes).tolist())
             sketches_B = self.sketches.take(response.distances[seen], np.cumsum(seen).tolist())
             logs_B = np.logaddexp(tokens_B, sketches_B) - math.log(2)
             self._log_e = float(logs_B[-1])
