@@ -279,11 +279,14 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
 
     Exit code 0 pass, 1 fail, 2 undecided or bad input.
     """
+    from assay.vhack.pairs.pairs import check_apart, read_pool
+
+    hack, clean = (read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
+    check_apart(hack, clean)  # before torch is imported
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed"}))
-    hack, clean = (checks.read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
     basis = Basis.load(chosen.basis)
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
