@@ -319,7 +319,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if first.suffix != ".json" and first.is_file():  # before torch
+    if (more or first.suffix != ".json") and first.is_file():  # before torch
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
             raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
