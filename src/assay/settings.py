@@ -9,16 +9,21 @@ generated from it::
 """
 
 import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from ctypes.util import find_library
 from dataclasses import dataclass
 from difflib import get_close_matches
+from glob import glob
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from assay.errors import UsageError
+from assay.errors import BackendUnavailable, UsageError
 
 NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
 """Formats in eight or four bits that the weights of a model may have: as they are stored, or rounded to ``float8``."""
@@ -85,7 +90,24 @@ def device_name(name: str | None) -> str | None:
     return name
 
 
-DEVICE_NAME = re.compile("cpu(:0)?|cuda(:[0-9]+)?")
+def check_device(name: str, count: int | None = None) -> None:
+    """Refuse a CUDA device that is not among so many; without a count, one where torch could find none."""
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= (count if count is not None else 0 if _has_no_cuda() else sys.maxsize):
+        seen = f"device {name}, and torch finds {count or 0} CUDA devices here"
+        do = "use --device cpu, or install a torch with CUDA on a machine that has one"
+        raise BackendUnavailable(seen, wanted="a device that is there", do=do)
+
+
+def _has_no_cuda() -> bool:
+    """Return whether torch is built for CPUs, or there is neither device nor driver; False where only torch knows."""
+    with suppress(PackageNotFoundError):
+        if version("torch").endswith("+cpu"):
+            return True
+    return not any(map(glob, ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd"))) and not find_library("cuda")
+
+
+DEVICE_NAME = re.compile("cpu(:0)?|cuda(:[0-9]{1,4})?")
 Device = Annotated[
     str | None,
     AfterValidator(device_name),

@@ -88,6 +88,7 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
     proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
     flags = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 200, "--ledger", ledger)
     monkeypatch.setattr("assay.models.load.digest_tensors", None)  # weights are read
+    monkeypatch.setattr("assay.poc.launch.check_installed", str)
     for engine in ("hf", "vllm"):
         said = refused("poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine)
         assert "a proof of 200 positions\n  wanted: at most the 128 of" in said

@@ -83,7 +83,7 @@ def test_an_option_beats_a_variable_and_that_beats_the_file(sample):
     assert json.loads(sample(config='model = "file"').out)["model"] == "file"
     assert json.loads(sample(config='model = "file"', ASSAY_MODEL="variable").out)["model"] == "variable"
     assert json.loads(sample("--model", "option", config='model = "file"').out)["model"] == "option"
-    assert json.loads(sample(ASSAY_DEVICE="cuda").out)["device"] == "cuda"
+    assert json.loads(sample(ASSAY_DEVICE="cpu:0").out)["device"] == "cpu:0"
 
 
 @pytest.mark.parametrize(

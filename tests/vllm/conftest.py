@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from assay.poc import Round
-from assay.poc.vllm import compatibility
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "research" / folder) for folder in ("benchmarks", "src")]
@@ -77,7 +76,7 @@ def forked_engines(quiet_vllm: None) -> Iterator[None]:
 @pytest.fixture
 def with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with AVX-512 for the checks of checkpoints, whatever this machine has."""
-    monkeypatch.setattr(compatibility, "processor", lambda device: "x86_64 AVX512")
+    monkeypatch.setattr("assay.models.device.processor", lambda device: "x86_64 AVX512")
 
 
 @pytest.fixture(scope="session")

@@ -218,7 +218,7 @@ def test_stored_formats_are_taken_where_they_were_run(config, words: str | None)
 )
 def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
     check_config_says(config, None)
-    monkeypatch.setattr(compatibility, "processor", lambda device: "x86_64 AVX2")
+    monkeypatch.setattr("assay.models.device.processor", lambda device: "x86_64 AVX2")
     check_config_says(config, f"vLLM with {what} on x86_64 AVX2")
     config.device_config.device_type = "cuda"
     check_config_says(config, None)

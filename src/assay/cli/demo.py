@@ -180,7 +180,9 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
 
     Proves and verifies real compute, catches four cheaters, flags cheating completions, and writes an HTML report.
     """
-    from assay.files.storage import write_atomic
+    from assay.files.storage import check_folder, write_atomic
+
+    check_folder(chosen.output)
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 
 from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
 from assay.files.references import check_reference
-from assay.settings import NEAR, Settings, Spelling, words_of
+from assay.settings import NEAR, Settings, Spelling, check_device, words_of
 
 EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc experiment``."""
@@ -202,10 +202,14 @@ class Command(click.Command):
             kind(**{name: value for name, value in values.items() if self.settings[name].kind is kind})
             for kind in self.kinds
         ]
+        if "device" in values:
+            check_device(values["device"])
         options = {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
         try:
             for name in (name for name in values if self.settings[name].flag.file):
                 check_new_file(values[name], overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)))
+                if "overwrite" not in self.settings and Path(values[name]).exists():
+                    _say(f"{values[name]} exists, and is replaced ({self.settings[name].spelling})")
             for setting in self.settings.values():
                 setting.check_files(getattr(made[self.kinds.index(setting.kind)], setting.name))
             ctx.exit(self.function(*made, **options) or 0)

@@ -1,6 +1,7 @@
 """``assay poc ledger``: what the audits of a node's whole life say, and whether the file that says it is intact."""
 
 from collections import deque
+from collections.abc import Collection
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite
 from assay.cli.output import emit_json, show_values, table
 from assay.cli.poc import poc
-from assay.errors import visible
+from assay.errors import UsageError, visible
 from assay.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
         wanted = (one for one in opened.standings() if chosen.public_key in (None, one.account.public_key))
         found = list(islice(wanted, chosen.limit))
         listed = [] if chosen.public_key is None else found
+        if chosen.public_key is not None and not found:
+            raise no_such_key(chosen.public_key, {one.account.public_key for one in islice(opened.standings(), 10)})
         audits = {one.account: [*deque(opened.entries(one.account), chosen.limit)] for one in listed}
     if as_json:
         accounts = [one.as_dict() for one in found]
@@ -112,6 +115,13 @@ def export(chosen: ExportSettings, as_json: bool) -> None:
         count, head = opened.export(chosen.output, overwrite=chosen.overwrite)
     values = {"path": str(chosen.output), "entries": count, "head": head}
     show_values("assay.poc.ledger.export/1", values, as_json)
+
+
+def no_such_key(key: str, known: Collection[str]) -> UsageError:
+    """Return the refusal of a key without audits, which names keys that have some."""
+    wanted = f"a key with audits, such as {', '.join(sorted(map(_cut, known)))}" if known else "a ledger with audits"
+    do = "correct --public-key, or leave it out to list all accounts"
+    return UsageError(f"--public-key {key:.80}, of which there is no audit", wanted=wanted, do=do)
 
 
 def names_of(account: "Account") -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """``assay poc``: prove, verify, calibrate, and the pins file that says what a network agreed on."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -139,7 +140,7 @@ class CalibrateSettings(Settings):
         None, description="Model to measure on this machine; with proofs, their model."
     )
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset that --model is measured with.")
-    seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce of --model.")
+    seq_len: Annotated[int, "POSITIONS"] = Field(256, ge=1, description="Positions of a nonce of --model.")
     pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
@@ -231,7 +232,7 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
 
     names = {"block_hash", "public_key", "preset", "seq_len", "strength", "r_target", "node_id", "node_count"}
     given = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
-    with progress_bar("verifying") as progress:
+    with noting_new(chosen.ledger), progress_bar("verifying") as progress:
         auditor = Auditor(**auditor_values(chosen), frame=chosen.frame, control=chosen.control, progress=progress)
         found = auditor.audit_proof(chosen.proof, given=given, positions=chosen.nonces)
     if as_json:
@@ -260,6 +261,15 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     counts = {"coordinates": len(made.mean), "tokens": made.rows - len(made.left_out), "left_out": len(made.left_out)}
     values = {"path": str(chosen.output), "model": model.reference, "digest": made.digest, "sha256": made.sha256}
     show_values("assay.poc.frame/1", values | counts, as_json)
+
+
+@contextmanager
+def noting_new(ledger: Path | None) -> Iterator[None]:
+    """Say of a ledger that it was begun: a mistyped path would begin a life again."""
+    is_new = ledger is not None and not ledger.exists()
+    yield
+    if is_new:
+        click.echo(f"new ledger {ledger}", err=True)
 
 
 def auditor_values(chosen: Settings) -> dict[str, Any]:
@@ -368,15 +378,17 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     which checkpoint ran on which engine. They hold no host name, no path, no prompt, and no key of yours.
     """
     from assay import poc
+    from assay.files.storage import check_folder
     from assay.poc.launch import Proving, open_prover
 
     poc.Round(block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len)
     if poc.get_pipeline(chosen.preset).steps:
         seen, do = f"preset {chosen.preset}, whose tokens part after the first that differs", "choose another preset"
         raise UsageError(seen, wanted="one whose values are compared nonce by nonce", do=do)
-    chosen.output.mkdir(parents=True, exist_ok=True)
     how = Proving(**chosen.model_dump(exclude={"output", "blocks", "nonces"}))
+    check_folder(chosen.output)
     with open_prover(how) as (model, engine), progress_bar("proving", "blocks") as progress:
+        chosen.output.mkdir(parents=True, exist_ok=True)
         shape: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "model": model.digest}
         for number in range(1, chosen.blocks + 1):
             round = poc.Round(block_hash=f"{COLLECTED}-{number}", public_key=COLLECTED, **shape)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, OUTPUT, RECEIPTS, AuditSettings, EngineName, ModelName, NumberFormat, Overwrite
 from assay.cli.output import emit_document, progress_bar, show_values, table
-from assay.cli.poc import auditor_values, life_rows, poc
+from assay.cli.poc import auditor_values, life_rows, noting_new, poc
 from assay.settings import Device, Flag, Settings
 
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
@@ -135,7 +135,7 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
     from assay.poc.audit import Auditor
     from assay.poc.protocol.pins import Pins
 
-    with progress_bar("replaying", "responses") as progress:
+    with noting_new(chosen.ledger), progress_bar("replaying", "responses") as progress:
         auditor = Auditor(**auditor_values(chosen), progress=progress)
         found = auditor.audit_receipts(
             chosen.receipts,
@@ -183,15 +183,17 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     from assay.poc.audit import requests_of
     from assay.poc.launch import Launch, open_prefill
     from assay.poc.responses.calibration import check_enough_tokens, check_one_checkpoint
-    from assay.poc.responses.replaying import check_adapter, check_runnable
 
-    files = [responses.Receipts.load(path) for path in chosen.receipts]
-    for read in files:
-        check_adapter(read, None)
+    files = [responses.Receipts.load(path) for path in chosen.receipts]  # first what needs no torch
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
-    asked = requests_of(chosen.requests, chosen.model)
     how = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device"}))
+    how.check_engine()
+    from assay.poc.responses.replaying import check_adapter, check_runnable
+
+    for read in files:
+        check_adapter(read, None)
+    asked = requests_of(chosen.requests, chosen.model)
     with (
         open_prefill(how, files, batch_size=chosen.batch_size) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,

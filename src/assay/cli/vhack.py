@@ -279,11 +279,14 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
 
     Exit code 0 pass, 1 fail, 2 undecided or bad input.
     """
+    from assay.vhack.pairs.pairs import check_apart, read_pool
+
+    hack, clean = (read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
+    check_apart(hack, clean)  # before torch is imported
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed"}))
-    hack, clean = (checks.read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
     basis = Basis.load(chosen.basis)
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
@@ -316,7 +319,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if first.suffix != ".json" and first.is_file():  # before torch
+    if (more or first.suffix != ".json") and first.is_file():  # before torch
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
             raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")

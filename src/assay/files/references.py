@@ -19,19 +19,16 @@ CATALOGUE: dict[str, dict[str, Any]] = {row["reference"]: row for row in _LISTED
 BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
 
-_HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?![.-])[\w.-]+(/[\w.-]+)?")
 
 
 def check_reference(reference: str) -> None:
     """Refuse a reference that leads to no model, as far as the catalogue and the directory show it."""
     if is_bundled(reference):
         check_bundled(reference)
-    elif (
-        (path := find_path(reference)) is not None
-        and path.is_dir()
-        and not any(path.glob("*.[gG][gG][uU][fF]"))
-        and not (path / "adapter_config.json").is_file()
-    ):
+    elif (path := find_path(reference)) is None:
+        check_hub_id(reference)
+    elif path.is_dir() and not any(path.glob("*.[gG][gG][uU][fF]")) and not (path / "adapter_config.json").is_file():
         check_config(path / "config.json")
 
 

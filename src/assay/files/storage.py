@@ -95,6 +95,8 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
 
 def check_folder(path: Path, *, new: bool = False) -> None:
     """Refuse a path at which there is no directory but something else, or one that must be ``new`` and holds files."""
+    if file := next((one for one in path.parents if one.exists() and not one.is_dir()), None):
+        raise UsageError(f"{path}, of which {file} is a file", wanted="a directory", do="choose another")
     if path.exists() and not (path.is_dir() and not (new and any(path.iterdir()))):
         wanted, do = ("a new or empty directory", ", or --overwrite") if new else ("a directory", "")
         raise UsageError(f"{path}, which exists", wanted=wanted, do=f"choose another{do}")

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import UsageError
 from assay.memory import kept_bytes
-from assay.settings import DEVICE_NAME
+from assay.settings import DEVICE_NAME, check_device
 
 
 def parse_device(name: str | None) -> torch.device:
@@ -27,10 +27,7 @@ def parse_device(name: str | None) -> torch.device:
     kind, _, index = name.partition(":")
     if not DEVICE_NAME.fullmatch(name):
         raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        seen = f"device={name!r}, and torch sees {torch.cuda.device_count()} CUDA devices"
-        do = "use --device cpu, or install a torch with CUDA on a machine that has one"
-        raise BackendUnavailable(seen, wanted="a device that is there", do=do)
+    check_device(name, torch.cuda.device_count())
     return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 

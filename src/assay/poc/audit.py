@@ -136,6 +136,7 @@ class Auditor(Launch):
         seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
         sample = sample_receipts(read, self.sample, seed)
         ReceiptPins.of_network(self._network, given or Pins(), read.header, evidence=evidence).check(read)
+        self.check_engine()
         from assay.poc.responses.adapters import load_adapter
         from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from assay.errors import ProofMismatch, UsageError
 from assay.models.frame import Frame
 from assay.poc.protocol.pins import of_weights
-from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline, runs_on_vllm, unsupported
 from assay.poc.protocol.proof import Header
 from assay.poc.protocol.round import check_batch_size
 from assay.poc.responses.receipts import Receipts
 from assay.poc.verdict.calibration import Calibration
+from assay.poc.vllm.compatibility import check_installed
 from assay.settings import NUMBER_FORMATS
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ class Launch:
         if self.engine == "hf":
             check_loadable(self.model, self.dtype or dtype, self.device)
 
+    def check_engine(self, pipeline: Pipeline | None = None) -> None:
+        """Refuse vLLM for a pipeline that it does not run, or where it cannot start, before torch is imported."""
+        if self.engine == "vllm":
+            _refuse_for_vllm(None, self.device, pipeline)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proving(Launch):
@@ -115,7 +121,7 @@ class Proving(Launch):
             wanted = "no --kernels or --deterministic, a batch size in numbers, and a dtype"
             do = f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options"
             raise UsageError(f"{given[0]} with --engine vllm", wanted=wanted, do=do)
-        _refuse_for_vllm(None, pipeline)
+        self.check_engine(pipeline)
 
 
 @contextmanager
@@ -152,12 +158,12 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
         CalibrationError: The calibration was measured with another kind of engine.
         AssayError: As of :func:`open_judge`.
     """
-    from assay.models.load import model_info
-
-    dtype = of_weights(header.fingerprint.dtype)
     if calibration is not None:
         calibration.check_kind(header, chosen.engine)
-    chosen.check_loadable(dtype)
+    chosen.check_engine(header.pipeline)
+    chosen.check_loadable(of_weights(header.fingerprint.dtype))
+    from assay.models.load import model_info
+
     info, positions = model_info(chosen.model), header.round.seq_len + header.pipeline.steps
     if positions > info.max_positions:
         wanted = f"at most the {info.max_positions} of {info.reference}"
@@ -184,7 +190,7 @@ def open_judge(
         yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
     stored = dtype in NUMBER_FORMATS  # which vLLM reads of the checkpoint, and cannot be told
-    _refuse_for_vllm(None if stored else dtype, header.pipeline)
+    chosen.check_engine(header.pipeline)
     from assay.poc.verifier import judging_batch
 
     size = judging_batch(header, engine="vllm", calibration=calibration)
@@ -217,9 +223,9 @@ def open_prefill(
         loaded = load(chosen.model, dtype, chosen.device)
         yield loaded, HFPrefill(loaded, batch_size=batch_size)
         return
+    _refuse_for_vllm(dtype, chosen.device)
     from assay.poc.vllm.engine import VLLMPrefill, refuse_adapter
 
-    _refuse_for_vllm(dtype)
     if adapter is not None:
         raise refuse_adapter()
     options, headers = _prepare_vllm(chosen.device), [read.header for read in files]
@@ -264,14 +270,9 @@ def vllm_engine(
 
 
 def _prepare_vllm(device: str | None) -> dict[str, Any]:
-    """Refuse a device, send what vLLM says to stderr, because stdout is for results, and return the options."""
-    if device is not None:
-        wanted = "no --device: a build of vLLM is for one kind of device"
-        raise UsageError(f"--device {device} with vllm", wanted=wanted, do="leave it out")
+    """Send what vLLM says to stderr, because stdout is for results, and return its options."""
+    _refuse_for_vllm(None, device)
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from assay.poc.vllm.compatibility import check_installed
-
-    check_installed()
     return vllm_options(os.environ.get(ARGUMENTS, ""))
 
 
@@ -303,12 +304,13 @@ def vllm_options(text: str) -> dict[str, Any]:
     return options
 
 
-def _refuse_for_vllm(dtype: str | None, pipeline: Pipeline | None = None) -> None:
-    """Refuse an eight-bit number format, which vLLM is not given, and a pipeline that it does not run."""
-    from assay.poc.engines.base import unsupported
-    from assay.poc.vllm.engine import supports_pipeline
-
-    if pipeline is not None and not supports_pipeline(pipeline):
-        raise unsupported(pipeline, "vllm", supports_pipeline)
+def _refuse_for_vllm(dtype: str | None, device: str | None, pipeline: Pipeline | None = None) -> None:
+    """Refuse what vLLM is not given or does not run, and a vLLM that is not there or was not tested."""
+    if pipeline is not None and not runs_on_vllm(pipeline):
+        raise unsupported(pipeline, "vllm", runs_on_vllm)
     if dtype in NUMBER_FORMATS:
         raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
+    if device is not None:
+        wanted = "no --device: a build of vLLM is for one kind of device"
+        raise UsageError(f"--device {device} with vllm", wanted=wanted, do="leave it out")
+    check_installed()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from assay.errors import BackendUnavailable
+from assay.settings import check_device
 from assay.streams import definition
 from assay.streams.backends import Backend, tiles, torch_dtype
 from assay.streams.definition import UInts
@@ -35,10 +35,7 @@ class TorchBackend(Backend):
         super().__init__(device)
         self._tile = _TILE[torch.device(device).type]
         count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-        if device != "cpu" and (torch.device(device).index or 0) >= count:
-            seen = f"device {device}, with {count} CUDA devices on this machine"
-            do = "use device cpu, or run assay doctor to see what torch finds"
-            raise BackendUnavailable(seen, wanted="a CUDA device of that number that torch can use", do=do)
+        check_device(device, count)
 
     def _generate(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
         if kind == "permutations":

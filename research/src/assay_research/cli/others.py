@@ -144,10 +144,13 @@ def run_merge(chosen: MergeSettings, as_json: bool) -> int:
     validators saw the same proofs. Which ledgers are merged, and when, must not depend on what they say. "decided by"
     names the ledgers that say so alone, "rests on" those without any one of which the verdict would be another.
     """
-    from assay.cli.ledger import names_of
+    from assay.cli.ledger import names_of, no_such_key
     from assay_research.ledger_merge import merge_ledgers
 
     merged = merge_ledgers(list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta, liars=chosen.liars)
+    known = {one.account.public_key for one in merged}
+    if chosen.public_key is not None and chosen.public_key not in known:
+        raise no_such_key(chosen.public_key, sorted(known)[:10])
     merged = [one for one in merged if chosen.public_key in (None, one.account.public_key)]
     if as_json:
         emit_json("assay.poc.ledger.merge/1", {"accounts": [one.as_dict() for one in merged]})

@@ -9,7 +9,7 @@ Legend of shapes: B nonces of a batch, T positions, P positions of a prompt, N t
 sketches, K length of a vector or sketch.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
-from assay.errors import UsageError
 from assay.models.frame import Frame
-from assay.poc.protocol.pipelines import PIPELINES, Pipeline
+from assay.poc.protocol.pipelines import Pipeline, unsupported
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
 from assay.streams.backends import as_tensor
@@ -92,13 +91,6 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
     """Refuse a pipeline with a step that an engine cannot take; a UsageError names the presets that it supports."""
     if not engine.supports(pipeline):
         raise unsupported(pipeline, engine.fingerprint.engine, engine.supports)
-
-
-def unsupported(pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]) -> UsageError:
-    """Return the refusal of a pipeline on an engine of that name, which names the presets that it supports."""
-    supported = [name for name, known in PIPELINES.items() if supports(known)]
-    wanted, do = f"one of {', '.join(supported)}", "choose one of them with --preset, or use --engine hf in one process"
-    return UsageError(f"preset {pipeline.name} on the {engine} engine", wanted=wanted, do=do)
 
 
 def noise_inputs(

@@ -11,6 +11,7 @@ and the one row whose nonces take more than one forward pass.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -263,6 +264,21 @@ def find_pipeline(name: str) -> Pipeline | None:
         return PIPELINES.get(name)
     row = PIPELINES["decode"]
     return replace(row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps)
+
+
+def runs_on_vllm(pipeline: Pipeline) -> bool:
+    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
+
+    vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
+    """
+    return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
+
+
+def unsupported(pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]) -> UsageError:
+    """Return the refusal of a pipeline on an engine of that name, which names the presets that it supports."""
+    supported = [name for name, known in PIPELINES.items() if supports(known)]
+    wanted, do = f"one of {', '.join(supported)}", "choose one of them with --preset, or use --engine hf in one process"
+    return UsageError(f"preset {pipeline.name} on the {engine} engine", wanted=wanted, do=do)
 
 
 def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:

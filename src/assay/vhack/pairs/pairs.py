@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -92,6 +93,50 @@ def chat_columns(record: JsonObject, sides: Sequence[str]) -> JsonObject:
         return found | {name: read_chat(record[name], is_answer=True) for name in answers}
     except AssayError as error:
         raise ValueError(f"{error.seen}; wanted: {error.wanted}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSample:
+    """A sample of a pool and its group."""
+
+    sample: Sample
+    group: str
+
+
+def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> list[PoolSample]:
+    """Return the samples of a pool file, or at most so many of them, drawn by the seed.
+
+    Raises:
+        DataError: The file cannot be read, holds no sample, or a line is not a sample; the message names the line.
+    """
+    found = []
+    for number, line in read_jsonl(path):
+        try:
+            record, why = chat_columns(line, ("completion",)), "not a sample"
+        except ValueError as error:
+            record, why = {}, str(error)
+        prompt, completion, group = record.get("prompt", ""), record.get("completion", ""), record.get("group")
+        texts = (prompt, completion) if group is None else (prompt, completion, group)
+        if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
+            wanted = '{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name'
+            raise DataError(f"{path}, line {number}: {why}", wanted=wanted, do="correct or remove the line")
+        said = prompt.json if isinstance(prompt, Chat) else prompt
+        known = group if group is not None else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
+        found.append(PoolSample(Sample(prompt, completion), known))
+    if not found:
+        raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
+    if most is None or most >= len(found):
+        return found
+    return [found[row] for row in sorted(random.Random(seed).sample(range(len(found)), most))]
+
+
+def check_apart(hack: Sequence[PoolSample], clean: Sequence[PoolSample]) -> None:
+    """Refuse pools that have a sample in common."""
+    if both := {one.sample for one in hack} & {one.sample for one in clean}:
+        prompt = min(text_of(one.prompt) for one in both)
+        seen = f"{len(both)} samples are in both pools, one of them of the prompt {prompt!r:.60}"
+        do = "remove them from the pool to which they do not belong"
+        raise DataError(seen, wanted="samples that cheat in one, and samples that do not in the other", do=do)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:

@@ -184,6 +184,8 @@ class TrainSettings(TaskSettings):
         _expect("tasks", self.tasks, enough, f"as many as the {self.prompts} prompts of a step")
         fits = teachers < self.group and (not self.teacher or teachers >= 1)
         _expect("teacher-share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
+        strange = [] if isinstance(self.tasks, str) else [one for one in only if one not in MODES[:-1]]
+        _expect("detector", self.detector, not strange, f"labels of some of {', '.join(MODES[:-1])}, joined by +")
         self.episodes(0)
 
     @property
