@@ -127,6 +127,7 @@ WITHOUT_TORCH = (
     "demo --model model -o text.txt",
     "poc serve --model model --data-dir text.txt/new",
     "vhack train --model model --detector labels=nope -o new",
+    "vhack train --model model --detector labels= -o new",
     f"{PROVE} -o a.jsonl --preset decode --kernels compiled",
     f"{PROVE} -o a.jsonl --preset tokens-1",
     VERIFY % "proof.jsonl" + " --sample 1000",

@@ -176,6 +176,7 @@ class TrainSettings(TaskSettings):
         known = (*DETECTORS, "labels")
         detector, _, only = self.flags_by
         good = detector in (None, *known) and (detector == "labels" or not only)
+        good = good and not (self.detector or "").removesuffix(":random").endswith("=")
         _expect("detector", self.detector, good, f"{', '.join(known)}, or one :random")
         rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
