@@ -17,11 +17,11 @@ from assay.pages.report import SERIES, Report, figure, legend
 from tests.poc.service.dashboard.browser import Watched, chromium
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-RUN = Path(__file__).parents[1] / "research" / "results" / "vhack_filter_seeds.json"
+RESULTS = Path(__file__).parents[1] / "research" / "results"
 ARMS = {
-    "none": "plain training",
-    "filter=cin-lda:random": "as many dropped at random",
-    "filter=cin-lda": "flagged rollouts dropped",
+    ("vhack_filter_seeds.json", "none"): "plain training",
+    ("vhack_filter_seeds.json", "filter=cin-lda:random"): "as many dropped at random",
+    ("vhack_filter_others.json", "penalty=cin-lda"): "flagged rollouts paid 1 less",
 }
 TOGETHER = 4  # steps whose mean is one point
 WIDTH = 720
@@ -41,10 +41,11 @@ def save_picture(taken: bytes, path: Path) -> None:
 
 def write_arms(path: Path) -> None:
     """Write a page with the share of rollouts that cheat over steps, by arm: mean and range of the seeds."""
-    arms, report = read_json(RUN)["arms"], Report("v_hack", "")
+    report = Report("v_hack", "")
     fig, ax = figure(6.8, 2.8)
-    for (name, label), color in zip(ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True):
-        runs = [[step["hack"] for step in one["steps"]] for one in arms[name]["seeds"].values()]
+    for ((file, name), label), color in zip(ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True):
+        seeds = read_json(RESULTS / file)["arms"][name]["seeds"]
+        runs = [[step["hack"] for step in one["steps"]] for one in seeds.values()]
         points = min(map(len, runs)) // TOGETHER  # runs had equal time, and the slowest has the fewest steps
         means = np.array([one[: points * TOGETHER] for one in runs]).reshape(len(runs), points, TOGETHER).mean(axis=2)
         steps = np.arange(points) * TOGETHER + (TOGETHER - 1) / 2
