@@ -101,7 +101,7 @@ def _stop(*_: object, **__: object) -> NoReturn:
 def _invoke(command: Command, context: Any) -> Any:
     """Take the place of ``Command.invoke``: make the settings of a command, and stop where it would read or work."""
     stopped = mock.patch.object(command, "function", functools.wraps(command.function)(_stop))
-    with stopped, mock.patch.object(Setting, "check_files"):
+    with stopped, mock.patch.object(Setting, "check_files"), mock.patch("assay.cli.framework.check_device"):
         return _INVOKE(command, context)
 
 
