@@ -23,7 +23,7 @@ def foreign(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("bundled", [True, False])
+@pytest.mark.parametrize("bundled", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monkeypatch, foreign, bundled):
     monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
     monkeypatch.setattr("assay.poc.verdict.noise.is_bundled", lambda digest: bundled)

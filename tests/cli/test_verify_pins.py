@@ -44,6 +44,7 @@ def test_what_the_prover_chose_is_named_and_never_code_0(name, verify, small_mod
     assert ", ".join(said["unpinned"]) == name.split(":")[0]
 
 
+@pytest.mark.slow
 def test_the_published_round_needs_block_and_key_alone(verify, reference_model, assay, tmp_path):
     proof = made(reference_model, range(7, 39), seq_len=256)
     path = tmp_path / "published.jsonl"
