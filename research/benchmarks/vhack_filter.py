@@ -16,8 +16,7 @@ most 0.02 in the mean over seeds and solves at least as much as no-loophole less
 failed with one seed); random flags and the partial monitor end above 0.5. At 120 M and on SmolLM2 the same for cin-lda.
 Partial exploit: every arm without renewal ends above 0.5, and with renewal after 5 steps above 0.05. Later, before
 their runs: cin-lda renewed after 20 steps hacks at most 0.03 in every seed at 7 M; penalty at most 0.02 on SmolLM2.
-Then, for held-out tasks at 7, 30 and 120 M and on SmolLM2: penalty hacks at most 0.02 in the mean, and solves at least
-as much as no-loophole less 0.05, after the same steps.
+On held-out tasks of all four, after equal steps: penalty hacks at most 0.02 in the mean, and solves at most 0.05 less.
 """
 
 import os
@@ -158,8 +157,7 @@ def main():
         if len(cells) == 1:
             if share := float(os.environ.get("GPU_SHARE", 0)):
                 torch.cuda.set_per_process_memory_fraction(min(1.0, 1.3 * share))
-            found = one(chosen, chosen.arms[0], Path(name))
-            return publish("vhack_filter", {**shown, "run": found}, chosen.output)
+            return publish("vhack_filter", {**shown, "run": one(chosen, chosen.arms[0], Path(name))}, chosen.output)
 
         def apart(index):
             arm, seed = cells[index]

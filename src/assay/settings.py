@@ -93,8 +93,12 @@ def device_name(name: str | None) -> str | None:
 def check_device(name: str, count: int | None = None) -> None:
     """Refuse a CUDA device that is not among so many; without a count, one where torch could find none."""
     kind, _, index = name.partition(":")
-    if kind == "cuda" and int(index or 0) >= (count if count is not None else 0 if _has_no_cuda() else sys.maxsize):
-        seen = f"device {name}, and torch finds {count or 0} CUDA devices here"
+    if kind != "cuda":
+        return
+    if count is None:
+        count = 0 if _has_no_cuda() else sys.maxsize
+    if int(index or 0) >= count:
+        seen = f"device {name}, and torch finds {count} CUDA devices here"
         do = "use --device cpu, or install a torch with CUDA on a machine that has one"
         raise BackendUnavailable(seen, wanted="a device that is there", do=do)
 

@@ -27,7 +27,8 @@ def parse_device(name: str | None) -> torch.device:
     kind, _, index = name.partition(":")
     if not DEVICE_NAME.fullmatch(name):
         raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
-    check_device(name, torch.cuda.device_count())
+    if kind == "cuda":
+        check_device(name, torch.cuda.device_count())
     return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 

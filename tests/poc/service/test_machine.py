@@ -136,5 +136,5 @@ class ServiceMachine(RuleBasedStateMachine):
 
 TestService = ServiceMachine.TestCase
 TestService.settings = settings(
-    max_examples=16, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

@@ -64,7 +64,9 @@ class HonestNoise:
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
     """Refuse a calibration of another model than is deployed: its noise would be too wide or too narrow."""
-    digests = [deployment.digest] if calibration is None else [build.digest for build in calibration.builds]
+    if calibration is None:
+        return
+    digests = [build.digest for build in calibration.builds]
     if deployment.digest not in digests:
         measured = ", ".join(digest[:12] for digest in digests if digest) or "that it does not name"
         wanted = f"one of {deployment.reference} ({deployment.digest[:12]})"
