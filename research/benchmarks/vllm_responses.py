@@ -7,14 +7,16 @@ the same load in turns, so that whatever else the machine does falls on both: to
 tokens of a stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
 transformers in float32 and bfloat16 and judged by the stated defaults.
 
-`chat` asks a chat model on the CPU build of vLLM by OpenAI's client. Servers without the plugin, with it, and with it
-beside a round get the same questions. The logits of 20 questions and their answers stand beside those of transformers,
-and so does every token at which answers differ. `assay poc replay` judges receipts under a law of others.
+`chat` asks a chat model by OpenAI's client, on the CPU build of vLLM or with `--gpu` on a GPU. Servers without the
+plugin, with it, and with it beside a round get the same questions. On a CPU the logits of 20 questions and their
+answers stand beside those of transformers, and so does every token at which answers differ. `assay poc replay` judges
+receipts under a law of others.
 
     python research/benchmarks/vllm_responses.py tokens --requests 200
     python research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
     python research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
     python research/benchmarks/vllm_responses.py chat --model DIRECTORY -o research/results/vllm_chat_cpu.json
+    python research/benchmarks/vllm_responses.py chat --gpu --settings default v1 --dtype bfloat16 --model DIRECTORY
     python research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
 """
 
@@ -264,6 +266,34 @@ def apart(wanted, found, tokenizer):
     }
 
 
+def beside_a_round(server, asked, at_once, alone):
+    """Return how many answers are the same with the plugin, and while it computes nonces."""
+    row = {"same_with_the_plugin": chatting.same(alone, chatting.tokens_of(server, asked, at_once))}
+    server.begin("beside")
+    before = server.wait_for(8)
+    row["same_beside_a_round"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
+    row["nonces_meanwhile"] = server.checked() - before
+    server.post("/stop").raise_for_status()
+    return row
+
+
+def chat_on_gpu(arguments, root):
+    """Return the same of a GPU, whose servers have one dtype, compiled layers and prompt embeddings, by setting."""
+    asked, figures = chatting.questions(arguments.requests), {}
+    at_once = 4 if arguments.dtype == "float32" else 1  # so that the batches of bfloat16 are equal
+    options = options_of(arguments) | COMPILED | {"--chat-template": False, "--enable-prompt-embeds": None}
+    for name in arguments.settings:
+        environment = SETTINGS[name][0]
+        plain = {"environment": environment | {"VLLM_PLUGINS": ""}, "options": PLAIN | options}
+        with Server(root / f"{name}-plain", **plain) as server:
+            alone, again = (chatting.tokens_of(server, asked, at_once) for _ in range(2))
+        row = figures[name] = {"at_once": at_once, "same_again": chatting.same(alone, again)}
+        with Server(root / name, environment=SEEDED | environment, options=options) as server:
+            row |= beside_a_round(server, asked, at_once, alone)
+        note(f"{name}: {json.dumps(row)}")
+    return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
+
+
 def chat(arguments, root):
     """Return the figures of all builds of a chat model, one server at a time."""
     asked, tokenizer = chatting.questions(arguments.requests), load_tokenizer(arguments.model)
@@ -290,12 +320,7 @@ def chat(arguments, root):
             with start(folder / way, environment=environment, options=options | more) as server:
                 row[f"same_{way}"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
         with start(folder / "plugin", environment=SEEDED, options=options) as server:
-            row["same_with_the_plugin"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
-            server.begin("beside")
-            before = server.wait_for(8)
-            row["same_beside_a_round"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
-            row["nonces_meanwhile"] = server.checked() - before
-            server.post("/stop").raise_for_status()
+            row |= beside_a_round(server, asked, at_once, alone)
             if "bfloat16" in build:
                 begin(server)
                 row["replay"] = chatting.judged(server, asked[: chatting.RECEIPTS], folder, arguments.model)
@@ -329,7 +354,7 @@ def main():
         elif arguments.part == "audits":
             figures |= audits(arguments, Path(folder))
         elif arguments.part == "chat":
-            figures |= chat(arguments, Path(folder))
+            figures |= (chat_on_gpu if arguments.gpu else chat)(arguments, Path(folder))
         else:
             figures |= {"at_once": arguments.at_once} | cost(arguments)
     publish(f"vllm_responses_{arguments.part}", figures, arguments.output)
