@@ -318,13 +318,7 @@ def make_adapter(config, folder):
                 weight = 0.3 * torch.randn(shape, generator=draw)
                 tensors[f"{place}.lora_{part}.weight"] = weight.to(torch.bfloat16)
     save_file(tensors, path / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "bias": "none",
-    }
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
     (path / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": list(LORA_TARGETS)}))
     return path
 

@@ -297,13 +297,7 @@ def caught_cheats(figure: str, *methods: str, mode: str = "sampled") -> None:
     print_table(("cheat", *methods), rows)
 
 
-_WORDS = {
-    "d_h": "d_h",
-    "d_s": "d_s",
-    "e_small": "effect at 7 M",
-    "e_large": "effect in the larger",
-    "lost": "lost",
-}
+_WORDS = {"d_h": "d_h", "d_s": "d_s", "e_small": "effect at 7 M", "e_large": "effect in the larger", "lost": "lost"}
 
 
 def _interval(mean: Mapping[str, Any]) -> str:

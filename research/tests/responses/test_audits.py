@@ -52,12 +52,7 @@ N, D, K = 64, 96, 5
 STATES = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
 LOGPROBS = -torch.rand(N, K, generator=torch.Generator().manual_seed(1)) - 0.1
 EXACT = Reply(
-    margins=np.zeros(N),
-    logprobs=LOGPROBS,
-    own_logprobs=LOGPROBS.double(),
-    states=STATES,
-    own_states=STATES,
-    sigma=0.1,
+    margins=np.zeros(N), logprobs=LOGPROBS, own_logprobs=LOGPROBS.double(), states=STATES, own_states=STATES, sigma=0.1
 )
 
 

@@ -324,11 +324,7 @@ class Field:
     def round(self, preset: str) -> Round:
         """Return the attacked round with a preset."""
         return Round(
-            block_hash=self.block_hash,
-            public_key="node_A",
-            model=self.reference,
-            preset=preset,
-            seq_len=self.seq_len,
+            block_hash=self.block_hash, public_key="node_A", model=self.reference, preset=preset, seq_len=self.seq_len
         )
 
     @cached_property

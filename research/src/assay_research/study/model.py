@@ -457,11 +457,7 @@ def pooled_hidden(model: StackedModel, batch: Batch, layer: int) -> Tensor:
 
 
 def policy_gradient(
-    model: StackedModel,
-    batch: Batch,
-    advantages_RPG: Tensor,
-    *,
-    divisor: int | None = None,
+    model: StackedModel, batch: Batch, advantages_RPG: Tensor, *, divisor: int | None = None
 ) -> list[Tensor]:
     """Return the gradient of the loss with respect to δS, per group [R, M, C] float32.
 

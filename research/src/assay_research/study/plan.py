@@ -216,11 +216,7 @@ class TaskPool:
     def _short(self, n: int, split: str, seed: int) -> list[Task]:
         """Return tasks whose prompt is short enough in every mode; the marker sets differ by a few tokens."""
         drawn = tasks(
-            n + n // 4 + 8,
-            seed=seed,
-            difficulty=self.settings.difficulty,
-            families=self.settings.families,
-            split=split,
+            n + n // 4 + 8, seed=seed, difficulty=self.settings.difficulty, families=self.settings.families, split=split
         )
         longest = self.settings.prompt_tokens
         found = [task for task in drawn if len(self.prompt(Episode(task, "exit_code"))) <= longest - 8][:n]
