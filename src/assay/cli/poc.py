@@ -12,6 +12,7 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
+    FILE,
     FOLDER,
     MODEL,
     OUTPUT,
@@ -141,7 +142,9 @@ class CalibrateSettings(Settings):
     )
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset that --model is measured with.")
     seq_len: Annotated[int, "POSITIONS"] = Field(256, ge=1, description="Positions of a nonce of --model.")
-    pins: Path | None = Field(None, description="Pins file to write beside the calibration of --model.")
+    pins: Annotated[Path | None, FILE] = Field(
+        None, description="Pins file to write beside the calibration of --model."
+    )
     frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
     merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
     valid_rate: Annotated[float | None, "SHARE"] = Field(None, gt=0, le=1, description="Wanted share of valid nonces.")
@@ -438,10 +441,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     import os
 
     from assay.models.frame import Frame
-    from assay.poc.protocol.pins import FORMATS
     from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import Calibration
+    from assay.poc.verdict.calibration import Calibration, check_extent
 
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
@@ -452,12 +454,12 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     _check_form(chosen, merging)
     framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
     merged = [*map(Calibration.load, chosen.merge)]
-    for name in (one for one in chosen.formats if one not in FORMATS):
-        raise UsageError(f"--formats {name}", wanted=f"some of {', '.join(FORMATS)}", do="correct --formats")
+    check_extent(chosen.blocks, chosen.nonces, chosen.formats)
     if framed and chosen.frame is not None and chosen.frame.exists():
         Frame.load(chosen.frame)
     if chosen.calibration is not None:
         Calibration.load(chosen.calibration)
+    measured = None if chosen.vectors is None else extension("poc calibrate --vectors")(chosen)
     from assay.poc.measurement import describe, measure, target_for
     from assay.poc.one_machine import calibrate_model
 
@@ -467,18 +469,15 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         return
     assert chosen.output is not None
     frame = chosen.frame
-    if chosen.vectors is not None:
-        measured = extension("poc calibrate --vectors")(chosen)
-    elif merging:
+    if merging:
         measured = merged.pop(0)
-    elif not chosen.proofs:
-        assert chosen.model is not None
+    elif chosen.model is not None and not chosen.proofs:
         if framed:
             frame = frame or chosen.output.with_suffix(".frame.safetensors")
         how = chosen.model_dump(include={"preset", "seq_len", "blocks", "nonces", "formats", "device"})
         with progress_bar("measuring") as progress:
             measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
-    else:
+    elif measured is None:
         with progress_bar("leaving out", "machines") as progress:
             measured = measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
     for one in merged:

@@ -14,6 +14,7 @@ from assay.settings import Device, Flag, Settings
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
 RequestFile = Annotated[Path | None, REQUESTS]
 NoiseFile = Annotated[Path | None, Flag(reads="assay.poc.responses.calibration:ResponseCalibration.load")]
+LoraFolder = Annotated[Path | None, Flag(reads="assay.poc.responses.receipts:digest_adapter")]
 Batch = Annotated[
     int, "RESPONSES", Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")
 ]
@@ -50,7 +51,7 @@ class ReplaySettings(AuditSettings):
     requests: RequestFile = Field(None, description="Requests that were sent; needed for exit code 0.")
     sample: Annotated[int | None, "RESPONSES"] = Field(None, description="Responses to replay; all by default.")
     evidence: Literal["both", "tokens", "sketches"] = Field("both", description="What receipts must have.")
-    lora: Path | None = Field(None, description="Directory of the LoRA adapter of receipts that name one.")
+    lora: LoraFolder = Field(None, description="Directory of the LoRA adapter of receipts that name one.")
     batch_size: Batch = 16
 
 

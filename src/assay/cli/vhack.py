@@ -16,7 +16,7 @@ from assay.cli.output import emit_document, emit_json, progress_bar, show_values
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.storage import check_folder
 from assay.settings import Device, Flag, Settings
-from assay.vhack.names import CHECK, LOG, STUDY, check_basis
+from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
@@ -319,7 +319,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if (more or first.suffix != ".json") and first.is_file():  # before torch
+    if (more or first.suffix != ".json") and not first.is_dir():  # before torch
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
             raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
@@ -369,15 +369,15 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
 
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
-    from assay.files.jsonl import read_jsonl
     from assay.vhack.pairs.generate import find_pairs
-    from assay.vhack.training.tasks import import_function
+    from assay.vhack.training.tasks import RolloutPool, import_function
 
     check_folder(own.output)  # and all else that needs no torch
+    check_trackers(own.tracker)
     if chosen.basis:
         check_basis(chosen.basis)
     if chosen.teacher:
-        next(read_jsonl(chosen.teacher), None)
+        RolloutPool.load(chosen.teacher, None, max_new_tokens=chosen.max_new_tokens)
     for flag, where in (("--reward", chosen.reward), ("--tasks", chosen.tasks)):
         if isinstance(where, str):
             import_function(where, flag)

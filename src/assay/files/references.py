@@ -19,6 +19,9 @@ CATALOGUE: dict[str, dict[str, Any]] = {row["reference"]: row for row in _LISTED
 BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Names of the two files of an adapter, as peft writes them."""
+
 _HUB_ID = re.compile(r"(?![.-])[\w.-]+(/[\w.-]+)?")
 
 
@@ -28,7 +31,7 @@ def check_reference(reference: str) -> None:
         check_bundled(reference)
     elif (path := find_path(reference)) is None:
         check_hub_id(reference)
-    elif path.is_dir() and not any(path.glob("*.[gG][gG][uU][fF]")) and not (path / "adapter_config.json").is_file():
+    elif path.is_dir() and not any(path.glob("*.[gG][gG][uU][fF]")) and not (path / CONFIG).is_file():
         check_config(path / "config.json")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Self, TypeVar
 
 from assay.errors import AssayError, DataError, StorageError, UsageError
@@ -89,8 +90,7 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     with _storing(path):
         if not stat.S_ISDIR(path.parent.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "")
+        TemporaryFile(dir=path.parent).close()  # no permission tells of /proc to root
 
 
 def check_folder(path: Path, *, new: bool = False) -> None:
@@ -100,6 +100,8 @@ def check_folder(path: Path, *, new: bool = False) -> None:
     if path.exists() and not (path.is_dir() and not (new and any(path.iterdir()))):
         wanted, do = ("a new or empty directory", ", or --overwrite") if new else ("a directory", "")
         raise UsageError(f"{path}, which exists", wanted=wanted, do=f"choose another{do}")
+    with _storing(path):
+        TemporaryFile(dir=next(one for one in (path, *path.parents) if one.exists())).close()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

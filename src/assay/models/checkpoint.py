@@ -48,16 +48,13 @@ from assay.errors import (
     is_out_of_memory,
 )
 from assay.files.jsonl import LONGEST_FILE, LONGEST_LINE, check_tensors, parse, parts, read_json, read_whole
-from assay.files.references import CATALOGUE, check_bundled, check_config, check_hub_id, find_path, is_bundled
+from assay.files.references import CATALOGUE, CONFIG, check_bundled, check_config, check_hub_id, find_path, is_bundled
 from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""Names of the two files of an adapter, as peft writes them."""
 
 PREFIX = "base_model.model."
 """What stands before the name that a module has in the model."""

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from assay.errors import UsageError
 from assay.files.storage import check_new_file
 from assay.models.load import Model, model_info
 from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
@@ -31,13 +30,12 @@ from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipelin
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, prove, recompute
-from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
+from assay.poc.verdict.calibration import Calibration, Residuals, check_extent, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import Control, FloatArray
 
 FORMATS = ("bfloat16", "float16", "float32")
 BLOCKS, NONCES = 16, 64
-FEWEST = 256  # nonces of all blocks together
 
 
 class _Shape(NamedTuple):
@@ -86,12 +84,7 @@ def calibrate_model(
         BadWeights: The model gives NaN or infinity in a format.
     """
     pipeline = get_pipeline(preset)
-    if blocks * nonces < FEWEST or min(blocks, nonces) < 1:
-        seen, do = f"{blocks} blocks with {nonces} nonces", f"leave both out, for {BLOCKS} blocks with {NONCES}"
-        raise UsageError(seen, wanted=f"at least {FEWEST} nonces in all: fewer do not show the tail", do=do)
-    if not formats or len(set(formats)) < len(formats):
-        seen = f"the number formats {', '.join(formats) or 'none'}"
-        raise UsageError(seen, wanted="one or more, each once", do="leave --formats out")
+    check_extent(blocks, nonces, formats)
     for name in formats:
         check_loadable(reference, name, device)
     info = model_info(reference)

@@ -1,7 +1,10 @@
 """Names that settings and the command line know before torch is loaded, and the kinds of files that they name."""
 
+from collections.abc import Collection
 from functools import partial
+from importlib.util import find_spec
 
+from assay.errors import UsageError
 from assay.files.jsonl import check_kind
 
 BASIS, DELTA, CHECK = "v2_with_sv", "assay.delta_s/1", "assay.vhack.check/1"
@@ -20,3 +23,12 @@ DEFAULT_ARM = "penalty"
 
 DETECTORS = ("length", "ngrams", "likelihood", "probe", "norm", "cin-svd", "cin-lda", "ridge", "combined")
 """Detectors of rollouts that cheat: of :func:`assay.vhack.detect.make_detectors`."""
+
+
+def check_trackers(names: Collection[str], there: Collection[str] | None = None) -> None:
+    """Refuse a tracker that is not among those; without them, one that no installed package has the name of."""
+    if there is None:  # three trackers of transformers are not named as their packages
+        there = [n for n in names if n in ("azure_ml", "flyte", "tensorboard") or (n.isidentifier() and find_spec(n))]
+    if missing := [name for name in names if name not in there]:
+        seen, do = f"tracker {', '.join(missing)}", "install it, or leave it out: log.jsonl has everything"
+        raise UsageError(seen, wanted=f"one that is installed: {', '.join(there) or 'there is none'}", do=do)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import ModelError, ProofFormatError, ProofMismatch, UsageError
+from assay.files.references import CONFIG, WEIGHTS
 from assay.models import Model
-from assay.models.checkpoint import CONFIG, WEIGHTS
 from assay.poc.responses import Receipt, ReceiptPins, Receipts, replay, respond
 from assay.poc.responses.adapters import Adapter, digest_adapter, load_adapter
 from assay.poc.responses.receipts import parse_receipt

@@ -6,7 +6,6 @@ and never merged: merged weights are rounded once more, which is more than the n
 Legend of shapes: R rank, I inputs and O outputs of a linear layer.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +17,13 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from assay.errors import DataError, ModelError, UsageError
-from assay.files.jsonl import LONGEST_TENSORS, check_tensors, read_json
-from assay.models.checkpoint import CONFIG, FACTORS, PREFIX, WEIGHTS
+from assay.errors import ModelError, UsageError
+from assay.files.jsonl import read_json
+from assay.files.references import CONFIG, WEIGHTS
+from assay.models.checkpoint import FACTORS, PREFIX
 from assay.models.load import Model
 from assay.poc.responses.receipts import Adapter as Adapter
+from assay.poc.responses.receipts import digest_adapter as digest_adapter
 
 _READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -58,25 +59,6 @@ class Lora:
                 a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
                 hooks.enter_context(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))
             yield
-
-
-def digest_adapter(path: str | Path) -> str:
-    """Return the SHA-256 of the SHA-256 of an adapter's configuration and that of its weights, 32 bytes each, in hex.
-
-    Raises:
-        ModelError: A file is missing or cannot be read.
-    """
-    parts = []
-    try:
-        check_tensors(Path(path) / WEIGHTS, LONGEST_TENSORS)
-        for name in (CONFIG, WEIGHTS):
-            with (Path(path) / name).open("rb") as file:
-                parts.append(hashlib.file_digest(file, "sha256").digest())
-    except (OSError, DataError) as error:
-        reason = error.seen if isinstance(error, DataError) else error.strerror
-        seen, wanted = f"no adapter in {path}: {reason}", f"a directory with {CONFIG} and {WEIGHTS}"
-        raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def load_adapter(path: str | Path) -> Lora:

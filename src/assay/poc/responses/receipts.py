@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from pydantic import PlainValidator
 from typing_extensions import override
 
-from assay.errors import UsageError
-from assay.files.jsonl import dumps
+from assay.errors import DataError, ModelError, UsageError
+from assay.files.jsonl import LONGEST_TENSORS, check_tensors, dumps
+from assay.files.references import CONFIG, WEIGHTS
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.proof import (
     FOOTER,
@@ -70,11 +71,30 @@ class Adapter:
     """
 
     name: str  # name under which requests ask for it
-    digest: str  # :func:`assay.poc.responses.adapters.digest_adapter` of its files
+    digest: str  # :func:`digest_adapter` of its files
 
     def __post_init__(self) -> None:
         check_name("the name of the adapter", self.name, do="pass the name that requests ask for")
         check_digest("digest of the adapter", self.digest)
+
+
+def digest_adapter(path: str | Path) -> str:
+    """Return the SHA-256 of the SHA-256 of an adapter's configuration and that of its weights, 32 bytes each, in hex.
+
+    Raises:
+        ModelError: A file is missing or cannot be read.
+    """
+    parts = []
+    try:
+        check_tensors(Path(path) / WEIGHTS, LONGEST_TENSORS)
+        for name in (CONFIG, WEIGHTS):
+            with (Path(path) / name).open("rb") as file:
+                parts.append(hashlib.file_digest(file, "sha256").digest())
+    except (OSError, DataError) as error:
+        reason = error.seen if isinstance(error, DataError) else error.strerror
+        seen, wanted = f"no adapter in {path}: {reason}", f"a directory with {CONFIG} and {WEIGHTS}"
+        raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.gradients.targets import MIN_COVERAGE
+from assay.vhack.names import check_trackers
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import select_pairs
@@ -222,10 +223,7 @@ def _check_installed(trackers: tuple[str, ...]) -> None:
         ) from error
     from transformers import integrations
 
-    there: list[str] = cast(Any, integrations).get_available_reporting_integrations()
-    if missing := [name for name in trackers if name not in there]:
-        seen, do = f"tracker {', '.join(missing)}", "install it, or leave it out: log.jsonl has everything"
-        raise UsageError(seen, wanted=f"one that is installed: {', '.join(there) or 'there is none'}", do=do)
+    check_trackers(trackers, cast(Any, integrations).get_available_reporting_integrations())
 
 
 def train(
