@@ -1,11 +1,11 @@
 """A second implementation of proofs, written from the pages beside it: streams, protocol, decode, statistics, models.
 
-    python docs/second.py PROOF CHECKPOINT BLOCK KEY --seed 5
+    python docs/second.py node.jsonl src/assay/models/reference/qwen3 block_alpha node_A --seed 5
 
 A sample of the nonces is recomputed on transformers, and judged under the law of the bundled models;
 `assay poc verify` with `seed = 5` in its `--config` draws the same one. Nothing of assay is imported, and one file of
-its numbers is read. The place test is not made, and only block and key are pinned. A reader of receipts is at the end
-of responses.md.
+its numbers is read. The place test is not made, and only block and key are pinned, not how many nonces. A reader of
+receipts is at the end of responses.md.
 """
 
 import argparse
@@ -309,6 +309,7 @@ def read(path):
 
 def read_frame(path, header):
     """Return the arrays of a frame that is the one which a header names."""
+    require(path, "a proof of tokens-1 without --frame")
     content = Path(path).read_bytes()
     require(hashlib.sha256(content).hexdigest() == header["model"]["frame"], "another frame")
     start = 8 + int.from_bytes(content[:8], "little")
@@ -330,6 +331,7 @@ def digest(checkpoint):
                 low, high = of["data_offsets"]
                 head = f"{name}\n{of['dtype']}\n{of['shape']}\n".encode()
                 parts[name] = hashlib.sha256(head + content[start + low : start + high]).digest()
+    require(parts, f"no tensors in {checkpoint}: name the directory of a model")
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
 
 
@@ -396,7 +398,8 @@ def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype
         of_decode = "tokens" if engine.steps >= 256 else "few tokens"
         family = {"hardened": "position vector", "tokens-1": "token vector"}.get(engine.preset, of_decode)
     law = json.loads(LAWS.read_text())["laws"].get(family, {}).get("/".join(sorted((stated, dtype or stated))))
-    return (judged(residuals, law) if law else {"verdict": "undecided"}) | {"residuals": residuals}
+    found = judged(residuals, law) if law else {"verdict": "undecided", "why": f"no law for {family}"}
+    return found | {"residuals": residuals}
 
 
 def main():

@@ -43,7 +43,8 @@ from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import TrainSettings, evaluate, train
 from assay.vhack.training.grpo import last_checkpoint
 from assay.vhack.training.log import read_steps
-from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
+from assay.vhack.training.pool import PoolRollout, RolloutPool
+from assay.vhack.training.sampling import sample_pool
 from assay.vhack.training.settings import SampleSettings
 
 TASKS = {"families": ("arithmetic", "branches", "digits", "counts"), "modes": tuple(CHANNELS), "share_none": 0.0}

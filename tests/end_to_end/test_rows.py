@@ -13,7 +13,7 @@ from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.responses import replay, respond
 from assay.poc.responses.prefill import HFPrefill, PromptAndOutput
 from assay.vhack import Sample, per_sample_gradients
-from assay.vhack.training.pool import sample_batches
+from assay.vhack.training.sampling import sample_batches
 from tests.models.zoo import LIMIT, ZOO, random_model, rotary
 from tests.vhack.adapter import made
 from tests.vhack.conftest import bytewise

@@ -9,7 +9,7 @@ from assay.models import load_model, wide
 from assay.models.wide import wide_products
 from assay.vhack import per_sample_gradients, weight_svd
 from assay.vhack.delta import DeltaS
-from assay.vhack.training.pool import sample_pool
+from assay.vhack.training.sampling import sample_pool
 from tests.models.narrow import Products, narrow_model
 
 pytestmark = pytest.mark.usefixtures("without_fast_products")

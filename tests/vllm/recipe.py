@@ -46,7 +46,7 @@ class RecipeServer(ForkedServer):
         if not self.log.exists():
             self.process: Any = Server.run(self, ["bash", "-c", command], environment)
             return
-        words = shlex.split(command.replace("\\\n", " ").replace("$(cat key)", KEY))
+        words = shlex.split(command.replace("\\\n", " "))
         start = words.index("python")
         given = dict(word.split("=", 1) for word in words[:start])
         self.process = self.run(words[start:], environment | given)

@@ -79,7 +79,11 @@ class _Rate(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
+        return Text(_rate(task.speed, self._unit) if task.speed else "")
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
 
 
 @contextmanager
@@ -96,7 +100,7 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
                 marks[1] = (now, done)
                 rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
                 left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-                click.echo(f"{label}: {done} of {total} {unit}, {rate:.1f} {unit}/s{left}", err=True)
+                click.echo(f"{label}: {done} of {total} {unit}, {_rate(rate, unit)}{left}", err=True)
 
         yield say if sys.stderr is not None else None
         return

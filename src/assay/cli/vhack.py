@@ -370,7 +370,8 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
     """
     from assay.vhack.pairs.generate import find_pairs
-    from assay.vhack.training.tasks import RolloutPool, import_function
+    from assay.vhack.training.pool import RolloutPool
+    from assay.vhack.training.tasks import import_function
 
     check_folder(own.output)  # and all else that needs no torch
     check_trackers(own.tracker)
@@ -681,7 +682,7 @@ def _sampled(
     from assay.vhack.delta.delta import load_adapter
     from assay.vhack.delta.file import read_delta_lengths
     from assay.vhack.training.evaluation import sample_tasks
-    from assay.vhack.training.pool import encode_prompts
+    from assay.vhack.training.sampling import encode_prompts
     from assay.vhack.training.tasks import read_prompt
 
     lengths = read_delta_lengths(own.delta) if own.delta else {}

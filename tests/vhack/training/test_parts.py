@@ -11,9 +11,9 @@ import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.delta import ARMS
-from assay.vhack.training import TrainLog, TrainSettings, train
+from assay.vhack.training import TrainLog, TrainSettings, sample_pool, train
 from assay.vhack.training.log import LOG, read_steps
-from assay.vhack.training.pool import PoolRollout, RolloutPool, sample_pool
+from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.rewards import FLAGS, EpisodeReward, Outcomes
 from tests.vhack.training.conftest import cheating
 

@@ -161,7 +161,7 @@ def _is_public(address: Address) -> bool:
 
 def _refusal(seen: str) -> Refusal:
     wanted = "an http or https URL to a public address, without credentials"
-    do = "correct the URL; for receivers in a private network start the service with --allow-private-callbacks"
+    do = "correct the URL; for a private network give --allow-private-callbacks, or set ASSAY_ALLOW_PRIVATE_CALLBACKS=1"
     return Refusal(422, seen, wanted=wanted, do=do)
 
 

@@ -2,9 +2,9 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .evaluation import sample_tasks as sample_tasks
 from .log import TrainLog as TrainLog
-from .pool import sample_pool as sample_pool
 from .rewards import OwnReward as OwnReward
 from .run import train as train
+from .sampling import sample_pool as sample_pool
 from .settings import SampleSettings as SampleSettings
 from .settings import TaskSettings as TaskSettings
 from .settings import TrainSettings as TrainSettings

@@ -30,8 +30,8 @@ from assay.streams.backends import dtype_name
 from assay.vhack.delta.arms import ARMS
 from assay.vhack.environment.grading import Episode
 from assay.vhack.gradients.batches import Progress
-from assay.vhack.training.pool import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.rewards import Graded, make_reward
+from assay.vhack.training.sampling import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt
 
 

@@ -74,7 +74,8 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     page.section("Over steps")
     shown = [(name, words, colour) for (name, words), colour in zip(_RATES.items(), SERIES, strict=True)]
     _draw(page, steps, shown, "share of rollouts", "Shares of the rollouts of each step, without those of a teacher.")
-    _draw(page, steps, [("reward", "reward", SERIES[0])], "mean reward", "Reward as paid, mean of each step.")
+    caption = "Reward before flagged rollouts are judged, mean of each step."
+    _draw(page, steps, [("reward", "reward", SERIES[0])], "mean reward", caption)
     return page
 
 

@@ -35,9 +35,10 @@ from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import select_pairs
 from assay.vhack.training.log import TrainLog, read_records, read_steps
 from assay.vhack.training.page import training_page
-from assay.vhack.training.pool import RolloutPool, find_end_tokens, finite_sampling
+from assay.vhack.training.pool import RolloutPool
 from assay.vhack.training.processes import ALONE, Processes, join_processes
 from assay.vhack.training.rewards import Reward, make_reward
+from assay.vhack.training.sampling import find_end_tokens, finite_sampling
 from assay.vhack.training.settings import TrainSettings
 from assay.vhack.training.tasks import RewardFunction, Task, import_function, load_tasks
 

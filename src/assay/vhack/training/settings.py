@@ -14,7 +14,7 @@ from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
 
 if TYPE_CHECKING:
     from assay.vhack.delta.arms import Arm
-    from assay.vhack.training.pool import Sampling
+    from assay.vhack.training.sampling import Sampling
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")

@@ -8,102 +8,25 @@ messages that the model's chat template turns into text, and whatever else the r
         return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
 """
 
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from assay.errors import BackendUnavailable, DataError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, read_jsonl
-from assay.files.storage import write_jsonl
 from assay.models.chat import render_chat
 from assay.vhack.environment.grading import Episode
 from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.environment.tasks import task_named
-from assay.vhack.pairs.pairs import chat_columns, validated
+from assay.vhack.pairs.pairs import chat_columns
 from assay.vhack.training.settings import TaskSettings
 
 Task = Episode | str | Mapping[str, Any]
 """A task: a built-in one, a prompt, or a row of one's own with a prompt."""
 RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
-_Text = Annotated[str, Field(strict=True)]
-
-
-@dataclass(frozen=True)
-class PoolRollout:
-    """One stored completion: its prompt, text, token ids and the log-probability of each token."""
-
-    prompt: _Text
-    completion: _Text
-    tokens: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
-    logprobs: tuple[Annotated[float, Field(strict=True, le=1e-4)], ...]
-
-
-class RolloutPool:
-    """Stored completions by prompt, in the order of their file."""
-
-    def __init__(self, rollouts: Sequence[PoolRollout]) -> None:
-        self._by_prompt: dict[str, list[PoolRollout]] = {}
-        for rollout in rollouts:
-            self._by_prompt.setdefault(rollout.prompt, []).append(rollout)
-
-    def __iter__(self) -> Iterator[PoolRollout]:
-        return (rollout for rollouts in self._by_prompt.values() for rollout in rollouts)
-
-    @property
-    def prompts(self) -> frozenset[str]:
-        """Prompts that have a completion."""
-        return frozenset(self._by_prompt)
-
-    def choose(self, prompt: str, count: int, key: object) -> list[PoolRollout]:
-        """Return up to ``count`` different completions of a prompt; equal keys give equal choices."""
-        found = self._by_prompt.get(prompt, [])
-        return random.Random(f"pool {key} {prompt}").sample(found, min(count, len(found)))
-
-    def save(self, path: str | Path) -> None:
-        """Write a pool file.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
-        write_jsonl(path, map(asdict, self))
-
-    @classmethod
-    def load(cls, path: str | Path, tokenizer: Any, *, max_new_tokens: int) -> "RolloutPool":
-        """Read a pool file for the tokenizer of the trained model; without it, only what needs none is checked.
-
-        Raises:
-            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or longer than the
-                trainer accepts, for TRL does not cut longer ones; the message names the line.
-        """
-        wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
-        found = []
-        for number, record in read_jsonl(path):
-            name = f"{path}, line {number}"
-            try:
-                made = validated(PoolRollout, record)
-            except ValueError as error:
-                raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
-            tokens, ids = len(made.tokens), list(made.tokens)
-            known = tokenizer is not None and max(ids) < len(tokenizer)
-            spells = tokenizer is None or (known and tokenizer.decode(ids, skip_special_tokens=True) == made.completion)
-            for is_good, seen, asked in (
-                (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
-                (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the trained model"),
-                (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}"),
-            ):
-                if not is_good:
-                    raise DataError(f"{name}: {seen}", wanted=asked, do="correct the line, or leave it out")
-            found.append(made)
-        if not found:
-            raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
-        return cls(found)
 
 
 def import_function(where: str, flag: str) -> Callable[..., Any]:
