@@ -197,8 +197,7 @@ def test_known_answers_of_nonces_of_tokens():
     assert close(engine.frame["scale"][:4], known["first_scale"])
     for row in known["nonces"]:
         nonce = row["nonce"]
-        assert engine.ids(nonce).tolist() == row["ids"]
-        assert engine.weights(nonce).tolist() == row["weights"]
+        assert [engine.ids(nonce).tolist(), engine.weights(nonce).tolist()] == [row["ids"], row["weights"]]
         words = engine.words("projection", nonce, count=32)
         assert f"{words[0]:08x}" == row["projection_seed"]
         assert sha256(second.normals(words, 32 * known["hidden_size"]).numpy()) == row["projection_sha256_le_f32"]
@@ -207,13 +206,14 @@ def test_known_answers_of_nonces_of_tokens():
 
 @pytest.mark.parametrize(("name", "wanted"), [("distance", "honest"), ("vector", "undecided")])
 def test_proofs_of_the_vectors_are_read_and_verified(name, wanted, tmp_path):
-    proof, frame = VECTORS / f"proof_{name}.jsonl", VECTORS / "frame_qwen3.safetensors"
-    how = {"block_hash": "block_alpha", "public_key": "node_A", "seed": 0, "frame": frame}
+    path, frame = VECTORS / f"proof_{name}.jsonl", VECTORS / "frame_qwen3.safetensors"
     model = assay.load_model("reference:qwen3", dtype="float32").with_frame(Frame.load(frame))
-    found = second.verify(proof, checkpoint("qwen3"), **how)
-    assert found["verdict"] == verify(assay.poc.Proof.load(proof), model).verdict == wanted  # tokens-1 has no law here
+    found = second.verify(path, checkpoint("qwen3"), block_hash="block_alpha", public_key="node_A", seed=0, frame=frame)
+    assert found["verdict"] == verify(assay.poc.Proof.load(path), model).verdict == wanted  # tokens-1 has no law here
     assert max(found["residuals"]) < 1e-2
-    lines = proof.read_bytes().split(b"\n")
+    with pytest.raises(second.Refused, match="without --frame"):
+        second.read_frame(None, {})
+    lines = path.read_bytes().split(b"\n")
     for damaged in (lines[:-2], [*lines[:2], *lines[3:]], [line + b" " for line in lines], [*lines, lines[1]]):
         (tmp_path / "damaged").write_bytes(b"\n".join(damaged))
         with pytest.raises((second.Refused, json.JSONDecodeError)):
