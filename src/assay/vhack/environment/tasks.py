@@ -96,6 +96,7 @@ _EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
 _TRIES = 300
 _DRAWS = 120  # of arguments, for one chain
 _MOST_REPEATS = 600  # draws in a row that give nothing new
+_MOST_TASKS = 2**16  # which take two minutes to draw
 _LONGEST = 400  # characters of an answer
 
 
@@ -209,14 +210,14 @@ def tasks(
         split: ``training`` or ``evaluation``; no statement is in both.
 
     Raises:
-        UsageError: A name, split or difficulty is unknown, ``n`` is negative, or there are not so many tasks.
+        UsageError: A name, split or difficulty is unknown, ``n`` is out of range, or there are not so many tasks.
     """
     lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
     chosen = choose_names(families, FAMILIES, "family")
     choose_names([split], SPLITS, "split")
-    if n < 0 or not 1 <= lowest <= highest <= HARDEST:
+    if not 0 <= n <= _MOST_TASKS or not 1 <= lowest <= highest <= HARDEST:
         seen = f"{n} tasks of difficulty {lowest} to {highest}"
-        wanted = f"0 tasks or more, of difficulties LOW:HIGH from 1 to {HARDEST}"
+        wanted = f"0 to {_MOST_TASKS} tasks, of difficulties LOW:HIGH from 1 to {HARDEST}"
         raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
     found: dict[str, Task] = {}
     repeats = 0
