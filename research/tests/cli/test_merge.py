@@ -55,6 +55,7 @@ def test_the_code_of_a_merge_is_that_of_its_verdicts(assay, good: Path, ledger: 
 )
 def test_without_this_package_a_command_says_what_to_install(command, assay, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
     monkeypatch.setattr(framework, "entry_points", lambda **_: [])
     found = assay(*command)
     assert found.code == 2

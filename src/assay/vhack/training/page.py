@@ -64,7 +64,8 @@ def training_page(log: str | Path | Sequence[Mapping[str, Any]], *, command: str
     if "hack" not in ends[1]:
         page.paragraph(
             "Nothing told which rollouts cheat, so there is no hack rate and no alarm: let the reward return "
-            "`exploited` and `correct` beside `reward`, for instance by tests that the policy does not see."
+            "`exploited` and `correct` beside `reward`, or give TRL reward functions of these names with weight 0, "
+            "for instance by tests that the policy does not see."
         )
     rows: list[list[Cell]] = []
     for name, words in (_RATES | _OTHERS).items():
