@@ -441,9 +441,10 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     import os
 
     from assay.models.frame import Frame
+    from assay.poc.protocol.pins import check_extent
     from assay.poc.protocol.pipelines import get_pipeline
     from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import Calibration, check_extent
+    from assay.poc.verdict.calibration import Calibration
 
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})

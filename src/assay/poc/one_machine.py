@@ -26,11 +26,12 @@ from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
 from assay.poc.launch import check_loadable, load
 from assay.poc.protocol.blocks import block_scale, has_block_factor
+from assay.poc.protocol.pins import check_extent
 from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import Progress, prove, recompute
-from assay.poc.verdict.calibration import Calibration, Residuals, check_extent, describe_machines, fit_build
+from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import Control, FloatArray
 

@@ -355,3 +355,12 @@ def _equal(one: Any, other: Any) -> bool:
     if hasattr(one, "__len__") and not isinstance(one, str):  # a numpy array too
         return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
     return bool(one == other)
+
+
+def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:
+    """Refuse to measure in fewer nonces than show the tail of the noise, or in no, unknown or repeated formats."""
+    if blocks * nonces < 256 or min(blocks, nonces) < 1:
+        raise UsageError(f"{blocks} blocks with {nonces} nonces", wanted="at least 256 in all", do="leave both out")
+    if not formats or len(set(formats) & set(FORMATS)) < len(formats):
+        seen, wanted = f"the number formats {', '.join(formats) or 'none'}", f"each once of {', '.join(FORMATS)}"
+        raise UsageError(seen, wanted=wanted, do="correct --formats, or leave it out")

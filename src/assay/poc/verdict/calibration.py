@@ -32,7 +32,7 @@ from assay.errors import AssayError, CalibrationError, ProofMismatch, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_atomic
 from assay.poc.protocol.blocks import block_scale
-from assay.poc.protocol.pins import FORMATS, Build
+from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record
@@ -683,15 +683,6 @@ def _fit_scores(
             rows = sorted({row for pair in chosen for row in pair})
             scores = {(rows.index(i), rows.index(j)): control.scores(*sides) for (i, j), sides in chosen.items()}
             yield fit(scores, describe_machines([engines[row] for row in rows]), control=control)
-
-
-def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:
-    """Refuse to measure in fewer nonces than show the tail of the noise, or in no, unknown or repeated formats."""
-    if blocks * nonces < 256 or min(blocks, nonces) < 1:
-        raise UsageError(f"{blocks} blocks with {nonces} nonces", wanted="at least 256 in all", do="leave both out")
-    if not formats or len(set(formats) & set(FORMATS)) < len(formats):
-        seen, wanted = f"the number formats {', '.join(formats) or 'none'}", f"each once of {', '.join(FORMATS)}"
-        raise UsageError(seen, wanted=wanted, do="correct --formats, or leave it out")
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
