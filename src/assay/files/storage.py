@@ -90,18 +90,26 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
     with _storing(path):
         if not stat.S_ISDIR(path.parent.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "")
-        TemporaryFile(dir=path.parent).close()  # no permission tells of /proc to root
+        _try_file(path.parent)
 
 
 def check_folder(path: Path, *, new: bool = False) -> None:
-    """Refuse a path at which there is no directory but something else, or one that must be ``new`` and holds files."""
+    """Refuse a path at which there is no directory but something else, or one that must be ``new`` and holds files.
+
+    A StorageError is a directory that takes no file, or cannot be made.
+    """
     if file := next((one for one in path.parents if one.exists() and not one.is_dir()), None):
         raise UsageError(f"{path}, of which {file} is a file", wanted="a directory", do="choose another")
     if path.exists() and not (path.is_dir() and not (new and any(path.iterdir()))):
         wanted, do = ("a new or empty directory", ", or --overwrite") if new else ("a directory", "")
         raise UsageError(f"{path}, which exists", wanted=wanted, do=f"choose another{do}")
     with _storing(path):
-        TemporaryFile(dir=next(one for one in (path, *path.parents) if one.exists())).close()
+        _try_file(next(one for one in (path, *path.parents) if one.exists()))
+
+
+def _try_file(folder: Path) -> None:
+    """Make and remove a file in a folder: permissions do not tell root that /proc takes none."""
+    TemporaryFile(dir=folder).close()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
 from assay.vhack.pairs.pairs import validated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _Text = Annotated[str, Field(strict=True)]
 
@@ -64,7 +67,9 @@ class RolloutPool:
         write_jsonl(path, map(asdict, self))
 
     @classmethod
-    def load(cls, path: str | Path, tokenizer: Any, *, max_new_tokens: int) -> "RolloutPool":
+    def load(
+        cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase | None", *, max_new_tokens: int
+    ) -> "RolloutPool":
         """Read a pool file for the tokenizer of the trained model; without it, only what needs none is checked.
 
         Raises:
@@ -80,8 +85,9 @@ class RolloutPool:
             except ValueError as error:
                 raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
             tokens, ids = len(made.tokens), list(made.tokens)
-            known = tokenizer is not None and max(ids) < len(tokenizer)
-            spells = tokenizer is None or (known and tokenizer.decode(ids, skip_special_tokens=True) == made.completion)
+            spells = tokenizer is None or (
+                max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
+            )
             for is_good, seen, asked in (
                 (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
                 (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the trained model"),
