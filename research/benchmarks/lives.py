@@ -1,9 +1,10 @@
 """How many honest lives are convicted on fresh residuals of three models, and how many that compute a tenth cheaply.
 
-Each model computes the nonces of 48 blocks in bfloat16, float16 and float32, in which the validator judges; scores have
-the third format as their control. A law comes from 16 blocks, drawn anew for each law, and judges lives in the other
-32. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is 10 of 16, of which a tenth of the
-residuals is five times larger. The same lives are lived without a difference between blocks: nonces are shuffled first.
+Each model computes the nonces of some blocks in bfloat16, float16 and float32, in which the validator judges; scores
+have the third format as their control. A law comes from a third of the blocks, drawn anew for each law, and judges
+lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is 10 of 16, of which a
+tenth of the residuals is five times larger. The same lives are lived without a difference between blocks: nonces are
+shuffled first.
 
 Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but `poc-2.0`.
 
@@ -28,7 +29,7 @@ from assay.poc.verdict.noise import Control, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS, FORMATS = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32")
-BLOCKS, NONCES, LAWS, LIVES, CHEATS = 48, 64, 4, 280, 40  # the last two under each law
+NONCES, LAWS, LIVES, CHEATS = 64, 4, 280, 40  # the last two under each law
 ALPHA, HONEST, CHEAT = 1e-3, (24, 16), (10, 16)  # audits of a life, and nonces of each
 
 
@@ -38,7 +39,7 @@ def compute(reference, preset, frame, options):
     if pipeline.framed and not frame.exists():
         measure_frame(load_model(reference, device="cpu")).save(frame)
     of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
-    rounds = [Round(block_hash=f"fresh-{i}", **of_all) for i in range(BLOCKS)]
+    rounds = [Round(block_hash=f"fresh-{i}", **of_all) for i in range(options.blocks)]
     for name in FORMATS:
         model = load_model(reference, dtype=name, device=options.device).with_frame(frame if pipeline.framed else None)
         engine = HFEngine(model, batch_size=32, seq_len=options.seq_len)
@@ -81,7 +82,7 @@ def convicted(noise, drawn):
 def cells(reference, preset, folder, options):
     """Yield what is seen under every law of a model and preset."""
     apart, engines, known = compute(reference, preset, folder / f"{reference[-5:]}.safetensors", options)
-    pipeline, own = get_pipeline(preset), "float32"
+    pipeline, own, blocks = get_pipeline(preset), "float32", options.blocks
     for name, again in (("bfloat16", "float16"), ("float16", "bfloat16")):
         node_EBN = np.stack([apart[frozenset((name, other))] for other in (own, again)])
         between_BN = apart[frozenset((own, again))]
@@ -89,12 +90,12 @@ def cells(reference, preset, folder, options):
         for law in range(LAWS):
             for shuffled in (False, True):
                 rng = np.random.default_rng(law)
-                order = rng.permutation(BLOCKS * NONCES) if shuffled else np.arange(BLOCKS * NONCES)
+                order = rng.permutation(blocks * NONCES) if shuffled else np.arange(blocks * NONCES)
                 node, between = (
                     one.reshape(*one.shape[:-2], -1)[..., order].reshape(one.shape) for one in (node_EBN, between_BN)
                 )
-                chosen = rng.permutation(BLOCKS)
-                of_law, others = chosen[: BLOCKS // 3], chosen[BLOCKS // 3 :]
+                chosen = rng.permutation(blocks)
+                of_law, others = chosen[: blocks // 3], chosen[blocks // 3 :]
                 flat_EN, flat_PN = node[:, of_law].reshape(2, -1), between[None, of_law].reshape(1, -1)
                 ways = {"residuals": (None, node[0])}
                 if control := Control.measured([(flat_EN, flat_PN)], of=own, dtypes=[again]):
@@ -116,6 +117,7 @@ def main():
     made.add_argument("--models", nargs="+", default=MODELS)
     made.add_argument("--presets", nargs="+", default=PRESETS)
     made.add_argument("--seq-len", type=int, default=16)
+    made.add_argument("--blocks", type=int, default=48)
     made.add_argument("--device", default="cpu")
     options = made.parse_args()
     with TemporaryDirectory() as folder:
@@ -129,7 +131,8 @@ def main():
         row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones), "lives": LIVES * len(ones)}
         row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}
         table.append(row | {"least_caught": min(caught), "caught": float(np.mean(caught))})
-    publish("lives", {"blocks": BLOCKS, "positions": options.seq_len, "table": table, "laws": found}, options.output)
+    of_all = {"blocks": options.blocks, "positions": options.seq_len}
+    publish("lives", of_all | {"table": table, "laws": found}, options.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Steps of TRL's GRPOTrainer that generates with vLLM: plain, with detectors that only watch, and with filter.
+r"""Steps of TRL's GRPOTrainer that generates with vLLM: plain, with detectors that watch every second one, with filter.
 
     python research/benchmarks/vhack_step.py --model shape:qwen3-0.6b -o research/results/vhack_step.json
 
@@ -100,9 +100,9 @@ def main():
             note(f"fits {detector}")
             svd = svd or (weight_svd(model) if detector.startswith("cin") else None)
             judge = fit_judge(pairs, model, detector=detector, svd=svd)
-            for what, arm in (("watch", None), ("filter", arm_named("filter"))):
+            for what, arm, every in (("watch", None, 2), ("filter", arm_named("filter"), 1)):
                 trainer._calculate_rewards = plain
-                judge_rollouts(trainer, judge, arm)
+                judge_rollouts(trainer, judge, arm, every=every)
                 turns[f"{what} by {detector}"] = trainer._calculate_rewards, judge
         trainer.add_callback(clock := Turns(trainer, turns))
         trainer.train()

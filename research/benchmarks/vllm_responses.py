@@ -280,19 +280,19 @@ def beside_a_round(server, asked, at_once, alone):
 def chat_on_gpu(arguments, root):
     """Return the same of a GPU, whose servers have one dtype, compiled layers and prompt embeddings, by setting."""
     asked, figures = chatting.questions(arguments.requests), {}
-    at_once = 4 if arguments.dtype == "float32" else 1  # so that the batches of bfloat16 are equal
+    ways = (1, 4) if arguments.dtype == "float32" else (1,)  # at once, so that the batches of bfloat16 are equal
     options = options_of(arguments) | COMPILED | {"--chat-template": False, "--enable-prompt-embeds": None}
     for name in arguments.settings:
         environment = SETTINGS[name][0]
         plain, found = {"environment": environment | {"VLLM_PLUGINS": ""}, "options": PLAIN | options}, []
         for turn in range(2):  # servers choose their kernels by time, so that two plain ones may differ
             with Server(root / f"{name}-{turn}", **plain) as server:
-                found.append(chatting.tokens_of(server, asked, at_once))
-        alone, row = found[0], {"at_once": at_once, "same_in_another_server": chatting.same(*found)}
-        figures[name] = row
+                found.append([chatting.tokens_of(server, asked, way) for way in ways])
         with Server(root / name, environment=SEEDED | environment, options=options) as server:
-            row |= beside_a_round(server, asked, at_once, alone)
-        note(f"{name}: {json.dumps(row)}")
+            for way, alone, again in zip(ways, *found, strict=True):
+                row = figures[f"{name}, {way} at once"] = {"same_in_another_server": chatting.same(alone, again)}
+                row |= beside_a_round(server, asked, way, alone)
+                note(f"{name}, {way} at once: {json.dumps(row)}")
     return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
 
 

@@ -12,6 +12,7 @@ from assay.models import load_model
 from assay.models.frame import Frame
 from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, calibrate, measure_frame, prove, verify
 from assay.poc.cheats import rounded
+from assay.poc.engines.base import device_tokens, token_inputs
 
 NUMPY = streams.get_backend("numpy")
 ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=32, preset="tokens-1")
@@ -37,6 +38,8 @@ def proof(framed):
 def test_the_frame_is_that_of_random_tokens_without_special_ones(framed):
     frame, tokenizer = framed.frame, framed.tokenizer
     assert set(tokenizer.all_special_ids) <= set(frame.left_out.tolist())
+    ids = device_tokens(streams.get_backend("auto", "cpu"), ROUND, frame, [3, 2**40], seq_len=64)
+    assert ids.tolist() == token_inputs(ROUND, frame, [3, 2**40], seq_len=64).ravel().tolist()
     drawn = frame.tokens(np.random.default_rng(0).integers(0, 2**32, (1, 40_000), np.uint32))
     assert len(set(drawn.ravel().tolist())) > 0.99 * frame.rows
     assert not set(drawn.ravel().tolist()) & set(frame.left_out.tolist())

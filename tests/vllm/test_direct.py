@@ -16,6 +16,8 @@ import pytest
 from _vllm import Server, talk
 
 from assay import poc
+from assay.models import load_model
+from assay.poc import measure_frame
 from assay.poc.vllm.engine import VLLMEngine
 from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, check_idle, make_round
 from tests.vllm.receiver import Receiver
@@ -25,7 +27,7 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
-PRESETS = ("poc-2.0", "artifact", "hardened")
+PRESETS = ("poc-2.0", "artifact", "hardened", "tokens-1")
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -33,6 +35,8 @@ def engine(request):
     options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
     options |= SMALL_ENGINE
     with VLLMEngine("reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options) as made:
+        made.frame = measure_frame(load_model("reference:qwen3", device="cpu"))
+        made.model = made.model.with_frame(made.frame)
         yield made
 
 

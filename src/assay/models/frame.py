@@ -93,9 +93,12 @@ class Frame:
     def tokens(self, seeds_BT: UInt32[np.ndarray, "B T"]) -> Int64[np.ndarray, "B T"]:
         """Return the token of every 32-bit seed s: number ⌊s·(V − E)/2³²⌋ of the ids that are not left out."""
         places_BT = (seeds_BT.astype(np.uint64) * np.uint64(self.rows - len(self.left_out))) >> np.uint64(32)
-        # left_out[e] − e ids below left_out[e] are drawn, so that many places come before it.
-        before = self.left_out.astype(np.int64) - np.arange(len(self.left_out))
-        return places_BT.astype(np.int64) + np.searchsorted(before, places_BT.astype(np.int64), side="right")
+        return places_BT.astype(np.int64) + np.searchsorted(self.before, places_BT.astype(np.int64), side="right")
+
+    @property
+    def before(self) -> Int64[np.ndarray, " E"]:
+        """Number of ids below each one that is left out that are drawn: id left_out[e] has e others below it."""
+        return self.left_out.astype(np.int64) - np.arange(len(self.left_out))
 
     def to_bytes(self) -> bytes:
         """Return the content of the file."""

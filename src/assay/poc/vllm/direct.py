@@ -16,13 +16,11 @@ from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from assay import streams
-from assay.models.device import to_device
-from assay.poc.engines.base import HostCopy, noise_inputs, token_inputs
+from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
@@ -338,7 +336,7 @@ class DirectPasses:
             return states_BTD[:, -1].clone()  # a view would keep the states of every pass
         reading = self._transform(spec).reading(nonces, seq_len)
         assert reading is not None
-        at_once = max(1, MAX_SUMMED // (seq_len * self._width))
+        at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * self._width))
         parts = (torch.split(values, at_once) for values in (states_BTD, reading.weights.to(states_BTD.device)))
         return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in zip(*parts, strict=True)])
 
@@ -362,8 +360,7 @@ class DirectPasses:
         seq_len, device = spec.round.seq_len, self._runner.device
         if spec.frame is not None:
             # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would notice others.
-            ids_BT = token_inputs(spec.round, spec.frame, nonces, seq_len=seq_len).astype(np.int32)
-            ids_N = to_device(ids_BT, device).view(-1)
+            ids_N = device_tokens(self._streams, spec.round, spec.frame, nonces, seq_len=seq_len)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
             # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for them.

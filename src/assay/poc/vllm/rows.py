@@ -176,7 +176,7 @@ class Rows:
 
 
 MAX_VALUES = 2**24  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
-MAX_SUMMED = 2**22  # number of state values that are summed at once; they are held three times in float32
+MAX_SUMMED = 2**23  # number of state values that are summed at once; they are held three times in float32
 
 
 class Chunk(NamedTuple):

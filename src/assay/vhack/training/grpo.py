@@ -85,6 +85,7 @@ def judge_rollouts(
     *,
     at_random: bool = False,
     known: Collection[str] = (),
+    every: int = 1,
 ) -> None:
     """Let a GRPOTrainer of TRL, after it has paid its rollouts, do with those that a detector flags what an arm says.
 
@@ -103,6 +104,7 @@ def judge_rollouts(
         arm: Arm that says what becomes of them; None only watches. A quarantine takes a :class:`GRPO` with one.
         at_random: Whether to flag as many others, drawn at random: the control.
         known: Mechanisms of tasks whose exploits labels tell, as a monitor knows some; empty stands for all.
+        every: Steps of which the first is judged, where there is no arm: a sample for a fraction of the cost.
     """
     plain, model = trainer._calculate_rewards, trainer.accelerator.unwrap_model(trainer.model)
     adapter, own = getattr(trainer, "adapter", None), cast(Any, getattr(trainer, "reward", None))
@@ -111,12 +113,14 @@ def judge_rollouts(
         raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
     if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
         raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
+    if every < 1 or (every > 1 and arm is not None):
+        raise UsageError(f"every={every}", wanted="1, or more without an arm, which needs all", do="leave every out")
     alarm = Alarm()
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
 
     def paid(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_BF: Tensor = plain(inputs, prompts, completions, completion_ids_list)
-        if not trainer.model.training:
+        if not trainer.model.training or trainer.state.global_step % every:
             return rewards_BF
         samples = list(map(as_sample, prompts, completions))
         if judge is None:
