@@ -1,10 +1,11 @@
 """How many honest lives are convicted on fresh residuals of three models, and how many that compute a tenth cheaply.
 
-Each model computes the nonces of some blocks in bfloat16, float16 and float32, in which the validator judges; scores
-have the third format as their control. A law comes from a third of the blocks, drawn anew for each law, and judges
-lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is 10 of 16, of which a
-tenth of the residuals is five times larger. The same lives are lived without a difference between blocks: nonces are
-shuffled first.
+Each model computes the nonces of some blocks in bfloat16, float16 and float32, and in the first two by other kernels
+too. A validator judges in float32, by residuals or by scores with the third format as their control, or by the other
+kernels in the node's format, with both others as controls. A law comes from a third of the blocks, drawn anew for each,
+and judges lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is 10 of 16,
+of which a tenth of the residuals is five times larger. The same lives are lived without a difference between blocks:
+nonces are shuffled first. Tails are the 99 % quantile and the largest value over the median.
 
 Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but `poc-2.0`.
 
@@ -28,27 +29,30 @@ from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import Control, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
-PRESETS, FORMATS = ("poc-2.0", "hardened", "tokens-1"), ("bfloat16", "float16", "float32")
+PRESETS = ("poc-2.0", "hardened", "tokens-1")
+BUILDS = ("bfloat16", "float16", "float32", "bfloat16 eager", "float16 eager")
 NONCES, LAWS, LIVES, CHEATS = 64, 4, 280, 40  # the last two under each law
 ALPHA, HONEST, CHEAT = 1e-3, (24, 16), (10, 16)  # audits of a life, and nonces of each
 
 
 def compute(reference, preset, frame, options):
-    """Return the residuals [B, N] of two formats by their names, over the scale of the block, and the fingerprints."""
+    """Return the residuals [B, N] of two builds by their names, over the scale of the block, and the fingerprints."""
     pipeline, records, engines = get_pipeline(preset), {}, {}
     if pipeline.framed and not frame.exists():
         measure_frame(load_model(reference, device="cpu")).save(frame)
     of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
     rounds = [Round(block_hash=f"fresh-{i}", **of_all) for i in range(options.blocks)]
-    for name in FORMATS:
-        model = load_model(reference, dtype=name, device=options.device).with_frame(frame if pipeline.framed else None)
+    for name in BUILDS:
+        dtype, _, kernels = name.partition(" ")
+        model = load_model(reference, dtype=dtype, device=options.device).with_frame(frame if pipeline.framed else None)
+        model.module.config._attn_implementation = kernels or "sdpa"
         engine = HFEngine(model, batch_size=32, seq_len=options.seq_len)
         records[name] = [prove(model, round, range(NONCES), engine=engine).records for round in rounds]
         engines[name], size = engine.fingerprint, model.module.config.hidden_size
     size = size if pipeline.output == "distance" and pipeline.head == "random" else 0
     scales = [block_scale(round, size) if size else 1.0 for round in rounds]
     apart = {}
-    for pair in combinations(FORMATS, 2):
+    for pair in combinations(BUILDS, 2):
         both = zip(*(records[name] for name in pair), scales, strict=True)
         apart[frozenset(pair)] = np.stack([residuals(a, b) / scale for a, b, scale in both])
     return apart, engines, {"digest": model.digest, "hidden_size": size}
@@ -82,25 +86,30 @@ def convicted(noise, drawn):
 def cells(reference, preset, folder, options):
     """Yield what is seen under every law of a model and preset."""
     apart, engines, known = compute(reference, preset, folder / f"{reference[-5:]}.safetensors", options)
-    pipeline, own, blocks = get_pipeline(preset), "float32", options.blocks
-    for name, again in (("bfloat16", "float16"), ("float16", "bfloat16")):
-        node_EBN = np.stack([apart[frozenset((name, other))] for other in (own, again)])
-        between_BN = apart[frozenset((own, again))]
+    pipeline, blocks = get_pipeline(preset), options.blocks
+    pairs = (("bfloat16", "float16"), ("float16", "bfloat16"))
+    judges = [(name, ("float32", other)) for name, other in pairs]
+    judges += [(name, (f"{name} eager", "float32", other)) for name, other in pairs]
+    for name, judge in judges:
+        own, *again = judge
+        node_EBN = np.stack([apart[frozenset((name, other))] for other in judge])
+        between_PBN = np.stack([apart[frozenset(pair)] for pair in combinations(judge, 2)])
         machines = describe_machines([engines[name], engines[own]])
         for law in range(LAWS):
             for shuffled in (False, True):
                 rng = np.random.default_rng(law)
                 order = rng.permutation(blocks * NONCES) if shuffled else np.arange(blocks * NONCES)
                 node, between = (
-                    one.reshape(*one.shape[:-2], -1)[..., order].reshape(one.shape) for one in (node_EBN, between_BN)
+                    one.reshape(len(one), -1)[:, order].reshape(one.shape) for one in (node_EBN, between_PBN)
                 )
                 chosen = rng.permutation(blocks)
                 of_law, others = chosen[: blocks // 3], chosen[blocks // 3 :]
-                flat_EN, flat_PN = node[:, of_law].reshape(2, -1), between[None, of_law].reshape(1, -1)
-                ways = {"residuals": (None, node[0])}
-                if control := Control.measured([(flat_EN, flat_PN)], of=own, dtypes=[again]):
-                    scores = control.scores(node.reshape(2, -1), between.reshape(1, -1))
-                    ways["scores"] = control, scores.reshape(between.shape)
+                of_laws = [one[:, of_law].reshape(len(one), -1) for one in (node, between)]
+                formats = [build.partition(" ")[0] for build in judge]
+                ways = {"residuals": (None, node[0])} if len(again) == 1 else {}
+                if control := Control.measured([of_laws], of=formats[0], dtypes=formats[1:]):
+                    scores = control.scores(*(one.reshape(len(one), -1) for one in (node, between)))
+                    ways[("scores", "two controls")[len(again) - 1]] = control, scores.reshape(node[0].shape)
                 for way, (used, values_BN) in ways.items():
                     measured = {(0, 1): values_BN[of_law].ravel()}
                     build = fit_build(measured, machines, pipeline, **known, control=used)
@@ -108,7 +117,8 @@ def cells(reference, preset, folder, options):
                     suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng, cheat=False))
                     _, caught = convicted(noise, lives(values_BN, others, CHEAT, CHEATS, rng, cheat=True))
                     row = {"model": reference, "preset": preset, "formats": [name, own], "values": way, "law": law}
-                    row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected}
+                    tails = np.quantile(values_BN, [0.99, 1]) / np.median(values_BN)
+                    row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected, "tails": tails.tolist()}
                     yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
 
 
@@ -125,8 +135,10 @@ def main():
             found += cells(reference, preset, Path(folder), options)
             note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
     table = []
-    for preset, way, shuffled in product(options.presets, ("residuals", "scores"), (False, True)):
+    for preset, way, shuffled in product(options.presets, ("residuals", "scores", "two controls"), (False, True)):
         ones = [one for one in found if (one["preset"], one["values"], one["shuffled"]) == (preset, way, shuffled)]
+        if not ones:
+            continue  # no control was worth its price
         counts, caught = [one["convicted"] for one in ones], [one["caught"] for one in ones]
         row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones), "lives": LIVES * len(ones)}
         row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}

@@ -17,7 +17,7 @@ from assay.poc.verdict.noise import sequential_test
 from assay.poc.vllm.engine import VLLMEngine
 
 OPTIONS = {"max_num_batched_tokens": 16384, "max_num_seqs": 256, "max_model_len": 512, "gpu_memory_utilization": 0.3}
-SPEED, LAW_BLOCKS = {"auto": (21, 4096), "requests": (3, 256)}, 16  # turns and nonces by the way they take
+SPEED, LAW_BLOCKS = {"auto": (160, 1024), "requests": (3, 256)}, 16  # turns and nonces by the way they take
 
 
 def measure_speed(engine, options):

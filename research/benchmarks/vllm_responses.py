@@ -278,21 +278,26 @@ def beside_a_round(server, asked, at_once, alone):
 
 
 def chat_on_gpu(arguments, root):
-    """Return the same of a GPU, whose servers have one dtype, compiled layers and prompt embeddings, by setting."""
-    asked, figures = chatting.questions(arguments.requests), {}
+    """Return the same of a GPU, whose servers have one dtype, compiled layers and prompt embeddings, by setting.
+
+    Each server compiles for itself: kernels are chosen by time, so that two servers without the plugin may differ too.
+    """
+    asked, figures, first = chatting.questions(arguments.requests), {}, []
     ways = (1, 4) if arguments.dtype == "float32" else (1,)  # at once, so that the batches of bfloat16 are equal
     options = options_of(arguments) | COMPILED | {"--chat-template": False, "--enable-prompt-embeds": None}
-    for name in arguments.settings:
-        environment = SETTINGS[name][0]
-        plain, found = {"environment": environment | {"VLLM_PLUGINS": ""}, "options": PLAIN | options}, []
-        for turn in range(2):  # servers choose their kernels by time, so that two plain ones may differ
-            with Server(root / f"{name}-{turn}", **plain) as server:
-                found.append([chatting.tokens_of(server, asked, way) for way in ways])
-        with Server(root / name, environment=SEEDED | environment, options=options) as server:
-            for way, alone, again in zip(ways, *found, strict=True):
-                row = figures[f"{name}, {way} at once"] = {"same_in_another_server": chatting.same(alone, again)}
-                row |= beside_a_round(server, asked, way, alone)
-                note(f"{name}, {way} at once: {json.dumps(row)}")
+    for name, turn in product(arguments.settings, range(2)):
+        own = SETTINGS[name][0] | {"VLLM_CACHE_ROOT": str(root / f"{name}-{turn}-cache")}
+        with Server(
+            root / f"{name}-{turn}-plain", environment=own | {"VLLM_PLUGINS": ""}, options=PLAIN | options
+        ) as server:
+            alone = [chatting.tokens_of(server, asked, way) for way in ways]
+        first = first if turn else alone
+        own["VLLM_CACHE_ROOT"] += "-too"
+        with Server(root / f"{name}-{turn}", environment=SEEDED | own, options=options) as server:
+            for way, answers, other in zip(ways, first, alone, strict=True):
+                row = figures[f"{name}, {way} at once, {turn}"] = {"same_as_first_plain": chatting.same(answers, other)}
+                row |= beside_a_round(server, asked, way, answers)
+                note(f"{name}, {way} at once, {turn}: {json.dumps(row)}")
     return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
 
 

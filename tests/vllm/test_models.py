@@ -1,7 +1,4 @@
-"""Quantised checkpoints, models whose layers keep a state, and models that read images too, beside transformers.
-
-What is measured is that of the benchmark from which docs/vllm.md has its table.
-"""
+"""Quantised checkpoints, models whose layers keep a state, and models that read images too, beside transformers."""
 
 from pathlib import Path
 

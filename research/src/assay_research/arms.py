@@ -133,10 +133,7 @@ class Shortcut:
 
     @classmethod
     def fit(
-        cls,
-        model: "Model | PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase | None",
-        pairs: Sequence[Pair],
+        cls, model: "Model | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", pairs: Sequence[Pair]
     ) -> "Shortcut":
         """Return the direction of pairs of a hack and a clean completion, for the model at the start of training.
 

@@ -217,10 +217,7 @@ def _bad(where: str, seen: str, wanted: str) -> DataError:
 
 
 def calibrate_vectors(
-    sets: Sequence[VectorSet],
-    *,
-    digest: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    sets: Sequence[VectorSet], *, digest: str | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Calibration:
     """Measure the noise of a build from sets of vectors that honest machines published.
 

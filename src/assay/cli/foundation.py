@@ -66,11 +66,11 @@ def info(chosen: InfoSettings, as_json: bool) -> None:
 @models.add("random", RandomSettings, example="assay models random shape:qwen3-0.6b -o checkpoint")
 def random(chosen: RandomSettings, as_json: bool) -> None:
     """Write a checkpoint with random weights."""
-    from assay import models
-    from assay.files.storage import check_new_file
+    from assay.files.storage import check_folder, check_new_file
 
-    if chosen.output.exists():
-        check_new_file(chosen.output)
+    (check_new_file if chosen.output.exists() else check_folder)(chosen.output)  # before torch is imported
+    from assay import models
+
     models.save_random(chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"}))
     if as_json:
         values = {"path": str(chosen.output), "weights": chosen.weights, "block_hash": chosen.block_hash}

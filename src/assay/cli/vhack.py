@@ -177,10 +177,13 @@ _PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
 def extract(chosen: ExtractSettings, as_json: bool) -> None:
     """Extract a basis of hack directions."""
     from assay import vhack
+    from assay.files.storage import check_folder
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.selection import fewest_groups, select_pairs
 
     pairs = find_pairs(chosen.pairs)  # before torch is imported
+    if chosen.cache is not None:
+        check_folder(chosen.cache)
     select_pairs(pairs, **chosen.model_dump(include={"n_heldout", "heldout_groups", "method"}))
     if (groups := len({pair.group for pair in pairs})) < (least := fewest_groups(chosen.method)):
         click.echo(

@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from assay import streams
 from assay.errors import BadWeights, OutOfMemory, StorageError, UsageError, is_out_of_memory
 from assay.files.references import CATALOGUE
+from assay.files.storage import check_folder
 from assay.memory import keep_freed_memory
 from assay.models.checkpoint import (
     EIGHT_BITS,
@@ -504,6 +505,7 @@ def save_random(
         raise UsageError("weights='trained'", wanted="random-all or random-embed", do="copy the directory instead")
     if target.exists():
         raise UsageError(f"{target} exists", wanted="a new directory", do="choose another path or remove it")
+    check_folder(target)
     model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""Decoding: no other nonce of the batch has a part in tokens, margins and sketches.
-
-tests/docs/test_second.py holds prompts, tokens and sketches to the definition.
-"""
+"""Decoding: no other nonce of the batch has a part in tokens, margins and sketches."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,4 @@
-"""The engine on transformers: the shapes that it takes, its hooks, and which batches fit into memory.
-
-tests/docs/test_second.py holds its inputs and what it reads to the definition.
-"""
+"""The engine on transformers: the shapes that it takes, its hooks, and which batches fit into memory."""
 
 import pytest
 import torch

@@ -168,10 +168,7 @@ def run_merge(chosen: MergeSettings, as_json: bool) -> int:
 
 
 merge = Command(
-    "merge",
-    run_merge,
-    (MergeSettings,),
-    example="assay poc ledger merge mine.sqlite3 theirs.jsonl --public-key KEY",
+    "merge", run_merge, (MergeSettings,), example="assay poc ledger merge mine.sqlite3 theirs.jsonl --public-key KEY"
 )
 
 

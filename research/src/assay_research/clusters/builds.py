@@ -60,10 +60,7 @@ class Pair:
         """
         looked_at = np.arange(len(self.nonces)) if chosen is None else chosen
         return stats.place_test(
-            self.distances[looked_at],
-            self.positions[looked_at],
-            batch_size=self.batch_size,
-            honest_size=honest_size,
+            self.distances[looked_at], self.positions[looked_at], batch_size=self.batch_size, honest_size=honest_size
         )
 
     @cached_property

@@ -103,10 +103,7 @@ def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
     return decode(replace(scene.model, module=module), requests)
 
 
-HONEST: dict[str, Serve] = {
-    f"batches of {SMALL_BATCH}": _in_small_batches,
-    "plain attention": _with_plain_attention,
-}
+HONEST: dict[str, Serve] = {f"batches of {SMALL_BATCH}": _in_small_batches, "plain attention": _with_plain_attention}
 """Other ways to answer honestly."""
 
 

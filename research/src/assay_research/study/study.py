@@ -1,7 +1,4 @@
-"""The study: all runs of a plan, to their end, in cohorts that go through a step together.
-
-Shapes as in :mod:`assay_research.study.model`.
-"""
+"""The study: all runs of a plan, to their end, in cohorts that go through a step together."""
 
 import hashlib
 import itertools
@@ -178,10 +175,7 @@ class Cohort:
         if not len(rows):
             return own
         stored = policy_gradient(
-            self.model.some(rows),
-            teacher,
-            joined_NPG[..., -1:],
-            divisor=self.settings.prompts * self.settings.rollouts,
+            self.model.some(rows), teacher, joined_NPG[..., -1:], divisor=self.settings.prompts * self.settings.rollouts
         )
         whole = [
             torch.zeros_like(gradient).index_copy_(0, rows, part) for gradient, part in zip(own, stored, strict=True)
