@@ -268,7 +268,9 @@ def apart(wanted, found, tokenizer):
 
 def beside_a_round(server, asked, at_once, alone):
     """Return how many answers are the same with the plugin, and while it computes nonces."""
-    row = {"same_with_the_plugin": chatting.same(alone, chatting.tokens_of(server, asked, at_once))}
+    answers = chatting.tokens_of(server, asked, at_once)
+    row = {"same_with_the_plugin": chatting.same(alone, answers)}
+    row["others"] = [one for one in zip(asked, alone, answers, strict=True) if one[1] != one[2]]
     server.begin("beside")
     before = server.wait_for(8)
     row["same_beside_a_round"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))

@@ -1,7 +1,4 @@
-"""Models that are built in other ways than Llama: their gradients are those of the weights, or they are refused.
-
-And how much of a model targets cover: a part is never taken for the whole.
-"""
+"""Models that are built in other ways than Llama: their gradients are those of the weights, or they are refused."""
 
 import json
 

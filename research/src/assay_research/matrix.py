@@ -50,10 +50,7 @@ _POLL = 0.02
 
 
 class Live:
-    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with`` block ends.
-
-    What it writes is appended to the log.
-    """
+    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with`` block ends."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.log = log

@@ -52,9 +52,10 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
     )
-    judge_rollouts(trainer, make_judge, arm_named(arm))
+    judge_rollouts(trainer, make_judge, arm_named(arm), every=1 + (arm == "none"))
     trainer.model.train()
-    found = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(4)])
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(4)]
+    found = trainer._generate_and_score_completions(rows)
     flags = last_character(SEEN[-1]) > 0.5
     assert 0 < flags.sum() < 8
     pay_PG, flags_PG = np.reshape(pay, (2, 4)), flags.reshape(2, 4)
@@ -78,6 +79,9 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
             "vhack/rollouts": 8,
         }
     )
+    trainer.state.global_step, judged = 1, len(SEEN)
+    trainer._generate_and_score_completions(rows)
+    assert len(SEEN) == judged + (arm != "none")  # which is judged every second step
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")

@@ -113,7 +113,7 @@ def judge_rollouts(
         raise UsageError("labels of a trainer without assay's rewards", wanted="a detector", do=do)
     if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
         raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
-    if every < 1 or (every > 1 and arm is not None):
+    if every < 1 or (every > 1 and arm is not None and arm.flagged):
         raise UsageError(f"every={every}", wanted="1, or more without an arm, which needs all", do="leave every out")
     alarm = Alarm()
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
