@@ -4,6 +4,7 @@ import io
 
 from assay.cli import output as _output
 from assay.errors import UsageError
+from assay.waiting import tell
 
 
 class Terminal(io.StringIO):
@@ -47,3 +48,13 @@ def test_progress_in_a_pipe_is_a_line_every_few_seconds(capsys, monkeypatch):
         "proving: 60 of 120 nonces, 10.0 nonces/s, 6 s left",
         "proving: 120 of 120 nonces, 10.0 nonces/s, 0 s left",
     ]
+
+
+def test_loading_that_takes_a_moment_is_told_until_it_is_done(capsys, monkeypatch):
+    clock = iter([0.0, 0.5, *[2.0] * 3, *[8.0] * 3, *[9.0] * 3])
+    monkeypatch.setattr(_output.time, "monotonic", lambda: next(clock))
+    with _output.loading_bar():
+        for done in (10, 40, 70, 100):
+            tell("reading weights", done * 10**6, 100 * 10**6)
+    tell("reading weights", 1, 2)  # no listener
+    assert capsys.readouterr().err.splitlines() == ["reading weights: 70 of 100 million, 5.0 million/s, 6 s left"]

@@ -1,7 +1,4 @@
-"""Every command line that a page shows is one that its program takes: all flags are known, and all values are read.
-
-Most of them also run (docs/blocks.md).
-"""
+"""Every command line that a page shows is one that its program takes: all flags are known, and all values are read."""
 
 import re
 import subprocess

@@ -1,7 +1,4 @@
-"""The direct path on real engines and servers: the same bits as requests, honest, harmless to chat, durable.
-
-How long calls are is in test_parts_direct.py, with what keeps nonces requests.
-"""
+"""The direct path on real engines and servers: the same bits as requests, honest, harmless to chat, durable."""
 
 import asyncio
 import importlib.metadata

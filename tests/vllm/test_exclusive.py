@@ -1,7 +1,4 @@
-"""A round that has the engine to itself, behind a root path; a dead engine and SIGTERM in its middle, and a restart.
-
-The server has its options from a file and no key, and so serves this host only.
-"""
+"""A round that has the engine to itself, behind a root path; a dead engine and SIGTERM in its middle, and a restart."""
 
 import asyncio
 import sqlite3

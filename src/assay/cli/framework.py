@@ -23,6 +23,7 @@ import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
+from assay.cli.output import loading_bar
 from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
 from assay.files.references import check_reference
 from assay.settings import NEAR, Settings, Spelling, check_device, words_of
@@ -212,7 +213,8 @@ class Command(click.Command):
                     _say(f"{values[name]} exists, and is replaced ({self.settings[name].spelling})")
             for setting in self.settings.values():
                 setting.check_files(getattr(made[self.kinds.index(setting.kind)], setting.name))
-            ctx.exit(self.function(*made, **options) or 0)
+            with loading_bar():
+                ctx.exit(self.function(*made, **options) or 0)
         except Stopped as stop:
             stop.resumable = self.resumable
             raise

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import click
@@ -16,9 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from assay.errors import AssayError, visible
+from assay.waiting import told
 
 WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
 LONGEST_CELL = 500  # characters; names and reasons that assay writes are shorter
+MOMENT = 1.0  # seconds of loading that need no word
 PAUSE = 5.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -74,16 +76,15 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
     def render(self, task: Task) -> Text:
-        return Text(_rate(task.speed, self._unit) if task.speed else "")
+        return Text(_rate(task.speed, task.fields["unit"]) if task.speed else "")
 
 
 def _rate(rate: float, unit: str) -> str:
     return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+
+
+_bars: list[Progress] = []  # what is on the terminal now
 
 
 @contextmanager
@@ -104,11 +105,33 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
 
         yield say if sys.stderr is not None else None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with ExitStack() as stack:
+        if not _bars:  # a terminal has one at a time, of several lines
+            stack.callback(_bars.clear)
+            _bars.append(stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True)))
+        task = _bars[0].add_task(label, total=None, unit=unit)
+        stack.callback(_bars[0].remove_task, task)
+        yield lambda done, total: _bars[0].update(task, completed=done, total=total)
 
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
 
-        yield update
+@contextmanager
+def loading_bar() -> Iterator[None]:
+    """Show how far a model is loaded, where that takes longer than a moment."""
+    with ExitStack() as stack:
+        begun: dict[str, float] = {}
+        update: list[Callable[[int, int], None] | None] = []
+
+        def listener(what: str, done: int, total: int) -> None:
+            lasted = time.monotonic() - begun.setdefault(what, time.monotonic())
+            if not update and lasted > MOMENT and done < total:
+                update.append(stack.enter_context(progress_bar(what, "million")))
+            if update and update[0]:
+                update[0](done // 10**6, total // 10**6)
+            if done == total:
+                stack.close()
+                update.clear()
+                begun.clear()
+
+        with told(listener):
+            yield

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -51,6 +52,7 @@ from assay.files.jsonl import LONGEST_FILE, LONGEST_LINE, check_tensors, parse, 
 from assay.files.references import CATALOGUE, CONFIG, check_bundled, check_config, check_hub_id, find_path, is_bundled
 from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
+from assay.waiting import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -538,8 +540,13 @@ def stored_dtype(tensors: list[Stored]) -> torch.dtype:
 
 def digest_tensors(tensors: list[Stored], quantisation: object = None) -> str:
     """Return the SHA-256 of all tensors, and of how quantised ones are used, in hex; every value must be finite."""
+    total = sum(math.prod(stored.shape) for stored in tensors)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(_digest_tensor, tensors)
+        parts, done = [], 0
+        for part, stored in zip(pool.map(_digest_tensor, tensors), tensors, strict=True):
+            parts.append(part)
+            done += math.prod(stored.shape)
+            tell("reading weights", done, total)
         said = b"" if quantisation is None else json.dumps(quantisation, sort_keys=True).encode()
         return hashlib.sha256(b"".join(parts) + said).hexdigest()
 

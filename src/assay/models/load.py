@@ -47,6 +47,7 @@ from assay.models.frame import Frame
 from assay.models.quantized import StoredFormat, check_device, check_quantisation, load_stored, read_format
 from assay.models.quantized import quantise as round_weights
 from assay.streams.backends import as_tensor, torch_dtype
+from assay.waiting import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,11 +119,15 @@ _VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 
 def _randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms: bool) -> None:
     """Replace every parameter by its stream of a block, in its dtype, and put it on a device; unit norms are one."""
-    for name, parameter in module.named_parameters():
+    parameters, done = dict(module.named_parameters()), 0
+    total = sum(parameter.numel() for parameter in parameters.values())
+    for name, parameter in parameters.items():
         if unit_norms and _is_norm(name):
             parameter.data = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
         else:
             _draw(name, parameter, block, device)
+        done += parameter.numel()
+        tell("drawing weights", done, total)
 
 
 def _is_norm(name: str) -> bool:

@@ -172,10 +172,7 @@ def test_further_draws_continue_the_order():
 
 
 def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_model):
-    """The ledger's nonces are the first ones of the order that the published secret gives: no other were possible.
-
-    The order is drawn by the program of docs/validator.md, which needs the standard library alone.
-    """
+    """The ledger's nonces are the first ones of the order that the published secret gives: no other were possible."""
     text = (Path(__file__).parents[3] / "docs" / "validator.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     page: dict = {}
