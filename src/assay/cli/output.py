@@ -110,9 +110,10 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
         if not _bars:  # a terminal has one at a time, of several lines
             stack.callback(_bars.clear)
             _bars.append(stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True)))
-        task = _bars[0].add_task(label, total=None, unit=unit)
-        stack.callback(_bars[0].remove_task, task)
-        yield lambda done, total: _bars[0].update(task, completed=done, total=total)
+        bar = _bars[0]
+        task = bar.add_task(label, total=None, unit=unit)
+        stack.callback(bar.remove_task, task)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

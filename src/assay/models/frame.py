@@ -67,15 +67,14 @@ class Frame:
     sha256: str = field(init=False, default="")  # of the file
 
     def __post_init__(self) -> None:
-        drawn = self.rows - len(self.left_out)
-        known = type(self.rows) is int and 1 <= drawn <= self.rows <= MOST_ROWS
+        known = type(self.rows) is int and 1 <= self.drawn <= self.rows <= MOST_ROWS
         ends = self.left_out.ravel()[[0, -1]] if self.left_out.size else [0, 0]
         ordered = bool((np.diff(self.left_out) > 0).all()) and 0 <= ends[0] <= ends[1] < max(1, self.rows)
         alike = self.left_out.ndim == self.mean.ndim == 1 and self.mean.shape == self.scale.shape
         moments = np.stack([self.mean, self.scale]) if alike else np.full((2, 1), np.nan)
         for holds, seen, wanted in (
             (bool(_DIGEST.fullmatch(str(self.digest))), f"the digest {self.digest!r:.80}", "64 hexadecimal digits"),
-            (known, f"{drawn} of {self.rows!r:.20} rows", f"1 to {MOST_ROWS} rows, some of which are drawn"),
+            (known, f"{self.drawn} of {self.rows!r:.20} rows", f"1 to {MOST_ROWS} rows, some of which are drawn"),
             (ordered, "ids in another order, twice, or without a row", "ascending ids below the number of rows"),
             (bool(np.isfinite(moments).all()), "a mean or a scale that is not finite", "finite rows of one length"),
             (bool((moments[1] > 1e-37).all()), "a scale of 0 or less, or next to it", "scales above 0"),
@@ -92,8 +91,13 @@ class Frame:
 
     def tokens(self, seeds_BT: UInt32[np.ndarray, "B T"]) -> Int64[np.ndarray, "B T"]:
         """Return the token of every 32-bit seed s: number ⌊s·(V − E)/2³²⌋ of the ids that are not left out."""
-        places_BT = (seeds_BT.astype(np.uint64) * np.uint64(self.rows - len(self.left_out))) >> np.uint64(32)
+        places_BT = (seeds_BT.astype(np.uint64) * np.uint64(self.drawn)) >> np.uint64(32)
         return places_BT.astype(np.int64) + np.searchsorted(self.before, places_BT.astype(np.int64), side="right")
+
+    @property
+    def drawn(self) -> int:
+        """Number of ids that nonces draw from."""
+        return self.rows - len(self.left_out)
 
     @property
     def before(self) -> Int64[np.ndarray, " E"]:
