@@ -280,26 +280,28 @@ def beside_a_round(server, asked, at_once, alone):
 
 
 def chat_on_gpu(arguments, root):
-    """Return the same of a GPU, whose servers have one dtype, compiled layers and prompt embeddings, by setting.
+    """Return the same of a GPU, whose servers have one dtype and prompt embeddings, by setting.
 
-    Each server compiles for itself: kernels are chosen by time, so that two servers without the plugin may differ too.
+    Kernels are chosen by time: both servers of a pair have the same, and a second pair has others. In the last pair the
+    plain server multiplies float32 as exactly as the one with the plugin does.
     """
     asked, figures, first = chatting.questions(arguments.requests), {}, []
     ways = (1, 4) if arguments.dtype == "float32" else (1,)  # at once, so that the batches of bfloat16 are equal
     options = options_of(arguments) | COMPILED | {"--chat-template": False, "--enable-prompt-embeds": None}
-    for name, turn in product(arguments.settings, range(2)):
-        own = SETTINGS[name][0] | {"VLLM_CACHE_ROOT": str(root / f"{name}-{turn}-cache")}
-        with Server(
-            root / f"{name}-{turn}-plain", environment=own | {"VLLM_PLUGINS": ""}, options=PLAIN | options
-        ) as server:
+    for name, turn in product(arguments.settings, ("compiled", "again", "exact")):
+        folder = root / f"{name}-{turn}"
+        own = SETTINGS[name][0] | {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_USE_AOT_COMPILE": "0"}
+        kernels = {"--compilation-config": json.dumps({"cache_dir": str(folder / "kernels")})}
+        plain = own | {"VLLM_PLUGINS": ""} | ({"TRITON_F32_DEFAULT": "ieee"} if turn == "exact" else {})
+        with Server(folder / "plain", environment=plain, options=PLAIN | options | kernels) as server:
             alone = [chatting.tokens_of(server, asked, way) for way in ways]
-        first = first if turn else alone
-        own["VLLM_CACHE_ROOT"] += "-too"
-        with Server(root / f"{name}-{turn}", environment=SEEDED | own, options=options) as server:
-            for way, answers, other in zip(ways, first, alone, strict=True):
-                row = figures[f"{name}, {way} at once, {turn}"] = {"same_as_first_plain": chatting.same(answers, other)}
-                row |= beside_a_round(server, asked, way, answers)
-                note(f"{name}, {way} at once, {turn}: {json.dumps(row)}")
+        first = first or alone
+        with Server(folder / "plugin", environment=SEEDED | own, options=options | kernels) as server:
+            for way, answers, before in zip(ways, alone, first, strict=True):
+                row = beside_a_round(server, asked, way, answers)
+                row["same_as_first_plain"] = chatting.same(before, answers)
+                figures[f"{name}, {turn}, {way} at once"] = row
+                note(f"{name}, {turn}, {way} at once: {json.dumps(row)}")
     return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
 
 

@@ -32,13 +32,9 @@ def rewrite(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) 
 
 
 def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
-    """Write a checkpoint whose linear layers are in eight or four bits, as the tools of the field write them.
+    """Write a checkpoint with linear layers in one of :data:`FORMATS` or :data:`FOUR_BITS`, as tools of the field do.
 
-    Args:
-        source: Directory of a checkpoint that is not quantised.
-        target: Directory that is made.
-        form: One of :data:`FORMATS` or :data:`FOUR_BITS`.
-        block: Rows and columns that share a scale, or columns in four bits.
+    ``block`` rows and columns share a scale, or columns in four bits.
     """
     target.mkdir()
     for path in source.iterdir():

@@ -14,13 +14,9 @@ VOCABULARY = 48
 
 
 def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray:
-    """Return the profiles of claimed tokens from the gaps of all tokens, [N, G] in steps of float16.
+    """Return profiles [N, G] of claimed tokens from the gaps of all; one that cannot be taken has an infinite gap.
 
     This is the definition, to be read, and the twin of what ``assay.poc.responses.replaying`` computes on devices.
-
-    Args:
-        gaps_NV: Gap of every token of the vocabulary; infinite for one that cannot be taken.
-        tokens_N: Tokens that were claimed.
     """
     gaps: FloatArray = np.asarray(gaps_NV, dtype=np.float64)
     tokens: npt.NDArray[np.int64] = np.asarray(tokens_N, dtype=np.int64)

@@ -13,13 +13,9 @@ BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
 
 
 def together(work, folder, backend, *arguments):
-    """Return what each of two fresh processes finds. If one fails, the other is ended, and its traceback raised.
+    """Return what ``work`` finds in two processes, given rank, device and arguments; if one fails, the other ends.
 
-    Args:
-        work: Function of a module, which is given its rank, its device and the arguments.
-        folder: Directory in which they meet and leave what they found.
-        backend: ``"gloo"`` or ``"nccl"``.
-        arguments: What both are given.
+    They meet in the folder, and leave there what they found.
     """
     torch.multiprocessing.spawn(_join, (work, folder, backend, *arguments), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

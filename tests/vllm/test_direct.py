@@ -71,6 +71,18 @@ def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     assert np.array_equal(*values)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_recorded_passes_give_the_same_bits():
+    proofs, options = [], {"max_model_len": 512, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.2}
+    for mode in ("NONE", "FULL_AND_PIECEWISE"):
+        how = options | {"compilation_config": {"cudagraph_mode": mode}}
+        with VLLMEngine("reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **how) as made:
+            proofs.append(by_path(made, "auto", "hardened"))
+    (plain, beside), (recorded, again) = proofs
+    assert beside == again == 48
+    assert np.array_equal(published(plain), published(recorded))
+
+
 def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monkeypatch: pytest.MonkeyPatch):
     expected = published(by_path(engine, "auto", "poc-2.0")[0])
     with monkeypatch.context() as patch:
