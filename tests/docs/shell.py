@@ -111,13 +111,9 @@ def page(name: str) -> str:
 
 
 def script(name: str, *, before: str = "", instead: Mapping[str, str] = {}, small: Mapping[str, str] = {}) -> str:
-    """Return all blocks of a page, but for the lines that docs/blocks.md lists, as a script.
+    """Return all blocks of a page, but for the lines that docs/blocks.md lists, as a script after the lines ``before``.
 
-    Args:
-        name: Page in docs.
-        before: Lines that run first.
-        instead: Words of the page, and what stands in their place.
-        small: Beginnings of commands, and flags that are added after them.
+    ``instead`` of its words others stand there, and ``small`` has flags that are added after beginnings of commands.
     """
     text = page_blocks.script(page(name), leave_out=tuple(not_run().get(name, ())))
     for word, other in instead.items():

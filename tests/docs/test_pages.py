@@ -94,25 +94,15 @@ def blocks(name, kind):
 
 @dataclass(frozen=True)
 class Page:
-    """A page and how it is made small.
+    """A page and how it is made small."""
 
-    Attributes:
-        before: Lines that run first.
-        instead: Words of the page, and what stands in their place; ``$PLACE`` is the folder.
-        small: Beginnings of commands, and flags that are added after them.
-        given: Texts of files that the reader has, by name.
-        says: Words that are printed.
-        makes: Files that are there afterwards.
-        needs: Program without which the page is left out.
-    """
-
-    before: str = ""
-    instead: Mapping[str, str] = field(default_factory=dict)
-    small: Mapping[str, str] = field(default_factory=dict)
-    given: Mapping[str, str] = field(default_factory=dict)
-    says: tuple[str, ...] = ()
-    makes: tuple[str, ...] = ()
-    needs: str = "sh"
+    before: str = ""  # lines that run first
+    instead: Mapping[str, str] = field(default_factory=dict)  # of words of the page; ``$PLACE`` is the folder
+    small: Mapping[str, str] = field(default_factory=dict)  # flags that are added after beginnings of commands
+    given: Mapping[str, str] = field(default_factory=dict)  # texts of files that the reader has, by name
+    says: tuple[str, ...] = ()  # words that are printed
+    makes: tuple[str, ...] = ()  # files that are there afterwards
+    needs: str = "sh"  # program without which the page is left out
 
 
 def lines(*rows):

@@ -56,10 +56,7 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
 
 
 def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
-    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which four are asked.
-
-    ``sizes`` replace those of the configuration.
-    """
+    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which four are asked."""
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -122,10 +119,7 @@ def make_hybrid(kind: str, target: Path, **sizes: int) -> Path:
 
 
 def make_wrapper(kind: str, target: Path, **sizes: int) -> Path:
-    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm`` or ``qwen2_5_vl``.
-
-    The decoder inside is a Llama in the first two. ``sizes`` replace those of :data:`DECODER`.
-    """
+    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm`` or ``qwen2_5_vl``."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

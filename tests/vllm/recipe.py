@@ -19,10 +19,7 @@ SET_THERE = ("ASSAY_API_KEY", "VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE")
 
 
 class RecipeServer(ForkedServer):
-    """A server whose folder has what the command names: a checkpoint with a chat template, and the file of the key.
-
-    The first start runs the command; a later one forks the program that it runs.
-    """
+    """A server whose folder has what the command names: a checkpoint with a chat template, and the file of the key."""
 
     def __init__(self, data_dir: Path, environment: dict[str, str]) -> None:
         super().__init__(data_dir, environment=environment)

@@ -98,6 +98,7 @@ def config(**changed):
     values |= dict.fromkeys(("parallel.pipeline_parallel_size", "parallel.data_parallel_size"), 1)
     values |= dict.fromkeys(("parallel.enable_eplb", "parallel.use_ubatching"), False)
     values |= {"compilation.static_forward_context": {}, "compilation.pass_config": SimpleNamespace(enable_sp=False)}
+    values |= {"compilation.cudagraph_mode": SimpleNamespace(name="FULL"), "parallel.tensor_parallel_size": 1}
     values |= dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
     return settings_of_vllm(values | changed)
 
@@ -319,6 +320,30 @@ PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an
 def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(seq_len: int, activations: int, batch: int):
     made = config()
     assert DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len) == batch
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_whole_passes_are_recorded_where_that_works(monkeypatch: pytest.MonkeyPatch, works: bool):
+    """On a GPU tests/vllm/test_direct.py compares their bits."""
+    made, seen = config(), []
+
+    class Recorded:
+        def __init__(self, run, inputs, pool) -> None:
+            if not works:
+                raise RuntimeError("a kernel waits")
+            seen.append("recorded")
+
+        def __call__(self, inputs):
+            seen.append("replayed")
+
+    monkeypatch.setattr("assay.poc.vllm.direct.PassGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * PER_TOKEN)
+    monkeypatch.setattr(passes, "_inputs", lambda spec, nonces: {"input_ids": torch.tensor(nonces)})
+    monkeypatch.setattr(passes, "_layers", lambda batch, seq_len, inputs: seen.append(batch))
+    for count in (4, 3, 4):  # whole, a rest, whole
+        passes._forward(SPEC, list(range(count)))
+    assert seen == ([4, "recorded", "replayed", 3, "replayed"] if works else [4, 4, 3, 4])
 
 
 def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():
