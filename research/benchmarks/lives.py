@@ -3,9 +3,8 @@
 Each model computes the nonces of some blocks in bfloat16, float16 and float32, and in the first two by other kernels
 too. A validator judges in float32, by residuals or by scores with the third format as their control, or by the other
 kernels in the node's format, with both others as controls. A law comes from a third of the blocks, drawn anew for each,
-and judges lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is 10 of 16,
-of which a tenth of the residuals is five times larger. The same lives are lived without a difference between blocks:
-nonces are shuffled first. Tails are the 99 % quantile and the largest value over the median.
+and judges lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is `--cheat`,
+of which a tenth of the residuals is five times larger. Lives of shuffled nonces have no difference between blocks.
 
 Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but `poc-2.0`.
 
@@ -32,7 +31,7 @@ MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS = ("poc-2.0", "hardened", "tokens-1")
 BUILDS = ("bfloat16", "float16", "float32", "bfloat16 eager", "float16 eager")
 NONCES, LAWS, LIVES, CHEATS = 64, 4, 280, 40  # the last two under each law
-ALPHA, HONEST, CHEAT = 1e-3, (24, 16), (10, 16)  # audits of a life, and nonces of each
+ALPHA, HONEST = 1e-3, (24, 16)  # audits of an honest life, and nonces of each
 
 
 def compute(reference, preset, frame, options):
@@ -115,9 +114,9 @@ def cells(reference, preset, folder, options):
                     build = fit_build(measured, machines, pipeline, **known, control=used)
                     noise = build.between("", engines[own])
                     suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng, cheat=False))
-                    _, caught = convicted(noise, lives(values_BN, others, CHEAT, CHEATS, rng, cheat=True))
+                    _, caught = convicted(noise, lives(values_BN, others, options.cheat, CHEATS, rng, cheat=True))
                     row = {"model": reference, "preset": preset, "formats": [name, own], "values": way, "law": law}
-                    tails = np.quantile(values_BN, [0.99, 1]) / np.median(values_BN)
+                    tails = np.quantile(values_BN, [0.99, 1]) / np.median(values_BN)  # 99 % and the largest
                     row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected, "tails": tails.tolist()}
                     yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
 
@@ -128,6 +127,7 @@ def main():
     made.add_argument("--presets", nargs="+", default=PRESETS)
     made.add_argument("--seq-len", type=int, default=16)
     made.add_argument("--blocks", type=int, default=48)
+    made.add_argument("--cheat", type=int, nargs=2, default=(10, 16), help="audits of its life, and nonces of each")
     made.add_argument("--device", default="cpu")
     options = made.parse_args()
     with TemporaryDirectory() as folder:
@@ -137,13 +137,13 @@ def main():
     table = []
     for preset, way, shuffled in product(options.presets, ("residuals", "scores", "two controls"), (False, True)):
         ones = [one for one in found if (one["preset"], one["values"], one["shuffled"]) == (preset, way, shuffled)]
-        if not ones:
-            continue  # no control was worth its price
+        if not ones:  # no control was worth its price
+            continue
         counts, caught = [one["convicted"] for one in ones], [one["caught"] for one in ones]
         row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones), "lives": LIVES * len(ones)}
         row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}
         table.append(row | {"least_caught": min(caught), "caught": float(np.mean(caught))})
-    of_all = {"blocks": options.blocks, "positions": options.seq_len}
+    of_all = {"blocks": options.blocks, "positions": options.seq_len, "cheat": options.cheat}
     publish("lives", of_all | {"table": table, "laws": found}, options.output)
 
 
