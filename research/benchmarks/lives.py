@@ -11,7 +11,8 @@ Pass: of honest lives at most .0001 convicted, .003 under the worst law; of chea
     python research/benchmarks/lives.py -o research/results/lives.json
 """
 
-from itertools import combinations, product
+from itertools import combinations, groupby, product
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -116,8 +117,9 @@ def cells(reference, preset, folder, options):
                     suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng, cheat=False))
                     _, caught = convicted(noise, lives(values_BN, others, options.cheat, CHEATS, rng, cheat=True))
                     row = {"model": reference, "preset": preset, "formats": [name, own], "values": way, "law": law}
-                    tails = np.quantile(values_BN, [0.99, 1]) / np.median(values_BN)  # 99 % and the largest
-                    row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected, "tails": tails.tolist()}
+                    middle, ends = np.median(values_BN), np.quantile(values_BN, [0.99, 1])
+                    tails = (ends / middle).tolist() if middle else None
+                    row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected, "tails": tails}
                     yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
 
 
@@ -135,12 +137,10 @@ def main():
             found += cells(reference, preset, Path(folder), options)
             note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
     table = []
-    for preset, way, shuffled in product(options.presets, ("residuals", "scores", "two controls"), (False, True)):
-        ones = [one for one in found if (one["preset"], one["values"], one["shuffled"]) == (preset, way, shuffled)]
-        if not ones:  # no control was worth its price
-            continue
-        counts, caught = [one["convicted"] for one in ones], [one["caught"] for one in ones]
-        row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(ones), "lives": LIVES * len(ones)}
+    key = itemgetter("preset", "values", "shuffled")
+    for (preset, way, shuffled), group in groupby(sorted(found, key=key), key):
+        counts, caught = zip(*((one["convicted"], one["caught"]) for one in group), strict=True)
+        row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(counts), "lives": LIVES * len(counts)}
         row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}
         table.append(row | {"least_caught": min(caught), "caught": float(np.mean(caught))})
     of_all = {"blocks": options.blocks, "positions": options.seq_len, "cheat": options.cheat}

@@ -395,7 +395,9 @@ def in_three_parts(error: click.ClickException) -> UsageError:
     look = f"see {name} --help"
     if isinstance(error, click.NoSuchOption):
         known = [flag for one in context.command.get_params(context) for flag in one.opts] if context else []
-        return UsageError(error.option_name, wanted=f"a flag of {name}", do=_nearest(error.option_name, known, look))
+        is_argument = error.option_name.lstrip("-") in known
+        do = "pass its value without the flag" if is_argument else _nearest(error.option_name, known, look)
+        return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
     if isinstance(error, click.BadOptionUsage):
         wanted = "no value behind this flag" if "not take" in error.message else "a value behind this flag"
         return UsageError(error.option_name, wanted=wanted, do=look)

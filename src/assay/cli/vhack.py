@@ -322,7 +322,10 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if (more or first.suffix != ".json") and not first.is_dir():  # before torch
+    if first.is_dir() and next(first.rglob("*.json*"), None) is None:  # before torch, as the next one
+        wanted, do = "the directory of a run, with its log", "wait for a step, or name another directory"
+        raise DataError(f"{first} without a log", wanted=wanted, do=do)
+    if (more or first.suffix != ".json") and not first.is_dir():
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
             raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
