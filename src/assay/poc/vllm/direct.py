@@ -377,26 +377,35 @@ class DirectPasses:
         inputs, seq_len = self._inputs(spec, nonces), spec.round.seq_len
         run = partial(self._layers, len(nonces), seq_len)
         key = (seq_len, *(name for name, values in inputs.items() if values is not None))
-        if not self._may_record(len(nonces), seq_len):
+        if not self._records or len(nonces) != self._batch(seq_len):  # whole passes alone
             return run(inputs)
-        graph = self._graphs.get(key)
-        if graph is None:
+        if key not in self._graphs:
+            states_ND = run(inputs)  # kernels are chosen and compiled in the first pass, and cannot be in a graph
+            graph = self._record(run, inputs, len(nonces) * seq_len)
+            if graph is None:
+                return states_ND
             if len(self._graphs) == MAX_TABLES:
                 self._graphs.clear()
-            run(inputs)  # kernels are chosen and compiled in the first pass, and cannot be in a graph
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            try:
-                graph = self._graphs[key] = PassGraph(run, inputs, self._pool)
-            except RuntimeError as error:  # a kernel that waits for the device
-                log.warning("passes of nonces are not recorded in CUDA graphs: %s", reason_of(error))
-                self._records = False
-                return run(inputs)
-        return graph(inputs)
+            self._graphs[key] = graph
+        return self._graphs[key](inputs)
 
-    def _may_record(self, count: int, seq_len: int) -> bool:
-        """Return whether passes of so many nonces are recorded: whole ones, whose activations are known, and few."""
-        needed = self._activations * count * seq_len / int(self._config.scheduler_config.max_num_batched_tokens)
-        return self._records and 0 < needed <= MAX_GRAPH and count == self._batch(seq_len)
+    def _record(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None], tokens: int) -> PassGraph | None:
+        """Return the graph of a pass that has run, or None: then no more are recorded.
+
+        A graph keeps the activations of its pass. Where they are not known, or are many, or do not fit twice into the
+        memory that vLLM has left free, there is none.
+        """
+        needed = self._activations * tokens / int(self._config.scheduler_config.max_num_batched_tokens)
+        self._records = 0 < needed <= MAX_GRAPH and torch.cuda.mem_get_info(self._runner.device)[0] >= 2 * needed
+        if not self._records:
+            return None
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            return PassGraph(run, inputs, self._pool)
+        except RuntimeError as error:  # a kernel that waits for the device
+            log.warning("passes of nonces are not recorded in CUDA graphs: %s", reason_of(error))
+            self._records = False
+            return None
 
     def _layers(self, batch: int, seq_len: int, inputs: dict[str, Tensor | None]) -> Tensor:
         """Run all layers over the inputs of B nonces; return the hidden states [N, D] of the last one."""
