@@ -77,9 +77,9 @@ def test_recorded_passes_give_the_same_bits():
     for mode in ("NONE", "FULL_AND_PIECEWISE"):
         how = options | {"compilation_config": {"cudagraph_mode": mode}}
         with VLLMEngine("reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **how) as made:
-            proofs.append(by_path(made, "auto", "hardened"))
-    (plain, beside), (recorded, again) = proofs
-    assert beside == again == 48
+            proofs.append((*by_path(made, "auto", "hardened", 1024), made.counts()[0]["replayed"]))
+    (plain, beside, never), (recorded, again, replayed) = proofs
+    assert (beside, again, never, replayed > 0) == (1024, 1024, 0, True)
     assert np.array_equal(published(plain), published(recorded))
 
 

@@ -98,7 +98,6 @@ def config(**changed):
     values |= dict.fromkeys(("parallel.pipeline_parallel_size", "parallel.data_parallel_size"), 1)
     values |= dict.fromkeys(("parallel.enable_eplb", "parallel.use_ubatching"), False)
     values |= {"compilation.static_forward_context": {}, "compilation.pass_config": SimpleNamespace(enable_sp=False)}
-    values |= {"compilation.cudagraph_mode": SimpleNamespace(name="FULL"), "parallel.tensor_parallel_size": 1}
     values |= dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
     return settings_of_vllm(values | changed)
 
@@ -328,23 +327,25 @@ def test_whole_passes_are_recorded_where_that_works(monkeypatch: pytest.MonkeyPa
     made, seen = config(), []
 
     class Recorded:
-        def __init__(self, run, inputs, pool) -> None:
+        def __init__(self, run, inputs) -> None:
             if not works:
-                raise RuntimeError("a kernel waits")
-            seen.append("recorded")
+                raise AssertionError("a kernel waits")
+            self.tables = run.args[0]  # must live as long as the graph
 
         def __call__(self, inputs):
-            seen.append("replayed")
+            seen.append(self.tables)
 
     monkeypatch.setattr("assay.poc.vllm.direct.PassGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**36))
+    monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
     passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * PER_TOKEN)
+    assert not passes._records  # on a CPU
+    passes._records = True
+    monkeypatch.setattr(passes, "_tables", lambda count, seq_len: f"tables of {count}")
     monkeypatch.setattr(passes, "_inputs", lambda spec, nonces: {"input_ids": torch.tensor(nonces)})
-    monkeypatch.setattr(passes, "_layers", lambda batch, seq_len, inputs: seen.append(batch))
+    monkeypatch.setattr(passes, "_layers", lambda tables, seq_len, inputs: seen.append(len(inputs["input_ids"])))
     for count in (4, 3, 4):  # whole, a rest, whole
         passes._forward(SPEC, list(range(count)))
-    assert seen == ([4, "recorded", "replayed", 3, "replayed"] if works and free > 100 else [4, 3, 4])
+    assert seen == [4, 3, "tables of 4" if works and free > 100 else 4]
 
 
 def test_every_layer_has_its_own_cache_again_after_a_pass_that_failed():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from assay import streams
 from assay.errors import reason_of
+from assay.models.device import free_bytes
 from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
@@ -211,7 +212,7 @@ CACHE_SPECS = {"FullAttentionSpec"}
 """Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from step to step."""
 
 MAX_TABLES = 8  # shapes of passes whose metadata is kept
-MAX_GRAPH = 2**30  # bytes of activations that recorded passes may keep from vLLM
+MAX_GRAPH = 2**30  # bytes of activations that a recorded pass may keep from vLLM
 SPARE_BLOCKS = 8  # columns of a block table behind the last block: tiles of a kernel may look past it
 
 
@@ -243,22 +244,38 @@ class PassGraph:
     """The layers of a pass, recorded as a CUDA graph: a small model waits for some hundred launches by the host.
 
     SmolLM2 on an H200 proves 5000 nonces a second with it and 2050 without, in one run (note of vllm_real.json).
-    ``run`` computes the states from inputs at fixed addresses; its kernels are those that it starts without a graph.
+    ``run`` computes the states from inputs at fixed addresses; its kernels are those that it starts without a graph,
+    and every other tensor that they read must be held by it.
     """
 
-    def __init__(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None], pool: Any) -> None:
+    def __init__(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
         self._inputs = {name: None if values is None else values.clone() for name, values in inputs.items()}
-        self._run, self._graph = run, torch.cuda.CUDAGraph()  # what ``run`` has in it must live as long as the graph
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._states_ND = run(self._inputs)
+        self._run, self._graph, before = run, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._states_ND = run(self._inputs)
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves that of a capture that fails in its place
 
     def __call__(self, inputs: dict[str, Tensor | None]) -> Tensor:
-        """Queue the pass; the next one of any graph of the pool overwrites its states."""
+        """Queue the pass; the next one overwrites its states."""
         for name, values in inputs.items():
             if values is not None:
                 self._inputs[name].copy_(values)  # type: ignore[union-attr]
         self._graph.replay()
         return self._states_ND
+
+
+def may_record(runner: Any, config: Any) -> bool:
+    """Return whether passes may be recorded: where vLLM itself has graphs, and a pass is nothing but kernels of a GPU.
+
+    Mixtures were not tried; copies of weights that vLLM moves during a pass would have to be joined.
+    """
+    if runner.device.type != "cuda" or config.model_config.is_moe:
+        return False
+    parallel, prefetch = config.parallel_config, config.offload_config.prefetch
+    mode = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
+    return mode != "NONE" and int(parallel.tensor_parallel_size) == 1 and not prefetch.offload_group_size
 
 
 def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
@@ -309,10 +326,9 @@ class DirectPasses:
         self._activations = activations
         self._cache: Tensor | None = None
         self._tables = lru_cache(MAX_TABLES)(self._make_tables)
-        self._graphs: dict[tuple[Any, ...], PassGraph] = {}
-        self._pool: Any = None
-        mode = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
-        self._records = mode != "NONE" and int(config.parallel_config.tensor_parallel_size) == 1
+        self._recorded: tuple[Any, PassGraph | None] | None = None  # which passes, and their graph if they have one
+        self._records = may_record(runner, config)
+        self.replayed = 0  # passes that ran as a graph
 
     def prepare(self, spec: Spec) -> int:
         """Make the private cache for passes of a round; return B, the largest number of nonces of a pass.
@@ -322,7 +338,7 @@ class DirectPasses:
         batch, own = self._batch(spec.round.seq_len), self._layer_cache()
         blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
-            self._graphs.clear()  # which have it in them
+            self._recorded = None  # which has it in it
             self._cache = None  # freed before the larger one is made
             shape, order = (blocks, *own.shape[1:]), _axis_order(own)
             self._cache = torch.empty_permuted(shape, order, dtype=own.dtype, device=own.device).zero_()
@@ -373,45 +389,51 @@ class DirectPasses:
         return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in zip(*parts, strict=True)])
 
     def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
-        """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the last one."""
+        """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the last one.
+
+        Whole passes of one kind are recorded after the first of them, in which kernels are chosen and compiled.
+        """
         inputs, seq_len = self._inputs(spec, nonces), spec.round.seq_len
-        run = partial(self._layers, len(nonces), seq_len)
-        key = (seq_len, *(name for name, values in inputs.items() if values is not None))
-        if not self._records or len(nonces) != self._batch(seq_len):  # whole passes alone
+        run = partial(self._layers, self._tables(len(nonces), seq_len), seq_len)
+        if not self._records or len(nonces) != self._batch(seq_len):
             return run(inputs)
-        if key not in self._graphs:
-            states_ND = run(inputs)  # kernels are chosen and compiled in the first pass, and cannot be in a graph
-            graph = self._record(run, inputs, len(nonces) * seq_len)
-            if graph is None:
-                return states_ND
-            if len(self._graphs) == MAX_TABLES:
-                self._graphs.clear()
-            self._graphs[key] = graph
-        return self._graphs[key](inputs)
+        kind = (seq_len, *(name for name, values in inputs.items() if values is not None))
+        if self._recorded is None or self._recorded[0] != kind:
+            self._recorded = None  # its memory is given back before
+            states_ND = run(inputs)
+            self._recorded = kind, self._record(run, inputs, len(nonces) * seq_len)
+            return states_ND
+        graph = self._recorded[1]
+        if graph is None:
+            return run(inputs)
+        self.replayed += 1
+        return graph(inputs)
 
     def _record(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None], tokens: int) -> PassGraph | None:
-        """Return the graph of a pass that has run, or None: then no more are recorded.
+        """Return the graph of a pass that has run; None where it cannot be recorded, or memory is short.
 
-        A graph keeps the activations of its pass. Where they are not known, or are many, or do not fit twice into the
-        memory that vLLM has left free, there is none.
+        The graph keeps the activations of its pass, its inputs and its states. vLLM must still have those of its
+        largest step, which it has measured and left free.
         """
         needed = self._activations * tokens / int(self._config.scheduler_config.max_num_batched_tokens)
-        self._records = 0 < needed <= MAX_GRAPH and torch.cuda.mem_get_info(self._runner.device)[0] >= 2 * needed
-        if not self._records:
+        free = free_bytes(self._runner.device)
+        if not 0 < needed <= MAX_GRAPH or free < self._activations + 2 * needed:
+            log.info("passes are not recorded: activations of %.0f bytes, and %d are free", needed, free)
             return None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            return PassGraph(run, inputs, self._pool)
-        except RuntimeError as error:  # a kernel that waits for the device
+            return PassGraph(run, inputs)
+        except Exception as error:  # a kernel that waits for the device, say: passes run as before
             log.warning("passes of nonces are not recorded in CUDA graphs: %s", reason_of(error))
             self._records = False
             return None
 
-    def _layers(self, batch: int, seq_len: int, inputs: dict[str, Tensor | None]) -> Tensor:
-        """Run all layers over the inputs of B nonces; return the hidden states [N, D] of the last one."""
+    def _layers(
+        self, tables: tuple[dict[str, Any], Tensor, Tensor], seq_len: int, inputs: dict[str, Tensor | None]
+    ) -> Tensor:
+        """Run all layers over the inputs of nonces; return the hidden states [N, D] of the last one."""
         from vllm.forward_context import set_forward_context
 
-        metadata, slots_N, positions_N = self._tables(batch, seq_len)
+        metadata, slots_N, positions_N = tables
         by_layer = dict.fromkeys(metadata, slots_N)
         with (
             self._private_cache(partial=seq_len % int(self._layer_cache().shape[2]) > 0),

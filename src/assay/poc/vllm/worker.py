@@ -106,8 +106,9 @@ class WorkerExtension:
         return self.assay_hooks.collect(key, nonces)
 
     def assay_counts(self) -> dict[str, int]:
-        """Return the number of streams, rows and failures that are held, and how often a hook failed."""
-        return {**self.assay_hooks.rows.counts(), "errors": self.assay_hooks.errors}
+        """Return the number of streams, rows and failures that are held, of hooks that failed, of passes replayed."""
+        replayed = self.assay_passes.replayed
+        return {**self.assay_hooks.rows.counts(), "errors": self.assay_hooks.errors, "replayed": replayed}
 
     # Nonces beside the scheduler
 
