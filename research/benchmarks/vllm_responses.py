@@ -298,9 +298,8 @@ def chat_on_gpu(arguments, root):
         first = first or alone
         with Server(folder / "plugin", environment=SEEDED | own, options=options | kernels) as server:
             for way, answers, before in zip(ways, alone, first, strict=True):
-                row = beside_a_round(server, asked, way, answers)
+                row = figures[f"{name}, {turn}, {way} at once"] = beside_a_round(server, asked, way, answers)
                 row["same_as_first_plain"] = chatting.same(before, answers)
-                figures[f"{name}, {turn}, {way} at once"] = row
                 note(f"{name}, {turn}, {way} at once: {json.dumps(row)}")
     return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
 

@@ -323,7 +323,6 @@ def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(seq_len: i
 
 @pytest.mark.parametrize(("works", "free"), [(True, 2**30), (False, 2**30), (True, 100)])
 def test_whole_passes_are_recorded_where_that_works(monkeypatch: pytest.MonkeyPatch, works: bool, free: int):
-    """On a GPU tests/vllm/test_direct.py compares their bits."""
     made, seen = config(), []
 
     class Recorded:
@@ -339,10 +338,9 @@ def test_whole_passes_are_recorded_where_that_works(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
     passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * PER_TOKEN)
     assert not passes._records  # on a CPU
-    passes._records = True
-    monkeypatch.setattr(passes, "_tables", lambda count, seq_len: f"tables of {count}")
-    monkeypatch.setattr(passes, "_inputs", lambda spec, nonces: {"input_ids": torch.tensor(nonces)})
-    monkeypatch.setattr(passes, "_layers", lambda tables, seq_len, inputs: seen.append(len(inputs["input_ids"])))
+    passes._records, passes._tables = True, lambda count, seq_len: f"tables of {count}"
+    passes._inputs = lambda spec, nonces: {"input_ids": torch.tensor(nonces)}
+    passes._layers = lambda tables, seq_len, inputs: seen.append(len(inputs["input_ids"]))
     for count in (4, 3, 4):  # whole, a rest, whole
         passes._forward(SPEC, list(range(count)))
     assert seen == [4, 3, "tables of 4" if works and free > 100 else 4]

@@ -322,7 +322,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     (first, *more), command = chosen.results, f"assay vhack report {chosen.results[0]}"
     from assay.files.jsonl import read_json, read_jsonl
 
-    if first.is_dir() and next(first.rglob("*.json*"), None) is None:  # before torch, as the next one
+    logs = (next(first.glob(place), None) for place in ("*.jsonl", "*/log.jsonl"))
+    if first.is_dir() and not any(logs):  # before torch, as the next one
         wanted, do = "the directory of a run, with its log", "wait for a step, or name another directory"
         raise DataError(f"{first} without a log", wanted=wanted, do=do)
     if (more or first.suffix != ".json") and not first.is_dir():

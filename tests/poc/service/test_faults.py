@@ -167,7 +167,9 @@ def test_fault_17_validations_that_wait_are_bounded(serving):
         assert service.rig.entered.wait(20)  # it runs, and waits no more
         sent += [pool.submit(service.client.post, f"{PREFIX}/validate", json=claim) for _ in range(5)]
         until(lambda: sum(one.done() for one in sent) == 3)  # two wait
-        assert all(int(one.result().headers["retry-after"]) > 0 for one in sent if one.done())
+        refused = [one.result() for one in sent if one.done()]
+        assert {answer.status_code for answer in refused} == {429}
+        assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
         other = TestClient(service.client.app, client=("192.0.2.7", 1), base_url="http://127.0.0.1")
         sent.append(pool.submit(other.post, f"{PREFIX}/validate", json=claim))
         until(lambda: service.controller._validations._held.get("192.0.2.7"))

@@ -107,8 +107,8 @@ class WorkerExtension:
 
     def assay_counts(self) -> dict[str, int]:
         """Return the number of streams, rows and failures that are held, of hooks that failed, of passes replayed."""
-        replayed = self.assay_passes.replayed
-        return {**self.assay_hooks.rows.counts(), "errors": self.assay_hooks.errors, "replayed": replayed}
+        hooks, passes = self.assay_hooks, self.assay_passes
+        return {**hooks.rows.counts(), "errors": hooks.errors, "replayed": passes.replayed}
 
     # Nonces beside the scheduler
 
