@@ -282,13 +282,13 @@ def beside_a_round(server, asked, at_once, alone):
 def chat_on_gpu(arguments, root):
     """Return the same of a GPU, whose servers have one dtype and prompt embeddings, by setting.
 
-    Kernels are chosen by time: both servers of a pair have the same, and a second pair has others. In the last pair the
-    plain server multiplies float32 as exactly as the one with the plugin does.
+    Kernels are chosen by time: both servers of a pair have the same. In the first pair the plain server multiplies
+    float32 as exactly as the one with the plugin does, in the second as vLLM has it.
     """
     asked, figures, first = chatting.questions(arguments.requests), {}, []
     ways = (1, 4) if arguments.dtype == "float32" else (1,)  # at once, so that the batches of bfloat16 are equal
     options = options_of(arguments) | COMPILED | {"--chat-template": False, "--enable-prompt-embeds": None}
-    for name, turn in product(arguments.settings, ("compiled", "again", "exact")):
+    for name, turn in product(arguments.settings, ("exact", "compiled")):
         folder = root / f"{name}-{turn}"
         own = SETTINGS[name][0] | {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_USE_AOT_COMPILE": "0"}
         kernels = {"--compilation-config": json.dumps({"cache_dir": str(folder / "kernels")})}

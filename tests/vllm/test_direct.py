@@ -29,8 +29,7 @@ PRESETS = ("poc-2.0", "artifact", "hardened", "tokens-1")
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request):
-    options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16}
-    options |= SMALL_ENGINE
+    options = dict(SMALL_ENGINE, enforce_eager=True, max_model_len=512, max_num_batched_tokens=1024, max_num_seqs=16)
     with VLLMEngine("reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options) as made:
         made.frame = measure_frame(load_model("reference:qwen3", device="cpu"))
         made.model = made.model.with_frame(made.frame)
@@ -73,14 +72,16 @@ def test_other_lengths_give_the_same_bits(engine, seq_len: int):
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 def test_recorded_passes_give_the_same_bits():
-    proofs, options = [], {"max_model_len": 512, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.2}
-    for mode in ("NONE", "FULL_AND_PIECEWISE"):
-        how = options | {"compilation_config": {"cudagraph_mode": mode}}
-        with VLLMEngine("reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **how) as made:
-            proofs.append((*by_path(made, "auto", "hardened", 1024), made.counts()[0]["replayed"]))
-    (plain, beside, never), (recorded, again, replayed) = proofs
-    assert (beside, again, never, replayed > 0) == (1024, 1024, 0, True)
-    assert np.array_equal(published(plain), published(recorded))
+    """The first pass of a length is not recorded yet. In one engine: another may compile other kernels."""
+    options = {"max_model_len": 512, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.2}
+    with VLLMEngine("reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **options) as made:
+        by_path(made, "auto", "hardened", 256)
+        batch, shorter = made._client.direct._sizers[SEQ_LEN].batch, replace_shape(made, seq_len=32, batch_size=8)
+        list(shorter.outputs(make_round("hardened", seq_len=32), poc.get_pipeline("hardened"), range(256)))
+        before = made.counts()[0]["replayed"]  # the graph of the other length is held now
+        first, *recorded = (published(by_path(made, "auto", "hardened", batch)[0]) for _ in range(3))
+        assert made.counts()[0]["replayed"] == before + 2
+        assert all(np.array_equal(first, one) for one in recorded)
 
 
 def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monkeypatch: pytest.MonkeyPatch):
@@ -100,9 +101,8 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monke
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core each, as the CPU build of vLLM wants to be told
-    options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 512, "tensor_parallel_size": 2}
-    options |= SMALL_ENGINE
-    with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, **options) as engine:
+    options = dict(SMALL_ENGINE, seq_len=SEQ_LEN, max_model_len=256, max_num_batched_tokens=512, tensor_parallel_size=2)
+    with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, enforce_eager=True, **options) as engine:
         for preset in ("poc-2.0", "hardened"):
             proof, beside = by_path(engine, "auto", preset)
             theirs = poc.prove(honest, proof.header.round, range(48), batch_size=8)
