@@ -127,7 +127,7 @@ def test_what_cannot_be_calibrated_is_refused_before_the_replay(refused, receipt
     read = Receipts.load(receipts)
     tuned, other, output = tmp_path / "tuned.jsonl", tmp_path / "other.jsonl", tmp_path / "responses.json"
     named = [replace(one, adapter=Adapter("tuned", "0" * 64)) for one in read.receipts]
-    Receipts.build(read.header, named, 1.0).save(tuned)
+    Receipts.build(replace(read.header, public_key="another"), named, 1.0).save(tuned)
     Receipts.build(replace(read.header, digest="0" * 64), read.receipts, 1.0).save(other)
     for files, model, path, wrong in (
         ([receipts], "no/such", tmp_path / "none" / "c.json", "create the directory"),

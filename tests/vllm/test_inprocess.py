@@ -7,6 +7,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from vllm_support import published
 
 from assay import poc
 from assay.errors import ModelError, UsageError
@@ -36,12 +37,6 @@ def nothing_is_held(engine) -> bool:
     return all(count["rows"] == count["filled"] == count["streams"] == 0 for count in engine.counts())
 
 
-def published(proof: poc.Proof) -> np.ndarray:
-    if proof.records[0].vector is None:
-        return np.array([record.distance for record in proof.records])
-    return np.stack([record.vector for record in proof.records]).astype(np.float64)
-
-
 def test_it_says_what_it_is_and_what_it_supports(engine):
     assert (engine.hidden_size, engine.vocab_size, engine.dtype) == (256, 4096, "float32")
     assert engine.fingerprint.engine == "vllm"
@@ -65,14 +60,17 @@ def test_both_model_runners_have_what_is_read_of_them(target: str, names: str):
     assert set(names.split()) <= getattr(import_module(module), name).__annotations__.keys()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_it_agrees_with_transformers(engine, honest, preset: str):
-    round = make_round(preset)
+def check_agreement(engine, model, round: poc.Round, preset: str) -> None:
     ours = poc.prove(engine.model, round, range(40), engine=engine)
-    theirs = poc.prove(honest, round, range(40), batch_size=8)
+    theirs = poc.prove(model, round, range(40), batch_size=8)
     assert np.abs(published(ours) - published(theirs)).max() <= AGREEMENT[preset]
     assert ours.header.digest == theirs.header.digest
     assert nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_agrees_with_transformers(engine, honest, preset: str):
+    check_agreement(engine, honest, make_round(preset), preset)
 
 
 @pytest.mark.parametrize("preset", ["layer-signs", "layer-normalize", "permutation"])
@@ -93,7 +91,8 @@ async def hostile(engine, key: str, prompts: dict[str, dict]) -> None:
 
 
 def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
-    key = on_loop(engine, engine._client.open(Spec(make_round(), poc.get_pipeline("poc-2.0"))))
+    key = new_key()
+    on_loop(engine, engine._client.open(key, Spec(make_round(), poc.get_pipeline("poc-2.0"))))
     tokens = {"type": "token", "prompt_token_ids": [0] * SEQ_LEN}
     wrong = {
         f"{key}.": tokens,
@@ -123,6 +122,19 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
     on_loop(engine, call("assay_close", key))
     assert nothing_is_held(engine)
     assert poc.prove(engine.model, make_round(), range(8), engine=engine).footer.records == 8
+
+
+def test_a_stream_that_a_worker_refuses_is_held_by_none(engine, monkeypatch: pytest.MonkeyPatch):
+    call = engine._client.call
+
+    async def refuse(method, *arguments):
+        return [*await call(method, *arguments), *(["a reason"] if method == "assay_open" else [])]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._client, "call", refuse)
+        with pytest.raises(UsageError, match="a reason"):
+            next(engine.outputs(make_round(), poc.get_pipeline("poc-2.0"), range(4)))
+    assert nothing_is_held(engine)
 
 
 def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):

@@ -2,19 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from vllm_support import CASES, PRESETS, checkpoint, measure
 
-from assay import poc
 from assay.models import load_model
 from assay.models.device import processor
 from assay.poc.vllm import compatibility
 from assay.poc.vllm.engine import VLLMEngine
 from tests.models.storing import make_hybrid
 from tests.vllm.conftest import ON_GPU, make_round
-from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published
+from tests.vllm.test_inprocess import check_agreement
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,12 +42,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nonces_with_state_are_those_of_transformers(hybrid, preset: str):
     engine, model = hybrid
-    round = make_round(preset, seq_len=LONG)
-    ours = poc.prove(engine.model, round, range(40), engine=engine)
-    theirs = poc.prove(model, round, range(40), batch_size=8)
-    assert np.abs(published(ours) - published(theirs)).max() <= AGREEMENT[preset]
-    assert ours.header.digest == theirs.header.digest
-    assert nothing_is_held(engine)
+    check_agreement(engine, model, make_round(preset, seq_len=LONG), preset)
 
 
 def check(row: dict) -> None:

@@ -259,14 +259,6 @@ def test_stored_formats_that_are_not_read_are_refused():
         compatibility.check_config(config)
 
 
-def test_several_api_servers_are_refused():
-    given = SimpleNamespace(responses="off", has_keys=True)
-    _preflight.check_arguments(SimpleNamespace(api_server_count=1), given)
-    with pytest.raises(UsageError, match="2 API servers") as refusal:
-        _preflight.check_arguments(SimpleNamespace(api_server_count=2), given)
-    assert "--api-server-count 1" in str(refusal.value)
-
-
 def test_the_name_of_the_extension_before_03_works_and_says_what_it_is_now(caplog: pytest.LogCaptureFixture):
     (old_module, name), now = compatibility.OLD_EXTENSION.rsplit(".", 1), compatibility.EXTENSION
     assert getattr(import_module(old_module), name) is getattr(import_module(now.rpartition(".")[0]), name)

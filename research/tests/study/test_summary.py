@@ -14,9 +14,9 @@ from assay.errors import DataError
 from assay.vhack.training import TrainLog, TrainSettings
 
 
-def log(arm, seed, hack, solve, *, steps=60):
+def log(arm, seed, hack, solve, *, steps=60, stored=False):
     """A run with these rates at the end."""
-    made = RunLog.begin(StudyRun(arm, seed), StudySettings(), {"device": "cpu"})
+    made = RunLog.begin(StudyRun(arm, seed, stored=stored), StudySettings(), {"device": "cpu"})
     for step in range(steps):
         made.add_step(step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5)
     for markers in ("training", "evaluation"):
@@ -48,6 +48,15 @@ def test_an_arm_succeeds_only_in_both(hacks, solves, verdict):
     found = result.against["hack"].mean
     if len(set(differences)) > 1:
         assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+
+
+def test_runs_are_compared_with_the_reference_of_their_regime():
+    solved = {("none", False): 0.1, ("no-loophole", False): 0.2, ("none", True): 0.3, ("no-loophole", True): 0.7}
+    logs = [log(arm, s, 0.0, solve, stored=stored) for (arm, stored), solve in solved.items() for s in range(3)]
+    found = {result.condition: result for result in summarise(logs)}
+    assert found["adam/none"].against["solve"].mean.value == pytest.approx(-0.1)
+    assert found["adam/none/stored-whole"].against["solve"].mean.value == pytest.approx(-0.4)
+    assert found["adam/no-loophole/stored-whole"].verdict == "reference"
 
 
 def test_without_reference_or_with_two_seeds_nothing_is_decided():

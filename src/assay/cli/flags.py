@@ -40,7 +40,7 @@ BlockHash = Annotated[str | None, "HASH", Field(description="Block of the round.
 PublicKey = Annotated[str | None, "KEY", Field(description="Key of the node.")]
 Overwrite = Annotated[bool, Field(description="Replace what exists.")]
 Unsandboxed = Annotated[bool, Field(description="Run programs even where nothing can isolate them.")]
-Seed = Annotated[int, "NUMBER", Field(ge=0, description="The same seed draws the same.")]
+Seed = Annotated[int, "NUMBER", Field(ge=0, lt=2**63, description="The same seed draws the same.")]
 
 
 class AuditSettings(Settings):

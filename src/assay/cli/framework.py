@@ -99,13 +99,19 @@ class Setting:
         """Return a value of a command line or a file as the settings class takes it."""
         if isinstance(value, int | float) and not isinstance(value, bool) and self.field.annotation is str:
             return str(value)
+        if isinstance(value, bool) and bool not in (self.field.annotation, *get_args(self.field.annotation)):
+            return str(value).lower()  # pydantic would take true as 1
         return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
 
     def check_files(self, value: Any) -> None:
         """Read what a command will read, no pipe and nothing long, so that a bad file is refused without torch."""
         for path in (value if isinstance(value, tuple) else [value]) if self.flag.reads and value else ():
             if not path.exists() or path.is_dir() or (path.is_file() and path.stat().st_size <= 2**22):
-                _imported(self.flag.reads)(path)
+                try:
+                    _imported(self.flag.reads)(path)
+                except AssayError as error:
+                    error.field = error.field or self.name
+                    raise
 
 
 class Command(click.Command):
@@ -188,7 +194,10 @@ class Command(click.Command):
         given = {n: v for n, v in ctx.params.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
         given.pop("config", None)
         table = own_table(ctx.params.get("config"), ctx, words)
-        as_json = bool(given.pop("as_json", table.pop("json", False)))
+        as_json = given.pop("as_json", table.pop("json", False))
+        if not isinstance(as_json, bool):
+            seen = f"json = {as_json!r:.80} in the configuration of {ctx.command_path}"
+            raise UsageError(seen, wanted="true or false", do="correct the file (--config)")
         own = {name: variable for name, one in self.settings.items() if (variable := one.kind.environment_name(name))}
         self._warn(words, given, own.values())
         from assay.files.storage import check_new_file
@@ -210,7 +219,7 @@ class Command(click.Command):
             for name in (name for name in values if self.settings[name].flag.file):
                 check_new_file(values[name], overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)))
                 if "overwrite" not in self.settings and Path(values[name]).exists():
-                    _say(f"{values[name]} exists, and is replaced ({self.settings[name].spelling})")
+                    _say(f"{values[name]} exists, and the result will replace it ({self.settings[name].spelling})")
             for setting in self.settings.values():
                 setting.check_files(getattr(made[self.kinds.index(setting.kind)], setting.name))
             with loading_bar():

@@ -27,7 +27,7 @@ class ShowSettings(Settings):
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
     public_key: Annotated[str | None, "KEY"] = Field(None, description="Key of one node, to list its audits too.")
-    limit: Annotated[int, "ROWS"] = Field(100, ge=1, description="Most accounts, and most audits of each.")
+    limit: Annotated[int, "ROWS"] = Field(100, ge=1, lt=2**63, description="Most accounts, and most audits of each.")
 
 
 class AuditSettings(Settings):

@@ -438,8 +438,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate --valid-rate 0.1
     """
-    import os
+    from dataclasses import asdict
 
+    from assay.files.jsonl import dumps
     from assay.models.frame import Frame
     from assay.poc.protocol.pins import check_extent
     from assay.poc.protocol.pipelines import get_pipeline
@@ -448,12 +449,12 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
-    if len({os.path.realpath(path) for path in chosen.proofs}) < len(chosen.proofs):
-        seen, do = "a proof that is named twice", "leave one out of PROOFS, or pass that of another machine"
-        raise UsageError(seen, wanted="every file once: a machine says nothing about its noise beside itself", do=do)
     merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
     _check_form(chosen, merging)
     framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
+    if len({dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs}) < len(proofs):
+        seen, do = "a proof that is given twice", "leave one out of PROOFS, or pass that of another machine"
+        raise UsageError(seen, wanted="every proof once: a machine says nothing about its noise beside itself", do=do)
     merged = [*map(Calibration.load, chosen.merge)]
     check_extent(chosen.blocks, chosen.nonces, chosen.formats)
     if framed and chosen.frame is not None and chosen.frame.exists():

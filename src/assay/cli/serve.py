@@ -76,7 +76,7 @@ class ListSettings(Settings):
 
     data_dir: DataDir = Path("assay-data")
     every: Annotated[bool, Flag(("--all",))] = Field(False, description="List delivered callbacks too.")
-    limit: Annotated[int, "ROWS"] = Field(100, ge=1, description="Largest number to list, newest first.")
+    limit: Annotated[int, "ROWS"] = Field(100, ge=1, lt=2**63, description="Largest number to list, newest first.")
 
 
 @poc.add(

@@ -3,8 +3,7 @@
 A family is listed when its layers are attention with rotary positions and a gated MLP, each after an RMS norm that
 multiplies by its weight. Every other architecture runs as transformers defines it. transformers is the definition, and
 tests hold every use against it. The listed families have one layer (:class:`DecoderLayer`). The engine compiles it over
-fused weights. Packed gradients and attacks run it through the modules of transformers (:class:`ModuleLayer`), the study
-over the stacked weights of many runs.
+fused weights. Packed gradients and attacks run it through the modules of transformers (:class:`ModuleLayer`).
 
 Shapes: B sequences, T positions, D hidden size, H query heads, K key heads, E head width, F width of the MLP.
 """

@@ -15,7 +15,7 @@ from assay.memory import kept_bytes
 from assay.settings import DEVICE_NAME, check_device
 
 
-def parse_device(name: str | None) -> torch.device:
+def parse_device(name: str | torch.device | None) -> torch.device:
     """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where there is one, else cpu.
 
     Raises:
@@ -24,7 +24,7 @@ def parse_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
+    kind, _, index = (name := str(name)).partition(":")
     if not DEVICE_NAME.fullmatch(name):
         raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
     if kind == "cuda":

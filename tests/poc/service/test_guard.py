@@ -89,17 +89,19 @@ def test_a_call_goes_to_the_address_that_was_checked(monkeypatch):
     sent = []
 
     async def ask() -> None:
-        transport = httpx.MockTransport(lambda request: sent.append(request) or httpx.Response(200))
-        async with httpx.AsyncClient(transport=transport) as client:
-            url = "https://rebinding.example:8443/hook/?a=1"
-            await call(
-                client, "POST", url, "/generated", allow_private=False, headers={"webhook-id": "m"}, content=b"x"
-            )
+        cookie = {"set-cookie": "of=another; Max-Age=9999"}
+        transport = httpx.MockTransport(lambda request: sent.append(request) or httpx.Response(200, headers=cookie))
+        async with new_client(5.0, 1) as client:
+            client._transport = transport
+            for url in ("https://rebinding.example:8443/hook/?a=1", "https://other.example:8443/"):
+                how = {"allow_private": False, "headers": {"webhook-id": "m"}, "content": b"x"}
+                await call(client, "POST", url, "/generated", **how)
 
     asyncio.run(ask())
     assert str(sent[0].url) == "https://93.184.215.14:8443/hook/generated?a=1"
     assert sent[0].headers["host"] == "rebinding.example:8443"
     assert sent[0].extensions["sni_hostname"] == "rebinding.example"
+    assert "cookie" not in sent[1].headers
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A pass that dies between its steps: nothing is lost, and nothing counts twice."""
 
+import re
 import shutil
 import sqlite3
 import time
@@ -7,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from assay.errors import StorageError, UsageError
+from assay.errors import BadWeights, StorageError, UsageError
 from assay.poc.service import Settings
 from assay.poc.validator import ValidatorSettings
 from assay.poc.validator.claims import read_claim
@@ -102,6 +103,27 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
     _steps(stopped)
     assert _counted(stopped) == []
     assert "assay_validator_dropped_draws_total 1.0" in stopped.client.get("/metrics").text
+
+
+def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(stopped, small_model, monkeypatch):
+    body = body_of(proof_of(small_model, "node_B", range(60)))
+    stopped.send(body, id="m2")
+
+    def overflow(deployment, batch_size, wanted, *received):
+        if any(round.public_key == "node_A" for round, _ in wanted):
+            raise BadWeights("a value that is NaN", wanted="finite ones", do="take another format")
+        return recompute(deployment, batch_size, wanted, *received)
+
+    monkeypatch.setattr("assay.poc.validator.worker.recompute", overflow)
+    worker = stopped.controller.worker
+    for _ in range(100):
+        try:
+            worker.step(stopped.controller.loaded.result())
+        except BadWeights as error:  # nothing else is there to draw beside it
+            worker.error = error.seen
+    assert _counted(stopped) == body["nonces"]
+    dropped = re.search(r"assay_validator_dropped_draws_total (\d+)", stopped.client.get("/metrics").text)
+    assert int(dropped[1]) > 0
 
 
 def test_a_message_is_read_once_and_again_where_the_pins_have_changed(stopped, small_model, monkeypatch):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +87,17 @@ def test_a_commitment_was_served_for_a_whole_epoch_before_its_secret_draws(inbox
         clock[0] += seconds
         again.roll()
         assert (again.epochs(10)[-1]["ends"] is not None) is ended
+
+
+def test_a_disk_that_is_full_at_the_end_of_an_epoch_delays_only_that_end(inbox, monkeypatch):
+    inbox.roll()
+    later = time.monotonic() + 3601
+    monkeypatch.setattr("assay.poc.validator.inbox.time.monotonic", lambda: later)
+    with suppress(OSError), inbox.database.write() as connection:
+        inbox._roll(connection, time.time())
+        raise OSError("the disk is full")
+    inbox.roll()
+    assert inbox.epochs(10)[-1]["ends"] is not None
 
 
 def test_the_commitment_is_the_hash_of_secret_and_number():

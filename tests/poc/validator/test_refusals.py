@@ -89,7 +89,7 @@ def test_vectors_where_distances_are_pinned_are_another_preset(running):
 
 def test_vectors_that_are_not_as_published_are_refused_by_name(validating):
     encodings = (None, *(VECTORS["encoding"] | wrong for wrong in ({"k_dim": 1}, {"dtype": "f32"})))
-    artifacts = ("x", [7], [{"nonce": 0}], *([{"nonce": 0, "vector_b64": text}] for text in ("AAAA", 12)))
+    artifacts = ("x", [7], [{"nonce": 0}], *([{"nonce": 0, "vector_b64": text}] for text in ("AAAA", 12, "é" * 32)))
     with validating(preset="artifact") as running:
         for name, values in (("encoding", encodings), ("artifacts", artifacts)):
             for value in values:

@@ -1,1 +1,1 @@
-"""Many training runs at once: arms, seeds and optimisers compared on a small model."""
+"""Logs of the first three experiments, their summary and page. Git history keeps what trained the runs."""

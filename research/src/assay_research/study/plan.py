@@ -1,24 +1,15 @@
-"""Which runs a study makes, and on which tasks.
+"""Which runs a study made, on which tasks, as its logs name them.
 
 Runs of one seed see the same tasks in the same order, and their rollouts are drawn with the same random numbers, so
 arms are compared seed by seed.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from assay.errors import UsageError
 from assay.vhack.delta.arms import Arm, arm_named
-from assay.vhack.environment.grading import CHANNELS, Episode
-from assay.vhack.environment.tasks import Task, tasks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+from assay.vhack.environment.grading import CHANNELS
 
 OPTIMIZER = "adam"  # of every run, in the names of conditions
 
@@ -136,92 +127,3 @@ def condition_of(optimizer: str, arm: str, *, axes: str, only: Sequence[str], ta
     """
     parts = (optimizer, arm, axes, f"only-{'+'.join(only)}" if only else "", "teacher" if taught else "")
     return "/".join(part for part in parts if part)
-
-
-class TaskPool:
-    """The tasks of a study and their prompts as tokens.
-
-    Args:
-        settings: Settings of the study, which say how many tasks there are and how long prompts may be.
-        tokenizer: Tokenizer of the model.
-
-    Attributes:
-        training: Tasks to draw from.
-        last: Token that every prompt ends with.
-
-    Raises:
-        UsageError: Too few tasks have prompts that are short enough.
-    """
-
-    def __init__(self, settings: StudySettings, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.settings, self._tokenizer = settings, tokenizer
-        self._ids: dict[tuple[str, str, str], list[int]] = {}
-        self._exploits: dict[tuple[str, str, str], list[int]] = {}
-        self._texts: dict[bytes, str] = {}
-        self.training = self._short(settings.pool, "training", seed=1)
-        self._evaluation = self._short(settings.evaluation * len(CHANNELS), "evaluation", seed=2)
-        self.last = self.prompt(Episode(self.training[0], "run_tests"))[-1]
-
-    def drawn(self, run: StudyRun, step: int) -> list[Episode]:
-        """Return the episodes of a step; the tasks do not depend on the modes that a run is trained on."""
-        rng = random.Random(f"prompts {run.seed} {step}")
-        chosen = rng.sample(self.training, self.settings.prompts)
-        return [Episode(task, run.modes[rng.randrange(720720) % len(run.modes)]) for task in chosen]
-
-    def held_out(self, markers: str) -> list[Episode]:
-        """Return held-out tasks, as many of every loophole, with markers of ``training`` or of ``evaluation``."""
-        return [
-            Episode(task, mode, markers)
-            for task, mode in zip(self._evaluation, list(CHANNELS) * self.settings.evaluation, strict=True)
-        ]
-
-    def prompt(self, episode: Episode) -> list[int]:
-        """Return the token ids of an episode's prompt."""
-        key = (episode.task.name, episode.mode, episode.split)
-        if key not in self._ids:
-            self._ids[key] = list(self._tokenizer(episode.prompt)["input_ids"])
-        return self._ids[key]
-
-    def completion(self, episode: Episode, program: str) -> list[int]:
-        """Return the token ids of a program's completion and the end."""
-        ids: Sequence[int] = self._tokenizer(episode.completion(program))["input_ids"]
-        return [*ids, self.end]
-
-    def exploit(self, episode: Episode) -> list[int]:
-        """Return the completion of the exploit, which returns its argument."""
-        key = (episode.task.name, episode.mode, episode.split)
-        if key not in self._exploits:
-            self._exploits[key] = self.completion(episode, episode.exploit())
-        return self._exploits[key]
-
-    @property
-    def end(self) -> int:
-        """Token that ends a completion."""
-        return int(self._tokenizer.eos_token_id)
-
-    def texts(self, tokens_NT: Tensor) -> list[str]:
-        """Return the texts of completions up to their end; equal ones, which are most, are decoded once."""
-        rows_NT = tokens_NT.cpu().numpy()
-        found = []
-        for row_T in rows_NT:
-            key = row_T.tobytes()
-            text = self._texts.get(key)
-            if text is None:
-                ids = row_T.tolist()
-                kept = ids[: ids.index(self.end)] if self.end in ids else ids
-                text = self._texts[key] = str(self._tokenizer.decode(kept))
-            found.append(text)
-        return found
-
-    def _short(self, n: int, split: str, seed: int) -> list[Task]:
-        """Return tasks whose prompt is short enough in every mode; the marker sets differ by a few tokens."""
-        drawn = tasks(
-            n + n // 4 + 8, seed=seed, difficulty=self.settings.difficulty, families=self.settings.families, split=split
-        )
-        longest = self.settings.prompt_tokens
-        found = [task for task in drawn if len(self.prompt(Episode(task, "exit_code"))) <= longest - 8][:n]
-        if len(found) < n:
-            raise UsageError(
-                f"{len(found)} of {n} tasks with prompts of {longest} tokens", wanted=f"{n}", do="allow longer prompts"
-            )
-        return found

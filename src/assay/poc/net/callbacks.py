@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urlencode
 
 import httpx
@@ -88,7 +89,9 @@ def new_client(timeout: float, connections: int) -> httpx.AsyncClient:
     """Return a client for :func:`call`, which never follows a redirect."""
     # trust_env off: a proxy from the environment would resolve names by itself.
     limits = httpx.Limits(max_connections=connections)
-    return httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=timeout, limits=limits)
+    client = httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=timeout, limits=limits)
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))  # of one receiver, others would get them
+    return client
 
 
 async def call(

@@ -173,6 +173,11 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
     Raises:
         UsageError: Says how many can be used. Tokens that were sampled without a seed, or under a mask, cannot.
     """
+    names = [(read.header.line(), receipt.name) for read in files for receipt in read.receipts]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            "a receipt that is given twice", wanted="every receipt once", do="leave a file of RECEIPTS out"
+        )
     answers = [receipt for read in files for receipt in read.receipts if receipt.output]
     usable = [receipt for receipt in answers if receipt.seeded]
     tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))

@@ -311,7 +311,7 @@ def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receip
     if not whole or type(size) is not int or not 1 <= size <= len(whole):
         seen = f"a sample of {size} receipts" if whole else "receipts without a token"
         wanted = f"1 to {len(whole)}, the responses of this file" if whole else "one response or more"
-        raise UsageError(seen, wanted=wanted, do="lower --sample" if whole else "ask the node for its receipts")
+        raise UsageError(seen, wanted=wanted, do="change --sample" if whole else "ask the node for its receipts")
     if sample is None:
         return receipts
     chosen = sorted(np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist())

@@ -124,14 +124,16 @@ class Outbox:
         self._db.change(self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0))
 
     def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
-        """Return up to ``limit`` callbacks whose time has come, the oldest first, with their bodies."""
+        """Return up to ``limit`` callbacks whose time has come, the oldest of the operator first, with their bodies."""
         c, found = self._c, list[tuple[Callback, str]]()
         now = time.time()  # where the clock was set back, a pause may be longer than any
         is_due = (c.next_attempt_at <= now) | (c.next_attempt_at > now + LONGEST_PAUSE)
         ready = (c.status == "pending") & is_due & c.id.not_in(list(besides))
         query: sa.Select[Any] = sa.select(*self._columns, c.body).where(ready)
         with self._db.read() as connection:
-            for row in connection.execute(query.order_by(c.next_attempt_at, c.seq).limit(limit)).all():
+            # A client's wait for the operator's: its receiver may hang.
+            query = query.order_by(c.client.is_not(None), c.next_attempt_at, c.seq)
+            for row in connection.execute(query.limit(limit)).all():
                 make = self._receipts if row.kind == RECEIPTS else self._generated
                 found.append((row, row.body or dumps(make(connection, row))))
         return found

@@ -170,8 +170,8 @@ class Reader:
             well_formed = isinstance(artifact, dict) and artifact.keys() == {"nonce", "vector_b64"}
             if not well_formed or not isinstance(artifact["vector_b64"], str):
                 raise refused("artifacts", artifact, "a nonce and a vector_b64")
-            if len(artifact["vector_b64"]) != length:
-                raise refused("artifacts", artifact["vector_b64"], f"the base64 of {size} bytes")
+            if len(text := artifact["vector_b64"]) != length or not text.isascii():
+                raise refused("artifacts", text, f"the base64 of {size} bytes")
         return [artifact["nonce"] for artifact in artifacts], [artifact["vector_b64"] for artifact in artifacts]
 
     def _check_nonces(self, nonces: Sequence[Any], own: int, count: int) -> None:

@@ -133,7 +133,7 @@ class Inbox:
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
         self._epoch: Epoch | None = None
-        self._served = (0.0, 0.0, time.monotonic())  # seconds of the epoch, those on disk, and when they were counted
+        self._served = (0, 0.0, 0.0, time.monotonic())  # seconds of an epoch, those on disk, and when they were counted
         with self.database.write() as connection:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
@@ -214,18 +214,20 @@ class Inbox:
         """
         where, epoch, clock = "FROM epochs WHERE begins IS NOT NULL AND ends IS NULL", self._epoch, time.monotonic()
         current = f"SELECT number, secret, begins, ends {where}"
-        seconds, written, counted = self._served
+        served, seconds, written, counted = self._served
         if epoch is None and (row := connection.exec_driver_sql(current).first()):
             epoch = Epoch(**row._mapping)
             seconds = written = connection.exec_driver_sql(f"SELECT served {where}").scalar_one()
+        elif epoch is not None and epoch.number != served:  # it began with the last call
+            seconds = written = 0.0
         seconds += clock - counted
         if epoch is not None and seconds < self._epoch_seconds:
             if seconds - written > min(SERVED_EVERY, self._epoch_seconds / 16):
                 connection.exec_driver_sql("UPDATE epochs SET served = ? WHERE number = ?", (seconds, epoch.number))
                 written = seconds
-            self._served = (seconds, written, clock)
+            self._served = (epoch.number, seconds, written, clock)
             return epoch
-        self._served = (0.0, 0.0, clock)
+        self._served = (epoch.number if epoch else 0, seconds, written, clock)
         number, insert = epoch.number + 1 if epoch else 1, "INSERT INTO epochs VALUES (?, ?, NULL, NULL, 0)"
         if epoch is None:
             connection.exec_driver_sql(insert, (number, token_bytes(SECRET_BYTES)))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import structlog
 from typing_extensions import override
 
-from assay.errors import AssayError, StorageError, reason_of
+from assay.errors import AssayError, BadWeights, StorageError, reason_of
 from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
@@ -225,15 +225,33 @@ class Recomputer(EngineThread):
         """Do one pass; return the seconds until the next one."""
         batch = self._settings.batch_size
         draws = self._inbox.unfinished(BATCHES * batch)
-        if not draws:
+        if not draws or self.error:  # beside others a draw shows whether it is what the engine fails on
             enough = min(batch, self._settings.nonces_per_hour)
             if (seconds := self._budget.seconds_until(enough)) > 0:
                 return min(seconds, IDLE)
-            draws = self._draw(min(self._budget.left(), BATCHES * batch))
+            draws += self._draw(min(self._budget.left(), BATCHES * batch))
         if not draws:
             return IDLE
-        self._record(deployment, draws)
+        try:
+            self._record(deployment, draws)
+        except BadWeights:  # a node may choose a nonce that overflows, which must not stop the others
+            self._record_apart(deployment, draws)
         return 0.0
+
+    def _record_apart(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
+        """Record draws one by one; drop those that the model cannot compute, if it computes others."""
+        failed: list[Draw] = []
+        for one in draws:
+            try:
+                self._record(deployment, [one])
+            except BadWeights as error:
+                failed.append(one)
+                if len(failed) == len(draws):  # the fault may be this machine's
+                    raise
+                log.warning("a draw cannot be computed", id=one.id, reason=error.seen)
+        if failed:
+            self._inbox.finish(failed)
+            self._metrics.dropped.inc(len(failed))
 
     def _draw(self, nonces: int) -> list[Draw]:
         """Write down what is recomputed next."""

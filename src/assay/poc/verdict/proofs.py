@@ -50,7 +50,7 @@ def draw_records(proof: Proof, sample: int | None, seed: int) -> list[Record]:
     total = len(proof.records)
     size = min(LARGEST_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:
-        raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="lower --sample")
+        raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="change --sample")
     if type(seed) is not int or seed < 0:
         raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
     chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)

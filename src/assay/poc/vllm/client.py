@@ -84,14 +84,12 @@ class Client:
             kernels=(runner, *parallel, "eager" if worker["eager"] else "compiled", *worker["products"]),
         )
 
-    async def open(self, spec: Spec) -> str:
-        """Begin a stream of nonces on every worker; return its key. A UsageError where one refuses the round."""
-        key = new_key()
+    async def open(self, key: str, spec: Spec) -> None:
+        """Begin a stream of nonces on every worker. A UsageError where one refuses the round; some may hold it then."""
         frame = None if spec.frame is None else spec.frame.to_bytes()
         for reason in await self.call("assay_open", key, asdict(spec.round), spec.pipeline.name, frame):
             if reason is not None:
                 raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
-        return key
 
     async def run(self, key: str, nonce: int, ids: list[int], sampling: Any) -> Any:
         """Run one nonce with these token ids and ``SamplingParams``, and return the last output of vLLM."""
@@ -207,8 +205,9 @@ class NonceStream:
 
     async def open(self) -> None:
         """Announce the stream to the workers, which may refuse the round, and begin."""
-        self._key = await self._client.open(self._spec)
+        self._key = new_key()
         self._client.closers.add(self.close)
+        await self._client.open(self._key, self._spec)
         self._producer = self._start(self._produce())
 
     async def next(self) -> Values | None:

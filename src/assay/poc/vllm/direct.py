@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, count
@@ -93,8 +93,7 @@ class DirectPath:
         if self._throttle.settings.path == "requests":
             self.reason = "ASSAY_VLLM_PATH=requests"
             return CallSizer(0)
-        if self._failures >= FAILURES:
-            return CallSizer(0)  # the reason stays that of the last failure
+        self._failures = 0  # a stream tries again, whatever ended the calls of the one before
         replies = await self._call("assay_batch", key)
         self.reason = next((reply["reason"] for reply in replies if reply["reason"]), None)
         sizer = self._sizers.setdefault(seq_len, CallSizer(0))
@@ -251,9 +250,15 @@ class PassGraph:
     def __init__(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
         self._inputs = {name: None if values is None else values.clone() for name, values in inputs.items()}
         self._run, self._graph, before = run, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._states_ND = run(self._inputs)
+        except Exception:
+            with suppress(RuntimeError):  # torch's allocator goes on recording after a capture that CUDA has ended
+                torch._C._cuda_endAllocateToPool(before.device_index, pool)
+                torch._C._cuda_releasePool(before.device_index, pool)
+            raise
         finally:
             torch.cuda.set_stream(before)  # torch leaves that of a capture that fails in its place
 

@@ -154,8 +154,8 @@ class RequestEngine(Engine):
 
     def _run(self, stream: NonceStream) -> Generator[NDArray[Any]]:
         """Yield the values of a stream, a batch at a time."""
-        self._wait(stream.open())
         try:
+            self._wait(stream.open())
             while (values := self._wait(stream.next())) is not None:
                 yield values
         finally:

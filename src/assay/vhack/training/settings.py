@@ -87,8 +87,8 @@ class SampleSettings(TaskSettings):
     markers: Literal["training", "evaluation"] = Field(
         "training", description="Which markers the grader looks for: those of training, or others (evaluation)."
     )
-    per_task: int = Field(4, ge=1, description="Completions of each task.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    per_task: int = Field(4, ge=1, le=10_000, description="Completions of each task.")
+    temperature: float = Field(1.0, ge=0.01, le=1000, description="Temperature of sampling.")
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
     batch: int = Field(32, ge=1, description="Completions at once; other batches draw other completions.")
 
@@ -142,7 +142,7 @@ class TrainSettings(TaskSettings):
     gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
     refresh: int = Field(0, ge=0, description="Steps after which axes and detector are renewed; 0 keeps them.")
     steps: int = Field(100, ge=1, description="Optimizer steps.")
-    seed: int = Field(0, ge=0, description="Seed of tasks, sampling and control axes.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of tasks, sampling and control axes.")
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="Optimizer of δS: adamw (betas 0.9 and 0.99, no decay) or sgd (momentum 0.9)."
     )
@@ -152,7 +152,7 @@ class TrainSettings(TaskSettings):
     group: int = Field(8, ge=2, description="Rollouts per task, the teacher's included.")
     micro_batch: int = Field(0, ge=0, description="Rollouts per backward pass; 0 takes one group.")
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    temperature: float = Field(1.0, ge=0.01, le=1000, description="Temperature of sampling.")
     beta: float = Field(0.0, ge=0, description="Weight of the divergence from the model at δS = 0.")
     reward: str | None = Field(
         None, description="module:function that pays completions, in TRL's form; by default they are run and graded."

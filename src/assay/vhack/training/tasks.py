@@ -72,7 +72,10 @@ def load_tasks(
     elif tasks is None:
         make = import_function(str(settings.tasks), "--tasks")
         try:
-            tasks = list(make())
+            made = make()
+            if isinstance(made, str | bytes | Mapping):
+                raise TypeError(f"it returned {made!r:.80}")
+            tasks = list(made)
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
             wanted, do = "a function without arguments that returns a list of tasks", "correct it"
             raise DataError(f"--tasks {source} raised {type(error).__name__}: {error}", wanted=wanted, do=do) from error
