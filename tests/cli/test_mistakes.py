@@ -95,6 +95,7 @@ def folder(tmp_path_factory, small_checkpoint, small_model, pytestconfig):
         range(8),
         output=made / "proof.jsonl",
     )
+    (made / "other.jsonl").write_text((made / "proof.jsonl").read_text().replace(small_model.digest, "0" * 64))
     (made / "copy.jsonl").write_bytes((made / "proof.jsonl").read_bytes())
     (made / "truncated.jsonl").write_text((made / "proof.jsonl").read_text()[:-30])
     (made / "empty").mkdir()
@@ -126,7 +127,7 @@ WITHOUT_TORCH = (
     ),
     VERIFY % "truncated.jsonl",
     *(VERIFY % f"proof.jsonl --{one}" for one in ("calibration list.json", "pins typo.toml", "ledger proof.jsonl")),
-    "poc calibrate bytes.jsonl text.txt -o c.json",
+    *(f"poc calibrate {words} -o c.json" for words in ("proof.jsonl other.jsonl", "--model model --frame text.txt")),
     "poc pins check text.txt",
     "poc pins new --model model --from-proof truncated.jsonl -o n.toml",
     "poc replay text.txt --model model",

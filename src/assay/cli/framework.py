@@ -349,7 +349,12 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
         return {}
     from assay.files.jsonl import read_toml
 
-    tables = read_toml(path)
+    try:
+        tables = read_toml(path)
+    except (OSError, AssayError) as error:
+        found = in_assay_words(error) if isinstance(error, OSError) else error
+        found.do += " (--config)"
+        raise found from error
     command: click.Command | None = context.find_root().command
     for word in words:
         assert isinstance(command, Group)

@@ -443,9 +443,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     from assay.files.jsonl import dumps
     from assay.models.frame import Frame
     from assay.poc.protocol.pins import check_extent
-    from assay.poc.protocol.pipelines import get_pipeline
+    from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
     from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import Calibration
+    from assay.poc.verdict.calibration import Calibration, check_one_checkpoint
 
     files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
@@ -455,6 +455,9 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     if len({dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs}) < len(proofs):
         seen, do = "a proof that is given twice", "leave one out of PROOFS, or pass that of another machine"
         raise UsageError(seen, wanted="every proof once: a machine says nothing about its noise beside itself", do=do)
+    check_one_checkpoint(proofs)
+    if not framed:
+        check_frame_file(get_pipeline(chosen.preset), chosen.frame)
     merged = [*map(Calibration.load, chosen.merge)]
     check_extent(chosen.blocks, chosen.nonces, chosen.formats)
     if framed and chosen.frame is not None and chosen.frame.exists():

@@ -590,10 +590,7 @@ def calibrate(
         seen = f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}"
         raise ProofMismatch(seen, wanted="two or more", do="prove the same round on another machine")
     first = proofs[0].header
-    if len({(proof.header.digest, proof.header.weights, proof.round.preset) for proof in proofs}) > 1:
-        wanted = "honest proofs of one checkpoint and preset"
-        do = "calibrate every checkpoint and preset by itself; --merge puts them into one file"
-        raise ProofMismatch("proofs of different rounds or checkpoints", wanted=wanted, do=do)
+    check_one_checkpoint(proofs)
     if first.pipeline.steps:
         seen = f"proofs of {first.round.preset}, whose tokens part after the first that differs"
         do = "judge them by the default law; research/results/decode_noise.json says how it was measured"
@@ -683,6 +680,14 @@ def _fit_scores(
             rows = sorted({row for pair in chosen for row in pair})
             scores = {(rows.index(i), rows.index(j)): control.scores(*sides) for (i, j), sides in chosen.items()}
             yield fit(scores, describe_machines([engines[row] for row in rows]), control=control)
+
+
+def check_one_checkpoint(proofs: Sequence[Proof]) -> None:
+    """Refuse proofs of several checkpoints or presets."""
+    if len({(proof.header.digest, proof.header.weights, proof.round.preset) for proof in proofs}) > 1:
+        wanted = "honest proofs of one checkpoint and preset"
+        do = "calibrate every checkpoint and preset by itself; --merge puts them into one file"
+        raise ProofMismatch("proofs of different presets or checkpoints", wanted=wanted, do=do)
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
