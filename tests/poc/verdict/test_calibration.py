@@ -74,7 +74,7 @@ def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small
 
 def test_a_calibration_is_of_one_mode_of_weights(proof: Proof):
     other = Proof.build(replace(proof.header, weights="random-all"), proof.records, 1.0)
-    with pytest.raises(ProofMismatch, match="different rounds"):
+    with pytest.raises(ProofMismatch, match="different presets or checkpoints"):
         calibrate(proof, other)
 
 
