@@ -30,8 +30,7 @@ MISTAKES = (
     "models random reference:llama -o new --weights odd",
     f"poc prove --model shape:none {ROUND} -o a.jsonl",
     *(f"{PROVE} -o a.jsonl --{wrong}" for wrong in ("dtype fp16", "device gpu")),
-    f"{PROVE} -o nodir/a.jsonl",
-    f"{PROVE} -o proof.jsonl",
+    *(f"{PROVE} -o {name}" for name in ("nodir/a.jsonl", "proof.jsonl")),
     f"{PROVE} -o a.jsonl --preset poc-2",
     *(
         f"{PROVE} -o a.jsonl --nonces {nonces}"
@@ -128,11 +127,11 @@ WITHOUT_TORCH = (
     VERIFY % "truncated.jsonl",
     *(VERIFY % f"proof.jsonl --{one}" for one in ("calibration list.json", "pins typo.toml", "ledger proof.jsonl")),
     *(f"poc calibrate {words} -o c.json" for words in ("proof.jsonl other.jsonl", "--model model --frame text.txt")),
-    "poc pins check text.txt",
+    "poc calibrate bytes.jsonl text.txt -o c.json",
+    *(f"poc {words} text.txt" for words in ("pins check", "ledger show")),
     "poc pins new --model model --from-proof truncated.jsonl -o n.toml",
     "poc replay text.txt --model model",
     f"poc respond --model model {ROUND} --prompts bytes.jsonl -o r.jsonl",
-    "poc ledger show text.txt",
     "vhack extract --model model --pairs bytes.jsonl -o b.safetensors",
     "vhack check --model model --basis text.txt",
     "poc prove --model reference:qwen4 --block-hash B --public-key K -o a.jsonl",
@@ -180,3 +179,4 @@ def test_what_needs_no_model_is_refused_before_torch_is_imported(command, folder
     done = subprocess.run(called, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
     assert all(part in done.stderr for part in ("error: ", "wanted: ", "to do: "))
+    assert not (folder / "f.safetensors").exists()

@@ -225,7 +225,8 @@ class Recomputer(EngineThread):
         """Do one pass; return the seconds until the next one."""
         batch = self._settings.batch_size
         draws = self._inbox.unfinished(BATCHES * batch)
-        if not draws or self.error:  # beside others a draw shows whether it is what the engine fails on
+        # Beside others a draw shows whether the engine fails on it; one that always fails draws no more than a batch.
+        if not draws or (self.error and len(draws) < batch):
             enough = min(batch, self._settings.nonces_per_hour)
             if (seconds := self._budget.seconds_until(enough)) > 0:
                 return min(seconds, IDLE)
