@@ -1,10 +1,15 @@
 """Detectors of rollouts that cheat: what they look at, how they are compared, and what a threshold promises."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import numpy as np
+import peft
 import pytest
 import torch
 
-from assay.errors import UsageError
+from assay.errors import DataError, ModelError, UsageError
 from assay.vhack import Basis, detect, weight_svd
 from assay.vhack.detect import (
     Cost,
@@ -112,9 +117,34 @@ def test_a_judge_flags_hack_sides_and_leaves_clean_ones(small_model, byte_tokeni
     how = {"tokenizer": byte_tokenizer, "svd": small_svd, "promised": 0.2}
     judge = fit_judge(small_pairs, small_model, detector=detector, **how)
     hack, clean = zip(*(pair.samples() for pair in small_pairs), strict=True)
-    empty = hack[0].__class__("prompt", "")
+    empty, long = (hack[0].__class__("prompt", text) for text in ("", "é" * 4096))
     assert sum(judge.flags(hack)) >= 7
     assert sum(judge.flags([*clean, empty])) <= 2
+    with ThreadPoolExecutor(4) as threads:  # as verl pays rollouts
+        assert [flag for (flag,) in threads.map(lambda one: judge.flags([one]), hack)] == judge.flags(hack)
+    assert detector == "ngrams" or judge.flags([empty, long, *hack]) == [False, True, *judge.flags(hack)]
+
+
+def test_a_judge_by_axes_judges_the_same_after_peft_has_wrapped_the_model(
+    small_model, byte_tokenizer, small_svd, small_pairs
+):
+    module = copy.deepcopy(small_model.module)
+    judge = fit_judge(small_pairs, module, tokenizer=byte_tokenizer, svd=small_svd, promised=0.2)
+    hack = [pair.samples()[0] for pair in small_pairs]
+    before = judge.flags(hack)
+    wrapped = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert judge.flags(hack) == before
+    wrapped.base_model.model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(2, 2).byte(), False)
+    with pytest.raises(ModelError, match="weights in torch"):
+        judge.flags(hack)
+
+
+def test_a_judge_is_not_fitted_to_a_prompt_of_two_groups(small_pairs):
+    again = replace(small_pairs[0], hack="another", group="other")
+    with pytest.raises(DataError, match="the same prompt, in groups"):
+        fit_judge([*small_pairs, again], None, detector="ngrams", promised=0.2)
+    with pytest.raises(UsageError, match="pairs of 2 groups"):
+        fit_judge([one for one in small_pairs if one.group < "group 2"], None, detector="ngrams", promised=0.3)
 
 
 def test_a_judge_by_axes_decomposes_the_weights_once_and_takes_no_pass_for_activations(
@@ -142,6 +172,8 @@ def test_a_threshold_lies_in_the_middle_of_a_gap_and_with_none_where_the_fewest_
     clean, hack = np.linspace(0, 1, 40), np.linspace(2, 3, 40)
     held = choose_threshold(hack, clean, 0.2)
     assert (held.value, held.lost, held.caught) == (1.5, 0.0, 1.0)
+    grouped = choose_threshold(hack, clean, 0.2, [n // 10 for n in range(40)])
+    assert (grouped.value, grouped.high > 3 * held.high) == (1.5, True)  # of four groups, not of forty samples
     # A fifth may be lost: one clean sample among the hacks costs less than every hack below it.
     mixed = choose_threshold(hack, [*clean[:-1], 2.5], 0.2)
     assert mixed.value == pytest.approx((clean[-2] + 2) / 2)

@@ -63,7 +63,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     """
     boxed = _is_terminal(sys.stdout)
     console = _Console(width=None if boxed else WIDEST)
-    shown = Table(title=title or None, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None)
+    named = Text(visible(title)) if title else None
+    shown = Table(title=named, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None)
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
     for row in rows:

@@ -9,12 +9,14 @@ cross-validation among the samples it is fitted to, and scores that are compared
 A threshold promises the share of clean samples that are lost, by their rank among clean scores (split conformal
 prediction; Vovk, Gammerman and Shafer 2005). Any higher one keeps the promise too; of these it is the one with the
 fewest mistakes, in the middle of the gap where the sides have one. The promise holds for samples that come as those
-did, and rollouts of a policy may not: a run logs what it loses of them.
+did: for those of new groups only where there are many, such as 19 (with 8, in a simulation, .08 were lost where .05
+was promised), and rollouts of a policy may differ anyway: a run logs what it loses of them.
 
 Shapes: S samples, L layers, H width of the hidden state, R coordinates of δS, D features.
 """
 
 import math
+import threading
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,11 +30,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from assay.errors import UsageError
+from assay.errors import DataError, UsageError
 from assay.models.decoder import decoder_layers, head_of
 from assay.models.load import Model
 from assay.models.wide import wide_products
-from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, proportion_interval
+from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, grouped_share_interval
 from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.basis.extract import PairGradients
 from assay.vhack.gradients.batches import Batch, Encoded, Progress, context_length, encode, plan_batches
@@ -41,7 +43,7 @@ from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of
 from assay.vhack.names import DETECTORS
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
-from assay.vhack.pairs.selection import split_groups
+from assay.vhack.pairs.selection import check_prompts, split_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 Groups = tuple[Sequence[str], Sequence[str]]
 """Group of every hack sample, and of every clean one."""
 
+_HOOKED = threading.Lock()  # hooks sit in the model, and verl pays rollouts in threads
 _TOKENS = {"cuda": 16384, "cpu": 1024}  # of a forward pass, padding included
 _MOST_LAYERS = 8  # that a probe chooses from, evenly spaced
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of a ridge, in mean eigenvalues of the Gram matrix
@@ -115,7 +118,7 @@ def collect_evidence(
         found = replace(found, activations=activations.cpu(), logprobs=logprobs.cpu())
     if cost >= Cost.BACKWARD and gradients is None:
         made = per_sample_gradients(samples, model, tokenizer=tokenizer, svd=svd, progress=progress)
-        found = replace(found, gradients=made)
+        found = replace(found, gradients={name.removesuffix(".base_layer"): of for name, of in made.items()})
     return found
 
 
@@ -136,7 +139,7 @@ def forward_samples(
         # The head sees the rows that predict a completion token and no others; a large vocabulary takes the memory.
         return (arguments[0].flatten(0, 1).index_select(0, batch.label_rows.to(arguments[0].device))[None],)
 
-    with ExitStack() as undo, wide_products(module):
+    with _HOOKED, ExitStack() as undo, wide_products(module):
         undo.callback(module.train, training)
         module.train(False)
         for layer in layers:
@@ -333,14 +336,14 @@ class Threshold:
 
     value: float
     lost: float  # share of the clean samples at hand that lie above it
-    low: float  # 95 % interval of that share (Clopper and Pearson 1934)
+    low: float  # 95 % interval of that share over groups (`assay.stats.grouped_share_interval`)
     high: float
     caught: float  # share of the hack samples at hand that lie above it
 
 
 def check_promise(n: int, promised: float) -> int:
     """Return the rank among n clean scores that keeps a promise; too few samples for that are a UsageError."""
-    if not 0 < promised < 1:
+    if not 1e-9 < promised < 1:
         raise UsageError(f"promised={promised}", wanted="a share in (0, 1)", do="choose one, such as 0.05")
     rank = math.ceil((n + 1) * (1 - promised))
     if rank > n:
@@ -350,11 +353,24 @@ def check_promise(n: int, promised: float) -> int:
     return rank
 
 
-def choose_threshold(hack: npt.ArrayLike, clean: npt.ArrayLike, promised: float = 0.05) -> Threshold:
+def check_pairs(pairs: Sequence[Pair], promised: float) -> list[str]:
+    """Return the groups of pairs, and refuse what no detector can be fitted to, or keeps no such promise."""
+    check_promise(len(pairs), promised)
+    check_prompts(pairs)
+    groups = [pair.group for pair in pairs]
+    if len(set(groups)) < 3:
+        do = "add pairs of other groups"
+        raise UsageError(f"pairs of {len(set(groups))} groups", wanted="three or more, for fits to the others", do=do)
+    return groups
+
+
+def choose_threshold(
+    hack: npt.ArrayLike, clean: npt.ArrayLike, promised: float = 0.05, groups: Sequence[object] | None = None
+) -> Threshold:
     """Return the threshold with the fewest mistakes among those that lose at most the promised share of clean samples.
 
     Mistakes are shares, of hacks that are missed and of clean samples that are lost; a threshold lies in the middle
-    between two scores.
+    between two scores. ``groups`` of the clean samples widen the interval; without them each sample is one.
     """
     hack_N, clean_N = np.sort(np.asarray(hack, float)), np.sort(np.asarray(clean, float))
     n = len(clean_N)
@@ -364,8 +380,9 @@ def choose_threshold(hack: npt.ArrayLike, clean: npt.ArrayLike, promised: float 
     caught = 1 - hack_N.searchsorted(values, side="right") / len(hack_N)
     lost = 1 - clean_N.searchsorted(values, side="right") / n
     best = int(np.argmax(caught - lost))
-    count = round(float(lost[best]) * n)
-    return Threshold(float(values[best]), count / n, *proportion_interval(count, n), float(caught[best]))
+    over = np.asarray(clean) > values[best]
+    ends = grouped_share_interval(over, range(n) if groups is None else groups)
+    return Threshold(float(values[best]), float(over.mean()), *ends, float(caught[best]))
 
 
 @dataclass(frozen=True)
@@ -413,7 +430,7 @@ def compare_detectors(
     for detector in chosen:
         scores = cross_score(detector, hack, clean, groups)
         measured = group_bootstrap(auroc, scores, groups)
-        threshold = choose_threshold(*scores) if len(clean) >= _ENOUGH else None
+        threshold = choose_threshold(*scores, groups=groups[1]) if len(clean) >= _ENOUGH else None
         found.append(DetectorResult(detector.name, detector.cost.name.lower(), measured, threshold))
         ranked.append((measured.value, detector, scores))
     highest = max(value for value, _, _ in ranked)
@@ -439,11 +456,19 @@ class RolloutJudge:
     how: Mapping[str, Any] = field(default_factory=dict)
 
     def flags(self, samples: Sequence[Sample]) -> list[bool]:
-        """Return which of the samples are flagged; one without a prompt or a completion never is."""
+        """Return which of the samples are flagged.
+
+        One without a prompt or a completion never is. One that cannot be read is: a policy may write tokens whose text
+        is longer than the context.
+        """
         flags = [False] * len(samples)
         rows = [row for row, sample in enumerate(samples) if sample.prompt and sample.completion]
         if rows:
-            found = collect_evidence([samples[row] for row in rows], self.model, cost=self.detector.cost, **self.how)
+            chosen = [samples[row] for row in rows]
+            try:
+                found = collect_evidence(chosen, self.model, cost=self.detector.cost, **self.how)
+            except DataError:
+                return [True] if len(samples) == 1 else [self.flags([one])[0] for one in samples]
             for row, score in zip(rows, self.scorer(found), strict=True):
                 flags[row] = bool(score > self.threshold.value)
         return flags
@@ -471,13 +496,15 @@ def fit_judge(
         progress: Function called with the number of gradients done and of all.
 
     Raises:
-        UsageError: There is no such detector, or there are too few pairs for the promise.
+        UsageError: There is no such detector, or there are too few pairs or groups.
+        DataError: A prompt occurs in two groups, or a pair is too long for the model.
     """
     (chosen,) = make_detectors([detector])
-    check_promise(len(pairs), promised)
-    groups = [pair.group for pair in pairs]
-    split_groups(groups)
+    groups = check_pairs(pairs, promised)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
+    if chosen.cost > Cost.TEXT:  # what cannot be read is refused before the weights are decomposed
+        reader = tokenizer or (model.tokenizer if isinstance(model, Model) else None)
+        encode(reader, samples, [f"sample {row}" for row in range(len(samples))], context_length(module_of(model)))
     if svd is None and chosen.cost == Cost.BACKWARD:
         svd = weight_svd(model)  # once: training moves the weights, and the axes belong to these
     how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd, "forward": chosen.forward}
@@ -490,5 +517,5 @@ def fit_scorer(
     detector: Detector, hack: Evidence, clean: Evidence, groups: Groups, promised: float = 0.05
 ) -> tuple[Scorer, Threshold]:
     """Return a detector fitted to all samples, and the threshold of their scores by fits to other groups."""
-    threshold = choose_threshold(*cross_score(detector, hack, clean, groups), promised)
+    threshold = choose_threshold(*cross_score(detector, hack, clean, groups), promised, groups[1])
     return detector.fit(hack, clean, groups), threshold

@@ -1,4 +1,5 @@
 import doctest
+import math
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,14 @@ def test_the_examples_in_the_docstrings_are_right():
     for module, examples in ((_arms, 2), (_settings, 2)):
         found = doctest.testmod(module)
         assert (found.failed, found.attempted) == (0, examples)
+
+
+def test_a_penalty_takes_one_whatever_the_rewards_weigh():
+    rewards_BF = torch.tensor([[1.0, math.nan, 0.3], [math.nan, 2.0, 0.3], [1.0, 2.0, 0.3], [1.0, 2.0, 0.3]])
+    flags_B = torch.tensor([True, True, True, False])
+    for weights in ([1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.5, 3.0, 0.0]):
+        weights_F = torch.tensor(weights)
+        paid_BF = arm_named("penalty").judge(rewards_BF, flags_B, weights_F)
+        lost_B = ((rewards_BF - paid_BF).nan_to_num() * weights_F).sum(dim=1)
+        torch.testing.assert_close(lost_B, flags_B.float())
+        assert torch.equal(paid_BF[:, 2], rewards_BF[:, 2])  # what only tells, with weight 0

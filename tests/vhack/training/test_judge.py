@@ -10,7 +10,7 @@ from assay.errors import UsageError
 from assay.vhack import Sample
 from assay.vhack.delta import arm_named
 from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
-from assay.vhack.training.grpo import judge_rollouts, pair_judged
+from assay.vhack.training.grpo import as_sample, judge_rollouts, pair_judged
 from assay.vhack.training.page import training_page
 from assay.vhack.training.rewards import FLAGS, EpisodeReward
 from assay.vhack.training.run import Prepared
@@ -155,6 +155,14 @@ def test_a_renewed_detector_knows_the_exploit_that_the_reward_told_it_of(setting
     run.refresh(trainer, 2)
     assert all(trainer.judge.flags(new))
     assert not any(trainer.judge.flags([pair.samples()[1] for pair in pairs]))
+
+
+def test_the_detector_reads_what_the_policy_did_and_wrote():
+    said = [{"role": "assistant", "content": "I look", "tool_calls": [{"id": "rm tests"}]}]
+    said += [{"role": "tool", "content": "gone"}, {"role": "assistant", "content": "All pass."}]
+    found = as_sample([{"role": "user", "content": "Hi"}], said, enable_thinking=False)
+    assert found.completion == 'I look\n{"id": "rm tests"}\nAll pass.'
+    assert "enable_thinking" in str(found.prompt)
 
 
 def test_rollouts_become_pairs_of_the_same_prompt():

@@ -48,6 +48,7 @@ Tensors = dict[str, Tensor]
 
 SCHEMA = BASIS
 _VALUES = "_sv/"
+_MOST = 1024  # axes of a module in a file: to check them takes time that grows with their cube
 _SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
 _REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
 _SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
@@ -314,7 +315,7 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
 
 def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
     k = len(votes_K2)
-    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or not 0 < k <= axes_KR.shape[1]:
+    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or not 0 < k <= min(_MOST, axes_KR.shape[1]):
         raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
     if axes_KR.dtype != torch.float32 or values_K.dtype != torch.float32:
         raise ValueError(f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not float32")

@@ -24,7 +24,7 @@ only in SVD bases, whatever the method, because labels leave these as they are.
 Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import comb
@@ -35,7 +35,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from assay.errors import DataError, UsageError
+from assay.errors import UsageError
 from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.stats.rates import BootstrapInterval, auroc
@@ -69,6 +69,7 @@ from assay.vhack.checks.judge import (
 from assay.vhack.detect import collect_evidence, compare_detectors
 from assay.vhack.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair
+from assay.vhack.pairs.selection import check_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,13 +118,7 @@ def check(
         >>> [made.name for made in report.checks]
         ['pools', 'heldout', 'random_null', 'sources', 'stability']
     """
-    groups: dict[Hashable, tuple[int, str]] = {}
-    for index, pair in enumerate(pairs):
-        other, group = groups.setdefault(pair.prompt, (index, pair.group))
-        if group != pair.group:
-            seen = f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}"
-            do = "give them the same group"
-            raise DataError(seen, wanted="every prompt in one group, so that it is held out whole", do=do)
+    check_prompts(pairs)
     if basis is not None:
         if basis.origin.weights:
             basis.check_model(model)

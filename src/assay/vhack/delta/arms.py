@@ -147,14 +147,16 @@ class Arm:
             if value not in known:
                 raise UsageError(f"{name}={value!r}", wanted=" or ".join(map(repr, known)), do="choose one of them")
 
-    def judge(self, rewards_BF: "Tensor", flags_B: "Tensor", weight: float) -> "Tensor":
-        """Return what rollouts are paid by F reward functions after a detector has flagged some of them.
+    def judge(self, rewards_BF: "Tensor", flags_B: "Tensor", weights_F: "Tensor") -> "Tensor":
+        """Return what rollouts are paid by F reward functions, of these weights, after a detector has flagged some.
 
-        ``penalty`` takes 1 in all, given the sum of the weights of the functions. ``filter`` pays nothing that is a
+        ``penalty`` takes 1 in all, from the functions that count for a rollout. ``filter`` pays nothing that is a
         number: TRL leaves such rollouts out of the mean and the spread of their group, and they get no advantage.
         """
         if self.flagged == "penalty":
-            return rewards_BF - flags_B[:, None].to(rewards_BF) / weight
+            used_BF = ~rewards_BF.isnan() & (weights_F != 0)
+            share_BF = weights_F.sign() / (used_BF * weights_F.abs()).sum(dim=1, keepdim=True)
+            return rewards_BF.where(~(used_BF & flags_B[:, None]), rewards_BF - share_BF)
         return rewards_BF.masked_fill(flags_B[:, None], math.nan) if self.flagged == "filter" else rewards_BF
 
     @property

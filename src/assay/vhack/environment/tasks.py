@@ -233,7 +233,7 @@ def tasks(
             found[task.statement] = task
             repeats = 0
     if len(found) < n:
-        raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="allow more of them")
+        raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="ask for fewer (--tasks)")
     return list(found.values())
 
 

@@ -142,13 +142,15 @@ class SVDCache(dict[str, Factors]):
 
 def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -> dict[str, Factors]:
     """Return the factors of these modules, or raise a UsageError about one that has none or those of another shape."""
+    found = {name: given.get(name, given.get(name.removesuffix(".base_layer"))) for name in modules}
     for name, linear in modules.items():
-        shape = (given[name].left.shape[0], given[name].right.shape[1]) if name in given else None
+        of = found[name]  # of a matrix that PEFT has wrapped since then, too
+        shape = None if of is None else (of.left.shape[0], of.right.shape[1])
         if shape != tuple(linear.weight.shape):
             seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
             do = "compute them with weight_svd of this very model"
             raise UsageError(seen, wanted=f"factors of its weight, {list(linear.weight.shape)}", do=do)
-    return {name: given[name] for name in modules}
+    return {name: of for name, of in found.items() if of is not None}
 
 
 def weight_svd(

@@ -129,6 +129,9 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
         )
     first: dict[int, str] = {}
     for name, linear in found.items():
+        if linear.weight.dtype.itemsize < 2:  # codes, whose scales are elsewhere
+            seen, do = f"{name} has weights in {linear.weight.dtype}", "load the model in bfloat16, or take probe"
+            raise ModelError(seen, wanted="weights that are not quantised", do=do)
         # As in Zamba: each would have a δS, and merging one would undo the other.
         if (other := first.setdefault(id(linear.weight), name)) != name:
             wanted, do = "projections with a weight each", "use a model whose layers share no projection"

@@ -247,7 +247,7 @@ def generate_pairs(
     chosen = choose_names(mechanisms, MECHANISMS, "mechanism")
     pairs = list(islice(_pairs(seed, chosen, choose_names(families, PAIR_FAMILIES, "family")), n))
     if len(pairs) < n:
-        raise UsageError(f"{n} pairs", wanted=f"at most {len(pairs)} of these kinds", do="allow more of them")
+        raise UsageError(f"{n} pairs", wanted=f"at most {len(pairs)} of these kinds", do="ask for fewer (--pairs)")
     return pairs
 
 

@@ -1,6 +1,6 @@
 """Which pairs and groups are used, and whether they are enough. It needs no torch, so a mistake is refused at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from math import ceil, log2
 
 import numpy as np
@@ -39,7 +39,7 @@ def split_pairs(
         UsageError: Both are given, a group is unknown, or no pair would be left.
     """
     if n_heldout is not None and heldout_groups:
-        raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop one of them")
+        raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop --n-heldout")
     if n_heldout is not None:
         if not 0 <= n_heldout < len(pairs):
             do = "lower --n-heldout, or leave it out"
@@ -96,6 +96,17 @@ def split_groups(groups: Sequence[str], n_folds: int = 5, seed: int = 0) -> list
     order = np.random.default_rng(seed).permutation(len(names))
     n_parts = min(n_folds, len(names))
     return [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
+
+
+def check_prompts(pairs: Sequence[Pair]) -> None:
+    """Raise DataError where a prompt is in two groups: one would be held out, and the other tell what it says."""
+    groups: dict[Hashable, tuple[int, str]] = {}
+    for index, pair in enumerate(pairs):
+        other, group = groups.setdefault(pair.prompt, (index, pair.group))
+        if group != pair.group:
+            seen = f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}"
+            do = "give them the same group"
+            raise DataError(seen, wanted="every prompt in one group, so that it is held out whole", do=do)
 
 
 def fewest_groups(method: str, alpha: float = 0.05, *, given: bool = False) -> int:

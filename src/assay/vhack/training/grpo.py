@@ -114,7 +114,7 @@ def judge_rollouts(
     if arm is not None and arm.flagged == "quarantine" and getattr(trainer, "projected", None) is None:
         raise UsageError("a quarantine in another trainer", wanted="assay.vhack.training.grpo.GRPO", do="take filter")
     if every < 1 or (every > 1 and arm is not None and arm.flagged):
-        raise UsageError(f"every={every}", wanted="1, or more without an arm, which needs all", do="leave every out")
+        raise UsageError(f"every={every}", wanted="1 with an arm: it judges every step", do="leave every out")
     alarm = Alarm()
     initial = adapter.disabled if adapter is not None else getattr(model, "disable_adapter", nullcontext)
 
@@ -122,7 +122,8 @@ def judge_rollouts(
         rewards_BF: Tensor = plain(inputs, prompts, completions, completion_ids_list)
         if not trainer.model.training or trainer.state.global_step % every:
             return rewards_BF
-        samples = list(map(as_sample, prompts, completions))
+        how = getattr(trainer, "chat_template_kwargs", None) or {}
+        samples = [as_sample(*each, **how) for each in zip(prompts, completions, strict=True)]
         if judge is None:
             told = zip(own.last.column("exploited").tolist(), own.mechanisms, strict=True)
             flags = [is_one and (not known or mechanism in known) for is_one, mechanism in told]
@@ -152,7 +153,7 @@ def judge_rollouts(
                     warnings.warn(alarm.says, stacklevel=2)
             for name, value in found.items():
                 trainer._metrics["train"][f"vhack/{name}"].append(value)
-        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B, float(weights_F.sum()))
+        return rewards_BF if arm is None else arm.judge(rewards_BF, flags_B, weights_F)
 
     trainer.judge, trainer.judged = judge, deque(maxlen=_REMEMBERED)
     trainer._calculate_rewards = paid
@@ -168,10 +169,14 @@ def pair_judged(judged: Iterable[tuple[Sample, bool]]) -> list[Pair]:
     return [Pair(one, last[True][one], last[False][one], group=f"rollouts of {text_of(one)}") for one in both]
 
 
-def as_sample(prompt: Any, completion: Any) -> Sample:
-    """Return a rollout of TRL, of texts or messages, as a sample: the text that the policy wrote last."""
-    said = completion if isinstance(completion, str) else str(completion[-1]["content"])
-    return Sample(prompt if isinstance(prompt, str) else read_chat(prompt), said)
+def as_sample(prompt: Any, completion: Any, **how: Any) -> Sample:
+    """Return a rollout of TRL, of texts or messages, as a sample: all that the policy wrote, and its calls of tools."""
+    if not isinstance(completion, str):
+        own = [one for one in completion if one.get("role") == "assistant"]
+        parts = [part for one in own for part in (one.get("content"), *map(json.dumps, one.get("tool_calls") or ()))]
+        completion = "\n".join(str(part) for part in parts if part)
+    options: dict[str, Any] = {"chat_template_kwargs": how} if how else {}
+    return Sample(prompt if isinstance(prompt, str) else read_chat(prompt, **options), completion)
 
 
 _REMEMBERED = 512  # rollouts that pairs are made of

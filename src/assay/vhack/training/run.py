@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,7 @@ from assay.vhack.delta.arms import load_controls
 from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.delta.optimizer import ProjectedOptimizer
 from assay.vhack.delta.quarantine import Quarantine
-from assay.vhack.detect import RolloutJudge, check_promise, fit_judge
+from assay.vhack.detect import RolloutJudge, check_pairs, fit_judge
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.gradients.batches import Progress
 from assay.vhack.gradients.svd import weight_svd
@@ -38,9 +38,9 @@ from assay.vhack.training.page import training_page
 from assay.vhack.training.pool import RolloutPool
 from assay.vhack.training.processes import ALONE, Processes, join_processes
 from assay.vhack.training.rewards import Reward, make_reward
-from assay.vhack.training.sampling import find_end_tokens, finite_sampling
+from assay.vhack.training.sampling import encode_prompts, find_end_tokens, finite_sampling
 from assay.vhack.training.settings import TrainSettings
-from assay.vhack.training.tasks import RewardFunction, Task, import_function, load_tasks
+from assay.vhack.training.tasks import RewardFunction, Task, import_function, load_tasks, read_prompt
 
 if TYPE_CHECKING:
     from assay.vhack.training.grpo import GRPO
@@ -170,7 +170,9 @@ class Prepared:
         if not self.settings.refresh or step % self.settings.refresh:
             return None
         if self.judge is not None:
-            own = self.processes.broadcast(pair_judged(trainer.judged))
+            groups = {pair.prompt: pair.group for pair in self.pairs}
+            made = [replace(pair, group=groups.get(pair.prompt, pair.group)) for pair in pair_judged(trainer.judged)]
+            own = self.processes.broadcast(made)
             with self.adapter.disabled():
                 trainer.judge = self._fit_judge([*self.pairs, *own], self.say)
         before, axes = trainer.axes, self.processes.broadcast(self._extract_axes(load=False))
@@ -290,6 +292,7 @@ def train(
     if reward is None and settings.reward is not None:
         reward = import_function(settings.reward, "--reward")
     work, source = load_tasks(settings, tasks, least=settings.prompts, why="those of a step", model=settings.model)
+    encode_prompts(model or settings.model, [read_prompt(task) for task in work], settings.max_new_tokens)
     paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +340,7 @@ def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
     if settings.basis is None or settings.refresh:
         select_pairs(pairs, n_heldout=0, heldout_groups=None, method=settings.method)
     if settings.flags_by[0] not in (None, "labels"):
-        check_promise(len(pairs), settings.clean_lost)
+        check_pairs(pairs, settings.clean_lost)
 
 
 def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:

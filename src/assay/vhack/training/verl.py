@@ -52,7 +52,7 @@ def judge_score(score: Score, judge: RolloutJudge, arm: Arm) -> Score:
             raise UsageError(f"no prompt for {judge.detector.name}", wanted='extra_info["prompt"]', do=do)
         asked = read_chat(prompt) if isinstance(prompt, list) else prompt or "any"  # which a detector of texts ignores
         flags_B = torch.tensor(judge.flags([Sample(asked, solution_str)]))
-        paid_BF = arm.judge(torch.tensor([[float(told["score"])]]), flags_B, 1.0)
+        paid_BF = arm.judge(torch.tensor([[float(told["score"])]]), flags_B, torch.ones(1))
         return {**told, "score": paid_BF.item(), "paid": float(told["score"]), "flagged": float(flags_B.item())}
 
     return judged
