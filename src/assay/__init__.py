@@ -5,7 +5,7 @@ Two instruments on one foundation:
 - :mod:`assay.poc` proves how much work a model on given hardware did, and checks such proofs.
 - :mod:`assay.vhack` finds the gradient directions along which training would learn to cheat.
 
-Faces are loaded on first use, so ``import assay`` and ``assay --help`` do not wait for torch.
+Subpackages are loaded on first use, so ``import assay`` and ``assay --help`` do not wait for torch.
 """
 
 import lazy_loader

@@ -98,7 +98,7 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
     for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges
         options = ("--model", small_checkpoint, "--calibration", path, "--engine", prover, *PINS[:6])
         said = refused("poc", "verify", tmp_path / f"{prover}.jsonl", *options)
-        assert f"a calibration by which {judge} judges this prover" in said
+        assert f"a calibration for validators on {judge}" in said
         assert f"pass --engine {judge}, or measure" in said
 
 

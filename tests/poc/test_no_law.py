@@ -53,10 +53,10 @@ def test_the_command_says_what_to_measure(proof: Proof, small_checkpoint, tmp_pa
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
-def test_the_service_knows_no_noise_of_a_model_that_was_not_measured(small_model, round_: Round):
-    noise = HonestNoise(Settings())
-    assert noise.of(get_pipeline("poc-2.0"), "float32", small_model.digest, round_) is None
-    assert noise.of(get_pipeline("poc-2.0"), "float32", QWEN3, round_) is not None
+def test_the_service_knows_no_noise_of_a_model_that_was_not_measured(proof: Proof, small_model, round_: Round):
+    noise, own = HonestNoise(Settings()), proof.header.fingerprint
+    assert noise.of(get_pipeline("poc-2.0"), own, small_model.digest, round_) is None
+    assert noise.of(get_pipeline("poc-2.0"), own, QWEN3, round_) is not None
 
 
 def test_the_laws_that_come_with_assay_are_of_two_digests(proof: Proof):

@@ -50,7 +50,7 @@ class AuditSettings(Settings):
     pins: PinsFile = None
     block_hash: BlockHash = None
     public_key: PublicKey = None
-    calibration: CalibrationFile = Field(None, description="Measured honest noise; else that of pins, or the default.")
+    calibration: CalibrationFile = Field(None, description="Measured honest noise; else the pins' or bundled models'.")
     ledger: LedgerFile = Field(None, description="Ledger of nodes' lives to add the audit to; the life then counts.")
     engine: EngineName = Field("hf", description="Engine that recomputes.")
     device: Device = None

@@ -613,7 +613,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
 
     known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
     if chosen.proof is None and any(value is not None for value in known.values()):
-        raise UsageError("a round without a proof", wanted="the proof of that round", do="name it behind the pins")
+        raise UsageError("a round without a proof", wanted="the proof of that round", do="pass PROOF after PINS")
     network = poc.NetworkPins.load(chosen.pins)
     pinned = [Calibration.load(path) for model in network.models for path in network.calibrations(model)]
     promise = describe_promise(network, account_alpha(network), pinned)

@@ -209,7 +209,7 @@ def _build_config(name: str, published: dict[str, Any]) -> "PreTrainedConfig":
     for key, values in (_ODD | ({"is_decoder": (False,)} if is_either else {})).items():
         if (found := getattr(text, key, None)) in values:
             seen, do = f"the configuration of {name!r} says {key} = {found}", "use a decoder-only model"
-            raise ModelError(seen, wanted="a causal decoder that answers as others do", do=do)
+            raise ModelError(seen, wanted="causal attention without cross-attention, and return_dict = true", do=do)
     return config
 
 
@@ -463,8 +463,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         # vLLM reads whatever lies there; an adapter, or Mistral's own form of the same weights, is another thing.
         others = [name for name in written if not name.startswith((_SINGLE, ".", "adapter_model.", "consolidated"))]
         if others or (directory / _INDEX).is_file():
-            seen, do = f"{directory} holds {_SINGLE} and {[*others, _INDEX][0]}", "move what is not meant elsewhere"
-            raise BadWeights(seen, wanted="one set of weights: programs choose differently", do=do)
+            seen, do = f"{directory} holds {_SINGLE} and {[*others, _INDEX][0]}", "move the other file elsewhere"
+            raise BadWeights(seen, wanted="one set of weights: loaders choose differently", do=do)
         return (directory / _SINGLE,)
     index, wanted = directory / _INDEX, f"{_SINGLE}, or {_INDEX} with its files"
     if not index.is_file():

@@ -114,9 +114,9 @@ def measure_r_target(
     _refuse_different(given)
     size, is_vector = _dimension(given[0], dimension), given[0].header.pipeline.output == "vector"
     if effective_dimension is None and not is_vector:
-        wanted = "what says how blocks differ"
+        wanted = "the model's effective dimension"
         do = "pass --model, or the --calibration that `assay poc calibrate --model M` wrote"
-        raise UsageError("distances, and no effective dimension of the model's states", wanted=wanted, do=do)
+        raise UsageError("distances, but no effective dimension of their model", wanted=wanted, do=do)
     per_block: dict[str, list[FloatArray]] = {}
     for proof in given:
         vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]

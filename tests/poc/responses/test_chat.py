@@ -66,6 +66,8 @@ def test_a_stop_ends_an_answer_and_an_answer_that_was_cut_is_refused(tmp_path, c
         assert len(replay(made, chat_model, requests=requests)) == 1
         with pytest.raises(ProofMismatch, match=f"ended by stop after {len(receipt.output)} tokens"):
             replay(made, chat_model, requests=plain)
+        with pytest.raises(ProofMismatch, match="tokens after its end"):
+            replay(whole, chat_model, requests=requests)
     ended = replace(whole.receipts[0], output=output[:place], finish="stop", sketches=whole.receipts[0].sketches[:1])
     replay(Receipts.build(whole.header, [ended], 1.0), chat_model, requests=plain)
 

@@ -134,6 +134,17 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
     assert np.array_equal(margins[:20], np.zeros(20))
 
 
+def test_a_penalty_that_a_client_asks_for_makes_honest_noise_no_larger():
+    rng, sampling, prompt = np.random.default_rng(3), Sampling(repetition_penalty=0.01), tuple(range(300))
+    logits, noise = (torch.tensor(rng.normal(0, size, (200, 300)), dtype=torch.float32) for size in (2, 0.01))
+    seeds, sampler = np.arange(200, dtype=np.uint32), Sampler([sampling] * 200, 300, "cpu")
+    whole = {"prompt_NV": torch.ones(300, dtype=torch.bool), "counts_NV": torch.zeros(200, 300)}
+    tokens = sampler.add_noise(sampler.penalise(logits + noise, **whole), seeds).argmax(dim=1)
+    margins, profiles = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds, prompt=prompt)
+    assert margins.max() > 0
+    assert profiles[:, 12].min() > -10
+
+
 class Likeliest(HFPrefill):
     """Gives the largest logits and that of the claimed token, as vLLM does."""
 
@@ -295,6 +306,9 @@ def test_a_calibration_is_measured_written_and_held_to_its_engines(
     receipts = served["honest"]
     engine = HFPrefill(engines["bfloat16"])
     found = replay(receipts, engines["bfloat16"], engine=engine)
+    coarse = replace(receipts.header, fingerprint=replace(receipts.header.fingerprint, dtype="float32"))
+    with pytest.raises(UsageError, match="receipts in bfloat16 and float32"):
+        calibrate_responses([(receipts.header, found[:4]), (coarse, found[4:])], engine.fingerprint)
     measured = calibrate_responses([(receipts.header, found)], engine.fingerprint)
     measured.save(tmp_path / "responses.json")
     read = ResponseCalibration.load(tmp_path / "responses.json")

@@ -146,6 +146,7 @@ def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
     builds = [noise_of(replace(known, dtype=dtype), small_model.digest, sigma) for dtype, sigma in sigmas.items()]
     noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
     for dtype, sigma in sigmas.items():
-        found = noise.of(proof.header.pipeline, dtype, small_model.digest, proof.header.round)
+        found = noise.of(proof.header.pipeline, replace(known, dtype=dtype), small_model.digest, proof.header.round)
         assert found.law.sigma == pytest.approx(sigma, rel=0.5)
-    assert noise.of(proof.header.pipeline, "bfloat16", small_model.digest, proof.header.round) is None
+    other = replace(known, dtype="bfloat16")
+    assert noise.of(proof.header.pipeline, other, small_model.digest, proof.header.round) is None

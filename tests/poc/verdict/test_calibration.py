@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from assay.errors import CalibrationError, ProofMismatch
 from assay.models import load_model, wide
 from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
+from assay.poc.verdict.calibration import find_build_noise
+from assay.poc.verdict.life import round_identity
+from assay.poc.verdict.noise import sequential_test
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,9 +77,33 @@ def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small
 
 
 def test_a_calibration_is_of_one_mode_of_weights(proof: Proof):
-    other = Proof.build(replace(proof.header, weights="random-all"), proof.records, 1.0)
-    with pytest.raises(ProofMismatch, match="different presets or checkpoints"):
-        calibrate(proof, other)
+    for change in ({"weights": "random-all"}, {"frame": "0" * 64}):
+        other = Proof.build(replace(proof.header, **change), proof.records, 1.0)
+        with pytest.raises(ProofMismatch, match="different presets"):
+            calibrate(proof, other)
+
+
+def test_a_path_a_height_and_another_name_of_the_preset_make_no_other_round(proof: Proof, narrow: Proof):
+    round = replace(narrow.round, model="/data/small", block_height=5, preset="sign-flips")
+    other = Proof.build(replace(narrow.header, round=round), narrow.records, 1.0)
+    assert calibrate(proof, other) == calibrate(proof, narrow)
+    assert round_identity(round) == round_identity(narrow.round)
+
+
+def test_messages_are_judged_by_laws_of_the_validators_own_engine_and_length(proof: Proof, narrow: Proof):
+    measured, own = [calibrate(proof, narrow)], proof.header.fingerprint
+    known = {"digest": proof.header.digest, "preset": "poc-2.0", "formats": ("bfloat16", own.dtype), "round": None}
+    assert find_build_noise(measured, None, **known, validator=own) is not None
+    for other in ({"attention": "eager"}, {"seq_len": 256}):
+        assert find_build_noise(measured, None, **known, validator=replace(own, **other)) is None
+
+
+def test_a_law_of_machines_with_equal_bits_convicts_cheats_in_some_nonces(proof: Proof):
+    noise = calibrate(proof, proof).builds[0].between("", None)
+    rng = np.random.default_rng(0)
+    residuals = np.where(rng.random((200, 128)) < 0.2, 1e-3 * np.abs(rng.standard_normal((200, 128))), 0)
+    assert sequential_test(noise).accusations(residuals)[:, -1].mean() > 0.95
+    assert not sequential_test(noise).accusations(np.zeros((1, 512))).any()
 
 
 def test_proofs_that_do_not_belong_together_are_refused(proof: Proof, narrow: Proof, small_model, round_):

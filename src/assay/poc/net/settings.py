@@ -111,7 +111,7 @@ class ServerSettings(assay.settings.Settings):
     alpha: Chance | None = Field(None, description="Chance of ever accusing an honest node; else the pins', or 0.001.")
     beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
     calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
-        None, description="Honest noise that was measured, or its file. Without it, the stated default holds."
+        None, description="Measured honest noise, or its file; else that of pins, or the bundled model."
     )
 
     def __init__(self, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Shares: whatever one client holds of something that there is only so much of leaves enough of it for the others."""
+"""Shares: what one client may hold of a limited resource, so that enough is left for the others."""
 
 import ipaddress
 import shutil

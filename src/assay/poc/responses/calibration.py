@@ -159,6 +159,10 @@ def calibrate_responses(
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
     """Return the digest of the checkpoint of all receipts; a UsageError where there are several."""
+    formats = sorted({header.fingerprint.dtype for header in headers})
+    if len(formats) > 1:
+        seen, do = f"receipts in {' and '.join(formats)}", "calibrate each by itself"
+        raise UsageError(seen, wanted="one number format: a law of several judges all by the coarsest", do=do)
     digests = {header.digest for header in headers}
     if len(digests) != 1:
         names = ", ".join(digest[:12] for digest in sorted(digests))

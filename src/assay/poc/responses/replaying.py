@@ -44,6 +44,7 @@ from assay.streams.backends import as_tensor
 RIVALS = 8  # number of larger scores that may have left the support
 
 _AT_ONCE = 2**22  # scores that are held at a time
+_BESIDE = 16  # tokens that a server which speculates may have made together with the end of an answer
 _NEAR = 64  # smallest gaps that decide a profile, where the rest adds less than a billionth
 _NEGLIGIBLE = 25.0  # in natural logarithms
 _SQUARINGS = 12  # in a row, each of which doubles the error of float32: less than the step of float16 in the end
@@ -86,7 +87,8 @@ def measure_margins(
         if not whole:
             _check_top_p(l_NV, sampling)
         s_NV = sampler.add_noise(l_NV, seeds_N[start:stop])
-        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop])
+        r = sampling.repetition_penalty
+        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop]) / max(r, 1 / r)  # r moves noise of logits too
         tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
         margins.append(compute_margins(s_NV).gather(1, tokens_N[:, None])[:, 0].cpu().numpy())
         profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
@@ -312,11 +314,19 @@ def check_runnable(
 
 
 def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | None) -> None:
-    """Refuse an answer to one of the requests that says ``stop`` and was cut short; a ProofMismatch names it."""
+    """Refuse an answer to one of the requests that says ``stop`` and was cut short, or that ran on past its end."""
     asked, ends = {one.name: one for one in requests or () if isinstance(one.prompt, tuple)}, model.end_tokens
     for receipt in receipts.receipts:
         request, output = asked.get(receipt.name), receipt.output
-        if receipt.finish != "stop" or request is None or not output:
+        if request is None or not output:
+            continue
+        early = output[:-_BESIDE]
+        past = bool(early) and request.is_ended(early, ends, model.tokenizer)
+        if past or not {*ends, *request.stop_token_ids}.isdisjoint(early):
+            seen = f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after its end"
+            do = "ask the node for the answer to this request, and list the stop and stop_token_ids that were sent"
+            raise ProofMismatch(seen, wanted="an answer that ends by the first end token or stop", do=do)
+        if receipt.finish != "stop":
             continue
         if not request.is_ended(output, ends, model.tokenizer):
             seen = f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, the last {output[-1]}"

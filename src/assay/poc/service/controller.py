@@ -350,13 +350,14 @@ class Controller(Runtime):
         started = time.perf_counter()
         computed: list[float] = []
         round = replace(stored.round, public_key=request.public_key)  # the key that is paid, not the validator's
+        engine = deployment.engine(stored.seq_len, stored.batch_size)
         for batch in deployment.compute(round, stored.batch_size, request.nonces):
             if epoch != self._epoch or self.closing.is_set():
                 seen = f"the round changed while this validation ran, and the state is {self.state}"
                 wanted, do = "VALIDATING until the answer", "send it again in the round that you mean"
                 raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(self.state)})
             computed.extend(record.distance for record in batch if isinstance(record, DistanceRecord))
-        verdict = self.judge.judge(stored, deployment.dtype, request, computed)
+        verdict = self.judge.judge(stored, engine.fingerprint, request, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]
         self.metrics.verdicts.labels(word).inc()

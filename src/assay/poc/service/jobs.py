@@ -173,7 +173,8 @@ class Jobs:
             artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(pack_record(r)).decode()} for r in records]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         errors = residuals(request.received(), records)
-        noise = self._noise.of(pipeline, deployment.dtype, deployment.digest, round)
+        validator = deployment.engine(round.seq_len, request.batch_size).fingerprint
+        noise = self._noise.of(pipeline, validator, deployment.digest, round)
         missing = missing_law(deployment.reference, deployment.digest, round)
         return judge_vectors(request, errors, noise, self._settings, missing=missing)
 

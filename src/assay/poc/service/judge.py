@@ -15,7 +15,7 @@ from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.protocol.proof import is_valid
+from assay.poc.protocol.proof import Fingerprint, is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.callbacks import Outbox
 from assay.poc.service.requests import GenerateRequest, StatTest, ValidateRequest
@@ -39,8 +39,9 @@ class HonestNoise:
                 measured = [Calibration.load(path) for path in pins.calibrations(model)]
                 self._pinned[model.digest] = model.builds, measured
 
-    def of(self, pipeline: Pipeline, dtype: str, digest: str, round: Round) -> Noise | None:
+    def of(self, pipeline: Pipeline, validator: Fingerprint, digest: str, round: Round) -> Noise | None:
         """Return the noise of a preset; None where it is not known, and a wider law must not take its place."""
+        dtype = validator.dtype
         builds: Sequence[Build | None]
         if self._given is not None:
             mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
@@ -52,6 +53,7 @@ class HonestNoise:
         if not known:
             return bundled_noise(digest, pipeline.noise, dtype, dtype)
         of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "formats": (dtype, dtype), "round": round}
+        of["validator"] = validator
         found = (find_build_noise(measured, one, **of) for one in builds)
         return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
 
@@ -94,14 +96,16 @@ class Judge:
         self._checks, self._verdicts = database["checks"], database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
-    def judge(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> JsonObject:
+    def judge(
+        self, stored: StoredRound, validator: Fingerprint, request: ValidateRequest, computed: Sequence[float]
+    ) -> JsonObject:
         """Judge received distances [N] against computed ones, write the verdict and its callback, and return the reply.
 
         A received value that is not finite is a mismatch.
         """
         public_key, nonces, received = request.public_key, request.nonces, request.dist
         count = published_rule(received, computed, stored.r_target)
-        test = self._test(stored, dtype, public_key)
+        test = self._test(stored, validator, public_key)
         seen = self._seen(stored.id, public_key, nonces)
         new = [i for i, nonce in enumerate(nonces) if nonce not in seen]
         if test is not None:
@@ -122,7 +126,7 @@ class Judge:
         checks = [{"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]} for i in new]
         try:
             # First: the ledger knows what it has counted, so a request that is repeated after a crash adds nothing.
-            self._record(stored, dtype, request, computed)
+            self._record(stored, validator, request, computed)
             self._save(stored.id, public_key, checks, summary, body)
         except BaseException:
             # The test in memory has values that are not on disk: it is rebuilt next time.
@@ -135,17 +139,20 @@ class Judge:
         if self._ledger is not None:
             self._ledger.close()
 
-    def _record(self, stored: StoredRound, dtype: str, request: ValidateRequest, computed: Sequence[float]) -> None:
+    def _record(
+        self, stored: StoredRound, validator: Fingerprint, request: ValidateRequest, computed: Sequence[float]
+    ) -> None:
         """Write the residuals of a request to the ledger, if there is one and the honest noise is known."""
         if self._ledger is None or not request.nonces:
             return
         pipeline = get_pipeline(stored.preset)
-        noise = self._noise.of(pipeline, dtype, stored.digest, stored.round)
+        noise = self._noise.of(pipeline, validator, stored.digest, stored.round)
         if noise is None:
             return
         # A request does not say what the node computes with; the number format is the one that the network agreed on.
+        node = {"public_key": request.public_key, "digest": stored.digest, "preset": pipeline.name}
         update = Update(
-            account=Account(public_key=request.public_key, digest=stored.digest, build=dtype, preset=pipeline.name),
+            account=Account(**node, build=validator.dtype),
             round=round_identity(stored.round),
             block_hash=stored.block_hash,
             noise=noise,
@@ -159,10 +166,10 @@ class Judge:
         query = sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
         return [loads(text, "verdict") for (text,) in self._db.rows(query)]
 
-    def _test(self, stored: StoredRound, dtype: str, public_key: str) -> stats.SequentialTest | None:
+    def _test(self, stored: StoredRound, validator: Fingerprint, public_key: str) -> stats.SequentialTest | None:
         key = (stored.id, public_key)
         if key not in self._tests:
-            noise = self._noise.of(get_pipeline(stored.preset), dtype, stored.digest, stored.round)
+            noise = self._noise.of(get_pipeline(stored.preset), validator, stored.digest, stored.round)
             if noise is None:
                 return None
             test = sequential_test(noise, alpha=self._alpha, beta=self._settings.beta)

@@ -256,4 +256,6 @@ class Noises:
             return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
         of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
         of |= {"controls": [one.dtype for one in self._deployment.controls]}
+        seq_len = (registry.network.round if round is None else round).seq_len
+        of["validator"] = self._deployment.engine(seq_len, 32).fingerprint
         return find_build_noise(self._measured, build, **of, formats=formats, round=round)

@@ -375,9 +375,9 @@ class Calibration:
         kinds = {one.engine for one in self.find_build(header).judges(header.fingerprint)}
         if kinds and engine not in kinds:
             measured = " or ".join(sorted(kinds))
-            seen = f"a calibration by which {measured} judges this prover"
+            seen = f"a calibration for validators on {measured}"
             do = f"pass --engine {measured}, or measure this pair with `assay poc calibrate A.jsonl B.jsonl`"
-            raise CalibrationError(seen, wanted=f"one by which {engine} does", do=do)
+            raise CalibrationError(seen, wanted=f"one for {engine}", do=do)
 
     def fixes_format(self, header: Header) -> bool:
         """Return whether every build of a proof's checkpoint and preset was measured in the number format it states.
@@ -466,18 +466,27 @@ def find_build_noise(
     formats: tuple[str, str],
     round: Round | None,
     controls: Collection[str] = (),
+    validator: Fingerprint | None = None,
 ) -> Noise | None:
     """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
 
-    ``formats`` are the number formats of the node and of the validator, which must have been measured together. Laws
-    come first that use more of the ``controls`` which the validator has, then calibrations in their order, for the
-    checkpoint ``digest`` and any build when None. The block of ``round`` scales distances; without one, the law is that
-    of the usual scale.
+    ``formats`` are the number formats of the node and of the validator, which must have been measured together. A law
+    is left out that was measured with other engines than the ``validator``'s, or for another length. Laws come first
+    that use more of the ``controls`` which the validator has, then calibrations in their order, for the checkpoint
+    ``digest`` and any build when None. The block of ``round`` scales distances; without one, the law is that of the
+    usual scale.
     """
     every = [one for calibration in calibrations for one in calibration.builds]
     for measured in sorted(every, key=lambda one: -len(one.control.dtypes if one.control else ())):
         fits = not measured.formats or sorted(formats) in measured.formats
         fits = fits and measured.has_control(controls, formats[1])
+        if fits and validator is not None and measured.engines:
+            try:
+                measured.check_engine(
+                    replace(validator, batch_size=measured.engines[0].batch_size), "than this engine's"
+                )
+            except CalibrationError:
+                continue
         if (measured.digest, measured.preset) == (digest, preset) and fits:
             allowed = [known for known in measured.engines if build is None or not build.differing(known)]
             if allowed or not measured.engines:
@@ -585,6 +594,7 @@ def calibrate(
         >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
         (32, 'poc-2.0', [32, 16])
     """
+    proofs = tuple(map(_of_block, proofs))
     machines = [proof for proof in proofs if proof.header.fingerprint.dtype not in controls]
     if len(machines) < 2:
         seen = f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}"
@@ -609,7 +619,16 @@ def calibrate(
         engines = [(proof, proof.header.fingerprint) for proof in proofs]
         again = {(proof.round, one.device, one.dtype): proof for proof, one in engines if one.dtype in controls}
         builds += _fit_scores(_sides_of(pairs, again, controls, scales), fingerprints, controls, fit)
+    for build in builds:
+        sequential_test(build.between("", None))  # it refuses noise that is as large as invented values
     return Calibration(builds=tuple(builds))
+
+
+def _of_block(proof: Proof) -> Proof:
+    """Return a proof whose round says nothing but what its numbers depend on; nodes load a model from other paths."""
+    header = proof.header
+    round = replace(header.round, model="", block_height=0, preset=header.pipeline.name)
+    return replace(proof, header=replace(header, round=round))
 
 
 def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
@@ -684,10 +703,11 @@ def _fit_scores(
 
 def check_one_checkpoint(proofs: Sequence[Proof]) -> None:
     """Refuse proofs of several checkpoints or presets."""
-    if len({(proof.header.digest, proof.header.weights, proof.round.preset) for proof in proofs}) > 1:
-        wanted = "honest proofs of one checkpoint and preset"
+    headers = [proof.header for proof in proofs]
+    if len({(header.digest, header.weights, header.frame, header.pipeline.name) for header in headers}) > 1:
+        wanted = "honest proofs of one checkpoint, frame and preset"
         do = "calibrate every checkpoint and preset by itself; --merge puts them into one file"
-        raise ProofMismatch("proofs of different presets or checkpoints", wanted=wanted, do=do)
+        raise ProofMismatch("proofs of different presets, checkpoints or frames", wanted=wanted, do=do)
 
 
 def check_compared(measured: Residuals, machines: int) -> None:
@@ -736,6 +756,8 @@ def fit_machines(
     if not some:  # machines that mostly agree to the bit; the rare nonces on which they do not price the bets
         every_N = np.concatenate(list(residuals.values()))
         law, _ = fit(every_N)
+        if law.magnitudes(every_N).max() < law.size:  # under equal bits alone, no cap of a bet is better than another
+            every_N = np.full_like(every_N, law.size)
         sizes = Sizes(dict.fromkeys(size, law.size), tuple(kinds))
         return MachineNoise(law=law, sizes=sizes, spread=PRIOR, known=PRIOR, scores=pack_scores(every_N, law))
     sizes = Sizes(some, tuple(kinds))

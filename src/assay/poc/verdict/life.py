@@ -10,8 +10,8 @@ first have to make up for everything that spoke for the node. Of older pools of 
 kept apart. For responses, which have no places in a batch, a test convicts by its e-value alone.
 
 A ledger keeps a life on disk as entries, each one line of canonical JSON with its place, the hash of the entry before
-it, the account, the evidence and the outcome. Its own hash is the SHA-256 of the line. What entries of earlier releases
-hold counts on by this rule; their outcomes stay as they were written.
+it, the account, the evidence and the outcome. Its own hash is the SHA-256 of the line. Evidence in entries of earlier
+releases counts by this rule; their outcomes stay as they were written.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from assay import stats
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
+from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.verdict.noise import AnyNoise, FloatArray, ResponseBlocks, ResponseNoise, ResponseTest, sequential_test
 from assay.stats.sequential import SHARES, Verdict, decide
@@ -478,7 +479,8 @@ class Standing:
 
 def round_identity(round: Round) -> str:
     """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one computation."""
-    return sha256(dumps({name: getattr(round, name) for name in ("block_hash", "preset", "seq_len", "strength")}))
+    values = {name: getattr(round, name) for name in ("block_hash", "preset", "seq_len", "strength")}
+    return sha256(dumps(values | {"preset": get_pipeline(round.preset).name}))  # which may have two names
 
 
 def response_identity(seed_text: str) -> str:
