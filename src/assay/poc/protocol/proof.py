@@ -283,6 +283,14 @@ class Header:
         for run in self.nonces:
             yield from range(*run)
 
+    def places_of(self, nonces: Sequence[int]) -> list[int]:
+        """Return the index of each nonce in the sequence that the prover computed."""
+        if len(self.nonces) > 1:
+            places = {nonce: index for index, nonce in enumerate(self.all_nonces())}
+            return [places[nonce] for nonce in nonces]
+        first, _, step = self.nonces[0]
+        return [(nonce - first) // step for nonce in nonces]
+
     @property
     def count(self) -> int:
         """Number of records that a complete proof has."""

@@ -108,6 +108,11 @@ class Round:
         pipeline = find_pipeline(self.preset) if isinstance(self.preset, str) else None
         return pipeline is not None and pipeline.texts == "versioned"
 
+    @property
+    def plain(self) -> "Round":
+        """The round without what no number depends on, and which nodes may state otherwise."""
+        return replace(self, model="", block_height=0, preset=get_pipeline(self.preset).name)
+
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
         """Return the seed text of a stream of one nonce.
 

@@ -18,6 +18,7 @@ Legend of shapes: M machines, N nonces.
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations, product
@@ -478,18 +479,14 @@ def find_build_noise(
     """
     every = [one for calibration in calibrations for one in calibration.builds]
     for measured in sorted(every, key=lambda one: -len(one.control.dtypes if one.control else ())):
-        fits = not measured.formats or sorted(formats) in measured.formats
-        fits = fits and measured.has_control(controls, formats[1])
-        if fits and validator is not None and measured.engines:
-            try:
-                measured.check_engine(
-                    replace(validator, batch_size=measured.engines[0].batch_size), "than this engine's"
-                )
-            except CalibrationError:
-                continue
-        if (measured.digest, measured.preset) == (digest, preset) and fits:
-            allowed = [known for known in measured.engines if build is None or not build.differing(known)]
-            if allowed or not measured.engines:
+        engines, same = measured.engines, (measured.digest, measured.preset) == (digest, preset)
+        if not same or not measured.has_control(controls, formats[1]):
+            continue
+        with suppress(CalibrationError):  # that it was measured with other engines than the validator's
+            if validator is not None and engines:
+                measured.check_engine(replace(validator, batch_size=engines[0].batch_size), "than this validator's")
+            allowed = [known for known in engines if build is None or not build.differing(known)]
+            if (not measured.formats or sorted(formats) in measured.formats) and (allowed or not engines):
                 kind = measured.kind_of(None if build is None else [build], formats[0])
                 return measured.between(kind, None, round=round)
     return None
@@ -594,7 +591,7 @@ def calibrate(
         >>> build.n, build.preset, [machine.fingerprint.batch_size for machine in build.machines]
         (32, 'poc-2.0', [32, 16])
     """
-    proofs = tuple(map(_of_block, proofs))
+    proofs = tuple(replace(one, header=replace(one.header, round=one.round.plain)) for one in proofs)
     machines = [proof for proof in proofs if proof.header.fingerprint.dtype not in controls]
     if len(machines) < 2:
         seen = f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}"
@@ -622,13 +619,6 @@ def calibrate(
     for build in builds:
         sequential_test(build.between("", None))  # it refuses noise that is as large as invented values
     return Calibration(builds=tuple(builds))
-
-
-def _of_block(proof: Proof) -> Proof:
-    """Return a proof whose round says nothing but what its numbers depend on; nodes load a model from other paths."""
-    header = proof.header
-    round = replace(header.round, model="", block_height=0, preset=header.pipeline.name)
-    return replace(proof, header=replace(header, round=round))
 
 
 def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerprint]]:
@@ -678,10 +668,7 @@ def _sides_of(
 
 
 def _fit_scores(
-    found: Mapping[Pair, Sides],
-    engines: Sequence[Fingerprint],
-    controls: Sequence[str],
-    fit: Callable[..., BuildNoise],
+    found: Mapping[Pair, Sides], engines: Sequence[Fingerprint], controls: Sequence[str], fit: Callable[..., BuildNoise]
 ) -> Iterator[BuildNoise]:
     """Yield a law of scores for each two number formats, of nodes and of validators, for which a control is a gain."""
     if not found or len(controls) > 2:

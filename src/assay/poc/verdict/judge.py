@@ -158,7 +158,7 @@ def judge(
     outcome: Outcome = "undecided"
     reason, result, found = missing_law(header.round.model, header.digest, header.round), None, None
     if noise is not None:
-        test, places = test or sequential_test(noise), places_of(header, nonces)
+        test, places = test or sequential_test(noise), header.places_of(nonces)
         stated = header.fingerprint.batch_size
         outcome, result, found = judge_residuals(errors, noise, test=test, positions=places, batch_size=stated)
         reason = _reason(outcome, result, found)
@@ -185,15 +185,6 @@ def judge(
         header=header,
         pins=pins or Pins(),
     )
-
-
-def places_of(header: Header, nonces: Sequence[int]) -> list[int]:
-    """Return the index of each nonce in the sequence that the prover computed."""
-    if len(header.nonces) > 1:
-        places = {nonce: index for index, nonce in enumerate(header.all_nonces())}
-        return [places[nonce] for nonce in nonces]
-    first, _, step = header.nonces[0]
-    return [(nonce - first) // step for nonce in nonces]
 
 
 def _residual(a: Record, b: Record) -> float:

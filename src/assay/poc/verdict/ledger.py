@@ -26,7 +26,7 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.database import SCHEMA, Database, damaged, schema_changes, tables
 from assay.files.jsonl import dumps, loads, read_lines
 from assay.files.storage import PartialFile
-from assay.poc.verdict.judge import Verdict, places_of
+from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.life import (
     REPEATED,
     Account,
@@ -440,7 +440,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             noise=noise,
             nonces=verdict.nonces,
             residuals=verdict.residuals,
-            positions=places_of(header, verdict.nonces),
+            positions=header.places_of(verdict.nonces),
             batch_size=header.fingerprint.batch_size,
             proof=proof,
             sample_seed=verdict.sample_seed,

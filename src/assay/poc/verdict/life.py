@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from assay import stats
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
-from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.verdict.noise import AnyNoise, FloatArray, ResponseBlocks, ResponseNoise, ResponseTest, sequential_test
 from assay.stats.sequential import SHARES, Verdict, decide
@@ -479,8 +478,7 @@ class Standing:
 
 def round_identity(round: Round) -> str:
     """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one computation."""
-    values = {name: getattr(round, name) for name in ("block_hash", "preset", "seq_len", "strength")}
-    return sha256(dumps(values | {"preset": get_pipeline(round.preset).name}))  # which may have two names
+    return sha256(dumps({one: getattr(round.plain, one) for one in ("block_hash", "preset", "seq_len", "strength")}))
 
 
 def response_identity(seed_text: str) -> str:
