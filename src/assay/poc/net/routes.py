@@ -282,7 +282,7 @@ class Bodies:
                             if not room.fits(client, held):
                                 body.clear()
                                 seen, do = "too many large bodies at the same time", "send it again"
-                                raise Refusal(503, seen, wanted="fewer", do=do, retry_after=1)
+                                raise Refusal(503, seen, wanted="fewer at a time", do=do, retry_after=1)
                             room.take(client, held)
                             body += chunk
                         elif come > DISCARDED * self._most:

@@ -109,7 +109,7 @@ class ServerSettings(assay.settings.Settings):
     )
     drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
     alpha: Chance | None = Field(None, description="Chance of ever accusing an honest node; else the pins', or 0.001.")
-    beta: Chance = Field(1e-2, description="Chance of passing a node with four times the honest noise.")
+    beta: Chance = Field(1e-2, description="Chance of passing a node that computes too many nonces cheaply.")
     calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
         None, description="Measured honest noise, or its file; else that of pins, or the bundled model."
     )

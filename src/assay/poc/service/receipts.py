@@ -147,7 +147,9 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
 
     @override
     def _refusal(self, seen: str) -> Refusal:
-        return Refusal(503, f"no receipt can be stored: {seen}", wanted="room", do="send it again", retry_after=1)
+        return Refusal(
+            503, f"no receipt can be stored: {seen}", wanted="space for it", do="send it again", retry_after=1
+        )
 
     @override
     def _rest(self, wrote: bool) -> None:

@@ -384,7 +384,7 @@ class InboxWriter(GroupCommit[Message, bool]):
         return fresh
 
     def _refusal(self, seen: str) -> Refusal:
-        return Refusal(503, seen, wanted="room", do="send it again", retry_after=1, fields={"fields": ["busy"]})
+        return Refusal(503, seen, wanted="room for it", do="send it again", retry_after=1, fields={"fields": ["busy"]})
 
     def _rest(self, wrote: bool) -> None:
         if not wrote:  # what adds messages ends epochs as well

@@ -308,7 +308,7 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
             )
     ranks = [{name: rows.shape[1] for name, rows in each.items()} for each in (basis.axes, gradients.hack)]
     if ranks[0] != ranks[1]:
-        wanted, do = "the same", "use the same model, and factors of the rank of the basis"
+        wanted, do = "the same modules and ranks", "use the same model, and factors of the rank of the basis"
         raise DataError("gradients of other modules or ranks than the basis has", wanted=wanted, do=do)
     check_groups(gradients.groups, settings.method, settings.seed, settings.alpha, basis.origin.groups)
     train, test = _rows(gradients.groups, set(basis.origin.groups))
