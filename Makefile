@@ -108,7 +108,7 @@ soak: $(READY)  ## the long kill loops: 200 SIGKILLs of a service, of one that s
 
 redteam: $(READY)  ## attackers over everything that listens, readers of changed files, and every published route: 40 minutes
 	$(BIN)/python -c "import atheris" || uv pip install --python $(BIN)/python atheris==3.0.0 || $(BIN)/pip install atheris==3.0.0
-	PYTHONPATH=src:research/src:. $(BIN)/python -m tests.end_to_end.redteam -o research/results/redteam_surface.json
+	PYTHONPATH=src:research/src:. $(BIN)/python research/benchmarks/redteam_surface.py -o research/results/redteam_surface.json
 
 # On the GPU machine there is no virtual environment: its own python has torch with CUDA.
 GPU_PYTHON ?= PYTHONPATH=src:research/src python3

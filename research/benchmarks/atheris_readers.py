@@ -4,7 +4,7 @@
 
     python research/benchmarks/atheris_readers.py FOLDER --seconds 60
 
-FOLDER has a whole file of every kind, as ``tests.end_to_end.redteam.samples`` writes them. A line of JSON for each
+FOLDER has a whole file of every kind, as ``redteam_surface.samples`` writes them. A line of JSON for each
 reader says with what its process ended: 0, or else libFuzzer names the file that was neither read nor refused.
 """
 
@@ -20,8 +20,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["assay"]):
+    from redteam_surface import readers
+
     from assay.errors import AssayError
-    from tests.end_to_end.redteam import readers
 
 
 def follow(name: str, read: Callable[[Path], object], whole: Path, seconds: int) -> None:

@@ -7,10 +7,12 @@ thousand readers of /status at once, in turn; and one reader times /health and /
     python research/benchmarks/service_throughput.py -o research/results/service_throughput.json
 """
 
+import http.client
 import os
 import statistics
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -19,13 +21,26 @@ from _common import note, parser, publish
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from tests.end_to_end.readers import answer_times, read_at_once
+from tests.end_to_end.readers import read_at_once
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 
 BATCH, SEQ_LEN, READERS = 32, 256, 1000  # the shape of a round that says nothing else
 WINDOW = 2  # the windows with and without readers are so many turns long
 BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
+
+
+def answer_times(port: int, path: str, count: int, pause: float) -> list[float]:
+    """Ask for a page again and again on one connection; return the seconds of every answer."""
+    times = []
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        for _ in range(count):
+            started = time.perf_counter()
+            connection.request("GET", path)
+            connection.getresponse().read()
+            times.append(time.perf_counter() - started)
+            time.sleep(pause)
+    return times
 
 
 def cpu_seconds(pid=None):

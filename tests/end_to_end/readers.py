@@ -1,10 +1,8 @@
 """Many readers of one page at the same moment."""
 
 import asyncio
-import http.client
 import resource
 import time
-from contextlib import closing
 
 
 async def _read(port: int, path: str, everyone: asyncio.Event) -> tuple[int, float]:
@@ -34,16 +32,3 @@ def read_at_once(port: int, path: str, count: int) -> list[tuple[int, float]]:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
     return asyncio.run(_all(port, path, count))
-
-
-def answer_times(port: int, path: str, count: int, pause: float) -> list[float]:
-    """Ask for a page again and again on one connection; return the seconds of every answer."""
-    times = []
-    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-        for _ in range(count):
-            started = time.perf_counter()
-            connection.request("GET", path)
-            connection.getresponse().read()
-            times.append(time.perf_counter() - started)
-            time.sleep(pause)
-    return times

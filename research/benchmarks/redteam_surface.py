@@ -1,6 +1,6 @@
 """The red team of the whole surface: attackers of one address while another client asks, and of every reader of files.
 
-    python -m tests.end_to_end.redteam --seconds 600 -o research/results/redteam_surface.json
+    PYTHONPATH=. python research/benchmarks/redteam_surface.py --seconds 600 -o research/results/redteam_surface.json
 
 Every attacker holds what it can of a validator in a process of its own, from an address that is not this machine's own
 (127.0.0.1), while a node sends callbacks. A row is held where at most one of twelve is refused and ``/health`` is
@@ -307,7 +307,7 @@ def follow(directory: Path, seconds: float) -> Iterator[dict[str, Any]]:
     if find_spec("atheris") is None:
         yield {"attack": "atheris over every reader", "says": "not run: atheris is not installed", "held": False}
         return
-    script = Path(__file__).parents[2] / "research" / "benchmarks" / "atheris_readers.py"
+    script = Path(__file__).with_name("atheris_readers.py")
     command = [sys.executable, str(script), str(directory), "--seconds", str(max(1, int(seconds)))]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"attack"')]
