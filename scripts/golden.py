@@ -16,10 +16,6 @@ from pathlib import Path
 import torch
 
 MODELS = ("reference:qwen3", "reference:llama")
-PRESETS = (
-    "poc-2.0", "artifact", "hardened", "permutation", "logit-reflections", "logit-signs", "random-head",
-    "end-normalize", "layer-normalize", "layer-signs",
-)  # fmt: skip
 BLOCK = {"block_hash": "golden block", "block_height": 7, "public_key": "golden key", "node_id": 0, "node_count": 1}
 
 

@@ -17,8 +17,6 @@ from assay.cli.framework import Command, leaves
 from assay.errors import UsageError
 from assay.settings import Device, Flag, Names, Settings, Spelling
 
-PROVE = ("poc", "prove", "--model", "./nope", "--block-hash", "b", "--public-key", "k", "-o", "p.jsonl")
-
 
 class Sample(Settings):
     """Every kind of field."""

@@ -1,17 +1,8 @@
 """Tables and progress on terminals and in pipes."""
 
-import io
-
 from assay.cli import output as _output
 from assay.errors import UsageError
 from assay.waiting import tell
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self):
-        return True
 
 
 def test_a_pipe_gets_tables_without_boxes_or_folds(capsys):

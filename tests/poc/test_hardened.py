@@ -5,13 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from assay import streams
 from assay.errors import BadWeights
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
 from assay.poc import PIPELINES, Round, prove
 
-NUMPY = streams.get_backend("numpy")
 HARDENED = PIPELINES["hardened"]
 
 

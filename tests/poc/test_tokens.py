@@ -14,7 +14,6 @@ from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, calibrate, measur
 from assay.poc.cheats import rounded
 from assay.poc.engines.base import device_tokens, token_inputs
 
-NUMPY = streams.get_backend("numpy")
 ROUND = Round(block_hash="block_alpha", public_key="node_A", seq_len=32, preset="tokens-1")
 
 

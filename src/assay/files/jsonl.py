@@ -232,11 +232,8 @@ def _regular(path: Path) -> Iterator[BinaryIO]:
     try:
         if "\0" in str(path):  # a ValueError of Python
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            if not stat.S_ISREG(mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do="copy it to a file first")
             yield file
     except OSError as error:

@@ -1,6 +1,5 @@
 import doctest
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from assay.errors import UsageError
 from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
 from assay.vhack.delta.arms import BASIS_KINDS, Box
 from tests.vhack.delta.conftest import loss_of, own
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_what_each_arm_does():

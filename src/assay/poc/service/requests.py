@@ -46,7 +46,7 @@ def _distance(value: Any) -> Any:
 Distance = Annotated[float, BeforeValidator(_distance)]
 
 
-PRESETS = "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
+PRESET_PATTERN = "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
 
 
 class _Block(BaseModel):
@@ -84,7 +84,7 @@ class Params(BaseModel):
     model: Name
     seq_len: Length
     k_dim: Length = 12
-    preset: Annotated[str, StringConstraints(pattern=PRESETS)] = "artifact"
+    preset: Annotated[str, StringConstraints(pattern=PRESET_PATTERN)] = "artifact"
 
 
 class ArtifactInit(_Block):

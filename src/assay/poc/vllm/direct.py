@@ -259,9 +259,8 @@ class PassGraph:
                 torch._C._cuda_endAllocateToPool(before.device_index, pool)
                 torch._C._cuda_releasePool(before.device_index, pool)
             with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-                torch.zeros(1, device=f"cuda:{before.device_index}").add_(
-                    1
-                )  # so do random numbers, until a capture ends well
+                # So do its random numbers, until a capture ends well.
+                torch.zeros(1, device=f"cuda:{before.device_index}").add_(1)
             raise
         finally:
             torch.cuda.set_stream(before)  # torch leaves that of a capture that fails in its place
