@@ -292,7 +292,6 @@ def train(
     if reward is None and settings.reward is not None:
         reward = import_function(settings.reward, "--reward")
     work, source = load_tasks(settings, tasks, least=settings.prompts, why="those of a step", model=settings.model)
-    encode_prompts(model or settings.model, [read_prompt(task) for task in work], settings.max_new_tokens)
     paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -303,7 +302,7 @@ def train(
     if pairs is None:  # those of the environment have the loopholes and families of the run
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
-    _check_pairs(settings, pairs)
+    _check_inputs(settings, pairs, work, model)
     loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes, say)
     try:
@@ -332,8 +331,12 @@ def train(
     return _result(folder, settings, done, processes)
 
 
-def _check_pairs(settings: TrainSettings, pairs: list[Pair]) -> None:
-    """Refuse what axes or a detector cannot come from; that a basis is of the weights is seen once they are loaded."""
+def _check_inputs(settings: TrainSettings, pairs: list[Pair], tasks: Sequence[Task], model: Model | None) -> None:
+    """Refuse prompts beyond the context, and what axes or a detector cannot come from.
+
+    That a basis is of the weights is seen once they are loaded.
+    """
+    encode_prompts(model or settings.model, [read_prompt(task) for task in tasks], settings.max_new_tokens)
     load_controls(settings.chosen)
     if settings.basis is not None:
         Basis.load(settings.basis)
