@@ -52,8 +52,10 @@ from assay.vhack.training.settings import SampleSettings
 
 TASKS = {"families": ("arithmetic", "branches", "digits", "counts"), "modes": tuple(CHANNELS), "share_none": 0.0}
 MARK = 50  # steps, after each of which held-out tasks are completed
-KEPT = ("step", "hack", "solve", "reward", "flagged", "caught", "lost", "missed", "caught_teacher", "quarantine", "cin")
-KEPT += ("cin_s", "leak", "seconds")
+KEPT = (
+    *("step", "hack", "solve", "reward", "flagged", "caught", "lost", "missed", "caught_teacher", "quarantine"),
+    *("cin", "cin_s", "leak", "seconds"),
+)
 
 
 def store_exploits(settings, path, partial):

@@ -38,7 +38,7 @@ from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, grouped
 from assay.vhack.basis.basis import Basis, cin_over_modules
 from assay.vhack.basis.extract import PairGradients
 from assay.vhack.gradients.batches import Batch, Encoded, Progress, context_length, encode, plan_batches
-from assay.vhack.gradients.per_sample import per_sample_gradients
+from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.gradients.svd import SVDCache, weight_svd
 from assay.vhack.gradients.targets import module_of
 from assay.vhack.names import DETECTORS
@@ -502,10 +502,9 @@ def fit_judge(
     (chosen,) = make_detectors([detector])
     groups = check_pairs(pairs, promised)
     samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
-    if chosen.cost > Cost.TEXT:  # what cannot be read is refused before the weights are decomposed
-        reader = tokenizer or (model.tokenizer if isinstance(model, Model) else None)
-        encode(reader, samples, [f"sample {row}" for row in range(len(samples))], context_length(module_of(model)))
     if svd is None and chosen.cost == Cost.BACKWARD:
+        names = [f"sample {row}" for row in range(len(samples))]
+        encode_samples(samples, model, names, tokenizer)  # refuses before the first decomposition
         svd = weight_svd(model)  # once: training moves the weights, and the axes belong to these
     how: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd, "forward": chosen.forward}
     found = collect_evidence(samples, model, cost=chosen.cost, progress=progress, **how)

@@ -183,7 +183,7 @@ def test_a_build_of_two_formats_is_refused_by_a_validator(small_model, files, fo
     """Callbacks do not say which, and the law of the wrong one accuses honest nodes or passes cheats."""
     registry = files(pins=pins_text(small_model).replace('dtype = "float32"', f"dtype = {formats}"))
     with pytest.raises(CalibrationError, match=r"the build 'cpu' of (float32|bfloat16) and"):
-        Noises(Settings(), registry, Deployment.of(small_model, compiled=False))
+        Noises(Settings(), registry, Deployment.of(small_model, compiled=False), 32)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def calibrate_responses(
 
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
-    """Return the digest of the checkpoint of all receipts; a UsageError where there are several."""
+    """Return the digest of the checkpoint of all receipts; a UsageError where there are several, or number formats."""
     formats = sorted({header.fingerprint.dtype for header in headers})
     if len(formats) > 1:
         seen, do = f"receipts in {' and '.join(formats)}", "calibrate each by itself"

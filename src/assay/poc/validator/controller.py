@@ -104,7 +104,7 @@ class ValidatorController(Runtime):
 
     def _laws(self, registry: Registry, deployment: Deployment) -> Noises:
         """Read the laws, and say what they need and which are missing: nodes of such a build stay undecided."""
-        found = Noises(self.server, registry, deployment)
+        found = Noises(self.server, registry, deployment, self.settings.batch_size)
         for law in found.laws:
             (log.info if law["missing"] is None else log.warning)("law", **law)
         return found

@@ -215,8 +215,9 @@ class Noises:
         DataError: A pinned file cannot be read, or is another one.
     """
 
-    def __init__(self, settings: ServerSettings, registry: Registry, deployment: "Deployment") -> None:
+    def __init__(self, settings: ServerSettings, registry: Registry, deployment: "Deployment", batch_size: int) -> None:
         self._registry, self._deployment, given = registry, deployment, settings.calibration
+        self._batch_size = batch_size  # of the engine that recomputes, so that none is made for its description alone
         pinned = registry.network.calibrations(registry.model) if given is None else ()
         self._measured = [Calibration.load(path) for path in pinned] if given is None else [given]
         self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
@@ -257,5 +258,5 @@ class Noises:
         of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
         of |= {"controls": [one.dtype for one in self._deployment.controls]}
         seq_len = (registry.network.round if round is None else round).seq_len
-        of["validator"] = self._deployment.engine(seq_len, 32).fingerprint
+        of["validator"] = self._deployment.engine(seq_len, self._batch_size).fingerprint
         return find_build_noise(self._measured, build, **of, formats=formats, round=round)

@@ -466,24 +466,23 @@ def find_build_noise(
     preset: str,
     formats: tuple[str, str],
     round: Round | None,
+    validator: Fingerprint,
     controls: Collection[str] = (),
-    validator: Fingerprint | None = None,
 ) -> Noise | None:
-    """Return the noise of a build with any validator, for messages that name no engine; None where none was measured.
+    """Return the noise of a build, for messages that name no engine of the node; None where none was measured.
 
-    ``formats`` are the number formats of the node and of the validator, which must have been measured together. A law
-    is left out that was measured with other engines than the ``validator``'s, or for another length. Laws come first
-    that use more of the ``controls`` which the validator has, then calibrations in their order, for the checkpoint
-    ``digest`` and any build when None. The block of ``round`` scales distances; without one, the law is that of the
-    usual scale.
+    ``formats`` are the number formats of the node and of the validator, which must have been measured together, with
+    the ``validator``'s own engine and length. Laws come first that use more of the ``controls`` which it has, then
+    calibrations in their order, for the checkpoint ``digest`` and any build when None. The block of ``round`` scales
+    distances; without one, the law is that of the usual scale.
     """
     every = [one for calibration in calibrations for one in calibration.builds]
     for measured in sorted(every, key=lambda one: -len(one.control.dtypes if one.control else ())):
-        engines, same = measured.engines, (measured.digest, measured.preset) == (digest, preset)
-        if not same or not measured.has_control(controls, formats[1]):
+        if (measured.digest, measured.preset) != (digest, preset) or not measured.has_control(controls, formats[1]):
             continue
+        engines = measured.engines
         with suppress(CalibrationError):  # that it was measured with other engines than the validator's
-            if validator is not None and engines:
+            if engines:
                 measured.check_engine(replace(validator, batch_size=engines[0].batch_size), "than this validator's")
             allowed = [known for known in engines if build is None or not build.differing(known)]
             if (not measured.formats or sorted(formats) in measured.formats) and (allowed or not engines):

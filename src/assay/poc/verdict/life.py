@@ -478,7 +478,8 @@ class Standing:
 
 def round_identity(round: Round) -> str:
     """Return SHA-256 of block, preset, length and seed bits, in which equal nonces of a key are one computation."""
-    return sha256(dumps({one: getattr(round.plain, one) for one in ("block_hash", "preset", "seq_len", "strength")}))
+    values = vars(round.plain)
+    return sha256(dumps({name: values[name] for name in ("block_hash", "preset", "seq_len", "strength")}))
 
 
 def response_identity(seed_text: str) -> str:
