@@ -62,16 +62,16 @@ def leave_one_out(build, cheats, controls, rng):
         def between(rows):
             return np.stack([apart[pair] for pair in itertools.combinations(rows, 2)])
 
-        def control_of(rows, power, usual=usual):
+        def control_of(rows, powers, usual=usual):
             """Return the control of these computations, with what is typical of each."""
             sizes = tuple(np.median(between(rows), axis=1).tolist())
             dtypes = tuple(f"machine {row}" for row in rows[1:])
-            return Control(of="", dtypes=dtypes, usual=tuple(map(usual.get, rows)), sizes=sizes, power=power)
+            return Control(of="", dtypes=dtypes, usual=tuple(map(usual.get, rows)), sizes=sizes, powers=powers)
 
         pairs = list(itertools.combinations(range(len(rest)), 2))
         if controls:  # machines of a kind are alike, and say little of each other's nonces
             pairs = [(a, b) for a, b in pairs if build.kinds[rest[a]] != build.kinds[rest[b]]] or pairs
-        scores, power = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}, None
+        scores, powers = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}, ()
         if controls:
             both = {}
             for a, b in pairs:
@@ -81,16 +81,16 @@ def leave_one_out(build, cheats, controls, rng):
             over = [
                 (
                     node_EN / [[usual[row]] for row in rows],
-                    between(rows) / [[size] for size in control_of(rows, 1).sizes],
+                    between(rows) / [[size] for size in control_of(rows, (0.0,) * len(between(rows))).sizes],
                 )
                 for rows, node_EN in both.values()
             ]
-            power = Control.measured(over, of="", dtypes=[""] * controls).power
+            powers = Control.measured(over, of="", dtypes=[""] * controls).powers
             scores = {
-                pair: control_of(rows, power).scores(node_EN, between(rows)) for pair, (rows, node_EN) in both.items()
+                pair: control_of(rows, powers).scores(node_EN, between(rows)) for pair, (rows, node_EN) in both.items()
             }
         noise = fit_machines(scores, [build.kinds[row] for row in rest], fit)
-        seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": power}
+        seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": sum(powers)}
         found_by_sort = {"honest": [], "x1.4": []} | {name: [] for name in cheats}
         for judge in rest:
             law = noise.predict_law(build.kinds[machine], rest.index(judge))
@@ -110,7 +110,7 @@ def leave_one_out(build, cheats, controls, rng):
                 }
             for name, distances_of in of_sort.items():
                 node_EN = np.stack([distances_of(row) for row in rows])
-                values = control_of(rows, power).scores(node_EN, between(rows)) if controls else node_EN[0]
+                values = control_of(rows, powers).scores(node_EN, between(rows)) if controls else node_EN[0]
                 audits, checked = (AUDITS, CHECKED) if name == "honest" else CHEATS
                 found_by_sort[name.split("/")[0]] += caught_at(test, drawn(rng, values, audits, checked)).tolist()
         found.append(seen | found_by_sort)
@@ -140,7 +140,7 @@ def main():
             found = leave_one_out(build, cheats, controls, rng)
             names = [name for name in ("honest", "x1.4", *cheats) if any(one[name] for one in found)]
             row = {"build": build.name, "machines": len(build.sets), "controls": controls}
-            row |= {key: float(np.mean([one[key] or 0 for one in found])) for key in ("sd", "spread", "power")}
+            row |= {key: float(np.mean([one[key] for one in found])) for key in ("sd", "spread", "power")}
             builds.append(row | {name: summary(found, name) for name in names})
             print(builds[-1], flush=True)
     publish("controls", {"audits": AUDITS, "checked": CHECKED, "effect": EFFECT, "builds": builds}, options.output)

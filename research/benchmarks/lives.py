@@ -3,15 +3,18 @@
 Each model computes the nonces of some blocks in bfloat16, float16 and float32, and in the first two by other kernels
 too. A validator judges in float32, by residuals or by scores with the third format as their control, or by the other
 kernels in the node's format, with both others as controls. A law comes from a third of the blocks, drawn anew for each,
-and judges lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is `--cheat`,
-of which a tenth of the residuals is five times larger. Lives of shuffled nonces have no difference between blocks.
+and judges lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is `--cheat`:
+in a tenth of its nonces, what it publishes is five times as far from float32's as an honest node's of its format. Lives
+of shuffled nonces have no difference between blocks.
 
 Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but `poc-2.0`.
 
     python research/benchmarks/lives.py -o research/results/lives.json
 """
 
+from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations, groupby, product
+from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,21 +26,39 @@ from assay.models import load_model
 from assay.poc import Round, get_pipeline, measure_frame, prove
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import block_scale
+from assay.poc.protocol.proof import VectorRecord
 from assay.poc.verdict import Life
 from assay.poc.verdict.calibration import describe_machines, fit_build
-from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import Control, sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS = ("poc-2.0", "hardened", "tokens-1")
 BUILDS = ("bfloat16", "float16", "float32", "bfloat16 eager", "float16 eager")
+CHEAP = 5.0  # distance of a cheap nonce from that of float32, over an honest one
 NONCES, LAWS, LIVES, CHEATS = 64, 4, 280, 40  # the last two under each law
 ALPHA, HONEST = 1e-3, (24, 16)  # audits of an honest life, and nonces of each
 
 
+def published(records):
+    """Return what records publish, [N, K]."""
+    return np.array([np.atleast_1d(one.vector if isinstance(one, VectorRecord) else one.distance) for one in records])
+
+
+def apart(one_BNK, other_BNK):
+    """Return residuals [B, N]: of vectors their distance, of distances their difference."""
+    difference_BNK = one_BNK - other_BNK
+    return difference_BNK[..., 0] if difference_BNK.shape[2] == 1 else np.linalg.norm(difference_BNK, axis=2)
+
+
+def cheap(honest_BNK, exact_BNK):
+    """Return what is published by a node that errs :data:`CHEAP` times as much, [B, N, K]."""
+    made_BNK = exact_BNK + CHEAP * (honest_BNK - exact_BNK)
+    return made_BNK if made_BNK.shape[2] == 1 else made_BNK / np.linalg.norm(made_BNK, axis=2, keepdims=True)
+
+
 def compute(reference, preset, frame, options):
-    """Return the residuals [B, N] of two builds by their names, over the scale of the block, and the fingerprints."""
-    pipeline, records, engines = get_pipeline(preset), {}, {}
+    """Return what every build publishes, [B, N, K] over the scale of the block, its fingerprint, and what is known."""
+    pipeline, values, engines = get_pipeline(preset), {}, {}
     if pipeline.framed and not frame.exists():
         measure_frame(load_model(reference, device="cpu")).save(frame)
     of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
@@ -47,25 +68,23 @@ def compute(reference, preset, frame, options):
         model = load_model(reference, dtype=dtype, device=options.device).with_frame(frame if pipeline.framed else None)
         model.module.config._attn_implementation = kernels or "sdpa"
         engine = HFEngine(model, batch_size=32, seq_len=options.seq_len)
-        records[name] = [prove(model, round, range(NONCES), engine=engine).records for round in rounds]
+        proofs = [prove(model, round, range(NONCES), engine=engine) for round in rounds]
+        values[name] = np.stack([published(proof.records) for proof in proofs]).astype(np.float64)
         engines[name], size = engine.fingerprint, model.module.config.hidden_size
     size = size if pipeline.output == "distance" and pipeline.head == "random" else 0
-    scales = [block_scale(round, size) if size else 1.0 for round in rounds]
-    apart = {}
-    for pair in combinations(BUILDS, 2):
-        both = zip(*(records[name] for name in pair), scales, strict=True)
-        apart[frozenset(pair)] = np.stack([residuals(a, b) / scale for a, b, scale in both])
-    return apart, engines, {"digest": model.digest, "hidden_size": size}
+    scales_B = np.array([block_scale(round, size) if size else 1.0 for round in rounds])
+    values = {name: made_BNK / scales_B[:, None, None] for name, made_BNK in values.items()}
+    return values, engines, {"digest": model.digest, "hidden_size": size}
 
 
-def lives(values_BN, blocks, shape, count, rng, *, cheat):
-    """Draw lives: residuals [L, A, C], and the block and nonces of every audit."""
+def lives(values_BN, blocks, shape, count, rng, *, cheap_BN=None):
+    """Draw lives: residuals [L, A, C], of which a tenth are cheap, and the block and nonces of every audit."""
     audits, checked = shape
     of_block = np.stack([rng.permutation(blocks)[:audits] for _ in range(count)])
     nonces = rng.permuted(np.tile(np.arange(NONCES), (count, audits, 1)), axis=2)[:, :, :checked]
     values = values_BN[of_block[:, :, None], nonces]
-    if cheat:
-        values = np.minimum(values * np.where(rng.random(values.shape) < 0.1, 5.0, 1.0), 2.0)
+    if cheap_BN is not None:
+        values = np.where(rng.random(values.shape) < 0.1, cheap_BN[of_block[:, :, None], nonces], values)
     return values, of_block, nonces
 
 
@@ -83,42 +102,54 @@ def convicted(noise, drawn):
     return float(suspected.mean()), found
 
 
-def cells(reference, preset, folder, options):
-    """Yield what is seen under every law of a model and preset."""
-    apart, engines, known = compute(reference, preset, folder / f"{reference[-5:]}.safetensors", options)
+def cells(cell):
+    """Return what is seen under every law of a model and preset."""
+    return list(rows_of(*cell))
+
+
+def rows_of(reference, preset, options):
+    """Yield what is seen under one law after the other."""
+    with TemporaryDirectory() as folder:
+        values, engines, known = compute(reference, preset, Path(folder) / "frame.safetensors", options)
     pipeline, blocks = get_pipeline(preset), options.blocks
     pairs = (("bfloat16", "float16"), ("float16", "bfloat16"))
     judges = [(name, ("float32", other)) for name, other in pairs]
     judges += [(name, (f"{name} eager", "float32", other)) for name, other in pairs]
     for name, judge in judges:
         own, *again = judge
-        node_EBN = np.stack([apart[frozenset((name, other))] for other in judge])
-        between_PBN = np.stack([apart[frozenset(pair)] for pair in combinations(judge, 2)])
+        of_all = [values[other] for other in judge]
+        node_EBN, cheap_EBN = (
+            np.stack([apart(node, other) for other in of_all])
+            for node in (values[name], cheap(values[name], values["float32"]))
+        )
+        between_PBN = np.stack([apart(*pair) for pair in combinations(of_all, 2)])
         machines = describe_machines([engines[name], engines[own]])
         for law in range(LAWS):
             for shuffled in (False, True):
                 rng = np.random.default_rng(law)
                 order = rng.permutation(blocks * NONCES) if shuffled else np.arange(blocks * NONCES)
-                node, between = (
-                    one.reshape(len(one), -1)[:, order].reshape(one.shape) for one in (node_EBN, between_PBN)
+                node, cheat, between = (
+                    one.reshape(len(one), -1)[:, order].reshape(one.shape) for one in (node_EBN, cheap_EBN, between_PBN)
                 )
                 chosen = rng.permutation(blocks)
                 of_law, others = chosen[: blocks // 3], chosen[blocks // 3 :]
                 of_laws = [one[:, of_law].reshape(len(one), -1) for one in (node, between)]
                 formats = [build.partition(" ")[0] for build in judge]
-                ways = {"residuals": (None, node[0])} if len(again) == 1 else {}
+                ways = {"residuals": (None, node[0], cheat[0])} if len(again) == 1 else {}
                 if control := Control.measured([of_laws], of=formats[0], dtypes=formats[1:]):
-                    scores = control.scores(*(one.reshape(len(one), -1) for one in (node, between)))
-                    ways[("scores", "two controls")[len(again) - 1]] = control, scores.reshape(node[0].shape)
-                for way, (used, values_BN) in ways.items():
+                    flat = [[one.reshape(len(one), -1) for one in (residuals, between)] for residuals in (node, cheat)]
+                    scores = (control.scores(*two).reshape(node[0].shape) for two in flat)
+                    ways[("scores", "two controls")[len(again) - 1]] = control, *scores
+                for way, (used, values_BN, cheap_BN) in ways.items():
                     measured = {(0, 1): values_BN[of_law].ravel()}
                     build = fit_build(measured, machines, pipeline, **known, control=used)
                     noise = build.between("", engines[own])
-                    suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng, cheat=False))
-                    _, caught = convicted(noise, lives(values_BN, others, options.cheat, CHEATS, rng, cheat=True))
+                    suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng))
+                    drawn = lives(values_BN, others, options.cheat, CHEATS, rng, cheap_BN=cheap_BN)
+                    _, caught = convicted(noise, drawn)
                     row = {"model": reference, "preset": preset, "formats": [name, own], "values": way, "law": law}
-                    middle, ends = np.median(values_BN), np.quantile(values_BN, [0.99, 1])
-                    tails = (ends / middle).tolist() if middle else None
+                    sizes = np.abs(values_BN)
+                    tails = (np.quantile(sizes, [0.99, 1]) / np.median(sizes)).tolist() if np.median(sizes) else None
                     row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected, "tails": tails}
                     yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
 
@@ -131,10 +162,12 @@ def main():
     made.add_argument("--blocks", type=int, default=48)
     made.add_argument("--cheat", type=int, nargs=2, default=(10, 16), help="audits of its life, and nonces of each")
     made.add_argument("--device", default="cpu")
+    made.add_argument("--at-once", type=int, default=1, help="models and presets, each in a process of its own")
     options = made.parse_args()
-    with TemporaryDirectory() as folder:
-        for reference, preset in product(options.models, options.presets):
-            found += cells(reference, preset, Path(folder), options)
+    every = [(*one, options) for one in product(options.models, options.presets)]
+    with ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn")) as pool:
+        for (reference, preset, _), rows in zip(every, pool.map(cells, every), strict=True):
+            found += rows
             note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
     table = []
     key = itemgetter("preset", "values", "shuffled")

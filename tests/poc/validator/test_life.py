@@ -70,7 +70,7 @@ def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, sma
 def test_residuals_count_over_the_control_that_a_validator_computes(
     validating, small_model, small_checkpoint, tmp_path
 ):
-    control = Control(of="float32", dtypes=("float16",), usual=(5e-3, 5e-3), sizes=(5e-4,), power=0.5)
+    control = Control(of="float32", dtypes=("float16",), usual=(5e-3, 5e-3), sizes=(5e-4,), powers=(0.5,))
     shape = {"preset": "artifact", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
     law = calibrate_model(str(small_checkpoint), **shape, device="cpu")
     Calibration(builds=tuple(replace(build, control=control) for build in law.builds)).save(tmp_path / "law.json")

@@ -159,7 +159,7 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
     law, logarithmic = good["builds"][0]["law"], {"kind": "log", "mu": -5.0, "sd": 0.5}
     changes = ({"library": "\x1b[2J"}, {"threads": nested}, {"torch": "9" * 2000}, {"batch_size": 10**40})
     fingerprints = [{"name": "a", "kind": "", "fingerprint": made} for made in ({"engine": "hf"}, {})]
-    control = {"of": "a", "dtypes": ["b"], "usual": [1.0, 1.0], "sizes": [1.0], "power": 0.5}
+    control = {"of": "a", "dtypes": ["b"], "usual": [1.0, 1.0], "sizes": [1.0], "powers": [0.5]}
     wrong = {
         "law": (
             {"kind": "other", "sigma": 1.0}, *({"kind": "scale", "sigma": sigma} for sigma in (-1.0, "1", 10**400)), 7,
@@ -181,7 +181,10 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         "hidden_size": (-1, True),
         "left_out": ({"accused": 0.0},),
         **dict.fromkeys(("scores", "widest"), ("no base64", "AA", "AHwAfA==", "ADwAAA==")),
-        "control": ({}, *(control | one for one in ({"sizes": [0.0]}, {"usual": [1.0]}, {"power": 0}, {"dtypes": []}))),
+        "control": (
+            {}, control | {"dtypes": []}, *(control | {one: [-1.0]} for one in ("sizes", "usual", "powers")),
+            *(control | {one: []} for one in ("sizes", "usual", "powers")),
+        ),
     }  # fmt: skip
     tops = (
         {"kind": "assay.poc.proof"},

@@ -11,7 +11,7 @@ from assay.models import load_model
 from assay.poc import Calibration, Noise, Pins, Round, calibrate, calibrate_model, cheats, prove, verify
 from assay.poc.verdict import Ledger, audit_ledger
 from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.noise import Control, sequential_test
 
 ROUND = Round(block_hash="b", public_key="k", seq_len=16, preset="artifact")
 AGREED = {"expect": replace(Pins.of(ROUND), prover_dtype="float16"), "seed": 1}
@@ -62,8 +62,11 @@ def test_where_three_formats_are_at_hand_a_nonce_is_computed_three_times(made):
     node_EN = np.stack([residuals(received, one) for one in (first, second, third)]) / np.array(control.usual)[:, None]
     between = [residuals(one, other) for one, other in ((first, second), (first, third), (second, third))]
     between_PN = np.stack(between) / np.array(control.sizes)[:, None]
-    mean = np.prod(np.maximum(node_EN, 1 / 16), axis=0) ** (1 / 3)
-    wanted = control.usual[0] * mean / np.prod(np.clip(between_PN, 1 / 16, 16), axis=0) ** (control.power / 3)
+    first, coarse, exact = control.usual
+    assert coarse > 2 * min(first, exact), "bfloat16 says only how hard a nonce is"
+    mean = np.prod(np.maximum(node_EN[[0, 2]], 1 / 16), axis=0) ** (1 / 2)
+    hard = np.prod(np.clip(between_PN, 1 / 16, 16) ** np.array(control.powers)[:, None], axis=0)
+    wanted = control.usual[0] * mean / hard
     assert found.residuals == pytest.approx(wanted.tolist(), rel=0.1)
     cheat = prove(cheats.rounded(made.node, 4), ROUND, range(96))
     assert verify(cheat, made.node, calibration=made.law, controls=others, **AGREED).fraud
@@ -75,6 +78,16 @@ def test_to_copy_one_computation_excuses_little(made):
     copied, honest = ([one, far] for one in (np.zeros(8), np.full(8, control.usual[0])))
     np.testing.assert_allclose(control.scores(copied, typical), control.scores(honest, typical) / 4, rtol=1e-12)
     assert np.isnan(control.scores([np.full(8, np.nan), far], typical)).all(), "what is missing stays missing"
+
+
+def test_a_coarser_computation_does_not_hide_how_far_off_a_node_is():
+    sizes, powers = (1e-3, 8e-3, 8e-3), (0.5, 0.2, 0.0)
+    control = Control(
+        of="float16", dtypes=("float32", "bfloat16"), usual=(1.4e-3, 1e-3, 8e-3), sizes=sizes, powers=powers
+    )
+    honest, between = np.array(control.usual)[:, None], np.array(sizes)[:, None]
+    ratio = control.scores(honest * [[5.0], [5.0], [1.2]], between) / control.scores(honest, between)
+    assert ratio == pytest.approx([5.0])
 
 
 @pytest.mark.parametrize("control", [np.nan, np.inf, 0.0])

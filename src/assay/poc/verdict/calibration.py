@@ -310,8 +310,7 @@ class BuildNoise(MachineNoise):
             "machines": [vars(one) | {"fingerprint": e} for one, e in zip(self.machines, engines, strict=True)],
             "law": law_as_dict(self.law),
             "sizes": [[i, j, size] for (i, j), size in self.sizes.pairs.items()],
-            "spread": asdict(self.spread),
-            "known": asdict(self.known),
+            **{name: asdict(getattr(self, name)) for name in ("spread", "known")},
             "left_out": asdict(self.left_out) if self.left_out else None,
             "named": {},  # where earlier releases have laws of known cheats
         }

@@ -244,10 +244,8 @@ def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.Plac
         share = result.share_excluded
         excluded = "" if share is None else f"; it excludes {share:.0%} computed cheaply"
         return f"evidence e^{result.log_evidence_honest:.1f} against {result.weakest}{excluded}"
-    return (
-        f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}: "
-        f"least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"
-    )
+    few = f"{result.n} nonces are too few to decide at error rates {result.alpha:g} and {result.beta:g}"
+    return f"{few}: least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; check more"
 
 
 def published_rule(received: Sequence[float], recomputed: Sequence[float], r_target: float) -> stats.CountTest:
@@ -255,8 +253,7 @@ def published_rule(received: Sequence[float], recomputed: Sequence[float], r_tar
 
     A mismatch is a received distance at or above ``r_target``, a recomputed one above it, or one that is not finite.
     """
-    pairs = zip(received, recomputed, strict=True)
-    mismatches = sum(not (a < r_target and b <= r_target) for a, b in pairs)
+    mismatches = sum(not (a < r_target and b <= r_target) for a, b in zip(received, recomputed, strict=True))
     return stats.count_test(mismatches, len(received), P_FLIP, COUNT_ALPHA)
 
 

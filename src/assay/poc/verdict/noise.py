@@ -21,6 +21,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 
 from assay import stats
@@ -48,6 +49,7 @@ VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
 LEAST_SCORE = 1e-6  # added to residuals over their typical size, so that zero has a logarithm
 FARTHEST = 16.0  # a residual of a control over its typical size, or below it
 WORTH = 0.9  # spread of ln residual that a control may leave at most
+NEAR = 2.0  # typical residual of an honest node, over the smallest, of a computation that tells how far off a node is
 MOST_SCORES = 1024  # honest residuals that are kept with a law, to price its bets; of more, as many quantiles
 _KINDS: dict[str, TypeAdapter[Any]] = {"scale": TypeAdapter(stats.ScaleNoise), "log": TypeAdapter(stats.LogNoise)}
 _OF_RESIDUALS = ("a kind, scale or log, with its finite parameters", "calibrate")
@@ -112,19 +114,20 @@ _Typical = tuple[Annotated[float, Field(ge=1e-12, le=2.0)], ...]
 class Control(Strict):
     """One or two more honest computations of every nonce, which say how hard the nonce is for any machine.
 
-    A residual counts as a *score*: the geometric mean of the node's residuals from all of the validator's computations,
-    over that of those between these computations to a power, each in units of what is typical.
+    A residual counts as a *score*: the geometric mean of the node's residuals from the validator's computations, over
+    those between these computations, each to a power of its own, all in units of what is typical. Computations in a
+    coarser format than the best are left out of the mean: their own noise hides how far off the node is.
     """
 
     of: _Format  # number format of the validator's first computation
     dtypes: Annotated[tuple[_Format, ...], Field(min_length=1, max_length=2)]  # those of the others
     usual: _Typical  # residual of an honest node from each computation, the first one first
     sizes: _Typical  # residual between each two of them, in the order of `itertools.combinations`
-    power: Annotated[float, Field(gt=0, le=1)]  # slope of ln of the one mean on that of the other, if honest
+    powers: tuple[Annotated[float, Field(ge=0, le=1)], ...]  # slopes of ln of the mean on those of each, if honest
 
     def __post_init__(self) -> None:
         count = len(self.dtypes) + 1
-        if (len(self.usual), len(self.sizes)) != (count, math.comb(count, 2)):
+        if (len(self.usual), len(self.sizes), len(self.powers)) != (count, *[math.comb(count, 2)] * 2):
             raise ValueError(f"sizes of other computations than of {self.of} and {', '.join(self.dtypes)}")
 
     @classmethod
@@ -136,13 +139,13 @@ class Control(Strict):
         if not pairs or min(float(np.median(np.abs(one), axis=1).min()) for pair in pairs for one in pair) == 0.0:
             return None  # machines that agree to the bit
         usual, sizes = (np.median(np.abs(np.hstack(side)), axis=1).tolist() for side in zip(*pairs, strict=True))
-        made = cls(of=of, dtypes=tuple(dtypes), usual=tuple(usual), sizes=tuple(sizes), power=1.0)
-        logs = [np.log([made._node(node_EN), made._between(between_PN)]) for node_EN, between_PN in pairs]
-        both_2N = np.hstack([one - np.median(one, axis=1, keepdims=True) for one in logs])
-        (var, shared), (_, var_again) = np.cov(both_2N)
-        if shared <= 0 or math.sqrt(max(1 - shared**2 / (var * var_again), 0.0)) > WORTH:
-            return None
-        return replace(made, power=min(1.0, float(shared / var_again)))
+        made = cls(of=of, dtypes=tuple(dtypes), usual=tuple(usual), sizes=tuple(sizes), powers=(0.0,) * len(sizes))
+        logs = [np.vstack([made._node(node_EN), made._between(between_PN)]) for node_EN, between_PN in pairs]
+        node_N, *between_PN = np.hstack([one - np.median(one, axis=1, keepdims=True) for one in logs])
+        powers_P, _ = scipy.optimize.nnls(np.transpose(between_PN), node_N)
+        powers_P /= max(1.0, powers_P.sum())
+        worth = bool(np.std(node_N - powers_P @ between_PN) < WORTH * np.std(node_N))
+        return replace(made, powers=tuple(powers_P.tolist())) if worth else None
 
     def scores(self, node_EN: npt.ArrayLike, between_PN: npt.ArrayLike) -> FloatArray:
         """Return scores, [N] in the unit of the first residual, from E residuals of each nonce and P between.
@@ -151,17 +154,18 @@ class Control(Strict):
         zero or not finite, so it excuses no node. One of the node counts as a `FARTHEST`-th of its typical size at
         least: to equal one computation excuses little. Where one is missing, so is the score.
         """
-        return np.asarray(self.usual[0] * self._node(node_EN) / self._between(between_PN) ** self.power)
+        return np.asarray(self.usual[0] * np.exp(self._node(node_EN) - self.powers @ self._between(between_PN)))
 
     def _node(self, node_EN: npt.ArrayLike) -> FloatArray:
-        over_EN = np.abs(np.asarray(node_EN, dtype=np.float64)) / np.array(self.usual)[:, None]
-        return np.asarray(np.exp(np.log(np.maximum(over_EN, 1 / FARTHEST)).mean(axis=0)))
+        usual_E = np.array(self.usual)
+        over_EN = np.abs(np.asarray(node_EN, dtype=np.float64)) / usual_E[:, None]
+        near_EN = over_EN[usual_E <= NEAR * usual_E.min()]
+        return np.asarray(np.log(np.maximum(near_EN, 1 / FARTHEST)).mean(axis=0))
 
     def _between(self, between_PN: npt.ArrayLike) -> FloatArray:
         over_PN = np.abs(np.asarray(between_PN, dtype=np.float64)) / np.array(self.sizes)[:, None]
         says = np.isfinite(over_PN) & (over_PN > 0)
-        over_PN = np.where(says, np.clip(over_PN, 1 / FARTHEST, FARTHEST), 1.0)
-        return np.asarray(np.exp(np.log(over_PN).mean(axis=0)))
+        return np.log(np.where(says, np.clip(over_PN, 1 / FARTHEST, FARTHEST), 1.0))
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class Noise(Strict):
 
     def scaled(self, factor: float) -> "Noise":
         """Return the noise where residuals, and controls as well, are ``factor`` times larger."""
-        power = 0.0 if self.control is None else self.control.power
+        power = 0.0 if self.control is None else sum(self.control.powers)
         return replace(self, law=self.law.scaled(factor ** (1 - power)))
 
     def as_dict(self) -> dict[str, Any]:
