@@ -81,7 +81,7 @@ def leave_one_out(build, cheats, controls, rng):
             over = [
                 (
                     node_EN / [[usual[row]] for row in rows],
-                    between(rows) / [[size] for size in control_of(rows, (0.0,) * len(between(rows))).sizes],
+                    between(rows) / np.median(between(rows), axis=1, keepdims=True),
                 )
                 for rows, node_EN in both.values()
             ]

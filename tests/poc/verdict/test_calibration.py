@@ -184,6 +184,9 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         "control": (
             {}, control | {"dtypes": []}, *(control | {one: [-1.0]} for one in ("sizes", "usual", "powers")),
             *(control | {one: []} for one in ("sizes", "usual", "powers")),
+            *(control | {"powers": one} for one in ([0.0], [1.5])), control | {
+                "dtypes": ["b", "c"], "usual": [1.0] * 3, "sizes": [1.0] * 3, "powers": [0.5] * 3
+            },
         ),
     }  # fmt: skip
     tops = (

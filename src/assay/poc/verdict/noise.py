@@ -127,8 +127,9 @@ class Control(Strict):
 
     def __post_init__(self) -> None:
         count = len(self.dtypes) + 1
-        if (len(self.usual), len(self.sizes), len(self.powers)) != (count, *[math.comb(count, 2)] * 2):
-            raise ValueError(f"sizes of other computations than of {self.of} and {', '.join(self.dtypes)}")
+        fits = len(self.usual) == count and len(self.sizes) == len(self.powers) == math.comb(count, 2)
+        if not fits or not 0 < sum(self.powers) <= 1 + 1e-9:  # a sum that was divided by itself may round up
+            raise ValueError(f"sizes or powers of other computations than of {self.of} and {', '.join(self.dtypes)}")
 
     @classmethod
     def measured(cls, pairs: Sequence[tuple[FloatArray, FloatArray]], *, of: str, dtypes: Sequence[str]) -> Self | None:
@@ -138,8 +139,8 @@ class Control(Strict):
         """
         if not pairs or min(float(np.median(np.abs(one), axis=1).min()) for pair in pairs for one in pair) == 0.0:
             return None  # machines that agree to the bit
-        usual, sizes = (np.median(np.abs(np.hstack(side)), axis=1).tolist() for side in zip(*pairs, strict=True))
-        made = cls(of=of, dtypes=tuple(dtypes), usual=tuple(usual), sizes=tuple(sizes), powers=(0.0,) * len(sizes))
+        usual, sizes = (tuple(np.median(np.abs(np.hstack(side)), axis=1).tolist()) for side in zip(*pairs, strict=True))
+        made = cls(of=of, dtypes=tuple(dtypes), usual=usual, sizes=sizes, powers=(1 / len(sizes),) * len(sizes))
         logs = [np.vstack([made._node(node_EN), made._between(between_PN)]) for node_EN, between_PN in pairs]
         node_N, *between_PN = np.hstack([one - np.median(one, axis=1, keepdims=True) for one in logs])
         powers_P, _ = scipy.optimize.nnls(np.transpose(between_PN), node_N)
@@ -157,10 +158,9 @@ class Control(Strict):
         return np.asarray(self.usual[0] * np.exp(self._node(node_EN) - self.powers @ self._between(between_PN)))
 
     def _node(self, node_EN: npt.ArrayLike) -> FloatArray:
-        usual_E = np.array(self.usual)
-        over_EN = np.abs(np.asarray(node_EN, dtype=np.float64)) / usual_E[:, None]
-        near_EN = over_EN[usual_E <= NEAR * usual_E.min()]
-        return np.asarray(np.log(np.maximum(near_EN, 1 / FARTHEST)).mean(axis=0))
+        near_E = np.array(self.usual) <= NEAR * min(self.usual)
+        over_EN = (np.abs(np.asarray(node_EN, dtype=np.float64)) / np.array(self.usual)[:, None])[near_E]
+        return np.asarray(np.log(np.maximum(over_EN, 1 / FARTHEST)).mean(axis=0))
 
     def _between(self, between_PN: npt.ArrayLike) -> FloatArray:
         over_PN = np.abs(np.asarray(between_PN, dtype=np.float64)) / np.array(self.sizes)[:, None]
