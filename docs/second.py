@@ -127,7 +127,7 @@ PRESETS = {  # between layers, steps on the state, head, steps on the logits
     "poc-2.0": ("none", ("signs", "unit", "reflect 8"), "random", ()),
     "artifact": ("none", ARTIFACT, "none", ()),
     "tokens-1": ("none", ("unit", "project 32", "unit"), "none", ()),
-    "hardened": ("none", ("unit", "project 12", "unit"), "none", ()),
+    "hardened": ("none", ("unit", "project 32", "unit"), "none", ()),
     "decode": ("none", ("unit", "project 12", "unit"), "trained", ()),
     "permutation": ("none", (), "trained", ("permute",)),
     "logit-reflections": ("none", (), "trained", ("reflect 8",)),
@@ -169,6 +169,7 @@ class Recomputation:
         self.steps = header["pipeline"].get("steps", 0)
         self.versioned = self.preset in ("tokens-1", "hardened", "decode")
         self.frame = read_frame(frame, header) if self.preset == "tokens-1" else None
+        self.first = self.round["seq_len"] // (2 if self.frame else 8)  # position that is read first
         self.size, block = self.model.config.hidden_size, self.round["block_hash"]
         if self.head != "none" and not self.steps:
             self.weight = self.model.get_output_embeddings().weight
@@ -223,10 +224,13 @@ class Recomputation:
 
     def weights(self, nonce):
         """Return the sign of every position of a nonce, 0 where it is not read."""
-        length = self.round["seq_len"]
-        weights = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
-        weights[: length // 2 if self.frame else 0] = 0
-        return weights
+        length, first = self.round["seq_len"], self.first
+        drawn = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
+        if not self.frame:  # of two neighbours the second has the opposite sign
+            drawn = torch.stack([drawn, -drawn], dim=1).flatten()
+            return torch.cat([torch.zeros(first), drawn[: length - first]])
+        drawn[:first] = 0
+        return drawn
 
     @torch.inference_mode()
     def value(self, nonce):
@@ -239,9 +243,10 @@ class Recomputation:
         states = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0].float()
         if self.preset not in ("tokens-1", "hardened"):
             return self.published(states[-1], nonce)
+        mean, scale = states[self.first :].mean(dim=0), states[self.first :].std(dim=0, correction=0) + 1e-8
         if self.frame:
-            states = (states - torch.tensor(self.frame["mean"])) / torch.tensor(self.frame["scale"])
-        return self.published(self.weights(nonce) @ unit(states), nonce)
+            mean, scale = torch.tensor(self.frame["mean"]), torch.tensor(self.frame["scale"])
+        return self.published(self.weights(nonce) @ unit((states - mean) / scale), nonce)
 
     def published(self, x, nonce):
         """Return the distance of a state that was read, or its vector in float16."""
@@ -396,7 +401,7 @@ def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype
     family = "distance" if engine.head != "none" else "vector"
     if engine.versioned:
         of_decode = "tokens" if engine.steps >= 256 else "few tokens"
-        family = {"hardened": "position vector", "tokens-1": "token vector"}.get(engine.preset, of_decode)
+        family = {"hardened": "scaled vector", "tokens-1": "token vector"}.get(engine.preset, of_decode)
     law = json.loads(LAWS.read_text())["laws"].get(family, {}).get("/".join(sorted((stated, dtype or stated))))
     found = judged(residuals, law) if law else {"verdict": "undecided", "why": f"no law for {family}"}
     return found | {"residuals": residuals}

@@ -46,7 +46,7 @@ def canonical(content: bytes) -> bytes:
 
 
 def proofs(folder: Path, run) -> dict[str, str]:
-    """Proof files of every preset, without the seconds they took."""
+    """Proof files of every frozen preset, without the seconds they took."""
     found = {}
     for model in MODELS:
         for preset in run.presets:
@@ -140,7 +140,7 @@ def main() -> None:
         if code:
             raise SystemExit(f"{arguments} ended with {code}")
 
-    run.presets = list(FORWARD)
+    run.presets = [name for name in FORWARD if name != "hardened"]  # which may change until 1.0
 
     @contextmanager
     def server(folder: Path, model: str, dtype: str):

@@ -158,9 +158,9 @@ def main():
     made, found = parser(__doc__), []
     made.add_argument("--models", nargs="+", default=MODELS)
     made.add_argument("--presets", nargs="+", default=PRESETS)
-    made.add_argument("--seq-len", type=int, default=16)
+    made.add_argument("--seq-len", type=int, default=256)
     made.add_argument("--blocks", type=int, default=48)
-    made.add_argument("--cheat", type=int, nargs=2, default=(10, 16), help="audits of its life, and nonces of each")
+    made.add_argument("--cheat", type=int, nargs=2, default=(20, 8), help="audits of its life, and nonces of each")
     made.add_argument("--device", default="cpu")
     made.add_argument("--at-once", type=int, default=1, help="models and presets, each in a process of its own")
     options = made.parse_args()

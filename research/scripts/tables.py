@@ -136,7 +136,7 @@ def formats() -> None:
     """Print what the number format changes for ``hardened``, both models side by side."""
     columns = [_format_column(dtype, suffix) for dtype, suffix in FORMATS.items()]
     names = ("honest ε", "best attack that saves a quarter, over honest",
-             "lightest experts left out (random / trained), over honest", "int8 weights, over honest",
+             "lightest experts left out (random / trained), over honest, first form", "int8 weights, over honest",
              "2 % junk within 300: `poc-2.0`")  # fmt: skip
     print_table(("`hardened`, Qwen3 / Llama", *FORMATS), zip(names, *columns, strict=True))
 

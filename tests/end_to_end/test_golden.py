@@ -23,7 +23,7 @@ GOLDEN = json.loads((VECTORS / "golden_sha256.json").read_text(encoding="utf-8")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
-    """Every preset, both bundled models, two number formats; on another processor the last bits may differ.
+    """Every frozen preset, both bundled models, two number formats; on another processor the last bits may differ.
 
     Those of bfloat16 differ where it is multiplied by other units, also in processors of one name. Bases are those of
     0.3: gradients are summed and attended to in other ways since the first version, and axes differ by 3.1e-5 at most.

@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from assay.errors import BadWeights
+from assay.errors import BadWeights, UsageError
 from assay.models import load_model
 from assay.models.decoder import decoder_layers
-from assay.poc import PIPELINES, Round, prove
+from assay.poc import PIPELINES, HFEngine, Round, prove
+from assay.poc.engines.hf.engine import make_transform
+from assay.streams import get_backend, seeds
 
 HARDENED = PIPELINES["hardened"]
 
@@ -21,8 +24,24 @@ def hardened() -> Round:
 def test_the_header_of_an_older_preset_says_nothing_new():
     fields = {"name", "summary", "read", "layers", "hidden", "head", "logits", "output"}
     assert set(PIPELINES["artifact"].as_dict()) == fields
-    assert HARDENED.as_dict() | {"read": {"count": 0}, "texts": "versioned"} == HARDENED.as_dict()
+    assert HARDENED.as_dict() | {"read": {"count": 0, "scaled": True}, "texts": "versioned"} == HARDENED.as_dict()
     assert HARDENED.noise != PIPELINES["artifact"].noise == "vector"
+
+
+def test_differences_of_scaled_neighbours_are_read(small_model, hardened: Round):
+    """The page's formula in float64, on states with a coordinate that is large everywhere."""
+    engine = HFEngine(small_model, batch_size=4, seq_len=16)
+    states_BTD = torch.randn(4, 16, engine.hidden_size, generator=torch.Generator().manual_seed(0))
+    states_BTD[..., 5] += 1000
+    reading = make_transform(engine, hardened, HARDENED).reading(range(4), 16)
+    signs = get_backend("numpy").signs(seeds(hardened.texts("weights", range(4))), 16)
+    for found, h_TD, s in zip(reading.sum(states_BTD), states_BTD.double().numpy()[:, 2:], signs, strict=True):
+        y_RD = (h_TD - h_TD.mean(axis=0)) / (h_TD.std(axis=0) + 1e-8)
+        y_RD /= np.linalg.norm(y_RD, axis=1, keepdims=True) + 1e-8
+        wanted = sum(s[i] * (y_RD[2 * i] - y_RD[2 * i + 1]) for i in range(7))
+        np.testing.assert_allclose(found.numpy(), wanted, atol=2e-4)
+    with pytest.raises(UsageError, match=r"(?s)seq_len is 7.*\[8, "):
+        replace(hardened, seq_len=7)
 
 
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):

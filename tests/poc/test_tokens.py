@@ -121,4 +121,4 @@ def test_a_file_is_read_strictly(framed, tmp_path):
 
 def test_presets_of_before_say_nothing_of_frames():
     assert "inputs" not in PIPELINES["poc-2.0"].as_dict()
-    assert PIPELINES["hardened"].as_dict()["read"] == {"count": 0}
+    assert PIPELINES["hardened"].as_dict()["read"] == {"count": 0, "scaled": True}

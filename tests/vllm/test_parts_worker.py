@@ -24,6 +24,8 @@ from tests.vllm.conftest import lay_out, settings_of_vllm
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
 V, D, CPU = 40, 16, torch.device("cpu")
+ONES = np.ones(D, np.float32)
+FRAME = Frame("0" * 64, "trained", rows=V, left_out=np.array([0], np.int32), mean=0 * ONES, scale=ONES)
 
 
 def hooks_on(runner, **config) -> Hooks:
@@ -117,13 +119,11 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
 
 
 def test_nonces_of_a_frame_are_kept_only_where_their_prompts_are_their_own_tokens():
-    ones = np.ones(D, np.float32)
-    frame = Frame("0" * 64, "trained", rows=V, left_out=np.array([0], np.int32), mean=0 * ones, scale=ones)
     runner, key = SimpleNamespace(device=CPU, execute_model=lambda _: None, sample_tokens=None), new_key()
     round = Round(block_hash="b", public_key="k", seq_len=8, preset="tokens-1")
-    hooks, spec = hooks_on(runner), Spec(round, get_pipeline("tokens-1"), frame)
+    hooks, spec = hooks_on(runner), Spec(round, get_pipeline("tokens-1"), FRAME)
     hooks.rows.open(key, spec)
-    own = token_inputs(round, frame, [1], seq_len=8)[0].tolist()
+    own = token_inputs(round, FRAME, [1], seq_len=8)[0].tolist()
     sent = {1: (own, None), 2: (own, None), 3: ([0] * 8, torch.zeros(8, D))}
     named = [{"req_id": request_id(key, n), "prompt_token_ids": i, "prompt_embeds": e} for n, (i, e) in sent.items()]
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(**request) for request in named]))
@@ -140,13 +140,16 @@ def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
     assert hooks.rows.counts() == {"streams": 1, "rows": 0, "filled": 0, "dropped": 0, "failed": 0}
 
 
-def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("preset", ["hardened", "tokens-1"])
+def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+):
     """Three steps: whole prompts beside halves of others, in groups of two, with the states of a stranger between."""
     monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
     runner = SimpleNamespace(device=CPU, execute_model=None, sample_tokens=lambda: None)
     hooks = hooks_on(runner)
-    round = Round(block_hash="b", public_key="k", seq_len=8, preset="hardened")
-    key, spec = new_key(), Spec(round, get_pipeline("hardened"))
+    round = Round(block_hash="b", public_key="k", seq_len=8, preset=preset)
+    key, spec = new_key(), Spec(round, get_pipeline(preset), FRAME if preset == "tokens-1" else None)
     hooks.rows.open(key, spec)
     states_BTD = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(0))
     reading = hooks.transform(spec).reading(range(5), 8)
@@ -169,7 +172,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(mo
     nonces, rows = hooks.rows.get(key).take(range(5))
     assert nonces == list(range(5))
     torch.testing.assert_close(torch.stack(rows), reading.sum(states_BTD), atol=1e-6, rtol=0)
-    assert not hooks.rows.get(key).sums
+    assert not hooks.rows.get(key).parts
     assert not hooks.rows.get(key).rows
 
 

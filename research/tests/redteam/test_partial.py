@@ -44,7 +44,11 @@ def test_leaving_nothing_out_is_the_honest_forward(name, inputs_btd, request):
         raw = backbone(model.module)(inputs_embeds=inputs_btd, use_cache=False).last_hidden_state
     framed = Reading(torch.ones(4, T), raw.mean(dim=(0, 1)), 1 / raw.std(dim=(0, 1)))
     torch.testing.assert_close(whole.read(inputs_btd, framed), framed.sum(raw), atol=1e-3, rtol=0)
-    nothing, known = Shortcut((0,) * T), Guesses(model, inputs_btd, framed)
+    scaled = Reading(torch.cat([torch.zeros(4, T // 2), torch.ones(4, T - T // 2)], dim=1), first=T // 2, scaled=True)
+    torch.testing.assert_close(whole.read(inputs_btd, scaled), scaled.sum(raw), atol=1e-3, rtol=0)
+    nothing, known = Shortcut((0,) * T), Guesses(model, inputs_btd, [framed, scaled])
+    guessed = PartialForward(model, nothing, known).read(inputs_btd, scaled)
+    assert (guessed - scaled.sum(raw)).norm() < scaled.sum(raw).norm(), "guesses are of what the scale shows"
     guessed = PartialForward(model, nothing, known).states(inputs_btd, framed)
     assert (guessed - framed.seen(raw)).norm() < (guessed - unit(raw)).norm(), "guesses are of what the frame shows"
 

@@ -51,7 +51,7 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
     drawn = Frame(**shape, left_out=_left_out(model.tokenizer, model.vocab_size), mean=nothing, scale=nothing + 1)
     words = streams.seeds([join_prefixed(VERSION, "frame", model.digest)], 256)
     ids_ST = drawn.tokens(streams.step_seeds(words, np.arange(SEQUENCES * positions)).reshape(SEQUENCES, positions))
-    first = Positions(later=True).first(positions)
+    first = Positions().first(positions)
     found = []
     for start in range(0, SEQUENCES, _BATCH):
         states_BTD = engine.states(engine.embed(ids_ST[start : start + _BATCH]))

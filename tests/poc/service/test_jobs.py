@@ -226,25 +226,27 @@ def test_a_round_of_vectors(service):
     assert "vectors" in service.post("/validate", claim, status=409)["detail"]
 
 
-HARDENED = {"params": ARTIFACTS["params"] | {"preset": "hardened"}}
+LONGER = ARTIFACTS["params"] | {"seq_len": 8}
 
 
-def test_a_hardened_job_is_judged_by_the_residual_test(service):
-    many = JOB | HARDENED | {"nonces": list(range(40)), "wait": True}
-    artifacts = service.post("/generate", many)["artifacts"]
-    published = service.post("/generate", many | {"params": ARTIFACTS["params"]})["artifacts"]
-    assert artifacts != published
-    honest = service.post("/generate", many | {"validation": {"artifacts": artifacts}})
-    assert (honest["fraud_detected"], honest["residual_test"]["verdict"]) == (False, "honest")
-    # Residuals under the published threshold, which the count takes for honest, and far over honest noise.
-    near = []
-    for artifact in artifacts:
-        vector = decode_vector(artifact["vector_b64"], 12).astype(np.float32)
-        moved = vector + 0.015 * np.roll(vector, 1)
-        near.append(artifact | {"vector_b64": encode_vector((moved / np.linalg.norm(moved)).astype(np.float16))})
-    fraud = service.post("/generate", many | {"validation": {"artifacts": near}})
-    assert fraud["n_mismatch"] == 0
-    assert (fraud["fraud_detected"], fraud["residual_test"]["verdict"]) == (True, "fraud")
+def test_a_hardened_job_is_judged_by_the_residual_test(serving):
+    with serving(seq_len=8) as service:
+        params = LONGER | {"preset": "hardened", "k_dim": 32}
+        many = JOB | {"params": params, "nonces": list(range(40)), "wait": True}
+        artifacts = service.post("/generate", many)["artifacts"]
+        published = service.post("/generate", many | {"params": LONGER})["artifacts"]
+        assert artifacts != published
+        honest = service.post("/generate", many | {"validation": {"artifacts": artifacts}})
+        assert (honest["fraud_detected"], honest["residual_test"]["verdict"]) == (False, "honest")
+        # Residuals under the published threshold, which the count takes for honest, and far over honest noise.
+        near = []
+        for artifact in artifacts:
+            vector = decode_vector(artifact["vector_b64"], 32).astype(np.float32)
+            moved = vector + 0.015 * np.roll(vector, 1)
+            near.append(artifact | {"vector_b64": encode_vector((moved / np.linalg.norm(moved)).astype(np.float16))})
+        fraud = service.post("/generate", many | {"validation": {"artifacts": near}})
+        assert fraud["n_mismatch"] == 0
+        assert (fraud["fraud_detected"], fraud["residual_test"]["verdict"]) == (True, "fraud")
 
 
 def test_a_job_outlasts_a_full_disk(service, monkeypatch):

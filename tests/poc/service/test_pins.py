@@ -77,14 +77,14 @@ def test_nodes_that_are_not_listed_neither_generate_nor_are_validated(serving):
 
 
 def test_jobs_are_held_against_the_pins_too(serving):
-    agreed = pins(preset="artifact", r_target=None, nodes=NODES)
-    with serving(pins=agreed) as service:
-        assert refused(service, "/init/generate", ROUND) == ["preset"]
-        job = ARTIFACTS | {"nonces": [0, 1], "wait": True}
+    agreed = pins(preset="artifact", r_target=None, nodes=NODES, seq_len=8)
+    with serving(pins=agreed, seq_len=8) as service:
+        assert refused(service, "/init/generate", ROUND | {"seq_len": 8}) == ["preset"]
+        job = ARTIFACTS | {"nonces": [0, 1], "wait": True, "params": PARAMS | {"seq_len": 8}}
         assert refused(service, "/generate", job | {"public_key": "node_C"}) == ["public_key"]
         assert refused(service, "/generate", job | {"poc_stronger_rng": True}) == ["strength"]
         assert refused(service, "/generate", job | {"batch_size": 2}) == ["batch_size"]
-        hardened = job | {"params": PARAMS | {"preset": "hardened"}}
+        hardened = job | {"params": PARAMS | {"seq_len": 8, "preset": "hardened", "k_dim": 32}}
         assert refused(service, "/generate", hardened) == ["preset", "strength"]
         assert service.post("/generate", job)["status"] == "completed"
 

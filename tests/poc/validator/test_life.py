@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from assay.models import load_model
-from assay.poc import Calibration, calibrate_model, prove
+from assay.poc import PIPELINES, Calibration, calibrate_model, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.proof import encode_vector
 from assay.poc.verdict.judge import scores
@@ -42,7 +42,7 @@ def test_vectors(validating, small_model, preset):
 
         def invented(body: dict) -> dict:
             for artifact in body["artifacts"]:
-                vector = rng.normal(size=12)
+                vector = rng.normal(size=PIPELINES[preset].vector_size)
                 artifact["vector_b64"] = encode_vector(vector / np.linalg.norm(vector))
             return body
 

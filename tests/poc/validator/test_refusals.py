@@ -194,7 +194,8 @@ def test_far_nonces_are_taken_where_seeds_cannot_collide(validating, small_model
     pins = pins_text(small_model, preset=preset, strength=256)
     with validating(pins=pins, positions=10) as running:
         pipeline = get_pipeline(preset)
-        body = VECTORS | {"artifacts": [{"nonce": 3 * 10**9, "vector_b64": "A" * 32}]}
+        body = VECTORS | {"artifacts": [{"nonce": 3 * 10**9, "vector_b64": "A" * 86 + "=="}]}
+        body["encoding"] = body["encoding"] | {"k_dim": 32}
         running.send(body if pipeline.output == "vector" else HONEST | {"nonces": [0, 3, 3 * 10**9]})
 
 

@@ -50,22 +50,25 @@ class Guesses:
     rounds of the attacker's own, so a guess shrinks towards the mean where it knows little.
     """
 
-    def __init__(self, model: Model, inputs_BTD: Tensor, reading: Reading | None = None) -> None:
+    def __init__(self, model: Model, inputs_BTD: Tensor, readings: Sequence[Reading | None] = (None,)) -> None:
         self.cost = model.hidden_size**2
         updates, states = _observe(model, inputs_BTD)
         with torch.inference_mode():
             body: Any = backbone(model.module)
-            final_ND = _seen(body.norm(states[-1]), reading).flatten(0, 1)
             self._updates = {name: _fit(_with_one(x), y) for name, (x, y) in updates.items()}
-            self._ends = [_fit(_with_one(unit(x)), final_ND) for x in states[:-1]]
+            self._ends = {}
+            for reading in readings:
+                first = _first_scaled(reading)
+                final_BRD = _seen(body.norm(states[-1][:, first:]), reading)
+                self._ends[first] = [_fit(_with_one(unit(x[:, first:])), final_BRD) for x in states[:-1]]
 
     def update(self, part: str, index: int, x_BAD: Tensor) -> Tensor:
         """Return the update that attention or mlp of a layer would make, from its normed input [B, A, D]."""
         return _with_one(x_BAD) @ self._updates[part, index]
 
-    def end(self, depth: int, x_BAD: Tensor) -> Tensor:
+    def end(self, depth: int, x_BAD: Tensor, reading: Reading | None = None) -> Tensor:
         """Return the final state of positions, as it is seen, from their state before layer ``depth``."""
-        return _with_one(unit(x_BAD)) @ self._ends[depth]
+        return _with_one(unit(x_BAD)) @ self._ends[_first_scaled(reading)][depth]
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,15 @@ class PartialForward:
 
     def _ends(self, x_BTD: Tensor, depth_T: Tensor, reading: Reading | None) -> Tensor:
         """Take the final norm where all layers ran; guess the final state from the last known one elsewhere."""
-        ends_BTD = _seen(self._body.norm(x_BTD), reading)
+        ends_BTD = self._body.norm(x_BTD).float()
+        first = _first_scaled(reading)
+        known_A = torch.nonzero(depth_T[first:] == depth_T.max()).flatten() + first  # by which others are scaled, too
+        seen_A = known_A if first else slice(None)
+        ends_BTD[:, seen_A] = _seen(ends_BTD[:, seen_A], reading)
         for depth in sorted(set(self.shortcut.depth) - {len(self._layers)}):
             left_A = torch.nonzero(depth_T == depth).flatten()
             if self.guesses is not None:
-                ends_BTD[:, left_A] = self.guesses.end(depth, x_BTD[:, left_A])
+                ends_BTD[:, left_A] = self.guesses.end(depth, x_BTD[:, left_A], reading)
             elif depth == 0:
                 ends_BTD[:, left_A] = 0
         return ends_BTD
@@ -237,8 +244,13 @@ class _PartialLayer(ModuleLayer):
 
 
 def _seen(x: Tensor, reading: Reading | None) -> Tensor:
-    """Return states as a reading sees them: unit, and in its frame if it has one."""
+    """Return states as a reading sees them: unit, and in its frame or over their own positions if it has that."""
     return unit(x.float()) if reading is None else reading.seen(x)
+
+
+def _first_scaled(reading: Reading | None) -> int:
+    """Return the first position that a reading scales; 0 where it scales none, and every state is seen by itself."""
+    return reading.first if reading is not None and reading.scaled else 0
 
 
 def _size(layer: Any) -> int:

@@ -313,7 +313,8 @@ class Field:
         preset, size = self.presets[0][0], self.batch_size
         round = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len, preset=preset)
         batches = [self.validator.inputs(round, range(start, start + size)) for start in (0, size)]
-        guesses = Guesses(self.validator.model, torch.cat(batches), self.readings[0].of(range(size), self.seq_len))
+        of = [one.of(range(size), self.seq_len) for one in self.readings]
+        guesses = Guesses(self.validator.model, torch.cat(batches), of)
         return Scene(model=self.prover, guesses=guesses, batch_size=self.batch_size, seq_len=self.seq_len)
 
     @cached_property

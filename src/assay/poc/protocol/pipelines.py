@@ -29,6 +29,8 @@ SKETCH_EVERY = 32  # tokens from one sketch to the next; the first token has one
 
 SKETCH_SIZE = 12  # numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token
 
+_FEWEST_SCALED = 8  # positions
+
 _FEWEST_STEPS, _MOST_STEPS = SKETCH_EVERY, 4096
 _MANY_STEPS = 256  # the law of these holds for more of them, and is too narrow for fewer
 
@@ -53,18 +55,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Positions:
-    """Read all positions.
+    """Read the second half of the positions, whose last layer alone is then computed, or all behind the first eighth.
 
-    The result is the sum of their unit states, each with a sign that is drawn for the nonce. With ``later`` only the
-    second half is read: states of the first positions are far from all others, and most of their noise is their own;
-    and the last layer then updates half of the positions.
+    The result is the sum of their unit states, each with a sign that is drawn for the nonce. States of the first
+    positions are far from all others, and most of their noise is their own. With ``scaled``, what is left out is an
+    eighth. Every coordinate then counts as how far it is from its mean over the positions that are read, in units of
+    its deviation over them, and of two neighbours the second has the opposite sign of the first: a few coordinates of
+    a trained model are large everywhere, and most of the noise of a plain sum is theirs.
     """
 
-    later: bool = False
+    scaled: bool = False
+
+    @property
+    def fewest(self) -> int:
+        """Positions that a nonce must have: over one or two, a deviation says nothing."""
+        return _FEWEST_SCALED if self.scaled else 1
 
     def first(self, seq_len: int) -> int:
         """Return the first position that is read."""
-        return seq_len // 2 if self.later else 0
+        return seq_len // (8 if self.scaled else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +133,7 @@ class Pipeline:
             return self.output if self.steps >= _MANY_STEPS else f"few {self.output}"
         if self.framed:
             return f"token {self.output}"
-        return self.output if self.read == "last" else f"position {self.output}"
+        return self.output if self.read == "last" else f"scaled {self.output}"
 
     def output_size(self, hidden_size: int, vocab_size: int) -> int:
         """Return the dimension of the space in which the distance is measured."""
@@ -142,8 +151,8 @@ class Pipeline:
         for name, first in (("texts", "published"), ("steps", 0), ("inputs", "noise")):
             if described[name] == first:
                 del described[name]
-        if isinstance(self.read, Positions):  # the count is that of drawn positions: 0 reads all
-            described["read"] = {"count": 0, "later": True} if self.read.later else {"count": 0}
+        if isinstance(self.read, Positions):  # an earlier form drew some positions, or read all
+            described["read"] = {"count": 0, "scaled" if self.read.scaled else "later": True}
         return described
 
 
@@ -167,9 +176,9 @@ _ROWS = (
     ),
     Pipeline(
         name="hardened",
-        summary="all positions with signs, unit, projection to 12, unit; the vector is published",
-        read=Positions(),
-        hidden=(_UNIT, Step("project", 12), _UNIT),
+        summary="scaled states of seven eighths with signs, unit, projection to 32, unit; the vector is published",
+        read=Positions(scaled=True),
+        hidden=(_UNIT, Step("project", 32), _UNIT),
         output="vector",
         texts="versioned",
         number_formats=("float16", "float32"),
@@ -178,7 +187,7 @@ _ROWS = (
         name="tokens-1",
         summary="random tokens; framed states of the second half with signs, unit, projection to 32, unit; the vector",
         inputs="tokens",
-        read=Positions(later=True),
+        read=Positions(),
         hidden=(_UNIT, Step("project", 32), _UNIT),
         output="vector",
         texts="versioned",

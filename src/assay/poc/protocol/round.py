@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from assay.errors import UsageError
-from assay.poc.protocol.pipelines import find_pipeline, get_pipeline
+from assay.poc.protocol.pipelines import Pipeline, Positions, find_pipeline, get_pipeline
 
 MAX_NONCE = 2**53 - 1  # largest nonce: exact in every JSON reader, and far beyond what a round can use
 MAX_COUNT = 2**24  # most nonces of one proof
@@ -91,7 +91,7 @@ class Round:
         check_number("block_height", self.block_height, 0, MAX_NONCE)
         check_number("node_count", self.node_count, 1, MAX_NONCE)
         check_number("node_id", self.node_id, 0, self.node_count - 1)
-        check_number("seq_len", self.seq_len, 1, MAX_SEQ_LEN)
+        check_number("seq_len", self.seq_len, self._fewest_positions, MAX_SEQ_LEN)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
         if not number or not 0 < self.r_target <= 2:
             wanted = "a distance in (0, 2]: chord distances on the unit sphere end at 2"
@@ -103,10 +103,18 @@ class Round:
             object.__setattr__(self, "strength", 256)
 
     @property
+    def _pipeline(self) -> Pipeline | None:
+        return find_pipeline(self.preset) if isinstance(self.preset, str) else None
+
+    @property
+    def _fewest_positions(self) -> int:
+        read = self._pipeline and self._pipeline.read
+        return read.fewest if isinstance(read, Positions) else 1
+
+    @property
     def versioned(self) -> bool:
         """Whether the preset has versioned seed texts; an unknown preset has published ones."""
-        pipeline = find_pipeline(self.preset) if isinstance(self.preset, str) else None
-        return pipeline is not None and pipeline.texts == "versioned"
+        return self._pipeline is not None and self._pipeline.texts == "versioned"
 
     @property
     def plain(self) -> "Round":

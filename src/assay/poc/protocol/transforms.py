@@ -1,7 +1,7 @@
 """The steps of a pipeline: from hidden states to a distance or a vector.
 
-Legend of shapes: B nonces of a batch, T positions, D hidden size, V output dimension, R reflections, K picked or
-projected, S sketches.
+Legend of shapes: B nonces of a batch, T positions, R of them that are read or reflections, D hidden size, V output
+dimension, K picked or projected, S sketches.
 
 Everything here is float32 on the engine's device, one batch at a time, and no operation mixes
 rows. What depends on the block alone (target, random head) is made once per :class:`Transform`.
@@ -43,20 +43,30 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
     return x_BD - 2 * (x_BD * v_BD).sum(dim=-1, keepdim=True) * v_BD
 
 
+def mean_over_positions(x_BRD: Float32[Tensor, "B R D"]) -> Float32[Tensor, "B 1 D"]:
+    """Return the mean over positions, as a product of matrices: a reduction of CUDA may depend on the batch."""
+    with own_precision(x_BRD):
+        return torch.bmm(x_BRD.new_full((len(x_BRD), 1, x_BRD.shape[1]), 1 / x_BRD.shape[1]), x_BRD)
+
+
 class Reading(NamedTuple):
-    """How the states of a nonce's positions become one: the weight of each, ±1 or 0, and the frame they are seen in."""
+    """How states of positions become one: the weight of each, ±1 or 0, and the frame or the scale they are seen in."""
 
     weights: Float32[Tensor, "B T"]
     mean: Float32[Tensor, " D"] | None = None
     inverse: Float32[Tensor, " D"] | None = None  # of the scale
     first: int = 0  # no position before it has a weight
+    scaled: bool = False  # each coordinate by its mean and deviation over the positions that are read
 
-    def seen(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B T D"]:
-        """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale."""
-        y_BTD = x_BTD.float()
+    def seen(self, x_BRD: Float[Tensor, "B R D"]) -> Float32[Tensor, "B R D"]:
+        """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale where there is one."""
+        y_BRD = x_BRD.float()
         if self.mean is not None and self.inverse is not None:
-            y_BTD = (y_BTD - self.mean) * self.inverse
-        return unit(y_BTD)
+            y_BRD = (y_BRD - self.mean) * self.inverse
+        elif self.scaled:
+            y_BRD = y_BRD - mean_over_positions(y_BRD)
+            y_BRD = y_BRD / (mean_over_positions(y_BRD.square()).sqrt() + _EPSILON)
+        return unit(y_BRD)
 
     def sum(self, x_BTD: Float[Tensor, "B T D"]) -> Float32[Tensor, "B D"]:
         """Return the sum of the seen states with their weights, every row by itself.
@@ -156,12 +166,15 @@ class Transform:
         read = self.pipeline.read
         if not isinstance(read, Positions):
             return None
-        seeds = self._seeds("weights", nonces)
-        weights_BT = as_tensor(self._backend.signs(seeds, seq_len)).float()
+        weights_BT = as_tensor(self._backend.signs(self._seeds("weights", nonces), seq_len)).float()
+        first = read.first(seq_len)
+        if read.scaled:
+            pairs_BR = weights_BT.repeat_interleave(2, dim=1)[:, : seq_len - first]
+            pairs_BR[:, 1::2] *= -1
+            weights_BT[:, first:] = pairs_BR
+        weights_BT[:, :first] = 0
         mean, inverse = self._frame
-        reading = Reading(weights_BT, mean, inverse, read.first(seq_len))
-        weights_BT[:, : reading.first] = 0
-        return reading
+        return Reading(weights_BT, mean, inverse, first, read.scaled)
 
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]

@@ -65,8 +65,8 @@ MIN_NONCES = 30  # that two machines have in common
 FEWEST_MACHINES = 3  # that show how machines differ
 MOST_ACCUSED, WORST_ACCUSED = 1e-3, 5e-3  # share of honest audits of left-out machines: on average, of one pair
 LAWS: dict[str, type[Law]] = {  # kind of law by family of noise
-    **dict.fromkeys(("distance", "position distance"), stats.ScaleNoise),
-    **dict.fromkeys(("vector", "position vector", "token vector", "tokens", "few tokens"), stats.LogNoise),
+    "distance": stats.ScaleNoise,
+    **dict.fromkeys(("vector", "scaled vector", "token vector", "tokens", "few tokens"), stats.LogNoise),
 }
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured
 

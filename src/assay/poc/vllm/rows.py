@@ -92,7 +92,7 @@ class RowStream:
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
     # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    sums: dict[int, Tensor] = field(default_factory=dict)  # of nonces whose prompts come in several steps
+    parts: dict[int, Tensor] = field(default_factory=dict)  # sums or states of prompts that come in several steps
     decodes: dict[int, Decode] = field(default_factory=dict)  # of nonces that decode, until they are collected
     failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)  # reasons of nonces that could not run
     dropped: int = 0  # number of rows that were never collected
@@ -125,7 +125,7 @@ class RowStream:
         return found, [self.rows.pop(nonce) for nonce in found]
 
     def _forget(self, nonce: int) -> None:
-        self.sums.pop(nonce, None)
+        self.parts.pop(nonce, None)
         self.decodes.pop(nonce, None)
 
 

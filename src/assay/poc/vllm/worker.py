@@ -27,7 +27,7 @@ from assay import streams
 from assay.errors import UsageError, reason_of
 from assay.models.frame import Frame
 from assay.poc.engines.base import HostCopy, drawn_seeds, margins, noise_inputs, token_inputs
-from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, get_pipeline, sketch_steps
+from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, Positions, get_pipeline, sketch_steps
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
@@ -273,7 +273,7 @@ class Hooks:
         if (captured := spans(self._runner)) is None:
             return
         states_ND, of_step = captured
-        sums: dict[tuple[RowStream, int], list[tuple[int, Chunk]]] = {}
+        sums: dict[tuple[RowStream, int, bool], list[tuple[int, Chunk]]] = {}
         decoding: list[StepRow] = []
         for row, chunk in enumerate(of_step.chunks()):
             found = self.rows.find(chunk.request_id)
@@ -288,15 +288,17 @@ class Hooks:
             try:
                 if chunk.prompt != stream.spec.round.seq_len:
                     raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
-                if stream.spec.pipeline.read != "last":
-                    sums.setdefault((stream, chunk.in_prompt), []).append((nonce, chunk))
+                if isinstance(read := stream.spec.pipeline.read, Positions):
+                    length = chunk.prompt if read.scaled else chunk.in_prompt
+                    sums.setdefault((stream, length, read.scaled), []).append((nonce, chunk))
                 elif chunk.ends_prompt:
                     stream.put(nonce, states_ND[chunk.start + chunk.in_prompt - 1].clone())
             except Exception as error:
                 self._fail(stream, nonce, error)
-        for (stream, length), pieces in sums.items():
+        for (stream, length, scaled), pieces in sums.items():
             # The host pays for every launch, so chunks of one length are summed in one kernel.
-            self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), partial(self._add_part, states_ND))
+            work = partial(self._join_part if scaled else self._add_part, states_ND)
+            self._in_parts(stream, pieces, MAX_SUMMED // (length * self._width), work)
         if decoding:
             assert self._decoding is not None
             for one, reason in self._decoding.step(states_ND, decoding):
@@ -311,11 +313,29 @@ class Hooks:
         states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in parts])
         sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device), first=0).sum(states_BND)
         for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
-            sum_D = sum_D if chunk.computed == 0 else stream.sums.pop(nonce) + sum_D
+            sum_D = sum_D if chunk.computed == 0 else stream.parts.pop(nonce) + sum_D
             if chunk.ends_prompt:
                 stream.put(nonce, sum_D)
             else:
-                stream.sums[nonce] = sum_D
+                stream.parts[nonce] = sum_D
+
+    def _join_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
+        """Join the states of chunks to those of earlier steps, and sum those of prompts that end.
+
+        The scale of a coordinate is one of all positions, so no part of a prompt can be summed before its end.
+        """
+        for nonce, chunk in pieces:
+            part_TD = states_ND[chunk.start : chunk.start + chunk.in_prompt]
+            before = [] if chunk.computed == 0 else [stream.parts.pop(nonce)]
+            stream.parts[nonce] = torch.cat([*before, part_TD])
+        if not (ended := [nonce for nonce, chunk in pieces if chunk.ends_prompt]):
+            return
+        reading = self.transform(stream.spec).reading(ended, stream.spec.round.seq_len)
+        assert reading is not None
+        states_BTD = torch.stack([stream.parts.pop(nonce) for nonce in ended])
+        sums_BD = reading._replace(weights=reading.weights.to(states_ND.device)).sum(states_BTD)
+        for nonce, sum_D in zip(ended, sums_BD, strict=True):
+            stream.put(nonce, sum_D)
 
     def _in_parts(
         self, stream: RowStream, found: list[tuple[int, Any]], at_once: int, work: Callable[[RowStream, Any], None]
