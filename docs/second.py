@@ -169,7 +169,6 @@ class Recomputation:
         self.steps = header["pipeline"].get("steps", 0)
         self.versioned = self.preset in ("tokens-1", "hardened", "decode")
         self.frame = read_frame(frame, header) if self.preset == "tokens-1" else None
-        self.first = self.round["seq_len"] // (2 if self.frame else 8)  # position that is read first
         self.size, block = self.model.config.hidden_size, self.round["block_hash"]
         if self.head != "none" and not self.steps:
             self.weight = self.model.get_output_embeddings().weight
@@ -222,9 +221,13 @@ class Recomputation:
         seeds = step_seeds(self.words("prompt", nonce), np.arange(self.round["seq_len"]))
         return allowed[(seeds.astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)).astype(int)]
 
+    def first(self):
+        """Return the first position that is read."""
+        return self.round["seq_len"] // (2 if self.frame else 8)
+
     def weights(self, nonce):
         """Return the sign of every position of a nonce, 0 where it is not read."""
-        length, first = self.round["seq_len"], self.first
+        length, first = self.round["seq_len"], self.first()
         drawn = torch.from_numpy(signs(self.words("weights", nonce)[0], length)).float()
         if not self.frame:  # of two neighbours the second has the opposite sign
             drawn = torch.stack([drawn, -drawn], dim=1).flatten()
@@ -243,7 +246,8 @@ class Recomputation:
         states = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0].float()
         if self.preset not in ("tokens-1", "hardened"):
             return self.published(states[-1], nonce)
-        mean, scale = states[self.first :].mean(dim=0), states[self.first :].std(dim=0, correction=0) + 1e-8
+        read = states[self.first() :]
+        mean, scale = read.mean(dim=0), read.std(dim=0, correction=0) + 1e-8
         if self.frame:
             mean, scale = torch.tensor(self.frame["mean"]), torch.tensor(self.frame["scale"])
         return self.published(self.weights(nonce) @ unit((states - mean) / scale), nonce)

@@ -11,6 +11,7 @@ from assay.models import load_model
 from assay.models.decoder import decoder_layers
 from assay.poc import PIPELINES, HFEngine, Round, prove
 from assay.poc.engines.hf.engine import make_transform
+from assay.poc.protocol.transforms import random_projection
 from assay.streams import get_backend, seeds
 
 HARDENED = PIPELINES["hardened"]
@@ -42,6 +43,16 @@ def test_differences_of_scaled_neighbours_are_read(small_model, hardened: Round)
         np.testing.assert_allclose(found.numpy(), wanted, atol=2e-4)
     with pytest.raises(UsageError, match=r"(?s)seq_len is 7.*\[8, "):
         replace(hardened, seq_len=7)
+
+
+def test_a_nonce_alone_has_the_bits_that_it_has_beside_others(small_model, hardened: Round):
+    """Seen where a first pass of vLLM had one nonce: of one row, torch multiplies by another kernel."""
+    transform = make_transform(HFEngine(small_model, batch_size=4, seq_len=16), hardened, HARDENED)
+    x_BD = torch.randn(40, small_model.hidden_size, generator=torch.Generator().manual_seed(0))
+    normals_BN = torch.randn(40, 32 * small_model.hidden_size, generator=torch.Generator().manual_seed(1))
+    alone = [random_projection(x_BD[i : i + 1], normals_BN[i : i + 1], 32) for i in range(40)]
+    assert torch.equal(torch.cat(alone), random_projection(x_BD, normals_BN, 32))
+    assert torch.equal(torch.cat([transform(x_BD[i : i + 1], [i]) for i in range(40)]), transform(x_BD, range(40)))
 
 
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):

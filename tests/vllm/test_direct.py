@@ -57,7 +57,7 @@ def test_both_paths_give_the_same_bits(engine, preset: str):
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law")
-@pytest.mark.parametrize("seq_len", [7, 128])
+@pytest.mark.parametrize("seq_len", [9, 128])
 def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     """Less than a block of the cache, and whole blocks."""
     other, throttle = replace_shape(engine, seq_len=seq_len, batch_size=8), engine._client.throttle

@@ -95,8 +95,9 @@ def random_projection(
 ) -> Float32[Tensor, "B K"]:
     """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
     p_BKD = normals_BN.view(len(x_BD), count, -1)
+    least = max(2, len(x_BD))  # a row alone would take another kernel on a CPU, with other last bits
     with own_precision(x_BD):
-        return torch.bmm(p_BKD, x_BD.unsqueeze(2)).squeeze(2)
+        return torch.bmm(p_BKD.expand(least, -1, -1), x_BD.unsqueeze(2).expand(least, -1, -1)).squeeze(2)[: len(x_BD)]
 
 
 @torch.inference_mode()
