@@ -151,7 +151,7 @@ class Pipeline:
         for name, first in (("texts", "published"), ("steps", 0), ("inputs", "noise")):
             if described[name] == first:
                 del described[name]
-        if isinstance(self.read, Positions):  # an earlier form drew some positions, or read all
+        if isinstance(self.read, Positions):  # the count is that of drawn positions, which none draws any more
             described["read"] = {"count": 0, "scaled" if self.read.scaled else "later": True}
         return described
 

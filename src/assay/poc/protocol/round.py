@@ -108,13 +108,13 @@ class Round:
 
     @property
     def _fewest_positions(self) -> int:
-        read = self._pipeline and self._pipeline.read
+        read = pipeline.read if (pipeline := self._pipeline) is not None else None
         return read.fewest if isinstance(read, Positions) else 1
 
     @property
     def versioned(self) -> bool:
         """Whether the preset has versioned seed texts; an unknown preset has published ones."""
-        return self._pipeline is not None and self._pipeline.texts == "versioned"
+        return (pipeline := self._pipeline) is not None and pipeline.texts == "versioned"
 
     @property
     def plain(self) -> "Round":
