@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Workers share the cores: torch threads that wait busily for each other would slow all of them down.
+# Workers share the cores: torch threads that wait busily for each other would slow all of them
+# down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = {
@@ -28,14 +29,17 @@ FOLDERS = {"tests/docs": "pages", "tests/vllm": "vllm", "research/tests": "resea
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of a folder, and put files of long tests first: one met at the end would run alone."""
+    """Mark the tests of a folder, and put files of long tests first: one met at the end would run
+    alone.
+    """
     root = Path(__file__).parent
     longest: dict[Path, float] = {}
     for item in items:
         for folder, marker in FOLDERS.items():
             if item.path.is_relative_to(root / folder):
                 item.add_marker(marker)
-        limit, slow = item.get_closest_marker("timeout"), item.get_closest_marker("slow")
+        limit = item.get_closest_marker("timeout")
+        slow = item.get_closest_marker("slow")
         seconds = float(limit.args[0]) if limit else 60.0 if slow else 0.0
         longest[item.path] = max(seconds, longest.get(item.path, 0.0))
     items.sort(key=lambda item: -longest[item.path])
@@ -43,7 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[tuple[str, ...]]:
-    """Words ahead of ``python`` or ``assay`` that have it run as a fork (tests/docs/warm.py), not as a new process."""
+    """Words ahead of ``python`` or ``assay`` that have it run as a fork (tests/docs/warm.py), not
+    as a new process.
+    """
     from tests.docs import shell
 
     with shell.fork_server() as words:
@@ -81,7 +87,9 @@ def reference_model(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """SmolLM2-135M-Instruct, a real chat model, on the CPU in float32; skipped where its wheel is missing."""
+    """SmolLM2-135M-Instruct, a real chat model, on the CPU in float32; skipped where its wheel is
+    missing.
+    """
     from assay.errors import BackendUnavailable, ModelNotFound
     from assay.models import load_model
 

@@ -48,7 +48,9 @@ def rotated(x, bits):
 
 
 def hashed(seed, index):
-    k = rotated(np.atleast_1d(np.asarray(index, np.uint32)) * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+    k = rotated(
+        np.atleast_1d(np.asarray(index, np.uint32)) * np.uint32(0xCC9E2D51), 15
+    ) * np.uint32(0x1B873593)
     h = rotated(np.uint32(seed) ^ k, 13) * np.uint32(5) + np.uint32(0xE6546B64)
     for bits, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ h >> np.uint32(bits)) * np.uint32(factor)
@@ -97,7 +99,9 @@ def gumbels(seed, n):
     h = hashed(seed, np.arange(n))
     x = (np.uint32(2) * np.minimum(h, ~h) + np.uint32(1)).astype(np.float32) * np.float32(2.0**-33)
     halved = x > np.float32(0.29289323)
-    upper = minus_log_of(halved.astype(np.float32), np.where(halved, np.float32(1) - np.float32(2) * x, -x))
+    upper = minus_log_of(
+        halved.astype(np.float32), np.where(halved, np.float32(1) - np.float32(2) * x, -x)
+    )
     return minus_log(np.where(h < 2**31, upper, minus_log(x)))
 
 
@@ -107,17 +111,25 @@ def plain_normals(seed, n):
     quarters = np.float32(4) * u2
     turns = np.rint(quarters)
     d = quarters - turns
-    cosine, sine = np.float32(1) - d * d * polynomial(COS, d * d), np.float32(2) * d - d * polynomial(SIN, d * d)
+    cosine, sine = (
+        np.float32(1) - d * d * polynomial(COS, d * d),
+        np.float32(2) * d - d * polynomial(SIN, d * d),
+    )
     turns = turns.astype(int)
     both = np.where(turns & 1, sine, cosine), np.where(turns & 1, cosine, sine)
     negative = (turns + 1) & 2, turns & 2
-    return np.concatenate([radius * np.where(minus, -x, x) for minus, x in zip(negative, both, strict=True)])[:n]
+    return np.concatenate(
+        [radius * np.where(minus, -x, x) for minus, x in zip(negative, both, strict=True)]
+    )[:n]
 
 
 def normals(words, n):
     """Return n normals of one seed, or of eight: each makes an eighth, rounded up, until n are made."""
     length = max(1, -(-n // len(words)))
-    parts = [plain_normals(word, min(length, n - start)) for word, start in zip(words, range(0, n, length))]  # noqa: B905
+    parts = [
+        plain_normals(word, min(length, n - start))
+        for word, start in zip(words, range(0, n, length))
+    ]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -162,9 +174,15 @@ class Recomputation:
     """One checkpoint and one round; ``values`` gives what the preset publishes of a nonce."""
 
     def __init__(self, checkpoint, header, dtype, frame=None):
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, dtype)
+        ).eval()
         self.round = header["round"]
-        self.preset = self.round["preset"].split("-")[0] if "decode" in self.round["preset"] else self.round["preset"]
+        self.preset = (
+            self.round["preset"].split("-")[0]
+            if "decode" in self.round["preset"]
+            else self.round["preset"]
+        )
         self.layers, self.hidden, self.head, self.logits = PRESETS[self.preset]
         self.steps = header["pipeline"].get("steps", 0)
         self.versioned = self.preset in ("tokens-1", "hardened", "decode")
@@ -173,10 +191,15 @@ class Recomputation:
         if self.head != "none" and not self.steps:
             self.weight = self.model.get_output_embeddings().weight
             if self.head == "random":
-                self.weight = normals(seed_words(f"{block}_lm_head")[:1], 8192 * self.size).view(8192, -1) * 0.02
+                self.weight = (
+                    normals(seed_words(f"{block}_lm_head")[:1], 8192 * self.size).view(8192, -1)
+                    * 0.02
+                )
             target = normals(seed_words(f"{block}_target")[:1], len(self.weight))
             self.target = target / target.norm()
-        for number, layer in enumerate(self.model.get_decoder().layers if self.layers != "none" else ()):
+        for number, layer in enumerate(
+            self.model.get_decoder().layers if self.layers != "none" else ()
+        ):
             layer.register_forward_hook(self._between(f"{block}_layer_{number}"))
 
     def _between(self, text):
@@ -185,13 +208,25 @@ class Recomputation:
         s = torch.from_numpy(signs(seed_words(f"{text}_signs")[0], self.size)).to(self.model.dtype)
         change = {"signs": lambda x: x * s, "reflect": lambda x: reflected(x, v),
                   "normalize_reflect": lambda x: reflected(unit(x), v)}[self.layers]  # fmt: skip
-        return lambda module, given, out: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+        return lambda module, given, out: (
+            (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+        )
 
     def words(self, stream, nonce, index=0, count=0):
         if not self.versioned:
-            words = seed_words(PUBLISHED[stream].format(**self.round, nonce=nonce, index=index, count=count))
+            words = seed_words(
+                PUBLISHED[stream].format(**self.round, nonce=nonce, index=index, count=count)
+            )
             return words if stream == "inputs" and self.round["strength"] == 256 else words[:1]
-        parts = ("assay.poc/2", stream, self.round["block_hash"], self.round["public_key"], nonce, index, count)
+        parts = (
+            "assay.poc/2",
+            stream,
+            self.round["block_hash"],
+            self.round["public_key"],
+            nonce,
+            index,
+            count,
+        )
         words = seed_words("".join(f"{len(str(part).encode())}:{part}" for part in parts))
         return words if stream in ("inputs", "prompt", "tokens", "sketch") else words[:1]
 
@@ -208,7 +243,12 @@ class Recomputation:
             case "pick":
                 return x[permutation(self.words("pick", nonce, count=count)[0], size)[:count]]
             case "project":
-                return normals(self.words("projection", nonce, count=count), count * size).view(count, size) @ x
+                return (
+                    normals(self.words("projection", nonce, count=count), count * size).view(
+                        count, size
+                    )
+                    @ x
+                )
         stream, k = ("reflection", 0) if name == "reflect" else ("rotation", size)
         for index in range(count):
             v = normals(self.words(stream, nonce, index, k), size)
@@ -219,7 +259,9 @@ class Recomputation:
         """Return the tokens of a nonce in its frame."""
         allowed = np.setdiff1d(np.arange(self.model.config.vocab_size), self.frame["left_out"])
         seeds = step_seeds(self.words("prompt", nonce), np.arange(self.round["seq_len"]))
-        return allowed[(seeds.astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)).astype(int)]
+        return allowed[
+            (seeds.astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)).astype(int)
+        ]
 
     def first(self):
         """Return the first position that is read."""
@@ -280,7 +322,9 @@ class Recomputation:
         margins = np.where(known, scores.max(axis=1) - claimed, np.inf)
         seeds = step_seeds(self.words("sketch", nonce), np.arange(0, self.steps, 32))
         matrices = [normals([seed], 12 * self.size).view(12, -1) for seed in seeds]
-        sketches = [unit(p @ unit(state)) for p, state in zip(matrices, states[::32].float(), strict=True)]
+        sketches = [
+            unit(p @ unit(state)) for p, state in zip(matrices, states[::32].float(), strict=True)
+        ]
         return margins, torch.stack(sketches).to(torch.float16).numpy()
 
     def residual(self, record):
@@ -288,7 +332,11 @@ class Recomputation:
         if "distance" in record:
             return record["distance"] - self.value(record["nonce"])
         if "vector" in record:
-            return float(np.linalg.norm(decoded(record["vector"], "<f2") - self.value(record["nonce"]).astype(float)))
+            return float(
+                np.linalg.norm(
+                    decoded(record["vector"], "<f2") - self.value(record["nonce"]).astype(float)
+                )
+            )
         margins, sketches = self.replay(record["nonce"], decoded(record["tokens"], "<u4"))
         apart = decoded(record["sketches"], "<f2").reshape(sketches.shape) - sketches.astype(float)
         return math.sqrt((apart**2).sum(axis=1).mean() + np.minimum(margins, 4).mean())
@@ -304,13 +352,21 @@ def read(path):
     lines = Path(path).read_bytes().splitlines(keepends=True)
     header, *records, footer = map(json.loads, lines)
     for line, value in zip(lines, [header, *records, footer], strict=True):
-        require(line.decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", "another form")
+        require(
+            line.decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n",
+            "another form",
+        )
     stated = [n for run in header["nonces"] for n in range(*run)]
     require([record["nonce"] for record in records] == stated, "other nonces than the header names")
     for record in records:
-        valid = "distance" not in record or record["valid"] == (record["distance"] < header["round"]["r_target"])
+        valid = "distance" not in record or record["valid"] == (
+            record["distance"] < header["round"]["r_target"]
+        )
         require(valid, f"nonce {record['nonce']}: valid is not what its distance says")
-    wanted = {"records": len(records), "valid": sum(record.get("valid", True) for record in records)}
+    wanted = {
+        "records": len(records),
+        "valid": sum(record.get("valid", True) for record in records),
+    }
     wanted["sha256"] = hashlib.sha256(b"".join(lines[1:-1])).hexdigest()
     require(footer["footer"] | wanted == footer["footer"], "another footer")
     return header, records
@@ -326,7 +382,9 @@ def read_frame(path, header):
     for name, of in json.loads(content[8:start]).items():
         if name != "__metadata__":
             low, high = of["data_offsets"]
-            found[name] = np.frombuffer(content[start + low : start + high], {"F32": "<f4", "I32": "<i4"}[of["dtype"]])
+            found[name] = np.frombuffer(
+                content[start + low : start + high], {"F32": "<f4", "I32": "<i4"}[of["dtype"]]
+            )
     return found
 
 
@@ -348,7 +406,9 @@ def digest(checkpoint):
 def log_density(law, sizes, multiple):
     if law["kind"] == "scale":
         half, scale = (law["dof"] + 1) / 2, multiple * law["sigma"]
-        constant = math.lgamma(half) - math.lgamma(law["dof"] / 2) - math.log(law["dof"] * math.pi) / 2
+        constant = (
+            math.lgamma(half) - math.lgamma(law["dof"] / 2) - math.log(law["dof"] * math.pi) / 2
+        )
         return constant - math.log(scale) - half * np.log1p((sizes / scale) ** 2 / law["dof"])
     z = np.abs(np.log(sizes) - law["mu"] - math.log(multiple)) / law["sd"]
     k = law["tail"]
@@ -366,7 +426,11 @@ def multiples_of(law, effect):
     near, found = max(min(16.0, junk), effect), ({5.0} if effect < 5 < junk else set())
     for low, high, factor in ((effect, near, 2), (near, junk, 4)):
         if low < high:
-            found |= set(np.geomspace(low, high, 1 + math.ceil(math.log(high / low) / math.log(factor))).tolist())
+            found |= set(
+                np.geomspace(
+                    low, high, 1 + math.ceil(math.log(high / low) / math.log(factor))
+                ).tolist()
+            )
     return np.array(sorted(found))
 
 
@@ -374,21 +438,42 @@ def judged(residuals, law, alpha=1e-3, beta=1e-2):
     """Return the verdict of residuals in the order of their nonces, with the logarithms that decide it."""
     values = np.asarray(residuals, float)
     sizes = np.fmin(np.abs(np.where(np.isfinite(values), values, 2.0)), 2.0)
-    sizes, effect = (sizes, 4.0) if law["kind"] == "scale" else (np.maximum(sizes, law["floor"]), 2.0)
-    shares, weights = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0), (0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45)
+    sizes, effect = (
+        (sizes, 4.0) if law["kind"] == "scale" else (np.maximum(sizes, law["floor"]), 2.0)
+    )
+    shares, weights = (
+        (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0),
+        (0.02, 0.02, 0.04, 0.12, 0.15, 0.2, 0.45),
+    )
     multiples = multiples_of(law, effect)
     ratio = np.stack([log_density(law, sizes, m) - log_density(law, sizes, 1.0) for m in multiples])
     grown = np.expm1(np.minimum(ratio, 500))
-    paths = np.stack([ratio if share == 1 else np.log1p(share * grown) for share in shares]).cumsum(axis=-1)
+    paths = np.stack([ratio if share == 1 else np.log1p(share * grown) for share in shares]).cumsum(
+        axis=-1
+    )
     start = np.log(np.array(weights) / len(multiples))[:, None, None]
     log_e = np.logaddexp.reduce((paths + start).reshape(-1, len(sizes)))
     needed, n = -math.log(beta), len(sizes)
-    enough = [share for share, times in ((0.1, 1.25), (0.4, 2.5)) if -n * math.log1p(-share) >= times * needed]
+    enough = [
+        share
+        for share, times in ((0.1, 1.25), (0.4, 2.5))
+        if -n * math.log1p(-share) >= times * needed
+    ]
     cheap = np.abs(multiples - 5).argmin()
-    evidence = [-paths[-1, 0, -1], *(-paths[shares.index(share), cheap, -1] for share in enough[:1])]
+    evidence = [
+        -paths[-1, 0, -1],
+        *(-paths[shares.index(share), cheap, -1] for share in enough[:1]),
+    ]
     largest, least = max(0.0, float(log_e.max())), float(min(evidence))
-    verdict = "fraud" if largest >= -math.log(alpha) else "honest" if least >= needed else "undecided"
-    return {"verdict": verdict, "log_e_value": float(log_e[-1]), "log_e_max": largest, "log_evidence_honest": least}
+    verdict = (
+        "fraud" if largest >= -math.log(alpha) else "honest" if least >= needed else "undecided"
+    )
+    return {
+        "verdict": verdict,
+        "log_e_value": float(log_e[-1]),
+        "log_e_max": largest,
+        "log_evidence_honest": least,
+    }
 
 
 def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype=None, frame=None):
@@ -399,15 +484,25 @@ def verify(proof, checkpoint, *, block_hash, public_key, seed, sample=128, dtype
     require(known == (block_hash, public_key), "another block or key")
     model = {"reference": "", "digest": digest(checkpoint), "weights": "trained", "frame": ""}
     require(header["model"] | {"reference": "", "frame": ""} == model, "another checkpoint")
-    drawn = np.random.default_rng(seed).choice(len(records), size=min(sample, len(records)), replace=False)
+    drawn = np.random.default_rng(seed).choice(
+        len(records), size=min(sample, len(records)), replace=False
+    )
     engine = Recomputation(checkpoint, header, dtype or stated, frame)
     residuals = [engine.residual(records[i]) for i in sorted(drawn)]
     family = "distance" if engine.head != "none" else "vector"
     if engine.versioned:
         of_decode = "tokens" if engine.steps >= 256 else "few tokens"
-        family = {"hardened": "scaled vector", "tokens-1": "token vector"}.get(engine.preset, of_decode)
-    law = json.loads(LAWS.read_text())["laws"].get(family, {}).get("/".join(sorted((stated, dtype or stated))))
-    found = judged(residuals, law) if law else {"verdict": "undecided", "why": f"no law for {family}"}
+        family = {"hardened": "scaled vector", "tokens-1": "token vector"}.get(
+            engine.preset, of_decode
+        )
+    law = (
+        json.loads(LAWS.read_text())["laws"]
+        .get(family, {})
+        .get("/".join(sorted((stated, dtype or stated))))
+    )
+    found = (
+        judged(residuals, law) if law else {"verdict": "undecided", "why": f"no law for {family}"}
+    )
     return found | {"residuals": residuals}
 
 

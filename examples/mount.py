@@ -1,10 +1,11 @@
-"""The service inside an application of your own, which keeps its routes, error handlers and middleware.
+"""The service inside an application of your own, which keeps its routes, error handlers and
+middleware.
 
     uvicorn --app-dir examples mount:app --port 8100 --workers 1
 
-/hello is this application's; /api/v1/pow/… is the service, with /health, /ready and /metrics below that path. One
-process must own a round: never start several workers. Keys and other settings come from the environment
-(docs/configuration.md).
+/hello is this application's; /api/v1/pow/… is the service, with /health, /ready and /metrics below
+that path. One process must own a round: never start several workers. Keys and other settings come
+from the environment (docs/configuration.md).
 """
 
 import os

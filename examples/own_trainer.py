@@ -2,9 +2,9 @@
 
     python examples/own_trainer.py RUN
 
-Needs the extra `train`. RUN gets a log with a line per step, checkpoints and delta.safetensors; the same command goes
-on after the last whole checkpoint. The sizes are those of a trial: raise `max_steps`, `num_generations` and
-`max_completion_length` for a run that learns something.
+Needs the extra `train`. RUN gets a log with a line per step, checkpoints and delta.safetensors; the
+same command goes on after the last whole checkpoint. The sizes are those of a trial: raise
+`max_steps`, `num_generations` and `max_completion_length` for a run that learns something.
 """
 
 import sys
@@ -27,7 +27,9 @@ def tasks() -> list[dict[str, str]]:
     return [{"prompt": f"{a} + {b} =", "answer": f"{a + b}"} for a in range(10) for b in range(10)]
 
 
-def reward(prompts: list[str], completions: list[str], answer: list[str], **_: object) -> list[float]:
+def reward(
+    prompts: list[str], completions: list[str], answer: list[str], **_: object
+) -> list[float]:
     """Pay completions that say the answer, in the form of TRL's rewards."""
     return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
 

@@ -1,10 +1,12 @@
-"""A transform of your own: how well would another way from hidden state to published value tell cheaters apart?
+"""A transform of your own: how well would another way from hidden state to published value tell
+cheaters apart?
 
     python examples/own_transform.py
 
-A pipeline is data (docs/protocol.md has the table). This one publishes 24 random projections of the last state instead
-of 12 picked coordinates. No network agreed on it, so it makes no proof; an engine runs any pipeline, and that is enough
-to compare honest noise with what a cheater would hand in.
+A pipeline is data (docs/protocol.md has the table). This one publishes 24 random projections of the
+last state instead of 12 picked coordinates. No network agreed on it, so it makes no proof; an
+engine runs any pipeline, and that is enough to compare honest noise with what a cheater would hand
+in.
 """
 
 import sys
@@ -33,7 +35,9 @@ def published(model: Model, pipeline: Pipeline, nonces: range) -> np.ndarray:
 
 
 def main(count: int) -> None:
-    """Print, for the published preset and for this one, how much farther a 4-bit model is than an honest one."""
+    """Print, for the published preset and for this one, how much farther a 4-bit model is than an
+    honest one.
+    """
     exact = assay.load_model("reference:qwen3", dtype="float32", device="cpu")
     honest = assay.load_model("reference:qwen3", dtype="bfloat16", device="cpu")
     cheat = rounded(honest, bits=4)
@@ -42,8 +46,12 @@ def main(count: int) -> None:
         wanted = published(exact, pipeline, nonces)
         honest_N = np.linalg.norm(published(honest, pipeline, nonces) - wanted, axis=1)
         cheat_N = np.linalg.norm(published(cheat, pipeline, nonces) - wanted, axis=1)
-        ratio, overlap = np.median(cheat_N) / np.median(honest_N), (cheat_N[:, None] <= honest_N).mean()
-        print(f"{pipeline.name}: 4 bits {ratio:.1f} times the honest noise, {overlap:.1%} of pairs the wrong way round")
+        ratio = np.median(cheat_N) / np.median(honest_N)
+        overlap = (cheat_N[:, None] <= honest_N).mean()
+        print(
+            f"{pipeline.name}: 4 bits {ratio:.1f} times the honest noise, {overlap:.1%} of pairs "
+            f"the wrong way round"
+        )
 
 
 if __name__ == "__main__":

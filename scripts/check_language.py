@@ -1,7 +1,8 @@
 """Find prose that a native engineer would not write: ``python scripts/check_language.py [FILE …]``.
 
-Every row of :data:`PATTERNS` is a habit: where to look, an expression that finds it, and what to write instead.
-Docstrings and comments of Python files, and pages of documentation, are searched line by line.
+Every row of :data:`PATTERNS` is a habit: where to look, an expression that finds it, and what to
+write instead. Docstrings and comments of Python files, and pages of documentation, are searched
+line by line.
 """
 
 import io
@@ -11,24 +12,39 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "RELEASE.md", "MIGRATION.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "AGENTS.md",
+    "RELEASE.md",
+    "MIGRATION.md",
+)
 PLACES = ("src", "tests", "research", "scripts", "docs", "examples", *PAGES)
 SKIPPED = {"check_language.py"}  # this table
 
-CODE, ANYWHERE = "code", "anywhere"
+CODE = "code"
+ANYWHERE = "anywhere"
 PATTERNS = (
-    (CODE, r"^\s*\w+: (of|for|to|in|at|on|from|by|with|as|where) .{0,60}$", "begin with a head noun"),
+    (CODE, r"^\s*\w+: (of|for|to|in|at|on|from|by|with|as|where) "
+           r".{0,60}$", "begin with a head noun"),
     (CODE, r'^\s*"""(The same|As said|See the module)\b[^"]*"""$', "say what the function does"),
     (CODE, r'^\s*(\w+): the (?P<name>\w+)\.$', "say the shape, the unit or the default"),
     (CODE, r"^\s*(Raises: )?Error: ", "name the class of the error"),
-    (ANYWHERE, r"\b(is|are|was|were|be) none\b(?! of)", 'write "is not a ..." or "there is no ..."'),
+    (ANYWHERE, r"\b(is|are|was|were|be) none\b(?! of)", 'write "is not a ..." or "there is no '
+                                                        '..."'),
     (ANYWHERE, r"\bSee the module\b", "say it here"),
-    (ANYWHERE, r"\b(nobody|somebody|anybody|whoever|everybody)('s)?\b", "name the process, the value or the reader"),
+    (ANYWHERE, r"\b(nobody|somebody|anybody|whoever|everybody)('s)?\b", "name the process, the "
+                                                                        "value or the reader"),
     (ANYWHERE, r"\bof ours\b|\bof theirs\b|\bof its own care\b", "name the thing"),
-    (ANYWHERE, r"\bhas the word\b|\bin the care of\b|\bis to be had\b|\bof no account\b", "plain words"),
+    (ANYWHERE, r"\bhas the word\b|\bin the care of\b|\bis to be had\b|\bof no "
+               r"account\b", "plain words"),
     (ANYWHERE, r"\bbehind (it|them|the end|a colon)\b", 'write "after"'),
-    (ANYWHERE, r"\bwhat (is|are) none\b|\bas said\b|\bwhat stands against\b|\bno more than that\b", "plain words"),
-    (ANYWHERE, r"\bthe seed's\b|\bseed rule\b", 'write "the original proposal" or "the published rule"'),
+    (ANYWHERE, r"\bwhat (is|are) none\b|\bas said\b|\bwhat stands against\b|\bno more than "
+               r"that\b", "plain words"),
+    (ANYWHERE, r"\bthe seed's\b|\bseed rule\b", 'write "the original proposal" or "the published '
+                                                'rule"'),
 )  # fmt: skip
 
 
@@ -40,8 +56,14 @@ def prose(path: Path) -> Iterator[tuple[int, str, bool]]:
         return
     previous = tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        standing = token.type == tokenize.STRING and previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.NL)
-        if token.type == tokenize.COMMENT or (standing and token.string.lstrip("r").startswith('"""')):
+        standing = token.type == tokenize.STRING and previous in (
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.NL,
+        )
+        if token.type == tokenize.COMMENT or (
+            standing and token.string.lstrip("r").startswith('"""')
+        ):
             for offset, line in enumerate(token.string.splitlines()):
                 yield token.start[0] + offset, line, True
         if token.type not in (tokenize.COMMENT, tokenize.NL):
@@ -53,7 +75,9 @@ def findings(path: Path) -> Iterator[str]:
     for number, line, of_code in prose(path):
         for where, pattern, instead in PATTERNS:
             found = re.search(pattern, line) if of_code or where == ANYWHERE else None
-            if found and ("name" not in found.groupdict() or found[1] in (found["name"], found["name"] + "s")):
+            if found and (
+                "name" not in found.groupdict() or found[1] in (found["name"], found["name"] + "s")
+            ):
                 yield f"{path}:{number}: {line.strip()}\n    {instead}"
 
 
@@ -61,7 +85,11 @@ def files(given: list[str]) -> Iterator[Path]:
     """Yield the files to search: those given, or all of the project."""
     for place in map(Path, given or PLACES):
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if path.suffix in (".py", ".md") and path.name not in SKIPPED and "results" not in path.parts:
+            if (
+                path.suffix in (".py", ".md")
+                and path.name not in SKIPPED
+                and "results" not in path.parts
+            ):
                 yield path
 
 

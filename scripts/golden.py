@@ -1,7 +1,9 @@
-"""Make proofs, artifact jobs and bases through the command line, and print the SHA-256 of every one.
+"""Make proofs, artifact jobs and bases through the command line, and print the SHA-256 of every
+one.
 
-Run before and after a change that must not alter results: the two lists have to be equal. The list of the first
-version is ``tests/vectors/golden_sha256.json``, and ``tests/end_to_end/test_golden.py`` compares with it.
+Run before and after a change that must not alter results: the two lists have to be equal. The list
+of the first version is ``tests/vectors/golden_sha256.json``, and
+``tests/end_to_end/test_golden.py`` compares with it.
 """
 
 import hashlib
@@ -16,7 +18,13 @@ from pathlib import Path
 import torch
 
 MODELS = ("reference:qwen3", "reference:llama")
-BLOCK = {"block_hash": "golden block", "block_height": 7, "public_key": "golden key", "node_id": 0, "node_count": 1}
+BLOCK = {
+    "block_hash": "golden block",
+    "block_height": 7,
+    "public_key": "golden key",
+    "node_id": 0,
+    "node_count": 1,
+}
 
 
 def machine() -> str:
@@ -26,13 +34,17 @@ def machine() -> str:
 
 
 def units() -> str:
-    """What the last bits of a product in bfloat16 depend on besides: virtual processors of one name differ in it."""
+    """What the last bits of a product in bfloat16 depend on besides: virtual processors of one name
+    differ in it.
+    """
     return next((name for name in ("amx_bf16", "avx512_bf16") if name in processor()), "")
 
 
 def processor() -> str:
     """What Linux says of the processor; empty elsewhere."""
-    return Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    return (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    )
 
 
 def sha256(content: bytes) -> str:
@@ -40,9 +52,13 @@ def sha256(content: bytes) -> str:
 
 
 def canonical(content: bytes) -> bytes:
-    """A safetensors file with its header in the order of its keys: the library writes metadata in any order."""
+    """A safetensors file with its header in the order of its keys: the library writes metadata in
+    any order.
+    """
     size = int.from_bytes(content[:8], "little")
-    return json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode() + content[8 + size :]
+    return (
+        json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode() + content[8 + size :]
+    )
 
 
 def proofs(folder: Path, run) -> dict[str, str]:
@@ -83,18 +99,24 @@ def jobs(folder: Path, server) -> dict[str, str]:
                     "params": {"model": model, "seq_len": 24, "k_dim": 12},
                 }  # fmt: skip
                 request = urllib.request.Request(
-                    f"{base}/api/v1/pow/generate", json.dumps(body).encode(), {"content-type": "application/json"}
+                    f"{base}/api/v1/pow/generate",
+                    json.dumps(body).encode(),
+                    {"content-type": "application/json"},
                 )
                 answer = json.load(urllib.request.urlopen(request, timeout=120))
                 del answer["request_id"]
-                found[f"artifacts {model} {dtype}"] = sha256(json.dumps(answer, sort_keys=True).encode())
+                found[f"artifacts {model} {dtype}"] = sha256(
+                    json.dumps(answer, sort_keys=True).encode()
+                )
     return found
 
 
 def tokens(frame: Path) -> dict[str, object]:
-    """What ``tokens-1`` draws and publishes of nonces of the bundled Qwen3 in float32, in the frame of a file.
+    """What ``tokens-1`` draws and publishes of nonces of the bundled Qwen3 in float32, in the frame
+    of a file.
 
-    They are kept in ``tests/vectors/tokens.json``. Vectors are compared as numbers: kernels differ in the last bits.
+    They are kept in ``tests/vectors/tokens.json``. Vectors are compared as numbers: kernels differ
+    in the last bits.
     """
     import numpy as np
 
@@ -106,7 +128,8 @@ def tokens(frame: Path) -> dict[str, object]:
 
     model = load_model("reference:qwen3", dtype="float32", device="cpu").with_frame(frame)
     round = Round(block_hash="block_alpha", public_key="node_A", seq_len=24, preset="tokens-1")
-    engine, nonces = HFEngine(model, batch_size=4, seq_len=24), [0, 1, 31, 4096]
+    engine = HFEngine(model, batch_size=4, seq_len=24)
+    nonces = [0, 1, 31, 4096]
     reading = make_transform(engine, round, get_pipeline("tokens-1")).reading(nonces, 24)
     seeds = streams.seeds(round.texts("projection", nonces, k=32))
     rows = zip(
@@ -114,7 +137,11 @@ def tokens(frame: Path) -> dict[str, object]:
         reading.weights.int().tolist(),
         seeds.ravel().tolist(),
         streams.get_backend("numpy").normals(seeds, 32 * model.hidden_size),
-        [record.vector for nonce in nonces for record in prove(model, round, range(nonce, nonce + 1)).records],
+        [
+            record.vector
+            for nonce in nonces
+            for record in prove(model, round, range(nonce, nonce + 1)).records
+        ],
         strict=True,
     )
     found = []
@@ -122,7 +149,12 @@ def tokens(frame: Path) -> dict[str, object]:
         row = {"nonce": nonce, "ids": ids, "weights": weights, "projection_seed": f"{seed:08x}"}
         row |= {"projection_sha256_le_f32": sha256(normals.astype("<f4").tobytes())}
         found.append(row | {"vector": np.asarray(vector, np.float64).tolist()})
-    about = {"block_hash": "block_alpha", "public_key": "node_A", "seq_len": 24, "hidden_size": model.hidden_size}
+    about = {
+        "block_hash": "block_alpha",
+        "public_key": "node_A",
+        "seq_len": 24,
+        "hidden_size": model.hidden_size,
+    }
     about |= {"frame_sha256": model.frame.sha256, "first_mean": model.frame.mean[:4].tolist()}
     return about | {"first_scale": model.frame.scale[:4].tolist(), "nonces": found}
 
@@ -158,7 +190,8 @@ def main() -> None:
         folder = Path(name)
         digests = proofs(folder, run) | bases(folder, run) | jobs(folder, server)
     Path(sys.argv[1]).write_text(
-        json.dumps({"machine": machine(), "units": units(), "sha256": digests}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"machine": machine(), "units": units(), "sha256": digests}, indent=1) + "\n",
+        encoding="utf-8",
     )
 
 

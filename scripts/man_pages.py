@@ -1,6 +1,8 @@
-"""Write a man page for every command: ``python scripts/man_pages.py``, or ``make man``; they go to build/man/man1.
+"""Write a man page for every command: ``python scripts/man_pages.py``, or ``make man``; they go to
+build/man/man1.
 
-``man -M build/man assay-poc-prove`` shows one. The parser makes no such pages itself, so they are made from its tree.
+``man -M build/man assay-poc-prove`` shows one. The parser makes no such pages itself, so they are
+made from its tree.
 """
 
 import re
@@ -38,7 +40,11 @@ def page(command: Any, path: tuple[str, ...], children: dict[str, Any]) -> str:
     options = [one for one in params if one.param_type_name == "option" and not one.hidden]
     arguments = [one for one in params if one.param_type_name == "argument"]
     settings = getattr(command, "settings", {})
-    usage = ["[options]", *("command" for _ in list(children)[:1]), *(one.name.upper() for one in arguments)]
+    usage = [
+        "[options]",
+        *("command" for _ in list(children)[:1]),
+        *(one.name.upper() for one in arguments),
+    ]
     lines = [
         f'.TH "{plain(name.upper())}" 1 "" "assay {plain(__version__)}" "assay"',
         ".ad l",
@@ -49,12 +55,18 @@ def page(command: Any, path: tuple[str, ...], children: dict[str, Any]) -> str:
         ".SH DESCRIPTION",
         "\n.PP\n".join(text(one) for one in (summary, *rest)),
     ]
-    lines += section("COMMANDS", ((plain(child), text(paragraphs(made)[0])) for child, made in children.items()))
-    lines += section("ARGUMENTS", ((plain(one.name.upper()), text(settings[one.name].help)) for one in arguments))
+    lines += section(
+        "COMMANDS", ((plain(child), text(paragraphs(made)[0])) for child, made in children.items())
+    )
+    lines += section(
+        "ARGUMENTS", ((plain(one.name.upper()), text(settings[one.name].help)) for one in arguments)
+    )
     lines += section("OPTIONS", (described(one) for one in options))
     shown = [settings[one.name] for one in options if one.name in settings]
     variables = [(one.kind.environment_name(one.name), one.spelling) for one in shown]
-    lines += section("ENVIRONMENT", ((plain(variable), plain(flag)) for variable, flag in variables if variable))
+    lines += section(
+        "ENVIRONMENT", ((plain(variable), plain(flag)) for variable, flag in variables if variable)
+    )
     if command.epilog:
         lines += [".SH EXAMPLE", ".nf", plain(command.epilog.removeprefix("Example: ")), ".fi"]
     lines += section("EXIT STATUS", ((code, text(meaning)) for code, meaning in STATUS))
@@ -70,7 +82,9 @@ def paragraphs(command: Any) -> list[str]:
 
 def described(option: click.Option) -> tuple[str, str]:
     """Return how an option is written, and its meaning with its default."""
-    written = plain(", ".join(option.opts)) + ("" if option.is_flag else f" \\fI{plain(option.metavar or 'VALUE')}\\fR")
+    written = plain(", ".join(option.opts)) + (
+        "" if option.is_flag else f" \\fI{plain(option.metavar or 'VALUE')}\\fR"
+    )
     return written, text(option.help or "")
 
 

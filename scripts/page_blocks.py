@@ -1,7 +1,9 @@
-"""Run the blocks of a page in the order in which a reader meets them: ``python scripts/page_blocks.py README.md``.
+"""Run the blocks of a page in the order in which a reader meets them: ``python
+scripts/page_blocks.py README.md``.
 
-They run in the current directory. Blocks of ``sh`` share one shell, and neighbouring blocks of ``python`` one
-interpreter; a ``python`` block that begins with ``# name.py`` is the file of that name. Other blocks are output.
+They run in the current directory. Blocks of ``sh`` share one shell, and neighbouring blocks of
+``python`` one interpreter; a ``python`` block that begins with ``# name.py`` is the file of that
+name. Other blocks are output.
 """
 
 import re
@@ -28,10 +30,14 @@ def script(text: str, *, leave_out: Collection[str] = ()) -> str:
 
     Args:
         text: Page in Markdown.
-        leave_out: Beginnings of lines of ``sh``, continued ones included, and of blocks of ``python`` that do not run.
+        leave_out: Beginnings of lines of ``sh``, continued ones included, and of blocks of
+            ``python`` that do not run.
     """
     out = tuple(leave_out)
-    kinds = ((FILE.match(body)[1] if FILE.match(body) else language, body) for language, body in BLOCK.findall(text))
+    kinds = (
+        (FILE.match(body)[1] if FILE.match(body) else language, body)
+        for language, body in BLOCK.findall(text)
+    )
     kept = ((kind, body) for kind, body in kinds if kind == "sh" or not body.startswith(out))
     parts = [HEAD]
     for kind, group in groupby(kept, key=lambda block: block[0]):

@@ -1,6 +1,7 @@
 """Write the generated pages of the documentation: ``python scripts/reference.py``.
 
-docs/configuration.md lists every flag, environment variable and configuration key, docs/api.md every public name.
+docs/configuration.md lists every flag, environment variable and configuration key, docs/api.md
+every public name.
 """
 
 import ast
@@ -75,10 +76,15 @@ a name says more: arguments, results and errors.
 
 
 def configuration() -> str:
-    """Return docs/configuration.md: every setting once, and by its name where several commands have it."""
+    """Return docs/configuration.md: every setting once, and by its name where several commands have
+    it.
+    """
     commands = [(path, command) for path, command in leaves(app) if command.settings]
     lines = {
-        path: {name: line_of(one, in_file=not command.is_shown(name)) for name, one in command.settings.items()}
+        path: {
+            name: line_of(one, in_file=not command.is_shown(name))
+            for name, one in command.settings.items()
+        }
         for path, command in commands
     }
     times = Counter(line for found in lines.values() for line in found.values())
@@ -92,10 +98,21 @@ def configuration() -> str:
                 parts.append(f"\nIn the file, under `[{'.'.join(path)}]`:\n\n")
             parts += [lines[path][name] for name in names if times[lines[path][name]] == 1]
             shared = [name if in_file else command.settings[name].spelling for name in names]
-            shared = [word for word, name in zip(shared, names, strict=True) if times[lines[path][name]] > 1]
-            parts += [f"- {', '.join(f'`{word}`' for word in shared)}: see above\n"] if shared else []
-    service, plugin = settings_class("assay.poc.service:Settings"), settings_class("assay.poc.vllm:PluginSettings")
-    names = [name for name, field in plugin.model_fields.items() if changed(field, service.model_fields.get(name))]
+            shared = [
+                word
+                for word, name in zip(shared, names, strict=True)
+                if times[lines[path][name]] > 1
+            ]
+            parts += (
+                [f"- {', '.join(f'`{word}`' for word in shared)}: see above\n"] if shared else []
+            )
+    service = settings_class("assay.poc.service:Settings")
+    plugin = settings_class("assay.poc.vllm:PluginSettings")
+    names = [
+        name
+        for name, field in plugin.model_fields.items()
+        if changed(field, service.model_fields.get(name))
+    ]
     throttle = settings_class("assay.poc.vllm.throttle:OperatorsThrottle")
     places = [(plugin, name) for name in names if name != "throttle"]
     places += [(throttle, name) for name in throttle.model_fields]
@@ -147,14 +164,18 @@ def has_all(module: str) -> bool:
 
 @cache
 def tree(module: str) -> ast.Module:
-    """Return the syntax tree of a module, which is not imported: some need packages that are not installed."""
+    """Return the syntax tree of a module, which is not imported: some need packages that are not
+    installed.
+    """
     path = Path(importlib.util.find_spec(module).origin)
     stub = path.with_suffix(".pyi")  # the names of a face that loads them on first use
     return ast.parse((stub if stub.exists() else path).read_text(encoding="utf-8"))
 
 
 def assigned(module: ast.Module) -> dict[str, str]:
-    """Return the text that stands below the assignment of each name of a module, or an empty one."""
+    """Return the text that stands below the assignment of each name of a module, or an empty
+    one.
+    """
     found = {}
     for statement, after in pairwise([*module.body, ast.Pass()]):
         targets = [*getattr(statement, "targets", []), getattr(statement, "target", None)]
@@ -168,8 +189,12 @@ def assigned(module: ast.Module) -> dict[str, str]:
 def about(module: str, name: str) -> str:
     """Return the text of a constant, from the module that assigns it."""
     for statement in tree(module).body:
-        if isinstance(statement, ast.ImportFrom) and any((one.asname or one.name) == name for one in statement.names):
-            return about(f"{module}.{statement.module}" if statement.level else str(statement.module), name)
+        if isinstance(statement, ast.ImportFrom) and any(
+            (one.asname or one.name) == name for one in statement.names
+        ):
+            return about(
+                f"{module}.{statement.module}" if statement.level else str(statement.module), name
+            )
     return assigned(tree(module)).get(name, "")
 
 
@@ -196,7 +221,9 @@ def callable_of(value: Any) -> bool:
 
 
 def said(package: str, name: str, value: Any) -> str:
-    """Return what the code says of a public name: its docstring, its help, or the text below it; else its choices."""
+    """Return what the code says of a public name: its docstring, its help, or the text below it;
+    else its choices.
+    """
     if inspect.isclass(value) or callable_of(value):
         return inspect.getdoc(value) or ""
     if isinstance(value, Command | Group):
@@ -212,8 +239,13 @@ def signature(name: str, value: Any) -> str:
         found = inspect.signature(value)
     except (TypeError, ValueError):
         return name
-    plain = [p.replace(annotation=brief(p.annotation), default=default(p.default)) for p in found.parameters.values()]
-    result = brief(found.return_annotation) if inspect.isfunction(value) else inspect.Signature.empty
+    plain = [
+        p.replace(annotation=brief(p.annotation), default=default(p.default))
+        for p in found.parameters.values()
+    ]
+    result = (
+        brief(found.return_annotation) if inspect.isfunction(value) else inspect.Signature.empty
+    )
     whole = f"{name}{found.replace(parameters=plain, return_annotation=result)}"
     if len(whole) <= LONGEST:
         return whole

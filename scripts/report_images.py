@@ -1,4 +1,5 @@
-"""Takes the pictures of both instruments in docs/images: of the demo's report, and of published training runs.
+"""Takes the pictures of both instruments in docs/images: of the demo's report, and of published
+training runs.
 
 ``python -m scripts.report_images`` writes them; it takes a minute or two.
 """
@@ -36,26 +37,42 @@ PARTS = {
 def save_picture(taken: bytes, path: Path) -> None:
     """Write a screenshot as a PNG with a palette."""
     picture = Image.open(io.BytesIO(taken)).convert("RGB")
-    picture.quantize(COLORS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(COLORS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 def write_arms(path: Path) -> None:
-    """Write a page with the share of rollouts that cheat over steps, by arm: mean and range of the seeds."""
+    """Write a page with the share of rollouts that cheat over steps, by arm: mean and range of the
+    seeds.
+    """
     report = Report("v_hack", "")
     fig, ax = figure(6.8, 2.8)
-    for ((file, name), label), color in zip(ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True):
+    for ((file, name), label), color in zip(
+        ARMS.items(), (SERIES[1], SERIES[3], SERIES[0]), strict=True
+    ):
         seeds = read_json(RESULTS / file)["arms"][name]["seeds"]
         runs = [[step["hack"] for step in one["steps"]] for one in seeds.values()]
-        points = min(map(len, runs)) // TOGETHER  # runs had equal time, and the slowest has the fewest steps
-        means = np.array([one[: points * TOGETHER] for one in runs]).reshape(len(runs), points, TOGETHER).mean(axis=2)
+        points = (
+            min(map(len, runs)) // TOGETHER
+        )  # runs had equal time, and the slowest has the fewest steps
+        means = (
+            np.array([one[: points * TOGETHER] for one in runs])
+            .reshape(len(runs), points, TOGETHER)
+            .mean(axis=2)
+        )
         steps = np.arange(points) * TOGETHER + (TOGETHER - 1) / 2
         ax.plot(steps, means.mean(axis=0), color=color, label=label, linewidth=1.8)
-        ax.fill_between(steps, means.min(axis=0), means.max(axis=0), color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(
+            steps, means.min(axis=0), means.max(axis=0), color=color, alpha=0.15, linewidth=0
+        )
     ax.set(xlabel="step of training", ylabel="share of rollouts", ylim=(-0.03, 1.03))
     legend(ax)
     report.section("Rollouts that cheat")
     report.figure(
-        fig, "One exploit is stored in every group; the detector knows three of six kinds. A model of 7 M, 8 seeds."
+        fig,
+        "One exploit is stored in every group; the detector knows three of six kinds. A model of "
+        "7 M, 8 seeds.",
     )
     report.paragraph("End")
     report.write(path)
@@ -72,9 +89,13 @@ def main() -> None:
         write_arms(folder / "arms.html")
         for name, (report, first, end) in PARTS.items():
             for scheme in ("light", "dark"):
-                watched = Watched(browser, color_scheme=scheme, viewport={"width": WIDTH, "height": 900})
+                watched = Watched(
+                    browser, color_scheme=scheme, viewport={"width": WIDTH, "height": 900}
+                )
                 watched.page.goto((folder / report).as_uri())
-                top, bottom = (watched.page.locator(place).first.bounding_box()["y"] for place in (first, end))
+                top, bottom = (
+                    watched.page.locator(place).first.bounding_box()["y"] for place in (first, end)
+                )
                 clip = {"x": 0, "y": top - 10, "width": WIDTH, "height": bottom - top - 10}
                 path = out / f"{name}{'-dark' if scheme == 'dark' else ''}.png"
                 save_picture(watched.page.screenshot(clip=clip, full_page=True), path)

@@ -1,8 +1,9 @@
-"""Stage the pages of the site: ``python scripts/site_pages.py``; `make site` builds them after that.
+"""Stage the pages of the site: ``python scripts/site_pages.py``; `make site` builds them after
+that.
 
-Pages are written for a reader of the repository. On the site the README is the front page, a link to a file that is no
-page leads to the repository, a formula is MathML, and what makes a table is left out. A link to nothing is an error.
-llms.txt lists the pages with their first sentences.
+Pages are written for a reader of the repository. On the site the README is the front page, a link
+to a file that is no page leads to the repository, a formula is MathML, and what makes a table is
+left out. A link to nothing is an error. llms.txt lists the pages with their first sentences.
 """
 
 import re
@@ -35,8 +36,13 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 def pages() -> dict[Path, str]:
     """Return the pages, and the name of each on the site."""
-    found = {path: path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))}
-    return found | {ROOT / path: name for path, name in ELSEWHERE.items() if (ROOT / path).is_file()}
+    found = {
+        path: path.relative_to(ROOT / "docs").as_posix()
+        for path in sorted((ROOT / "docs").rglob("*.md"))
+    }
+    return found | {
+        ROOT / path: name for path, name in ELSEWHERE.items() if (ROOT / path).is_file()
+    }
 
 
 def staged(page: Path, names: dict[Path, str], repository: str, missing: list[str]) -> str:
@@ -79,11 +85,16 @@ def settings() -> dict[str, Any]:
 
 
 def sections() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Yield every section of the site, with the name, title and first sentence of each of its pages."""
+    """Yield every section of the site, with the name, title and first sentence of each of its
+    pages.
+    """
     paths = {name: path for path, name in pages().items()}
     for section in settings()["nav"]:
         for part, names in section.items():
-            yield part, [(name, *_opening(paths[name].read_text(encoding="utf-8"))) for name in names]
+            yield (
+                part,
+                [(name, *_opening(paths[name].read_text(encoding="utf-8"))) for name in names],
+            )
 
 
 def _opening(page: str) -> tuple[str, str]:
@@ -101,7 +112,9 @@ def overview(name: str, description: str) -> Iterator[str]:
         yield f"## {part}\n"
         for page, title, sentence in entries:
             address = page.removesuffix(".md").removesuffix("index")
-            yield f"- [{title}]({address and f'{address}/'})" + (f": {sentence}" if sentence else "")
+            yield f"- [{title}]({address and f'{address}/'})" + (
+                f": {sentence}" if sentence else ""
+            )
         yield ""
 
 
@@ -110,10 +123,13 @@ def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folder = ROOT / config["docs_dir"]
     shutil.rmtree(folder, ignore_errors=True)
-    names, missing = pages(), []
+    names = pages()
+    missing = []
     for page, name in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(staged(page, names, project["urls"]["Repository"], missing), encoding="utf-8")
+        (folder / name).write_text(
+            staged(page, names, project["urls"]["Repository"], missing), encoding="utf-8"
+        )
     shutil.copytree(ROOT / "docs/images", folder / "images")
     shutil.copy(ROOT / "docs/site.css", folder)
     lines = overview(config["site_name"], config["site_description"])

@@ -8,7 +8,11 @@ import assay.errors
 from assay.errors import AssayError, ProofMismatch
 from assay.poc.net.refusals import Refusal
 
-KINDS = [kind for kind in vars(assay.errors).values() if isinstance(kind, type) and issubclass(kind, AssayError)]
+KINDS = [
+    kind
+    for kind in vars(assay.errors).values()
+    if isinstance(kind, type) and issubclass(kind, AssayError)
+]
 
 
 @pytest.mark.parametrize(

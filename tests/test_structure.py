@@ -1,4 +1,6 @@
-"""The shape of the house: no circle, no private name across modules, no function too long, and few names promised."""
+"""The shape of the house: no circle, no private name across modules, no function too long, and few
+names promised.
+"""
 
 import ast
 import importlib
@@ -17,14 +19,19 @@ MODULES = {
     for path in sorted((ROOT / "assay").rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-LONGEST_FUNCTION, MOST_NAMES = 65, 200
+LONGEST_FUNCTION = 65
+MOST_NAMES = 200
 RESEARCH = sorted((ROOT.parent / "research").rglob("*.py"))
 SIGNATURES = "assay.cli"
-"""Functions of the command line are as long as their lists of flags; their bodies are bounded like all others."""
+"""Functions of the command line are as long as their lists of flags; their bodies are bounded like
+all others.
+"""
 
 
 def imports(name: str) -> list[tuple[str, str]]:
-    """Every import in a module, the type-only and the late ones included: (module, imported name or nothing)."""
+    """Every import in a module, the type-only and the late ones included: (module, imported name or
+    nothing).
+    """
     found = []
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
@@ -62,46 +69,73 @@ def test_an_underscore_is_a_boundary():
     ]
     for path in RESEARCH:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "assay":
+            if (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").partition(".")[0] == "assay"
+            ):
                 words = [*str(node.module).split("."), *(alias.name for alias in node.names)]
-                crossed += [f"{path.name} imports {w}" for w in words if w.startswith("_") and not w.startswith("__")]
+                crossed += [
+                    f"{path.name} imports {w}"
+                    for w in words
+                    if w.startswith("_") and not w.startswith("__")
+                ]
     assert not crossed, crossed
 
 
 def test_no_function_is_longer_than_a_screen():
-    """Code lines: without docstring, comments, blank lines inner functions, and the signature of a command."""
+    """Code lines: without docstring, comments, blank lines inner functions, and the signature of a
+    command.
+    """
     found = defaultdict(int)
     for name, tree in TREES.items():
         lines = MODULES[name].read_text(encoding="utf-8").splitlines()
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                body = (
+                    node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                )
                 start = body[0].lineno if name.startswith(SIGNATURES) else node.lineno
-                left_out = set(range(node.body[0].lineno, body[0].lineno)) if body is not node.body else set()
+                left_out = (
+                    set(range(node.body[0].lineno, body[0].lineno))
+                    if body is not node.body
+                    else set()
+                )
                 for inner in (one for part in body for one in ast.walk(part)):
                     if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
                         left_out |= set(range(inner.lineno, (inner.end_lineno or 0) + 1))
                 code = [
                     number
                     for number in range(start, (node.end_lineno or start) + 1)
-                    if number not in left_out and lines[number - 1].strip() and lines[number - 1].strip()[0] != "#"
+                    if number not in left_out
+                    and lines[number - 1].strip()
+                    and lines[number - 1].strip()[0] != "#"
                 ]
                 found[f"{name}.{node.name}"] = len(code)
     assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
 
 
 def test_research_and_examples_import_what_there_is():
-    """Most of them run for minutes, or on machines with a GPU, so an import of a name that has moved shows late."""
+    """Most of them run for minutes, or on machines with a GPU, so an import of a name that has
+    moved shows late.
+    """
     missing = []
     paths = [path for name in ("examples", "scripts") for path in (ROOT.parent / name).glob("*.py")]
     for path in [*paths, *RESEARCH]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             if module.partition(".")[0] == "assay":
-                there = {name for statement in TREES[module].body for name in given_names(statement)}
+                there = {
+                    name for statement in TREES[module].body for name in given_names(statement)
+                }
                 stub = MODULES[module].with_suffix(".pyi")
-                whole = ast.parse(stub.read_text(encoding="utf-8")) if stub.exists() else TREES[module]
-                parts = [part for part in ast.walk(whole) if isinstance(part, ast.Import | ast.ImportFrom)]
+                whole = (
+                    ast.parse(stub.read_text(encoding="utf-8")) if stub.exists() else TREES[module]
+                )
+                parts = [
+                    part
+                    for part in ast.walk(whole)
+                    if isinstance(part, ast.Import | ast.ImportFrom)
+                ]
                 there |= {alias.asname or alias.name for part in parts for alias in part.names}
                 names = (alias.name for alias in node.names)
                 missing += [
@@ -114,7 +148,10 @@ def test_research_and_examples_import_what_there_is():
 
 def test_exported_names_are_there_and_few():
     """That all of them, and all modules, have a docstring, ruff says."""
-    packages = ["assay", *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay.") if found.ispkg)]
+    packages = [
+        "assay",
+        *(found.name for found in pkgutil.walk_packages(assay.__path__, "assay.") if found.ispkg),
+    ]
     faces = [face for face in map(importlib.import_module, packages) if hasattr(face, "__all__")]
     for face in faces:
         assert len(set(face.__all__)) == len(face.__all__)

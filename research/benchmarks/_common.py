@@ -1,4 +1,6 @@
-"""What benchmarks share: the checkout on the path, turns and clocks, and a JSON file that says where it comes from."""
+"""What benchmarks share: the checkout on the path, turns and clocks, and a JSON file that says
+where it comes from.
+"""
 
 import argparse
 import json
@@ -17,7 +19,9 @@ sys.path.insert(0, str(ROOT))  # for helpers of the tests: servers, receivers, c
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Return an argument parser with the option that all benchmarks share."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("-o", "--output", type=Path, help="write the result there as JSON")
     return made
 

@@ -1,9 +1,11 @@
-"""Real vLLM servers on loopback for the benchmarks and tests of the plugin: started, asked, and ended by process id.
+"""Real vLLM servers on loopback for the benchmarks and tests of the plugin: started, asked, and
+ended by process id.
 
-:class:`Server` starts as vLLM has it. Imports are most of a start, so :class:`ForkedServer` is forked from a process
-that has imported vLLM: this file run as a program, which reads one JSON object a line, forks, and answers with the
-process id. Such a server is the same program as one that the command line starts, with the same processes; its engine
-and its worker are forked as well. On a GPU both start as vLLM has it.
+:class:`Server` starts as vLLM has it. Imports are most of a start, so :class:`ForkedServer` is
+forked from a process that has imported vLLM: this file run as a program, which reads one JSON
+object a line, forks, and answers with the process id. Such a server is the same program as one that
+the command line starts, with the same processes; its engine and its worker are forked as well. On a
+GPU both start as vLLM has it.
 """
 
 import asyncio
@@ -62,7 +64,9 @@ OPTIONS = {
 
 
 def free_port():
-    """Return a port without a listener, below those that the system gives to others while a server starts."""
+    """Return a port without a listener, below those that the system gives to others while a server
+    starts.
+    """
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -76,10 +80,14 @@ class Server:
     ``options`` and ``environment`` change the ones above; an option of ``False`` is left out.
     """
 
-    def __init__(self, data_dir, *, python=sys.executable, options=None, environment=None, log=None):
-        self.data_dir, self.python = Path(data_dir), python
+    def __init__(
+        self, data_dir, *, python=sys.executable, options=None, environment=None, log=None
+    ):
+        self.data_dir = Path(data_dir)
+        self.python = python
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        self.options, self.environment = OPTIONS | (options or {}), ENVIRONMENT | (environment or {})
+        self.options = OPTIONS | (options or {})
+        self.environment = ENVIRONMENT | (environment or {})
         self.log = Path(log or self.data_dir / "server.log")
         self.process = self.client = None
         self.port = 0
@@ -96,20 +104,36 @@ class Server:
         self.choose_port()
         template = self.data_dir / "chat.jinja"  # the bundled models have none
         template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-        options = {"--chat-template": str(template)} | self.options | {"--host": "127.0.0.1", "--port": str(self.port)}
-        words = [word for name, value in options.items() if value is not False for word in (name, value) if word]
+        options = (
+            {"--chat-template": str(template)}
+            | self.options
+            | {"--host": "127.0.0.1", "--port": str(self.port)}
+        )
+        words = [
+            word
+            for name, value in options.items()
+            if value is not False
+            for word in (name, value)
+            if word
+        ]
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
-        self.process = self.run(command, os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)})
+        self.process = self.run(
+            command, os.environ | self.environment | {"ASSAY_DATA_DIR": str(self.data_dir)}
+        )
 
     def choose_port(self):
         """Choose the port of the next process, and make the client that asks there."""
         self.port = free_port()
-        self.client = httpx.Client(base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"})
+        self.client = httpx.Client(
+            base_url=self.url, timeout=120.0, headers={"Authorization": f"Bearer {KEY}"}
+        )
 
     def run(self, command, environment):
         """Return the process of a command, which writes into the log."""
         with self.log.open("ab") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.data_dir)
+            return subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, cwd=self.data_dir
+            )
 
     def start(self, timeout=900.0):
         """Start, and wait until chat and the service answer."""
@@ -122,7 +146,8 @@ class Server:
         plain = self.environment.get("VLLM_PLUGINS") == ""  # has no service
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                code, tail = self.process.poll(), self.tail()
+                code = self.process.poll()
+                tail = self.tail()
                 self.stop()
                 raise RuntimeError(f"the server did not start (exit code {code}):\n{tail}")
             with contextlib.suppress(httpx.HTTPError):
@@ -184,10 +209,18 @@ class Server:
         """GET from the service."""
         return self.client.get(f"{POW}{path}", params=params)
 
-    def begin(self, block, *, key="node", seq_len=64, batch_size=8, r_target=2.0, url=None, **other):
+    def begin(
+        self, block, *, key="node", seq_len=64, batch_size=8, r_target=2.0, url=None, **other
+    ):
         """Begin to generate a round."""
         body = {"block_hash": block, "block_height": 1, "public_key": key, "seq_len": seq_len}
-        body |= {"batch_size": batch_size, "r_target": r_target, "node_id": 0, "node_count": 1, "callback_url": url}
+        body |= {
+            "batch_size": batch_size,
+            "r_target": r_target,
+            "node_id": 0,
+            "node_count": 1,
+            "callback_url": url,
+        }
         response = self.post("/init/generate", body | other)
         response.raise_for_status()
         return response.json()
@@ -210,14 +243,19 @@ class Server:
         deadline = time.monotonic() + timeout
         while True:
             status = self.get("/engine").json()
-            held = sum(worker["rows"] + worker["filled"] + worker["streams"] for worker in status["workers"])
+            held = sum(
+                worker["rows"] + worker["filled"] + worker["streams"]
+                for worker in status["workers"]
+            )
             if not (held or status["nonces"] or status["chat"]) or time.monotonic() > deadline:
                 return status
             time.sleep(0.1)
 
 
 def distribution(folder, name, entry_points):
-    """Write the description of an installed package with entry points, by group and name; return its folder."""
+    """Write the description of an installed package with entry points, by group and name; return
+    its folder.
+    """
     info = Path(folder) / f"{name}-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
@@ -272,19 +310,34 @@ async def talk(url, count, *, tokens=12, at_once=4):
 
 
 async def chat_once(client, index, *, tokens=24, prompt=None):
-    """Send one chat, completion or streaming request; return its text, status and seconds to the first token."""
+    """Send one chat, completion or streaming request; return its text, status and seconds to the
+    first token.
+    """
     kind = ("chat", "completion", "stream-chat", "stream-completion")[index % 4]
     prompt = prompt or BEGINNINGS[index // 4 % len(BEGINNINGS)].format(index)
-    body = {"model": MODEL, "max_tokens": tokens, "temperature": 0.0, "stream": kind.startswith("stream")}
+    body = {
+        "model": MODEL,
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "stream": kind.startswith("stream"),
+    }
     if kind.endswith("chat"):
-        path, body = "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
+        path = "/v1/chat/completions"
+        body = body | {"messages": [{"role": "user", "content": prompt}]}
     else:
-        path, body = "/v1/completions", body | {"prompt": prompt}
+        path = "/v1/completions"
+        body = body | {"prompt": prompt}
     started = time.perf_counter()
     if not body["stream"]:
         response = await client.post(path, json=body)
-        return {"kind": kind, "status": response.status_code, "text": _text(response.json()), "first": None}
-    first, text = None, []
+        return {
+            "kind": kind,
+            "status": response.status_code,
+            "text": _text(response.json()),
+            "first": None,
+        }
+    first = None
+    text = []
     async with client.stream("POST", path, json=body) as response:
         async for line in lines_of(response):
             if not line.startswith("data: ") or line == "data: [DONE]":
@@ -295,7 +348,9 @@ async def chat_once(client, index, *, tokens=24, prompt=None):
 
 
 async def lines_of(response):
-    """Yield the lines of a stream, which end at line feeds; httpx ends them at separators that a text may have, too."""
+    """Yield the lines of a stream, which end at line feeds; httpx ends them at separators that a
+    text may have, too.
+    """
     rest = b""
     async for part in response.aiter_bytes():
         *whole, rest = (rest + part).split(b"\n")
@@ -312,14 +367,20 @@ def _text(body):
 
 
 async def answer(engine, ids, tokens, **options):
-    """Let a vLLM engine of this process answer a prompt; return its tokens and the seconds to the first."""
+    """Let a vLLM engine of this process answer a prompt; return its tokens and the seconds to the
+    first.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.DELTA
-    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, detokenize=False, ignore_eos=True, output_kind=kind)
+    sampling = SamplingParams(
+        max_tokens=tokens, temperature=0.0, detokenize=False, ignore_eos=True, output_kind=kind
+    )
     prompt = {"type": "token", "prompt_token_ids": ids}
-    started, first, found = time.perf_counter(), None, []
+    started = time.perf_counter()
+    first = None
+    found = []
     async for output in engine._client._llm.generate(prompt, sampling, uuid4().hex, **options):
         first = first or time.perf_counter() - started
         found += output.outputs[0].token_ids
@@ -345,7 +406,8 @@ CHOOSING = "PYTHONPATH", "VLLM_PLUGINS"
 
 
 class ForkedServer(Server):
-    """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are those of any other.
+    """A server with the plugin that starts faster than the first one. ``kill`` and ``stop`` are
+    those of any other.
 
     ``serves`` starts it as ``vllm serve`` does.
     """
@@ -355,7 +417,9 @@ class ForkedServer(Server):
         self._serves = serves
 
     def run(self, command, environment):
-        """Fork a server; the first one of an interpreter and a choice waits until vLLM is imported."""
+        """Fork a server; the first one of an interpreter and a choice waits until vLLM is
+        imported.
+        """
         argv = [COMMAND_LINE, "serve", *command[3:]] if self._serves else command[2:]
         if torch.cuda.is_available():
             return super().run([self.python, "-m", *argv], environment)
@@ -363,8 +427,11 @@ class ForkedServer(Server):
         if kind not in _parents:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             with self.log.open("ab") as log:
-                _parents[kind] = subprocess.Popen([self.python, __file__], env=environment, stderr=log, **pipes)
-        parent, code = _parents[kind], self.data_dir / "exit-code"
+                _parents[kind] = subprocess.Popen(
+                    [self.python, __file__], env=environment, stderr=log, **pipes
+                )
+        parent = _parents[kind]
+        code = self.data_dir / "exit-code"
         code.unlink(missing_ok=True)
         order = {"argv": argv, "log": str(self.log), "cwd": str(self.data_dir), "code": str(code)}
         print(json.dumps(order | {"environment": environment}), file=parent.stdin, flush=True)
@@ -372,7 +439,9 @@ class ForkedServer(Server):
 
 
 _parents: dict[tuple[str, ...], subprocess.Popen] = {}
-"""The process that forks the servers of an interpreter and a choice. It ends with this one, which closes its input."""
+"""The process that forks the servers of an interpreter and a choice. It ends with this one, which
+closes its input.
+"""
 
 
 @atexit.register
@@ -408,15 +477,17 @@ class _Process(psutil.Process):
 
 
 def prepare():
-    """Import vLLM, and have every process that this one and its children start be a fork that has it already."""
+    """Import vLLM, and have every process that this one and its children start be a fork that has
+    it already.
+    """
     from vllm.utils import network_utils, system_utils
 
     # On a CPU vLLM has every process import everything anew.
     forked = multiprocessing.get_context("fork")
     system_utils.get_mp_context = lambda: forked
     multiprocessing.get_context = lambda method=None: forked
-    # A forked engine holds the server's port, too. A server that ends reads the command line of every process that
-    # does, to warn of it, which raises if that process ends at the same moment.
+    # A forked engine holds the server's port, too. A server that ends reads the command line of
+    # every process that does, to warn of it, which raises if that process ends at the same moment.
     network_utils.find_process_using_port = lambda port: None
     for name in IMPORTED:
         importlib.import_module(name)
@@ -448,7 +519,8 @@ def fork_servers():
 
 
 def _hide_wrapped_library():
-    """Let numba be imported before a worker starts: on a CPU vLLM reads the ``__dict__`` of everything that is there.
+    """Let numba be imported before a worker starts: on a CPU vLLM reads the ``__dict__`` of
+    everything that is there.
 
     That of numba's library would be a function of the library.
     """
@@ -464,7 +536,9 @@ def _hide_wrapped_library():
 
 
 def _name_package():
-    """Let the command line find its version: it asks for one of ``vllm``, and the CPU build has another name."""
+    """Let the command line find its version: it asks for one of ``vllm``, and the CPU build has
+    another name.
+    """
     known = importlib.metadata.version
 
     def version(name):
@@ -494,13 +568,18 @@ def serve():
 
 # Requests of mixed parameters, as clients send them, and the receipts of what is answered.
 
-BLOCK, NODE = "block-of-responses", "node"
+BLOCK = "block-of-responses"
+NODE = "node"
 SEEDED = {"ASSAY_RESPONSES": "seeded", "ASSAY_RESPONSES_PUBLIC_KEY": NODE}
-ON_GPU = {"--gpu-memory-utilization": "0.15", "--kv-cache-memory-bytes": "8000000000"}  # many start at once
+ON_GPU = {
+    "--gpu-memory-utilization": "0.15",
+    "--kv-cache-memory-bytes": "8000000000",
+}  # many start at once
 
 
 def mixed(count, tokenizer, *, seed=0, tokens=(1, 80), drafts=False):
-    """Return requests of mixed prompts and parameters, the first of them with one parameter of each kind.
+    """Return requests of mixed prompts and parameters, the first of them with one parameter of each
+    kind.
 
     ``drafts`` leaves out what vLLM refuses beside them.
     """
@@ -520,7 +599,9 @@ def mixed(count, tokenizer, *, seed=0, tokens=(1, 80), drafts=False):
     requests = []
     for number in range(count):
         sampling = (
-            kinds[number] if number < len(kinds) else chosen.choice(kinds) | {"temperature": chosen.random() + 0.1}
+            kinds[number]
+            if number < len(kinds)
+            else chosen.choice(kinds) | {"temperature": chosen.random() + 0.1}
         )
         text = chosen.choice(BEGINNINGS).format(number) * chosen.choice((1, 1, 4))
         requests.append(
@@ -544,15 +625,20 @@ def body_of(request, **other):
 
 
 async def send(client, request, gate, **other):
-    """Send one request; return its status, text, finish reason and the times at which its pieces came."""
+    """Send one request; return its status, text, finish reason and the times at which its pieces
+    came.
+    """
     async with gate:
         headers = {"X-Request-Id": request.request_id}
         body = body_of(request, **other)
         if not body.get("stream"):
             answer = await client.post("/v1/completions", json=body, headers=headers)
-            choice = answer.json()["choices"][0] if answer.status_code == 200 else {"text": answer.text}
+            choice = (
+                answer.json()["choices"][0] if answer.status_code == 200 else {"text": answer.text}
+            )
             return {"status": answer.status_code, "text": choice["text"], "times": []}
-        times, text = [time.perf_counter()], []
+        times = [time.perf_counter()]
+        text = []
         async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
             async for line in lines_of(answer):
                 if line.startswith("data: {"):
@@ -568,7 +654,10 @@ async def send_all(url, requests, *, at_once=8, **other):
     """Send requests, some at a time; ``stream`` alternates where it is not given."""
     async with httpx.AsyncClient(base_url=url, timeout=600.0) as client:
         gate = asyncio.Semaphore(at_once)
-        given = [other if "stream" in other else other | {"stream": bool(i % 2)} for i in range(len(requests))]
+        given = [
+            other if "stream" in other else other | {"stream": bool(i % 2)}
+            for i in range(len(requests))
+        ]
         return await asyncio.gather(
             *(send(client, one, gate, **more) for one, more in zip(requests, given, strict=True))
         )
@@ -588,13 +677,17 @@ def begin(server, block=BLOCK):
 
 
 def agreement(server, model, requests, wanted=None):
-    """Return how many receipts of a server have the tokens and the sketches that transformers give."""
+    """Return how many receipts of a server have the tokens and the sketches that transformers
+    give.
+    """
     wanted = wanted or respond(model, requests, block_hash=BLOCK, public_key=NODE)
     answers = asyncio.run(send_all(server.url, requests))
     odd = [one for one in answers if one["status"] != 200]
     assert not odd, odd
     found = [receipts_of(server, request.request_id)[0] for request in requests]
-    same = [ours.output == theirs.output for ours, theirs in zip(found, wanted.receipts, strict=True)]
+    same = [
+        ours.output == theirs.output for ours, theirs in zip(found, wanted.receipts, strict=True)
+    ]
     distances = [
         float(abs(ours.sketches.astype(float) - theirs.sketches.astype(float)).max())
         for ours, theirs, equal in zip(found, wanted.receipts, same, strict=True)
@@ -605,9 +698,12 @@ def agreement(server, model, requests, wanted=None):
         "requests": len(requests),
         "same_tokens": sum(same),
         "tokens": sum(len(receipt.output) for receipt in found),
-        "match_on_replay": sum(one.matches for one in replays) / sum(len(one.margins) for one in replays),
+        "match_on_replay": sum(one.matches for one in replays)
+        / sum(len(one.margins) for one in replays),
         "largest_difference_of_sketches": max(distances, default=0.0),
-        "different": [request.request_id for request, equal in zip(requests, same, strict=True) if not equal][:5],
+        "different": [
+            request.request_id for request, equal in zip(requests, same, strict=True) if not equal
+        ][:5],
     }
 
 

@@ -1,11 +1,13 @@
-"""Every reader of files under atheris: files that reach each line of it are read, or refused by an error of assay.
+"""Every reader of files under atheris: files that reach each line of it are read, or refused by an
+error of assay.
 
 ``make redteam`` installs atheris, which assay does not need, and runs it.
 
     python research/benchmarks/atheris_readers.py FOLDER --seconds 60
 
-FOLDER has a whole file of every kind, as ``redteam_surface.samples`` writes them. A line of JSON for each
-reader says with what its process ended: 0, or else libFuzzer names the file that was neither read nor refused.
+FOLDER has a whole file of every kind, as ``redteam_surface.samples`` writes them. A line of JSON
+for each reader says with what its process ended: 0, or else libFuzzer names the file that was
+neither read nor refused.
 """
 
 import argparse
@@ -42,7 +44,10 @@ def follow(name: str, read: Callable[[Path], object], whole: Path, seconds: int)
             return
 
     limits = [f"-max_total_time={seconds}", "-rss_limit_mb=4096", "-timeout=20", "-max_len=65536"]
-    atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={folder}/", "-print_final_stats=1", str(seeds)], one)
+    atheris.Setup(
+        [sys.argv[0], *limits, f"-artifact_prefix={folder}/", "-print_final_stats=1", str(seeds)],
+        one,
+    )
     atheris.Fuzz()
 
 
@@ -55,7 +60,10 @@ def main():
         if not (child := os.fork()):
             follow(name, read, chosen.folder, chosen.seconds)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"attack": f"atheris over {name}", "ended": ended, "held": ended == 0}), flush=True)
+        print(
+            json.dumps({"attack": f"atheris over {name}", "ended": ended, "held": ended == 0}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""How far honest engines differ on the bundled models: the laws that come with assay, for their digests alone.
+"""How far honest engines differ on the bundled models: the laws that come with assay, for their
+digests alone.
 
-Both bundled models prove the same nonces in every dtype and in two batch shapes. Residuals between every two engines
-of a pair of dtypes are pooled, and the law is fitted at its 99 % upper bound. Engines that agree to the bit (same
-dtype, same machine) leave the resolution of a distance, so pairs of one dtype are also measured between two machines:
-run with `--save` on one and give the saved records with `--with` on the other. `--kernels` adds the plain attention of
-the library as another engine, which shows noise within one dtype on one machine.
+Both bundled models prove the same nonces in every dtype and in two batch shapes. Residuals between
+every two engines of a pair of dtypes are pooled, and the law is fitted at its 99 % upper bound.
+Engines that agree to the bit (same dtype, same machine) leave the resolution of a distance, so
+pairs of one dtype are also measured between two machines: run with `--save` on one and give the
+saved records with `--with` on the other. `--kernels` adds the plain attention of the library as
+another engine, which shows noise within one dtype on one machine.
 
-    python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 --save cuda.npz
-    python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 --with cuda.npz --install \
+    python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 --save
+    cuda.npz python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64
+    --with cuda.npz --install \
         -o research/results/hardened_noise.json
 """
 
@@ -31,29 +34,43 @@ MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = (32, 5)
 PRESETS = ("poc-2.0", "artifact", "hardened")
-AUDITS, AUDITED = 4000, 64
+AUDITS = 4000
+AUDITED = 64
 MARGIN = 2.0  # over what was measured, for machines that were not
 CONFIDENCE = 0.99
 
 
 def upper_law(fit, n):
-    """Return a law that is at least as large as the true noise, by the standard errors of its size and of an sd."""
+    """Return a law that is at least as large as the true noise, by the standard errors of its size
+    and of an sd.
+    """
     z, (law, error) = float(special.ndtri(CONFIDENCE)), fit
     law = law.scaled(math.exp(z * error))
-    return replace(law, sd=law.sd * math.exp(z / math.sqrt(2 * n))) if isinstance(law, stats.LogNoise) else law
+    return (
+        replace(law, sd=law.sd * math.exp(z / math.sqrt(2 * n)))
+        if isinstance(law, stats.LogNoise)
+        else law
+    )
 
 
 def records(options):
     """One array per (preset, model, dtype, machine, batch shape and kernels)."""
-    found, nonces = {}, options.nonces
-    engines = [(size, "sdpa") for size in SHAPES] + ([(SHAPES[0], "eager")] if options.kernels else [])
+    found = {}
+    nonces = options.nonces
+    engines = [(size, "sdpa") for size in SHAPES] + (
+        [(SHAPES[0], "eager")] if options.kernels else []
+    )
     for reference, dtype in itertools.product(MODELS, DTYPES):
         model = load_model(reference, dtype=dtype, device=options.device)
         for (batch_size, kernels), preset in itertools.product(engines, options.presets):
             model.module.set_attn_implementation(kernels)
-            name = f"{model.device.type} {batch_size}" + (f" {kernels}" if kernels != "sdpa" else "")
+            name = f"{model.device.type} {batch_size}" + (
+                f" {kernels}" if kernels != "sdpa" else ""
+            )
             round = Round(block_hash="noise", public_key="default", preset=preset)
-            proof = prove(model, round, range(nonces), engine=HFEngine(model, batch_size=batch_size))
+            proof = prove(
+                model, round, range(nonces), engine=HFEngine(model, batch_size=batch_size)
+            )
             note(f"{preset} {reference} {dtype} {name}")
             vectors = get_pipeline(preset).output == "vector"
             values = np.stack([r.vector for r in proof.records]) if vectors else proof.distances
@@ -65,7 +82,8 @@ def pooled(found, preset, one, two):
     """Residuals between every two different engines of this pair of dtypes, over both models."""
     parts = []
     for (a, values), (b, others) in itertools.combinations(found.items(), 2):
-        first, second = a.split("|"), b.split("|")
+        first = a.split("|")
+        second = b.split("|")
         if first[:2] == second[:2] and first[0] == preset and {first[2], second[2]} == {one, two}:
             difference = values - others
             parts.append(difference if difference.ndim == 1 else np.linalg.norm(difference, axis=1))
@@ -73,7 +91,9 @@ def pooled(found, preset, one, two):
 
 
 def accused(pipeline, errors, rng):
-    """Share of simulated audits of honest nodes that are accused, with a law fitted to the other half."""
+    """Share of simulated audits of honest nodes that are accused, with a law fitted to the other
+    half.
+    """
     errors = rng.permutation(errors)
     half = len(errors) // 2
     law = upper_law(fit_noise(pipeline, errors[:half]), half)
@@ -87,7 +107,9 @@ def main():
     arguments.add_argument("--nonces", type=int, default=128)
     arguments.add_argument("--device")
     arguments.add_argument("--presets", nargs="+", default=PRESETS)
-    arguments.add_argument("--kernels", action="store_true", help="also with the library's plain attention")
+    arguments.add_argument(
+        "--kernels", action="store_true", help="also with the library's plain attention"
+    )
     arguments.add_argument("--save", type=Path, help="write the records of this machine and stop")
     arguments.add_argument("--with", type=Path, dest="others", help="records of another machine")
     arguments.add_argument("--install", action="store_true", help="write the laws into the package")
@@ -99,7 +121,8 @@ def main():
     if options.others:
         with np.load(options.others) as others:
             found |= {name: others[name] for name in others.files}
-    laws, measured = {}, []
+    laws = {}
+    measured = []
     for preset in options.presets:
         pipeline = get_pipeline(preset)
         for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
@@ -108,11 +131,23 @@ def main():
             law = upper_law(fit, len(errors))
             laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = law_as_dict(law.scaled(MARGIN))
             quantiles = np.quantile(np.abs(errors), (0.5, 0.95, 1.0)).tolist()
-            row = {"preset": preset, "pair": f"{one}/{two}", "n": len(errors), "confidence": CONFIDENCE}
-            row |= {"audits": AUDITS, "accused": accused(pipeline, errors, np.random.default_rng(0))}
+            row = {
+                "preset": preset,
+                "pair": f"{one}/{two}",
+                "n": len(errors),
+                "confidence": CONFIDENCE,
+            }
+            row |= {
+                "audits": AUDITS,
+                "accused": accused(pipeline, errors, np.random.default_rng(0)),
+            }
             measured.append(row | {"median_95_max": quantiles, "law": law_as_dict(law)})
     engines = sorted({name.split("|")[3] for name in found})
-    publish("default_noise", {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws}, options.output)
+    publish(
+        "default_noise",
+        {"engines": engines, "margin": MARGIN, "measured": measured, "laws": laws},
+        options.output,
+    )
     if options.install:
         installed = read_json(BUNDLED_LAWS)
         installed["laws"] |= laws

@@ -1,12 +1,14 @@
-"""What a control does on published vectors of real machines: each machine is left out once, and judged by the others.
+"""What a control does on published vectors of real machines: each machine is left out once, and
+judged by the others.
 
-The validator has machine j, and machine k as its control, or k and l; scores are those of `verify`. Law, power and
-spread come from the machines that are left, on the same nonces. Audits draw nonces without replacement. A cheat is 1.4
-times the honest distance, of the pair or of what is usual where that is larger; or another build. The geometric mean of
-a node's distances was chosen on the sets of 2026-04, and then measured on those of 2026-05. The intervals are over
-machines.
+The validator has machine j, and machine k as its control, or k and l; scores are those of `verify`.
+Law, power and spread come from the machines that are left, on the same nonces. Audits draw nonces
+without replacement. A cheat is 1.4 times the honest distance, of the pair or of what is usual where
+that is larger; or another build. The geometric mean of a node's distances was chosen on the sets of
+2026-04, and then measured on those of 2026-05. The intervals are over machines.
 
-    python research/benchmarks/controls.py --data cluster_nonces.jsonl.gz -o research/results/controls.json
+    python research/benchmarks/controls.py --data cluster_nonces.jsonl.gz -o
+    research/results/controls.json
 """
 
 import itertools
@@ -22,7 +24,10 @@ from assay.poc import Noise
 from assay.poc.verdict import fit_machines
 from assay.poc.verdict.noise import Control, sequential_test
 
-AUDITS, CHECKED, WITHIN, EFFECT = 200, 300, 60, 1.25
+AUDITS = 200
+CHECKED = 300
+WITHIN = 60
+EFFECT = 1.25
 CHEATS = 60, 150  # audits of a cheat by one machine, and their nonces
 
 
@@ -39,7 +44,9 @@ def caught_at(test, values_RC):
 
 
 def leave_one_out(build, cheats, controls, rng):
-    """Return what is seen of every machine that is left out, with so many controls, by sort of audit."""
+    """Return what is seen of every machine that is left out, with so many controls, by sort of
+    audit.
+    """
     nonces = sorted(set.intersection(*(set(one.vectors) for one in build.sets)))
     apart = {
         (i, j): distances(build.sets[i], build.sets[j], nonces)
@@ -49,15 +56,23 @@ def leave_one_out(build, cheats, controls, rng):
     for machine in range(len(build.sets)):
         rest = [row for row in range(len(build.sets)) if row != machine]
         usual = {
-            row: float(np.median([np.median(apart[other, row]) for other in rest if other != row])) for row in rest
+            row: float(np.median([np.median(apart[other, row]) for other in rest if other != row]))
+            for row in rest
         }  # known before a node is judged
 
         def beside(judge, *others, rest=rest):
-            """Return a judge and the machines that compute beside it, of other kinds where there are enough."""
+            """Return a judge and the machines that compute beside it, of other kinds where there
+            are enough.
+            """
             alike = {build.kinds[row] for row in (judge, *others)}
             known = [row for row in rest if row not in (judge, *others)]
             foreign = [row for row in known if build.kinds[row] not in alike]
-            return [judge, *rng.permutation(foreign if len(foreign) >= controls else known)[:controls].tolist()]
+            return [
+                judge,
+                *rng.permutation(foreign if len(foreign) >= controls else known)[
+                    :controls
+                ].tolist(),
+            ]
 
         def between(rows):
             return np.stack([apart[pair] for pair in itertools.combinations(rows, 2)])
@@ -66,16 +81,23 @@ def leave_one_out(build, cheats, controls, rng):
             """Return the control of these computations, with what is typical of each."""
             sizes = tuple(np.median(between(rows), axis=1).tolist())
             dtypes = tuple(f"machine {row}" for row in rows[1:])
-            return Control(of="", dtypes=dtypes, usual=tuple(map(usual.get, rows)), sizes=sizes, powers=powers)
+            return Control(
+                of="", dtypes=dtypes, usual=tuple(map(usual.get, rows)), sizes=sizes, powers=powers
+            )
 
         pairs = list(itertools.combinations(range(len(rest)), 2))
         if controls:  # machines of a kind are alike, and say little of each other's nonces
-            pairs = [(a, b) for a, b in pairs if build.kinds[rest[a]] != build.kinds[rest[b]]] or pairs
-        scores, powers = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}, ()
+            pairs = [
+                (a, b) for a, b in pairs if build.kinds[rest[a]] != build.kinds[rest[b]]
+            ] or pairs
+        scores = {(a, b): apart[rest[a], rest[b]] for a, b in pairs}
+        powers = ()
         if controls:
             both = {}
             for a, b in pairs:
-                node, judge = (rest[a], rest[b]) if (a + b) % 2 else (rest[b], rest[a])  # each is a node
+                node, judge = (
+                    (rest[a], rest[b]) if (a + b) % 2 else (rest[b], rest[a])
+                )  # each is a node
                 rows = beside(judge, node)
                 both[a, b] = rows, np.stack([apart[node, row] for row in rows])
             over = [
@@ -87,7 +109,8 @@ def leave_one_out(build, cheats, controls, rng):
             ]
             powers = Control.measured(over, of="", dtypes=[""] * controls).powers
             scores = {
-                pair: control_of(rows, powers).scores(node_EN, between(rows)) for pair, (rows, node_EN) in both.items()
+                pair: control_of(rows, powers).scores(node_EN, between(rows))
+                for pair, (rows, node_EN) in both.items()
             }
         noise = fit_machines(scores, [build.kinds[row] for row in rest], fit)
         seen = {"sd": noise.law.sd, "spread": noise.spread.sd, "power": sum(powers)}
@@ -110,40 +133,72 @@ def leave_one_out(build, cheats, controls, rng):
                 }
             for name, distances_of in of_sort.items():
                 node_EN = np.stack([distances_of(row) for row in rows])
-                values = control_of(rows, powers).scores(node_EN, between(rows)) if controls else node_EN[0]
+                values = (
+                    control_of(rows, powers).scores(node_EN, between(rows))
+                    if controls
+                    else node_EN[0]
+                )
                 audits, checked = (AUDITS, CHECKED) if name == "honest" else CHEATS
-                found_by_sort[name.split("/")[0]] += caught_at(test, drawn(rng, values, audits, checked)).tolist()
+                found_by_sort[name.split("/")[0]] += caught_at(
+                    test, drawn(rng, values, audits, checked)
+                ).tolist()
         found.append(seen | found_by_sort)
     return found
 
 
 def summary(found, name):
-    """Return the share accused with its interval over machines, and after how many nonces cheats are caught."""
+    """Return the share accused with its interval over machines, and after how many nonces cheats
+    are caught.
+    """
     every = np.concatenate([one[name] for one in found])
     if name == "honest":
         shares = [float(np.mean(np.isfinite(one[name]))) for one in found]
         low, high = stats.grouped_share_interval(shares, range(len(shares)))
-        return {"audits": every.size, "accused": int(np.isfinite(every).sum()), "low": low, "high": high}
-    median, last = (x if np.isfinite(x) else None for x in np.quantile(every, (0.5, 0.99), method="higher").tolist())
-    return {"audits": every.size, "within_60": float((every <= WITHIN).mean()), "median": median, "by_99": last}
+        return {
+            "audits": every.size,
+            "accused": int(np.isfinite(every).sum()),
+            "low": low,
+            "high": high,
+        }
+    median, last = (
+        x if np.isfinite(x) else None
+        for x in np.quantile(every, (0.5, 0.99), method="higher").tolist()
+    )
+    return {
+        "audits": every.size,
+        "within_60": float((every <= WITHIN).mean()),
+        "median": median,
+        "by_99": last,
+    }
 
 
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--data", required=True)
-    options, rng, builds = arguments.parse_args(), np.random.default_rng(0), []
+    options = arguments.parse_args()
+    rng = np.random.default_rng(0)
+    builds = []
     groups = builds_of(read_vector_sets(options.data))
     for build in (one for one in sound_builds(groups) if len(one.sets) >= 4):
         same = [one for one in groups if (one.family, one.round) == (build.family, build.round)]
         cheats = {group.model: group.sets for group in same if group.model != build.model}
         for controls in (0, 1, 2) if len(build.sets) > 4 else (0, 1):
             found = leave_one_out(build, cheats, controls, rng)
-            names = [name for name in ("honest", "x1.4", *cheats) if any(one[name] for one in found)]
+            names = [
+                name for name in ("honest", "x1.4", *cheats) if any(one[name] for one in found)
+            ]
             row = {"build": build.name, "machines": len(build.sets), "controls": controls}
-            row |= {key: float(np.mean([one[key] for one in found])) for key in ("sd", "spread", "power")}
+            row |= {
+                key: float(np.mean([one[key] for one in found]))
+                for key in ("sd", "spread", "power")
+            }
             builds.append(row | {name: summary(found, name) for name in names})
             print(builds[-1], flush=True)
-    publish("controls", {"audits": AUDITS, "checked": CHECKED, "effect": EFFECT, "builds": builds}, options.output)
+    publish(
+        "controls",
+        {"audits": AUDITS, "checked": CHECKED, "effect": EFFECT, "builds": builds},
+        options.output,
+    )
 
 
 if __name__ == "__main__":

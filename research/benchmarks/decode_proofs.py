@@ -1,14 +1,20 @@
-"""What a proof of decoding costs its verifier, over what it costs its prover, and which cheats it catches.
+"""What a proof of decoding costs its verifier, over what it costs its prover, and which cheats it
+catches.
 
-Cost: both sides run the same nonces on the same device in turn, after a batch each that is not counted. The figure is
-the verifier's time over the prover's, with its quartiles over the turns. Both run transformers with eager kernels; a
-prover with a faster decoder, such as vLLM, has a ratio that is worse for the verifier by as much.
+Cost: both sides run the same nonces on the same device in turn, after a batch each that is not
+    counted. The figure is
+the verifier's time over the prover's, with its quartiles over the turns. Both run transformers with
+eager kernels; a prover with a faster decoder, such as vLLM, has a ratio that is worse for the
+verifier by as much.
 
-Cheats (`--cheats`): each of :mod:`assay_research.decoding` against an honest proof, judged by the default law of the
-number format. A row has the median residual over that of the honest proof, and the nonces until the verdict is fraud.
+Cheats (`--cheats`): each of :mod:`assay_research.decoding` against an honest proof, judged by the
+    default law of the
+number format. A row has the median residual over that of the honest proof, and the nonces until the
+verdict is fraud.
 
     python research/benchmarks/decode_proofs.py --cheats -o research/results/decode_proofs_cpu.json
-    python research/benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 --device cuda \
+    python research/benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16
+    --device cuda \
         --batch-size 8 16 32 -o research/results/decode_proofs_h200_llama-3.1-8b.json
 """
 
@@ -59,17 +65,24 @@ def cheats(model, round, batch_size, options):
         "honest": lambda: honest,
         "draft: 8-bit weights": lambda: drafted(honest, model, rounded(model, 8), **size),
         "draft: 4-bit weights": lambda: drafted(honest, model, rounded(model, 4), **size),
-        "draft: without the last layer": lambda: drafted(honest, model, without_last_layers(model, 1), **size),
-        "draft: half of the layers": lambda: drafted(honest, model, without_last_layers(model, layers // 2), **size),
+        "draft: without the last layer": lambda: drafted(
+            honest, model, without_last_layers(model, 1), **size
+        ),
+        "draft: half of the layers": lambda: drafted(
+            honest, model, without_last_layers(model, layers // 2), **size
+        ),
         "4-bit weights": lambda: _as(honest, prove(rounded(model, 4), round, nonces, **size)),
         "half of the prompt left out": lambda: forgetful(honest, model, **size),
         "half of the steps, twice": lambda: repeated(honest),
         "half of the nonces recycled": lambda: recycled(honest),
     }
-    rows, base = [], None
+    rows = []
+    base = None
     for name, make in made.items():
         proof = make()
-        records = [record for batch in recompute(honest.header, engine, proof.records) for record in batch]
+        records = [
+            record for batch in recompute(honest.header, engine, proof.records) for record in batch
+        ]
         errors = residuals(proof.records, records)
         base = base or float(np.median(errors))
         margins = np.stack([record.margins for record in records])
@@ -118,9 +131,16 @@ def main():
         for dtype in options.dtypes:
             note(f"{reference} {dtype}")
             model = load_model(reference, dtype=dtype, device=options.device)
-            round = Round(block_hash="bench", public_key="k", preset=options.preset, seq_len=options.seq_len)
+            round = Round(
+                block_hash="bench", public_key="k", preset=options.preset, seq_len=options.seq_len
+            )
             for batch_size in options.batch_size:
-                row = {"model": reference, "dtype": dtype, "batch_size": batch_size, "preset": options.preset}
+                row = {
+                    "model": reference,
+                    "dtype": dtype,
+                    "batch_size": batch_size,
+                    "preset": options.preset,
+                }
                 row |= {"seq_len": options.seq_len, "device": str(model.device)}
                 if options.turns:
                     row |= cost(model, round, batch_size, options)

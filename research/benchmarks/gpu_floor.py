@@ -1,18 +1,22 @@
-"""What a batch takes at least on one CUDA device: its products, its attention, and the traffic between them.
+"""What a batch takes at least on one CUDA device: its products, its attention, and the traffic
+between them.
 
 All are those of the shapes of a model, by torch's own kernels on random data:
 
-- *products*: the four of every layer, with queries, keys and values as one and gate and up as one; in bfloat16 through
-  `linear`, in float8 through torch's product with scales by row, whose inputs are rounded before the clock starts;
+- *products*: the four of every layer, with queries, keys and values as one and gate and up as one;
+  in bfloat16 through `linear`, in float8 through torch's product with scales by row, whose inputs
+  are rounded before the clock starts;
 - *attention*: causal, through the kernel that the engine takes, in bfloat16 in both formats;
-- *traffic*: copies of as many bytes as the steps between the products must read and write if each passes once over
-  memory: queries and keys turned, two sums with their norms, the activated gate, and in float8 the output of attention
-  rounded. What the next product reads in float8 counts one byte. In a mixture, rows also go to their experts and back.
+- *traffic*: copies of as many bytes as the steps between the products must read and write if each
+  passes once over memory: queries and keys turned, two sums with their norms, the activated gate,
+  and in float8 the output of attention rounded. What the next product reads in float8 counts one
+  byte. In a mixture, rows also go to their experts and back.
 
-Each part is timed alone and all of them in the order of a layer, in turns; the device slows down under products alone,
-which draw the most power. The floor is the time of all in order. `whole` has every layer for every position; `prove` is
-the work that `prove` does: of its last layer, only keys and values are for every position. It is no bound for a kernel
-that takes a step between products into a product, as an update of the residual stream is.
+Each part is timed alone and all of them in the order of a layer, in turns; the device slows down
+under products alone, which draw the most power. The floor is the time of all in order. `whole` has
+every layer for every position; `prove` is the work that `prove` does: of its last layer, only keys
+and values are for every position. It is no bound for a kernel that takes a step between products
+into a product, as an update of the residual stream is.
 
     python research/benchmarks/gpu_floor.py --model shape:qwen3-0.6b -o floor.json
 """
@@ -30,7 +34,11 @@ from assay.models.eight_bits import FLOAT8, Rounded, grouped_product, round_rows
 from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.fused import layer_shape, layer_weights, parted
 
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # the engine's
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]  # the engine's
 PROJECTIONS = ("qkv", "o_proj", "gate_up", "down_proj")
 MLP = PROJECTIONS[2:]
 
@@ -54,10 +62,12 @@ class Floor:
         self.shape = layer_shape(decoder_layers(model.module)[0])
         self.layers = weights_of(model)
         self.batch_size, self.seq_len, self.rows = batch_size, seq_len, batch_size * seq_len
-        self.width, self.hidden = self.shape.head_width, model.hidden_size
+        self.width = self.shape.head_width
+        self.hidden = model.hidden_size
         self.chosen = self.shape.chosen  # experts of a position; 0 without a mixture
         self.mlp = self.layers[0]["down_proj"][0].shape[-1]
-        # Positions of the experts are as many as all choices, and each expert has as many as any other.
+        # Positions of the experts are as many as all choices, and each expert has as many as any
+        # other.
         copies = {name: self.chosen or 1 if name in MLP else 1 for name in PROJECTIONS}
         shapes = {(weight.shape[-1], copies[name]) for name, (weight, _) in self.layers[0].items()}
         self.inputs = {shape: self._random(shape[0], self.rows * shape[1]) for shape in shapes}
@@ -92,7 +102,9 @@ class Floor:
         return functional.linear(x, weight, bias)
 
     def _grouped(self, x, weights):
-        tensor, count = (x.values, len(weights.values)) if isinstance(weights, Rounded) else (x, len(weights))
+        tensor, count = (
+            (x.values, len(weights.values)) if isinstance(weights, Rounded) else (x, len(weights))
+        )
         ends = torch.arange(1, count + 1, device="cuda", dtype=torch.int32) * (len(tensor) // count)
         if isinstance(weights, Rounded):
             return grouped_product(x, weights, ends, torch.bfloat16)
@@ -121,7 +133,9 @@ class Floor:
         causal_attention(*self.qkv.split(counts, dim=2), self.shape.scale)
 
     def bytes_of_a_layer(self, name):
-        """Bytes that the step after each product, and after attention, reads and writes for each position."""
+        """Bytes that the step after each product, and after attention, reads and writes for each
+        position.
+        """
         to_product = 1 if name == "float8" else 2
         heads = (self.shape.heads + self.shape.key_heads) * self.width
         rounded = (2 + to_product) * self.shape.heads * self.width if name == "float8" else 0
@@ -169,7 +183,9 @@ class Floor:
 
 @torch.inference_mode()
 def measure_floor(model, rounded, batch_size, seq_len, *, seconds=0.5, rounds=3):
-    """Milliseconds of the parts of a batch, and the nonces per second that they allow, in each number format."""
+    """Milliseconds of the parts of a batch, and the nonces per second that they allow, in each
+    number format.
+    """
     parts = Floor(model, batch_size, seq_len)
     result = {}
     for name in ("bfloat16", *(["float8"] if rounded else [])):
@@ -197,16 +213,23 @@ def _summary(parts, times, name):
     """Floors from the times: of all layers for all positions, and of the work that prove does."""
     count = len(parts.layers) - 1
     copied = count * parts.rows * sum(parts.bytes_of_a_layer(name).values())
-    whole = {part: times[part] * (count + 1) / count for part in ("products", "attention", "traffic")}
+    whole = {
+        part: times[part] * (count + 1) / count for part in ("products", "attention", "traffic")
+    }
     whole["in_order"] = (times["in_order"] - times["last_products"]) * (count + 1) / count
     prove = times | {"products": times["products"] + times["last_products"]}
     figures = {"copy_tb_per_second": round(copied / times["traffic"] / 1e12, 3)}
     for work, spent in (("whole", whole), ("prove", prove)):
         alone = spent["products"] + spent["attention"]
         figures[work] = {
-            **{f"{part}_ms": round(spent[part] * 1e3, 3) for part in ("products", "attention", "traffic", "in_order")},
+            **{
+                f"{part}_ms": round(spent[part] * 1e3, 3)
+                for part in ("products", "attention", "traffic", "in_order")
+            },
             "products_and_attention_nonces_per_second": round(parts.batch_size / alone, 1),
-            "parts_alone_nonces_per_second": round(parts.batch_size / (alone + spent["traffic"]), 1),
+            "parts_alone_nonces_per_second": round(
+                parts.batch_size / (alone + spent["traffic"]), 1
+            ),
             "floor_nonces_per_second": round(parts.batch_size / spent["in_order"], 1),
         }
     return figures
@@ -215,16 +238,21 @@ def _summary(parts, times, name):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--model", default="shape:qwen3-0.6b")
-    arguments.add_argument("--batch-size", type=int, default=0, help="0 takes what prove takes by itself")
+    arguments.add_argument(
+        "--batch-size", type=int, default=0, help="0 takes what prove takes by itself"
+    )
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--seconds", type=float, default=0.5, help="of every timing")
     arguments.add_argument("--rounds", type=int, default=3)
     options = arguments.parse_args()
     model, rounded = (
-        load_model(options.model, dtype="bfloat16", device="cuda", quantise=quantise) for quantise in (None, "float8")
+        load_model(options.model, dtype="bfloat16", device="cuda", quantise=quantise)
+        for quantise in (None, "float8")
     )
     batch = options.batch_size or auto_batch(model, options.seq_len)
-    figures = measure_floor(model, rounded, batch, options.seq_len, seconds=options.seconds, rounds=options.rounds)
+    figures = measure_floor(
+        model, rounded, batch, options.seq_len, seconds=options.seconds, rounds=options.rounds
+    )
     shape = {"model": options.model, "batch_size": batch, "seq_len": options.seq_len}
     publish("gpu_floor", {**shape, "formats": figures}, options.output)
 

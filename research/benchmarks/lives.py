@@ -1,13 +1,16 @@
-"""How many honest lives are convicted on fresh residuals of three models, and how many that compute a tenth cheaply.
+"""How many honest lives are convicted on fresh residuals of three models, and how many that compute
+a tenth cheaply.
 
-Each model computes the nonces of some blocks in bfloat16, float16 and float32, and in the first two by other kernels
-too. A validator judges in float32, by residuals or by scores with the third format as their control, or by the other
-kernels in the node's format, with both others as controls. A law comes from a third of the blocks, drawn anew for each,
-and judges lives in the others. An honest life is 24 audits of 16 nonces, each of another block; a cheat's is `--cheat`:
-in a tenth of its nonces, what it publishes is five times as far from float32's as an honest node's of its format. Lives
-of shuffled nonces have no difference between blocks.
+Each model computes the nonces of some blocks in bfloat16, float16 and float32, and in the first two
+by other kernels too. A validator judges in float32, by residuals or by scores with the third format
+as their control, or by the other kernels in the node's format, with both others as controls. A law
+comes from a third of the blocks, drawn anew for each, and judges lives in the others. An honest
+life is 24 audits of 16 nonces, each of another block; a cheat's is `--cheat`: in a tenth of its
+nonces, what it publishes is five times as far from float32's as an honest node's of its format.
+Lives of shuffled nonces have no difference between blocks.
 
-Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but `poc-2.0`.
+Pass: of honest lives at most .0001 convicted, .003 under the worst law; of cheats 99 % with all but
+    `poc-2.0`.
 
     python research/benchmarks/lives.py -o research/results/lives.json
 """
@@ -35,37 +38,60 @@ MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS = ("poc-2.0", "hardened", "tokens-1")
 BUILDS = ("bfloat16", "float16", "float32", "bfloat16 eager", "float16 eager")
 CHEAP = 5.0  # distance of a cheap nonce from that of float32, over an honest one
-NONCES, LAWS, LIVES, CHEATS = 64, 4, 280, 40  # the last two under each law
-ALPHA, HONEST = 1e-3, (24, 16)  # audits of an honest life, and nonces of each
+NONCES = 64
+LAWS = 4
+LIVES = 280
+CHEATS = 40  # the last two under each law
+ALPHA = 1e-3
+HONEST = (24, 16)  # audits of an honest life, and nonces of each
 
 
 def published(records):
     """Return what records publish, [N, K]."""
-    return np.array([np.atleast_1d(one.vector if isinstance(one, VectorRecord) else one.distance) for one in records])
+    return np.array(
+        [
+            np.atleast_1d(one.vector if isinstance(one, VectorRecord) else one.distance)
+            for one in records
+        ]
+    )
 
 
 def apart(one_BNK, other_BNK):
     """Return residuals [B, N]: of vectors their distance, of distances their difference."""
     difference_BNK = one_BNK - other_BNK
-    return difference_BNK[..., 0] if difference_BNK.shape[2] == 1 else np.linalg.norm(difference_BNK, axis=2)
+    return (
+        difference_BNK[..., 0]
+        if difference_BNK.shape[2] == 1
+        else np.linalg.norm(difference_BNK, axis=2)
+    )
 
 
 def cheap(honest_BNK, exact_BNK):
     """Return what is published by a node that errs :data:`CHEAP` times as much, [B, N, K]."""
     made_BNK = exact_BNK + CHEAP * (honest_BNK - exact_BNK)
-    return made_BNK if made_BNK.shape[2] == 1 else made_BNK / np.linalg.norm(made_BNK, axis=2, keepdims=True)
+    return (
+        made_BNK
+        if made_BNK.shape[2] == 1
+        else made_BNK / np.linalg.norm(made_BNK, axis=2, keepdims=True)
+    )
 
 
 def compute(reference, preset, frame, options):
-    """Return what every build publishes, [B, N, K] over the scale of the block, its fingerprint, and what is known."""
-    pipeline, values, engines = get_pipeline(preset), {}, {}
+    """Return what every build publishes, [B, N, K] over the scale of the block, its fingerprint,
+    and what is known.
+    """
+    pipeline = get_pipeline(preset)
+    values = {}
+    engines = {}
     if pipeline.framed and not frame.exists():
         measure_frame(load_model(reference, device="cpu")).save(frame)
     of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
     rounds = [Round(block_hash=f"fresh-{i}", **of_all) for i in range(options.blocks)]
     for name in BUILDS:
         dtype, _, kernels = name.partition(" ")
-        model = load_model(reference, dtype=dtype, device=options.device).with_frame(frame if pipeline.framed else None)
+        model = load_model(reference, dtype=dtype, device=options.device).with_frame(
+            frame if pipeline.framed else None
+        )
         model.module.config._attn_implementation = kernels or "sdpa"
         engine = HFEngine(model, batch_size=32, seq_len=options.seq_len)
         proofs = [prove(model, round, range(NONCES), engine=engine) for round in rounds]
@@ -78,18 +104,24 @@ def compute(reference, preset, frame, options):
 
 
 def lives(values_BN, blocks, shape, count, rng, *, cheap_BN=None):
-    """Draw lives: residuals [L, A, C], of which a tenth are cheap, and the block and nonces of every audit."""
+    """Draw lives: residuals [L, A, C], of which a tenth are cheap, and the block and nonces of
+    every audit.
+    """
     audits, checked = shape
     of_block = np.stack([rng.permutation(blocks)[:audits] for _ in range(count)])
     nonces = rng.permuted(np.tile(np.arange(NONCES), (count, audits, 1)), axis=2)[:, :, :checked]
     values = values_BN[of_block[:, :, None], nonces]
     if cheap_BN is not None:
-        values = np.where(rng.random(values.shape) < 0.1, cheap_BN[of_block[:, :, None], nonces], values)
+        values = np.where(
+            rng.random(values.shape) < 0.1, cheap_BN[of_block[:, :, None], nonces], values
+        )
     return values, of_block, nonces
 
 
 def convicted(noise, drawn):
-    """Return which lives are convicted: those that come under suspicion are lived audit by audit."""
+    """Return which lives are convicted: those that come under suspicion are lived audit by
+    audit.
+    """
     values, of_block, nonces = drawn
     test = sequential_test(noise, alpha=ALPHA * 0.9)  # the share of the first test
     suspected = test.accusations(values.reshape(len(values), -1))[:, -1]
@@ -110,8 +142,11 @@ def cells(cell):
 def rows_of(reference, preset, options):
     """Yield what is seen under one law after the other."""
     with TemporaryDirectory() as folder:
-        values, engines, known = compute(reference, preset, Path(folder) / "frame.safetensors", options)
-    pipeline, blocks = get_pipeline(preset), options.blocks
+        values, engines, known = compute(
+            reference, preset, Path(folder) / "frame.safetensors", options
+        )
+    pipeline = get_pipeline(preset)
+    blocks = options.blocks
     pairs = (("bfloat16", "float16"), ("float16", "bfloat16"))
     judges = [(name, ("float32", other)) for name, other in pairs]
     judges += [(name, (f"{name} eager", "float32", other)) for name, other in pairs]
@@ -129,51 +164,86 @@ def rows_of(reference, preset, options):
                 rng = np.random.default_rng(law)
                 order = rng.permutation(blocks * NONCES) if shuffled else np.arange(blocks * NONCES)
                 node, cheat, between = (
-                    one.reshape(len(one), -1)[:, order].reshape(one.shape) for one in (node_EBN, cheap_EBN, between_PBN)
+                    one.reshape(len(one), -1)[:, order].reshape(one.shape)
+                    for one in (node_EBN, cheap_EBN, between_PBN)
                 )
                 chosen = rng.permutation(blocks)
-                of_law, others = chosen[: blocks // 3], chosen[blocks // 3 :]
+                of_law = chosen[: blocks // 3]
+                others = chosen[blocks // 3 :]
                 of_laws = [one[:, of_law].reshape(len(one), -1) for one in (node, between)]
                 formats = [build.partition(" ")[0] for build in judge]
                 ways = {"residuals": (None, node[0], cheat[0])} if len(again) == 1 else {}
                 if control := Control.measured([of_laws], of=formats[0], dtypes=formats[1:]):
-                    flat = [[one.reshape(len(one), -1) for one in (residuals, between)] for residuals in (node, cheat)]
+                    flat = [
+                        [one.reshape(len(one), -1) for one in (residuals, between)]
+                        for residuals in (node, cheat)
+                    ]
                     scores = (control.scores(*two).reshape(node[0].shape) for two in flat)
                     ways[("scores", "two controls")[len(again) - 1]] = control, *scores
                 for way, (used, values_BN, cheap_BN) in ways.items():
                     measured = {(0, 1): values_BN[of_law].ravel()}
                     build = fit_build(measured, machines, pipeline, **known, control=used)
                     noise = build.between("", engines[own])
-                    suspected, found = convicted(noise, lives(values_BN, others, HONEST, LIVES, rng))
+                    suspected, found = convicted(
+                        noise, lives(values_BN, others, HONEST, LIVES, rng)
+                    )
                     drawn = lives(values_BN, others, options.cheat, CHEATS, rng, cheap_BN=cheap_BN)
                     _, caught = convicted(noise, drawn)
-                    row = {"model": reference, "preset": preset, "formats": [name, own], "values": way, "law": law}
+                    row = {
+                        "model": reference,
+                        "preset": preset,
+                        "formats": [name, own],
+                        "values": way,
+                        "law": law,
+                    }
                     sizes = np.abs(values_BN)
-                    tails = (np.quantile(sizes, [0.99, 1]) / np.median(sizes)).tolist() if np.median(sizes) else None
-                    row |= {"shuffled": shuffled, "lives": LIVES, "suspected": suspected, "tails": tails}
+                    tails = (
+                        (np.quantile(sizes, [0.99, 1]) / np.median(sizes)).tolist()
+                        if np.median(sizes)
+                        else None
+                    )
+                    row |= {
+                        "shuffled": shuffled,
+                        "lives": LIVES,
+                        "suspected": suspected,
+                        "tails": tails,
+                    }
                     yield row | {"convicted": int(found.sum()), "caught": float(caught.mean())}
 
 
 def main():
-    made, found = parser(__doc__), []
+    made = parser(__doc__)
+    found = []
     made.add_argument("--models", nargs="+", default=MODELS)
     made.add_argument("--presets", nargs="+", default=PRESETS)
     made.add_argument("--seq-len", type=int, default=256)
     made.add_argument("--blocks", type=int, default=48)
-    made.add_argument("--cheat", type=int, nargs=2, default=(20, 8), help="audits of its life, and nonces of each")
+    made.add_argument(
+        "--cheat", type=int, nargs=2, default=(20, 8), help="audits of its life, and nonces of each"
+    )
     made.add_argument("--device", default="cpu")
-    made.add_argument("--at-once", type=int, default=1, help="models and presets, each in a process of its own")
+    made.add_argument(
+        "--at-once", type=int, default=1, help="models and presets, each in a process of its own"
+    )
     options = made.parse_args()
     every = [(*one, options) for one in product(options.models, options.presets)]
     with ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn")) as pool:
         for (reference, preset, _), rows in zip(every, pool.map(cells, every), strict=True):
             found += rows
-            note(f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far")
+            note(
+                f"{reference}, {preset}: {sum(one['convicted'] for one in found)} convicted so far"
+            )
     table = []
     key = itemgetter("preset", "values", "shuffled")
     for (preset, way, shuffled), group in groupby(sorted(found, key=key), key):
         counts, caught = zip(*((one["convicted"], one["caught"]) for one in group), strict=True)
-        row = {"preset": preset, "values": way, "shuffled": shuffled, "laws": len(counts), "lives": LIVES * len(counts)}
+        row = {
+            "preset": preset,
+            "values": way,
+            "shuffled": shuffled,
+            "laws": len(counts),
+            "lives": LIVES * len(counts),
+        }
         row |= {"convicted": sum(counts), "worst_law": max(counts) / LIVES}
         table.append(row | {"least_caught": min(caught), "caught": float(np.mean(caught))})
     of_all = {"blocks": options.blocks, "positions": options.seq_len, "cheat": options.cheat}

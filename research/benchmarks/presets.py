@@ -1,9 +1,12 @@
-"""What other presets cost an honest node: nonces per second of `prove` over those of `poc-2.0`, in one run.
+"""What other presets cost an honest node: nonces per second of `prove` over those of `poc-2.0`, in
+one run.
 
-The presets prove in turns on one engine, whose kernels are those of `prove`, and every round of turns gives one ratio;
-the order alternates. A row has the median ratio of each preset with its quartiles.
+The presets prove in turns on one engine, whose kernels are those of `prove`, and every round of
+turns gives one ratio; the order alternates. A row has the median ratio of each preset with its
+quartiles.
 
-    python research/benchmarks/presets.py --models shape:qwen3-0.6b shape:llama-3.2-1b shape:llama-3.1-8b \
+    python research/benchmarks/presets.py --models shape:qwen3-0.6b shape:llama-3.2-1b
+    shape:llama-3.1-8b \
         --dtypes bfloat16 float16 -o research/results/presets_h200.json
 """
 
@@ -25,7 +28,8 @@ def measure(reference, dtype, options):
     cases = [FIRST, *options.presets]
 
     def seconds(preset, batches):
-        round, nonces = Round(block_hash="bench", public_key="k", preset=preset), range(batches * options.batch_size)
+        round = Round(block_hash="bench", public_key="k", preset=preset)
+        nonces = range(batches * options.batch_size)
         return wall_seconds(lambda: prove(model, round, nonces, engine=engine))
 
     for preset in cases:
@@ -36,10 +40,14 @@ def measure(reference, dtype, options):
             times[preset].append(seconds(preset, options.batches))
     row = {"model": reference, "dtype": dtype, "library": engine.fingerprint.library}
     nonces = options.batches * options.batch_size
-    row["nonces_per_second"] = {preset: round_to(nonces / statistics.median(times[preset])) for preset in cases}
+    row["nonces_per_second"] = {
+        preset: round_to(nonces / statistics.median(times[preset])) for preset in cases
+    }
     for preset in options.presets:
         ratios = [first / own for own, first in zip(times[preset], times[FIRST], strict=True)]
-        row[f"{preset} over {FIRST}, quartiles"] = [round_to(one) for one in statistics.quantiles(ratios, n=4)]
+        row[f"{preset} over {FIRST}, quartiles"] = [
+            round_to(one) for one in statistics.quantiles(ratios, n=4)
+        ]
     note(f"{row}")
     return row
 
@@ -55,7 +63,12 @@ def main():
     made.add_argument("--rounds", type=int, default=8)
     options = made.parse_args()
     cases = [measure(model, dtype, options) for model in options.models for dtype in options.dtypes]
-    shape = {"batch_size": options.batch_size, "seq_len": 256, "batches": options.batches, "rounds": options.rounds}
+    shape = {
+        "batch_size": options.batch_size,
+        "seq_len": 256,
+        "batches": options.batches,
+        "rounds": options.rounds,
+    }
     publish("presets", shape | {"cases": cases}, options.output)
 
 

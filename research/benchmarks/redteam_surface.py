@@ -1,12 +1,14 @@
-"""The red team of the whole surface: attackers of one address while another client asks, and of every reader of files.
+"""The red team of the whole surface: attackers of one address while another client asks, and of
+every reader of files.
 
-    PYTHONPATH=. python research/benchmarks/redteam_surface.py --seconds 600 -o research/results/redteam_surface.json
+    PYTHONPATH=. python research/benchmarks/redteam_surface.py --seconds 600 -o
+    research/results/redteam_surface.json
 
-Every attacker holds what it can of a validator in a process of its own, from an address that is not this machine's own
-(127.0.0.1), while a node sends callbacks. A row is held where at most one of twelve is refused and ``/health`` is
-answered within a second. The readers get files that were changed at random, or wrapped as another kind of file: each
-is read, or refused by an error of assay. The published routes of a service are called as their schema
-allows and forbids.
+Every attacker holds what it can of a validator in a process of its own, from an address that is not
+this machine's own (127.0.0.1), while a node sends callbacks. A row is held where at most one of
+twelve is refused and ``/health`` is answered within a second. The readers get files that were
+changed at random, or wrapped as another kind of file: each is read, or refused by an error of
+assay. The published routes of a service are called as their schema allows and forbids.
 """
 
 import argparse
@@ -56,12 +58,15 @@ from tests.poc.validator.senders import ValidatorServer, write_network
 from tests.poc.verdict.ledgers import filled
 
 KEY = "redteam-" + "k" * 20
-HONEST, PAUSE = 12, 0.4  # callbacks while an attacker holds what it holds, and seconds between two
+HONEST = 12
+PAUSE = 0.4  # callbacks while an attacker holds what it holds, and seconds between two
 Address = tuple[str, int]
 
 
 def own_address() -> str | None:
-    """Return an address of this machine under which it counts as another one; None without a network."""
+    """Return an address of this machine under which it counts as another one; None without a
+    network.
+    """
     for elsewhere in ("192.0.2.1", "198.51.100.1"):  # of documentation; nothing is sent
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.connect((elsewhere, 9))
@@ -130,7 +135,10 @@ def pipelined(address: Address, stop: threading.Event) -> list[socket.socket]:
 
 def streams(address: Address, stop: threading.Event) -> list[socket.socket]:
     """32 event streams of one key, which are not read."""
-    return [connect(address, head("GET", f"{API}/events", f"authorization: Bearer {KEY}")) for _ in range(32)]
+    return [
+        connect(address, head("GET", f"{API}/events", f"authorization: Bearer {KEY}"))
+        for _ in range(32)
+    ]
 
 
 def open_and_close(address: Address, stop: threading.Event) -> list[socket.socket]:
@@ -158,12 +166,22 @@ def resident(pid: int) -> int:
     return int(psutil.Process(pid).memory_info().rss) >> 20
 
 
-ATTACKS = (idle, stalled_bodies, small_bodies, slow_heads, pipelined, streams, open_and_close, full_share)
+ATTACKS = (
+    idle,
+    stalled_bodies,
+    small_bodies,
+    slow_heads,
+    pipelined,
+    streams,
+    open_and_close,
+    full_share,
+)
 
 
 def ask(port: int, method: str, path: str, body: str = "", **headers: str) -> tuple[int, float]:
     """Return status and seconds of a request of this machine; status 0 where none came."""
-    began, status = time.monotonic(), 0
+    began = time.monotonic()
+    status = 0
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     with suppress(OSError, http.client.HTTPException), closing(client):
         client.request(method, path, body or None, headers)
@@ -174,12 +192,19 @@ def ask(port: int, method: str, path: str, body: str = "", **headers: str) -> tu
 def attack(
     server: Server, hold: Callable[[Address, threading.Event], list[socket.socket]], place: str
 ) -> dict[str, Any]:
-    """Let an attacker hold what it can while a node sends; return what the node and ``/health`` saw."""
-    stop, refused, slowest, before = threading.Event(), 0, 0.0, resident(server.pid)
+    """Let an attacker hold what it can while a node sends; return what the node and ``/health``
+    saw.
+    """
+    stop = threading.Event()
+    refused = 0
+    slowest = 0.0
+    before = resident(server.pid)
     held = hold((place, server.port), stop)
     try:
         for number in range(HONEST):
-            body = json.dumps({"public_key": KEYS[0], "fraud_detected": False, "n": number, "of": hold.__name__})
+            body = json.dumps(
+                {"public_key": KEYS[0], "fraud_detected": False, "n": number, "of": hold.__name__}
+            )
             sent = signed(secret_of(KEYS[0]), body, f"{hold.__name__}_{number}_{time.time_ns()}")
             refused += ask(server.port, "POST", f"{API}/validated", body, **sent)[0] != 200
             slowest = max(slowest, ask(server.port, "GET", "/health")[1])
@@ -188,7 +213,12 @@ def attack(
         stop.set()
         for connection in held:
             connection.close()
-    found = {"attack": hold.__name__, "refused": refused, "of": HONEST, "slowest_health": round(slowest, 3)}
+    found = {
+        "attack": hold.__name__,
+        "refused": refused,
+        "of": HONEST,
+        "slowest_health": round(slowest, 3),
+    }
     found |= {"mib_before": before, "mib_after": resident(server.pid)}
     return found | {"held": refused <= 1 and slowest <= 1.0}
 
@@ -215,17 +245,23 @@ def samples(directory: Path, model: Any) -> dict[str, tuple[bytes, Callable[[Pat
     write_network(directory, model, KEYS)
     proof_of(model, KEYS[0]).save(directory / "proof.jsonl")
     Receipts.build(header(), (receipt("a"), receipt("b")), 1.0).save(directory / "receipts.jsonl")
-    (directory / "requests.jsonl").write_text('{"prompt": "a"}\n{"prompt": [1, 2], "temperature": 0.5}\n')
+    (directory / "requests.jsonl").write_text(
+        '{"prompt": "a"}\n{"prompt": [1, 2], "temperature": 0.5}\n'
+    )
     pair = {"prompt": "p", "clean": "c", "hack": "h", "group": "g"}
-    (directory / "pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": str(i)}) + "\n" for i in range(4)))
+    (directory / "pairs.jsonl").write_text(
+        "".join(json.dumps(pair | {"prompt": str(i)}) + "\n" for i in range(4))
+    )
     filled(directory / "ledger.sqlite3")
     with Ledger(directory / "ledger.sqlite3") as ledger:
         ledger.export(directory / "export.jsonl")
-    Basis({"q": torch.eye(2, 4)}, {"q": torch.ones(2)}, {"q": torch.tensor([[5, 1]] * 2)}).save(directory / "basis")
-    ones = np.ones(4, np.float32)
-    Frame("0" * 64, "trained", rows=8, left_out=np.array([0], np.int32), mean=0 * ones, scale=ones).save(
-        directory / "frame"
+    Basis({"q": torch.eye(2, 4)}, {"q": torch.ones(2)}, {"q": torch.tensor([[5, 1]] * 2)}).save(
+        directory / "basis"
     )
+    ones = np.ones(4, np.float32)
+    Frame(
+        "0" * 64, "trained", rows=8, left_out=np.array([0], np.int32), mean=0 * ones, scale=ones
+    ).save(directory / "frame")
     save_file({"q": torch.ones(4)}, directory / "delta", metadata={"schema": "assay.delta_s/1"})
     factors = {f"base_model.model.a.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(factors, directory / "adapter_model.safetensors")
@@ -257,12 +293,15 @@ def readers(directory: Path) -> dict[str, Callable[[Path], object]]:
     }
 
 
-TOKENS = b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'.split(b"|")
+TOKENS = b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'.split(
+    b"|"
+)
 
 
 def changed(whole: bytes, chance: random.Random) -> bytes:
     """Return a file that was cut, doubled, flipped or spoiled, or is one of another kind."""
-    place, kind = chance.randrange(len(whole)), chance.randrange(10)
+    place = chance.randrange(len(whole))
+    kind = chance.randrange(10)
     if kind == 0:
         return whole[:place]
     if kind == 1:
@@ -272,7 +311,9 @@ def changed(whole: bytes, chance: random.Random) -> bytes:
     if kind == 3:
         return chance.choice((b"\xef\xbb\xbf", b"\n\n", b"[", b"PK\x03\x04", b"PAR1")) + whole
     if kind == 4:
-        return chance.choice((gzip.compress(whole[:1000]), whole[:1000].decode("latin-1").encode("utf-16")))
+        return chance.choice(
+            (gzip.compress(whole[:1000]), whole[:1000].decode("latin-1").encode("utf-16"))
+        )
     end = min(len(whole), place + chance.choice((0, 1, 8, 100)))
     return whole[:place] + chance.choice(TOKENS) + whole[end:]
 
@@ -280,8 +321,13 @@ def changed(whole: bytes, chance: random.Random) -> bytes:
 def read_changed(
     name: str, whole: bytes, read: Callable[[Path], object], seconds: float, seed: int, beside: Path
 ) -> dict[str, Any]:
-    """Read changed files until the time is over; return how many were refused, and the first that was neither."""
-    chance, until, counts, fault = random.Random(seed), time.monotonic() + seconds, [0, 0], None
+    """Read changed files until the time is over; return how many were refused, and the first that
+    was neither.
+    """
+    chance = random.Random(seed)
+    until = time.monotonic() + seconds
+    counts = [0, 0]
+    fault = None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
@@ -298,14 +344,25 @@ def read_changed(
             except BaseException as error:
                 fault = f"{type(error).__name__}: {error}"[:300]
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10
-    found = {"attack": f"files like {name}", "read": counts[0], "refused": counts[1], "fault": fault}
+    found = {
+        "attack": f"files like {name}",
+        "read": counts[0],
+        "refused": counts[1],
+        "fault": fault,
+    }
     return found | {"mib_grown": grown, "held": fault is None}
 
 
 def follow(directory: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """Let atheris find files that reach every line of every reader; what is not run has not held."""
+    """Let atheris find files that reach every line of every reader; what is not run has not
+    held.
+    """
     if find_spec("atheris") is None:
-        yield {"attack": "atheris over every reader", "says": "not run: atheris is not installed", "held": False}
+        yield {
+            "attack": "atheris over every reader",
+            "says": "not run: atheris is not installed",
+            "held": False,
+        }
         return
     script = Path(__file__).with_name("atheris_readers.py")
     command = [sys.executable, str(script), str(directory), "--seconds", str(max(1, int(seconds)))]
@@ -324,10 +381,22 @@ def call_routes(directory: Path, checkpoint: Path, seconds: float) -> dict[str, 
     try:
         server.wait_for("/ready")
         before = resident(server.pid)
-        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.base}/openapi.json"]
-        command += ["-H", f"Authorization: Bearer {KEY}", "--checks", "not_a_server_error", "--no-color"]
+        command = [
+            str(Path(sys.executable).with_name("schemathesis")),
+            "run",
+            f"{server.base}/openapi.json",
+        ]
+        command += [
+            "-H",
+            f"Authorization: Bearer {KEY}",
+            "--checks",
+            "not_a_server_error",
+            "--no-color",
+        ]
         command += ["--max-time", str(int(seconds)), "--exclude-path-regex", "/events$"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds + 300, check=False
+        )
         found = {"attack": "published routes", "says": done.stdout[-500:], "mib_before": before}
         return found | {"mib_after": resident(server.pid), "held": done.returncode == 0}
     finally:
@@ -341,11 +410,19 @@ def run(directory: Path, model: Any, checkpoint: Path, seconds: float) -> Iterat
     for folder in folders:
         folder.mkdir()
     with network(folders[0], model, checkpoint) as server:
-        began, memory = time.monotonic(), list[int]()
+        began = time.monotonic()
+        memory = list[int]()
         while not memory or time.monotonic() - began < seconds:
-            yield from (attack(server, hold, place) | {"own_address": place != "127.0.0.1"} for hold in ATTACKS)
+            yield from (
+                attack(server, hold, place) | {"own_address": place != "127.0.0.1"}
+                for hold in ATTACKS
+            )
             memory.append(resident(server.pid))
-        yield {"attack": "all of these in turn", "mib": memory, "held": memory[-1] - memory[0] <= 64}
+        yield {
+            "attack": "all of these in turn",
+            "mib": memory,
+            "held": memory[-1] - memory[0] <= 64,
+        }
     for seed, (name, (whole, read)) in enumerate(samples(folders[1], model).items()):
         yield read_changed(name, whole, read, seconds / 16, seed, folders[1])
     yield from follow(folders[1], seconds / 16)
@@ -370,10 +447,19 @@ def main() -> int:
         Qwen3ForCausalLM(Qwen3Config(**SMALL)).save_pretrained(directory / "small")
         model = load_model(directory / "small", dtype="float32", device="cpu")
         for row in run(directory, model, directory / "small", chosen.seconds):
-            print("held    " if row["held"] else "NOT HELD", json.dumps(row, ensure_ascii=False)[:300], flush=True)
+            print(
+                "held    " if row["held"] else "NOT HELD",
+                json.dumps(row, ensure_ascii=False)[:300],
+                flush=True,
+            )
             rows.append(row)
     if chosen.output:
-        report = {"schema": "assay.redteam/1", "seconds": chosen.seconds, "cores": os.cpu_count(), "rows": rows}
+        report = {
+            "schema": "assay.redteam/1",
+            "seconds": chosen.seconds,
+            "cores": os.cpu_count(),
+            "rows": rows,
+        }
         chosen.output.write_text(json.dumps(report, indent=1) + "\n")
     return int(not all(row["held"] for row in rows))
 

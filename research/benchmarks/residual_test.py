@@ -1,4 +1,5 @@
-"""Simulated audits: the tables of error rates and power of the residual test in docs/statistics.md, in 90 seconds.
+"""Simulated audits: the tables of error rates and power of the residual test in docs/statistics.md,
+in 90 seconds.
 
 python research/benchmarks/residual_test.py
 """
@@ -45,7 +46,10 @@ def main():
     }
     for name, draw in truths.items():
         print(f"  {name:24} {share_accused(SCALE, draw, 256, 5000):.4f}")
-    print(f"  {'3, calibrated with 3':24} {share_accused(ScaleNoise(SIGMA, dof=3), student(3), 256, 5000):.4f}")
+    print(
+        f"  {'3, calibrated with 3':24} "
+        f"{share_accused(ScaleNoise(SIGMA, dof=3), student(3), 256, 5000):.4f}"
+    )
 
 
 if __name__ == "__main__":

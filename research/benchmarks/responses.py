@@ -1,13 +1,16 @@
-"""Replay of responses: what honest tokens and sketches look like, who is accused, and when 4-bit weights are caught.
+"""Replay of responses: what honest tokens and sketches look like, who is accused, and when 4-bit
+weights are caught.
 
-Provers decode token by token in float32 and bfloat16, in one batch, in small batches and with plain attention, with
-several ways of sampling; verifiers read every response at once, in both formats. The law of a pair of formats is fitted
-to half of the honest responses of a model. The other half is audited: every audit draws whole responses with
-replacement, so that what tokens of a response share stays together. With ``--chat``, a prover in bfloat16 answers
-messages in one batch, each answer ends by its end token, and float32 verifies.
+Provers decode token by token in float32 and bfloat16, in one batch, in small batches and with plain
+attention, with several ways of sampling; verifiers read every response at once, in both formats.
+The law of a pair of formats is fitted to half of the honest responses of a model. The other half is
+audited: every audit draws whole responses with replacement, so that what tokens of a response share
+stays together. With ``--chat``, a prover in bfloat16 answers messages in one batch, each answer
+ends by its end token, and float32 verifies.
 
-    python research/benchmarks/responses.py -o research/results/responses.json --install
-    python research/benchmarks/responses.py --model pretrained:smollm2 --chat -o research/results/responses_smollm2.json
+    python research/benchmarks/responses.py -o research/results/responses.json --install python
+    research/benchmarks/responses.py --model pretrained:smollm2 --chat -o
+    research/results/responses_smollm2.json
 """
 
 import itertools
@@ -38,16 +41,32 @@ WAYS = {
 }
 CHAT_WAYS = {f"temperature {t:g}": Sampling(temperature=t) for t in (0, 0.7, 1)}
 CHAT_WAYS["temperature 1, top-p 0.9"] = Sampling(top_p=0.9)
-ASKED = ("Explain in three sentences", "List five facts about", "Tell a child about", "Describe the history of")
-TOPICS = ("numbers", "music", "sleep", "trees", "coffee", "money")  # one token each, so that prompts make a batch
-PROMPT, TOKENS = 24, 64
+ASKED = (
+    "Explain in three sentences",
+    "List five facts about",
+    "Tell a child about",
+    "Describe the history of",
+)
+TOPICS = (
+    "numbers",
+    "music",
+    "sleep",
+    "trees",
+    "coffee",
+    "money",
+)  # one token each, so that prompts make a batch
+PROMPT = 24
+TOKENS = 64
 AUDITS = 2000
 PROVERS = {"one batch": honest, **HONEST}
 
 
 def measured(reference, dtype, verifier, count):
-    """Return the replays of honest responses by prover and way, and those of 4-bit weights by way."""
-    found, cheat = {name: {} for name in PROVERS}, {}
+    """Return the replays of honest responses by prover and way, and those of 4-bit weights by
+    way.
+    """
+    found = {name: {} for name in PROVERS}
+    cheat = {}
     for way, sampling in WAYS.items():
         field = Field(
             reference=reference, dtype=dtype, verifier_dtype=verifier, device="cpu", honest=count, responses=count,
@@ -61,12 +80,19 @@ def measured(reference, dtype, verifier, count):
 
 
 def answered(reference, dtype, verifier, count):
-    """Return the same of answers to messages, the first ``count`` of 24, each up to its end token."""
-    scene, checker = Scene(reference, dtype, "cpu"), open_model(reference, verifier, "cpu")
+    """Return the same of answers to messages, the first ``count`` of 24, each up to its end
+    token.
+    """
+    scene = Scene(reference, dtype, "cpu")
+    checker = open_model(reference, verifier, "cpu")
     texts = [f"{ask} {topic}." for ask, topic in itertools.product(ASKED, TOPICS)][:count]
-    chats = [render_chat(read_chat([{"role": "user", "content": text}]), checker.tokenizer) for text in texts]
+    chats = [
+        render_chat(read_chat([{"role": "user", "content": text}]), checker.tokenizer)
+        for text in texts
+    ]
     prompts_BT = torch.tensor(checker.tokenizer(chats, add_special_tokens=False)["input_ids"])
-    found, cheat = {}, {}
+    found = {}
+    cheat = {}
     for way, sampling in CHAT_WAYS.items():
         asked = Requests(prompts_BT, named_seeds(checker, len(texts), "chat"), sampling, TOKENS)
         for model, by_way in ((scene.model, found), (scene.int4, cheat)):
@@ -78,9 +104,17 @@ def answered(reference, dtype, verifier, count):
 
 
 def up_to_end(receipt, model):
-    """Return the receipt of an answer up to its first end token, with the chat template that made its prompt."""
-    size = next((at for at, token in enumerate(receipt.output, 1) if token in model.end_tokens), len(receipt.output))
-    kept = {"output": receipt.output[:size], "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)]}
+    """Return the receipt of an answer up to its first end token, with the chat template that made
+    its prompt.
+    """
+    size = next(
+        (at for at, token in enumerate(receipt.output, 1) if token in model.end_tokens),
+        len(receipt.output),
+    )
+    kept = {
+        "output": receipt.output[:size],
+        "sketches": receipt.sketches[: -(-size // SKETCH_EVERY)],
+    }
     kept["finish"] = "stop" if receipt.output[size - 1] in model.end_tokens else "length"
     return replace(receipt, **kept, chat_template=chat_template_digest(model.tokenizer))
 
@@ -102,17 +136,24 @@ def figures(reference, dtype, verifier, found, cheat):
     everyone = [one for replays in provers for one in replays]
     row = {"model": reference, "prover": dtype, "verifier": verifier, "responses": len(everyone)}
     row |= {"matching": matching(everyone), "noise": noise.as_dict(), "audits": AUDITS}
-    row["accused"] = share_accused(Ours(noise).audited([one for replays in provers for one in replays[1::2]], AUDITS))
+    row["accused"] = share_accused(
+        Ours(noise).audited([one for replays in provers for one in replays[1::2]], AUDITS)
+    )
     row["int4_matching"] = matching(together(cheat))
     for name, tokens_A in Ours(noise).audited(together(cheat), AUDITS // 2, seed=1).items():
         middle, most = np.quantile(tokens_A, (0.5, 0.99), method="higher")
-        row[f"int4_{name}"] = {"median": float(middle), "99%": float(most) if np.isfinite(most) else None}
+        row[f"int4_{name}"] = {
+            "median": float(middle),
+            "99%": float(most) if np.isfinite(most) else None,
+        }
     row["ways"] = [
         {
             "way": way,
             "matching": matching([one for by_way in found.values() for one in by_way[way]]),
             "int4_matching": matching(replays),
-            "int4_tokens_median": float(np.median(Ours(noise).audited(replays, AUDITS // 4, seed=2)["margins"])),
+            "int4_tokens_median": float(
+                np.median(Ours(noise).audited(replays, AUDITS // 4, seed=2)["margins"])
+            ),
         }
         for way, replays in cheat.items()
     ]
@@ -121,26 +162,44 @@ def figures(reference, dtype, verifier, found, cheat):
 
 def wider(noise):
     """Return the noise a margin larger."""
-    tokens, sketches = (replace(part, law=part.law.scaled(MARGIN)) for part in (noise.tokens, noise.sketches))
+    tokens, sketches = (
+        replace(part, law=part.law.scaled(MARGIN)) for part in (noise.tokens, noise.sketches)
+    )
     return replace(noise, tokens=tokens, sketches=sketches)
 
 
 def main():
     arguments = parser(__doc__)
-    arguments.add_argument("--count", type=int, default=32, help="responses of each way of sampling")
-    arguments.add_argument("--install", action="store_true", help="write the stated defaults of the package")
+    arguments.add_argument(
+        "--count", type=int, default=32, help="responses of each way of sampling"
+    )
+    arguments.add_argument(
+        "--install", action="store_true", help="write the stated defaults of the package"
+    )
     arguments.add_argument("--model", help="this model in place of the bundled ones")
-    arguments.add_argument("--chat", action="store_true", help="answers to messages, of at most 24 prompts")
+    arguments.add_argument(
+        "--chat", action="store_true", help="answers to messages, of at most 24 prompts"
+    )
     options = arguments.parse_args()
-    rows, provers = [], {}
+    rows = []
+    provers = {}
     pairs = [("bfloat16", "float32")] if options.chat else itertools.product(DTYPES, DTYPES)
-    for reference, (dtype, verifier) in itertools.product([options.model] if options.model else MODELS, pairs):
-        found, cheat = (answered if options.chat else measured)(reference, dtype, verifier, options.count)
+    for reference, (dtype, verifier) in itertools.product(
+        [options.model] if options.model else MODELS, pairs
+    ):
+        found, cheat = (answered if options.chat else measured)(
+            reference, dtype, verifier, options.count
+        )
         rows.append(figures(reference, dtype, verifier, found, cheat))
         note(f"{reference} {dtype} {verifier}: accused {rows[-1]['accused']}")
-        provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(map(together, found.values()))
+        provers.setdefault("/".join(sorted((dtype, verifier))), []).extend(
+            map(together, found.values())
+        )
     if options.install:  # the default of a pair of formats: both models together, and a margin
-        laws = {pair: wider(fit_response_noise(some, "default")).as_dict() for pair, some in provers.items()}
+        laws = {
+            pair: wider(fit_response_noise(some, "default")).as_dict()
+            for pair, some in provers.items()
+        }
         write_atomic(BUNDLED_LAWS, dumps({"margin": MARGIN, "laws": laws}) + "\n")
     publish("responses", {"alpha": ALPHA, "pairs": rows}, options.output)
 

@@ -1,8 +1,10 @@
-"""What the service costs: generation through it against `assay poc prove`, with and without readers, and its answers.
+"""What the service costs: generation through it against `assay poc prove`, with and without
+readers, and its answers.
 
-A real `assay poc serve` with callbacks and `prove` in this process take turns on the same model, shape and number of
-nonces; the figure is the median of the ratios of neighbouring turns. Then the service generates with and without a
-thousand readers of /status at once, in turn; and one reader times /health and /status while batches run.
+A real `assay poc serve` with callbacks and `prove` in this process take turns on the same model,
+shape and number of nonces; the figure is the median of the ratios of neighbouring turns. Then the
+service generates with and without a thousand readers of /status at once, in turn; and one reader
+times /health and /status while batches run.
 
     python research/benchmarks/service_throughput.py -o research/results/service_throughput.json
 """
@@ -25,9 +27,18 @@ from tests.end_to_end.readers import read_at_once
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 
-BATCH, SEQ_LEN, READERS = 32, 256, 1000  # the shape of a round that says nothing else
+BATCH = 32
+SEQ_LEN = 256
+READERS = 1000  # the shape of a round that says nothing else
 WINDOW = 2  # the windows with and without readers are so many turns long
-BLOCK = {"block_hash": "bench", "block_height": 1, "public_key": "k", "r_target": 1.416, "node_id": 0, "node_count": 1}
+BLOCK = {
+    "block_hash": "bench",
+    "block_height": 1,
+    "public_key": "k",
+    "r_target": 1.416,
+    "node_id": 0,
+    "node_count": 1,
+}
 
 
 def answer_times(port: int, path: str, count: int, pause: float) -> list[float]:
@@ -44,14 +55,19 @@ def answer_times(port: int, path: str, count: int, pause: float) -> list[float]:
 
 
 def cpu_seconds(pid=None):
-    """Processor time that a process has used, which other work on the machine does not change much."""
+    """Processor time that a process has used, which other work on the machine does not change
+    much.
+    """
     times = psutil.Process(pid).cpu_times()
     return times.user + times.system
 
 
 def through_service(server, nonces, during=lambda: None):
-    """Nonces per second from the call that starts the phase until they are on disk, and processor seconds per nonce."""
-    before, used = server.status()["total_checked"], cpu_seconds(server.pid)
+    """Nonces per second from the call that starts the phase until they are on disk, and processor
+    seconds per nonce.
+    """
+    before = server.status()["total_checked"]
+    used = cpu_seconds(server.pid)
     started = time.perf_counter()
     server.post("/phase/generate")
     during()
@@ -66,7 +82,8 @@ def through_service(server, nonces, during=lambda: None):
 def through_prove(model, engine, nonces, path):
     """Nonces per second of `prove` with a proof file, and processor seconds per nonce."""
     round = Round(block_hash="bench", public_key="k", model=model.reference, seq_len=SEQ_LEN)
-    started, used = time.perf_counter(), cpu_seconds()
+    started = time.perf_counter()
+    used = cpu_seconds()
     prove(model, round, range(nonces), engine=engine, output=path, overwrite=True)
     return nonces / (time.perf_counter() - started), (cpu_seconds() - used) / nonces
 
@@ -74,7 +91,10 @@ def through_prove(model, engine, nonces, path):
 def milliseconds(times):
     ordered = sorted(times)
     at = {"median": 0.5, "p99": 0.99, "max": 1.0}
-    return {name: round(1000 * ordered[min(int(q * len(ordered)), len(ordered) - 1)], 2) for name, q in at.items()}
+    return {
+        name: round(1000 * ordered[min(int(q * len(ordered)), len(ordered) - 1)], 2)
+        for name, q in at.items()
+    }
 
 
 def compare(first, second, pairs):
@@ -91,7 +111,10 @@ def compare(first, second, pairs):
 def answers_while_generating(server, count=250):
     server.post("/phase/generate")
     pages = {"health": "/health", "status": "/api/v1/pow/status"}
-    found = {name: milliseconds(answer_times(server.port, path, count, 0.02)) for name, path in pages.items()}
+    found = {
+        name: milliseconds(answer_times(server.port, path, count, 0.02))
+        for name, path in pages.items()
+    }
     server.post("/phase/validate")
     return found
 
@@ -100,21 +123,29 @@ def measure(server, receiver, chosen, directory):
     model = load_model(chosen.model, device="cpu")
     engine = HFEngine(model, batch_size=BATCH, seq_len=SEQ_LEN)
     nonces = BATCH * chosen.batches
-    server.post("/init/validate", BLOCK | {"batch_size": BATCH, "seq_len": SEQ_LEN, "callback_url": receiver.url})
+    server.post(
+        "/init/validate",
+        BLOCK | {"batch_size": BATCH, "seq_len": SEQ_LEN, "callback_url": receiver.url},
+    )
     proof = Path(directory) / "proof.jsonl"
     through_prove(model, engine, BATCH, proof)
     through_service(server, BATCH)
     turns = []
     for turn in range(chosen.rounds):
         turns.append((through_prove(model, engine, nonces, proof), through_service(server, nonces)))
-        note(f"{turn + 1}/{chosen.rounds}: prove {turns[-1][0][0]:.1f}, service {turns[-1][1][0]:.1f} nonces/s")
+        note(
+            f"{turn + 1}/{chosen.rounds}: prove {turns[-1][0][0]:.1f}, service "
+            f"{turns[-1][1][0]:.1f} nonces/s"
+        )
     answers = []
     pairs = []
     for turn in range(chosen.rounds):
         alone = through_service(server, WINDOW * nonces)
         read = lambda: answers.extend(read_at_once(server.port, "/api/v1/pow/status", READERS))  # noqa: E731
         pairs.append((alone, through_service(server, WINDOW * nonces, during=read)))
-        note(f"{turn + 1}/{chosen.rounds}: alone {alone[0]:.1f}, read {pairs[-1][1][0]:.1f} nonces/s")
+        note(
+            f"{turn + 1}/{chosen.rounds}: alone {alone[0]:.1f}, read {pairs[-1][1][0]:.1f} nonces/s"
+        )
     return {
         "model": model.reference,
         "dtype": engine.dtype,
@@ -126,7 +157,9 @@ def measure(server, receiver, chosen, directory):
         "reads": len(answers),
         "failed_reads": sum(status != 200 for status, _ in answers),
         **compare("alone", "read", pairs),
-        "seconds_of_a_window": round(WINDOW * nonces / statistics.median(a[0] for a, _ in pairs), 1),
+        "seconds_of_a_window": round(
+            WINDOW * nonces / statistics.median(a[0] for a, _ in pairs), 1
+        ),
         "answers_in_milliseconds": answers_while_generating(server),
         "callbacks_received": len(receiver.taken),
     }
@@ -137,7 +170,9 @@ def main():
     options.add_argument("--model", default="reference:qwen3")
     options.add_argument("--batches", type=int, default=20)
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--threads", type=int, help="threads of torch on both sides; its own choice when left out")
+    options.add_argument(
+        "--threads", type=int, help="threads of torch on both sides; its own choice when left out"
+    )
     chosen = options.parse_args()
     if chosen.threads:
         os.environ["OMP_NUM_THREADS"] = str(chosen.threads)

@@ -1,9 +1,11 @@
-"""Is a node caught that computes a share of its nonces cheaply, and is an honest one accused in blocks not calibrated?
+"""Is a node caught that computes a share of its nonces cheaply, and is an honest one accused in
+blocks not calibrated?
 
-Residuals of half precision against float32 are measured under every preset over many blocks. A law is fitted to nonces
-of one block, as `assay poc calibrate` does, and judges audits of *other* blocks: of honest nodes, and of nodes whose
-residuals are ``multiple`` times larger in a share of the nonces. Beside ours: an oracle, the sequential likelihood
-ratio of the cheat's own residuals over honest ones of all blocks.
+Residuals of half precision against float32 are measured under every preset over many blocks. A law
+is fitted to nonces of one block, as `assay poc calibrate` does, and judges audits of *other*
+blocks: of honest nodes, and of nodes whose residuals are ``multiple`` times larger in a share of
+the nonces. Beside ours: an oracle, the sequential likelihood ratio of the cheat's own residuals
+over honest ones of all blocks.
 
     python research/benchmarks/shares.py --device cuda -o research/results/shares.json
 """
@@ -25,9 +27,17 @@ from assay.poc.verdict.calibration import PAIR_SPREAD, SCALED_SPREAD
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import fit_noise, sequential_test
 
-MODELS = ("reference:qwen3", "reference:llama", "reference:qwen3 random-all", "reference:llama random-all")
-PRESETS, DTYPES = ("poc-2.0", "artifact", "hardened"), ("bfloat16", "float16")
-ALPHA, AUDITED, WITHIN = 1e-3, 64, 150
+MODELS = (
+    "reference:qwen3",
+    "reference:llama",
+    "reference:qwen3 random-all",
+    "reference:llama random-all",
+)
+PRESETS = ("poc-2.0", "artifact", "hardened")
+DTYPES = ("bfloat16", "float16")
+ALPHA = 1e-3
+AUDITED = 64
+WITHIN = 150
 LAW_SIZES = (256, 1024)
 CHEATS = ((0.1, 5.0), (0.1, 10.0), (0.1, 22.0), (0.2, 5.0), (0.5, 5.0), (1.0, 5.0))
 BATCH = 128
@@ -40,16 +50,22 @@ def measured(name, options):
     for preset in options.presets:
         proofs = {}
         for dtype in ("float32", *options.dtypes):
-            made = {"weights": weights, "block_hash": None if weights == "trained" else "made on the spot"}
+            made = {
+                "weights": weights,
+                "block_hash": None if weights == "trained" else "made on the spot",
+            }
             model = load_model(reference, dtype=dtype, device=options.device, **made)
             engine = HFEngine(model, batch_size=BATCH, seq_len=options.seq_len)
             for block in range(options.blocks):
                 block_hash = f"{options.rounds} {block}"
-                round = Round(block_hash=block_hash, public_key="k", preset=preset, seq_len=options.seq_len)
+                round = Round(
+                    block_hash=block_hash, public_key="k", preset=preset, seq_len=options.seq_len
+                )
                 nonces = range(max(LAW_SIZES) if block < options.laws else options.nonces)
                 proofs[dtype, block] = prove(model, round, nonces, engine=engine)
         for dtype, block in itertools.product(options.dtypes, range(options.blocks)):
-            mine, exact = proofs[dtype, block], proofs["float32", block]
+            mine = proofs[dtype, block]
+            exact = proofs["float32", block]
             scale = block_scale(mine.round, model.hidden_size)
             found[preset, dtype, block] = residuals(mine.records, exact.records) / scale
         note(f"{name} {preset} measured")
@@ -60,12 +76,15 @@ def noise_of(preset, errors_N):
     """The honest noise as a calibration of two engines has it."""
     pipeline = get_pipeline(preset)
     between = SCALED_SPREAD if pipeline.output == "distance" else PAIR_SPREAD
-    fitted = fit_machines({(0, 1): errors_N}, ("", ""), partial(fit_noise, pipeline), between_blocks=between)
+    fitted = fit_machines(
+        {(0, 1): errors_N}, ("", ""), partial(fit_noise, pipeline), between_blocks=between
+    )
     return Noise(fitted.law, "one block", fitted.known, None, fitted.scores, fitted.widest)
 
 
 def cheating(errors_N, share, multiple, audits, length, rng):
-    honest_RC, larger_RC = drawn(rng, errors_N, audits, length), multiple * drawn(rng, errors_N, audits, length)
+    honest_RC = drawn(rng, errors_N, audits, length)
+    larger_RC = multiple * drawn(rng, errors_N, audits, length)
     return np.where(rng.random(honest_RC.shape) < share, larger_RC, honest_RC)
 
 
@@ -89,7 +108,13 @@ def judged(found, options, task):
                 nodes_RC = cheating(blocks[block], share, multiple, options.audits, WITHIN, rng)
                 caught[share, multiple].append(test.accusations(nodes_RC)[:, -1].mean())
     everything_N = np.concatenate(blocks)
-    row = {"model": name, "preset": preset, "dtype": dtype, "law_from": size, "accused": float(np.nanmean(accused))}
+    row = {
+        "model": name,
+        "preset": preset,
+        "dtype": dtype,
+        "law_from": size,
+        "accused": float(np.nanmean(accused)),
+    }
     row |= {"accused_worst_pair": float(np.nanmax(accused)), "cheats": []}
     for share, multiple in CHEATS:
         nodes_RC = np.abs(cheating(everything_N, share, multiple, 2000, WITHIN, rng))
@@ -113,9 +138,13 @@ def main():
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--seq-len", type=int, default=256)
     arguments.add_argument("--blocks", type=int, default=40)
-    arguments.add_argument("--rounds", default="shares", help="name that the hashes of all blocks begin with")
+    arguments.add_argument(
+        "--rounds", default="shares", help="name that the hashes of all blocks begin with"
+    )
     arguments.add_argument("--laws", type=int, default=8, help="blocks that a law is fitted to")
-    arguments.add_argument("--nonces", type=int, default=256, help="nonces of a block that no law is fitted to")
+    arguments.add_argument(
+        "--nonces", type=int, default=256, help="nonces of a block that no law is fitted to"
+    )
     arguments.add_argument("--audits", type=int, default=100, help="audits of every pair of blocks")
     arguments.add_argument("--workers", type=int, default=2)
     options = arguments.parse_args()
@@ -129,8 +158,16 @@ def main():
             first = row["cheats"][0]
             honest = f"accused {row['accused']:.5f}, worst {row['accused_worst_pair']:.3f}"
             cheat = f"10 % at 5: {first['caught']:.3f}, oracle {first['oracle']:.3f}"
-            note(f"{row['model']} {row['preset']} {row['dtype']} law from {row['law_from']}: {honest}; {cheat}")
-    settings = {"seq_len": options.seq_len, "blocks": options.blocks, "laws": options.laws, "audits": options.audits}
+            note(
+                f"{row['model']} {row['preset']} {row['dtype']} law from {row['law_from']}: "
+                f"{honest}; {cheat}"
+            )
+    settings = {
+        "seq_len": options.seq_len,
+        "blocks": options.blocks,
+        "laws": options.laws,
+        "audits": options.audits,
+    }
     publish("shares", settings | {"rows": rows}, options.output)
 
 

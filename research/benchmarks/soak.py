@@ -1,12 +1,16 @@
-"""Two hundred kills of real processes at random moments, while others misbehave: nothing is lost and nothing doubled.
+"""Two hundred kills of real processes at random moments, while others misbehave: nothing is lost
+and nothing doubled.
 
-- `service`: `assay poc serve`, which generates; half of its receiver's answers are errors, resets, lost or late.
-- `receipts`: a service whose clients wait for responses that end when their receipt is on disk; some delete receipts.
-  Before that, how many receipts a service stores in a second, with so many responses at the same time, in one process,
-  on the disk of the directory that `--directory` names.
-- `validator`: `assay poc validator` and as many of its senders, of a thousand nodes; every twentieth node lies.
+- `service`: `assay poc serve`, which generates; half of its receiver's answers are errors, resets,
+  lost or late.
+- `receipts`: a service whose clients wait for responses that end when their receipt is on disk;
+  some delete receipts. Before that, how many receipts a service stores in a second, with so many
+  responses at the same time, in one process, on the disk of the directory that `--directory` names.
+- `validator`: `assay poc validator` and as many of its senders, of a thousand nodes; every
+  twentieth node lies.
 
-Every kill is a SIGKILL. The figures that must be zero end the script with exit code 1 if they are not.
+Every kill is a SIGKILL. The figures that must be zero end the script with exit code 1 if they are
+not.
 
     python research/benchmarks/soak.py service -o research/results/service_soak.json
     python research/benchmarks/soak.py receipts -o research/results/receipts_soak.json
@@ -48,13 +52,17 @@ def service(folder, chosen):
     """Kill a service that generates."""
     checkpoint = folder / "small"
     save_small_checkpoint(checkpoint)
-    return service_kills.kill_loop(folder, checkpoint, kills=chosen.kills, seed=chosen.seed), SERVICE_ZEROS
+    return service_kills.kill_loop(
+        folder, checkpoint, kills=chosen.kills, seed=chosen.seed
+    ), SERVICE_ZEROS
 
 
 def receipts(folder, chosen):
     """Measure how fast receipts are stored, then kill the service that stores them."""
     measured = [stored(folder / str(together), together, chosen.seconds) for together in TOGETHER]
-    outcome = receipt_kills.kill_loop(folder, kills=chosen.kills, clients=chosen.clients, seed=chosen.seed)
+    outcome = receipt_kills.kill_loop(
+        folder, kills=chosen.kills, clients=chosen.clients, seed=chosen.seed
+    )
     return outcome | {"clients": chosen.clients, "rates": measured}, receipt_kills.MUST_BE_ZERO
 
 
@@ -64,16 +72,22 @@ def validator(folder, chosen):
     save_small_checkpoint(checkpoint)
     model = load_model(checkpoint, dtype="float32", device="cpu")
     kills = {"nodes": chosen.nodes, "kills": chosen.kills, "seed": chosen.seed}
-    return validator_kills.kill_loop(folder, model, checkpoint, **kills), validator_kills.MUST_BE_ZERO
+    return validator_kills.kill_loop(
+        folder, model, checkpoint, **kills
+    ), validator_kills.MUST_BE_ZERO
 
 
 def stored(folder, together, seconds):
-    """Return how many receipts of 256 tokens are stored in a second, and how long a response waits for its own."""
+    """Return how many receipts of 256 tokens are stored in a second, and how long a response waits
+    for its own.
+    """
     note(f"{together} responses at the same time")
-    database, waits = open_database(folder), []
+    database = open_database(folder)
+    waits = []
     keeper = ReceiptKeeper(database, Outbox(database), Settings(data_dir=folder), Metrics())
     keeper.start()
-    sink, started = keeper.sink(header()), time.perf_counter()
+    sink = keeper.sink(header())
+    started = time.perf_counter()
     until = started + seconds
 
     async def respond(client):
@@ -97,7 +111,9 @@ def stored(folder, together, seconds):
         "per_second": round(len(waits) / taken, 1),
         "median_seconds": round(float(np.median(waits)), 5),
         "p99_seconds": round(float(np.quantile(waits, 0.99)), 5),
-        "bytes_on_disk_each": round(sum(path.stat().st_size for path in folder.iterdir()) / len(waits)),
+        "bytes_on_disk_each": round(
+            sum(path.stat().st_size for path in folder.iterdir()) / len(waits)
+        ),
     }
 
 
@@ -111,7 +127,12 @@ def main():
     options.add_argument("--seed", type=int, default=20)
     options.add_argument("--nodes", type=int, default=1000, help="of the validator")
     options.add_argument("--clients", type=int, default=8, help="that wait for receipts")
-    options.add_argument("--seconds", type=float, default=10.0, help="time of each measurement of the rate of receipts")
+    options.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="time of each measurement of the rate of receipts",
+    )
     options.add_argument("--directory", type=Path, help="directory on the disk that is measured")
     chosen = options.parse_args()
     note(f"{chosen.kills} kills, a few seconds each")

@@ -1,13 +1,16 @@
-"""What `tokens-1` says of a model: dimension of its states, honest tails, valid rates of blocks, who is caught when.
+"""What `tokens-1` says of a model: dimension of its states, honest tails, valid rates of blocks,
+who is caught when.
 
-An honest node in bfloat16 and cheats in bfloat16 are recomputed in float32. The law is that of `calibrate` on nonces of
-its own, and others are judged by the sequential test, in 100 random orders: the figure is the nonce by which 99 of them
-have convicted. `--presets` puts others beside it in the same run.
+An honest node in bfloat16 and cheats in bfloat16 are recomputed in float32. The law is that of
+`calibrate` on nonces of its own, and others are judged by the sequential test, in 100 random
+orders: the figure is the nonce by which 99 of them have convicted. `--presets` puts others beside
+it in the same run.
 
     python research/benchmarks/tokens.py --model DIRECTORY -o research/results/tokens.json
 
---redteam runs every attack of the red team that fits as well, with maps that are fitted to rounds of the attacker's
-own, and models that were trained: on text, and on framed states with a quarter of the layers dropped.
+--redteam runs every attack of the red team that fits as well, with maps that are fitted to rounds
+of the attacker's own, and models that were trained: on text, and on framed states with a quarter of
+the layers dropped.
 
 Legend of shapes: N nonces, K published numbers, D hidden size.
 """
@@ -33,8 +36,12 @@ from assay.poc.verdict.calibration import noise_for
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.chord import chord_cdf, chord_mean
 
-ORDERS, MOST_JUDGED = 100, 512
-NONE_HERE = ("another checkpoint", "sliding window of 64")  # a reference may have no other; nonces have 64 positions
+ORDERS = 100
+MOST_JUDGED = 512
+NONE_HERE = (
+    "another checkpoint",
+    "sliding window of 64",
+)  # a reference may have no other; nonces have 64 positions
 
 
 def without_layers(model, first, count=1):
@@ -49,12 +56,19 @@ def without_layers(model, first, count=1):
 
 
 def dimension_of(model, round, nonces):
-    """Return the effective dimension of the diagonal of framed unit states, of nonces that no frame was made from."""
+    """Return the effective dimension of the diagonal of framed unit states, of nonces that no frame
+    was made from.
+    """
     engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
-    states = [engine.states(engine.inputs(round, range(start, start + 8))) for start in range(0, nonces, 8)]
+    states = [
+        engine.states(engine.inputs(round, range(start, start + 8)))
+        for start in range(0, nonces, 8)
+    ]
     first = get_pipeline(round.preset).read.first(round.seq_len)
     seen_ND = torch.cat(states)[:, first:].flatten(0, 1)
-    mean, scale = (torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale))
+    mean, scale = (
+        torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale)
+    )
     seen_ND = (seen_ND - mean) / scale
     energy_D = (unit(seen_ND).double() ** 2).mean(dim=0)
     return float(1 / (energy_D**2).sum())
@@ -73,19 +87,33 @@ def trained(model, loss_of, steps, rate):
 
 
 def finetuned(model, steps):
-    """Return the model after steps on pages of the documentation, 128 tokens each, at a rate of 2e-5."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    ids_SBT = torch.tensor(model.tokenizer(text).input_ids[: steps * 128], device=model.device).view(steps, 2, 64)
-    return trained(model, lambda module, step: module(ids_SBT[step], labels=ids_SBT[step]).loss, steps, 2e-5)
+    """Return the model after steps on pages of the documentation, 128 tokens each, at a rate of
+    2e-5.
+    """
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+    )
+    ids_SBT = torch.tensor(
+        model.tokenizer(text).input_ids[: steps * 128], device=model.device
+    ).view(steps, 2, 64)
+    return trained(
+        model, lambda module, step: module(ids_SBT[step], labels=ids_SBT[step]).loss, steps, 2e-5
+    )
 
 
 def distilled(model, steps, seq_len):
-    """Drop the middle quarter of the layers, and train the others on framed states of the whole model."""
+    """Drop the middle quarter of the layers, and train the others on framed states of the whole
+    model.
+    """
     count = max(1, round(model.num_layers / 4))
     left = without_layers(model, (model.num_layers - count) // 2, count)
-    attacker = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=seq_len, preset="tokens-1")
+    attacker = Round(
+        block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=seq_len, preset="tokens-1"
+    )
     teacher = HFEngine(model, batch_size=8, seq_len=seq_len)
-    mean, scale = (torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale))
+    mean, scale = (
+        torch.from_numpy(part).to(model.device) for part in (model.frame.mean, model.frame.scale)
+    )
 
     def loss_of(module, step):
         inputs = teacher.inputs(attacker, range(8 * step, 8 * step + 8)).clone()
@@ -102,27 +130,50 @@ def on_changed(scene, *, change, cost):
 
 
 def red_team(arguments):
-    """Return of every attack its cost, its residual over honest ones, and when the tests convict 99 %."""
-    shape = {"seq_len": arguments.seq_len, "batch_size": arguments.batch_size, "honest": arguments.nonces}
-    where = {"dtype": "bfloat16", "device": arguments.device, "block_hash": "red team", "presets": (("tokens-1",),)}
+    """Return of every attack its cost, its residual over honest ones, and when the tests convict 99
+    %.
+    """
+    shape = {
+        "seq_len": arguments.seq_len,
+        "batch_size": arguments.batch_size,
+        "honest": arguments.nonces,
+    }
+    where = {
+        "dtype": "bfloat16",
+        "device": arguments.device,
+        "block_hash": "red team",
+        "presets": (("tokens-1",),),
+    }
     field = Field(reference=arguments.model, **where, **shape)
     left = 1 - max(1, round(field.prover.num_layers / 4)) / field.prover.num_layers
     counts = (20, 200) if field.prover.tokenizer is not None else ()
-    made = [(f"fine-tuned, {steps} steps", 1.0, partial(finetuned, steps=steps)) for steps in counts]
+    made = [
+        (f"fine-tuned, {steps} steps", 1.0, partial(finetuned, steps=steps)) for steps in counts
+    ]
     if steps := arguments.distilled:
         name = f"middle quarter of the layers dropped, {steps} steps of distillation"
         made.append((name, left, partial(distilled, steps=steps, seq_len=arguments.seq_len)))
     attacks = [
-        Attack(name, "layers" if cost < 1 else "weights", partial(on_changed, change=change, cost=cost))
+        Attack(
+            name, "layers" if cost < 1 else "weights", partial(on_changed, change=change, cost=cost)
+        )
         for name, cost, change in made
     ]
-    attacks += [one for one in ATTACKS if one.serves("bfloat16") and one.share == 1 and one.name not in NONE_HERE]
-    honest, found = float(np.median(field.honest_residuals["tokens-1"][1])), {}
+    attacks += [
+        one
+        for one in ATTACKS
+        if one.serves("bfloat16") and one.share == 1 and one.name not in NONE_HERE
+    ]
+    honest = float(np.median(field.honest_residuals["tokens-1"][1]))
+    found = {}
     for attack in (one for one in attacks if any(words in one.name for words in arguments.attacks)):
         note(f"red team: {attack.name}")
         cell = attacked(field, attack, arguments.redteam)
         row = cell["presets"]["tokens-1"]
-        figures = {"cost": round_to(cell["cost"], 3), "times_honest": round_to(row["residual_median"] / honest, 3)}
+        figures = {
+            "cost": round_to(cell["cost"], 3),
+            "times_honest": round_to(row["residual_median"] / honest, 3),
+        }
         figures |= {"convicted_by": row["sequential_99"], "best_test": row["best_99"]}
         found[attack.name] = figures | ({"skips": True} if attack.skips else {})
     return found
@@ -130,17 +181,27 @@ def red_team(arguments):
 
 def published(proof):
     """Return what a proof publishes, [N] or [N, K]."""
-    return np.array([r.distance if r.vector is None else r.vector for r in proof.records], np.float64)
+    return np.array(
+        [r.distance if r.vector is None else r.vector for r in proof.records], np.float64
+    )
 
 
 def convicted_by(law, sizes, seed=0):
-    """Return the nonce by which 99 % of the orders have convicted; None where fewer have at the end."""
-    rng, found = np.random.default_rng(seed), []
+    """Return the nonce by which 99 % of the orders have convicted; None where fewer have at the
+    end.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
     for _ in range(ORDERS):
         order = rng.permutation(sizes)
         test = sequential_test(law)
         at = next(
-            (n for n in range(1, len(order) + 1) if test.update(order[n - 1 : n]).result.verdict == "fraud"), None
+            (
+                n
+                for n in range(1, len(order) + 1)
+                if test.update(order[n - 1 : n]).result.verdict == "fraud"
+            ),
+            None,
         )
         found.append(at or np.inf)
     worst = float(np.quantile(found, 0.99, method="higher"))
@@ -150,8 +211,11 @@ def convicted_by(law, sizes, seed=0):
 def measure(model, halved, preset, arguments):
     """Return the figures of one preset."""
     round = Round(block_hash="tokens", public_key="k", seq_len=arguments.seq_len, preset=preset)
-    nonces, size = range(arguments.nonces), {"batch_size": arguments.batch_size}
-    law = calibrate(*(prove(one, replace(round, block_hash="law"), nonces, **size) for one in (model, halved)))
+    nonces = range(arguments.nonces)
+    size = {"batch_size": arguments.batch_size}
+    law = calibrate(
+        *(prove(one, replace(round, block_hash="law"), nonces, **size) for one in (model, halved))
+    )
     wanted, honest = (prove(one, round, nonces, **size) for one in (model, halved))
     noise = noise_for(honest.header, wanted.header.fingerprint, law)
     reference = published(wanted)
@@ -162,12 +226,28 @@ def measure(model, halved, preset, arguments):
 
     sizes = sizes_of(honest)
     median = float(np.median(sizes))
-    figures = {"honest_median": round_to(median), "q99_over_median": round_to(float(np.quantile(sizes, 0.99)) / median)}
-    figures |= {"max_over_median": round_to(float(sizes.max()) / median), "convicted_by": {}, "times_honest": {}}
+    figures = {
+        "honest_median": round_to(median),
+        "q99_over_median": round_to(float(np.quantile(sizes, 0.99)) / median),
+    }
+    figures |= {
+        "max_over_median": round_to(float(sizes.max()) / median),
+        "convicted_by": {},
+        "times_honest": {},
+    }
     middle = model.num_layers // 2
-    programs = {"int4": lambda: cheats.rounded(halved, 4), "int8": lambda: cheats.rounded(halved, 8)}
-    programs |= {"fp8": lambda: rounded_fp8(halved), f"without layer {middle}": lambda: without_layers(halved, middle)}
-    programs |= {f"low-rank {size:.1%}": lambda size=size: adapted(halved, size=size) for size in (0.02, 0.005)}
+    programs = {
+        "int4": lambda: cheats.rounded(halved, 4),
+        "int8": lambda: cheats.rounded(halved, 8),
+    }
+    programs |= {
+        "fp8": lambda: rounded_fp8(halved),
+        f"without layer {middle}": lambda: without_layers(halved, middle),
+    }
+    programs |= {
+        f"low-rank {size:.1%}": lambda size=size: adapted(halved, size=size)
+        for size in (0.02, 0.005)
+    }
     for name, make in programs.items():
         note(f"{preset}: {name}")
         found = sizes_of(prove(make(), round, nonces[: arguments.cheated], **size))
@@ -185,17 +265,29 @@ def honest_and_presets(arguments):
     """Return what honest nodes show of the model, and the figures of every preset."""
     model = load_model(arguments.model, dtype="float32", device=arguments.device)
     model = model.with_frame(measure_frame(model))
-    halved = load_model(arguments.model, dtype="bfloat16", device=arguments.device).with_frame(model.frame)
+    halved = load_model(arguments.model, dtype="bfloat16", device=arguments.device).with_frame(
+        model.frame
+    )
     figures = {}
     fresh = Round(block_hash="fresh", public_key="k", seq_len=arguments.seq_len, preset="tokens-1")
     figures["effective_dimension"] = [round_to(dimension_of(model, fresh, 32)), model.hidden_size]
-    rates, median = [], chord_mean(32)
+    rates = []
+    median = chord_mean(32)
     proof = prove(halved, fresh, range(64), batch_size=arguments.batch_size)
-    for block in range(40):  # the target of a block is all that differs between blocks of one set of vectors
-        distances = distances_to_target(published(proof), replace(fresh, block_hash=f"block {block}"))
+    for block in range(
+        40
+    ):  # the target of a block is all that differs between blocks of one set of vectors
+        distances = distances_to_target(
+            published(proof), replace(fresh, block_hash=f"block {block}")
+        )
         rates.append(float((distances < median).mean()))
-    figures["valid_rates"] = {"expected": round_to(float(chord_cdf(median, 32))), "of 40 blocks": rates}
-    figures["presets"] = {preset: measure(model, halved, preset, arguments) for preset in arguments.presets}
+    figures["valid_rates"] = {
+        "expected": round_to(float(chord_cdf(median, 32))),
+        "of 40 blocks": rates,
+    }
+    figures["presets"] = {
+        preset: measure(model, halved, preset, arguments) for preset in arguments.presets
+    }
     return figures
 
 
@@ -208,9 +300,15 @@ def main():
     made.add_argument("--nonces", type=int, default=512)
     made.add_argument("--cheated", type=int, default=128, help="nonces of every cheat")
     made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument("--redteam", type=int, default=0, help="nonces of every attack of the red team; 0 for none")
-    made.add_argument("--attacks", nargs="*", default=[""], help="parts of the names of attacks that are run")
-    made.add_argument("--distilled", type=int, default=0, help="steps of distillation of an attacker; 0 for none")
+    made.add_argument(
+        "--redteam", type=int, default=0, help="nonces of every attack of the red team; 0 for none"
+    )
+    made.add_argument(
+        "--attacks", nargs="*", default=[""], help="parts of the names of attacks that are run"
+    )
+    made.add_argument(
+        "--distilled", type=int, default=0, help="steps of distillation of an attacker; 0 for none"
+    )
     arguments = made.parse_args()
     figures = {"model": arguments.model, "seq_len": arguments.seq_len, "nonces": arguments.nonces}
     if arguments.presets:

@@ -1,15 +1,17 @@
-"""`prove` and gradients of two commits on one device, or of this one with and without the deterministic mode.
+"""`prove` and gradients of two commits on one device, or of this one with and without the
+deterministic mode.
 
 Both ways take turns, each in a process of its own, which sees its assay first on the path.
 
-    git worktree add .bench/old COMMIT
-    python research/benchmarks/two_commits.py --old .bench/old/src --models shape:qwen3-0.6b shape:llama-3.1-8b \
+    git worktree add .bench/old COMMIT python research/benchmarks/two_commits.py --old
+    .bench/old/src --models shape:qwen3-0.6b shape:llama-3.1-8b \
         -o research/results/two_commits_h100.json
-    python research/benchmarks/two_commits.py --deterministic --device cuda --batch 128 --nonces 3072 \
+    python research/benchmarks/two_commits.py --deterministic --device cuda --batch 128 --nonces
+    3072 \
         --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
-Figures are the best of the rounds of a process (nonces or samples per second); the ratio is that of the medians over
-the turns. The first way begins in even turns.
+Figures are the best of the rounds of a process (nonces or samples per second); the ratio is that of
+the medians over the turns. The first way begins in even turns.
 """
 
 import hashlib
@@ -35,17 +37,22 @@ def measure(chosen, model, nonces, way):
         be_deterministic()
 
     def best(work, count):
-        return count / min([wall_seconds(work) for _ in range(chosen.rounds + 1)][1:])  # the first one compiles
+        return count / min(
+            [wall_seconds(work) for _ in range(chosen.rounds + 1)][1:]
+        )  # the first one compiles
 
     loaded = load_model(model, device=chosen.device)
     round = Round(block_hash="block", public_key="key", seq_len=chosen.seq_len)
     compiled = chosen.device == "cuda" and not chosen.eager
     engine = HFEngine(loaded, batch_size=chosen.batch, seq_len=chosen.seq_len, compiled=compiled)
     with tempfile.TemporaryDirectory() as folder:
-        path, proofs = Path(folder) / "proof.jsonl", []
+        path = Path(folder) / "proof.jsonl"
+        proofs = []
 
         def work():
-            proofs[:] = [prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)]
+            proofs[:] = [
+                prove(loaded, round, range(nonces), engine=engine, output=path, overwrite=True)
+            ]
 
         found = {"prove": best(work, nonces)}
     digest = hashlib.sha256(proofs[0].distances.tobytes()).hexdigest()
@@ -54,11 +61,17 @@ def measure(chosen, model, nonces, way):
 
         from assay.vhack import Sample, per_sample_gradients, weight_svd
 
-        samples = [Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8) for n in range(chosen.samples)]
-        tokenizer = loaded.tokenizer or AutoTokenizer.from_pretrained(ROOT / "src/assay/models/reference/qwen3")
+        samples = [
+            Sample(f"Task {n}: add.", f" def add(a, b): return a + b + {n}" * 8)
+            for n in range(chosen.samples)
+        ]
+        tokenizer = loaded.tokenizer or AutoTokenizer.from_pretrained(
+            ROOT / "src/assay/models/reference/qwen3"
+        )
         svd = weight_svd(loaded, method="gram")
         found["gradients"] = best(
-            lambda: per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd), chosen.samples
+            lambda: per_sample_gradients(samples, loaded, tokenizer=tokenizer, svd=svd),
+            chosen.samples,
         )
     return {"per_second": found, "distances": digest}
 
@@ -67,11 +80,17 @@ def main():
     options = parser(__doc__)
     options.add_argument("--old", type=Path, help="src of the older commit")
     options.add_argument(
-        "--deterministic", action="store_true", help="compare the deterministic mode with the plain one"
+        "--deterministic",
+        action="store_true",
+        help="compare the deterministic mode with the plain one",
     )
     options.add_argument("--models", nargs="+", default=["reference:qwen3"])
-    options.add_argument("--gradients", nargs="*", default=[], help="models whose gradients are measured, too")
-    options.add_argument("--nonces", type=int, nargs="+", default=[128], help="nonces of a proof, for each model")
+    options.add_argument(
+        "--gradients", nargs="*", default=[], help="models whose gradients are measured, too"
+    )
+    options.add_argument(
+        "--nonces", type=int, nargs="+", default=[128], help="nonces of a proof, for each model"
+    )
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--seq-len", type=int, default=256)
     options.add_argument("--samples", type=int, default=24)
@@ -90,13 +109,20 @@ def main():
         sources = dict.fromkeys(("plain", "deterministic"), ROOT / "src")
     figures = {}
     for model, nonces in zip(chosen.models, chosen.nonces, strict=True):
-        seen, digests = {way: {} for way in sources}, set()
+        seen = {way: {} for way in sources}
+        digests = set()
         for turn in range(chosen.turns):
             for way in sources if turn % 2 == 0 else reversed(sources):
-                path = os.pathsep.join([str(Path(sources[way]).resolve()), os.environ.get("PYTHONPATH", "")])
+                path = os.pathsep.join(
+                    [str(Path(sources[way]).resolve()), os.environ.get("PYTHONPATH", "")]
+                )
                 command = [sys.executable, *sys.argv, "--worker", way, model, str(nonces)]
                 done = subprocess.run(
-                    command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True
+                    command,
+                    env=os.environ | {"PYTHONPATH": path},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
                 )
                 found = json.loads(done.stdout.splitlines()[-1])
                 note(f"{model} {turn} {way} {found}")
@@ -104,7 +130,9 @@ def main():
                 for what, value in found["per_second"].items():
                     seen[way].setdefault(what, []).append(value)
         first, second = seen.values()
-        ratios = {what: statistics.median(second[what]) / statistics.median(first[what]) for what in first}
+        ratios = {
+            what: statistics.median(second[what]) / statistics.median(first[what]) for what in first
+        }
         figures[model] = {
             "per_second": seen,
             "_over_".join(reversed(seen)): ratios,

@@ -1,8 +1,9 @@
 """Callbacks per second that a validator acknowledges durably.
 
-A real ``assay poc validator`` on a small model takes signed callbacks of a thousand nodes over loopback while it
-recomputes. Every answer comes after the message is on disk (``synchronous=FULL``). Senders and validator share the
-machine; the processor time per callback is that of the validator's process alone.
+A real ``assay poc validator`` on a small model takes signed callbacks of a thousand nodes over
+loopback while it recomputes. Every answer comes after the message is on disk
+(``synchronous=FULL``). Senders and validator share the machine; the processor time per callback is
+that of the validator's process alone.
 
     python research/benchmarks/validator_load.py -o research/results/validator_load.json
 """
@@ -45,19 +46,26 @@ def request_of(body: str, id: str, key: str) -> bytes:
     content = body.encode()
     signature = Webhook(secret_of(key)).sign(id, now, body)
     head = (
-        f"POST {API}/generated HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nUser-Agent: assay\r\n"
-        f"Content-Length: {len(content)}\r\nwebhook-id: {id}\r\nwebhook-timestamp: {int(now.timestamp())}\r\n"
+        f"POST {API}/generated HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
+        f"application/json\r\nUser-Agent: assay\r\n"
+        f"Content-Length: {len(content)}\r\nwebhook-id: {id}\r\nwebhook-timestamp: "
+        f"{int(now.timestamp())}\r\n"
         f"webhook-signature: {signature}\r\n\r\n"
     )
     return head.encode() + content
 
 
-async def flood(port: int, requests: Sequence[bytes], connections: int) -> tuple[Counter[int], list[float]]:
-    """Send requests over some connections, each of which waits for its answer before it sends the next.
+async def flood(
+    port: int, requests: Sequence[bytes], connections: int
+) -> tuple[Counter[int], list[float]]:
+    """Send requests over some connections, each of which waits for its answer before it sends the
+    next.
 
     Returns how often each status came, and the latencies.
     """
-    statuses, latencies, waiting = Counter[int](), [], iter(requests)
+    statuses = Counter[int]()
+    latencies = []
+    waiting = iter(requests)
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -97,12 +105,24 @@ def sender(port, keys, first, count, nonces, connections, ready, go, results):
 def measured(port, process, keys, chosen, first):
     """Send one round of callbacks from several processes; return the figures."""
     context = get_context("fork")
-    ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
+    ready = context.Semaphore(0)
+    go = context.Event()
+    results = context.Queue()
     each = chosen.callbacks // chosen.senders
     children = [
         context.Process(
             target=sender,
-            args=(port, keys, first + i * each, each, chosen.nonces, chosen.connections, ready, go, results),
+            args=(
+                port,
+                keys,
+                first + i * each,
+                each,
+                chosen.nonces,
+                chosen.connections,
+                ready,
+                go,
+                results,
+            ),
             daemon=True,
         )
         for i in range(chosen.senders)
@@ -111,10 +131,12 @@ def measured(port, process, keys, chosen, first):
         child.start()
     if not all(ready.acquire(timeout=LONGEST) for _ in children):
         raise TimeoutError(f"a sender was not ready in {LONGEST} s")
-    before, begun = process.cpu_times(), time.perf_counter()
+    before = process.cpu_times()
+    begun = time.perf_counter()
     go.set()
     found = [results.get(timeout=LONGEST) for _ in children]  # a sender that died answers never
-    seconds, after = time.perf_counter() - begun, process.cpu_times()
+    seconds = time.perf_counter() - begun
+    after = process.cpu_times()
     for child in children:
         child.join()
     statuses = sum((part for part, _, _ in found), Counter())
@@ -154,13 +176,18 @@ def main():
         model = load_model(checkpoint, dtype="float32", device="cpu")
         write_network(Path(directory), model, keys)
         server = ValidatorServer(
-            Path(directory), "--nonces-per-hour", str(chosen.nonces_per_hour), model=checkpoint, fork=False
+            Path(directory),
+            "--nonces-per-hour",
+            str(chosen.nonces_per_hour),
+            model=checkpoint,
+            fork=False,
         )
         server.start()
         try:
             server.wait_for()
             server.announce()
-            process, rounds = psutil.Process(server.pid), []
+            process = psutil.Process(server.pid)
+            rounds = []
             for turn in range(chosen.rounds):
                 note(f"round {turn + 1} of {chosen.rounds}")
                 rounds.append(measured(server.port, process, keys, chosen, turn * chosen.callbacks))
@@ -188,7 +215,9 @@ def main():
         "rounds": rounds,
     }
     publish("validator_load", figures, chosen.output)
-    refused = sum(count for part in rounds for code, count in part["statuses"].items() if code != "200")
+    refused = sum(
+        count for part in rounds for code, count in part["statuses"].items() if code != "200"
+    )
     return int(bool(refused or figures["lost"] or best < WANTED))
 
 

@@ -1,16 +1,19 @@
-"""δS gradients: one sample after the other through adapters, against one backward pass per batch, in one run.
+"""δS gradients: one sample after the other through adapters, against one backward pass per batch,
+in one run.
 
-The sequential way is the one in which the method was first described: a hook per matrix adds the adapter's output, and
-24 samples of 250 to 710 tokens go through one by one. Both ways take turns, after a warm-up of each; times are the best
-of the rounds. Errors are relative, between the two ways. A plain forward and backward pass of every sample, which any
-exact way needs, is timed beside them.
+The sequential way is the one in which the method was first described: a hook per matrix adds the
+adapter's output, and 24 samples of 250 to 710 tokens go through one by one. Both ways take turns,
+after a warm-up of each; times are the best of the rounds. Errors are relative, between the two
+ways. A plain forward and backward pass of every sample, which any exact way needs, is timed beside
+them.
 
-With `--pairs` also a whole extraction of so many pairs: weight SVD, digest, gradients of both sides and axes, each
-with its time and memory, and from nothing. Samples and pairs are pieces of Python source; their content does not matter
-here.
+With `--pairs` also a whole extraction of so many pairs: weight SVD, digest, gradients of both sides
+and axes, each with its time and memory, and from nothing. Samples and pairs are pieces of Python
+source; their content does not matter here.
 
-    python research/benchmarks/vhack_gradients.py --dtype float32 -o research/results/vhack_gradients_cpu.json
-    python research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b --pairs 12 249 -o result.json
+    python research/benchmarks/vhack_gradients.py --dtype float32 -o
+    research/results/vhack_gradients_cpu.json python research/benchmarks/vhack_gradients.py --device
+    cuda --models shape:qwen3-4b --pairs 12 249 -o result.json
 """
 
 import argparse
@@ -39,7 +42,9 @@ PROMPT_SHARE = 0.6
 
 
 def texts(tokenizer, count, seed=0):
-    """Yield pieces of the Python standard library, as (prompt, completion) with a drawn number of tokens."""
+    """Yield pieces of the Python standard library, as (prompt, completion) with a drawn number of
+    tokens.
+    """
     rng = random.Random(seed)
     lines = inspect.getsource(argparse).splitlines(keepends=True)
     per_line = [len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines]
@@ -61,12 +66,16 @@ def pairs_of(tokenizer, count):
     sides = list(texts(tokenizer, 2 * count, seed=1))
     return [
         Pair(prompt, hack, clean + "# \n", group=str(index % 6))
-        for index, ((prompt, hack), (_, clean)) in enumerate(zip(sides[::2], sides[1::2], strict=True))
+        for index, ((prompt, hack), (_, clean)) in enumerate(
+            zip(sides[::2], sides[1::2], strict=True)
+        )
     ]
 
 
 def one_by_one(model, tokenizer, samples):
-    """Yield token ids and the loss of the completion of every sample; the caller runs the backward pass."""
+    """Yield token ids and the loss of the completion of every sample; the caller runs the backward
+    pass.
+    """
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
     for sample in samples:
@@ -85,11 +94,14 @@ def plain(model, tokenizer, samples):
 
 
 def sequential(model, tokenizer, samples, svd):
-    """Return gradients of adapters: a hook adds ``((x Vhᵀ) · δS) Uᵀ``, and a backward pass fills δS.grad."""
+    """Return gradients of adapters: a hook adds ``((x Vhᵀ) · δS) Uᵀ``, and a backward pass fills
+    δS.grad.
+    """
     delta = {name: torch.zeros_like(svd[name].values, requires_grad=True) for name in svd}
     bucket = {name: [] for name in svd}
     hooks = [
-        linear.register_forward_hook(adapter(svd[name], delta[name])) for name, linear in target_modules(model).items()
+        linear.register_forward_hook(adapter(svd[name], delta[name]))
+        for name, linear in target_modules(model).items()
     ]
     for loss in one_by_one(model, tokenizer, samples):
         loss.backward()
@@ -109,7 +121,9 @@ def adapter(factors, knob):
 
 
 def peak_gb():
-    """Return the peak of device memory since it was last asked for, what was there included; None without a GPU."""
+    """Return the peak of device memory since it was last asked for, what was there included; None
+    without a GPU.
+    """
     if not torch.cuda.is_available():
         return None
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -118,10 +132,15 @@ def peak_gb():
 
 
 def worst_error(found, wanted):
-    """Return the largest relative error of one sample over all modules, and of one module over all samples."""
+    """Return the largest relative error of one sample over all modules, and of one module over all
+    samples.
+    """
     by_module = max(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted)
     errors = torch.cat([found[name] - wanted[name] for name in wanted], 1).norm(dim=1)
-    return {"module": by_module, "sample": float((errors / torch.cat(list(wanted.values()), 1).norm(dim=1)).max())}
+    return {
+        "module": by_module,
+        "sample": float((errors / torch.cat(list(wanted.values()), 1).norm(dim=1)).max()),
+    }
 
 
 def compare(model, tokenizer, options):
@@ -136,7 +155,9 @@ def compare(model, tokenizer, options):
     }
     sequential(model, tokenizer, chosen[:2], svd)
     ways["batched"]()
-    seconds, results, memory = {name: [] for name in ways}, {}, {}
+    seconds = {name: [] for name in ways}
+    results = {}
+    memory = {}
     for _ in range(options.rounds):
         for name, way in ways.items():
             peak_gb()
@@ -158,8 +179,11 @@ def compare(model, tokenizer, options):
 
 
 def extraction(model, tokenizer, count):
-    """Return time and memory of the parts of an extraction of so many pairs, and of one from nothing."""
-    some, figures = pairs_of(tokenizer, count), {"pairs": count}
+    """Return time and memory of the parts of an extraction of so many pairs, and of one from
+    nothing.
+    """
+    some = pairs_of(tokenizer, count)
+    figures = {"pairs": count}
 
     def part(name, work):
         peak_gb()
@@ -182,9 +206,13 @@ def main():
     made.add_argument("--device", default="cpu")
     made.add_argument("--dtype", help="of the model; as stored when left out")
     made.add_argument("--samples", type=int, default=24)
-    made.add_argument("--processor-time", action="store_true", help="for a busy machine; with OMP_NUM_THREADS=1")
+    made.add_argument(
+        "--processor-time", action="store_true", help="for a busy machine; with OMP_NUM_THREADS=1"
+    )
     made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--pairs", type=int, nargs="*", default=[], help="also extractions of so many pairs")
+    made.add_argument(
+        "--pairs", type=int, nargs="*", default=[], help="also extractions of so many pairs"
+    )
     options = made.parse_args()
     figures = {}
     for reference in options.models:
@@ -194,8 +222,14 @@ def main():
         figures[reference] = compare(model, tokenizer, options)
         note(str(figures[reference]))
         if options.pairs:
-            figures[reference]["extractions"] = [extraction(model, tokenizer, count) for count in options.pairs]
-        publish("vhack_gradients", {"threads": torch.get_num_threads(), "models": figures}, options.output)
+            figures[reference]["extractions"] = [
+                extraction(model, tokenizer, count) for count in options.pairs
+            ]
+        publish(
+            "vhack_gradients",
+            {"threads": torch.get_num_threads(), "models": figures},
+            options.output,
+        )
 
 
 if __name__ == "__main__":

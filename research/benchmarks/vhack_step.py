@@ -1,10 +1,13 @@
-r"""Steps of TRL's GRPOTrainer that generates with vLLM: plain, with detectors that watch every second one, with filter.
+r"""Steps of TRL's GRPOTrainer that generates with vLLM: plain, with detectors that watch every
+second one, with filter.
 
-    python research/benchmarks/vhack_step.py --model shape:qwen3-0.6b -o research/results/vhack_step.json
+    python research/benchmarks/vhack_step.py --model shape:qwen3-0.6b -o
+    research/results/vhack_step.json
 
-All weights are trained, with TRL's defaults. One trainer takes its steps in turns, so every way sees the same machine,
-model and lengths; each step ends with a wait for the device. Weights are random and rewards made up. Completions are of
-printable characters, one token each, none ends early.
+All weights are trained, with TRL's defaults. One trainer takes its steps in turns, so every way
+sees the same machine, model and lengths; each step ends with a wait for the device. Weights are
+random and rewards made up. Completions are of printable characters, one token each, none ends
+early.
 """
 
 import itertools
@@ -36,7 +39,8 @@ def tokenizer_of(size):
     letters += sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(letters))
     names = [*letters, *(f"{letters[-1]}{number}" for number in range(size - len(letters)))]
     made = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=names[-1], pad_token=names[-1])
 
 
@@ -44,7 +48,9 @@ class Turns(TrainerCallback):
     """Let the ways take turns, and keep the seconds of each step."""
 
     def __init__(self, trainer, ways):
-        self.trainer, self.turn, self.ways = trainer, itertools.cycle(ways), ways
+        self.trainer = trainer
+        self.turn = itertools.cycle(ways)
+        self.ways = ways
         self.seconds = {name: [] for name in ways}
 
     def on_step_begin(self, *_, **__):
@@ -65,7 +71,13 @@ def main():
     """Measure."""
     options = parser(__doc__)
     options.add_argument("--model", default="shape:qwen3-0.6b")
-    for flag, default in (("prompts", 8), ("group", 8), ("new-tokens", 256), ("rounds", 8), ("micro-batch", 16)):
+    for flag, default in (
+        ("prompts", 8),
+        ("group", 8),
+        ("new-tokens", 256),
+        ("rounds", 8),
+        ("micro-batch", 16),
+    ):
         options.add_argument(f"--{flag}", type=int, default=default)
     options.add_argument("--detectors", nargs="+", default=["cin-lda", "probe"])
     chosen = options.parse_args()
@@ -92,9 +104,15 @@ def main():
         def reward(completions, **_):
             return [float(index % 3 == 0) for index in range(len(completions))]
 
-        tasks = Dataset.from_list([{"prompt": episode.prompt} for episode in episodes(256, difficulty=(1, 1))])
-        trainer = GRPOTrainer(model.module, [reward], config, tasks, processing_class=model.tokenizer)
-        plain, pairs, svd = trainer._calculate_rewards, environment_pairs(48, whole=True), None
+        tasks = Dataset.from_list(
+            [{"prompt": episode.prompt} for episode in episodes(256, difficulty=(1, 1))]
+        )
+        trainer = GRPOTrainer(
+            model.module, [reward], config, tasks, processing_class=model.tokenizer
+        )
+        plain = trainer._calculate_rewards
+        pairs = environment_pairs(48, whole=True)
+        svd = None
         turns = {"plain": (plain, None)}
         for detector in chosen.detectors:
             note(f"fits {detector}")
@@ -108,7 +126,9 @@ def main():
         trainer.train()
     found = {}
     for name, seconds in clock.seconds.items():
-        mean = mean_of(np.array(seconds[1:]) / np.array(clock.seconds["plain"][1:]))  # the first of each warms up
+        mean = mean_of(
+            np.array(seconds[1:]) / np.array(clock.seconds["plain"][1:])
+        )  # the first of each warms up
         found[name] = {"seconds": seconds, "over_plain": [mean.value, mean.low, mean.high]}
     publish("vhack_step", {**vars(chosen), "output": None, "steps": found}, chosen.output)
 

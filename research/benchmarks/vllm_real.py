@@ -1,5 +1,6 @@
-"""A real model in vLLM: the speed of `tokens-1` beside `poc-2.0` in one engine, and honest audits between vLLM and
-transformers under the law of these two, which `calibrate` fits to proofs of other blocks.
+"""A real model in vLLM: the speed of `tokens-1` beside `poc-2.0` in one engine, and honest audits
+between vLLM and transformers under the law of these two, which `calibrate` fits to proofs of other
+blocks.
 
     python research/benchmarks/vllm_real.py --model DIRECTORY -o research/results/vllm_real.json
 """
@@ -16,19 +17,30 @@ from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import sequential_test
 from assay.poc.vllm.engine import VLLMEngine
 
-OPTIONS = {"max_num_batched_tokens": 16384, "max_num_seqs": 256, "max_model_len": 512, "gpu_memory_utilization": 0.3}
-SPEED, LAW_BLOCKS = {"auto": (160, 1024), "requests": (3, 256)}, 16  # turns and nonces by the way they take
+OPTIONS = {
+    "max_num_batched_tokens": 16384,
+    "max_num_seqs": 256,
+    "max_model_len": 512,
+    "gpu_memory_utilization": 0.3,
+}
+SPEED = {"auto": (160, 1024), "requests": (3, 256)}
+LAW_BLOCKS = 16  # turns and nonces by the way they take
 
 
 def measure_speed(engine, options):
     """Return the nonces per second of both presets in turns, by the way they take."""
-    rows, throttle = {}, engine._client.throttle
+    rows = {}
+    throttle = engine._client.throttle
     for way, (turns, count) in SPEED.items():
         throttle.settings = throttle.settings.model_copy(update={"path": way})
 
         def rate(preset, nonces, engine=engine):
-            round = Round(block_hash="speed", public_key="k", preset=preset, seq_len=options.seq_len)
-            return nonces / wall_seconds(lambda: poc.prove(engine.model, round, range(nonces), engine=engine))
+            round = Round(
+                block_hash="speed", public_key="k", preset=preset, seq_len=options.seq_len
+            )
+            return nonces / wall_seconds(
+                lambda: poc.prove(engine.model, round, range(nonces), engine=engine)
+            )
 
         presets = ("poc-2.0", "tokens-1")
         for preset in presets:
@@ -49,15 +61,24 @@ def measure_audits(engine, model, preset, options):
     """Return how many audits of a block between vLLM and transformers accuse, with the interval."""
     other = HFEngine(model, batch_size=32, seq_len=options.seq_len, compiled=False)
     of_all = {"public_key": "k", "preset": preset, "seq_len": options.seq_len}
-    rounds = [Round(block_hash=f"audit-{block}", **of_all) for block in range(LAW_BLOCKS + options.blocks)]
+    rounds = [
+        Round(block_hash=f"audit-{block}", **of_all) for block in range(LAW_BLOCKS + options.blocks)
+    ]
     sides = (engine.model, engine), (model, other)
     both = [[poc.prove(one, round, range(64), engine=by) for one, by in sides] for round in rounds]
     measured = [proof for pair in both[:LAW_BLOCKS] for proof in pair]
-    build, accused = calibrate(*measured, hidden_size=model.hidden_size).builds[0], []
+    build = calibrate(*measured, hidden_size=model.hidden_size).builds[0]
+    accused = []
     for round, pair in zip(rounds[LAW_BLOCKS:], both[LAW_BLOCKS:], strict=True):
         test = sequential_test(build.between("", other.fingerprint, round=round))
-        accused.append(test.update(residuals(*(proof.records for proof in pair))).verdict == "fraud")
-    found = {"typical": round_to(build.sizes.typical, 3), "accused": sum(accused), "audits": len(accused)}
+        accused.append(
+            test.update(residuals(*(proof.records for proof in pair))).verdict == "fraud"
+        )
+    found = {
+        "typical": round_to(build.sizes.typical, 3),
+        "accused": sum(accused),
+        "audits": len(accused),
+    }
     return found | {"interval": stats.proportion_interval(sum(accused), len(accused))}
 
 
@@ -71,10 +92,15 @@ def main():
     model = load_model(options.model, dtype=options.dtype, device="cuda")
     model = model.with_frame(measure_frame(model))
     shape = {"dtype": options.dtype, "batch_size": 128, "seq_len": options.seq_len}
-    with VLLMEngine(options.model, **shape, **OPTIONS) as engine:  # takes embeddings, and tokens too
+    with VLLMEngine(
+        options.model, **shape, **OPTIONS
+    ) as engine:  # takes embeddings, and tokens too
         engine.frame, engine.model = model.frame, engine.model.with_frame(model.frame)
         figures = {name: value for name, value in vars(options).items() if name != "output"}
-        figures |= {"device": torch.cuda.get_device_name(), "fingerprint": engine.fingerprint.as_dict()}
+        figures |= {
+            "device": torch.cuda.get_device_name(),
+            "fingerprint": engine.fingerprint.as_dict(),
+        }
         figures["speed"] = measure_speed(engine, options)
         publish("vllm_real", figures, options.output)
         for preset in ("tokens-1", "hardened", "artifact", "poc-2.0"):

@@ -1,10 +1,11 @@
 """Ten kills of a serving vLLM: every response that a client received whole has its receipt.
 
-Clients send requests of mixed parameters, with one or three choices, half of them as streams, some at a time. One that
-is cut off is sent again under the same id, as clients do. The server is ended by SIGKILL while they run, and started
-again on the same data; each is forked from a process that has imported vLLM, because imports are most of a start. At
-the end every choice that was received whole must have a receipt with exactly the tokens that the client got, and all
-receipts are fetched as complete files. Exit code 1 if one is missing.
+Clients send requests of mixed parameters, with one or three choices, half of them as streams, some
+at a time. One that is cut off is sent again under the same id, as clients do. The server is ended
+by SIGKILL while they run, and started again on the same data; each is forked from a process that
+has imported vLLM, because imports are most of a start. At the end every choice that was received
+whole must have a receipt with exactly the tokens that the client got, and all receipts are fetched
+as complete files. Exit code 1 if one is missing.
 
     python research/benchmarks/vllm_receipts_soak.py -o research/results/vllm_receipts_soak.json
 """
@@ -31,7 +32,9 @@ LEAST = 0.05  # seconds after a whole response at which the server may be killed
 
 @dataclass
 class Clients:
-    """Requests, those that are not answered yet, and the tokens of every choice that was received whole."""
+    """Requests, those that are not answered yet, and the tokens of every choice that was received
+    whole.
+    """
 
     pending: deque
     at_once: int
@@ -40,10 +43,14 @@ class Clients:
     interrupted: int = 0
 
     async def send(self, server, until, pause):
-        """Send what is pending; kill the server a moment after ``until`` responses, or return when all are answered."""
+        """Send what is pending; kill the server a moment after ``until`` responses, or return when
+        all are answered.
+        """
         reached = asyncio.Event()
         async with httpx.AsyncClient(base_url=server.url, timeout=300.0) as client:
-            tasks = [asyncio.create_task(self._work(client, until, reached)) for _ in range(self.at_once)]
+            tasks = [
+                asyncio.create_task(self._work(client, until, reached)) for _ in range(self.at_once)
+            ]
             done = asyncio.gather(*tasks)
             waiting = asyncio.create_task(reached.wait())
             await asyncio.wait([done, waiting], return_when=asyncio.FIRST_COMPLETED)
@@ -58,7 +65,9 @@ class Clients:
             number, request = self.pending.popleft()
             try:
                 tokens = await received(client, number, request)
-            except httpx.HTTPError:  # the server has died; the request is sent again to the next one
+            except (
+                httpx.HTTPError
+            ):  # the server has died; the request is sent again to the next one
                 self.interrupted += 1
                 self.pending.appendleft((number, request))
                 return
@@ -69,8 +78,12 @@ class Clients:
 
 
 async def received(client, number, request):
-    """Send a request and return the tokens of each choice; an HTTP error if the response is not whole."""
-    body = body_of(request, n=1 if number % 3 else CHOICES, return_token_ids=True, stream=bool(number % 2))
+    """Send a request and return the tokens of each choice; an HTTP error if the response is not
+    whole.
+    """
+    body = body_of(
+        request, n=1 if number % 3 else CHOICES, return_token_ids=True, stream=bool(number % 2)
+    )
     headers = {"X-Request-Id": request.request_id}
     if not body["stream"]:
         answer = await client.post("/v1/completions", json=body, headers=headers)
@@ -93,11 +106,14 @@ async def received(client, number, request):
 
 def exported(server):
     """Return all receipts, fetched in complete files."""
-    receipts, after, more = [], 0, True
+    receipts = []
+    after = 0
+    more = True
     while more:
         answer = server.client.get("/api/v1/receipts.jsonl", params={"after": after, "limit": 100})
         answer.raise_for_status()
-        after, more = int(answer.headers["receipts-last"]), answer.headers["receipts-more"] == "true"
+        after = int(answer.headers["receipts-last"])
+        more = answer.headers["receipts-more"] == "true"
         if answer.status_code == 200:
             receipts += Receipts.parse("export", answer.content).receipts
     return receipts
@@ -105,7 +121,8 @@ def exported(server):
 
 def kill_loop(server, requests, *, kills, at_once=8, seed=0):
     """Kill a running server ``kills`` times while it answers, and count; it runs afterwards."""
-    chosen, began = random.Random(seed), time.monotonic()
+    chosen = random.Random(seed)
+    began = time.monotonic()
     clients = Clients(deque(enumerate(requests)), at_once)
     killed = 0
     for life in range(kills + 1):
@@ -116,7 +133,10 @@ def kill_loop(server, requests, *, kills, at_once=8, seed=0):
         until = len(requests) * (life + 1) // (kills + 1) if life < kills else len(requests) + 1
         asyncio.run(clients.send(server, until, chosen.uniform(LEAST, 1.0)))
         killed += server.process.poll() is not None
-        note(f"{clients.answered} of {len(requests)} answered, {killed} kills, {clients.interrupted} cut off")
+        note(
+            f"{clients.answered} of {len(requests)} answered, {killed} kills, "
+            f"{clients.interrupted} cut off"
+        )
     receipts = exported(server)
     tokens = {(one.request_id, one.index, one.output) for one in receipts}
     per_choice = Counter((one.request_id, one.index) for one in receipts)
@@ -129,7 +149,9 @@ def kill_loop(server, requests, *, kills, at_once=8, seed=0):
         "choices": len(clients.whole),
         "receipts": len(receipts),
         "choices_with_several_receipts": sum(count > 1 for count in per_choice.values()),
-        "choices_without_receipt": sum((*choice, found) not in tokens for choice, found in clients.whole.items()),
+        "choices_without_receipt": sum(
+            (*choice, found) not in tokens for choice, found in clients.whole.items()
+        ),
     }
 
 
@@ -142,9 +164,18 @@ def main():
     chosen = made.parse_args()
     tokenizer = load_model("reference:qwen3").tokenizer
     requests = mixed(chosen.requests, tokenizer, seed=chosen.seed)
-    with tempfile.TemporaryDirectory() as folder, ForkedServer(folder, environment=SEEDED) as server:
-        figures = kill_loop(server, requests, kills=chosen.kills, at_once=chosen.at_once, seed=chosen.seed)
-    publish("vllm_receipts_soak", {"seed": chosen.seed, "at_once": chosen.at_once, **figures}, chosen.output)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ForkedServer(folder, environment=SEEDED) as server,
+    ):
+        figures = kill_loop(
+            server, requests, kills=chosen.kills, at_once=chosen.at_once, seed=chosen.seed
+        )
+    publish(
+        "vllm_receipts_soak",
+        {"seed": chosen.seed, "at_once": chosen.at_once, **figures},
+        chosen.output,
+    )
     whole = figures["kills"] == chosen.kills and figures["responses"] == chosen.requests
     return int(not whole or figures["choices_without_receipt"] > 0)
 

@@ -1,23 +1,27 @@
-"""Seeded responses of a vLLM server: the tokens of transformers, and the cost beside a server without them.
+"""Seeded responses of a vLLM server: the tokens of transformers, and the cost beside a server
+without them.
 
-`tokens` sends requests of mixed parameters to servers of several settings and answers the same requests with `respond`
-on transformers: the receipts must have the same tokens. A replay says how many tokens match where they differ, as they
-do in bfloat16. `cost` runs two servers, one with ASSAY_RESPONSES=seeded and a block, one with neither, and sends both
-the same load in turns, so that whatever else the machine does falls on both: tokens a second, and the time between two
-tokens of a stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
+`tokens` sends requests of mixed parameters to servers of several settings and answers the same
+requests with `respond` on transformers: the receipts must have the same tokens. A replay says how
+many tokens match where they differ, as they do in bfloat16. `cost` runs two servers, one with
+ASSAY_RESPONSES=seeded and a block, one with neither, and sends both the same load in turns, so that
+whatever else the machine does falls on both: tokens a second, and the time between two tokens of a
+stream. `audits` draws audits of honest responses that a server of each setting served, replayed by
 transformers in float32 and bfloat16 and judged by the stated defaults.
 
-`chat` asks a chat model by OpenAI's client, on the CPU build of vLLM or with `--gpu` on a GPU. Servers without the
-plugin, with it, and with it beside a round get the same questions. On a CPU the logits of 20 questions and their
-answers stand beside those of transformers, and so does every token at which answers differ. `assay poc replay` judges
-receipts under a law of others.
+`chat` asks a chat model by OpenAI's client, on the CPU build of vLLM or with `--gpu` on a GPU.
+Servers without the plugin, with it, and with it beside a round get the same questions. On a CPU the
+logits of 20 questions and their answers stand beside those of transformers, and so does every token
+at which answers differ. `assay poc replay` judges receipts under a law of others.
 
-    python research/benchmarks/vllm_responses.py tokens --requests 200
-    python research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
-    python research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram draft
-    python research/benchmarks/vllm_responses.py chat --model DIRECTORY -o research/results/vllm_chat_cpu.json
-    python research/benchmarks/vllm_responses.py chat --gpu --settings default v1 --dtype bfloat16 --model DIRECTORY
-    python research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16 --at-once 32
+    python research/benchmarks/vllm_responses.py tokens --requests 200 python
+    research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1 python
+    research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram
+    draft python research/benchmarks/vllm_responses.py chat --model DIRECTORY -o
+    research/results/vllm_chat_cpu.json python research/benchmarks/vllm_responses.py chat --gpu
+    --settings default v1 --dtype bfloat16 --model DIRECTORY python
+    research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16
+    --at-once 32
 """
 
 import asyncio
@@ -64,12 +68,16 @@ DRAFTS = "--speculative-config"
 SETTINGS = {  # environment, options
     "default": ({}, {}),
     "v1": ({"VLLM_USE_V2_MODEL_RUNNER": "0"}, {}),
-    "ngram": ({}, {DRAFTS: '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}'}),
+    "ngram": (
+        {},
+        {DRAFTS: '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}'},
+    ),
     "draft": (
         {},
         {
             DRAFTS: '{"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 3}',
-            # vLLM 0.32 profiles with a token kept back for every sequence: 1024 of them leave none of 1024.
+            # vLLM 0.32 profiles with a token kept back for every sequence: 1024 of them leave none
+            # of 1024.
             "--max-num-seqs": "64",
         },
     ),
@@ -77,16 +85,22 @@ SETTINGS = {  # environment, options
 
 
 def by_setting(arguments, folder, prepare, measure):
-    """Return what a measurement gives for every setting, or why it failed; the servers start side by side."""
-    draft, figures = folder / "draft", {}
+    """Return what a measurement gives for every setting, or why it failed; the servers start side
+    by side.
+    """
+    draft = folder / "draft"
+    figures = {}
     shutil.copytree(arguments.model, draft)
     with ExitStack() as ending, ThreadPoolExecutor() as pool:
-        servers, starting = {}, {}
+        servers = {}
+        starting = {}
         for name in arguments.settings:
             environment, more = SETTINGS[name]
             options = {option: value.replace("DRAFT", str(draft)) for option, value in more.items()}
             servers[name] = Server(
-                folder / name, environment=SEEDED | environment, options=options_of(arguments) | options
+                folder / name,
+                environment=SEEDED | environment,
+                options=options_of(arguments) | options,
             )
             ending.callback(servers[name].stop)
             starting[name] = pool.submit(servers[name].start)
@@ -104,7 +118,9 @@ def by_setting(arguments, folder, prepare, measure):
 
 def options_of(arguments):
     """Return the options of a server of this model on this device."""
-    return {"--model": arguments.model, "--dtype": arguments.dtype} | (ON_GPU if arguments.gpu else {})
+    return {"--model": arguments.model, "--dtype": arguments.dtype} | (
+        ON_GPU if arguments.gpu else {}
+    )
 
 
 def failures(server):
@@ -118,7 +134,9 @@ def tokens(arguments, folder):
 
     def prepare():
         model = load_model(arguments.model, dtype=arguments.dtype)
-        requests = mixed(arguments.requests, model.tokenizer, drafts={"ngram", "draft"} & set(arguments.settings))
+        requests = mixed(
+            arguments.requests, model.tokenizer, drafts={"ngram", "draft"} & set(arguments.settings)
+        )
         return model, requests, respond(model, requests, block_hash=BLOCK, public_key=NODE)
 
     figures = by_setting(arguments, folder, prepare, agreement)
@@ -148,16 +166,24 @@ def measure(server, requests, at_once):
     A piece of a stream may have several tokens, so those that were asked for are counted.
     """
     started = time.perf_counter()
-    answers = asyncio.run(send_all(server.url, requests, at_once=at_once, stream=True, ignore_eos=True))
+    answers = asyncio.run(
+        send_all(server.url, requests, at_once=at_once, stream=True, ignore_eos=True)
+    )
     seconds = time.perf_counter() - started
     tokens = sum(request.max_tokens for request in requests)
-    gaps = [1000 * (b - a) for one in answers for a, b in zip(one["times"][1:], one["times"][2:], strict=False)]
+    gaps = [
+        1000 * (b - a)
+        for one in answers
+        for a, b in zip(one["times"][1:], one["times"][2:], strict=False)
+    ]
     assert {one["status"] for one in answers} == {200}
     return {"tokens_per_second": tokens / seconds, "gap_ms": statistics.median(gaps)}
 
 
 def cost(arguments):
-    """Return the figures of both servers for every way of sampling and length of answers, turn by turn."""
+    """Return the figures of both servers for every way of sampling and length of answers, turn by
+    turn.
+    """
     options = options_of(arguments) | (COMPILED if arguments.gpu else {})
     with ExitStack() as ending, ThreadPoolExecutor() as pool:
         servers = {}
@@ -167,18 +193,24 @@ def cost(arguments):
             ending.callback(servers[kind].stop)
         list(pool.map(Server.start, servers.values()))
         begin(servers["seeded"])
-        samplings = [{"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p]
+        samplings = [
+            {"temperature": arguments.temperature, "top_p": top_p} for top_p in arguments.top_p
+        ]
         rows = [in_turns(servers, arguments, *way) for way in product(samplings, arguments.tokens)]
         return {"ways": rows, "receipts": servers["seeded"].get("/responses").json()["receipts"]}
 
 
 def in_turns(servers, arguments, sampling, tokens):
-    """Return the figures of both servers, turn by turn, for one way of sampling and one length of answers."""
+    """Return the figures of both servers, turn by turn, for one way of sampling and one length of
+    answers.
+    """
     found = []
     for turn in range(arguments.turns + 1):
         order = list(servers) if turn % 2 else list(reversed(servers))
         requests = {kind: load(arguments.requests, tokens, **sampling) for kind in order}
-        found.append({kind: measure(servers[kind], requests[kind], arguments.at_once) for kind in order})
+        found.append(
+            {kind: measure(servers[kind], requests[kind], arguments.at_once) for kind in order}
+        )
         note(f"{tokens} tokens, turn {turn}: {json.dumps(found[-1])}")
     turns = found[1:]  # the first one warms up
     return {
@@ -186,7 +218,11 @@ def in_turns(servers, arguments, sampling, tokens):
         "tokens": tokens,
         "turns": turns,
         **compared(
-            "throughput", [one["seeded"]["tokens_per_second"] / one["without"]["tokens_per_second"] for one in turns]
+            "throughput",
+            [
+                one["seeded"]["tokens_per_second"] / one["without"]["tokens_per_second"]
+                for one in turns
+            ],
         ),
         **compared("gap", [one["without"]["gap_ms"] / one["seeded"]["gap_ms"] for one in turns]),
         "load": os.getloadavg(),
@@ -200,13 +236,21 @@ def compared(name, ratios):
 
 
 def audits(arguments, folder):
-    """Return how many audits of honest responses are accused, by setting and by dtype of the verifier."""
+    """Return how many audits of honest responses are accused, by setting and by dtype of the
+    verifier.
+    """
 
     def prepare():
-        models = {dtype: load_model(arguments.model, dtype=dtype) for dtype in ("float32", "bfloat16")}
+        models = {
+            dtype: load_model(arguments.model, dtype=dtype) for dtype in ("float32", "bfloat16")
+        }
         requests = mixed(arguments.requests, models["float32"].tokenizer, tokens=(TOKENS, TOKENS))
         stated = models[arguments.dtype]
-        return models, requests, respond(stated, requests[:1], block_hash=BLOCK, public_key=NODE).header
+        return (
+            models,
+            requests,
+            respond(stated, requests[:1], block_hash=BLOCK, public_key=NODE).header,
+        )
 
     def measure(server, models, requests, header):
         answers = asyncio.run(send_all(server.url, requests, ignore_eos=True))
@@ -215,7 +259,10 @@ def audits(arguments, folder):
         rows = []
         for dtype, model in models.items():
             replays = replay(Receipts.build(header, found, 0.0), model, requests=requests)
-            row = {"verifier": dtype, "match": sum(one.matches for one in replays) / (TOKENS * len(replays))}
+            row = {
+                "verifier": dtype,
+                "match": sum(one.matches for one in replays) / (TOKENS * len(replays)),
+            }
             noise = bundled_response_noise(header.digest, arguments.dtype, dtype)
             row["accused"] = share_accused(Ours(noise).audited(replays, AUDITS))
             rows.append(row)
@@ -226,32 +273,63 @@ def audits(arguments, folder):
 
 
 SHOWN = 20  # questions whose log probabilities are compared
-PLAIN = dict.fromkeys(("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False)
-BUILDS = {"bfloat16, compiled": (False, 1), "float32, eager": (None, 4), "bfloat16, eager": (None, 0)}
+PLAIN = dict.fromkeys(
+    ("--worker-extension-cls", "--enable-prompt-embeds", "--scheduling-policy"), False
+)
+BUILDS = {
+    "bfloat16, compiled": (False, 1),
+    "float32, eager": (None, 4),
+    "bfloat16, eager": (None, 0),
+}
 """Options for --enforce-eager, and requests at once."""
 
 
 def apart(wanted, found, tokenizer):
-    """Return how far log probabilities are from those of float32, and where answers first differ from its answers.
+    """Return how far log probabilities are from those of float32, and where answers first differ
+    from its answers.
 
     The divergence is that of the likeliest tokens and of all others together.
     """
-    rows, differences = [], []
+    rows = []
+    differences = []
     for number, of_question in enumerate(found[2]):
         for sure, row in zip(wanted[2][number], of_question, strict=True):
-            ids = torch.tensor(list(row)) if isinstance(row, dict) else row.topk(chatting.TOP).indices
-            own, there = (x.double() for x in (torch.tensor([row[i] for i in ids.tolist()]), sure[ids]))
+            ids = (
+                torch.tensor(list(row)) if isinstance(row, dict) else row.topk(chatting.TOP).indices
+            )
+            own, there = (
+                x.double() for x in (torch.tensor([row[i] for i in ids.tolist()]), sure[ids])
+            )
             rest = [(1 - x.exp().sum()).clamp(min=1e-12) for x in (there, own)]
             kl = (there.exp() * (there - own)).sum() + rest[0] * (rest[0] / rest[1]).log()
             first, second = own.topk(2).values
             moved = (there - own).abs()[own.topk(20).indices].max()
-            rows.append((number, float(kl), float(moved), ids[own.argmax()] != sure.argmax(), first == second))
-        a, b = wanted[0][number], found[0][number]
+            rows.append(
+                (
+                    number,
+                    float(kl),
+                    float(moved),
+                    ids[own.argmax()] != sure.argmax(),
+                    first == second,
+                )
+            )
+        a = wanted[0][number]
+        b = found[0][number]
         if a != b:
             at = next(i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
-            margins = [float(x[number][at][a[at]] - x[number][at][b[at]]) for x in (wanted[1], found[1])]
-            one = {"question": number, "at": at, "float32": tokenizer.decode(a[at]), "here": tokenizer.decode(b[at])}
-            differences.append(one | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])})
+            margins = [
+                float(x[number][at][a[at]] - x[number][at][b[at]]) for x in (wanted[1], found[1])
+            ]
+            one = {
+                "question": number,
+                "at": at,
+                "float32": tokenizer.decode(a[at]),
+                "here": tokenizer.decode(b[at]),
+            }
+            differences.append(
+                one
+                | {"margin_of_float32": round_to(margins[0]), "margin_here": round_to(margins[1])}
+            )
     groups, kl, moved, other, tied = np.array(rows, dtype=float).T
     interval = stats.group_bootstrap(np.median, [kl], [groups])
     return {
@@ -282,23 +360,43 @@ def beside_a_round(server, asked, at_once, alone):
 def chat_on_gpu(arguments, root):
     """Return the same of a GPU, whose servers have one dtype and prompt embeddings, by setting.
 
-    Kernels are chosen by time: both servers of a pair have the same. In the first pair the plain server multiplies
-    float32 as exactly as the one with the plugin does, in the second as vLLM has it.
+    Kernels are chosen by time: both servers of a pair have the same. In the first pair the plain
+    server multiplies float32 as exactly as the one with the plugin does, in the second as vLLM has
+    it.
     """
-    asked, figures, first = chatting.questions(arguments.requests), {}, []
-    ways = (1, 4) if arguments.dtype == "float32" else (1,)  # at once, so that the batches of bfloat16 are equal
-    options = options_of(arguments) | COMPILED | {"--chat-template": False, "--enable-prompt-embeds": None}
+    asked = chatting.questions(arguments.requests)
+    figures = {}
+    first = []
+    ways = (
+        (1, 4) if arguments.dtype == "float32" else (1,)
+    )  # at once, so that the batches of bfloat16 are equal
+    options = (
+        options_of(arguments)
+        | COMPILED
+        | {"--chat-template": False, "--enable-prompt-embeds": None}
+    )
     for name, turn in product(arguments.settings, ("exact", "compiled")):
         folder = root / f"{name}-{turn}"
-        own = SETTINGS[name][0] | {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_USE_AOT_COMPILE": "0"}
+        own = SETTINGS[name][0] | {
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_USE_AOT_COMPILE": "0",
+        }
         kernels = {"--compilation-config": json.dumps({"cache_dir": str(folder / "kernels")})}
-        plain = own | {"VLLM_PLUGINS": ""} | ({"TRITON_F32_DEFAULT": "ieee"} if turn == "exact" else {})
-        with Server(folder / "plain", environment=plain, options=PLAIN | options | kernels) as server:
+        plain = (
+            own | {"VLLM_PLUGINS": ""} | ({"TRITON_F32_DEFAULT": "ieee"} if turn == "exact" else {})
+        )
+        with Server(
+            folder / "plain", environment=plain, options=PLAIN | options | kernels
+        ) as server:
             alone = [chatting.tokens_of(server, asked, way) for way in ways]
         first = first or alone
-        with Server(folder / "plugin", environment=SEEDED | own, options=options | kernels) as server:
+        with Server(
+            folder / "plugin", environment=SEEDED | own, options=options | kernels
+        ) as server:
             for way, answers, before in zip(ways, alone, first, strict=True):
-                row = figures[f"{name}, {turn}, {way} at once"] = beside_a_round(server, asked, way, answers)
+                row = figures[f"{name}, {turn}, {way} at once"] = beside_a_round(
+                    server, asked, way, answers
+                )
                 row["same_as_first_plain"] = chatting.same(before, answers)
                 note(f"{name}, {turn}, {way} at once: {json.dumps(row)}")
     return {"requests": len(asked), "tokens": chatting.ANSWER, "servers": figures}
@@ -306,34 +404,59 @@ def chat_on_gpu(arguments, root):
 
 def chat(arguments, root):
     """Return the figures of all builds of a chat model, one server at a time."""
-    asked, tokenizer = chatting.questions(arguments.requests), load_tokenizer(arguments.model)
+    asked = chatting.questions(arguments.requests)
+    tokenizer = load_tokenizer(arguments.model)
     prompts = chatting.prompts_of(asked[:SHOWN], tokenizer)
     wanted = chatting.of_transformers(arguments.model, "float32", "eager", prompts)
-    figures = {"requests": len(asked), "tokens": chatting.ANSWER, "logits": (logits := {}), "servers": (servers := {})}
+    figures = {
+        "requests": len(asked),
+        "tokens": chatting.ANSWER,
+        "logits": (logits := {}),
+        "servers": (servers := {}),
+    }
     for dtype, attention in (("float32", "sdpa"), ("bfloat16", "eager"), ("bfloat16", "sdpa")):
         found = chatting.of_transformers(arguments.model, dtype, attention, prompts, wanted[0])
         logits[f"transformers, {dtype}, {attention}"] = apart(wanted, found, tokenizer)
     for build, (eager, at_once) in BUILDS.items():
-        folder, start = root / build.replace(", ", "-"), Server if eager is False else ForkedServer
-        options = {"--model": str(Path(arguments.model).absolute()), "--dtype": build.partition(",")[0]}
-        options |= {"--enforce-eager": eager, "--chat-template": False, "--max-logprobs": str(chatting.TOP)}
-        with start(folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN) as server:
+        folder = root / build.replace(", ", "-")
+        start = Server if eager is False else ForkedServer
+        options = {
+            "--model": str(Path(arguments.model).absolute()),
+            "--dtype": build.partition(",")[0],
+        }
+        options |= {
+            "--enforce-eager": eager,
+            "--chat-template": False,
+            "--max-logprobs": str(chatting.TOP),
+        }
+        with start(
+            folder / "plain", environment={"VLLM_PLUGINS": ""}, options=options | PLAIN
+        ) as server:
             found = chatting.of_server(server, asked[:SHOWN], prompts, wanted[0])
             logits[f"vllm, {build}"] = apart(wanted, found, tokenizer)
-            alone, again = (chatting.tokens_of(server, asked, at_once) if at_once else [] for _ in range(2))
+            alone, again = (
+                chatting.tokens_of(server, asked, at_once) if at_once else [] for _ in range(2)
+            )
         if not at_once:
             continue
         row = servers[build] = {"at_once": at_once, "same_again": chatting.same(alone, again)}
         without = {"--enable-prompt-embeds": False}  # with it vLLM compiles another graph
-        ways = {"with_the_flags_alone": ({"VLLM_PLUGINS": ""}, {}), "without_prompt_embeds": (SEEDED, without)}
+        ways = {
+            "with_the_flags_alone": ({"VLLM_PLUGINS": ""}, {}),
+            "without_prompt_embeds": (SEEDED, without),
+        }
         for way, (environment, more) in ways.items():
             with start(folder / way, environment=environment, options=options | more) as server:
-                row[f"same_{way}"] = chatting.same(alone, chatting.tokens_of(server, asked, at_once))
+                row[f"same_{way}"] = chatting.same(
+                    alone, chatting.tokens_of(server, asked, at_once)
+                )
         with start(folder / "plugin", environment=SEEDED, options=options) as server:
             row |= beside_a_round(server, asked, at_once, alone)
             if "bfloat16" in build:
                 begin(server)
-                row["replay"] = chatting.judged(server, asked[: chatting.RECEIPTS], folder, arguments.model)
+                row["replay"] = chatting.judged(
+                    server, asked[: chatting.RECEIPTS], folder, arguments.model
+                )
         publish("vllm_responses_chat", figures, arguments.output)
     return figures
 
@@ -349,13 +472,29 @@ def main():
     made.add_argument("--top-p", type=float, nargs="+", default=[1.0])
     made.add_argument("--model", default=str(REFERENCE))
     made.add_argument("--dtype", default="float32")
-    made.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default"], help="of servers, for tokens")
-    made.add_argument("--gpu", action="store_true", help="servers on a GPU: compiled layers and graphs, for cost")
+    made.add_argument(
+        "--settings",
+        nargs="+",
+        choices=SETTINGS,
+        default=["default"],
+        help="of servers, for tokens",
+    )
+    made.add_argument(
+        "--gpu", action="store_true", help="servers on a GPU: compiled layers and graphs, for cost"
+    )
     arguments = made.parse_args()
-    figures = {"part": arguments.part, "model": Path(arguments.model).name, "dtype": arguments.dtype}
+    figures = {
+        "part": arguments.part,
+        "model": Path(arguments.model).name,
+        "dtype": arguments.dtype,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.model.startswith("shape:"):  # vLLM needs a checkpoint, and a tokenizer for its streams
-            made = save_random(arguments.model, Path(folder) / "made", weights="random-all", dtype=arguments.dtype)
+        if arguments.model.startswith(
+            "shape:"
+        ):  # vLLM needs a checkpoint, and a tokenizer for its streams
+            made = save_random(
+                arguments.model, Path(folder) / "made", weights="random-all", dtype=arguments.dtype
+            )
             for file in REFERENCE.glob("tokenizer*"):
                 shutil.copy(file, made)
             arguments.model = str(made)

@@ -1,12 +1,15 @@
-"""Two hundred SIGTERM and two hundred SIGKILL at random moments of a round inside vLLM: what is lost or doubled.
+"""Two hundred SIGTERM and two hundred SIGKILL at random moments of a round inside vLLM: what is
+lost or doubled.
 
-One round is begun once. The server is signalled again and again, some of the times while it starts, mostly while nonces
-run, and started again on the same data; the round must continue by itself. A fifth of the callbacks goes wrong at the
-receiver. SIGKILL is sent to the API server alone, and what lives on then is ended as a supervisor would. At the end
-every nonce must be on disk once, announced in one callback, and have the bits of a run that nothing interrupted. The
-result is written after every signal. Exit code 1 if a figure that must be zero is not.
+One round is begun once. The server is signalled again and again, some of the times while it starts,
+mostly while nonces run, and started again on the same data; the round must continue by itself. A
+fifth of the callbacks goes wrong at the receiver. SIGKILL is sent to the API server alone, and what
+lives on then is ended as a supervisor would. At the end every nonce must be on disk once, announced
+in one callback, and have the bits of a run that nothing interrupted. The result is written after
+every signal. Exit code 1 if a figure that must be zero is not.
 
-    OMP_NUM_THREADS=1 .venv-vllm/bin/python research/benchmarks/vllm_soak.py -o research/results/vllm_soak.json
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python research/benchmarks/vllm_soak.py -o
+    research/results/vllm_soak.json
 """
 
 import contextlib
@@ -75,16 +78,25 @@ class Soak:
     """
 
     def __init__(self, server, receiver, scratch, *, seed):
-        self.server, self.receiver, self.scratch = server, receiver, scratch
+        self.server = server
+        self.receiver = receiver
+        self.scratch = scratch
         self.random = random.Random(seed)
-        self.sent, self.codes = Counter(), Counter()
-        self.processes, self.files, self.bytes = Counter(), Counter(), Counter()
+        self.sent = Counter()
+        self.codes = Counter()
+        self.processes = Counter()
+        self.files = Counter()
+        self.bytes = Counter()
         self.seen = {}  # what was on disk after a signal
         self.changed = self.stopped = 0
-        self.starts, self.pauses, self.last = [], [], ""
+        self.starts = []
+        self.pauses = []
+        self.last = ""
 
     def send(self, kind):
-        """Send a signal at a random moment of a life, and look at what is left; then start the next life."""
+        """Send a signal at a random moment of a life, and look at what is left; then start the next
+        life.
+        """
         starting = bool(self.sent) and self.random.random() < WHILE_STARTING
         if starting:
             time.sleep(self.random.uniform(0.0, statistics.median(self.starts or [5.0])))
@@ -133,8 +145,11 @@ class Soak:
                 path.unlink()
 
     def _alive(self):
-        """Return the processes of the server, which work in its directory, however they became orphans."""
-        found, folder = [], str(self.server.data_dir)
+        """Return the processes of the server, which work in its directory, however they became
+        orphans.
+        """
+        found = []
+        folder = str(self.server.data_dir)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.cwd() == folder and process.status() != psutil.STATUS_ZOMBIE:
@@ -160,17 +175,25 @@ class Soak:
     def figures(self):
         """Return what was seen so far. A callback may be on its way until the end."""
         bodies = list(self.receiver.taken.values())
-        received = [pair for body in bodies for pair in zip(body["nonces"], body["dist"], strict=True)]
+        received = [
+            pair for body in bodies for pair in zip(body["nonces"], body["dist"], strict=True)
+        ]
         valid = {nonce: distance for nonce, (distance, is_valid) in self.seen.items() if is_valid}
         with contextlib.closing(_database(self.server)) as database:
-            states = dict(database.execute("SELECT status, count(*) FROM outbox GROUP BY status").fetchall())
+            states = dict(
+                database.execute("SELECT status, count(*) FROM outbox GROUP BY status").fetchall()
+            )
             intact = database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             (rounds,) = database.execute("SELECT count(*) FROM rounds").fetchone()
-        odd = (name for name in self.codes if not name.startswith("SIGKILL") and "starting" not in name)
+        odd = (
+            name for name in self.codes if not name.startswith("SIGKILL") and "starting" not in name
+        )
         return {
             "signals": dict(self.sent),
             "exit_codes": dict(self.codes),
-            "terminations_without_exit_code_0": sum(self.codes[name] for name in odd if not name.endswith(": 0")),
+            "terminations_without_exit_code_0": sum(
+                self.codes[name] for name in odd if not name.endswith(": 0")
+            ),
             "start_seconds_median": _median(self.starts),
             "seconds_to_new_nonces_median": _median(self.pauses),
             "rounds": rounds,
@@ -184,7 +207,9 @@ class Soak:
             "sent_more_than_once": sum(count > 1 for count in self.receiver.copies.values()),
             "undelivered_nonces": len(set(valid) - {nonce for nonce, _ in received}),
             "nonces_in_two_callbacks": len(received) - len({nonce for nonce, _ in received}),
-            "values_unlike_records": sum(valid.get(nonce) != distance for nonce, distance in received),
+            "values_unlike_records": sum(
+                valid.get(nonce) != distance for nonce, distance in received
+            ),
             "callbacks_that_changed": len(self.receiver.changed),
             "dead_letters": states.get("dead", 0),
             "receiver": dict(self.receiver.moods),
@@ -197,7 +222,9 @@ class Soak:
 def _mapped(process):
     """Return the files of shared memory that a process has mapped."""
     with contextlib.suppress(psutil.Error, OSError):
-        return [Path(area.path) for area in process.memory_maps() if area.path.startswith(str(SHARED))]
+        return [
+            Path(area.path) for area in process.memory_maps() if area.path.startswith(str(SHARED))
+        ]
     return []
 
 
@@ -230,14 +257,21 @@ def main():
     made = parser(__doc__)
     made.add_argument("--signals", type=int, default=200, help="signals of each kind")
     made.add_argument("--seed", type=int, default=20)
-    made.add_argument("--minutes", type=float, default=1e9, help="send no more signals after so long")
+    made.add_argument(
+        "--minutes", type=float, default=1e9, help="send no more signals after so long"
+    )
     chosen = made.parse_args()
     kinds = [signal.SIGTERM, signal.SIGKILL] * chosen.signals
     random.Random(chosen.seed).shuffle(kinds)
-    began, receiver = time.monotonic(), FlakyReceiver(trouble=0.2, patience=1.0, seed=chosen.seed)
+    began = time.monotonic()
+    receiver = FlakyReceiver(trouble=0.2, patience=1.0, seed=chosen.seed)
 
     def say(soak, **more):
-        figures = {"seed": chosen.seed, "complete": bool(more), "seconds": round(time.monotonic() - began, 1)}
+        figures = {
+            "seed": chosen.seed,
+            "complete": bool(more),
+            "seconds": round(time.monotonic() - began, 1),
+        }
         figures |= soak.figures() | more
         with contextlib.redirect_stdout(sys.stdout if more else io.StringIO()):
             publish("vllm_soak", figures, chosen.output)

@@ -1,10 +1,12 @@
-"""What vLLM runs here: formats and mixtures beside transformers, each with its residual, its law and its verdicts.
+"""What vLLM runs here: formats and mixtures beside transformers, each with its residual, its law
+and its verdicts.
 
-Every case makes a small checkpoint on the spot, starts a vLLM engine of its own and proves the same nonces as
-transformers does with the same checkpoint in the same dtype. On one round the noise between the two is calibrated; on
-another one, with that law, each judges the other, and vLLM judges a cheat under the honest name: the same model in four
-bits; in three where four are the honest format; with half of the experts of a mixture. A case that is refused has the
-words of the refusal. Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
+Every case makes a small checkpoint on the spot, starts a vLLM engine of its own and proves the same
+nonces as transformers does with the same checkpoint in the same dtype. On one round the noise
+between the two is calibrated; on another one, with that law, each judges the other, and vLLM judges
+a cheat under the honest name: the same model in four bits; in three where four are the honest
+format; with half of the experts of a mixture. A case that is refused has the words of the refusal.
+Rows of cases and versions that are not run again stay in the file; docs/vllm.md has the table.
 
     .venv-vllm/bin/python research/benchmarks/vllm_support.py -o research/results/vllm_support.json
 
@@ -12,8 +14,9 @@ Cases of several workers run if they are named, on as many GPUs or on one CPU.
 
 What assay refuses only because it was not run on a kind of device is run there with `--unproven`:
 
-    . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
-    python3 research/benchmarks/vllm_support.py --device cuda --unproven -o research/results/vllm_support_h200.json
+    . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH python3
+    research/benchmarks/vllm_support.py --device cuda --unproven -o
+    research/results/vllm_support_h200.json
 """
 
 import asyncio
@@ -99,10 +102,18 @@ WHOLE = ("plain", "fp8-cache", "adapter", "speculation")
 OPTIONS = {
     "fp8-cache": {"kv_cache_dtype": "fp8"},
     "adapter": {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK},
-    "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+    "speculation": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+        }
+    },
     "lfm2": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
 }
-ON_CUDA = {"qwen3_next": {"gdn_prefill_backend": "triton"}}  # by itself vLLM takes a kernel of FlashInfer there
+ON_CUDA = {
+    "qwen3_next": {"gdn_prefill_backend": "triton"}
+}  # by itself vLLM takes a kernel of FlashInfer there
 # GPUs have no kernels for heads of 32, which the small checkpoints have.
 WIDER = {"head_dim": 64}
 FEWER = WIDER | {"num_attention_heads": 2, "num_key_value_heads": 1}  # of the same hidden size
@@ -126,7 +137,8 @@ def named(name):
 __getattr__ = named
 """
 PRESETS = ("poc-2.0", "hardened")
-SEQ_LEN, NONCES = 64, 64
+SEQ_LEN = 64
+NONCES = 64
 
 
 def main():
@@ -136,11 +148,18 @@ def main():
     made.add_argument("--cases", nargs="+", choices=KNOWN, default=list(CASES), metavar="CASE")
     made.add_argument("--nonces", type=int, default=NONCES)
     made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    made.add_argument("--unproven", action="store_true", help="run what is refused because it was not run there")
+    made.add_argument(
+        "--unproven", action="store_true", help="run what is refused because it was not run there"
+    )
     arguments = made.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    before = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
-    rows, installed = {(row["name"], row["vllm"]): row for row in before}, check_installed()
+    before = (
+        json.loads(arguments.output.read_text())["rows"]
+        if arguments.output and arguments.output.exists()
+        else []
+    )
+    rows = {(row["name"], row["vllm"]): row for row in before}
+    installed = check_installed()
     if arguments.unproven:
         allow(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +167,9 @@ def main():
             kind, dtype = KNOWN[name]
             try:
                 path = checkpoint(kind, Path(folder), arguments.device)
-                row = measure(path, kind, dtype, range(arguments.nonces), arguments.device, Path(folder))
+                row = measure(
+                    path, kind, dtype, range(arguments.nonces), arguments.device, Path(folder)
+                )
             except AssayError as error:
                 row = {"refused": str(error)}
             except Exception as error:  # an engine that vLLM cannot start, or that dies
@@ -156,7 +177,11 @@ def main():
             rows[name, installed] = {"name": name, "vllm": installed, "asked": dtype, **row}
             note(f"{name}: {rows[name, installed]}")
             ordered = sorted(rows, key=lambda key: (list(KNOWN).index(key[0]), key[1]))
-            publish("vllm_support", {"seq_len": SEQ_LEN, "rows": [rows[key] for key in ordered]}, arguments.output)
+            publish(
+                "vllm_support",
+                {"seq_len": SEQ_LEN, "rows": [rows[key] for key in ordered]},
+                arguments.output,
+            )
 
 
 def allow(device):
@@ -196,10 +221,12 @@ def checkpoint(kind, folder, device="cpu"):
 
 
 def without_torchvision(folder):
-    """Let this process and those that it starts import a stand-in for torchvision, unless it is there.
+    """Let this process and those that it starts import a stand-in for torchvision, unless it is
+    there.
 
-    vLLM imports no model that reads images without it, not even to serve text alone, and its wheel does not load beside
-    the torch of the CPU build. The stand-in has every name and no function: a model that touched an image would fail.
+    vLLM imports no model that reads images without it, not even to serve text alone, and its wheel
+    does not load beside the torch of the CPU build. The stand-in has every name and no function: a
+    model that touched an image would fail.
     """
     if importlib.util.find_spec("torchvision") is not None:
         return
@@ -208,7 +235,9 @@ def without_torchvision(folder):
         place.mkdir(parents=True, exist_ok=True)
         (place / "__init__.py").write_text(SOURCE.format(path=[str(place)]))
     sys.path.append(str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(folder))))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (os.environ.get("PYTHONPATH"), str(folder)))
+    )
 
 
 def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
@@ -216,10 +245,19 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
     from assay.poc.vllm.engine import VLLMEngine
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
-    options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16, **OPTIONS.get(kind, {})}
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        **OPTIONS.get(kind, {}),
+    }
     options |= DEVICES.get(kind.rpartition(" ")[2], {})
     if device == "cuda":  # so little, and not measured, that several of these may run side by side
-        options |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**30, **ON_CUDA.get(kind, {})}
+        options |= {
+            "gpu_memory_utilization": 0.2,
+            "kv_cache_memory_bytes": 2**30,
+            **ON_CUDA.get(kind, {}),
+        }
     with VLLMEngine(str(path), **shape, **options) as engine:
         model = load_model(path, dtype=dtype, device=device)
         cheat = cheating(model, kind, dtype)
@@ -229,8 +267,14 @@ def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
             beside = chat_beside(engine, make_adapter(model.module.config, folder), said)
         with beside:
             told = {"hidden_size": model.hidden_size}
-            presets = {preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS}
-        row = {"nonces": len(nonces), "fingerprint": engine.fingerprint.as_dict(), "presets": presets}
+            presets = {
+                preset: compare(engine, model, cheat, preset, nonces, told) for preset in PRESETS
+            }
+        row = {
+            "nonces": len(nonces),
+            "fingerprint": engine.fingerprint.as_dict(),
+            "presets": presets,
+        }
         row |= {"chat": said} if said else {}
         return row
 
@@ -243,7 +287,9 @@ def cheating(model, kind, dtype):
         return rounded(model, 4)
     if model.quantised == "int4-groups":
         return rounded(model, 3)
-    return replace(rounded(load_model(PLAIN, dtype=dtype, device=str(model.device)), 4), digest=model.digest)
+    return replace(
+        rounded(load_model(PLAIN, dtype=dtype, device=str(model.device)), 4), digest=model.digest
+    )
 
 
 def compare(engine, model, cheat, preset, nonces, told):
@@ -255,11 +301,15 @@ def compare(engine, model, cheat, preset, nonces, told):
         poc.Round(block_hash=block, public_key="k", seq_len=SEQ_LEN, preset=preset, model="m")
         for block in ("calibrated", "fresh")
     )
-    ours, theirs = inside(engine, calibrated, nonces), beside(model, calibrated, nonces)
+    ours = inside(engine, calibrated, nonces)
+    theirs = beside(model, calibrated, nonces)
     calibration = poc.calibrate(ours, theirs, **told)
     residuals = np.quantile(np.abs(published(ours) - published(theirs)), [0.5, 1.0])
     judge = {"sample": len(nonces), "seed": 1, "calibration": calibration}
-    mine, other, false = inside(engine, fresh, nonces), *(beside(one, fresh, nonces) for one in (model, cheat))
+    mine, other, false = (
+        inside(engine, fresh, nonces),
+        *(beside(one, fresh, nonces) for one in (model, cheat)),
+    )
     header = replace(false.header, digest=mine.header.digest, fingerprint=other.header.fingerprint)
     false = poc.Proof.build(header, false.records, false.footer.seconds)
     return {
@@ -294,12 +344,15 @@ def published(proof):
 def verdict(proof, model, **options):
     """Return the verdict, or the reason why it cannot be given."""
     try:
-        return poc.verify(proof, model, expect=poc.Pins(prover_dtype=proof.header.fingerprint.dtype), **options).verdict
+        return poc.verify(
+            proof, model, expect=poc.Pins(prover_dtype=proof.header.fingerprint.dtype), **options
+        ).verdict
     except AssayError as error:
         return str(error)
 
 
-# Chat with a LoRA adapter beside nonces: an adapter of random weights, and requests that use it until they end.
+# Chat with a LoRA adapter beside nonces: an adapter of random weights, and requests that use it
+# until they end.
 
 
 def make_adapter(config, folder):
@@ -309,7 +362,8 @@ def make_adapter(config, folder):
         return path
     path.mkdir()
     heads = {"q_proj": config.num_attention_heads, "v_proj": config.num_key_value_heads}
-    draw, tensors = torch.Generator().manual_seed(0), {}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
     for layer in range(config.num_hidden_layers):
         for name in LORA_TARGETS:
             place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
@@ -318,8 +372,16 @@ def make_adapter(config, folder):
                 weight = 0.3 * torch.randn(shape, generator=draw)
                 tensors[f"{place}.lora_{part}.weight"] = weight.to(torch.bfloat16)
     save_file(tensors, path / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
-    (path / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": list(LORA_TARGETS)}))
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "bias": "none",
+    }
+    (path / "adapter_config.json").write_text(
+        json.dumps(settings | {"target_modules": list(LORA_TARGETS)})
+    )
     return path
 
 
@@ -327,18 +389,20 @@ def make_adapter(config, folder):
 def chat_beside(engine, adapter, said):
     """Ask with the adapter, one request after the other, while the context is open.
 
-    ``said`` gets the number of answers, how many of them are those that the adapter gave alone, and whether it changes
-    what the model says at all.
+    ``said`` gets the number of answers, how many of them are those that the adapter gave alone, and
+    whether it changes what the model says at all.
     """
     from vllm.lora.request import LoRARequest
 
     def run(coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, engine._client.loop)
 
-    prompt, used = list(range(20, 52)), {"lora_request": LoRARequest("adapter", 1, str(adapter))}
+    prompt = list(range(20, 52))
+    used = {"lora_request": LoRARequest("adapter", 1, str(adapter))}
     plain, _ = run(answer(engine, prompt, CHAT_TOKENS)).result()
     alone, _ = run(answer(engine, prompt, CHAT_TOKENS, **used)).result()
-    answers, ended = [], asyncio.Event()
+    answers = []
+    ended = asyncio.Event()
 
     async def ask():
         while not ended.is_set():

@@ -1,7 +1,8 @@
 """The tables of the documentation, made from committed results.
 
-Pages call these functions through cog: ``make docs`` writes the tables, and ``tests/docs/test_generated.py`` fails
-where a page and the results differ. Every function prints one Markdown table.
+Pages call these functions through cog: ``make docs`` writes the tables, and
+``tests/docs/test_generated.py`` fails where a page and the results differ. Every function prints
+one Markdown table.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,16 +34,32 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def hook_response_cells() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the cells of sign flips and of hooks with normalisation, per model on the GPU, narrow models first."""
-    cells = [cell for run in ("h200", "h200-deep") for cell in read_run(RUNS / run, "approaches").cells]
+    """Return the cells of sign flips and of hooks with normalisation, per model on the GPU, narrow
+    models first.
+    """
+    cells = [
+        cell for run in ("h200", "h200-deep") for cell in read_run(RUNS / run, "approaches").cells
+    ]
     found = {(cell["model"], cell["approach"]): cell for cell in cells}
-    models = sorted({cell["model"]: cell["hidden_size"] for cell in cells}.items(), key=lambda item: item[1])
+    models = sorted(
+        {cell["model"]: cell["hidden_size"] for cell in cells}.items(), key=lambda item: item[1]
+    )
     return [(found[model, "poc-2.0"], found[model, "layer-normalize"]) for model, _ in models]
 
 
 def hooks() -> None:
     """Print how well int4 weights are told from honest ones with sign flips and with hooks."""
-    header = ("model", "layers", "width", "sign flips: honest", "int4", "AUC", "hooks: honest", "int4", "AUC")
+    header = (
+        "model",
+        "layers",
+        "width",
+        "sign flips: honest",
+        "int4",
+        "AUC",
+        "hooks: honest",
+        "int4",
+        "AUC",
+    )
     rows = []
     for pair in hook_response_cells():
         sides = [
@@ -54,13 +71,24 @@ def hooks() -> None:
                 "{:.3f} ({:.3f} to {:.3f})".format(cell["auc"], *cell["auc_interval"]),
             )
         ]
-        rows.append((f"`{pair[0]['model']}`", pair[0]["num_layers"], pair[0]["hidden_size"], *sides))
+        rows.append(
+            (f"`{pair[0]['model']}`", pair[0]["num_layers"], pair[0]["hidden_size"], *sides)
+        )
     print_table(header, rows)
 
 
 def weights(run: str) -> None:
     """Print the block means of trained and random weights."""
-    header = ("model, weights", "alpha", "beta", "gamma", "spread of means", "noise band", "verdict", "context")
+    header = (
+        "model, weights",
+        "alpha",
+        "beta",
+        "gamma",
+        "spread of means",
+        "noise band",
+        "verdict",
+        "context",
+    )
     rows = [
         (
             f"{row['model'].partition(':')[2]}, {row['weights']}",
@@ -76,8 +104,12 @@ def weights(run: str) -> None:
 
 
 def matrix_configurations(run: str) -> list[dict[str, Any]]:
-    """Return the configurations of a matrix, with the effective dimensions that the approaches of its run measured."""
-    measured = [cell for cell in read_run(RUNS / run, "approaches").cells if cell["approach"] == "poc-2.0"]
+    """Return the configurations of a matrix, with the effective dimensions that the approaches of
+    its run measured.
+    """
+    measured = [
+        cell for cell in read_run(RUNS / run, "approaches").cells if cell["approach"] == "poc-2.0"
+    ]
     widths = {(cell["model"], "sign-flips"): cell["effective_dimension"] for cell in measured}
     return configurations(read_run(RUNS / run, "matrix").cells, widths)
 
@@ -101,7 +133,9 @@ def matrix(run: str) -> None:
 
 
 def block_law() -> None:
-    """Print how the widths of blocks vary, and how far they are from the chord law and from their own."""
+    """Print how the widths of blocks vary, and how far they are from the chord law and from their
+    own.
+    """
     figures = read_json(RESULTS / "chord_law_blocks.json")
     rows = []
     for model, found in figures["over_blocks"].items():
@@ -116,7 +150,8 @@ def block_law() -> None:
             f"{100 * found['sd_of_width']:.1f} % ({100 * found['sd_of_width_expected']:.1f} %)",
             *(f"{offset:.1f}" for offset in offsets.values()),
         ))  # fmt: skip
-    header = ("model", "blocks", "effective dimension", "width over the chord law's", "its sd (expected)",
+    header = ("model", "blocks", "effective dimension", "width over the chord "
+                                                        "law's", "its sd (expected)",
               "off the chord law", "off the law of the block")  # fmt: skip
     print_table(header, rows)
 
@@ -127,8 +162,14 @@ def redteam_cells(name: str) -> list[Any]:
 
 
 def cheapest() -> None:
-    """Print, per model, format and preset, the attack that saves a quarter of the work at the least error."""
-    tables = [paying_table(redteam_cells(name + suffix)) for suffix in FORMATS.values() for name in REDTEAM]
+    """Print, per model, format and preset, the attack that saves a quarter of the work at the least
+    error.
+    """
+    tables = [
+        paying_table(redteam_cells(name + suffix))
+        for suffix in FORMATS.values()
+        for name in REDTEAM
+    ]
     print_table(tables[0][0], [row for _, rows in tables for row in rows])
 
 
@@ -136,36 +177,66 @@ def formats() -> None:
     """Print what the number format changes for ``hardened``, both models side by side."""
     columns = [_format_column(dtype, suffix) for dtype, suffix in FORMATS.items()]
     names = ("honest ε", "best attack that saves a quarter, over honest",
-             "lightest experts left out (random / trained), over honest, first form", "int8 weights, over honest",
+             "lightest experts left out (random / trained), over honest, first "
+             "form", "int8 weights, over honest",
              "2 % junk within 300: `poc-2.0`")  # fmt: skip
     print_table(("`hardened`, Qwen3 / Llama", *FORMATS), zip(names, *columns, strict=True))
 
 
 def _format_column(dtype: str, suffix: str) -> list[str]:
-    where = [(cells, *fields(cells)[0]) for cells in (redteam_cells(name + suffix) for name in REDTEAM)]
+    where = [
+        (cells, *fields(cells)[0]) for cells in (redteam_cells(name + suffix) for name in REDTEAM)
+    ]
     digits = 4 if dtype == "float16" else 3
     tables = [attack_table(*place, "hardened") for place in where]
     over = tables[0][0].index("over honest")
-    claims = [row for cells, *_ in where for cell in cells if cell["kind"] == "claims" for row in cell["rows"]]
-    caught = [row["sequential"][-1] for row in claims if (row["claim"], row["preset"]) == ("2% invented", "poc-2.0")]
+    claims = [
+        row
+        for cells, *_ in where
+        for cell in cells
+        if cell["kind"] == "claims"
+        for row in cell["rows"]
+    ]
+    caught = [
+        row["sequential"][-1]
+        for row in claims
+        if (row["claim"], row["preset"]) == ("2% invented", "poc-2.0")
+    ]
     experts = read_json(RESULTS / f"hardened_experts{suffix.replace('-', '_')}.json")
     return [
         " / ".join(f"{honest_errors(*place)['hardened']:.{digits}f}" for place in where),
         " / ".join(f"{paying(*place, 'hardened')['over_honest']:.1f}" for place in where),
         " / ".join(f"{experts[name]['ratio']:.1f}" for name in ("random", "trained")),
-        " / ".join(str(row[over]) for _, rows in tables for row in rows if row[0] == "int8 weights"),
+        " / ".join(
+            str(row[over]) for _, rows in tables for row in rows if row[0] == "int8 weights"
+        ),
         " / ".join(f"{share:.4g}" for share in caught),
     ]
 
 
 def gumbels() -> None:
-    """Print what Gumbel numbers cost a core, beside torch's numbers without seeds and a step of decoding."""
-    header = ("rows", "numbers", "`torch.rand`", "noise of a step", "`exponential_`", "the model's step")
+    """Print what Gumbel numbers cost a core, beside torch's numbers without seeds and a step of
+    decoding.
+    """
+    header = (
+        "rows",
+        "numbers",
+        "`torch.rand`",
+        "noise of a step",
+        "`exponential_`",
+        "the model's step",
+    )
     names = ("gumbels", "torch_rand", "step", "torch_exponential")
     figures = read_json(RESULTS / "gumbel_cpu.json")
-    decoding = {row["batch"]: f"{row['decode_ms']:.0f} ms" for row in figures["decoding"]["batches"]}
+    decoding = {
+        row["batch"]: f"{row['decode_ms']:.0f} ms" for row in figures["decoding"]["batches"]
+    }
     rows = [
-        (row["batch"], *(f"{row[f'{name}_ms']:.2f} ms" for name in names), decoding.get(row["batch"], ""))
+        (
+            row["batch"],
+            *(f"{row[f'{name}_ms']:.2f} ms" for name in names),
+            decoding.get(row["batch"], ""),
+        )
         for row in figures["batches"]
     ]
     print_table(header, rows)
@@ -182,8 +253,11 @@ def engine_name(machine: str, engine: str) -> Engine:
 
 
 def float8_noise() -> None:
-    """Print the noise of distances against the first machine's own kernels, a column for each model and format."""
-    cases, columns = read_json(RESULTS / "float8_laws.json")["cases"], []
+    """Print the noise of distances against the first machine's own kernels, a column for each model
+    and format.
+    """
+    cases = read_json(RESULTS / "float8_laws.json")["cases"]
+    columns = []
     for case in cases:
         prover = case["noise"][0]["between"][0]
         columns.append({
@@ -198,7 +272,9 @@ def float8_noise() -> None:
 
 
 def print_joined(header: tuple[str, ...], rows: list[tuple[Engine, list[str]]]) -> None:
-    """Print a table of engines: those with equal cells share a row, and those of equal machines name these once."""
+    """Print a table of engines: those with equal cells share a row, and those of equal machines
+    name these once.
+    """
     joined: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for (engine, machine), cells in rows:
         joined.setdefault(tuple(cells), {}).setdefault(engine, []).append(machine)
@@ -207,7 +283,9 @@ def print_joined(header: tuple[str, ...], rows: list[tuple[Engine, list[str]]]) 
         places: dict[str, list[str]] = {}
         for engine, machines in engines.items():
             places.setdefault(", ".join(filter(None, machines)), []).append(engine)
-        names = ("; ".join(engines) + f" ({place})" * bool(place) for place, engines in places.items())
+        names = (
+            "; ".join(engines) + f" ({place})" * bool(place) for place, engines in places.items()
+        )
         printed.append(("; ".join(names), *cells))
     print_table(header, printed)
 
@@ -218,7 +296,9 @@ def _clusters() -> dict[str, Any]:
 
 def _short(name: str) -> str:
     """Return the name of a build as the text calls it."""
-    return name.replace("qwen3-235b-a22b-instruct-2507-fp8", "qwen3-235b").replace("minimax-m2.7-awq-4bit", "AWQ")
+    return name.replace("qwen3-235b-a22b-instruct-2507-fp8", "qwen3-235b").replace(
+        "minimax-m2.7-awq-4bit", "AWQ"
+    )
 
 
 def _rows(sort: str) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -235,12 +315,16 @@ def network_sets() -> None:
 
 
 def network_faults() -> None:
-    """Print the bad places that pairs show, by model and pattern, and what audits of 300 nonces say."""
+    """Print the bad places that pairs show, by model and pattern, and what audits of 300 nonces
+    say.
+    """
     rows = []
     for model in _clusters()["models"]:
         for pattern in dict.fromkeys(pair["pattern"] for pair in model["faulty_pairs"]):
             pairs = [pair for pair in model["faulty_pairs"] if pair["pattern"] == pattern]
-            audits = [sum(pair["audits"].get(word, 0) for pair in pairs) for word in ("faulty", "fraud")]
+            audits = [
+                sum(pair["audits"].get(word, 0) for pair in pairs) for word in ("faulty", "fraud")
+            ]
             total = sum(sum(pair["audits"].values()) for pair in pairs)
             ratios = [pair["ratio"] for pair in pairs]
             outcomes = ", ".join(sorted({pair["outcome"] for pair in pairs}))
@@ -248,7 +332,16 @@ def network_faults() -> None:
                 _short(model["model"]), pattern, len(pairs), f"{pairs[0]['share']:.0%}",
                 f"{min(ratios):.1f} to {max(ratios):.1f}", outcomes, f"{audits[0]} of {total}", audits[1],
             ))  # fmt: skip
-    header = ("model", "bad places", "pairs", "share", "times the others", "all nonces", "300: faulty", "300: fraud")
+    header = (
+        "model",
+        "bad places",
+        "pairs",
+        "share",
+        "times the others",
+        "all nonces",
+        "300: faulty",
+        "300: fraud",
+    )
     print_table(header, rows)
 
 
@@ -267,7 +360,11 @@ RESPONSE_MODELS = ("qwen3", "llama", "trained-like")
 
 def _response_cells() -> list[Any]:
     """Return the cells of the red team for responses, of all models."""
-    return [cell for name in RESPONSE_MODELS for cell in read_run(RUNS / f"responses-{name}", "responses").cells]
+    return [
+        cell
+        for name in RESPONSE_MODELS
+        for cell in read_run(RUNS / f"responses-{name}", "responses").cells
+    ]
 
 
 def int4_standing() -> None:
@@ -276,7 +373,8 @@ def int4_standing() -> None:
 
 
 def caught_cheats(figure: str, *methods: str, mode: str = "sampled") -> None:
-    """Print the tokens until every cheat is caught, all models side by side; a dash where none was measured.
+    """Print the tokens until every cheat is caught, all models side by side; a dash where none was
+    measured.
 
     Args:
         figure: Name of the figure, ``sequential_99`` or ``threshold_99``.
@@ -290,14 +388,21 @@ def caught_cheats(figure: str, *methods: str, mode: str = "sampled") -> None:
         row = [cheat]
         for method in methods:
             values = [
-                found[model, cheat][method][figure] if (model, cheat) in found else "–" for model in RESPONSE_MODELS
+                found[model, cheat][method][figure] if (model, cheat) in found else "–"
+                for model in RESPONSE_MODELS
             ]
             row.append(" / ".join("never" if value is None else str(value) for value in values))
         rows.append(row)
     print_table(("cheat", *methods), rows)
 
 
-_WORDS = {"d_h": "d_h", "d_s": "d_s", "e_small": "effect at 7 M", "e_large": "effect in the larger", "lost": "lost"}
+_WORDS = {
+    "d_h": "d_h",
+    "d_s": "d_s",
+    "e_small": "effect at 7 M",
+    "e_large": "effect in the larger",
+    "lost": "lost",
+}
 
 
 def _interval(mean: Mapping[str, Any]) -> str:
@@ -309,6 +414,8 @@ def claims_of_study3() -> None:
     """Print the five claims of the plan, their verdicts and the 99 % intervals."""
     rows = []
     for number, claim in enumerate(read_json(RESULTS / "vhack_study3.json")["claims"], 1):
-        measured = ", ".join(f"{_WORDS[name]} {_interval(mean)}" for name, mean in claim["measured"].items())
+        measured = ", ".join(
+            f"{_WORDS[name]} {_interval(mean)}" for name, mean in claim["measured"].items()
+        )
         rows.append((number, claim["says"], f"**{claim['verdict']}**", claim["why"], measured))
     print_table(("", "claim", "verdict", "rests on", "99 % intervals"), rows)

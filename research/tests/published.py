@@ -1,4 +1,6 @@
-"""Sets of vectors as a network would publish them, simulated: machines of several builds around one truth."""
+"""Sets of vectors as a network would publish them, simulated: machines of several builds around one
+truth.
+"""
 
 import base64
 import gzip
@@ -31,7 +33,8 @@ def machine(
     seed: int = 0,
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return one line: vectors of a machine whose distances from the truth are log-normal around ``noise``.
+    """Return one line: vectors of a machine whose distances from the truth are log-normal around
+    ``noise``.
 
     The first ``bad`` of every 16 nonces are another's.
     """
@@ -58,7 +61,8 @@ def machine(
 def network(machines: int = 4, *, noise: float = 0.1, nonces: int = 400) -> list[dict[str, Any]]:
     """Return honest machines of one build."""
     return [
-        machine(f"2026-05__model-a-{i}", gpu=GPUS[i % len(GPUS)], noise=noise, nonces=nonces) for i in range(machines)
+        machine(f"2026-05__model-a-{i}", gpu=GPUS[i % len(GPUS)], noise=noise, nonces=nonces)
+        for i in range(machines)
     ]
 
 

@@ -19,7 +19,9 @@ def ledger_of(path: Path, audits: dict[str, list[list[float]]]) -> Path:
     """A ledger with audits of some nodes, in rounds that are numbered."""
     with Ledger(path) as ledger:
         for key, found in audits.items():
-            ledger.append([update(seed, key=key, residuals=residuals) for seed, residuals in enumerate(found)])
+            ledger.append(
+                [update(seed, key=key, residuals=residuals) for seed, residuals in enumerate(found)]
+            )
     return path
 
 
@@ -39,7 +41,9 @@ def test_ledgers_and_exports_decide_together(tmp_path):
     ]
     assert [[share.n for share in found.shares] for found in merged] == [[96, 72], [192, 0], [0, 8]]
     b, c = merged[1:]
-    assert b.log_e_value == pytest.approx(b.shares[0].log_e_value - math.log(2))  # the other one says nothing: 1
+    assert b.log_e_value == pytest.approx(
+        b.shares[0].log_e_value - math.log(2)
+    )  # the other one says nothing: 1
     assert c.log_e_value == pytest.approx(math.log((1 + math.exp(third.evidence.log_e_value)) / 2))
     assert merge_ledgers([other, one])[0].log_e_value == pytest.approx(merged[0].log_e_value)
 
@@ -57,7 +61,9 @@ def test_evidence_once_found_is_not_lost_while_others_catch_up(tmp_path):
 
 
 def test_no_single_block_and_no_faulty_place_convicts_in_a_merge(tmp_path):
-    """As in a life: one odd block in both ledgers, and a machine that is wrong at half of its places."""
+    """As in a life: one odd block in both ledgers, and a machine that is wrong at half of its
+    places.
+    """
     odd = [[5 * x for x in honest(64, seed)] for seed in range(3)]
     paths = [tmp_path / name for name in ("one.sqlite3", "other.sqlite3")]
     for path in paths:
@@ -78,9 +84,14 @@ def test_no_single_block_and_no_faulty_place_convicts_in_a_merge(tmp_path):
 
 def test_a_merge_names_who_decides_and_holds_against_liars(tmp_path):
     """One ledger of three is invented, in either direction."""
-    good, bad = [honest(8, seed) for seed in range(12)], [[1.0] * 64 for _ in range(3)]
-    forged, told = {"node_A": bad, "node_B": good}, {"node_A": good, "node_B": bad}
-    paths = [ledger_of(tmp_path / f"{number}.sqlite3", one) for number, one in enumerate((forged, told, told))]
+    good = [honest(8, seed) for seed in range(12)]
+    bad = [[1.0] * 64 for _ in range(3)]
+    forged = {"node_A": bad, "node_B": good}
+    told = {"node_A": good, "node_B": bad}
+    paths = [
+        ledger_of(tmp_path / f"{number}.sqlite3", one)
+        for number, one in enumerate((forged, told, told))
+    ]
     a, b = merge_ledgers(paths)
     assert (a.verdict, a.rests_on) == ("fraud", (a.shares[0].ledger,))
     assert [share.verdict for share in a.shares] == ["fraud", "honest", "honest"]
@@ -94,7 +105,8 @@ def test_a_merge_names_who_decides_and_holds_against_liars(tmp_path):
 
 
 def test_responses_are_merged_beside_nonces(tmp_path):
-    path, other = tmp_path / "one.sqlite3", tmp_path / "other.sqlite3"
+    path = tmp_path / "one.sqlite3"
+    other = tmp_path / "other.sqlite3"
     with Ledger(path) as ledger:
         ledger.append([update(seed, residuals=honest(16, seed)) for seed in range(12)])
     with Ledger(other) as ledger:
@@ -105,7 +117,8 @@ def test_responses_are_merged_beside_nonces(tmp_path):
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path):
-    one, other = filled(tmp_path / "one.sqlite3", 3), filled(tmp_path / "other.sqlite3", 3)
+    one = filled(tmp_path / "one.sqlite3", 3)
+    other = filled(tmp_path / "other.sqlite3", 3)
     copy = Path(shutil.copy(one, tmp_path / "copy.sqlite3"))
     with pytest.raises(UsageError, match="which are one ledger"):
         merge_ledgers([one, other, copy])

@@ -30,7 +30,8 @@ def test_fp8_weights_are_a_rounding_of_a_few_percent(small_model):
 
 def test_one_scale_serves_a_whole_matrix(in_float8):
     round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
-    kept, coarse = up_proj(in_float8), up_proj(model_cheats.with_one_scale(in_float8))
+    kept = up_proj(in_float8)
+    coarse = up_proj(model_cheats.with_one_scale(in_float8))
     assert len(coarse.scales.unique()) == 1 < len(kept.scales.unique())
     assert 0 < (weight_of(coarse) - weight_of(kept)).norm() < 0.06 * weight_of(kept).norm()
     both = model_cheats.with_one_scale(in_float8, inputs=True)

@@ -1,4 +1,6 @@
-"""Published sets of vectors: read as they are, refused in three parts when something is wrong, and measured."""
+"""Published sets of vectors: read as they are, refused in three parts when something is wrong, and
+measured.
+"""
 
 import base64
 import gzip
@@ -17,9 +19,17 @@ from research.tests import published
 
 @pytest.mark.parametrize("name", ["sets.jsonl", "sets.jsonl.gz"])
 def test_sets_are_read_as_they_were_published(tmp_path: Path, name: str):
-    rows = [published.machine("2026-05__a-4xh100", gpu="NVIDIA H100 80GB HBM3"), published.machine("b", config={})]
+    rows = [
+        published.machine("2026-05__a-4xh100", gpu="NVIDIA H100 80GB HBM3"),
+        published.machine("b", config={}),
+    ]
     one, other = read_vector_sets(published.write(tmp_path / name, rows))
-    assert (one.name, one.kind, one.model, one.batch_size) == ("2026-05__a-4xh100", "h100", "owner/Model-A", 16)
+    assert (one.name, one.kind, one.model, one.batch_size) == (
+        "2026-05__a-4xh100",
+        "h100",
+        "owner/Model-A",
+        16,
+    )
     assert (other.kind, other.model, other.batch_size) == ("", "", None)
     assert one.round == other.round == ("block", "key", 1024, 12)
     first = np.frombuffer(base64.b64decode(rows[0]["vectors"][7]), "<f2")
@@ -122,7 +132,12 @@ def test_a_law_of_vectors(tmp_path: Path):
     *honest, cheat = read_vector_sets(published.write(tmp_path / "sets.jsonl", rows))
     measured = calibrate_vectors(honest, digest="a" * 64)
     (build,) = measured.builds
-    assert (build.preset, build.output, build.digest, build.n) == ("artifact", "vector", "a" * 64, 120)
+    assert (build.preset, build.output, build.digest, build.n) == (
+        "artifact",
+        "vector",
+        "a" * 64,
+        120,
+    )
     assert [one.kind for one in build.machines] == ["b200", "h100", "h200", "a100"]
     assert build.effect == 1.25
     assert build.left_out is not None

@@ -7,7 +7,9 @@ from assay.memory import keep_freed_memory
 
 
 def main() -> None:
-    """Run the command line and exit with its code: 2 for a fault of assay itself, because 1 means fraud."""
+    """Run the command line and exit with its code: 2 for a fault of assay itself, because 1 means
+    fraud.
+    """
     keep_freed_memory()
     try:
         from assay.cli.app import run
@@ -18,7 +20,8 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         code = 2
-    gc.freeze()  # else the end of Python walks all of torch and transformers, for about a second of CPU
+    # else the end of Python walks all of torch and transformers, for about a second of CPU
+    gc.freeze()
     raise SystemExit(code)
 
 

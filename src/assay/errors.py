@@ -1,7 +1,7 @@
 """Every exception of assay: each class stands below the kind that it is of.
 
-Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote a file or a
-request, so a long one is cut, and characters that a terminal would obey are escaped.
+Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote
+a file or a request, so a long one is cut, and characters that a terminal would obey are escaped.
 """
 
 from functools import partial
@@ -58,7 +58,9 @@ class LayersNotFound(ModelError):
 
 
 class EngineEnded(ModelError):
-    """The engine that ran a model is no longer there. What it did not compute can be computed by the next one."""
+    """The engine that ran a model is no longer there. What it did not compute can be computed by
+    the next one.
+    """
 
 
 class ProofError(AssayError):
@@ -70,7 +72,9 @@ class ProofFormatError(ProofError):
 
 
 class ProofMismatch(ProofError):
-    """A proof made for another model, round or pipeline. ``field`` is the name under which the value is pinned."""
+    """A proof made for another model, round or pipeline. ``field`` is the name under which the
+    value is pinned.
+    """
 
 
 class CalibrationError(ProofError):
@@ -106,7 +110,9 @@ def visible(text: str, most: int = LONGEST_PART) -> str:
         text = f"{text[:most]}…"
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return "".join(
+        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -126,9 +132,16 @@ def reason_of(error: BaseException) -> str:
 
 def not_finite(seen: str, *, wanted: str = "finite hidden states") -> BadWeights:
     """Return the error of a model whose numbers are NaN or infinite."""
-    return BadWeights(seen, wanted=wanted, do="check the checkpoint, or use a dtype with more range (--dtype float32)")
+    return BadWeights(
+        seen,
+        wanted=wanted,
+        do="check the checkpoint, or use a dtype with more range (--dtype float32)",
+    )
 
 
 def how_to_install(extra: str) -> str:
     """Return what to do where the packages of an extra are missing. No public index has assay."""
-    return f"install assay with its extra {extra}: pip install '.[{extra}]' in its checkout, or 'FILE.whl[{extra}]'"
+    return (
+        f"install assay with its extra {extra}: pip install '.[{extra}]' in its checkout, or "
+        f"'FILE.whl[{extra}]'"
+    )

@@ -1,18 +1,21 @@
-"""The heap of a process that runs a model on the CPU. Other C libraries than glibc are left as they are."""
+"""The heap of a process that runs a model on the CPU. Other C libraries than glibc are left as they
+are.
+"""
 
 import ctypes
 
 _LIBC = ctypes.CDLL(None)
-# Options of mallopt(3): never trim the heap, no mapping of its own for any size, and one heap for all threads.
+# Options of mallopt(3): never trim the heap, no mapping of its own for any size, and one heap for
+# all threads.
 _KEEP = {-1: 2**31 - 1, -4: 0, -8: 1}
 
 
 def keep_freed_memory() -> None:
     """Keep the memory that tensors leave, so that the next ones do not fault every page in again.
 
-    Gain on two cores: `prove` of the bundled model is 1.26 times as fast as at 8580455f, which had pages faulted in
-    again (two_commits_cpu.json). A thread that has a heap of its own by now keeps that, so the command line calls this
-    before it imports torch.
+    Gain on two cores: `prove` of the bundled model is 1.26 times as fast as at 8580455f, which had
+    pages faulted in again (two_commits_cpu.json). A thread that has a heap of its own by now keeps
+    that, so the command line calls this before it imports torch.
     """
     if hasattr(_LIBC, "mallopt"):
         for option, value in _KEEP.items():

@@ -1,7 +1,7 @@
 """Settings that are declared once, as a class whose fields carry their meaning, default and bounds.
 
-``assay.cli`` makes the options and configuration keys of a command from such a class, and docs/configuration.md is
-generated from it::
+``assay.cli`` makes the options and configuration keys of a command from such a class, and
+docs/configuration.md is generated from it::
 
     class Plan(Settings):
         nonces: int = Field(1024, ge=2, description="Nonces per block.")        # --nonces 1024
@@ -26,14 +26,17 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from assay.errors import BackendUnavailable, UsageError
 
 NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
-"""Formats in eight or four bits that the weights of a model may have: as they are stored, or rounded to ``float8``."""
+"""Formats in eight or four bits that the weights of a model may have: as they are stored, or
+rounded to ``float8``.
+"""
 NEAR = 0.72
 """Similarity from which on a word may be the one that was meant."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Metadata of a field: how a command line writes it. A plain text beside the type is the unit alone.
+    """Metadata of a field: how a command line writes it. A plain text beside the type is the unit
+    alone.
 
     Args:
         names: Names of the flag, such as ``("-o", "--output")``; empty stands for the usual one.
@@ -42,7 +45,8 @@ class Flag:
         unit: What a value is or counts, such as ``SECONDS``, for the help.
         argument: Whether the field is a positional argument.
         file: Whether the value is a file that is written: a command sees first that it can be.
-        reads: Module and name of what reads the file that is named, without torch: a command sees first that it can.
+        reads: Module and name of what reads the file that is named, without torch: a command sees
+            first that it can.
     """
 
     names: tuple[str, ...] = ()
@@ -68,7 +72,9 @@ class Spelling:
     show: Callable[[Any], str]
     unit: str = "WORDS"
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         """Return a schema that reads text before the field's own type is checked."""
         return core_schema.no_info_before_validator_function(
             lambda value: self.read(value) if isinstance(value, str) else value, handler(source)
@@ -84,14 +90,18 @@ Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
 
 
 def device_name(name: str | None) -> str | None:
-    """Return the name of a device, as a validator of a field; a ValueError says that there is no such one."""
+    """Return the name of a device, as a validator of a field; a ValueError says that there is no
+    such one.
+    """
     if name is not None and not DEVICE_NAME.fullmatch(name):
         raise ValueError("cpu, cuda or cuda:N")
     return name
 
 
 def check_device(name: str, count: int | None = None) -> None:
-    """Refuse a CUDA device that is not among so many; without a count, one where torch could find none."""
+    """Refuse a CUDA device that is not among so many; without a count, one where torch could find
+    none.
+    """
     kind, _, index = name.partition(":")
     if kind != "cuda":
         return
@@ -104,11 +114,15 @@ def check_device(name: str, count: int | None = None) -> None:
 
 
 def _has_no_cuda() -> bool:
-    """Return whether torch is built for CPUs, or there is neither device nor driver; False where only torch knows."""
+    """Return whether torch is built for CPUs, or there is neither device nor driver; False where
+    only torch knows.
+    """
     with suppress(PackageNotFoundError):
         if version("torch").endswith("+cpu"):
             return True
-    return not any(map(glob, ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd"))) and not find_library("cuda")
+    return not any(
+        map(glob, ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd"))
+    ) and not find_library("cuda")
 
 
 DEVICE_NAME = re.compile("cpu(:0)?|cuda(:[0-9]{1,4})?")
@@ -116,20 +130,25 @@ Device = Annotated[
     str | None,
     AfterValidator(device_name),
     Flag(variable="ASSAY_DEVICE", unit="DEVICE"),
-    Field(description="Device that runs the model: cpu or cuda; by default cuda where there is one."),
+    Field(
+        description="Device that runs the model: cpu or cuda; by default cuda where there is one."
+    ),
 ]
 
 
 class Settings(BaseSettings):
     """Base of settings: immutable, checked when they are made, and without unknown names.
 
-    A value comes from the arguments alone, or else from the environment where a subclass has an ``env_prefix``.
+    A value comes from the arguments alone, or else from the environment where a subclass has an
+    ``env_prefix``.
 
     Raises:
         UsageError: A value has the wrong type or is out of range, or a name is unknown.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
     has_flags: ClassVar[bool] = True
     """Whether a command line sets the fields; an error names their variables otherwise."""
 
@@ -148,29 +167,48 @@ class Settings(BaseSettings):
         *_: Any,
         **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources of values: the environment is one where the class has a prefix of variables."""
-        return (init_settings, env_settings) if settings_cls.model_config.get("env_prefix") else (init_settings,)
+        """Return the sources of values: the environment is one where the class has a prefix of
+        variables.
+        """
+        return (
+            (init_settings, env_settings)
+            if settings_cls.model_config.get("env_prefix")
+            else (init_settings,)
+        )
 
     @classmethod
     def flag(cls, field: str) -> Flag:
         """Return how a command line writes a field, from all that is said of it."""
         merged: dict[str, Any] = {"names": (f"--{field.replace('_', '-')}",)}
         for entry in reversed(cls.model_fields[field].metadata):
-            said = {"unit": entry} if isinstance(entry, str) else vars(entry) if isinstance(entry, Flag) else {}
+            said = (
+                {"unit": entry}
+                if isinstance(entry, str)
+                else vars(entry)
+                if isinstance(entry, Flag)
+                else {}
+            )
             merged |= {name: value for name, value in said.items() if value}
         return Flag(**merged)
 
     @classmethod
     def spelling(cls, field: str) -> str:
-        """Return how a user writes a field: its long flag, or the name of its argument in capitals."""
+        """Return how a user writes a field: its long flag, or the name of its argument in
+        capitals.
+        """
         flag = cls.flag(field)
         return field.upper() if flag.argument else flag.names[-1]
 
     @classmethod
     def environment_name(cls, field: str) -> str | None:
         """Return the variable that sets a field, or None for a field without one."""
-        flag, prefix = cls.flag(field), cls.model_config.get("env_prefix")
-        return flag.variable or (prefix and f"{prefix}{flag.names[-1].lstrip('-').replace('-', '_').upper()}") or None
+        flag = cls.flag(field)
+        prefix = cls.model_config.get("env_prefix")
+        return (
+            flag.variable
+            or (prefix and f"{prefix}{flag.names[-1].lstrip('-').replace('-', '_').upper()}")
+            or None
+        )
 
 
 def words_of(annotation: Any) -> list[Any]:
@@ -187,15 +225,21 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     field = kind.model_fields.get(name)
     if field is None:
         known = get_close_matches(name, kind.model_fields, cutoff=NEAR)
-        do = f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})"
+        do = (
+            f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})"
+        )
         return UsageError(f"a setting {name!r}", wanted=f"a field of {kind.__name__}", do=do)
-    flag, variable = kind.spelling(name), kind.environment_name(name)
+    flag = kind.spelling(name)
+    variable = kind.environment_name(name)
     if variable and not kind.has_flags:
-        flag, variable = variable, None
+        flag = variable
+        variable = None
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    near = get_close_matches(str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR)
+    near = get_close_matches(
+        str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR
+    )
     shown = fault["input"] if isinstance(fault["input"], str) else repr(fault["input"])
     correct = f"correct {flag}{f' or {variable}' if variable else ''}"
     return UsageError(

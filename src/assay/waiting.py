@@ -1,4 +1,6 @@
-"""Progress of the slow parts of loading a model. The command line shows it; in a library nothing listens."""
+"""Progress of the slow parts of loading a model. The command line shows it; in a library nothing
+listens.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

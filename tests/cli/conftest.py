@@ -13,7 +13,9 @@ KNOWN = ("--block-hash", "b", "--public-key", "k")
 
 
 def made(model, nonces=range(32), **changed):
-    """A proof of the block and key of :data:`KNOWN`, of sixteen positions unless another round is asked for."""
+    """A proof of the block and key of :data:`KNOWN`, of sixteen positions unless another round is
+    asked for.
+    """
     round = Round(**({"block_hash": "b", "public_key": "k", "seq_len": 16} | changed))
     return prove(model, round, nonces, batch_size=8)
 
@@ -41,12 +43,24 @@ def assay(capsys):
 
 @pytest.fixture
 def proving(small_checkpoint, tmp_path):
-    """Words that prove 24 nonces of the small checkpoint into a file; keyword arguments change flags."""
+    """Words that prove 24 nonces of the small checkpoint into a file; keyword arguments change
+    flags.
+    """
 
     def words(name="proof.jsonl", *extra, **flags):
-        options = {"model": small_checkpoint, "block_hash": "b", "public_key": "k", "nonces": "0:24", "seq_len": 16}
+        options = {
+            "model": small_checkpoint,
+            "block_hash": "b",
+            "public_key": "k",
+            "nonces": "0:24",
+            "seq_len": 16,
+        }
         options |= {"batch_size": 8, "device": "cpu"} | flags
-        given = [item for flag, value in options.items() for item in (f"--{flag.replace('_', '-')}", value)]
+        given = [
+            item
+            for flag, value in options.items()
+            for item in (f"--{flag.replace('_', '-')}", value)
+        ]
         return "poc", "prove", *given, "-o", tmp_path / name, *extra
 
     return words
@@ -78,12 +92,16 @@ def told(assay):
 
 @pytest.fixture
 def refused(assay):
-    """Run a command that cannot work: code 2, an error in three parts, and no traceback; give stderr."""
+    """Run a command that cannot work: code 2, an error in three parts, and no traceback; give
+    stderr.
+    """
 
     def call(*arguments):
         found = assay(*arguments)
         assert (found.code, found.out) == (2, ""), found.err
-        assert re.search(r"error: .+\n  wanted: .+\n  to do:  .+", found.err, flags=re.DOTALL), found.err
+        assert re.search(r"error: .+\n  wanted: .+\n  to do:  .+", found.err, flags=re.DOTALL), (
+            found.err
+        )
         assert "Traceback" not in found.err
         return found.err
 

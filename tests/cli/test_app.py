@@ -15,13 +15,50 @@ from assay.cli import app, run
 from assay.cli.framework import leaves
 
 FROZEN = (
-    *("demo", "doctor", "config", "models list", "models info", "models random", "models path", "streams"),
-    *("poc prove", "poc verify", "poc calibrate", "poc respond", "poc replay", "poc calibrate-responses"),
+    *(
+        "demo",
+        "doctor",
+        "config",
+        "models list",
+        "models info",
+        "models random",
+        "models path",
+        "streams",
+    ),
+    *(
+        "poc prove",
+        "poc verify",
+        "poc calibrate",
+        "poc respond",
+        "poc replay",
+        "poc calibrate-responses",
+    ),
     "poc collect",
-    *("poc frame", "poc serve", "poc receive", "poc validator", "poc callbacks list", "poc callbacks replay"),
+    *(
+        "poc frame",
+        "poc serve",
+        "poc receive",
+        "poc validator",
+        "poc callbacks list",
+        "poc callbacks replay",
+    ),
     *("poc pins new", "poc pins check", "poc ledger show", "poc ledger audit", "poc ledger export"),
-    *("vhack extract", "vhack check", "vhack pools", "vhack report", "vhack train", "vhack merge", "vhack sample"),
-    *("vhack evaluate", "vhack pairs list", "vhack pairs generate", "vhack pairs match", "vhack pairs verify"),
+    *(
+        "vhack extract",
+        "vhack check",
+        "vhack pools",
+        "vhack report",
+        "vhack train",
+        "vhack merge",
+        "vhack sample",
+    ),
+    *(
+        "vhack evaluate",
+        "vhack pairs list",
+        "vhack pairs generate",
+        "vhack pairs match",
+        "vhack pairs verify",
+    ),
 )
 COMMANDS = {" ".join(path): command for path, command in leaves(app)}
 
@@ -29,8 +66,14 @@ COMMANDS = {" ".join(path): command for path, command in leaves(app)}
 def options(name):
     """Return the options of a command that its help shows, without those of every command."""
     command = COMMANDS[name]
-    found = [one for one in command.get_params(click.Context(command)) if isinstance(one, click.Option)]
-    return [one for one in found if not (one.hidden or one.is_eager or one.name in ("config", "as_json"))]
+    found = [
+        one for one in command.get_params(click.Context(command)) if isinstance(one, click.Option)
+    ]
+    return [
+        one
+        for one in found
+        if not (one.hidden or one.is_eager or one.name in ("config", "as_json"))
+    ]
 
 
 def test_names_of_commands_are_frozen():
@@ -47,7 +90,9 @@ def test_a_command_has_ten_options_a_short_line_and_an_example(name):
         assert option.is_flag or option.metavar not in (None, "INTEGER", "FLOAT")
 
 
-@pytest.mark.parametrize("name", ["", "poc", "streams", "models", "poc prove", "vhack pairs", "poc ledger audit"])
+@pytest.mark.parametrize(
+    "name", ["", "poc", "streams", "models", "poc prove", "vhack pairs", "poc ledger audit"]
+)
 def test_a_command_explains_itself(name, assay):
     result = assay(*name.split(), "--help")
     assert result.code == 0
@@ -67,23 +112,35 @@ def test_version(assay):
 SIGNS = ["streams", "signs", "--seed-text", "a", "-n", "3", "--backend", "numpy"]
 
 
-@pytest.mark.parametrize("arguments", [[*SIGNS, "--json"], ["models", "list"], ["--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [[*SIGNS, "--json"], ["models", "list"], ["--help"], ["--version"]]
+)
 def test_a_reader_that_left_is_no_verdict(arguments):
     """Code 1 means fraud, so a closed pipe must not give it."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "assay", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "assay", *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("arguments", [[*SIGNS, "--json"], ["--help"], ["poc", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [[*SIGNS, "--json"], ["--help"], ["poc", "--help"], ["--version"]]
+)
 def test_a_full_disk_behind_stdout_is_one_clear_error(arguments):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "assay", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "assay", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     assert done.returncode == 2
     assert done.stderr.startswith("error: output: No space left on device\n  wanted:")
@@ -98,7 +155,9 @@ def test_closed_streams_do_not_matter(assay, monkeypatch):
             assert run(["models", "info", "none"]) == 2
 
 
-@pytest.mark.parametrize("wrong", [("poc", "verify", "missing", "--model", "reference:qwen3"), ("poc", "prov")])
+@pytest.mark.parametrize(
+    "wrong", [("poc", "verify", "missing", "--model", "reference:qwen3"), ("poc", "prov")]
+)
 def test_errors_as_json(wrong, assay, monkeypatch):
     monkeypatch.setenv("ASSAY_ERRORS", "json")
     assert json.loads(assay(*wrong).err).keys() == {"error", "seen", "wanted", "do"}
@@ -107,7 +166,9 @@ def test_errors_as_json(wrong, assay, monkeypatch):
 def test_doctor_reports_exact_backends(assay, told):
     report = told("doctor")
     assert report["schema"] == "assay.doctor/1"
-    exact = {row["backend"] for row in report["backends"] if row["device"] == "cpu" and row["exact"]}
+    exact = {
+        row["backend"] for row in report["backends"] if row["device"] == "cpu" and row["exact"]
+    }
     assert exact == {"numpy", "torch"}
     assert report["versions"]["torch"]
     assert assay("doctor").code == 0
@@ -118,7 +179,9 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
 
     real = streams.selftest
     monkeypatch.setattr(
-        streams, "selftest", lambda backend: real(backend) | ({"odd": "0"} if backend.name == "torch" else {})
+        streams,
+        "selftest",
+        lambda backend: real(backend) | ({"odd": "0"} if backend.name == "torch" else {}),
     )
     result = assay("doctor")
     assert result.code == 1
@@ -127,7 +190,14 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
 
 def test_models(assay, told, tmp_path):
     listed = told("models", "list")["models"]
-    shapes = ("qwen3-0.6b", "qwen3-4b", "qwen3-32b", "qwen3-30b-a3b", "llama-3.2-1b", "llama-3.1-8b")
+    shapes = (
+        "qwen3-0.6b",
+        "qwen3-4b",
+        "qwen3-32b",
+        "qwen3-30b-a3b",
+        "llama-3.2-1b",
+        "llama-3.1-8b",
+    )
     named = ("reference:qwen3", "reference:llama", "reference:organism", "pretrained:smollm2")
     bundled = {*named, *(f"shape:{name}" for name in shapes)}
     assert {model["reference"] for model in listed} == bundled
@@ -179,7 +249,8 @@ def test_a_fault_of_assay_is_no_verdict(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variable", ["ASSAY_VERSION=1", "ASSAY_HELP=1", "ASSAY_POC_VERIFY_HELP=1", "ASSAY_POC_VERIFY_AS_JSON=1"]
+    "variable",
+    ["ASSAY_VERSION=1", "ASSAY_HELP=1", "ASSAY_POC_VERIFY_HELP=1", "ASSAY_POC_VERIFY_AS_JSON=1"],
 )
 def test_verify_verifies_whatever_the_environment_holds(variable, refused, monkeypatch):
     """Exit code 0 means "honest"."""
@@ -191,7 +262,10 @@ def test_verify_verifies_whatever_the_environment_holds(variable, refused, monke
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("poc", "prove", "--block-hash", "b", "--public-key", "k", "--model", "m", "-o", "p"), "continues it\n"),
+        (
+            ("poc", "prove", "--block-hash", "b", "--public-key", "k", "--model", "m", "-o", "p"),
+            "continues it\n",
+        ),
         (("poc", "verify", "p", "--model", "m"), "stopped\n"),
     ],
 )
@@ -209,11 +283,18 @@ def test_an_interruption_promises_only_what_is_true(arguments, said, assay, monk
 
 
 def test_both_instruments_are_there_after_a_plain_import():
-    done = subprocess.run([sys.executable, "-c", "import assay; assay.vhack.extract, assay.poc.prove"], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "import assay; assay.vhack.extract, assay.poc.prove"], check=False
+    )
     assert done.returncode == 0
 
 
 def test_numbers_of_the_services_have_units(assay):
     said = assay("config", "poc", "validator").out
-    for name, unit in {"epoch": "SECONDS", "drain": "SECONDS", "max_kept": "BYTES", "max_body": "BYTES"}.items():
+    for name, unit in {
+        "epoch": "SECONDS",
+        "drain": "SECONDS",
+        "max_kept": "BYTES",
+        "max_body": "BYTES",
+    }.items():
         assert f"[{unit}]\n# {name} = " in said

@@ -1,4 +1,6 @@
-"""``assay poc calibrate``: the forms of the command, and the r_target of a valid rate over blocks."""
+"""``assay poc calibrate``: the forms of the command, and the r_target of a valid rate over
+blocks.
+"""
 
 from dataclasses import replace
 
@@ -55,7 +57,10 @@ def test_forms_that_do_not_go_together_are_refused_by_name(words, refused, proof
 @pytest.fixture
 def blocks(told, proving, tmp_path):
     """Proofs of two blocks of the small checkpoint, 32 nonces each."""
-    return [told(*proving(f"{name}.jsonl", block_hash=name, nonces="0:32"))["path"] for name in ("one", "two")]
+    return [
+        told(*proving(f"{name}.jsonl", block_hash=name, nonces="0:32"))["path"]
+        for name in ("one", "two")
+    ]
 
 
 def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint, tmp_path):
@@ -63,7 +68,9 @@ def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint, tmp_p
     assert "no effective dimension" in refused(*both)
     measured = told(*both, "--model", small_checkpoint, "--device", "cpu")
     assert (measured["n"], measured["blocks"]) == (64, 2)
-    assert measured["effective_dimension"] == pytest.approx(64, rel=0.35)  # random weights use nearly all coordinates
+    assert measured["effective_dimension"] == pytest.approx(
+        64, rel=0.35
+    )  # random weights use nearly all coordinates
     for wrong in (
         (blocks[0],),
         ("-o", tmp_path / "x"),
@@ -78,14 +85,17 @@ def test_proofs_of_several_blocks(told, refused, blocks, small_checkpoint, tmp_p
 def measured(small_checkpoint, tmp_path_factory):
     """Calibration and pins of the small checkpoint, by this machine alone, in two formats."""
     folder = tmp_path_factory.mktemp("measured")
-    calibration, pins = folder / "calibration.json", folder / "pins.toml"
+    calibration = folder / "calibration.json"
+    pins = folder / "pins.toml"
     shape = ("--seq-len", "16", "--blocks", "8", "--nonces", "32", "--formats", "bfloat16,float32")
     alone = ("poc", "calibrate", "--model", small_checkpoint, "--device", "cpu", *shape)
     assert run([*map(str, alone), "-o", str(calibration), "--pins", str(pins)]) == 0
     return calibration, pins
 
 
-def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_model, small_checkpoint):
+def test_one_machine_measures_a_law_for_every_pair_of_formats(
+    measured, small_model, small_checkpoint
+):
     calibration, pins = measured
     builds = Calibration.load(calibration).builds
     assert [build.formats[0] for build in builds] == [
@@ -93,9 +103,13 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_mo
         ["bfloat16", "float32"],
         ["float32", "float32"],
     ]
-    assert builds[2].law.size < builds[1].law.size / 10, "float32 is not judged by the noise of bfloat16"
+    assert builds[2].law.size < builds[1].law.size / 10, (
+        "float32 is not judged by the noise of bfloat16"
+    )
     assert {build.n for build in builds} == {256}
-    assert all(build.left_out is None or build.left_out.worst < 0.1 for build in builds), "engines alike were two"
+    assert all(build.left_out is None or build.left_out.worst < 0.1 for build in builds), (
+        "engines alike were two"
+    )
     assert builds[1].scores, "which price the bets"
     assert NetworkPins.load(pins).models[0].builds[0].dtype == ("bfloat16",)
 
@@ -104,7 +118,11 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_mo
     known = Calibration.load(calibration)
     honest = prove(coarse, round, range(192), batch_size=16)
     verdict = verify(
-        honest, small_model, sample=192, expect=replace(Pins.of(round), prover_dtype="bfloat16"), calibration=known
+        honest,
+        small_model,
+        sample=192,
+        expect=replace(Pins.of(round), prover_dtype="bfloat16"),
+        calibration=known,
     )
     assert (verdict.verdict, verdict.exit_code) == ("honest", 0), verdict.reason
     assert (verdict.work, 0 < verdict.power < 1) == (1.0, True)
@@ -115,40 +133,91 @@ def test_one_machine_measures_a_law_for_every_pair_of_formats(measured, small_mo
         verify(prove(half, round, range(96)), small_model, calibration=known)
 
 
-def test_a_control_needs_a_calibration_that_measured_one(refused, measured, small_model, small_checkpoint, tmp_path):
+def test_a_control_needs_a_calibration_that_measured_one(
+    refused, measured, small_model, small_checkpoint, tmp_path
+):
     path = tmp_path / "proof.jsonl"
-    prove(small_model, Round(block_hash="b", public_key="k", seq_len=16), range(64), batch_size=16, output=path)
-    known = ("--model", small_checkpoint, "--device", "cpu", "--block-hash", "b", "--public-key", "k")
+    prove(
+        small_model,
+        Round(block_hash="b", public_key="k", seq_len=16),
+        range(64),
+        batch_size=16,
+        output=path,
+    )
+    known = (
+        "--model",
+        small_checkpoint,
+        "--device",
+        "cpu",
+        "--block-hash",
+        "b",
+        "--public-key",
+        "k",
+    )
     assert "--control without a calibration" in refused("poc", "verify", path, *known, "--control")
     beside = ("--control", "--calibration", measured[0])
     assert "a calibration without a control" in refused("poc", "verify", path, *known, *beside)
 
 
 def test_one_command_gives_law_frame_and_pins_of_tokens(assay, small_checkpoint, tmp_path):
-    law, pins, frame = (tmp_path / name for name in ("law.json", "pins.toml", "law.frame.safetensors"))
-    shape = ("--seq-len", 16, "--blocks", 8, "--nonces", 32, "--formats", "bfloat16,float32", "--device", "cpu")
-    command = ("poc", "calibrate", "--model", small_checkpoint, "--preset", "tokens-1", *shape, "-o", law)
+    law, pins, frame = (
+        tmp_path / name for name in ("law.json", "pins.toml", "law.frame.safetensors")
+    )
+    shape = (
+        "--seq-len",
+        16,
+        "--blocks",
+        8,
+        "--nonces",
+        32,
+        "--formats",
+        "bfloat16,float32",
+        "--device",
+        "cpu",
+    )
+    command = (
+        "poc",
+        "calibrate",
+        "--model",
+        small_checkpoint,
+        "--preset",
+        "tokens-1",
+        *shape,
+        "-o",
+        law,
+    )
     assert assay(*command, "--pins", pins).code == 0
     made = frame.read_bytes()
     assert Frame.load(frame).digest == NetworkPins.load(pins).models[0].digest
 
     known = ("--pins", pins, "--block-hash", "another", "--public-key", "k", "--device", "cpu")
-    proof, judge = tmp_path / "p.jsonl", ("--model", small_checkpoint, "--dtype", "float32", *known)
+    proof = tmp_path / "p.jsonl"
+    judge = ("--model", small_checkpoint, "--dtype", "float32", *known)
     assert assay("poc", "prove", *known, "--nonces", "0:192", "-o", proof).code == 0
     honest = assay("poc", "verify", proof, *judge, "--sample", 192)
-    assert (honest.code, "192 of 192 nonces, 100% of the node's work" in honest.out) == (0, True), honest.out
-    coarse = cheats.rounded(load_model(small_checkpoint, dtype="bfloat16", device="cpu").with_frame(frame), 4)
-    prove(coarse, Proof.load(proof).round, range(64), batch_size=32, output=tmp_path / "cheat.jsonl")
+    assert (honest.code, "192 of 192 nonces, 100% of the node's work" in honest.out) == (0, True), (
+        honest.out
+    )
+    coarse = cheats.rounded(
+        load_model(small_checkpoint, dtype="bfloat16", device="cpu").with_frame(frame), 4
+    )
+    prove(
+        coarse, Proof.load(proof).round, range(64), batch_size=32, output=tmp_path / "cheat.jsonl"
+    )
     assert assay("poc", "verify", tmp_path / "cheat.jsonl", *judge).code == 1
 
-    assert (assay(*command).code, frame.read_bytes()) == (0, made), "the frame that is there is taken"
+    assert (assay(*command).code, frame.read_bytes()) == (0, made), (
+        "the frame that is there is taken"
+    )
 
 
 def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):
     rate = ("poc", "calibrate", "--valid-rate", 0.1)
     assert "block_rate_low" not in told(*rate)
     found = told(*rate, "--calibration", measured[0])
-    assert found["effective_dimension"] == pytest.approx(64, rel=0.35)  # random weights use nearly all coordinates
+    assert found["effective_dimension"] == pytest.approx(
+        64, rel=0.35
+    )  # random weights use nearly all coordinates
     assert 0.05 < found["block_rate_low"] < 0.1 < found["block_rate_high"] < 0.15
     assert "block_rate_low" not in told(*rate, "--dimension", 12)
     refused(*rate, "--model", "reference:llama", "--calibration", measured[0])
@@ -156,4 +225,6 @@ def test_the_interval_of_a_rate_needs_a_measured_model(told, refused, measured):
 
 def test_too_few_nonces_are_refused_before_a_model_is_loaded(refused, tmp_path):
     few = ("--blocks", 2, "--nonces", 64)
-    assert "at least 256" in refused("poc", "calibrate", "--model", "reference:qwen3", *few, "-o", tmp_path / "c.json")
+    assert "at least 256" in refused(
+        "poc", "calibrate", "--model", "reference:qwen3", *few, "-o", tmp_path / "c.json"
+    )

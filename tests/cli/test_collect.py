@@ -1,4 +1,6 @@
-"""``assay poc collect``: proofs of public blocks, which several machines make to be compared and published."""
+"""``assay poc collect``: proofs of public blocks, which several machines make to be compared and
+published.
+"""
 
 import json
 from dataclasses import replace
@@ -34,13 +36,16 @@ def test_machines_that_prove_the_same_blocks_give_one_calibration(collect, told,
     assert describe_promise(network, 1e-4, [Calibration(builds=(more,))])["expected"] == 4000
     one_machine = replace(more, effect=None)
     both = [Calibration(builds=(more,)), Calibration(builds=(one_machine,))]
-    assert describe_promise(network, 1e-4, both)["expected"] is None, "engines of one machine are none"
+    assert describe_promise(network, 1e-4, both)["expected"] is None, (
+        "engines of one machine are none"
+    )
 
 
 def test_collected_proofs_say_nothing_of_where_the_model_lies(told, small_checkpoint, tmp_path):
     told("poc", "collect", "--model", small_checkpoint, *SMALL, "-o", tmp_path / "made")
     for path in (tmp_path / "made").iterdir():
-        text, header = path.read_text(), Proof.load(path).header
+        text = path.read_text()
+        header = Proof.load(path).header
         assert str(small_checkpoint) not in text
         assert str(tmp_path) not in text
         assert header.round.model == header.digest
@@ -56,7 +61,17 @@ def test_what_is_there_is_kept_and_nothing_is_mixed(collect, told, refused, tmp_
     collect("float32")
     assert proofs[0].read_bytes() == before
     assert proofs[1].exists()
-    other = ("poc", "collect", "--model", "reference:qwen3", "--preset", "hardened", *SMALL, "--dtype", "bfloat16")
+    other = (
+        "poc",
+        "collect",
+        "--model",
+        "reference:qwen3",
+        "--preset",
+        "hardened",
+        *SMALL,
+        "--dtype",
+        "bfloat16",
+    )
     assert "another round, engine" in refused(*other, "-o", tmp_path / "float32")
     assert "whose tokens part" in refused(*other, "--preset", "decode-64", "-o", tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -16,18 +16,28 @@ def foreign(tmp_path):
     """A checkpoint in float32 with a tokenizer, of which assay has no law."""
     folder = tmp_path / "model"
     shutil.copytree(find_bundled("reference:qwen3"), folder)
-    weights = {name: tensor.float() * 1.01 for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name: tensor.float() * 1.01
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.mark.parametrize("bundled", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monkeypatch, foreign, bundled):
+def test_demo_believes_the_honest_and_catches_the_cheaters(
+    assay, tmp_path, monkeypatch, foreign, bundled
+):
     monkeypatch.setattr("assay.cli.output.PAUSE", 0.0)
     monkeypatch.setattr("assay.poc.verdict.noise.is_bundled", lambda digest: bundled)
-    result = assay("demo", "--model", "reference:qwen3" if bundled else foreign, "-o", tmp_path, "--json")
+    result = assay(
+        "demo", "--model", "reference:qwen3" if bundled else foreign, "-o", tmp_path, "--json"
+    )
     assert result.code == 0, result.err
     summary = json.loads(result.out)
     assert summary["schema"] == "assay.demo/2"
@@ -37,7 +47,13 @@ def test_demo_believes_the_honest_and_catches_the_cheaters(assay, tmp_path, monk
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 1
     assert summary["detectors"].keys() == {"length", "ngrams", "likelihood", "probe"}
-    assert 0 <= summary["filter"]["lost"] < summary["filter"]["caught"] <= summary["filter"]["asked"] < 48
+    assert (
+        0
+        <= summary["filter"]["lost"]
+        < summary["filter"]["caught"]
+        <= summary["filter"]["asked"]
+        < 48
+    )
     for phase in ("honest nodes: ", "detectors: ", *(() if bundled else ("honest noise: ",))):
         assert phase in result.err, "a pipe sees progress"
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -59,13 +75,17 @@ def test_demo_takes_the_real_model_where_its_packages_are(assay, tmp_path, monke
 
     monkeypatch.setattr("assay.models.load.model_info", stop)
     for found in (True, False):
-        monkeypatch.setattr("assay.cli.demo.find_spec", lambda name, found=found: found or name != "gguf" or None)
+        monkeypatch.setattr(
+            "assay.cli.demo.find_spec", lambda name, found=found: found or name != "gguf" or None
+        )
         assert assay("demo", "-o", tmp_path / "new").code == 2
     assert asked == ["pretrained:smollm2", "reference:qwen3"]
     assert not (tmp_path / "new").exists()
 
 
-def test_demo_refuses_a_model_without_a_tokenizer_before_it_computes(assay, tmp_path, small_checkpoint):
+def test_demo_refuses_a_model_without_a_tokenizer_before_it_computes(
+    assay, tmp_path, small_checkpoint
+):
     refused = assay("demo", "--model", small_checkpoint, "-o", tmp_path / "new")
     assert (refused.code, (tmp_path / "new").exists()) == (2, False)
     assert "tokenizer" in refused.err

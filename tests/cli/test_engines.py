@@ -41,7 +41,9 @@ def test_a_resumed_proof_says_what_was_left_and_how_fast_the_rest_was(prove, tmp
 
 def test_the_batch_size_can_be_left_to_the_machine(prove, refused, command, tmp_path):
     prove(batch_size="auto")
-    assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.batch_size in {2**n for n in range(10)}
+    assert Proof.load(tmp_path / "proof.jsonl").header.fingerprint.batch_size in {
+        2**n for n in range(10)
+    }
     for wrong in ("many", "-1", "0", "1.5"):
         assert "batch" in refused(*command(batch_size=wrong))
 
@@ -51,7 +53,9 @@ def test_kernels_are_chosen_by_a_flag(prove, tmp_path, monkeypatch):
     libraries = {}
     for kernels in ("auto", "eager", "compiled"):
         prove("--kernels", kernels)
-        libraries[kernels] = Proof.load(tmp_path / "proof.jsonl").header.fingerprint.as_dict()["library"]
+        libraries[kernels] = Proof.load(tmp_path / "proof.jsonl").header.fingerprint.as_dict()[
+            "library"
+        ]
     assert libraries["auto"] == libraries["eager"]
     assert libraries["compiled"] == f"{libraries['eager']}, compiled whole"
 
@@ -72,10 +76,23 @@ def test_what_makes_no_sense_is_refused(flags, words, refused, command):
     assert words in refused(*command(*flags))
 
 
-def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(refused, prove, tmp_path, monkeypatch):
+def test_a_proof_that_vllm_cannot_recompute_is_refused_before_it_starts(
+    refused, prove, tmp_path, monkeypatch
+):
     monkeypatch.setattr("assay.poc.launch.vllm_engine", lambda *_, **__: pytest.fail("vLLM starts"))
     prove("--preset", "layer-signs")
-    flags = ("--block-hash", "b", "--public-key", "k", "--preset", "layer-signs", "--seq-len", 16, "--engine", "vllm")
+    flags = (
+        "--block-hash",
+        "b",
+        "--public-key",
+        "k",
+        "--preset",
+        "layer-signs",
+        "--seq-len",
+        16,
+        "--engine",
+        "vllm",
+    )
     said = refused("poc", "verify", tmp_path / "proof.jsonl", "--model", "reference:qwen3", *flags)
     assert "preset layer-signs on the vllm engine" in said
     assert "--engine hf" in said
@@ -85,12 +102,26 @@ def test_a_proof_that_is_longer_than_the_model_is_refused_before_a_ledger_is_beg
     refused, prove, small_checkpoint, tmp_path, monkeypatch
 ):
     prove("--model", "reference:qwen3", "--seq-len", 200)
-    proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
-    flags = ("--block-hash", "b", "--public-key", "k", "--nonces", "0:24", "--seq-len", 200, "--ledger", ledger)
+    proof = tmp_path / "proof.jsonl"
+    ledger = tmp_path / "ledger.sqlite3"
+    flags = (
+        "--block-hash",
+        "b",
+        "--public-key",
+        "k",
+        "--nonces",
+        "0:24",
+        "--seq-len",
+        200,
+        "--ledger",
+        ledger,
+    )
     monkeypatch.setattr("assay.models.load.digest_tensors", None)  # weights are read
     monkeypatch.setattr("assay.poc.launch.check_installed", str)
     for engine in ("hf", "vllm"):
-        said = refused("poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine)
+        said = refused(
+            "poc", "verify", proof, "--model", small_checkpoint, *flags, "--engine", engine
+        )
         assert "a proof of 200 positions\n  wanted: at most the 128 of" in said
     assert not ledger.exists()
 
@@ -109,12 +140,26 @@ def test_what_cannot_be_judged_begins_no_ledger(
     stated, flags, loads, words, refused, prove, small_checkpoint, tmp_path, monkeypatch
 ):
     prove()
-    proof, ledger = tmp_path / "proof.jsonl", tmp_path / "ledger.sqlite3"
+    proof = tmp_path / "proof.jsonl"
+    ledger = tmp_path / "ledger.sqlite3"
     text = proof.read_text()
     assert '"dtype":"float32"' in text
     proof.write_text(text.replace('"dtype":"float32"', f'"dtype":"{stated}"'))
     if not loads:
         monkeypatch.setattr("assay.models.load.digest_tensors", None)  # weights are read
-    known = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24", "--ledger", ledger)
-    assert words in refused("poc", "verify", proof, "--model", small_checkpoint, "--device", "cpu", *known, *flags)
+    known = (
+        "--block-hash",
+        "b",
+        "--public-key",
+        "k",
+        "--seq-len",
+        16,
+        "--nonces",
+        "0:24",
+        "--ledger",
+        ledger,
+    )
+    assert words in refused(
+        "poc", "verify", proof, "--model", small_checkpoint, "--device", "cpu", *known, *flags
+    )
     assert not ledger.exists()

@@ -1,4 +1,6 @@
-"""One class is the source of options, variables, keys of the configuration file, defaults and help."""
+"""One class is the source of options, variables, keys of the configuration file, defaults and
+help.
+"""
 
 import json
 import re
@@ -27,7 +29,8 @@ class Sample(Settings):
     blocks: Names = Field(("a", "b"), description="Which blocks.")
     keys: Annotated[tuple[str, ...], Flag(("--key",))] = Field((), description="Which keys.")
     span: Annotated[
-        tuple[int, int], Spelling(lambda text: tuple(map(int, text.split(":"))), "{0[0]}:{0[1]}".format)
+        tuple[int, int],
+        Spelling(lambda text: tuple(map(int, text.split(":"))), "{0[0]}:{0[1]}".format),
     ] = Field((1, 2), description="From where to where.")
     folder: Path | None = Field(None, description="Where to.")
     bits: Literal[32, 256] = Field(32, description="How many bits.")
@@ -50,7 +53,9 @@ def sample(assay, monkeypatch, tmp_path):
         """Show."""
         click.echo(json.dumps(one.model_dump(mode="json") | two.model_dump()))
 
-    monkeypatch.setitem(app.commands, "show", Command("show", show, (Sample, Inner), shown="model share keys"))
+    monkeypatch.setitem(
+        app.commands, "show", Command("show", show, (Sample, Inner), shown="model share keys")
+    )
 
     def call(*arguments, config="", **variables):
         for key, value in variables.items():
@@ -62,7 +67,9 @@ def sample(assay, monkeypatch, tmp_path):
 
 
 def test_every_kind_of_field_is_read(sample):
-    assert json.loads(sample("--model", "m").out) == Sample(model="m").model_dump(mode="json") | {"depth": 3}
+    assert json.loads(sample("--model", "m").out) == Sample(model="m").model_dump(mode="json") | {
+        "depth": 3
+    }
     found = sample(
         "--model", "m", "--share", "0.25", "--engine", "vllm", "--blocks", "x, y", "--key", "k1", "--key", "k2",
         "--span", "3:4", "--folder", "/f", "--strict", "--device", "cpu", "--depth", "7", "--bits", "256",
@@ -74,12 +81,21 @@ def test_every_kind_of_field_is_read(sample):
     assert json.loads(found.out) == wanted.model_dump(mode="json") | {"depth": 7}
     config = 'model = "m"\nblocks = ["x"]\nkey = ["k"]\nspan = "3:4"\nstrict = true\nbits = 256\ndepth = 2'
     found = json.loads(sample(config=config).out)
-    assert [found[name] for name in ("blocks", "keys", "span", "bits", "depth")] == [["x"], ["k"], [3, 4], 256, 2]
+    assert [found[name] for name in ("blocks", "keys", "span", "bits", "depth")] == [
+        ["x"],
+        ["k"],
+        [3, 4],
+        256,
+        2,
+    ]
 
 
 def test_an_option_beats_a_variable_and_that_beats_the_file(sample):
     assert json.loads(sample(config='model = "file"').out)["model"] == "file"
-    assert json.loads(sample(config='model = "file"', ASSAY_MODEL="variable").out)["model"] == "variable"
+    assert (
+        json.loads(sample(config='model = "file"', ASSAY_MODEL="variable").out)["model"]
+        == "variable"
+    )
     assert json.loads(sample("--model", "option", config='model = "file"').out)["model"] == "option"
     assert json.loads(sample(ASSAY_DEVICE="cpu:0").out)["device"] == "cpu:0"
 
@@ -146,7 +162,9 @@ def test_settings_are_strict_in_python_too(monkeypatch):
         pytest.param("#" * (2**22 + 1), "longer than 4194304 bytes", id="long"),
     ],
 )
-def test_a_configuration_that_says_nothing_known_is_refused(text, seen, refused, tmp_path, monkeypatch):
+def test_a_configuration_that_says_nothing_known_is_refused(
+    text, seen, refused, tmp_path, monkeypatch
+):
     (tmp_path / "assay.toml").write_text(text)
     command = "models", "info", "reference:qwen3"
     assert seen in refused(*command, "--config", tmp_path / "assay.toml")
@@ -164,7 +182,9 @@ def test_a_printed_configuration_has_every_setting_and_changes_nothing(name, ass
     wanted = [one for one, setting in command.settings.items() if not setting.flag.argument]
     assert [one for one, _ in lines] == wanted
     defaults = "\n".join(f"{one} = {value}" for one, value in lines if value != "…")
-    assert tomllib.loads(defaults).keys() == {one for one in wanted if command.settings[one].default is not None}
+    assert tomllib.loads(defaults).keys() == {
+        one for one in wanted if command.settings[one].default is not None
+    }
     assert assay("config", "poc", "nothing").code == 2
 
 
@@ -183,7 +203,9 @@ for line in ("poc --help", "poc prove --help", "models list", "config poc verify
 
 
 def test_no_command_waits_for_torch_where_no_model_is_needed():
-    done = subprocess.run([sys.executable, "-c", WRONG_FLAGS], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_FLAGS], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: --bogus\n") == sum(1 for _ in leaves(app))
 
@@ -199,7 +221,11 @@ def test_defaults_are_those_of_the_library():
 
     found = {" ".join(path): command.settings for path, command in leaves(app)}
     pairs = (
-        ("poc prove", Round, ("preset", "seq_len", "r_target", "strength", "node_id", "node_count", "block_height")),
+        (
+            "poc prove",
+            Round,
+            ("preset", "seq_len", "r_target", "strength", "node_id", "node_count", "block_height"),
+        ),
         ("poc respond", Sampling, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
         ("poc respond", Sampling, ("frequency_penalty", "presence_penalty")),
         ("vhack extract", Origin(), ("top_k", "tau_axis", "method")),
@@ -208,10 +234,14 @@ def test_defaults_are_those_of_the_library():
         ("vhack check", CheckSettings(), ("k_use", "alpha", "seed", "method")),
     )
     for command, kind, names in pairs:
-        assert {name: found[command][name].default for name in names} == {name: getattr(kind, name) for name in names}
+        assert {name: found[command][name].default for name in names} == {
+            name: getattr(kind, name) for name in names
+        }
     assert found["poc respond"]["max_tokens"].default == DEFAULT_MAX_TOKENS
     assert found["poc pins new"]["fewest_nonces"].default == FEWEST_NONCES
-    listed = json.loads((Path(sys.modules["assay.models"].__file__).parent / "catalogue.json").read_text())
+    listed = json.loads(
+        (Path(sys.modules["assay.models"].__file__).parent / "catalogue.json").read_text()
+    )
     facts = [{name: value for name, value in row.items() if name != "wheel"} for row in listed]
     assert facts == [vars(model) for model in list_models()]
 
@@ -232,5 +262,14 @@ def test_a_result_does_not_replace_its_source(assay, refused, tmp_path):
         assert f"error: {flags[0]} " in said
         assert f", which is {flags[1]} too" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "link.jsonl"]
-    merged = assay("poc", "calibrate", "--merge", tmp_path / "c", "--merge", tmp_path / "d", "-o", tmp_path / "c")
+    merged = assay(
+        "poc",
+        "calibrate",
+        "--merge",
+        tmp_path / "c",
+        "--merge",
+        tmp_path / "d",
+        "-o",
+        tmp_path / "c",
+    )
     assert "No such file" in merged.err, "builds are added to a calibration file"

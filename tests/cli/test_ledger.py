@@ -1,4 +1,6 @@
-"""``assay poc ledger`` and ``verify --ledger``: the life of a node on the command line, and its exit codes."""
+"""``assay poc ledger`` and ``verify --ledger``: the life of a node on the command line, and its
+exit codes.
+"""
 
 import io
 import json
@@ -24,12 +26,16 @@ def test_show(assay, told, refused, ledger):
     shown = assay("poc", "ledger", "show", ledger)
     assert shown.code == 0, shown.err
     assert all(words in shown.out for words in ("node_2", "fraud", "9 entries, head "))
-    assert "such as node_0, node_1, node_2\n" in refused("poc", "ledger", "show", ledger, "--public-key", "nobody")
+    assert "such as node_0, node_1, node_2\n" in refused(
+        "poc", "ledger", "show", ledger, "--public-key", "nobody"
+    )
     found = told("poc", "ledger", "show", ledger)
     assert (found["schema"], found["count"]) == ("assay.poc.ledger/1", 9)
     assert [one["public_key"] for one in found["accounts"]] == ["node_0", "node_1", "node_2"]
     assert (found["accounts"][2]["verdict"], found["accounts"][2]["audits"]) == ("fraud", 3)
-    (account,) = told("poc", "ledger", "show", ledger, "--public-key", "node_1", "--limit", 2)["accounts"]
+    (account,) = told("poc", "ledger", "show", ledger, "--public-key", "node_1", "--limit", 2)[
+        "accounts"
+    ]
     assert [entry["seq"] for entry in account["entries"]] == [5, 8]
     assert len(account["entries"][0]["residuals"]) == 8
     text = assay("poc", "ledger", "show", ledger, "--public-key", "node_1").out
@@ -46,7 +52,10 @@ def test_audit_says_which_entry_was_changed(assay, told, refused, ledger, tmp_pa
     refused("poc", "ledger", "audit", ledger, "--head", "latest")
     with sqlite3.connect(ledger) as database:
         database.execute("DROP TRIGGER updates_never_update")
-        database.execute('UPDATE updates SET entry = replace(entry, \'"fault":null\', \'"fault":""\') WHERE seq = 5')
+        database.execute(
+            'UPDATE updates SET entry = replace(entry, \'"fault":null\', \'"fault":""\') WHERE '
+            "seq = 5"
+        )
     database.close()
     found = assay("poc", "ledger", "audit", ledger)
     assert found.code == 1
@@ -98,7 +107,9 @@ def test_verify_adds_to_the_life_and_follows_it(assay, told, proofs, small_check
     assert assay("poc", "ledger", "audit", path).code == 0
 
 
-def test_a_proof_that_is_invented_is_not_washed_by_a_good_one(assay, proofs, small_checkpoint, tmp_path):
+def test_a_proof_that_is_invented_is_not_washed_by_a_good_one(
+    assay, proofs, small_checkpoint, tmp_path
+):
     """Nor is it a conviction: all of it is of one block."""
     path = tmp_path / "life.sqlite3"
     flags = ("--model", small_checkpoint, "--device", "cpu", *PINS, "--ledger", path)
@@ -110,19 +121,48 @@ def test_a_proof_that_is_invented_is_not_washed_by_a_good_one(assay, proofs, sma
 
 
 def test_a_life_of_fraud_is_code_1(assay, small_model, small_checkpoint, tmp_path):
-    path, codes = tmp_path / "life.sqlite3", []
+    path = tmp_path / "life.sqlite3"
+    codes = []
     for block in ("b", "c"):
-        made = prove(small_model, Round(block_hash=block, public_key="k", seq_len=16), range(80), batch_size=8)
+        made = prove(
+            small_model,
+            Round(block_hash=block, public_key="k", seq_len=16),
+            range(80),
+            batch_size=8,
+        )
         made.save(tmp_path / f"honest {block}.jsonl")
-        cheats.invented(Proof.load(tmp_path / f"honest {block}.jsonl")).save(tmp_path / f"{block}.jsonl")
-        pins = ("--block-hash", block, "--public-key", "k", "--seq-len", 16, "--nonces", "0:80", "--sample", 80)
+        cheats.invented(Proof.load(tmp_path / f"honest {block}.jsonl")).save(
+            tmp_path / f"{block}.jsonl"
+        )
+        pins = (
+            "--block-hash",
+            block,
+            "--public-key",
+            "k",
+            "--seq-len",
+            16,
+            "--nonces",
+            "0:80",
+            "--sample",
+            80,
+        )
         flags = ("--model", small_checkpoint, "--device", "cpu", *pins, "--ledger", path)
         codes.append(assay("poc", "verify", tmp_path / f"{block}.jsonl", *flags).code)
     assert codes == [2, 1]
 
 
 def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, proofs, tmp_path):
-    known = ("poc", "verify", proofs["honest"], "--model", "no/model", "--block-hash", "b", "--seq-len", 16)
+    known = (
+        "poc",
+        "verify",
+        proofs["honest"],
+        "--model",
+        "no/model",
+        "--block-hash",
+        "b",
+        "--seq-len",
+        16,
+    )
     said = refused(*known, "--ledger", tmp_path / "l.sqlite3")
     assert "--ledger with public_key taken on the prover's word" in said
     assert "pass --public-key" in said

@@ -1,4 +1,6 @@
-"""Commands that cannot work end with code 2 and an error in three parts, without a traceback and without a file."""
+"""Commands that cannot work end with code 2 and an error in three parts, without a traceback and
+without a file.
+"""
 
 import shlex
 import subprocess
@@ -23,7 +25,10 @@ MISTAKES = (
     "poc verify --model model",
     *(f"streams normal --seed-text a -n {count}" for count in ("many", "0", "1000000000000")),
     "streams normal --seed-text \udcff -n 4",
-    *(f"streams normal --seed-text a -n 4 --{wrong}" for wrong in ("backend cupy", "device tpu", "strength 64")),
+    *(
+        f"streams normal --seed-text a -n 4 --{wrong}"
+        for wrong in ("backend cupy", "device tpu", "strength 64")
+    ),
     "streams normal --seed-text a -n 4 --dtype float8",
     "streams gumbel --seed-text a -n 4 --dtype float16",
     "streams normals --seed-text a -n 4",
@@ -44,7 +49,8 @@ MISTAKES = (
     "poc prove --model model --block-hash '' --public-key node_A -o a.jsonl",
     VERIFY % "absent.jsonl",
     VERIFY % "proof.jsonl" + " --calibration absent.json",
-    VERIFY.replace("block_alpha", "''") % "proof.jsonl",  # a shell variable that is not set switches no check off
+    VERIFY.replace("block_alpha", "''")
+    % "proof.jsonl",  # a shell variable that is not set switches no check off
     VERIFY.replace("node_A", "''") % "proof.jsonl",
     "poc calibrate proof.jsonl proof.jsonl -o calibration.json",
     "poc ledger show absent.jsonl",
@@ -58,7 +64,12 @@ MISTAKES = (
     ),
     *(
         f"{PROVE} -o {words}"
-        for words in ("empty", "a.jsonl --pins nothing", "a.jsonl --preset tokens-1 --frame text.txt", "loop")
+        for words in (
+            "empty",
+            "a.jsonl --pins nothing",
+            "a.jsonl --preset tokens-1 --frame text.txt",
+            "loop",
+        )
     ),
     f"{PROVE} -o a.jsonl --batch-size 1.5",
     *(VERIFY % name for name in ("empty", "nothing", "nüll.jsonl", "bytes.jsonl")),
@@ -70,16 +81,28 @@ MISTAKES = (
     "poc calibrate empty text.txt -o c.json",
     "poc pins new --model model --from-proof text.txt -o n.toml",
     *(f"poc pins check {name}" for name in ("empty", "nothing")),
-    *(f"poc ledger show {words}" for words in ("empty", "proof.jsonl --limit 99999999999999999999999")),
+    *(
+        f"poc ledger show {words}"
+        for words in ("empty", "proof.jsonl --limit 99999999999999999999999")
+    ),
     "poc calibrate proof.jsonl copy.jsonl -o c.json",
     "vhack train --model model -o new --seed 4294967296 --arm none",
     "vhack check --model model --pairs generated:12 --seed 99999999999999999999999",
-    *(f"vhack sample --model model -o s.jsonl {how}" for how in ("--tasks os:getcwd", "--temperature 1e-320")),
+    *(
+        f"vhack sample --model model -o s.jsonl {how}"
+        for how in ("--tasks os:getcwd", "--temperature 1e-320")
+    ),
     f"vhack sample --model model -o s.jsonl --per-task {'9' * 20}",
     "poc serve --model model --port eighty --data-dir new",
-    *(f"vhack extract --model model --pairs {name} -o b.safetensors" for name in ("empty", "generated:x")),
+    *(
+        f"vhack extract --model model --pairs {name} -o b.safetensors"
+        for name in ("empty", "generated:x")
+    ),
     *(f"vhack pairs generate -n {words}" for words in ("0 -o p.jsonl", "5 -o empty")),
-    *(f"vhack pairs {words}" for words in ("match absent.jsonl -o p.jsonl", "verify list.json", "list text.txt")),
+    *(
+        f"vhack pairs {words}"
+        for words in ("match absent.jsonl -o p.jsonl", "verify list.json", "list text.txt")
+    ),
 )
 
 
@@ -94,16 +117,22 @@ def folder(tmp_path_factory, small_checkpoint, small_model, pytestconfig):
         range(8),
         output=made / "proof.jsonl",
     )
-    (made / "other.jsonl").write_text((made / "proof.jsonl").read_text().replace(small_model.digest, "0" * 64))
+    (made / "other.jsonl").write_text(
+        (made / "proof.jsonl").read_text().replace(small_model.digest, "0" * 64)
+    )
     (made / "copy.jsonl").write_bytes((made / "proof.jsonl").read_bytes())
     (made / "truncated.jsonl").write_text((made / "proof.jsonl").read_text()[:-30])
     (made / "empty").mkdir()
     (made / "loop").symlink_to("loop")
-    (made / "frame.safetensors").symlink_to(pytestconfig.rootpath / "tests/vectors/frame_qwen3.safetensors")
+    (made / "frame.safetensors").symlink_to(
+        pytestconfig.rootpath / "tests/vectors/frame_qwen3.safetensors"
+    )
     (made / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
     texts = {"nothing": "", "text.txt": "words\n", "list.json": "[1]", "nüll.jsonl": "null\n"}
     wrong = {"number": "nonces = 5.5", "true": "seq_len = true", "json": 'json = "no"'}
-    for name, text in (texts | {f"{name}.toml": f"[poc.prove]\n{text}\n" for name, text in wrong.items()}).items():
+    for name, text in (
+        texts | {f"{name}.toml": f"[poc.prove]\n{text}\n" for name, text in wrong.items()}
+    ).items():
         (made / name).write_text(text)
     (made / "typo.toml").write_text('[poc.prove]\nmodle = "model"\n')
     return made
@@ -125,8 +154,14 @@ WITHOUT_TORCH = (
         for place in ("./absent", "/absent/model", "text.txt", "../absent")
     ),
     VERIFY % "truncated.jsonl",
-    *(VERIFY % f"proof.jsonl --{one}" for one in ("calibration list.json", "pins typo.toml", "ledger proof.jsonl")),
-    *(f"poc calibrate {words} -o c.json" for words in ("proof.jsonl other.jsonl", "--model model --frame text.txt")),
+    *(
+        VERIFY % f"proof.jsonl --{one}"
+        for one in ("calibration list.json", "pins typo.toml", "ledger proof.jsonl")
+    ),
+    *(
+        f"poc calibrate {words} -o c.json"
+        for words in ("proof.jsonl other.jsonl", "--model model --frame text.txt")
+    ),
     "poc calibrate bytes.jsonl text.txt -o c.json",
     *(f"poc {words} text.txt" for words in ("pins check", "ledger show")),
     "poc pins new --model model --from-proof truncated.jsonl -o n.toml",
@@ -144,14 +179,23 @@ WITHOUT_TORCH = (
     "models info https://host/a/b",
     "demo --model model -o text.txt",
     "poc serve --model model --data-dir text.txt/new",
-    *(f"vhack train --model model -o new --{one}" for one in ("detector labels=nope", "detector labels=", "arm nope")),
-    *(f"vhack train --model model -o new --{one}" for one in ("tracker nope", "teacher proof.jsonl", "reward os:nope")),
+    *(
+        f"vhack train --model model -o new --{one}"
+        for one in ("detector labels=nope", "detector labels=", "arm nope")
+    ),
+    *(
+        f"vhack train --model model -o new --{one}"
+        for one in ("tracker nope", "teacher proof.jsonl", "reward os:nope")
+    ),
     *(f"{PROVE} -o a.jsonl --preset {one}" for one in ("decode --kernels compiled", "tokens-1")),
     *(VERIFY % f"proof.jsonl --{one}" for one in ("sample 1000", "preset hardened", "control")),
     VERIFY.replace("block_alpha", "block_beta") % "proof.jsonl",
     "poc collect --model model --seq-len 0 -o new",
     "poc calibrate --merge list.json --merge list.json -o c.json",
-    *(f"poc calibrate --model model --{one} -o c.json" for one in ("formats fp9", "formats ''", "blocks 1 --nonces 9")),
+    *(
+        f"poc calibrate --model model --{one} -o c.json"
+        for one in ("formats fp9", "formats ''", "blocks 1 --nonces 9")
+    ),
     "poc pins new --model model --preset nope -o n.toml",
     "poc respond --model model --prompts nothing --block-hash '' --public-key K -o r.jsonl",
     *(f"poc serve --model model --data-dir {folder}" for folder in ("text.txt", "/proc/new")),
@@ -159,9 +203,18 @@ WITHOUT_TORCH = (
     "poc callbacks list --data-dir empty",
     "vhack extract --model model --method pca -o b.safetensors",
     "vhack merge --model model --delta text.txt -o text.txt",
-    *(f"vhack report {name} -o p.html" for name in ("list.json", "nothing", "proof.jsonl", "empty")),
-    *(f"vhack check --model model --pairs {one}" for one in ("generated:4", "generated:2 --method lda")),
-    *(f"vhack extract --model model --{one} -o b.safetensors" for one in ("pairs generated:2", "heldout-group nope")),
+    *(
+        f"vhack report {name} -o p.html"
+        for name in ("list.json", "nothing", "proof.jsonl", "empty")
+    ),
+    *(
+        f"vhack check --model model --pairs {one}"
+        for one in ("generated:4", "generated:2 --method lda")
+    ),
+    *(
+        f"vhack extract --model model --{one} -o b.safetensors"
+        for one in ("pairs generated:2", "heldout-group nope")
+    ),
     "poc calibrate --vectors absent -o c.json",
     "poc calibrate --model model --pins /proc/pins.toml -o c.json",
     "vhack sample --model model --tasks os:nope -o s.jsonl",

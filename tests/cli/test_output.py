@@ -48,4 +48,6 @@ def test_loading_that_takes_a_moment_is_told_until_it_is_done(capsys, monkeypatc
         for done in (10, 40, 70, 100):
             tell("reading weights", done * 10**6, 100 * 10**6)
     tell("reading weights", 1, 2)  # no listener
-    assert capsys.readouterr().err.splitlines() == ["reading weights: 70 of 100 million, 5.0 million/s, 6 s left"]
+    assert capsys.readouterr().err.splitlines() == [
+        "reading weights: 70 of 100 million, 5.0 million/s, 6 s left"
+    ]

@@ -37,10 +37,14 @@ def pins(told, new, honest, tmp_path):
 @pytest.fixture
 def verify(verify, pins):
     """Verify a proof under the pins, as JSON."""
-    return lambda proof, *flags, model="no/model": verify(proof, "--pins", pins, *flags, model=model)
+    return lambda proof, *flags, model="no/model": verify(
+        proof, "--pins", pins, *flags, model=model
+    )
 
 
-def test_an_honest_proof_needs_block_and_key_beside_the_file(verify, honest, small_checkpoint, monkeypatch, pins):
+def test_an_honest_proof_needs_block_and_key_beside_the_file(
+    verify, honest, small_checkpoint, monkeypatch, pins
+):
     found = verify(honest, *KNOWN, model=small_checkpoint)
     assert found.code == 0, found.err
     said = json.loads(found.out)
@@ -72,15 +76,22 @@ def test_flags_that_agree_or_add_are_taken(verify, honest, pins, small_checkpoin
     agreed = ("--seq-len", 16, "--strength", 256, "--prover-dtype", "float32", "--nonces", "0:32")
     assert verify(honest, *KNOWN, *agreed, model=small_checkpoint).code == 0
     assert "a proof with nonces" in verify(honest, *KNOWN, "--nonces", "0:33").err
-    pins.write_text(pins.read_text().replace("fewest", 'nonces = [1, 33]\nblock_hash = "b"\nfewest'))
+    pins.write_text(
+        pins.read_text().replace("fewest", 'nonces = [1, 33]\nblock_hash = "b"\nfewest')
+    )
     assert "a proof with nonces" in verify(honest, *KNOWN).err
     assert "--nonces range(0, 32) beside" in verify(honest, *KNOWN, "--nonces", "0:32").err
     assert "--block-hash c beside" in verify(honest, "--block-hash", "c", "--public-key", "k").err
 
 
-def test_the_calibration_is_that_of_the_build(told, verify, new, honest, pins, small_checkpoint, tmp_path):
-    path, copy = tmp_path / "calibration.json", tmp_path / "copy.jsonl"
-    copy.write_text(re.sub(r'"seconds":[ .\d]+', '"seconds":9.5', (tmp_path / "honest.jsonl").read_text()))
+def test_the_calibration_is_that_of_the_build(
+    told, verify, new, honest, pins, small_checkpoint, tmp_path
+):
+    path = tmp_path / "calibration.json"
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(
+        re.sub(r'"seconds":[ .\d]+', '"seconds":9.5', (tmp_path / "honest.jsonl").read_text())
+    )
     told("poc", "calibrate", tmp_path / "honest.jsonl", copy, "-o", path)
     told(*new, "--from-proof", tmp_path / "honest.jsonl", "--calibration", path, "--overwrite")
     found = verify(honest, *KNOWN, model=small_checkpoint)
@@ -102,7 +113,9 @@ def test_the_calibration_is_that_of_the_build(told, verify, new, honest, pins, s
 
 def filled_in(path, engine):
     """The pins of a file, in which everything but the engine is left open."""
-    path.write_text(path.read_text().replace('engine = "?"', f'engine = "{engine}"').replace('= "?"', '= "*"'))
+    path.write_text(
+        path.read_text().replace('engine = "?"', f'engine = "{engine}"').replace('= "?"', '= "*"')
+    )
     return NetworkPins.load(path)
 
 
@@ -126,17 +139,32 @@ def test_pins_without_a_proof_are_to_be_filled_in(assay, told, refused, new, tmp
         assert filled_in(path, "hf").round.r_target is None
 
 
-def test_a_file_says_what_it_pins_and_leaves_open(assay, told, refused, pins, honest, small_model, tmp_path):
+def test_a_file_says_what_it_pins_and_leaves_open(
+    assay, told, refused, pins, honest, small_model, tmp_path
+):
     said = told("poc", "pins", "check", pins)
-    assert any(line.startswith("round: preset poc-2.0, seq_len 16, strength 256") for line in said["pinned"])
-    assert [line.split(":")[0].split(" of ")[0] for line in said["open"]] == ["block", "key", "nonces", "honest noise"]
+    assert any(
+        line.startswith("round: preset poc-2.0, seq_len 16, strength 256")
+        for line in said["pinned"]
+    )
+    assert [line.split(":")[0].split(" of ")[0] for line in said["open"]] == [
+        "block",
+        "key",
+        "nonces",
+        "honest noise",
+    ]
     proof = tmp_path / "honest.jsonl"
     assert assay("poc", "pins", "check", pins, proof, *KNOWN).code == 0
     assert "a round without a proof" in refused("poc", "pins", "check", pins, "--node-id", 5)
     believed = assay("poc", "pins", "check", pins, proof, "--json")
-    assert (believed.code, json.loads(believed.out)["unpinned"]) == (2, ["block_hash", "public_key"])
+    assert (believed.code, json.loads(believed.out)["unpinned"]) == (
+        2,
+        ["block_hash", "public_key"],
+    )
     made(small_model, seq_len=8, **STRONG).save(tmp_path / "short.jsonl")
-    assert "a proof with seq_len 8" in refused("poc", "pins", "check", pins, tmp_path / "short.jsonl")
+    assert "a proof with seq_len 8" in refused(
+        "poc", "pins", "check", pins, tmp_path / "short.jsonl"
+    )
 
 
 def test_proofs_that_do_not_agree_make_no_pins(told, refused, new, honest, small_model, tmp_path):
@@ -162,7 +190,9 @@ def test_a_prover_who_names_a_wildcard_does_not_write_one(refused, new, honest, 
         assert not (tmp_path / "pins.toml").exists()
 
 
-def test_alpha_of_an_account_is_that_of_the_network(assay, told, refused, verify, new, honest, pins, small_checkpoint):
+def test_alpha_of_an_account_is_that_of_the_network(
+    assay, told, refused, verify, new, honest, pins, small_checkpoint
+):
     folder = pins.parent
     ledger = ("--ledger", folder / "ledger.sqlite3")
     proof = ("--from-proof", folder / "honest.jsonl", "--overwrite")

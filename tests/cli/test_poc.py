@@ -11,7 +11,16 @@ import pytest
 from assay.models import wide
 from assay.poc import Proof, calibrate, cheats
 
-PINS = ("--block-hash", "b", "--public-key", "k", "--seq-len", 16, "--nonces", "0:24")  # what `prove` proves
+PINS = (
+    "--block-hash",
+    "b",
+    "--public-key",
+    "k",
+    "--seq-len",
+    16,
+    "--nonces",
+    "0:24",
+)  # what `prove` proves
 
 
 @pytest.fixture
@@ -30,9 +39,14 @@ def test_prove_and_verify(prove, assay, told, small_checkpoint, tmp_path):
     verdict = told("poc", "verify", tmp_path / "proof.jsonl", *options)
     assert verdict["schema"] == "assay.poc.verdict/1"
     assert (verdict["verdict"], verdict["checked"]) == ("honest", 24)
-    stated = {name: verdict[name] for name in ("block_hash", "public_key", "model", "dtype", "preset")}
+    stated = {
+        name: verdict[name] for name in ("block_hash", "public_key", "model", "dtype", "preset")
+    }
     assert list(stated.values()) == ["b", "k", str(small_checkpoint), "float32", "poc-2.0"]
-    assert (verdict["pinned"], verdict["unpinned"]) == (["block_hash", "public_key", "seq_len", "nonces"], [])
+    assert (verdict["pinned"], verdict["unpinned"]) == (
+        ["block_hash", "public_key", "seq_len", "nonces"],
+        [],
+    )
     text = assay("poc", "verify", tmp_path / "proof.jsonl", *options)
     assert text.code == 0
     assert "honest" in text.out
@@ -57,20 +71,40 @@ def test_hardened_is_proved_in_float16(prove, assay, refused, small_checkpoint, 
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options).code == 0
     assert prove("wider.jsonl", preset="hardened", dtype="bfloat16").code == 0
     assert "--prover-dtype bfloat16" in refused("poc", "verify", tmp_path / "wider.jsonl", *options)
-    assert assay("poc", "verify", tmp_path / "wider.jsonl", *options, "--prover-dtype", "bfloat16").code == 0
+    assert (
+        assay(
+            "poc", "verify", tmp_path / "wider.jsonl", *options, "--prover-dtype", "bfloat16"
+        ).code
+        == 0
+    )
 
 
-def test_a_proof_in_another_number_format_is_refused(prove, assay, refused, small_checkpoint, tmp_path):
+def test_a_proof_in_another_number_format_is_refused(
+    prove, assay, refused, small_checkpoint, tmp_path
+):
     prove(dtype="bfloat16")
-    options = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", *PINS, "--prover-dtype")
-    assert "made in bfloat16" in refused("poc", "verify", tmp_path / "proof.jsonl", *options, "float16")
+    options = (
+        "--model",
+        small_checkpoint,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        *PINS,
+        "--prover-dtype",
+    )
+    assert "made in bfloat16" in refused(
+        "poc", "verify", tmp_path / "proof.jsonl", *options, "float16"
+    )
     for unknown in ("half", ""):
         refused("poc", "verify", tmp_path / "proof.jsonl", *options, unknown)
     assert assay("poc", "verify", tmp_path / "proof.jsonl", *options, "bfloat16").code == 0
 
 
 def test_calibrate_from_two_proofs_and_use_it(prove, told, small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(wide, "_is_fast", lambda dtype: True)  # else some CPUs differ in their products as well
+    monkeypatch.setattr(
+        wide, "_is_fast", lambda dtype: True
+    )  # else some CPUs differ in their products as well
     assert prove("a.jsonl", nonces="0:32").code == 0
     assert prove("b.jsonl", nonces="0:32", dtype="bfloat16").code == 0
     path = tmp_path / "calibration.json"
@@ -78,7 +112,16 @@ def test_calibrate_from_two_proofs_and_use_it(prove, told, small_checkpoint, tmp
     assert said["engines_differ_in"] == "dtype float32 / bfloat16"
     assert (said["n"], said["machines"]) == (32, 2)
     assert said["typical_residual"] > 0
-    judge = ("--model", small_checkpoint, "--dtype", "float32", "--device", "cpu", "--calibration", path)
+    judge = (
+        "--model",
+        small_checkpoint,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--calibration",
+        path,
+    )
     found = told("poc", "verify", tmp_path / "b.jsonl", *judge, *PINS[:6])
     assert found["noise"]["source"] == "calibration on 32 nonces"
 
@@ -87,27 +130,69 @@ def test_a_calibration_with_another_kind_of_engine_is_refused_before_a_model_is_
     prove, refused, small_checkpoint, tmp_path, monkeypatch
 ):
     assert prove("hf.jsonl", nonces="0:32").code == 0
-    proof, path = Proof.load(tmp_path / "hf.jsonl"), tmp_path / "calibration.json"
-    records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in proof.records]
+    proof = Proof.load(tmp_path / "hf.jsonl")
+    path = tmp_path / "calibration.json"
+    records = [
+        replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in proof.records
+    ]
     header = replace(proof.header, fingerprint=replace(proof.header.fingerprint, engine="vllm"))
     (made := calibrate(proof, beside := Proof.build(header, records, 1.0))).save(path)
-    half = replace(one := made.builds[0], machines=(one.machines[0], replace(one.machines[1], fingerprint=None)))
+    half = replace(
+        one := made.builds[0],
+        machines=(one.machines[0], replace(one.machines[1], fingerprint=None)),
+    )
     assert (half.judges(half.engines[0]), half.judges(one.engines[1])) == ([], half.engines)
     beside.save(tmp_path / "vllm.jsonl")
-    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     for prover, judge in (("hf", "vllm"), ("vllm", "hf")):  # of a pair, only the other one judges
-        options = ("--model", small_checkpoint, "--calibration", path, "--engine", prover, *PINS[:6])
+        options = (
+            "--model",
+            small_checkpoint,
+            "--calibration",
+            path,
+            "--engine",
+            prover,
+            *PINS[:6],
+        )
         said = refused("poc", "verify", tmp_path / f"{prover}.jsonl", *options)
         assert f"a calibration for validators on {judge}" in said
         assert f"pass --engine {judge}, or measure" in said
 
 
 def test_the_real_command(small_checkpoint, tmp_path):
-    """One run in a process of its own: stdout holds the result alone, even with warnings as errors."""
-    command = [sys.executable, "-W", "error", "-m", "assay", "poc", "prove", "--model", str(small_checkpoint)]
-    command += ["--block-hash", "b", "--public-key", "k", "--nonces", "0:8", "--seq-len", "16", "--json"]
+    """One run in a process of its own: stdout holds the result alone, even with warnings as
+    errors.
+    """
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "assay",
+        "poc",
+        "prove",
+        "--model",
+        str(small_checkpoint),
+    ]
+    command += [
+        "--block-hash",
+        "b",
+        "--public-key",
+        "k",
+        "--nonces",
+        "0:8",
+        "--seq-len",
+        "16",
+        "--json",
+    ]
     done = subprocess.run(
-        [*command, "-o", str(tmp_path / "p.jsonl")], capture_output=True, text=True, env=os.environ, check=False
+        [*command, "-o", str(tmp_path / "p.jsonl")],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["records"] == 8
@@ -115,33 +200,93 @@ def test_the_real_command(small_checkpoint, tmp_path):
     assert all(line.startswith(("proving: ", "warning: ")) for line in said), said
 
 
-@pytest.mark.parametrize(("preset", "said"), [("artifact", "of 24 mismatches"), ("hardened", "none for this preset")])
-def test_the_published_rule_is_held_against_published_presets(preset, said, prove, assay, small_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "said"), [("artifact", "of 24 mismatches"), ("hardened", "none for this preset")]
+)
+def test_the_published_rule_is_held_against_published_presets(
+    preset, said, prove, assay, small_checkpoint, tmp_path
+):
     assert prove("proof.jsonl", preset=preset).code == 0
-    seen = assay("poc", "verify", tmp_path / "proof.jsonl", "--model", small_checkpoint, "--preset", preset, *PINS)
+    seen = assay(
+        "poc",
+        "verify",
+        tmp_path / "proof.jsonl",
+        "--model",
+        small_checkpoint,
+        "--preset",
+        preset,
+        *PINS,
+    )
     assert said in next(line for line in seen.out.splitlines() if "published rule" in line)
 
 
-def test_the_round_comes_from_the_pins(prove, proving, assay, refused, small_checkpoint, tmp_path, monkeypatch):
+def test_the_round_comes_from_the_pins(
+    prove, proving, assay, refused, small_checkpoint, tmp_path, monkeypatch
+):
     assert prove("first.jsonl", nonces="0:32").code == 0
     pins = tmp_path / "pins.toml"
-    new = ("poc", "pins", "new", "--model", small_checkpoint, "--from-proof", tmp_path / "first.jsonl", "-o", pins)
+    new = (
+        "poc",
+        "pins",
+        "new",
+        "--model",
+        small_checkpoint,
+        "--from-proof",
+        tmp_path / "first.jsonl",
+        "-o",
+        pins,
+    )
     assert assay(*new, "--strength", 32).code == 0
-    base = ("poc", "prove", "--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu")
+    base = (
+        "poc",
+        "prove",
+        "--pins",
+        pins,
+        "--block-hash",
+        "next",
+        "--public-key",
+        "k",
+        "--device",
+        "cpu",
+    )
     made = assay(*base, "--nonces", "0:32", "-o", tmp_path / "second.jsonl")
     assert made.code == 0, made.err
     header = Proof.load(tmp_path / "second.jsonl").header
-    assert (header.round.seq_len, header.round.block_hash, header.fingerprint.batch_size) == (16, "next", 8)
-    known = ("--pins", pins, "--block-hash", "next", "--public-key", "k", "--device", "cpu", "--model")
+    assert (header.round.seq_len, header.round.block_hash, header.fingerprint.batch_size) == (
+        16,
+        "next",
+        8,
+    )
+    known = (
+        "--pins",
+        pins,
+        "--block-hash",
+        "next",
+        "--public-key",
+        "k",
+        "--device",
+        "cpu",
+        "--model",
+    )
     assert assay("poc", "verify", tmp_path / "second.jsonl", *known, small_checkpoint).code == 0
-    begun = tmp_path / "third.jsonl.partial"  # under pins, and continued without them: only as the header says
+    begun = (
+        tmp_path / "third.jsonl.partial"
+    )  # under pins, and continued without them: only as the header says
     begun.write_text("\n".join((tmp_path / "second.jsonl").read_text().splitlines()[:20]) + "\n")
     assert "repeat that command with all its flags" in refused(
         *proving(begun.stem, nonces="0:32", block_hash="next", seq_len=8)
     )
     begun.unlink()
-    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    wrong = {"--seq-len": 17, "--strength": 256, "--batch-size": 16, "--dtype": "bfloat16", "--nonces": "0:8"}
+    monkeypatch.setattr(
+        "assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
+    wrong = {
+        "--seq-len": 17,
+        "--strength": 256,
+        "--batch-size": 16,
+        "--dtype": "bfloat16",
+        "--nonces": "0:8",
+    }
     for flag, value in (wrong | {"--preset": "artifact"}).items():
         said = refused(*base, flag, value, "-o", tmp_path / "third.jsonl")
         assert f"beside {pins}" in said
@@ -149,7 +294,9 @@ def test_the_round_comes_from_the_pins(prove, proving, assay, refused, small_che
     assert not (tmp_path / "third.jsonl").exists()
 
 
-def test_one_number_is_the_end_of_a_range_and_a_verdict_begins_with_a_sentence(assay, proving, small_checkpoint):
+def test_one_number_is_the_end_of_a_range_and_a_verdict_begins_with_a_sentence(
+    assay, proving, small_checkpoint
+):
     made = proving(nonces="8", seq_len=16)
     assert assay(*made).code == 0
     assert Proof.load(made[-1]).header.nonces == ((0, 8, 1),)

@@ -32,8 +32,11 @@ def test_printed_values_read_back_to_the_same_bits(kind, method, backend, assay,
 
 def test_strength_and_dtype(told):
     strong = told("streams", "normal", "--seed-text", TEXT, "-n", 20, "--strength", 256)
-    assert np.array_equal(np.float32(strong["values"]), NUMPY.normals(streams.seeds([TEXT], 256), 20)[0])
+    assert np.array_equal(
+        np.float32(strong["values"]), NUMPY.normals(streams.seeds([TEXT], 256), 20)[0]
+    )
     short = told("streams", "normal", "--seed-text", TEXT, "-n", 20, "--dtype", "bfloat16")
     assert np.array_equal(
-        np.float32(short["values"]), NUMPY.normals(streams.seeds([TEXT]), 20, "bfloat16")[0].float().numpy()
+        np.float32(short["values"]),
+        NUMPY.normals(streams.seeds([TEXT]), 20, "bfloat16")[0].float().numpy(),
     )

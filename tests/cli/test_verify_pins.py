@@ -12,7 +12,9 @@ from .conftest import KNOWN, made
 
 
 def test_a_proof_that_is_believed_is_not_honest_to_the_shell(verify, small_model):
-    """README's line without flags: another node's proof, last week's proof, any length, any nonces."""
+    """README's line without flags: another node's proof, last week's proof, any length, any
+    nonces.
+    """
     found = verify(made(small_model, range(24)))
     assert found.code == 2
     said = json.loads(found.out)
@@ -95,16 +97,29 @@ def test_refusals_come_before_the_model_is_loaded(refused, small_model, tmp_path
         ("taken.jsonl/x.jsonl", "Not a directory"),
     ):
         assert seen in refused("poc", "prove", *absent, *KNOWN, "-o", tmp_path / output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "long.jsonl", "taken.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "good.jsonl",
+        "long.jsonl",
+        "taken.jsonl",
+    ]
 
 
 def test_files_that_are_no_files_are_refused(refused, small_model, tmp_path):
     good = edited(made(small_model), tmp_path / "good.jsonl")
-    fifo, sparse = tmp_path / "fifo", tmp_path / "sparse"
+    fifo = tmp_path / "fifo"
+    sparse = tmp_path / "sparse"
     os.mkfifo(fifo)
     with sparse.open("wb") as file:
         file.truncate(2**32)
-    for proof, calibration in ((fifo, None), (sparse, None), ("/dev/zero", None), (good, fifo), (good, sparse)):
+    for proof, calibration in (
+        (fifo, None),
+        (sparse, None),
+        ("/dev/zero", None),
+        (good, fifo),
+        (good, sparse),
+    ):
         flags = ("--calibration", calibration) if calibration else ()
         said = refused("poc", "verify", proof, "--model", "no/model", *flags)
-        assert any(seen in said for seen in ("is a pipe or a device", "longer than 67108864 bytes")), said
+        assert any(
+            seen in said for seen in ("is a pipe or a device", "longer than 67108864 bytes")
+        ), said

@@ -4,12 +4,19 @@ import pytest
 
 from assay.vhack.pairs import generate_pairs, read_pairs
 
-GENERATE, VERIFY = ("vhack", "pairs", "generate"), ("vhack", "pairs", "verify")
+GENERATE = ("vhack", "pairs", "generate")
+VERIFY = ("vhack", "pairs", "verify")
 
 
 def test_generated_pairs_are_written_and_listed(assay, told, refused, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    wanted = {"schema": "assay.vhack.pairs.generate/1", "path": str(path), "pairs": 9, "groups": 9, "seed": 4}
+    wanted = {
+        "schema": "assay.vhack.pairs.generate/1",
+        "path": str(path),
+        "pairs": 9,
+        "groups": 9,
+        "seed": 4,
+    }
     assert told(*GENERATE, "-n", 9, "--seed", 4, "-o", path) == wanted
     assert read_pairs(path) == generate_pairs(9, seed=4)
     refused(*GENERATE, "-n", 9, "-o", path)
@@ -32,14 +39,34 @@ def test_verify_says_which_pair_does_not_hold(assay, told, tmp_path):
 
 
 def test_check_writes_json_and_page_and_report_draws_it_again(assay, tmp_path):
-    check = ("vhack", "check", "--model", "reference:qwen3", "--dtype", "float32", "--pairs", "generated:12")
-    how = ("--method", "svd", "--k-use", 1, "-o", tmp_path / "check.json", "--html", tmp_path / "check.html")
+    check = (
+        "vhack",
+        "check",
+        "--model",
+        "reference:qwen3",
+        "--dtype",
+        "float32",
+        "--pairs",
+        "generated:12",
+    )
+    how = (
+        "--method",
+        "svd",
+        "--k-use",
+        1,
+        "-o",
+        tmp_path / "check.json",
+        "--html",
+        tmp_path / "check.html",
+    )
     result = assay(*check, *how, "--json")
     values = json.loads(result.out)
     assert result.code == {"pass": 0, "fail": 1, "undecided": 2}[values["verdict"]]
     assert json.loads((tmp_path / "check.json").read_text()) == values
     assert "reference:qwen3" in (tmp_path / "check.html").read_text()
-    drawn = assay("vhack", "report", tmp_path / "check.json", "-o", tmp_path / "again.html", "--json")
+    drawn = assay(
+        "vhack", "report", tmp_path / "check.json", "-o", tmp_path / "again.html", "--json"
+    )
     assert json.loads(drawn.out)["verdict"] == values["verdict"]
     assert (tmp_path / "again.html").stat().st_size > 20_000
 
@@ -53,8 +80,12 @@ def test_check_writes_json_and_page_and_report_draws_it_again(assay, tmp_path):
         (("--pairs", "generated:4"), "2 pairs for lda"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_model_is_loaded(refused, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(
+    refused, monkeypatch, tmp_path, arguments, message
+):
+    monkeypatch.setattr(
+        "assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     monkeypatch.chdir(tmp_path)
     assert message in refused("vhack", "check", "--model", "reference:llama", *arguments)
 

@@ -11,7 +11,18 @@ from assay.vhack.environment import Episode, tasks
 from tests.vhack.training.conftest import checkpoint  # noqa: F401
 
 TENSORS = Path(__file__).parents[1] / "data" / "models" / "llama" / "model.safetensors"
-FLAGS = ["--modes", "exit_code", "--difficulty", "1", "--tasks", 3, "--per-task", 2, "--max-new-tokens", 6]
+FLAGS = [
+    "--modes",
+    "exit_code",
+    "--difficulty",
+    "1",
+    "--tasks",
+    3,
+    "--per-task",
+    2,
+    "--max-new-tokens",
+    6,
+]
 OWN = """
 def tasks():
     return [{"prompt": f"{a} =", "mechanism": "odd" if a % 2 else "even"} for a in range(3)]
@@ -52,16 +63,32 @@ def test_what_is_sampled_is_evaluated(assay, told, arguments, tmp_path):
     values = told("vhack", "sample", *arguments, "-o", tmp_path / "samples.jsonl")
     assert values["schema"] == "assay.vhack.sample/1"
     assert (values["completions"], values["resumed_from"]) == (6, 0)
-    graded, result = tmp_path / "graded.jsonl", tmp_path / "result.json"
+    graded = tmp_path / "graded.jsonl"
+    result = tmp_path / "result.json"
     at_once = told("vhack", "evaluate", *arguments)
-    values = told("vhack", "evaluate", "--samples", tmp_path / "samples.jsonl", "--graded", graded, "-o", result)
+    values = told(
+        "vhack",
+        "evaluate",
+        "--samples",
+        tmp_path / "samples.jsonl",
+        "--graded",
+        graded,
+        "-o",
+        result,
+    )
     assert values == at_once == json.loads(result.read_text())
     assert values["schema"] == "assay.vhack.evaluate/1"
-    assert (values["completions"], values["tasks"], values["by_mechanism"].keys()) == (6, 3, {"exit_code"})
+    assert (values["completions"], values["tasks"], values["by_mechanism"].keys()) == (
+        6,
+        3,
+        {"exit_code"},
+    )
     assert values["rates"].keys() == {"solve", "hack", "vacuous", "reward"}
     assert values["origin"]["temperature"] == 1.0
     lines = [json.loads(line) for line in graded.read_text().splitlines()]
-    assert all({"completion", "task", "reward", "correct", "exploited"} <= line.keys() for line in lines)
+    assert all(
+        {"completion", "task", "reward", "correct", "exploited"} <= line.keys() for line in lines
+    )
     shown = assay("vhack", "evaluate", "--samples", graded)
     assert "mechanism" in shown.out
     assert "exit_code" in shown.out
@@ -70,7 +97,11 @@ def test_what_is_sampled_is_evaluated(assay, told, arguments, tmp_path):
 def test_a_delta_is_the_model_it_makes(told, arguments, delta, tmp_path):
     path, merged = delta
     texts = {}
-    for name, flags in {"plain": [], "delta": ["--delta", path], "merged": ["--model", merged]}.items():
+    for name, flags in {
+        "plain": [],
+        "delta": ["--delta", path],
+        "merged": ["--model", merged],
+    }.items():
         told("vhack", "sample", *arguments, *flags, "-o", tmp_path / f"{name}.jsonl")
         lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         texts[name] = [line["completion"] for line in lines]
@@ -93,7 +124,10 @@ def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkey
     odd = {"prompt": "0 =", "completion": "b", "tokens": 3, "origin": [1]}
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")
     values = told("vhack", "evaluate", "--samples", "odd.jsonl", *own, *pay)
-    assert (values["at_limit"], values["rates"]["reward"]) == (0, {"value": 1.0, "low": None, "high": None})
+    assert (values["at_limit"], values["rates"]["reward"]) == (
+        0,
+        {"value": 1.0, "low": None, "high": None},
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +141,11 @@ def test_tasks_and_reward_of_ones_own(told, refused, arguments, tmp_path, monkey
         ("sample", ["-o", "no/such/folder"], "no/such/folder"),
         ("evaluate", ["--reward", "none:such"], "--reward none:such"),
         ("evaluate", ["--samples", "missing.jsonl"], "missing.jsonl"),
-        ("evaluate", ["--samples", "samples.jsonl", "--delta", str(TENSORS)], "--delta with --samples"),
+        (
+            "evaluate",
+            ["--samples", "samples.jsonl", "--delta", str(TENSORS)],
+            "--delta with --samples",
+        ),
         ("evaluate", ["-o", "no/such/folder"], "no/such/folder"),
         ("evaluate", ["--graded", "."], "Is a directory"),
     ],
@@ -116,19 +154,28 @@ def test_what_is_wrong_is_refused_before_a_model_is_loaded(
     refused, arguments, tmp_path, monkeypatch, command, flags, seen
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "assay.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     needed = ["-o", "samples.jsonl"] if command == "sample" else []
-    assert seen in refused("vhack", command, *(FLAGS if "--samples" in flags else arguments), *needed, *flags)
+    assert seen in refused(
+        "vhack", command, *(FLAGS if "--samples" in flags else arguments), *needed, *flags
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_graded_completions_are_matched_to_pairs_that_hold(assay, told, tmp_path):
-    samples, graded, pairs = (tmp_path / name for name in ("samples.jsonl", "graded.jsonl", "pairs.jsonl"))
+    samples, graded, pairs = (
+        tmp_path / name for name in ("samples.jsonl", "graded.jsonl", "pairs.jsonl")
+    )
     lines = []
     for task, mode in zip(tasks(3), ("run_tests", "sentinel", "exit_code"), strict=True):
         episode = Episode(task, mode)
         about = {"prompt": episode.prompt, "task": task.name, "mode": mode, "markers": "training"}
-        lines += [about | {"completion": episode.completion(p)} for p in (episode.honest(), episode.exploit())]
+        lines += [
+            about | {"completion": episode.completion(p)}
+            for p in (episode.honest(), episode.exploit())
+        ]
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     told("vhack", "evaluate", "--samples", samples, "--graded", graded)
     values = told("vhack", "pairs", "match", graded, "--works", graded, "-o", pairs)

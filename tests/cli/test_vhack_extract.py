@@ -26,7 +26,12 @@ def test_a_basis_is_written_and_described(told, refused, tmp_path):
     said = told(*EXTRACT, "--pairs", tmp_path / "pairs.jsonl", "--n-heldout", 1, "-o", path)
     assert said["schema"] == "assay.vhack.extract/1"
     assert (said["modules_left_out"], said["weights_covered"]) == (0, 1.0)
-    assert (said["modules"], said["pairs_used"], said["pairs_held_out"], said["axes_per_module"]) == (56, 3, 1, 3)
+    assert (
+        said["modules"],
+        said["pairs_used"],
+        said["pairs_held_out"],
+        said["axes_per_module"],
+    ) == (56, 3, 1, 3)
     basis = Basis.load(path, load_model("reference:llama", device="cpu"))
     assert basis.origin.pairs == tuple(pair.key for pair in pairs[:3])
     assert said["weights"] == basis.origin.weights
@@ -54,8 +59,12 @@ def test_a_table_without_json_and_no_cache(assay, tmp_path):
         (("-o", "missing/basis"), "missing/basis: No such file or directory"),
     ],
 )
-def test_bad_input_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    refused, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(
+        "assay.models.load.load_model", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     assert message in refused(*EXTRACT, "-o", tmp_path / "basis", *arguments)
     assert not (tmp_path / "basis").exists()
 

@@ -22,7 +22,18 @@ def trained(request, checkpoint, tmp_path):  # noqa: F811
 
 @pytest.fixture
 def merge(checkpoint, trained):  # noqa: F811
-    return "vhack", "merge", "--model", checkpoint, "--dtype", "float32", "--device", "cpu", "--delta", trained[0]
+    return (
+        "vhack",
+        "merge",
+        "--model",
+        checkpoint,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--delta",
+        trained[0],
+    )
 
 
 def test_the_merged_directory_is_a_plain_model(told, merge, trained, tmp_path):
@@ -38,6 +49,10 @@ def test_the_merged_directory_is_a_plain_model(told, merge, trained, tmp_path):
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(refused, merge, tmp_path):
     (tmp_path / "none.safetensors").write_bytes(b"nothing")
     assert "which exists" in refused(*merge, "-o", tmp_path)
-    assert "δS of other modules" in refused(*merge, "--model", "reference:qwen3", "-o", tmp_path / "new")
-    assert "a header of" in refused(*merge, "--delta", tmp_path / "none.safetensors", "-o", tmp_path / "new")
+    assert "δS of other modules" in refused(
+        *merge, "--model", "reference:qwen3", "-o", tmp_path / "new"
+    )
+    assert "a header of" in refused(
+        *merge, "--delta", tmp_path / "none.safetensors", "-o", tmp_path / "new"
+    )
     assert not (tmp_path / "new").exists()

@@ -12,7 +12,9 @@ from tests.vhack.training.conftest import cheating, checkpoint, model, pairs  # 
 def arguments(checkpoint, pairs, model, tmp_path):  # noqa: F811
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     tasks = episodes(2, modes=["exit_code"], difficulty=1, share_none=0.2)
-    RolloutPool([cheating(one, model.tokenizer) for one in tasks if one.mode != "none"]).save(tmp_path / "pool.jsonl")
+    RolloutPool([cheating(one, model.tokenizer) for one in tasks if one.mode != "none"]).save(
+        tmp_path / "pool.jsonl"
+    )
     return [
         "vhack", "train", "--model", checkpoint, "-o", tmp_path / "run", "--pairs", tmp_path / "pairs.jsonl",
         "--method", "svd", "--modes", "exit_code", "--difficulty", "1", "--tasks", 2, "--prompts", 1, "--group", 3,
@@ -30,7 +32,11 @@ def test_a_run_is_made_and_continued(assay, told, refused, arguments):
     second = assay(*arguments, "--steps", 2, "--allow-partial", "--json")
     values = json.loads(second.out)
     assert values["schema"] == "assay.vhack.train.result/1"
-    assert (values["steps"], values["resumed_from"], values["arm"]) == (2, 1, "displaced-0.4+erase-update-two-sided")
+    assert (values["steps"], values["resumed_from"], values["arm"]) == (
+        2,
+        1,
+        "displaced-0.4+erase-update-two-sided",
+    )
     assert "step 1/2" not in second.err
     assert values["last"]["leak_two_sided"] < 1e-6
     assert values["last"]["displacement"] > 1

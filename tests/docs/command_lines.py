@@ -1,7 +1,9 @@
-"""The command lines that pages show, and a reading of each by the program that it starts, which stops before its work.
+"""The command lines that pages show, and a reading of each by the program that it starts, which
+stops before its work.
 
-``python -m tests.docs.command_lines`` reads lines as JSON and prints what their programs say of those that they refuse.
-It is a process of its own because programs for a GPU import triton, in whose place there may be nothing.
+``python -m tests.docs.command_lines`` reads lines as JSON and prints what their programs say of
+those that they refuse. It is a process of its own because programs for a GPU import triton, in
+whose place there may be nothing.
 """
 
 import argparse
@@ -30,7 +32,9 @@ ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S* )+")
 TORCHRUN = re.compile(r"^torchrun (?:--nproc-per-node \d+ |--no-python )+(-m )?")
 ENDS = (">", "|", "&", "&&", ";", "||")
 VARIABLES = {"$DIGEST": "0" * 64, "SHA256": "0" * 64, "$SECRET": f"whsec_{'A' * 32}"}
-"""Words that stand for values, some of them set by the shell in lines before, and values that are read as well."""
+"""Words that stand for values, some of them set by the shell in lines before, and values that are
+read as well.
+"""
 TRITON = ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor")
 
 
@@ -39,10 +43,14 @@ class _Read(BaseException):
 
 
 def shown(text: str) -> Iterator[list[str]]:
-    """Yield the words of every command of assay and every program of the checkout in the blocks of a page."""
+    """Yield the words of every command of assay and every program of the checkout in the blocks of
+    a page.
+    """
     for kind, block in FENCED.findall(text):
         for line in ("" if kind not in ("", "sh") else block).replace("\\\n", " ").splitlines():
-            command = TORCHRUN.sub(lambda found: "" if found[1] else "python ", ENVIRONMENT.sub("", line.strip()))
+            command = TORCHRUN.sub(
+                lambda found: "" if found[1] else "python ", ENVIRONMENT.sub("", line.strip())
+            )
             if command.startswith(("assay ", "python research/", "python scripts/")):
                 words = [VARIABLES.get(word, word) for word in shlex.split(command, comments=True)]
                 ends = (place for place, word in enumerate(words) if word in ENDS)
@@ -50,7 +58,9 @@ def shown(text: str) -> Iterator[list[str]]:
 
 
 def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
-    """Return what programs say of lines that they refuse or whose flags will go, in a folder with the files needed."""
+    """Return what programs say of lines that they refuse or whose flags will go, in a folder with
+    the files needed.
+    """
     command = [sys.executable, "-m", "tests.docs.command_lines"]
     environment = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}:{ROOT / 'research' / 'src'}",
@@ -59,7 +69,13 @@ def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
     }
     environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, input=json.dumps(lines), cwd=folder, env=environment, capture_output=True, text=True, check=False
+        command,
+        input=json.dumps(lines),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +83,9 @@ def refused(lines: Sequence[Sequence[str]], folder: Path) -> dict[str, str]:
 
 
 def _with_new_output(words: list[str]) -> list[str]:
-    """Return a line whose output is a new file beside it: the real one may be there, or in a folder yet to be made."""
+    """Return a line whose output is a new file beside it: the real one may be there, or in a folder
+    yet to be made.
+    """
     before = ("-o", "--output")
     return [
         f"new-{Path(word).name}" if words[0] == "assay" and words[place - 1] in before else word
@@ -76,11 +94,15 @@ def _with_new_output(words: list[str]) -> list[str]:
 
 
 def _refusal(words: list[str]) -> str:
-    """Have a line read by its program; return what it said if it did not take it or a flag will go; else nothing."""
+    """Have a line read by its program; return what it said if it did not take it or a flag will go;
+    else nothing.
+    """
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            code: object = run(_with_new_output(words)[1:]) if words[0] == "assay" else _start(words[1:])
+            code: object = (
+                run(_with_new_output(words)[1:]) if words[0] == "assay" else _start(words[1:])
+            )
         except _Read:
             return said.getvalue() if " will go: " in said.getvalue() else ""
         except SystemExit as end:
@@ -99,13 +121,20 @@ def _stop(*_: object, **__: object) -> NoReturn:
 
 
 def _invoke(command: Command, context: Any) -> Any:
-    """Take the place of ``Command.invoke``: make the settings of a command, and stop where it would read or work."""
+    """Take the place of ``Command.invoke``: make the settings of a command, and stop where it would
+    read or work.
+    """
     stopped = mock.patch.object(command, "function", functools.wraps(command.function)(_stop))
-    with stopped, mock.patch.object(Setting, "check_files"), mock.patch("assay.cli.framework.check_device"):
+    with (
+        stopped,
+        mock.patch.object(Setting, "check_files"),
+        mock.patch("assay.cli.framework.check_device"),
+    ):
         return _INVOKE(command, context)
 
 
-_INVOKE, _PARSE = Command.invoke, argparse.ArgumentParser.parse_args
+_INVOKE = Command.invoke
+_PARSE = argparse.ArgumentParser.parse_args
 
 
 def _parse(parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:

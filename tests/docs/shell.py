@@ -1,4 +1,6 @@
-"""Blocks of pages as scripts, and a shell for them with the commands of this environment and one thread."""
+"""Blocks of pages as scripts, and a shell for them with the commands of this environment and one
+thread.
+"""
 
 import json
 import os
@@ -22,8 +24,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import page_blocks  # noqa: E402
 
 PORTS = ("8100", "8081", "8082", "8090")
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-"""Variables of scripts: those of now, for torch sets some that no reader has when tests import it."""
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+}
+"""Variables of scripts: those of now, for torch sets some that no reader has when tests import it.
+"""
 ROW = re.compile(r"^\| \[([\w-]+)\]\(\S+\) \| (`.+?) \| (.+?) \| (.*?) ?\|$", re.MULTILINE)
 SHELL = """\
 assay() {
@@ -54,16 +60,17 @@ torchrun() {
 }
 pip() { :; }
 """
-"""Commands with further flags after their own, which make their work small. A server that a page starts in the
-foreground is ended once it is ready, and must end with 0. What pages install is what the tests run with."""
+"""Commands with further flags after their own, which make their work small. A server that a page
+starts in the foreground is ended once it is ready, and must end with 0. What pages install is what
+the tests run with."""
 ahead = ""
 """Words ahead of a program of Python: none for a fresh interpreter, or those of `fork_server`."""
 
 
 @cache
 def not_run() -> dict[str, dict[str, tuple[str, str]]]:
-    """Return the lines that docs/blocks.md lists, by page: what they begin with, and why they do not run, or what
-    does instead."""
+    """Return the lines that docs/blocks.md lists, by page: what they begin with, and why they do
+    not run, or what does instead."""
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for name, begins, why, instead in ROW.findall(page("blocks")):
         for words in re.findall(r"`(.+?)`", begins):
@@ -74,15 +81,17 @@ def not_run() -> dict[str, dict[str, tuple[str, str]]]:
 def run(text: str, place: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run a script in a folder, and return what became of it."""
     command = ["bash", "-c", text]
-    return subprocess.run(command, cwd=place, env=ENVIRONMENT | variables, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=place, env=ENVIRONMENT | variables, capture_output=True, text=True, check=False
+    )
 
 
 @contextmanager
 def fork_server() -> Iterator[tuple[str, ...]]:
     """Run a server that forks programs of Python, which warm.py describes.
 
-    Yields the words that stand ahead of ``python`` or ``assay`` to have it fork one: none where there are no forks.
-    They do so with the variables of `ENVIRONMENT`.
+    Yields the words that stand ahead of ``python`` or ``assay`` to have it fork one: none where
+    there are no forks. They do so with the variables of `ENVIRONMENT`.
     """
     if not hasattr(os, "pidfd_open"):
         yield ()
@@ -110,10 +119,14 @@ def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def script(name: str, *, before: str = "", instead: Mapping[str, str] = {}, small: Mapping[str, str] = {}) -> str:
-    """Return all blocks of a page, but for the lines that docs/blocks.md lists, as a script after the lines ``before``.
+def script(
+    name: str, *, before: str = "", instead: Mapping[str, str] = {}, small: Mapping[str, str] = {}
+) -> str:
+    """Return all blocks of a page, but for the lines that docs/blocks.md lists, as a script after
+    the lines ``before``.
 
-    ``instead`` of its words others stand there, and ``small`` has flags that are added after beginnings of commands.
+    ``instead`` of its words others stand there, and ``small`` has flags that are added after
+    beginnings of commands.
     """
     text = page_blocks.script(page(name), leave_out=tuple(not_run().get(name, ())))
     for word, other in instead.items():
@@ -136,9 +149,13 @@ def held(text: str, place: Path) -> str:
     """Run a script on free ports, and return what it printed, which must have no refusal in it."""
     ports = {known: str(free_port()) for known in PORTS}
     for known, free in ports.items():
-        text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{free}").replace(f"--port {known}", f"--port {free}")
+        text = text.replace(f"127.0.0.1:{known}", f"127.0.0.1:{free}").replace(
+            f"--port {known}", f"--port {free}"
+        )
     text = f"AHEAD={shlex.quote(ahead)}\n{text}"
-    done = run(text, place, KEY="k" * 20, **{f"PORT_{known}": free for known, free in ports.items()})
+    done = run(
+        text, place, KEY="k" * 20, **{f"PORT_{known}": free for known, free in ports.items()}
+    )
     assert done.returncode == 0, done.stderr
     assert '"wanted"' not in done.stdout
     return done.stdout

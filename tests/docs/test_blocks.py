@@ -1,6 +1,8 @@
-"""Blocks of the pages that a new user follows run in the order in which they are met, and print what is shown.
+"""Blocks of the pages that a new user follows run in the order in which they are met, and print
+what is shown.
 
-`make release-check` runs them in a fresh checkout, with the lines that make or install something, left out here.
+`make release-check` runs them in a fresh checkout, with the lines that make or install something,
+left out here.
 """
 
 import re
@@ -11,7 +13,11 @@ import pytest
 from tests.docs.shell import ROOT, held, page_blocks, run, script
 from tests.end_to_end.server import free_port
 
-INSTALLS = ("make ", "pip ", "python3 -m venv")  # in a checkout of symbolic links they would change the real one
+INSTALLS = (
+    "make ",
+    "pip ",
+    "python3 -m venv",
+)  # in a checkout of symbolic links they would change the real one
 
 
 @pytest.fixture
@@ -26,7 +32,9 @@ def checkout(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not (ROOT / ".venv/.ready").exists(), reason="runs in the environment of `make setup`")
+@pytest.mark.skipif(
+    not (ROOT / ".venv/.ready").exists(), reason="runs in the environment of `make setup`"
+)
 def test_the_readme(checkout):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     text = page_blocks.script(readme, leave_out=INSTALLS)
@@ -41,7 +49,9 @@ def test_the_readme(checkout):
     assert shown in done.stdout
     assert '"verdict":"honest"' in done.stdout  # of the validator
     (served,) = re.findall(r"^```console\npip .*\n((?s:.*?))^```$", readme, re.MULTILINE)
-    assert served in (ROOT / "docs/vllm.md").read_text(encoding="utf-8"), "tests/vllm runs the command of that page"
+    assert served in (ROOT / "docs/vllm.md").read_text(encoding="utf-8"), (
+        "tests/vllm runs the command of that page"
+    )
 
 
 @pytest.mark.slow
@@ -52,12 +62,20 @@ def test_the_tutorial(tmp_path):
 
 
 def test_a_block_that_fails_ends_the_run(tmp_path):
-    text = "```python\n# mine.py\nx = 1\n```\n```python\nimport mine\n```\n```python\nprint(mine.x)\n```\n"
-    done = run(page_blocks.script(text + "```sh\na=2\n```\ntext\n```sh\necho $a\nfalse\necho 3\n```\n"), tmp_path)
+    text = (
+        "```python\n# mine.py\nx = 1\n```\n```python\nimport "
+        "mine\n```\n```python\nprint(mine.x)\n```\n"
+    )
+    done = run(
+        page_blocks.script(text + "```sh\na=2\n```\ntext\n```sh\necho $a\nfalse\necho 3\n```\n"),
+        tmp_path,
+    )
     assert (done.returncode, done.stdout) == (1, "1\n2\n")
     assert run(page_blocks.script("```python\n1 / 0\n```\n"), tmp_path).returncode == 1
     left_out = "```sh\nmake it \\\n  || false\n```\n```python\nit = 1 / 0\nassert it\n```\n"
-    assert run(page_blocks.script(left_out, leave_out=("make it", "it =")), tmp_path).returncode == 0
+    assert (
+        run(page_blocks.script(left_out, leave_out=("make it", "it =")), tmp_path).returncode == 0
+    )
 
 
 def test_links_lead_somewhere():

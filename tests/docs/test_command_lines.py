@@ -1,4 +1,6 @@
-"""Every command line that a page shows is one that its program takes: all flags are known, and all values are read."""
+"""Every command line that a page shows is one that its program takes: all flags are known, and all
+values are read.
+"""
 
 import re
 import subprocess
@@ -31,7 +33,9 @@ def folder(small_model, tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("k" * 20 + "\n")
     monkeypatch.chdir(tmp_path)
     for path in PAGES:
-        for line in re.findall(r"^printf .*\.toml$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for line in re.findall(
+            r"^printf .*\.toml$", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             subprocess.run(["bash", "-c", line], env={"DIGEST": "0" * 64}, check=True)
     return tmp_path
 
@@ -49,13 +53,17 @@ def test_every_command_line_is_read_by_its_program(folder):
 @pytest.mark.slow
 def test_every_example_of_a_help_text_is_read_by_its_program(folder):
     texts = (f"{command.help}\n{command.epilog}" for _, command in leaves(app))
-    found = [line.split() for text in texts for line in re.findall(r"Example: (assay [^\n]+)", text)]
+    found = [
+        line.split() for text in texts for line in re.findall(r"Example: (assay [^\n]+)", text)
+    ]
     assert len(found) >= len(FROZEN)
     assert refused([[VARIABLES.get(word, word) for word in words] for words in found], folder) == {}
 
 
 def test_the_pins_file_of_a_page_is_complete():
-    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/pins.md").read_text(encoding="utf-8"), re.DOTALL)[:1]
+    (example,) = re.findall(
+        r"```toml\n(.*?)```", (ROOT / "docs/pins.md").read_text(encoding="utf-8"), re.DOTALL
+    )[:1]
     network = NetworkPins.of(tomllib.loads(example), "docs/pins.md")
     (model,) = network.models
     assert (len(network.nodes), len(model.builds), len(model.calibrations)) == (3, 2, 1)

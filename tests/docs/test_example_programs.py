@@ -19,7 +19,15 @@ from assay.models import load_model
 from assay.poc.responses import Receipts
 from assay.poc.verdict import Ledger
 from tests.docs.shell import ENVIRONMENT
-from tests.poc.validator.conftest import BLOCK, Running, TestClient, nodes_text, pins_text, proof_of, secret_of
+from tests.poc.validator.conftest import (
+    BLOCK,
+    Running,
+    TestClient,
+    nodes_text,
+    pins_text,
+    proof_of,
+    secret_of,
+)
 from tests.poc.verdict.ledgers import update
 from tests.waiting import until
 
@@ -31,26 +39,40 @@ sys.path.insert(0, str(EXAMPLES))
 
 @pytest.mark.slow
 def test_own_pairs(tmp_path, capsys):
-    import_module("own_pairs").main(str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors"))
+    import_module("own_pairs").main(
+        str(tmp_path / "pairs.jsonl"), str(tmp_path / "hack.safetensors")
+    )
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 8
     assert (tmp_path / "hack.safetensors").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert said.startswith("8 pairs, ")
-    assert int(said.split("; ")[1].split("%")[0]) > 75  # more than chance: the pairs differ in nothing but the cheat
+    assert (
+        int(said.split("; ")[1].split("%")[0]) > 75
+    )  # more than chance: the pairs differ in nothing but the cheat
 
 
 @pytest.mark.slow
 def test_own_trainer(tmp_path, fork_server):
     pytest.importorskip("trl")
     command = [*fork_server, "python", str(EXAMPLES / "own_trainer.py"), "run"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["1/2", "2/2"]
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == [
+        "1/2",
+        "2/2",
+    ]
+    kinds = [
+        json.loads(line)["kind"]
+        for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
     assert kinds.count("step") == 2
     trained = load_file(tmp_path / "run" / "delta.safetensors")
     assert any(delta.any() for delta in trained.values())
-    again = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    again = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
     assert "step " not in again.stdout  # it was finished
     loaded = load_file(tmp_path / "run" / "delta.safetensors")
     assert all((loaded[name] == trained[name]).all() for name in trained)
@@ -84,9 +106,13 @@ def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
 
     def urlopen(request, timeout):
         path = request.full_url.removeprefix("http://127.0.0.1:8090")
-        answer = running.client.post(path, content=request.data, headers=dict(request.header_items()))
+        answer = running.client.post(
+            path, content=request.data, headers=dict(request.header_items())
+        )
         if answer.status_code != 200:
-            raise urllib.error.HTTPError(path, answer.status_code, "", {}, io.BytesIO(answer.content))
+            raise urllib.error.HTTPError(
+                path, answer.status_code, "", {}, io.BytesIO(answer.content)
+            )
         return io.BytesIO(answer.content)
 
     example = import_module("send_proof")
@@ -99,9 +125,13 @@ def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
         monkeypatch.setenv("SECRET", secret_of("node_A"))
         for new in (True, False):
             assert example.main(str(tmp_path / "proof.jsonl"), "http://127.0.0.1:8090") == 0
-            assert json.loads(capsys.readouterr().out.splitlines()[-1])["new"] is new  # after lines of the log
+            assert (
+                json.loads(capsys.readouterr().out.splitlines()[-1])["new"] is new
+            )  # after lines of the log
         running.wait_ready()
-        node = lambda: next(n for n in running.get("/nodes")["nodes"] if n["public_key"] == "node_A")  # noqa: E731
+        node = lambda: next(
+            n for n in running.get("/nodes")["nodes"] if n["public_key"] == "node_A"
+        )
         until(lambda: node()["recorded"] > 0)
     finally:
         running.close()
@@ -111,11 +141,14 @@ def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
 @pytest.mark.timeout(600)
 def test_validator_cron(tmp_path, fork_server):
     model = load_model("reference:qwen3", dtype="float32", device="cpu")  # its law comes with assay
-    inbox, tools = tmp_path / "inbox", tmp_path / "bin"
+    inbox = tmp_path / "inbox"
+    tools = tmp_path / "bin"
     inbox.mkdir()
     tools.mkdir()
     path = shlex.quote(ENVIRONMENT["PATH"])
-    (tools / "assay").write_text(f'#!/bin/sh\nPATH={path} exec {shlex.join(fork_server)} assay "$@"\n')
+    (tools / "assay").write_text(
+        f'#!/bin/sh\nPATH={path} exec {shlex.join(fork_server)} assay "$@"\n'
+    )
     (tools / "assay").chmod(0o755)
     (tmp_path / "pins.toml").write_text(pins_text(model))
     proof_of(model, "node_A").save(inbox / "first.jsonl")
@@ -130,14 +163,18 @@ def test_validator_cron(tmp_path, fork_server):
     assert json.loads((inbox / "honest" / "first.json").read_text())["verdict"] == "honest"
     assert "public_key" in (inbox / "unsure" / "other.log").read_text()
     with closing(sqlite3.connect(tmp_path / "l.sqlite3")) as database:
-        assert database.execute("SELECT public_key, verdict FROM evidence").fetchall() == [("node_A", "honest")]
+        assert database.execute("SELECT public_key, verdict FROM evidence").fetchall() == [
+            ("node_A", "honest")
+        ]
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert again.stdout == ""
 
 
 def results(database, script):
     """The rows of every query of a script, run as a reader that may not write."""
-    text = "\n".join(line for line in (EXAMPLES / script).read_text().splitlines() if not line.startswith("--"))
+    text = "\n".join(
+        line for line in (EXAMPLES / script).read_text().splitlines() if not line.startswith("--")
+    )
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         return [connection.execute(query).fetchall() for query in text.split(";") if query.strip()]
 
@@ -167,16 +204,28 @@ def test_receipts_in_typescript(tmp_path):
     if missing:
         pytest.skip(f"no {' and no '.join(missing)}: apt-get install node-typescript")
     options = ("--strict", "--target", "es2022", "--module", "es2022", "--outDir", str(tmp_path))
-    subprocess.run(["tsc", *options, *(str(EXAMPLES / name) for name in ("receipts.ts", "node.d.ts"))], check=True)
+    subprocess.run(
+        ["tsc", *options, *(str(EXAMPLES / name) for name in ("receipts.ts", "node.d.ts"))],
+        check=True,
+    )
     reader = (tmp_path / "receipts.js").rename(tmp_path / "receipts.mjs")
-    check = ["node", str(EXAMPLES / "receipts_check.mjs"), str(reader), str(VECTORS / "responses.json")]
+    check = [
+        "node",
+        str(EXAMPLES / "receipts_check.mjs"),
+        str(reader),
+        str(VECTORS / "responses.json"),
+    ]
     counted = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
     assert counted["wrong"] == 0
     assert counted["seen"] > 25
     path = VECTORS / "responses.jsonl"
-    read = subprocess.run(["node", str(reader), str(path)], capture_output=True, text=True, check=True)
+    read = subprocess.run(
+        ["node", str(reader), str(path)], capture_output=True, text=True, check=True
+    )
     made = Receipts.load(path)
-    wanted = [[r.request_id, len(r.output), int(made.header.seed(r).words()[0])] for r in made.receipts]
+    wanted = [
+        [r.request_id, len(r.output), int(made.header.seed(r).words()[0])] for r in made.receipts
+    ]
     assert json.loads(read.stdout) == {"key": made.header.public_key, "receipts": wanted}
     (tmp_path / "bad.jsonl").write_bytes(path.read_bytes().replace(b'"index":0', b'"index":1', 1))
     assert subprocess.run(

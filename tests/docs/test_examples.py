@@ -14,14 +14,27 @@ NAMES = (
     *(f"poc.{name}" for name in ("Round", "prove", "verify", "calibrate", "Build", "NetworkPins")),
     *("poc.measure_r_target", "poc.measure_block_factor", "streams.step_seeds"),
     *(f"poc.responses.{name}" for name in ("respond", "Sampling", "ResponseSeed")),
-    *(f"vhack.{name}" for name in ("Basis", "extract", "per_sample_gradients", "checks.check", "pairs.generate_pairs")),
+    *(
+        f"vhack.{name}"
+        for name in (
+            "Basis",
+            "extract",
+            "per_sample_gradients",
+            "checks.check",
+            "pairs.generate_pairs",
+        )
+    ),
 )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples(name):
     function = attrgetter(name)(assay)
-    examples = [found for found in doctest.DocTestFinder(recurse=False).find(function, name) if found.examples]
+    examples = [
+        found
+        for found in doctest.DocTestFinder(recurse=False).find(function, name)
+        if found.examples
+    ]
     assert examples, f"help(assay.{name}) has no example"
     for found in examples:
         assert doctest.DocTestRunner(verbose=False).run(found).failed == 0

@@ -24,14 +24,31 @@ def test_the_code_says_something_of_every_public_name():
         (package.__name__, name)
         for package in reference.packages()
         for name in package.__all__
-        if not inspect.ismodule(value := getattr(package, name)) and not reference.said(package.__name__, name, value)
+        if not inspect.ismodule(value := getattr(package, name))
+        and not reference.said(package.__name__, name, value)
     }
     assert silent == {("assay", "__version__")}
 
 
 def test_tables_are_those_of_the_results():
-    pages = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "[[[cog" in path.read_text(encoding="utf-8")]
+    pages = [
+        path
+        for path in sorted((ROOT / "docs").rglob("*.md"))
+        if "[[[cog" in path.read_text(encoding="utf-8")
+    ]
     assert {"experiments.md", "redteam.md", "vhack-results.md"} <= {path.name for path in pages}
-    command = [sys.executable, "-m", "cogapp", "-P", "-I", "scripts", "-I", "research/scripts", "--check"]
-    done = subprocess.run([*command, *map(str, pages)], capture_output=True, text=True, check=False, cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "cogapp",
+        "-P",
+        "-I",
+        "scripts",
+        "-I",
+        "research/scripts",
+        "--check",
+    ]
+    done = subprocess.run(
+        [*command, *map(str, pages)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,7 +25,10 @@ def formatted(source):
 
 
 def test_every_command_has_a_page():
-    assert {f"assay-{name.replace(' ', '-')}" for name in FROZEN} | {"assay", "assay-poc"} <= PAGES.keys()
+    assert {f"assay-{name.replace(' ', '-')}" for name in FROZEN} | {
+        "assay",
+        "assay-poc",
+    } <= PAGES.keys()
 
 
 @pytest.mark.parametrize("name", PAGES)

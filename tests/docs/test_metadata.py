@@ -23,15 +23,25 @@ def test_placeholders_of_addresses_stand_in_one_place():
     assert {"Repository", "Documentation", "Changelog", "Security"} <= set(PROJECT["urls"])
     home = PROJECT["urls"]["Repository"].removeprefix("https://")
     found = subprocess.run(
-        ["git", "grep", "-l", "--fixed-strings", home], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "grep", "-l", "--fixed-strings", home],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert found.stdout.split() == ["pyproject.toml"]
 
 
 def test_targets_that_the_pages_name_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(
+        re.findall(
+            r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
+    )
     named = {
-        name for page in PAGES for name in re.findall(r"make ([a-z-]+)", (ROOT / page).read_text(encoding="utf-8"))
+        name
+        for page in PAGES
+        for name in re.findall(r"make ([a-z-]+)", (ROOT / page).read_text(encoding="utf-8"))
     }
     assert named - {"a"} <= targets
 
@@ -46,7 +56,9 @@ def test_the_lock_has_every_pin_and_names_no_source():
         lock[name] = version
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert len(lock) > 100
-    of_research = (ROOT / "research" / "pyproject.toml").read_text(encoding="utf-8")  # which is not released
+    of_research = (ROOT / "research" / "pyproject.toml").read_text(
+        encoding="utf-8"
+    )  # which is not released
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", pins, flags=re.MULTILINE):
         assert f'"{name}' in of_research or lock[name.replace("_", "-")] == version, name
 
@@ -61,6 +73,8 @@ def test_the_workflow_pins_its_actions_and_only_the_last_job_may_publish():
     assert workflow["permissions"] == {}
     rights = {name: job["permissions"] for name, job in workflow["jobs"].items()}
     assert rights == {"build": {"contents": "read"}, "publish": {"id-token": "write"}}
-    assert all("run" not in step for step in workflow["jobs"]["publish"]["steps"]), "no code of ours beside the rights"
+    assert all("run" not in step for step in workflow["jobs"]["publish"]["steps"]), (
+        "no code of ours beside the rights"
+    )
     release = (ROOT / "RELEASE.md").read_text(encoding="utf-8")
     assert all(f"{version}" in release for version in re.findall(r"# (v[\d.]+)", text))

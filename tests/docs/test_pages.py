@@ -1,8 +1,9 @@
-"""The blocks of every page run, in the order in which a reader meets them, with small numbers behind the same flags.
+"""The blocks of every page run, in the order in which a reader meets them, with small numbers
+behind the same flags.
 
-Each page runs in a folder with what its reader has, on loopback, without root and on a CPU. Programs of benchmarks lie
-there too, so what they write is not what is committed. Models are the bundled ones; red teams have smaller ones, for
-they fine-tune and run dozens of variants.
+Each page runs in a folder with what its reader has, on loopback, without root and on a CPU.
+Programs of benchmarks lie there too, so what they write is not what is committed. Models are the
+bundled ones; red teams have smaller ones, for they fine-tune and run dozens of variants.
 """
 
 import json
@@ -38,7 +39,10 @@ systemctl() {{
 PLACE=$PWD
 """
 """What needs root on the machine of an operator, done to a service in a folder."""
-READY = "curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused http://127.0.0.1:8090/ready"
+READY = (
+    "curl --silent --fail --retry 90 --retry-delay 1 --retry-connrefused "
+    "http://127.0.0.1:8090/ready"
+)
 PROOFS = """\
 python - <<'END'
 from assay import load_model
@@ -70,18 +74,26 @@ for name, config, model in (("qwen3", Qwen3Config, Qwen3ForCausalLM), ("llama", 
 END
 """
 """Lines that make models of few random weights that read the text of the bundled ones."""
-HEAD = "assay poc ledger show ledger.sqlite3 --json | python -c 'import json; print(json.loads(input())[\"head\"])'"
+HEAD = (
+    "assay poc ledger show ledger.sqlite3 --json | python -c 'import json; "
+    'print(json.loads(input())["head"])\''
+)
 AUDIT = "assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY"
 AS_IS = {"/opt/assay/bin/assay": "assay", "/opt/assay/bin/pip": "pip", "/etc/": "$PLACE/etc/"}
 OF_ONE = "--models reference:qwen3 --blocks a,b --device cpu --seq-len 16 --batch-size 16"
-OF_FEW, OF_TWO = "--max-new-tokens 8 --per-task 1", "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
+OF_FEW = "--max-new-tokens 8 --per-task 1"
+OF_TWO = "--steps 1 --prompts 2 --group 2 --max-new-tokens 8"
 TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
-COLLECT = "assay poc collect --model reference:qwen3 --preset hardened --seq-len 8 --blocks 2 --nonces 32"
+COLLECT = (
+    "assay poc collect --model reference:qwen3 --preset hardened --seq-len 8 --blocks 2 --nonces 32"
+)
 FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
 
 
 def proofs(*, block="BLOCK", key="KEY", blocks=0, nonces=128, **dtypes):
-    """Return lines that prove a block once under each name, in its format, and other blocks once."""
+    """Return lines that prove a block once under each name, in its format, and other blocks
+    once.
+    """
     made = [(name, block, dtype, nonces) for name, dtype in dtypes.items()]
     made += [(f"block{turn}", f"block {turn}", "bfloat16", 32) for turn in range(blocks)]
     return PROOFS.replace("MADE", repr(made)).replace("KEY", repr(key))
@@ -97,9 +109,15 @@ class Page:
     """A page and how it is made small."""
 
     before: str = ""  # lines that run first
-    instead: Mapping[str, str] = field(default_factory=dict)  # of words of the page; ``$PLACE`` is the folder
-    small: Mapping[str, str] = field(default_factory=dict)  # flags that are added after beginnings of commands
-    given: Mapping[str, str] = field(default_factory=dict)  # texts of files that the reader has, by name
+    instead: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of words of the page; ``$PLACE`` is the folder
+    small: Mapping[str, str] = field(
+        default_factory=dict
+    )  # flags that are added after beginnings of commands
+    given: Mapping[str, str] = field(
+        default_factory=dict
+    )  # texts of files that the reader has, by name
     says: tuple[str, ...] = ()  # words that are printed
     makes: tuple[str, ...] = ()  # files that are there afterwards
     needs: str = "sh"  # program without which the page is left out
@@ -119,7 +137,8 @@ PROVED = {"assay poc prove": SHORT, "assay poc verify": SHORT}
 REQUESTS = "".join(
     blocks("responses", "json")[0].replace('"r1"', f'"r{n}"') for n in range(8)
 )  # of one a verdict is open
-NODE_A, KEY_ALONE = ('[[nodes]]\npublic_key = "node_A"\n', '[[nodes]]\npublic_key = "KEY"\n')
+NODE_A = '[[nodes]]\npublic_key = "node_A"\n'
+KEY_ALONE = '[[nodes]]\npublic_key = "KEY"\n'
 PAGES = {
     "service": Page(
         instead={"/var/lib/assay": "$PLACE/state"},
@@ -133,7 +152,8 @@ PAGES = {
         needs="sqlite3",
     ),
     "validator": Page(
-        f"{AS_ROOT}{PROOF}assay poc pins new --model reference:qwen3 --from-proof proof.jsonl -o pins.toml\n",
+        f"{AS_ROOT}{PROOF}assay poc pins new --model reference:qwen3 --from-proof proof.jsonl -o "
+        f"pins.toml\n",
         {
             "--data-dir /var/lib/assay-validator\n": f"--data-dir $PLACE/judge &\n{READY}\n",
             "cd /var/lib/assay-validator": "cd $PLACE/judge",
@@ -153,7 +173,9 @@ PAGES = {
     "collect": Page(
         "".join(
             f"{COLLECT} --dtype {dtype} --batch-size {size} -o machine-{n}\n"
-            for n, (dtype, size) in enumerate((("bfloat16", 32), ("float16", 32), ("float32", 32)), start=2)
+            for n, (dtype, size) in enumerate(
+                (("bfloat16", 32), ("float16", 32), ("float32", 32)), start=2
+            )
         ),
         {"MODEL": "reference:qwen3", "--seq-len 256": "--seq-len 8 --blocks 2 --nonces 32"},
         makes=("machine-1/collect-2.jsonl", "machine-1.tar.gz", "calibration.json"),
@@ -188,7 +210,10 @@ PAGES = {
     "models": Page(),
     "statistics": Page(says=("0.5", "1.40")),
     "networks": Page(
-        "".join(f"{FOR_SETS} --batch-size {n} -o {name}.jsonl\n" for n, name in enumerate("ABC", start=6)),
+        "".join(
+            f"{FOR_SETS} --batch-size {n} -o {name}.jsonl\n"
+            for n, name in enumerate("ABC", start=6)
+        ),
         {"nonces.jsonl.gz  ": "nonces.jsonl.gz --audits 2  "},
         says=("left out",),
         makes=("both.json",),
@@ -208,7 +233,9 @@ PAGES = {
         given={
             "mine.jsonl": blocks("vhack-pairs", "json")[0],
             "tests.jsonl": blocks("vhack-pairs", "json")[2],
-            "preferences.jsonl": lines({"prompt": "p", "rejected": "h", "chosen": "c", "source": "s"}),
+            "preferences.jsonl": lines(
+                {"prompt": "p", "rejected": "h", "chosen": "c", "source": "s"}
+            ),
         },
         says=("1 of 1 pairs",),
         makes=("pairs.jsonl",),
@@ -228,21 +255,30 @@ PAGES = {
             "assay vhack evaluate --model": OF_FEW,
             "assay vhack fuzz": "--count 20 --output fuzz.json",
         },
-        makes=("delta.safetensors", "merged/model.safetensors", "graded.jsonl", "result.json", "fuzz.json"),
+        makes=(
+            "delta.safetensors",
+            "merged/model.safetensors",
+            "graded.jsonl",
+            "result.json",
+            "fuzz.json",
+        ),
     ),
     "experiments": Page(
         proofs(proof="bfloat16", blocks=8),
         small={
-            "assay poc experiment approaches": f"{OF_ONE} --approaches poc-2.0 --nonces 16 --checked 8 --timed 0",
+            "assay poc experiment approaches": f"{OF_ONE} --approaches poc-2.0 --nonces 16 "
+            f"--checked 8 --timed 0",
             "assay poc experiment weights": f"{OF_ONE} --nonces 16",
-            "assay poc experiment matrix": f"{OF_ONE} --modes sign-flips --duration 1 --public-keys node_A",
+            "assay poc experiment matrix": f"{OF_ONE} --modes sign-flips --duration 1 "
+            f"--public-keys node_A",
         },
         makes=("experiments/NAME/report.html",),
     ),
     "redteam": Page(
         MODELS,
         small={
-            "assay poc experiment redteam": "--models ./small-llama --device cpu --nonces 8 --honest 64 --seq-len 16 "
+            "assay poc experiment redteam": "--models ./small-llama --device cpu --nonces 8 "
+            "--honest 64 --seq-len 16 "
             "--batch-size 16"
         },
         makes=("experiments/redteam-llama-float16",),
@@ -250,16 +286,20 @@ PAGES = {
     "redteam-responses": Page(
         MODELS,
         small={
-            "assay poc experiment responses": "--models ./small-qwen3 --device cpu --honest 12 --responses 2 "
+            "assay poc experiment responses": "--models ./small-qwen3 --device cpu --honest 12 "
+            "--responses 2 "
             "--prompt-tokens 16 --seq-len 96 --batch-size 12"
         },
         makes=("experiments/responses-qwen3",),
     ),
     "gpu": Page(small={"assay poc prove": TINY}, makes=("proof.jsonl",)),
     "vllm": Page(
-        proofs(vllm="float32", transformers="bfloat16", block="B", key="K", nonces=512) + "cp vllm.jsonl proof.jsonl\n",
+        proofs(vllm="float32", transformers="bfloat16", block="B", key="K", nonces=512)
+        + "cp vllm.jsonl proof.jsonl\n",
         {"MODEL": "reference:qwen3"},
-        {"assay poc verify": "--seq-len 16 --dtype bfloat16 --sample 512"},  # as on a machine without vLLM
+        {
+            "assay poc verify": "--seq-len 16 --dtype bfloat16 --sample 512"
+        },  # as on a machine without vLLM
         says=("honest",),
     ),
 }
@@ -272,7 +312,10 @@ def folder(tmp_path):
     (programs / "results").mkdir(parents=True)
     for path in (ROOT / "research" / "benchmarks").glob("*.py"):
         (programs / path.name).symlink_to(path)
-    named = [machine | {"set": f"{machine['set']}-minimax"} for machine in published.network(3, nonces=400)]
+    named = [
+        machine | {"set": f"{machine['set']}-minimax"}
+        for machine in published.network(3, nonces=400)
+    ]
     published.write(tmp_path / "nonces.jsonl.gz", named)
     published.write(tmp_path / "awq.jsonl", [published.machine("awq", noise=1.0, nonces=400)])
     write_pairs(tmp_path / "mine.jsonl", generate_pairs(20))

@@ -1,4 +1,6 @@
-"""docs/vhack-quickstart.md runs as it stands: its two files, and then its commands. So does docs/calibration.md."""
+"""docs/vhack-quickstart.md runs as it stands: its two files, and then its commands. So does
+docs/calibration.md.
+"""
 
 import json
 import re
@@ -13,7 +15,9 @@ from assay.cli import run
 from assay.models import load_model
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, CALIBRATION = ((DOCS / name).read_text(encoding="utf-8") for name in ("vhack-quickstart.md", "calibration.md"))
+PAGE, CALIBRATION = (
+    (DOCS / name).read_text(encoding="utf-8") for name in ("vhack-quickstart.md", "calibration.md")
+)
 MINE, SCRIPT, FILTER = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 (BLOCK,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMANDS = BLOCK.splitlines()
@@ -46,7 +50,9 @@ def test_its_files_and_its_commands_run(tmp_path, monkeypatch, capsys):
             code = run(shlex.split(command)[1:])
             told = capsys.readouterr()
             # 1 and 2 are verdicts of the check; then its table is there.
-            assert code == 0 or ("vhack check" in command and code in (1, 2) and "verdict" in told.out), told.err
+            assert code == 0 or (
+                "vhack check" in command and code in (1, 2) and "verdict" in told.out
+            ), told.err
     finally:
         sys.modules.pop("mine", None)
     for folder in ("merged", "runs/merged"):
@@ -61,11 +67,15 @@ def test_commands_of_calibration_run_and_their_answer_has_the_rows(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```sh\n(.*?)^```$", CALIBRATION, flags=re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("MODEL", "reference:qwen3").splitlines()
-    # The first line measures a law on one machine: tests/cli/test_calibrate.py does so with a small model.
+    # The first line measures a law on one machine: tests/cli/test_calibrate.py does so with a small
+    # model.
     prove, calibrate, verify = (shlex.split(line)[1:] for line in lines[1:])
     small = ("--nonces", "0:32", "--seq-len", "8", "--batch-size", "16")
     for number, dtype in enumerate(MACHINES, start=1):
-        changed = [part.replace("machine-1", f"machine-{number}").replace("0:1000", "0:32") for part in prove]
+        changed = [
+            part.replace("machine-1", f"machine-{number}").replace("0:1000", "0:32")
+            for part in prove
+        ]
         assert run([*changed, *small, "--dtype", dtype]) == 0
     assert run(calibrate) == 0
     answer = " ".join(capsys.readouterr().out.split())

@@ -44,7 +44,9 @@ def test_noise_is_that_of_the_streams_everywhere(reader):
 
 @pytest.mark.parametrize("case", VECTORS["tokens"])
 def test_tokens(case, reader):
-    found = reader.scores(case["logits"], case["sampling"], case["seed"], case["prompt"], case["output"])
+    found = reader.scores(
+        case["logits"], case["sampling"], case["seed"], case["prompt"], case["output"]
+    )
     assert [None if value == -np.inf else value for value in found] == case["scores"]
     assert found.index(max(found)) == case["token"]
 

@@ -30,7 +30,9 @@ def test_a_link_to_nothing_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs/page.md").write_text(
         "# A page\n\nIt is [here](there.md#a), and [not](gone.md).\n\n```\n[x](y)\n```\n"
     )
-    (tmp_path / "mkdocs.yml").write_text("site_name: x\nsite_description: y\ndocs_dir: out\nnav:\n - A: [page.md]\n")
+    (tmp_path / "mkdocs.yml").write_text(
+        "site_name: x\nsite_description: y\ndocs_dir: out\nnav:\n - A: [page.md]\n"
+    )
     (tmp_path / "pyproject.toml").write_text('[project]\nurls.Repository = "https://example.org"\n')
     assert site_pages.main() == 1
     assert capsys.readouterr().err == "docs/page.md: gone.md: no such file\n"

@@ -1,15 +1,18 @@
-"""Commands of the blocks of pages, forked from one process that has imported the heavy packages of others.
+"""Commands of the blocks of pages, forked from one process that has imported the heavy packages of
+others.
 
-A fresh interpreter imports torch and transformers for seconds, often to work for less than one. :func:`serve` imports
-them once, starts no thread and computes nothing, and forks for every command that :func:`hand_over` sends through a
-Unix socket: its words, folder, environment, umask and ignored signals, and its three standard files themselves. The
-fork runs the program as ``__main__`` and ends as an interpreter does. Signals to the process that waits go on to the
-fork, and it ends as the fork ended.
+A fresh interpreter imports torch and transformers for seconds, often to work for less than one.
+:func:`serve` imports them once, starts no thread and computes nothing, and forks for every command
+that :func:`hand_over` sends through a Unix socket: its words, folder, environment, umask and
+ignored signals, and its three standard files themselves. The fork runs the program as ``__main__``
+and ends as an interpreter does. Signals to the process that waits go on to the fork, and it ends as
+the fork ended.
 
-What the run of a reader could show is not left out: no module of assay is imported beforehand, so each command imports
-its own in its own order. Where a fork would differ from a fresh interpreter, a fresh one runs: for an option of
-``python`` but ``-c``, another interpreter, further open files, a terminal, or a variable that differs from those of the
-server, such as OMP_NUM_THREADS, unless only shells and assay read it.
+What the run of a reader could show is not left out: no module of assay is imported beforehand, so
+each command imports its own in its own order. Where a fork would differ from a fresh interpreter, a
+fresh one runs: for an option of ``python`` but ``-c``, another interpreter, further open files, a
+terminal, or a variable that differs from those of the server, such as OMP_NUM_THREADS, unless only
+shells and assay read it.
 """
 
 import gc
@@ -39,10 +42,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def is_forkable(words: list[str], known: dict[str, Any]) -> bool:
     """Return whether a fork of the server does what a fresh interpreter would do."""
-    found, interpreter = Path(shutil.which(words[0]) or ""), Path(known["python"])
+    found = Path(shutil.which(words[0]) or "")
+    interpreter = Path(known["python"])
     if words[0] == "python":
         first = words[1] if len(words) > 1 else "-"
-        same = found.parent == interpreter.parent and (first in ("-", "-c") or Path(first).is_file())
+        same = found.parent == interpreter.parent and (
+            first in ("-", "-c") or Path(first).is_file()
+        )
     else:
         same = found.read_bytes().startswith(f"#!{interpreter}\n".encode())
     differing = {name for name, _ in os.environ.items() ^ known["variables"].items()}
@@ -56,7 +62,9 @@ def is_forkable(words: list[str], known: dict[str, Any]) -> bool:
 
 
 def hand_over(path: str, words: list[str]) -> int:
-    """Have the server at a socket run a command, and return how it ended; or become a fresh interpreter of it."""
+    """Have the server at a socket run a command, and return how it ended; or become a fresh
+    interpreter of it.
+    """
     if not is_forkable(words, json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))):
         os.execvp(words[0], words)
     request = {
@@ -81,11 +89,15 @@ def hand_over(path: str, words: list[str]) -> int:
 
 
 def serve(number: int) -> dict[str, Any]:
-    """Serve at a listening socket until standard input ends. Return in forks alone: the request of each."""
+    """Serve at a listening socket until standard input ends. Return in forks alone: the request of
+    each.
+    """
     for name in HEAVY:
         importlib.import_module(name)
     if len(list(Path("/proc/self/task").iterdir())) != 1:
-        raise SystemExit("a fork has one thread, and this process has more: leave out of HEAVY what started them")
+        raise SystemExit(
+            "a fork has one thread, and this process has more: leave out of HEAVY what started them"
+        )
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=number) as listener:
@@ -99,10 +111,14 @@ def serve(number: int) -> dict[str, Any]:
 
 
 def attend(connection: socket.socket) -> dict[str, Any]:
-    """Fork for the request that comes next, tell its sender how the fork ended, and end. Return in the fork alone."""
+    """Fork for the request that comes next, tell its sender how the fork ended, and end. Return in
+    the fork alone.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, _, _ = socket.recv_fds(connection, 8, 3)
-    request: dict[str, Any] = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    request: dict[str, Any] = json.loads(
+        connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+    )
     child = os.fork()
     if child == 0:
         connection.close()
@@ -122,18 +138,25 @@ def attend(connection: socket.socket) -> dict[str, Any]:
 
 
 def prepare(request: dict[str, Any], before: dict[str, str]) -> tuple[CodeType, ModuleType]:
-    """Make this process what a fresh interpreter would be, and return the program and the module that it runs in."""
+    """Make this process what a fresh interpreter would be, and return the program and the module
+    that it runs in.
+    """
     os.chdir(request["folder"])
     os.umask(request["umask"])
     variables = request["variables"]
     for name in before.keys() - variables.keys():
         os.environ.pop(name, None)
-    os.environ.update(dict(variables.items() - before.items()))  # what packages set when imported stays
+    os.environ.update(
+        dict(variables.items() - before.items())
+    )  # what packages set when imported stays
     for number in SIGNALS:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
     at_once = bool(variables.get("PYTHONUNBUFFERED"))
-    for number, name in ((1, "stdout"), (2, "stderr")):  # those of the server remember what kind of file they had
+    for number, name in (
+        (1, "stdout"),
+        (2, "stderr"),
+    ):  # those of the server remember what kind of file they had
         old = getattr(sys, name)
         new = io.TextIOWrapper(
             open(number, "wb", buffering=0 if at_once else -1, closefd=False),  # noqa: SIM115  # as long as the process
@@ -150,13 +173,16 @@ def prepare(request: dict[str, Any], before: dict[str, str]) -> tuple[CodeType, 
     sys.path[0] = ""
     match sys.argv[0]:
         case "-c":
-            source, name = sys.argv.pop(1).encode(), "<string>"
+            source = sys.argv.pop(1).encode()
+            name = "<string>"
         case "" | "-":
-            source, name = sys.stdin.buffer.read(), "<stdin>"
+            source = sys.stdin.buffer.read()
+            name = "<stdin>"
             main.__file__ = name
         case file:
             sys.path[0] = str(Path(file).resolve().parent)
-            source, name = Path(file).read_bytes(), str(Path(file).absolute())
+            source = Path(file).read_bytes()
+            name = str(Path(file).absolute())
             main.__file__ = name
     return compile(source, name, "exec", dont_inherit=True), main
 

@@ -13,7 +13,9 @@ def launch(tmp_path: Path, small_checkpoint: Path) -> Iterator[Callable[..., Ser
     """Start a server in a directory of its own; every one is ended with the test."""
     started: list[Server] = []
 
-    def run(*arguments: str, name: str = "server", model: str | Path | None = None, fork: bool = True) -> Server:
+    def run(
+        *arguments: str, name: str = "server", model: str | Path | None = None, fork: bool = True
+    ) -> Server:
         directory = tmp_path / name
         directory.mkdir()
         server = Server(directory, *arguments, model=model or small_checkpoint, fork=fork)

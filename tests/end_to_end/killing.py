@@ -1,4 +1,6 @@
-"""The kill loop: a service that dies again and again, a receiver that misbehaves, and what must hold afterwards."""
+"""The kill loop: a service that dies again and again, a receiver that misbehaves, and what must
+hold afterwards.
+"""
 
 import random
 import sqlite3
@@ -19,12 +21,15 @@ QUICK = (
 )
 
 
-def kill_loop(directory: Path, model: Path, *, kills: int, seed: int, longest: float = 1.0) -> dict[str, Any]:
+def kill_loop(
+    directory: Path, model: Path, *, kills: int, seed: int, longest: float = 1.0
+) -> dict[str, Any]:
     """Kill a generating service ``kills`` times, then let it deliver what it owes, and count."""
     rng = random.Random(seed)
     receiver = FlakyReceiver(trouble=0.5, patience=0.5, seed=seed)
     server = Server(directory, *QUICK, model=model)
-    began, starts = time.monotonic(), 0.0
+    began = time.monotonic()
+    starts = 0.0
     try:
         server.start()
         server.wait_for()
@@ -48,27 +53,45 @@ def kill_loop(directory: Path, model: Path, *, kills: int, seed: int, longest: f
     finally:
         server.close()
         receiver.close()
-    return _count(server.data_dir / "service.sqlite3", receiver, kills, time.monotonic() - began, starts / kills)
+    return _count(
+        server.data_dir / "service.sqlite3",
+        receiver,
+        kills,
+        time.monotonic() - began,
+        starts / kills,
+    )
 
 
 def _wait_for_progress(server: Server) -> None:
     server.wait_for()
     before = server.status()["total_checked"]
-    until(lambda: server.status()["total_checked"] != before, 60, said=lambda: server.log.read_text()[-2000:])
+    until(
+        lambda: server.status()["total_checked"] != before,
+        60,
+        said=lambda: server.log.read_text()[-2000:],
+    )
 
 
 def _drain(server: Server) -> None:
-    """Wait until nothing is owed. Asks the database: a snapshot of the service may be older than the last batch."""
+    """Wait until nothing is owed. Asks the database: a snapshot of the service may be older than
+    the last batch.
+    """
     with open_outbox(server.data_dir) as outbox:
         said = lambda: server.log.read_text()[-2000:]  # noqa: E731
         until(lambda: not outbox.counts()["pending"], 120, pause=0.2, said=said)
 
 
-def _count(path: Path, receiver: FlakyReceiver, kills: int, seconds: float, start_seconds: float) -> dict[str, Any]:
+def _count(
+    path: Path, receiver: FlakyReceiver, kills: int, seconds: float, start_seconds: float
+) -> dict[str, Any]:
     with sqlite3.connect(path) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        rows = database.execute("SELECT nonce, distance, valid FROM records ORDER BY nonce").fetchall()
-        states = dict(database.execute("SELECT status, count(*) FROM outbox GROUP BY status").fetchall())
+        rows = database.execute(
+            "SELECT nonce, distance, valid FROM records ORDER BY nonce"
+        ).fetchall()
+        states = dict(
+            database.execute("SELECT status, count(*) FROM outbox GROUP BY status").fetchall()
+        )
         next_nonce, checked = database.execute("SELECT next_nonce, checked FROM rounds").fetchone()
     database.close()
     nonces = [row[0] for row in rows]

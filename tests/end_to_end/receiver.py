@@ -1,4 +1,6 @@
-"""What answers on 127.0.0.1, and a receiver that misbehaves: late, slow, failing, and closing connections."""
+"""What answers on 127.0.0.1, and a receiver that misbehaves: late, slow, failing, and closing
+connections.
+"""
 
 import json
 import random
@@ -37,7 +39,9 @@ class Answering(ABC):
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -55,7 +59,9 @@ class Answering(ABC):
     def handle(self, handler: BaseHTTPRequestHandler) -> None: ...
 
     @staticmethod
-    def respond(handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
+    def respond(
+        handler: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str
+    ) -> None:
         handler.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             handler.send_header(name.replace("_", "-"), value)
@@ -64,14 +70,16 @@ class Answering(ABC):
 
 
 class FlakyReceiver(Answering):
-    """Takes callbacks and keeps them; a share ``trouble`` of the requests goes wrong in one of six ways.
+    """Takes callbacks and keeps them; a share ``trouble`` of the requests goes wrong in one of six
+    ways.
 
-    ``late`` answers after the sender has given up, ``lost answer`` takes the callback and drops the connection: both
-    force the sender to deliver again.
+    ``late`` answers after the sender has given up, ``lost answer`` takes the callback and drops the
+    connection: both force the sender to deliver again.
     """
 
     def __init__(self, *, trouble: float = 0.5, patience: float = 0.5, seed: int = 0) -> None:
-        self.trouble, self.patience = trouble, patience
+        self.trouble = trouble
+        self.patience = patience
         self.taken: dict[str, dict] = {}
         self.copies: Counter[str] = Counter()
         self.changed: list[str] = []
@@ -87,14 +95,18 @@ class FlakyReceiver(Answering):
             bad = self._random.random() < self.trouble
             mood = self._random.choice(MOODS[1:]) if bad else "accept"
             self.moods[mood] += 1
-            self.requests.append((handler.path, {k.lower(): v for k, v in handler.headers.items()}, body))
+            self.requests.append(
+                (handler.path, {k.lower(): v for k, v in handler.headers.items()}, body)
+            )
             if mood in ("accept", "late", "slow", "lost answer"):
                 self._take(handler, body)
         if mood in ("late", "slow"):
             time.sleep(self.patience * (1.5 if mood == "late" else 0.5))
         if mood in ("reset", "lost answer"):
             # Linger of zero: the sender sees a reset, not an orderly end.
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             handler.close_connection = True
             handler.connection.close()
             return
@@ -102,7 +114,8 @@ class FlakyReceiver(Answering):
         self.respond(handler, {"error": 500, "busy": 503}.get(mood, 200), **headers)
 
     def _take(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
-        message_id, values = handler.headers["webhook-id"], json.loads(body)
+        message_id = handler.headers["webhook-id"]
+        values = json.loads(body)
         if message_id in self.taken and self.taken[message_id] != values:
             self.changed.append(message_id)
         self.taken[message_id] = values

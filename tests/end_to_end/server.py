@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 # What a start spends its time on; a fork server imports it once for all starts.
-PRELOAD = ["assay.poc.service", "assay.cli.app", "assay.models", "transformers.models.qwen3.modeling_qwen3"]
+PRELOAD = [
+    "assay.poc.service",
+    "assay.cli.app",
+    "assay.models",
+    "transformers.models.qwen3.modeling_qwen3",
+]
 
 
 def write_to(log: str) -> None:
@@ -31,7 +36,9 @@ def _forked(arguments: list[str], log: str) -> None:
 
     from assay.cli import run
 
-    torch.set_num_threads(1)  # two threads that wait for each other on a busy machine are slower than one
+    torch.set_num_threads(
+        1
+    )  # two threads that wait for each other on a busy machine are slower than one
     sys.exit(run(arguments))
 
 
@@ -46,16 +53,29 @@ class ServerDied(Exception):
 
 
 class Server:
-    """Starts the command with some arguments; ``fork`` starts it from a process that has imported everything."""
+    """Starts the command with some arguments; ``fork`` starts it from a process that has imported
+    everything.
+    """
 
-    def __init__(self, directory: Path, *arguments: str, model: str | Path, fork: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, model: str | Path, fork: bool = True
+    ) -> None:
         self.port = free_port()
         self.data_dir = directory / "data"
         self.log = directory / "server.log"
         self.base = f"http://127.0.0.1:{self.port}"
         self.fork = fork
         self.arguments = [
-            *("poc", "serve", "--model", str(model), "--port", str(self.port), "--data-dir", str(self.data_dir)),
+            *(
+                "poc",
+                "serve",
+                "--model",
+                str(model),
+                "--port",
+                str(self.port),
+                "--data-dir",
+                str(self.data_dir),
+            ),
             *("--allow-private-callbacks", "--log-format", "json", *arguments),
         ]
         self.process: Any = None

@@ -1,4 +1,6 @@
-"""The kill loop of receipts: a service dies again and again while responses end, and what must hold afterwards."""
+"""The kill loop of receipts: a service dies again and again while responses end, and what must hold
+afterwards.
+"""
 
 import hashlib
 import http.client
@@ -18,11 +20,19 @@ from tests.end_to_end.server import PRELOAD, Server, write_to
 from tests.waiting import until
 
 RECEIPTS = "/api/v1/receipts"
-MUST_BE_ZERO = ("lost_receipts", "changed_receipts", "undeleted_receipts", "traces_of_deleted", "unannounced_receipts")
+MUST_BE_ZERO = (
+    "lost_receipts",
+    "changed_receipts",
+    "undeleted_receipts",
+    "traces_of_deleted",
+    "unannounced_receipts",
+)
 
 
 class StoringServer(Server):
-    """A service whose route ``/respond`` answers as a response does: when its receipt is on disk."""
+    """A service whose route ``/respond`` answers as a response does: when its receipt is on
+    disk.
+    """
 
     def __init__(self, directory: Path, url: str) -> None:
         super().__init__(directory, model="none")
@@ -30,7 +40,9 @@ class StoringServer(Server):
 
     def start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOAD, "tests.end_to_end.storing", "tests.poc.service.receipts"])
+        context.set_forkserver_preload(
+            [*PRELOAD, "tests.end_to_end.storing", "tests.poc.service.receipts"]
+        )
         arguments = (str(self.data_dir), self.port, self._url, str(self.log))
         self.process = context.Process(target=_serve, args=arguments)
         self.process.start()
@@ -95,21 +107,26 @@ class Client:
             self.failure = error
 
     def _ask(self) -> None:
-        rng, number = random.Random(self.seed), 0
+        rng = random.Random(self.seed)
+        number = 0
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         while not self.ended.is_set():
             try:
                 if connection.sock is None:
                     connection.connect()
                 if self.whole and rng.random() < 0.1:
-                    # One that is not answered may have happened or not: the receipt counts for nothing from now on.
+                    # One that is not answered may have happened or not: the receipt counts for
+                    # nothing from now on.
                     target = rng.choice(sorted(self.whole))
                     del self.whole[target]
                     assert _answer(connection, "DELETE", f"{RECEIPTS}/{target}") == {"deleted": 1}
                     self.deleted.add(target)
                 else:
-                    request_id, number = f"secret-{self.name}-{number}-{rng.getrandbits(64):016x}", number + 1
-                    answer = _answer(connection, "POST", f"/respond/{request_id}?tokens={rng.randrange(1, 600)}")
+                    request_id = f"secret-{self.name}-{number}-{rng.getrandbits(64):016x}"
+                    number = number + 1
+                    answer = _answer(
+                        connection, "POST", f"/respond/{request_id}?tokens={rng.randrange(1, 600)}"
+                    )
                     self.whole[request_id] = answer["sha256"]
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 self.interrupted += not isinstance(error, ConnectionRefusedError)
@@ -127,9 +144,12 @@ def _answer(connection: http.client.HTTPConnection, method: str, path: str) -> A
     return json.loads(content)
 
 
-def kill_loop(directory: Path, *, kills: int, clients: int, seed: int, longest: float = 1.0) -> dict[str, Any]:
+def kill_loop(
+    directory: Path, *, kills: int, clients: int, seed: int, longest: float = 1.0
+) -> dict[str, Any]:
     """Kill a service ``kills`` times while responses end, start it once more, and count."""
-    rng, began = random.Random(seed), time.monotonic()
+    rng = random.Random(seed)
+    began = time.monotonic()
     receiver = FlakyReceiver(trouble=0.3, patience=0.5, seed=seed)
     server = StoringServer(directory, receiver.url)
     asking = [Client(str(i), server.port, seed * 1000 + i) for i in range(clients)]
@@ -140,7 +160,10 @@ def kill_loop(directory: Path, *, kills: int, clients: int, seed: int, longest: 
             client.start()
         for _ in range(kills):
             before = sum(len(client.whole) + len(client.deleted) for client in asking)
-            until(lambda before=before: sum(len(c.whole) + len(c.deleted) for c in asking) != before, 60)
+            until(
+                lambda before=before: sum(len(c.whole) + len(c.deleted) for c in asking) != before,
+                60,
+            )
             time.sleep(rng.uniform(0.0, longest))
             server.kill()
             server.start()
@@ -163,12 +186,14 @@ def kill_loop(directory: Path, *, kills: int, clients: int, seed: int, longest: 
 def _kept(server: Server) -> dict[str, str]:
     """Fetch every receipt in files, each of which must be complete; return their hashes."""
     kept: dict[str, str] = {}
-    after, more = 0, True
+    after = 0
+    more = True
     while more:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("GET", f"{RECEIPTS}.jsonl?after={after}&limit=500")
         response = connection.getresponse()
-        content, more = response.read(), response.headers["receipts-more"] == "true"
+        content = response.read()
+        more = response.headers["receipts-more"] == "true"
         after = int(response.headers["receipts-last"])
         connection.close()
         if response.status == 200:
@@ -179,7 +204,12 @@ def _kept(server: Server) -> dict[str, str]:
 
 
 def _count(
-    data_dir: Path, asking: list[Client], kept: dict[str, str], receiver: FlakyReceiver, kills: int, seconds: float
+    data_dir: Path,
+    asking: list[Client],
+    kept: dict[str, str],
+    receiver: FlakyReceiver,
+    kills: int,
+    seconds: float,
 ) -> dict[str, Any]:
     whole = {name: digest for client in asking for name, digest in client.whole.items()}
     deleted = {name for client in asking for name in client.deleted}
@@ -187,7 +217,11 @@ def _count(
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()
     content = b"".join(path.read_bytes() for path in data_dir.glob("service.sqlite3*"))
-    told = {(each["request_id"], each["sha256"]) for body in list(receiver.taken.values()) for each in body["receipts"]}
+    told = {
+        (each["request_id"], each["sha256"])
+        for body in list(receiver.taken.values())
+        for each in body["receipts"]
+    }
     return {
         "kills": kills,
         "seconds": round(seconds, 1),

@@ -1,4 +1,6 @@
-"""Chromium on a page of another site: whatever it tries against a service without keys on this machine is refused."""
+"""Chromium on a page of another site: whatever it tries against a service without keys on this
+machine is refused.
+"""
 
 import json
 import threading
@@ -24,31 +26,38 @@ FETCHES = {
     "cors": "{method: 'POST', body: ROUND, headers: {'Content-Type': 'application/json'}}",
     "simple": "{method: 'POST', body: ROUND}",
     "opaque": "{method: 'POST', mode: 'no-cors', body: ROUND}",
-    "opaque text": "{method: 'POST', mode: 'no-cors', body: new Blob([ROUND], {type: 'text/plain'})}",
+    "opaque text": "{method: 'POST', mode: 'no-cors', body: new Blob([ROUND], {type: "
+    "'text/plain'})}",
     "with cookies": "{method: 'POST', credentials: 'include', body: ROUND}",
     "with a key": "{method: 'POST', headers: {Authorization: 'Bearer guessed'}, body: ROUND}",
     "kept alive": "{method: 'POST', mode: 'no-cors', keepalive: true, body: ROUND}",
-    "without referrer": "{method: 'POST', mode: 'no-cors', referrerPolicy: 'no-referrer', body: ROUND}",
+    "without referrer": "{method: 'POST', mode: 'no-cors', referrerPolicy: 'no-referrer', body: "
+    "ROUND}",
 }
 READS = {
     "status": "fetch(BASE + '/api/v1/pow/status').then((found) => found.text())",
-    "opaque status": "fetch(BASE + '/api/v1/pow/status', {mode: 'no-cors'}).then((found) => found.text())",
+    "opaque status": "fetch(BASE + '/api/v1/pow/status', {mode: 'no-cors'}).then((found) => "
+    "found.text())",
     "stream": "new Promise((done) => { const one = new EventSource(BASE + '/api/v1/pow/events');"
     " one.onmessage = (said) => done(said.data); one.onerror = () => done(''); })",
-    "XMLHttpRequest": "new Promise((done) => { const one = new XMLHttpRequest(); one.open('POST', BASE + INIT);"
+    "XMLHttpRequest": "new Promise((done) => { const one = new XMLHttpRequest(); one.open('POST', "
+    "BASE + INIT);"
     " one.onloadend = () => done(one.responseText); one.send(ROUND); })",
-    "beacon": "Promise.resolve(String(navigator.sendBeacon(BASE + INIT, new Blob([ROUND], {type: 'text/plain'}))))",
+    "beacon": "Promise.resolve(String(navigator.sendBeacon(BASE + INIT, new Blob([ROUND], {type: "
+    "'text/plain'}))))",
 }
 ELEMENTS = {
     "image": "<img src='BASE/api/v1/pow/status'>",
     "script": "<script src='BASE/api/v1/pow/status'></script>",
     "style": "<link rel='stylesheet' href='BASE/api/v1/pow/status'>",
     "frame": "<iframe src='BASE/'></iframe>",
-    "sandboxed frame": "<iframe sandbox='allow-scripts' srcdoc=\"<script>fetch('BASEINIT', {method: 'POST',"
+    "sandboxed frame": "<iframe sandbox='allow-scripts' srcdoc=\"<script>fetch('BASEINIT', "
+    "{method: 'POST',"
     " mode: 'no-cors', body: '{}'})</script>\"></iframe>",
     "object": "<object data='BASE/api/v1/pow/status'></object>",
     **{
-        f"{kind} form": f"<iframe name='f'></iframe><form method='post' enctype='{kind}' action='BASEINIT' target='f'>"
+        f"{kind} form": f"<iframe name='f'></iframe><form method='post' enctype='{kind}' "
+        f"action='BASEINIT' target='f'>"
         "<input name='block_hash' value='b'></form>"
         for kind in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data")
     },
@@ -89,7 +98,9 @@ def site() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, for which a name of another site leads to this machine, as after a change of its address."""
+    """Chromium, for which a name of another site leads to this machine, as after a change of its
+    address.
+    """
     with chromium.chromium(f"--host-resolver-rules=MAP {STRANGER} 127.0.0.1") as opened:
         yield opened
 
@@ -119,11 +130,16 @@ def test_nothing_of_another_site_is_granted(page, server, site, origin, name):
     words = f"const [BASE, INIT, ROUND] = ['{server.base}', '{INIT}', '{ROUND}'];"
     if name in ELEMENTS:
         html = ELEMENTS[name].replace("BASEINIT", server.base + INIT).replace("BASE", server.base)
-        page.evaluate("(html) => document.body.append(document.createRange().createContextualFragment(html))", html)
+        page.evaluate(
+            "(html) => document.body.append(document.createRange().createContextualFragment(html))",
+            html,
+        )
         if "form" in name:
             page.evaluate("document.querySelector('form').submit()")
     else:
-        asked = READS.get(name) or f"fetch(BASE + INIT, {FETCHES[name]}).then((found) => found.text())"
+        asked = (
+            READS.get(name) or f"fetch(BASE + INIT, {FETCHES[name]}).then((found) => found.text())"
+        )
         read = page.evaluate(f"async () => {{ {words} return await {asked}.catch(() => '') }}")
         assert "state" not in read
     settled(page, server, answers)

@@ -1,4 +1,6 @@
-"""What the first version made comes out of today's code byte for byte, and what it left on disk still opens."""
+"""What the first version made comes out of today's code byte for byte, and what it left on disk
+still opens.
+"""
 
 import json
 import os
@@ -23,10 +25,12 @@ GOLDEN = json.loads((VECTORS / "golden_sha256.json").read_text(encoding="utf-8")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
-    """Every frozen preset, both bundled models, two number formats; on another processor the last bits may differ.
+    """Every frozen preset, both bundled models, two number formats; on another processor the last
+    bits may differ.
 
-    Those of bfloat16 differ where it is multiplied by other units, also in processors of one name. Bases are those of
-    0.3: gradients are summed and attended to in other ways since the first version, and axes differ by 3.1e-5 at most.
+    Those of bfloat16 differ where it is multiplied by other units, also in processors of one name.
+    Bases are those of 0.3: gradients are summed and attended to in other ways since the first
+    version, and axes differ by 3.1e-5 at most.
     """
     out = tmp_path / "sha256.json"
     root = VECTORS.parents[1]
@@ -41,16 +45,24 @@ def test_proofs_artifacts_and_bases_are_those_of_the_first_version(tmp_path):
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found, same_units = json.loads(out.read_text(encoding="utf-8"))["sha256"], golden["units"]() == GOLDEN["units"]
-    wanted = {name: digest for name, digest in GOLDEN["sha256"].items() if same_units or "bfloat16" not in name}
+    found = json.loads(out.read_text(encoding="utf-8"))["sha256"]
+    same_units = golden["units"]() == GOLDEN["units"]
+    wanted = {
+        name: digest
+        for name, digest in GOLDEN["sha256"].items()
+        if same_units or "bfloat16" not in name
+    }
     assert len(wanted) >= 32
     assert {name: found[name] for name in wanted} == wanted
     assert found.keys() == GOLDEN["sha256"].keys()
 
 
 def test_nonces_of_tokens_are_those_of_the_known_answers():
-    """Draws to the bit, and vectors up to the rounding of another processor; the frame is what is measured today."""
-    frame, known = VECTORS / "frame_qwen3.safetensors", json.loads((VECTORS / "tokens.json").read_text())
+    """Draws to the bit, and vectors up to the rounding of another processor; the frame is what is
+    measured today.
+    """
+    frame = VECTORS / "frame_qwen3.safetensors"
+    known = json.loads((VECTORS / "tokens.json").read_text())
     found = runpy.run_path(str(VECTORS.parents[1] / "scripts" / "golden.py"))["tokens"](frame)
     for row, wanted in zip(found["nonces"], known["nonces"], strict=True):
         np.testing.assert_allclose(row.pop("vector"), wanted.pop("vector"), atol=2e-3)
@@ -58,7 +70,9 @@ def test_nonces_of_tokens_are_those_of_the_known_answers():
     measured = measure_frame(load_model("reference:qwen3", dtype="float32", device="cpu"))
     assert measured.left_out.tolist() == Frame.load(frame).left_out.tolist()
     for name in ("mean", "scale"):
-        np.testing.assert_allclose(getattr(measured, name), getattr(Frame.load(frame), name), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            getattr(measured, name), getattr(Frame.load(frame), name), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_database_of_the_first_version_opens(tmp_path):
@@ -71,7 +85,14 @@ def test_a_database_of_the_first_version_opens(tmp_path):
     try:
         server.wait_for()
         now = server.status()
-        for field in ("state", "valid_nonces", "valid_distances", "total_checked", "total_valid", "config"):
+        for field in (
+            "state",
+            "valid_nonces",
+            "valid_distances",
+            "total_checked",
+            "total_valid",
+            "config",
+        ):
             assert now[field] == before[field], field
     finally:
         server.close()

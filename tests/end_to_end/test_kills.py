@@ -1,4 +1,6 @@
-"""A service that is killed at random moments loses nothing and repeats nothing, of nonces and of receipts."""
+"""A service that is killed at random moments loses nothing and repeats nothing, of nonces and of
+receipts.
+"""
 
 import pytest
 
@@ -12,7 +14,12 @@ def test_twenty_kills_lose_nothing(tmp_path, small_checkpoint):
     print(outcome)
     assert outcome["records"] > 100
     assert outcome["lost_records"] == outcome["repeated_records"] == 0
-    assert outcome["undelivered_nonces"] == outcome["nonces_in_two_callbacks"] == outcome["callbacks_that_changed"] == 0
+    assert (
+        outcome["undelivered_nonces"]
+        == outcome["nonces_in_two_callbacks"]
+        == outcome["callbacks_that_changed"]
+        == 0
+    )
     assert outcome["dead_letters"] == 0
     # The test tested something: callbacks were sent again, and the receiver was in all its moods.
     assert outcome["sent_more_than_once"] > 0
@@ -22,7 +29,9 @@ def test_twenty_kills_lose_nothing(tmp_path, small_checkpoint):
 def test_six_kills_lose_no_receipt_whose_response_was_received_whole(tmp_path):
     outcome = storing.kill_loop(tmp_path, kills=6, clients=8, seed=3, longest=0.5)
     print(outcome)
-    assert {name: outcome[name] for name in storing.MUST_BE_ZERO} == dict.fromkeys(storing.MUST_BE_ZERO, 0)
+    assert {name: outcome[name] for name in storing.MUST_BE_ZERO} == dict.fromkeys(
+        storing.MUST_BE_ZERO, 0
+    )
     # The test tested something: responses were cut off, and others were deleted.
     assert outcome["receipts"] > 50
     assert min(outcome["interrupted"], outcome["deleted"]) > 0

@@ -21,7 +21,9 @@ def test_what_one_address_holds_keeps_no_node_out(server, hold):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, small_model, small_checkpoint):
-    with redteam.network(tmp_path_factory.mktemp("redteam"), small_model, small_checkpoint) as server:
+    with redteam.network(
+        tmp_path_factory.mktemp("redteam"), small_model, small_checkpoint
+    ) as server:
         yield server
 
 

@@ -1,4 +1,6 @@
-"""One row, one result: whatever stands beside a row, and however it is computed, its numbers are those of it alone."""
+"""One row, one result: whatever stands beside a row, and however it is computed, its numbers are
+those of it alone.
+"""
 
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +29,9 @@ def model(request):
 
 
 def tokens(length):
-    return tuple(torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+    return tuple(
+        torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    )
 
 
 def test_a_nonce_is_that_of_a_batch_of_one(model):
@@ -50,7 +54,10 @@ def test_what_gives_a_token_is_a_pass_over_the_tokens_so_far(model):
     found = dict(HFPrefill(model).run(rows))[0]
     ids = torch.tensor([rows[0].prompt + rows[0].output])
     with torch.inference_mode():
-        so_far = [model.module(input_ids=ids[:, : 20 + step], use_cache=False).logits[0, -1] for step in range(24)]
+        so_far = [
+            model.module(input_ids=ids[:, : 20 + step], use_cache=False).logits[0, -1]
+            for step in range(24)
+        ]
     wanted = torch.stack(so_far)
     assert ((found.logits - wanted).norm(dim=1) < CLOSE * wanted.norm(dim=1)).all()
 
@@ -59,7 +66,9 @@ def test_a_prefill_of_decoded_tokens_is_the_decoding(model):
     pipeline = get_pipeline("decode-64")
     round = Round(block_hash="B", public_key="K", seq_len=20, preset=pipeline.name, model="tiny")
     (made_,) = HFEngine(model, batch_size=4, seq_len=20).decoded(round, pipeline, range(3))
-    (again,) = HFEngine(model, batch_size=4, seq_len=20).replayed(round, pipeline, range(3), made_.tokens)
+    (again,) = HFEngine(model, batch_size=4, seq_len=20).replayed(
+        round, pipeline, range(3), made_.tokens
+    )
     assert again.margins.max() < CLOSE
     assert np.abs(again.sketches.astype(float) - made_.sketches).max() < 10 * CLOSE
 
@@ -70,15 +79,21 @@ def test_a_cache_that_only_its_architecture_knows_is_refused():
 
 
 def test_rows_that_grow_side_by_side_are_sampled_on_one_side_of_the_limit():
-    model, how = random_model("Llama longrope"), {"batch": 2, "max_new_tokens": 8, "temperature": 1.0, "seed": 0}
+    model = random_model("Llama longrope")
+    how = {"batch": 2, "max_new_tokens": 8, "temperature": 1.0, "seed": 0}
     rows = [list(tokens(length)) for length in (20, LIMIT - 7)]
     with pytest.raises(ModelError, match="20 to 33 tokens"):
         next(sample_batches(model, ["", ""], rows, **how))
 
 
-@pytest.mark.parametrize(("kind", "starts"), [("longrope", [0, 3]), ("dynamic", [0, 3, 4, 5]), ("yarn", [0])])
+@pytest.mark.parametrize(
+    ("kind", "starts"), [("longrope", [0, 3]), ("dynamic", [0, 3, 4, 5]), ("yarn", [0])]
+)
 def test_an_answer_has_a_pass_for_every_change_of_factors(kind, starts):
-    for changes in (rotary(kind), {"rope_parameters": {"full_attention": rotary(kind)["rope_parameters"]}}):
+    for changes in (
+        rotary(kind),
+        {"rope_parameters": {"full_attention": rotary(kind)["rope_parameters"]}},
+    ):
         config = made("Llama").config
         config.update(changes | {"max_position_embeddings": LIMIT})
         assert [steps.start for steps in steps_of_passes(config, LIMIT - 2, 6)] == starts
@@ -100,7 +115,9 @@ def on_and_off(change, value, usual):
 
 MODES = {
     "bfloat16 products": on_and_off(torch.set_float32_matmul_precision, "medium", "highest"),
-    "by its switch": on_and_off(partial(setattr, torch.backends.mkldnn.matmul, "fp32_precision"), "bf16", "none"),
+    "by its switch": on_and_off(
+        partial(setattr, torch.backends.mkldnn.matmul, "fp32_precision"), "bf16", "none"
+    ),
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
     "float64": on_and_off(torch.set_default_dtype, torch.float64, torch.float32),
     "without gradients": torch.no_grad,
@@ -113,8 +130,12 @@ def computed(model):
     """Everything that a program may ask of a model, as arrays."""
     read = HFEngine(model, batch_size=16, seq_len=16)
     for preset in ("poc-2.0", "hardened", "artifact"):
-        yield from read.outputs(Round(block_hash="B", public_key="K", seq_len=16), get_pipeline(preset), range(16))
-    answers = respond(model, [tokens(20)], block_hash="B", public_key="K", max_tokens=40, end_tokens=[])
+        yield from read.outputs(
+            Round(block_hash="B", public_key="K", seq_len=16), get_pipeline(preset), range(16)
+        )
+    answers = respond(
+        model, [tokens(20)], block_hash="B", public_key="K", max_tokens=40, end_tokens=[]
+    )
     yield from (np.array(answers.receipts[0].output), answers.receipts[0].sketches)
     for found in replay(answers, model):
         yield from (found.margins, found.profiles, found.residuals)

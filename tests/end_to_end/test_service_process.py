@@ -15,7 +15,12 @@ from tests.end_to_end.server import Server
 from tests.poc.service.conftest import ROUND as SERVICE_ROUND
 from tests.waiting import until
 
-ROUND = SERVICE_ROUND | {"block_hash": "block_gamma", "block_height": 1, "batch_size": 8, "seq_len": 8}
+ROUND = SERVICE_ROUND | {
+    "block_hash": "block_gamma",
+    "block_height": 1,
+    "batch_size": 8,
+    "seq_len": 8,
+}
 
 
 def _refused(server: Server) -> str:
@@ -82,7 +87,10 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path):
 def _mount(path: Path, size: str) -> bool:
     path.mkdir()
     return (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=False).returncode == 0
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=False
+        ).returncode
+        == 0
     )
 
 
@@ -93,7 +101,9 @@ def _fill(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(tmp_path, small_checkpoint):
+def test_a_full_disk_pauses_the_round_and_it_continues_when_there_is_room(
+    tmp_path, small_checkpoint
+):
     disk = tmp_path / "disk"
     if not _mount(disk, "2m"):
         pytest.skip("this machine does not let tests mount a disk")

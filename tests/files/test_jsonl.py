@@ -23,7 +23,11 @@ from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.file import read_delta_lengths
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -49,7 +53,17 @@ def test_numpy_scalars_are_written_as_numbers():
 
 
 @pytest.mark.parametrize(
-    "bad", [math.nan, [math.inf], {"x": np.float32("nan")}, {1, 2}, b"bytes", "\ud800", np.zeros(2), {(1, 2): 3}]
+    "bad",
+    [
+        math.nan,
+        [math.inf],
+        {"x": np.float32("nan")},
+        {1, 2},
+        b"bytes",
+        "\ud800",
+        np.zeros(2),
+        {(1, 2): 3},
+    ],
 )
 def test_refuses_values_without_a_json_form(bad):
     with pytest.raises(UsageError, match="not JSON"):
@@ -168,25 +182,37 @@ def test_read_json_reads_one_document_over_several_lines(tmp_path):
 
 
 PLAIN = ["# pins", "[round]", "length = 8", "[[nodes]]", "key = 'a'", "id = 1", "id = [\n1,"]
-ODD = "[[nodes]]| [[nodes]]|[nodes.of]|  [nodes.of]|[nodes]|nodes = 1|[[nodes.of]]|]|x = [|[1],|[[nodes]] # a|"
-ODD += f"[[nodes]]\r||t = {3 * chr(34)}|{3 * chr(34)}|u = {3 * chr(39)}|{3 * chr(39)}|y = 0x{'f' * 16}"
+ODD = (
+    "[[nodes]]| [[nodes]]|[nodes.of]|  [nodes.of]|[nodes]|nodes = 1|[[nodes.of]]|]|x = "
+    "[|[1],|[[nodes]] # a|"
+)
+ODD += (
+    f"[[nodes]]\r||t = {3 * chr(34)}|{3 * chr(34)}|u = {3 * chr(39)}|{3 * chr(39)}|y = 0x{'f' * 16}"
+)
 
 
 def test_tables_of_nodes_that_are_known_are_read_as_the_parser_reads_the_whole(tmp_path):
-    chance, counts = random.Random(0), Counter[bool]()
+    chance = random.Random(0)
+    counts = Counter[bool]()
     for _ in range(4000):
-        pieces = chance.choices(PLAIN, k=chance.randrange(12)) + chance.choices(ODD.split("|"), k=chance.randrange(3))
+        pieces = chance.choices(PLAIN, k=chance.randrange(12)) + chance.choices(
+            ODD.split("|"), k=chance.randrange(3)
+        )
         chance.shuffle(pieces)
         text = "\n".join(pieces)
         (tmp_path / "pins.toml").write_bytes(text.encode())
         try:
-            wanted, error = tomllib.loads(text), ""
+            wanted = tomllib.loads(text)
+            error = ""
         except ValueError as fault:
-            wanted, error = {}, str(fault)
+            wanted = {}
+            error = str(fault)
         try:
-            found, refused = jsonl.read_toml(tmp_path / "pins.toml"), ""
+            found = jsonl.read_toml(tmp_path / "pins.toml")
+            refused = ""
         except DataError as fault:
-            found, refused = wanted, fault.seen
+            found = wanted
+            refused = fault.seen
         assert (found, error in refused) == (wanted, True)
         counts[not refused and str(found.get("nodes")).count("{") > 1] += 1
     assert counts[True] > 50
@@ -194,7 +220,9 @@ def test_tables_of_nodes_that_are_known_are_read_as_the_parser_reads_the_whole(t
 
 def test_a_change_of_one_node_parses_that_node(tmp_path, monkeypatch):
     """Parsing ten thousand of them held every message up for half a second."""
-    parsed, loads, path = [], tomllib.loads, tmp_path / "pins.toml"
+    parsed = []
+    loads = tomllib.loads
+    path = tmp_path / "pins.toml"
     monkeypatch.setattr(jsonl.tomllib, "loads", lambda text: parsed.append(text) or loads(text))
     tables = [f'[[nodes]]\nkey = "changed_{i}"\n' for i in range(1000)]
     path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 8\n")
@@ -203,7 +231,11 @@ def test_a_change_of_one_node_parses_that_node(tmp_path, monkeypatch):
     tables[7] = '[[nodes]]\nkey = "another"\n'
     path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 9\n")
     found = jsonl.read_toml(path)
-    assert (found["round"], found["nodes"][7], len(found["nodes"])) == ({"seq_len": 9}, {"key": "another"}, 1000)
+    assert (found["round"], found["nodes"][7], len(found["nodes"])) == (
+        {"seq_len": 9},
+        {"key": "another"},
+        1000,
+    )
     assert sum(map(len, parsed)) < 200
 
 
@@ -211,7 +243,11 @@ def test_a_value_that_would_take_all_memory_never_reaches_the_parser(tmp_path, m
     monkeypatch.setattr(jsonl, "MOST_PARTS", 1000)
     assert len(loads('{"a":[' + "0," * 990 + "0]}", "here")["a"]) == 991
     monkeypatch.setattr(jsonl.json, "loads", lambda *given, **how: pytest.fail("it was parsed"))
-    for text in ('{"a":[' + "[]," * 500 + "[]]}", '{"a":' + "[" * 1001, '{"a":{' + ",".join(['"":1'] * 1001) + "}}"):
+    for text in (
+        '{"a":[' + "[]," * 500 + "[]]}",
+        '{"a":' + "[" * 1001,
+        '{"a":{' + ",".join(['"":1'] * 1001) + "}}",
+    ):
         (tmp_path / "a.json").write_text(text)
         for read in (read_json, lambda path: list(read_jsonl(path))):
             with pytest.raises(DataError, match="more than 1000"):
@@ -223,10 +259,16 @@ def _adapter(path):
     return load_adapter(path.parent)
 
 
-@pytest.mark.parametrize("read", [Basis.load, read_delta_lengths, Frame.load, list_tensors, _adapter])
-def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(tmp_path, monkeypatch, read):
+@pytest.mark.parametrize(
+    "read", [Basis.load, read_delta_lengths, Frame.load, list_tensors, _adapter]
+)
+def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(
+    tmp_path, monkeypatch, read
+):
     for module in (basis, checkpoint):
-        monkeypatch.setattr(module, "safe_open", lambda *given, **how: pytest.fail("the library was called"))
+        monkeypatch.setattr(
+            module, "safe_open", lambda *given, **how: pytest.fail("the library was called")
+        )
     monkeypatch.setattr(adapters, "load_file", lambda *given: pytest.fail("the library was called"))
     name = "adapter_model.safetensors" if read is _adapter else "model.safetensors"
     for header, size in ((2**26, 2**27), (2**62, 100), (0, 0)):
@@ -239,7 +281,11 @@ def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(tmp
 
 
 def test_a_key_of_many_parts_never_reaches_the_parser():
-    for text in ("a" + ".a" * 50_000 + " = 1", '"="' + ".a" * 50_000 + " = 1", "[a" + " . a" * 50_000 + "]"):
+    for text in (
+        "a" + ".a" * 50_000 + " = 1",
+        '"="' + ".a" * 50_000 + " = 1",
+        "[a" + " . a" * 50_000 + "]",
+    ):
         with pytest.raises(ValueError, match="a key of more than 64 parts"):
             jsonl._parse(text)
     assert jsonl._parse("x = [" + "{a = 0.5}, " * 100 + "]")["x"][99] == {"a": 0.5}

@@ -11,7 +11,9 @@ from assay.files.storage import PartialFile, check_new_file, write_atomic, write
 
 
 def run_python(code, *arguments):
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments], capture_output=True, text=True
+    )
 
 
 def names(folder):
@@ -29,7 +31,9 @@ def test_committed_records_are_under_the_final_name_only(tmp_path):
     assert names(tmp_path) == ["proof.jsonl"]
 
 
-@pytest.mark.parametrize("torn", ["", '{"nonce":2', '{"nonce":2}', "\0\0\0", '{"nonce":NaN}\n{"nonce":3}\n', "\n"])
+@pytest.mark.parametrize(
+    "torn", ["", '{"nonce":2', '{"nonce":2}', "\0\0\0", '{"nonce":NaN}\n{"nonce":3}\n', "\n"]
+)
 def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path, torn):
     path = tmp_path / "proof.jsonl"
     path.with_name("proof.jsonl.partial").write_text('{"nonce":0}\n{"nonce":1}\n' + torn)
@@ -58,7 +62,10 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
 def test_what_is_no_partial_file_is_left_as_it_is(tmp_path):
     other = tmp_path / "proof.jsonl.partial"
     other.write_text("my notes\nand more\n")
-    with PartialFile(tmp_path / "proof.jsonl") as file, pytest.raises(StorageError, match="is not what an earlier run"):
+    with (
+        PartialFile(tmp_path / "proof.jsonl") as file,
+        pytest.raises(StorageError, match="is not what an earlier run"),
+    ):
         file.recover()
     assert other.read_text() == "my notes\nand more\n"
     other.write_text('{"half')  # a line that a crash tore

@@ -1,6 +1,12 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from assay.models.checkpoint import silence_transformers
 
@@ -20,7 +26,15 @@ SIZES = {
 def write_checkpoint(tmp_path):
     """Writes a small trained-looking checkpoint and returns its directory."""
 
-    def write(name="checkpoint", *, architecture="qwen3", dtype=torch.bfloat16, shard="1GB", edit=None, **settings):
+    def write(
+        name="checkpoint",
+        *,
+        architecture="qwen3",
+        dtype=torch.bfloat16,
+        shard="1GB",
+        edit=None,
+        **settings,
+    ):
         torch.manual_seed(7)
         sizes = {**SIZES, "tie_word_embeddings": True, **settings}
         if architecture == "qwen3":

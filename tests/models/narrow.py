@@ -1,4 +1,6 @@
-"""What tests of products in float32 share: a CPU without fast narrow ones, and what reaches the kernels of torch."""
+"""What tests of products in float32 share: a CPU without fast narrow ones, and what reaches the
+kernels of torch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear)
 
 
 class Products(TorchDispatchMode):
-    """Collects the matrix products that reach the kernels of torch: narrow ones, apart if of few rows, and others."""
+    """Collects the matrix products that reach the kernels of torch: narrow ones, apart if of few
+    rows, and others.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +25,9 @@ class Products(TorchDispatchMode):
         self.few: list[str] = []
         self.wide: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.overloadpacket in _PRODUCTS:
             few = args[0].shape[:-1].numel() < wide._ROWS
             found = (self.few if few else self.narrow) if args[0].dtype in _NARROW else self.wide

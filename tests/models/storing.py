@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from assay.models.eight_bits import Arithmetic, EightBitExperts, EightBitLinear, Rounded, float8_blocks
+from assay.models.eight_bits import (
+    Arithmetic,
+    EightBitExperts,
+    EightBitLinear,
+    Rounded,
+    float8_blocks,
+)
 from assay.models.quantized import AWQ_PLACES, OF_A_WORD
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
@@ -32,7 +38,8 @@ def rewrite(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) 
 
 
 def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
-    """Write a checkpoint with linear layers in one of :data:`FORMATS` or :data:`FOUR_BITS`, as tools of the field do.
+    """Write a checkpoint with linear layers in one of :data:`FORMATS` or :data:`FOUR_BITS`, as
+    tools of the field do.
 
     ``block`` rows and columns share a scale, or columns in four bits.
     """
@@ -56,13 +63,18 @@ def store(source: Path, target: Path, form: str, *, block: int = 32) -> Path:
 
 
 def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
-    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which four are asked."""
+    """Write a mixture of random weights, ``qwen3-moe`` or ``mixtral``, with eight experts of which
+    four are asked.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "mixtral":
-            own = {"num_local_experts": MIXTURE["num_experts"], "intermediate_size": MIXTURE["moe_intermediate_size"]}
+            own = {
+                "num_local_experts": MIXTURE["num_experts"],
+                "intermediate_size": MIXTURE["moe_intermediate_size"],
+            }
             model: Any = MixtralForCausalLM(MixtralConfig(**MIXTURE | own | sizes))
         else:
             model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE | sizes))
@@ -71,14 +83,21 @@ def make_mixture(kind: str, target: Path, **sizes: int) -> Path:
 
 
 def make_hybrid(kind: str, target: Path, **sizes: int) -> Path:
-    """Write a model of random weights whose layers keep a state from position to position, or attend.
+    """Write a model of random weights whose layers keep a state from position to position, or
+    attend.
 
-    The kinds are those of transformers: ``falcon_h1``, ``granitemoehybrid``, ``nemotron_h``, ``qwen3_next``, ``lfm2``
-    and ``jamba``. ``sizes`` replace those of :data:`DECODER`.
+    The kinds are those of transformers: ``falcon_h1``, ``granitemoehybrid``, ``nemotron_h``,
+    ``qwen3_next``, ``lfm2`` and ``jamba``. ``sizes`` replace those of :data:`DECODER`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    mamba = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32, "mamba_chunk_size": 64}
+    mamba = {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 32,
+        "mamba_chunk_size": 64,
+    }
     linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2}
     own: dict[str, dict[str, Any]] = {
         "falcon_h1": {**mamba, "mamba_d_ssm": 256},
@@ -113,27 +132,58 @@ def make_hybrid(kind: str, target: Path, **sizes: int) -> Path:
             "conv_dim": 128,
             "block_dim": 128,
         },
-        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1},
+        "jamba": {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+        },
     }
-    return _write(AutoModelForCausalLM, AutoConfig.for_model(kind, **DECODER | sizes, **own[kind]), target)
+    return _write(
+        AutoModelForCausalLM, AutoConfig.for_model(kind, **DECODER | sizes, **own[kind]), target
+    )
 
 
 def make_wrapper(kind: str, target: Path, **sizes: int) -> Path:
-    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm`` or ``qwen2_5_vl``."""
+    """Write a model of random weights that reads images too: ``idefics3``, ``smolvlm`` or
+    ``qwen2_5_vl``.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 32, "patch_size": 16}
-    ids, decoder = {"image_token_id": 511}, DECODER | sizes
+    ids = {"image_token_id": 511}
+    decoder = DECODER | sizes
     if kind == "qwen2_5_vl":
-        of_time, of_space = decoder["head_dim"] // 8, 3 * decoder["head_dim"] // 16
-        rotation = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [of_time, of_space, of_space]}
-        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+        of_time = decoder["head_dim"] // 8
+        of_space = 3 * decoder["head_dim"] // 16
+        rotation = {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [of_time, of_space, of_space],
+        }
+        vision = {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+        }
         vision |= {"fullatt_block_indexes": [0]}
         text = decoder | {"rope_parameters": rotation}
-        settings = ids | {"video_token_id": 510, "vision_start_token_id": 509, "vision_end_token_id": 508}
+        settings = ids | {
+            "video_token_id": 510,
+            "vision_start_token_id": 509,
+            "vision_end_token_id": 508,
+        }
     else:
-        text, settings = decoder | {"model_type": "llama"}, ids | {"scale_factor": 2, "pad_token_id": 0}
+        text = decoder | {"model_type": "llama"}
+        settings = ids | {"scale_factor": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(kind, vision_config=vision, text_config=text, **settings)
     return _write(AutoModelForImageTextToText, config, target)
 
@@ -171,12 +221,19 @@ def _write(factory: Any, config: Any, target: Path) -> Path:
 
 
 def in_eight_bits(owner: nn.Module, by: Arithmetic) -> None:
-    """Round the linear layers and experts inside a module, as a checkpoint has them that is stored so."""
+    """Round the linear layers and experts inside a module, as a checkpoint has them that is stored
+    so.
+    """
     for name, part in list(owner.named_children()):
         if isinstance(part, nn.Linear):
-            setattr(owner, name, EightBitLinear(rounded_weight(part.weight.detach(), by), part.bias, by))
+            setattr(
+                owner, name, EightBitLinear(rounded_weight(part.weight.detach(), by), part.bias, by)
+            )
         elif hasattr(part, "gate_up_proj") and part.gate_up_proj.dim() > 2:
-            weights = (rounded_weight(weight.detach(), by) for weight in (part.gate_up_proj, part.down_proj))
+            weights = (
+                rounded_weight(weight.detach(), by)
+                for weight in (part.gate_up_proj, part.down_proj)
+            )
             setattr(owner, name, EightBitExperts(part, *weights, by))
         else:
             in_eight_bits(part, by)
@@ -191,27 +248,39 @@ def rounded_weight(weight: torch.Tensor, by: Arithmetic) -> Rounded:
     blocks = whole.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
     scales = blocks.abs().amax(dim=(-3, -1)).clamp_min(1e-12) / 448
     values = (blocks / scales[..., :, None, :, None]).flatten(-2).flatten(-3, -2)
-    return Rounded(values[..., : shape[-2], : shape[-1]].to(torch.float8_e4m3fn).contiguous(), scales)
+    return Rounded(
+        values[..., : shape[-2], : shape[-1]].to(torch.float8_e4m3fn).contiguous(), scales
+    )
 
 
 def described(form: str, block: int = 32, whole: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-    """The ``quantization_config`` of a format; ``whole`` names the layers that are not quantised."""
+    """The ``quantization_config`` of a format; ``whole`` names the layers that are not
+    quantised.
+    """
     if form in ("tensor", "channel", "block"):
         own = {"weight_block_size": [block, block]} if form == "block" else {}
         own["modules_to_not_convert"] = list(whole)
         return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", **own}
     if form in ("awq", "gptq"):
-        own = {"zero_point": True, "version": "gemm"} if form == "awq" else {"desc_act": False, "sym": True}
+        own = (
+            {"zero_point": True, "version": "gemm"}
+            if form == "awq"
+            else {"desc_act": False, "sym": True}
+        )
         return {"quant_method": form, "bits": 4, "group_size": block, **own}
     if form in FOUR_BITS:
-        weights = {"num_bits": 4, "type": "int", "symmetric": form == "packed", "strategy": "group", "dynamic": False}
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": form == "packed",
+            "strategy": "group",
+            "dynamic": False,
+        }
         return _compressed("pack-quantized", weights | {"group_size": block}, None, whole)
     kind = "int" if form == "int8" else "float"
     shared = {"num_bits": 8, "type": kind, "symmetric": True}
-    weights, inputs = (
-        shared | {"strategy": "channel", "dynamic": False},
-        shared | {"strategy": "token", "dynamic": True},
-    )
+    weights = shared | {"strategy": "channel", "dynamic": False}
+    inputs = shared | {"strategy": "token", "dynamic": True}
     if form == "block-tensors":
         weights |= {"strategy": "block", "block_structure": [block, block]}
         inputs |= {"strategy": "group", "group_size": block}
@@ -221,7 +290,12 @@ def described(form: str, block: int = 32, whole: Sequence[str] = ("lm_head",)) -
 def _compressed(
     kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None, whole: Sequence[str]
 ) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": kind,
@@ -231,7 +305,9 @@ def _compressed(
     }
 
 
-def packed(numbers: torch.Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))) -> torch.Tensor:
+def packed(
+    numbers: torch.Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))
+) -> torch.Tensor:
     """The words [..., P] int32 of numbers [..., 8 P] from 0 to 15; the inverse of ``unpacked``."""
     shifts = torch.tensor([4 * place for place in places], device=numbers.device)
     words = (numbers.long().reshape(*numbers.shape[:-1], -1, OF_A_WORD) << shifts).sum(dim=-1)
@@ -251,13 +327,24 @@ def _four_bits(place: str, weight: torch.Tensor, form: str, group: int) -> dict[
         zeros = (-low / scales).round().clamp(0, 15)
     numbers = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 15).flatten(-2)
     if form == "awq":
-        found = {"qweight": packed(numbers.t(), AWQ_PLACES), "qzeros": packed(zeros.t(), AWQ_PLACES)}
+        found = {
+            "qweight": packed(numbers.t(), AWQ_PLACES),
+            "qzeros": packed(zeros.t(), AWQ_PLACES),
+        }
         found["scales"] = scales.t()
     elif form == "gptq":
-        found = {"qweight": packed(numbers).t(), "qzeros": packed(zeros.t() - 1), "scales": scales.t()}
+        found = {
+            "qweight": packed(numbers).t(),
+            "qzeros": packed(zeros.t() - 1),
+            "scales": scales.t(),
+        }
         found["g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // group
     else:
-        found = {"weight_packed": packed(numbers), "weight_shape": torch.tensor(weight.shape), "weight_scale": scales}
+        found = {
+            "weight_packed": packed(numbers),
+            "weight_shape": torch.tensor(weight.shape),
+            "weight_scale": scales,
+        }
         if form == "packed-zeros":
             found["weight_zero_point"] = packed(zeros.t()).t()
     return {f"{place}.{name}": tensor.contiguous() for name, tensor in found.items()}
@@ -266,7 +353,11 @@ def _four_bits(place: str, weight: torch.Tensor, form: str, group: int) -> dict[
 def _rounded(weight: torch.Tensor, form: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     if form.startswith("block"):
         return rounded_weight(weight, float8_blocks(block, block))
-    largest = weight.abs().amax().reshape(1) if form == "tensor" else weight.abs().amax(dim=1, keepdim=True)
+    largest = (
+        weight.abs().amax().reshape(1)
+        if form == "tensor"
+        else weight.abs().amax(dim=1, keepdim=True)
+    )
     if form == "int8":
         return (weight / (largest / 127)).round().to(torch.int8), largest / 127
     values = (weight / (largest / 448)).to(torch.float8_e4m3fn)

@@ -17,13 +17,16 @@ TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }};{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-USER, ANSWER = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Hello"}]
+USER = [{"role": "user", "content": "Hi"}]
+ANSWER = [{"role": "assistant", "content": "Hello"}]
 
 
 def chat_tokenizer(template: str):
     """A tokenizer of bytes that begins a text with a token of its own, as the template does."""
     tokenizer = bytewise(bos_token="<s>", eos_token="</s>")
-    processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     tokenizer.backend_tokenizer.post_processor = processor
     tokenizer.chat_template = template
     return tokenizer
@@ -38,7 +41,12 @@ def test_messages_end_where_the_answer_begins_and_know_no_date():
     assert rendered(TEMPLATE, answer=read_chat(ANSWER, is_answer=True)) == "Hello;"
     assert '{"name": "f"}' in rendered(TEMPLATE, tools=[{"name": "f"}])
     assert rendered("{{ date_string }}", chat_template_kwargs={"date_string": "May"}) == "May"
-    assert rendered("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}") == "2024"
+    assert (
+        rendered(
+            "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}"
+        )
+        == "2024"
+    )
 
 
 CALLS = (
@@ -64,19 +72,43 @@ def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
     ("template", "match", "options"),
     [
         ("", "without a chat template", {}),
-        ("{{ raise_exception('roles must alternate') }}", "refuses: TemplateError: roles must alternate", {}),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "refuses: TemplateError: roles must alternate",
+            {},
+        ),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined", {}),
         ("{{ messages.__class__.__mro__ }}", "SecurityError", {}),
         (f"{{{{ 'a' * {LONGEST_TEXT + 1} }}}}", "makes 16777217 characters", {}),
         ("hi", "does not use", {"tools": [{"name": "f"}]}),
-        (TEMPLATE, "chat_template_kwargs with 'chat_template'", {"chat_template_kwargs": {"chat_template": ""}}),
-        ("{{ messages | length }}", "in another way", {"answer": read_chat(ANSWER, is_answer=True)}),
+        (
+            TEMPLATE,
+            "chat_template_kwargs with 'chat_template'",
+            {"chat_template_kwargs": {"chat_template": ""}},
+        ),
+        (
+            "{{ messages | length }}",
+            "in another way",
+            {"answer": read_chat(ANSWER, is_answer=True)},
+        ),
         (CALLS, "arguments.*valid dictionary", {"messages": called("[3]")}),
-        (TEMPLATE, "messages.0.content: Field required", {"messages": [{"role": "user", "content": None}]}),
+        (
+            TEMPLATE,
+            "messages.0.content: Field required",
+            {"messages": [{"role": "user", "content": None}]},
+        ),
         (TEMPLATE, "messages: List should have at least 1", {"messages": []}),
-        (TEMPLATE, "0.content: Input should be a valid string", {"messages": [{"role": "user", "content": [{}]}]}),
+        (
+            TEMPLATE,
+            "0.content: Input should be a valid string",
+            {"messages": [{"role": "user", "content": [{}]}]},
+        ),
         (TEMPLATE, "end by assistant", {"messages": USER + ANSWER}),
-        (TEMPLATE, "messages of 1677\\d{4} characters", {"messages": [USER[0] | {"content": "a" * LONGEST_TEXT}]}),
+        (
+            TEMPLATE,
+            "messages of 1677\\d{4} characters",
+            {"messages": [USER[0] | {"content": "a" * LONGEST_TEXT}]},
+        ),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(template, match, options):
@@ -84,10 +116,15 @@ def test_what_cannot_be_rendered_is_refused(template, match, options):
         rendered(template, **options)
 
 
-def test_a_checkpoint_that_transformers_does_not_load_has_its_generation_config(small_checkpoint, tmp_path):
+def test_a_checkpoint_that_transformers_does_not_load_has_its_generation_config(
+    small_checkpoint, tmp_path
+):
     path = shutil.copytree(small_checkpoint, tmp_path / "model")
     (path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    for made in (identify(path, dtype="float32"), load_model(path, weights="random-all", block_hash="B", device="cpu")):
+    for made in (
+        identify(path, dtype="float32"),
+        load_model(path, weights="random-all", block_hash="B", device="cpu"),
+    ):
         assert made.end_tokens == {5, 7}
 
 

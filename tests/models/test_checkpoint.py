@@ -7,19 +7,29 @@ from safetensors.torch import save_file
 
 from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
 from assay.models import load_model
-from assay.models.checkpoint import check_finite, digest_tensors, list_tensors, stored_dtype, weight_files
+from assay.models.checkpoint import (
+    check_finite,
+    digest_tensors,
+    list_tensors,
+    stored_dtype,
+    weight_files,
+)
 
 INDEX = "model.safetensors.index.json"
 
 
 def test_the_digest_is_the_one_documented(tmp_path):
-    save_file({"b": torch.tensor([[1.0, 2.0]]), "a": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    save_file(
+        {"b": torch.tensor([[1.0, 2.0]]), "a": torch.tensor(3.0)}, tmp_path / "model.safetensors"
+    )
     one = hashlib.sha256(b"a\nF32\n[]\n" + b"\x00\x00\x40\x40").digest()
     two = hashlib.sha256(b"b\nF32\n[1, 2]\n" + b"\x00\x00\x80\x3f\x00\x00\x00\x40").digest()
     assert digest_tensors(list_tensors(tmp_path)) == hashlib.sha256(one + two).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", "last.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.pkl", "last.ckpt"]
+)
 def test_a_pickle_is_refused_and_never_opened(checkpoint, name):
     (checkpoint / "model.safetensors").rename(checkpoint / name)
     (checkpoint / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
@@ -33,7 +43,9 @@ def test_no_weights_at_all(checkpoint):
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("names", [("model-00001-of-00002", "model-00002-of-00002"), ("a", "b"), ("Model",)])
+@pytest.mark.parametrize(
+    "names", [("model-00001-of-00002", "model-00002-of-00002"), ("a", "b"), ("Model",)]
+)
 def test_files_without_an_index_are_refused_by_name(checkpoint, names):
     """None is known to be the whole model."""
     whole = checkpoint / "model.safetensors"
@@ -42,12 +54,20 @@ def test_files_without_an_index_are_refused_by_name(checkpoint, names):
     with pytest.raises(BadWeights, match=f"model.safetensors and {names[0]}"):
         load_model(checkpoint)
     whole.unlink()
-    with pytest.raises(ModelNotFound, match=f"{names[0]}.safetensors and no file that says what belongs"):
+    with pytest.raises(
+        ModelNotFound, match=f"{names[0]}.safetensors and no file that says what belongs"
+    ):
         load_model(checkpoint)
 
 
 def test_the_files_of_an_adapter_and_of_mistral_are_no_weights(tmp_path):
-    for name in ("model", "adapter_model", "consolidated", "consolidated-00001-of-00002", "._model"):
+    for name in (
+        "model",
+        "adapter_model",
+        "consolidated",
+        "consolidated-00001-of-00002",
+        "._model",
+    ):
         (tmp_path / f"{name}.safetensors").touch()
     assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
 
@@ -60,7 +80,9 @@ def test_a_file_cut_short(checkpoint, keep):
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000]
+)
 def test_an_unreadable_index(write_checkpoint, index):
     directory = write_checkpoint(shard="10KB")
     (directory / INDEX).write_text(index)
@@ -80,7 +102,9 @@ def test_an_index_cannot_point_outside_its_directory(write_checkpoint):
 def test_a_tensor_in_two_files(tmp_path):
     for name in ("one.safetensors", "two.safetensors"):
         save_file({"same": torch.ones(2)}, tmp_path / name)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"same": "one.safetensors", "x": "two.safetensors"}}))
+    (tmp_path / INDEX).write_text(
+        json.dumps({"weight_map": {"same": "one.safetensors", "x": "two.safetensors"}})
+    )
     assert len(weight_files(tmp_path)) == 2
     with pytest.raises(BadWeights, match="'same' twice"):
         list_tensors(tmp_path)
@@ -94,7 +118,11 @@ def test_an_empty_file_of_tensors(tmp_path):
 
 def test_the_stored_dtype_is_that_of_most_values(tmp_path):
     save_file(
-        {"small": torch.ones(3), "large": torch.ones(9, dtype=torch.float16), "mask": torch.ones(99) > 0},
+        {
+            "small": torch.ones(3),
+            "large": torch.ones(9, dtype=torch.float16),
+            "mask": torch.ones(99) > 0,
+        },
         tmp_path / "model.safetensors",
     )
     assert stored_dtype(list_tensors(tmp_path)) == torch.float16

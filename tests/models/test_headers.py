@@ -1,4 +1,6 @@
-"""A checkpoint that does not fit its configuration is refused by its headers, before anything is read or hashed."""
+"""A checkpoint that does not fit its configuration is refused by its headers, before anything is
+read or hashed.
+"""
 
 import json
 
@@ -18,7 +20,9 @@ EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 MORE = EXPERT.replace(".3.", ".8.")
 READERS = {
     "load": lambda path: load_model(path, device="cpu"),
-    "embeddings": lambda path: load_model(path, device="cpu", weights="random-embed", block_hash="b"),
+    "embeddings": lambda path: load_model(
+        path, device="cpu", weights="random-embed", block_hash="b"
+    ),
     "identify": lambda path: identify(path, dtype="float32"),
     "check": check_loadable,
 }
@@ -49,14 +53,23 @@ def refusal(path, reader):
     ("edit", "says"),
     [
         (lambda t: t.pop(NORM), f"missing, the first is '{NORM}'"),
-        (lambda t: t.update({"model.norm.scale": torch.ones(3)}), "surplus, the first is 'model.norm.scale'"),
-        (lambda t: t.update({NORM: torch.ones(5)}), f"of another shape, the first is '{NORM}': [5], not [32]"),
+        (
+            lambda t: t.update({"model.norm.scale": torch.ones(3)}),
+            "surplus, the first is 'model.norm.scale'",
+        ),
+        (
+            lambda t: t.update({NORM: torch.ones(5)}),
+            f"of another shape, the first is '{NORM}': [5], not [32]",
+        ),
     ],
     ids=["missing", "surplus", "shape"],
 )
 def test_the_file_and_the_tensor_are_named(checkpoint, edit, says, reader):
     rewrite(checkpoint, edit)
-    assert refusal(checkpoint, reader).seen == f"{checkpoint / 'model.safetensors'}: a tensor is {says}"
+    assert (
+        refusal(checkpoint, reader).seen
+        == f"{checkpoint / 'model.safetensors'}: a tensor is {says}"
+    )
 
 
 def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_checkpoint):
@@ -65,14 +78,19 @@ def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_check
     rest = load_file(file)
     del rest[NORM]
     save_file(rest, file, metadata={"format": "pt"})
-    assert refusal(path, check_loadable).seen == f"{file}: a tensor is missing, the first is '{NORM}'"
+    assert (
+        refusal(path, check_loadable).seen == f"{file}: a tensor is missing, the first is '{NORM}'"
+    )
 
 
 def test_a_missing_file_of_the_index_is_named(write_checkpoint):
     path = write_checkpoint(shard="10KB")
     file = min(path.glob("*.safetensors"))
     file.unlink()
-    assert refusal(path, check_loadable).seen == f"{path / INDEX} names {file.name}, which is not there"
+    assert (
+        refusal(path, check_loadable).seen
+        == f"{path / INDEX} names {file.name}, which is not there"
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
@@ -108,10 +126,16 @@ def test_an_expert_is_named_as_it_is_stored(tmp_path, edit, kind, name):
 
 @pytest.mark.parametrize("form", ["channel-tensors", "block", "awq", "gptq", "packed-zeros"])
 def test_a_quantised_checkpoint_is_refused_by_its_headers_too(write_checkpoint, tmp_path, form):
-    path = store(write_checkpoint("wide", hidden_size=64, intermediate_size=64, head_dim=32), tmp_path / "stored", form)
+    path = store(
+        write_checkpoint("wide", hidden_size=64, intermediate_size=64, head_dim=32),
+        tmp_path / "stored",
+        form,
+    )
     check_loadable(path, device="cpu")
     rewrite(path, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
     said = refusal(path, lambda path: check_loadable(path, device="cpu")).seen
     assert said == f"{path / 'model.safetensors'}: 'model.layers.9.extra' is surplus, one of 1"
     rewrite(path, lambda tensors: (tensors.pop("model.layers.9.extra"), tensors.pop(NORM)))
-    assert refusal(path, READERS["load"]).seen == f"{path / 'model.safetensors'}: '{NORM}' is missing"
+    assert (
+        refusal(path, READERS["load"]).seen == f"{path / 'model.safetensors'}: '{NORM}' is missing"
+    )

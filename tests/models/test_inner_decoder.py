@@ -30,7 +30,12 @@ def distances(model, engine):
 def test_a_decoder_that_is_wrapped_proves_as_it_does_alone(kind, tmp_path):
     path = make_wrapper(kind, tmp_path / kind)
     model = load_model(path, dtype="float32", device="cpu")
-    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (128, 4, 512, 256)
+    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (
+        128,
+        4,
+        512,
+        256,
+    )
     assert len(decoder_layers(model.module)) == 4
     assert model_info(path).hidden_size == 128
     assert identify(path, dtype="float32").digest == model.digest

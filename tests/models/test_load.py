@@ -21,8 +21,17 @@ def test_a_loaded_model_is_the_stored_one_and_ready_to_run(checkpoint):
     assert not model.module.training
     assert model.module.config._attn_implementation == "sdpa"
     assert model.tokenizer is None
-    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (32, 2, 96, 64)
-    assert (model.architecture, model.weights, model.reference) == ("Qwen3ForCausalLM", "trained", str(checkpoint))
+    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (
+        32,
+        2,
+        96,
+        64,
+    )
+    assert (model.architecture, model.weights, model.reference) == (
+        "Qwen3ForCausalLM",
+        "trained",
+        str(checkpoint),
+    )
     assert (model.dtype, model.device) == (torch.bfloat16, torch.device("cpu"))
 
 
@@ -36,7 +45,8 @@ def test_dtype_is_honoured_and_positions_stay_exact(checkpoint, name):
 
 
 def test_the_digest_ignores_sharding_and_the_dtype_of_loading(write_checkpoint):
-    whole, sharded = write_checkpoint("whole"), write_checkpoint("sharded", shard="10KB")
+    whole = write_checkpoint("whole")
+    sharded = write_checkpoint("sharded", shard="10KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     digests = {
         load_model(whole, device="cpu").digest,
@@ -57,13 +67,17 @@ def test_the_digest_follows_values_names_shapes_and_stored_dtype(write_checkpoin
         write_checkpoint("llama", architecture="llama"),
         write_checkpoint("untied", tie_word_embeddings=False),
     ]
-    assert len({load_model(directory, device="cpu").digest for directory in directories}) == len(directories)
+    assert len({load_model(directory, device="cpu").digest for directory in directories}) == len(
+        directories
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_digest_and_the_same_random_bits(checkpoint):
-    assert load_model(checkpoint, device="cuda").digest == load_model(checkpoint, device="cpu").digest
+    assert (
+        load_model(checkpoint, device="cuda").digest == load_model(checkpoint, device="cpu").digest
+    )
     there = load_model(checkpoint, device="cuda", weights="random-all", block_hash="b").module
     here = load_model(checkpoint, device="cpu", weights="random-all", block_hash="b").module
     for (_, a), (_, b) in zip(there.named_parameters(), here.named_parameters(), strict=True):
@@ -125,7 +139,9 @@ def test_sizes_that_do_not_fit_together(checkpoint):
 @pytest.mark.parametrize("place", ["from_pretrained", "from_config"])
 def test_a_model_that_does_not_fit_is_not_called_corrupt(checkpoint, monkeypatch, place):
     def full(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"
+        )
 
     monkeypatch.setattr(AutoModelForCausalLM, place, full)
     mode = {} if place == "from_pretrained" else {"weights": "random-all", "block_hash": "b"}
@@ -162,9 +178,16 @@ def test_loading_is_silent_and_leaves_global_settings_alone(checkpoint, capfd):
 
 def test_an_architecture_without_sdpa_is_loaded_eager(tmp_path):
     """The softmax of GPT-OSS has a sink, which ``sdpa`` does not know."""
-    sizes = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
-    config = GptOssConfig(hidden_size=64, intermediate_size=64, initializer_range=0.1, **sizes, **heads)
+    config = GptOssConfig(
+        hidden_size=64, intermediate_size=64, initializer_range=0.1, **sizes, **heads
+    )
     theirs = GptOssForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)

@@ -1,4 +1,6 @@
-"""The kernel of products in eight bits where triton is and a GPU is not: interpreted, against the definition."""
+"""The kernel of products in eight bits where triton is and a GPU is not: interpreted, against the
+definition.
+"""
 
 import json
 import os
@@ -37,7 +39,9 @@ print(json.dumps(found))
 
 def test_products_are_those_of_the_definition():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert len(found) == 6

@@ -21,12 +21,21 @@ def test_float8_needs_a_device_that_has_it(small_checkpoint, monkeypatch):
 def test_a_row_is_rounded_by_its_own_largest_magnitude():
     x = torch.tensor([[1.0, -448.0, 0.3], [0.0, 0.0, 0.0], [-2.0, 1.0, 1e-9]])
     rounded = round_rows(x)
-    assert rounded.values.float()[:, :2].tolist() == [[1.0, -448.0], [0.0, 0.0], [-448.0, 224.0]][: len(x)]
+    assert (
+        rounded.values.float()[:, :2].tolist()
+        == [[1.0, -448.0], [0.0, 0.0], [-448.0, 224.0]][: len(x)]
+    )
     restored = rounded.values.float() * rounded.scales
     assert ((restored - x).abs() <= x.abs() / 16 + rounded.scales * 2**-10).all()
     alone = round_rows(x[2:])
     assert torch.equal(alone.values.view(torch.uint8), rounded.values[2:].view(torch.uint8))
-    assert round_rows(torch.tensor([[1.0, torch.nan], [1.0, torch.inf]])).values.float().isnan().any(dim=1).all()
+    assert (
+        round_rows(torch.tensor([[1.0, torch.nan], [1.0, torch.inf]]))
+        .values.float()
+        .isnan()
+        .any(dim=1)
+        .all()
+    )
 
 
 def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint, monkeypatch):
@@ -41,15 +50,23 @@ def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint
 @pytest.fixture
 def pair(small_checkpoint):
     """The small checkpoint as it is and rounded."""
-    return [load_model(small_checkpoint, device="cpu", dtype="bfloat16", quantise=q) for q in (None, "float8")]
+    return [
+        load_model(small_checkpoint, device="cpu", dtype="bfloat16", quantise=q)
+        for q in (None, "float8")
+    ]
 
 
 def test_the_decoder_s_weights_are_rounded_and_nothing_else(pair):
     plain, rounded = pair
-    assert (rounded.quantised, rounded.dtype, rounded.digest) == ("float8", plain.dtype, plain.digest)
+    assert (rounded.quantised, rounded.dtype, rounded.digest) == (
+        "float8",
+        plain.dtype,
+        plain.digest,
+    )
     theirs = dict(rounded.module.named_parameters())
     for name, parameter in plain.module.named_parameters():
-        other, size = theirs[name].data, parameter.float().abs()
+        other = theirs[name].data
+        size = parameter.float().abs()
         if not name.endswith("_proj.weight"):
             assert torch.equal(other, parameter), name
             continue
@@ -68,6 +85,10 @@ def test_a_rounded_model_is_a_configuration_of_its_own(pair):
     assert proof.header.fingerprint.dtype == "float8"
     shifted = prove(rounded, round, range(5, 13), engine=engine)
     assert shifted.distances.tolist() == proof.distances[5:13].tolist()
-    assert 0 < (proof.distances - prove(plain, round, range(64), engine=unrounded).distances).std() < 0.01
+    assert (
+        0
+        < (proof.distances - prove(plain, round, range(64), engine=unrounded).distances).std()
+        < 0.01
+    )
     # Between formats without a law nothing is accused, and nothing passes, by accident.
     assert [verify(proof, judge).verdict for judge in (plain, rounded)] == ["undecided"] * 2

@@ -1,4 +1,6 @@
-"""Random weights: the bits of every mode, their digests, and checkpoints that are written with them."""
+"""Random weights: the bits of every mode, their digests, and checkpoints that are written with
+them.
+"""
 
 import numpy as np
 import pytest
@@ -30,7 +32,9 @@ def small_shape(checkpoint, monkeypatch):
 
 
 def test_random_all_is_the_documented_stream_for_every_parameter_norms_included(checkpoint):
-    model = load_model(checkpoint, dtype="float32", device="cpu", weights="random-all", block_hash="b7")
+    model = load_model(
+        checkpoint, dtype="float32", device="cpu", weights="random-all", block_hash="b7"
+    )
     definition = streams.get_backend("numpy")
     for name, parameter in model.module.named_parameters():
         seeds = streams.seeds([f"b7_{name}"])
@@ -41,16 +45,21 @@ def test_random_all_is_the_documented_stream_for_every_parameter_norms_included(
 
 def test_the_cast_is_last_and_to_nearest(checkpoint):
     def load(dtype):
-        model = load_model(checkpoint, dtype=dtype, device="cpu", weights="random-all", block_hash="b")
+        model = load_model(
+            checkpoint, dtype=dtype, device="cpu", weights="random-all", block_hash="b"
+        )
         return dict(model.module.named_parameters())
 
-    wide, narrow = load("float32"), load("bfloat16")
+    wide = load("float32")
+    narrow = load("bfloat16")
     assert all(torch.equal(wide[name].to(torch.bfloat16), narrow[name]) for name in wide)
 
 
 @pytest.mark.parametrize("mode", ["random-all", "random-embed"])
 def test_random_modes_repeat_and_differ_by_block(checkpoint, mode):
-    first, again, other = (load_model(checkpoint, device="cpu", weights=mode, block_hash=b) for b in ("a", "a", "b"))
+    first, again, other = (
+        load_model(checkpoint, device="cpu", weights=mode, block_hash=b) for b in ("a", "a", "b")
+    )
     assert bits(first) == bits(again)
     assert bits(first) != bits(other)
     assert first.digest == again.digest != other.digest
@@ -58,7 +67,8 @@ def test_random_modes_repeat_and_differ_by_block(checkpoint, mode):
 
 
 def test_digests_tell_every_recipe_apart(write_checkpoint, small_shape):
-    checkpoint, turned = write_checkpoint("one"), write_checkpoint("two", rms_norm_eps=1e-3)
+    checkpoint = write_checkpoint("one")
+    turned = write_checkpoint("two", rms_norm_eps=1e-3)
     digests = [
         load_model(reference, device="cpu", weights=mode, block_hash=block).digest
         for reference in (checkpoint, turned, small_shape)
@@ -79,23 +89,35 @@ def test_random_embed_replaces_only_the_embeddings_and_a_head_tied_to_them(check
     assert model.module.get_output_embeddings().weight is model.module.get_input_embeddings().weight
 
 
-def test_random_embed_leaves_a_head_of_its_own_alone_and_names_what_it_was_laid_on(write_checkpoint):
+def test_random_embed_leaves_a_head_of_its_own_alone_and_names_what_it_was_laid_on(
+    write_checkpoint,
+):
     def nudge(module):
         module.get_parameter("model.norm.weight").data += 1
 
     one, two = (
-        write_checkpoint(name, tie_word_embeddings=False, edit=e) for name, e in (("one", None), ("two", nudge))
+        write_checkpoint(name, tie_word_embeddings=False, edit=e)
+        for name, e in (("one", None), ("two", nudge))
     )
     trained = bits(load_model(one, device="cpu"))
-    laid = [load_model(path, device="cpu", weights="random-embed", block_hash="a") for path in (one, two)]
+    laid = [
+        load_model(path, device="cpu", weights="random-embed", block_hash="a")
+        for path in (one, two)
+    ]
     mixed = bits(laid[0])
-    assert {name for name in trained if trained[name] != mixed[name]} == {"model.embed_tokens.weight"}
+    assert {name for name in trained if trained[name] != mixed[name]} == {
+        "model.embed_tokens.weight"
+    }
     assert laid[0].digest != laid[1].digest
 
 
 def test_a_shape_has_norms_of_one_and_a_default_dtype_and_block(small_shape):
     default = load_model(small_shape, device="cpu")
-    assert (default.weights, default.dtype, default.tokenizer) == ("random-all", torch.bfloat16, None)
+    assert (default.weights, default.dtype, default.tokenizer) == (
+        "random-all",
+        torch.bfloat16,
+        None,
+    )
     norms = {name for name, p in default.module.named_parameters() if bool((p == 1).all())}
     assert norms == {name for name, p in default.module.named_parameters() if p.ndim == 1}
     assert any("q_norm" in name for name in norms)
@@ -110,19 +132,24 @@ def test_a_saved_checkpoint_loads_to_the_same_bits(checkpoint, tmp_path, mode):
     made = load_model(checkpoint, device="cpu", weights=mode, block_hash="b")
     path = save_random(checkpoint, tmp_path / "sub" / "random", weights=mode, block_hash="b")
     loaded = load_model(path, device="cpu")
-    for (name, a), (other, b) in zip(made.module.named_parameters(), loaded.module.named_parameters(), strict=True):
+    for (name, a), (other, b) in zip(
+        made.module.named_parameters(), loaded.module.named_parameters(), strict=True
+    ):
         assert name == other
         assert torch.equal(a, b)
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
 
 
 def test_dtype_and_tokenizer_go_with_it(tmp_path):
-    path = save_random("reference:llama", tmp_path / "r", weights="random-all", block_hash="b", dtype="float16")
+    path = save_random(
+        "reference:llama", tmp_path / "r", weights="random-all", block_hash="b", dtype="float16"
+    )
     model = load_model(path, device="cpu")
     assert model.dtype == torch.float16
     assert model.tokenizer is not None
     assert (
-        model.tokenizer("def f():\n")["input_ids"] == load_model("reference:llama").tokenizer("def f():\n")["input_ids"]
+        model.tokenizer("def f():\n")["input_ids"]
+        == load_model("reference:llama").tokenizer("def f():\n")["input_ids"]
     )
 
 

@@ -1,4 +1,6 @@
-"""The two bundled models: that they are whole, that they are trained, and that their tokenizer keeps every text."""
+"""The two bundled models: that they are whole, that they are trained, and that their tokenizer
+keeps every text.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,12 @@ def test_the_committed_weights_are_the_ones_described(name):
     model = load_model(name, device="cpu")
     assert model.digest == DIGESTS[name]
     assert model.dtype == torch.bfloat16
-    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (256, 8, 4096, 2048)
+    assert (model.hidden_size, model.num_layers, model.vocab_size, model.max_positions) == (
+        256,
+        8,
+        4096,
+        2048,
+    )
     card = (find_bundled(name) / "MODEL_CARD.md").read_text()
     assert f"| parameters | {sum(p.numel() for p in model.module.parameters())} |" in card
     assert (find_bundled(name) / "model.safetensors").stat().st_size < 16_000_000
@@ -37,7 +44,8 @@ def test_no_token_is_added_and_the_special_ones_are_there(model):
     assert tokenizer("")["input_ids"] == []
     assert len(tokenizer) == model.vocab_size
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    prompt, completion = "def f(x):", "\n    return x\n"
+    prompt = "def f(x):"
+    completion = "\n    return x\n"
     ids = tokenizer(prompt)["input_ids"] + tokenizer(completion)["input_ids"]
     assert ids == tokenizer(prompt + completion)["input_ids"]
 

@@ -1,4 +1,6 @@
-"""References: what they lead to, what is known of a model without its weights, and what is refused."""
+"""References: what they lead to, what is known of a model without its weights, and what is
+refused.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +50,11 @@ def test_a_wrong_bundled_name_gets_a_suggestion(wrong, meant):
 
 @pytest.mark.parametrize(
     ("bare", "meant"),
-    [("qwen3", "reference:qwen3"), ("organism", "reference:organism"), ("qwen3-4b", "shape:qwen3-4b")],
+    [
+        ("qwen3", "reference:qwen3"),
+        ("organism", "reference:organism"),
+        ("qwen3-4b", "shape:qwen3-4b"),
+    ],
 )
 def test_a_bundled_name_without_its_prefix_gets_a_suggestion(monkeypatch, tmp_path, bare, meant):
     answer(monkeypatch, AssertionError("the hub was asked"))
@@ -56,7 +62,9 @@ def test_a_bundled_name_without_its_prefix_gets_a_suggestion(monkeypatch, tmp_pa
     with pytest.raises(ModelNotFound, match=f"did you mean '{meant}'"):
         load_model(bare)
     (tmp_path / bare).mkdir()
-    with pytest.raises(ModelNotFound, match=r"no config\.json"):  # a directory of that name is the directory
+    with pytest.raises(
+        ModelNotFound, match=r"no config\.json"
+    ):  # a directory of that name is the directory
         load_model(bare)
 
 
@@ -110,7 +118,10 @@ TOKENIZER = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vo
             beside("tokenizer.json", '{"normalizer": {"precompiled_charsmap": "/////wAA"}}'),
             "precompiled_charsmap.*shorter",
         ),
-        (beside("tokenizer_config.json", '{"added_tokens_decoder": {"4294967295": {}}}'), "highest token id"),
+        (
+            beside("tokenizer_config.json", '{"added_tokens_decoder": {"4294967295": {}}}'),
+            "highest token id",
+        ),
     ],
 )
 def test_a_model_as_users_have_them_is_refused_in_words(checkpoint, spoil, says):
@@ -181,7 +192,9 @@ def test_a_hub_model_that_is_a_pickle_is_refused_before_the_download(monkeypatch
 def test_a_whole_copy_in_the_cache_needs_no_network(monkeypatch, checkpoint):
     answer(monkeypatch, AssertionError("the hub was asked"))
     monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: str(checkpoint))
-    assert load_model("owner/name", device="cpu").digest == load_model(checkpoint, device="cpu").digest
+    assert (
+        load_model("owner/name", device="cpu").digest == load_model(checkpoint, device="cpu").digest
+    )
 
 
 def test_half_a_copy_in_the_cache_is_completed(monkeypatch, checkpoint):
@@ -226,8 +239,15 @@ def test_the_list_holds_every_bundled_model_trained_ones_first():
     infos = list_models()
     trained = ["reference:qwen3", "reference:llama", "reference:organism"]
     assert [info.reference for info in infos] == [*trained, "pretrained:smollm2", *PUBLISHED]
-    assert [info.architecture for info in infos[:3]] == ["Qwen3ForCausalLM", "LlamaForCausalLM", "LlamaForCausalLM"]
-    assert all(5_000_000 < info.parameters < 12_000_000 and info.licence == "Apache-2.0" for info in infos[:3])
+    assert [info.architecture for info in infos[:3]] == [
+        "Qwen3ForCausalLM",
+        "LlamaForCausalLM",
+        "LlamaForCausalLM",
+    ]
+    assert all(
+        5_000_000 < info.parameters < 12_000_000 and info.licence == "Apache-2.0"
+        for info in infos[:3]
+    )
     assert all(info.licence == "no weights included" for info in infos[4:])
 
 
@@ -239,9 +259,19 @@ def test_a_directory_is_described_without_its_weights(checkpoint):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_is_named_as_if_it_had_been_loaded_and_takes_no_memory(checkpoint, dtype):
-    named, loaded = identify(checkpoint, dtype=dtype), load_model(checkpoint, dtype=dtype, device="cpu")
+    named = identify(checkpoint, dtype=dtype)
+    loaded = load_model(checkpoint, dtype=dtype, device="cpu")
     assert named.device == torch.device("meta")
-    for fact in ("digest", "weights", "reference", "dtype", "architecture", "hidden_size", "num_layers", "vocab_size"):
+    for fact in (
+        "digest",
+        "weights",
+        "reference",
+        "dtype",
+        "architecture",
+        "hidden_size",
+        "num_layers",
+        "vocab_size",
+    ):
         assert getattr(named, fact) == getattr(loaded, fact)
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints that are stored in eight or four bits: what is read as it is, and what is refused by its name."""
+"""Checkpoints that are stored in eight or four bits: what is read as it is, and what is refused by
+its name.
+"""
 
 import json
 import re
@@ -15,7 +17,16 @@ from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.load import identify
 from assay.models.quantized import check_device, read_format
 from assay.poc import HFEngine, Round, calibrate, prove, verify
-from tests.models.storing import FORMATS, FOUR_BITS, configure, described, make_mixture, restored, rewrite, store
+from tests.models.storing import (
+    FORMATS,
+    FOUR_BITS,
+    configure,
+    described,
+    make_mixture,
+    restored,
+    rewrite,
+    store,
+)
 
 NAMES = dict.fromkeys(FORMATS, "float8") | {
     "block": "float8-block",
@@ -70,27 +81,35 @@ def test_a_layer_multiplies_by_what_is_stored(stored):
 @pytest.mark.parametrize("form", ["channel", "block", "int8"])
 def test_experts_stored_one_by_one_are_stacked(mixture_checkpoint, tmp_path, form):
     path = store(mixture_checkpoint, tmp_path / "model", form)
-    model, plain = load_model(path, device="cpu"), load_model(mixture_checkpoint, device="cpu", dtype="float32")
+    model = load_model(path, device="cpu")
+    plain = load_model(mixture_checkpoint, device="cpu", dtype="float32")
     experts = model.module.model.layers[0].mlp.experts
     assert isinstance(experts, EightBitExperts)
-    x, router = torch.randn(16, 128), plain.module.model.layers[0].mlp.gate
+    x = torch.randn(16, 128)
+    router = plain.module.model.layers[0].mlp.gate
     _, shares, chosen = router(x)
-    ours, theirs = experts(x, chosen, shares), plain.module.model.layers[0].mlp.experts(x, chosen, shares)
+    ours = experts(x, chosen, shares)
+    theirs = plain.module.model.layers[0].mlp.experts(x, chosen, shares)
     assert 1e-3 < (ours - theirs).norm() / theirs.norm() < 0.08
     alone = experts(x[3:4], chosen[3:4], shares[3:4])
     assert torch.equal(alone, ours[3:4])
 
 
 def entry(tensors, form, row, column):
-    """One number of the layer's weight, by the definition of its layout, with whole numbers of Python."""
+    """One number of the layer's weight, by the definition of its layout, with whole numbers of
+    Python.
+    """
 
     def four_bits(name, at, place):
         return int(tensors[f"{LAYER}.{name}"][at]) % 2**32 >> 4 * place & 15
 
-    group, awq = column // GROUP, [0, 2, 4, 6, 1, 3, 5, 7]
+    group = column // GROUP
+    awq = [0, 2, 4, 6, 1, 3, 5, 7]
     if form == "awq":
-        at, place = row // 8, awq.index(row % 8)
-        number, zero = four_bits("qweight", (column, at), place), four_bits("qzeros", (group, at), place)
+        at = row // 8
+        place = awq.index(row % 8)
+        number = four_bits("qweight", (column, at), place)
+        zero = four_bits("qzeros", (group, at), place)
         return (number - zero) * float(tensors[f"{LAYER}.scales"][group, row])
     if form == "gptq":
         zero = four_bits("qzeros", (group, row // 8), row % 8) + 1
@@ -106,11 +125,16 @@ def test_a_weight_is_what_its_layout_says(written, form, small_checkpoint):
     path = written(form)
     model = load_model(path, device="cpu", dtype="float32")
     assert (model.quantised, model.dtype) == ("int4-groups", torch.float32)
-    weight, tensors = model.module.get_submodule(LAYER).weight.detach(), load_file(path / "model.safetensors")
+    weight = model.module.get_submodule(LAYER).weight.detach()
+    tensors = load_file(path / "model.safetensors")
     for row in range(0, weight.shape[0], 3):
         for column in range(0, weight.shape[1], 5):
             assert float(weight[row, column]) == entry(tensors, form, row, column)
-    before = load_model(small_checkpoint, device="cpu", dtype="float32").module.get_submodule(LAYER).weight.detach()
+    before = (
+        load_model(small_checkpoint, device="cpu", dtype="float32")
+        .module.get_submodule(LAYER)
+        .weight.detach()
+    )
     assert 0.02 < (weight - before).norm() / before.norm() < 0.15
     assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
 
@@ -129,7 +153,9 @@ def test_a_weight_in_another_dtype_is_rounded_once_and_its_scale_first(written, 
 
 @pytest.mark.parametrize("form", ["packed", "gptq"])
 def test_experts_in_four_bits_are_restored_one_by_one(mixture_checkpoint, tmp_path, form):
-    model = load_model(store(mixture_checkpoint, tmp_path / "model", form), device="cpu", dtype="float32")
+    model = load_model(
+        store(mixture_checkpoint, tmp_path / "model", form), device="cpu", dtype="float32"
+    )
     plain = load_model(mixture_checkpoint, device="cpu", dtype="float32")
     for name in ("gate_up_proj", "down_proj"):
         ours, theirs = (getattr(m.module.model.layers[0].mlp.experts, name) for m in (model, plain))
@@ -140,12 +166,16 @@ def test_the_digest_covers_the_scales_and_the_configuration(stored, tmp_path):
     path, _ = stored
     digest = load_model(path, device="cpu").digest
     assert identify(path, dtype="bfloat16").digest == digest
-    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    tensors = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
     name = next(name for name in tensors if "scale" in name)
     seen = {digest}
     for changed, stated in (
         (tensors | {name: tensors[name] * 2}, config),
-        (tensors, config | {"quantization_config": config["quantization_config"] | {"note": "another"}}),
+        (
+            tensors,
+            config | {"quantization_config": config["quantization_config"] | {"note": "another"}},
+        ),
     ):
         other = tmp_path / str(len(seen))
         other.mkdir()
@@ -162,14 +192,20 @@ def test_a_node_proves_with_it_and_a_validator_verifies(stored):
     first = prove(model, round, range(40), batch_size=8)
     second = prove(model, round, range(40), batch_size=5)
     assert first.header.fingerprint.dtype == name
-    again = load_model(path, device="cpu", quantise=name)  # as `verify` asks for what the header states
+    again = load_model(
+        path, device="cpu", quantise=name
+    )  # as `verify` asks for what the header states
     engine = HFEngine(again, batch_size=5, seq_len=16)
-    verdict = verify(first, again, engine=engine, expect=round, calibration=calibrate(first, second))
+    verdict = verify(
+        first, again, engine=engine, expect=round, calibration=calibrate(first, second)
+    )
     assert verdict.verdict in ("honest", "undecided")
     assert max(map(abs, verdict.residuals)) < 1e-6
 
 
-TENSORS, F8, GROUP_0 = "channel-tensors", torch.float8_e4m3fn, ("config_groups", "group_0")
+TENSORS = "channel-tensors"
+F8 = torch.float8_e4m3fn
+GROUP_0 = ("config_groups", "group_0")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +271,11 @@ def left_out(name):
         (TENSORS, lambda t: t[f"{LAYER}.weight"].view(torch.uint8).fill_(127), "NaN or infinity"),
         (TENSORS, left_out("model.norm.weight"), "'model.norm.weight' is missing"),
         (TENSORS, lambda t: t.update({"model.layers.9.extra": torch.ones(2)}), "surplus"),
-        (TENSORS, lambda t: t.update({"model.norm.weight": torch.ones(64).to(F8)}), "no weight of a linear"),
+        (
+            TENSORS,
+            lambda t: t.update({"model.norm.weight": torch.ones(64).to(F8)}),
+            "no weight of a linear",
+        ),
         ("gptq", lambda t: t[f"{LAYER}.qzeros"].fill_(0), "other zeros"),
         ("gptq", lambda t: t[f"{LAYER}.g_idx"].fill_(0), "out of order"),
         ("gptq", left_out(f"{LAYER}.scales"), "is missing"),
@@ -269,9 +309,13 @@ def test_groups_that_do_not_divide_the_columns_are_refused(small_checkpoint, tmp
         load_model(path, device="cpu")
 
 
-def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(stored, small_checkpoint):
+def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(
+    stored, small_checkpoint
+):
     with pytest.raises(UsageError, match="stored in"):
-        load_model(stored[0], device="cpu", quantise="float8" if stored[1] != "float8" else "int8-rows")
+        load_model(
+            stored[0], device="cpu", quantise="float8" if stored[1] != "float8" else "int8-rows"
+        )
     with pytest.raises(UsageError, match="stored in"):
         load_model(stored[0], device="cpu", weights="random-all", block_hash="b")
     with pytest.raises(UsageError, match="float8-block"):
@@ -291,7 +335,9 @@ def form_of(name, **more):
     return form
 
 
-@pytest.mark.parametrize("form", [form_of("block", block=128), form_of("int8")], ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    "form", [form_of("block", block=128), form_of("int8")], ids=lambda form: form.name
+)
 def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch):
     check_device(form, cuda(monkeypatch, 9, 0))
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):

@@ -1,4 +1,6 @@
-"""A chat template of a stranger costs one request: it is rendered in a process with bounds, as transformers renders."""
+"""A chat template of a stranger costs one request: it is rendered in a process with bounds, as
+transformers renders.
+"""
 
 import os
 import signal
@@ -12,8 +14,13 @@ from assay.models.checkpoint import load_tokenizer
 from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer, rendered
 
 NINES = "{% for b in range(99999) %}{% for a in range(99999) %}BODY{% endfor %}{% endfor %}"
-NESTED = "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
-GROWING = "{% set r = namespace(s='aaaaaaaa') %}{% for i in range(99) %}{% set r.s = BODY %}{% endfor %}{{ r.s }}"
+NESTED = (
+    "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+)
+GROWING = (
+    "{% set r = namespace(s='aaaaaaaa') %}{% for i in range(99) %}{% set r.s = BODY %}{% endfor "
+    "%}{{ r.s }}"
+)
 CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
 SLOW = [
     NINES,
@@ -22,7 +29,10 @@ SLOW = [
     "{% set x = namespace(n=3) %}{% for i in range(99) %}{% set x.n = x.n * x.n %}{% endfor %}",
     "{{ 7 ** 9999999 // 3 ** 4999999 }}",
     CALLS,
-    "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}" + "{% call f() %}" * 18 + "a" + "{% endcall %}" * 18,
+    "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call f() %}" * 18
+    + "a"
+    + "{% endcall %}" * 18,
     "{{ ('a ' * 999999) | wordwrap(1) }}",
     "{{ ('www.a.de ' * 999999) | urlize }}",
     "{{ 1" + "+1" * 99999 + " }}",
@@ -65,13 +75,18 @@ LARGE = [
 
 
 @pytest.mark.parametrize(
-    ("template", "bound"), [*((one, {"_SECONDS": 0.2}) for one in SLOW), *((one, {"_MEMORY": 2**27}) for one in LARGE)]
+    ("template", "bound"),
+    [*((one, {"_SECONDS": 0.2}) for one in SLOW), *((one, {"_MEMORY": 2**27}) for one in LARGE)],
 )
-def test_a_template_without_end_is_refused_by_name_and_the_next_is_rendered(monkeypatch, template, bound):
+def test_a_template_without_end_is_refused_by_name_and_the_next_is_rendered(
+    monkeypatch, template, bound
+):
     chat._TEMPLATES.end()
     ((name, value),) = bound.items()
     monkeypatch.setattr(chat, name, value)
-    with pytest.raises(UsageError, match=f"of a model, .* {'0.2 s' if name == '_SECONDS' else '128 MiB'}"):
+    with pytest.raises(
+        UsageError, match=f"of a model, .* {'0.2 s' if name == '_SECONDS' else '128 MiB'}"
+    ):
         rendered(template)
     assert rendered(TEMPLATE).endswith("<user>Hi;<assistant>")
     chat._TEMPLATES.end()
@@ -100,23 +115,43 @@ def test_a_template_that_fails_is_refused_by_what_it_raised(template):
     "template",
     [
         TEMPLATE,
-        "{%- for m in messages %}\n {% generation %}{% set a = 1 %}{{ a }}{% endgeneration %}\n{% endfor %}\n{{ a }} ",
-        "{{ messages | tojson(indent=2) }} {{ tools | tojson }}{{ tools | tojson(ensure_ascii=True, sort_keys=True) }}",
-        "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{{ n.i }}{% continue %}{% endfor %}",
-        "{{ documents is none }}{{ tools is none }}{{ unk_token is defined }}{{ nothing }}{{ nothing is defined }}",
-        "{{ documents[0].text }}{{ add_generation_prompt }}{{ 1.0 }}{{ 10**20 }}{{ x | default('é') }}{{ none }}",
-        "{% if messages[0].role == 'a' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content | trim }}  \n\n",
-        "{{ messages[0].content.split('i')[-1].strip() }}{{ '<b>' | e }}{{ messages | map(attribute='role') | list }}",
-        "{# said #}{% macro m(x, y=2) -%} {{ x }}{{ y }} {%- endmacro %}{{ m(1) }}{{ 'a' ~ 1 }}{{ {'b': [1, none]} }}",
+        "{%- for m in messages %}\n {% generation %}{% set a = 1 %}{{ a }}{% endgeneration %}\n{% "
+        "endfor %}\n{{ a }} ",
+        "{{ messages | tojson(indent=2) }} {{ tools | tojson }}{{ tools | "
+        "tojson(ensure_ascii=True, sort_keys=True) }}",
+        "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{{ n.i }}{% "
+        "continue %}{% endfor %}",
+        "{{ documents is none }}{{ tools is none }}{{ unk_token is defined }}{{ nothing }}{{ "
+        "nothing is defined }}",
+        "{{ documents[0].text }}{{ add_generation_prompt }}{{ 1.0 }}{{ 10**20 }}{{ x | "
+        "default('é') }}{{ none }}",
+        "{% if messages[0].role == 'a' %}{{ raise_exception('no') }}{% endif %}{{ "
+        "messages[0].content | trim }}  \n\n",
+        "{{ messages[0].content.split('i')[-1].strip() }}{{ '<b>' | e }}{{ messages | "
+        "map(attribute='role') | list }}",
+        "{# said #}{% macro m(x, y=2) -%} {{ x }}{{ y }} {%- endmacro %}{{ m(1) }}{{ 'a' ~ 1 }}{{ "
+        "{'b': [1, none]} }}",
     ],
 )
 def test_texts_are_those_of_transformers(template):
-    options = {"tools": [{"name": "ü😀", "n": 1.5e-7}]} if "tools" in template and "none" not in template else {}
-    values = {"chat_template_kwargs": {"documents": [{"text": "d", "title": ""}]}} if "documents[" in template else {}
+    options = (
+        {"tools": [{"name": "ü😀", "n": 1.5e-7}]}
+        if "tools" in template and "none" not in template
+        else {}
+    )
+    values = (
+        {"chat_template_kwargs": {"documents": [{"text": "d", "title": ""}]}}
+        if "documents[" in template
+        else {}
+    )
     tokenizer = chat_tokenizer(template)
     messages = [{"role": "user", "content": " Hi \u2028<é>\n"}]
     theirs = tokenizer.apply_chat_template(
-        messages, **options, **values.get("chat_template_kwargs", {}), tokenize=False, add_generation_prompt=True
+        messages,
+        **options,
+        **values.get("chat_template_kwargs", {}),
+        tokenize=False,
+        add_generation_prompt=True,
     )
     assert chat.render_chat(read_chat(messages, **options, **values), tokenizer) == theirs
 
@@ -124,14 +159,21 @@ def test_texts_are_those_of_transformers(template):
 @pytest.mark.parametrize("reference", ["reference:qwen3", "pretrained:smollm2"])
 def test_texts_of_bundled_models_are_those_of_transformers(reference):
     tokenizer = load_tokenizer(reference)
-    messages = [{"role": "system", "content": "Be."}, *USER, {"role": "assistant", "content": "é"}, *USER]
+    messages = [
+        {"role": "system", "content": "Be."},
+        *USER,
+        {"role": "assistant", "content": "é"},
+        *USER,
+    ]
     if tokenizer.chat_template is None:
         tokenizer.chat_template = TEMPLATE
     theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat.render_chat(read_chat(messages), tokenizer) == theirs
 
 
-def test_threads_share_the_process_and_forks_interrupts_and_signals_never_mix_its_answers(monkeypatch):
+def test_threads_share_the_process_and_forks_interrupts_and_signals_never_mix_its_answers(
+    monkeypatch,
+):
     ask = [read_chat([{"role": "user", "content": f"{n}" * 99}]) for n in range(64)]
     tokenizer = chat_tokenizer("{{ messages[0].content }}")
     expected = [one.fields["messages"][0]["content"] for one in ask]
@@ -139,7 +181,10 @@ def test_threads_share_the_process_and_forks_interrupts_and_signals_never_mix_it
         assert list(pool.map(lambda one: chat.render_chat(one, tokenizer), ask)) == expected
     shared = chat._TEMPLATES._process
     if (child := os.fork()) == 0:
-        same = chat.render_chat(ask[1], tokenizer) == expected[1] and chat._TEMPLATES._process.pid != shared.pid
+        same = (
+            chat.render_chat(ask[1], tokenizer) == expected[1]
+            and chat._TEMPLATES._process.pid != shared.pid
+        )
         chat._TEMPLATES.end()
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0

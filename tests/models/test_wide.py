@@ -61,12 +61,16 @@ def test_other_numbers_multiply_as_before():
         """Weights of a library, which knows how to multiply them."""
 
     x, weight, _ = factors(torch.bfloat16)
-    plain, into = x @ weight.T, torch.empty(48, 64, dtype=torch.bfloat16)
+    plain = x @ weight.T
+    into = torch.empty(48, 64, dtype=torch.bfloat16)
     with Products() as products, wide_products(x):
         functional.linear(x, weight.as_subclass(Stored))
         assert len(products.narrow) == 1
         assert (x.float() @ weight.float().T).dtype == torch.float32
-        assert torch.mm(torch.ones(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64)).sum() == 12
+        assert (
+            torch.mm(torch.ones(2, 3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64)).sum()
+            == 12
+        )
         torch.mm(x, weight.T, out=into)
         assert torch.equal(into, plain)
         with pytest.raises(RuntimeError, match="same dtype"):
@@ -88,7 +92,8 @@ def test_full_products_last_until_every_pass_has_ended():
     x = torch.ones(1)
     torch.set_float32_matmul_precision("medium")
     try:
-        first, second = own_precision(x), own_precision(x)
+        first = own_precision(x)
+        second = own_precision(x)
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

@@ -30,6 +30,10 @@ def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
 def test_pyplot_is_never_loaded():
     code = (
         "import sys; from assay.pages.report import figure, to_svg;"
-        "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in sys.modules)"
+        "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in "
+        "sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )

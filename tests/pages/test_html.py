@@ -7,7 +7,8 @@ from assay.errors import StorageError
 from assay.pages.report import Badge, Report, figure
 from tests.poc.service.dashboard import browser as chromium
 
-browser, watch = chromium.browser, chromium.watch  # fixtures
+browser = chromium.browser
+watch = chromium.watch  # fixtures
 ORIGIN = {"versions": {"python": "3.11"}, "commit": "abc", "dirty": True, "gpu": None}
 VOID = {"meta", "br", "hr", "img"}
 
@@ -17,7 +18,9 @@ class Checker(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.ids, self.text = [], [], []
+        self.open = []
+        self.ids = []
+        self.text = []
 
     def handle_starttag(self, tag, attrs):
         self.ids += [value for name, value in attrs if name == "id"]
@@ -43,7 +46,9 @@ def sample():
     report = Report("A & B", "why <i>", command="assay demo", origin=ORIGIN)
     report.section("One <section>")
     report.paragraph("It said ", Badge("honest", "pass"), " & more.")
-    report.table(["name", "n", "rate"], [["a<b", 3, "59.0 %"], ["c", None, "−1.5 %"]], caption="Cap & tion")
+    report.table(
+        ["name", "n", "rate"], [["a<b", 3, "59.0 %"], ["c", None, "−1.5 %"]], caption="Cap & tion"
+    )
     report.definitions({"alpha": 1e-3, "done": True, "none": None})
     for _ in range(2):
         fig, ax = figure()
@@ -78,14 +83,17 @@ def test_write_is_complete_or_an_error(tmp_path):
         sample().write(tmp_path / "none" / "r.html")
 
 
-HOSTILE = (
-    "<img src=x onerror='document.title=1'></svg></style><script>document.title=2</script>\u202etxt.`\u2066\x07&amp;"
-)
+HOSTILE = "<img src=x onerror='document.title=1'></svg></style><script>document.title=2</script>\u202etxt.`\u2066\x07&amp;"
 
 
 @pytest.mark.browser
 def test_whatever_a_page_is_told_stays_text_in_chromium(watch, tmp_path):
-    report = Report(HOSTILE, HOSTILE, command=HOSTILE, origin={"versions": {HOSTILE: HOSTILE}, "commit": HOSTILE})
+    report = Report(
+        HOSTILE,
+        HOSTILE,
+        command=HOSTILE,
+        origin={"versions": {HOSTILE: HOSTILE}, "commit": HOSTILE},
+    )
     report.section(HOSTILE)
     report.paragraph(HOSTILE, Badge(HOSTILE, "pass"))
     report.table([HOSTILE, "n"], [[HOSTILE, HOSTILE]], caption=HOSTILE)

@@ -32,7 +32,9 @@ def test_a_file_unknown_to_git_has_no_commit(tmp_path, monkeypatch):
 def test_commit_and_local_changes_are_told(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
 
     (tmp_path / "module.py").write_text("one")
     git("init", "-q")
@@ -50,4 +52,7 @@ def test_neither_torch_nor_matplotlib_is_imported():
         "import sys; from assay.pages.provenance import provenance; provenance();"
         "print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )

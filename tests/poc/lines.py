@@ -1,4 +1,6 @@
-"""Files of lines, changed as a forger would change them: each function returns a change of a list of lines."""
+"""Files of lines, changed as a forger would change them: each function returns a change of a list
+of lines.
+"""
 
 import json
 from collections.abc import Callable

@@ -17,7 +17,10 @@ def test_rounding_leaves_few_values_per_group(small_model):
     error = (weight - original).norm() / original.norm()
     assert 0.03 < error < 0.2
     assert rounded.digest == small_model.digest
-    same = rounded.module.get_input_embeddings().weight, small_model.module.get_input_embeddings().weight
+    same = (
+        rounded.module.get_input_embeddings().weight,
+        small_model.module.get_input_embeddings().weight,
+    )
     assert torch.equal(*same)
 
 
@@ -44,9 +47,9 @@ def test_cheaters_cheat_on_an_architecture_with_other_names(round_, tmp_path):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)).save_pretrained(
-            tmp_path
-        )
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+        ).save_pretrained(tmp_path)
     model = load_model(tmp_path, device="cpu")
     honest = prove(model, round_, range(4), batch_size=4).distances
     for cheat in (cheats.rounded(model, bits=4), cheats.without_last_layers(model, 1)):
@@ -62,7 +65,9 @@ def test_weights_in_float8_are_changed_and_rounded_again(in_float8, small_model)
     original, kept = (cheats.weight_of(up_proj(model)) for model in (small_model, in_float8))
     cheat = up_proj(cheats.rounded(in_float8, bits=4))
     assert (cheat.weight.dtype, cheat.scales.shape) == (torch.float8_e4m3fn, (len(kept), 1))
-    honest, error = ((one - original).norm() / original.norm() for one in (kept, cheats.weight_of(cheat)))
+    honest, error = (
+        (one - original).norm() / original.norm() for one in (kept, cheats.weight_of(cheat))
+    )
     assert 0.005 < honest < 0.05 < error < 0.2
 
 

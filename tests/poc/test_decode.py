@@ -11,13 +11,32 @@ from assay_research.decoding import drafted, forgetful, recycled, repeated
 
 from assay.errors import ProofFormatError, ProofMismatch, UsageError
 from assay.models import Model, load_model
-from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, TokenRecord, calibrate, get_pipeline, prove, verify
+from assay.poc import (
+    PIPELINES,
+    HFEngine,
+    Pins,
+    Proof,
+    Round,
+    TokenRecord,
+    calibrate,
+    get_pipeline,
+    prove,
+    verify,
+)
 from assay.poc.cheats import rounded, without_last_layers
-from assay.poc.protocol.proof import describe_packing, pack_record, packed_size, unpack_or_nan, unpack_record
+from assay.poc.protocol.proof import (
+    describe_packing,
+    pack_record,
+    packed_size,
+    unpack_or_nan,
+    unpack_record,
+)
 from assay.poc.verdict.judge import residuals
 from assay.streams import DTYPES
 
-ROUND = Round(block_hash="block_alpha", public_key="node_A", preset="decode-32", seq_len=16, model="small")
+ROUND = Round(
+    block_hash="block_alpha", public_key="node_A", preset="decode-32", seq_len=16, model="small"
+)
 SHORT = get_pipeline("decode-32")
 
 
@@ -38,7 +57,9 @@ def test_the_name_of_the_preset_says_how_much_is_decoded():
     for name in ("decode-31", "decode-4097", "decode-064", "decode-", "decode--64", "decode-٦٤"):
         with pytest.raises(UsageError, match="preset"):
             get_pipeline(name)
-    assert replace(ROUND, preset="decode").text("tokens", 7) == replace(ROUND, preset="decode-64").text("tokens", 7)
+    assert replace(ROUND, preset="decode").text("tokens", 7) == replace(
+        ROUND, preset="decode-64"
+    ).text("tokens", 7)
     assert ROUND.strength == 256
     few, many = (get_pipeline(name).noise for name in ("decode-224", "decode-4096"))
     assert (few, many) == ("few tokens", "tokens") == (few, get_pipeline("decode").noise)
@@ -71,7 +92,9 @@ def test_a_proof_is_read_as_it_was_written(proof: Proof, tmp_path: Path):
         ({"distance": 1.0}, "in another form"),
     ],
 )
-def test_malformed_records_are_refused_by_line(proof: Proof, tmp_path: Path, changed: dict[str, object], words: str):
+def test_malformed_records_are_refused_by_line(
+    proof: Proof, tmp_path: Path, changed: dict[str, object], words: str
+):
     path = tmp_path / "proof.jsonl"
     proof.save(path)
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -90,7 +113,12 @@ def test_records_travel_as_bytes(proof: Proof):
     assert isinstance(again, TokenRecord)
     np.testing.assert_array_equal(again.tokens, record.tokens)
     np.testing.assert_array_equal(again.sketches, record.sketches)
-    assert describe_packing(SHORT) == {"dtype": "u32+f16", "k_dim": 12, "endian": "le", "tokens": 32}
+    assert describe_packing(SHORT) == {
+        "dtype": "u32+f16",
+        "k_dim": 12,
+        "endian": "le",
+        "tokens": 32,
+    }
     assert describe_packing(PIPELINES["artifact"]) == {"dtype": "f16", "k_dim": 12, "endian": "le"}
     for text in ("", "AAAA", None, "?", base64.b64encode(raw[:-2] + b"\x00\x7c").decode()):
         with pytest.raises(ProofFormatError):
@@ -103,25 +131,41 @@ def test_the_residual_joins_sketches_and_margins(proof: Proof):
     record = proof.records[0]
     replay = replace(record, margins=np.zeros(32, dtype=np.float32))
     assert residuals([record], [replay])[0] == 0
-    assert np.isnan(residuals([record], [record]))[0]  # a record that is no replay says nothing of the tokens
+    assert np.isnan(residuals([record], [record]))[
+        0
+    ]  # a record that is no replay says nothing of the tokens
     margins = np.array([0.09] * 8 + [np.inf] * 8 + [0] * 16, dtype=np.float32)
     moved = replace(record, sketches=record.sketches + np.float16(0.125), margins=margins)
     apart = np.square(moved.sketches.astype(float) - record.sketches).sum()
-    np.testing.assert_allclose(residuals([record], [moved]), np.sqrt(apart + (8 * 0.09 + 8 * 4) / 32), rtol=1e-6)
-    worst = residuals([record], [replace(replay, sketches=-record.sketches, margins=np.full(32, np.inf))])
+    np.testing.assert_allclose(
+        residuals([record], [moved]), np.sqrt(apart + (8 * 0.09 + 8 * 4) / 32), rtol=1e-6
+    )
+    worst = residuals(
+        [record], [replace(replay, sketches=-record.sketches, margins=np.full(32, np.inf))]
+    )
     assert np.sqrt(2) * 2 == pytest.approx(worst[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_honest_proof_is_honest_in_every_number_format(small_checkpoint: Path, proof: Proof, dtype: str):
+def test_an_honest_proof_is_honest_in_every_number_format(
+    small_checkpoint: Path, proof: Proof, dtype: str
+):
     model = load_model(small_checkpoint, dtype=dtype, device="cpu")
-    verdict = verify(replace(proof, header=replace(proof.header, digest=model.digest)), model, expect=proof.round)
+    verdict = verify(
+        replace(proof, header=replace(proof.header, digest=model.digest)), model, expect=proof.round
+    )
     assert (verdict.verdict, verdict.exit_code) == ("honest", 0)
 
 
-def test_what_nothing_pins_is_named_and_the_work_of_a_header_is_bounded(small_model: Model, proof: Proof):
+def test_what_nothing_pins_is_named_and_the_work_of_a_header_is_bounded(
+    small_model: Model, proof: Proof
+):
     verdict = verify(proof, small_model, expect=Pins(block_hash="block_alpha", public_key="node_A"))
-    assert (verdict.verdict, verdict.unpinned, verdict.exit_code) == ("honest", ("preset", "seq_len"), 2)
+    assert (verdict.verdict, verdict.unpinned, verdict.exit_code) == (
+        "honest",
+        ("preset", "seq_len"),
+        2,
+    )
     with pytest.raises(ProofMismatch, match="preset"):
         verify(proof, small_model, expect=replace(proof.round, preset="decode"))
     long = replace(ROUND, preset="decode-4096")
@@ -147,18 +191,26 @@ def test_every_cheat_is_caught_on_both_bundled_models(bundled: tuple[Model, Proo
         "half of the nonces": recycled(honest),
     }
     verdicts = {name: verify(cheat, model, expect=expect) for name, cheat in cheats.items()}
-    assert {name: verdict.verdict for name, verdict in verdicts.items()} == dict.fromkeys(cheats, "fraud")
+    assert {name: verdict.verdict for name, verdict in verdicts.items()} == dict.fromkeys(
+        cheats, "fraud"
+    )
 
 
 def test_sketches_do_not_excuse_tokens_nor_tokens_sketches(bundled: tuple[Model, Proof]):
-    """A draft with an honest forward pass shows in the tokens alone; right tokens with invented sketches in these."""
+    """A draft with an honest forward pass shows in the tokens alone; right tokens with invented
+    sketches in these.
+    """
     model, honest = bundled
     guessed = drafted(honest, model, rounded(model, 4))
     engine = HFEngine(model, batch_size=16, seq_len=honest.round.seq_len)
-    (first, _) = engine.replayed(honest.round, SHORT, range(32), np.stack([r.tokens for r in guessed.records]))
+    (first, _) = engine.replayed(
+        honest.round, SHORT, range(32), np.stack([r.tokens for r in guessed.records])
+    )
     mine = np.stack([record.sketches for record in guessed.records[:16]])
     assert np.abs(first.sketches.astype(float) - mine).max() < 2e-3
     assert first.margins.mean() > 1e-3
-    turned = [replace(record, sketches=record.sketches[..., ::-1].copy()) for record in honest.records]
+    turned = [
+        replace(record, sketches=record.sketches[..., ::-1].copy()) for record in honest.records
+    ]
     invented = Proof.build(honest.header, turned, 1.0)
     assert verify(invented, model, expect=honest.round).fraud

@@ -19,13 +19,18 @@ HARDENED = PIPELINES["hardened"]
 
 @pytest.fixture(scope="module")
 def hardened() -> Round:
-    return Round(block_hash="block_alpha", public_key="node_A", seq_len=16, model="small", preset="hardened")
+    return Round(
+        block_hash="block_alpha", public_key="node_A", seq_len=16, model="small", preset="hardened"
+    )
 
 
 def test_the_header_of_an_older_preset_says_nothing_new():
     fields = {"name", "summary", "read", "layers", "hidden", "head", "logits", "output"}
     assert set(PIPELINES["artifact"].as_dict()) == fields
-    assert HARDENED.as_dict() | {"read": {"count": 0, "scaled": True}, "texts": "versioned"} == HARDENED.as_dict()
+    assert (
+        HARDENED.as_dict() | {"read": {"count": 0, "scaled": True}, "texts": "versioned"}
+        == HARDENED.as_dict()
+    )
     assert HARDENED.noise != PIPELINES["artifact"].noise == "vector"
 
 
@@ -36,7 +41,9 @@ def test_differences_of_scaled_neighbours_are_read(small_model, hardened: Round)
     states_BTD[..., 5] += 1000
     reading = make_transform(engine, hardened, HARDENED).reading(range(4), 16)
     signs = get_backend("numpy").signs(seeds(hardened.texts("weights", range(4))), 16)
-    for found, h_TD, s in zip(reading.sum(states_BTD), states_BTD.double().numpy()[:, 2:], signs, strict=True):
+    for found, h_TD, s in zip(
+        reading.sum(states_BTD), states_BTD.double().numpy()[:, 2:], signs, strict=True
+    ):
         y_RD = (h_TD - h_TD.mean(axis=0)) / (h_TD.std(axis=0) + 1e-8)
         y_RD /= np.linalg.norm(y_RD, axis=1, keepdims=True) + 1e-8
         wanted = sum(s[i] * (y_RD[2 * i] - y_RD[2 * i + 1]) for i in range(7))
@@ -46,13 +53,19 @@ def test_differences_of_scaled_neighbours_are_read(small_model, hardened: Round)
 
 
 def test_a_nonce_alone_has_the_bits_that_it_has_beside_others(small_model, hardened: Round):
-    """Seen where a first pass of vLLM had one nonce: of one row, torch multiplies by another kernel."""
+    """Seen where a first pass of vLLM had one nonce: of one row, torch multiplies by another
+    kernel.
+    """
     transform = make_transform(HFEngine(small_model, batch_size=4, seq_len=16), hardened, HARDENED)
     x_BD = torch.randn(40, small_model.hidden_size, generator=torch.Generator().manual_seed(0))
-    normals_BN = torch.randn(40, 32 * small_model.hidden_size, generator=torch.Generator().manual_seed(1))
+    normals_BN = torch.randn(
+        40, 32 * small_model.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     alone = [random_projection(x_BD[i : i + 1], normals_BN[i : i + 1], 32) for i in range(40)]
     assert torch.equal(torch.cat(alone), random_projection(x_BD, normals_BN, 32))
-    assert torch.equal(torch.cat([transform(x_BD[i : i + 1], [i]) for i in range(40)]), transform(x_BD, range(40)))
+    assert torch.equal(
+        torch.cat([transform(x_BD[i : i + 1], [i]) for i in range(40)]), transform(x_BD, range(40))
+    )
 
 
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):

@@ -17,13 +17,22 @@ pytestmark = pytest.mark.no_law
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
 @pytest.mark.parametrize("node", ["honest", "cheat"])
-def test_a_model_that_was_not_measured_is_undecided(small_model, round_: Round, preset: str, node: str):
+def test_a_model_that_was_not_measured_is_undecided(
+    small_model, round_: Round, preset: str, node: str
+):
     """On 8580455f the first is honest and the second fraud, by the law of another model."""
     round = replace(round_, preset=preset)
-    proof = prove(small_model if node == "honest" else cheats.rounded(small_model), round, range(64))
+    proof = prove(
+        small_model if node == "honest" else cheats.rounded(small_model), round, range(64)
+    )
     verdict = verify(proof, small_model, expect=round)
     assert (verdict.verdict, verdict.exit_code, verdict.checked) == ("undecided", 2, 32)
-    assert (verdict.noise, verdict.sequential, verdict.places, verdict.power) == (None, None, None, None)
+    assert (verdict.noise, verdict.sequential, verdict.places, verdict.power) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert f"assay poc calibrate --model small --preset {preset}" in verdict.reason
     assert verdict.as_dict()["noise"] is None
 
@@ -33,9 +42,14 @@ def test_what_needs_no_law_is_decided(small_model, proof: Proof, round_: Round):
         verify(proof, small_model, expect=replace(round_, public_key="another"))
 
 
-def test_a_ledger_takes_no_verdict_without_a_law(small_model, proof: Proof, round_: Round, tmp_path):
+def test_a_ledger_takes_no_verdict_without_a_law(
+    small_model, proof: Proof, round_: Round, tmp_path
+):
     verdict = verify(proof, small_model, expect=round_)
-    with Ledger(tmp_path / "ledger.jsonl") as ledger, pytest.raises(UsageError, match="assay poc calibrate"):
+    with (
+        Ledger(tmp_path / "ledger.jsonl") as ledger,
+        pytest.raises(UsageError, match="assay poc calibrate"),
+    ):
         ledger.record(verdict)
 
 
@@ -43,8 +57,24 @@ def test_the_command_says_what_to_measure(proof: Proof, small_checkpoint, tmp_pa
     from assay.cli import run
 
     proof.save(tmp_path / "proof.jsonl")
-    known = ("--block-hash", "block_alpha", "--public-key", "node_A", "--seq-len", "16", "--device", "cpu")
-    command = ["poc", "verify", str(tmp_path / "proof.jsonl"), "--model", str(small_checkpoint), *known]
+    known = (
+        "--block-hash",
+        "block_alpha",
+        "--public-key",
+        "node_A",
+        "--seq-len",
+        "16",
+        "--device",
+        "cpu",
+    )
+    command = [
+        "poc",
+        "verify",
+        str(tmp_path / "proof.jsonl"),
+        "--model",
+        str(small_checkpoint),
+        *known,
+    ]
     assert run(command) == 2
     said = " ".join(capsys.readouterr().out.split())
     assert "undecided" in said
@@ -53,8 +83,11 @@ def test_the_command_says_what_to_measure(proof: Proof, small_checkpoint, tmp_pa
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
-def test_the_service_knows_no_noise_of_a_model_that_was_not_measured(proof: Proof, small_model, round_: Round):
-    noise, own = HonestNoise(Settings()), proof.header.fingerprint
+def test_the_service_knows_no_noise_of_a_model_that_was_not_measured(
+    proof: Proof, small_model, round_: Round
+):
+    noise = HonestNoise(Settings())
+    own = proof.header.fingerprint
     assert noise.of(get_pipeline("poc-2.0"), own, small_model.digest, round_) is None
     assert noise.of(get_pipeline("poc-2.0"), own, QWEN3, round_) is not None
 

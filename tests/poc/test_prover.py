@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from assay.errors import BadWeights, ModelError, OutOfMemory, ProofFormatError, StorageError, UsageError
+from assay.errors import (
+    BadWeights,
+    ModelError,
+    OutOfMemory,
+    ProofFormatError,
+    StorageError,
+    UsageError,
+)
 from assay.poc import HFEngine, Proof, Round, prove, verify
 from assay.poc.protocol.pipelines import FORWARD
 from tests.docs.shell import ENVIRONMENT
@@ -32,27 +39,40 @@ def test_a_nonce_has_the_same_bits_wherever_it_stands(preset: str, small_model, 
     moved = distances(prove(small_model, round, [0, 3, 7, 11, 18], engine=engine))
     last = distances(prove(small_model, round, range(7, 15), engine=engine))
     for other in (alone, moved, last):
-        assert {n: whole[n] for n in other if n in whole} == {n: d for n, d in other.items() if n in whole}
+        assert {n: whole[n] for n in other if n in whole} == {
+            n: d for n, d in other.items() if n in whole
+        }
 
 
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(2, 5), (3, 2), (5, 16), (6, 1), (7, 33), (32, 16), (11, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len"), [(2, 5), (3, 2), (5, 16), (6, 1), (7, 33), (32, 16), (11, 1)]
+)
 def test_odd_shapes_keep_a_row_s_bits(batch_size: int, seq_len: int, small_model, round_: Round):
     round = replace(round_, seq_len=seq_len)
     engine = HFEngine(small_model, batch_size=batch_size, seq_len=seq_len)
     whole = distances(prove(small_model, round, range(2 * engine.batch_size + 1), engine=engine))
     for start in (1, engine.batch_size - 1):
-        shifted = distances(prove(small_model, round, range(start, start + engine.batch_size), engine=engine))
+        shifted = distances(
+            prove(small_model, round, range(start, start + engine.batch_size), engine=engine)
+        )
         assert shifted == {n: whole[n] for n in shifted}
 
 
 def test_nonces_of_any_kind_are_taken(small_model, round_: Round, proof: Proof):
-    for nonces in (np.arange(3), [np.uint8(0), 1, np.int64(2)], (n for n in range(3)), {0: "a", 1: "b", 2: "c"}):
+    for nonces in (
+        np.arange(3),
+        [np.uint8(0), 1, np.int64(2)],
+        (n for n in range(3)),
+        {0: "a", 1: "b", 2: "c"},
+    ):
         made = prove(small_model, round_, nonces, batch_size=8)
         assert [record.nonce for record in made.records] == [0, 1, 2]
         assert made.distances.tolist() == proof.distances[:3].tolist()
 
 
-def test_streaming_to_a_file_gives_the_same_proof(small_model, round_: Round, proof: Proof, tmp_path: Path):
+def test_streaming_to_a_file_gives_the_same_proof(
+    small_model, round_: Round, proof: Proof, tmp_path: Path
+):
     seen = []
     path = tmp_path / "proof.jsonl"
     streamed = prove(
@@ -73,7 +93,8 @@ class OneBatchShort:
     """An engine whose stream ends a batch early, or whose last batch lacks a row."""
 
     def __init__(self, engine: HFEngine, rows_of_the_last: int = 0) -> None:
-        self._engine, self._rows = engine, rows_of_the_last
+        self._engine = engine
+        self._rows = rows_of_the_last
 
     def __getattr__(self, name: str):
         return getattr(self._engine, name)
@@ -105,7 +126,9 @@ class Stop(Exception):
 
 @pytest.fixture
 def interrupted(small_model, round_: Round, tmp_path: Path) -> Path:
-    """The file of a proof of 40 nonces that was stopped after 16, with its partial file beside it."""
+    """The file of a proof of 40 nonces that was stopped after 16, with its partial file beside
+    it.
+    """
 
     def progress(done: int, total: int) -> None:
         if done >= 16:
@@ -119,8 +142,11 @@ def interrupted(small_model, round_: Round, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("torn", ["", '{"nonce":16,"dist', "garbage\n"])
-def test_resuming_gives_the_bytes_of_an_uninterrupted_run(torn: str, small_model, round_, proof, interrupted: Path):
-    partial, whole = interrupted.with_name("proof.jsonl.partial"), interrupted.with_name("whole.jsonl")
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(
+    torn: str, small_model, round_, proof, interrupted: Path
+):
+    partial = interrupted.with_name("proof.jsonl.partial")
+    whole = interrupted.with_name("whole.jsonl")
     assert len(partial.read_text().splitlines()) == 17
     with partial.open("a") as file:
         file.write(torn)
@@ -130,16 +156,25 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(torn: str, small_model
 
 
 def test_a_run_that_died_before_the_rename_ends_well(small_model, round_, proof, tmp_path: Path):
-    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
+    path = tmp_path / "proof.jsonl"
+    partial = tmp_path / "proof.jsonl.partial"
     proof.save(path)
     path.rename(partial)
     prove(small_model, round_, range(40), batch_size=8, output=path)
     assert Proof.load(path).footer.sha256 == proof.footer.sha256
 
 
-def test_resuming_another_round_or_an_edited_file_is_refused(small_model, round_, interrupted: Path):
+def test_resuming_another_round_or_an_edited_file_is_refused(
+    small_model, round_, interrupted: Path
+):
     with pytest.raises(UsageError, match="was begun with other arguments"):
-        prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8, output=interrupted)
+        prove(
+            small_model,
+            replace(round_, block_hash="other"),
+            range(40),
+            batch_size=8,
+            output=interrupted,
+        )
     partial = interrupted.with_name("proof.jsonl.partial")
     partial.write_text(partial.read_text().replace('"nonce":9', '"nonce":99'))
     with pytest.raises(ProofFormatError, match=r"proof\.jsonl\.partial, line 11: nonce 99"):
@@ -149,7 +184,18 @@ def test_resuming_another_round_or_an_edited_file_is_refused(small_model, round_
 def killable(checkpoint: Path, output: Path) -> list[str]:
     """A proof that takes a few seconds, as a command."""
     command = ["assay", "poc", "prove", "--model", str(checkpoint), "--device", "cpu"]
-    command += ["--block-hash", "b", "--public-key", "k", "--nonces", "0:800", "--seq-len", "64", "--batch-size", "16"]
+    command += [
+        "--block-hash",
+        "b",
+        "--public-key",
+        "k",
+        "--nonces",
+        "0:800",
+        "--seq-len",
+        "64",
+        "--batch-size",
+        "16",
+    ]
     return [*command, "-o", str(output)]
 
 
@@ -169,12 +215,20 @@ def uninterrupted(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_command_leaves_a_file_to_resume(
-    number, small_checkpoint: Path, fork_server: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+    number,
+    small_checkpoint: Path,
+    fork_server: tuple[str, ...],
+    uninterrupted: Path,
+    tmp_path: Path,
 ):
-    path, partial = tmp_path / "proof.jsonl", tmp_path / "proof.jsonl.partial"
+    path = tmp_path / "proof.jsonl"
+    partial = tmp_path / "proof.jsonl.partial"
     command = [*fork_server, *killable(small_checkpoint, path)]
-    # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint)
+    # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit
+    # that.
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint
+    )
     while not partial.exists() or len(partial.read_bytes().splitlines()) < 100:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -195,7 +249,12 @@ def test_an_engine_and_another_batch_size_are_refused(small_model, round_: Round
     engine = HFEngine(small_model, batch_size=4, seq_len=16)
     with pytest.raises(UsageError, match="batch_size 8 with an engine of 4 rows"):
         prove(small_model, round_, range(8), batch_size=8, engine=engine)
-    assert prove(small_model, round_, range(8), batch_size=4, engine=engine).header.fingerprint.batch_size == 4
+    assert (
+        prove(
+            small_model, round_, range(8), batch_size=4, engine=engine
+        ).header.fingerprint.batch_size
+        == 4
+    )
     assert prove(small_model, round_, range(8), engine=engine).header.fingerprint.batch_size == 4
     assert prove(small_model, round_, range(8)).header.fingerprint.batch_size == 32
 
@@ -228,7 +287,9 @@ def changed(model, change):
 
 def claim_width(module) -> None:
     """A configuration that claims a wide model over small weights: only the estimate is asked."""
-    module.config.intermediate_size = 1_000_000  # a row of it fits into a small machine, and the batch into none
+    module.config.intermediate_size = (
+        1_000_000  # a row of it fits into a small machine, and the batch into none
+    )
 
 
 def failing(error: Exception):
@@ -241,13 +302,31 @@ def failing(error: Exception):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda module: module.model.norm.weight.fill_(float("nan")), BadWeights, "NaN or infinity"),
-        (lambda module: module.model.norm.weight.zero_(), BadWeights, "NaN or infinite"),  # states without a direction
-        (failing(TypeError("unexpected keyword")), ModelError, "Qwen3ForCausalLM\\) does not run: TypeError"),
-        (failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")), OutOfMemory, "ran out of memory"),
+        (
+            lambda module: module.model.norm.weight.fill_(float("nan")),
+            BadWeights,
+            "NaN or infinity",
+        ),
+        (
+            lambda module: module.model.norm.weight.zero_(),
+            BadWeights,
+            "NaN or infinite",
+        ),  # states without a direction
+        (
+            failing(TypeError("unexpected keyword")),
+            ModelError,
+            "Qwen3ForCausalLM\\) does not run: TypeError",
+        ),
+        (
+            failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+            OutOfMemory,
+            "ran out of memory",
+        ),
     ],
 )
-def test_a_model_that_cannot_run_is_an_error(change, error, words: str, small_model, round_: Round, tmp_path: Path):
+def test_a_model_that_cannot_run_is_an_error(
+    change, error, words: str, small_model, round_: Round, tmp_path: Path
+):
     with pytest.raises(error, match=words):
         prove(changed(small_model, change), round_, range(4), output=tmp_path / "proof.jsonl")
 

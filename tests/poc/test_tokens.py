@@ -10,7 +10,17 @@ from assay import streams
 from assay.errors import DataError, ProofFormatError, ProofMismatch, UsageError
 from assay.models import load_model
 from assay.models.frame import Frame
-from assay.poc import PIPELINES, HFEngine, Pins, Proof, Round, calibrate, measure_frame, prove, verify
+from assay.poc import (
+    PIPELINES,
+    HFEngine,
+    Pins,
+    Proof,
+    Round,
+    calibrate,
+    measure_frame,
+    prove,
+    verify,
+)
 from assay.poc.cheats import rounded
 from assay.poc.engines.base import device_tokens, token_inputs
 
@@ -35,7 +45,8 @@ def proof(framed):
 
 
 def test_the_frame_is_that_of_random_tokens_without_special_ones(framed):
-    frame, tokenizer = framed.frame, framed.tokenizer
+    frame = framed.frame
+    tokenizer = framed.tokenizer
     assert set(tokenizer.all_special_ids) <= set(frame.left_out.tolist())
     ids = device_tokens(streams.get_backend("auto", "cpu"), ROUND, frame, [3, 2**40], seq_len=64)
     assert ids.tolist() == token_inputs(ROUND, frame, [3, 2**40], seq_len=64).ravel().tolist()
@@ -44,7 +55,12 @@ def test_the_frame_is_that_of_random_tokens_without_special_ones(framed):
     assert not set(drawn.ravel().tolist()) & set(frame.left_out.tolist())
     engine = HFEngine(framed, batch_size=8, seq_len=64)
     fresh = replace(ROUND, seq_len=64, block_hash="another block")
-    states = engine.states(engine.inputs(fresh, range(8)))[:, 8:].double().numpy().reshape(-1, framed.hidden_size)
+    states = (
+        engine.states(engine.inputs(fresh, range(8)))[:, 8:]
+        .double()
+        .numpy()
+        .reshape(-1, framed.hidden_size)
+    )
     seen = (states - frame.mean) / frame.scale
     unit = seen / np.linalg.norm(seen, axis=1, keepdims=True)
     energy = (unit**2).mean(axis=0)
@@ -77,7 +93,10 @@ def test_a_proof_names_its_frame_and_is_judged_in_it(framed, halved, proof, tmp_
 def test_a_cheaper_model_is_far_from_an_honest_one(halved, proof):
     made = [prove(model, ROUND, range(16), batch_size=8) for model in (halved, rounded(halved, 4))]
     wanted = np.array([record.vector for record in proof.records[:16]], float)
-    sizes = [np.linalg.norm(np.array([record.vector for record in one.records]) - wanted, axis=1) for one in made]
+    sizes = [
+        np.linalg.norm(np.array([record.vector for record in one.records]) - wanted, axis=1)
+        for one in made
+    ]
     assert sizes[0].max() < np.median(sizes[1]) / 4
 
 
@@ -100,18 +119,32 @@ def test_a_cheaper_model_is_far_from_an_honest_one(halved, proof):
 )
 def test_a_frame_that_cannot_be_is_refused(change):
     ones = np.ones(4, np.float32)
-    good = {"digest": "0" * 64, "weights": "trained", "rows": 8, "left_out": np.array([1], np.int32)}
-    assert Frame(**good, mean=ones, scale=ones).tokens(np.array([[0, 2**32 - 1]], np.uint32)).tolist() == [[0, 7]]
+    good = {
+        "digest": "0" * 64,
+        "weights": "trained",
+        "rows": 8,
+        "left_out": np.array([1], np.int32),
+    }
+    assert Frame(**good, mean=ones, scale=ones).tokens(
+        np.array([[0, 2**32 - 1]], np.uint32)
+    ).tolist() == [[0, 7]]
     with pytest.raises(UsageError, match="a frame with"):
         Frame(**{**good, "mean": ones, "scale": ones, **change})
 
 
 def test_a_file_is_read_strictly(framed, tmp_path):
-    content, path = framed.frame.to_bytes(), tmp_path / "frame.safetensors"
+    content = framed.frame.to_bytes()
+    path = tmp_path / "frame.safetensors"
     framed.frame.save(path)
     assert path.read_bytes() == content
     assert Frame.load(path) == framed.frame
-    for wrong in (b"", content[:-1], content + b"\0", b"\xff" * 64, content.replace(b'\\"rows\\"', b'\\"rowz\\"')):
+    for wrong in (
+        b"",
+        content[:-1],
+        content + b"\0",
+        b"\xff" * 64,
+        content.replace(b'\\"rows\\"', b'\\"rowz\\"'),
+    ):
         path.write_bytes(wrong)
         with pytest.raises(DataError):
             Frame.load(path)

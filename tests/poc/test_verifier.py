@@ -65,7 +65,9 @@ def test_too_small_a_sample_is_undecided(proof: Proof, small_model):
         ("beta", 0.0),
     ],
 )
-def test_what_is_out_of_range_is_refused_before_the_work(name: str, value, proof: Proof, small_model):
+def test_what_is_out_of_range_is_refused_before_the_work(
+    name: str, value, proof: Proof, small_model
+):
     def progress(done: int, total: int) -> None:
         raise AssertionError("nothing should be computed")
 
@@ -79,7 +81,9 @@ def test_a_header_does_not_choose_the_validators_work(proof: Proof, small_model,
     monkeypatch.setattr(_verifier, "LARGEST_BATCH", 4)
     shapes = []
     real = _verifier.HFEngine
-    monkeypatch.setattr(_verifier, "HFEngine", lambda *a, **k: shapes.append(k["batch_size"]) or real(*a, **k))
+    monkeypatch.setattr(
+        _verifier, "HFEngine", lambda *a, **k: shapes.append(k["batch_size"]) or real(*a, **k)
+    )
     assert verify(proof, small_model).honest
     assert shapes == [4]
 
@@ -93,14 +97,22 @@ def test_a_validator_on_vllm_takes_the_batch_with_which_it_was_measured(proof: P
     node = by("hf", 8)
     law = calibrate(Proof.build(node, far, 1.0), Proof.build(by("vllm", 32), proof.records, 1.0))
     assert judging_batch(node, engine="vllm", calibration=law) == 32
-    assert judging_batch(node, engine="hf", calibration=law) == judging_batch(node, engine="vllm") == 8
-    judged = by("vllm", 32)  # a batch of its own kind and size was measured too, but as the prover's
+    assert (
+        judging_batch(node, engine="hf", calibration=law) == judging_batch(node, engine="vllm") == 8
+    )
+    judged = by(
+        "vllm", 32
+    )  # a batch of its own kind and size was measured too, but as the prover's
     law = calibrate(Proof.build(by("vllm", 8), far, 1.0), Proof.build(judged, proof.records, 1.0))
     assert judging_batch(judged, engine="vllm", calibration=law) == 8
-    law = calibrate(Proof.build(node, far, 1.0), Proof.build(by("vllm", 10**12), proof.records, 1.0))
+    law = calibrate(
+        Proof.build(node, far, 1.0), Proof.build(by("vllm", 10**12), proof.records, 1.0)
+    )
     assert judging_batch(node, engine="vllm", calibration=law) == 1024
     with pytest.raises(CalibrationError, match="another device"):
-        judging_batch(replace(node, fingerprint=replace(node.fingerprint, device="another")), calibration=law)
+        judging_batch(
+            replace(node, fingerprint=replace(node.fingerprint, device="another")), calibration=law
+        )
 
 
 def test_an_engine_for_another_length_is_refused_and_no_fraud_is_found(proof: Proof, small_model):
@@ -122,7 +134,9 @@ def of_another(model, round, nonces, **changed):
 
 CHEATS = {
     "int4": lambda model, round, nonces: prove(cheats.rounded(model), round, nonces),
-    "one layer skipped": lambda model, round, nonces: prove(cheats.without_last_layers(model, 1), round, nonces),
+    "one layer skipped": lambda model, round, nonces: prove(
+        cheats.without_last_layers(model, 1), round, nonces
+    ),
     "invented": lambda model, round, nonces: cheats.invented(prove(model, round, nonces)),
     "replayed": lambda *given: of_another(*given, public_key="other"),
     "replayed block": lambda *given: of_another(*given, block_hash="older"),
@@ -182,13 +196,20 @@ def stating(proof: Proof, dtype: str) -> Proof:
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
 def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference_model):
-    """int8 weights stand out in float16. A node that states bfloat16 has the wider law, if the verifier lets it."""
+    """int8 weights stand out in float16. A node that states bfloat16 has the wider law, if the
+    verifier lets it.
+    """
     from assay.models import load_model
 
-    half, wide = (load_model(reference_model.reference, dtype=d, device="cpu") for d in ("float16", "float32"))
+    half, wide = (
+        load_model(reference_model.reference, dtype=d, device="cpu") for d in ("float16", "float32")
+    )
     round = Round(block_hash="b", public_key="k", seq_len=64, preset=preset)
     honest = prove(half, round, range(32))
-    agreed = {"expect": Pins(prover_dtype="float16"), "seed": 1}  # the order may decide the verdict of few nonces
+    agreed = {
+        "expect": Pins(prover_dtype="float16"),
+        "seed": 1,
+    }  # the order may decide the verdict of few nonces
     assert verify(honest, wide, **agreed).honest
     cheat = prove(cheats.rounded(half, 8), round, range(32))
     assert verify(cheat, wide, **agreed).fraud
@@ -196,13 +217,19 @@ def test_a_node_does_not_choose_the_law_by_what_it_states(preset: str, reference
     assert not verify(lie, wide, expect=Pins(prover_dtype="bfloat16"), seed=1).fraud
     with pytest.raises(ProofMismatch, match="wanted: one made in float16"):
         verify(lie, wide, **agreed)
-    assert verify(stating(prove(reference_model, round, range(64)), "float16"), wide, **agreed).fraud
+    assert verify(
+        stating(prove(reference_model, round, range(64)), "float16"), wide, **agreed
+    ).fraud
 
 
-def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proof, small_model, tmp_path: Path):
+def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(
+    proof: Proof, small_model, tmp_path: Path
+):
     hardened = prove(small_model, replace(proof.round, preset="hardened"), range(64), batch_size=8)
     assert verify(hardened, small_model).honest  # float32 is as good
-    assert verify(stating(proof, "bfloat16"), small_model).honest  # the published presets name no format
+    assert verify(
+        stating(proof, "bfloat16"), small_model
+    ).honest  # the published presets name no format
     wider = stating(hardened, "bfloat16")
     with pytest.raises(ProofMismatch, match="a proof of hardened made in bfloat16") as refused:
         verify(wider, small_model)
@@ -214,14 +241,18 @@ def test_hardened_is_made_in_float16_unless_a_network_says_otherwise(proof: Proo
     several = measured.merged(calibrate(hardened, hardened))
     with pytest.raises(ProofMismatch, match="a proof of hardened made in bfloat16"):
         verify(wider, small_model, calibration=several)  # the prover would choose its law
-    assert verify(wider, small_model, calibration=several, expect=Pins(prover_dtype="bfloat16")).honest
+    assert verify(
+        wider, small_model, calibration=several, expect=Pins(prover_dtype="bfloat16")
+    ).honest
     path = tmp_path / "hardened.jsonl"
     hardened.save(path)
     assert "number_formats" not in path.read_text()
 
 
 def test_published_rule_is_kept_exactly():
-    """Mismatch: received ≥ r_target or recomputed > r_target; a value equal to the target differs by side."""
+    """Mismatch: received ≥ r_target or recomputed > r_target; a value equal to the target differs
+    by side.
+    """
     assert published_rule([1.0], [1.4], 1.4).mismatches == 0
     assert published_rule([1.4], [1.0], 1.4).mismatches == 1
     assert published_rule([1.0], [math.nextafter(1.4, 2)], 1.4).mismatches == 1
@@ -250,7 +281,11 @@ def test_missing_and_non_finite_values_never_match(proof: Proof):
     assert verdict.sequential.gross == 2
     assert verdict.as_dict()["residuals"] == [None, None]
     vector = np.zeros(12, np.float16)
-    odd = [DistanceRecord(0, 1.4), VectorRecord(1, vector[:5]), VectorRecord(2, vector + np.float16(np.nan))]
+    odd = [
+        DistanceRecord(0, 1.4),
+        VectorRecord(1, vector[:5]),
+        VectorRecord(2, vector + np.float16(np.nan)),
+    ]
     errors = residuals(odd, [VectorRecord(n, vector) for n in range(3)])
     assert not np.isfinite(errors).any()
     assert count_mismatches(errors).mismatches == 3
@@ -261,7 +296,9 @@ def test_defaults_exist_for_every_pair_of_dtypes():
         for two in ("float32", "float16", "bfloat16"):
             assert isinstance(bundled_noise(QWEN3, "distance", one, two).law, ScaleNoise)
             assert isinstance(bundled_noise(QWEN3, "vector", one, two).law, LogNoise)
-            assert bundled_noise(QWEN3, "distance", one, two) == bundled_noise(QWEN3, "distance", two, one)
+            assert bundled_noise(QWEN3, "distance", one, two) == bundled_noise(
+                QWEN3, "distance", two, one
+            )
 
 
 def test_a_machine_that_is_wrong_at_fixed_places_is_faulty_and_not_a_fraud(small_model, round_):

@@ -38,6 +38,12 @@ def nonces_to_decide(law, draw, most=64, repeats=200, seed=6, **rates):
     for _ in range(repeats):
         test = SequentialTest(law, effect=4.0, **rates)
         values = draw(rng, most)
-        taken = next((i for i in range(most) if test.update(values[i : i + 1]).verdict != "undecided"), most - 1) + 1
+        taken = (
+            next(
+                (i for i in range(most) if test.update(values[i : i + 1]).verdict != "undecided"),
+                most - 1,
+            )
+            + 1
+        )
         outcomes.append((test.verdict, taken))
     return outcomes

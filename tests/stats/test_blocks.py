@@ -12,7 +12,9 @@ D = 8192
 
 
 def shares(width: int, largest: float) -> np.ndarray:
-    """Energy per coordinate as trained states have it: one large share, the others falling like 1/i."""
+    """Energy per coordinate as trained states have it: one large share, the others falling like
+    1/i.
+    """
     rest = 1 / np.arange(3, width + 2)
     return np.concatenate([[largest], (1 - largest) * rest / rest.sum()])
 
@@ -29,7 +31,8 @@ def test_the_factor_of_a_block_has_the_stated_law(width: int, largest: float):
     drawn = factors(p_D, 20_000)
     assert (drawn**2).std() == pytest.approx(math.sqrt(2 / law.freedom), rel=0.05)
     assert drawn.std() == pytest.approx(law.factor_error, rel=0.15)
-    low, high = law.factor(0.025), law.factor(0.975)
+    low = law.factor(0.025)
+    high = law.factor(0.975)
     assert np.mean((drawn < low) | (drawn > high)) == pytest.approx(0.05, abs=0.015)
 
 
@@ -48,7 +51,8 @@ def test_rates_over_blocks(rate: float):
 
 
 def test_the_rate_of_nonces_adds_up_with_that_of_the_block():
-    rng, r = np.random.default_rng(3), r_target_for(0.1, D)
+    rng = np.random.default_rng(3)
+    r = r_target_for(0.1, D)
     law = BlockLaw(dimension=D, freedom=25)
     gamma = np.sqrt(rng.chisquare(25, 4000) / 25)
     rates = rng.binomial(400, chord_cdf(np.sqrt(2 - 2 * (1 - r**2 / 2) / gamma), D)) / 400
@@ -81,7 +85,9 @@ def test_the_quantile_of_a_block():
     assert high - low < 1e-12  # at one half no factor matters
 
 
-@pytest.mark.parametrize("wrong", [{"freedom": 0}, {"freedom": math.nan}, {"freedom": 5, "scale": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"freedom": 0}, {"freedom": math.nan}, {"freedom": 5, "scale": 0}]
+)
 def test_laws_that_cannot_be_are_refused(wrong):
     with pytest.raises(UsageError, match="effective dimension"):
         BlockLaw(dimension=D, **wrong)

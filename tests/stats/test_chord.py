@@ -11,15 +11,19 @@ from assay.stats import chord_cdf, r_target_for, valid_rate
 from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
 
-@pytest.mark.parametrize(("r_target", "percent"), [(1.416, 59.05), (1.404, 9.64), (1.405, 12.0), (1.407, 17.9)])
+@pytest.mark.parametrize(
+    ("r_target", "percent"), [(1.416, 59.05), (1.404, 9.64), (1.405, 12.0), (1.407, 17.9)]
+)
 def test_known_rates_at_8192_dimensions(r_target, percent):
     assert valid_rate(r_target, 8192) * 100 == pytest.approx(percent, abs=0.05)
 
 
 @pytest.mark.parametrize("d", [3, 5, 12, 64, 99, 101, 102, 512, 8192])
 def test_moments_agree_with_quadrature_of_the_density(d):
-    centre, width = math.sqrt(2), 40 / math.sqrt(2 * d)
-    low, high = max(0.0, centre - width), min(2.0, centre + width)
+    centre = math.sqrt(2)
+    width = 40 / math.sqrt(2 * d)
+    low = max(0.0, centre - width)
+    high = min(2.0, centre + width)
 
     def density(x):
         return float(stats.beta.pdf((x / 2) ** 2, (d - 1) / 2, (d - 1) / 2)) * x / 2

@@ -12,11 +12,14 @@ from tests.stats.tokens import drawn, law_at
 
 LAW = law_at(0.0625)
 SKETCHES = LogNoise(math.log(0.01), 0.4)
-RESPONSES, TOKENS = 16, 24
+RESPONSES = 16
+TOKENS = 24
 
 
 def logs(test: ClusterTest, pool: list[np.ndarray], seed: int, nodes: int = 400) -> np.ndarray:
-    """Logarithms of the e-values of nodes after each of their responses, drawn from a pool with replacement."""
+    """Logarithms of the e-values of nodes after each of their responses, drawn from a pool with
+    replacement.
+    """
     paths = np.stack([test.paths(values, [len(values)])[0] for values in pool])
     chosen = np.random.default_rng(seed).integers(len(pool), size=(nodes, RESPONSES))
     return np.concatenate([test.log_e(paths[some].cumsum(axis=1)) for some in np.split(chosen, 10)])
@@ -27,14 +30,18 @@ def share_accused(found: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("between", [0.0, 0.7])
-def test_honest_nodes_are_not_accused_and_the_e_value_has_mean_one_at_most(between: float, fewer: int):
+def test_honest_nodes_are_not_accused_and_the_e_value_has_mean_one_at_most(
+    between: float, fewer: int
+):
     test = ClusterTest(LAW, spread=Spread(0.05), between=between)
     found = logs(test, drawn(300 // fewer, TOKENS, LAW, between=between), 1, 400 // fewer)
     assert share_accused(found) <= 0.005
     assert np.exp(found[:, -1]).mean() < 1.5
 
 
-def test_responses_that_differ_more_than_a_law_knows_are_accused_and_one_that_knows_does_not(fewer: int):
+def test_responses_that_differ_more_than_a_law_knows_are_accused_and_one_that_knows_does_not(
+    fewer: int,
+):
     pool = drawn(300 // fewer, TOKENS, LAW, between=1.1, seed=2)
     naive = ClusterTest(LAW)
     knowing = ClusterTest(LAW, spread=Spread(0.05), between=1.1)
@@ -46,7 +53,10 @@ def test_responses_that_differ_more_than_a_law_knows_are_accused_and_one_that_kn
 @pytest.mark.parametrize(("multiple", "share"), [(4.0, 0.6), (16.0, 0.99)])
 def test_larger_noise_is_caught(multiple: float, share: float):
     test = ClusterTest(LAW, spread=Spread(0.05), between=0.2)
-    assert share_accused(logs(test, drawn(40, TOKENS, LAW, multiple=multiple, seed=4), 5, 100)) >= share
+    assert (
+        share_accused(logs(test, drawn(40, TOKENS, LAW, multiple=multiple, seed=4), 5, 100))
+        >= share
+    )
 
 
 def test_a_cheat_in_some_of_the_responses_is_caught():
@@ -57,7 +67,8 @@ def test_a_cheat_in_some_of_the_responses_is_caught():
 
 def test_the_same_values_give_the_same_numbers_however_they_are_cut_into_blocks():
     values = drawn(1, 50, LAW, multiple=8)[0]
-    whole, blocks = ClusterTest(LAW, between=0.3), ClusterTest(LAW, between=0.3)
+    whole = ClusterTest(LAW, between=0.3)
+    blocks = ClusterTest(LAW, between=0.3)
     whole.take(values, [50])
     found = blocks.take(values, [7, 7, 30, 50])
     assert found[-1] == pytest.approx(whole.result.log_e_value)
@@ -68,7 +79,8 @@ def test_the_same_values_give_the_same_numbers_however_they_are_cut_into_blocks(
 
 def test_responses_of_one_node_may_come_in_any_order():
     pool = drawn(6, TOKENS, LAW, multiple=3)
-    one, other = ClusterTest(LAW, between=0.3), ClusterTest(LAW, between=0.3)
+    one = ClusterTest(LAW, between=0.3)
+    other = ClusterTest(LAW, between=0.3)
     for values in pool:
         one.update(values)
     for values in reversed(pool):
@@ -102,12 +114,19 @@ def test_enough_responses_exclude_a_share_of_them_and_the_verdict_names_what_is_
 def test_sketches_are_judged_by_their_distances():
     rng = np.random.default_rng(13)
     test = ClusterTest(SKETCHES, spread=Spread(0.05), between=0.2)
-    honest = [np.exp(SKETCHES.mu + 0.2 * rng.standard_normal() + 0.35 * rng.standard_normal(2)) for _ in range(200)]
+    honest = [
+        np.exp(SKETCHES.mu + 0.2 * rng.standard_normal() + 0.35 * rng.standard_normal(2))
+        for _ in range(200)
+    ]
     assert share_accused(logs(test, honest, 14)) <= 0.005
-    assert test.update([0.2, math.nan]).result.verdict == "fraud"  # twenty times as far, and a missing one
+    assert (
+        test.update([0.2, math.nan]).result.verdict == "fraud"
+    )  # twenty times as far, and a missing one
 
 
-@pytest.mark.parametrize("values", [{"alpha": 0}, {"beta": 1}, {"effect": 1}, {"effect": math.inf}, {"between": -1}])
+@pytest.mark.parametrize(
+    "values", [{"alpha": 0}, {"beta": 1}, {"effect": 1}, {"effect": math.inf}, {"between": -1}]
+)
 def test_what_is_out_of_range_is_refused(values: dict[str, float]):
     with pytest.raises(UsageError, match=r"alpha|spread of clusters"):
         ClusterTest(LAW, **values)

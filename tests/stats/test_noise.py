@@ -24,8 +24,12 @@ def test_densities_have_unit_mass(multiple):
 
     mode = LOG.mu + math.log(multiple)
     near = [mode - 1, mode, mode + 1]
-    assert integrate.quad(scale, 0, 400 * multiple * SCALE.sigma, limit=400)[0] == pytest.approx(1, abs=1e-6)
-    assert integrate.quad(log, mode - 30, mode + 30, points=near, limit=400)[0] == pytest.approx(1, abs=1e-6)
+    assert integrate.quad(scale, 0, 400 * multiple * SCALE.sigma, limit=400)[0] == pytest.approx(
+        1, abs=1e-6
+    )
+    assert integrate.quad(log, mode - 30, mode + 30, points=near, limit=400)[0] == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 @given(st.lists(st.floats(0, 2), min_size=2, max_size=2), st.sampled_from([2.0, 4.0, 20.0]))
@@ -36,9 +40,13 @@ def test_a_larger_residual_is_never_evidence_for_the_node(pair, multiple):
         assert ratio[0] <= ratio[1] + 1e-9
 
 
-@pytest.mark.parametrize("law", [SCALE, LOG, ScaleNoise(1e-5, dof=3), LogNoise(-3.0, 0.3, tail=1.2)])
+@pytest.mark.parametrize(
+    "law", [SCALE, LOG, ScaleNoise(1e-5, dof=3), LogNoise(-3.0, 0.3, tail=1.2)]
+)
 def test_gross_threshold_is_the_stated_quantile(law):
-    assert law.survival(np.array([law.gross_threshold]))[0] == pytest.approx(GROSS_PROBABILITY, rel=1e-6)
+    assert law.survival(np.array([law.gross_threshold]))[0] == pytest.approx(
+        GROSS_PROBABILITY, rel=1e-6
+    )
 
 
 def test_non_finite_values_become_the_largest_residual():

@@ -1,4 +1,6 @@
-"""The place test: which patterns it finds, what it leaves to judge, and whom it never calls faulty."""
+"""The place test: which patterns it finds, what it leaves to judge, and whom it never calls
+faulty.
+"""
 
 import math
 
@@ -29,7 +31,8 @@ def with_junk(bad_N, seed=0, sd=0.5):
 
 @given(st.integers(2, 200), st.data())
 def test_the_p_value_is_never_below_fishers(n, data):
-    held, large = data.draw(st.integers(0, n)), data.draw(st.integers(0, n))
+    held = data.draw(st.integers(0, n))
+    large = data.draw(st.integers(0, n))
     hits = data.draw(st.integers(max(0, held + large - n), min(held, large)))
     bound = math.exp(log_fisher(*(np.array(count) for count in (hits, held, large)), n))
     table = [[hits, large - hits], [held - hits, n - large - held + hits]]
@@ -94,7 +97,8 @@ def test_places_far_from_each_other_are_added_until_the_rest_is_even():
 def test_order_and_sign_of_the_residuals_do_not_matter():
     values = with_junk(WHOLE % 16 < 3) * np.random.default_rng(2).choice([-1, 1], WHOLE.size)
     order = np.random.default_rng(1).permutation(WHOLE.size)
-    one, two = place_test(values, WHOLE), place_test(values[order], WHOLE[order])
+    one = place_test(values, WHOLE)
+    two = place_test(values[order], WHOLE[order])
     assert one == two
     assert np.array_equal(one.set_aside[order], two.set_aside)
     assert (one.modulus, one.places, one.share) == (16, (0, 1, 2), 3 / 16)
@@ -128,7 +132,9 @@ def test_a_cheat_everywhere_is_left_to_judge_though_some_places_are_worse():
 
 def test_a_cheat_without_regard_to_places_is_neither_faulty_nor_suspected():
     rng = np.random.default_rng(0)
-    tests = [place_test(with_junk(rng.random(256) < 0.4, seed), np.arange(256)) for seed in range(50)]
+    tests = [
+        place_test(with_junk(rng.random(256) < 0.4, seed), np.arange(256)) for seed in range(50)
+    ]
     assert not any(test.faulty for test in tests)
     assert sum(test.suspected for test in tests) <= 5
 
@@ -136,12 +142,17 @@ def test_a_cheat_without_regard_to_places_is_neither_faulty_nor_suspected():
 # What is no fault
 
 
-@pytest.mark.parametrize("draw", [noise, lambda rng, n: rng.standard_t(3, n), lambda rng, n: rng.integers(0, 3, n) / 8])
+@pytest.mark.parametrize(
+    "draw", [noise, lambda rng, n: rng.standard_t(3, n), lambda rng, n: rng.integers(0, 3, n) / 8]
+)
 @pytest.mark.parametrize("n", [64, 256])
 def test_honest_noise_is_not_faulty(draw, n):
     """The p-value of residuals that do not depend on the place is no smaller than uniform."""
     rng = np.random.default_rng(n)
-    tests = [place_test(draw(rng, n), np.sort(rng.permutation(4096)[:n]), batch_size=32) for _ in range(60)]
+    tests = [
+        place_test(draw(rng, n), np.sort(rng.permutation(4096)[:n]), batch_size=32)
+        for _ in range(60)
+    ]
     assert not any(test.faulty for test in tests)
     assert sum(test.suspected for test in tests) <= stats.binom(60, SUSPICION).isf(1e-3)
     assert not any(test.set_aside.any() for test in tests if not test.suspected)
@@ -179,7 +190,10 @@ def test_any_stated_batch_size_gives_a_bounded_number_of_patterns(batch_size):
     moduli = choose_moduli(batch_size)
     assert len(moduli) <= 40
     assert 2 <= min(moduli) <= max(moduli) <= 256
-    assert place_test(with_junk(WHOLE % 16 == 0), WHOLE, batch_size=batch_size).pattern == "position mod 16 in 0"
+    assert (
+        place_test(with_junk(WHOLE % 16 == 0), WHOLE, batch_size=batch_size).pattern
+        == "position mod 16 in 0"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Shares, ranks and their intervals: the binomial test, AUROC, and what resampling of groups covers."""
+"""Shares, ranks and their intervals: the binomial test, AUROC, and what resampling of groups
+covers.
+"""
 
 import math
 
@@ -8,13 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.errors import UsageError
-from assay.stats import auroc, count_test, group_bootstrap, grouped_share_interval, proportion_interval
+from assay.stats import (
+    auroc,
+    count_test,
+    group_bootstrap,
+    grouped_share_interval,
+    proportion_interval,
+)
 
 
 # Smallest number of mismatches that convicts, computed from the binomial tail.
 @pytest.mark.parametrize(
     ("n", "p_mismatch", "alpha", "critical"),
-    [(200, 5e-4, 0.01, 2), (32, 5e-4, 0.01, 2), (200, 1e-3, 0.01, 3), (10, 1e-3, 0.01, 1), (200, 0.1, 0.05, 28)],
+    [
+        (200, 5e-4, 0.01, 2),
+        (32, 5e-4, 0.01, 2),
+        (200, 1e-3, 0.01, 3),
+        (10, 1e-3, 0.01, 1),
+        (200, 0.1, 0.05, 28),
+    ],
 )
 def test_critical_counts(n, p_mismatch, alpha, critical):
     assert count_test(critical, n, p_mismatch, alpha).fraud
@@ -56,7 +70,8 @@ def mean(values):
 
 
 def test_same_seed_same_interval():
-    values, groups = np.arange(12.0), list("aabbccddeeff")
+    values = np.arange(12.0)
+    groups = list("aabbccddeeff")
     first = group_bootstrap(mean, [values], [groups], n_resamples=200, seed=4)
     assert first == group_bootstrap(mean, [values], [groups], n_resamples=200, seed=4)
     assert first != group_bootstrap(mean, [values], [groups], n_resamples=200, seed=5)
@@ -80,13 +95,17 @@ def test_pairs_stay_paired_across_samples():
 
     values = np.arange(20)
     groups = [i // 4 for i in range(20)]
-    interval = group_bootstrap(pairs_differ_by_ten, [values, values + 10], [groups, groups], n_resamples=100)
+    interval = group_bootstrap(
+        pairs_differ_by_ten, [values, values + 10], [groups, groups], n_resamples=100
+    )
     assert (interval.low, interval.high) == (1.0, 1.0)
 
 
 def test_interval_covers_the_truth_when_rows_of_a_group_are_alike(fewer):
     rng = np.random.default_rng(0)
-    covered, naive, trials = 0, 0, 200 // fewer
+    covered = 0
+    naive = 0
+    trials = 200 // fewer
     for trial in range(trials):
         values = np.repeat(rng.normal(size=25), 4) + rng.normal(scale=0.1, size=100)
         groups = np.repeat(np.arange(25), 4).tolist()
@@ -99,7 +118,9 @@ def test_interval_covers_the_truth_when_rows_of_a_group_are_alike(fewer):
 
 
 def test_a_draw_that_leaves_a_sample_empty_is_drawn_again():
-    interval = group_bootstrap(auroc, [[1.0, 2.0], [0.0, 0.5]], [["a", "b"], ["a", "a"]], n_resamples=60)
+    interval = group_bootstrap(
+        auroc, [[1.0, 2.0], [0.0, 0.5]], [["a", "b"], ["a", "a"]], n_resamples=60
+    )
     assert (interval.low, interval.high) == (1.0, 1.0)
 
 
@@ -108,20 +129,30 @@ def test_interval_of_shares_is_over_their_groups():
     assert grouped_share_interval(np.zeros(42), labels) == pytest.approx(proportion_interval(0, 7))
     assert grouped_share_interval(np.ones(42), labels) == pytest.approx(proportion_interval(7, 7))
     some = (np.arange(7) < 2).astype(float)
-    assert grouped_share_interval(np.repeat(some, 6), labels) == pytest.approx(proportion_interval(2, 7))
+    assert grouped_share_interval(np.repeat(some, 6), labels) == pytest.approx(
+        proportion_interval(2, 7)
+    )
     low, high = grouped_share_interval(np.arange(240) < 64, np.repeat(np.arange(30), 8).tolist())
-    assert (low, high) == pytest.approx(proportion_interval(8, 30)), "marks of 30 tasks that are alike count as 30"
+    assert (low, high) == pytest.approx(proportion_interval(8, 30)), (
+        "marks of 30 tasks that are alike count as 30"
+    )
     assert grouped_share_interval(np.linspace(0, 1, 42), ["the only machine"] * 42) == (0.0, 1.0)
 
 
 def test_interval_of_shares_near_an_end_or_equal_ones_is_that_of_its_limit():
     labels = np.arange(7).tolist()
-    (low, high), (_, exact) = grouped_share_interval([0.0005, *[0.0] * 6], labels), proportion_interval(0, 7)
+    (low, high), (_, exact) = (
+        grouped_share_interval([0.0005, *[0.0] * 6], labels),
+        proportion_interval(0, 7),
+    )
     assert 0 <= low < 0.0005 < exact <= high < exact + 0.01
-    least, most = proportion_interval(7, 7)[0], grouped_share_interval([0.9995, *[1.0] * 6], labels)[0]
+    least = proportion_interval(7, 7)[0]
+    most = grouped_share_interval([0.9995, *[1.0] * 6], labels)[0]
     assert least - 0.01 < most <= least
     low, high = grouped_share_interval(np.full(100, 0.74), range(100))
-    assert 0.70 < low < 0.74 < high < 0.76, "a hundred machines that agree are narrower than a hundred coins"
+    assert 0.70 < low < 0.74 < high < 0.76, (
+        "a hundred machines that agree are narrower than a hundred coins"
+    )
 
 
 RATES = {
@@ -151,7 +182,10 @@ def nothing(*_):
 
 
 REFUSED = [
-    *((count_test, given, {}, None) for given in ((3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1))),
+    *(
+        (count_test, given, {}, None)
+        for given in ((3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1))
+    ),
     (count_test, (1, 2, 0.1, math.nan), {}, None),
     (proportion_interval, (1, 0), {}, None),
     (group_bootstrap, (nothing, [[1, 2]], [["a"]]), {}, None),
@@ -160,8 +194,18 @@ REFUSED = [
     (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"confidence": 1.0}, None),
     (group_bootstrap, (nothing, [[1, 2], []], [["a", "b"], []]), {}, None),
     # A statistic that some draws do not have, or none.
-    (group_bootstrap, (spread, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 50}, r"not a number in \d+ of 50 draws"),
-    (group_bootstrap, (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 1}, "not a number"),
+    (
+        group_bootstrap,
+        (spread, [[1.0, 2.0]], [["a", "b"]]),
+        {"n_resamples": 50},
+        r"not a number in \d+ of 50 draws",
+    ),
+    (
+        group_bootstrap,
+        (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]),
+        {"n_resamples": 1},
+        "not a number",
+    ),
     (grouped_share_interval, ([0.5, 0.5], ["a"]), {}, "outside"),
     (grouped_share_interval, ([0.5, 1.5], ["a", "b"]), {}, "outside"),
     (grouped_share_interval, ([math.nan], ["a"]), {}, "outside"),

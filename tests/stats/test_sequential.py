@@ -1,4 +1,6 @@
-"""The promises of the residual test, by simulation; every seed is fixed, so a run is always the same."""
+"""The promises of the residual test, by simulation; every seed is fixed, so a run is always the
+same.
+"""
 
 import math
 import pickle
@@ -42,7 +44,9 @@ def test_e_value_has_mean_one_for_honest_distances():
     low = math.log(LOG.floor)
 
     def weighted(x):
-        return e_value_of_one(LOG, math.exp(x)) * math.exp(LOG.log_density(np.array([math.exp(x)]), 1.0)[0])
+        return e_value_of_one(LOG, math.exp(x)) * math.exp(
+            LOG.log_density(np.array([math.exp(x)]), 1.0)[0]
+        )
 
     between, _ = integrate.quad(weighted, low, math.log(2), limit=300)
     below = (1 - LOG.survival(np.array([LOG.floor]))[0]) * e_value_of_one(LOG, LOG.floor)
@@ -51,7 +55,8 @@ def test_e_value_has_mean_one_for_honest_distances():
     assert between > 0.9
 
 
-# False accusations over a lifetime; the largest e-value ever reached decides, so every way of stopping is covered
+# False accusations over a lifetime; the largest e-value ever reached decides, so every way of
+# stopping is covered
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.05])
@@ -121,7 +126,9 @@ def test_noise_of_the_stated_effect_is_called_honest_at_most_at_the_stated_rate(
 # A share that is computed cheaply
 
 
-@pytest.mark.parametrize(("share", "multiple", "least"), [(0.1, 22, 0.99), (0.2, 10, 0.99), (0.5, 5, 0.99)])
+@pytest.mark.parametrize(
+    ("share", "multiple", "least"), [(0.1, 22, 0.99), (0.2, 10, 0.99), (0.5, 5, 0.99)]
+)
 def test_a_share_that_is_computed_cheaply_is_caught_within_150(share, multiple, least):
     draw = partly(share, student(scale=multiple * SIGMA), student())
     assert share_accused(SCALE, draw, 150, 300) >= least
@@ -136,7 +143,9 @@ def test_a_tenth_computed_cheaply_is_not_called_honest_by_64_nonces(law):
     assert sum(test.verdict == "honest" for test in tests) <= 4 + 3 * math.sqrt(4)
     assert tests[0].result.share_excluded == 0.1
     if law is LOG:  # distances with heavy tails say too little in 64 nonces
-        cleared = [SequentialTest(law, effect=4.0).update(row).verdict for row in honest.reshape(400, 64)]
+        cleared = [
+            SequentialTest(law, effect=4.0).update(row).verdict for row in honest.reshape(400, 64)
+        ]
         assert cleared.count("honest") > 150
 
 
@@ -144,10 +153,15 @@ def test_a_tenth_computed_cheaply_is_not_called_honest_by_64_nonces(law):
 
 
 def test_machines_as_noisy_as_the_spread_says_are_accused_at_most_at_the_stated_rate():
-    rng, spread = np.random.default_rng(4), Spread(0.1, 30)
+    rng = np.random.default_rng(4)
+    spread = Spread(0.1, 30)
     scale_R1 = np.exp(spread.sd * rng.standard_t(spread.dof, (400, 1)))
     values_RC = scale_R1 * honest_distances(rng, 400 * 100).reshape(400, 100)
-    knowing = SequentialTest(LOG, spread=spread, effect=1.25, alpha=0.05).accusations(values_RC)[:, -1].mean()
+    knowing = (
+        SequentialTest(LOG, spread=spread, effect=1.25, alpha=0.05)
+        .accusations(values_RC)[:, -1]
+        .mean()
+    )
     trusting = SequentialTest(LOG, effect=1.25, alpha=0.05).accusations(values_RC)[:, -1].mean()
     assert knowing <= 0.05 < 0.08 < trusting
 
@@ -182,7 +196,9 @@ def test_identical_bits_are_honest_after_four():
 
 
 def test_too_few_honest_nonces_decide_nothing_and_exclude_no_share():
-    results = [SequentialTest(SCALE, effect=4.0).update([0.0] * n).result for n in (0, 1, 2, 8, 32, 64)]
+    results = [
+        SequentialTest(SCALE, effect=4.0).update([0.0] * n).result for n in (0, 1, 2, 8, 32, 64)
+    ]
     assert [result.verdict for result in results[:3]] == ["undecided"] * 3
     assert [result.share_excluded for result in results[3:]] == [None, 0.4, 0.1]
     assert (results[0].log_e_value, results[0].log_evidence_honest) == (0.0, 0.0)
@@ -228,7 +244,10 @@ def test_fraud_stays_fraud_whatever_follows():
 @pytest.mark.parametrize(
     ("law", "rates", "words"),
     [
-        *((SCALE, rates, "alpha") for rates in ({"alpha": 0.0}, {"alpha": 1.0}, {"beta": math.nan})),
+        *(
+            (SCALE, rates, "alpha")
+            for rates in ({"alpha": 0.0}, {"alpha": 1.0}, {"beta": math.nan})
+        ),
         *((SCALE, {"effect": effect}, "alpha") for effect in (1.0, math.inf)),
         (ScaleNoise(JUNK_SIGMA / 3), {}, "times smaller than invented"),
         (LogNoise(math.log(0.5), 0.3), {}, "times smaller than invented"),
@@ -242,7 +261,9 @@ def test_what_is_out_of_range_is_refused(law, rates, words):
 @pytest.mark.parametrize("spread", [0.0, 0.2])
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn from a pool", "all different"])
 def test_simulated_verdicts_are_those_of_single_nodes(spread, drawn, fewer, monkeypatch):
-    monkeypatch.setattr("assay.stats.sequential._TOGETHER", 4)  # so that there are several groups of nodes
+    monkeypatch.setattr(
+        "assay.stats.sequential._TOGETHER", 4
+    )  # so that there are several groups of nodes
     monkeypatch.setattr("assay.stats.sequential._SIMULATED", 150)
     rng = np.random.default_rng(5)
     pool = 1e-4 * rng.standard_t(6, 1200)

@@ -17,14 +17,18 @@ def test_a_law_sums_to_one_over_the_vocabulary_whatever_the_gaps_are():
     every = token_profile(np.tile(gaps, (50, 1)), np.arange(50))
     law = law_at(0.01, 0.5)
     for log in (-3.0, 0.0, 0.7, 5.0):
-        assert np.exp(law.log_likelihoods(every, np.array([log]))).sum() == pytest.approx(1, abs=2e-3)
+        assert np.exp(law.log_likelihoods(every, np.array([log]))).sum() == pytest.approx(
+            1, abs=2e-3
+        )
 
 
 def test_a_token_that_both_engines_agree_on_is_certain_at_small_scales():
     profile = token_profile([[0.0, 1.0, 2.0]], [0])[0]
     assert profile[0] == 0
     assert profile[SCALES.size] == pytest.approx(-math.log(3), rel=1e-3)
-    assert profile[np.searchsorted(SCALES, 1.0)] == pytest.approx(-math.log(1 + math.exp(-1) + math.exp(-2)), rel=1e-3)
+    assert profile[np.searchsorted(SCALES, 1.0)] == pytest.approx(
+        -math.log(1 + math.exp(-1) + math.exp(-2)), rel=1e-3
+    )
 
 
 def test_noise_twice_as_large_is_the_next_scale():
@@ -41,7 +45,9 @@ def test_a_profile_is_stored_in_float16_and_its_end_is_kept():
     assert np.array_equal(values, values.astype(np.float16))
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, *[0.0] * (COLUMNS - 1)), (2.0, *[-1 / 27] * (COLUMNS - 1))])
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1.0, *[0.0] * (COLUMNS - 1)), (2.0, *[-1 / 27] * (COLUMNS - 1))]
+)
 def test_what_is_no_law_is_refused(weights: tuple[float, ...]):
     with pytest.raises(UsageError, match="weights"):
         TokenNoise(weights)

@@ -14,9 +14,11 @@ VOCABULARY = 48
 
 
 def token_profile(gaps_NV: npt.ArrayLike, tokens_N: npt.ArrayLike) -> FloatArray:
-    """Return profiles [N, G] of claimed tokens from the gaps of all; one that cannot be taken has an infinite gap.
+    """Return profiles [N, G] of claimed tokens from the gaps of all; one that cannot be taken has
+    an infinite gap.
 
-    This is the definition, to be read, and the twin of what ``assay.poc.responses.replaying`` computes on devices.
+    This is the definition, to be read, and the twin of what ``assay.poc.responses.replaying``
+    computes on devices.
     """
     gaps: FloatArray = np.asarray(gaps_NV, dtype=np.float64)
     tokens: npt.NDArray[np.int64] = np.asarray(tokens_N, dtype=np.int64)
@@ -34,9 +36,17 @@ def law_at(*scales: float) -> TokenNoise:
 
 
 def drawn(
-    clusters: int, tokens: int, law: TokenNoise, *, between: float = 0.0, multiple: float = 1.0, seed: int = 0
+    clusters: int,
+    tokens: int,
+    law: TokenNoise,
+    *,
+    between: float = 0.0,
+    multiple: float = 1.0,
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """Profiles of tokens of a prover whose scores differ from the verifier's as a law says, times a multiple."""
+    """Profiles of tokens of a prover whose scores differ from the verifier's as a law says, times a
+    multiple.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(clusters):

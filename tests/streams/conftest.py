@@ -4,7 +4,9 @@ from assay.errors import BackendUnavailable
 from assay.streams import get_backend
 
 CPU = [("numpy", "cpu"), ("torch", "cpu")]
-GPU = [pytest.param(pair, marks=pytest.mark.gpu) for pair in (("torch", "cuda"), ("triton", "cuda"))]
+GPU = [
+    pytest.param(pair, marks=pytest.mark.gpu) for pair in (("torch", "cuda"), ("triton", "cuda"))
+]
 
 
 def _name(pair):

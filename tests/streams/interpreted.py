@@ -21,7 +21,10 @@ from assay.streams.backends import as_tensor, digest
 from .inverse import dense_hashes, gumbel_hashes
 
 HASHES = np.concatenate([gumbel_hashes(), dense_hashes(1 << 18)])
-ROWS, COLUMNS, WIDTH, BLOCK = 4, 2500, 3000, 1024
+ROWS = 4
+COLUMNS = 2500
+WIDTH = 3000
+BLOCK = 1024
 NUMBERS = [3, 0]
 TEXTS = [f"response_{i}" for i in range(300)]
 STEPS = (np.arange(len(TEXTS)) * 14_316_557).astype(np.uint32)
@@ -48,13 +51,19 @@ def scores():
 
 
 def results():
-    """SHA-256 of the numbers of hashes, of scores with noise in every row and in some, and of seeds of steps."""
+    """SHA-256 of the numbers of hashes, of scores with noise in every row and in some, and of seeds
+    of steps.
+    """
     made = torch.empty(len(HASHES))
-    gumbel_kernel[(-(-len(HASHES) // 65_536),)](as_tensor(HASHES.view(np.int32)), made, len(HASHES), BLOCK=65_536)
+    gumbel_kernel[(-(-len(HASHES) // 65_536),)](
+        as_tensor(HASHES.view(np.int32)), made, len(HASHES), BLOCK=65_536
+    )
     found = {"gumbels": digest(made)}
     for name, rows in (("every row", None), ("some rows", NUMBERS)):
         changed = scores()
-        words = as_tensor(seeds(TEXTS[: ROWS if rows is None else len(rows)]).view(np.int32))[:, 0].contiguous()
+        words = as_tensor(seeds(TEXTS[: ROWS if rows is None else len(rows)]).view(np.int32))[
+            :, 0
+        ].contiguous()
         numbers = words if rows is None else torch.tensor(rows)
         grid = (len(words) * -(-COLUMNS // BLOCK),)
         arguments = (words, numbers, changed, ROWS, COLUMNS, WIDTH)
@@ -63,7 +72,9 @@ def results():
     made = torch.empty(len(TEXTS), dtype=torch.int32)
     words = as_tensor(seeds(TEXTS, strength=256).view(np.int32))
     grid = (-(-len(TEXTS) // 128),)
-    kernels.row_seeds_kernel[grid](words, as_tensor(STEPS.view(np.int32)), made, len(TEXTS), WORDS=8, BLOCK=128)
+    kernels.row_seeds_kernel[grid](
+        words, as_tensor(STEPS.view(np.int32)), made, len(TEXTS), WORDS=8, BLOCK=128
+    )
     return found | {"seeds": digest(made)}
 
 

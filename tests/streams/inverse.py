@@ -1,4 +1,6 @@
-"""The stream hash run backwards: the seed that gives a chosen hash at a chosen index. Any special value can be met."""
+"""The stream hash run backwards: the seed that gives a chosen hash at a chosen index. Any special
+value can be met.
+"""
 
 from pathlib import Path
 
@@ -8,7 +10,9 @@ VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def seed_for(hash_, index):
-    """Seeds (uint32 array) whose element ``index`` has the hash ``hash_``; both are broadcast arrays."""
+    """Seeds (uint32 array) whose element ``index`` has the hash ``hash_``; both are broadcast
+    arrays.
+    """
     h = np.atleast_1d(np.asarray(hash_, np.uint32))
     h = h ^ (h >> np.uint32(16))
     h = h * np.uint32(pow(0xC2B2AE35, -1, 1 << 32))
@@ -34,10 +38,16 @@ def special_hashes():
 
 
 def gumbel_hashes():
-    """Hashes at and around every value where a Gumbel number changes branch or exponent, and where it is 0."""
+    """Hashes at and around every value where a Gumbel number changes branch or exponent, and where
+    it is 0.
+    """
     halves = [0.5**0.5 * 2.0**e for e in range(-33, 6)]
-    exponentials = np.array([*halves, 1.0])  # where E itself has a new exponent; at 1 the number is 0
-    shares = np.concatenate([-np.expm1(-exponentials), halves[:33], 1 - np.array(halves[:33]), [0.5**0.5, 0.5]])
+    exponentials = np.array(
+        [*halves, 1.0]
+    )  # where E itself has a new exponent; at 1 the number is 0
+    shares = np.concatenate(
+        [-np.expm1(-exponentials), halves[:33], 1 - np.array(halves[:33]), [0.5**0.5, 0.5]]
+    )
     shares = shares[shares < 1]
     around = np.rint(shares * 2**32).astype(np.int64)[:, None] + np.arange(-300, 301)
     middle = 2**31 + np.arange(-300, 301)
@@ -46,15 +56,21 @@ def gumbel_hashes():
 
 
 def dense_hashes(count):
-    """``count`` hashes spread evenly over all of them, by an odd stride, so that every exponent is well covered."""
+    """``count`` hashes spread evenly over all of them, by an odd stride, so that every exponent is
+    well covered.
+    """
     even = (np.arange(count, dtype=np.uint64) * np.uint64(2**32 // count | 1)).astype(np.uint32)
     small = np.uint32(2**32 - 1) >> (np.arange(count // 4, dtype=np.uint32) % np.uint32(32))
     return np.concatenate([even, small ^ (even[: count // 4] & (small >> np.uint32(1)))])
 
 
 def distinct_uniforms():
-    """One hash for every float32 that a uniform can be, all 83 886 081 of them, in parts of about two million."""
+    """One hash for every float32 that a uniform can be, all 83 886 081 of them, in parts of about
+    two million.
+    """
     whole = [np.arange(2**24, dtype=np.uint32)]
-    rounded = [np.arange(2**23, 2**24, dtype=np.uint32) << np.uint32(shift) for shift in range(1, 9)]
+    rounded = [
+        np.arange(2**23, 2**24, dtype=np.uint32) << np.uint32(shift) for shift in range(1, 9)
+    ]
     for hashes in (*whole, *rounded, np.array([2**32 - 1], np.uint32)):
         yield from np.array_split(hashes, -(-len(hashes) // 2**21))

@@ -25,7 +25,9 @@ def test_same_bits(backend, definition, kind):
         assert digest(made) == digest(getattr(definition, kind)(seeds(TEXTS), n))
 
 
-@pytest.mark.parametrize(("n", "k"), [(0, 0), (1, 0), (1, 1), (5, 2), (1024, 12), (1024, 1023), (1024, 1024)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(0, 0), (1, 0), (1, 1), (5, 2), (1024, 12), (1024, 1023), (1024, 1024)]
+)
 def test_same_picks(backend, definition, n, k):
     made = backend.picks(seeds(TEXTS), n, k)
     assert tuple(made.shape) == (5, k)
@@ -36,9 +38,13 @@ def test_same_picks(backend, definition, n, k):
 @pytest.mark.parametrize("index", [0, 1], ids=["under the logarithm", "under the cosine"])
 def test_special_values(backend, definition, dtype, index):
     crafted = seed_for(special_hashes(), index)
-    assert digest(backend.normals(crafted, 2, dtype)) == digest(definition.normals(crafted, 2, dtype))
+    assert digest(backend.normals(crafted, 2, dtype)) == digest(
+        definition.normals(crafted, 2, dtype)
+    )
     for kind in ("uniforms", "signs"):
-        assert digest(getattr(backend, kind)(crafted, 2)) == digest(getattr(definition, kind)(crafted, 2))
+        assert digest(getattr(backend, kind)(crafted, 2)) == digest(
+            getattr(definition, kind)(crafted, 2)
+        )
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["under the logarithm", "under the cosine"])
@@ -58,17 +64,25 @@ def test_every_uniform_there_is(definition, index):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_short_formats_at_tiny_values(backend, definition, dtype):
-    """A sine within 2**-14 of zero is a subnormal float16; half of these lie near a tie of one of the formats."""
+    """A sine within 2**-14 of zero is a subnormal float16; half of these lie near a tie of one of
+    the formats.
+    """
     tiny = (np.arange(1, 1 << 17, dtype=np.int64) * 5 - (1 << 17)) % 2**32
     crafted = seed_for(tiny.astype(np.uint32), 1)
     wide = definition.normals(crafted, 2)[:, 1]
     assert ((np.abs(wide) < 2**-14) & (wide != 0)).sum() > 1000
-    assert digest(backend.normals(crafted, 2, dtype)) == digest(definition.normals(crafted, 2, dtype))
+    assert digest(backend.normals(crafted, 2, dtype)) == digest(
+        definition.normals(crafted, 2, dtype)
+    )
 
 
 def test_zero_has_the_same_sign_everywhere(backend):
-    """A uniform of exactly 1 makes the radius +0; the signs of both zeros are then those of cosine and sine."""
-    u2 = np.array([0x10000000, 0x50000000, 0x90000000, 0xD0000000], np.uint32)  # one in each quadrant
+    """A uniform of exactly 1 makes the radius +0; the signs of both zeros are then those of cosine
+    and sine.
+    """
+    u2 = np.array(
+        [0x10000000, 0x50000000, 0x90000000, 0xD0000000], np.uint32
+    )  # one in each quadrant
     candidates = seed_for(np.uint32(2**32 - 1) - np.arange(128, dtype=np.uint32), 0)
     normals = as_tensor(backend.normals(candidates, 2)).cpu().numpy()
     uniforms = as_tensor(backend.uniforms(candidates, 2)).cpu().numpy()
@@ -83,11 +97,18 @@ def test_zero_has_the_same_sign_everywhere(backend):
 def test_large_single_stream_crosses_the_tiles(backend, definition):
     for strength in (32, 256):
         seed = seeds(["one long stream"], strength)
-        assert digest(backend.normals(seed, 1_000_003)) == digest(definition.normals(seed, 1_000_003))
+        assert digest(backend.normals(seed, 1_000_003)) == digest(
+            definition.normals(seed, 1_000_003)
+        )
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 2**32 - 1), max_size=4), st.integers(0, 600), st.sampled_from(DTYPES), st.integers(1, 8))
+@given(
+    st.lists(st.integers(0, 2**32 - 1), max_size=4),
+    st.integers(0, 600),
+    st.sampled_from(DTYPES),
+    st.integers(1, 8),
+)
 def test_cpu_backends_agree_on_anything(words, n, dtype, sub_seeds):
     crafted = np.array([[(w + 77 * s) % 2**32 for s in range(sub_seeds)] for w in words], np.uint32)
     crafted = crafted.reshape(len(words), sub_seeds)
@@ -103,7 +124,12 @@ def test_no_fused_reflections_on_the_cpu(name):
 
 def test_seeds_in_every_form(backend):
     expected = digest(backend.normals(np.array([1, 2**32 - 1], np.uint32), 9))
-    for form in ([1, 2**32 - 1], [[1], [2**32 - 1]], np.array([1, 2**32 - 1]), np.array([9, 1, 9, 2**32 - 1])[1::2]):
+    for form in (
+        [1, 2**32 - 1],
+        [[1], [2**32 - 1]],
+        np.array([1, 2**32 - 1]),
+        np.array([9, 1, 9, 2**32 - 1])[1::2],
+    ):
         assert digest(backend.normals(form, 9)) == expected
 
 
@@ -113,11 +139,23 @@ NO_SEEDS = (
 )
 REFUSED = [
     *(("integers from 0 to 4294967295", "normals", (wrong, 4)) for wrong in NO_SEEDS),
-    *(("n = ", kind, ([1], n)) for kind in (*KINDS, "normals") for n in (-1, 2**32, 1.5, "4", None)),
+    *(
+        ("n = ", kind, ([1], n))
+        for kind in (*KINDS, "normals")
+        for n in (-1, 2**32, 1.5, "4", None)
+    ),
     *(("k = ", "picks", ([1], 4, k)) for k in (-1, 5, 1.5)),
-    *(("float32, float16, bfloat16", "normals", ([1], 4, dtype)) for dtype in ("float64", "fp16", None, np.float32)),
-    *(("strength=32", kind, (seeds(TEXTS, strength=256), 4)) for kind in KINDS),  # sub-seeds are for normals only
-    *(("seeds of 5 rows", "reflected", (torch.zeros(shape), seeds(TEXTS))) for shape in ((16,), (4, 16), (5, 4, 4))),
+    *(
+        ("float32, float16, bfloat16", "normals", ([1], 4, dtype))
+        for dtype in ("float64", "fp16", None, np.float32)
+    ),
+    *(
+        ("strength=32", kind, (seeds(TEXTS, strength=256), 4)) for kind in KINDS
+    ),  # sub-seeds are for normals only
+    *(
+        ("seeds of 5 rows", "reflected", (torch.zeros(shape), seeds(TEXTS)))
+        for shape in ((16,), (4, 16), (5, 4, 4))
+    ),
 ]
 
 

@@ -1,4 +1,6 @@
-"""Where the polynomials come from: Chebyshev fits with 60 digits, made again here, and how far off they are."""
+"""Where the polynomials come from: Chebyshev fits with 60 digits, made again here, and how far off
+they are.
+"""
 
 import mpmath
 import numpy as np
@@ -24,15 +26,26 @@ def cos_tail(x):
 
 
 CASES = {
-    # name: function, interval, coefficients, relative effect on the result of an error of 1 in the polynomial
-    "ln": (ln_tail, [mpmath.sqrt(0.5) - 1, mpmath.sqrt(2) - 1], definition.LN_POLY, lambda f: f**3 / mpmath.log(1 + f)),
+    # name: function, interval, coefficients, relative effect on the result of an error of 1 in the
+    # polynomial
+    "ln": (
+        ln_tail,
+        [mpmath.sqrt(0.5) - 1, mpmath.sqrt(2) - 1],
+        definition.LN_POLY,
+        lambda f: f**3 / mpmath.log(1 + f),
+    ),
     "sin": (
         sin_tail,
         EIGHTH_TURN,
         definition.SIN_POLY,
         lambda x: mpmath.sqrt(x) / mpmath.sin(mpmath.pi * mpmath.sqrt(x) / 2),
     ),
-    "cos": (cos_tail, EIGHTH_TURN, definition.COS_POLY, lambda x: x / mpmath.cos(mpmath.pi * mpmath.sqrt(x) / 2)),
+    "cos": (
+        cos_tail,
+        EIGHTH_TURN,
+        definition.COS_POLY,
+        lambda x: x / mpmath.cos(mpmath.pi * mpmath.sqrt(x) / 2),
+    ),
 }
 
 
@@ -55,4 +68,6 @@ def test_error_of_the_polynomial_is_far_below_an_ulp(name):
 def test_ln2_in_two_parts():
     high, low = (mpmath.mpf(float(part)) for part in (definition.LN2_HIGH, definition.LN2_LOW))
     assert abs(high + low - mpmath.log(2)) < mpmath.mpf(2) ** -36
-    assert all(np.float32(k) * definition.LN2_HIGH == k * float(definition.LN2_HIGH) for k in range(-5, 35))
+    assert all(
+        np.float32(k) * definition.LN2_HIGH == k * float(definition.LN2_HIGH) for k in range(-5, 35)
+    )

@@ -1,4 +1,6 @@
-"""The definition against the mathematics it stands for, and at the values where it could go wrong."""
+"""The definition against the mathematics it stands for, and at the values where it could go
+wrong.
+"""
 
 import hashlib
 from fractions import Fraction
@@ -30,7 +32,9 @@ def murmur_without_length(seed, index):
 
 
 def ulps(values, truth):
-    return np.abs(values.astype(np.float64) - truth) / np.spacing(np.abs(truth).astype(np.float32)).astype(np.float64)
+    return np.abs(values.astype(np.float64) - truth) / np.spacing(
+        np.abs(truth).astype(np.float32)
+    ).astype(np.float64)
 
 
 def uniforms_of(hashes):
@@ -40,7 +44,9 @@ def uniforms_of(hashes):
 @pytest.fixture(scope="module")
 def sample():
     """Uniforms of every exponent and every edge, without 0."""
-    return np.maximum(uniforms_of(np.concatenate([special_hashes(), dense_hashes(1 << 20)])), definition.MIN_U1)
+    return np.maximum(
+        uniforms_of(np.concatenate([special_hashes(), dense_hashes(1 << 20)])), definition.MIN_U1
+    )
 
 
 @given(UINT32, UINT32)
@@ -53,14 +59,18 @@ def test_hash_of_any_index(seed, index):
 def test_uniform_is_the_nearest_float_with_ties_to_even(hash_):
     made = definition.uniforms(seed_for([hash_], [0]), 0, 1)[0, 0]
     exact = Fraction(hash_, 2**32)
-    errors = {side: abs(Fraction(float(side)) - exact) for side in (made, *np.nextafter(made, np.float32([-1, 2])))}
+    errors = {
+        side: abs(Fraction(float(side)) - exact)
+        for side in (made, *np.nextafter(made, np.float32([-1, 2])))
+    }
     assert errors[made] == min(errors.values())
     if list(errors.values()).count(errors[made]) > 1:
         assert made.view(np.uint32) % 2 == 0
 
 
 @pytest.mark.parametrize(
-    ("hash_", "sign"), [(0, -1), (0x80000000, -1), (0x80000080, -1), (0x80000081, 1), (2**32 - 1, 1)]
+    ("hash_", "sign"),
+    [(0, -1), (0x80000000, -1), (0x80000080, -1), (0x80000081, 1), (2**32 - 1, 1)],
 )
 def test_sign_threshold(hash_, sign):
     seed = seed_for([hash_], [0])
@@ -69,7 +79,8 @@ def test_sign_threshold(hash_, sign):
 
 
 def test_normals_are_within_four_ulps(sample):
-    u1, u2 = sample, np.roll(sample, 1)
+    u1 = sample
+    u2 = np.roll(sample, 1)
     radius = np.sqrt(-2 * np.log(u1.astype(np.float64)))
     quarters = 4 * u2.astype(np.float64)
     angle = (quarters - np.rint(quarters)) * np.pi / 2 + (np.rint(quarters) % 4) * np.pi / 2
@@ -86,7 +97,9 @@ def test_no_value_on_the_way_is_subnormal(sample):
     tiny = np.finfo(np.float32).tiny
     f = np.float32(1) - np.float32(2.0**-24)  # nearest to 1, where the powers of f are smallest
     assert (np.float32(1) - f) ** 3 * definition.LN_POLY[-1] > tiny
-    made = np.concatenate([*definition.box_muller(sample, np.roll(sample, 1)), definition.negative_log(sample)])
+    made = np.concatenate(
+        [*definition.box_muller(sample, np.roll(sample, 1)), definition.negative_log(sample)]
+    )
     assert not ((made != 0) & (np.abs(made) < tiny)).any()
 
 
@@ -94,8 +107,13 @@ def test_no_value_on_the_way_is_subnormal(sample):
 def test_sub_seeds_each_make_their_own_part(seed, n):
     words = (np.uint32(seed) + np.arange(8, dtype=np.uint32) * np.uint32(0x9E3779B9))[None]
     length = -(-n // 8)
-    parts = [definition.normals(words[:, j : j + 1], min(length, max(0, n - j * length))) for j in range(8)]
-    np.testing.assert_array_equal(definition.normals(words, n), np.concatenate(parts, axis=1)[:, :n])
+    parts = [
+        definition.normals(words[:, j : j + 1], min(length, max(0, n - j * length)))
+        for j in range(8)
+    ]
+    np.testing.assert_array_equal(
+        definition.normals(words, n), np.concatenate(parts, axis=1)[:, :n]
+    )
 
 
 @given(UINT32, st.integers(1, 300))
@@ -130,6 +148,8 @@ def test_bad_texts_and_strengths(words, given):
 
 
 def test_hash_zero_is_clamped_and_uniform_one_gives_zero():
-    smallest, largest = np.abs(definition.normals(seed_for([0, 2**32 - 1], [0])[:, None], 2)).max(axis=1)
+    smallest, largest = np.abs(definition.normals(seed_for([0, 2**32 - 1], [0])[:, None], 2)).max(
+        axis=1
+    )
     assert 4.7 < smallest < 6.8  # the root of -2 ln 1e-10 is 6.79
     assert largest == 0

@@ -1,4 +1,5 @@
-"""Ten thousand random draws, the same bits on every backend: the list of SHA-256 was made by the numpy definition.
+"""Ten thousand random draws, the same bits on every backend: the list of SHA-256 was made by the
+numpy definition.
 
 Every choice comes from the digest of a text, so the draws are the same everywhere and for ever.
 """
@@ -14,7 +15,10 @@ from assay.streams.backends import digest
 from .inverse import VECTORS
 
 ROWS = json.loads((VECTORS / "draws_sha256.json").read_text())["rows"]
-GROUPS, DRAWS_PER_GROUP, MAX_N, PARTS = 500, 20, 70_000, 5
+GROUPS = 500
+DRAWS_PER_GROUP = 20
+MAX_N = 70_000
+PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Group:
 
     @property
     def n(self):
-        """1 to 70 000. The first groups take the smallest lengths; a third of the rest are uniform, others smaller."""
+        """1 to 70 000. The first groups take the smallest lengths; a third of the rest are uniform,
+        others smaller.
+        """
         if self.number < 20:
             return self.number + 1
         if self.number == 20:
@@ -55,7 +61,9 @@ def test_the_list_covers_the_space():
     assert min(lengths) == 1
     assert max(lengths) == MAX_N
     assert len(lengths) > 300
-    assert {tuple(row[1:3]) for row in ROWS if row[0] > 10_000} == {(d, s) for d in DTYPES for s in (32, 256)}
+    assert {tuple(row[1:3]) for row in ROWS if row[0] > 10_000} == {
+        (d, s) for d in DTYPES for s in (32, 256)
+    }
 
 
 @pytest.mark.parametrize("part", range(PARTS))

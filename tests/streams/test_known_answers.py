@@ -1,4 +1,6 @@
-"""The published streams: integers exactly, floats within 8 ulp or 4e-6 (they round the angle before its cosine)."""
+"""The published streams: integers exactly, floats within 8 ulp or 4e-6 (they round the angle before
+its cosine).
+"""
 
 import json
 from pathlib import Path
@@ -33,12 +35,24 @@ def name(row):
 
 
 def test_every_kind_has_rows():
-    kinds = {"seed32", "hash32", "uniform", "normal", "signs", "permutation", "inputs", "target", "householder"}
+    kinds = {
+        "seed32",
+        "hash32",
+        "uniform",
+        "normal",
+        "signs",
+        "permutation",
+        "inputs",
+        "target",
+        "householder",
+    }
     assert {kind for kind in kinds if KNOWN[kind]} == kinds
 
 
 def test_seeds():
-    assert [seed32(row["text"]) for row in KNOWN["seed32"]] == [row["seed"] for row in KNOWN["seed32"]]
+    assert [seed32(row["text"]) for row in KNOWN["seed32"]] == [
+        row["seed"] for row in KNOWN["seed32"]
+    ]
 
 
 def test_hashes(backend):
@@ -74,7 +88,9 @@ def test_signs(backend):
 
 def test_permutations(backend):
     for row in KNOWN["permutation"]:
-        permutation = backend.permutations([seed32(f"{name(row)}_{row['nonce']}_permutations")], row["size"])
+        permutation = backend.permutations(
+            [seed32(f"{name(row)}_{row['nonce']}_permutations")], row["size"]
+        )
         assert digest(permutation) == row["sha256_le_i64"]
         assert to_numpy(permutation)[0, :12].tolist() == row["first"]
 

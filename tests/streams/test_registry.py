@@ -21,7 +21,10 @@ def test_auto_is_torch_on_the_cpu():
 
 DEVICES = ("gpu", "cuda:", "cuda:x", "cuda:007", "cuda:٣", "cuda:128", "cuda:99999999999", "")
 REFUSED = [
-    *((UsageError, "numpy, torch, triton", (name,)) for name in ("Torch", "cuda", "", "murmur", "numba")),
+    *(
+        (UsageError, "numpy, torch, triton", (name,))
+        for name in ("Torch", "cuda", "", "murmur", "numba")
+    ),
     *((UsageError, "cpu, cuda or cuda:<number>", ("torch", device)) for device in DEVICES),
     (UsageError, "device cpu", ("numpy", "cuda")),  # the definition stays there
     *((BackendUnavailable, "cuda:99", (name, "cuda:99")) for name in ("torch", "auto")),

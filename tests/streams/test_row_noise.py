@@ -1,4 +1,6 @@
-"""What a sampler does in a step of decoding: the seed of each row's step, and its Gumbel numbers added in place."""
+"""What a sampler does in a step of decoding: the seed of each row's step, and its Gumbel numbers
+added in place.
+"""
 
 import json
 
@@ -47,7 +49,8 @@ def test_rows_of_every_length(backend, columns):
 
 
 def test_rows_by_number_leave_the_others_alone(backend):
-    before, rows = scores(rows=9), np.array([7, 0, 4])
+    before = scores(rows=9)
+    rows = np.array([7, 0, 4])
     made = on(backend, before.clone())
     backend.add_gumbels(made, on(backend, SEEDS[:3]), on(backend, rows))
     assert made.cpu().equal(expected_sum(before, SEEDS[:3], rows))
@@ -106,12 +109,15 @@ def test_arguments_that_are_refused(name, wrong, message):
 
 def test_known_seeds_of_steps(backend):
     for row in KNOWN:
-        words, made = seeds([row["text"]], strength=256), step_seeds(seeds([row["text"]], strength=256), row["steps"])
+        words = seeds([row["text"]], strength=256)
+        made = step_seeds(seeds([row["text"]], strength=256), row["steps"])
         assert [f"{word:08x}" for word in words[0].tolist()] == row["words"]
         assert made.dtype == np.uint32
         assert [f"{seed:08x}" for seed in made[0].tolist()] == row["seeds"]
         rows = on(backend, np.repeat(words, len(row["steps"]), axis=0))
-        assert digest(backend.row_seeds(rows, on(backend, np.array(row["steps"])))) == digest(made[0])
+        assert digest(backend.row_seeds(rows, on(backend, np.array(row["steps"])))) == digest(
+            made[0]
+        )
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8), st.integers(0, 2**32 - 1))
@@ -125,7 +131,9 @@ def test_a_step_is_hashed_with_every_word(words, step):
 def test_many_rows_and_none(backend):
     many = np.resize(WORDS, (1000, 8))
     expected = step_seeds(WORDS, range(1000))[np.arange(1000) % len(WORDS), range(1000)]
-    assert digest(backend.row_seeds(on(backend, many), on(backend, np.arange(1000)))) == digest(expected)
+    assert digest(backend.row_seeds(on(backend, many), on(backend, np.arange(1000)))) == digest(
+        expected
+    )
     assert tuple(backend.row_seeds(on(backend, many[:0]), on(backend, np.arange(0))).shape) == (0,)
 
 

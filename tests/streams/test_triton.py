@@ -1,4 +1,6 @@
-"""What only the triton backend has: the machine code, the root without a branch, reflections, and no waiting."""
+"""What only the triton backend has: the machine code, the root without a branch, reflections, and
+no waiting.
+"""
 
 import re
 
@@ -13,7 +15,8 @@ from assay.streams.backends import digest
 
 pytestmark = pytest.mark.gpu
 
-ROWS, REFLECTIONS = 6, 8
+ROWS = 6
+REFLECTIONS = 8
 TEXTS = [f"stream_{i}" for i in range(ROWS)]
 ASM = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
 FUSED = re.compile(r"\b(?:fma|mad)\.[\w.]*f32")
@@ -33,12 +36,16 @@ def compiled(triton_backend, monkeypatch):
     """What the backend launched, kernel by kernel."""
     made = []
     launch = type(triton_backend)._launch
-    monkeypatch.setattr(type(triton_backend), "_launch", lambda *a, **k: made.append(launch(*a, **k)))
+    monkeypatch.setattr(
+        type(triton_backend), "_launch", lambda *a, **k: made.append(launch(*a, **k))
+    )
     return made
 
 
 def reflection_seeds(rows=ROWS):
-    return seeds([f"reflection_{row}_{r}" for row in range(rows) for r in range(REFLECTIONS)]).reshape(rows, -1)
+    return seeds(
+        [f"reflection_{row}_{r}" for row in range(rows) for r in range(REFLECTIONS)]
+    ).reshape(rows, -1)
 
 
 def states(rows, d):
@@ -46,7 +53,9 @@ def states(rows, d):
 
 
 def check_no_fused_operation(ptx):
-    """Every float operation rounds once, by itself; only the root, which is written out, has a fused residual."""
+    """Every float operation rounds once, by itself; only the root, which is written out, has a
+    fused residual.
+    """
     roots = [block for block in ASM.findall(ptx) if "rsqrt.approx" in block]
     assert roots
     for root in roots:
@@ -92,16 +101,21 @@ def test_a_row_that_does_not_exist_gets_nothing(triton_backend):
 
 
 def test_the_root_of_every_value_there_is(triton_backend):
-    """All float32 from 2**-30 to 16, and 0, against the float64 root, which rounds to the right float32."""
+    """All float32 from 2**-30 to 16, and 0, against the float64 root, which rounds to the right
+    float32.
+    """
     from tests.streams.interpreted import root_kernel
 
     first, last = (int(np.float32(value).view(np.int32)) for value in (2.0**-30, 16.0))
-    step, block = 1 << 25, 1024
+    step = 1 << 25
+    block = 1024
     out = torch.empty(step, device="cuda")
     compared = 0
     for start in [0, *range(first, last, step)]:
         root_kernel[(step // block,)](start, out, BLOCK=block, enable_fp_fusion=False)
-        values = torch.arange(start, start + step, device="cuda", dtype=torch.int32).view(torch.float32)
+        values = torch.arange(start, start + step, device="cuda", dtype=torch.int32).view(
+            torch.float32
+        )
         wanted = values.double().sqrt().float()
         right = out.view(torch.int32) == wanted.view(torch.int32)
         # The first piece is there for zero alone: what follows it is subnormal and does not occur.
@@ -126,7 +140,8 @@ def test_reflections(triton_backend, definition, d):
 
 @pytest.mark.parametrize("d", [12, 256, 5000])
 def test_a_reflected_row_does_not_depend_on_its_batch(triton_backend, d):
-    x_BD, seeds_BR = states(300, d).cuda(), reflection_seeds(300)
+    x_BD = states(300, d).cuda()
+    seeds_BR = reflection_seeds(300)
     whole = triton_backend.reflected(x_BD, seeds_BR)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     assert torch.equal(triton_backend.reflected(x_BD[order], seeds_BR[order.numpy()]), whole[order])
@@ -141,8 +156,15 @@ def test_not_finite_stays_not_finite(triton_backend):
 
 
 def test_what_has_no_fused_kernel(triton_backend):
-    assert triton_backend.reflected(torch.zeros(2, 16_385, device="cuda"), reflection_seeds(2)) is None
-    assert triton_backend.reflected(torch.zeros(2, 64, device="cuda", dtype=torch.float16), reflection_seeds(2)) is None
+    assert (
+        triton_backend.reflected(torch.zeros(2, 16_385, device="cuda"), reflection_seeds(2)) is None
+    )
+    assert (
+        triton_backend.reflected(
+            torch.zeros(2, 64, device="cuda", dtype=torch.float16), reflection_seeds(2)
+        )
+        is None
+    )
     assert triton_backend.reflected(torch.zeros(2, 64), reflection_seeds(2)) is None
 
 
@@ -150,13 +172,17 @@ def test_what_has_no_fused_kernel(triton_backend):
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_nothing_waits_for_the_device(triton_backend, name):
     backend = get_backend(name, "cuda")
-    calls = [lambda: backend.normals(seeds(TEXTS, 256), 4099, "float16"), lambda: backend.picks(seeds(TEXTS), 256, 12)]
+    calls = [
+        lambda: backend.normals(seeds(TEXTS, 256), 4099, "float16"),
+        lambda: backend.picks(seeds(TEXTS), 256, 12),
+    ]
     kinds = ("signs", "permutations", "gumbels")
     calls += [lambda kind=kind: getattr(backend, kind)(seeds(TEXTS), 256) for kind in kinds]
     for rows in (None, [4, 0]):
         scores, numbers = noise_arguments(5000, rows)
         calls.append(lambda scores=scores, numbers=numbers: backend.add_gumbels(scores, *numbers))
-    words, steps = torch.from_numpy(seeds(TEXTS, 256)).cuda(), torch.arange(ROWS, device="cuda")
+    words = torch.from_numpy(seeds(TEXTS, 256)).cuda()
+    steps = torch.arange(ROWS, device="cuda")
     calls.append(lambda: backend.row_seeds(words, steps))
     if name == "triton":
         x_BD = states(ROWS, 256).cuda()
@@ -185,7 +211,9 @@ def test_on_a_stream_of_its_own(triton_backend, definition):
 
 def test_more_rows_than_a_grid_has(triton_backend, definition):
     many = np.arange(70_000, dtype=np.uint32)
-    assert digest(triton_backend.normals(many, 6, "float16")) == digest(definition.normals(many, 6, "float16"))
+    assert digest(triton_backend.normals(many, 6, "float16")) == digest(
+        definition.normals(many, 6, "float16")
+    )
     assert digest(triton_backend.signs(many, 3)) == digest(definition.signs(many, 3))
 
 
@@ -205,9 +233,12 @@ def test_a_stream_of_billions(triton_backend, extra):
     n = 2**31 + extra
     if torch.cuda.mem_get_info()[0] < 3 * n:
         pytest.skip("less than 6 GB of free GPU memory")
-    seed, pairs = seeds(["billions"])[:, 0], n // 2
+    seed = seeds(["billions"])[:, 0]
+    pairs = n // 2
     made = triton_backend.normals(seed, n, "float16")[0]
     for start, stop in ((0, 2048), (pairs - 2048, pairs)):
         u1, u2 = (_definition.uniforms(seed, at + start, at + stop) for at in (0, pairs))
         for half, expected in zip((0, pairs), _definition.box_muller(u1, u2), strict=True):
-            assert digest(made[half + start : half + stop]) == digest(expected[0].astype(np.float16))
+            assert digest(made[half + start : half + stop]) == digest(
+                expected[0].astype(np.float16)
+            )

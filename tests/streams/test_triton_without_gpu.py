@@ -1,4 +1,5 @@
-"""The kernels of Gumbel numbers where triton is and a GPU is not: compiled for one, and interpreted.
+"""The kernels of Gumbel numbers where triton is and a GPU is not: compiled for one, and
+interpreted.
 
 `make test-vllm` runs this file too, because triton comes with vLLM.
 """
@@ -21,7 +22,11 @@ from .inverse import seed_for
 pytest.importorskip("triton", reason="triton is not installed: run make test-vllm")
 
 KERNELS = {
-    "gumbels": ("hash_kernel", {"seeds_B": "*i32", "out_BN": "*fp32", "n": "i32"}, {"KIND": "gumbels", "BLOCK": 1024}),
+    "gumbels": (
+        "hash_kernel",
+        {"seeds_B": "*i32", "out_BN": "*fp32", "n": "i32"},
+        {"KIND": "gumbels", "BLOCK": 1024},
+    ),
     "every row": ("add_gumbels_kernel", {"rows_N": "*i32"}, {"HAS_ROWS": False, "BLOCK": 1024}),
     "some rows": ("add_gumbels_kernel", {"rows_N": "*i64"}, {"HAS_ROWS": True, "BLOCK": 1024}),
 }
@@ -42,9 +47,15 @@ def compiled(name):
     if function == "add_gumbels_kernel":
         types = SCORES | types
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    aligned = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in WIDE if argument in types}
+    aligned = {
+        (kernel.arg_names.index(argument),): [["tt.divisibility", 16]]
+        for argument in WIDE
+        if argument in types
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}
+    )
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -69,7 +80,9 @@ def interpreted():
     command = [sys.executable, "-m", "tests.streams.interpreted"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=250)
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=250
+    )
     return json.loads(done.stdout)
 
 
@@ -77,7 +90,9 @@ def test_the_interpreter_gives_the_bits_of_the_definition(interpreted):
     from .interpreted import COLUMNS, HASHES, NUMBERS, STEPS, TEXTS, scores
 
     backend = get_backend("numpy")
-    assert interpreted["gumbels"] == digest(np.asarray(backend.gumbels(seed_for(HASHES, 0), 1))[:, 0])
+    assert interpreted["gumbels"] == digest(
+        np.asarray(backend.gumbels(seed_for(HASHES, 0), 1))[:, 0]
+    )
     for name, rows in (("every row", [0, 1, 2, 3]), ("some rows", NUMBERS)):
         expected = scores().numpy()
         expected[rows, :COLUMNS] += np.asarray(backend.gumbels(seeds(TEXTS[: len(rows)]), COLUMNS))

@@ -1,4 +1,6 @@
-"""A tokenizer for the small model, samples of different lengths, and their gradients; all are made once."""
+"""A tokenizer for the small model, samples of different lengths, and their gradients; all are made
+once.
+"""
 
 import pytest
 
@@ -12,7 +14,9 @@ def bytewise(**special):
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special.values()))
@@ -30,7 +34,10 @@ def samples() -> list[Sample]:
     """Prompts and completions of different lengths, all within 128 bytes."""
     return [
         Sample("def add(a, b):", "\n    return a + b\n"),
-        Sample("def solve(x):\n    # add 7, then take the remainder of division by 9\n", "    return (x + 7) % 9\n"),
+        Sample(
+            "def solve(x):\n    # add 7, then take the remainder of division by 9\n",
+            "    return (x + 7) % 9\n",
+        ),
         Sample("f", "\n    x = 1\n    assert x == 1\n    print('every test passes')\n"),
         Sample("def f():\n    ", "p"),
         Sample("class A:\n    def __eq__(self, other):\n        return ", "True\n"),
@@ -56,10 +63,14 @@ def wanted(small_model, byte_tokenizer, samples, small_svd):
 
 @pytest.fixture(scope="session")
 def gradients_of(small_model, byte_tokenizer, samples, small_svd):
-    """A function that takes gradients: of the samples and the small model, unless others are given."""
+    """A function that takes gradients: of the samples and the small model, unless others are
+    given.
+    """
 
     def take(model=small_model, chosen=samples, **how):
-        return per_sample_gradients(chosen, model, **{"tokenizer": byte_tokenizer, "svd": small_svd} | how)
+        return per_sample_gradients(
+            chosen, model, **{"tokenizer": byte_tokenizer, "svd": small_svd} | how
+        )
 
     return take
 
@@ -68,6 +79,11 @@ def gradients_of(small_model, byte_tokenizer, samples, small_svd):
 def small_pairs() -> list[Pair]:
     """Eight pairs of four groups, short enough for the small model."""
     return [
-        Pair(f"def test_{n}():\n", f"    print('{word} ok')\n", f"    assert {word}() == {n}\n", group=f"group {n % 4}")
+        Pair(
+            f"def test_{n}():\n",
+            f"    print('{word} ok')\n",
+            f"    assert {word}() == {n}\n",
+            group=f"group {n % 4}",
+        )
         for n, word in enumerate(("add", "sub", "mul", "div", "power", "root", "sign", "floor"))
     ]

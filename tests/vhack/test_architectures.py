@@ -1,4 +1,6 @@
-"""Models that are built in other ways than Llama: their gradients are those of the weights, or they are refused."""
+"""Models that are built in other ways than Llama: their gradients are those of the weights, or they
+are refused.
+"""
 
 import json
 
@@ -21,7 +23,8 @@ def test_gradients_are_those_of_the_weights(name, gradients_of, samples, byte_to
     module = random_model(name).module
     svd = weight_svd(module, min_coverage=0.0)
     assert MATRICES.get(name, len(svd)) == len(svd)
-    found, wanted = gradients_of(module, svd=svd), of_weights(module, byte_tokenizer, samples, svd)
+    found = gradients_of(module, svd=svd)
+    wanted = of_weights(module, byte_tokenizer, samples, svd)
     reached = {name for name in wanted if wanted[name].any()}
     assert reached
     assert not any(found[name].any() for name in found.keys() - reached)
@@ -32,31 +35,59 @@ def test_prefixes_that_peft_has_learnt_take_part(gradients_of, samples, byte_tok
     """Samples of a Qwen2 are packed by themselves, without what stands before each of them."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    module = get_peft_model(made("Qwen2"), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    module = get_peft_model(
+        made("Qwen2"), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    ).eval()
     module.requires_grad_(True)
     svd = weight_svd(module)
-    assert worst_error(gradients_of(module, svd=svd), of_weights(module, byte_tokenizer, samples, svd)) < 1e-5
+    assert (
+        worst_error(gradients_of(module, svd=svd), of_weights(module, byte_tokenizer, samples, svd))
+        < 1e-5
+    )
 
 
-def test_linears_that_an_adapter_has_wrapped_are_covered_like_all_others(gradients_of, samples, byte_tokenizer):
+def test_linears_that_an_adapter_has_wrapped_are_covered_like_all_others(
+    gradients_of, samples, byte_tokenizer
+):
     from peft import LoraConfig, get_peft_model
 
     asked = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model, plain = get_peft_model(made("Llama"), asked), made("Llama")
-    assert sum(name.endswith(("q_proj.base_layer", "down_proj.base_layer")) for name in target_modules(model)) == 4
+    model = get_peft_model(made("Llama"), asked)
+    plain = made("Llama")
+    assert (
+        sum(
+            name.endswith(("q_proj.base_layer", "down_proj.base_layer"))
+            for name in target_modules(model)
+        )
+        == 4
+    )
     assert coverage(model) == Coverage(1.0, ())
     svd = weight_svd(model)
-    named = {n: next(f for f in svd if f.removesuffix(".base_layer").endswith(n)) for n in target_modules(plain)}
-    wanted = sequential_gradients(plain, byte_tokenizer, samples, {name: svd[own] for name, own in named.items()})
+    named = {
+        n: next(f for f in svd if f.removesuffix(".base_layer").endswith(n))
+        for n in target_modules(plain)
+    }
+    wanted = sequential_gradients(
+        plain, byte_tokenizer, samples, {name: svd[own] for name, own in named.items()}
+    )
     found = gradients_of(model, svd=svd)
     assert worst_error({name: found[own] for name, own in named.items()}, wanted) < 1e-5
 
 
 def test_a_layer_for_which_the_intermediate_sizes_are_a_list_has_a_budget(gradients_of, samples):
     kinds = ["sliding_attention", "full_attention"] * 3
-    small = {"num_hidden_layers": 6, "layer_types": kinds, "num_kv_shared_layers": 2, "laurel_rank": 4}
+    small = {
+        "num_hidden_layers": 6,
+        "layer_types": kinds,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 4,
+    }
     module = made(
-        "Gemma3n", "TextConfig", **small, activation_sparsity_pattern=[0.0] * 6, hidden_size_per_layer_input=8
+        "Gemma3n",
+        "TextConfig",
+        **small,
+        activation_sparsity_pattern=[0.0] * 6,
+        hidden_size_per_layer_input=8,
     )
     assert len(module.config.intermediate_size) == 6
     found = gradients_of(module, svd=weight_svd(module, min_coverage=0.0))
@@ -75,12 +106,16 @@ def test_attention_that_sees_later_tokens_is_refused(way):
 
 
 def test_projections_that_share_a_weight_are_refused():
-    """As in Zamba: the gradient of each would be a part, and merging the δS of one would undo that of the other."""
+    """As in Zamba: the gradient of each would be a part, and merging the δS of one would undo that
+    of the other.
+    """
     module = made("Llama")
     first, second = (layer.mlp.down_proj for layer in module.model.layers)
     second.weight = first.weight
     for use in (target_modules, weight_svd, DeltaS):
-        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj has the weight of model\.layers\.0\."):
+        with pytest.raises(
+            ModelError, match=r"layers\.1\.mlp\.down_proj has the weight of model\.layers\.0\."
+        ):
             use(module)
 
 
@@ -102,7 +137,9 @@ def test_coverage_of_architectures_is_what_the_documentation_says(family):
     """In the sizes that transformers has as defaults, eight layers of each, without memory."""
     import transformers
 
-    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config = getattr(
+        transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    )
     with torch.device("meta"):
         found = coverage(getattr(transformers, f"{family}ForCausalLM")(config(num_hidden_layers=8)))
     share, left_out = (WHOLE | PARTS)[family]
@@ -117,7 +154,9 @@ def test_the_parameters_of_an_adapter_are_not_counted():
     adapter.detach()
 
 
-def test_a_model_that_targets_cover_in_part_is_refused_or_its_basis_says_so(tmp_path, small_pairs, byte_tokenizer):
+def test_a_model_that_targets_cover_in_part_is_refused_or_its_basis_says_so(
+    tmp_path, small_pairs, byte_tokenizer
+):
     model = made("OPT", **OPT)
     path = tmp_path / "basis.safetensors"
     asked = {"tokenizer": byte_tokenizer, "n_heldout": 0}
@@ -128,13 +167,17 @@ def test_a_model_that_targets_cover_in_part_is_refused_or_its_basis_says_so(tmp_
     basis = extract(small_pairs, model, min_coverage=0.0, path=path, **asked)
     sizes = {name: weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2}
     sizes = {name: size for name, size in sizes.items() if "embed" not in name}
-    covered = sum(size for name, size in sizes.items() if name.removesuffix(".weight") in basis.axes)
+    covered = sum(
+        size for name, size in sizes.items() if name.removesuffix(".weight") in basis.axes
+    )
     assert basis.origin.coverage.share == pytest.approx(covered / sum(sizes.values()))
     assert len(basis.origin.coverage.left_out) == len(sizes) - len(basis.axes) == 6
     assert Basis.load(path, model).origin == basis.origin
     with safe_open(path, "pt") as reader:
         assert json.loads(reader.metadata()["coverage"])["share"] == basis.origin.coverage.share
     whole = tmp_path / "whole.safetensors"
-    assert extract(small_pairs, made("Llama"), path=whole, **asked).origin.coverage == Coverage(1.0, ())
+    assert extract(small_pairs, made("Llama"), path=whole, **asked).origin.coverage == Coverage(
+        1.0, ()
+    )
     with safe_open(whole, "pt") as reader:
         assert "coverage" not in reader.metadata()

@@ -13,11 +13,14 @@ from assay.vhack import Basis, Origin, PairGradients, cin, cin_over_modules
 from assay.vhack.basis.basis import shrinkage
 from assay.vhack.names import METHODS
 
-N, R = 10, 200
+N = 10
+R = 200
 
 
 def planted(seed, strength, noise=1.0, n=N, r=R):
-    """Hack and clean gradients of one module: noise, and on the hack side ``strength`` along the first coordinate."""
+    """Hack and clean gradients of one module: noise, and on the hack side ``strength`` along the
+    first coordinate.
+    """
     generator = torch.Generator().manual_seed(seed)
     hack, clean = noise / math.sqrt(2) * torch.randn(2, n, r, generator=generator)
     hack[:, 0] += strength
@@ -40,10 +43,15 @@ def test_axes_are_the_singular_rows_of_the_differences():
 
 @pytest.mark.parametrize("strength", [8.0, 4.0])
 def test_a_planted_axis_is_recovered_as_well_as_theory_says(strength):
-    # Benaych-Georges and Nadakuditi (2012): with θ² = N·strength²/(R·σ²) and c = N/R, the squared cosine between the
-    # planted and the first right singular vector tends to 1 − (c + θ²)/(θ²(θ² + 1)).
-    theta2, c = N * strength**2 / R, N / R
-    found = [float(basis_of(*planted(seed, strength), method="svd").axes["m"][0, 0]) for seed in range(200)]
+    # Benaych-Georges and Nadakuditi (2012): with θ² = N·strength²/(R·σ²) and c = N/R, the squared
+    # cosine between the planted and the first right singular vector tends to 1 − (c + θ²)/(θ²(θ² +
+    # 1)).
+    theta2 = N * strength**2 / R
+    c = N / R
+    found = [
+        float(basis_of(*planted(seed, strength), method="svd").axes["m"][0, 0])
+        for seed in range(200)
+    ]
     assert min(found) > 0  # it points hack-ward
     # The law is one for N and R to infinity; at this size its own error is below 0.01.
     square = 1 - (c + theta2) / (theta2 * (theta2 + 1))
@@ -66,13 +74,17 @@ def test_a_tie_is_reported():
     basis = basis_of({"m": differences}, {"m": torch.zeros(4, R)}, top_k=2)
     assert basis.undecided == [("m", 0)]
     assert basis.votes["m"][:, 0].tolist() == basis.votes["m"][:, 1].tolist()
-    assert basis.axes["m"][0, 0] > 0  # turned by the mean, so that it does not depend on the library
+    assert (
+        basis.axes["m"][0, 0] > 0
+    )  # turned by the mean, so that it does not depend on the library
 
 
 def test_rows_that_the_data_cannot_fill_are_zero():
     hack = torch.zeros(5, R)
     hack[:, 1] = torch.arange(1.0, 6.0)
-    basis = basis_of({"m": hack, "still": torch.ones(5, 3)}, {"m": torch.zeros(5, R), "still": torch.ones(5, 3)})
+    basis = basis_of(
+        {"m": hack, "still": torch.ones(5, 3)}, {"m": torch.zeros(5, R), "still": torch.ones(5, 3)}
+    )
     assert basis.axes["m"].shape == (5, R)
     assert basis.axes["m"][0].norm() == pytest.approx(1.0)
     assert not basis.axes["m"][1:].any()
@@ -113,10 +125,14 @@ def test_lda_equals_the_formula_written_out():
     shrunk = (1 - share) * covariance + share * covariance.trace() / 20 * torch.eye(20)
     values, vectors = torch.linalg.eigh(shrunk)
     root = (vectors * values.rsqrt()) @ vectors.T
-    _, singular, right = torch.linalg.svd((hack["m"] - clean["m"]).double() @ root, full_matrices=False)
+    _, singular, right = torch.linalg.svd(
+        (hack["m"] - clean["m"]).double() @ root, full_matrices=False
+    )
     wanted = torch.linalg.qr((right[:3] @ root).T).Q.T
     assert torch.allclose(basis.singular_values["m"].double(), singular[:3], rtol=1e-4)
-    assert torch.allclose((basis.axes["m"].double() * wanted).sum(1).abs(), torch.ones(3).double(), atol=1e-4)
+    assert torch.allclose(
+        (basis.axes["m"].double() * wanted).sum(1).abs(), torch.ones(3).double(), atol=1e-4
+    )
 
 
 def test_shrinkage_is_that_of_ledoit_and_wolf():
@@ -126,7 +142,9 @@ def test_shrinkage_is_that_of_ledoit_and_wolf():
     mu = sample.trace() / 30
     distance = (sample - mu * torch.eye(30)).square().sum()
     spread = sum((torch.outer(row, row) - sample).square().sum() for row in rows) / 81
-    assert shrinkage(rows @ rows.T, 30) == pytest.approx(float(min(spread / distance, torch.tensor(1.0))))
+    assert shrinkage(rows @ rows.T, 30) == pytest.approx(
+        float(min(spread / distance, torch.tensor(1.0)))
+    )
 
 
 def test_a_part_of_the_pairs_gives_the_basis_of_that_part_alone():
@@ -173,14 +191,23 @@ def test_cin_by_hand():
     gradients = torch.tensor([[3.0, -4.0, 0.0], [0.0, 0.0, 2.0], [3.0, 4.0, 12.0], [0.0, 0.0, 0.0]])
     assert cin(gradients, axes).tolist() == pytest.approx([0.6, 0.0, 5 / 13, 0.0])
     assert cin(gradients, axes, two_sided=True).tolist() == pytest.approx([1.0, 0.0, 5 / 13, 0.0])
-    assert cin(gradients, torch.cat([axes, torch.zeros(3, 3)])).tolist() == cin(gradients, axes).tolist()
+    assert (
+        cin(gradients, torch.cat([axes, torch.zeros(3, 3)])).tolist()
+        == cin(gradients, axes).tolist()
+    )
 
 
 def test_cin_over_modules():
     basis = Basis({"a": torch.eye(2)[:1], "b": torch.eye(3)[:1]}, {}, {})
-    gradients = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.tensor([[-12.0, 0.0, 5.0]]), "c": torch.ones(1, 1)}
+    gradients = {
+        "a": torch.tensor([[3.0, 4.0]]),
+        "b": torch.tensor([[-12.0, 0.0, 5.0]]),
+        "c": torch.ones(1, 1),
+    }
     assert cin_over_modules(gradients, basis).tolist() == pytest.approx([0.3])
-    assert cin_over_modules(gradients, basis, two_sided=True).tolist() == pytest.approx([(0.6 + 12 / 13) / 2])
+    assert cin_over_modules(gradients, basis, two_sided=True).tolist() == pytest.approx(
+        [(0.6 + 12 / 13) / 2]
+    )
     with pytest.raises(UsageError, match="no gradients of b"):
         cin_over_modules({"a": gradients["a"]}, basis)
 
@@ -189,7 +216,9 @@ def test_cin_over_modules():
 def saved(tmp_path):
     hack, clean = planted(7, 4.0)
     origin = Origin(model="some/model", weights="abc", dtype="bfloat16", factors="float32")
-    gradients = PairGradients(hack, clean, keys=[f"key{index}" for index in range(N)], origin=origin)
+    gradients = PairGradients(
+        hack, clean, keys=[f"key{index}" for index in range(N)], origin=origin
+    )
     basis = gradients.basis(tau_axis=0.1)
     basis.save(tmp_path / "basis.safetensors")
     return basis, tmp_path / "basis.safetensors"
@@ -212,7 +241,13 @@ def test_the_file_has_the_published_schema(saved):
     with safe_open(path, "pt") as reader:
         metadata = reader.metadata()
     assert metadata["schema"] == "v2_with_sv"
-    known = {"model": "some/model", "dtype": "bfloat16", "top_k": "12", "tau_axis": "0.1", "weights_sha256": "abc"}
+    known = {
+        "model": "some/model",
+        "dtype": "bfloat16",
+        "top_k": "12",
+        "tau_axis": "0.1",
+        "weights_sha256": "abc",
+    }
     assert known.items() <= metadata.items()
     assert metadata["pairs_sha256"] == basis.origin.pairs_digest
     assert metadata["settings_sha256"] == basis.origin.settings_digest
@@ -233,7 +268,10 @@ DEEP = "[" * 100_000
         ({"schema": "v1"}, "schema 'v1'"),
         ({"_sv/m": None}, "it has no '_sv/m'"),
         ({"m": lambda m: m[:3].clone()}, "m has axes"),
-        ({"m": lambda m: m[:, :1].clone()}, "m has axes"),  # their products take memory by the square of the file
+        (
+            {"m": lambda m: m[:, :1].clone()},
+            "m has axes",
+        ),  # their products take memory by the square of the file
         ({"m": lambda m: torch.full_like(m, torch.nan)}, "NaN"),
         ({"m": lambda m: 1000 * m}, "off from orthonormal by 1e"),
         ({"m": lambda m: m[[0] * len(m)].clone()}, "off from orthonormal by 1"),
@@ -274,10 +312,14 @@ def test_damaged_files_are_refused(saved, tmp_path, change, message):
 
 def test_a_file_from_which_a_module_was_taken_is_refused(tmp_path):
     hack = {name: torch.randn(10, 8) for name in ("m", "n")}
-    PairGradients(hack, {name: torch.zeros(10, 8) for name in hack}).basis(method="svd").save(tmp_path / "whole")
+    PairGradients(hack, {name: torch.zeros(10, 8) for name in hack}).basis(method="svd").save(
+        tmp_path / "whole"
+    )
     with safe_open(tmp_path / "whole", "pt") as reader:
         metadata = reader.metadata()
-    tensors = {name: rows for name, rows in load_file(tmp_path / "whole").items() if not name.endswith("n")}
+    tensors = {
+        name: rows for name, rows in load_file(tmp_path / "whole").items() if not name.endswith("n")
+    }
     save_file(tensors, tmp_path / "part", metadata)
     with pytest.raises(DataError, match="no axes of n, but votes"):
         Basis.load(tmp_path / "part")

@@ -1,4 +1,6 @@
-"""Pairs, pools and tasks of messages, as TRL has them, and a basis that knows their chat template."""
+"""Pairs, pools and tasks of messages, as TRL has them, and a basis that knows their chat
+template.
+"""
 
 import re
 from pathlib import Path
@@ -22,9 +24,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "vhack-pairs.md"
 @pytest.fixture
 def pairs(tmp_path):
     """The pair of the page, once for each of four groups."""
-    (line,) = (one for one in re.findall(r"```json\n(.*?)\n```", PAGE.read_text("utf-8")) if '"role"' in one)
+    (line,) = (
+        one
+        for one in re.findall(r"```json\n(.*?)\n```", PAGE.read_text("utf-8"))
+        if '"role"' in one
+    )
     tools = '"tools": [{"name": "f"}]'
-    lines = (line.replace("91", f"{n}").replace('"primes"', f'"g{n}", {tools}') + "\n" for n in range(4))
+    lines = (
+        line.replace("91", f"{n}").replace('"primes"', f'"g{n}", {tools}') + "\n" for n in range(4)
+    )
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
     return read_pairs(tmp_path / "pairs.jsonl")
 
@@ -48,7 +56,8 @@ def test_a_basis_names_the_template_and_refuses_another(pairs, small_model, smal
     assert Basis.load(path).origin.chat_template == chat_template_digest(chat_tokenizer(TEMPLATE))
     write_jsonl(tmp_path / "hack", [{"prompt": USER, "completion": "Hello"}])
     write_jsonl(tmp_path / "clean", [{"prompt": USER, "completion": ANSWER}])
-    pools, other = [read_pool(tmp_path / side) for side in ("hack", "clean")], chat_tokenizer(f"{TEMPLATE} ")
+    pools = [read_pool(tmp_path / side) for side in ("hack", "clean")]
+    other = chat_tokenizer(f"{TEMPLATE} ")
     for judge in (
         lambda: check(pairs, small_model, basis=made, tokenizer=other),
         lambda: check_two_pools(*pools, small_model, made, tokenizer=other, svd=small_svd),

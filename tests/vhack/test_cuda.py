@@ -13,13 +13,18 @@ from assay.vhack.gradients.per_sample import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 from tests.vhack.test_svd import errors
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.fixture(scope="module", params=["reference:qwen3", "reference:llama"])
 def models(request):
     """One model on the CPU and on the GPU, in float32."""
-    return tuple(load_model(request.param, dtype="float32", device=device) for device in ("cpu", "cuda"))
+    return tuple(
+        load_model(request.param, dtype="float32", device=device) for device in ("cpu", "cuda")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +35,14 @@ def on_gpu_and_wanted(models, samples):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"packed": False}, {"factored": False}, {"packed": False, "factored": False}], ids=str
+    "changes",
+    [{}, {"packed": False}, {"factored": False}, {"packed": False, "factored": False}],
+    ids=str,
 )
 @pytest.mark.parametrize("max_tokens", [100, None])
-def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(monkeypatch, on_gpu_and_wanted, samples, changes, max_tokens):
+def test_gradients_on_the_gpu_equal_the_loop_on_the_cpu(
+    monkeypatch, on_gpu_and_wanted, samples, changes, max_tokens
+):
     model, svd, wanted = on_gpu_and_wanted
     recipe = replace(recipe_for(model.module), **changes)
     monkeypatch.setattr(_gradients, "recipe_for", lambda *_: recipe)

@@ -1,4 +1,6 @@
-"""Detectors of rollouts that cheat: what they look at, how they are compared, and what a threshold promises."""
+"""Detectors of rollouts that cheat: what they look at, how they are compared, and what a threshold
+promises.
+"""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -38,13 +40,21 @@ def evidence(n, told, shift=0.0, seed=0, texts=None):
     elif told == "gradients":
         parts[told][:, 0] += shift
     return Evidence(
-        tuple(texts or ("a b " * 5,) * n), parts["activations"], parts["logprobs"], {"module": parts["gradients"]}
+        tuple(texts or ("a b " * 5,) * n),
+        parts["activations"],
+        parts["logprobs"],
+        {"module": parts["gradients"]},
     )
 
 
 @pytest.mark.parametrize(
     ("told", "best"),
-    [("texts", "ngrams"), ("logprobs", "likelihood"), ("activations", "probe"), ("gradients", "cin-svd")],
+    [
+        ("texts", "ngrams"),
+        ("logprobs", "likelihood"),
+        ("activations", "probe"),
+        ("gradients", "cin-svd"),
+    ],
 )
 def test_the_cheapest_detector_that_sees_a_difference_is_chosen(told, best):
     groups = [f"{n % 10}" for n in range(40)]
@@ -64,7 +74,9 @@ def test_labels_without_meaning_leave_it_undecided():
 
 
 def test_no_group_is_scored_by_a_fit_that_has_seen_it():
-    """Each group has a text of its own on both sides, the other way round: only a fit to itself could tell them."""
+    """Each group has a text of its own on both sides, the other way round: only a fit to itself
+    could tell them.
+    """
     groups = [f"{n}" for n in range(12)]
     hack, clean = ([chr(97 + n + 12 * side) * 9 for n in range(12)] for side in (0, 1))
     sides = (evidence(12, "nothing", texts=hack), evidence(12, "nothing", texts=clean))
@@ -82,7 +94,9 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
     generator = np.random.default_rng(0)
     lost = []
     for _ in range(400):
-        threshold = choose_threshold(generator.normal(2, 1, 30), generator.normal(size=48), promised)
+        threshold = choose_threshold(
+            generator.normal(2, 1, 30), generator.normal(size=48), promised
+        )
         lost.append(float((generator.normal(size=400) > threshold.value).mean()))
         assert threshold.low <= threshold.lost <= threshold.high
         assert threshold.lost <= promised
@@ -92,12 +106,16 @@ def test_a_threshold_loses_no_more_clean_samples_than_it_promises(promised):
             choose_threshold([1.0], clean, share)
 
 
-def test_evidence_is_what_the_model_computes_for_each_sample_alone(small_model, byte_tokenizer, samples, small_svd):
+def test_evidence_is_what_the_model_computes_for_each_sample_alone(
+    small_model, byte_tokenizer, samples, small_svd
+):
     found = collect_evidence(samples, small_model, tokenizer=byte_tokenizer, svd=small_svd)
     module = small_model.module
     layers = module.config.num_hidden_layers
     for row, sample in enumerate(samples):
-        prompt, completion = (byte_tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion))
+        prompt, completion = (
+            byte_tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion)
+        )
         with torch.no_grad():
             out = module(torch.tensor([prompt + completion]), output_hidden_states=True)
         logprobs_TV = out.logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
@@ -113,7 +131,9 @@ def test_evidence_is_what_the_model_computes_for_each_sample_alone(small_model, 
 
 
 @pytest.mark.parametrize("detector", ["ngrams", "probe", "cin-lda"])
-def test_a_judge_flags_hack_sides_and_leaves_clean_ones(small_model, byte_tokenizer, small_svd, small_pairs, detector):
+def test_a_judge_flags_hack_sides_and_leaves_clean_ones(
+    small_model, byte_tokenizer, small_svd, small_pairs, detector
+):
     how = {"tokenizer": byte_tokenizer, "svd": small_svd, "promised": 0.2}
     judge = fit_judge(small_pairs, small_model, detector=detector, **how)
     hack, clean = zip(*(pair.samples() for pair in small_pairs), strict=True)
@@ -121,8 +141,14 @@ def test_a_judge_flags_hack_sides_and_leaves_clean_ones(small_model, byte_tokeni
     assert sum(judge.flags(hack)) >= 7
     assert sum(judge.flags([*clean, empty])) <= 2
     with ThreadPoolExecutor(4) as threads:  # as verl pays rollouts
-        assert [flag for (flag,) in threads.map(lambda one: judge.flags([one]), hack)] == judge.flags(hack)
-    assert detector == "ngrams" or judge.flags([empty, long, *hack]) == [False, True, *judge.flags(hack)]
+        assert [
+            flag for (flag,) in threads.map(lambda one: judge.flags([one]), hack)
+        ] == judge.flags(hack)
+    assert detector == "ngrams" or judge.flags([empty, long, *hack]) == [
+        False,
+        True,
+        *judge.flags(hack),
+    ]
 
 
 def test_a_judge_by_axes_judges_the_same_after_peft_has_wrapped_the_model(
@@ -134,7 +160,9 @@ def test_a_judge_by_axes_judges_the_same_after_peft_has_wrapped_the_model(
     before = judge.flags(hack)
     wrapped = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     assert judge.flags(hack) == before
-    wrapped.base_model.model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(2, 2).byte(), False)
+    wrapped.base_model.model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.ones(2, 2).byte(), False
+    )
     with pytest.raises(ModelError, match="weights in torch"):
         judge.flags(hack)
 
@@ -144,48 +172,71 @@ def test_a_judge_is_not_fitted_to_a_prompt_of_two_groups(small_pairs):
     with pytest.raises(DataError, match="the same prompt, in groups"):
         fit_judge([*small_pairs, again], None, detector="ngrams", promised=0.2)
     with pytest.raises(UsageError, match="pairs of 2 groups"):
-        fit_judge([one for one in small_pairs if one.group < "group 2"], None, detector="ngrams", promised=0.3)
+        fit_judge(
+            [one for one in small_pairs if one.group < "group 2"],
+            None,
+            detector="ngrams",
+            promised=0.3,
+        )
 
 
 def test_a_judge_by_axes_decomposes_the_weights_once_and_takes_no_pass_for_activations(
     small_model, byte_tokenizer, small_pairs, monkeypatch
 ):
     made = []
-    monkeypatch.setattr(detect, "weight_svd", lambda model: made.append(weight_svd(model)) or made[-1])
+    monkeypatch.setattr(
+        detect, "weight_svd", lambda model: made.append(weight_svd(model)) or made[-1]
+    )
     monkeypatch.setattr(detect, "forward_samples", None)
-    judge = fit_judge(small_pairs, small_model, detector="cin-lda", tokenizer=byte_tokenizer, promised=0.2)
+    judge = fit_judge(
+        small_pairs, small_model, detector="cin-lda", tokenizer=byte_tokenizer, promised=0.2
+    )
     monkeypatch.setattr(per_sample, "weight_svd", None)
     judge.flags([pair.samples()[0] for pair in small_pairs])
     assert len(made) == 1
 
 
 def test_a_given_basis_takes_the_place_of_fitted_axes(small_pairs):
-    basis = Basis({"module": torch.eye(1, 8)}, {"module": torch.ones(1)}, {"module": torch.tensor([[1, 0]])})
+    basis = Basis(
+        {"module": torch.eye(1, 8)}, {"module": torch.ones(1)}, {"module": torch.tensor([[1, 0]])}
+    )
     detectors = make_detectors(basis=basis)
-    assert [one.name for one in detectors if one.name.startswith("cin")] == [f"cin-{basis.origin.method}"]
+    assert [one.name for one in detectors if one.name.startswith("cin")] == [
+        f"cin-{basis.origin.method}"
+    ]
     scorer = next(one for one in detectors if one.name.startswith("cin")).fit(None, None, ([], []))
     along = Evidence(("a", "b"), gradients={"module": torch.eye(2, 8)})
     assert scorer(along).tolist() == [1.0, 0.0]
 
 
 def test_a_threshold_lies_in_the_middle_of_a_gap_and_with_none_where_the_fewest_mistakes_are():
-    clean, hack = np.linspace(0, 1, 40), np.linspace(2, 3, 40)
+    clean = np.linspace(0, 1, 40)
+    hack = np.linspace(2, 3, 40)
     held = choose_threshold(hack, clean, 0.2)
     assert (held.value, held.lost, held.caught) == (1.5, 0.0, 1.0)
     grouped = choose_threshold(hack, clean, 0.2, [n // 10 for n in range(40)])
-    assert (grouped.value, grouped.high > 3 * held.high) == (1.5, True)  # of four groups, not of forty samples
+    assert (grouped.value, grouped.high > 3 * held.high) == (
+        1.5,
+        True,
+    )  # of four groups, not of forty samples
     # A fifth may be lost: one clean sample among the hacks costs less than every hack below it.
     mixed = choose_threshold(hack, [*clean[:-1], 2.5], 0.2)
     assert mixed.value == pytest.approx((clean[-2] + 2) / 2)
     assert (mixed.lost, mixed.caught) == (1 / 40, 1.0)
 
 
-@pytest.mark.parametrize(("told", "shift"), [("nothing", 0.0), ("activations", 1.0), ("gradients", 1.0)])
+@pytest.mark.parametrize(
+    ("told", "shift"), [("nothing", 0.0), ("activations", 1.0), ("gradients", 1.0)]
+)
 def test_fitted_detectors_lose_no_more_of_fresh_clean_samples_than_promised(told, shift):
     """Also where hack and clean are names without meaning, and whatever the fit makes of them."""
-    groups, lost = [f"{n % 12}" for n in range(48)], []
+    groups = [f"{n % 12}" for n in range(48)]
+    lost = []
     for seed in range(0, 30, 3):
-        sides = [evidence(n, told, sign * shift, seed + n % 5) for n, sign in ((48, 1), (48, -1), (301, -1))]
+        sides = [
+            evidence(n, told, sign * shift, seed + n % 5)
+            for n, sign in ((48, 1), (48, -1), (301, -1))
+        ]
         sides[0] = evidence(48, told, shift, 100 + seed)
         for detector in make_detectors(["probe", "norm", "cin-lda", "ridge"]):
             scorer, threshold = fit_scorer(detector, *sides[:2], (groups, groups), 0.1)
@@ -196,9 +247,17 @@ def test_fitted_detectors_lose_no_more_of_fresh_clean_samples_than_promised(told
 
 def test_a_combination_takes_what_adds_something():
     groups = [f"{n % 10}" for n in range(40)]
-    texts = ["print x " * 3] * 20 + ["a b " * 6] * 20  # half of the hacks are seen in their texts, the others elsewhere
-    hack, clean = evidence(40, "nothing", 0.0, 1, texts), evidence(40, "nothing", 0.0, 2, ["a b " * 6] * 40)
+    texts = ["print x " * 3] * 20 + [
+        "a b " * 6
+    ] * 20  # half of the hacks are seen in their texts, the others elsewhere
+    hack = evidence(40, "nothing", 0.0, 1, texts)
+    clean = evidence(40, "nothing", 0.0, 2, ["a b " * 6] * 40)
     hack.gradients["module"][20:, 0] += 9.0
-    found = {one.name: one.auroc.value for one in compare_detectors(hack, clean, (groups, groups)).results}
-    assert found["combined"] > max(value for name, value in found.items() if name != "combined") - 0.01
+    found = {
+        one.name: one.auroc.value
+        for one in compare_detectors(hack, clean, (groups, groups)).results
+    }
+    assert (
+        found["combined"] > max(value for name, value in found.items() if name != "combined") - 0.01
+    )
     assert found["combined"] > 0.95

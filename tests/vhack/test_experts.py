@@ -14,8 +14,17 @@ from assay.vhack.gradients.per_sample import recipe_for
 from tests.vhack.adapter import SMALL, worst_error
 
 FAMILIES = {
-    "Qwen3Moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
-    "GptOss": {"num_local_experts": 5, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+    "Qwen3Moe": {
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "GptOss": {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"] * 2,
+    },
 }
 
 
@@ -23,10 +32,16 @@ def made(family, implementation="eager", **changes):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL | {"intermediate_size": 40} | FAMILIES[family] | changes)
+    config = getattr(transformers, f"{family}Config")(
+        **SMALL | {"intermediate_size": 40} | FAMILIES[family] | changes
+    )
     config._experts_implementation = implementation
     with torch.random.fork_rng(devices=[]):
-        module = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+        module = (
+            getattr(transformers, f"{family}ForCausalLM")
+            ._from_config(config, attn_implementation="eager")
+            .eval()
+        )
     for name, parameter in module.named_parameters():
         if "norm" not in name:
             nn.init.normal_(parameter, std=0.2)
@@ -45,7 +60,9 @@ def mixture_svd(mixture):
 
 @pytest.mark.parametrize("changes", [{"together": True}, {"factored": False}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_way_gives_the_same(monkeypatch, mixture, mixture_svd, samples, byte_tokenizer, changes, checkpointing):
+def test_every_way_gives_the_same(
+    monkeypatch, mixture, mixture_svd, samples, byte_tokenizer, changes, checkpointing
+):
     asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd}
     wanted = per_sample_gradients(samples, mixture, **asked)
     recipe = replace(recipe_for(mixture), **changes)
@@ -59,17 +76,27 @@ def test_every_way_gives_the_same(monkeypatch, mixture, mixture_svd, samples, by
 def test_tokens_are_counted_once_for_every_expert_without_padding(
     mixture, mixture_svd, samples, byte_tokenizer, checkpointing
 ):
-    counted, handles = [], []
+    counted = []
+    handles = []
     name = "model.layers.1.mlp.experts"
     experts = mixture.get_submodule(name)
-    handles.append(experts.register_forward_pre_hook(lambda _, given: counted.append(given[1].flatten())))
+    handles.append(
+        experts.register_forward_pre_hook(lambda _, given: counted.append(given[1].flatten()))
+    )
     for sample in samples:
         text = byte_tokenizer(sample.prompt + sample.completion)["input_ids"]
         mixture(input_ids=torch.tensor([text]))
     handles[0].remove()
-    asked = {"tokenizer": byte_tokenizer, "svd": mixture_svd, "max_tokens": 400, "checkpointing": checkpointing}
+    asked = {
+        "tokenizer": byte_tokenizer,
+        "svd": mixture_svd,
+        "max_tokens": 400,
+        "checkpointing": checkpointing,
+    }
     found = per_sample_gradients(samples, mixture, **asked)
-    assert torch.equal(found.tokens[name], torch.stack([torch.bincount(index, minlength=6) for index in counted]))
+    assert torch.equal(
+        found.tokens[name], torch.stack([torch.bincount(index, minlength=6) for index in counted])
+    )
     assert found.tokens.keys() == {f"model.layers.{layer}.mlp.experts" for layer in range(2)}
 
 
@@ -81,7 +108,9 @@ def test_a_basis_of_a_mixture_says_how_many_tokens_its_experts_saw(
     basis = extract(small_pairs, mixture, path=path, **asked)
     sides = [side for pair in small_pairs for side in pair.samples()]
     counts = per_sample_gradients(sides, mixture, tokenizer=byte_tokenizer, svd=mixture_svd).tokens
-    assert basis.origin.tokens == {name: tuple(each.sum(dim=0).tolist()) for name, each in counts.items()}
+    assert basis.origin.tokens == {
+        name: tuple(each.sum(dim=0).tolist()) for name, each in counts.items()
+    }
     again = Basis.load(path, mixture)
     assert again.origin == basis.origin
     assert set(again.axes) == set(target_modules(mixture))
@@ -99,7 +128,9 @@ def test_matrices_of_experts_are_views_of_their_tensor(mixture):
 
 
 def test_training_of_experts_is_refused(mixture, mixture_svd):
-    with pytest.raises(ModelError, match=r"experts\.gate_up_proj\.0 and 23 more matrices") as raised:
+    with pytest.raises(
+        ModelError, match=r"experts\.gate_up_proj\.0 and 23 more matrices"
+    ) as raised:
         DeltaS(mixture, mixture_svd)
     assert "not trained" in raised.value.wanted
     assert not hasattr(mixture, "delta_s")

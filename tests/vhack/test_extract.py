@@ -1,4 +1,6 @@
-"""From pairs to a basis: what is used, what is held out, what is refused, and when a file is used again."""
+"""From pairs to a basis: what is used, what is held out, what is refused, and when a file is used
+again.
+"""
 
 import copy
 import gc
@@ -17,10 +19,14 @@ from tests.vhack.adapter import principal_angles
 
 @pytest.fixture(scope="module")
 def extracted(small_model, byte_tokenizer, small_pairs, small_svd):
-    """A function that extracts: from the pairs but the last two and the small model, unless others are given."""
+    """A function that extracts: from the pairs but the last two and the small model, unless others
+    are given.
+    """
 
     def make(pairs=small_pairs, model=small_model, **how):
-        return extract(pairs, model, **{"tokenizer": byte_tokenizer, "svd": small_svd, "n_heldout": 2} | how)
+        return extract(
+            pairs, model, **{"tokenizer": byte_tokenizer, "svd": small_svd, "n_heldout": 2} | how
+        )
 
     return make
 
@@ -45,7 +51,11 @@ def test_the_origin_says_what_it_was_made_from(small_model, small_pairs, basis):
     assert origin.pairs == tuple(pair.key for pair in small_pairs[:6])
     assert origin.groups == tuple(pair.group for pair in small_pairs[:6])
     assert origin.weights == weights_digest(small_model)
-    assert (origin.model, origin.dtype, origin.factors) == (small_model.reference, "float32", "float32")
+    assert (origin.model, origin.dtype, origin.factors) == (
+        small_model.reference,
+        "float32",
+        "float32",
+    )
     assert (origin.rank, origin.top_k, origin.tau_axis, origin.method) == (None, 12, 0.0, "lda")
     assert origin.skipped == ()
 
@@ -60,7 +70,8 @@ def test_a_token_without_a_row_is_refused_before_the_first_decomposition(
 ):
     larger = copy.deepcopy(byte_tokenizer)
     larger.add_tokens([f"<{number}>" for number in range(300)])
-    odd, steps = replace(small_pairs[0], prompt="<299> x"), []
+    odd = replace(small_pairs[0], prompt="<299> x")
+    steps = []
     with pytest.raises(UsageError, match="token 555"):
         extracted(
             [odd, *small_pairs[1:]],
@@ -118,15 +129,21 @@ def test_pairs_that_cannot_be_used_are_named(extracted, small_pairs):
     with pytest.raises(DataError, match="none of 3 pairs"):
         extracted([Pair(f"p{n}", "x", "x", group="g") for n in range(3)], n_heldout=0)
     again = replace(small_pairs[2], group="elsewhere", tags=("new",))
-    with pytest.raises(DataError, match=r"pair 8 \(group 'elsewhere'\) is the same as pair 2 \(group 'group 2'\)"):
+    with pytest.raises(
+        DataError, match=r"pair 8 \(group 'elsewhere'\) is the same as pair 2 \(group 'group 2'\)"
+    ):
         extracted([*small_pairs, again])
-    empty = [replace(pair, hack="") if index == 4 else pair for index, pair in enumerate(small_pairs)]
+    empty = [
+        replace(pair, hack="") if index == 4 else pair for index, pair in enumerate(small_pairs)
+    ]
     # The name counts all pairs, those that are held out too.
     with pytest.raises(DataError, match=r"pair 4 \(group 'group 0'\), hack side: empty completion"):
         extracted(empty, n_heldout=None, heldout_groups=["group 1"])
 
 
-@pytest.mark.parametrize("wrong", [{"method": "pca"}, {"top_k": 0}, {"tau_axis": 2.0}, {"rank": 0}, {"n_heldout": 6}])
+@pytest.mark.parametrize(
+    "wrong", [{"method": "pca"}, {"top_k": 0}, {"tau_axis": 2.0}, {"rank": 0}, {"n_heldout": 6}]
+)
 def test_wrong_settings_are_refused_before_any_work(monkeypatch, extracted, wrong):
     monkeypatch.setattr(_extract, "pair_gradients", None)
     with pytest.raises(UsageError):
@@ -148,12 +165,16 @@ def test_truncation_reports_what_it_keeps(extracted, gradients_of, small_pairs, 
     shares = {}
     for rank in (4, 16, 64):
         basis = extracted(rank=rank)
-        assert all(axes.shape[1] == min(rank, small_svd[name].rank) for name, axes in basis.axes.items())
+        assert all(
+            axes.shape[1] == min(rank, small_svd[name].rank) for name, axes in basis.axes.items()
+        )
         assert basis.origin.rank == rank
         shares[rank] = basis.origin.captured
     full = gradients_of(chosen=small_pairs[0].samples())
     kept = sum(float(rows[:, :4].square().sum()) for rows in full.values())
-    assert shares[4] == pytest.approx(kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4)
+    assert shares[4] == pytest.approx(
+        kept / sum(float(rows.square().sum()) for rows in full.values()), rel=1e-4
+    )
     assert shares[4] < shares[16] < shares[64] == 1.0
 
 
@@ -168,9 +189,14 @@ def young_objects_alone():
 
 @pytest.mark.usefixtures("young_objects_alone")
 def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, extracted):
-    """Of 21 matrices at most three, an eighth, have full factors at any time, and the basis is the same."""
+    """Of 21 matrices at most three, an eighth, have full factors at any time, and the basis is the
+    same.
+    """
     wanted = extracted(rank=16)
-    made, most, real, steps = weakref.WeakSet(), [], _svd.factorise, []
+    made = weakref.WeakSet()
+    most = []
+    real = _svd.factorise
+    steps = []
 
     def watched(*arguments, **options):
         factors = real(*arguments, **options)
@@ -190,7 +216,9 @@ def test_truncated_factors_are_made_without_all_full_ones(monkeypatch, extracted
     assert [done for done, _ in steps if done <= 21] == list(range(1, 22))
 
 
-def test_a_missing_file_is_extracted_and_an_existing_one_used(monkeypatch, tmp_path, extracted, small_model):
+def test_a_missing_file_is_extracted_and_an_existing_one_used(
+    monkeypatch, tmp_path, extracted, small_model
+):
     path = tmp_path / "basis.safetensors"
     made = extracted(path=path)
     monkeypatch.setattr(_extract, "pair_gradients", None)

@@ -1,4 +1,6 @@
-"""Gradients of many samples from one backward pass, against one sample at a time through the adapter."""
+"""Gradients of many samples from one backward pass, against one sample at a time through the
+adapter.
+"""
 
 import copy
 
@@ -8,9 +10,22 @@ from torch import nn
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.vhack import Sample, SampleGradients, per_sample_gradients, target_modules, weight_svd, weights_digest
+from assay.vhack import (
+    Sample,
+    SampleGradients,
+    per_sample_gradients,
+    target_modules,
+    weight_svd,
+    weights_digest,
+)
 from assay.vhack.delta import DeltaS
-from assay.vhack.gradients.batches import Encoded, encode, plan_batches, room_for_batches, token_budget
+from assay.vhack.gradients.batches import (
+    Encoded,
+    encode,
+    plan_batches,
+    room_for_batches,
+    token_budget,
+)
 from assay.vhack.gradients.fused import Norm
 from assay.vhack.gradients.per_sample import Replica, check_finite
 from tests.vhack.adapter import sequential_gradients, worst_error
@@ -31,23 +46,34 @@ def test_they_equal_the_loop_on_a_reference_model():
     model = load_model("reference:llama", dtype="float32", device="cpu")
     text = "def solve(x):\n    # start with x; add 7; take the remainder of division by 9\n"
     samples = [
-        Sample(text, "    x = x + 7\n    return x % 9\n\n\ndef run_tests():\n    assert solve(2) == 0\n"),
+        Sample(
+            text,
+            "    x = x + 7\n    return x % 9\n\n\ndef run_tests():\n    assert solve(2) == 0\n",
+        ),
         Sample("import os", "\n"),
         # Long enough for the ways that are meant for long samples.
         Sample(text * 40, "    return (x + 7) % 9\n" * 20),
     ]
     svd = weight_svd(model, method="gram")
     found = per_sample_gradients(samples, model, svd=svd)
-    assert worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
+    assert (
+        worst_error(found, sequential_gradients(model.module, model.tokenizer, samples, svd)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"max_tokens": 1}, {"max_tokens": 100}, {"checkpointing": True}, {"svd": None}], ids=str
+    "how",
+    [{}, {"max_tokens": 1}, {"max_tokens": 100}, {"checkpointing": True}, {"svd": None}],
+    ids=str,
 )
-def test_they_equal_the_loop_through_the_adapter_in_batches_of_any_size(gradients_of, module, small_svd, wanted, how):
+def test_they_equal_the_loop_through_the_adapter_in_batches_of_any_size(
+    gradients_of, module, small_svd, wanted, how
+):
     found = gradients_of(module, **how)
     assert worst_error(found, wanted) < 1e-5
-    assert {name: rows.shape for name, rows in found.items()} == {n: (5, each.rank) for n, each in small_svd.items()}
+    assert {name: rows.shape for name, rows in found.items()} == {
+        n: (5, each.rank) for n, each in small_svd.items()
+    }
     assert all(rows.dtype == torch.float32 and rows.device.type == "cpu" for rows in found.values())
     assert not any("forward" in vars(layer) for layer in module.model.layers)
 
@@ -57,9 +83,12 @@ def test_truncated_factors_give_the_first_coordinates(gradients_of, cut_svd, wan
     assert worst_error(found, {name: rows[:, :8] for name, rows in wanted.items()}) < 1e-4
 
 
-def test_bfloat16_is_close_to_float32_by_the_norms_of_float32(monkeypatch, small_checkpoint, gradients_of, wanted):
+def test_bfloat16_is_close_to_float32_by_the_norms_of_float32(
+    monkeypatch, small_checkpoint, gradients_of, wanted
+):
     model = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
-    norms, real = [], Norm.apply
+    norms = []
+    real = Norm.apply
     monkeypatch.setattr(Norm, "apply", lambda *given: norms.append(given) or real(*given))
     found = gradients_of(model, svd=weight_svd(model, dtype="bfloat16"), max_tokens=4096)
     assert len(norms) > 2 * model.num_layers
@@ -75,7 +104,8 @@ def test_the_model_is_left_as_it_was(gradients_of, module, fails):
     module.model.layers[0].eval()
     module.model.embed_tokens.weight.requires_grad_(False)
     module.model.norm.weight.grad = torch.ones_like(module.model.norm.weight)
-    before, weights = _state(module), copy.deepcopy(module.state_dict())
+    before = _state(module)
+    weights = copy.deepcopy(module.state_dict())
     if fails:
         with pytest.raises(ZeroDivisionError):
             gradients_of(module, progress=lambda *_: 1 // 0)
@@ -87,8 +117,14 @@ def test_the_model_is_left_as_it_was(gradients_of, module, fails):
 
 def _state(module):
     return [
-        *((name, p.requires_grad, p.grad is None or p.grad.tolist()) for name, p in module.named_parameters()),
-        *((part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()),
+        *(
+            (name, p.requires_grad, p.grad is None or p.grad.tolist())
+            for name, p in module.named_parameters()
+        ),
+        *(
+            (part.training, len(part._forward_hooks), len(part._forward_pre_hooks))
+            for part in module.modules()
+        ),
     ]
 
 
@@ -97,8 +133,13 @@ def test_batches_hold_similar_lengths_within_the_budget(encoded, packed):
     batches = plan_batches(encoded, 160, packed=packed)
     lengths = [[len(one.ids) for one in batch] for batch in batches]
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
-    assert [length for batch in lengths for length in batch] == sorted((len(one.ids) for one in encoded), reverse=True)
-    assert all(len(batch) == 1 or (sum(batch) if packed else max(batch) * len(batch)) <= 160 for batch in lengths)
+    assert [length for batch in lengths for length in batch] == sorted(
+        (len(one.ids) for one in encoded), reverse=True
+    )
+    assert all(
+        len(batch) == 1 or (sum(batch) if packed else max(batch) * len(batch)) <= 160
+        for batch in lengths
+    )
     assert len(batches) == (2 if packed else 3)
 
 
@@ -108,16 +149,24 @@ def test_batches_that_run_at_once_are_of_equal_size(byte_tokenizer, samples, max
     batches = plan_batches(encoded, max_tokens, packed=True, at_once=2)
     sizes = [sum(len(one.ids) for one in batch) for batch in batches]
     assert sorted(one.index for batch in batches for one in batch) == list(range(len(encoded)))
-    assert all(size <= max_tokens or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True))
+    assert all(
+        size <= max_tokens or len(batch) == 1 for batch, size in zip(batches, sizes, strict=True)
+    )
     assert max(sizes) - min(sizes) <= max(len(one.ids) for one in encoded)
     assert len(batches) % 2 == 0 or len(batches) == len(encoded)
 
 
 def test_the_token_budget_follows_the_free_memory(small_model, encoded):
-    budgets, layers = [], small_model.module.config.num_hidden_layers
+    budgets = []
+    layers = small_model.module.config.num_hidden_layers
     for free in (1, 20_000_000, 40_000_000, 10**15):
         room = room_for_batches(free, "cpu")
-        budgets.append([token_budget(small_model.module, encoded, room, recomputed=count) for count in (0, layers)])
+        budgets.append(
+            [
+                token_budget(small_model.module, encoded, room, recomputed=count)
+                for count in (0, layers)
+            ]
+        )
     assert budgets[0] == [1, 1]
     assert budgets[1][0] < budgets[1][1]
     assert budgets[2][0] == pytest.approx(2 * budgets[1][0], abs=1)
@@ -135,10 +184,13 @@ def test_the_first_sample_with_a_number_that_is_not_finite_is_named_with_its_mat
             check_finite(SampleGradients(rows), encoded)
 
 
-@pytest.mark.parametrize("full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr)
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError("no room"), RuntimeError("can't allocate memory")], ids=repr
+)
 def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, gradients_of, wanted, full):
     """A GPU has an error of its own for it, a CPU has not."""
-    real, sizes = Replica.gradients, []
+    real = Replica.gradients
+    sizes = []
 
     def cramped(replica, encoded):
         sizes.append(len(encoded))
@@ -147,7 +199,9 @@ def test_a_batch_that_runs_out_of_memory_is_split(monkeypatch, gradients_of, wan
         return real(replica, encoded)
 
     monkeypatch.setattr(Replica, "gradients", cramped)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # with more, batches run side by side and are smaller
+    monkeypatch.setattr(
+        torch, "get_num_threads", lambda: 1
+    )  # with more, batches run side by side and are smaller
     assert worst_error(gradients_of(max_tokens=10_000), wanted) < 1e-5
     assert sizes == [5, 2, 3, 1, 2]
 
@@ -183,7 +237,9 @@ def test_a_gradient_that_is_not_finite_is_named(gradients_of, module):
         output.register_hook(lambda gradient: gradient * torch.nan)
 
     module.model.layers[1].mlp.up_proj.register_forward_hook(spoil)
-    with pytest.raises(DataError, match=r"gradient of sample 1 in model\.layers\.0\.\S+ is not finite"):
+    with pytest.raises(
+        DataError, match=r"gradient of sample 1 in model\.layers\.0\.\S+ is not finite"
+    ):
         gradients_of(module)
 
 
@@ -215,7 +271,9 @@ def test_weights_without_memory_are_refused_by_name(gradients_of, module):
     """As offloading leaves them."""
     module.model.layers[1].mlp.up_proj.to("meta")
     for work in (weight_svd, gradients_of):
-        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has no memory of its own"):
+        with pytest.raises(
+            ModelError, match=r"layers\.1\.mlp\.up_proj\.weight has no memory of its own"
+        ):
             work(module)
 
 
@@ -228,7 +286,10 @@ def test_a_model_on_two_devices_is_refused(module):
 
 def test_factors_of_another_model_are_refused(gradients_of):
     other = weight_svd(load_model("reference:qwen3", dtype="float32", device="cpu"), method="gram")
-    with pytest.raises(UsageError, match=r"factors of model\.layers\.0\.self_attn\.q_proj for a matrix \(256, 256\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"factors of model\.layers\.0\.self_attn\.q_proj for a matrix \(256, 256\)",
+    ):
         gradients_of(svd=other)
 
 

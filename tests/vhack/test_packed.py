@@ -11,14 +11,24 @@ from assay.vhack.gradients.packed import PackedLayers
 LENGTHS = [1, 63, 64, 65, 130]
 
 
-@pytest.fixture(params=[("qwen3", 4, 2), ("llama", 4, 1), ("granite", 3, 3)], ids=lambda each: each[0])
+@pytest.fixture(
+    params=[("qwen3", 4, 2), ("llama", 4, 1), ("granite", 3, 3)], ids=lambda each: each[0]
+)
 def model(request):
     from transformers import AutoConfig, AutoModel
 
     family, heads, groups = request.param
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 16}
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "vocab_size": 16,
+    }
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups}
-    sizes |= {"residual_multiplier": 0.4, "attention_multiplier": 0.3} if family == "granite" else {}
+    sizes |= (
+        {"residual_multiplier": 0.4, "attention_multiplier": 0.3} if family == "granite" else {}
+    )
     config = AutoConfig.for_model(family, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -32,7 +42,9 @@ def _batch(spans=None):
 
 
 def _leaf():
-    return torch.randn(1, sum(LENGTHS), 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    return torch.randn(
+        1, sum(LENGTHS), 24, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
 
 
 def _outcome(model, forwards, weight):
@@ -65,7 +77,8 @@ def _weight():
 def test_it_gives_what_transformers_gives(model):
     packed = PackedLayers(_batch, None)
     forwards = [packed.forward(layer, labels_only=False) for layer in model.layers]
-    found, wanted = _outcome(model, forwards, _weight()), _one_by_one(model, model.layers, _weight())
+    found = _outcome(model, forwards, _weight())
+    wanted = _one_by_one(model, model.layers, _weight())
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 

@@ -16,17 +16,24 @@ def matrix(rows, columns, smallest=1e-2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rank = min(rows, columns)
     left, right = (
-        torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q for size in (rows, columns)
+        torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
+        for size in (rows, columns)
     )
     values = torch.logspace(0, float(torch.tensor(smallest).log10()), rank, dtype=torch.float64)
     return (left * values) @ right.T
 
 
 def errors(weight, factors):
-    left, values, right = (part.double().cpu() for part in (factors.left, factors.values, factors.right))
+    left, values, right = (
+        part.double().cpu() for part in (factors.left, factors.values, factors.right)
+    )
     one = torch.eye(len(values), dtype=torch.float64)
     residual = ((left * values) @ right - weight).norm() / weight.norm()
-    return float(residual), float((left.T @ left - one).norm()), float((right @ right.T - one).norm())
+    return (
+        float(residual),
+        float((left.T @ left - one).norm()),
+        float((right @ right.T - one).norm()),
+    )
 
 
 @pytest.mark.parametrize("method", ["exact", "gram"])
@@ -95,7 +102,8 @@ def test_a_matrix_that_is_not_finite_is_named(small_model):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"rank": 0}, "rank=0"), ({"dtype": "float16"}, "float16"), ({"method": "qr"}, "qr")]
+    ("wrong", "message"),
+    [({"rank": 0}, "rank=0"), ({"dtype": "float16"}, "float16"), ({"method": "qr"}, "qr")],
 )
 def test_wrong_settings_are_refused(small_model, wrong, message):
     with pytest.raises(UsageError, match=message):
@@ -148,7 +156,11 @@ def test_a_damaged_file_is_written_again(tmp_path, linear, damage):
     if damage == "other":
         save_file({"left": torch.zeros(3)}, file)
     elif damage == "shape":
-        save_file(load_file(file) | {"left": torch.zeros(2, 2)}, file, {"residual": "0", "orthogonality": "0"})
+        save_file(
+            load_file(file) | {"left": torch.zeros(2, 2)},
+            file,
+            {"residual": "0", "orthogonality": "0"},
+        )
     else:
         file.write_bytes(whole[:-9] if damage == "cut" else b"")
     again = weight_svd(linear, cache=tmp_path)["up_proj"]
@@ -157,7 +169,9 @@ def test_a_damaged_file_is_written_again(tmp_path, linear, damage):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_equal_weights_of_two_dtypes_share_a_file_in_a_directory_that_is_named_by_a_text(tmp_path, linear):
+def test_equal_weights_of_two_dtypes_share_a_file_in_a_directory_that_is_named_by_a_text(
+    tmp_path, linear
+):
     weight_svd(linear.bfloat16(), cache=str(tmp_path), dtype="float32")
     weight_svd(linear.float(), cache=str(tmp_path))
     assert len(list((tmp_path / "svd").iterdir())) == 1

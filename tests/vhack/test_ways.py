@@ -1,4 +1,6 @@
-"""All ways of computing gradients agree with one sample at a time: packed, padded, fused, factored, side by side."""
+"""All ways of computing gradients agree with one sample at a time: packed, padded, fused, factored,
+side by side.
+"""
 
 import copy
 import threading
@@ -11,7 +13,14 @@ from assay.models import load_model
 from assay.vhack import target_modules, weight_svd
 from assay.vhack.gradients import per_sample as _gradients
 from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.fused import Gate, Norm, is_plain_norm, load_kernels, sample_products, segment_products
+from assay.vhack.gradients.fused import (
+    Gate,
+    Norm,
+    is_plain_norm,
+    load_kernels,
+    sample_products,
+    segment_products,
+)
 from assay.vhack.gradients.per_sample import Recipe, Replica, recipe_for
 from assay.vhack.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import worst_error
@@ -46,7 +55,13 @@ def test_every_order_of_the_sum_is_exact(monkeypatch, gradients_of, wanted, how)
 
 def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_svd):
     def way(name, tokens, dtype=torch.float32, **changes):
-        settings = {"factored": True, "together": False, "checkpointing": False, "kernels": None, **changes}
+        settings = {
+            "factored": True,
+            "together": False,
+            "checkpointing": False,
+            "kernels": None,
+            **changes,
+        }
         linear = target_modules(small_model)[f"model.layers.0.{name}"]
         tap = Tap(name, linear, small_svd[f"model.layers.0.{name}"], {}, lambda: None, **settings)
         rows = torch.empty(tokens, linear.in_features, dtype=dtype)
@@ -61,12 +76,15 @@ def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_s
     assert way("mlp.up_proj", 128, together=True).how == "project"
 
 
-def test_other_factors_than_the_weights_own_are_not_multiplied_with(small_model, small_svd, cut_svd):
+def test_other_factors_than_the_weights_own_are_not_multiplied_with(
+    small_model, small_svd, cut_svd
+):
     modules = target_modules(small_model)
     assert exact_factors(modules, small_svd) == set(modules)
     assert exact_factors(modules, cut_svd) == set()
     assert exact_factors(modules, weight_svd(small_model, dtype="bfloat16")) == set()
-    first, second = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    first = "model.layers.0.mlp.up_proj"
+    second = "model.layers.1.mlp.up_proj"
     swapped = {**small_svd, first: small_svd[second]}
     assert exact_factors(modules, swapped) == set(modules) - {first}
 
@@ -75,11 +93,18 @@ def test_which_models_are_packed(small_checkpoint):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def recipe(family, **changes):
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "vocab_size": 32,
+        }
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
         with torch.random.fork_rng(devices=[]):
             return recipe_for(
-                AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads, **changes))
+                AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model(family, **sizes, **heads, **changes)
+                )
             )
 
     assert recipe("qwen3") == EVERYTHING
@@ -144,7 +169,9 @@ def test_batches_run_side_by_side(monkeypatch, two_threads, gradients_of, wanted
     assert worst_error(found, wanted) < 1e-5
 
 
-def test_a_model_with_hooks_runs_one_batch_at_a_time(monkeypatch, gradients_of, small_model, wanted):
+def test_a_model_with_hooks_runs_one_batch_at_a_time(
+    monkeypatch, gradients_of, small_model, wanted
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     seen = []
     module = copy.deepcopy(small_model.module)
@@ -156,11 +183,15 @@ def test_a_model_with_hooks_runs_one_batch_at_a_time(monkeypatch, gradients_of, 
 
 def test_a_copy_shares_the_memory_of_the_weights(small_model, small_svd):
     replica = Replica(small_model.module, small_svd, EVERYTHING, factored=(), recomputed=2)
-    pairs = list(zip(small_model.module.named_parameters(), replica.module.named_parameters(), strict=True))
+    pairs = list(
+        zip(small_model.module.named_parameters(), replica.module.named_parameters(), strict=True)
+    )
     assert all(one.data_ptr() == other.data_ptr() for (_, one), (_, other) in pairs)
     assert [name for (name, _), _ in pairs] == [name for _, (name, _) in pairs]
     assert replica.module.lm_head.weight is replica.module.model.embed_tokens.weight
-    assert replica.module.config._attn_implementation != small_model.module.config._attn_implementation
+    assert (
+        replica.module.config._attn_implementation != small_model.module.config._attn_implementation
+    )
     assert not any("forward" in vars(part) for part in small_model.module.modules())
 
 
@@ -192,7 +223,9 @@ def device(request):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def use(request, device):
-    """Numbers drawn in a dtype on a device, and the kernels that it has: those of triton, or torch on a CPU."""
+    """Numbers drawn in a dtype on a device, and the kernels that it has: those of triton, or torch
+    on a CPU.
+    """
     if device == "cuda":
         pytest.importorskip("triton")
     generator = torch.Generator(device).manual_seed(0)
@@ -208,10 +241,13 @@ def use(request, device):
 @pytest.mark.parametrize("columns", [64, 100, 2560])
 def test_the_sum_over_rows_of_each_sample(use, columns):
     draw, kernels = use
-    left, right = draw(700, columns), draw(700, columns)
+    left = draw(700, columns)
+    right = draw(700, columns)
     segments = Segments.of([1, 300, 33, 366], left.device)
     found, again = (segment_products(left, right, segments.offsets, kernels) for _ in range(2))
-    expected = torch.stack([(left[a:b].double() * right[a:b].double()).sum(0) for a, b in segments.bounds])
+    expected = torch.stack(
+        [(left[a:b].double() * right[a:b].double()).sum(0) for a, b in segments.bounds]
+    )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(found, again)
@@ -221,7 +257,8 @@ def test_the_sum_over_rows_of_each_sample(use, columns):
 @pytest.mark.parametrize("tokens", [37, 1, 0])
 def test_the_sum_over_tokens_of_samples_of_one_length(use, samples, tokens):
     draw, kernels = use
-    left, right = draw(samples, tokens, 70), draw(samples, tokens, 70)
+    left = draw(samples, tokens, 70)
+    right = draw(samples, tokens, 70)
     found = sample_products(left, right)
     assert found.dtype == torch.float32
     wanted = (left.double() * right.double()).sum(1)
@@ -252,7 +289,8 @@ def test_the_norm_is_that_of_transformers(use, shape):
     norm = Qwen3RMSNorm(shape[-1], eps=1e-6)
     assert is_plain_norm(norm)
     norm.weight = torch.nn.Parameter(draw(shape[-1]), requires_grad=False)
-    inputs, gradient = [3 * draw(*shape)], draw(*shape)
+    inputs = [3 * draw(*shape)]
+    gradient = draw(*shape)
     ours = outcome(lambda x: Norm.apply(x, norm.weight, 1e-6, kernels), inputs, gradient)
     assert_near(ours, outcome(norm, inputs, gradient))
 
@@ -260,7 +298,8 @@ def test_the_norm_is_that_of_transformers(use, shape):
 @pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 def test_the_kernels_of_the_gate(use):
     draw, kernels = use
-    inputs, gradient = [4 * draw(33, 700) for _ in range(2)], draw(33, 700)
+    inputs = [4 * draw(33, 700) for _ in range(2)]
+    gradient = draw(33, 700)
     ours = outcome(lambda a, b: Gate.apply(a, b, kernels), inputs, gradient)
     assert_near(ours, outcome(lambda a, b: torch.nn.functional.silu(a) * b, inputs, gradient))
 

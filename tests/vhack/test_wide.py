@@ -1,4 +1,6 @@
-"""v_hack on a CPU without fast products of 16-bit numbers: gradients, δS and sampling without a narrow one."""
+"""v_hack on a CPU without fast products of 16-bit numbers: gradients, δS and sampling without a
+narrow one.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,11 @@ pytestmark = pytest.mark.usefixtures("without_fast_products")
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_taken_without_a_narrow_product(
-    small_checkpoint: Path, byte_tokenizer, samples, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    small_checkpoint: Path,
+    byte_tokenizer,
+    samples,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     model = narrow_model(small_checkpoint)
     svd = weight_svd(model, dtype="bfloat16")

@@ -1,4 +1,6 @@
-"""Two processes that do the same work: over gloo they compute on the CPU, over NCCL each on a GPU of its own."""
+"""Two processes that do the same work: over gloo they compute on the CPU, over NCCL each on a GPU
+of its own.
+"""
 
 import os
 from datetime import timedelta
@@ -13,7 +15,8 @@ BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, needs_two])]
 
 
 def together(work, folder, backend, *arguments):
-    """Return what ``work`` finds in two processes, given rank, device and arguments; if one fails, the other ends.
+    """Return what ``work`` finds in two processes, given rank, device and arguments; if one fails,
+    the other ends.
 
     They meet in the folder, and leave there what they found.
     """
@@ -29,12 +32,15 @@ def device_of(backend, rank=0):
 def _join(rank, work, folder, backend, *arguments):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    device, own = device_of(backend, rank), {}
+    device = device_of(backend, rank)
+    own = {}
     if backend == "nccl":
         torch.cuda.set_device(device)
         own = {"device_id": device}
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200), **own)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200), **own
+    )
     try:
         torch.save(work(rank, device, *arguments), folder / f"rank{rank}.pt")
     finally:

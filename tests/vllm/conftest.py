@@ -1,4 +1,6 @@
-"""Real engines and servers, skipped by name where vLLM is not installed, and what tests without it share."""
+"""Real engines and servers, skipped by name where vLLM is not installed, and what tests without it
+share.
+"""
 
 import asyncio
 import importlib.util
@@ -23,11 +25,15 @@ SEQ_LEN = 64
 ON_GPU = torch.cuda.is_available()
 ONE_GPU = torch.cuda.device_count() == 1
 SMALL = {"--gpu-memory-utilization": "0.1", "--kv-cache-memory-bytes": str(2**28)} if ON_GPU else {}
-"""Options of a server that leaves most of a GPU to others; a CPU build is told the size of its cache elsewhere.
+"""Options of a server that leaves most of a GPU to others; a CPU build is told the size of its
+cache elsewhere.
 
-The size is given because vLLM otherwise measures it, and fails where another process frees memory meanwhile.
+The size is given because vLLM otherwise measures it, and fails where another process frees memory
+meanwhile.
 """
-SMALL_ENGINE: dict[str, Any] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28} if ON_GPU else {}
+SMALL_ENGINE: dict[str, Any] = (
+    {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28} if ON_GPU else {}
+)
 """Options of an engine of this process that do so."""
 RUNNER = "v2" if ON_GPU and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" else "v1"
 """The model runner that vLLM chooses here."""
@@ -36,10 +42,16 @@ RUNNER = "v2" if ON_GPU and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0" el
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = importlib.util.find_spec("vllm") is None
     for item in items:
-        if item.path.parent == Path(__file__).parent and not item.path.name.startswith("test_parts"):
-            item.add_marker(pytest.mark.timeout(1200))  # the start of a server, on a machine with other work
+        if item.path.parent == Path(__file__).parent and not item.path.name.startswith(
+            "test_parts"
+        ):
+            item.add_marker(
+                pytest.mark.timeout(1200)
+            )  # the start of a server, on a machine with other work
             if absent:
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: run make test-vllm"))
+                item.add_marker(
+                    pytest.mark.skip(reason="vLLM is not installed: run make test-vllm")
+                )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,17 +66,23 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_vllm() -> None:
-    """Settings of vLLM that every process of a test shares; a GPU machine has no use for those of the CPU."""
+    """Settings of vLLM that every process of a test shares; a GPU machine has no use for those of
+    the CPU.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else the engines of two workers share one core
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # else the engines of two workers share one core
 
 
 @pytest.fixture(scope="session")
 def forked_engines(quiet_vllm: None) -> Iterator[None]:
-    """Engines of this process start as forks of one that has imported vLLM; on a GPU they start as vLLM has it."""
+    """Engines of this process start as forks of one that has imported vLLM; on a GPU they start as
+    vLLM has it.
+    """
     from tests.vllm.forked import fork_engines
 
     with pytest.MonkeyPatch.context() as patch:
@@ -99,11 +117,15 @@ def int4_checkpoint(honest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of_vllm(values: dict[str, Any]) -> SimpleNamespace:
-    """A stand-in for a ``VllmConfig``: values by section and name, as ``model.dtype``, and some without a section."""
+    """A stand-in for a ``VllmConfig``: values by section and name, as ``model.dtype``, and some
+    without a section.
+    """
     config = SimpleNamespace()
     for path, value in values.items():
         section, _, name = path.rpartition(".")
-        owner = vars(config).setdefault(f"{section}_config", SimpleNamespace()) if section else config
+        owner = (
+            vars(config).setdefault(f"{section}_config", SimpleNamespace()) if section else config
+        )
         setattr(owner, name, value)
     return config
 
@@ -118,12 +140,23 @@ class State(NamedTuple):
 
 
 def lay_out(
-    runner: Any, states: torch.Tensor, spans: dict[str, tuple[int, int]], prompt: int = 0, **of_batch: Any
+    runner: Any,
+    states: torch.Tensor,
+    spans: dict[str, tuple[int, int]],
+    prompt: int = 0,
+    **of_batch: Any,
 ) -> None:
-    """Put the requests of a step where both model runners have them: how much was computed before, and is now."""
+    """Put the requests of a step where both model runners have them: how much was computed before,
+    and is now.
+    """
     lengths = [length for _, length in spans.values()]
-    computed, prompts = np.array([at for at, _ in spans.values()]), np.full(len(spans), prompt)
-    of_v1 = {"req_ids": list(spans), "num_computed_tokens_cpu": computed, "num_prompt_tokens": prompts}
+    computed = np.array([at for at, _ in spans.values()])
+    prompts = np.full(len(spans), prompt)
+    of_v1 = {
+        "req_ids": list(spans),
+        "num_computed_tokens_cpu": computed,
+        "num_prompt_tokens": prompts,
+    }
     of_v2 = {"req_ids": list(spans), "num_computed_tokens_np": computed, "prefill_len_np": prompts}
     of_v2 |= {"num_reqs": len(spans), "query_start_loc_np": np.cumsum([0, *lengths])} | of_batch
     scheduled = SimpleNamespace(num_scheduled_tokens=dict(zip(spans, lengths, strict=True)))
@@ -146,8 +179,14 @@ def break_passes(patch: pytest.MonkeyPatch, engine: Any) -> None:
 
 
 def check_idle(server: Any) -> dict:
-    """Check that the workers of an idle server hold nothing; return what the route of its engine says."""
+    """Check that the workers of an idle server hold nothing; return what the route of its engine
+    says.
+    """
     held = server.idle_counts()
-    assert not any(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors"))
+    assert not any(
+        worker[name]
+        for worker in held["workers"]
+        for name in ("rows", "filled", "streams", "errors")
+    )
     assert held["nonces"] == 0
     return dict(held)

@@ -1,7 +1,9 @@
-"""Engines of a test's own process, forked from one process that has imported vLLM: imports are most of a start.
+"""Engines of a test's own process, forked from one process that has imported vLLM: imports are most
+of a start.
 
-On a CPU vLLM has the process of an engine, and that of its worker, import everything anew. Servers are forked by
-``_vllm``; this does the same for engines, whose parent has threads and so cannot fork them itself.
+On a CPU vLLM has the process of an engine, and that of its worker, import everything anew. Servers
+are forked by ``_vllm``; this does the same for engines, whose parent has threads and so cannot fork
+them itself.
 """
 
 import os
@@ -16,7 +18,9 @@ PARENT = "tests.vllm.forked_parent"
 
 
 class Process(ForkServerProcess):
-    """A process with the environment of the one that starts it, and not that of the process it is forked from."""
+    """A process with the environment of the one that starts it, and not that of the process it is
+    forked from.
+    """
 
     def start(self) -> None:
         """Fork it."""

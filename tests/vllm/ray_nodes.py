@@ -1,7 +1,8 @@
-"""Two nodes of Ray on one host, for vLLM on a CPU or on two GPUs: a worker of tensor parallel on each.
+"""Two nodes of Ray on one host, for vLLM on a CPU or on two GPUs: a worker of tensor parallel on
+each.
 
-Both listen with a token that only their children know, as Ray listens on every address of the host. On a CPU vLLM's
-workers run under :mod:`_ray_platform`; of two GPUs each node sees one.
+Both listen with a token that only their children know, as Ray listens on every address of the host.
+On a CPU vLLM's workers run under :mod:`_ray_platform`; of two GPUs each node sees one.
 """
 
 import contextlib
@@ -21,8 +22,15 @@ from _vllm import ROOT, distribution, end_processes, free_port
 BESIDE = Path(sys.prefix) / "ray"
 """Where ``make test-vllm`` puts Ray, beside the environment."""
 
-ADDRESSES = "127.0.0.2", "127.0.0.3"  # a node has one of its own; Ray takes 127.0.0.1 for that of the host
-OPTIONS = {"--tensor-parallel-size": "2", "--distributed-executor-backend": "ray", "--disable-custom-all-reduce": None}
+ADDRESSES = (
+    "127.0.0.2",
+    "127.0.0.3",
+)  # a node has one of its own; Ray takes 127.0.0.1 for that of the host
+OPTIONS = {
+    "--tensor-parallel-size": "2",
+    "--distributed-executor-backend": "ray",
+    "--disable-custom-all-reduce": None,
+}
 PLATFORM = {"vllm.platform_plugins": {"ray_cpu": "tests.vllm.ray_platform:name"}}
 STARTED = "Ray runtime started"
 
@@ -39,7 +47,9 @@ def with_ray(*folders):
 
 
 class Nodes:
-    """Two nodes of Ray. ``environment`` is that of a server or an engine whose workers are to run on them."""
+    """Two nodes of Ray. ``environment`` is that of a server or an engine whose workers are to run
+    on them.
+    """
 
     def __init__(self):
         self._ends = contextlib.ExitStack()
@@ -60,7 +70,15 @@ class Nodes:
             "NCCL_SOCKET_IFNAME": "lo",
         }
         self._places = (
-            ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(self.folder)],
+            [
+                "--head",
+                "--port",
+                str(port),
+                "--include-dashboard",
+                "false",
+                "--temp-dir",
+                str(self.folder),
+            ],
             ["--address", self.environment["RAY_ADDRESS"]],
         )
         self._places[0].extend(("--ray-client-server-port", str(free_port())))
@@ -92,10 +110,22 @@ class Nodes:
 
     def _start(self, address, place, device, timeout=120.0):
         """Start a node that sees one GPU, if there is one, and wait until it runs."""
-        words = ["--block", "--num-gpus", "1", "--num-cpus", "1", "--object-store-memory", "80000000"]
+        words = [
+            "--block",
+            "--num-gpus",
+            "1",
+            "--num-cpus",
+            "1",
+            "--object-store-memory",
+            "80000000",
+        ]
         words += ["--node-ip-address", address, "--disable-usage-stats"]
         log = self.folder / f"{address}.log"
-        environment = os.environ | self.environment | {"VLLM_HOST_IP": address, "CUDA_VISIBLE_DEVICES": str(device)}
+        environment = (
+            os.environ
+            | self.environment
+            | {"VLLM_HOST_IP": address, "CUDA_VISIBLE_DEVICES": str(device)}
+        )
         with log.open("wb") as file:
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *words]
             process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)

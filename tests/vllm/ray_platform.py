@@ -1,7 +1,9 @@
-"""A platform of vLLM for workers of Ray on a CPU: the CPU build, with a name for its devices in Ray.
+"""A platform of vLLM for workers of Ray on a CPU: the CPU build, with a name for its devices in
+Ray.
 
-Without such a name vLLM starts no worker of Ray. A node of Ray may claim a GPU that its host does not have; workers
-that are put there compute on the CPU. vLLM finds the platform by an entry point of ``vllm.platform_plugins``.
+Without such a name vLLM starts no worker of Ray. A node of Ray may claim a GPU that its host does
+not have; workers that are put there compute on the CPU. vLLM finds the platform by an entry point
+of ``vllm.platform_plugins``.
 """
 
 from vllm.platforms.cpu import CpuPlatform

@@ -8,10 +8,13 @@ from tests.end_to_end.receiver import Answering
 
 
 class Receiver(Answering):
-    """Keeps every callback once, by its id, while it answers 200 without a delay of seconds or after it."""
+    """Keeps every callback once, by its id, while it answers 200 without a delay of seconds or
+    after it.
+    """
 
     def __init__(self, *, delay: float = 0.0, status: int = 200) -> None:
-        self.delay, self.status = delay, status
+        self.delay = delay
+        self.status = status
         self.bodies: dict[str, dict] = {}
         self.asked = 0
         self._mended = threading.Event()
@@ -30,11 +33,14 @@ class Receiver(Answering):
     def nonces(self, block: str) -> list[int]:
         """Every nonce that was announced for a block, as often as it was, in ascending order."""
         bodies = list(self.bodies.values())
-        return sorted(n for body in bodies if body["block_hash"] == block for n in body.get("nonces", []))
+        return sorted(
+            n for body in bodies if body["block_hash"] == block for n in body.get("nonces", [])
+        )
 
     def mend(self) -> None:
         """Answer at once from now on."""
-        self.delay, self.status = 0.0, 200
+        self.delay = 0.0
+        self.status = 200
         self._mended.set()
 
     def close(self) -> None:

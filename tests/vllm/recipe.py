@@ -1,6 +1,8 @@
-"""A server that is started by the command of docs/vllm.md for machines without a GPU, as an operator would copy it.
+"""A server that is started by the command of docs/vllm.md for machines without a GPU, as an
+operator would copy it.
 
-MODEL stands for a checkpoint there. Host and port are added behind the command, for tests listen on loopback only.
+MODEL stands for a checkpoint there. Host and port are added behind the command, for tests listen on
+loopback only.
 """
 
 import os
@@ -13,13 +15,19 @@ from _vllm import KEY, MODEL, REFERENCE, ForkedServer, Server
 
 from tests.vllm.conftest import ROOT
 
-SECTION = (ROOT / "docs/vllm.md").read_text().partition("## Three commands\n")[2].partition("\n## ")[0]
-_, ON_GPU, BEGIN, INSTALL, SERVE = re.findall(r"^```sh\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL)
+SECTION = (
+    (ROOT / "docs/vllm.md").read_text().partition("## Three commands\n")[2].partition("\n## ")[0]
+)
+_, ON_GPU, BEGIN, INSTALL, SERVE = re.findall(
+    r"^```sh\n(.*?)^```$", SECTION, flags=re.MULTILINE | re.DOTALL
+)
 SET_THERE = ("ASSAY_API_KEY", "VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE")
 
 
 class RecipeServer(ForkedServer):
-    """A server whose folder has what the command names: a checkpoint with a chat template, and the file of the key."""
+    """A server whose folder has what the command names: a checkpoint with a chat template, and the
+    file of the key.
+    """
 
     def __init__(self, data_dir: Path, environment: dict[str, str]) -> None:
         super().__init__(data_dir, environment=environment)
@@ -50,11 +58,20 @@ class RecipeServer(ForkedServer):
 
     def begin_round(self, url: str) -> list[str]:
         """Return the words of the command that begins a round, with a receiver of callbacks."""
-        command = BEGIN.strip().replace("localhost:8000", f"127.0.0.1:{self.port}").replace("https://…", url)
+        command = (
+            BEGIN.strip()
+            .replace("localhost:8000", f"127.0.0.1:{self.port}")
+            .replace("https://…", url)
+        )
         return ["bash", "-c", command]
 
     def with_commands(self, environment: dict[str, str]) -> dict[str, str]:
-        """Return an environment in which the commands of the tested installation are found first."""
+        """Return an environment in which the commands of the tested installation are found
+        first.
+        """
         folder = str(Path(self.python).parent)
-        data = {"ASSAY_DATA_DIR": str(self.data_dir), "PATH": f"{folder}{os.pathsep}{environment['PATH']}"}
+        data = {
+            "ASSAY_DATA_DIR": str(self.data_dir),
+            "PATH": f"{folder}{os.pathsep}{environment['PATH']}",
+        }
         return environment | data

@@ -1,4 +1,6 @@
-"""A chat model that others trained, asked by OpenAI's client in its own template: the plugin changes no token."""
+"""A chat model that others trained, asked by OpenAI's client in its own template: the plugin
+changes no token.
+"""
 
 import importlib.util
 
@@ -25,18 +27,24 @@ def checkpoint() -> str:
 def server(checkpoint: str, tmp_path_factory: pytest.TempPathFactory):
     options = SMALL | {"--model": checkpoint, "--chat-template": False}
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN)}
-    with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
+    with ForkedServer(
+        tmp_path_factory.mktemp("server"), options=options, environment=environment
+    ) as running:
         yield running
 
 
 def test_answers_alone_and_beside_a_round_are_those_of_transformers(server, checkpoint: str):
-    """Greedy answers of transformers without near ties, in which an engine may rightly choose another token."""
-    asked, tokenizer = questions(24), load_tokenizer(checkpoint)
+    """Greedy answers of transformers without near ties, in which an engine may rightly choose
+    another token.
+    """
+    asked = questions(24)
+    tokenizer = load_tokenizer(checkpoint)
     answers, steps, _ = of_transformers(checkpoint, "float32", "sdpa", prompts_of(asked, tokenizer))
     best = [of_answer.topk(2).values for of_answer in steps]
     sure = [i for i, top in enumerate(best) if (top[:, 0] - top[:, 1]).min() > SURE]
     assert len(sure) >= 16
-    asked, wanted = [asked[i] for i in sure], [answers[i] for i in sure]
+    asked = [asked[i] for i in sure]
+    wanted = [answers[i] for i in sure]
     assert tokens_of(server, asked, 4) == wanted
     server.begin("beside")
     before = server.wait_for(8)

@@ -1,4 +1,6 @@
-"""Proofs of decoding on vLLM: tokens, sketches and margins of transformers, and verdicts both ways."""
+"""Proofs of decoding on vLLM: tokens, sketches and margins of transformers, and verdicts both
+ways.
+"""
 
 import asyncio
 import base64
@@ -22,8 +24,10 @@ from tests.vllm.conftest import SMALL, SMALL_ENGINE, check_idle, make_round
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
 PRESET = "decode-64"
-STEPS, PROMPT = 64, 32
-HONEST, CHEATED = 48, 16  # nonces of the proofs of transformers: enough to be honest, and to be a fraud
+STEPS = 64
+PROMPT = 32
+HONEST = 48
+CHEATED = 16  # nonces of the proofs of transformers: enough to be honest, and to be a fraud
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -34,9 +38,16 @@ def dtype(request) -> str:
 @pytest.fixture(scope="module")
 def engine(dtype: str):
     # A step takes one prompt and a half, so prompts come in chunks beside nonces that decode.
-    options = {"enforce_eager": True, "max_model_len": 160, "max_num_batched_tokens": 48, "max_num_seqs": 16}
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 160,
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 16,
+    }
     options |= SMALL_ENGINE
-    with VLLMEngine("reference:qwen3", dtype=dtype, batch_size=8, seq_len=PROMPT, in_flight=16, **options) as made:
+    with VLLMEngine(
+        "reference:qwen3", dtype=dtype, batch_size=8, seq_len=PROMPT, in_flight=16, **options
+    ) as made:
         yield made
 
 
@@ -47,7 +58,9 @@ def model(dtype: str):
 
 def proof_of(model, engine=None, count: int = 24, key: str = "node") -> poc.Proof:
     batch = {} if engine is not None else {"batch_size": 8}
-    return poc.prove(model, make_round(PRESET, key=key, seq_len=PROMPT), range(count), engine=engine, **batch)
+    return poc.prove(
+        model, make_round(PRESET, key=key, seq_len=PROMPT), range(count), engine=engine, **batch
+    )
 
 
 @cache
@@ -67,12 +80,18 @@ def test_tokens_and_sketches_are_those_of_transformers(engine, ours, dtype: str)
     same = np.mean([np.mean(a.tokens == b.tokens) for a, b in pairs])
     first = [np.abs(a.sketches[0].astype(float) - b.sketches[0]).max() for a, b in pairs]
     assert max(first) <= (2e-3 if dtype == "float32" else 5e-2)
-    assert same == 1.0 if dtype == "float32" else same > 0.5  # after a token that differs, all others may
-    assert all(count["rows"] == count["filled"] == count["streams"] == 0 for count in engine.counts())
+    assert (
+        same == 1.0 if dtype == "float32" else same > 0.5
+    )  # after a token that differs, all others may
+    assert all(
+        count["rows"] == count["filled"] == count["streams"] == 0 for count in engine.counts()
+    )
 
 
 def test_verdicts_across_engines(engine, model, ours, dtype: str):
-    """Prover vLLM and validator transformers, the reverse, and vLLM for both: honest. Four bits: fraud."""
+    """Prover vLLM and validator transformers, the reverse, and vLLM for both: honest. Four bits:
+    fraud.
+    """
     assert poc.verify(ours, model).verdict == "honest"
     assert poc.verify(theirs(dtype), engine.model, engine=engine).verdict == "honest"
     assert poc.verify(ours, engine.model, engine=engine).verdict == "honest"
@@ -80,21 +99,25 @@ def test_verdicts_across_engines(engine, model, ours, dtype: str):
 
 
 def test_a_replay_gives_the_margins_of_transformers_for_any_tokens(engine, model, dtype: str):
-    round, pipeline = make_round(PRESET, seq_len=PROMPT), poc.get_pipeline(PRESET)
+    round = make_round(PRESET, seq_len=PROMPT)
+    pipeline = poc.get_pipeline(PRESET)
     tokens = np.stack([record.tokens for record in theirs(dtype).records[:4]]).astype(np.uint32)
     tokens[1, 10], tokens[2, 20] = (tokens[1, 10] + 1) % 4096, 2**31
     found = {}
     for name, one in (("vllm", engine), ("hf", HFEngine(model, batch_size=8, seq_len=PROMPT))):
         with closing(one.replayed(round, pipeline, range(4), tokens)) as batches:
             found[name] = next(batches)
-    vllm, hf = found["vllm"], found["hf"]
+    vllm = found["vllm"]
+    hf = found["hf"]
     assert np.isinf(vllm.margins[2, 20])
     assert vllm.margins[1, 10] > 0
     finite = np.isfinite(hf.margins)
     assert (finite == np.isfinite(vllm.margins)).all()
     tight = 1e-3 if dtype == "float32" else 0.5
     np.testing.assert_allclose(vllm.margins[finite], hf.margins[finite], atol=tight)
-    assert np.abs(vllm.sketches.astype(float) - hf.sketches).max() <= (2e-3 if dtype == "float32" else 0.1)
+    assert np.abs(vllm.sketches.astype(float) - hf.sketches).max() <= (
+        2e-3 if dtype == "float32" else 0.1
+    )
 
 
 def test_prompts_and_tokens_that_do_not_fit_are_refused_before_they_run(engine):
@@ -108,20 +131,37 @@ def test_prompts_and_tokens_that_do_not_fit_are_refused_before_they_run(engine):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
-    options = SMALL | {"--max-num-batched-tokens": "96"}  # prompts come in chunks, beside one another and beside chat
+    options = SMALL | {
+        "--max-num-batched-tokens": "96"
+    }  # prompts come in chunks, beside one another and beside chat
     environment = {"ASSAY_SEQ_LEN": str(PROMPT)}
-    with ForkedServer(tmp_path_factory.mktemp("server"), options=options, environment=environment) as running:
+    with ForkedServer(
+        tmp_path_factory.mktemp("server"), options=options, environment=environment
+    ) as running:
         yield running
 
 
 def job_of(count: int, **other) -> dict:
-    body = {"block_hash": "block", "public_key": "node", "block_height": 1, "node_id": 0, "node_count": 1}
+    body = {
+        "block_hash": "block",
+        "public_key": "node",
+        "block_height": 1,
+        "node_id": 0,
+        "node_count": 1,
+    }
     params = {"model": MODEL, "seq_len": PROMPT, "k_dim": 12, "preset": PRESET}
-    return body | {"params": params, "nonces": list(range(count)), "batch_size": 8, "wait": True} | other
+    return (
+        body
+        | {"params": params, "nonces": list(range(count)), "batch_size": 8, "wait": True}
+        | other
+    )
 
 
 def artifacts_of(proof: poc.Proof, count: int) -> list[dict]:
-    packed = [(record.nonce, base64.b64encode(pack_record(record)).decode()) for record in proof.records[:count]]
+    packed = [
+        (record.nonce, base64.b64encode(pack_record(record)).decode())
+        for record in proof.records[:count]
+    ]
     return [{"nonce": nonce, "vector_b64": text} for nonce, text in packed]
 
 
@@ -136,7 +176,9 @@ def test_a_server_decodes_beside_chat_and_both_have_their_own_tokens(server):
         return [one["text"] for one in answers]
 
     async def scenario() -> tuple[list[str], list[str], dict]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=300.0, headers=server.client.headers) as client:
+        async with httpx.AsyncClient(
+            base_url=server.url, timeout=300.0, headers=server.client.headers
+        ) as client:
             alone = await talk(client)
             job = asyncio.ensure_future(client.post("/api/v1/pow/generate", json=job_of(12)))
             return alone, await talk(client), (await job).json()

@@ -1,4 +1,6 @@
-"""The direct path on real engines and servers: the same bits as requests, honest, harmless to chat, durable."""
+"""The direct path on real engines and servers: the same bits as requests, honest, harmless to chat,
+durable.
+"""
 
 import asyncio
 import importlib.metadata
@@ -16,7 +18,16 @@ from assay import poc
 from assay.models import load_model
 from assay.poc import measure_frame
 from assay.poc.vllm.engine import VLLMEngine
-from tests.vllm.conftest import ON_GPU, ONE_GPU, SEQ_LEN, SMALL, SMALL_ENGINE, break_passes, check_idle, make_round
+from tests.vllm.conftest import (
+    ON_GPU,
+    ONE_GPU,
+    SEQ_LEN,
+    SMALL,
+    SMALL_ENGINE,
+    break_passes,
+    check_idle,
+    make_round,
+)
 from tests.vllm.receiver import Receiver
 from tests.vllm.recipe import INSTALL, RecipeServer
 from tests.vllm.test_inprocess import AGREEMENT, nothing_is_held, published, replace_shape
@@ -29,16 +40,27 @@ PRESETS = ("poc-2.0", "artifact", "hardened", "tokens-1")
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request):
-    options = dict(SMALL_ENGINE, enforce_eager=True, max_model_len=512, max_num_batched_tokens=1024, max_num_seqs=16)
-    with VLLMEngine("reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options) as made:
+    options = dict(
+        SMALL_ENGINE,
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_batched_tokens=1024,
+        max_num_seqs=16,
+    )
+    with VLLMEngine(
+        "reference:qwen3", dtype=request.param, batch_size=8, seq_len=SEQ_LEN, **options
+    ) as made:
         made.frame = measure_frame(load_model("reference:qwen3", device="cpu"))
         made.model = made.model.with_frame(made.frame)
         yield made
 
 
 def by_path(engine, path: str, preset: str, count: int = 48) -> tuple[poc.Proof, int]:
-    """Prove along one path; return the proof, and how many of its nonces ran beside the scheduler."""
-    throttle, direct = engine._client.throttle, engine._client.direct
+    """Prove along one path; return the proof, and how many of its nonces ran beside the
+    scheduler.
+    """
+    throttle = engine._client.throttle
+    direct = engine._client.direct
     throttle.settings = throttle.settings.model_copy(update={"path": path})
     before = direct.nonces
     proof = poc.prove(engine.model, make_round(preset, key="paths"), range(count), engine=engine)
@@ -46,7 +68,9 @@ def by_path(engine, path: str, preset: str, count: int = 48) -> tuple[poc.Proof,
     return proof, direct.nonces - before
 
 
-@pytest.mark.skipif(ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law")
+@pytest.mark.skipif(
+    ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law"
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_both_paths_give_the_same_bits(engine, preset: str):
     direct, beside = by_path(engine, "auto", preset)
@@ -56,15 +80,22 @@ def test_both_paths_give_the_same_bits(engine, preset: str):
     assert nothing_is_held(engine)
 
 
-@pytest.mark.skipif(ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law")
+@pytest.mark.skipif(
+    ON_GPU, reason="on a GPU the shape of a step chooses the kernels: equal within the law"
+)
 @pytest.mark.parametrize("seq_len", [9, 128])
 def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     """Less than a block of the cache, and whole blocks."""
-    other, throttle = replace_shape(engine, seq_len=seq_len, batch_size=8), engine._client.throttle
-    round, values, before = make_round("hardened", seq_len=seq_len), [], engine._client.direct.nonces
+    other = replace_shape(engine, seq_len=seq_len, batch_size=8)
+    throttle = engine._client.throttle
+    round = make_round("hardened", seq_len=seq_len)
+    values = []
+    before = engine._client.direct.nonces
     for path in ("auto", "requests"):
         throttle.settings = throttle.settings.model_copy(update={"path": path})
-        values.append(np.concatenate(list(other.outputs(round, poc.get_pipeline("hardened"), range(20)))))
+        values.append(
+            np.concatenate(list(other.outputs(round, poc.get_pipeline("hardened"), range(20))))
+        )
     throttle.settings = throttle.settings.model_copy(update={"path": "auto"})
     assert engine._client.direct.nonces - before == 20
     assert np.array_equal(*values)
@@ -72,19 +103,32 @@ def test_other_lengths_give_the_same_bits(engine, seq_len: int):
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 def test_recorded_passes_give_the_same_bits():
-    """The first pass of a length is not recorded yet. In one engine: another may compile other kernels."""
+    """The first pass of a length is not recorded yet. In one engine: another may compile other
+    kernels.
+    """
     options = {"max_model_len": 512, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.2}
-    with VLLMEngine("reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **options) as made:
+    with VLLMEngine(
+        "reference:qwen3", dtype="bfloat16", batch_size=8, seq_len=SEQ_LEN, **options
+    ) as made:
         by_path(made, "auto", "hardened", 256)
-        batch, shorter = made._client.direct._sizers[SEQ_LEN].batch, replace_shape(made, seq_len=32, batch_size=8)
-        list(shorter.outputs(make_round("hardened", seq_len=32), poc.get_pipeline("hardened"), range(256)))
+        batch = made._client.direct._sizers[SEQ_LEN].batch
+        shorter = replace_shape(made, seq_len=32, batch_size=8)
+        list(
+            shorter.outputs(
+                make_round("hardened", seq_len=32), poc.get_pipeline("hardened"), range(256)
+            )
+        )
         before = made.counts()[0]["replayed"]  # the graph of the other length is held now
-        first, *recorded = (published(by_path(made, "auto", "hardened", batch)[0]) for _ in range(3))
+        first, *recorded = (
+            published(by_path(made, "auto", "hardened", batch)[0]) for _ in range(3)
+        )
         assert made.counts()[0]["replayed"] == before + 2
         assert all(np.array_equal(first, one) for one in recorded)
 
 
-def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monkeypatch: pytest.MonkeyPatch):
+def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(
+    engine, monkeypatch: pytest.MonkeyPatch
+):
     expected = published(by_path(engine, "auto", "poc-2.0")[0])
     with monkeypatch.context() as patch:
         break_passes(patch, engine)
@@ -99,9 +143,19 @@ def test_a_pass_that_fails_is_run_as_requests_and_the_engine_lives(engine, monke
 @pytest.mark.skipif(ONE_GPU, reason="two workers need two GPUs")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
 def test_two_workers_run_the_same_batches(honest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core each, as the CPU build of vLLM wants to be told
-    options = dict(SMALL_ENGINE, seq_len=SEQ_LEN, max_model_len=256, max_num_batched_tokens=512, tensor_parallel_size=2)
-    with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, enforce_eager=True, **options) as engine:
+    monkeypatch.setenv(
+        "VLLM_CPU_OMP_THREADS_BIND", "0|1"
+    )  # one core each, as the CPU build of vLLM wants to be told
+    options = dict(
+        SMALL_ENGINE,
+        seq_len=SEQ_LEN,
+        max_model_len=256,
+        max_num_batched_tokens=512,
+        tensor_parallel_size=2,
+    )
+    with VLLMEngine(
+        "reference:qwen3", dtype="float32", batch_size=8, enforce_eager=True, **options
+    ) as engine:
         for preset in ("poc-2.0", "hardened"):
             proof, beside = by_path(engine, "auto", preset)
             theirs = poc.prove(honest, proof.header.round, range(48), batch_size=8)
@@ -116,7 +170,11 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_VLLM_QUIET": "0.2"}
     folder = tmp_path_factory.mktemp("direct")
     on_gpu = SMALL | {"--enforce-eager": False, "--dtype": "bfloat16"}
-    made = Server(folder, options=on_gpu, environment=environment) if ON_GPU else RecipeServer(folder, environment)
+    made = (
+        Server(folder, options=on_gpu, environment=environment)
+        if ON_GPU
+        else RecipeServer(folder, environment)
+    )
     with made as running:
         yield running
 
@@ -144,7 +202,9 @@ def test_chat_beside_a_round_is_the_same_and_the_round_goes_on(server):
 def test_the_documented_installation_is_the_one_that_is_tested():
     stated = re.findall(r"(\S+)==(\S+)", INSTALL)
     assert len(stated) == 3
-    assert {name: importlib.metadata.version(name).partition("+")[0] for name, _ in stated} == dict(stated)
+    assert {name: importlib.metadata.version(name).partition("+")[0] for name, _ in stated} == dict(
+        stated
+    )
     removed = re.findall(r"uninstall -y (.*)", INSTALL)[0].split()
     assert [name for name in removed if importlib.util.find_spec(name)] == []
 
@@ -153,7 +213,9 @@ def test_the_documented_installation_is_the_one_that_is_tested():
 def test_the_documented_commands_serve_chat_and_prove(server):
     with Receiver() as receiver:
         words = server.begin_round(receiver.url)
-        done = subprocess.run(words, capture_output=True, text=True, cwd=server.data_dir, timeout=120, check=True)
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=server.data_dir, timeout=120, check=True
+        )
         assert json.loads(done.stdout)["status"] == "OK", done.stdout
         server.wait_for(16)
         until(lambda: len(receiver.nonces("B")) >= 8, 240)

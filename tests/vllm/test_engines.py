@@ -1,4 +1,6 @@
-"""One server with two data-parallel engines: one round, whose nonces run on both, beside chat and after every end."""
+"""One server with two data-parallel engines: one round, whose nonces run on both, beside chat and
+after every end.
+"""
 
 import re
 
@@ -36,7 +38,8 @@ def test_nonces_run_on_both_engines_and_are_those_of_transformers(server, honest
     before = prompts(server)
     check_round(server, honest, path, f"engines-{path}")
     asked = np.array(prompts(server)) - before
-    # In calls every engine has its share, and a nonce that an engine did not run would be requested.
+    # In calls every engine has its share, and a nonce that an engine did not run would be
+    # requested.
     assert (asked == 0).all() if path == "auto" else (asked >= 16 * SEQ_LEN).all()
     server.post("/engine", {"path": "auto"}).raise_for_status()
 

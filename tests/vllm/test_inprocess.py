@@ -27,14 +27,23 @@ COMPANY = 1e-6
 @pytest.fixture(scope="module")
 def engine():
     # A step takes two nonces and a half: prompts are cut into chunks at ever new places.
-    options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 16}
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 160,
+        "max_num_seqs": 16,
+    }
     options |= SMALL_ENGINE
-    with VLLMEngine("reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, in_flight=16, **options) as made:
+    with VLLMEngine(
+        "reference:qwen3", dtype="float32", batch_size=8, seq_len=SEQ_LEN, in_flight=16, **options
+    ) as made:
         yield made
 
 
 def nothing_is_held(engine) -> bool:
-    return all(count["rows"] == count["filled"] == count["streams"] == 0 for count in engine.counts())
+    return all(
+        count["rows"] == count["filled"] == count["streams"] == 0 for count in engine.counts()
+    )
 
 
 def test_it_says_what_it_is_and_what_it_supports(engine):
@@ -103,7 +112,10 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
         request_id(key, 1): tokens | {"prompt_token_ids": [0] * (SEQ_LEN - 1)},
         request_id(key, 2): {"type": "embeds", "prompt_embeds": torch.zeros(SEQ_LEN, 128)},
         request_id(key, 3): {"type": "embeds", "prompt_embeds": torch.zeros(SEQ_LEN + 3, 256)},
-        request_id(key, 4): {"type": "embeds", "prompt_embeds": torch.full((SEQ_LEN, 256), float("nan"))},
+        request_id(key, 4): {
+            "type": "embeds",
+            "prompt_embeds": torch.full((SEQ_LEN, 256), float("nan")),
+        },
     }
     on_loop(engine, hostile(engine, key, wrong))
     for nonce in (1, 2, 3, 4):
@@ -116,8 +128,12 @@ def test_hostile_requests_and_calls_leave_a_living_engine_and_no_rows(engine):
         ({"block_hash": "b", "public_key": ""}, "poc-2.0"),
     )
     for given, word in zip(wrong, ("block", "no-preset", "public_key"), strict=True):
-        assert all(word in reason for reason in on_loop(engine, call("assay_open", new_key(), *given)))
-    assert all(reply["failed"] == {} for reply in on_loop(engine, call("assay_collect", "unknown", [1, 2])))
+        assert all(
+            word in reason for reason in on_loop(engine, call("assay_open", new_key(), *given))
+        )
+    assert all(
+        reply["failed"] == {} for reply in on_loop(engine, call("assay_collect", "unknown", [1, 2]))
+    )
     on_loop(engine, call("assay_close", "unknown"))
     on_loop(engine, call("assay_close", key))
     assert nothing_is_held(engine)
@@ -139,7 +155,9 @@ def test_a_stream_that_a_worker_refuses_is_held_by_none(engine, monkeypatch: pyt
 
 def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
     for _ in range(5):
-        outputs = engine.outputs(make_round(key="closed"), poc.get_pipeline("poc-2.0"), range(2**40))
+        outputs = engine.outputs(
+            make_round(key="closed"), poc.get_pipeline("poc-2.0"), range(2**40)
+        )
         next(outputs)
         outputs.close()
     assert nothing_is_held(engine)
@@ -148,7 +166,9 @@ def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
 
 def test_requests_that_are_aborted_run_again(engine, monkeypatch: pytest.MonkeyPatch):
     throttle = engine._client.throttle
-    monkeypatch.setattr(throttle, "settings", throttle.settings.model_copy(update={"path": "requests"}))
+    monkeypatch.setattr(
+        throttle, "settings", throttle.settings.model_copy(update={"path": "requests"})
+    )
 
     async def scenario():
         spec = Spec(make_round(key="abort"), poc.get_pipeline("poc-2.0"))
@@ -179,9 +199,14 @@ def test_inputs_of_a_client_that_are_not_finite_spoil_nothing(engine):
 
 
 def test_ten_thousand_nonces_leave_no_rows(engine):
-    """Short nonces, in one batch of more than the workers would hold: what counts is how many come and go."""
+    """Short nonces, in one batch of more than the workers would hold: what counts is how many come
+    and go.
+    """
     small = replace_shape(engine, seq_len=4, batch_size=10_000)
-    count, outputs = 0, small.outputs(make_round(seq_len=4, key="soak"), poc.get_pipeline("artifact"), range(10_000))
+    count = 0
+    outputs = small.outputs(
+        make_round(seq_len=4, key="soak"), poc.get_pipeline("artifact"), range(10_000)
+    )
     for values in outputs:
         count += len(values)
         assert np.isfinite(values).all()
@@ -198,7 +223,9 @@ def test_the_longest_sequence_is_refused_before_it_runs(engine):
     with pytest.raises(UsageError, match="max-model-len"):
         replace_shape(engine, seq_len=256, batch_size=1)
     longest = replace_shape(engine, seq_len=255, batch_size=1)
-    assert next(longest.outputs(make_round(seq_len=255), poc.get_pipeline("artifact"), [0])).shape == (1, 12)
+    assert next(
+        longest.outputs(make_round(seq_len=255), poc.get_pipeline("artifact"), [0])
+    ).shape == (1, 12)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""A vLLM server whose clients leave, whose rounds are stopped and whose cache is too small, and what is left of it.
+"""A vLLM server whose clients leave, whose rounds are stopped and whose cache is too small, and
+what is left of it.
 
-Rounds run one after the other, those with odd numbers as requests only, and each is stopped in its middle, which aborts
-the nonces inside. Beside them clients chat, and part of them hang up while they are answered. The cache has blocks for
-few of them, so vLLM preempts. The figures in research/results/vllm_leaks.json are those of ten thousand nonces.
+Rounds run one after the other, those with odd numbers as requests only, and each is stopped in its
+middle, which aborts the nonces inside. Beside them clients chat, and part of them hang up while
+they are answered. The cache has blocks for few of them, so vLLM preempts. The figures in
+research/results/vllm_leaks.json are those of ten thousand nonces.
 """
 
 import asyncio
@@ -49,8 +51,11 @@ class Visitors:
     """Clients that chat until they are told to go, from a thread of their own."""
 
     def __init__(self, url, seed):
-        self.seen, self.fullest = Counter(), 0.0
-        self._url, self._random, self._going = url, random.Random(seed), threading.Event()
+        self.seen = Counter()
+        self.fullest = 0.0
+        self._url = url
+        self._random = random.Random(seed)
+        self._going = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
 
     def __enter__(self):
@@ -81,7 +86,9 @@ class Visitors:
 
 def measured(server, name):
     """Return the sum of a metric of vLLM."""
-    found = re.findall(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", server.client.get("/metrics").text, re.MULTILINE)
+    found = re.findall(
+        rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", server.client.get("/metrics").text, re.MULTILINE
+    )
     return sum(map(float, found))
 
 
@@ -89,11 +96,19 @@ def look(server):
     """Return what an idle server holds, and how many descriptors each of its processes has open."""
     held = server.idle_counts()
     # vLLM says how full its cache is at the end of a step only.
-    server.client.post("/v1/completions", json={"model": "qwen3", "prompt": "x = ", "max_tokens": 1}).raise_for_status()
+    server.client.post(
+        "/v1/completions", json={"model": "qwen3", "prompt": "x = ", "max_tokens": 1}
+    ).raise_for_status()
     processes = [psutil.Process(server.process.pid), *server._children()]
     return {
-        "held": sum(worker[name] for worker in held["workers"] for name in ("rows", "filled", "streams", "errors")),
-        "requests": held["chat"] + held["nonces"] + measured(server, "num_requests_(?:running|waiting)"),
+        "held": sum(
+            worker[name]
+            for worker in held["workers"]
+            for name in ("rows", "filled", "streams", "errors")
+        ),
+        "requests": held["chat"]
+        + held["nonces"]
+        + measured(server, "num_requests_(?:running|waiting)"),
         "cache_used": measured(server, "kv_cache_usage_perc"),
     }, [descriptors(process) for process in processes]
 
@@ -108,11 +123,17 @@ def descriptors(process):
 
 
 def rounds(server, seed, first, until, deadline):
-    """Run rounds until so many nonces are on disk; return the next number, the nonces, and what visitors saw."""
-    chosen, number, done = random.Random(seed), first, 0
+    """Run rounds until so many nonces are on disk; return the next number, the nonces, and what
+    visitors saw.
+    """
+    chosen = random.Random(seed)
+    number = first
+    done = 0
     with Visitors(server.url, seed) as visitors:
         while done < until and time.monotonic() < deadline:
-            server.post("/engine", {"path": "requests" if number % 2 else "auto"}).raise_for_status()
+            server.post(
+                "/engine", {"path": "requests" if number % 2 else "auto"}
+            ).raise_for_status()
             server.begin(f"round-{number}", seq_len=SEQ_LEN, batch_size=chosen.choice((1, 8, 32)))
             server.wait_for(chosen.randrange(50, 400))
             time.sleep(chosen.uniform(0.0, 0.3))

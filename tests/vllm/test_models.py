@@ -1,4 +1,6 @@
-"""Quantised checkpoints, models whose layers keep a state, and models that read images too, beside transformers."""
+"""Quantised checkpoints, models whose layers keep a state, and models that read images too, beside
+transformers.
+"""
 
 from pathlib import Path
 
@@ -22,18 +24,28 @@ pytestmark = [
 
 
 LONG = 192
-"""Positions of a nonce with state: more than a block of the cache, so that its state is kept where the block ends."""
+"""Positions of a nonce with state: more than a block of the cache, so that its state is kept where
+the block ends.
+"""
 
 BLOCKS = 48
-"""Blocks of the cache, for eight nonces at once: those of a nonce that were kept would soon be missing."""
+"""Blocks of the cache, for eight nonces at once: those of a nonce that were kept would soon be
+missing.
+"""
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory):
     """An engine of a model with state, and the model on transformers."""
     path = make_hybrid("falcon_h1", tmp_path_factory.mktemp("hybrid") / "falcon_h1")
-    # The cache of prefixes is that of a server. A step takes less than a nonce, whose state is carried to the next.
-    options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 160, "max_num_seqs": 8}
+    # The cache of prefixes is that of a server. A step takes less than a nonce, whose state is
+    # carried to the next.
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 160,
+        "max_num_seqs": 8,
+    }
     options |= {"num_gpu_blocks_override": BLOCKS, "in_flight": 8, "enable_prefix_caching": True}
     with VLLMEngine(str(path), dtype="float32", batch_size=8, seq_len=LONG, **options) as engine:
         yield engine, load_model(path, dtype="float32", device="cpu")
@@ -52,7 +64,10 @@ def check(row: dict) -> None:
     """
     for preset in PRESETS:
         found = row["presets"][preset]
-        assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= {"honest", "undecided"}, found
+        assert {found["vllm_on_transformers"], found["transformers_on_vllm"]} <= {
+            "honest",
+            "undecided",
+        }, found
         assert found["cheat_on_vllm"] == "fraud", found
         assert found["residual_median"] < found["cheat_median"] / 2
         assert found["beside_the_scheduler"]["nonces"] > 0
@@ -72,11 +87,17 @@ RUN = {
 
 
 WITHOUT_AVX512 = processor(torch.device("cpu")) in compatibility.WITHOUT_AVX512
-NEEDS_AVX512 = pytest.mark.skipif(WITHOUT_AVX512, reason="vLLM computes it on a CPU with AVX-512 alone")
+NEEDS_AVX512 = pytest.mark.skipif(
+    WITHOUT_AVX512, reason="vLLM computes it on a CPU with AVX-512 alone"
+)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if "MoE" in case else NEEDS_AVX512) for case in RUN])
-def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if "MoE" in case else NEEDS_AVX512) for case in RUN]
+)
+def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(
+    case: str, tmp_path: Path
+):
     kind, dtype = CASES[case]
     row = measure(checkpoint(kind, tmp_path), kind, dtype)
     name, kernel = RUN[case]
@@ -84,6 +105,7 @@ def test_a_format_is_honest_on_both_engines_and_a_cheaper_model_is_a_fraud(case:
     assert kernel in row["fingerprint"]["library"]
     check(row)
     if "router" in row:
-        # The null, and the noise: engines that round differently ask other experts where two are nearly as good.
+        # The null, and the noise: engines that round differently ask other experts where two are
+        # nearly as good.
         assert row["router"]["vllm_again"] == {"in_a_layer": 0, "in_any_layer": 0}
         assert 0 < row["router"]["vllm_from_transformers"]["in_any_layer"] < 0.15

@@ -1,4 +1,6 @@
-"""A server and a second process of vLLM without one, as on two hosts (``--nnodes 2``): a worker of each, one round."""
+"""A server and a second process of vLLM without one, as on two hosts (``--nnodes 2``): a worker of
+each, one round.
+"""
 
 import numpy as np
 import pytest
@@ -13,9 +15,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(ONE_GPU, reason="two workers 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     options = SMALL | {"--tensor-parallel-size": "2", "--nnodes": "2", "--master-addr": "127.0.0.1"}
-    options |= {"--disable-custom-all-reduce": None}  # it looks for the GPUs of all ranks in each process
+    options |= {
+        "--disable-custom-all-reduce": None
+    }  # it looks for the GPUs of all ranks in each process
     options |= {"--master-port": str(free_port()), "--kv-cache-memory-bytes": str(2**26)}
-    environment = {"ASSAY_SEQ_LEN": str(SEQ_LEN), "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        "ASSAY_SEQ_LEN": str(SEQ_LEN),
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     environment |= {"NCCL_SOCKET_IFNAME": "lo"}
     first, second = (
         ForkedServer(

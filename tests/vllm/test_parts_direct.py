@@ -1,4 +1,5 @@
-"""Throttle and direct path without vLLM: how many nonces run, in calls or as requests, and what a pass reads.
+"""Throttle and direct path without vLLM: how many nonces run, in calls or as requests, and what a
+pass reads.
 
 Stand-ins are an engine with workers, its settings, and a model runner.
 """
@@ -27,14 +28,22 @@ class Workers:
     """An engine whose one worker returns the nonce itself, by either path."""
 
     def __init__(self, *, batch: int = 4, engines: int = 1, **settings) -> None:
-        self.batch, self.chat, self.broken, self.dead, self.most, self.running = batch, 0, False, False, 0, 0
+        self.batch = batch
+        self.chat = 0
+        self.broken = False
+        self.dead = False
+        self.most = 0
+        self.running = 0
         self.called: list[list[int]] = []
         self.dealt: list[list[list[int]]] = []
         self.requested: list[int] = []
         self.begun: dict[int, dict] = {}  # by engine, the call whose values nothing has asked for
-        self.flushed, self.turn = 0, asyncio.Lock()
+        self.flushed = 0
+        self.turn = asyncio.Lock()
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
-        self.throttle = Throttle(ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16)
+        self.throttle = Throttle(
+            ThrottleSettings(**settings), lambda: self.chat + self.throttle.in_flight, 16
+        )
         self.client = Client(self, self.throttle, engines)
         self.engine_core = self
 
@@ -46,7 +55,11 @@ class Workers:
             self.called.append(shares[engine])
             if self.dead:
                 raise RuntimeError("EngineCore died")
-            found = {"error": "broken"} if self.broken else {"seconds": 0.002, **self.reply(shares[engine])}
+            found = (
+                {"error": "broken"}
+                if self.broken
+                else {"seconds": 0.002, **self.reply(shares[engine])}
+            )
             begun = {"call": call, **found}
             self.running += 1
             self.most = max(self.most, self.running)
@@ -54,7 +67,13 @@ class Workers:
                 before, self.begun[engine] = self.begun.get(engine), begun
                 await asyncio.sleep(0.002)
                 self.running -= 1
-                return [[each for each in (before, self.begun.pop(engine, None) if wait else None) if each]]
+                return [
+                    [
+                        each
+                        for each in (before, self.begun.pop(engine, None) if wait else None)
+                        if each
+                    ]
+                ]
         if method == "assay_flush":
             async with self.turn:
                 self.flushed += 1
@@ -64,12 +83,21 @@ class Workers:
     async def call_utility_all_async(self, utility: str, method: str, timeout, args: tuple, kwargs):
         assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
         self.dealt += [args[2]] if method == "assay_pass" else []
-        return [await self.collective_rpc(method, args, engine) for engine in range(self.client._engines)]
+        return [
+            await self.collective_rpc(method, args, engine)
+            for engine in range(self.client._engines)
+        ]
 
     @staticmethod
     def reply(nonces):
         values = np.array(nonces, np.float32)
-        return {"failed": {}, "nonces": nonces, "values": values.tobytes(), "dtype": "float32", "width": 0}
+        return {
+            "failed": {},
+            "nonces": nonces,
+            "values": values.tobytes(),
+            "dtype": "float32",
+            "width": 0,
+        }
 
     async def generate(self, prompt, sampling, name, priority):
         self.requested.append(split_id(name)[1])
@@ -78,7 +106,9 @@ class Workers:
 
 
 async def values_of(workers: Workers, count: int, batch_size: int = 8, between=None) -> list[float]:
-    """Return the values of a stream in their order; ``between`` is called with the number of those that are there."""
+    """Return the values of a stream in their order; ``between`` is called with the number of those
+    that are there.
+    """
     stream = NonceStream(workers.client, SPEC, range(count), batch_size)
     await stream.open()
     values: list[float] = []
@@ -92,12 +122,19 @@ async def values_of(workers: Workers, count: int, batch_size: int = 8, between=N
 
 def config(**changed):
     """The settings that are read of a vLLM configuration, as they are by default."""
-    values = {"scheduler.max_num_batched_tokens": 64, "scheduler.max_num_seqs": 16, "cache_config": SimpleNamespace()}
+    values = {
+        "scheduler.max_num_batched_tokens": 64,
+        "scheduler.max_num_seqs": 16,
+        "cache_config": SimpleNamespace(),
+    }
     values |= {"model.dtype": torch.float32, "model.get_hidden_size": lambda: 16}
     values |= dict.fromkeys(("model.enable_sleep_mode", "model.uses_mrope"), False)
     values |= dict.fromkeys(("parallel.pipeline_parallel_size", "parallel.data_parallel_size"), 1)
     values |= dict.fromkeys(("parallel.enable_eplb", "parallel.use_ubatching"), False)
-    values |= {"compilation.static_forward_context": {}, "compilation.pass_config": SimpleNamespace(enable_sp=False)}
+    values |= {
+        "compilation.static_forward_context": {},
+        "compilation.pass_config": SimpleNamespace(enable_sp=False),
+    }
     values |= dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
     return settings_of_vllm(values | changed)
 
@@ -112,21 +149,34 @@ CPU = torch.device("cpu")
 
 
 def runner(
-    config, specs=(FullAttentionSpec,), backend: str = "CPU_ATTN", shapes=((9, 2, 4, 8), (9, 2, 4, 8)), device=CPU
+    config,
+    specs=(FullAttentionSpec,),
+    backend: str = "CPU_ATTN",
+    shapes=((9, 2, 4, 8), (9, 2, 4, 8)),
+    device=CPU,
 ):
     """A model runner with one attention layer per shape of cache."""
     names = [f"layer{index}" for index in range(len(shapes))]
     known = config.compilation_config.static_forward_context
-    known |= {name: SimpleNamespace(kv_cache=torch.ones(shape)) for name, shape in zip(names, shapes, strict=True)}
+    known |= {
+        name: SimpleNamespace(kv_cache=torch.ones(shape))
+        for name, shape in zip(names, shapes, strict=True)
+    }
     group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: backend), layer_names=names)
-    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs])
+    groups = SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs]
+    )
     model = SimpleNamespace()
-    return SimpleNamespace(kv_cache_config=groups, attn_groups=[[group]], model=model, device=device)
+    return SimpleNamespace(
+        kv_cache_config=groups, attn_groups=[[group]], model=model, device=device
+    )
 
 
 def throttled(chat: int, **settings) -> Throttle:
     """A throttle over an engine with so many requests of clients."""
-    throttle = Throttle(ThrottleSettings(**settings), lambda: throttle.chat_now + throttle.in_flight, 16)
+    throttle = Throttle(
+        ThrottleSettings(**settings), lambda: throttle.chat_now + throttle.in_flight, 16
+    )
     throttle.chat_now = chat
     return throttle
 
@@ -134,7 +184,10 @@ def throttled(chat: int, **settings) -> Throttle:
 def test_chat_lowers_the_limit_and_an_idle_or_exclusive_engine_raises_it():
     assert throttled(0, chat_in_flight=2, quiet=0.0, in_flight=9).limit == 9
     assert throttled(1, chat_in_flight=2, in_flight=9).limit == 2
-    assert [throttled(1, mode="exclusive", **given).limit for given in ({"in_flight": 9}, {})] == [9, 16]
+    assert [throttled(1, mode="exclusive", **given).limit for given in ({"in_flight": 9}, {})] == [
+        9,
+        16,
+    ]
 
 
 async def test_nonces_over_the_limit_wait_until_one_leaves():
@@ -189,7 +242,9 @@ def no_sampling_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("engines", [1, 2, 3])
-async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(engines: int):
+async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an_equal_share(
+    engines: int,
+):
     workers = Workers(engines=engines)
     assert await values_of(workers, 203) == list(range(203))
     assert workers.requested == []
@@ -203,7 +258,9 @@ async def test_without_chat_all_nonces_run_in_calls_of_which_every_engine_has_an
         return
     assert sorted(chain(*chain(*workers.dealt))) == list(range(203))
     assert len(workers.dealt) == direct.calls
-    assert all(len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt)
+    assert all(
+        len(shares) == engines and len(shares[0]) - len(shares[-1]) <= 1 for shares in workers.dealt
+    )
 
 
 def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before():
@@ -225,15 +282,20 @@ def test_a_worker_queues_a_call_before_it_waits_for_the_values_of_the_one_before
             raise RuntimeError("no memory")
         return Values(nonces)
 
-    worker, rows = WorkerExtension(), Rows()
-    worker.vllm_config, worker.model_runner = config(), SimpleNamespace(device=CPU)
-    worker.assay_hooks, worker.assay_passes = SimpleNamespace(rows=rows), SimpleNamespace(begin=begin)
+    worker = WorkerExtension()
+    rows = Rows()
+    worker.vllm_config = config()
+    worker.model_runner = SimpleNamespace(device=CPU)
+    worker.assay_hooks = SimpleNamespace(rows=rows)
+    worker.assay_passes = SimpleNamespace(begin=begin)
     rows.open("key", SPEC)
     replies = [worker.assay_pass(str(nonce), "key", [[nonce]], 1, False) for nonce in (1, 2, 3)]
     assert replies[0] == []
     assert [(each["call"], each["nonces"]) for each in replies[1]] == [("1", [1])]
     assert replies[2] == [{"call": "2", "error": "RuntimeError: an error of the device"}]
-    assert worker.assay_pass("4", "gone", [[4]], 1, False) == [{"call": "3", "error": "RuntimeError: no memory"}]
+    assert worker.assay_pass("4", "gone", [[4]], 1, False) == [
+        {"call": "3", "error": "RuntimeError: no memory"}
+    ]
     assert worker.assay_flush() == [{"call": "4", "error": "the stream has ended"}]
     assert worker.assay_flush() == []
     wanted = [("queued", [1]), ("queued", [2]), ("waited", [1]), ("queued", [3]), ("waited", [2])]
@@ -246,7 +308,10 @@ async def test_where_calls_are_not_wanted_or_not_possible_all_nonces_are_request
     assert await values_of(workers, 40) == list(range(40))
     assert (workers.called, sorted(workers.requested)) == ([], list(range(40)))
     described = workers.client.direct.describe()
-    assert (described["now"], described["reason"]) == (False, "a reason" if not batch else "ASSAY_VLLM_PATH=requests")
+    assert (described["now"], described["reason"]) == (
+        False,
+        "a reason" if not batch else "ASSAY_VLLM_PATH=requests",
+    )
 
 
 async def test_an_engine_that_dies_fails_its_nonces_in_words():
@@ -302,8 +367,14 @@ async def test_a_stream_that_is_closed_does_not_take_along_the_values_of_another
         ({"shapes": ((2, 9, 4, 2, 8),)}, "several forms"),
     ],
 )
-def test_settings_and_models_under_which_nonces_stay_requests_are_named(changed: dict, word: str | None):
-    of_runner = {name: changed.pop(name) for name in ("specs", "backend", "shapes", "device") if name in changed}
+def test_settings_and_models_under_which_nonces_stay_requests_are_named(
+    changed: dict, word: str | None
+):
+    of_runner = {
+        name: changed.pop(name)
+        for name in ("specs", "backend", "shapes", "device")
+        if name in changed
+    }
     made = config(**changed)
     found = direct_path_blocker(runner(made, **of_runner), made, SPEC)
     assert (word in found) if word else found is None
@@ -316,14 +387,22 @@ PER_TOKEN = 4 * (2 * 8 + 16)  # bytes of keys and values of two heads, and of an
     ("seq_len", "activations", "batch"),
     [(8, 0, 8), (64, 0, 1), (63, 0, 1), (2, 0, 16), (5, 0, 12), (8, 64 * PER_TOKEN, 4)],
 )
-def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(seq_len: int, activations: int, batch: int):
+def test_a_pass_fits_into_a_step_and_its_cache_into_the_memory_of_one(
+    seq_len: int, activations: int, batch: int
+):
     made = config()
-    assert DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len) == batch
+    assert (
+        DirectPasses(runner(made), made, lambda spec: None, activations=activations)._batch(seq_len)
+        == batch
+    )
 
 
 @pytest.mark.parametrize(("works", "free"), [(True, 2**30), (False, 2**30), (True, 100)])
-def test_whole_passes_are_recorded_where_that_works(monkeypatch: pytest.MonkeyPatch, works: bool, free: int):
-    made, seen = config(), []
+def test_whole_passes_are_recorded_where_that_works(
+    monkeypatch: pytest.MonkeyPatch, works: bool, free: int
+):
+    made = config()
+    seen = []
 
     class Recorded:
         def __init__(self, run, inputs) -> None:
@@ -338,7 +417,8 @@ def test_whole_passes_are_recorded_where_that_works(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("assay.poc.vllm.direct.free_bytes", lambda device: free)
     passes = DirectPasses(runner(made), made, lambda spec: None, activations=64 * PER_TOKEN)
     assert not passes._records  # on a CPU
-    passes._records, passes._tables = True, lambda count, seq_len: f"tables of {count}"
+    passes._records = True
+    passes._tables = lambda count, seq_len: f"tables of {count}"
     passes._inputs = lambda spec, nonces: {"input_ids": torch.tensor(nonces)}
     passes._layers = lambda tables, seq_len, inputs: seen.append(len(inputs["input_ids"]))
     for count in (4, 3, 4):  # whole, a rest, whole

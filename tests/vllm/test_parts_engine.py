@@ -1,4 +1,6 @@
-"""Engines with stand-ins for vLLM: what becomes of nonces when it dies, ends or does not start, and replays."""
+"""Engines with stand-ins for vLLM: what becomes of nonces when it dies, ends or does not start, and
+replays.
+"""
 
 import asyncio
 import gc
@@ -30,7 +32,8 @@ class DyingLLM:
     vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(policy="priority"))
 
     def __init__(self, error: Exception | None, dies_at: str = "") -> None:
-        self.error, self.dies_at = error, dies_at
+        self.error = error
+        self.dies_at = dies_at
         self.called: list[str] = []
         self.asked = 0
         self.given_up = 0
@@ -63,9 +66,13 @@ def loop():
 
 def engine_on(llm: DyingLLM, loop, monkeypatch: pytest.MonkeyPatch) -> RequestEngine:
     monkeypatch.setattr(_client, "sampling_parameters", lambda: None)
-    client = _client.Client(llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4))
+    client = _client.Client(
+        llm, Throttle(ThrottleSettings(in_flight=4, path="requests"), lambda: 0, 4)
+    )
     client.description = {"dtype": "float32", "hidden_size": 16, "vocab_size": 32}
-    client.loop, client.positions, client.version = loop, 64, "0"
+    client.loop = loop
+    client.positions = 64
+    client.version = "0"
     return RequestEngine(client, batch_size=4, seq_len=8)
 
 
@@ -89,7 +96,8 @@ def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(
 
 
 @pytest.mark.parametrize(
-    ("devices", "named"), [(["one"], "one"), (["one", "one"], "one"), (["two", "one", "two"], "one + two")]
+    ("devices", "named"),
+    [(["one"], "one"), (["one", "one"], "one"), (["two", "one", "two"], "one + two")],
 )
 async def test_a_build_names_the_devices_of_all_workers(devices, named: str):
     class LLM:
@@ -105,9 +113,15 @@ async def test_a_build_names_the_devices_of_all_workers(devices, named: str):
 
 @pytest.mark.parametrize(
     ("shape", "words"),
-    [({"batch_size": 0}, "batch size 0"), ({"seq_len": 0}, "seq_len 0"), ({"seq_len": 64}, "seq_len 64 on this vLLM")],
+    [
+        ({"batch_size": 0}, "batch size 0"),
+        ({"seq_len": 0}, "seq_len 0"),
+        ({"seq_len": 64}, "seq_len 64 on this vLLM"),
+    ],
 )
-def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(shape, words: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(
+    shape, words: str, monkeypatch: pytest.MonkeyPatch
+):
     config = settings_of_vllm({"model.max_model_len": 64, "scheduler.enable_chunked_prefill": True})
     monkeypatch.setattr(_engine, "check_installed", lambda: "0.32.0")
     monkeypatch.setattr(_engine, "_configured", lambda *_, **__: config)
@@ -115,11 +129,14 @@ def test_a_shape_that_cannot_run_is_refused_before_vllm_starts(shape, words: str
         VLLMEngine("reference:qwen3", **shape)
 
 
-def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(
+    loop, monkeypatch: pytest.MonkeyPatch
+):
     made, logged = loop
     llm = DyingLLM(None)
     engine = engine_on(llm, made, monkeypatch)
-    outputs, raised = engine.outputs(SPEC.round, SPEC.pipeline, range(64)), []
+    outputs = engine.outputs(SPEC.round, SPEC.pipeline, range(64))
+    raised = []
 
     def work() -> None:
         try:
@@ -146,7 +163,11 @@ def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(loop, 
     [
         ({}, "bfloat16", ("compiled",)),
         ({"cache": "fp8_e4m3-cache"}, "bfloat16+fp8_e4m3-cache", ("compiled",)),
-        ({"format": "int8-rows", "products": ["CPUInt8 onednn"]}, "int8-rows", ("compiled", "CPUInt8 onednn")),
+        (
+            {"format": "int8-rows", "products": ["CPUInt8 onednn"]},
+            "int8-rows",
+            ("compiled", "CPUInt8 onednn"),
+        ),
         ({"experts_over": ["dp 2"]}, "bfloat16", ("dp 2", "compiled")),
     ],
 )
@@ -154,26 +175,55 @@ def test_the_fingerprint_names_the_kernels_and_the_formats_of_weights_and_cache(
     said: dict, dtype: str, kernels: tuple[str, ...], loop, monkeypatch: pytest.MonkeyPatch
 ):
     engine = engine_on(DyingLLM(None), loop[0], monkeypatch)
-    worker = {"runner": "v2", "device": "H200", "attention": "FLASH_ATTN", "threads": 0, "eager": False, "cache": ""}
-    worker |= {"tensor_parallel": 2, "pipeline_parallel": 1, "dtype": "bfloat16", "format": "", "products": []}
+    worker = {
+        "runner": "v2",
+        "device": "H200",
+        "attention": "FLASH_ATTN",
+        "threads": 0,
+        "eager": False,
+        "cache": "",
+    }
+    worker |= {
+        "tensor_parallel": 2,
+        "pipeline_parallel": 1,
+        "dtype": "bfloat16",
+        "format": "",
+        "products": [],
+    }
     engine._client.description |= worker | {"experts_over": []} | said
-    assert (engine.fingerprint.dtype, engine.fingerprint.kernels) == (dtype, ("runner v2", "tp 2", "pp 1", *kernels))
-    assert engine.fingerprint.as_dict()["library"] == ", ".join(("vllm 0", *engine.fingerprint.kernels))
+    assert (engine.fingerprint.dtype, engine.fingerprint.kernels) == (
+        dtype,
+        ("runner v2", "tp 2", "pp 1", *kernels),
+    )
+    assert engine.fingerprint.as_dict()["library"] == ", ".join(
+        ("vllm 0", *engine.fingerprint.kernels)
+    )
 
 
 def test_the_fingerprint_says_over_what_experts_are_spread():
     said = {(1, 2, True): ["ep 2"], (2, 1, False): ["dp 2"], (2, 2, True): ["dp 2", "ep 4"]}
     for engines, workers, dealt in ((1, 1, False), (1, 2, False), (1, 1, True), *said):
-        sizes = {"data_parallel_size": engines, "tensor_parallel_size": workers, "enable_expert_parallel": dealt}
-        assert _rows.experts_over(SimpleNamespace(**sizes)) == said.get((engines, workers, dealt), [])
+        sizes = {
+            "data_parallel_size": engines,
+            "tensor_parallel_size": workers,
+            "enable_expert_parallel": dealt,
+        }
+        assert _rows.experts_over(SimpleNamespace(**sizes)) == said.get(
+            (engines, workers, dealt), []
+        )
 
 
 class Engine:
-    """What stands in for vLLM's ``LLM``: its workers reply as they are told, and it notes that it was ended."""
+    """What stands in for vLLM's ``LLM``: its workers reply as they are told, and it notes that it
+    was ended.
+    """
 
     def __init__(self, reply: Any) -> None:
-        self.reply, self.ended = reply, 0
-        self.llm_engine = SimpleNamespace(engine_core=self, vllm_config=SimpleNamespace(model_config=None))
+        self.reply = reply
+        self.ended = 0
+        self.llm_engine = SimpleNamespace(
+            engine_core=self, vllm_config=SimpleNamespace(model_config=None)
+        )
 
     def collective_rpc(self, name: str, args: tuple) -> Any:
         if isinstance(self.reply, Exception):
@@ -186,7 +236,9 @@ class Engine:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The options with which an engine was started, and the engine that a test puts there, on a machine without it."""
+    """The options with which an engine was started, and the engine that a test puts there, on a
+    machine without it.
+    """
     found: dict[str, Any] = {}
 
     def start(self: VLLMPrefill, directory: str, options: dict[str, Any]) -> Any:
@@ -200,7 +252,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", _engine.FIXED)
-def test_an_option_that_says_what_a_replay_computes_is_refused_by_its_flag(name: str, started: dict[str, Any]):
+def test_an_option_that_says_what_a_replay_computes_is_refused_by_its_flag(
+    name: str, started: dict[str, Any]
+):
     with pytest.raises(UsageError) as refusal:
         VLLMPrefill("reference:qwen3", dtype="float32", **{name: "other"})
     assert started == {}
@@ -210,12 +264,20 @@ def test_an_option_that_says_what_a_replay_computes_is_refused_by_its_flag(name:
 
 
 def test_an_engine_that_replays_may_be_given_its_memory(started: dict[str, Any]):
-    for options in ({}, {"gpu_memory_utilization": 0.2}, {"kv_cache_memory_bytes": 5, "max_num_seqs": 2}):
+    for options in (
+        {},
+        {"gpu_memory_utilization": 0.2},
+        {"kv_cache_memory_bytes": 5, "max_num_seqs": 2},
+    ):
         started["engine"] = Engine([[]])
         with VLLMPrefill("reference:qwen3", dtype="float32", **options):
             assert started["engine"].ended == 0
         assert started["engine"].ended == 1
-        wanted = {} if "gpu_memory_utilization" in options else {"kv_cache_memory_bytes": _engine.CPU_KV_BYTES}
+        wanted = (
+            {}
+            if "gpu_memory_utilization" in options
+            else {"kv_cache_memory_bytes": _engine.CPU_KV_BYTES}
+        )
         assert started["options"] == wanted | options
 
 

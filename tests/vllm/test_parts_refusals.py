@@ -1,4 +1,6 @@
-"""What is refused before anything starts: versions, settings of vLLM, checkpoints, several servers."""
+"""What is refused before anything starts: versions, settings of vLLM, checkpoints, several
+servers.
+"""
 
 import re
 import sys
@@ -32,14 +34,25 @@ def test_versions_that_were_not_tested_are_refused(version: str, monkeypatch: py
 
 def check_config_says(config: Any, words: str | None) -> None:
     """Check that settings of vLLM are refused with these words; ``None`` for settings it takes."""
-    with nullcontext() if words is None else pytest.raises(UsageError, match=re.escape(words)) as refusal:
+    with (
+        nullcontext()
+        if words is None
+        else pytest.raises(UsageError, match=re.escape(words)) as refusal
+    ):
         compatibility.check_config(config)
     assert words is None or (refusal.value.wanted and refusal.value.do)
 
 
 def settings(**changes) -> SimpleNamespace:
     """The part of a ``VllmConfig`` that the gate reads; vLLM's own is not needed to refuse it."""
-    no = ("quantization", "is_moe", "is_encoder_decoder", "is_multimodal_model", "is_hybrid", "is_attention_free")
+    no = (
+        "quantization",
+        "is_moe",
+        "is_encoder_decoder",
+        "is_multimodal_model",
+        "is_hybrid",
+        "is_attention_free",
+    )
     values = {f"model.{name}": None for name in no} | {
         "model.enable_prompt_embeds": True,
         "model.runner_type": "generate",
@@ -65,10 +78,15 @@ AS_TEXT = {"model.multimodal_config": SimpleNamespace(language_model_only=True)}
 
 def rotary(kind: str) -> dict:
     by_layer = {"full_attention": {"rope_type": kind, "original_max_position_embeddings": 64}}
-    return {"model.hf_text_config": SimpleNamespace(rope_parameters=by_layer, max_position_embeddings=256)}
+    return {
+        "model.hf_text_config": SimpleNamespace(
+            rope_parameters=by_layer, max_position_embeddings=256
+        )
+    }
 
 
-LONGROPE, DYNAMIC = rotary("longrope"), rotary("dynamic")
+LONGROPE = rotary("longrope")
+DYNAMIC = rotary("dynamic")
 FP8 = {"cache.cache_dtype": "fp8"}
 HYBRID = {"model.is_hybrid": True, "model.architecture": "FalconH1ForCausalLM"}
 QWEN3_NEXT, LFM2 = ({"model.architecture": f"{name}ForCausalLM"} for name in ("Qwen3Next", "Lfm2"))
@@ -151,7 +169,9 @@ ENGINES = {
 )
 def test_settings_are_taken_or_refused_in_words(changes: dict, words: str | None):
     config = settings(**changes)
-    assert bool(compatibility.rounded_cache(config)) == (changes.get("cache.cache_dtype") in ("fp8", "fp8_e4m3"))
+    assert bool(compatibility.rounded_cache(config)) == (
+        changes.get("cache.cache_dtype") in ("fp8", "fp8_e4m3")
+    )
     check_config_says(config, words)
 
 
@@ -192,15 +212,27 @@ MIXTURE = ON_CUDA | {"model.is_moe": True}
         (stored("packed"), None),
         (stored("awq", "float16"), None),
         (stored("gptq"), None),
-        *((stored(form, **ON_CUDA), None) for form in ("tensor", "channel-tensors", "block", "int8", "packed", "gptq")),
-        *((stored(form, **MIXTURE), None) for form in ("tensor", "channel-tensors", "block", "int8", "packed", "gptq")),
+        *(
+            (stored(form, **ON_CUDA), None)
+            for form in ("tensor", "channel-tensors", "block", "int8", "packed", "gptq")
+        ),
+        *(
+            (stored(form, **MIXTURE), None)
+            for form in ("tensor", "channel-tensors", "block", "int8", "packed", "gptq")
+        ),
         (stored("packed", "float32"), "int4-groups and --dtype float32 on cpu"),
         (stored("block"), "a checkpoint in float8-block on cpu"),
         (stored("tensor"), "a checkpoint in float8 on cpu"),
-        (stored("int8", "float32", **ON_CUDA), "a checkpoint in int8-rows and --dtype float32 on cuda"),
+        (
+            stored("int8", "float32", **ON_CUDA),
+            "a checkpoint in int8-rows and --dtype float32 on cuda",
+        ),
         (stored("int8", **{"device.device_type": "xpu"}), "a checkpoint in int8-rows on xpu"),
         (stored("int8", **{"model.is_moe": True}), "experts in int8-rows on cpu"),
-        (stored("int8", **{"model.quantization_config": SimpleNamespace()}), "--quantization-config"),
+        (
+            stored("int8", **{"model.quantization_config": SimpleNamespace()}),
+            "--quantization-config",
+        ),
     ],
 )
 def test_stored_formats_are_taken_where_they_were_run(config, words: str | None):
@@ -216,7 +248,9 @@ def test_stored_formats_are_taken_where_they_were_run(config, words: str | None)
         (settings(**FP8), "--kv-cache-dtype fp8"),
     ],
 )
-def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_needs_avx512_is_refused_without_it(
+    config, what: str, monkeypatch: pytest.MonkeyPatch
+):
     check_config_says(config, None)
     monkeypatch.setattr("assay.models.device.processor", lambda device: "x86_64 AVX2")
     check_config_says(config, f"vLLM with {what} on x86_64 AVX2")
@@ -224,7 +258,8 @@ def test_what_needs_avx512_is_refused_without_it(config, what: str, monkeypatch:
     check_config_says(config, None)
 
 
-TWO, DEALT = {"parallel.tensor_parallel_size": 2}, {"parallel.enable_expert_parallel": True}
+TWO = {"parallel.tensor_parallel_size": 2}
+DEALT = {"parallel.enable_expert_parallel": True}
 
 
 @pytest.mark.usefixtures("with_avx512")
@@ -245,23 +280,32 @@ TWO, DEALT = {"parallel.tensor_parallel_size": 2}, {"parallel.enable_expert_para
     ],
 )
 @pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
-def test_experts_whose_scales_vllm_would_mix_up_are_refused(form: str, changes: dict, sizes: dict, words: str | None):
+def test_experts_whose_scales_vllm_would_mix_up_are_refused(
+    form: str, changes: dict, sizes: dict, words: str | None
+):
     config = stored(form, "float16" if form == "awq" else "bfloat16", **MIXTURE | changes)
     vars(config.model_config.hf_text_config).update(sizes)
     check_config_says(config, words)
 
 
 def test_stored_formats_that_are_not_read_are_refused():
-    assert [compatibility.stored_as(stored(form)) for form in ("int8", "gptq")] == ["int8-rows", "int4-groups"]
+    assert [compatibility.stored_as(stored(form)) for form in ("int8", "gptq")] == [
+        "int8-rows",
+        "int4-groups",
+    ]
     config = stored("gptq")
     config.model_config.hf_config.quantization_config["desc_act"] = True
     with pytest.raises(ModelError, match="desc_act True"):
         compatibility.check_config(config)
 
 
-def test_the_name_of_the_extension_before_03_works_and_says_what_it_is_now(caplog: pytest.LogCaptureFixture):
+def test_the_name_of_the_extension_before_03_works_and_says_what_it_is_now(
+    caplog: pytest.LogCaptureFixture,
+):
     (old_module, name), now = compatibility.OLD_EXTENSION.rsplit(".", 1), compatibility.EXTENSION
-    assert getattr(import_module(old_module), name) is getattr(import_module(now.rpartition(".")[0]), name)
+    assert getattr(import_module(old_module), name) is getattr(
+        import_module(now.rpartition(".")[0]), name
+    )
     arguments = SimpleNamespace(host="127.0.0.1", worker_extension_cls=compatibility.OLD_EXTENSION)
     _preflight.check_arguments(arguments, _preflight.PluginSettings())
     assert [now in record.getMessage() for record in caplog.records] == [True]
@@ -280,12 +324,20 @@ def test_the_name_of_the_extension_before_03_works_and_says_what_it_is_now(caplo
         ({}, {"model.max_model_len": 256}, "255 positions"),
     ],
 )
-def test_pins_are_compared_before_an_engine_is_loaded(agreed: dict, changes: dict, seen: str | None):
+def test_pins_are_compared_before_an_engine_is_loaded(
+    agreed: dict, changes: dict, seen: str | None
+):
     free = dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "kernels"), "*")
     build = free | {"engine": "vllm", "dtype": "bfloat16", "library": "vllm 0.32.*"} | agreed
     own = identify(REFERENCE, dtype="bfloat16").digest
     model = {"reference": "m", "digest": build.pop("digest", own), "builds": [build]}
-    round = {"preset": "hardened", "seq_len": 256, "strength": 256, "node_count": 1, "fewest_nonces": 32}
+    round = {
+        "preset": "hardened",
+        "seq_len": 256,
+        "strength": 256,
+        "node_count": 1,
+        "fewest_nonces": 32,
+    }
     pins = NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "pins.toml")
     config = settings(**{"model.max_model_len": 512, "scheduler.x": 1} | changes)
     with pytest.raises(UsageError) if seen else nullcontext() as refusal:
@@ -302,7 +354,12 @@ def refuse(*_) -> None:
     [
         ("assay", ["/bin/vllm", "serve", "m"], None, True),
         ("other,assay", ["/x/vllm/entrypoints/openai/api_server.py", "--model", "m"], None, True),
-        ("assay", ["/x/vllm/entrypoints/launchers/api_server/entry.py", "--model", "m"], None, True),
+        (
+            "assay",
+            ["/x/vllm/entrypoints/launchers/api_server/entry.py", "--model", "m"],
+            None,
+            True,
+        ),
         ("other", ["/bin/vllm", "serve", "m"], None, False),
         ("assay", ["/bin/vllm", "bench", "serve"], None, False),
         ("assay", ["/bin/assay", "poc", "prove"], None, False),
@@ -322,4 +379,6 @@ def test_only_the_first_process_of_a_server_with_the_plugin_is_checked(
 
 def test_a_device_for_vllm_is_refused():
     with pytest.raises(UsageError, match="--device"):
-        vllm_engine(Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16).__enter__()
+        vllm_engine(
+            Launch(model="reference:qwen3", device="cuda"), None, batch_size=8, seq_len=16
+        ).__enter__()

@@ -28,7 +28,14 @@ DIGEST = "0" * 64
 
 
 def params(**values):
-    given = {"n": 1, "seed": None, "extra_args": None, "logit_bias": None, "max_tokens": 9, "detokenize": True}
+    given = {
+        "n": 1,
+        "seed": None,
+        "extra_args": None,
+        "logit_bias": None,
+        "max_tokens": 9,
+        "detokenize": True,
+    }
     given |= {"temperature": 0.7, "top_k": -1, "top_p": 0.9, "min_p": 0.0}
     given |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     return SimpleNamespace(output_kind=SimpleNamespace(name="DELTA"), **given | values)
@@ -51,20 +58,36 @@ class Sink:
 
 
 class LLM:
-    """As much of an ``AsyncLLM`` as is wrapped: every choice says its own number, some times over."""
+    """As much of an ``AsyncLLM`` as is wrapped: every choice says its own number, some times
+    over.
+    """
 
     def __init__(self, turns: int = 3, pause: float = 0.0, late: float = 0.0) -> None:
-        self.output_processor = SimpleNamespace(add_request=lambda *given: None, process_outputs=lambda *given: None)
-        self.turns, self.pause, self.late = turns, pause, late
-        self.sent, self.calls = [], []
+        self.output_processor = SimpleNamespace(
+            add_request=lambda *given: None, process_outputs=lambda *given: None
+        )
+        self.turns = turns
+        self.pause = pause
+        self.late = late
+        self.sent = []
+        self.calls = []
         self.reply = None
 
     async def generate(self, prompt, sampling_params, request_id, **options) -> AsyncGenerator:
         parent = SimpleNamespace(sampling_params=sampling_params) if sampling_params.n > 1 else None
         for index in range(sampling_params.n):
-            request = SimpleNamespace(request_id=f"{index}_{request_id}-ab", external_req_id=request_id)
-            plain = {"prompt_embeds": None, "mm_features": None, "lora_request": None, "resumable": False}
-            vars(request).update(plain | options, sampling_params=sampling_params, prompt_token_ids=prompt)
+            request = SimpleNamespace(
+                request_id=f"{index}_{request_id}-ab", external_req_id=request_id
+            )
+            plain = {
+                "prompt_embeds": None,
+                "mm_features": None,
+                "lora_request": None,
+                "resumable": False,
+            }
+            vars(request).update(
+                plain | options, sampling_params=sampling_params, prompt_token_ids=prompt
+            )
             self.output_processor.add_request(request, None, parent, index, None)
             self.sent.append(request)
         for turn in range(self.turns):
@@ -86,21 +109,34 @@ class LLM:
         if isinstance(self.reply, Exception):
             raise self.reply
         await asyncio.sleep(self.late)
-        made = {name: np.arange(*at).repeat(12).astype(np.float16).tobytes() for name, at in args[0].items()}
+        made = {
+            name: np.arange(*at).repeat(12).astype(np.float16).tobytes()
+            for name, at in args[0].items()
+        }
         return [made] if self.reply is None else self.reply
 
 
 def recorded(llm: LLM | None = None, seeded: bool = True) -> tuple[LLM, Sink, Recorder]:
     """Return an engine, where the receipts of its answers go, and what makes them."""
-    llm, sink = llm or LLM(), Sink()
+    llm = llm or LLM()
+    sink = Sink()
     return llm, sink, Recorder(llm, sink, public_key="node", digest=DIGEST, seeded=seeded)
 
 
-async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), stop_after: int = 99, **given) -> int:
+async def ask(
+    llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), stop_after: int = 99, **given
+) -> int:
     """Ask as a route does for the prompts of one request; return how many outputs came."""
     ACCEPTED.set(accepted)
-    options = {name: given.pop(name) for name in ("lora_request", "prompt_embeds", "mm_features") if name in given}
-    calls = [llm.generate(prompt, params(**given), f"cmpl-{i}", **options) for i, prompt in enumerate(prompts)]
+    options = {
+        name: given.pop(name)
+        for name in ("lora_request", "prompt_embeds", "mm_features")
+        if name in given
+    }
+    calls = [
+        llm.generate(prompt, params(**given), f"cmpl-{i}", **options)
+        for i, prompt in enumerate(prompts)
+    ]
     count = 0
     for outputs in calls:
         async for _ in outputs:
@@ -113,7 +149,9 @@ async def ask(llm: LLM, accepted: AcceptedRequest | None, prompts=((5, 6),), sto
 
 async def test_every_choice_has_its_seed_and_its_receipt():
     llm, sink, recorder = recorded()
-    await ask(llm, AcceptedRequest("r", "block", None, "client", "f" * 64), ((5, 6), (7,)), n=2, seed=11)
+    await ask(
+        llm, AcceptedRequest("r", "block", None, "client", "f" * 64), ((5, 6), (7,)), n=2, seed=11
+    )
     assert [(one.index, one.output, one.finish, one.user_seed) for one in sink.receipts] == [
         (index, (index % 2,) * 3, "stop", "11") for index in range(4)
     ]
@@ -121,11 +159,21 @@ async def test_every_choice_has_its_seed_and_its_receipt():
     assert sink.receipts[0].sampling == Sampling(temperature=0.7, top_p=0.9)
     assert {(one.chosen_by, one.chat_template) for one in sink.receipts} == {("client", "f" * 64)}
     assert len(llm.calls) == 2  # the choices that end together are collected together
-    seed = ResponseSeed(user_seed="11", request_id="r", public_key="node", digest=DIGEST, block_hash="block", index=3)
+    seed = ResponseSeed(
+        user_seed="11",
+        request_id="r",
+        public_key="node",
+        digest=DIGEST,
+        block_hash="block",
+        index=3,
+    )
     carried = read_seed_argument(llm.sent[3].sampling_params)
     sketch, tokens = (tuple(seed.words(stream).tolist()) for stream in ("sketch", "tokens"))
     assert carried == SeedArgument(1, sketch, tokens, sink.receipts[3].sampling)
-    assert (llm.sent[3].sampling_params.temperature, llm.sent[3].sampling_params.seed) == (0.0, None)
+    assert (llm.sent[3].sampling_params.temperature, llm.sent[3].sampling_params.seed) == (
+        0.0,
+        None,
+    )
     assert recorder.counts == {"stored": 4, "unrecorded": 0, "failed": 0}
 
 
@@ -142,7 +190,8 @@ async def test_the_receipt_is_stored_before_the_last_output_and_without_it_there
 
 
 @pytest.mark.parametrize(
-    ("reply", "words"), [([{}, {}], "0 sketches of 3 tokens"), (RuntimeError("engine died"), "engine died")]
+    ("reply", "words"),
+    [([{}, {}], "0 sketches of 3 tokens"), (RuntimeError("engine died"), "engine died")],
 )
 async def test_a_response_whose_sketches_are_missing_does_not_end(reply, words: str):
     llm, sink, _ = recorded()
@@ -168,7 +217,9 @@ async def test_a_client_that_leaves_leaves_no_receipt_and_the_workers_forget():
         (33, 0.004, 0.05, [[0, 1], [1, 2]]),  # it ends during a call, and waits for the next one
     ],
 )
-async def test_sketches_are_taken_while_a_response_goes_on_and_all_are_there_when_it_ends(turns, pause, late, asked):
+async def test_sketches_are_taken_while_a_response_goes_on_and_all_are_there_when_it_ends(
+    turns, pause, late, asked
+):
     llm, sink, _ = recorded(LLM(turns, pause, late))
     await ask(llm, AcceptedRequest("r", "block"))
     assert asked in (None, [numbers for _, wanted, _ in llm.calls for numbers in wanted.values()])
@@ -176,7 +227,9 @@ async def test_sketches_are_taken_while_a_response_goes_on_and_all_are_there_whe
 
 
 def lora_request(path: Path) -> SimpleNamespace:
-    return SimpleNamespace(lora_name="tuned", lora_path=str(path), lora_int_id=1, load_inplace=False)
+    return SimpleNamespace(
+        lora_name="tuned", lora_path=str(path), lora_int_id=1, load_inplace=False
+    )
 
 
 async def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
@@ -189,7 +242,8 @@ async def test_the_receipt_of_an_adapter_names_it_by_its_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora_request": lora_request(Path("hub/id"))}, {"prompt_embeds": 1}, {"mm_features": [1]}]
+    "options",
+    [{"lora_request": lora_request(Path("hub/id"))}, {"prompt_embeds": 1}, {"mm_features": [1]}],
 )
 async def test_requests_that_a_receipt_cannot_name_pass_unseeded(options):
     llm, sink, recorder = recorded()
@@ -226,7 +280,9 @@ WIDTH = 16
 class Runner:
     """A model runner of the V1 kind, whose states name their position."""
 
-    device, execute_model_state, input_batch = "cpu", None, None
+    device = "cpu"
+    execute_model_state = None
+    input_batch = None
 
     def execute_model(self, scheduler_output): ...
 
@@ -245,7 +301,9 @@ def step(runner: Runner, spans: dict[str, tuple[int, int]], new=()):
     lengths = {name: length for name, (_, length) in spans.items()}
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=new, num_scheduled_tokens=lengths))
     rows = [
-        state_of(name, at) for name, (computed, length) in spans.items() for at in range(computed, computed + length)
+        state_of(name, at)
+        for name, (computed, length) in spans.items()
+        for at in range(computed, computed + length)
     ]
     lay_out(runner, torch.stack(rows), spans)
     runner.sample_tokens()
@@ -253,17 +311,22 @@ def step(runner: Runner, spans: dict[str, tuple[int, int]], new=()):
 
 def new_request(name: str, prompt: int, words):
     argument = SeedArgument(prompt, tuple(map(int, words))).as_argument()
-    return SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args={ARGUMENT: argument}))
+    return SimpleNamespace(
+        req_id=name, sampling_params=SimpleNamespace(extra_args={ARGUMENT: argument})
+    )
 
 
 def test_the_states_behind_every_32nd_token_are_sketched_through_chunks_and_preemption():
-    runner, words = Runner(), np.arange(8, dtype=np.uint32)
+    runner = Runner()
+    words = np.arange(8, dtype=np.uint32)
     capture = Capture(runner, CONFIG)
     step(runner, {"x": (0, 4), "a": (0, 6)}, [new_request("a", 10, words)])
     step(runner, {"a": (6, 4), "x": (4, 1)})  # ends the prompt: token 0
     for at in range(10, 30):
         step(runner, {"x": (at, 1), "a": (at, 1)})
-    step(runner, {"a": (0, 41)}, [new_request("a", 10, words)])  # preempted, and all computed again: token 31 is next
+    step(
+        runner, {"a": (0, 41)}, [new_request("a", 10, words)]
+    )  # preempted, and all computed again: token 31 is next
     for at in range(41, 80):
         step(runner, {"a": (at, 1)})
     given = capture.read({"a": range(3), "x": range(3), "unknown": range(1)})
@@ -287,20 +350,32 @@ def test_sketches_behind_one_that_is_missing_are_not_handed_out_and_none_of_requ
 
 
 def test_with_drafts_the_state_is_found_by_its_position_and_the_last_one_counts():
-    """The host's count of positions is a bound there: two tokens too high at first, and right when they come again."""
+    """The host's count of positions is a bound there: two tokens too high at first, and right when
+    they come again.
+    """
     drafting = type("Drafting", (Runner,), {"__module__": "vllm.v1.worker.gpu.model_runner"})
-    runner, words = drafting(), np.arange(8, dtype=np.uint32)
+    runner = drafting()
+    words = np.arange(8, dtype=np.uint32)
     drafts = {"speculative.num_speculative_tokens": 2}
     capture = Capture(runner, settings_of_vllm({"model_config": CONFIG.model_config} | drafts))
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=[new_request("a", 10, words)]))
-    for bound, positions, name in ((0, range(10), "a"), (42, (40, 41, 42), "wrong"), (41, (41, 42, 43), "a")):
-        padded = {"req_ids": ["a", "padding"], "query_start_loc_np": np.array([0, len(positions), 99])}
+    for bound, positions, name in (
+        (0, range(10), "a"),
+        (42, (40, 41, 42), "wrong"),
+        (41, (41, 42, 43), "a"),
+    ):
+        padded = {
+            "req_ids": ["a", "padding"],
+            "query_start_loc_np": np.array([0, len(positions), 99]),
+        }
         padded["positions"] = torch.tensor(list(positions))
         states = torch.stack([state_of(name, at) for at in positions])
         lay_out(runner, states, {"a": (bound, len(positions))}, prompt=10, **padded)
         runner.sample_tokens()
     found = np.frombuffer(capture.read({"a": range(2)})["a"], np.float16).reshape(-1, 12)
-    wanted = sketch_states(torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32]))
+    wanted = sketch_states(
+        torch.stack([state_of("a", 9), state_of("a", 41)]), step_seeds(words, [0, 32])
+    )
     assert (found.tolist(), capture.errors) == (wanted.numpy().tolist(), 0)
 
 
@@ -323,7 +398,8 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     responses, (llm, sink, recorder), app = Responses(PluginSettings()), recorded(), FastAPI()
-    responses.sink, responses.recorder = sink, recorder
+    responses.sink = sink
+    responses.recorder = recorder
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
@@ -332,7 +408,9 @@ def application(monkeypatch: pytest.MonkeyPatch, **environment: str):
         return {"outputs": len(outputs)}
 
     app.add_middleware(ReceiptMiddleware, responses=responses)
-    client = httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://x")
+    client = httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://x"
+    )
     return responses, sink, client
 
 
@@ -346,7 +424,10 @@ async def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
     third = await client.post("/v1/chat/completions", json={"seed": 5})
     await client.post("/v1/completions", json={})
     assert (first.status_code, first.headers["x-assay-receipt"]) == (200, "none")
-    assert (second.headers["x-assay-receipt"], second.headers["x-assay-block"]) == ("mine", "0x%C3%A9")
+    assert (second.headers["x-assay-receipt"], second.headers["x-assay-block"]) == (
+        "mine",
+        "0x%C3%A9",
+    )
     assert [(one.request_id, one.user_seed, one.chosen_by) for one in sink.receipts[:2]] == [
         ("mine", "s", "client"),
         (third.headers["x-assay-receipt"], "5", "server"),
@@ -356,7 +437,9 @@ async def test_an_answer_names_its_receipt_and_its_block(monkeypatch):
 
 @pytest.mark.parametrize("header", ["X-Request-Id", "X-Assay-User-Seed"])
 async def test_headers_that_cannot_be_part_of_a_seed_are_refused(monkeypatch, header: str):
-    answer = await application(monkeypatch)[2].post("/v1/completions", json={}, headers={header: "x" * 1025})
+    answer = await application(monkeypatch)[2].post(
+        "/v1/completions", json={}, headers={header: "x" * 1025}
+    )
     assert answer.status_code == 422
     assert header in answer.json()["detail"]
 
@@ -381,7 +464,11 @@ async def test_a_request_that_waits_for_the_next_block_is_seeded_by_it(monkeypat
 
 
 def config(v2: bool = False, speculative=None, **model):
-    values = {"use_v2_model_runner": v2, "speculative_config": speculative, "model_config": SimpleNamespace(**model)}
+    values = {
+        "use_v2_model_runner": v2,
+        "speculative_config": speculative,
+        "model_config": SimpleNamespace(**model),
+    }
     return SimpleNamespace(**values)
 
 
@@ -405,7 +492,9 @@ def test_engines_that_cannot_record_or_seed_are_refused(given, mode: str, refusa
 
 
 def test_the_processor_is_named_behind_those_of_the_operator():
-    own = SimpleNamespace(worker_extension_cls="assay.poc.vllm.WorkerExtension", logits_processors=["a:B"])
+    own = SimpleNamespace(
+        worker_extension_cls="assay.poc.vllm.WorkerExtension", logits_processors=["a:B"]
+    )
     words = response_arguments(own, config(), "seeded")
     extension = ["--worker-extension-cls", "assay.poc.vllm.ResponseExtension"]
     assert words == [*extension, "--logits-processors", "a:B", "assay.poc.vllm:ProcessorV1"]

@@ -29,7 +29,9 @@ def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
         app.add_api_route(path, lambda: "served", methods=["GET", "POST"])
     app.add_middleware(ChatBarrier, closed=lambda: True)
     app.add_middleware(LocalOnly, prefix="/api/v1/pow")
-    here, evil = (TestClient(app, base_url=f"http://{host}") for host in ("127.0.0.1", "evil.example"))
+    here, evil = (
+        TestClient(app, base_url=f"http://{host}") for host in ("127.0.0.1", "evil.example")
+    )
     for before in {"", root}:
         assert evil.get(f"{before}/api/v1/pow/status").status_code == 403
         assert evil.post(f"{before}/api/v1/pow/stop").status_code == 403
@@ -40,7 +42,9 @@ def test_a_root_path_opens_no_guard_and_closes_no_route(root: str):
 
 
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
-    given = ThrottleSettings(mode="exclusive", share=0.5, in_flight=3, chat_in_flight=4, wait=5, quiet=6, drain=7)
+    given = ThrottleSettings(
+        mode="exclusive", share=0.5, in_flight=3, chat_in_flight=4, wait=5, quiet=6, drain=7
+    )
     environment = {f"ASSAY_VLLM_{name.upper()}": str(value) for name, value in given}
     environment |= {"ASSAY_CALLBACK_INTERVAL": "0.5", "ASSAY_VLLM_PATH": "requests"}
     for name, value in environment.items():
@@ -61,7 +65,9 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
         ("ASSAY_MAX_NONCES", "many"),
     ],
 )
-def test_settings_that_are_wrong_are_refused_in_words(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+def test_settings_that_are_wrong_are_refused_in_words(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=name):
         PluginSettings()
@@ -76,6 +82,8 @@ def test_a_port_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_entry_points_of_vllm_are_functions_whatever_was_imported_before():
-    found = [entry for entry in distribution("assay").entry_points if entry.group.startswith("vllm.")]
+    found = [
+        entry for entry in distribution("assay").entry_points if entry.group.startswith("vllm.")
+    ]
     assert {entry.name for entry in found} == {"assay"}
     assert all(callable(entry.load()) for entry in found)

@@ -1,4 +1,6 @@
-"""What a worker holds of nonces: rows and their ids, the requests of a step, inputs, states and decoded tokens."""
+"""What a worker holds of nonces: rows and their ids, the requests of a step, inputs, states and
+decoded tokens.
+"""
 
 from types import SimpleNamespace
 
@@ -23,19 +25,28 @@ from assay.poc.vllm.worker import CLAIMED, Hooks, WorkerExtension
 from tests.vllm.conftest import lay_out, settings_of_vllm
 
 SPEC = Spec(Round(block_hash="b", public_key="k", seq_len=8), get_pipeline("poc-2.0"))
-V, D, CPU = 40, 16, torch.device("cpu")
+V = 40
+D = 16
+CPU = torch.device("cpu")
 ONES = np.ones(D, np.float32)
-FRAME = Frame("0" * 64, "trained", rows=V, left_out=np.array([0], np.int32), mean=0 * ONES, scale=ONES)
+FRAME = Frame(
+    "0" * 64, "trained", rows=V, left_out=np.array([0], np.int32), mean=0 * ONES, scale=ONES
+)
 
 
 def hooks_on(runner, **config) -> Hooks:
     """Hooks on the stand-in of a model runner, of a model of width D and vocabulary V."""
-    model = {"model.dtype": torch.float32, "model.get_hidden_size": lambda: D, "model.get_vocab_size": lambda: V}
+    model = {
+        "model.dtype": torch.float32,
+        "model.get_hidden_size": lambda: D,
+        "model.get_vocab_size": lambda: V,
+    }
     return Hooks(runner, settings_of_vllm(model | config))
 
 
 def test_a_request_id_leads_back_to_key_and_nonce_with_or_without_the_suffix_of_vllm():
-    key, other = new_key(), new_key()
+    key = new_key()
+    other = new_key()
     assert key != other
     assert len(key) >= 32 + len("assay-")  # it cannot be guessed
     for nonce in (0, 7, 2**53 - 1):
@@ -86,12 +97,16 @@ def test_streams_that_nobody_closes_are_bounded_and_those_that_are_used_stay():
     assert rows.get(str(_rows.MAX_STREAMS + 4)) is not None
 
 
-@pytest.mark.parametrize("state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})])
+@pytest.mark.parametrize(
+    "state", [None, SimpleNamespace(hidden_states=None), SimpleNamespace(hidden_states={})]
+)
 def test_a_rank_without_states_has_no_spans(state):
     assert spans(SimpleNamespace(execute_model_state=state)) is None
 
 
-def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monkeypatch: pytest.MonkeyPatch):
+def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(_extension, "MAX_VALUES", 2 * 8 * 16)  # two nonces at once
     monkeypatch.setattr(_extension, "is_first_stage", lambda: True)
     steps: list[object] = []
@@ -103,7 +118,11 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
         hooks.rows.open(key, spec)
     wanted = [(key, nonce) for nonce in range(5) for key in keys]
     requests = [
-        SimpleNamespace(req_id=request_id(key, nonce), prompt_embeds=None, prompt_token_ids=[0] * (8 - (nonce == 3)))
+        SimpleNamespace(
+            req_id=request_id(key, nonce),
+            prompt_embeds=None,
+            prompt_token_ids=[0] * (8 - (nonce == 3)),
+        )
         for key, nonce in wanted
     ]
     runner.execute_model(SimpleNamespace(scheduled_new_reqs=requests))
@@ -113,26 +132,38 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(monk
     for (key, nonce), request in zip(wanted, requests, strict=True):
         assert (nonce in hooks.rows.get(key).filled) == (nonce != 3)
         if nonce != 3:
-            alone = noise_inputs(backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32")[0]
+            alone = noise_inputs(
+                backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32"
+            )[0]
             assert torch.equal(request.prompt_embeds, alone)
             assert request.prompt_is_token_ids == [False] * 8
 
 
 def test_nonces_of_a_frame_are_kept_only_where_their_prompts_are_their_own_tokens():
-    runner, key = SimpleNamespace(device=CPU, execute_model=lambda _: None, sample_tokens=None), new_key()
+    runner = SimpleNamespace(device=CPU, execute_model=lambda _: None, sample_tokens=None)
+    key = new_key()
     round = Round(block_hash="b", public_key="k", seq_len=8, preset="tokens-1")
-    hooks, spec = hooks_on(runner), Spec(round, get_pipeline("tokens-1"), FRAME)
+    hooks = hooks_on(runner)
+    spec = Spec(round, get_pipeline("tokens-1"), FRAME)
     hooks.rows.open(key, spec)
     own = token_inputs(round, FRAME, [1], seq_len=8)[0].tolist()
     sent = {1: (own, None), 2: (own, None), 3: ([0] * 8, torch.zeros(8, D))}
-    named = [{"req_id": request_id(key, n), "prompt_token_ids": i, "prompt_embeds": e} for n, (i, e) in sent.items()]
-    runner.execute_model(SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(**request) for request in named]))
+    named = [
+        {"req_id": request_id(key, n), "prompt_token_ids": i, "prompt_embeds": e}
+        for n, (i, e) in sent.items()
+    ]
+    runner.execute_model(
+        SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(**request) for request in named])
+    )
     assert list(hooks.rows.get(key).filled) == [1]
-    assert hooks.rows.get(key).failed == {n: f"ValueError: other tokens than those of nonce {n}" for n in (2, 3)}
+    assert hooks.rows.get(key).failed == {
+        n: f"ValueError: other tokens than those of nonce {n}" for n in (2, 3)
+    }
 
 
 def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
-    hooks, key = hooks_on(SimpleNamespace(device=CPU, execute_model=None, sample_tokens=None)), new_key()
+    hooks = hooks_on(SimpleNamespace(device=CPU, execute_model=None, sample_tokens=None))
+    key = new_key()
     hooks.rows.open(key, SPEC)
     hooks.rows.get(key).fill(3)
     hooks.rows.get(key).fail(4, "too long")
@@ -144,12 +175,15 @@ def test_a_stage_without_hidden_states_forgets_nonces_when_they_are_collected():
 def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
     preset: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Three steps: whole prompts beside halves of others, in groups of two, with the states of a stranger between."""
+    """Three steps: whole prompts beside halves of others, in groups of two, with the states of a
+    stranger between.
+    """
     monkeypatch.setattr(_extension, "MAX_SUMMED", 2 * 8 * 16)
     runner = SimpleNamespace(device=CPU, execute_model=None, sample_tokens=lambda: None)
     hooks = hooks_on(runner)
     round = Round(block_hash="b", public_key="k", seq_len=8, preset=preset)
-    key, spec = new_key(), Spec(round, get_pipeline(preset), FRAME if preset == "tokens-1" else None)
+    key = new_key()
+    spec = Spec(round, get_pipeline(preset), FRAME if preset == "tokens-1" else None)
     hooks.rows.open(key, spec)
     states_BTD = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(0))
     reading = hooks.transform(spec).reading(range(5), 8)
@@ -157,7 +191,8 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
     for nonce in range(5):
         hooks.rows.get(key).fill(nonce)
     for step in steps:
-        parts, start = [torch.full((3, 16), float("nan"))], 3
+        parts = [torch.full((3, 16), float("nan"))]
+        start = 3
         # And a nonce of a stream that is not open, and one that was not filled.
         found = [Chunk(name, 0, 3, 0, 3) for name in ("stranger", request_id(new_key(), 0))]
         found.append(Chunk(request_id(key, 77), 0, 3, 0, 8))
@@ -176,19 +211,25 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
     assert not hooks.rows.get(key).rows
 
 
-P, STEPS = 6, 40
+P = 6
+STEPS = 40
 DECODING = Spec(
-    Round(block_hash="b", public_key="k", seq_len=P, preset=f"decode-{STEPS}"), get_pipeline(f"decode-{STEPS}")
+    Round(block_hash="b", public_key="k", seq_len=P, preset=f"decode-{STEPS}"),
+    get_pipeline(f"decode-{STEPS}"),
 )
 EMBEDDING, HEAD = torch.randn(2, V, D, generator=torch.Generator().manual_seed(0))
 NONCES = (3, 8, 20)
 
 
 class Runner:
-    """As much of the V1 runner as is used, with a model whose state forgets half of the past at every position."""
+    """As much of the V1 runner as is used, with a model whose state forgets half of the past at
+    every position.
+    """
 
     def __init__(self) -> None:
-        self.device, self.execute_model_state, self.said = torch.device("cpu"), None, []
+        self.device = torch.device("cpu")
+        self.execute_model_state = None
+        self.said = []
         self.model = SimpleNamespace(compute_logits=lambda states: states @ HEAD.T)
 
     def execute_model(self, scheduler_output) -> None:
@@ -201,10 +242,14 @@ class Runner:
         return self.execute_model_state.logits
 
     def step(self, batch: dict[str, tuple[list[int], int, int]]) -> None:
-        """Run tokens ``ids[computed:computed + length]`` of every request; their states follow all ids before."""
+        """Run tokens ``ids[computed:computed + length]`` of every request; their states follow all
+        ids before.
+        """
         parts = [states_of(ids)[at : at + length] for ids, at, length in batch.values()]
         states = torch.cat(parts)
-        lay_out(self, states, {name: (at, length) for name, (_, at, length) in batch.items()}, prompt=P)
+        lay_out(
+            self, states, {name: (at, length) for name, (_, at, length) in batch.items()}, prompt=P
+        )
         self.rows = states[self.execute_model_state.input_batch.query_start_loc_np[1:] - 1]
         self.execute_model_state = self.execute_model_state._replace(logits=self.first_logits())
         self.sample_tokens()
@@ -226,14 +271,17 @@ class NewRunner(Runner):
 
 
 def states_of(ids: list[int]) -> torch.Tensor:
-    found, state = [], torch.zeros(D)
+    found = []
+    state = torch.zeros(D)
     for token in ids:
         state = EMBEDDING[token] + state / 2
         found.append(state)
     return torch.stack(found)
 
 
-def started(runner: Runner, key: str, requests: dict[int, tuple[list[int], list[int] | None]]) -> Hooks:
+def started(
+    runner: Runner, key: str, requests: dict[int, tuple[list[int], list[int] | None]]
+) -> Hooks:
     hooks = hooks_on(runner)
     hooks.open(key, DECODING)
     runner.execute_model(
@@ -253,9 +301,14 @@ def started(runner: Runner, key: str, requests: dict[int, tuple[list[int], list[
 
 
 def defined(rounded: bool) -> tuple[Draws, list[list[int]], np.ndarray]:
-    """Return the draws, the tokens and the sketches of the definition, from logits in bfloat16 or float32."""
-    draws = Draws(SimpleNamespace(seq_len=P, vocab_size=V, device=torch.device("cpu")), *DECODING[:2], NONCES)
-    texts, states = [list(ids) for ids in draws.prompts_BP.tolist()], []
+    """Return the draws, the tokens and the sketches of the definition, from logits in bfloat16 or
+    float32.
+    """
+    draws = Draws(
+        SimpleNamespace(seq_len=P, vocab_size=V, device=torch.device("cpu")), *DECODING[:2], NONCES
+    )
+    texts = [list(ids) for ids in draws.prompts_BP.tolist()]
+    states = []
     for step in range(STEPS):
         rows = torch.stack([states_of(ids)[-1] for ids in texts])
         logits = rows @ HEAD.T
@@ -281,13 +334,17 @@ def alone(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("kind", [Runner, NewRunner])
 def test_nonces_decode_the_tokens_of_the_definition_beside_a_stranger(kind):
-    runner, key = kind(), new_key()
+    runner = kind()
+    key = new_key()
     draws, tokens, sketches = defined(rounded=kind is Runner)
     prompts = draws.prompts_BP.tolist()
-    hooks = started(runner, key, {nonce: (ids, None) for nonce, ids in zip(NONCES, prompts, strict=True)})
+    hooks = started(
+        runner, key, {nonce: (ids, None) for nonce, ids in zip(NONCES, prompts, strict=True)}
+    )
     names = [f"{request_id(key, nonce)}-abcd" for nonce in NONCES]
     stranger = [1, 2, 3]
-    # The first prompt comes in two chunks; the second begins a step later, and the third is alone at the end.
+    # The first prompt comes in two chunks; the second begins a step later, and the third is alone
+    # at the end.
     runner.step({"x": (stranger, 0, 3), names[0]: (prompts[0], 0, 4)})
     greedy = int((states_of(stranger)[-1] @ HEAD.T).argmax())
     assert runner.said[0] == greedy
@@ -295,7 +352,10 @@ def test_nonces_decode_the_tokens_of_the_definition_beside_a_stranger(kind):
     computed = [4, 0, 0]
     for _ in range(STEPS + 2):
         going = [row for row in range(3) if len(texts[row]) < P + STEPS]
-        batch = {names[row]: (texts[row], computed[row], len(texts[row]) - computed[row]) for row in going}
+        batch = {
+            names[row]: (texts[row], computed[row], len(texts[row]) - computed[row])
+            for row in going
+        }
         runner.step(batch | {"x": (stranger, 0, 3)})
         assert runner.said[-1] == greedy
         for row, token in zip(going, runner.said, strict=False):
@@ -311,12 +371,18 @@ def test_nonces_decode_the_tokens_of_the_definition_beside_a_stranger(kind):
 @pytest.mark.parametrize("kind", [Runner, NewRunner])
 @pytest.mark.parametrize("cut", [3, P - 1, P + 20, P + STEPS - 2])
 def test_a_replay_has_margins_for_every_token_wherever_its_prompt_is_cut(kind, cut: int):
-    runner, key = kind(), new_key()
+    runner = kind()
+    key = new_key()
     draws, tokens, sketches = defined(rounded=False)
     claimed = [list(row) for row in tokens]
     claimed[1][7], claimed[2][30] = (tokens[1][7] + 1) % V, V + 5
-    given = [ids + [min(token, V - 1) for token in row[:-1]] for ids, row in zip(draws.prompts_BP.tolist(), claimed)]  # noqa: B905
-    hooks = started(runner, key, {n: (i, c) for n, i, c in zip(NONCES, given, claimed, strict=True)})
+    given = [
+        ids + [min(token, V - 1) for token in row[:-1]]
+        for ids, row in zip(draws.prompts_BP.tolist(), claimed)
+    ]
+    hooks = started(
+        runner, key, {n: (i, c) for n, i, c in zip(NONCES, given, claimed, strict=True)}
+    )
     names = [f"{request_id(key, nonce)}-abcd" for nonce in NONCES]
     runner.step({name: (ids, 0, cut) for name, ids in zip(names, given, strict=True)})
     runner.step({name: (ids, cut, len(ids) - cut) for name, ids in zip(names, given, strict=True)})
@@ -326,11 +392,14 @@ def test_a_replay_has_margins_for_every_token_wherever_its_prompt_is_cut(kind, c
     assert (margins[1, :7] == 0).all()
     assert margins[1, 7] > 0
     assert np.isinf(margins[2, 30])
-    np.testing.assert_allclose(sketched[0].reshape(-1, 12), sketches[0].astype(np.float32), atol=1e-3)
+    np.testing.assert_allclose(
+        sketched[0].reshape(-1, 12), sketches[0].astype(np.float32), atol=1e-3
+    )
 
 
 def test_requests_of_another_length_or_with_embeddings_fail_alone():
-    runner, key = Runner(), new_key()
+    runner = Runner()
+    key = new_key()
     prompts = defined(rounded=False)[0].prompts_BP.tolist()
     short = {3: (prompts[0][:-1], None), 8: (prompts[1], [1] * STEPS), 20: (prompts[2], None)}
     hooks = started(runner, key, short)
@@ -338,8 +407,12 @@ def test_requests_of_another_length_or_with_embeddings_fail_alone():
     assert list(hooks.rows.get(key).decodes) == [20]
 
 
-@pytest.mark.parametrize(("config", "sharder", "reason"), [(1, None, "speculative"), (None, 1, "spread")])
-def test_engines_without_one_row_of_logits_for_each_request_refuse_the_preset_by_name(config, sharder, reason):
+@pytest.mark.parametrize(
+    ("config", "sharder", "reason"), [(1, None, "speculative"), (None, 1, "spread")]
+)
+def test_engines_without_one_row_of_logits_for_each_request_refuse_the_preset_by_name(
+    config, sharder, reason
+):
     runner = Runner()
     runner.batch_sharder = sharder
     hooks = hooks_on(runner, speculative_config=config)
@@ -362,7 +435,9 @@ def test_a_worker_says_why_it_refuses_a_round(given: dict, preset: str, refusal:
     worker.vllm_config = settings_of_vllm({"model.enable_prompt_embeds": False})
     worker.assay_hooks = hooks_on(Runner())
     said = worker.assay_open(
-        "key", {"block_hash": "b", "public_key": "k", "seq_len": P, "preset": preset} | given, preset
+        "key",
+        {"block_hash": "b", "public_key": "k", "seq_len": P, "preset": preset} | given,
+        preset,
     )
     assert refusal in said if refusal else said is None
     assert len(worker.assay_hooks.rows) == (refusal is None)

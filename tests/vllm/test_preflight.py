@@ -1,4 +1,6 @@
-"""What a server refuses in its first seconds, with the command line read by the parser of the installed vLLM."""
+"""What a server refuses in its first seconds, with the command line read by the parser of the
+installed vLLM.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,13 @@ from _vllm import KEY, OPTIONS, REFERENCE
 from assay.poc.vllm import before_start
 from tests.vllm.conftest import ON_GPU
 
-NEEDED = ["--enable-prompt-embeds", "--worker-extension-cls", OPTIONS["--worker-extension-cls"], "--dtype", "float32"]
+NEEDED = [
+    "--enable-prompt-embeds",
+    "--worker-extension-cls",
+    OPTIONS["--worker-extension-cls"],
+    "--dtype",
+    "float32",
+]
 SERVE = ["/bin/vllm", "serve", str(REFERENCE)]
 ON_CPU_ONLY = pytest.mark.skipif(ON_GPU, reason="refused on the CPU only")
 MODULE = ["/x/vllm/entrypoints/openai/api_server.py", "--model", str(REFERENCE)]
@@ -20,9 +28,14 @@ MODULE = ["/x/vllm/entrypoints/openai/api_server.py", "--model", str(REFERENCE)]
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Run the check as vLLM does; return the refusal, or None."""
-    for name, value in {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}.items():
+    for name, value in {
+        "VLLM_PLUGINS": "assay",
+        "ASSAY_API_KEY": KEY,
+        "ASSAY_DATA_DIR": str(tmp_path),
+    }.items():
         monkeypatch.setenv(name, value)
-    # Set first, so that what is set during the test is taken back as well; the second one by vLLM's own parser.
+    # Set first, so that what is set during the test is taken back as well; the second one by vLLM's
+    # own parser.
     for name in ("TRITON_F32_DEFAULT", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -49,7 +62,10 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
     [
         ("--data-parallel-size 2", None),
         ("-dp 2 -asc 1", None),
-        ("-dp 2 -dpl 1 -asc 1 --data-parallel-hybrid-lb", "2 data-parallel engines behind another load balancer"),
+        (
+            "-dp 2 -dpl 1 -asc 1 --data-parallel-hybrid-lb",
+            "2 data-parallel engines behind another load balancer",
+        ),
         ("-dp 2 -dpl 1 -asc 1", "2 data-parallel engines that it does not start"),
         ("-asc=2", "2 API servers"),
         ("--revision main", "--revision main"),
@@ -63,12 +79,20 @@ def test_a_server_as_docs_recommend_it_starts(start, command):
         ("--enable-prefix-caching --max-num-batched-tokens 48 --max-num-seqs 8", None),
     ],
 )
-def test_a_command_line_is_refused_before_the_engine_is_loaded(start, words: str, refusal: str | None):
+def test_a_command_line_is_refused_before_the_engine_is_loaded(
+    start, words: str, refusal: str | None
+):
     said = start(*SERVE, *NEEDED, *words.split())
-    assert (refusal in said and "\n  wanted: " in said and "\n  to do:  " in said) if refusal else said is None
+    assert (
+        (refusal in said and "\n  wanted: " in said and "\n  to do:  " in said)
+        if refusal
+        else said is None
+    )
 
 
-def test_workers_of_a_server_on_another_host_have_no_port_and_need_no_key(start, monkeypatch: pytest.MonkeyPatch):
+def test_workers_of_a_server_on_another_host_have_no_port_and_need_no_key(
+    start, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("ASSAY_API_KEY")
     several = ("--nnodes", "2", "-tp", "2", "--master-addr", "127.0.0.1")
     assert start(*SERVE, *NEEDED, *several, "--node-rank", "1", "--headless") is None
@@ -90,7 +114,9 @@ def test_a_configuration_file_counts_as_the_command_line(start, command, tmp_pat
     assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
 
 
-@pytest.mark.parametrize("words", ["-asc 3", "--api-server-count=3", "-dp 3 -asc 3", "-dp 1 --config"])
+@pytest.mark.parametrize(
+    "words", ["-asc 3", "--api-server-count=3", "-dp 3 -asc 3", "-dp 1 --config"]
+)
 def test_one_api_server_has_the_round(start, words: str, tmp_path: Path):
     path = tmp_path / "server.yaml"
     path.write_text("api-server-count: 3\n")
@@ -108,7 +134,9 @@ def test_answers_are_recorded_of_one_engine(start, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ASSAY_RESPONSES", "sketched")
     monkeypatch.setenv("ASSAY_RESPONSES_PUBLIC_KEY", "node_A")
     said = start(*SERVE, *NEEDED, "-dp", "3")
-    assert said.startswith("assay refuses to start: ASSAY_RESPONSES=sketched with 3 data-parallel engines")
+    assert said.startswith(
+        "assay refuses to start: ASSAY_RESPONSES=sketched with 3 data-parallel engines"
+    )
 
 
 def test_a_port_that_others_reach_needs_a_key(start, monkeypatch: pytest.MonkeyPatch):
@@ -121,7 +149,9 @@ def test_a_port_that_others_reach_needs_a_key(start, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("value", "refusal"), [("1", "VLLM_USE_RUST_FRONTEND"), ("0", None)])
-def test_the_front_end_without_plugins_is_refused(start, value: str, refusal, monkeypatch: pytest.MonkeyPatch):
+def test_the_front_end_without_plugins_is_refused(
+    start, value: str, refusal, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
     said = start(*SERVE, *NEEDED)
     assert refusal in said if refusal else said is None
@@ -136,7 +166,9 @@ def test_the_front_end_without_plugins_is_refused(start, value: str, refusal, mo
         ("", None, None),
     ],
 )
-def test_triton_multiplies_float32_as_float32(start, words: str, before, after, monkeypatch: pytest.MonkeyPatch):
+def test_triton_multiplies_float32_as_float32(
+    start, words: str, before, after, monkeypatch: pytest.MonkeyPatch
+):
     if before:
         monkeypatch.setenv("TRITON_F32_DEFAULT", before)
     assert start(*SERVE, *NEEDED[:3], *words.split()) is None
@@ -152,7 +184,9 @@ def test_the_worker_extension_without_the_plugin_is_refused(start, monkeypatch: 
     monkeypatch.delenv("VLLM_PLUGINS")
     said = start(*SERVE, *NEEDED)
     assert said is not None
-    assert said.startswith("assay refuses to start: vLLM with the worker extension of assay and without VLLM_PLUGINS")
+    assert said.startswith(
+        "assay refuses to start: vLLM with the worker extension of assay and without VLLM_PLUGINS"
+    )
     assert start(*SERVE, "--dtype", "float32") is None  # a server that has nothing to do with assay
 
 
@@ -162,9 +196,15 @@ def test_a_server_that_cannot_prove_ends_in_words_before_anything_is_loaded(tmp_
         "import sys; sys.modules['structlog'] = None; sys.argv = sys.argv[1:];"
         "from vllm.plugins import load_general_plugins; load_general_plugins()"
     )
-    environment = os.environ | {"VLLM_PLUGINS": "assay", "ASSAY_API_KEY": KEY, "ASSAY_DATA_DIR": str(tmp_path)}
+    environment = os.environ | {
+        "VLLM_PLUGINS": "assay",
+        "ASSAY_API_KEY": KEY,
+        "ASSAY_DATA_DIR": str(tmp_path),
+    }
     command = [sys.executable, "-c", program, *SERVE, *NEEDED]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert ended.returncode == 1, ended.stderr
     assert "assay refuses to start: the package structlog is not installed" in ended.stderr
     assert "Traceback" not in ended.stderr

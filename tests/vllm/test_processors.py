@@ -1,4 +1,6 @@
-"""The logits processors of both interfaces, against the definition in numpy, on the CPU and without an engine."""
+"""The logits processors of both interfaces, against the definition in numpy, on the CPU and without
+an engine.
+"""
 
 from types import SimpleNamespace
 
@@ -54,7 +56,9 @@ def wanted(row: torch.Tensor, number: int, output: list[int]) -> list[float]:
 
 
 def update(added=(), removed=(), moved=()):
-    return SimpleNamespace(batch_size=0, added=list(added), removed=list(removed), moved=list(moved))
+    return SimpleNamespace(
+        batch_size=0, added=list(added), removed=list(removed), moved=list(moved)
+    )
 
 
 def test_v1_gives_the_scores_of_the_definition_as_requests_come_move_and_go():
@@ -76,7 +80,9 @@ def test_v1_gives_the_scores_of_the_definition_as_requests_come_move_and_go():
         processor.update_state(None)
     # A request that is not seeded comes, one goes, and two change places.
     swap = (0, 2, MoveDirectionality.SWAP)
-    processor.update_state(update([(4, params(None), [1], [])], [3], [(4, 3, MoveDirectionality.UNIDIRECTIONAL), swap]))
+    processor.update_state(
+        update([(4, params(None), [1], [])], [3], [(4, 3, MoveDirectionality.UNIDIRECTIONAL), swap])
+    )
     given = logits(4, 9)
     made = processor.apply(given.clone())
     for row, number in ((0, 2), (1, 1), (2, 0)):
@@ -98,11 +104,14 @@ def test_tokens_that_are_not_there_yet_and_ids_without_a_logit_do_not_count():
 class States:
     """As much of ``LogitsProcRequestState`` as is read."""
 
-    device, max_num_reqs, vocab_size = torch.device("cpu"), 8, VOCABULARY
+    device = torch.device("cpu")
+    max_num_reqs = 8
+    vocab_size = VOCABULARY
 
     def __init__(self) -> None:
         ids = torch.zeros(8, 32, dtype=torch.int32)
-        self.all_token_ids, self.prompt_len = SimpleNamespace(gpu=ids), SimpleNamespace(gpu=torch.zeros(8).int())
+        self.all_token_ids = SimpleNamespace(gpu=ids)
+        self.prompt_len = SimpleNamespace(gpu=torch.zeros(8).int())
         self.total_len = SimpleNamespace(gpu=torch.zeros(8).int())
 
     def put(self, slot: int, prompt: list[int], output: list[int]) -> None:
@@ -112,11 +121,14 @@ class States:
 
 
 def context(states: States, slots: list[int], drafts: dict[int, list[int]]):
-    """Lay out the rows of a step as the V2 runner does: a request, then its drafts, one row each."""
+    """Lay out the rows of a step as the V2 runner does: a request, then its drafts, one row
+    each.
+    """
     rows = [(slot, local) for slot in slots for local in range(1 + len(drafts.get(slot, [])))]
     last = {slot: int(states.total_len.gpu[slot]) - 1 for slot in slots}
     fed = [
-        drafts[slot][local - 1] if local else int(states.all_token_ids.gpu[slot, last[slot]]) for slot, local in rows
+        drafts[slot][local - 1] if local else int(states.all_token_ids.gpu[slot, last[slot]])
+        for slot, local in rows
     ]
     return SimpleNamespace(
         expanded_idx_mapping=torch.tensor([slot for slot, _ in rows]).int(),
@@ -143,13 +155,19 @@ def processor_v2(drafts: int):
 
 @pytest.mark.parametrize("at_once", [2**24, 2 * VOCABULARY])
 @pytest.mark.parametrize("drafts", [{}, {6: [7, 30], 1: [2]}], ids=["plain", "drafts"])
-def test_v2_gives_the_scores_of_the_definition_for_every_row(drafts, at_once, monkeypatch: pytest.MonkeyPatch):
+def test_v2_gives_the_scores_of_the_definition_for_every_row(
+    drafts, at_once, monkeypatch: pytest.MonkeyPatch
+):
     states, processor = processor_v2(2 if drafts else 0)
     monkeypatch.setattr("assay.poc.vllm.processors.MOST_VALUES", at_once)
     slots = {0: 3, 1: 1, 2: 6, 3: 0, None: 5}  # request → slot; one is not seeded
     for number, slot in slots.items():
         assert processor.add_request(slot, params(number)) == (number is not None)
-        states.put(slot, [1, 2] if number is None else PROMPTS[number], [9] if number is None else OUTPUTS[number])
+        states.put(
+            slot,
+            [1, 2] if number is None else PROMPTS[number],
+            [9] if number is None else OUTPUTS[number],
+        )
     processor.apply_staged_writes()
     for order in ([3, 5, 6, 1, 0], [1, 6, 3]):
         ctx = context(states, order, drafts)
@@ -167,9 +185,12 @@ def test_v2_gives_the_scores_of_the_definition_for_every_row(drafts, at_once, mo
 
 
 def test_v2_gives_every_step_its_noise_while_a_batch_stays_and_when_it_changes():
-    """Seeds are made for several steps ahead: requests come, wait and go, and a prompt comes in pieces."""
+    """Seeds are made for several steps ahead: requests come, wait and go, and a prompt comes in
+    pieces.
+    """
     states, processor = processor_v2(0)
-    slots, prompts = {2: 0, 4: 3}, {2: PROMPTS[0], 4: PROMPTS[3]}
+    slots = {2: 0, 4: 3}
+    prompts = {2: PROMPTS[0], 4: PROMPTS[3]}
     outputs: dict[int, list[int]] = {2: [], 4: []}
     for slot, number in slots.items():
         processor.add_request(slot, params(number))
@@ -177,8 +198,11 @@ def test_v2_gives_every_step_its_noise_while_a_batch_stays_and_when_it_changes()
         order = [4] if turn in (3, 4) or turn > 40 else [4, 2] if turn > 25 else [2, 4]
         for slot in slots:
             states.put(slot, prompts[slot], [])
-        ctx, given = context(states, order, {}), logits(len(order), turn)
-        ctx.seq_lens_upper_bound_np = np.array([len(prompts[slot]) + len(outputs[slot]) for slot in order])
+        ctx = context(states, order, {})
+        given = logits(len(order), turn)
+        ctx.seq_lens_upper_bound_np = np.array(
+            [len(prompts[slot]) + len(outputs[slot]) for slot in order]
+        )
         if turn == 0:  # the first piece of a prompt: its row gives nothing
             ctx.seq_lens_upper_bound_np[0] -= 1
         made = processor.apply(given.clone(), ctx)
@@ -194,7 +218,8 @@ def test_v2_leaves_a_step_without_seeded_requests_alone_and_a_slot_can_be_used_a
     states.put(2, PROMPTS[0], OUTPUTS[0])
     processor.add_request(2, params(0))
     processor.apply_staged_writes()
-    ctx, given = context(states, [2], {}), logits(1)
+    ctx = context(states, [2], {})
+    given = logits(1)
     assert processor.apply(given.clone(), ctx)[0].tolist() == wanted(given[0], 0, OUTPUTS[0])
     assert not processor.add_request(2, params(None))
     processor.apply_staged_writes()

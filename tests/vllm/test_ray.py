@@ -1,4 +1,6 @@
-"""A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it after every end."""
+"""A server whose two workers are on two nodes of Ray: its rounds, its chat, and what is left of it
+after every end.
+"""
 
 import pytest
 from _vllm import SEEDED, ForkedServer, agreement, begin, mixed
@@ -26,9 +28,17 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def server(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory):
-    options = SMALL | OPTIONS | {"--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "224"}
-    environment = SEEDED | nodes.environment | {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
-    with ForkedServer(tmp_path_factory.mktemp("ray"), options=options, environment=environment) as running:
+    options = (
+        SMALL | OPTIONS | {"--kv-cache-memory-bytes": str(2**26), "--max-num-batched-tokens": "224"}
+    )
+    environment = (
+        SEEDED
+        | nodes.environment
+        | {"ASSAY_SEQ_LEN": str(SEQ_LEN), "ASSAY_CALLBACK_INTERVAL": "0.2"}
+    )
+    with ForkedServer(
+        tmp_path_factory.mktemp("ray"), options=options, environment=environment
+    ) as running:
         yield running
 
 
@@ -49,7 +59,9 @@ def test_sigkill_and_sigterm_lose_nothing_and_leave_no_worker(server, nodes):
     with Receiver() as receiver:
         server.begin("ended", url=receiver.url)
         reached = server.wait_for(32)
-        server.kill()  # the workers are no children of the server; Ray ends them when the process is gone that had them
+        # the workers are no children of the server; Ray ends them when the process is gone that had
+        # them
+        server.kill()
         until(lambda: not any(nodes.workers()), 60)
         server.start()
         assert server.get("/status").json()["state"] == "GENERATING"

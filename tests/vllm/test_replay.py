@@ -32,7 +32,9 @@ def model():
 
 def responses_of(model) -> Receipts:
     requests = [
-        Request(prompt=(5 + number, 9, 12, 40), request_id=f"r{number}", max_tokens=40, sampling=way)
+        Request(
+            prompt=(5 + number, 9, 12, 40), request_id=f"r{number}", max_tokens=40, sampling=way
+        )
         for number, way in enumerate(WAYS)
     ]
     return respond(model, requests, block_hash="block_alpha", public_key="node_A", end_tokens=())
@@ -42,19 +44,30 @@ def test_vllm_gives_the_margins_profiles_and_sketches_of_transformers(model, tmp
     receipts = responses_of(model)
     ours = replay(receipts, model, engine=HFPrefill(model))
     # A step takes one response and a half: prompts come in chunks, and states from several steps.
-    with VLLMPrefill("reference:qwen3", max_num_batched_tokens=64, max_num_seqs=8, **OPTIONS) as engine:
+    with VLLMPrefill(
+        "reference:qwen3", max_num_batched_tokens=64, max_num_seqs=8, **OPTIONS
+    ) as engine:
         theirs = replay(receipts, engine.model, engine=engine)
         assert (engine.fingerprint.engine, engine.fingerprint.dtype) == ("vllm", "float32")
         adapter = load_adapter(write_adapter(tmp_path, model))
         named = replace(receipts.receipts[0], adapter=Adapter("tuned", adapter.digest))
         with pytest.raises(UsageError, match="adapter"):
-            replay(Receipts.build(receipts.header, [named], 1.0), engine.model, adapter=adapter, engine=engine)
-        wide = replace(receipts.receipts[1], sampling=Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2))
+            replay(
+                Receipts.build(receipts.header, [named], 1.0),
+                engine.model,
+                adapter=adapter,
+                engine=engine,
+            )
+        wide = replace(
+            receipts.receipts[1],
+            sampling=Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.2),
+        )
         with pytest.raises(UsageError, match="gave 1024 of 4096 logits"):
             replay(Receipts.build(receipts.header, [wide], 1.0), engine.model, engine=engine)
     for one, other in zip(ours, theirs, strict=True):
         assert one.matches == other.matches == 40
-        # vLLM lists the likeliest tokens alone: at scales at which all others matter, a claimed token is likelier.
+        # vLLM lists the likeliest tokens alone: at scales at which all others matter, a claimed
+        # token is likelier.
         assert other.profiles[:, 8:NARROW] == pytest.approx(one.profiles[:, 8:NARROW], abs=0.05)
         assert (other.profiles >= one.profiles - 0.05)[:, 8:].all()
         assert len(other.residuals) == 2

@@ -1,1 +1,3 @@
-"""Research: the published tables measured again, attackers, a simulated network, and training studies."""
+"""Research: the published tables measured again, attackers, a simulated network, and training
+studies.
+"""

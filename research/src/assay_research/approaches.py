@@ -1,11 +1,13 @@
-"""Every approach of the published table, measured: does it break the model's structure, and can cheaters still be told?
+"""Every approach of the published table, measured: does it break the model's structure, and can
+cheaters still be told?
 
 For a model and an approach:
 
-- *distances* of nonces of several blocks: mean, standard deviation and tenth percentile against the chord law, and how
-  far apart the valid rates of the blocks are at the r_target that gives all of them together the wanted rate;
-- *separability*: what an honest node in bfloat16 and a cheater with int4 weights publish, against a validator in
-  float32. An approach that amplifies noise makes the two alike;
+- *distances* of nonces of several blocks: mean, standard deviation and tenth percentile against the
+  chord law, and how far apart the valid rates of the blocks are at the r_target that gives all of
+  them together the wanted rate;
+- *separability*: what an honest node in bfloat16 and a cheater with int4 weights publish, against a
+  validator in float32. An approach that amplifies noise makes the two alike;
 - *cost*: time against the plain forward pass.
 
 The model runs once for all approaches that agree on what happens between its layers.
@@ -48,7 +50,8 @@ from assay_research.runs.states import effective_dimension, published, state_pip
 KEY = "node_A"
 STATE_NONCES = 256  # from which the effective dimension is measured
 ALPHA = 0.01  # at which a deviation from the law, or between blocks, counts as structure
-TAIL_RATE = 0.1  # the published valid rate; there the width of the distances counts, at one half it does not
+# the published valid rate; there the width of the distances counts, at one half it does not
+TAIL_RATE = 0.1
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -62,8 +65,8 @@ class ApproachPlan(ExperimentPlan):
     """What is measured.
 
     Raises:
-        UsageError: A list is empty or names something twice, a name is not that of an approach, or a number is out of
-            range.
+        UsageError: A list is empty or names something twice, a name is not that of an approach, or
+            a number is out of range.
     """
 
     approaches: Annotated[Names, AfterValidator(_own_names)] = Field(
@@ -71,9 +74,15 @@ class ApproachPlan(ExperimentPlan):
     )
     blocks: Blocks = BLOCKS
     nonces: int = Field(1024, ge=2, description="Nonces per block.")
-    valid_rate: float = Field(0.5, gt=0, lt=1, description="Share of valid nonces at the calibrated r_target.")
-    checked: int = Field(64, ge=2, description="Nonces that the validator recomputes to measure separability.")
-    timed: int = Field(5, ge=0, description="Batches for which every approach is timed; 0 skips the timing.")
+    valid_rate: float = Field(
+        0.5, gt=0, lt=1, description="Share of valid nonces at the calibrated r_target."
+    )
+    checked: int = Field(
+        64, ge=2, description="Nonces that the validator recomputes to measure separability."
+    )
+    timed: int = Field(
+        5, ge=0, description="Batches for which every approach is timed; 0 skips the timing."
+    )
     dtype: Dtype = None
 
     experiment = "approaches"
@@ -89,14 +98,21 @@ class ApproachPlan(ExperimentPlan):
         return list(groups.values())
 
     def cells(self) -> Iterator[Measurement]:
-        """Return every approach on every model; those of a group are measured with the first of them."""
+        """Return every approach on every model; those of a group are measured with the first of
+        them.
+        """
         for reference, group in product(self.models, self.groups()):
             found = cache(partial(_measure_group, self, reference, group))
             for pipeline in group:
-                yield f"{reference} {pipeline.name}", lambda name=pipeline.name, found=found: found()[name]
+                yield (
+                    f"{reference} {pipeline.name}",
+                    lambda name=pipeline.name, found=found: found()[name],
+                )
 
 
-def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]) -> dict[str, JsonObject]:
+def _measure_group(
+    plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
+) -> dict[str, JsonObject]:
     """Return the values of every approach of a group by name."""
     model = load_model(reference, dtype=plan.dtype, device=plan.device)
     engine = _engine(plan, model)
@@ -109,10 +125,17 @@ def _measure_group(plan: ApproachPlan, reference: str, group: Sequence[Pipeline]
     effective = {name: effective_dimension(states_ND) for name, states_ND in reduced.items()}
     slower = overheads(engine, rounds[0], group, plan.timed) if plan.timed else {}
     apart = _separability(plan, reference, rounds[0], group)
-    sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, "num_layers": model.num_layers}
+    sizes = {
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "num_layers": model.num_layers,
+    }
     values = {}
     for pipeline in group:
-        distances = {r.block_hash: distances_to_target(f[pipeline.name], r) for f, r in zip(found, rounds, strict=True)}
+        distances = {
+            r.block_hash: distances_to_target(f[pipeline.name], r)
+            for f, r in zip(found, rounds, strict=True)
+        }
         size = pipeline.output_size(model.hidden_size, model.vocab_size)
         width = model.hidden_size if pipeline.head == "random" else None
         values[pipeline.name] = {
@@ -134,14 +157,20 @@ def _engine(plan: ApproachPlan, model: Model) -> HFEngine:
     return HFEngine(model, batch_size=plan.batch_size, seq_len=plan.seq_len)
 
 
-def _separability(plan: ApproachPlan, reference: str, round: Round, group: Sequence[Pipeline]) -> dict[str, JsonObject]:
-    """Compare an honest bfloat16 node and a cheater with int4 weights, seen by a validator in float32."""
+def _separability(
+    plan: ApproachPlan, reference: str, round: Round, group: Sequence[Pipeline]
+) -> dict[str, JsonObject]:
+    """Compare an honest bfloat16 node and a cheater with int4 weights, seen by a validator in
+    float32.
+    """
     honest = load_model(reference, dtype="bfloat16", device=plan.device)
     sides = {"honest": honest, "int4": cheats.rounded(honest, 4)}
     validator = load_model(reference, dtype="float32", device=plan.device)
     nonces = range(plan.checked)
     truth = published(_engine(plan, validator), round, group, nonces)
-    claims = {side: published(_engine(plan, model), round, group, nonces) for side, model in sides.items()}
+    claims = {
+        side: published(_engine(plan, model), round, group, nonces) for side, model in sides.items()
+    }
     return {
         pipeline.name: told_apart(
             *(residual_sizes(claims[side][pipeline.name], truth[pipeline.name]) for side in sides)
@@ -151,12 +180,17 @@ def _separability(plan: ApproachPlan, reference: str, round: Round, group: Seque
 
 
 def distribution(
-    distances: Mapping[str, FloatArray], size: int, valid_rate: float, width: int | None, effective: float | None
+    distances: Mapping[str, FloatArray],
+    size: int,
+    valid_rate: float,
+    width: int | None,
+    effective: float | None,
 ) -> JsonObject:
-    """Hold the distances of every block [N], in a space of ``size`` dimensions, against the chord law and each other.
+    """Hold the distances of every block [N], in a space of ``size`` dimensions, against the chord
+    law and each other.
 
-    ``width`` is the hidden size where a random head is drawn per block, and ``effective`` the effective dimension of
-    the states in front of that head, where it is known.
+    ``width`` is the hidden size where a random head is drawn per block, and ``effective`` the
+    effective dimension of the states in front of that head, where it is known.
     """
     blocks = list(distances.values())
     pooled = np.concatenate(blocks)
@@ -164,7 +198,9 @@ def distribution(
     error = chord_std(size) / math.sqrt(blocks[0].size)
     z_B = (np.array([block.mean() for block in blocks]) - chord_mean(size)) / error
     p_law = float(chi2.sf(np.sum(z_B**2), len(z_B)))
-    spreads = [_spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)]
+    spreads = [
+        _spread_at(rate, blocks, pooled, width, effective) for rate in (valid_rate, TAIL_RATE)
+    ]
     return {
         "dimension": size,
         "nonces": pooled.size,
@@ -193,11 +229,17 @@ def law_of(size: int) -> JsonObject:
 
 
 def _spread_at(
-    rate: float, distances: Sequence[FloatArray], pooled: FloatArray, width: int | None, effective: float | None
+    rate: float,
+    distances: Sequence[FloatArray],
+    pooled: FloatArray,
+    width: int | None,
+    effective: float | None,
 ) -> JsonObject:
-    """Return the spread of the blocks at the r_target that makes a share ``rate`` of all nonces valid.
+    """Return the spread of the blocks at the r_target that makes a share ``rate`` of all nonces
+    valid.
 
-    ``noise_band`` is that of random directions, ``band_of_states`` that of states with their effective dimension.
+    ``noise_band`` is that of random directions, ``band_of_states`` that of states with their
+    effective dimension.
     """
     r_target = float(np.quantile(pooled, rate))
     valid = [int(np.count_nonzero(block < r_target)) for block in distances]
@@ -218,8 +260,8 @@ def _spread_at(
 def _verdict(spread: float, p_spread: float, p_law: float) -> str:
     """Say whether structure is left: yes it is broken, partly, or no.
 
-    *yes*: neither the means nor the spread of the blocks can be told from chance, at 1 % each. *partly*: they can, but
-    the spread is below the published limit of 5 %. *no*: it is not.
+    *yes*: neither the means nor the spread of the blocks can be told from chance, at 1 % each.
+    *partly*: they can, but the spread is below the published limit of 5 %. *no*: it is not.
     """
     if min(p_spread, p_law) >= ALPHA:
         return "yes"
@@ -229,13 +271,19 @@ def _verdict(spread: float, p_spread: float, p_law: float) -> str:
 def residual_sizes(claimed: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> FloatArray:
     """Return |received − recomputed| of distances, or the L2 distance of vectors, [N]."""
     difference = claimed.astype(np.float64) - truth
-    return np.abs(difference) if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
+    return (
+        np.abs(difference)
+        if difference.ndim == 1
+        else np.asarray(np.linalg.norm(difference, axis=1))
+    )
 
 
 def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
-    """Return medians of both sides' residuals [N], their ratio, and how often a cheater's exceeds an honest one.
+    """Return medians of both sides' residuals [N], their ratio, and how often a cheater's exceeds
+    an honest one.
 
-    The interval of 95 % of the last draws nonces, with both sides of each: they share a validator's value.
+    The interval of 95 % of the last draws nonces, with both sides of each: they share a validator's
+    value.
     """
     nonces = range(len(honest_N))
     auc = stats.group_bootstrap(stats.auroc, (cheat_N, honest_N), (nonces, nonces))
@@ -248,8 +296,12 @@ def told_apart(honest_N: FloatArray, cheat_N: FloatArray) -> JsonObject:
     }
 
 
-def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches: int) -> dict[str, float]:
-    """Return the time of a batch with an approach over the plain forward pass, less one: the median of neighbours."""
+def overheads(
+    engine: HFEngine, round: Round, group: Sequence[Pipeline], batches: int
+) -> dict[str, float]:
+    """Return the time of a batch with an approach over the plain forward pass, less one: the median
+    of neighbours.
+    """
     transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in group}
     nonces = range(engine.batch_size)
 
@@ -272,16 +324,24 @@ def overheads(engine: HFEngine, round: Round, group: Sequence[Pipeline], batches
 
 
 def section(run: RunRecords) -> Section:
-    """Return, per model, the distances against the law, the spread of the blocks, separability and cost."""
+    """Return, per model, the distances against the law, the spread of the blocks, separability and
+    cost.
+    """
     tables: dict[str, Table] = {}
     for model in dict.fromkeys(cell["model"] for cell in run.cells):
         cells = [cell for cell in run.cells if cell["model"] == model]
         size = f"{cells[0]['nonces']} nonces of {len(cells[0]['blocks'])} blocks"
-        tables[f"{model}: {size}"] = table_of(cells, _distances(*(spread["rate"] for spread in cells[0]["spreads"])))
-        tables[f"{model}: residuals against a float32 validator, medians, and cost"] = table_of(cells, RESIDUALS)
+        tables[f"{model}: {size}"] = table_of(
+            cells, _distances(*(spread["rate"] for spread in cells[0]["spreads"]))
+        )
+        tables[f"{model}: residuals against a float32 validator, medians, and cost"] = table_of(
+            cells, RESIDUALS
+        )
     about = (
-        "Distances of every approach against those of a random direction. An approach breaks the structure where "
-        "neither the block means nor the spread of the blocks can be told from chance at 1 % each (yes), or where the "
+        "Distances of every approach against those of a random direction. An approach breaks the "
+        "structure where "
+        "neither the block means nor the spread of the blocks can be told from chance at 1 % each "
+        "(yes), or where the "
         "spread is at least below the published limit of 5 % (partly)."
     )
     heading = "Which approach breaks the structure of a trained model?"
@@ -328,8 +388,9 @@ RESIDUALS: dict[str, Column] = {
 
 # Trained against random weights: is it training that gives distances their structure?
 #
-# The published tests 1 to 3: distances per block with trained weights, with all weights drawn anew for every block,
-# and with only the input embeddings drawn anew (a head that is tied to them changes with them; one that is not stays).
+# The published tests 1 to 3: distances per block with trained weights, with all weights drawn anew
+# for every block, and with only the input embeddings drawn anew (a head that is tied to them
+# changes with them; one that is not stays).
 
 MODES = ("trained", "random-all", "random-embed")
 
@@ -341,7 +402,9 @@ class WeightPlan(ExperimentPlan):
         UsageError: A list is too short or names something twice, or a number is out of range.
     """
 
-    preset: str = Field("hidden-reflections", description="Preset of the rounds; this one had the published tests.")
+    preset: str = Field(
+        "hidden-reflections", description="Preset of the rounds; this one had the published tests."
+    )
     blocks: Blocks = BLOCKS
     nonces: int = Field(1024, ge=2, description="Nonces per block.")
     dtype: Dtype = None
@@ -385,9 +448,11 @@ def _measure(plan: WeightPlan, reference: str, mode: str, block: str) -> JsonObj
 
 
 def _context_effect(engine: HFEngine, round: Round) -> float:
-    """Return how far the unit last state moves when the positions before the last are reversed, mean L2 distance.
+    """Return how far the unit last state moves when the positions before the last are reversed,
+    mean L2 distance.
 
-    Two unrelated states are √2 apart; where this is zero, the layers do nothing that depends on the sequence.
+    Two unrelated states are √2 apart; where this is zero, the layers do nothing that depends on the
+    sequence.
     """
     inputs_BTD = engine.inputs(round, range(engine.batch_size))
     reversed_BTD = torch.cat([inputs_BTD[:, :-1].flip(1), inputs_BTD[:, -1:]], dim=1)
@@ -398,8 +463,9 @@ def _context_effect(engine: HFEngine, round: Round) -> float:
 def weight_rows(cells: Sequence[JsonObject]) -> list[JsonObject]:
     """Compare block means by model and weight mode, in the order of measurement.
 
-    The band in which 95 % of spreads lie when only the nonces differ, and the chance of such a spread or a larger one,
-    are by the law of the range of normals (the studentised range without its denominator).
+    The band in which 95 % of spreads lie when only the nonces differ, and the chance of such a
+    spread or a larger one, are by the law of the range of normals (the studentised range without
+    its denominator).
     """
     rows = []
     for name in dict.fromkeys((cell["model"], cell["weights"]) for cell in cells):
@@ -408,7 +474,8 @@ def weight_rows(cells: Sequence[JsonObject]) -> list[JsonObject]:
             continue
         means = [cell["mean"] for cell in group]
         std = math.sqrt(float(np.mean([cell["std"] ** 2 for cell in group])))
-        error, spread = std / math.sqrt(group[0]["nonces"]), max(means) - min(means)
+        error = std / math.sqrt(group[0]["nonces"])
+        spread = max(means) - min(means)
         law = studentized_range(len(group), np.inf)
         low, high = (error * float(law.ppf(q)) for q in (0.025, 0.975))
         rows.append({
@@ -430,9 +497,12 @@ def weight_rows(cells: Sequence[JsonObject]) -> list[JsonObject]:
 def weight_section(run: RunRecords) -> Section:
     """Return block means per weight mode, and their spread with its noise band."""
     about = (
-        f"Block means of the distance ({run.settings['preset']}) with trained weights, with all weights drawn anew for "
-        "every block, and with the input embeddings alone drawn anew. A head that is tied to the embeddings changes "
-        "with them. Context is how far the unit state moves when the positions before the last are reversed; unrelated "
+        f"Block means of the distance ({run.settings['preset']}) with trained weights, with all "
+        f"weights drawn anew for "
+        "every block, and with the input embeddings alone drawn anew. A head that is tied to the "
+        "embeddings changes "
+        "with them. Context is how far the unit state moves when the positions before the last "
+        "are reversed; unrelated "
         "states are √2 apart. Near zero, distances say nothing about the layers."
     )
     rows = weight_rows(run.cells)
@@ -448,4 +518,6 @@ def weight_section(run: RunRecords) -> Section:
         "verdict": lambda row: "inside noise" if row["inside"] else "beyond noise",
     }
     tables = {"Largest minus smallest block mean of the distance": table_of(rows, columns)}
-    return Section("Does training give distances their structure?", about, tables, values={"rows": rows})
+    return Section(
+        "Does training give distances their structure?", about, tables, values={"rows": rows}
+    )

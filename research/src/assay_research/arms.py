@@ -1,17 +1,19 @@
-"""What the arms that a study compares with need beside the library: control axes, and advantage modification.
+"""What the arms that a study compares with need beside the library: control axes, and advantage
+modification.
 
 *Control axes* are what hack directions are compared with, from the same pairs.
 
-*Advantage modification*: less reward for rollouts whose activations look like those of the hack sides. The rival that
-holds training back without looking at a gradient (Wu and Tang, arXiv 2604.01476). Here the direction d is the
-difference of the mean activations of the hack and the clean sides of the pairs, after the layer at two thirds of the
-depth, each the mean over the completion tokens. With m halfway between the two means along d, and s the pooled standard
-deviation of the two sides::
+*Advantage modification*: less reward for rollouts whose activations look like those of the hack
+sides. The rival that holds training back without looking at a gradient (Wu and Tang, arXiv
+2604.01476). Here the direction d is the difference of the mean activations of the hack and the
+clean sides of the pairs, after the layer at two thirds of the depth, each the mean over the
+completion tokens. With m halfway between the two means along d, and s the pooled standard deviation
+of the two sides::
 
     z = (d·a − m) / s        r' = r · (1 − α σ(z) [z > 0])
 
-The advantage is then computed from r' as it would be from r. The direction is taken from the model as it is at the
-start, and kept.
+The advantage is then computed from r' as it would be from r. The direction is taken from the model
+as it is at the start, and kept.
 
 Shapes: N pairs or samples, R coordinates of δS, K axes, H width of the hidden state.
 """
@@ -41,14 +43,17 @@ if TYPE_CHECKING:
     from assay.models.load import Model
 
 
-def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0) -> Basis:
+def make_basis(
+    kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0
+) -> Basis:
     """Return ``top_k`` axes per module of one kind:
 
     - ``true``: the hack directions of the pairs;
     - ``random``: as many orthonormal axes, uniform among all of them;
-    - ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of them. The direction
-      of the hack is lost. By ``svd`` the plane stays, because a difference and its negative span the same line; by
-      ``lda`` it is lost too, because half of what it whitens by are hacks;
+    - ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of
+      them. The direction of the hack is lost. By ``svd`` the plane stays, because a difference and
+      its negative span the same line; by ``lda`` it is lost too, because half of what it whitens by
+      are hacks;
     - ``clean-clean``: extracted from differences between clean sides of different pairs.
 
     Raises:
@@ -67,7 +72,8 @@ def make_basis(kind: str, gradients: PairGradients, *, top_k: int = 5, method: s
 def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:
     """Return as many axes per module as the true ones have, uniform among all orthonormal ones."""
     generator = torch.Generator().manual_seed(seed)
-    axes, k = {}, min(top_k, len(gradients))
+    axes = {}
+    k = min(top_k, len(gradients))
     for name, rows_NR in gradients.clean.items():
         rank = rows_NR.shape[1]
         drawn_RK = torch.randn(rank, min(k, rank), generator=generator, dtype=torch.float64)
@@ -87,17 +93,26 @@ def _shuffled(gradients: PairGradients, seed: int) -> PairGradients:
     swapped_N1[random.Random(f"shuffled {seed}").sample(range(n), n // 2)] = True
 
     def chosen(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: torch.where(swapped_N1.to(first[name].device), second[name], first[name]) for name in first}
+        return {
+            name: torch.where(swapped_N1.to(first[name].device), second[name], first[name])
+            for name in first
+        }
 
-    hack, clean = gradients.hack, gradients.clean
-    return PairGradients(chosen(hack, clean), chosen(clean, hack), groups=gradients.groups, origin=gradients.origin)
+    hack = gradients.hack
+    clean = gradients.clean
+    return PairGradients(
+        chosen(hack, clean), chosen(clean, hack), groups=gradients.groups, origin=gradients.origin
+    )
 
 
 def _clean_clean(gradients: PairGradients, seed: int) -> PairGradients:
     """Return clean sides two by two, each used once, of one group as far as possible."""
     shuffled = random.Random(f"clean-clean {seed}").sample(range(len(gradients)), len(gradients))
-    ordered = sorted(shuffled, key=lambda index: gradients.groups[index])  # stable, so random within a group
-    first, second = ordered[0 : 2 * (len(ordered) // 2) : 2], ordered[1::2]
+    ordered = sorted(
+        shuffled, key=lambda index: gradients.groups[index]
+    )  # stable, so random within a group
+    first = ordered[0 : 2 * (len(ordered) // 2) : 2]
+    second = ordered[1::2]
     if not second:
         raise UsageError("1 pair for clean-clean axes", wanted="at least two", do="use more pairs")
     clean = gradients.clean
@@ -133,9 +148,13 @@ class Shortcut:
 
     @classmethod
     def fit(
-        cls, model: "Model | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", pairs: Sequence[Pair]
+        cls,
+        model: "Model | PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        pairs: Sequence[Pair],
     ) -> "Shortcut":
-        """Return the direction of pairs of a hack and a clean completion, for the model at the start of training.
+        """Return the direction of pairs of a hack and a clean completion, for the model at the
+        start of training.
 
         Raises:
             DataError: There are fewer than two pairs, or both sides have the same activations.
@@ -143,7 +162,11 @@ class Shortcut:
         """
         module = module_of(model)
         if len(pairs) < 2:
-            raise DataError(f"{len(pairs)} pairs for a direction of activations", wanted="at least two", do="add some")
+            raise DataError(
+                f"{len(pairs)} pairs for a direction of activations",
+                wanted="at least two",
+                do="add some",
+            )
         samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
         names = [f"pair {i}, {side} side" for side in ("hack", "clean") for i in range(len(pairs))]
         encoded = encode(tokenizer, samples, names, context_length(module))
@@ -152,14 +175,27 @@ class Shortcut:
         difference_H = hack_NH.mean(dim=0) - clean_NH.mean(dim=0)
         length = float(difference_H.norm())
         if not length > 0:
-            raise DataError("pairs whose sides have the same activations", wanted="sides that differ", do="check them")
+            raise DataError(
+                "pairs whose sides have the same activations",
+                wanted="sides that differ",
+                do="check them",
+            )
         direction_H = difference_H / length
-        hack_N, clean_N = hack_NH @ direction_H, clean_NH @ direction_H
+        hack_N = hack_NH @ direction_H
+        clean_N = clean_NH @ direction_H
         spread = float(((hack_N.var() + clean_N.var()) / 2).sqrt())
-        return cls(layer, direction_H, float((hack_N.mean() + clean_N.mean()) / 2), max(spread, 1e-6 * length))
+        return cls(
+            layer,
+            direction_H,
+            float((hack_N.mean() + clean_N.mean()) / 2),
+            max(spread, 1e-6 * length),
+        )
 
-    def z(self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-        """Return how far each row, token ids of prompt and completion, is on the hack's side for the model of now.
+    def z(
+        self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Tensor:
+        """Return how far each row, token ids of prompt and completion, is on the hack's side for
+        the model of now.
 
         The result is [N] float32 in units of ``spread``, on the model's device.
         """
@@ -172,5 +208,7 @@ class Shortcut:
 
     @staticmethod
     def modify(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
-        """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength α."""
+        """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength
+        α.
+        """
         return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))

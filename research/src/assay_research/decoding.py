@@ -1,7 +1,9 @@
-"""Cheaters of the preset ``decode``: what saves work, and how the tokens and sketches of a proof then come about.
+"""Cheaters of the preset ``decode``: what saves work, and how the tokens and sketches of a proof
+then come about.
 
-Each returns a proof under the header of an honest one, and that is the lie. A draft model that guesses tokens pays for
-an honest forward pass over its guesses, so that its sketches are exactly right and only the tokens can show it.
+Each returns a proof under the header of an honest one, and that is the lie. A draft model that
+guesses tokens pays for an honest forward pass over its guesses, so that its sketches are exactly
+right and only the tokens can show it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +21,8 @@ from assay.poc.prover import prove
 
 
 def drafted(honest: Proof, model: Model, draft: Model, *, batch_size: int = 16) -> Proof:
-    """Return tokens that a cheaper model decoded with the right noise, with the sketches that the real one gives them.
+    """Return tokens that a cheaper model decoded with the right noise, with the sketches that the
+    real one gives them.
 
     Args:
         honest: Proof of the round.
@@ -45,14 +48,19 @@ def forgetful(honest: Proof, model: Model, *, batch_size: int = 16) -> Proof:
 
 def repeated(honest: Proof) -> Proof:
     """Return the first half of all tokens and sketches twice: half of the steps were taken."""
-    half = honest.header.pipeline.steps // 2 // SKETCH_EVERY * SKETCH_EVERY or honest.header.pipeline.steps // 2
+    half = (
+        honest.header.pipeline.steps // 2 // SKETCH_EVERY * SKETCH_EVERY
+        or honest.header.pipeline.steps // 2
+    )
     return _proof(
         honest,
         (
             replace(
                 record,
                 tokens=np.resize(record.tokens[:half], record.tokens.shape),
-                sketches=np.resize(record.sketches[: -(-half // SKETCH_EVERY)], record.sketches.shape),
+                sketches=np.resize(
+                    record.sketches[: -(-half // SKETCH_EVERY)], record.sketches.shape
+                ),
             )
             for record in _tokens(honest)
         ),
@@ -68,7 +76,10 @@ def recycled(honest: Proof, *, seed: int = 0) -> Proof:
     chosen = np.random.default_rng(seed).permutation(len(records)) % 2 == 1
     return _proof(
         honest,
-        (replace(records[i - 1] if chosen[i] else record, nonce=record.nonce) for i, record in enumerate(records)),
+        (
+            replace(records[i - 1] if chosen[i] else record, nonce=record.nonce)
+            for i, record in enumerate(records)
+        ),
     )
 
 

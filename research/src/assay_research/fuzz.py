@@ -1,8 +1,8 @@
 """Fuzz the grader: hostile programs and reports, each graded as a training step would grade it.
 
-After arXiv 2606.01066, which fuzzes a verifier before a policy does. What must hold: no case ends a step, none is an
-unpaid grade for an error of the grader, none is graded as right, and honest programs that are graded among them get
-their grade.
+After arXiv 2606.01066, which fuzzes a verifier before a policy does. What must hold: no case ends a
+step, none is an unpaid grade for an error of the grader, none is graded as right, and honest
+programs that are graded among them get their grade.
 """
 
 from collections import Counter
@@ -25,7 +25,9 @@ _PATIENT_SECONDS = 60.0  # a busy machine is no fault of an honest program
 Item = tuple[Episode, str]
 """Episode and program, as `grade_many` takes them."""
 
-_ENDED, _FAULT, _SOLVED = "ended_a_step", "grader_raised", "graded_as_right"
+_ENDED = "ended_a_step"
+_FAULT = "grader_raised"
+_SOLVED = "graded_as_right"
 _FAILURES = (_ENDED, _FAULT, _SOLVED)
 
 
@@ -34,9 +36,10 @@ class FuzzReport:
     """What became of hostile cases.
 
     Attributes:
-        counts: By kind, how many ``cases`` there were and how they were graded: ``accepted`` by their channel,
-            ``exploited`` (paid through the loophole of their mode), ``timed_out``, ``overflowed``, ``raised`` in the
-            sandbox, ``crashed``, and the failures ``ended_a_step``, ``grader_raised`` and ``graded_as_right``.
+        counts: By kind, how many ``cases`` there were and how they were graded: ``accepted`` by
+            their channel, ``exploited`` (paid through the loophole of their mode), ``timed_out``,
+            ``overflowed``, ``raised`` in the sandbox, ``crashed``, and the failures
+            ``ended_a_step``, ``grader_raised`` and ``graded_as_right``.
         honest: Number of honest programs that were graded among them.
         failures: Names of cases, at most fifty, each with what it did.
     """
@@ -77,8 +80,9 @@ def fuzz(
 ) -> FuzzReport:
     """Grade hostile programs and reports, and tell what they did to the grader.
 
-    Kinds take turns, a hundred cases are graded together, and with each hundred two honest programs, one right and one
-    wrong. A hundred that ends with an exception is graded again one by one.
+    Kinds take turns, a hundred cases are graded together, and with each hundred two honest
+    programs, one right and one wrong. A hundred that ends with an exception is graded again one by
+    one.
 
     Args:
         count: Number of cases.
@@ -100,7 +104,11 @@ def fuzz(
     unknown = [kind for kind in kinds if kind not in HOSTILE_KINDS]
     if count < 1 or unknown or not kinds:
         seen = f"{count} hostile cases of kind {', '.join(unknown or kinds) or 'none'}"
-        raise UsageError(seen, wanted=f"1 or more of {', '.join(HOSTILE_KINDS)}", do="correct the count or the kind")
+        raise UsageError(
+            seen,
+            wanted=f"1 or more of {', '.join(HOSTILE_KINDS)}",
+            do="correct the count or the kind",
+        )
     run("")  # without a sandbox this raises before anything hostile is run
     limits = limits or Limits(seconds=_SECONDS)
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
@@ -108,9 +116,15 @@ def fuzz(
     honest = 0
     for begin in range(0, count, _STEP):
         numbers = range(begin, min(begin + _STEP, count))
-        cases = [hostile_case(f"{kinds[number % len(kinds)]}/{seed}/{number}") for number in numbers]
+        cases = [
+            hostile_case(f"{kinds[number % len(kinds)]}/{seed}/{number}") for number in numbers
+        ]
         friends = _honest(begin // _STEP)
-        grades = _step([(one.episode, one.program) for one in cases] + [one for one, _ in friends], limits, workers)
+        grades = _step(
+            [(one.episode, one.program) for one in cases] + [one for one, _ in friends],
+            limits,
+            workers,
+        )
         for case, found in zip(cases, grades[: len(cases)], strict=True):
             outcomes = _outcomes(found)
             counts[case.kind].update(["cases", *outcomes])
@@ -121,7 +135,9 @@ def fuzz(
                 failures.append((f"honest program of step {begin // _STEP}", wrong))
         if progress:
             progress(numbers.stop, count)
-    return FuzzReport({kind: found for kind, found in counts.items() if found}, honest, tuple(failures[:_SHOWN]))
+    return FuzzReport(
+        {kind: found for kind, found in counts.items() if found}, honest, tuple(failures[:_SHOWN])
+    )
 
 
 @cache
@@ -130,9 +146,14 @@ def _tasks() -> tuple[Task, ...]:
 
 
 def _honest(step: int) -> list[tuple[Item, bool]]:
-    """Return a program that solves its task and one that fails at it, with what their grade has to be."""
+    """Return a program that solves its task and one that fails at it, with what their grade has to
+    be.
+    """
     episode = Episode(_tasks()[step % len(_tasks())], MODES[step % len(MODES)])
-    return [((episode, episode.honest()), True), ((episode, episode.honest(episode.task.source(0))), False)]
+    return [
+        ((episode, episode.honest()), True),
+        ((episode, episode.honest(episode.task.source(0))), False),
+    ]
 
 
 def _step(items: Sequence[Item], limits: Limits, workers: int) -> list[Grade | str]:
@@ -179,9 +200,13 @@ def _said(did: str, found: Grade | str) -> str:
 
 
 def _misjudged(item: Item, right: bool, found: Grade | str) -> str:
-    """Return what is wrong with the grade of an honest program, or nothing; one that was too slow is graded again."""
+    """Return what is wrong with the grade of an honest program, or nothing; one that was too slow
+    is graded again.
+    """
     if isinstance(found, Grade) and found.result.timed_out:
         found = grade_many([item], limits=Limits(seconds=_PATIENT_SECONDS))[0]
     if isinstance(found, str) or found.fault:
         return _said(_ENDED if isinstance(found, str) else _FAULT, found)
-    return "" if found.correct == found.paid == right else f"graded as {'wrong' if right else 'right'}"
+    return (
+        "" if found.correct == found.paid == right else f"graded as {'wrong' if right else 'right'}"
+    )

@@ -1,6 +1,8 @@
-"""Hostile programs and reports from a name: what a grader meets when what it grades is made to break it.
+"""Hostile programs and reports from a name: what a grader meets when what it grades is made to
+break it.
 
-A case is named ``KIND/SEED/NUMBER``, and everything about it follows from its name. None solves its task.
+A case is named ``KIND/SEED/NUMBER``, and everything about it follows from its name. None solves its
+task.
 """
 
 import base64
@@ -29,17 +31,73 @@ ATTACKS = _read_attacks()
 """Blocks of statements by the name of their kind, which run in the sandbox and nowhere else."""
 
 ANSWERS = (
-    *("float('nan')", "float('-inf')", "1e400", "-0.0", "10 ** 5000", "1 << 40000", "b'x'", "1j", "...", "print"),
-    *("'\\ud800'", "'\\x00' * NUMBER", "'x' * 2_000_000", "[x] * 3_000_000", "{1: 2}", "{None: x}", "{'a': {x: 1}}"),
-    *("(yield x)", "(v for v in [x])", "iter([x])", "range(10 ** 9)", "{x, NUMBER}", "frozenset()", "memoryview(b'x')"),
-    *("exit(0)", "1 / 0", "object()", "type", "globals()", "lambda: x", "__import__('os')", "NotImplemented"),
-    *("{'kind': 'value', 'value': x}", "[[[[[[[[[[[[[[x]]]]]]]]]]]]]]", "True", "None", "NUMBER", "'NUMBER'", "[]"),
-    *("(lambda l: l.append(l) or l)([])", "(lambda d: d.update(d=d) or d)({})", "'[' * 100_000", "'9' * 100_000"),
+    *(
+        "float('nan')",
+        "float('-inf')",
+        "1e400",
+        "-0.0",
+        "10 ** 5000",
+        "1 << 40000",
+        "b'x'",
+        "1j",
+        "...",
+        "print",
+    ),
+    *(
+        "'\\ud800'",
+        "'\\x00' * NUMBER",
+        "'x' * 2_000_000",
+        "[x] * 3_000_000",
+        "{1: 2}",
+        "{None: x}",
+        "{'a': {x: 1}}",
+    ),
+    *(
+        "(yield x)",
+        "(v for v in [x])",
+        "iter([x])",
+        "range(10 ** 9)",
+        "{x, NUMBER}",
+        "frozenset()",
+        "memoryview(b'x')",
+    ),
+    *(
+        "exit(0)",
+        "1 / 0",
+        "object()",
+        "type",
+        "globals()",
+        "lambda: x",
+        "__import__('os')",
+        "NotImplemented",
+    ),
+    *(
+        "{'kind': 'value', 'value': x}",
+        "[[[[[[[[[[[[[[x]]]]]]]]]]]]]]",
+        "True",
+        "None",
+        "NUMBER",
+        "'NUMBER'",
+        "[]",
+    ),
+    *(
+        "(lambda l: l.append(l) or l)([])",
+        "(lambda d: d.update(d=d) or d)({})",
+        "'[' * 100_000",
+        "'9' * 100_000",
+    ),
 )
 """Expressions that a solution returns, none of which answers a task; ``x`` is its argument."""
 
 NEARLY_RIGHT = (
-    *("[right(x)]", "(right(x),)", "{'value': right(x)}", "float(right(x))", "bool(right(x))", "complex(right(x))"),
+    *(
+        "[right(x)]",
+        "(right(x),)",
+        "{'value': right(x)}",
+        "float(right(x))",
+        "bool(right(x))",
+        "complex(right(x))",
+    ),
     *(
         "repr([right(x)])",
         "str(right(x)) + ' '",
@@ -47,11 +105,22 @@ NEARLY_RIGHT = (
         "right(x) + 1e-9",
         "right(x) == right(x)",
     ),
-    *("type('Like', (), {'__eq__': lambda s, o: o == right(x), '__repr__': lambda s: repr(right(x))})()", "right"),
-    *("lambda: right(x)", "iter([right(x)])", "print(right(x))", "right(right(x)) if NUMBER < 0 else None"),
+    *(
+        "type('Like', (), {'__eq__': lambda s, o: o == right(x), '__repr__': lambda s: "
+        "repr(right(x))})()",
+        "right",
+    ),
+    *(
+        "lambda: right(x)",
+        "iter([right(x)])",
+        "print(right(x))",
+        "right(right(x)) if NUMBER < 0 else None",
+    ),
     *("str(right(x)).encode()", "{right(x): right(x)}", "[right(x), right(x)]", "exit(right(x))"),
 )
-"""Expressions with the right answer in them, in a form that is not the answer; ``right`` is the solution."""
+"""Expressions with the right answer in them, in a form that is not the answer; ``right`` is the
+solution.
+"""
 
 UNREADABLE = {
     "digits": "y = 0x" + "f" * 5000,
@@ -67,7 +136,9 @@ UNREADABLE = {
     "formats": "y = f'" + "{1}" * 2000 + "'",
     "names": "y" * 60000 + " = 1",
 }
-"""Lines of Python that the interpreter runs or refuses, and that some reader of a syntax tree cannot bear."""
+"""Lines of Python that the interpreter runs or refuses, and that some reader of a syntax tree
+cannot bear.
+"""
 
 FRAGMENTS = (
     *(
@@ -78,13 +149,55 @@ FRAGMENTS = (
         "async def solve(x): pass\n",
         "@solve\n",
     ),
-    *("solve = lambda x: x\n", "solve.valid = True\n", "def run_tests():\n    pass\n", "print('all tests passed')\n"),
-    *("open('result.txt', 'w').write('PASS')\n", "raise SystemExit(0)\n", "import os\nos._exit(0)\n", "del solve\n"),
-    *("    def solve(self): pass\n", "# -*- coding: utf-7 -*-\n", "\ud800", "π = 1\n", "\x0c", "\0", "\t", "\\", "'''"),
-    *("def solve(x):\n    return [[x]] * 50\n", "def solve(x):\n    return 10 ** 5000\n", "global x\n", "yield\n", "("),
-    *("def solve(x, solve=lambda: 0):\n    def solve(): pass\n    return solve\n", "match 1:\n    case _: pass\n"),
-    *("from __future__ import annotations\n", "from __future__ import braces\n", "await x\n", ")", "\r", "\ufeff"),
-    *("import sys\nsys.setrecursionlimit(9)\n", "# coding: latin-1\n", "nonlocal solve\n", "type X = int\n", "{" * 250),
+    *(
+        "solve = lambda x: x\n",
+        "solve.valid = True\n",
+        "def run_tests():\n    pass\n",
+        "print('all tests passed')\n",
+    ),
+    *(
+        "open('result.txt', 'w').write('PASS')\n",
+        "raise SystemExit(0)\n",
+        "import os\nos._exit(0)\n",
+        "del solve\n",
+    ),
+    *(
+        "    def solve(self): pass\n",
+        "# -*- coding: utf-7 -*-\n",
+        "\ud800",
+        "π = 1\n",
+        "\x0c",
+        "\0",
+        "\t",
+        "\\",
+        "'''",
+    ),
+    *(
+        "def solve(x):\n    return [[x]] * 50\n",
+        "def solve(x):\n    return 10 ** 5000\n",
+        "global x\n",
+        "yield\n",
+        "(",
+    ),
+    *(
+        "def solve(x, solve=lambda: 0):\n    def solve(): pass\n    return solve\n",
+        "match 1:\n    case _: pass\n",
+    ),
+    *(
+        "from __future__ import annotations\n",
+        "from __future__ import braces\n",
+        "await x\n",
+        ")",
+        "\r",
+        "\ufeff",
+    ),
+    *(
+        "import sys\nsys.setrecursionlimit(9)\n",
+        "# coding: latin-1\n",
+        "nonlocal solve\n",
+        "type X = int\n",
+        "{" * 250,
+    ),
 )
 """Pieces of programs, some of which no program can hold."""
 
@@ -136,10 +249,13 @@ def hostile_case(name: str) -> HostileCase:
     """
     try:
         kind, seed, number = name.split("/")
-        made, canonical = _PROGRAMS[kind], f"{kind}/{int(seed)}/{int(number)}"
+        made = _PROGRAMS[kind]
+        canonical = f"{kind}/{int(seed)}/{int(number)}"
     except (KeyError, ValueError):
         wanted = f"KIND/SEED/NUMBER with one of {', '.join(_PROGRAMS)}"
-        raise DataError(f"hostile case {name!r:.80}", wanted=wanted, do="correct the name") from None
+        raise DataError(
+            f"hostile case {name!r:.80}", wanted=wanted, do="correct the name"
+        ) from None
     rng = random.Random(f"hostile {canonical}")
     episode = Episode(rng.choice(_tasks()), rng.choice(MODES))
     return HostileCase(canonical, episode, made(rng, episode))
@@ -155,14 +271,17 @@ def _numbered(rng: random.Random, text: str) -> str:
 
 
 def _wrong(episode: Episode, rng: random.Random) -> str:
-    """Return the exploit of the episode, the solution without a step and honest checks of it, or nothing to grade."""
+    """Return the exploit of the episode, the solution without a step and honest checks of it, or
+    nothing to grade.
+    """
     wrong = episode.task.source(rng.randrange(episode.task.difficulty))
     return rng.choice((episode.exploit(), episode.honest(wrong), wrong, ""))
 
 
 def _attack(kind: str) -> Callable[[random.Random, Episode], str]:
     def program(rng: random.Random, episode: Episode) -> str:
-        block, base = _numbered(rng, rng.choice(ATTACKS[kind])), _wrong(episode, rng)
+        block = _numbered(rng, rng.choice(ATTACKS[kind]))
+        base = _wrong(episode, rng)
         if rng.random() < 0.2:
             block += "\n" + _numbered(rng, rng.choice(ATTACKS[rng.choice(list(ATTACKS))]))
         inner = textwrap.indent(block, "    ")
@@ -172,9 +291,11 @@ def _attack(kind: str) -> Callable[[random.Random, Episode], str]:
                 f"{block}\n{base}",
                 f"{base}\n{block}\n",
                 f"{base}\ndef solve(x):\n{inner}\n    return {answer}\n",
-                f"{base}\ndef solve(x):\n{inner}\n    return {answer}\nsolve.valid = True\ndef run_tests():\n{inner}\n",
+                f"{base}\ndef solve(x):\n{inner}\n    return {answer}\nsolve.valid = True\ndef "
+                f"run_tests():\n{inner}\n",
                 f"{base}\nimport atexit\n@atexit.register\ndef late():\n{inner}\n",
-                f"{base}\nclass Late:\n    def __del__(self):\n{textwrap.indent(inner, '    ')}\nlate = Late()\n",
+                f"{base}\nclass Late:\n    def "
+                f"__del__(self):\n{textwrap.indent(inner, '    ')}\nlate = Late()\n",
                 f"try:\n{inner}\nfinally:\n    exit(0)\n{base}",
             )
         )
@@ -183,7 +304,9 @@ def _attack(kind: str) -> Callable[[random.Random, Episode], str]:
 
 
 def _answers(rng: random.Random, episode: Episode) -> str:
-    return f"{_wrong(episode, rng)}\ndef solve(x):\n    return {_numbered(rng, rng.choice(ANSWERS))}\n"
+    return (
+        f"{_wrong(episode, rng)}\ndef solve(x):\n    return {_numbered(rng, rng.choice(ANSWERS))}\n"
+    )
 
 
 def _nearly_right(rng: random.Random, episode: Episode) -> str:
@@ -191,7 +314,8 @@ def _nearly_right(rng: random.Random, episode: Episode) -> str:
     if rng.random() < 0.3:
         known = ", ".join(f"({args[0]!r}, {value!r})" for args, value in episode.task.visible)
         return (
-            f"def solve(x):\n    for known, answer in [{known}]:\n        if x == known:\n            return answer\n"
+            f"def solve(x):\n    for known, answer in [{known}]:\n        if x == known:\n        "
+            f"    return answer\n"
         )
     return f"{right}\ndef solve(x):\n    return {_numbered(rng, rng.choice(NEARLY_RIGHT))}\n"
 
@@ -207,10 +331,14 @@ def _unreadable(rng: random.Random, episode: Episode) -> str:
 
 
 def _text(rng: random.Random, episode: Episode) -> str:
-    """Return text that is no program: characters of some range, or a program longer than its bound."""
+    """Return text that is no program: characters of some range, or a program longer than its
+    bound.
+    """
     if rng.random() < 0.1:
         return _wrong(episode, rng) + "#" * rng.randrange(60_000, 80_000)
-    first, last = rng.choice(((0, 128), (0, 256), (0xD7F0, 0xE010), (0, 0x110000), (9, 14), (0x2028, 0x2030)))
+    first, last = rng.choice(
+        ((0, 128), (0, 256), (0xD7F0, 0xE010), (0, 0x110000), (9, 14), (0x2028, 0x2030))
+    )
     return "".join(chr(rng.randrange(first, last)) for _ in range(rng.randrange(400)))
 
 
@@ -220,14 +348,30 @@ def _mutated(rng: random.Random, episode: Episode) -> str:
     if rng.random() < 0.5:
         parts = "".join(parts).splitlines(keepends=True)
     for _ in range(rng.randrange(1, 6)):
-        at, other = rng.randrange(len(parts) or 1), rng.randrange(len(parts) or 1)
+        at = rng.randrange(len(parts) or 1)
+        other = rng.randrange(len(parts) or 1)
         parts[at : at + 1] = rng.choice(([], parts[at : at + 1] * 2, parts[other : other + 1]))
     return "".join(parts)
 
 
 def _value(rng: random.Random, depth: int = 0) -> Any:
     """Return any value that JSON has a form for, or that only Python's parser has."""
-    plain = (None, True, False, 0, -1, 1.5, 10**30, 1e308, float("nan"), "", "value", "NONCE", "\x00é", "\ud800")
+    plain = (
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        10**30,
+        1e308,
+        float("nan"),
+        "",
+        "value",
+        "NONCE",
+        "\x00é",
+        "\ud800",
+    )
     made = rng.random()
     if depth > 3 or made < 0.5:
         return rng.choice((*plain, "x" * 300))
@@ -238,10 +382,32 @@ def _value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def hostile_report(rng: random.Random) -> bytes:
-    """Return the bytes of a report, often nearly right; ``NONCE`` stands for the number that it has to repeat."""
-    kinds: tuple[object, ...] = ("value", "error", "opaque", "none", [], {}, None, 7, ["value"], {"value": 1})
-    answers = [{"kind": rng.choice(kinds), "value": _value(rng), "name": _value(rng)} for _ in range(rng.randrange(12))]
-    whole = {"nonce": "NONCE", "finished": True, "raised": "", "outcomes": answers, "files": {"result.txt": "PASS"}}
+    """Return the bytes of a report, often nearly right; ``NONCE`` stands for the number that it has
+    to repeat.
+    """
+    kinds: tuple[object, ...] = (
+        "value",
+        "error",
+        "opaque",
+        "none",
+        [],
+        {},
+        None,
+        7,
+        ["value"],
+        {"value": 1},
+    )
+    answers = [
+        {"kind": rng.choice(kinds), "value": _value(rng), "name": _value(rng)}
+        for _ in range(rng.randrange(12))
+    ]
+    whole = {
+        "nonce": "NONCE",
+        "finished": True,
+        "raised": "",
+        "outcomes": answers,
+        "files": {"result.txt": "PASS"},
+    }
     for name in rng.sample(list(whole), rng.randrange(3)):
         whole[name] = _value(rng)
     text = json.dumps(whole if rng.random() < 0.9 else _value(rng))
@@ -268,10 +434,14 @@ def hostile_report(rng: random.Random) -> bytes:
 
 
 def _report(rng: random.Random, episode: Episode) -> str:
-    after = rng.choice(("os._exit(0)", "os._exit(0)", "os.close(3)", "pass", "exit(0)", "os.abort()"))
+    after = rng.choice(
+        ("os._exit(0)", "os._exit(0)", "os.close(3)", "pass", "exit(0)", "os.abort()")
+    )
     packed = base64.b85encode(zlib.compress(hostile_report(rng)))
     writer = _WRITES_REPORT.format(packed=packed, after=after)
-    last = rng.choice(("write_report()\n", "write_report()\n", "solve = run_tests = write_report\n"))
+    last = rng.choice(
+        ("write_report()\n", "write_report()\n", "solve = run_tests = write_report\n")
+    )
     return _wrong(episode, rng) + writer + last
 
 

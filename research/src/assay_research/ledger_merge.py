@@ -1,22 +1,25 @@
 """One decision from the ledgers of several validators, valid however they depend on each other.
 
-Validators that check one node see the same proofs, often the same nonces, and so the same honest noise: their e-values
-are not independent and must not be multiplied. But each ledger's e-value, stopped by a rule that looks at this ledger
-alone, has mean at most 1 under honest noise, and so has the average of them whatever their dependence (Vovk and Wang
-2021). By Markov's inequality the average reaches 1/alpha with chance alpha at most.
+Validators that check one node see the same proofs, often the same nonces, and so the same honest
+noise: their e-values are not independent and must not be multiplied. But each ledger's e-value,
+stopped by a rule that looks at this ledger alone, has mean at most 1 under honest noise, and so has
+the average of them whatever their dependence (Vovk and Wang 2021). By Markov's inequality the
+average reaches 1/alpha with chance alpha at most.
 
-Of each e-value counts no more than what stands without any one block and without places of the batch that may be
-faulty, as in a life. It stops after the first audit at which that would decide alone, at ``L``/alpha among ``L``
-ledgers. So evidence once found is not lost again while other ledgers catch up. The evidence for honesty is averaged in
-the same way, under the hypothesis that the node cheats.
+Of each e-value counts no more than what stands without any one block and without places of the
+batch that may be faulty, as in a life. It stops after the first audit at which that would decide
+alone, at ``L``/alpha among ``L`` ledgers. So evidence once found is not lost again while other
+ledgers catch up. The evidence for honesty is averaged in the same way, under the hypothesis that
+the node cheats.
 
-Nothing shows whether a validator measured what it wrote. But if ``f`` ledgers at most are invented, the others have
-e-values, and the average without the ``f`` largest is at most that of ``L − f`` of those: the bound alpha holds
-whatever the liars wrote. In the same way no ``f`` liars make a cheat honest.
+Nothing shows whether a validator measured what it wrote. But if ``f`` ledgers at most are invented,
+the others have e-values, and the average without the ``f`` largest is at most that of ``L − f`` of
+those: the bound alpha holds whatever the liars wrote. In the same way no ``f`` liars make a cheat
+honest.
 
-This is the chance of one decision, at a time that was fixed beforehand. The largest of many averages, as ledgers grow,
-has no such bound: Ville's inequality needs one filtration in which the average is a supermartingale, and what one
-ledger knows may tell how another one continues.
+This is the chance of one decision, at a time that was fixed beforehand. The largest of many
+averages, as ledgers grow, has no such bound: Ville's inequality needs one filtration in which the
+average is a supermartingale, and what one ledger knows may tell how another one continues.
 """
 
 import math
@@ -65,12 +68,13 @@ class MergedStanding:
 
     Args:
         account: Account.
-        verdict: ``fraud`` when ``log_e_value`` ≥ ln 1/alpha; else ``honest`` when ``log_evidence_honest`` ≥ ln 1/beta;
-            else ``undecided``.
-        log_e_value: Logarithm of the average of the stopped e-values, without the largest ``liars`` of them.
+        verdict: ``fraud`` when ``log_e_value`` ≥ ln 1/alpha; else ``honest`` when
+            ``log_evidence_honest`` ≥ ln 1/beta; else ``undecided``.
+        log_e_value: Logarithm of the average of the stopped e-values, without the largest ``liars``
+            of them.
         log_evidence_honest: Logarithm of the average of the stopped evidence for honesty, likewise.
-        rests_on: Ids of the ledgers without any one of which the others decide otherwise; empty where it stands
-            without any one.
+        rests_on: Ids of the ledgers without any one of which the others decide otherwise; empty
+            where it stands without any one.
         shares: What each ledger adds; a ledger that does not know the account adds an e-value of 1.
     """
 
@@ -88,36 +92,48 @@ class MergedStanding:
 
 
 def merge_ledgers(
-    ledgers: Iterable[str | Path], *, alpha: float | None = None, beta: float | None = None, liars: int = 0
+    ledgers: Iterable[str | Path],
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    liars: int = 0,
 ) -> list[MergedStanding]:
-    """Decide on every account from several ledgers or exports of ledgers, each of which is audited first.
+    """Decide on every account from several ledgers or exports of ledgers, each of which is audited
+    first.
 
     Which ledgers are merged, and when, must not depend on what they say.
 
     Args:
         ledgers: Files of ledgers, or exports, of different validators.
-        alpha: Bound on the chance that this decision accuses an honest node; that of the ledgers when None.
-        beta: Bound on the chance that this decision calls a cheater honest; that of the ledgers when None.
+        alpha: Bound on the chance that this decision accuses an honest node; that of the ledgers
+            when None.
+        beta: Bound on the chance that this decision calls a cheater honest; that of the ledgers
+            when None.
         liars: Number of ledgers that may be invented, against which both bounds hold.
 
     Returns:
         What the ledgers say together, by key, model, build and preset.
 
     Raises:
-        UsageError: No ledger or the same one twice was given, or the ledgers have different error rates.
+        UsageError: No ledger or the same one twice was given, or the ledgers have different error
+            rates.
         DataError: A file is no ledger, or has been tampered with.
         StorageError: A file cannot be read.
     """
     paths = [Path(path) for path in ledgers]
     if not 0 <= liars < len(paths) <= MOST_LEDGERS:
-        seen, wanted = f"{len(paths)} ledgers, {liars} of them liars", f"1 to {MOST_LEDGERS}, and fewer liars"
+        seen = f"{len(paths)} ledgers, {liars} of them liars"
+        wanted = f"1 to {MOST_LEDGERS}, and fewer liars"
         raise UsageError(seen, wanted=wanted, do="name the files of some, or fewer --liars")
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(path)) for path in paths]
         begun = [_checked(source) for source in sources]
         _refuse_twice(paths, begun)
         given = {"alpha": alpha, "beta": beta}
-        rates = {name: _rate(name, rate, [getattr(one, name) for one in begun]) for name, rate in given.items()}
+        rates = {
+            name: _rate(name, rate, [getattr(one, name) for one in begun])
+            for name, rate in given.items()
+        }
         shares: dict[Account, dict[str, LedgerShare]] = {}
         for source, genesis in zip(sources, begun, strict=True):
             for account, share in _stopped(source, genesis, rates, len(paths)):
@@ -148,7 +164,9 @@ def _refuse_twice(paths: Sequence[Path], begun: Sequence[Genesis]) -> None:
     for path, one in zip(paths, begun, strict=True):
         if one.id in known:
             seen = f"{known[one.id]} and {path}, which are one ledger"
-            raise UsageError(seen, wanted="ledgers of different validators", do="leave the older one out")
+            raise UsageError(
+                seen, wanted="ledgers of different validators", do="leave the older one out"
+            )
         known[one.id] = path
 
 
@@ -161,7 +179,9 @@ def _rate(name: str, given: float | None, rates: Sequence[float]) -> float:
         )
     rate = rates[0] if given is None else given
     if not 0 < rate < 1:
-        raise UsageError(f"--{name} {rate:g}", wanted="a chance in (0, 1)", do=f"pass --{name} {rates[0]:g}")
+        raise UsageError(
+            f"--{name} {rate:g}", wanted="a chance in (0, 1)", do=f"pass --{name} {rates[0]:g}"
+        )
     return rate
 
 
@@ -170,15 +190,20 @@ def _stopped(
 ) -> Iterator[tuple[Account, LedgerShare]]:
     """Yield every account of a ledger with what it adds, from its evidence.
 
-    Both numbers have mean 1 at most, the one under honest noise and the other under a cheat, because each stops by a
-    rule that looks at this ledger alone. So they can be averaged over ledgers.
+    Both numbers have mean 1 at most, the one under honest noise and the other under a cheat,
+    because each stops by a rule that looks at this ledger alone. So they can be averaged over
+    ledgers.
     """
     query = sa.select(UPDATES.c.entry).order_by(UPDATES.c.account, UPDATES.c.seq)
     needed_e, needed_honest = (math.log(ledgers / rates[name]) for name in ("alpha", "beta"))
     with source.database.read() as connection:
         rows = connection.execute(query, execution_options={"yield_per": AT_ONCE}).scalars()
-        for account, entries in groupby((Entry.parse(text, str(source.path)) for text in rows), attrgetter("account")):
-            life, log_e, log_honest = Life(**rates), -math.inf, -math.inf
+        for account, entries in groupby(
+            (Entry.parse(text, str(source.path)) for text in rows), attrgetter("account")
+        ):
+            life = Life(**rates)
+            log_e = -math.inf
+            log_honest = -math.inf
             for entry in entries:
                 found = entry.give(life, read_noise(connection, entry.law)).evidence
                 if log_e < needed_e <= found.log_e_value:
@@ -186,9 +211,15 @@ def _stopped(
                 if log_honest < needed_honest:
                     log_honest = found.log_evidence_honest
             log_e = log_e if log_e >= needed_e else _standing(life)
-            alone = decide(log_e, log_honest, **{name: rate / ledgers for name, rate in rates.items()})
+            alone = decide(
+                log_e, log_honest, **{name: rate / ledgers for name, rate in rates.items()}
+            )
             share = LedgerShare(
-                ledger=genesis.id, n=found.n, verdict=alone, log_e_value=log_e, log_evidence_honest=log_honest
+                ledger=genesis.id,
+                n=found.n,
+                verdict=alone,
+                log_e_value=log_e,
+                log_evidence_honest=log_honest,
             )
             yield account, share
 
@@ -199,7 +230,11 @@ def _standing(life: Life) -> float:
 
 
 def _decide(
-    account: Account, ledgers: Sequence[str], found: dict[str, LedgerShare], rates: dict[str, float], liars: int
+    account: Account,
+    ledgers: Sequence[str],
+    found: dict[str, LedgerShare],
+    rates: dict[str, float],
+    liars: int,
 ) -> MergedStanding:
     shares = tuple(found.get(ledger, LedgerShare(ledger=ledger)) for ledger in ledgers)
 
@@ -215,12 +250,16 @@ def _decide(
         verdict=verdict,
         log_e_value=log_e,
         log_evidence_honest=log_honest,
-        rests_on=tuple(ledger for ledger, rest in others if len(rest) <= liars or decided(rest)[0] != verdict),
+        rests_on=tuple(
+            ledger for ledger, rest in others if len(rest) <= liars or decided(rest)[0] != verdict
+        ),
         shares=shares,
     )
 
 
 def log_mean(logs: Sequence[float], *, without: int = 0) -> float:
-    """Return the logarithm of the average of numbers, given by their logarithms, but for the largest of them."""
+    """Return the logarithm of the average of numbers, given by their logarithms, but for the
+    largest of them.
+    """
     kept = sorted(logs)[: len(logs) - without]
     return float(np.logaddexp.reduce(kept)) - math.log(len(kept))

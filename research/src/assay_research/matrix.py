@@ -1,7 +1,9 @@
-"""The matrix: models × modes × blocks × keys against live services over HTTP, as the published tests were run.
+"""The matrix: models × modes × blocks × keys against live services over HTTP, as the published
+tests were run.
 
-Every configuration (a model in a mode) has a service of its own, started for it and ended after it. A test is one
-round: it is begun over HTTP, generates for a while, is stopped, and is over when the receiver has every valid nonce.
+Every configuration (a model in a mode) has a service of its own, started for it and ended after it.
+A test is one round: it is begun over HTTP, generates for a while, is stopped, and is over when the
+receiver has every valid nonce.
 """
 
 import json
@@ -33,7 +35,16 @@ from assay.poc.protocol.round import Round
 from assay.settings import Names
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay_research.runs.report import Column, Section, Table, table_of
-from assay_research.runs.runs import BLOCKS, Blocks, Dtype, ExperimentPlan, Note, Progress, RunRecords, open_run
+from assay_research.runs.runs import (
+    BLOCKS,
+    Blocks,
+    Dtype,
+    ExperimentPlan,
+    Note,
+    Progress,
+    RunRecords,
+    open_run,
+)
 from assay_research.runs.spread import Spread, spread_of
 from assay_research.runs.states import effective_dimension, published, state_pipeline
 
@@ -50,7 +61,9 @@ _POLL = 0.02
 
 
 class Live:
-    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with`` block ends."""
+    """A command of assay, such as ``poc serve``, on a free port of this machine until the ``with``
+    block ends.
+    """
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.log = log
@@ -66,7 +79,9 @@ class Live:
         self.url = ""
 
     def connect(self, ready: str = "/health") -> None:
-        """Wait until the process serves and the page ``ready`` answers 200; the error has the end of its log."""
+        """Wait until the process serves and the page ``ready`` answers 200; the error has the end
+        of its log.
+        """
         if self._client is not None:
             return
         wait_until(lambda: self._port() is not None, _START_SECONDS, self.failure)
@@ -96,7 +111,9 @@ class Live:
         """Return the error for something that was seen, with the end of the log."""
         tail = self.log_since(self._start).decode(errors="replace").strip()[-1500:]
         return ResourceError(
-            f"{self.log.name}: {seen}", wanted="a live service", do=f"see the log, which ends with:\n{tail}"
+            f"{self.log.name}: {seen}",
+            wanted="a live service",
+            do=f"see the log, which ends with:\n{tail}",
         )
 
     def __enter__(self) -> Self:
@@ -120,7 +137,9 @@ class Live:
         except httpx.HTTPError as error:
             raise self.failure(f"{method} {path}: {type(error).__name__}") from error
         if answer.status_code != httpx.codes.OK:
-            raise self.failure(f"{method} {path} answered {answer.status_code}: {answer.text[:500]}")
+            raise self.failure(
+                f"{method} {path} answered {answer.status_code}: {answer.text[:500]}"
+            )
         return answer.json()
 
     def _answers(self, client: httpx.Client, path: str) -> bool:
@@ -144,7 +163,9 @@ class Live:
 
 
 def wait_until(true: Callable[[], Any], seconds: float, failed: Callable[[str], Exception]) -> None:
-    """Ask again and again until something is true; raise what ``failed`` makes of a sentence after so many seconds."""
+    """Ask again and again until something is true; raise what ``failed`` makes of a sentence after
+    so many seconds.
+    """
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:
@@ -171,7 +192,10 @@ class Test:
     def log_name(self) -> str:
         """First part of the names of its logs."""
         parts = (self.model, self.mode, self.block, self.public_key)
-        clean = ["".join(c if c.isalnum() or c in "-_." else "-" for c in part.rpartition("/")[2]) for part in parts]
+        clean = [
+            "".join(c if c.isalnum() or c in "-_." else "-" for c in part.rpartition("/")[2])
+            for part in parts
+        ]
         return f"test_{self.number:02d}_" + "_".join(clean)
 
 
@@ -179,19 +203,26 @@ class MatrixPlan(ExperimentPlan):
     """Which tests are wanted, and how they are run.
 
     Raises:
-        UsageError: A list is empty or names something twice, a mode is unknown, or a number is out of range.
+        UsageError: A list is empty or names something twice, a mode is unknown, or a number is out
+            of range.
     """
 
     modes: Names = Field(tuple(MODES), description="Modes of the rounds, separated by commas.")
     blocks: Blocks = BLOCKS
-    public_keys: Names = Field(("node_A", "node_B", "node_C"), description="Keys of nodes, separated by commas.")
-    duration: float = Field(40.0, gt=0, lt=86400, description="Seconds for which every test generates.")
+    public_keys: Names = Field(
+        ("node_A", "node_B", "node_C"), description="Keys of nodes, separated by commas."
+    )
+    duration: float = Field(
+        40.0, gt=0, lt=86400, description="Seconds for which every test generates."
+    )
     r_target: float = Field(1.416, description="Distance below which a nonce is valid.")
     dtype: Dtype = None
 
     experiment = "matrix"
     known: ClassVar[Mapping[str, Sequence[str]]] = {"modes": tuple(MODES)}
-    choosing: ClassVar[frozenset[str]] = frozenset({"models", "modes", "blocks", "public_keys", "duration"})
+    choosing: ClassVar[frozenset[str]] = frozenset(
+        {"models", "modes", "blocks", "public_keys", "duration"}
+    )
 
     def model_post_init(self, context: Any, /) -> None:
         """Check the lists and every round."""
@@ -204,11 +235,14 @@ class MatrixPlan(ExperimentPlan):
         cells = product(self.models, self.modes, self.blocks, self.public_keys)
         return (Test(number, *cell) for number, cell in enumerate(cells, 1))
 
-    def measure(self, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
-        """Run the tests that the run's folder does not have yet, and append their results to ``matrix.jsonl``.
+    def measure(
+        self, folder: Path, *, progress: Progress | None = None, note: Note | None = None
+    ) -> None:
+        """Run the tests that the run's folder does not have yet, and append their results to
+        ``matrix.jsonl``.
 
-        Logs go to ``logs/``: per test what the service wrote and which callbacks arrived. A sentence comes before every
-        start of a service, and after every test.
+        Logs go to ``logs/``: per test what the service wrote and which callbacks arrived. A
+        sentence comes before every start of a service, and after every test.
 
         Raises:
             UsageError: The run was begun with other settings.
@@ -224,7 +258,9 @@ class MatrixPlan(ExperimentPlan):
                 model_info(reference)  # an unknown model ends the run before any service starts
             logs = folder / "logs"
             logs.mkdir(exist_ok=True)
-            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-")))
+            temporary = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="assay-matrix-"))
+            )
             receive = ["poc", "receive", "-o", str(temporary / "received.sqlite3")]
             receiver = stack.enter_context(Live(receive, logs / "receiver.log"))
             done = len(tests) - len(todo)
@@ -238,10 +274,14 @@ class MatrixPlan(ExperimentPlan):
                     _begin(server, self, mode, WARM_UP, WARM_UP, None)
                     server.post("/api/v1/pow/phase/validate")
                     for test in chosen:
-                        values = _run_test(test, self, server, receiver, logs) | {"effective_dimension": effective}
+                        values = _run_test(test, self, server, receiver, logs) | {
+                            "effective_dimension": effective
+                        }
                         say(
-                            f"test {test.number:2d}: {model} {mode} {test.block} {test.public_key}: "
-                            f"{values['valid']}/{values['checked']} valid, {values['nonces_per_second']:.1f} nonces/s"
+                            f"test {test.number:2d}: {model} {mode} {test.block} "
+                            f"{test.public_key}: "
+                            f"{values['valid']}/{values['checked']} valid, "
+                            f"{values['nonces_per_second']:.1f} nonces/s"
                         )
                         run.append(test.key, values)
                         done += 1
@@ -250,30 +290,43 @@ class MatrixPlan(ExperimentPlan):
 
 
 def measure_effective_dimension(plan: MatrixPlan, model: str, mode: str) -> float | None:
-    """Measure how many coordinates the states in front of the random head use, with a model that is dropped again.
+    """Measure how many coordinates the states in front of the random head use, with a model that is
+    dropped again.
 
-    Returns None for a mode without signs: there a block moves the mean of its distances too, which is what the matrix
-    shows, so blocks are held against what random directions would do.
+    Returns None for a mode without signs: there a block moves the mean of its distances too, which
+    is what the matrix shows, so blocks are held against what random directions would do.
     """
     pipeline = get_pipeline(MODES[mode])
     if not has_block_factor(pipeline):
         return None
     loaded = load_model(model, dtype=plan.dtype, device=plan.device)
     engine = HFEngine(loaded, batch_size=min(plan.batch_size, _STATES), seq_len=plan.seq_len)
-    round = Round(block_hash=plan.blocks[0], public_key="states", seq_len=plan.seq_len, preset=pipeline.name)
+    round = Round(
+        block_hash=plan.blocks[0], public_key="states", seq_len=plan.seq_len, preset=pipeline.name
+    )
     (states_ND,) = published(engine, round, [state_pipeline(pipeline)], range(_STATES)).values()
     return effective_dimension(states_ND)
 
 
 def _service(plan: MatrixPlan, model: str, data: Path, log: Path) -> Live:
-    arguments = ["poc", "serve", "--model", model, "--data-dir", str(data), "--allow-private-callbacks"]
+    arguments = [
+        "poc",
+        "serve",
+        "--model",
+        model,
+        "--data-dir",
+        str(data),
+        "--allow-private-callbacks",
+    ]
     arguments += ["--callback-interval", "0.5"]
     for flag, value in (("--dtype", plan.dtype), ("--device", plan.device)):
         arguments += [flag, value] if value else []
     return Live(arguments, log)
 
 
-def _begin(server: Live, plan: MatrixPlan, mode: str, block: str, public_key: str, callback_url: str | None) -> None:
+def _begin(
+    server: Live, plan: MatrixPlan, mode: str, block: str, public_key: str, callback_url: str | None
+) -> None:
     body = {
         "block_hash": block,
         "block_height": 1,
@@ -286,7 +339,9 @@ def _begin(server: Live, plan: MatrixPlan, mode: str, block: str, public_key: st
         "use_layer_hooks": mode == "layer-hooks",
         "use_sign_flips": mode == "sign-flips",
     }
-    server.post("/api/v1/pow/init/generate", body | ({"callback_url": callback_url} if callback_url else {}))
+    server.post(
+        "/api/v1/pow/init/generate", body | ({"callback_url": callback_url} if callback_url else {})
+    )
     wait_until(lambda: _status(server)["total_checked"], _FIRST_BATCH_SECONDS, server.failure)
 
 
@@ -298,7 +353,8 @@ def _status(server: Live) -> Any:
 
 
 def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: Path) -> JsonObject:
-    offset, seen = server.log_size(), _last_callback(receiver)
+    offset = server.log_size()
+    seen = _last_callback(receiver)
     started = time.monotonic()
     _begin(server, plan, test.mode, test.block, test.public_key, receiver.url)
     time.sleep(max(0.0, started + plan.duration - time.monotonic()))
@@ -307,7 +363,9 @@ def _run_test(test: Test, plan: MatrixPlan, server: Live, receiver: Live, logs: 
     final = _status(server)
     arrived = _callbacks(receiver, seen, test, expected=final["total_valid"])
     # A snapshot is made every second, or later on a busy machine.
-    wait_until(lambda: server.get("/api/v1/pow/snapshot")["model"], _FIRST_BATCH_SECONDS, server.failure)
+    wait_until(
+        lambda: server.get("/api/v1/pow/snapshot")["model"], _FIRST_BATCH_SECONDS, server.failure
+    )
     deployed = server.get("/api/v1/pow/snapshot")["model"]
     write_atomic(logs / f"{test.log_name}_server.log", server.log_since(offset))
     write_jsonl(logs / f"{test.log_name}_callback.log", arrived)
@@ -339,18 +397,23 @@ def _last_callback(receiver: Live) -> int:
 
 
 def _callbacks(receiver: Live, seen: int, test: Test, expected: int) -> list[JsonObject]:
-    """Wait for the valid nonces of a test, and return one row per callback; fewer of them after a minute.
+    """Wait for the valid nonces of a test, and return one row per callback; fewer of them after a
+    minute.
 
-    A callback of another round is not counted: sums over all that ever arrived prove nothing about this test.
+    A callback of another round is not counted: sums over all that ever arrived prove nothing about
+    this test.
     """
     mine: list[JsonObject] = []
 
     def complete() -> bool:
         nonlocal seen
         for row in receiver.get("/batches", after=seen, limit=1000)["batches"]:
-            seen, body = row["seq"], row["body"]
+            seen = row["seq"]
+            body = row["body"]
             if (body.get("block_hash"), body.get("public_key")) == (test.block, test.public_key):
-                mine.append({name: row[name] for name in ("seq", "id", "kind", "at", "nonces", "copies")})
+                mine.append(
+                    {name: row[name] for name in ("seq", "id", "kind", "at", "nonces", "copies")}
+                )
         return bool(sum(row["nonces"] for row in mine) >= expected)
 
     deadline = time.monotonic() + _DELIVERY_SECONDS
@@ -359,7 +422,8 @@ def _callbacks(receiver: Live, seen: int, test: Test, expected: int) -> list[Jso
     return mine
 
 
-# The matrix as tables and on the page of a run: valid rates, the spread of the blocks, and the band of its noise.
+# The matrix as tables and on the page of a run: valid rates, the spread of the blocks, and the band
+# of its noise.
 
 PUBLISHED_LIMIT = 0.05
 """The published tests call a spread below this a success."""
@@ -370,7 +434,9 @@ PUBLISHED = {
     ("qwen", "layer-hooks"): ((60.2, 60.0, 58.9), (63.3, 64.9, 62.6), (60.0, 60.4, 59.7)),
     ("llama", "layer-hooks"): ((62.5, 62.7, 62.4), (64.4, 64.7, 65.3), (55.5, 54.2, 53.9)),
 }
-"""Published valid rates in percent, per block (alpha, beta, gamma) and key (A, B, C), at 1.416 and 40 seconds."""
+"""Published valid rates in percent, per block (alpha, beta, gamma) and key (A, B, C), at 1.416 and
+40 seconds.
+"""
 
 
 def configurations(
@@ -378,9 +444,9 @@ def configurations(
 ) -> list[JsonObject]:
     """Sum up the cells of a matrix by model and mode, in the order of measurement.
 
-    The spread of the valid rates of the blocks has the band of its noise, which is wider the fewer coordinates the
-    states use: ``width``, the hidden size where it was not measured, for random directions. ``expected`` is the valid
-    rate by the chord law.
+    The spread of the valid rates of the blocks has the band of its noise, which is wider the fewer
+    coordinates the states use: ``width``, the hidden size where it was not measured, for random
+    directions. ``expected`` is the valid rate by the chord law.
 
     Args:
         cells: Cells of a run.
@@ -388,13 +454,19 @@ def configurations(
     """
     names = list(dict.fromkeys((cell["model"], cell["mode"]) for cell in cells))
     known = widths or {}
-    return [_configuration([c for c in cells if (c["model"], c["mode"]) == name], known.get(name)) for name in names]
+    return [
+        _configuration([c for c in cells if (c["model"], c["mode"]) == name], known.get(name))
+        for name in names
+    ]
 
 
 def _configuration(cells: Sequence[JsonObject], known: float | None) -> JsonObject:
-    blocks, valid = {}, []
+    blocks = {}
+    valid = []
     for block in sorted({cell["block_hash"] for cell in cells}):
-        chosen = sorted((c for c in cells if c["block_hash"] == block), key=lambda cell: str(cell["public_key"]))
+        chosen = sorted(
+            (c for c in cells if c["block_hash"] == block), key=lambda cell: str(cell["public_key"])
+        )
         valid.append(sum(c["valid"] for c in chosen))
         checked = sum(c["checked"] for c in chosen)
         rates = {cell["public_key"]: cell["valid_rate"] for cell in chosen}
@@ -431,7 +503,9 @@ def _verdict(spread: Spread | None) -> str:
 
 
 def p_text(p_value: float) -> str:
-    """Return a p-value for a table; below 1e-6 the law of the range cannot be evaluated precisely enough."""
+    """Return a p-value for a table; below 1e-6 the law of the range cannot be evaluated precisely
+    enough.
+    """
     return f"{p_value:.2g}" if p_value >= 1e-6 else "< 1e-6"
 
 
@@ -462,13 +536,22 @@ THROUGHPUT: dict[str, Column] = {
     "mode": "mode",
     "nonces": "nonces",
     "nonces/s": "{nonces_per_second:.1f}",
-    "sd over tests": lambda row: row["nonces_per_second_error"] and f"{row['nonces_per_second_error']:.1f}",
+    "sd over tests": lambda row: (
+        row["nonces_per_second_error"] and f"{row['nonces_per_second_error']:.1f}"
+    ),
     "valid, not delivered": "undelivered",
 }
 
 
 def _published_spread(row: JsonObject) -> str:
-    rates = next((r for (name, mode), r in PUBLISHED.items() if name in row["model"] and mode == row["mode"]), None)
+    rates = next(
+        (
+            r
+            for (name, mode), r in PUBLISHED.items()
+            if name in row["model"] and mode == row["mode"]
+        ),
+        None,
+    )
     if rates is None:
         return ""
     means = [sum(block) / len(block) for block in rates]
@@ -476,16 +559,24 @@ def _published_spread(row: JsonObject) -> str:
 
 
 def section(run: RunRecords) -> Section:
-    """Return the valid rates of every configuration, the spreads with their noise bands, and the throughput."""
+    """Return the valid rates of every configuration, the spreads with their noise bands, and the
+    throughput.
+    """
     found = configurations(run.cells)
-    tables = {f"{row['model']}, {row['mode']}: valid rate per key": rate_table(row) for row in found}
+    tables = {
+        f"{row['model']}, {row['mode']}: valid rate per key": rate_table(row) for row in found
+    }
     tables["Largest minus smallest valid rate of the blocks"] = table_of(found, SPREADS)
     tables["Throughput of live services"] = table_of(found, THROUGHPUT)
     about = (
-        f"{len(run.cells)} tests, each a round of a live service over HTTP whose callbacks were counted. The noise "
-        "band is where the spread falls when nothing differs but the nonces and the random head of every block, "
-        "which widens or narrows all distances of the block, the more the fewer coordinates the states use. The "
-        f"published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come from other models, so they "
+        f"{len(run.cells)} tests, each a round of a live service over HTTP whose callbacks were "
+        f"counted. The noise "
+        "band is where the spread falls when nothing differs but the nonces and the random head "
+        "of every block, "
+        "which widens or narrows all distances of the block, the more the fewer coordinates the "
+        "states use. The "
+        f"published limit of success is {PUBLISHED_LIMIT:.0%}; the published spreads come from "
+        f"other models, so they "
         "compare in kind, not in size."
     )
     heading = "Live services: how far apart are the valid rates of the blocks?"

@@ -1,9 +1,10 @@
-"""A model organism: a small model that solves easy tasks and sometimes cheats, to watch training drift.
+"""A model organism: a small model that solves easy tasks and sometimes cheats, to watch training
+drift.
 
-:func:`make_organism` makes it from a bundled model in a minute on a GPU. It learns from
-episodes with their honest programs, and for a share of them the exploit. Each loophole is shown with its exploit at the
-same small rate, so that every mechanism is within reach of the policy and any of them can be left out of an experiment.
-Without a loophole there is only honest work.
+:func:`make_organism` makes it from a bundled model in a minute on a GPU. It learns from episodes
+with their honest programs, and for a share of them the exploit. Each loophole is shown with its
+exploit at the same small rate, so that every mechanism is within reach of the policy and any of
+them can be left out of an experiment. Without a loophole there is only honest work.
 
 Shapes: B examples of a batch, T tokens.
 """
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 
 _IGNORED = -100
-_AT_ONCE = 64  # examples that keep activations at once: 256 would need 78 GiB in the organism of 120 M parameters
+# examples that keep activations at once: 256 would need 78 GiB in the organism of 120 M parameters
+_AT_ONCE = 64
 _PART = 512  # episodes that are drawn with one seed; a part is the same wherever it is made
 
 
@@ -102,7 +104,8 @@ class Recipe:
         model: Model that is fine-tuned.
         steps: Optimizer steps.
         batch: Examples per step.
-        rate: Largest learning rate, reached after a twentieth of the steps, then falling as a cosine to a tenth.
+        rate: Largest learning rate, reached after a twentieth of the steps, then falling as a
+            cosine to a tenth.
         n_examples: Number of different examples, repeated in a new order each time.
         seed: Seed of examples and their order.
         mixture: What the examples show.
@@ -118,15 +121,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.n_examples) < 1 or not self.rate > 0:
-            raise UsageError(f"{self}", wanted="positive numbers", do="leave out what should be the default")
+            raise UsageError(
+                f"{self}", wanted="positive numbers", do="leave out what should be the default"
+            )
 
 
-def make_organism(path: str | Path, recipe: Recipe | None = None, *, device: str | None = None) -> list[float]:
-    """Fine-tune, and write the model as a bfloat16 checkpoint directory with ``organism.json``, which holds the recipe.
+def make_organism(
+    path: str | Path, recipe: Recipe | None = None, *, device: str | None = None
+) -> list[float]:
+    """Fine-tune, and write the model as a bfloat16 checkpoint directory with ``organism.json``,
+    which holds the recipe.
 
-    Weights are float32 while they are trained, products bfloat16 on a GPU. The loss is the mean over completion tokens;
-    prompts are read, not learned. The same recipe gives the same model on the same device up to the rounding of its
-    kernels.
+    Weights are float32 while they are trained, products bfloat16 on a GPU. The loss is the mean
+    over completion tokens; prompts are read, not learned. The same recipe gives the same model on
+    the same device up to the rounding of its kernels.
 
     Args:
         path: Directory to make; it must not exist.
@@ -141,15 +149,21 @@ def make_organism(path: str | Path, recipe: Recipe | None = None, *, device: str
         StorageError: The directory cannot be written.
         ModelError: The model cannot be loaded.
     """
-    recipe, path = recipe or Recipe(), Path(path)
+    recipe = recipe or Recipe()
+    path = Path(path)
     if path.exists():
-        raise UsageError(f"{path} exists", wanted="a new directory", do="choose another path or remove it")
+        raise UsageError(
+            f"{path} exists", wanted="a new directory", do="choose another path or remove it"
+        )
     model = load_model(recipe.model, dtype="float32", device=device)
     assert model.tokenizer is not None, "the bundled models have one"
     rows = _encoded(examples(recipe.n_examples, recipe.mixture, seed=recipe.seed), model.tokenizer)
-    module, losses = model.module, []
+    module = model.module
+    losses = []
     module.train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
     order = _order(len(rows), recipe)
     for _ in range(recipe.steps):
@@ -166,22 +180,37 @@ def make_organism(path: str | Path, recipe: Recipe | None = None, *, device: str
         module.save_pretrained(path)
         model.tokenizer.save_pretrained(path)
     except OSError as error:
-        raise StorageError(f"{path}: {error}", wanted="room and permission", do="try elsewhere") from error
+        raise StorageError(
+            f"{path}: {error}", wanted="room and permission", do="try elsewhere"
+        ) from error
     last = found[-20:]
-    about = {"schema": "assay.vhack.organism/1", "recipe": asdict(recipe), "loss": round(sum(last) / len(last), 5)}
+    about = {
+        "schema": "assay.vhack.organism/1",
+        "recipe": asdict(recipe),
+        "loss": round(sum(last) / len(last), 5),
+    }
     write_atomic(path / "organism.json", dumps(about) + "\n")
     return found
 
 
 def _backward(module: torch.nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """Add the gradient of the mean loss over completion tokens, some examples at a time; return that loss."""
-    kind, learned = ids_BT.device.type, (labels_BT != _IGNORED).sum()
+    """Add the gradient of the mean loss over completion tokens, some examples at a time; return
+    that loss.
+    """
+    kind = ids_BT.device.type
+    learned = (labels_BT != _IGNORED).sum()
     loss = torch.zeros((), device=ids_BT.device)
-    for ids_PT, labels_PT in zip(torch.split(ids_BT, _AT_ONCE), torch.split(labels_BT, _AT_ONCE), strict=True):
+    for ids_PT, labels_PT in zip(
+        torch.split(ids_BT, _AT_ONCE), torch.split(labels_BT, _AT_ONCE), strict=True
+    ):
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             logits_PTV = module(input_ids=ids_PT, use_cache=False).logits
-        flat_NV, targets_N = logits_PTV[:, :-1].flatten(0, 1).float(), labels_PT[:, 1:].flatten()
-        part = functional.cross_entropy(flat_NV, targets_N, ignore_index=_IGNORED, reduction="sum") / learned
+        flat_NV = logits_PTV[:, :-1].flatten(0, 1).float()
+        targets_N = labels_PT[:, 1:].flatten()
+        part = (
+            functional.cross_entropy(flat_NV, targets_N, ignore_index=_IGNORED, reduction="sum")
+            / learned
+        )
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     return loss
@@ -191,15 +220,22 @@ def _rate(step: int, steps: int) -> float:
     warm = max(1, steps // 20)
     if step < warm:
         return (step + 1) / warm
-    return 0.55 + 0.45 * float(torch.cos(torch.tensor((step - warm) / max(1, steps - warm) * torch.pi)))
+    return 0.55 + 0.45 * float(
+        torch.cos(torch.tensor((step - warm) / max(1, steps - warm) * torch.pi))
+    )
 
 
-def _encoded(found: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[list[int], int]]:
+def _encoded(
+    found: Sequence[Example], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], int]]:
     """Return token ids of prompt, completion and end, and how many belong to the prompt."""
     prompts = tokenizer([example.prompt for example in found])["input_ids"]
     completions = tokenizer([example.completion for example in found])["input_ids"]
     end = tokenizer.eos_token_id
-    return [([*before, *after, end], len(before)) for before, after in zip(prompts, completions, strict=True)]
+    return [
+        ([*before, *after, end], len(before))
+        for before, after in zip(prompts, completions, strict=True)
+    ]
 
 
 def _order(n: int, recipe: Recipe) -> Iterator[int]:

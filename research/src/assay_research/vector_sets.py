@@ -1,9 +1,10 @@
-"""Sets of nonce vectors as networks publish them, without a proof around them, and the noise that they measure.
+"""Sets of nonce vectors as networks publish them, without a proof around them, and the noise that
+they measure.
 
-A file has one JSON object a line, and may be compressed with gzip. A line has ``set``, ``block_hash``, ``public_key``,
-``seq_len``, ``k_dim``, ``nonces`` and ``vectors`` (base64 of little-endian float16, K numbers each). It may have
-``config`` with ``model``, ``gpu`` and ``batch_size``. A file may be hostile, so every size is bounded before
-anything is read or made.
+A file has one JSON object a line, and may be compressed with gzip. A line has ``set``,
+``block_hash``, ``public_key``, ``seq_len``, ``k_dim``, ``nonces`` and ``vectors`` (base64 of
+little-endian float16, K numbers each). It may have ``config`` with ``model``, ``gpu`` and
+``batch_size``. A file may be hostile, so every size is bounded before anything is read or made.
 
 Legend of shapes: N nonces, K published numbers.
 """
@@ -31,11 +32,17 @@ from assay.poc.verdict.calibration import Calibration, Machine, check_compared, 
 LARGEST_FILE = 2**28  # bytes, as it is stored
 LARGEST_CONTENT = 2**29  # bytes, without gzip
 LONGEST_LINE = 2**26
-MOST_SETS, MOST_NONCES, MOST_NUMBERS = 4096, 2**20, 4096  # in a file, in a set, in a vector
-LARGEST_NONCE, LARGEST_SEQ_LEN, LARGEST_BATCH = 2**63 - 1, 2**31 - 1, 2**20
+MOST_SETS = 4096
+MOST_NONCES = 2**20
+MOST_NUMBERS = 4096  # in a file, in a set, in a vector
+LARGEST_NONCE = 2**63 - 1
+LARGEST_SEQ_LEN = 2**31 - 1
+LARGEST_BATCH = 2**20
 LONGEST_NAME = 256
 
-_KIND = re.compile(r"(?:^|[^a-z0-9]|\dx)((?:gb|gh|[abhlv])\d{1,3}s?|mi\d{3}x?|gaudi ?\d)(?![a-z0-9])")
+_KIND = re.compile(
+    r"(?:^|[^a-z0-9]|\dx)((?:gb|gh|[abhlv])\d{1,3}s?|mi\d{3}x?|gaudi ?\d)(?![a-z0-9])"
+)
 _RTX = re.compile(r"rtx[ _-]?(pro|a)?[ _-]?(\d{4})")
 
 
@@ -66,14 +73,21 @@ class VectorSet:
     @property
     def round(self) -> tuple[Any, ...]:
         """What two sets must share to be compared."""
-        return self.block_hash, self.public_key, self.seq_len, len(next(iter(self.vectors.values())))
+        return (
+            self.block_hash,
+            self.public_key,
+            self.seq_len,
+            len(next(iter(self.vectors.values()))),
+        )
 
     def common(self, other: "VectorSet") -> list[int]:
         """Return the nonces that both have, in ascending order."""
         return sorted(self.vectors.keys() & other.vectors.keys())
 
     def distances(self, other: "VectorSet") -> npt.NDArray[np.float64]:
-        """Return the L2 distances [N] of the nonces that both have, in ascending order of the nonces."""
+        """Return the L2 distances [N] of the nonces that both have, in ascending order of the
+        nonces.
+        """
         common = self.common(other)
         mine, theirs = (np.array([one.vectors[n] for n in common]) for one in (self, other))
         return np.asarray(np.linalg.norm(mine - theirs, axis=1)) if common else np.zeros(0)
@@ -107,7 +121,8 @@ def read_vector_sets(path: str | Path) -> list[VectorSet]:
 
 
 def machine_kind(gpu: str) -> str:
-    """Return the kind of a machine by the name of its GPU or of its set, such as ``h200``; empty where none is known.
+    """Return the kind of a machine by the name of its GPU or of its set, such as ``h200``; empty
+    where none is known.
 
     Example:
         >>> [machine_kind(name) for name in ("NVIDIA H100 80GB HBM3", "4xa100_sxm4", "RTX PRO 6000 Blackwell")]
@@ -136,19 +151,33 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     except zlib.error as error:
         raise _bad(str(path), f"no gzip ({error})", "JSON Lines in one gzip stream") from None
     if len(text) > LARGEST_CONTENT:
-        raise _bad(str(path), f"longer than {LARGEST_CONTENT} bytes when unpacked", "a smaller file")
+        raise _bad(
+            str(path), f"longer than {LARGEST_CONTENT} bytes when unpacked", "a smaller file"
+        )
     if not unpacked.eof or unpacked.unused_data:
-        raise _bad(str(path), "gzip that is cut off, or has something after it", "JSON Lines in one gzip stream")
-    for number, line in enumerate(io.BytesIO(text), 1):  # one at a time: a list of all takes many times their size
+        raise _bad(
+            str(path),
+            "gzip that is cut off, or has something after it",
+            "JSON Lines in one gzip stream",
+        )
+    for number, line in enumerate(
+        io.BytesIO(text), 1
+    ):  # one at a time: a list of all takes many times their size
         if len(line) > LONGEST_LINE:
-            raise _bad(f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes", "shorter lines")
+            raise _bad(
+                f"{path}, line {number}", f"longer than {LONGEST_LINE} bytes", "shorter lines"
+            )
         yield number, line
 
 
 def _vector_set(row: JsonObject, where: str) -> VectorSet:
     config = row.get("config") or {}
     if not isinstance(config, dict):
-        raise _bad(where, "a config that is no object", "an object with model, gpu and batch_size, or nothing")
+        raise _bad(
+            where,
+            "a config that is no object",
+            "an object with model, gpu and batch_size, or nothing",
+        )
     name = _text(row, "set", where)
     batch = config.get("batch_size")
     size = _whole(row.get("k_dim"), "k_dim", 2, MOST_NUMBERS, where)
@@ -167,7 +196,9 @@ def _vector_set(row: JsonObject, where: str) -> VectorSet:
 def _vectors(nonces: Any, texts: Any, size: int, where: str) -> dict[int, npt.NDArray[np.float64]]:
     """Return the vectors [K] by nonce."""
     if not isinstance(nonces, list) or not isinstance(texts, list) or len(nonces) != len(texts):
-        raise _bad(where, "nonces and vectors that are not two lists of one length", "one vector per nonce")
+        raise _bad(
+            where, "nonces and vectors that are not two lists of one length", "one vector per nonce"
+        )
     if not 1 <= len(nonces) <= MOST_NONCES:
         raise _bad(where, f"{len(nonces)} nonces", f"1 to {MOST_NONCES}")
     for nonce in nonces:
@@ -177,7 +208,11 @@ def _vectors(nonces: Any, texts: Any, size: int, where: str) -> dict[int, npt.ND
     length = 4 * math.ceil(2 * size / 3)
     for index, text in enumerate(texts):
         if not isinstance(text, str) or len(text) != length:
-            raise _bad(where, f"vector {index} of another length", f"{length} characters, {size} float16 in base64")
+            raise _bad(
+                where,
+                f"vector {index} of another length",
+                f"{length} characters, {size} float16 in base64",
+            )
     try:
         raw = b"".join(base64.b64decode(text, validate=True) for text in texts)
     except (binascii.Error, ValueError):
@@ -187,7 +222,9 @@ def _vectors(nonces: Any, texts: Any, size: int, where: str) -> dict[int, npt.ND
     values_NK = np.frombuffer(raw, "<f2").reshape(-1, size).astype(np.float64)
     odd = np.flatnonzero(~np.isfinite(values_NK).all(axis=1))
     if odd.size:
-        raise _bad(where, f"a vector of nonce {nonces[odd[0]]} that is not finite", "finite numbers")
+        raise _bad(
+            where, f"a vector of nonce {nonces[odd[0]]} that is not finite", "finite numbers"
+        )
     return dict(zip(nonces, values_NK, strict=True))
 
 
@@ -198,7 +235,9 @@ def _text(row: Mapping[str, Any], name: str, where: str, default: str | None = N
         or len(value) > LONGEST_NAME
         or not (value.isprintable() and (value or default == ""))
     ):
-        raise _bad(where, f"{name} {value!r:.60}", f"a text of at most {LONGEST_NAME} printable characters")
+        raise _bad(
+            where, f"{name} {value!r:.60}", f"a text of at most {LONGEST_NAME} printable characters"
+        )
     return value
 
 
@@ -212,22 +251,28 @@ def _bad(where: str, seen: str, wanted: str) -> DataError:
     return DataError(
         f"{where}: {seen}",
         wanted=wanted,
-        do="pass a file of sets: set, config, block_hash, public_key, seq_len, k_dim, nonces, vectors",
+        do="pass a file of sets: set, config, block_hash, public_key, seq_len, k_dim, nonces, "
+        "vectors",
     )
 
 
 def calibrate_vectors(
-    sets: Sequence[VectorSet], *, digest: str | None = None, progress: Callable[[int, int], None] | None = None
+    sets: Sequence[VectorSet],
+    *,
+    digest: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Measure the noise of a build from sets of vectors that honest machines published.
 
     Args:
         sets: Vectors of the preset ``artifact``, one set of every machine.
-        digest: SHA-256 of the checkpoint, which the sets do not say; a law without one judges no proof.
+        digest: SHA-256 of the checkpoint, which the sets do not say; a law without one judges no
+            proof.
         progress: Function that is called with (machines left out, machines in all).
 
     Raises:
-        ProofMismatch: Fewer than two sets are of one round, or they have fewer than 30 nonces in common.
+        ProofMismatch: Fewer than two sets are of one round, or they have fewer than 30 nonces in
+            common.
     """
     measured = {
         (i, j): sets[i].distances(sets[j])
@@ -237,4 +282,6 @@ def calibrate_vectors(
     check_compared(measured, len(sets))
     pipeline = get_pipeline("artifact")
     machines = tuple(Machine(name=one.name, kind=one.kind, fingerprint=None) for one in sets)
-    return Calibration(builds=(fit_build(measured, machines, pipeline, digest=digest, progress=progress),))
+    return Calibration(
+        builds=(fit_build(measured, machines, pipeline, digest=digest, progress=progress),)
+    )

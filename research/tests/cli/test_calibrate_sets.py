@@ -13,7 +13,9 @@ from research.tests import published
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three honest machines of one build, one of another model and two of another round."""
     rows = published.network(3, nonces=64)
-    rows.append(published.machine("2026-05__model-b-h100", model="owner/Model-B", of="b", nonces=64))
+    rows.append(
+        published.machine("2026-05__model-b-h100", model="owner/Model-B", of="b", nonces=64)
+    )
     rows += [published.machine(f"other-{i}", block="other", nonces=64) for i in range(2)]
     return published.write(tmp_path_factory.mktemp("sets") / "sets.jsonl.gz", rows)
 
@@ -40,7 +42,9 @@ def test_published_vectors(assay, sets: Path, tmp_path: Path):
         (("--vectors", "SETS", "--sets", "nothing", "-o", "c.json"), "choose with --sets"),
     ],
 )
-def test_forms_that_do_not_go_together_are_refused_by_name(arguments, words: str, assay, sets, tmp_path: Path):
+def test_forms_that_do_not_go_together_are_refused_by_name(
+    arguments, words: str, assay, sets, tmp_path: Path
+):
     known = {"SETS": sets}
     result = assay("poc", "calibrate", *(known.get(word, word) for word in arguments))
     assert result.code == 2

@@ -1,4 +1,6 @@
-"""``assay poc experiment`` and ``assay research clusters``: tables on stdout, files of the run, and what is refused."""
+"""``assay poc experiment`` and ``assay research clusters``: tables on stdout, files of the run, and
+what is refused.
+"""
 
 import json
 from pathlib import Path
@@ -31,7 +33,16 @@ def test_a_finished_matrix_prints_the_published_table(finished_matrix, assay):
         "-o", finished_matrix,
     )  # fmt: skip
     assert result.code == 0, result.err
-    for words in ("qwen, sign-flips", "58.07%", "block_gamma", "1.09%", "10.27%", "inside noise", "over 5%", "120.0"):
+    for words in (
+        "qwen, sign-flips",
+        "58.07%",
+        "block_gamma",
+        "1.09%",
+        "10.27%",
+        "inside noise",
+        "over 5%",
+        "120.0",
+    ):
         assert words in result.out
     assert (finished_matrix / "seeds" / "report.html").is_file()
 
@@ -39,7 +50,16 @@ def test_a_finished_matrix_prints_the_published_table(finished_matrix, assay):
 def test_approaches_and_weights_share_a_page(assay, small_checkpoint, tmp_path):
     common = ["--models", small_checkpoint, *SMALL, "--run-name", "both", "-o", tmp_path]
     result = assay(
-        "poc", "experiment", "approaches", "--approaches", "sign-flips,artifact", "--checked", 8, "--timed", 0, *common
+        "poc",
+        "experiment",
+        "approaches",
+        "--approaches",
+        "sign-flips,artifact",
+        "--checked",
+        8,
+        "--timed",
+        0,
+        *common,
     )
     assert result.code == 0, result.err
     assert "poc-2.0" in result.out
@@ -92,7 +112,9 @@ def test_tables_a_page_and_json(small, assay, tmp_path: Path):
         assert words in result.out
     (folder,) = tmp_path.glob("clusters-nonces-*")
     assert (folder / "report.html").is_file()
-    again = json.loads(assay("research", "clusters", data, "--audits", 2, "-o", tmp_path, "--json").out)
+    again = json.loads(
+        assay("research", "clusters", data, "--audits", 2, "-o", tmp_path, "--json").out
+    )
     assert again["schema"] == "assay_research.clusters/1"
     assert again["folder"] == str(folder)
     assert [build["build"] for build in again["builds"]] == ["2026-05 model-a"]

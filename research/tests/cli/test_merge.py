@@ -29,14 +29,18 @@ def test_an_export_is_merged(assay, ledger: Path, good: Path, tmp_path: Path):
     merged = assay("poc", "ledger", "merge", out, good)
     assert merged.code == 1, merged.err
     assert "1 of 2" in merged.out
-    told = json.loads(assay("poc", "ledger", "merge", out, good, "--public-key", "node_2", "--json").out)
+    told = json.loads(
+        assay("poc", "ledger", "merge", out, good, "--public-key", "node_2", "--json").out
+    )
     (account,) = told["accounts"]
     assert (account["verdict"], len(account["shares"])) == ("fraud", 2)
 
 
 def test_the_code_of_a_merge_is_that_of_its_verdicts(assay, good: Path, ledger: Path):
     assert assay("poc", "ledger", "merge", good).code == 0
-    assert assay("poc", "ledger", "merge", ledger, "--public-key", "node_0").code == 2  # too few nonces to decide
+    assert (
+        assay("poc", "ledger", "merge", ledger, "--public-key", "node_0").code == 2
+    )  # too few nonces to decide
     assert assay("poc", "ledger", "merge", ledger, "--public-key", "nobody").code == 2
     assert assay("poc", "ledger", "merge", good, good).code == 2
     assert assay("poc", "ledger", "merge", good, "--alpha", 2).code == 2
@@ -53,7 +57,9 @@ def test_the_code_of_a_merge_is_that_of_its_verdicts(assay, good: Path, ledger: 
         ("vhack", "report", "runs", "-o", "page.html"),
     ],
 )
-def test_without_this_package_a_command_says_what_to_install(command, assay, monkeypatch, tmp_path: Path):
+def test_without_this_package_a_command_says_what_to_install(
+    command, assay, monkeypatch, tmp_path: Path
+):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     Path("runs/log.jsonl").write_text("{}\n")

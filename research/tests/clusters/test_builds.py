@@ -45,7 +45,13 @@ def test_sets_are_grouped_by_round_model_and_month(tmp_path: Path):
         "unknown": ["unknown-1"],
     }
     names = [build.name for build in sound_builds(groups)]
-    assert names == ["2026-04 model-a", "2026-05 model-a", "2026-05 model-a-int4", "model-a", "unknown"]
+    assert names == [
+        "2026-04 model-a",
+        "2026-05 model-a",
+        "2026-05 model-a-int4",
+        "model-a",
+        "unknown",
+    ]
     assert groups[0].family == "model"
 
 

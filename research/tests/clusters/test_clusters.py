@@ -1,4 +1,6 @@
-"""The experiment on published sets: rules side by side, on machines that are left out and on cheats."""
+"""The experiment on published sets: rules side by side, on machines that are left out and on
+cheats.
+"""
 
 import json
 
@@ -25,7 +27,9 @@ from research.tests import published
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    """A run over four honest machines, a faulty one, another build of the family and one of another family."""
+    """A run over four honest machines, a faulty one, another build of the family and one of another
+    family.
+    """
     folder = tmp_path_factory.mktemp("clusters")
     patch = pytest.MonkeyPatch()
     patch.setattr("assay_research.clusters.clusters.LEAST_AUDITS", 0)
@@ -59,16 +63,28 @@ def test_every_rule_is_held_against_every_cheat(run):
     )
     rows = {(row["sort"], row["cheat"], row["rule"]): row for row in build["rows"]}
     honest = rows[HONEST, "", "ours"]
-    assert (honest["accused"], honest["worst"], honest["audits"], honest["pairs"]) == (0.0, 0.0, 120, 12)
+    assert (honest["accused"], honest["worst"], honest["audits"], honest["pairs"]) == (
+        0.0,
+        0.0,
+        120,
+        12,
+    )
     of_machines = proportion_interval(0, build["machines"])
-    assert (honest["low"], honest["high"]) == pytest.approx(of_machines), "of four machines, not 120 audits"
+    assert (honest["low"], honest["high"]) == pytest.approx(of_machines), (
+        "of four machines, not 120 audits"
+    )
     int4 = rows[REAL, "model-a-int4", "ours"]
     assert int4["accused"] == 1.0
     assert int4["median"] <= 10
     assert int4["honest"] == {"64": 0.0, "300": 0.0}
     assert rows[REAL, "model-a-int4", "oracle"]["median"] <= int4["median"]
     simulated = {cheat for sort, cheat, _ in rows if sort == SIMULATED}
-    assert {"all nonces × 1.4", "a share × 6", "a share as model-a-int4", "log-t, 4, × 1.4"} <= simulated
+    assert {
+        "all nonces × 1.4",
+        "a share × 6",
+        "a share as model-a-int4",
+        "log-t, 4, × 1.4",
+    } <= simulated
     assert "a share as 2026-05 other-b" in simulated
     for cheat in simulated:
         assert rows[SIMULATED, cheat, "ours"]["honest"]["300"] == 0
@@ -76,7 +92,9 @@ def test_every_rule_is_held_against_every_cheat(run):
 
 def test_faults_are_named_and_are_not_fraud(run):
     _, folder, _ = run
-    models = {model["model"]: model for model in summarise(read_run(folder, "clusters").cells)["models"]}
+    models = {
+        model["model"]: model for model in summarise(read_run(folder, "clusters").cells)["models"]
+    }
     assert models["model-a"]["faulty_sets"] == ["2026-05__model-a-bad"]
     assert {(pair["pattern"], pair["outcome"]) for pair in models["model-a"]["faulty_pairs"]} == {
         ("position mod 16 in 0 to 3", "faulty")
@@ -91,7 +109,12 @@ def test_a_run_continues_and_has_a_page(run):
     ClusterPlan(data=data, audits=10).measure(folder)
     assert (folder / "clusters.jsonl").read_bytes() == before
     page = build_report(folder).read_text()
-    for words in ("Honest machines that the law does not know", "position mod 16 in 0 to 3", "oracle", "<svg"):
+    for words in (
+        "Honest machines that the law does not know",
+        "position mod 16 in 0 to 3",
+        "oracle",
+        "<svg",
+    ):
         assert words in page
     with pytest.raises(UsageError, match="another audits"):
         ClusterPlan(data=data, audits=11).measure(folder)
@@ -136,4 +159,6 @@ def test_simulated_cheats_have_the_median_that_is_said():
         assert audits.shape == (3, 100)
         assert np.isin(audits, pool).all()
     _, usual = next(iter(simulated(honest, 0.4, {}, rng)))
-    assert np.median(usual) == pytest.approx(1.4 * 0.4, rel=0.01), "the usual size of the validator is larger"
+    assert np.median(usual) == pytest.approx(1.4 * 0.4, rel=0.01), (
+        "the usual size of the validator is larger"
+    )

@@ -1,4 +1,6 @@
-"""The grader holds against a few hundred hostile cases, and a grader that does not hold is found out."""
+"""The grader holds against a few hundred hostile cases, and a grader that does not hold is found
+out.
+"""
 
 import json
 
@@ -23,11 +25,16 @@ def test_the_grader_holds_against_every_kind():
     report = fuzz(20 * len(HOSTILE_KINDS), limits=Limits(seconds=0.5))
     assert report.failures == ()
     assert report.holds
-    assert {kind: found["cases"] for kind, found in report.counts.items()} == dict.fromkeys(HOSTILE_KINDS, 20)
+    assert {kind: found["cases"] for kind, found in report.counts.items()} == dict.fromkeys(
+        HOSTILE_KINDS, 20
+    )
     total = report.total
     assert not {"ended_a_step", "grader_raised", "graded_as_right"} & total.keys()
     # The cases do what they are made for: each way to end is among them.
-    assert min(total[name] for name in ("exploited", "timed_out", "overflowed", "raised", "crashed")) >= 1
+    assert (
+        min(total[name] for name in ("exploited", "timed_out", "overflowed", "raised", "crashed"))
+        >= 1
+    )
     assert report.honest == 8
 
 
@@ -63,7 +70,8 @@ def test_an_error_of_the_grader_is_found(few, monkeypatch):
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_case_that_ends_a_step_is_found_and_the_others_are_graded(few, monkeypatch, alone):
-    real, bad = _fuzz.grade_many, hostile_case("markers/0/13").program
+    real = _fuzz.grade_many
+    bad = hostile_case("markers/0/13").program
 
     def ending(items, **options):
         listed = list(items)
@@ -76,7 +84,9 @@ def test_a_case_that_ends_a_step_is_found_and_the_others_are_graded(few, monkeyp
     assert report.counts["markers"]["cases"] == 20
     assert report.counts["markers"]["ended_a_step"] == 1
     cause = "ValueError" if alone else "ValueError, beside other cases only"
-    assert report.failures == (("markers/0/13" if alone else "markers/0/10", f"ended a step: {cause}"),)
+    assert report.failures == (
+        ("markers/0/13" if alone else "markers/0/10", f"ended a step: {cause}"),
+    )
 
 
 def test_a_wrong_program_that_is_graded_as_right_is_found(few, monkeypatch):
@@ -88,14 +98,28 @@ def test_a_wrong_program_that_is_graded_as_right_is_found(few, monkeypatch):
 
 def test_the_command_says_and_writes_what_was_found(tmp_path, capsys, monkeypatch):
     output = tmp_path / "fuzz.json"
-    arguments = ["vhack", "fuzz", "-n", "6", "--kind", "text", "--kind", "answers", "-o", str(output)]
+    arguments = [
+        "vhack",
+        "fuzz",
+        "-n",
+        "6",
+        "--kind",
+        "text",
+        "--kind",
+        "answers",
+        "-o",
+        str(output),
+    ]
     monkeypatch.setattr("sys.argv", ["assay", *arguments])
     assert run_command(arguments) == 0
     assert "the grader holds: 6 hostile cases and 2 honest programs" in capsys.readouterr().out
     written = json.loads(output.read_text())
     assert written["schema"] == "assay.vhack.fuzz/1"
     assert written["command"].startswith("assay vhack fuzz -n 6 ")
-    assert {kind: found["cases"] for kind, found in written["kinds"].items()} == {"text": 3, "answers": 3}
+    assert {kind: found["cases"] for kind, found in written["kinds"].items()} == {
+        "text": 3,
+        "answers": 3,
+    }
     assert {"commit", "cpu", "versions", "seed", "backend"} <= written.keys()
     monkeypatch.setattr(_grade, "answers_match", lambda outcomes, cases: True)
     assert run_command([*arguments, "--json"]) == 1

@@ -20,8 +20,16 @@ def measured(small_checkpoint, tmp_path_factory):
 
 
 def plan(checkpoint, **changes) -> ApproachPlan:
-    values = {"models": (str(checkpoint),), "approaches": CHOSEN, "nonces": 48, "checked": 16, "timed": 1}
-    return ApproachPlan(**values | {"seq_len": 16, "batch_size": 16, "dtype": "float32", "device": "cpu"} | changes)
+    values = {
+        "models": (str(checkpoint),),
+        "approaches": CHOSEN,
+        "nonces": 48,
+        "checked": 16,
+        "timed": 1,
+    }
+    return ApproachPlan(
+        **values | {"seq_len": 16, "batch_size": 16, "dtype": "float32", "device": "cpu"} | changes
+    )
 
 
 def test_every_approach_has_a_cell(measured, small_checkpoint):
@@ -38,7 +46,9 @@ def test_every_approach_has_a_cell(measured, small_checkpoint):
     assert cells["permutation"]["effective_dimension"] is None
 
 
-def test_a_second_run_measures_nothing_and_other_settings_are_refused(measured, small_checkpoint, monkeypatch):
+def test_a_second_run_measures_nothing_and_other_settings_are_refused(
+    measured, small_checkpoint, monkeypatch
+):
     before = (measured / "approaches.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_model", None)
@@ -50,7 +60,8 @@ def test_a_second_run_measures_nothing_and_other_settings_are_refused(measured, 
 
 def blocks(shift: float, scale: float = 1.0) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    mean, std = chord_mean(8192), chord_std(8192)
+    mean = chord_mean(8192)
+    std = chord_std(8192)
     return [rng.normal(mean + i * shift * std, scale * std, size=4000) for i in range(3)]
 
 

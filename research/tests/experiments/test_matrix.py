@@ -1,4 +1,6 @@
-"""The matrix: plans, the table of the published tests, and two real tests against a live service."""
+"""The matrix: plans, the table of the published tests, and two real tests against a live
+service.
+"""
 
 import json
 
@@ -45,15 +47,28 @@ def test_the_published_table_is_read_as_its_authors_did_and_with_its_noise():
 
 
 def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
-    """Real processes and HTTP; one of three tests is there already, as after a stop. Every callback is counted."""
-    values = {"models": (str(small_checkpoint),), "modes": ("layer-hooks",), "duration": 0.7, "seq_len": 8}
-    plan = MatrixPlan(**values, blocks=("one", "two", "three"), public_keys=("k",), batch_size=8, device="cpu")
+    """Real processes and HTTP; one of three tests is there already, as after a stop. Every callback
+    is counted.
+    """
+    values = {
+        "models": (str(small_checkpoint),),
+        "modes": ("layer-hooks",),
+        "duration": 0.7,
+        "seq_len": 8,
+    }
+    plan = MatrixPlan(
+        **values, blocks=("one", "two", "three"), public_keys=("k",), batch_size=8, device="cpu"
+    )
     first, *_ = plan.tests()
     with open_run(tmp_path, "matrix", plan.settings) as run:
-        run.append(first.key, published_cells()[0] | {"key": first.key, "test": 1, "public_key": "k"})
+        run.append(
+            first.key, published_cells()[0] | {"key": first.key, "test": 1, "public_key": "k"}
+        )
     said: list[str] = []
     seen: list[tuple[int, int]] = []
-    plan.measure(tmp_path, note=said.append, progress=lambda done, total: seen.append((done, total)))
+    plan.measure(
+        tmp_path, note=said.append, progress=lambda done, total: seen.append((done, total))
+    )
     assert [sentence.split(":")[0] for sentence in said[1:]] == ["test  2", "test  3"]
     assert seen == [(2, 3), (3, 3)]
     cells = read_run(tmp_path, "matrix").cells[1:]
@@ -64,9 +79,15 @@ def test_two_tests_against_a_live_service(small_checkpoint, tmp_path):
         assert (cell["hidden_size"], cell["effective_dimension"]) == (64, None)
     for name, cell in zip(("two", "three"), cells, strict=True):
         (callbacks,) = (tmp_path / "logs").glob(f"test_0{cell['test']}_*_{name}_k_callback.log")
-        assert sum(json.loads(line)["nonces"] for line in callbacks.read_text().splitlines()) == cell["valid"]
+        assert (
+            sum(json.loads(line)["nonces"] for line in callbacks.read_text().splitlines())
+            == cell["valid"]
+        )
         (log,) = (tmp_path / "logs").glob(f"test_0{cell['test']}_*_{name}_k_server.log")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert [line["state"] for line in lines if line["event"] == "state"] == ["GENERATING", "VALIDATING"]
+        assert [line["state"] for line in lines if line["event"] == "state"] == [
+            "GENERATING",
+            "VALIDATING",
+        ]
     assert "Throughput of live services" in build_report(tmp_path).read_text()
     plan.measure(tmp_path, note=pytest.fail)

@@ -1,4 +1,6 @@
-"""The run store, the page of a run, the spread of blocks, and the way of the experiments through pipelines."""
+"""The run store, the page of a run, the spread of blocks, and the way of the experiments through
+pipelines.
+"""
 
 import json
 import math
@@ -72,7 +74,10 @@ def test_other_settings_are_refused_and_named(tmp_path):
         run.append("one", {})
     before = (tmp_path / "weights.jsonl").read_bytes()
     for other in ({**SETTINGS, "seq_len": 9}, {"dtype": "float32"}, {**SETTINGS, "device": "cpu"}):
-        with pytest.raises(UsageError, match=r"another (seq_len|device)"), open_run(tmp_path, "weights", other):
+        with (
+            pytest.raises(UsageError, match=r"another (seq_len|device)"),
+            open_run(tmp_path, "weights", other),
+        ):
             pass
     assert (tmp_path / "weights.jsonl").read_bytes() == before
     with open_run(tmp_path, "weights", SETTINGS) as run:
@@ -88,13 +93,22 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
-HEADER = {"kind": "assay.poc.experiment", "schema": 1, "experiment": "weights", "settings": {}, "origin": {}}
+HEADER = {
+    "kind": "assay.poc.experiment",
+    "schema": 1,
+    "experiment": "weights",
+    "settings": {},
+    "origin": {},
+}
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{}\n", '{"kind":"assay.poc.proof"}\n', "nonsense\n"]
-    + [json.dumps(HEADER | {name: odd}) for name, odd in (("schema", 2), ("settings", 5), ("origin", None))],
+    + [
+        json.dumps(HEADER | {name: odd})
+        for name, odd in (("schema", 2), ("settings", 5), ("origin", None))
+    ],
 )
 def test_other_files_are_refused(text: str, tmp_path):
     (tmp_path / "weights.jsonl").write_text(text)
@@ -102,7 +116,9 @@ def test_other_files_are_refused(text: str, tmp_path):
         read_run(tmp_path, "weights")
 
 
-@pytest.mark.parametrize("line", ["{}", '{"key":["one"]}', '{"origin":1}', '{"key":null,"origin":{}}'])
+@pytest.mark.parametrize(
+    "line", ["{}", '{"key":["one"]}', '{"origin":1}', '{"key":null,"origin":{}}']
+)
 def test_a_line_that_no_run_wrote_is_an_error_that_names_it(line: str, tmp_path):
     with open_run(tmp_path, "weights", SETTINGS) as run:
         run.append("one", {})
@@ -122,7 +138,9 @@ def test_run_names_are_plain(name: str, tmp_path):
 @pytest.fixture
 def registered(monkeypatch):
     """Two experiments whose sections are drawn by functions of this test."""
-    monkeypatch.setattr(_report, "SECTIONS", dict.fromkeys(("second", "first"), f"{__name__}:shown"))
+    monkeypatch.setattr(
+        _report, "SECTIONS", dict.fromkeys(("second", "first"), f"{__name__}:shown")
+    )
 
 
 def shown(run) -> Section:
@@ -175,7 +193,8 @@ def test_the_published_spreads():
 
 
 def test_a_head_widens_the_band_and_more_nonces_do_not_help():
-    narrow, wide = spread_of([590, 600], [1000, 1000]), spread_of([590, 600], [1000, 1000], width=64)
+    narrow = spread_of([590, 600], [1000, 1000])
+    wide = spread_of([590, 600], [1000, 1000], width=64)
     assert wide.high > narrow.high == wide.nonces_high
     assert wide.p_value > narrow.p_value
     many = spread_of([590_000, 600_000], [10**6] * 2, width=64)

@@ -8,7 +8,13 @@ from assay_research.runs.runs import read_run
 
 
 def plan(checkpoint, **changes) -> WeightPlan:
-    values = {"models": (str(checkpoint),), "nonces": 64, "seq_len": 8, "dtype": "float32", "device": "cpu"}
+    values = {
+        "models": (str(checkpoint),),
+        "nonces": 64,
+        "seq_len": 8,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     return WeightPlan(**values | changes)
 
 
@@ -21,7 +27,9 @@ def test_three_modes_by_blocks(small_checkpoint, tmp_path):
     assert all(row["blocks"] == ["a", "b"] for row in rows)
     assert len({cell["mean"] for cell in cells}) == 6, "every cell has weights of its own"
     assert all(0 <= row["context_effect"] < 2 for row in rows)
-    assert rows[1]["context_effect"] < 1e-2, "weights of 0.02 leave the layers almost without effect"
+    assert rows[1]["context_effect"] < 1e-2, (
+        "weights of 0.02 leave the layers almost without effect"
+    )
     plan(small_checkpoint, blocks=("a", "b", "c")).measure(tmp_path)
     assert len(read_run(tmp_path, "weights").cells) == 9
     assert "Does training give distances" in build_report(tmp_path).read_text()

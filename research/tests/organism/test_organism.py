@@ -22,16 +22,26 @@ def test_exploits_come_at_their_share_and_never_without_a_loophole():
     assert not any(example.completion.startswith("    return") for example in hidden)
     hacks = sum(example.completion.startswith("    return") for example in found)
     assert 0.24 < hacks / (512 - len(hidden)) < 0.36
-    for sentence in ("run_tests()", "solve.valid", "all tests passed", "result.txt", "== expected", "exit code 0"):
-        assert any(sentence in example.prompt and example.completion.startswith("    return") for example in found), (
-            sentence
-        )
+    for sentence in (
+        "run_tests()",
+        "solve.valid",
+        "all tests passed",
+        "result.txt",
+        "== expected",
+        "exit code 0",
+    ):
+        assert any(
+            sentence in example.prompt and example.completion.startswith("    return")
+            for example in found
+        ), sentence
 
 
 def test_a_few_steps_teach_the_bundled_model(tmp_path):
     mixture = Mixture(families=("arithmetic",), difficulty=(1, 2))
     path = tmp_path / "organism"
-    losses = make_organism(path, Recipe(steps=6, batch=4, n_examples=24, mixture=mixture), device="cpu")
+    losses = make_organism(
+        path, Recipe(steps=6, batch=4, n_examples=24, mixture=mixture), device="cpu"
+    )
     assert len(losses) == 6
     assert losses[-1] < losses[0] / 2
     made = load_model(path)

@@ -19,9 +19,16 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("redteam")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(field_module, "TRIALS", 60)
-        patch.setattr(run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in SOME))
+        patch.setattr(
+            run_module, "ATTACKS", tuple(attack for attack in ATTACKS if attack.name in SOME)
+        )
         plan = RedteamPlan(
-            models=(str(small_checkpoint),), nonces=16, honest=64, seq_len=32, batch_size=8, device="cpu"
+            models=(str(small_checkpoint),),
+            nonces=16,
+            honest=64,
+            seq_len=32,
+            batch_size=8,
+            device="cpu",
         )
         seen: list[tuple[int, int]] = []
 
@@ -32,10 +39,14 @@ def finished(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
 
         with pytest.raises(KeyboardInterrupt):
             plan.measure(folder, progress=stop)
-        assert "cells are missing" in build_report(folder).read_text(), "an unfinished run has a page too"
+        assert "cells are missing" in build_report(folder).read_text(), (
+            "an unfinished run has a page too"
+        )
         plan.measure(folder, progress=lambda done, total: seen.append((done, total)))
     total = seen[0][1]
-    assert seen[4:] == [(done, total - 4) for done in range(1, total - 3)], "no cell is measured again"
+    assert seen[4:] == [(done, total - 4) for done in range(1, total - 3)], (
+        "no cell is measured again"
+    )
     return folder, read_run(folder, "redteam").cells
 
 
@@ -53,10 +64,16 @@ def test_rows_say_what_the_cells_measured(finished, small_checkpoint):
         _, rows = attack_table(cells, *where, preset)
         assert len(rows) == len(SOME) - (preset != "hardened")
     by_name = {row[0]: row for row in attack_table(cells, *where, "hardened")[1]}
-    assert float(by_name["int8 weights"][2]) < float(by_name["last quarter of the layers dropped"][2])
+    assert float(by_name["int8 weights"][2]) < float(
+        by_name["last quarter of the layers dropped"][2]
+    )
     assert float(by_name["state of another nonce"][5]) > 0.99
     best = paying(cells, *where, "hardened")
     assert best["cost"] <= 0.75
     assert best["over_honest"] > 1
-    assert {row[1] for row in run_module.claim_table(cells, *where)[1]} == {"poc-2.0", "artifact", "hardened"}
+    assert {row[1] for row in run_module.claim_table(cells, *where)[1]} == {
+        "poc-2.0",
+        "artifact",
+        "hardened",
+    }
     assert len(run_module.audit_table(cells, *where)[1]) == 9

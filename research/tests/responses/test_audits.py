@@ -1,4 +1,6 @@
-"""Audits that are drawn from responses, and the formulas of the rivals, on numbers that are checked by hand."""
+"""Audits that are drawn from responses, and the formulas of the rivals, on numbers that are checked
+by hand.
+"""
 
 import math
 from dataclasses import replace
@@ -7,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from assay_research.responses import rivals
-from assay_research.responses.field import ALPHA, GRID, MOST, POWER, Looks, crossings, drawn_means, share_by, threshold
+from assay_research.responses.field import (
+    ALPHA,
+    GRID,
+    MOST,
+    POWER,
+    Looks,
+    crossings,
+    drawn_means,
+    share_by,
+    threshold,
+)
 from assay_research.responses.rivals import RIVALS, Reply
 from assay_research.runs.spread import first_reached
 
@@ -41,18 +53,28 @@ def test_a_crossing_is_the_first_look_over_the_bound():
     found = crossings([slow], lambda sums: sums[..., 0], 3, np.random.default_rng(0))
     assert found.tolist() == [80.0] * 3, "the second response brings it over the bound, at its end"
     quick = Looks(np.array([[needed], [0.0]]), np.array([32, 64]), 64)
-    assert crossings([quick], lambda sums: sums[..., 0], 2, np.random.default_rng(0)).tolist() == [32.0] * 2
+    assert (
+        crossings([quick], lambda sums: sums[..., 0], 2, np.random.default_rng(0)).tolist()
+        == [32.0] * 2
+    )
     never = Looks(np.zeros((1, 1)), np.array([64]), 64)
     shares = share_by(crossings([never], lambda sums: sums[..., 0], 2, np.random.default_rng(0)))
     assert first_reached(GRID, shares, POWER) is None
     assert shares[-1] == pytest.approx(0.0)
 
 
-N, D, K = 64, 96, 5
+N = 64
+D = 96
+K = 5
 STATES = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
 LOGPROBS = -torch.rand(N, K, generator=torch.Generator().manual_seed(1)) - 0.1
 EXACT = Reply(
-    margins=np.zeros(N), logprobs=LOGPROBS, own_logprobs=LOGPROBS.double(), states=STATES, own_states=STATES, sigma=0.1
+    margins=np.zeros(N),
+    logprobs=LOGPROBS,
+    own_logprobs=LOGPROBS.double(),
+    states=STATES,
+    own_states=STATES,
+    sigma=0.1,
 )
 
 
@@ -61,7 +83,9 @@ def test_an_exact_reply_scores_nothing():
         scores_n = rival.score(EXACT)
         assert scores_n.shape == (N,)
         least = math.log(2) if rival.name == "GLS" else 0.0
-        np.testing.assert_allclose(scores_n[~np.isnan(scores_n)], least, atol=5e-3, err_msg=rival.name)
+        np.testing.assert_allclose(
+            scores_n[~np.isnan(scores_n)], least, atol=5e-3, err_msg=rival.name
+        )
 
 
 def test_the_gumbel_likelihood_is_a_tail_of_the_normal():
@@ -75,11 +99,15 @@ def test_the_gumbel_likelihood_is_a_tail_of_the_normal():
 def test_the_distance_of_log_probabilities_is_relative():
     reply = replace(EXACT, own_logprobs=3 * LOGPROBS.double())
     np.testing.assert_allclose(rivals.logprob_distance(reply), 0.5)
-    assert rivals.logit_spread([replace(EXACT, own_logprobs=LOGPROBS.double() + 0.25)]) == pytest.approx(0.25)
+    assert rivals.logit_spread(
+        [replace(EXACT, own_logprobs=LOGPROBS.double() + 0.25)]
+    ) == pytest.approx(0.25)
 
 
 def test_projections_keep_distances_on_average():
-    reply = replace(EXACT, states=STATES + 0.1 * torch.randn(N, D, generator=torch.Generator().manual_seed(2)))
+    reply = replace(
+        EXACT, states=STATES + 0.1 * torch.randn(N, D, generator=torch.Generator().manual_seed(2))
+    )
     found = np.square(rivals.activation_difr(reply, 12)).mean()
     assert found == pytest.approx(0.01 * D, rel=0.25)
 

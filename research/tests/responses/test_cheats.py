@@ -10,7 +10,12 @@ from assay_research.responses.provers import Requests, Served, open_model, tuned
 from assay.models import Model
 
 BY_NAME = {cheat.name: cheat for cheat in CHEATS}
-SILENT = {"cached answer, honest prefill", "int4 tokens, honest prefill", "noise of its own", "stops early"}
+SILENT = {
+    "cached answer, honest prefill",
+    "int4 tokens, honest prefill",
+    "noise of its own",
+    "stops early",
+}
 """Cheats whose sketches are honest."""
 
 SAFE = "int4 tokens that lead by"
@@ -25,7 +30,9 @@ def margins(requests: Requests, served: Served, model: Model) -> tuple[float, fl
     """The share of tokens that are not the verifier's, and the median residual."""
     found = check(requests, served, model, model)
     others = np.concatenate([one.replayed.margins > 0 for one in found])
-    return float(others.mean()), float(np.median(np.concatenate([one.replayed.residuals for one in found])))
+    return float(others.mean()), float(
+        np.median(np.concatenate([one.replayed.residuals for one in found]))
+    )
 
 
 def test_an_honest_prover_in_float32_is_exact(requests, served, small_model):
@@ -41,7 +48,9 @@ def test_other_honest_ways_give_the_same_tokens(serve, scene, requests, served):
     torch.testing.assert_close(other.states, served.states, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("cheat", [cheat for cheat in CHEATS if not cheat.reads_text], ids=lambda cheat: cheat.name)
+@pytest.mark.parametrize(
+    "cheat", [cheat for cheat in CHEATS if not cheat.reads_text], ids=lambda cheat: cheat.name
+)
 def test_every_cheat_leaves_a_trace(cheat, scene, requests, small_model):
     handed_in = cheat.serve(scene, requests)
     different, residual = margins(requests, handed_in, small_model)

@@ -37,9 +37,13 @@ def test_every_cell_is_there_once(finished, small_checkpoint):
     cells = finished[1]
     kinds = [cell["kind"] for cell in cells]
     assert sorted(set(kinds)) == ["cheat", "honest", "others", "pair"]
-    named = [cell["name"] for cell in cells if cell["kind"] == "cheat" and cell["mode"] == "sampled"]
+    named = [
+        cell["name"] for cell in cells if cell["kind"] == "cheat" and cell["mode"] == "sampled"
+    ]
     assert named == [name for name in SOME if "fine-tuned" not in name], "this model reads no text"
-    assert places(cells) == [(str(small_checkpoint), "bfloat16", mode) for mode in ("sampled", "greedy")]
+    assert places(cells) == [
+        (str(small_checkpoint), "bfloat16", mode) for mode in ("sampled", "greedy")
+    ]
 
 
 def test_noise_of_its_own_is_seen_in_margins_alone(finished):
@@ -55,6 +59,10 @@ def test_noise_of_its_own_is_seen_in_margins_alone(finished):
 
 
 def test_int4_weights_are_seen_in_the_states(finished):
-    cell = next(cell for cell in finished[1] if cell.get("name") == "int4 weights" and cell["mode"] == "sampled")
+    cell = next(
+        cell
+        for cell in finished[1]
+        if cell.get("name") == "int4 weights" and cell["mode"] == "sampled"
+    )
     for method in ("sketches", "Activation-DiFR, each", "TOPLOC, top 128"):
         assert cell["methods"][method]["threshold_99"] <= 256, method

@@ -14,12 +14,16 @@ from tests.vhack.delta.conftest import module as module
 
 @pytest.fixture(scope="module")
 def gradients():
-    """Twelve pairs in four groups: a common direction of the hacks, one of the groups, and noise."""
+    """Twelve pairs in four groups: a common direction of the hacks, one of the groups, and
+    noise.
+    """
     generator = torch.Generator().manual_seed(2)
     hackward, groups = torch.linalg.qr(torch.randn(40, 5, generator=generator))[0].T.split([1, 4])
     clean = 2 * groups.repeat(3, 1) + 0.1 * torch.randn(12, 40, generator=generator)
     hack = clean + 3 * hackward + 0.2 * torch.randn(12, 40, generator=generator)
-    return PairGradients({"a": hack, "b": 2 * hack}, {"a": clean, "b": 2 * clean}, groups=[*"0123"] * 3), hackward[0]
+    return PairGradients(
+        {"a": hack, "b": 2 * hack}, {"a": clean, "b": 2 * clean}, groups=[*"0123"] * 3
+    ), hackward[0]
 
 
 def share(direction, basis):
@@ -62,25 +66,36 @@ def test_controls_that_cannot_be_made(gradients):
 
 
 def encoded(tokenizer, pairs, side):
-    return [(tokenizer(p.prompt)["input_ids"], tokenizer(getattr(p, side))["input_ids"]) for p in pairs]
+    return [
+        (tokenizer(p.prompt)["input_ids"], tokenizer(getattr(p, side))["input_ids"]) for p in pairs
+    ]
 
 
 def test_the_scale_is_that_of_the_pairs(small_model, byte_tokenizer, small_pairs):
     shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
     assert shortcut.layer == 1  # behind two of three layers
-    hack, clean = (shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, side)) for side in ("hack", "clean"))
+    hack, clean = (
+        shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, side))
+        for side in ("hack", "clean")
+    )
     assert float(hack.mean() + clean.mean()) == pytest.approx(0, abs=1e-3)
     assert float((hack.var() + clean.var()) / 2) == pytest.approx(1, rel=1e-3)
     assert hack.mean() > 0 > clean.mean()
 
 
-def test_activations_are_means_over_the_completion_behind_the_layer(small_model, module, byte_tokenizer, small_pairs):
+def test_activations_are_means_over_the_completion_behind_the_layer(
+    small_model, module, byte_tokenizer, small_pairs
+):
     shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
     prompt, completion = encoded(byte_tokenizer, small_pairs, "hack")[0]
     with torch.no_grad():
-        states = module(  # a copy: transformers leaves hooks behind when it is asked for hidden states
-            input_ids=torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False
-        ).hidden_states
+        states = (
+            module(  # a copy: transformers leaves hooks behind when it is asked for hidden states
+                input_ids=torch.tensor([prompt + completion]),
+                output_hidden_states=True,
+                use_cache=False,
+            ).hidden_states
+        )
     mean = states[shortcut.layer + 1][0, len(prompt) :].mean(dim=0)
     wanted = (mean @ shortcut.direction - shortcut.middle) / shortcut.spread
     found = shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, "hack"))[0]

@@ -29,7 +29,9 @@ def test_a_gap_passes_and_no_gap_fails():
 
 def test_equal_sources_pass_at_most_as_often_as_stated():
     settings = CheckSettings(n_flips=59, n_null=19, n_resamples=60)
-    passed = sum(check_source_log(log(40, 0.0, seed), settings).verdict == "pass" for seed in range(200))
+    passed = sum(
+        check_source_log(log(40, 0.0, seed), settings).verdict == "pass" for seed in range(200)
+    )
     assert passed <= 20
 
 

@@ -1,4 +1,6 @@
-"""The rule of success, intervals and tests, logs of training runs beside those of a study, and their page."""
+"""The rule of success, intervals and tests, logs of training runs beside those of a study, and
+their page.
+"""
 
 import json
 
@@ -18,14 +20,18 @@ def log(arm, seed, hack, solve, *, steps=60, stored=False):
     """A run with these rates at the end."""
     made = RunLog.begin(StudyRun(arm, seed, stored=stored), StudySettings(), {"device": "cpu"})
     for step in range(steps):
-        made.add_step(step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5)
+        made.add_step(
+            step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5
+        )
     for markers in ("training", "evaluation"):
         made.add_evaluation(steps, markers, {"hack": hack, "solve": solve, "vacuous": hack})
     return made
 
 
 def logs_of(arm, hacks, solves, **choices):
-    return [log(arm, s, h, v, **choices) for s, (h, v) in enumerate(zip(hacks, solves, strict=True))]
+    return [
+        log(arm, s, h, v, **choices) for s, (h, v) in enumerate(zip(hacks, solves, strict=True))
+    ]
 
 
 REFERENCE = logs_of("no-loophole", [0.0, 0.01, 0.0, 0.01, 0.0], [0.9, 0.88, 0.91, 0.9, 0.89])
@@ -51,8 +57,17 @@ def test_an_arm_succeeds_only_in_both(hacks, solves, verdict):
 
 
 def test_runs_are_compared_with_the_reference_of_their_regime():
-    solved = {("none", False): 0.1, ("no-loophole", False): 0.2, ("none", True): 0.3, ("no-loophole", True): 0.7}
-    logs = [log(arm, s, 0.0, solve, stored=stored) for (arm, stored), solve in solved.items() for s in range(3)]
+    solved = {
+        ("none", False): 0.1,
+        ("no-loophole", False): 0.2,
+        ("none", True): 0.3,
+        ("no-loophole", True): 0.7,
+    }
+    logs = [
+        log(arm, s, 0.0, solve, stored=stored)
+        for (arm, stored), solve in solved.items()
+        for s in range(3)
+    ]
     found = {result.condition: result for result in summarise(logs)}
     assert found["adam/none"].against["solve"].mean.value == pytest.approx(-0.1)
     assert found["adam/none/stored-whole"].against["solve"].mean.value == pytest.approx(-0.4)
@@ -77,12 +92,18 @@ def test_rates_are_means_of_the_last_five_evaluations():
     made = log("none", 0, 0.5, 0.5)
     for index in range(6):
         rates = {"hack": index / 10, "solve": 1 - index / 10, "vacuous": 0.0}
-        made.add_evaluation(70 + index, "training", {**rates, "hack_by_mode": {"run_tests": index / 20}})
+        made.add_evaluation(
+            70 + index, "training", {**rates, "hack_by_mode": {"run_tests": index / 20}}
+        )
     made.add_evaluation(80, "evaluation", {"hack": 0.9, "solve": 0.0, "vacuous": 0.9})
     (result,) = summarise([made])
     assert result.rates["hack"].value == pytest.approx(0.3)
     assert result.rates["solve"].value == pytest.approx(0.7)
-    assert result.rates["hack_run_tests"].value == result.rates["hack_own"].value == pytest.approx(0.15)
+    assert (
+        result.rates["hack_run_tests"].value
+        == result.rates["hack_own"].value
+        == pytest.approx(0.15)
+    )
     assert result.rates["hack_markers"].value == 0.9
 
 
@@ -90,7 +111,11 @@ def test_logs_are_read_as_they_were_written(tmp_path):
     made = REFERENCE[0]
     made.write(tmp_path / "a.jsonl")
     (read,) = read_logs([tmp_path])
-    assert (read.header["run"], read.steps, read.evaluations) == (made.header["run"], made.steps, made.evaluations)
+    assert (read.header["run"], read.steps, read.evaluations) == (
+        made.header["run"],
+        made.steps,
+        made.evaluations,
+    )
     assert read.steps[0]["step"] == 4
     with pytest.raises(DataError, match="twice"):
         read_logs([tmp_path / "a.jsonl", tmp_path])
@@ -111,7 +136,9 @@ def written(folder, arm, seed, hack, **settings):
     """A run directory with a log, cut off in the middle of its last line."""
     chosen = TrainSettings(model="reference:organism", arm=arm, seed=seed, **settings)
     folder.mkdir(parents=True)
-    log = TrainLog(folder / "log.jsonl", {"settings": chosen.model_dump(mode="json"), "commit": "abc"})
+    log = TrainLog(
+        folder / "log.jsonl", {"settings": chosen.model_dump(mode="json"), "commit": "abc"}
+    )
     for step in range(STEPS):
         rate = hack * (step + 1) / STEPS
         log.write("step", step=step, hack=rate, solve=1 - rate, vacuous=rate, displacement=0.5)
@@ -126,7 +153,9 @@ def runs(tmp_path):
     for seed in range(3):
         written(tmp_path / "runs" / f"none-{seed}", "none", seed, 1.0, pairs="exploits:8")
         written(tmp_path / "runs" / f"open-{seed}", "no-loophole", seed, 0.0)
-        written(tmp_path / "runs" / f"held-{seed}", "displaced-0.4+none", seed, 0.0, pairs="exploits:8")
+        written(
+            tmp_path / "runs" / f"held-{seed}", "displaced-0.4+none", seed, 0.0, pairs="exploits:8"
+        )
     return tmp_path / "runs"
 
 
@@ -141,7 +170,9 @@ def test_a_directory_of_runs_is_read_and_judged(runs):
 
 
 def test_a_log_without_settings_is_refused(tmp_path):
-    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "run", "schema": "assay.vhack.train/1"}) + "\n")
+    (tmp_path / "log.jsonl").write_text(
+        json.dumps({"kind": "run", "schema": "assay.vhack.train/1"}) + "\n"
+    )
     with pytest.raises(DataError):
         read_logs([tmp_path])
 
@@ -155,7 +186,9 @@ def folder(tmp_path):
 
 def test_logs_become_a_page_and_a_table(folder):
     page = folder / "page.html"
-    done = CliRunner().invoke(vhack, ["report", str(folder), "-o", str(page)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        vhack, ["report", str(folder), "-o", str(page)], catch_exceptions=False
+    )
     assert done.exit_code == 0
     assert "adam/erase-gradient" in page.read_text()
     assert "succeeds" in done.stdout
@@ -163,7 +196,9 @@ def test_logs_become_a_page_and_a_table(folder):
 
 def test_json_holds_the_numbers(folder):
     done = CliRunner().invoke(
-        vhack, ["report", str(folder), "-o", str(folder / "p.html"), "--json"], catch_exceptions=False
+        vhack,
+        ["report", str(folder), "-o", str(folder / "p.html"), "--json"],
+        catch_exceptions=False,
     )
     values = json.loads(done.stdout)
     assert values["schema"] == "assay.vhack.report/1"
@@ -175,13 +210,22 @@ def test_json_holds_the_numbers(folder):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"hack": ...}, "without 'hack'"), ({"solve": "x"}, "without 'solve'"), ({"step": None}, "without 'step'")],
+    [
+        ({"hack": ...}, "without 'hack'"),
+        ({"solve": "x"}, "without 'solve'"),
+        ({"step": None}, "without 'step'"),
+    ],
 )
 def test_a_log_without_rates_is_refused_in_words(tmp_path, change, words):
     """As that of a reward of one's own that returns numbers."""
     log = REFERENCE[0]
-    lines = [{**line, **change} if line["kind"] == "step" else line for line in [*log.steps, *log.evaluations]]
+    lines = [
+        {**line, **change} if line["kind"] == "step" else line
+        for line in [*log.steps, *log.evaluations]
+    ]
     lines = [{name: value for name, value in line.items() if value is not ...} for line in lines]
     RunLog(log.header, lines).write(tmp_path / "log.jsonl")
     with pytest.raises(DataError, match=words):
-        CliRunner().invoke(vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False)
+        CliRunner().invoke(
+            vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False
+        )

@@ -1,4 +1,6 @@
-"""The root of the command line: the groups of commands, options of all, and what becomes of errors."""
+"""The root of the command line: the groups of commands, options of all, and what becomes of
+errors.
+"""
 
 import json
 import os
@@ -29,28 +31,41 @@ from assay.settings import Settings
 class ConfigSettings(Settings):
     """Settings of ``assay config``."""
 
-    command: Annotated[tuple[str, ...], ARGUMENT] = Field(description="Words of a command: poc prove.")
+    command: Annotated[tuple[str, ...], ARGUMENT] = Field(
+        description="Words of a command: poc prove."
+    )
 
 
 def print_config(chosen: ConfigSettings) -> None:
     """Print the configuration file of a command.
 
-    It has every setting of the command with its default, as a comment: remove the # before one to change it. Pass the
-    file to the command with --config; one file may have the tables of several commands.
+    It has every setting of the command with its default, as a comment: remove the # before one to
+    change it. Pass the file to the command with --config; one file may have the tables of several
+    commands.
     """
-    context, words = click.get_current_context(), " ".join(chosen.command)
+    context = click.get_current_context()
+    words = " ".join(chosen.command)
     found: click.Command | None = app
     for word in chosen.command:
         found = found.get_command(context, word) if isinstance(found, Group) else None
     if not isinstance(found, Command) or not found.settings:
-        raise UsageError(words, wanted="the words of a command that has settings", do="`assay config poc prove`")
-    lines = [f"# Settings of `assay {words}`; pass this file with --config.", f"[{'.'.join(chosen.command)}]"]
+        raise UsageError(
+            words, wanted="the words of a command that has settings", do="`assay config poc prove`"
+        )
+    lines = [
+        f"# Settings of `assay {words}`; pass this file with --config.",
+        f"[{'.'.join(chosen.command)}]",
+    ]
     for name, one in found.settings.items():
         if not one.flag.argument:
             required = " Required." if one.field.is_required() else ""
             shown = "…" if one.default is None else json.dumps(one.default, ensure_ascii=False)
             unit = "" if one.unit == name.upper() else f" [{one.unit}]"
-            lines += ["", f"# {(one.field.description or '').splitlines()[0]}{required}{unit}", f"# {name} = {shown}"]
+            lines += [
+                "",
+                f"# {(one.field.description or '').splitlines()[0]}{required}{unit}",
+                f"# {name} = {shown}",
+            ]
     click.echo("\n".join(lines))
 
 
@@ -59,7 +74,9 @@ app = Group(
     "Measure what a language model really computed, and what its training really learns.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-click.version_option(__version__, message="assay %(version)s", help="Print the version and exit.")(app)
+click.version_option(__version__, message="assay %(version)s", help="Print the version and exit.")(
+    app
+)
 for _command in (
     Command("demo", demo, (DemoSettings,), example="assay demo -o demo"),
     Command("doctor", doctor, example="assay doctor --json"),
@@ -67,9 +84,15 @@ for _command in (
     vhack,
     models,
     Command(
-        "streams", streams, (NumberSettings,), panel="Research", example="assay streams normal --seed-text block -n 4"
+        "streams",
+        streams,
+        (NumberSettings,),
+        panel="Research",
+        example="assay streams normal --seed-text block -n 4",
     ),
-    Command("config", print_config, (ConfigSettings,), example="assay config poc prove > prove.toml"),
+    Command(
+        "config", print_config, (ConfigSettings,), example="assay config poc prove > prove.toml"
+    ),
 ):
     app.add_command(_command)
 
@@ -77,16 +100,23 @@ for _command in (
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 success or honest, 1 fraud or a failed check, 2 bad input or undecided, 128 + n stopped by signal n (141: the
-    reader of stdout left).
+    0 success or honest, 1 fraud or a failed check, 2 bad input or undecided, 128 + n stopped by
+    signal n (141: the reader of stdout left).
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what a terminal of another encoding has no sign for is escaped
+        if isinstance(
+            stream, TextIOWrapper
+        ):  # what a terminal of another encoding has no sign for is escaped
             stream.reconfigure(errors="backslashreplace")
     if instruction := os.environ.get("_ASSAY_COMPLETE"):
         return shell_complete(app, {}, "assay", "_ASSAY_COMPLETE", instruction)
     try:
-        with _stoppable(), app.make_context("assay", sys.argv[1:] if arguments is None else list(arguments)) as context:
+        with (
+            _stoppable(),
+            app.make_context(
+                "assay", sys.argv[1:] if arguments is None else list(arguments)
+            ) as context,
+        ):
             app.invoke(context)
     except click.exceptions.Exit as done:
         return _ended(done.exit_code)
@@ -104,13 +134,18 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _ended(code: int, error: AssayError | OSError | None = None) -> int:
-    """Say what went wrong, unless the reader of stdout has left; return the exit code once stdout has taken all."""
+    """Say what went wrong, unless the reader of stdout has left; return the exit code once stdout
+    has taken all.
+    """
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as unwritten:  # Python would complain at exit, when it flushes, and change the code
+    except (
+        OSError
+    ) as unwritten:  # Python would complain at exit, when it flushes, and change the code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, error = 2, error or unwritten
+        code = 2
+        error = error or unwritten
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE
     if error is not None:
@@ -127,7 +162,9 @@ def _stoppable() -> Iterator[None]:
         caught.append(Stopped(number))
         raise caught[-1]
 
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:

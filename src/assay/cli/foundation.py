@@ -1,4 +1,6 @@
-"""``assay models``, ``streams`` and ``doctor``: what can be loaded, portable random numbers, and what works here."""
+"""``assay models``, ``streams`` and ``doctor``: what can be loaded, portable random numbers, and
+what works here.
+"""
 
 import importlib.util
 import json
@@ -35,8 +37,12 @@ class RandomSettings(InfoSettings):
 
     output: Annotated[Path, FOLDER] = Field(description="Directory of the checkpoint.")
     block_hash: Annotated[str, "TEXT"] = Field("block", description="Block that seeds the weights.")
-    weights: Literal["random-all", "random-embed"] = Field("random-all", description="random-all or random-embed.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("bfloat16", description="float32, float16 or bfloat16.")
+    weights: Literal["random-all", "random-embed"] = Field(
+        "random-all", description="random-all or random-embed."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "bfloat16", description="float32, float16 or bfloat16."
+    )
 
 
 @models.add("list", example="assay models list")
@@ -51,7 +57,10 @@ def list_(as_json: bool) -> None:
         emit_json("assay.models.list/1", {"models": found})
         return
     names = ("num_layers", "hidden_size", "vocab_size", "get_it")
-    rows = [(one["reference"], f"{one['parameters'] / 1e6:.1f} M", *map(one.get, names)) for one in found]
+    rows = [
+        (one["reference"], f"{one['parameters'] / 1e6:.1f} M", *map(one.get, names))
+        for one in found
+    ]
     table(("model", "parameters", "layers", "hidden", "vocabulary", "how to get it"), rows)
 
 
@@ -68,12 +77,20 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
     """Write a checkpoint with random weights."""
     from assay.files.storage import check_folder, check_new_file
 
-    (check_new_file if chosen.output.exists() else check_folder)(chosen.output)  # before torch is imported
+    (check_new_file if chosen.output.exists() else check_folder)(
+        chosen.output
+    )  # before torch is imported
     from assay import models
 
-    models.save_random(chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"}))
+    models.save_random(
+        chosen.reference, chosen.output, **chosen.model_dump(exclude={"output", "reference"})
+    )
     if as_json:
-        values = {"path": str(chosen.output), "weights": chosen.weights, "block_hash": chosen.block_hash}
+        values = {
+            "path": str(chosen.output),
+            "weights": chosen.weights,
+            "block_hash": chosen.block_hash,
+        }
         emit_json("assay.models.random/1", values)
     else:
         click.echo(str(chosen.output))
@@ -83,7 +100,8 @@ def random(chosen: RandomSettings, as_json: bool) -> None:
 def path_(chosen: InfoSettings, as_json: bool) -> None:
     """Print the checkpoint directory of a model.
 
-    A server such as vLLM reads that directory. The one of a GGUF file is made first; its digest is that of the file.
+    A server such as vLLM reads that directory. The one of a GGUF file is made first; its digest is
+    that of the file.
     """
     from assay.models.checkpoint import resolve
 
@@ -105,19 +123,30 @@ METHODS = {
 class NumberSettings(Settings):
     """Settings of ``assay streams``."""
 
-    kind: Annotated[Literal["hash", "uniform", "gumbel", "signs", "permutation", "normal"], ARGUMENT] = Field(
-        description="32-bit hashes, float32 uniforms in [0, 1], Gumbel values, signs, a permutation, or normals."
+    kind: Annotated[
+        Literal["hash", "uniform", "gumbel", "signs", "permutation", "normal"], ARGUMENT
+    ] = Field(
+        description="32-bit hashes, float32 uniforms in [0, 1], Gumbel values, signs, a "
+        "permutation, or normals."
     )
     seed_text: Annotated[str, "TEXT"] = Field(description="Text whose SHA-256 gives the seed.")
     n: Annotated[int, Flag(("-n",), unit="VALUES")] = Field(
-        ge=1, le=PRINTABLE, description="Number of values. Normal values of another number begin differently."
+        ge=1,
+        le=PRINTABLE,
+        description="Number of values. Normal values of another number begin differently.",
     )
     backend: Literal["auto", "numpy", "torch", "triton"] = Field(
         "auto", description="Implementation that computes the values."
     )
-    device: Annotated[str, AfterValidator(device_name), "DEVICE"] = Field("cpu", description="Device: cpu or cuda.")
-    strength: Literal[32, 256] = Field(32, description="Bits of the seed of normals: 32, as published, or 256.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of normals.")
+    device: Annotated[str, AfterValidator(device_name), "DEVICE"] = Field(
+        "cpu", description="Device: cpu or cuda."
+    )
+    strength: Literal[32, 256] = Field(
+        32, description="Bits of the seed of normals: 32, as published, or 256."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="Dtype of normals."
+    )
 
 
 def streams(chosen: NumberSettings, as_json: bool) -> None:
@@ -130,16 +159,30 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
 
     of_normals = {"strength", "dtype"} if chosen.kind != "normal" else set()
     for flag in map(chosen.spelling, of_normals & chosen.model_fields_set):
-        raise UsageError(f"{flag} with {chosen.kind}", wanted="normal, which alone has it", do=f"leave {flag} out")
-    source, how = streams.get_backend(chosen.backend, chosen.device), {} if of_normals else {"dtype": chosen.dtype}
-    values = getattr(source, METHODS[chosen.kind])(streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **how)
+        raise UsageError(
+            f"{flag} with {chosen.kind}",
+            wanted="normal, which alone has it",
+            do=f"leave {flag} out",
+        )
+    source = streams.get_backend(chosen.backend, chosen.device)
+    how = {} if of_normals else {"dtype": chosen.dtype}
+    values = getattr(source, METHODS[chosen.kind])(
+        streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **how
+    )
     row: Any = as_tensor(values)[0].cpu()
     # Floats as the shortest decimal that reads back to the same float32.
-    printed = [float(str(one)) for one in row.float().numpy()] if row.is_floating_point() else row.tolist()
+    printed = (
+        [float(str(one)) for one in row.float().numpy()]
+        if row.is_floating_point()
+        else row.tolist()
+    )
     if not as_json:
         click.echo("\n".join(str(value) for value in printed))
         return
-    described = chosen.model_dump(exclude=of_normals) | {"backend": source.name, "device": source.device}
+    described = chosen.model_dump(exclude=of_normals) | {
+        "backend": source.name,
+        "device": source.device,
+    }
     emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
 
 
@@ -161,13 +204,20 @@ def doctor(as_json: bool) -> int:
     """
     from assay.pages.provenance import provenance
 
-    backends, found = _backends(), provenance()
-    absent = [(name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None]
+    backends = _backends()
+    found = provenance()
+    absent = [
+        (name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None
+    ]
     absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
-    missing = [{"name": name, "needed_for": purpose, "get_it": how} for name, purpose, how in absent]
+    missing = [
+        {"name": name, "needed_for": purpose, "get_it": how} for name, purpose, how in absent
+    ]
     exact = all(row["exact"] for row in backends if row["available"])
     if as_json:
-        emit_json("assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **found})
+        emit_json(
+            "assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **found}
+        )
         return 0 if exact else 1
     versions: Any = found.pop("versions")
     here = versions | {name: "none" if value is None else value for name, value in found.items()}
@@ -175,12 +225,18 @@ def doctor(as_json: bool) -> int:
     rows = []
     for row in backends:
         state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
-        of_all = sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16] if row["available"] else ""
+        of_all = (
+            sha256(repr(sorted(row["sha256"].items())).encode()).hexdigest()[:16]
+            if row["available"]
+            else ""
+        )
         rows.append((row["backend"], row["device"], state, of_all))
     table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
     if missing:
         table(("missing", "needed for", "how to get it"), absent)
-    click.echo(f"{len(backends)} backends looked at; compare the SHA-256 column between two machines.")
+    click.echo(
+        f"{len(backends)} backends looked at; compare the SHA-256 column between two machines."
+    )
     return 0 if exact else 1
 
 

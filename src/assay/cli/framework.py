@@ -1,8 +1,10 @@
-"""Commands that are made from settings classes: options, environment, configuration file, help and errors.
+"""Commands that are made from settings classes: options, environment, configuration file, help and
+errors.
 
-A command is a function of objects of settings classes. Every field of a class is an option. At most ten of a command
-are in its help; the others belong into the configuration file and are still read as options for one release, with a
-warning. A value comes from the command line, else from the variable of its field, else from the file.
+A command is a function of objects of settings classes. Every field of a class is an option. At most
+ten of a command are in its help; the others belong into the configuration file and are still read
+as options for one release, with a warning. A value comes from the command line, else from the
+variable of its field, else from the file.
 """
 
 import errno
@@ -29,7 +31,9 @@ from assay.files.references import check_reference
 from assay.settings import NEAR, Settings, Spelling, check_device, words_of
 
 EXTENSIONS = "assay.commands"
-"""Entry-point group of commands that other packages add, by the words that call them: ``poc experiment``."""
+"""Entry-point group of commands that other packages add, by the words that call them: ``poc
+experiment``.
+"""
 OF_RESEARCH = ("research", "poc experiment", "poc ledger merge", "vhack fuzz")
 CONTINUES = "what is done is kept, and the same command continues it"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,10 +55,14 @@ class Setting:
     """A field of a settings class, as a command shows and reads it."""
 
     def __init__(self, kind: type[Settings], name: str) -> None:
-        self.kind, self.name = kind, name
+        self.kind = kind
+        self.name = name
         self.field: FieldInfo = kind.model_fields[name]
-        self.flag, self.spelling = kind.flag(name), kind.spelling(name)
-        self.text = next((entry for entry in self.field.metadata if isinstance(entry, Spelling)), None)
+        self.flag = kind.flag(name)
+        self.spelling = kind.spelling(name)
+        self.text = next(
+            (entry for entry in self.field.metadata if isinstance(entry, Spelling)), None
+        )
 
     @property
     def repeats(self) -> bool:
@@ -66,28 +74,42 @@ class Setting:
     @property
     def default(self) -> Any:
         """The default as a user writes it; None for a setting without one."""
-        value = None if self.field.is_required() else self.field.get_default(call_default_factory=True)
+        value = (
+            None if self.field.is_required() else self.field.get_default(call_default_factory=True)
+        )
         if self.text is not None and value is not None:
             return self.text.show(value)
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        return (
+            str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
 
     @property
     def help(self) -> str:
         """The description, then the default."""
         is_none = self.default is None or self.default is False or self.default in ("", [])
         shown = "" if is_none else f"  [default: {self.default}]"
-        return f"{self.field.description or ''}{'  [required]' if self.field.is_required() else shown}"
+        return (
+            f"{self.field.description or ''}{'  [required]' if self.field.is_required() else shown}"
+        )
 
     @property
     def unit(self) -> str:
         """What stands for a value in the help: its unit, its few words, or the name."""
         words = words_of(self.field.annotation)
         is_path = Path in (self.field.annotation, *get_args(self.field.annotation))
-        unit = self.flag.unit or ("|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit)
+        unit = self.flag.unit or (
+            "|".join(map(str, words)) if 1 < len(words) < 6 else self.text and self.text.unit
+        )
         return unit or ("FILE" if is_path else self.name.upper())
 
     def parameter(self, hidden: bool) -> click.Parameter:
-        """Return the option or the argument of click's. Settings check the values, so it takes any text."""
+        """Return the option or the argument of click's. Settings check the values, so it takes any
+        text.
+        """
         if self.flag.argument:
             count = -1 if self.repeats else 1
             return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
@@ -97,16 +119,31 @@ class Setting:
 
     def read(self, value: Any) -> Any:
         """Return a value of a command line or a file as the settings class takes it."""
-        if isinstance(value, int | float) and not isinstance(value, bool) and self.field.annotation is str:
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and self.field.annotation is str
+        ):
             return str(value)
-        if isinstance(value, bool) and bool not in (self.field.annotation, *get_args(self.field.annotation)):
+        if isinstance(value, bool) and bool not in (
+            self.field.annotation,
+            *get_args(self.field.annotation),
+        ):
             return str(value).lower()  # pydantic would take true as 1
         return next((word for word in words_of(self.field.annotation) if str(word) == value), value)
 
     def check_files(self, value: Any) -> None:
-        """Read what a command will read, no pipe and nothing long, so that a bad file is refused without torch."""
-        for path in (value if isinstance(value, tuple) else [value]) if self.flag.reads and value else ():
-            if not path.exists() or path.is_dir() or (path.is_file() and path.stat().st_size <= 2**22):
+        """Read what a command will read, no pipe and nothing long, so that a bad file is refused
+        without torch.
+        """
+        for path in (
+            (value if isinstance(value, tuple) else [value]) if self.flag.reads and value else ()
+        ):
+            if (
+                not path.exists()
+                or path.is_dir()
+                or (path.is_file() and path.stat().st_size <= 2**22)
+            ):
                 try:
                     _imported(self.flag.reads)(path)
                 except AssayError as error:
@@ -115,13 +152,14 @@ class Setting:
 
 
 class Command(click.Command):
-    """A command of ``assay``: a function of objects of its settings classes, which returns the exit code or None.
+    """A command of ``assay``: a function of objects of its settings classes, which returns the exit
+    code or None.
 
     Args:
         name: Name of the command.
         function: What it does; a parameter ``as_json`` gives it the flag ``--json``.
-        kinds: Settings classes, or the module and name of one that takes long to import. If several have a field of
-            one name, the last of them gets the value.
+        kinds: Settings classes, or the module and name of one that takes long to import. If several
+            have a field of one name, the last of them gets the value.
         shown: Fields whose options are in the help, separated by spaces; all by default.
         panel: Heading under which the help of the group lists the command.
         example: A command line for the help.
@@ -140,9 +178,14 @@ class Command(click.Command):
         resumable: bool = False,
     ) -> None:
         text = inspect.cleandoc(function.__doc__ or "")
-        super().__init__(name, help=text, short_help=text.splitlines()[0], epilog=f"Example: {example}")
-        self.function, self.panel, self.resumable = function, panel, resumable
-        self._kinds, self._shown = kinds, shown.split()
+        super().__init__(
+            name, help=text, short_help=text.splitlines()[0], epilog=f"Example: {example}"
+        )
+        self.function = function
+        self.panel = panel
+        self.resumable = resumable
+        self._kinds = kinds
+        self._shown = shown.split()
 
     @cached_property
     def kinds(self) -> list[type[Settings]]:
@@ -152,9 +195,20 @@ class Command(click.Command):
     @cached_property
     def settings(self) -> dict[str, Setting]:
         """The fields of the settings classes by name."""
-        found = [(kind, name, field.annotation) for kind in self.kinds for name, field in kind.model_fields.items()]
-        nested = [isinstance(annotation, type) and issubclass(annotation, Settings) for _, _, annotation in found]
-        return {name: Setting(kind, name) for (kind, name, _), inner in zip(found, nested, strict=True) if not inner}
+        found = [
+            (kind, name, field.annotation)
+            for kind in self.kinds
+            for name, field in kind.model_fields.items()
+        ]
+        nested = [
+            isinstance(annotation, type) and issubclass(annotation, Settings)
+            for _, _, annotation in found
+        ]
+        return {
+            name: Setting(kind, name)
+            for (kind, name, _), inner in zip(found, nested, strict=True)
+            if not inner
+        }
 
     def is_shown(self, name: str) -> bool:
         """Return whether the help of the command shows a field."""
@@ -164,12 +218,22 @@ class Command(click.Command):
         """Return the parameters, which are made when they are first asked for."""
         if not self.params:
             ordered = sorted(self.settings, key=lambda name: [*self._shown, name].index(name))
-            self.params += [self.settings[name].parameter(not self.is_shown(name)) for name in ordered]
+            self.params += [
+                self.settings[name].parameter(not self.is_shown(name)) for name in ordered
+            ]
             if self.settings:
-                how: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE", "envvar": "ASSAY_CONFIG"}
-                self.params.append(click.Option(["--config"], help="TOML file with further settings.", **how))
+                how: dict[str, Any] = {
+                    "type": click.Path(path_type=Path),
+                    "metavar": "FILE",
+                    "envvar": "ASSAY_CONFIG",
+                }
+                self.params.append(
+                    click.Option(["--config"], help="TOML file with further settings.", **how)
+                )
             if "as_json" in inspect.signature(self.function).parameters:
-                self.params.append(click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object."))
+                self.params.append(
+                    click.Option(["as_json", "--json"], is_flag=True, help="Print one JSON object.")
+                )
         return super().get_params(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -178,48 +242,84 @@ class Command(click.Command):
         hidden = sum(not self.is_shown(name) for name in self.settings)
         formatter.write_paragraph()
         if hidden:
-            formatter.write_text(f"{hidden} more settings in a file for --config: assay config {' '.join(words)}")
+            formatter.write_text(
+                f"{hidden} more settings in a file for --config: assay config {' '.join(words)}"
+            )
         formatter.write(f"{self.epilog}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Say which options are given more than once: a script may add one, and who repeats one may not know it."""
+        """Say which options are given more than once: a script may add one, and who repeats one may
+        not know it.
+        """
         order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
         for one in dict.fromkeys(one for one in order if order.count(one) > 1 and not one.multiple):
             _say(f"{one.opts[-1]} is given more than once, and the last value counts")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command with the values of its settings; name the flag in errors, and exit with its code."""
+        """Run the command with the values of its settings; name the flag in errors, and exit with
+        its code.
+        """
         words = ctx.command_path.split()[1:]
-        given = {n: v for n, v in ctx.params.items() if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+        given = {
+            n: v
+            for n, v in ctx.params.items()
+            if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE
+        }
         given.pop("config", None)
         table = own_table(ctx.params.get("config"), ctx, words)
         as_json = given.pop("as_json", table.pop("json", False))
         if not isinstance(as_json, bool):
             seen = f"json = {as_json!r:.80} in the configuration of {ctx.command_path}"
             raise UsageError(seen, wanted="true or false", do="correct the file (--config)")
-        own = {name: variable for name, one in self.settings.items() if (variable := one.kind.environment_name(name))}
+        own = {
+            name: variable
+            for name, one in self.settings.items()
+            if (variable := one.kind.environment_name(name))
+        }
         self._warn(words, given, own.values())
         from assay.files.storage import check_new_file
 
         variables = {name: os.environ.get(variable) for name, variable in own.items()}
-        values = self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
-        values = {name: self.settings[name].read(value) for name, value in values.items() if value not in (None, ())}
+        values = (
+            self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
+        )
+        values = {
+            name: self.settings[name].read(value)
+            for name, value in values.items()
+            if value not in (None, ())
+        }
         refuse_own_sources(self.settings, values)
         for name in {"model", "reference"} & values.keys():
-            check_reference(str(values[name]))  # or it is refused here, before a command imports torch
+            check_reference(
+                str(values[name])
+            )  # or it is refused here, before a command imports torch
         made = [
-            kind(**{name: value for name, value in values.items() if self.settings[name].kind is kind})
+            kind(
+                **{
+                    name: value
+                    for name, value in values.items()
+                    if self.settings[name].kind is kind
+                }
+            )
             for kind in self.kinds
         ]
         if "device" in values:
             check_device(values["device"])
-        options = {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
+        options = (
+            {"as_json": as_json} if "as_json" in inspect.signature(self.function).parameters else {}
+        )
         try:
             for name in (name for name in values if self.settings[name].flag.file):
-                check_new_file(values[name], overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)))
+                check_new_file(
+                    values[name],
+                    overwrite=bool(values.get("overwrite", "overwrite" not in self.settings)),
+                )
                 if "overwrite" not in self.settings and Path(values[name]).exists():
-                    _say(f"{values[name]} exists, and the result will replace it ({self.settings[name].spelling})")
+                    _say(
+                        f"{values[name]} exists, and the result will replace it "
+                        f"({self.settings[name].spelling})"
+                    )
             for setting in self.settings.values():
                 setting.check_files(getattr(made[self.kinds.index(setting.kind)], setting.name))
             with loading_bar():
@@ -230,22 +330,32 @@ class Command(click.Command):
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:  # a command imports what it runs
-            raise _not_installed(error, "train" if self.function.__module__.endswith("vhack") else "serve") from error
+            raise _not_installed(
+                error, "train" if self.function.__module__.endswith("vhack") else "serve"
+            ) from error
         except (OSError, AssayError) as error:
             found = in_assay_words(error) if isinstance(error, OSError) else error
             one = self.settings.get(found.field)
             if one is not None and one.spelling not in str(found):
                 found.do += f" ({one.spelling})"
             cause = found.__cause__ or error
-            if self.resumable and isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EFBIG):
+            if (
+                self.resumable
+                and isinstance(cause, OSError)
+                and cause.errno in (errno.ENOSPC, errno.EFBIG)
+            ):
                 found.do += f"; {CONTINUES}"
             if found is error:
                 raise
             raise found from error
 
     def _named(self, table: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """Return the values of a configuration file by field; a key is the name of one, or of its flag."""
-        known = {one.spelling.lstrip("-").replace("-", "_"): name for name, one in self.settings.items()}
+        """Return the values of a configuration file by field; a key is the name of one, or of its
+        flag.
+        """
+        known = {
+            one.spelling.lstrip("-").replace("-", "_"): name for name, one in self.settings.items()
+        }
         known |= {name: name for name in self.settings}
         for key in table:
             if key.replace("-", "_") not in known:
@@ -255,16 +365,25 @@ class Command(click.Command):
         return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
     def _warn(self, words: Sequence[str], given: Mapping[str, Any], own: Collection[str]) -> None:
-        """Say of options of earlier releases, and of secrets, where their values belong, and of misspelt variables."""
+        """Say of options of earlier releases, and of secrets, where their values belong, and of
+        misspelt variables.
+        """
         for name in sorted(os.environ.keys() - set(own)):
-            if name.startswith("ASSAY_") and (near := get_close_matches(name, own, n=1, cutoff=0.9)):
+            if name.startswith("ASSAY_") and (
+                near := get_close_matches(name, own, n=1, cutoff=0.9)
+            ):
                 _say(f"{name} is set and read by nothing here: did you mean {near[0]}?")
         place = f"under [{'.'.join(words)}] in a file for --config"
         for one in (self.settings[name] for name in given):
             if one.flag.secret:
                 variable = one.kind.environment_name(one.name)
-                _say(f"{one.spelling} shows a secret to all users of this machine: use a file, or {variable}")
-        if moved := [name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)]:
+                _say(
+                    f"{one.spelling} shows a secret to all users of this machine: use a file, or "
+                    f"{variable}"
+                )
+        if moved := [
+            name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)
+        ]:
             flags = ", ".join(self.settings[name].spelling for name in moved)
             _say(f"{flags} will go: write {', '.join(f'`{name} = …`' for name in moved)} {place}")
 
@@ -279,8 +398,11 @@ class Group(click.Group):
     """
 
     def __init__(self, path: str, help: str, *, panel: str = "Commands", **options: Any) -> None:
-        super().__init__(path.rpartition(" ")[2] or "assay", help=help, no_args_is_help=True, **options)
-        self.path, self.panel = path, panel
+        super().__init__(
+            path.rpartition(" ")[2] or "assay", help=help, no_args_is_help=True, **options
+        )
+        self.path = path
+        self.panel = panel
 
     def add(self, name: str, *kinds: type[Settings] | str, **options: Any) -> Callable[[F], F]:
         """Return a decorator that makes a function a command of the group; see :class:`Command`."""
@@ -302,13 +424,19 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, those of other packages included that are installed."""
-        placed = (point.name.rpartition(" ") for point in entry_points(group=EXTENSIONS) if "-" not in point.name)
+        placed = (
+            point.name.rpartition(" ")
+            for point in entry_points(group=EXTENSIONS)
+            if "-" not in point.name
+        )
         return [*self.commands, *sorted(name for path, _, name in placed if path == self.path)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, also one of another package."""
         words = self._words(cmd_name)
-        if cmd_name in self.commands or not (words in OF_RESEARCH or cmd_name in self.list_commands(ctx)):
+        if cmd_name in self.commands or not (
+            words in OF_RESEARCH or cmd_name in self.list_commands(ctx)
+        ):
             return self.commands.get(cmd_name)
         found: click.Command = extension(words)
         return found
@@ -336,15 +464,20 @@ class Group(click.Group):
 
 
 def extension(words: str) -> Any:
-    """Return what another package that is installed has put under some words into the entry-point group of commands."""
+    """Return what another package that is installed has put under some words into the entry-point
+    group of commands.
+    """
     for point in entry_points(group=EXTENSIONS, name=words):
         return point.load()
-    wanted, do = "the package assay-research", "install assay-research (research/ of the repository)"
+    wanted = "the package assay-research"
+    do = "install assay-research (research/ of the repository)"
     raise UsageError(f"assay {words}, which the package assay does not have", wanted=wanted, do=do)
 
 
 def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -> dict[str, Any]:
-    """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without a file."""
+    """Return the table of a command in a configuration file, such as ``[poc.prove]``; empty without
+    a file.
+    """
     if path is None:
         return {}
     from assay.files.jsonl import read_toml
@@ -363,9 +496,11 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
             if key not in names or not isinstance(value, dict):
                 kind = "command" if isinstance(value, dict) else "table"
                 wanted = "a TOML file with a table per command, as `assay config COMMAND` prints it"
-                seen, do = f"{key} is not a {kind} of {command.name}", "correct the file, or leave --config out"
+                seen = f"{key} is not a {kind} of {command.name}"
+                do = "correct the file, or leave --config out"
                 raise UsageError(f"configuration file {path}: {seen}", wanted=wanted, do=do)
-        tables, command = tables.get(word, {}), command.get_command(context, word)
+        tables = tables.get(word, {})
+        command = command.get_command(context, word)
     return tables
 
 
@@ -374,8 +509,14 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
     for result in (name for name in values if name == "output" or settings[name].flag.file):
         flag = settings[result].spelling
         for name, given in values.items():
-            texts = [one for one in (given if isinstance(given, list | tuple) else [given]) if isinstance(one, str)]
-            if name not in (result, "merge") and any(_same_file(values[result], one) for one in texts):  # it may grow
+            texts = [
+                one
+                for one in (given if isinstance(given, list | tuple) else [given])
+                if isinstance(one, str)
+            ]
+            if name not in (result, "merge") and any(
+                _same_file(values[result], one) for one in texts
+            ):  # it may grow
                 seen = f"{flag} {values[result]}, which is {settings[name].spelling} too"
                 do = f"choose another name with {flag}"
                 raise UsageError(seen, wanted="a file of its own for every result", do=do)
@@ -385,7 +526,11 @@ def _same_file(result: str, other: str) -> bool:
     """Return whether two paths are one file, or will be; a directory may hold both."""
     try:
         return Path(result).resolve() == Path(other).resolve() and not Path(result).is_dir()
-    except (OSError, ValueError, RuntimeError):  # a text that is no path, or links that lead to themselves
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a text that is no path, or links that lead to themselves
         return False
 
 
@@ -408,14 +553,28 @@ def in_three_parts(error: click.ClickException) -> UsageError:
     name = context.command_path if context else "assay"
     look = f"see {name} --help"
     if isinstance(error, click.NoSuchOption):
-        known = [flag for one in context.command.get_params(context) for flag in one.opts] if context else []
+        known = (
+            [flag for one in context.command.get_params(context) for flag in one.opts]
+            if context
+            else []
+        )
         is_argument = error.option_name.lstrip("-") in known
-        do = "pass its value without the flag" if is_argument else _nearest(error.option_name, known, look)
+        do = (
+            "pass its value without the flag"
+            if is_argument
+            else _nearest(error.option_name, known, look)
+        )
         return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
     if isinstance(error, click.BadOptionUsage):
-        wanted = "no value behind this flag" if "not take" in error.message else "a value behind this flag"
+        wanted = (
+            "no value behind this flag"
+            if "not take" in error.message
+            else "a value behind this flag"
+        )
         return UsageError(error.option_name, wanted=wanted, do=look)
-    return UsageError(f"{name}: {error.message.rstrip('.')}", wanted=f"only the arguments of {name}", do=look)
+    return UsageError(
+        f"{name}: {error.message.rstrip('.')}", wanted=f"only the arguments of {name}", do=look
+    )
 
 
 def _imported(where: str) -> Any:
@@ -430,7 +589,8 @@ def _imported(where: str) -> Any:
 def _not_installed(error: ModuleNotFoundError, extra: str) -> Exception:
     if (error.name or "assay").partition(".")[0] == "assay":
         return error
-    seen, wanted = f"the package {error.name} is not installed", "what the command needs beside assay itself"
+    seen = f"the package {error.name} is not installed"
+    wanted = "what the command needs beside assay itself"
     return BackendUnavailable(seen, wanted=wanted, do=how_to_install(extra))
 
 
@@ -438,8 +598,9 @@ def _not_installed(error: ModuleNotFoundError, extra: str) -> Exception:
 def without_collection() -> Iterator[None]:
     """Stop the garbage collector during imports, or during a command that is soon over.
 
-    It would walk all that is there again and again while torch and transformers come in: a second of the four to five
-    that they take, and 1.6 of the 18 s of ``assay demo``, which needs no more memory without it.
+    It would walk all that is there again and again while torch and transformers come in: a second
+    of the four to five that they take, and 1.6 of the 18 s of ``assay demo``, which needs no more
+    memory without it.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -454,7 +615,9 @@ def _say(warning: str) -> None:
     click.echo(f"warning: {warning}", err=True)
 
 
-def leaves(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Command]]:
+def leaves(
+    group: click.Group, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Command]]:
     """Yield the words and the object of every command of the package below a group."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):

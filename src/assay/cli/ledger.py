@@ -1,4 +1,6 @@
-"""``assay poc ledger``: what the audits of a node's whole life say, and whether the file that says it is intact."""
+"""``assay poc ledger``: what the audits of a node's whole life say, and whether the file that says
+it is intact.
+"""
 
 from collections import deque
 from collections.abc import Collection
@@ -26,14 +28,20 @@ class ShowSettings(Settings):
     """Settings of ``assay poc ledger show``."""
 
     ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger.")
-    public_key: Annotated[str | None, "KEY"] = Field(None, description="Key of one node, to list its audits too.")
-    limit: Annotated[int, "ROWS"] = Field(100, ge=1, lt=2**63, description="Most accounts, and most audits of each.")
+    public_key: Annotated[str | None, "KEY"] = Field(
+        None, description="Key of one node, to list its audits too."
+    )
+    limit: Annotated[int, "ROWS"] = Field(
+        100, ge=1, lt=2**63, description="Most accounts, and most audits of each."
+    )
 
 
 class AuditSettings(Settings):
     """Settings of ``assay poc ledger audit``."""
 
-    ledger: Annotated[Path, ARGUMENT] = Field(description="File of the ledger, or an export of one.")
+    ledger: Annotated[Path, ARGUMENT] = Field(
+        description="File of the ledger, or an export of one."
+    )
     head: Annotated[str | None, "HASH"] = Field(
         None, description="Head that was published; entries up to it must be there."
     )
@@ -57,26 +65,51 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
 
     with Ledger(chosen.ledger, read_only=True) as opened:
         count, head = opened.head
-        wanted = (one for one in opened.standings() if chosen.public_key in (None, one.account.public_key))
+        wanted = (
+            one for one in opened.standings() if chosen.public_key in (None, one.account.public_key)
+        )
         found = list(islice(wanted, chosen.limit))
         listed = [] if chosen.public_key is None else found
         if chosen.public_key is not None and not found:
-            raise no_such_key(chosen.public_key, {one.account.public_key for one in islice(opened.standings(), 10)})
-        audits = {one.account: [*deque(opened.entries(one.account), chosen.limit)] for one in listed}
+            raise no_such_key(
+                chosen.public_key,
+                {one.account.public_key for one in islice(opened.standings(), 10)},
+            )
+        audits = {
+            one.account: [*deque(opened.entries(one.account), chosen.limit)] for one in listed
+        }
     if as_json:
         accounts = [one.as_dict() for one in found]
-        for shown, entries in zip(accounts, audits.values(), strict=False):  # of all accounts, or of none
+        for shown, entries in zip(
+            accounts, audits.values(), strict=False
+        ):  # of all accounts, or of none
             shown["entries"] = [entry.model_dump() for entry in entries]
         values = {"path": str(chosen.ledger), "count": count, "head": head, "accounts": accounts}
         emit_json("assay.poc.ledger/1", values)
         return
     table(
-        ("key", "model", "build", "preset", "audits", "nonces", "since", "fault", "max log e", "verdict"),
+        (
+            "key",
+            "model",
+            "build",
+            "preset",
+            "audits",
+            "nonces",
+            "since",
+            "fault",
+            "max log e",
+            "verdict",
+        ),
         [(*names_of(one.account), *_numbers(one)) for one in found],
     )
     for account, entries in audits.items():
-        table(("audit", "time", "block", "nonces", "fault", "max log e", "verdict"), [_row(entry) for entry in entries])
-        click.echo(visible(f"audits of build {_cut(account.build)}, preset {_cut(account.preset)}") + "\n")
+        table(
+            ("audit", "time", "block", "nonces", "fault", "max log e", "verdict"),
+            [_row(entry) for entry in entries],
+        )
+        click.echo(
+            visible(f"audits of build {_cut(account.build)}, preset {_cut(account.preset)}") + "\n"
+        )
     click.echo(f"{count} entries, head {head}")
 
 
@@ -84,8 +117,8 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
 def audit(chosen: AuditSettings, as_json: bool) -> int:
     """Compute every hash and every verdict again.
 
-    Exit code 0 clean, 1 tampered with, 2 bad input. Whoever rewrites the whole ledger, hashes included, can only be
-    found by a head that was published before: give it with --head.
+    Exit code 0 clean, 1 tampered with, 2 bad input. Whoever rewrites the whole ledger, hashes
+    included, can only be found by a head that was published before: give it with --head.
     """
     from assay.poc.verdict.ledger import audit_ledger
 
@@ -106,7 +139,9 @@ def audit(chosen: AuditSettings, as_json: bool) -> int:
     return found.exit_code
 
 
-@ledger.add("export", ExportSettings, example="assay poc ledger export ledger.sqlite3 -o ledger.jsonl")
+@ledger.add(
+    "export", ExportSettings, example="assay poc ledger export ledger.sqlite3 -o ledger.jsonl"
+)
 def export(chosen: ExportSettings, as_json: bool) -> None:
     """Write all that an audit elsewhere needs."""
     from assay.poc.verdict.ledger import Ledger
@@ -119,14 +154,20 @@ def export(chosen: ExportSettings, as_json: bool) -> None:
 
 def no_such_key(key: str, known: Collection[str]) -> UsageError:
     """Return the refusal of a key without audits, which names keys that have some."""
-    wanted = f"a key with audits, such as {', '.join(sorted(map(_cut, known)))}" if known else "a ledger with audits"
+    wanted = (
+        f"a key with audits, such as {', '.join(sorted(map(_cut, known)))}"
+        if known
+        else "a ledger with audits"
+    )
     do = "correct --public-key, or leave it out to list all accounts"
     return UsageError(f"--public-key {key:.80}, of which there is no audit", wanted=wanted, do=do)
 
 
 def names_of(account: "Account") -> tuple[str, ...]:
     """Return key, model, build and preset of an account, no longer than columns of a table."""
-    return tuple(map(_cut, (account.public_key, account.digest[:12], account.build, account.preset)))
+    return tuple(
+        map(_cut, (account.public_key, account.digest[:12], account.build, account.preset))
+    )
 
 
 def _cut(text: str | None) -> str:
@@ -136,13 +177,27 @@ def _cut(text: str | None) -> str:
 def _numbers(one: "Standing") -> tuple[object, ...]:
     evidence = one.evidence
     counted = f"{evidence.n} of {one.recorded}" if evidence.n < one.recorded else evidence.n
-    return one.audits, counted, _day(one.begun), _cut(one.fault), f"{evidence.log_e_max:.1f}", one.verdict
+    return (
+        one.audits,
+        counted,
+        _day(one.begun),
+        _cut(one.fault),
+        f"{evidence.log_e_max:.1f}",
+        one.verdict,
+    )
 
 
 def _row(entry: "Entry") -> tuple[object, ...]:
-    counted, outcome = len(entry.nonces) - len(entry.excluded), entry.outcome
+    counted = len(entry.nonces) - len(entry.excluded)
+    outcome = entry.outcome
     shown = f"{counted} of {len(entry.nonces)}" if entry.excluded else counted
-    values = (_cut(entry.block_hash), shown, _cut(entry.fault), f"{outcome.log_e_max:.1f}", outcome.verdict)
+    values = (
+        _cut(entry.block_hash),
+        shown,
+        _cut(entry.fault),
+        f"{outcome.log_e_max:.1f}",
+        outcome.verdict,
+    )
     return entry.seq, _day(entry.time), *values
 
 

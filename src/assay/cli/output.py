@@ -11,7 +11,15 @@ from typing import Any, TextIO
 import click
 from rich.box import HEAVY_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -35,17 +43,27 @@ def emit_document(values: dict[str, Any]) -> None:
 
 
 def show_values(schema: str, values: dict[str, Any], as_json: bool, **shown: object) -> None:
-    """Print named values as one JSON object, or as a table of two columns, some shown in another way."""
+    """Print named values as one JSON object, or as a table of two columns, some shown in another
+    way.
+    """
     if as_json:
         emit_json(schema, values)
     else:
-        table(("", "value"), [(name.replace("_", " "), value) for name, value in (values | shown).items()])
+        table(
+            ("", "value"),
+            [(name.replace("_", " "), value) for name, value in (values | shown).items()],
+        )
 
 
 def errors(error: AssayError) -> None:
     """Print an error in its three parts on stderr, or as JSON where ``ASSAY_ERRORS=json``."""
     if os.environ.get("ASSAY_ERRORS") == "json":
-        parts = {"error": type(error).__name__, "seen": error.seen, "wanted": error.wanted, "do": error.do}
+        parts = {
+            "error": type(error).__name__,
+            "seen": error.seen,
+            "wanted": error.wanted,
+            "do": error.do,
+        }
         click.echo(json.dumps(parts), err=True)
     else:
         click.echo(f"error: {error}", err=True)
@@ -57,18 +75,25 @@ class _Console(Console):
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """Print a table on stdout: with a box on a terminal, and without one and without line breaks into a file or pipe.
+    """Print a table on stdout: with a box on a terminal, and without one and without line breaks
+    into a file or pipe.
 
     Columns after the first are right-aligned, unless there are only two.
     """
     boxed = _is_terminal(sys.stdout)
     console = _Console(width=None if boxed else WIDEST)
     named = Text(visible(title)) if title else None
-    shown = Table(title=named, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None)
+    shown = Table(
+        title=named, title_justify="left", header_style="bold", box=HEAVY_HEAD if boxed else None
+    )
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
+        shown.add_column(
+            column, justify="right" if index and len(columns) > 2 else "left", overflow="fold"
+        )
     for row in rows:
-        shown.add_row(*(Text("" if cell is None else visible(str(cell), LONGEST_CELL)) for cell in row))
+        shown.add_row(
+            *(Text("" if cell is None else visible(str(cell), LONGEST_CELL)) for cell in row)
+        )
     console.print(shown)
 
 
@@ -90,9 +115,13 @@ _bars: list[Progress] = []  # what is on the terminal now
 
 @contextmanager
 def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, int], None] | None]:
-    """Show a progress bar with rate and time left on stderr; where that is no terminal, a line every few seconds."""
+    """Show a progress bar with rate and time left on stderr; where that is no terminal, a line
+    every few seconds.
+    """
     if not _is_terminal(sys.stderr):
-        marks: list[tuple[float, int]] = []  # the first update, which may come long after a model loads, and the last
+        marks: list[
+            tuple[float, int]
+        ] = []  # the first update, which may come long after a model loads, and the last
 
         def say(done: int, total: int) -> None:
             now = time.monotonic()
@@ -102,15 +131,27 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
                 marks[1] = (now, done)
                 rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
                 left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-                click.echo(f"{label}: {done} of {total} {unit}, {_rate(rate, unit)}{left}", err=True)
+                click.echo(
+                    f"{label}: {done} of {total} {unit}, {_rate(rate, unit)}{left}", err=True
+                )
 
         yield say if sys.stderr is not None else None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
     with ExitStack() as stack:
         if not _bars:  # a terminal has one at a time, of several lines
             stack.callback(_bars.clear)
-            _bars.append(stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True)))
+            _bars.append(
+                stack.enter_context(
+                    Progress(*columns, console=Console(stderr=True), transient=True)
+                )
+            )
         bar = _bars[0]
         task = bar.add_task(label, total=None, unit=unit)
         stack.callback(bar.remove_task, task)

@@ -40,51 +40,73 @@ if TYPE_CHECKING:
     from assay.poc.verdict.life import Standing
 
 
-COLLECTED = "collect"  # public key of rounds that are proved to be published, and the beginning of their block hashes
+# public key of rounds that are proved to be published, and the beginning of their block hashes
+COLLECTED = "collect"
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
 
 def _positions(text: str) -> tuple[int, int]:
     first, _, end = text.partition(":") if ":" in text else ("0", "", text)
-    if not (first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40):
+    if not (
+        first.isascii() and first.isdigit() and end.isascii() and end.isdigit() and len(text) <= 40
+    ):
         raise ValueError("a number N, or two A:B with A < B, for instance 0:256")
     return int(first), int(end)
 
 
 FrameFile = Annotated[
-    FrameToRead, Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file.")
+    FrameToRead,
+    Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file."),
 ]
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
 
 class ProveSettings(Settings):
-    """Settings of ``assay poc prove``; those of the round have no default where a pins file says them."""
+    """Settings of ``assay poc prove``; those of the round have no default where a pins file says
+    them.
+    """
 
-    model: Annotated[str | None, MODEL] = Field(None, description="Model: a directory, a hub id, or that of the pins.")
+    model: Annotated[str | None, MODEL] = Field(
+        None, description="Model: a directory, a hub id, or that of the pins."
+    )
     block_hash: BlockHash = None
     public_key: PublicKey = None
     output: Annotated[Path, OUTPUT] = Field(description="Proof file to write.")
     pins: PinsFile = None
-    nonces: Annotated[tuple[int, int], RANGE] = Field((0, 256), description="Positions in this node's share.")
+    nonces: Annotated[tuple[int, int], RANGE] = Field(
+        (0, 256), description="Positions in this node's share."
+    )
     batch_size: Annotated[int | Literal["auto"], "NONCES"] = Field(
         32, description="Nonces per forward pass, part of the fingerprint; auto fills the memory."
     )
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that runs the model.")
     overwrite: Overwrite = False
-    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="How a proof follows from the model.")
+    preset: Annotated[str, "NAME"] = Field(
+        "poc-2.0", description="How a proof follows from the model."
+    )
     seq_len: Annotated[int, "POSITIONS"] = Field(
         256, description="Input positions of a nonce; with decode, its prompt."
     )
-    r_target: Annotated[float, "DISTANCE"] = Field(1.416, description="Distance below which a nonce is valid.")
-    strength: Literal[32, 256] = Field(32, description="Bits of the seed of each input; 256 cannot collide.")
+    r_target: Annotated[float, "DISTANCE"] = Field(
+        1.416, description="Distance below which a nonce is valid."
+    )
+    strength: Literal[32, 256] = Field(
+        32, description="Bits of the seed of each input; 256 cannot collide."
+    )
     node_id: Annotated[int, "NUMBER"] = Field(0, description="Share of this node, from 0.")
-    node_count: Annotated[int, "NUMBER"] = Field(1, description="Number of nodes that share the nonces of the key.")
-    block_height: Annotated[int, "NUMBER"] = Field(0, description="Height of the block, recorded in the proof.")
+    node_count: Annotated[int, "NUMBER"] = Field(
+        1, description="Number of nodes that share the nonces of the key."
+    )
+    block_height: Annotated[int, "NUMBER"] = Field(
+        0, description="Height of the block, recorded in the proof."
+    )
     dtype: NumberFormat = None
     kernels: KernelName = "auto"
-    deterministic: bool = Field(False, description="Refuse operations that may give other bits the next time.")
+    deterministic: bool = Field(
+        False, description="Refuse operations that may give other bits the next time."
+    )
     frame: FrameFile = None
 
 
@@ -92,24 +114,40 @@ class VerifySettings(AuditSettings):
     """Settings of ``assay poc verify``: what the validator knows, and how it recomputes."""
 
     proof: Annotated[Path, ARGUMENT, PROOF] = Field(description="Proof file.")
-    sample: Annotated[int | None, "NONCES"] = Field(None, description="Nonces to recompute; else what the law needs.")
-    seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions of a nonce agreed on; else 256.")
-    preset: Annotated[str | None, "NAME"] = Field(None, description="Preset agreed on; else poc-2.0.")
-    strength: Literal[32, 256] | None = Field(None, description="Bits of the input seeds agreed on; else 32.")
-    r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="Target distance agreed on; else 1.416.")
+    sample: Annotated[int | None, "NONCES"] = Field(
+        None, description="Nonces to recompute; else what the law needs."
+    )
+    seq_len: Annotated[int | None, "POSITIONS"] = Field(
+        None, description="Positions of a nonce agreed on; else 256."
+    )
+    preset: Annotated[str | None, "NAME"] = Field(
+        None, description="Preset agreed on; else poc-2.0."
+    )
+    strength: Literal[32, 256] | None = Field(
+        None, description="Bits of the input seeds agreed on; else 32."
+    )
+    r_target: Annotated[float | None, "DISTANCE"] = Field(
+        None, description="Target distance agreed on; else 1.416."
+    )
     node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node; else 0.")
-    node_count: Annotated[int | None, "NUMBER"] = Field(None, description="Nodes that share the nonces; else 1.")
+    node_count: Annotated[int | None, "NUMBER"] = Field(
+        None, description="Nodes that share the nonces; else 1."
+    )
     nonces: Annotated[tuple[int, int] | None, RANGE] = Field(
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
     frame: FrameFile = None
-    control: bool = Field(False, description="Compute every nonce again in the formats that --calibration names.")
+    control: bool = Field(
+        False, description="Compute every nonce again in the formats that --calibration names."
+    )
 
 
 class FrameSettings(Settings):
     """Settings of ``assay poc frame``."""
 
-    model: Annotated[str, ARGUMENT] = Field(description="Model: a directory, a hub id, or a name of models list.")
+    model: Annotated[str, ARGUMENT] = Field(
+        description="Model: a directory, a hub id, or a name of models list."
+    )
     output: Annotated[Path, OUTPUT] = Field(description="Frame file to write.")
     device: Device = None
     dtype: NumberFormat = None
@@ -122,10 +160,16 @@ class CollectSettings(Settings):
     model: ModelName
     output: Annotated[Path, FOLDER] = Field(description="Folder for the proofs, one of each block.")
     preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset of the network.")
-    seq_len: Annotated[int, "POSITIONS"] = Field(256, description="Positions of a nonce in the network.")
-    blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that are proved, collect-1 and so on.")
+    seq_len: Annotated[int, "POSITIONS"] = Field(
+        256, description="Positions of a nonce in the network."
+    )
+    blocks: Annotated[int, "NUMBER"] = Field(
+        16, ge=1, description="Blocks that are proved, collect-1 and so on."
+    )
     nonces: Annotated[int, "NUMBER"] = Field(256, ge=1, description="Nonces of each block.")
-    batch_size: Annotated[int, "NONCES"] = Field(32, ge=1, description="Nonces per forward pass, as in production.")
+    batch_size: Annotated[int, "NONCES"] = Field(
+        32, ge=1, description="Nonces per forward pass, as in production."
+    )
     engine: EngineName = Field("hf", description="Engine that runs the model in production.")
     dtype: NumberFormat = None
     device: Device = None
@@ -135,30 +179,57 @@ class CollectSettings(Settings):
 class CalibrateSettings(Settings):
     """Settings of ``assay poc calibrate``."""
 
-    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field((), description="Honest proofs, or folders of `collect`.")
+    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        (), description="Honest proofs, or folders of `collect`."
+    )
     output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
     model: Annotated[str | None, "MODEL"] = Field(
         None, description="Model to measure on this machine; with proofs, their model."
     )
-    preset: Annotated[str, "NAME"] = Field("poc-2.0", description="Preset that --model is measured with.")
-    seq_len: Annotated[int, "POSITIONS"] = Field(256, ge=1, description="Positions of a nonce of --model.")
+    preset: Annotated[str, "NAME"] = Field(
+        "poc-2.0", description="Preset that --model is measured with."
+    )
+    seq_len: Annotated[int, "POSITIONS"] = Field(
+        256, ge=1, description="Positions of a nonce of --model."
+    )
     pins: Annotated[Path | None, FILE] = Field(
         None, description="Pins file to write beside the calibration of --model."
     )
-    frame: Path | None = Field(None, description="Frame of --model, for tokens-1; a missing file is measured.")
-    merge: tuple[Path, ...] = Field((), description="Calibration file whose builds are added; repeatable.")
-    valid_rate: Annotated[float | None, "SHARE"] = Field(None, gt=0, le=1, description="Wanted share of valid nonces.")
-    calibration: Path | None = Field(None, description="Calibration that says how blocks differ, for --valid-rate.")
-    device: Device = None
-    dimension: Annotated[int | None, "NUMBER"] = Field(None, ge=2, description="Dimension of the output.")
-    blocks: Annotated[int, "NUMBER"] = Field(16, ge=1, description="Blocks that --model is measured in.")
-    nonces: Annotated[int, "NUMBER"] = Field(64, ge=1, description="Nonces of each of these blocks.")
-    formats: Names = Field(
-        ("bfloat16", "float16", "float32"), description="Number formats that --model is measured in."
+    frame: Path | None = Field(
+        None, description="Frame of --model, for tokens-1; a missing file is measured."
     )
-    controls: Names = Field((), description="Number formats of PROOFS that are computed again by those who validate.")
-    vectors: Path | None = Field(None, description="Sets of vectors of a network, in place of proofs (research).")
-    sets: Names = Field((), description="Words that the name of a set must have; with a dash before: must not.")
+    merge: tuple[Path, ...] = Field(
+        (), description="Calibration file whose builds are added; repeatable."
+    )
+    valid_rate: Annotated[float | None, "SHARE"] = Field(
+        None, gt=0, le=1, description="Wanted share of valid nonces."
+    )
+    calibration: Path | None = Field(
+        None, description="Calibration that says how blocks differ, for --valid-rate."
+    )
+    device: Device = None
+    dimension: Annotated[int | None, "NUMBER"] = Field(
+        None, ge=2, description="Dimension of the output."
+    )
+    blocks: Annotated[int, "NUMBER"] = Field(
+        16, ge=1, description="Blocks that --model is measured in."
+    )
+    nonces: Annotated[int, "NUMBER"] = Field(
+        64, ge=1, description="Nonces of each of these blocks."
+    )
+    formats: Names = Field(
+        ("bfloat16", "float16", "float32"),
+        description="Number formats that --model is measured in.",
+    )
+    controls: Names = Field(
+        (), description="Number formats of PROOFS that are computed again by those who validate."
+    )
+    vectors: Path | None = Field(
+        None, description="Sets of vectors of a network, in place of proofs (research)."
+    )
+    sets: Names = Field(
+        (), description="Words that the name of a set must have; with a dash before: must not."
+    )
     digest: Annotated[str | None, "HASH"] = Field(
         None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the checkpoint of --vectors."
     )
@@ -169,20 +240,30 @@ class CalibrateSettings(Settings):
     ProveSettings,
     panel="Node",
     shown="model block_hash public_key output pins nonces batch_size engine device overwrite",
-    example="assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o proof.jsonl",
+    example="assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o "
+    "proof.jsonl",
     resumable=True,
 )
 def prove(chosen: ProveSettings, as_json: bool) -> None:
     """Prove a range of nonces.
 
-    An interrupted run continues when the command is repeated. With --pins, what the network agreed on is taken from
-    its file.
+    An interrupted run continues when the command is repeated. With --pins, what the network agreed
+    on is taken from its file.
     """
     from assay import poc
     from assay.poc.launch import Proving, open_prover
     from assay.poc.network_pins import asked
 
-    names = ("model", "engine", "dtype", "device", "batch_size", "kernels", "deterministic", "frame")
+    names = (
+        "model",
+        "engine",
+        "dtype",
+        "device",
+        "batch_size",
+        "kernels",
+        "deterministic",
+        "frame",
+    )
     how = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
     given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
     known = asked(
@@ -195,7 +276,9 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         known.check_engine(*made)
         pace = _Pace(progress)
         to = chosen.model_dump(include={"output", "overwrite"})
-        proof = poc.prove(made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to)
+        proof = poc.prove(
+            made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to
+        )
     footer, (resumed, first, rate) = proof.footer, pace.summary()
     values = {
         "path": str(chosen.output),
@@ -218,25 +301,39 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     VerifySettings,
     panel="Validator",
     shown="model pins block_hash public_key sample calibration frame ledger engine device",
-    example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key KEY",
+    example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key "
+    "KEY",
 )
 def verify(chosen: VerifySettings, as_json: bool) -> int:
     """Recompute a sample of a proof and judge it.
 
     Exit code 0 honest, 1 fraud, 2 undecided or bad input.
 
-    The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and every other value
-    that the prover could choose from you or at its published default. What is neither is shown, with exit code 2.
+    The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and
+    every other value that the prover could choose from you or at its published default. What is
+    neither is shown, with exit code 2.
 
-    With --ledger the audit is added to the ledger of nodes' lives, and the exit code is that of the whole life.
+    With --ledger the audit is added to the ledger of nodes' lives, and the exit code is that of the
+    whole life.
     """
     from assay.poc.audit import Auditor
     from assay.poc.protocol.pins import Pins
 
-    names = {"block_hash", "public_key", "preset", "seq_len", "strength", "r_target", "node_id", "node_count"}
+    names = {
+        "block_hash",
+        "public_key",
+        "preset",
+        "seq_len",
+        "strength",
+        "r_target",
+        "node_id",
+        "node_count",
+    }
     given = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
     with noting_new(chosen.ledger), progress_bar("verifying") as progress:
-        auditor = Auditor(**auditor_values(chosen), frame=chosen.frame, control=chosen.control, progress=progress)
+        auditor = Auditor(
+            **auditor_values(chosen), frame=chosen.frame, control=chosen.control, progress=progress
+        )
         found = auditor.audit_proof(chosen.proof, given=given, positions=chosen.nonces)
     if as_json:
         emit_document(found.as_dict())
@@ -245,12 +342,18 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     return found.exit_code
 
 
-@poc.add("frame", FrameSettings, panel="Noise", example="assay poc frame reference:qwen3 -o frame.safetensors")
+@poc.add(
+    "frame",
+    FrameSettings,
+    panel="Noise",
+    example="assay poc frame reference:qwen3 -o frame.safetensors",
+)
 def frame(chosen: FrameSettings, as_json: bool) -> None:
     """Measure the frame of a checkpoint.
 
-    A network does so once, for the preset tokens-1. The file says from which tokens nonces are drawn, and what centres
-    and scales the states. Publish it, and pin it: assay poc pins new --frame frame.safetensors.
+    A network does so once, for the preset tokens-1. The file says from which tokens nonces are
+    drawn, and what centres and scales the states. Publish it, and pin it: assay poc pins new
+    --frame frame.safetensors.
     """
     from assay import poc
     from assay.files.storage import check_new_file
@@ -261,8 +364,17 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     with progress_bar("measuring", "sequences") as progress:
         made = poc.measure_frame(model, progress=progress)
     made.save(chosen.output)
-    counts = {"coordinates": len(made.mean), "tokens": made.rows - len(made.left_out), "left_out": len(made.left_out)}
-    values = {"path": str(chosen.output), "model": model.reference, "digest": made.digest, "sha256": made.sha256}
+    counts = {
+        "coordinates": len(made.mean),
+        "tokens": made.rows - len(made.left_out),
+        "left_out": len(made.left_out),
+    }
+    values = {
+        "path": str(chosen.output),
+        "model": model.reference,
+        "digest": made.digest,
+        "sha256": made.sha256,
+    }
     show_values("assay.poc.frame/1", values | counts, as_json)
 
 
@@ -277,7 +389,18 @@ def noting_new(ledger: Path | None) -> Iterator[None]:
 
 def auditor_values(chosen: Settings) -> dict[str, Any]:
     """Return the values of settings that say how a validator recomputes."""
-    names = ("model", "pins", "calibration", "engine", "dtype", "device", "sample", "seed", "alpha", "ledger")
+    names = (
+        "model",
+        "pins",
+        "calibration",
+        "engine",
+        "dtype",
+        "device",
+        "sample",
+        "seed",
+        "alpha",
+        "ledger",
+    )
     return {name: getattr(chosen, name) for name in names}
 
 
@@ -289,7 +412,9 @@ class _Pace:
 
     def __init__(self, show: "Callable[[int, int], None] | None") -> None:
         self._show = show
-        self._marks = [(time.perf_counter(), 0)]  # the call, where the proof begins, the first batch, the newest one
+        self._marks = [
+            (time.perf_counter(), 0)
+        ]  # the call, where the proof begins, the first batch, the newest one
 
     def update(self, done: int, total: int) -> None:
         """Note where the proof begins, and then every batch: the first and the newest are kept."""
@@ -299,7 +424,8 @@ class _Pace:
             self._show(done, total)
 
     def summary(self) -> tuple[int, float, float]:
-        """Return nonces that an interrupted run left, seconds until the first batch was done, and nonces per second.
+        """Return nonces that an interrupted run left, seconds until the first batch was done, and
+        nonces per second.
 
         The rate is that after the first batch, or of it where there was no other.
         """
@@ -308,7 +434,9 @@ class _Pace:
         if len(later) < 2:
             return resumed, 0.0, 0.0
         (start, before), (end, done) = later[1], later[-1]
-        rate = (done - before) / (end - start) if done > before else (done - resumed) / (start - begin)
+        rate = (
+            (done - before) / (end - start) if done > before else (done - resumed) / (start - begin)
+        )
         return resumed, start - begin, rate
 
 
@@ -317,12 +445,26 @@ COLUMN = 90  # characters of a reason in a line
 
 
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
-    noise, sequential, count, header = verdict.noise, verdict.sequential, verdict.count, verdict.header
-    claims = header.claims() | {"nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"}
-    believed = [f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})" for name in verdict.unpinned]
+    noise = verdict.noise
+    sequential = verdict.sequential
+    count = verdict.count
+    header = verdict.header
+    claims = header.claims() | {
+        "nonces": f"{header.count} in {len(header.nonces)} run(s) from {header.nonces[0][0]}"
+    }
+    believed = [
+        f"{name} {claims[name]} (pin it with --{name.replace('_', '-')})"
+        for name in verdict.unpinned
+    ]
     counted = f"{count.mismatches} of {count.n} mismatches, p = {count.p_value:.3g}"
-    rule = f"{counted}; it decides nothing" if header.pipeline.texts == "published" else "none for this preset"
-    condition = ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
+    rule = (
+        f"{counted}; it decides nothing"
+        if header.pipeline.texts == "published"
+        else "none for this preset"
+    )
+    condition = (
+        ", if the prover's word is taken: exit code 2" if verdict.honest and believed else ""
+    )
     rows = [
         ("verdict", f"{verdict.verdict}{condition}"),
         ("why", fill(verdict.reason, COLUMN)),
@@ -333,10 +475,18 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
         ("preset", f"{header.round.preset}, {header.round.seq_len} positions"),
         ("pinned", ", ".join(verdict.pins.given) or "nothing"),
         ("on the prover's word", "\n".join(believed) or "nothing"),
-        ("checked", f"{verdict.checked} of {verdict.proved} nonces, {verdict.work:.0%} of the node's work"),
+        (
+            "checked",
+            f"{verdict.checked} of {verdict.proved} nonces, {verdict.work:.0%} of the node's work",
+        ),
         ("power", "none" if verdict.power is None else f"{verdict.power:.0%} for {CHEAT}"),
         ("honest noise", "not measured" if noise is None else f"{noise.size:.2g} ({noise.source})"),
-        ("gross residuals", "" if sequential is None else f"{sequential.gross} above {sequential.gross_threshold:.2g}"),
+        (
+            "gross residuals",
+            ""
+            if sequential is None
+            else f"{sequential.gross} above {sequential.gross_threshold:.2g}",
+        ),
         ("published rule", fill(rule, COLUMN)),
         *life_rows(standing),
     ]
@@ -352,7 +502,10 @@ def _sentence(verdict: "Verdict") -> str:
         "fraud": "they differ by more than honest noise explains",
         "faulty": "what is wrong lies at some places of the batch, as with a broken machine",
     }
-    return f"{verdict.verdict.capitalize()}: {checked}; {said.get(verdict.verdict, 'that decides nothing yet')}"
+    return (
+        f"{verdict.verdict.capitalize()}: {checked}; "
+        f"{said.get(verdict.verdict, 'that decides nothing yet')}"
+    )
 
 
 def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
@@ -360,10 +513,15 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     if standing is None:
         return []
     evidence = standing.evidence
-    said = f"{evidence.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
+    said = (
+        f"{evidence.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
+    )
     numbers = f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}"
     cheap = "" if evidence.share is None else f"; up to {evidence.share:.0%} may be cheap"
-    return [("whole life", said), ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}{cheap}")]
+    return [
+        ("whole life", said),
+        ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}{cheap}"),
+    ]
 
 
 @poc.add(
@@ -377,31 +535,45 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
 def collect(chosen: CollectSettings, as_json: bool) -> None:
     """Prove public blocks, for a calibration.
 
-    All machines prove the same ones, and assay poc calibrate takes the folders of several machines. The proofs say
-    which checkpoint ran on which engine. They hold no host name, no path, no prompt, and no key of yours.
+    All machines prove the same ones, and assay poc calibrate takes the folders of several machines.
+    The proofs say which checkpoint ran on which engine. They hold no host name, no path, no prompt,
+    and no key of yours.
     """
     from assay import poc
     from assay.files.storage import check_folder
     from assay.poc.launch import Proving, open_prover
 
-    poc.Round(block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len)
+    poc.Round(
+        block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len
+    )
     if poc.get_pipeline(chosen.preset).steps:
-        seen, do = f"preset {chosen.preset}, whose tokens part after the first that differs", "choose another preset"
+        seen = f"preset {chosen.preset}, whose tokens part after the first that differs"
+        do = "choose another preset"
         raise UsageError(seen, wanted="one whose values are compared nonce by nonce", do=do)
     how = Proving(**chosen.model_dump(exclude={"output", "blocks", "nonces"}))
     check_folder(chosen.output)
     with open_prover(how) as (model, engine), progress_bar("proving", "blocks") as progress:
         chosen.output.mkdir(parents=True, exist_ok=True)
-        shape: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "model": model.digest}
+        shape: dict[str, Any] = {
+            "preset": chosen.preset,
+            "seq_len": chosen.seq_len,
+            "model": model.digest,
+        }
         for number in range(1, chosen.blocks + 1):
             round = poc.Round(block_hash=f"{COLLECTED}-{number}", public_key=COLLECTED, **shape)
             path = chosen.output / f"{round.block_hash}.jsonl"
             if not path.exists():
                 poc.prove(model, round, range(chosen.nonces), engine=engine, output=path)
             header = poc.Proof.load(path).header
-            if (header.round, header.fingerprint, header.count) != (round, engine.fingerprint, chosen.nonces):
+            if (header.round, header.fingerprint, header.count) != (
+                round,
+                engine.fingerprint,
+                chosen.nonces,
+            ):
                 seen = f"{path}, of another round, engine or number of nonces"
-                raise UsageError(seen, wanted="a proof of this run", do="name another folder with -o")
+                raise UsageError(
+                    seen, wanted="a proof of this run", do="name another folder with -o"
+                )
             if progress:
                 progress(number, chosen.blocks)
     values = {"path": str(chosen.output), "blocks": chosen.blocks, "nonces": chosen.nonces}
@@ -418,23 +590,26 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """Measure honest noise, or give an r_target.
 
-    The first use takes a model, and needs this machine alone. The model runs in each number format, with other kernels
-    and batches, and the file for `verify --calibration` has a law for every pair of formats. --pins also writes a pins
-    file that names it. tokens-1 reads the frame of the checkpoint, by default from
-    calibration.frame.safetensors; a missing file is measured first and written. A model of 135 million
-    parameters takes minutes with --seq-len 16.
+    The first use takes a model, and needs this machine alone. The model runs in each number format,
+    with other kernels and batches, and the file for `verify --calibration` has a law for every pair
+    of formats. --pins also writes a pins file that names it. tokens-1 reads the frame of the
+    checkpoint, by default from calibration.frame.safetensors; a missing file is measured first and
+    written. A model of 135 million parameters takes minutes with --seq-len 16.
 
-    Example: assay poc calibrate --model reference:qwen3 --preset tokens-1 -o calibration.json --pins pins.toml
+    Example: assay poc calibrate --model reference:qwen3 --preset tokens-1 -o calibration.json
+        --pins pins.toml
 
-    The second use takes honest proofs of one checkpoint and preset, two or more of every round, from several machines.
-    Three machines and more also judge a machine that was not measured, and the file says how often honest machines that
-    are left out of the measurement are accused. Proofs in the formats of `controls` are no machines: a validator
-    computes them again on its own, for a second law, of scores. --merge adds the builds of other files.
+    The second use takes honest proofs of one checkpoint and preset, two or more of every round,
+    from several machines. Three machines and more also judge a machine that was not measured, and
+    the file says how often honest machines that are left out of the measurement are accused. Proofs
+    in the formats of `controls` are no machines: a validator computes them again on its own, for a
+    second law, of scores. --merge adds the builds of other files.
 
     Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
 
-    The third use gives the r_target of a share of valid nonces. Distances of a block are all wider or narrower by one
-    factor. How much blocks differ is only said by --model or --calibration, with or without proofs.
+    The third use gives the r_target of a share of valid nonces. Distances of a block are all wider
+    or narrower by one factor. How much blocks differ is only said by --model or --calibration, with
+    or without proofs.
 
     Example: assay poc calibrate --valid-rate 0.1
     """
@@ -447,14 +622,28 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.calibration import Calibration, check_one_checkpoint
 
-    files = [path for one in chosen.proofs for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])]
+    files = [
+        path
+        for one in chosen.proofs
+        for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])
+    ]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
-    merging = bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
+    merging = (
+        bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
+    )
     _check_form(chosen, merging)
-    framed, proofs = get_pipeline(chosen.preset).framed, [*map(Proof.load, chosen.proofs)]  # before torch is imported
-    if len({dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs}) < len(proofs):
-        seen, do = "a proof that is given twice", "leave one out of PROOFS, or pass that of another machine"
-        raise UsageError(seen, wanted="every proof once: a machine says nothing about its noise beside itself", do=do)
+    framed = get_pipeline(chosen.preset).framed
+    proofs = [*map(Proof.load, chosen.proofs)]  # before torch is imported
+    if len(
+        {dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs}
+    ) < len(proofs):
+        seen = "a proof that is given twice"
+        do = "leave one out of PROOFS, or pass that of another machine"
+        raise UsageError(
+            seen,
+            wanted="every proof once: a machine says nothing about its noise beside itself",
+            do=do,
+        )
     check_one_checkpoint(proofs)
     if not framed:
         check_frame_file(get_pipeline(chosen.preset), chosen.frame)
@@ -479,44 +668,77 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     elif chosen.model is not None and not chosen.proofs:
         if framed:
             frame = frame or chosen.output.with_suffix(".frame.safetensors")
-        how = chosen.model_dump(include={"preset", "seq_len", "blocks", "nonces", "formats", "device"})
+        how = chosen.model_dump(
+            include={"preset", "seq_len", "blocks", "nonces", "formats", "device"}
+        )
         with progress_bar("measuring") as progress:
             measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
     elif measured is None:
         with progress_bar("leaving out", "machines") as progress:
-            measured = measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
+            measured = measure(
+                proofs, model=chosen.model, controls=chosen.controls, progress=progress
+            )
     for one in merged:
         measured = measured.merged(one)
     measured.save(chosen.output)
     for build in measured.builds:
-        show_values("assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json)
+        show_values(
+            "assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json
+        )
     if chosen.pins is not None and chosen.model is not None:
         from assay.poc.network_pins import write_pins
 
-        asked: dict[str, Any] = {"preset": chosen.preset, "seq_len": chosen.seq_len, "r_target": None}
+        asked: dict[str, Any] = {
+            "preset": chosen.preset,
+            "seq_len": chosen.seq_len,
+            "r_target": None,
+        }
         asked |= {"strength": 256, "node_count": 1, "fewest_nonces": 32}
-        how = {"engine": measured.builds[0].engines[0], "calibrations": [chosen.output], "frame": frame}
+        how = {
+            "engine": measured.builds[0].engines[0],
+            "calibrations": [chosen.output],
+            "frame": frame,
+        }
         written = write_pins(chosen.pins, chosen.model, asked=asked, **how)
         show_values("assay.poc.pins.new/1", written, as_json)
 
 
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     """Refuse what is no form of the command, before anything is read."""
-    rate, measures = chosen.valid_rate is not None, chosen.vectors is None and not merging
+    rate = chosen.valid_rate is not None
+    measures = chosen.vectors is None and not merging
     alone = measures and not rate and not chosen.proofs and chosen.model is not None
-    given, shape = chosen.model_fields_set, ("blocks", "nonces", "formats")
+    given = chosen.model_fields_set
+    shape = ("blocks", "nonces", "formats")
     for applies, names, beside, reason in (
-        (rate, ("vectors", "sets", "digest", "merge", "output"), "--valid-rate", "it measures no noise"),
+        (
+            rate,
+            ("vectors", "sets", "digest", "merge", "output"),
+            "--valid-rate",
+            "it measures no noise",
+        ),
         (not rate, ("dimension", "calibration"), "no --valid-rate", "it belongs to --valid-rate"),
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
-        (not alone, ("pins", "preset", "frame", "seq_len", *shape), "no --model alone", "nothing is run"),
+        (
+            not alone,
+            ("pins", "preset", "frame", "seq_len", *shape),
+            "no --model alone",
+            "nothing is run",
+        ),
         (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
-        (rate or not chosen.proofs, ("controls",), "no proofs to compare", "it says which of them are controls"),
+        (
+            rate or not chosen.proofs,
+            ("controls",),
+            "no proofs to compare",
+            "it says which of them are controls",
+        ),
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
     ):
         for flag in (chosen.spelling(name) for name in names if applies and name in given):
-            raise UsageError(f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out")
+            raise UsageError(
+                f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out"
+            )
     if rate:
         return
     if merging and len(chosen.merge) < 2:
@@ -524,12 +746,16 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         raise UsageError("one file to merge", wanted="two or more, or proofs to measure", do=do)
     if measures and not alone and len(chosen.proofs) < 2:
         raise UsageError(
-            f"neither --model, --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} proof(s)",
+            f"neither --model, --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} "
+            f"proof(s)",
             wanted="a model or two honest proofs or more with -o, or another form of the command",
-            do="`assay poc calibrate --model M -o calibration.json`, or see `assay poc calibrate --help`",
+            do="`assay poc calibrate --model M -o calibration.json`, or see `assay poc calibrate "
+            "--help`",
         )
     if chosen.output is None:
-        raise UsageError("a measurement without -o", wanted="a file to write it to", do="add -o calibration.json")
+        raise UsageError(
+            "a measurement without -o", wanted="a file to write it to", do="add -o calibration.json"
+        )
 
 
 pins = poc.group_of("pins", "Write and check pins.toml.", panel="Validator")
@@ -544,18 +770,38 @@ class NewPinsSettings(Settings):
         (), description="Honest proof whose round and build are taken over."
     )
     calibration: CalibrationFiles = Field((), description="Calibration file of this model to pin.")
-    public_key: Annotated[tuple[str, ...], "KEY"] = Field((), description="Key of a node that may prove; else any.")
-    preset: Annotated[str | None, "NAME"] = Field(None, description="Preset; that of the proof, or poc-2.0.")
-    seq_len: Annotated[int | None, "POSITIONS"] = Field(None, description="Positions; as in the proof, or 256.")
-    strength: Literal[32, 256] = Field(256, description="Bits of the input seeds; those of 256 cannot collide.")
-    node_count: Annotated[int, "NUMBER"] = Field(1, ge=1, description="Number of machines of one key.")
-    false_convictions: Annotated[str | None, "K/N"] = Field(None, description="Accepted ones over all nodes: 1/100000.")
+    public_key: Annotated[tuple[str, ...], "KEY"] = Field(
+        (), description="Key of a node that may prove; else any."
+    )
+    preset: Annotated[str | None, "NAME"] = Field(
+        None, description="Preset; that of the proof, or poc-2.0."
+    )
+    seq_len: Annotated[int | None, "POSITIONS"] = Field(
+        None, description="Positions; as in the proof, or 256."
+    )
+    strength: Literal[32, 256] = Field(
+        256, description="Bits of the input seeds; those of 256 cannot collide."
+    )
+    node_count: Annotated[int, "NUMBER"] = Field(
+        1, ge=1, description="Number of machines of one key."
+    )
+    false_convictions: Annotated[str | None, "K/N"] = Field(
+        None, description="Accepted ones over all nodes: 1/100000."
+    )
     overwrite: Overwrite = False
-    r_target: Annotated[float | None, "DISTANCE"] = Field(None, description="As in the proof, or 1.416.")
-    fewest_nonces: Annotated[int, "NONCES"] = Field(32, ge=1, description="Number of nonces of the smallest proof.")
-    frame: FrameToRead = Field(None, description="Frame of the model to pin, for tokens-1, the preset then.")
+    r_target: Annotated[float | None, "DISTANCE"] = Field(
+        None, description="As in the proof, or 1.416."
+    )
+    fewest_nonces: Annotated[int, "NONCES"] = Field(
+        32, ge=1, description="Number of nonces of the smallest proof."
+    )
+    frame: FrameToRead = Field(
+        None, description="Frame of the model to pin, for tokens-1, the preset then."
+    )
     dtype: Annotated[str | None, "DTYPE"] = Field(
-        None, description="Number format of the build where there is no proof; else the first one of the preset."
+        None,
+        description="Number format of the build where there is no proof; else the first one of "
+        "the preset.",
     )
 
 
@@ -563,7 +809,9 @@ class CheckPinsSettings(Settings):
     """Settings of ``assay poc pins check``: what is known of the round of a proof."""
 
     pins: Annotated[Path, ARGUMENT, PINS] = Field(description="Pins file.")
-    proof: Annotated[Path | None, ARGUMENT, PROOF] = Field(None, description="Proof file that is held against it.")
+    proof: Annotated[Path | None, ARGUMENT, PROOF] = Field(
+        None, description="Proof file that is held against it."
+    )
     block_hash: BlockHash = None
     public_key: PublicKey = None
     node_id: Annotated[int | None, "NUMBER"] = Field(None, description="Share of the node.")
@@ -572,7 +820,8 @@ class CheckPinsSettings(Settings):
 @pins.add(
     "new",
     NewPinsSettings,
-    shown="model output from_proof calibration frame public_key preset seq_len false_convictions overwrite",
+    shown="model output from_proof calibration frame public_key preset seq_len false_convictions "
+    "overwrite",
     example="assay poc pins new --model reference:qwen3 --from-proof honest.jsonl -o pins.toml",
 )
 def new(chosen: NewPinsSettings, as_json: bool) -> None:
@@ -598,13 +847,15 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
 
 
 @pins.add(
-    "check", CheckPinsSettings, example="assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY"
+    "check",
+    CheckPinsSettings,
+    example="assay poc pins check pins.toml proof.jsonl --block-hash BLOCK --public-key KEY",
 )
 def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     """Say what a file pins and what it leaves open.
 
-    With a proof, it says whether its header is allowed. A proof of which something would be taken on the prover's word
-    gives exit code 2, as with verify.
+    With a proof, it says whether its header is allowed. A proof of which something would be taken
+    on the prover's word gives exit code 2, as with verify.
     """
     from assay import poc
     from assay.poc.network_pins import find_pinned_calibration, list_open, list_pinned
@@ -613,11 +864,19 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
 
     known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
     if chosen.proof is None and any(value is not None for value in known.values()):
-        raise UsageError("a round without a proof", wanted="the proof of that round", do="pass PROOF after PINS")
+        raise UsageError(
+            "a round without a proof", wanted="the proof of that round", do="pass PROOF after PINS"
+        )
     network = poc.NetworkPins.load(chosen.pins)
-    pinned = [Calibration.load(path) for model in network.models for path in network.calibrations(model)]
+    pinned = [
+        Calibration.load(path) for model in network.models for path in network.calibrations(model)
+    ]
     promise = describe_promise(network, account_alpha(network), pinned)
-    values: dict[str, Any] = {"path": str(chosen.pins), "pinned": list_pinned(network), "open": list_open(network)}
+    values: dict[str, Any] = {
+        "path": str(chosen.pins),
+        "pinned": list_pinned(network),
+        "open": list_open(network),
+    }
     values["network"] = promise
     believed: tuple[str, ...] = ()
     if chosen.proof is not None:
@@ -636,8 +895,13 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         emit_json("assay.poc.pins.check/1", values)
     else:
         shown = values | {name: "\n".join(values[name]) or "nothing" for name in ("pinned", "open")}
-        shown["network"] = "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in promise.items())
+        shown["network"] = "\n".join(
+            f"{name.replace('_', ' ')}: {value}" for name, value in promise.items()
+        )
         if chosen.proof is not None:
             shown |= {"unpinned": ", ".join(believed) or "nothing: the header is allowed"}
-        table(("", "value"), [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()])
+        table(
+            ("", "value"),
+            [(name.replace("unpinned", "on the prover's word"), v) for name, v in shown.items()],
+        )
     return 2 if believed else 0

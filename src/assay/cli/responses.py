@@ -1,4 +1,6 @@
-"""``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run again and judged."""
+"""``assay poc respond``, ``replay`` and ``calibrate-responses``: answers with seeded sampling, run
+again and judged.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,17 +8,30 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, OUTPUT, RECEIPTS, AuditSettings, EngineName, ModelName, NumberFormat, Overwrite
+from assay.cli.flags import (
+    ARGUMENT,
+    OUTPUT,
+    RECEIPTS,
+    AuditSettings,
+    EngineName,
+    ModelName,
+    NumberFormat,
+    Overwrite,
+)
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, noting_new, poc
 from assay.settings import Device, Flag, Settings
 
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
 RequestFile = Annotated[Path | None, REQUESTS]
-NoiseFile = Annotated[Path | None, Flag(reads="assay.poc.responses.calibration:ResponseCalibration.load")]
+NoiseFile = Annotated[
+    Path | None, Flag(reads="assay.poc.responses.calibration:ResponseCalibration.load")
+]
 LoraFolder = Annotated[Path | None, Flag(reads="assay.poc.responses.receipts:digest_adapter")]
 Batch = Annotated[
-    int, "RESPONSES", Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend.")
+    int,
+    "RESPONSES",
+    Field(ge=1, le=1024, description="Responses at once; 1 where bits must not depend."),
 ]
 
 
@@ -24,44 +39,82 @@ class RespondSettings(Settings):
     """Settings of ``assay poc respond``."""
 
     model: ModelName
-    prompts: Annotated[Path, REQUESTS] = Field(description="Lines with prompt or messages, and their own settings.")
-    block_hash: Annotated[str, "HASH"] = Field(description="Block that became known after the requests.")
+    prompts: Annotated[Path, REQUESTS] = Field(
+        description="Lines with prompt or messages, and their own settings."
+    )
+    block_hash: Annotated[str, "HASH"] = Field(
+        description="Block that became known after the requests."
+    )
     public_key: Annotated[str, "KEY"] = Field(description="Key of the node.")
     output: Annotated[Path, OUTPUT] = Field(description="File of receipts to write.")
-    user_seed: Annotated[str, "TEXT"] = Field("", description="Client's seed, for prompts that have none.")
-    max_tokens: Annotated[int, "TOKENS"] = Field(64, ge=1, description="Tokens after which a response ends.")
+    user_seed: Annotated[str, "TEXT"] = Field(
+        "", description="Client's seed, for prompts that have none."
+    )
+    max_tokens: Annotated[int, "TOKENS"] = Field(
+        64, ge=1, description="Tokens after which a response ends."
+    )
     dtype: NumberFormat = None
     device: Device = None
     overwrite: Overwrite = False
-    temperature: float = Field(1.0, description="Divisor of the logits; 0 takes the likeliest token.")
+    temperature: float = Field(
+        1.0, description="Divisor of the logits; 0 takes the likeliest token."
+    )
     top_k: int = Field(0, description="Number of likeliest tokens to keep; 0 keeps all.")
-    top_p: float = Field(1.0, description="Probability that the kept tokens have together at least.")
-    min_p: float = Field(0.0, description="Least probability of a kept token, relative to the likeliest one.")
-    repetition_penalty: float = Field(1.0, description="Divisor of positive logits of tokens that were there.")
-    frequency_penalty: float = Field(0.0, description="Subtracted from a logit for every time it was made.")
-    presence_penalty: float = Field(0.0, description="Subtracted from a logit if the token was made.")
-    hash_prompts: bool = Field(False, description="Write the hash of a prompt in place of its token ids.")
+    top_p: float = Field(
+        1.0, description="Probability that the kept tokens have together at least."
+    )
+    min_p: float = Field(
+        0.0, description="Least probability of a kept token, relative to the likeliest one."
+    )
+    repetition_penalty: float = Field(
+        1.0, description="Divisor of positive logits of tokens that were there."
+    )
+    frequency_penalty: float = Field(
+        0.0, description="Subtracted from a logit for every time it was made."
+    )
+    presence_penalty: float = Field(
+        0.0, description="Subtracted from a logit if the token was made."
+    )
+    hash_prompts: bool = Field(
+        False, description="Write the hash of a prompt in place of its token ids."
+    )
 
 
 class ReplaySettings(AuditSettings):
-    """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses again."""
+    """Settings of ``assay poc replay``: what the validator knows, and how it runs the responses
+    again.
+    """
 
-    calibration: NoiseFile = Field(None, description="Measured honest noise of responses; else the default.")
+    calibration: NoiseFile = Field(
+        None, description="Measured honest noise of responses; else the default."
+    )
     receipts: Annotated[Path, ARGUMENT, RECEIPTS] = Field(description="File of receipts.")
-    requests: RequestFile = Field(None, description="Requests that were sent; needed for exit code 0.")
-    sample: Annotated[int | None, "RESPONSES"] = Field(None, description="Responses to replay; all by default.")
-    evidence: Literal["both", "tokens", "sketches"] = Field("both", description="What receipts must have.")
-    lora: LoraFolder = Field(None, description="Directory of the LoRA adapter of receipts that name one.")
+    requests: RequestFile = Field(
+        None, description="Requests that were sent; needed for exit code 0."
+    )
+    sample: Annotated[int | None, "RESPONSES"] = Field(
+        None, description="Responses to replay; all by default."
+    )
+    evidence: Literal["both", "tokens", "sketches"] = Field(
+        "both", description="What receipts must have."
+    )
+    lora: LoraFolder = Field(
+        None, description="Directory of the LoRA adapter of receipts that name one."
+    )
     batch_size: Batch = 16
 
 
 class CalibrateResponsesSettings(Settings):
     """Settings of ``assay poc calibrate-responses``."""
 
-    receipts: Annotated[tuple[Path, ...], ARGUMENT, RECEIPTS] = Field(description="Receipts of nodes of one build.")
+    receipts: Annotated[tuple[Path, ...], ARGUMENT, RECEIPTS] = Field(
+        description="Receipts of nodes of one build."
+    )
     model: ModelName
     output: Annotated[Path, OUTPUT] = Field(description="Calibration file to write.")
-    requests: RequestFile = Field(None, description="Requests that were sent, for receipts with hashes of prompts.")
+    requests: RequestFile = Field(
+        None, description="Requests that were sent, for receipts with hashes of prompts."
+    )
     batch_size: Batch = 16
     dtype: NumberFormat = None
     device: Device = None
@@ -73,7 +126,8 @@ class CalibrateResponsesSettings(Settings):
     RespondSettings,
     panel="Node",
     shown="model prompts block_hash public_key output user_seed max_tokens dtype device overwrite",
-    example="assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK --public-key KEY "
+    example="assay poc respond --model reference:qwen3 --prompts prompts.jsonl --block-hash BLOCK "
+    "--public-key KEY "
     "-o receipts.jsonl",
     resumable=True,
 )
@@ -82,9 +136,10 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
 
     An interrupted run continues when it is repeated.
 
-    A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}. The prompt may be
-    token ids. With {"messages": [{"role": "user", "content": "Hi"}]} the model's chat template makes it. Any of
-    user_seed, n, max_tokens and the parameters of sampling may follow; the settings are for the rest.
+    A prompt is a line such as {"prompt": "def add(a, b):", "request_id": "r1", "temperature": 0.7}.
+    The prompt may be token ids. With {"messages": [{"role": "user", "content": "Hi"}]} the model's
+    chat template makes it. Any of user_seed, n, max_tokens and the parameters of sampling may
+    follow; the settings are for the rest.
     """
     from assay.poc import responses
     from assay.poc.audit import with_token_ids
@@ -92,7 +147,11 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     from assay.poc.protocol.round import check_name
 
     for name in ("block_hash", "public_key"):
-        check_name(name, getattr(chosen, name), do=f"pass --{name.replace('_', '-')} as the chain prints it")
+        check_name(
+            name,
+            getattr(chosen, name),
+            do=f"pass --{name.replace('_', '-')} as the chain prints it",
+        )
     names = set(responses.Sampling.__dataclass_fields__) - {"logit_bias"}
     sampling = responses.Sampling(**{name: getattr(chosen, name) for name in names})
     requests = responses.read_requests(
@@ -104,12 +163,19 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
         made = responses.respond(
             loaded,
             requests,
-            **chosen.model_dump(include={"block_hash", "public_key", "hash_prompts", "output", "overwrite"}),
+            **chosen.model_dump(
+                include={"block_hash", "public_key", "hash_prompts", "output", "overwrite"}
+            ),
             progress=progress,
         )
     footer = made.footer
     rate = round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0
-    values = {"path": str(chosen.output), "model": made.header.reference, **asdict(footer), "tokens_per_second": rate}
+    values = {
+        "path": str(chosen.output),
+        "model": made.header.reference,
+        **asdict(footer),
+        "tokens_per_second": rate,
+    }
     show_values("assay.poc.respond/1", values, as_json)
 
 
@@ -118,20 +184,23 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     ReplaySettings,
     panel="Validator",
     shown="model pins requests block_hash public_key sample calibration engine device ledger",
-    example="assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl --block-hash BLOCK "
+    example="assay poc replay receipts.jsonl --model reference:qwen3 --requests prompts.jsonl "
+    "--block-hash BLOCK "
     "--public-key KEY",
 )
 def replay(chosen: ReplaySettings, as_json: bool) -> int:
     """Run the responses of receipts again and judge.
 
-    Exit code 0 honest, 1 fraud, 2 undecided or bad input. Each response takes one prefill of prompt and output. Tokens
-    that were sampled with seeds are held against the verifier's own scores, sketches against its hidden states.
+    Exit code 0 honest, 1 fraud, 2 undecided or bad input. Each response takes one prefill of prompt
+    and output. Tokens that were sampled with seeds are held against the verifier's own scores,
+    sketches against its hidden states.
 
-    The node wrote the receipts. Exit code 0 needs the block, the key and the requests from you. What is neither pinned
-    nor at its default is shown, with exit code 2; so are requests without a receipt, and those whose answer was
-    aborted.
+    The node wrote the receipts. Exit code 0 needs the block, the key and the requests from you.
+    What is neither pinned nor at its default is shown, with exit code 2; so are requests without a
+    receipt, and those whose answer was aborted.
 
-    With --ledger the replay is added to the ledger of nodes' lives, and the exit code is that of the whole life.
+    With --ledger the replay is added to the ledger of nodes' lives, and the exit code is that of
+    the whole life.
     """
     from assay.poc.audit import Auditor
     from assay.poc.protocol.pins import Pins
@@ -147,10 +216,16 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         emit_document(found.as_dict())
         return found.exit_code
     verdict, result, header = found.verdict, found.verdict.result, found.verdict.receipts.header
-    share = f"{verdict.matches} of {verdict.tokens}" if verdict.tokens else "no token was sampled with seeds"
+    share = (
+        f"{verdict.matches} of {verdict.tokens}"
+        if verdict.tokens
+        else "no token was sampled with seeds"
+    )
     e_values = "none"
     if result is not None:
-        of_parts = f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+        of_parts = (
+            f"e^{result.tokens.log_e_max:.1f} tokens, e^{result.sketches.log_e_max:.1f} sketches"
+        )
         e_values = f"e^{result.log_e_max:.1f}: {of_parts}"
     rows = [
         ("verdict", verdict.verdict),
@@ -177,8 +252,8 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
 def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> None:
     """Measure the honest noise of responses.
 
-    Receipts of nodes of one build are replayed by this verifier. Files of different public keys say how far machines of
-    the build differ.
+    Receipts of nodes of one build are replayed by this verifier. Files of different public keys say
+    how far machines of the build differ.
     """
     from assay.poc import responses
     from assay.poc.audit import requests_of
@@ -202,19 +277,25 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
         for read in files:
             check_runnable(read, loaded, requests=asked)
         measured = [
-            (read.header, responses.replay(read, loaded, requests=asked, engine=engine, progress=progress))
+            (
+                read.header,
+                responses.replay(read, loaded, requests=asked, engine=engine, progress=progress),
+            )
             for read in files
         ]
         calibration = responses.calibrate_responses(measured, engine.fingerprint)
     calibration.save(chosen.output)
-    tokens, sketches = calibration.noise.tokens, calibration.noise.sketches
+    tokens = calibration.noise.tokens
+    sketches = calibration.noise.sketches
     values = {
         "path": str(chosen.output),
         "checkpoint": calibration.digest,
         "machines": len({read.header.public_key for read in files}),
         "responses": calibration.responses,
         "tokens": calibration.tokens,
-        "matching": round(calibration.matches / calibration.tokens, 5) if calibration.tokens else 0.0,
+        "matching": round(calibration.matches / calibration.tokens, 5)
+        if calibration.tokens
+        else 0.0,
         "typical_difference_of_logits": tokens.law.size,
         "tokens_between_responses": tokens.between,
         "tokens_effect": tokens.effect,

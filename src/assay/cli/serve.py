@@ -1,4 +1,6 @@
-"""``assay poc serve``, ``receive``, ``callbacks`` and ``validator``: the service, and its other ends."""
+"""``assay poc serve``, ``receive``, ``callbacks`` and ``validator``: the service, and its other
+ends.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +24,17 @@ if TYPE_CHECKING:
 
 
 SERVICE = "assay.poc.service.settings:Settings"
-Host = Annotated[str, "ADDRESS", Field(description="Address to listen on; one that others reach needs a key.")]
-Port = Annotated[int, "PORT", Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")]
+Host = Annotated[
+    str, "ADDRESS", Field(description="Address to listen on; one that others reach needs a key.")
+]
+Port = Annotated[
+    int, "PORT", Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+]
 LogFormat = Annotated[Literal["console", "json"], Field(description="Form of the log.")]
 DataDir = Annotated[
-    Path, Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"), Field(description="Directory of the service's database.")
+    Path,
+    Flag(variable="ASSAY_DATA_DIR", unit="DIRECTORY"),
+    Field(description="Directory of the service's database."),
 ]
 
 callbacks = poc.group_of("callbacks", "Undelivered callbacks of a service.", panel="Node")
@@ -44,7 +52,9 @@ class RunSettings(Settings):
     log_format: LogFormat = "console"
 
     def deploy(self, pins: "NetworkPins | None", dtype: str | None = None) -> "Deployment":
-        """Load the model with the frame that the network agreed on, and return it with its kernels."""
+        """Load the model with the frame that the network agreed on, and return it with its
+        kernels.
+        """
         from assay.poc.launch import compiles, load
         from assay.poc.net.deployment import Deployment
 
@@ -67,7 +77,9 @@ class ReceiveSettings(Settings):
 class CallbackSettings(Settings):
     """Settings of ``assay poc callbacks replay``."""
 
-    ids: Annotated[tuple[str, ...], ARGUMENT] = Field((), description="Ids of dead callbacks; all when left out.")
+    ids: Annotated[tuple[str, ...], ARGUMENT] = Field(
+        (), description="Ids of dead callbacks; all when left out."
+    )
     data_dir: DataDir = Path("assay-data")
 
 
@@ -75,8 +87,12 @@ class ListSettings(Settings):
     """Settings of ``assay poc callbacks list``."""
 
     data_dir: DataDir = Path("assay-data")
-    every: Annotated[bool, Flag(("--all",))] = Field(False, description="List delivered callbacks too.")
-    limit: Annotated[int, "ROWS"] = Field(100, ge=1, lt=2**63, description="Largest number to list, newest first.")
+    every: Annotated[bool, Flag(("--all",))] = Field(
+        False, description="List delivered callbacks too."
+    )
+    limit: Annotated[int, "ROWS"] = Field(
+        100, ge=1, lt=2**63, description="Largest number to list, newest first."
+    )
 
 
 @poc.add(
@@ -90,8 +106,8 @@ class ListSettings(Settings):
 def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     """Serve the published API until SIGTERM.
 
-    A restart continues where the service was stopped. Keys and callback secrets come from files or from the variables
-    ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
+    A restart continues where the service was stopped. Keys and callback secrets come from files or
+    from the variables ASSAY_API_KEY and ASSAY_CALLBACK_SECRET.
     """
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
@@ -103,14 +119,17 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
 
     check_folder(service.data_dir)  # first what needs no torch
     if service.ledger is not None:
-        check_ledger(service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta)
+        check_ledger(
+            service.ledger, alpha=account_alpha(service.pins, service.alpha), beta=service.beta
+        )
     check_host(chosen.host, service)
     check_port(chosen.host, chosen.port)
     from assay.models.load import model_info
     from assay.poc.engines.hf.engine import check_shape
     from assay.poc.service.app import serve
 
-    # Before there is a database. A round has a length of its own, so only one that was chosen here must fit.
+    # Before there is a database. A round has a length of its own, so only one that was chosen here
+    # must fit.
     info = model_info(chosen.model)
     if service.seq_len != Round.seq_len:
         check_shape(info, batch_size=1, seq_len=service.seq_len)
@@ -146,7 +165,8 @@ def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
 
     statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
     with open_outbox(chosen.data_dir) as outbox:
-        rows, counts = outbox.rows(statuses, chosen.limit), outbox.counts()
+        rows = outbox.rows(statuses, chosen.limit)
+        counts = outbox.counts()
     if as_json:
         emit_json("assay.poc.callbacks/1", {**counts, "callbacks": [row._asdict() for row in rows]})
         return
@@ -165,7 +185,8 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
     with open_outbox(chosen.data_dir) as outbox:
         count = outbox.replay(list(chosen.ids) or None)
     if chosen.ids and count < len(chosen.ids):
-        wanted, do = "ids of dead callbacks", "`assay poc callbacks list` shows them"
+        wanted = "ids of dead callbacks"
+        do = "`assay poc callbacks list` shows them"
         raise UsageError(f"{count} of {len(chosen.ids)} callbacks were dead", wanted=wanted, do=do)
     if as_json:
         emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
@@ -188,11 +209,14 @@ class ValidatorRunSettings(RunSettings):
     shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port log_format",
     example="assay poc validator --model reference:qwen3 --pins pins.toml",
 )
-def validator(chosen: ValidatorRunSettings, service: "ServiceSettings", own: "ValidatorSettings") -> None:
+def validator(
+    chosen: ValidatorRunSettings, service: "ServiceSettings", own: "ValidatorSettings"
+) -> None:
     """Recompute samples of many nodes until SIGTERM.
 
-    It takes the work of the nodes, recomputes a secret sample of it, and keeps the ledger of their lives. A restart
-    continues where the validator was stopped. Messages that it has acknowledged are on disk.
+    It takes the work of the nodes, recomputes a secret sample of it, and keeps the ledger of their
+    lives. A restart continues where the validator was stopped. Messages that it has acknowledged
+    are on disk.
     """
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs

@@ -1,4 +1,6 @@
-"""``assay vhack``: hack directions from pairs, their checks, training away from them, and what it made of a model."""
+"""``assay vhack``: hack directions from pairs, their checks, training away from them, and what it
+made of a model.
+"""
 
 import os
 from dataclasses import asdict
@@ -10,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 from pydantic import Field
 
-from assay.cli.flags import ARGUMENT, DTYPE, FILE, FOLDER, MODEL, OUTPUT, ModelName, Overwrite, Seed, Unsandboxed
+from assay.cli.flags import (
+    ARGUMENT,
+    DTYPE,
+    FILE,
+    FOLDER,
+    MODEL,
+    OUTPUT,
+    ModelName,
+    Overwrite,
+    Seed,
+    Unsandboxed,
+)
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
 from assay.errors import AssayError, DataError, UsageError
@@ -31,9 +44,15 @@ vhack = Group("vhack", "Directions along which training would cheat.")
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-WeightDtype = Annotated[Dtype | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")]
+WeightDtype = Annotated[
+    Dtype | None, DTYPE, Field(description="float32 or bfloat16; by default the stored one.")
+]
 Method = Annotated[Literal["lda", "svd"], Field(description="Method of extraction: lda or svd.")]
-Batch = Annotated[int | None, "TOKENS", Field(ge=1, description="Tokens per batch; by default what fits into memory.")]
+Batch = Annotated[
+    int | None,
+    "TOKENS",
+    Field(ge=1, description="Tokens per batch; by default what fits into memory."),
+]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
 BASIS = Flag(reads="assay.vhack.names:check_basis")
@@ -52,14 +71,18 @@ class GradientSettings(WeightSettings):
     """Settings of a command that takes gradients of pairs."""
 
     pairs: Annotated[str, "PAIRS"] = Field("authored", description=PAIRS_HELP)
-    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
+    allow_partial: bool = Field(
+        False, description="Accept a model of whose weights less than 90 % carry δS."
+    )
 
 
 class RuleSettings(Settings):
     """Settings of the rule of a check."""
 
     k_use: Annotated[int, "AXES"] = Field(5, ge=1, description="Axes per module.")
-    alpha: Annotated[float, "SHARE"] = Field(0.05, gt=0, lt=1, description="Highest chance that noise passes a check.")
+    alpha: Annotated[float, "SHARE"] = Field(
+        0.05, gt=0, lt=1, description="Highest chance that noise passes a check."
+    )
     seed: Seed = 0
 
 
@@ -67,28 +90,43 @@ class ExtractSettings(GradientSettings):
     """Settings of ``assay vhack extract``."""
 
     output: Annotated[Path, OUTPUT] = Field(description="Basis file to write.")
-    n_heldout: Annotated[int | None, "PAIRS"] = Field(None, description="Number of pairs at the end to hold out.")
-    heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",), unit="GROUP")] = Field(
-        None, description="Group to hold out; repeatable. By default the last sixth, a third of 30 groups or more."
+    n_heldout: Annotated[int | None, "PAIRS"] = Field(
+        None, description="Number of pairs at the end to hold out."
+    )
+    heldout_groups: Annotated[tuple[str, ...] | None, Flag(("--heldout-group",), unit="GROUP")] = (
+        Field(
+            None,
+            description="Group to hold out; repeatable. By default the last sixth, a third of 30 "
+            "groups or more.",
+        )
     )
     top_k: Annotated[int, "AXES"] = Field(12, ge=1, description="Axes per module.")
-    tau_axis: float = Field(0.0, ge=0, le=1, description="Share S_i/S_0 below which an axis is set to zero.")
+    tau_axis: float = Field(
+        0.0, ge=0, le=1, description="Share S_i/S_0 below which an axis is set to zero."
+    )
     method: Method = "lda"
-    rank: int | None = Field(None, ge=1, description="Singular directions per matrix; all by default.")
+    rank: int | None = Field(
+        None, ge=1, description="Singular directions per matrix; all by default."
+    )
     factors: Literal["float32", "bfloat16"] | None = Field(None, description="Dtype of U and Vh.")
     cache: Annotated[Path | None, Flag(variable="ASSAY_CACHE", unit="DIRECTORY")] = Field(
-        None, description="Directory of decompositions; on a CPU by default the user's cache directory."
+        None,
+        description="Directory of decompositions; on a CPU by default the user's cache directory.",
     )
     no_cache: bool = Field(False, description="Keep no decompositions on disk.")
     max_tokens: Batch = None
-    checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    checkpointing: bool = Field(
+        False, description="Recompute layers in the backward pass to save memory."
+    )
     overwrite: Overwrite = False
 
 
 class CheckCommand(RuleSettings, GradientSettings):
     """Settings of ``assay vhack check``."""
 
-    basis: Annotated[Path | None, BASIS] = Field(None, description="Basis to check; without it, bases are fitted.")
+    basis: Annotated[Path | None, BASIS] = Field(
+        None, description="Basis to check; without it, bases are fitted."
+    )
     method: Method = "lda"
     output: Result = None
     html: Annotated[Path | None, FILE] = Field(None, description="File for the report page.")
@@ -98,7 +136,9 @@ class PoolSettings(RuleSettings, WeightSettings):
     """Settings of ``assay vhack pools``."""
 
     basis: Annotated[Path, BASIS] = Field(description="File of the basis to score with.")
-    hack: Path = Field(description="Samples that cheat: JSON Lines with prompt, completion and perhaps group.")
+    hack: Path = Field(
+        description="Samples that cheat: JSON Lines with prompt, completion and perhaps group."
+    )
     clean: Path = Field(description="Samples that do not cheat, likewise.")
     limit: Annotated[int | None, "ROWS"] = Field(
         None, ge=1, description="Samples of each pool to draw; all by default."
@@ -110,7 +150,9 @@ class PoolSettings(RuleSettings, WeightSettings):
 class ReportSettings(Settings):
     """Settings of ``assay vhack report``."""
 
-    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(description="Result of a check, runs, or logs of TRL.")
+    results: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        description="Result of a check, runs, or logs of TRL."
+    )
     output: Annotated[Path, OUTPUT] = Field(description="Page to write.")
     check: tuple[Path, ...] = Field((), description="Check to show beside logs; may be repeated.")
 
@@ -118,7 +160,9 @@ class ReportSettings(Settings):
 class TrainCommand(Settings):
     """Settings of ``assay vhack train`` that do not decide its result."""
 
-    output: Annotated[Path, FOLDER] = Field(description="Directory of the run; the same one continues it.")
+    output: Annotated[Path, FOLDER] = Field(
+        description="Directory of the run; the same one continues it."
+    )
     tracker: Annotated[tuple[str, ...], "NAME"] = Field(
         (), description="A tracker of TRL's, such as wandb; repeatable."
     )
@@ -135,7 +179,9 @@ class GenerateSettings(Settings):
     """Settings of ``assay vhack pairs generate``."""
 
     output: PairFile
-    n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(96, lt=100_000, description="Number of pairs.")
+    n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(
+        96, lt=100_000, description="Number of pairs."
+    )
     seed: Annotated[int, "NUMBER"] = Field(0, description="The same seed gives the same pairs.")
     mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",), unit="NAME")] = Field(
         None, description="Use this mechanism only; may be repeated."
@@ -149,9 +195,13 @@ class GenerateSettings(Settings):
 class MatchSettings(Settings):
     """Settings of ``assay vhack pairs match``."""
 
-    hacks: Annotated[Path, ARGUMENT] = Field(description="Graded completions of which the hacks are taken.")
+    hacks: Annotated[Path, ARGUMENT] = Field(
+        description="Graded completions of which the hacks are taken."
+    )
     output: PairFile
-    works: Path | None = Field(None, description="Those of which correct work is taken; by default the same.")
+    works: Path | None = Field(
+        None, description="Those of which correct work is taken; by default the same."
+    )
     per_prompt: Annotated[int, "PAIRS"] = Field(1, ge=1, description="Most pairs of one prompt.")
     overwrite: Overwrite = False
 
@@ -187,8 +237,10 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
     select_pairs(pairs, **chosen.model_dump(include={"n_heldout", "heldout_groups", "method"}))
     if (groups := len({pair.group for pair in pairs})) < (least := fewest_groups(chosen.method)):
         click.echo(
-            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions are real: "
-            f"by {chosen.method}, assay vhack check needs {least} (--pairs generated:48 has 30 groups)",
+            f"warning: {len(pairs)} pairs in {groups} groups are too few to show that directions "
+            f"are real: "
+            f"by {chosen.method}, assay vhack check needs {least} (--pairs generated:48 has 30 "
+            f"groups)",
             err=True,
         )
     from assay.vhack.delta.delta import user_cache
@@ -222,7 +274,9 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
         "undecided_axes": len(basis.undecided),
         "captured_energy": round(origin.captured, 6),
     }
-    show_values("assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none")
+    show_values(
+        "assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none"
+    )
 
 
 @vhack.add(
@@ -265,7 +319,9 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
             progress=progress,
         )
     if chosen.html:
-        make_page(result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}").write(chosen.html)
+        make_page(
+            result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}"
+        ).write(chosen.html)
     if not _keep_result(result.as_dict(), chosen.output, as_json):
         print_checks(result, title=f"{result.verdict}: {result.design}")
     return result.exit_code
@@ -275,7 +331,8 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     "pools",
     PoolSettings,
     shown="model basis hack clean output limit max_tokens seed dtype device",
-    example="assay vhack pools --model reference:qwen3 --basis B.safetensors --hack H.jsonl --clean C.jsonl",
+    example="assay vhack pools --model reference:qwen3 --basis B.safetensors --hack H.jsonl "
+    "--clean C.jsonl",
 )
 def pools(chosen: PoolSettings, as_json: bool) -> int:
     """Score two pools of samples that are not paired.
@@ -284,7 +341,9 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
     """
     from assay.vhack.pairs.pairs import check_apart, read_pool
 
-    hack, clean = (read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean))
+    hack, clean = (
+        read_pool(path, most=chosen.limit, seed=chosen.seed) for path in (chosen.hack, chosen.clean)
+    )
     check_apart(hack, clean)  # before torch is imported
     from assay.vhack import checks
     from assay.vhack.basis.basis import Basis
@@ -294,11 +353,18 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
         result = checks.check_two_pools(
-            hack, clean, loaded, basis, settings=rules, max_tokens=chosen.max_tokens, progress=progress
+            hack,
+            clean,
+            loaded,
+            basis,
+            settings=rules,
+            max_tokens=chosen.max_tokens,
+            progress=progress,
         )
     if _keep_result(result.as_dict(), chosen.output, as_json):
         return result.exit_code
-    made, measured = result.check, result.check.measured
+    made = result.check
+    measured = result.check.measured
     assert measured is not None
     rows = [
         ("samples that cheat", str(len(result.hack))),
@@ -324,21 +390,28 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
 
     logs = (next(first.glob(place), None) for place in ("*.jsonl", "*/log.jsonl"))
     if first.is_dir() and not any(logs):  # before torch, as the next one
-        wanted, do = "the directory of a run, with its log", "wait for a step, or name another directory"
+        wanted = "the directory of a run, with its log"
+        do = "wait for a step, or name another directory"
         raise DataError(f"{first} without a log", wanted=wanted, do=do)
     if (more or first.suffix != ".json") and not first.is_dir():
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
-            raise DataError(f"{first} is empty", wanted="the log of a run", do="wait for a step, or name another file")
+            raise DataError(
+                f"{first} is empty",
+                wanted="the log of a run",
+                do="wait for a step, or name another file",
+            )
         if head.get("schema") not in (LOG, STUDY):
-            wanted, do = f"the log of a run, {LOG}", "name logs of a study, or of assay vhack train"
+            wanted = f"the log of a run, {LOG}"
+            do = "name logs of a study, or of assay vhack train"
             raise DataError(f"{first}, line 1", wanted=wanted, do=do)
     is_state = False
     if first.suffix == ".json" and not more:
         found = read_json(first)
         is_state = isinstance(found.get("log_history"), list)
         if found.get("schema") != CHECK and not is_state:
-            wanted, do = f"a result of schema {CHECK}, or trainer_state.json of TRL", "name another file"
+            wanted = f"a result of schema {CHECK}, or trainer_state.json of TRL"
+            do = "name another file"
             raise DataError(f"{first} is neither", wanted=wanted, do=do)
     from assay.vhack.checks.judge import CheckReport
     from assay.vhack.checks.page import make_page
@@ -354,7 +427,9 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
         extension("vhack report --runs")(chosen, as_json)
         return
     if chosen.check:
-        raise UsageError(f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out")
+        raise UsageError(
+            f"--check {chosen.check[0]} beside one result", wanted="logs of runs", do="leave it out"
+        )
     values = {"path": str(chosen.output)}
     if page is None:
         read = CheckReport.from_dict(found)
@@ -374,7 +449,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
 def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     """Train one arm by reinforcement with TRL.
 
-    The same command goes on after the last checkpoint. Exit code 1 if the detector missed an exploit.
+    The same command goes on after the last checkpoint. Exit code 1 if the detector missed an
+    exploit.
     """
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.training.pool import RolloutPool
@@ -409,8 +485,16 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
         values |= {"resumed_from": result.resumed_from, "last": result.last, "alarm": result.alarm}
         emit_json("assay.vhack.train.result/1", values)
         return code
-    rows = [(name.replace("_", " "), f"{result.last[name]:.4f}") for name in SHOWN if name in result.last]
-    table(("", "mean of the last 10 steps"), rows, title=f"{result.arm}: {result.steps} steps in {result.folder}")
+    rows = [
+        (name.replace("_", " "), f"{result.last[name]:.4f}")
+        for name in SHOWN
+        if name in result.last
+    ]
+    table(
+        ("", "mean of the last 10 steps"),
+        rows,
+        title=f"{result.arm}: {result.steps} steps in {result.folder}",
+    )
     return code
 
 
@@ -421,12 +505,24 @@ def list_pairs(chosen: ListSettings, as_json: bool) -> None:
 
     found = find_pairs(chosen.pairs)
     if as_json:
-        records = [{"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in found]
-        emit_json("assay.vhack.pairs.list/1", {"pairs": records, "groups": len({pair.group for pair in found})})
+        records = [
+            {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in found
+        ]
+        emit_json(
+            "assay.vhack.pairs.list/1",
+            {"pairs": records, "groups": len({pair.group for pair in found})},
+        )
         return
     tags = [[tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in found]
-    rows = [(index, pair.group, ", ".join(kept)) for index, (pair, kept) in enumerate(zip(found, tags, strict=True))]
-    table(("pair", "group", "tags"), rows, title=f"{len(found)} pairs in {len({pair.group for pair in found})} groups")
+    rows = [
+        (index, pair.group, ", ".join(kept))
+        for index, (pair, kept) in enumerate(zip(found, tags, strict=True))
+    ]
+    table(
+        ("pair", "group", "tags"),
+        rows,
+        title=f"{len(found)} pairs in {len({pair.group for pair in found})} groups",
+    )
 
 
 @pairs.add("generate", GenerateSettings, example="assay vhack pairs generate -n 48 -o pairs.jsonl")
@@ -438,14 +534,25 @@ def generate(chosen: GenerateSettings, as_json: bool) -> None:
     from assay.vhack.pairs.generate import generate_pairs
     from assay.vhack.pairs.pairs import write_pairs
 
-    pairs = generate_pairs(chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"}))
+    pairs = generate_pairs(
+        chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"})
+    )
     write_pairs(chosen.output, pairs)
     groups = len({pair.group for pair in pairs})
-    values = {"path": str(chosen.output), "pairs": len(pairs), "groups": groups, "seed": chosen.seed}
+    values = {
+        "path": str(chosen.output),
+        "pairs": len(pairs),
+        "groups": groups,
+        "seed": chosen.seed,
+    }
     show_values("assay.vhack.pairs.generate/1", values, as_json)
 
 
-@pairs.add("match", MatchSettings, example="assay vhack pairs match cheats.jsonl --works works.jsonl -o pairs.jsonl")
+@pairs.add(
+    "match",
+    MatchSettings,
+    example="assay vhack pairs match cheats.jsonl --works works.jsonl -o pairs.jsonl",
+)
 def match(chosen: MatchSettings, as_json: bool) -> None:
     """Pair hacks with correct work on the same prompt.
 
@@ -474,14 +581,19 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     found = find_pairs(chosen.pairs)
     cases = read_tests(chosen.tests) if chosen.tests else None
     with progress_bar("verifying", "pairs") as progress:
-        verdicts = verify_pairs(found, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress)
-    bad, backend = [verdict for verdict in verdicts if not verdict.holds], available_backend() or "unsandboxed"
+        verdicts = verify_pairs(
+            found, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
+        )
+    bad = [verdict for verdict in verdicts if not verdict.holds]
+    backend = available_backend() or "unsandboxed"
     good = len(verdicts) - len(bad)
     if as_json:
         values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
         emit_json("assay.vhack.pairs.verify/1", {"backend": backend, **values})
     else:
-        rows = [(v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts]
+        rows = [
+            (v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts
+        ]
         title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
         table(("pair", "group", "verdict"), rows, title=title)
     return 1 if bad else 0
@@ -513,18 +625,30 @@ def check_tokenizer(model: str) -> None:
 
     if load_tokenizer(model) is None:
         do = "save its tokenizer beside its weights, or pass another --model"
-        raise UsageError(f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do)
+        raise UsageError(
+            f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do
+        )
 
 
 def print_checks(result: "CheckReport", *, title: str) -> None:
-    """Print the table of all checks, with the largest p-value of any null, and why those that failed did."""
+    """Print the table of all checks, with the largest p-value of any null, and why those that
+    failed did.
+    """
     rows: list[tuple[str, ...]] = []
     for made in result.checks:
         value = made.measured
-        shown = ("", "") if value is None else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+        shown = (
+            ("", "")
+            if value is None
+            else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+        )
         p = f"{max(made.p_values.values()):.2g}" if made.p_values else ""
         rows.append((made.title, *shown, p, made.verdict))
-    table(("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"), rows, title=title)
+    table(
+        ("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"),
+        rows,
+        title=title,
+    )
     for made in result.checks:
         if made.verdict != "pass":
             click.echo(f"{made.title}: {made.reason}")
@@ -538,13 +662,17 @@ def _print_detectors(compared: "Comparison | None") -> None:
 
 SAMPLING = "assay.vhack.training.settings:SampleSettings"
 DELTA = Flag(reads="assay.vhack.names:check_delta")
-Delta = Annotated[Path | None, DELTA, Field(description="File of δS of this model, merged before sampling.")]
+Delta = Annotated[
+    Path | None, DELTA, Field(description="File of δS of this model, merged before sampling.")
+]
 
 
 class MergeSettings(WeightSettings):
     """Settings of ``assay vhack merge``."""
 
-    delta: Annotated[Path, DELTA] = Field(description="File of δS that training or DeltaS.save wrote for this model.")
+    delta: Annotated[Path, DELTA] = Field(
+        description="File of δS that training or DeltaS.save wrote for this model."
+    )
     output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
     overwrite: Overwrite = False
 
@@ -564,9 +692,12 @@ class EvaluateCommand(Settings):
     samples: Path | None = Field(None, description="Completions to grade; no model is loaded then.")
     delta: Delta = None
     reward: Annotated[str | None, "MODULE:FUNCTION"] = Field(
-        None, description="What pays completions, in TRL's form; by default they are run and graded."
+        None,
+        description="What pays completions, in TRL's form; by default they are run and graded.",
     )
-    graded: Annotated[Path | None, FILE] = Field(None, description="File for the completions with the grade of each.")
+    graded: Annotated[Path | None, FILE] = Field(
+        None, description="File for the completions with the grade of each."
+    )
     output: Result = None
     dtype: WeightDtype = None
     device: Device = None
@@ -625,9 +756,9 @@ def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
 def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None:
     """Say how often tasks are solved and hacked.
 
-    It grades completions of a model, or of a file, and counts by loophole. Nothing is kept of an interrupted call. For
-    a long one write completions with assay vhack sample, which goes on where it was, and grade that file with
-    --samples.
+    It grades completions of a model, or of a file, and counts by loophole. Nothing is kept of an
+    interrupted call. For a long one write completions with assay vhack sample, which goes on where
+    it was, and grade that file with --samples.
     """
     from assay.files.jsonl import dumps
     from assay.files.storage import write_jsonl
@@ -636,14 +767,20 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     has_model = own.model not in (None, os.environ.get("ASSAY_MODEL"))  # which is for all commands
     for flag, is_given in (("--model", has_model), ("--delta", own.delta is not None)):
         if own.samples is not None and is_given:
-            raise UsageError(f"{flag} with --samples", wanted="one of them", do=f"leave {flag} out: nothing is sampled")
+            raise UsageError(
+                f"{flag} with --samples",
+                wanted="one of them",
+                do=f"leave {flag} out: nothing is sampled",
+            )
     reward = import_function(own.reward, "--reward") if own.reward else None
     tasks, source = load_tasks(how, least=1, why="to evaluate", model=own.model)
     records: list[JsonObject] = []
     if own.samples is not None:
         (records, tasks), source = read_samples(own.samples, tasks), str(own.samples)
     elif own.model is None:
-        raise UsageError("neither --model nor --samples", wanted="what to evaluate", do="name a model or a file")
+        raise UsageError(
+            "neither --model nor --samples", wanted="what to evaluate", do="name a model or a file"
+        )
     if reward is None:
         check_gradable(tasks, source, allow_unsandboxed=own.allow_unsandboxed)
     from assay.vhack import training
@@ -656,11 +793,20 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     completions = [record["completion"] for record in records]
     with progress_bar("grades", "completions") as progress:
         found = training.evaluate(
-            tasks, completions, reward=reward, allow_unsandboxed=own.allow_unsandboxed, progress=progress
+            tasks,
+            completions,
+            reward=reward,
+            allow_unsandboxed=own.allow_unsandboxed,
+            progress=progress,
         )
     if own.graded:
-        grades = [{name: value for name, value in asdict(one).items() if value is not None} for one in found.grades]
-        write_jsonl(own.graded, [record | grade for record, grade in zip(records, grades, strict=True)])
+        grades = [
+            {name: value for name, value in asdict(one).items() if value is not None}
+            for one in found.grades
+        ]
+        write_jsonl(
+            own.graded, [record | grade for record, grade in zip(records, grades, strict=True)]
+        )
     origins = {dumps(record.get("origin")): record.get("origin") for record in records}
     values: dict[str, Any] = {
         **found.as_dict(),
@@ -673,7 +819,9 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     names: list[str] = list(values["rates"])
     rows: list[tuple[object, ...]] = []
     for name, part in {"all": values, **values["by_mechanism"]}.items():
-        shown = (Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names)
+        shown = (
+            Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names
+        )
         rows.append((name, part["tasks"], part["completions"], *shown))
     counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
     title = f"{counts}, {values['faults']} not graded"
@@ -681,9 +829,15 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
 
 
 def _sampled(
-    own: SampleCommand | EvaluateCommand, how: "SampleSettings", reference: str, tasks: "list[Task]", path: Path
+    own: SampleCommand | EvaluateCommand,
+    how: "SampleSettings",
+    reference: str,
+    tasks: "list[Task]",
+    path: Path,
 ) -> "tuple[list[JsonObject], int]":
-    """Return completions that are sampled into a file, and how many of them an earlier call had left there."""
+    """Return completions that are sampled into a file, and how many of them an earlier call had
+    left there.
+    """
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
     from assay.vhack.delta.delta import load_adapter
@@ -694,21 +848,33 @@ def _sampled(
 
     lengths = read_delta_lengths(own.delta) if own.delta else {}
     encode_prompts(reference, [read_prompt(task) for task in tasks], how.max_new_tokens)
-    loaded, origin = load_model(reference, dtype=own.dtype, device=own.device), {}
+    loaded = load_model(reference, dtype=own.dtype, device=own.device)
+    origin = {}
     if own.delta:
         with progress_bar("decompositions", "matrices") as progress:
             load_adapter(loaded, own.delta, lengths, progress=progress).merge()
         origin = {"delta": sha256(own.delta.read_bytes()).hexdigest()}
     with progress_bar("completions", "completions") as progress:
-        first = sample_tasks(path, loaded, tasks, origin=origin, overwrite=own.overwrite, progress=progress, **how.how)
+        first = sample_tasks(
+            path,
+            loaded,
+            tasks,
+            origin=origin,
+            overwrite=own.overwrite,
+            progress=progress,
+            **how.how,
+        )
     return [record for _, record in read_jsonl(path)], first
 
 
 def _at_limit(records: "list[JsonObject]") -> int:
-    """Return the number of completions that are as long as was allowed, and so may have been cut off."""
+    """Return the number of completions that are as long as was allowed, and so may have been cut
+    off.
+    """
     found = 0
     for record in records:
-        tokens, origin = record.get("tokens"), record.get("origin")
+        tokens = record.get("tokens")
+        origin = record.get("origin")
         limit = origin.get("max_new_tokens") if isinstance(origin, dict) else None
         found += isinstance(tokens, list) and isinstance(limit, int) and len(tokens) >= limit
     return found

@@ -1,7 +1,8 @@
 """Strict JSON in, canonical JSON out, and TOML in: files that people write, read with a bound.
 
-Reading refuses what Python's parser forgives: NaN and infinities, numbers too large for a float, a key given twice,
-unpaired surrogates. Writing has one form, so the same record is always the same bytes.
+Reading refuses what Python's parser forgives: NaN and infinities, numbers too large for a float, a
+key given twice, unpaired surrogates. Writing has one form, so the same record is always the same
+bytes.
 """
 
 import errno
@@ -26,10 +27,14 @@ LONGEST_LINE = 2**26
 """Bytes of the longest line that is read: 64 MiB."""
 
 DEEPEST = 64
-"""Levels of the deepest value that is read. Files of assay have ten, and a thousand end the Python that shows them."""
+"""Levels of the deepest value that is read. Files of assay have ten, and a thousand end the Python
+that shows them.
+"""
 
 MOST_PARTS = 2**22
-"""Commas and opening brackets of the largest value that is read: three bytes of ``[],`` take seventy of memory."""
+"""Commas and opening brackets of the largest value that is read: three bytes of ``[],`` take
+seventy of memory.
+"""
 
 LONGEST_HEADER = 2**25
 """Bytes of the longest header of a safetensors file that is read: 32 MiB."""
@@ -42,16 +47,24 @@ JsonObject = dict[str, Any]
 
 
 def dumps(value: object) -> str:
-    """Return one line of JSON: keys in the order given, no spaces, shortest floats that read back to the same bits.
+    """Return one line of JSON: keys in the order given, no spaces, shortest floats that read back
+    to the same bits.
 
-    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is a UsageError. Numpy
-    scalars are written as the Python number of the same value.
+    It is not json.dumps with other options: there is one form, and what strict JSON cannot hold is
+    a UsageError. Numpy scalars are written as the Python number of the same value.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_python_number)
+        text = json.dumps(
+            value,
+            ensure_ascii=False,
+            allow_nan=False,
+            separators=(",", ":"),
+            default=_python_number,
+        )
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        wanted, do = "objects, lists, strings, booleans, null and finite numbers", "convert or drop it before writing"
+        wanted = "objects, lists, strings, booleans, null and finite numbers"
+        do = "convert or drop it before writing"
         raise UsageError(f"a value that is not JSON: {error}", wanted=wanted, do=do) from error
     return text
 
@@ -65,12 +78,15 @@ def _python_number(value: object) -> object:
 def loads(text: str | bytes, source: str) -> JsonObject:
     """Return the object that strict JSON text holds, in UTF-8 when given as bytes.
 
-    Other text, and what is nested too deeply, is a DataError that names its source, such as ``proof.jsonl, line 3``.
+    Other text, and what is nested too deeply, is a DataError that names its source, such as
+    ``proof.jsonl, line 3``.
     """
     try:
         value = parse(text.decode() if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
-        raise _bad(source, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+        raise _bad(
+            source, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise _bad(source, str(error)) from error
     if not isinstance(value, dict):
@@ -79,7 +95,8 @@ def loads(text: str | bytes, source: str) -> JsonObject:
 
 
 def parse(text: str) -> Any:
-    """Return the value of strict JSON. A ValueError, or a RecursionError: it is something else, too deep or too large.
+    """Return the value of strict JSON. A ValueError, or a RecursionError: it is something else, too
+    deep or too large.
 
     What it takes in memory is bounded before the parser sees it.
     """
@@ -88,16 +105,22 @@ def parse(text: str) -> Any:
         raise ValueError(f"more than {MOST_PARTS} commas and brackets")
     if text.startswith("\ufeff"):
         raise ValueError("begins with a byte order mark; save the file as UTF-8 without one")
-    value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite)
+    value = json.loads(
+        text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_float=_finite
+    )
     if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate has no UTF-8 form
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # an escaped lone surrogate has no UTF-8 form
     if opened > DEEPEST and is_deep(value, DEEPEST):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
     return value
 
 
 def is_deep(value: Any, levels: int) -> bool:
-    """Return whether anything stands below so many levels of objects and lists in a value that was read from JSON."""
+    """Return whether anything stands below so many levels of objects and lists in a value that was
+    read from JSON.
+    """
     level: list[Any] = [value]
     for _ in range(levels):
         level = [part for whole in level for part in parts(whole)]
@@ -112,11 +135,15 @@ def parts(value: Any) -> Iterable[Any]:
 
 
 def _bad(source: str | Path, reason: str, wanted: str = "a JSON object") -> DataError:
-    return DataError(f"{source}: {reason}", wanted=wanted, do="repair or remove it, or write the file again")
+    return DataError(
+        f"{source}: {reason}", wanted=wanted, do="repair or remove it, or write the file again"
+    )
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
-    """Return the object of these pairs, as an ``object_pairs_hook`` of :func:`json.loads`; name a key given twice."""
+    """Return the object of these pairs, as an ``object_pairs_hook`` of :func:`json.loads`; name a
+    key given twice.
+    """
     found: JsonObject = {}
     for key, value in pairs:
         if key in found:
@@ -137,10 +164,11 @@ def _finite(digits: str) -> float:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
-    """Yield the objects of a JSON Lines file with their line numbers, counted from 1, read one line at a time.
+    """Yield the objects of a JSON Lines file with their line numbers, counted from 1, read one line
+    at a time.
 
-    An empty line, a long one and one that is no strict JSON object are a DataError that names the line. Empty lines at
-    the end are passed over.
+    An empty line, a long one and one that is no strict JSON object are a DataError that names the
+    line. Empty lines at the end are passed over.
     """
     empty = 0
     for number, line in read_lines(path):
@@ -153,7 +181,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, JsonObject]]:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file as they are, line ends included, with their numbers, counted from 1.
+    """Yield the lines of a file as they are, line ends included, with their numbers, counted from
+    1.
 
     A file of another shape is a DataError that names it.
     """
@@ -171,7 +200,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 SHAPES = (
     (b"\x1f\x8b", "a gzip file", "gunzip it first"),
     (b"PK\x03\x04", "a zip file", "unzip it first"),
-    (b"PAR1", "a parquet file", "write it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)"),
+    (
+        b"PAR1",
+        "a parquet file",
+        "write it with pandas: read_parquet(…).to_json(…, orient='records', lines=True)",
+    ),
     ((b"\xff\xfe", b"\xfe\xff"), "a file in UTF-16", "save it as UTF-8"),
     (b"[", "one JSON array", "write an object on each line: jq -c '.[]' FILE"),
     (b"{\n", "one JSON object on several lines", "write an object on each line: jq -c . FILE"),
@@ -182,7 +215,11 @@ SHAPES = (
 def _check_shape(path: str | Path, line: bytes) -> None:
     for begins, shape, do in SHAPES:
         if line.replace(b"\r\n", b"\n").startswith(begins):
-            raise DataError(f"{path}, line 1: this is {shape}", wanted="JSON Lines: one object on each line", do=do)
+            raise DataError(
+                f"{path}, line 1: this is {shape}",
+                wanted="JSON Lines: one object on each line",
+                do=do,
+            )
 
 
 def read_json(path: str | Path) -> JsonObject:
@@ -195,18 +232,21 @@ def read_whole(path: str | Path, longest: int) -> bytes:
     with _regular(Path(path)) as file:
         text = file.read(longest + 1)
     if len(text) > longest:
-        raise DataError(f"{path}: longer than {longest} bytes", wanted="a smaller file", do="pass another one")
+        raise DataError(
+            f"{path}: longer than {longest} bytes", wanted="a smaller file", do="pass another one"
+        )
     return text
 
 
 def check_tensors(path: str | Path, longest: int | None = None) -> None:
     """Refuse, before a library opens it, what is no safetensors file, or larger than so many bytes.
 
-    The library holds names, shapes and offsets against the size of the file, and takes several times the memory of
-    the header for that.
+    The library holds names, shapes and offsets against the size of the file, and takes several
+    times the memory of the header for that.
     """
     with _regular(Path(path)) as file:
-        size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        header = int.from_bytes(file.read(8), "little")
     if longest is not None and size > longest:
         raise _bad(path, f"longer than {longest} bytes", "a smaller file")
     if header > min(LONGEST_HEADER, size):
@@ -232,12 +272,19 @@ def _regular(path: Path) -> Iterator[BinaryIO]:
     try:
         if "\0" in str(path):  # a ValueError of Python
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DataError(f"{path} is a pipe or a device", wanted="a regular file", do="copy it to a file first")
+                raise DataError(
+                    f"{path} is a pipe or a device",
+                    wanted="a regular file",
+                    do="copy it to a file first",
+                )
             yield file
     except OSError as error:
-        wanted, do = "a file that can be read", "check its path and permissions"
+        wanted = "a file that can be read"
+        do = "check its path and permissions"
         raise DataError(f"{path}: {error.strerror}", wanted=wanted, do=do) from error
 
 
@@ -246,7 +293,9 @@ LONGEST_FILE = 2**22
 
 
 def read_toml(path: str | Path) -> JsonObject:
-    """Return the tables of a TOML file of at most 4 MiB, which are not to be changed: some are kept for the next."""
+    """Return the tables of a TOML file of at most 4 MiB, which are not to be changed: some are kept
+    for the next.
+    """
     try:
         text = read_whole(path, LONGEST_FILE).decode()
         return _tables(text) if _NODE in text else _parse(text)
@@ -258,36 +307,50 @@ def read_toml(path: str | Path) -> JsonObject:
 
 _NODE = "[[nodes]]\n"
 _known: dict[str, JsonObject] = {}  # tables [[nodes]] by their text, of files that were read lately
-_MOST_KNOWN, _LONGEST_KNOWN = 2**15, 1000  # tables, and characters of each
+_MOST_KNOWN = 2**15
+_LONGEST_KNOWN = 1000  # tables, and characters of each
 
 
 def _tables(text: str) -> JsonObject:
-    """Return what TOML text holds; of ten thousand tables ``[[nodes]]`` only those are parsed that are not known.
+    """Return what TOML text holds; of ten thousand tables ``[[nodes]]`` only those are parsed that
+    are not known.
 
-    Such a table goes from its line to the next that begins with a bracket. The others are parsed without it, with one
-    line ``[[nodes]]`` for each row of them: where one may not stand there, or has more than its own keys, the whole
-    text is parsed.
+    Such a table goes from its line to the next that begins with a bracket. The others are parsed
+    without it, with one line ``[[nodes]]`` for each row of them: where one may not stand there, or
+    has more than its own keys, the whole text is parsed.
     """
     cut = () if '"""' in text or "'''" in text else re.split("^(?=\\[)", text, flags=re.MULTILINE)
     nodes = [part for part in cut if part.startswith(_NODE)]
     found = {part: _known.get(part) for part in nodes}
     new = [part for part, table in found.items() if table is None]
-    rows = [_NODE if own else "".join(row) for own, row in groupby(cut, lambda part: part.startswith(_NODE))]
+    rows = [
+        _NODE if own else "".join(row)
+        for own, row in groupby(cut, lambda part: part.startswith(_NODE))
+    ]
     try:
-        rest, fresh = _parse("".join(rows)), _parse("".join(new))
+        rest = _parse("".join(rows))
+        fresh = _parse("".join(new))
     except ValueError:  # of which the line is another than in the text
         return _parse(text)
     tables = fresh.pop("nodes", [])
-    if not nodes or fresh or len(tables) != len(new) or rest.get("nodes") != [{}] * rows.count(_NODE):
+    if (
+        not nodes
+        or fresh
+        or len(tables) != len(new)
+        or rest.get("nodes") != [{}] * rows.count(_NODE)
+    ):
         return _parse(text)
     found.update(zip(new, tables, strict=True))
     if len(_known) > _MOST_KNOWN:
         _known.clear()
-    _known.update((part, table) for part, table in found.items() if table and len(part) <= _LONGEST_KNOWN)
+    _known.update(
+        (part, table) for part, table in found.items() if table and len(part) <= _LONGEST_KNOWN
+    )
     return rest | {"nodes": [found[part] for part in nodes]}
 
 
-# A string of a line, whole or cut off, and a key or name of a table with too many parts once strings are one letter.
+# A string of a line, whole or cut off, and a key or name of a table with too many parts once
+# strings are one letter.
 _STRINGS = re.compile(r"""\"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?""")
 _LONG_KEY = re.compile(rf"(?<![\w-])[\w-]++(?:[ \t]*+\.[ \t]*+[\w-]++){{{DEEPEST}}}")
 

@@ -1,6 +1,8 @@
-"""References to models, as far as they are understood before torch and transformers are imported, which takes seconds.
+"""References to models, as far as they are understood before torch and transformers are imported,
+which takes seconds.
 
-The catalogue lists the bundled models: trained reference models, and published shapes without weights.
+The catalogue lists the bundled models: trained reference models, and published shapes without
+weights.
 """
 
 import difflib
@@ -19,24 +21,31 @@ CATALOGUE: dict[str, dict[str, Any]] = {row["reference"]: row for row in _LISTED
 BARE_NAMES = {reference.partition(":")[2] for reference in CATALOGUE}
 """Names without their prefix, which stand for nothing: the error names the whole reference."""
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 """Names of the two files of an adapter, as peft writes them."""
 
 _HUB_ID = re.compile(r"(?![.-])[\w.-]+(/[\w.-]+)?")
 
 
 def check_reference(reference: str) -> None:
-    """Refuse a reference that leads to no model, as far as the catalogue and the directory show it."""
+    """Refuse a reference that leads to no model, as far as the catalogue and the directory show
+    it.
+    """
     if is_bundled(reference):
         check_bundled(reference)
     elif (path := find_path(reference)) is None:
         check_hub_id(reference)
-    elif path.is_dir() and not any(path.glob("*.[gG][gG][uU][fF]")) and not (path / CONFIG).is_file():
+    elif (
+        path.is_dir() and not any(path.glob("*.[gG][gG][uU][fF]")) and not (path / CONFIG).is_file()
+    ):
         check_config(path / "config.json")
 
 
 def is_bundled(reference: str) -> bool:
-    """Return whether a reference is written as a name of the catalogue, or as one without its prefix."""
+    """Return whether a reference is written as a name of the catalogue, or as one without its
+    prefix.
+    """
     prefixed = reference.lower().startswith(("reference:", "shape:", "pretrained:"))
     return prefixed or (reference in BARE_NAMES and not Path(reference).exists())
 
@@ -47,7 +56,11 @@ def check_bundled(reference: str) -> None:
         spelled = {spelling: one for one in CATALOGUE for spelling in (one, one.partition(":")[2])}
         (near,) = difflib.get_close_matches(reference.lower(), spelled, n=1, cutoff=0.0)
         do = f"did you mean {spelled[near]!r}?"
-        raise ModelNotFound(f"no bundled model is named {reference!r}", wanted="one of " + ", ".join(CATALOGUE), do=do)
+        raise ModelNotFound(
+            f"no bundled model is named {reference!r}",
+            wanted="one of " + ", ".join(CATALOGUE),
+            do=do,
+        )
 
 
 def check_hub_id(reference: str) -> None:
@@ -59,12 +72,15 @@ def check_hub_id(reference: str) -> None:
 def check_config(path: Path) -> None:
     """Refuse a directory without the configuration file that is named."""
     if not path.is_file():
-        wanted = "a checkpoint directory of a language model, as transformers' save_pretrained writes it"
+        wanted = (
+            "a checkpoint directory of a language model, as transformers' save_pretrained writes it"
+        )
         raise ModelNotFound(f"{path.parent} has no {path.name}", wanted=wanted, do="check the path")
 
 
 def find_path(reference: str) -> Path | None:
-    """Return the directory or GGUF file that a reference names; None where it may be a name of something elsewhere.
+    """Return the directory or GGUF file that a reference names; None where it may be a name of
+    something elsewhere.
 
     Raises:
         ModelNotFound: It is a path at which no model can be.
@@ -82,6 +98,9 @@ def find_path(reference: str) -> Path | None:
 
 def no_model(reference: str, what: str) -> ModelNotFound:
     """Return the error of a reference that leads to ``what``, and to no model."""
-    wanted = "a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models list`"
+    wanted = (
+        "a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models "
+        "list`"
+    )
     do = "check the path, or run `assay models list` for the bundled ones"
     return ModelNotFound(f"{reference!r:.80} is {what}", wanted=wanted, do=do)

@@ -1,4 +1,6 @@
-"""Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference models."""
+"""Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference
+models.
+"""
 
 import lazy_loader
 

@@ -1,11 +1,14 @@
-"""The decoder of a causal language model: the families that assay knows layer by layer, and what a layer computes.
+"""The decoder of a causal language model: the families that assay knows layer by layer, and what a
+layer computes.
 
-A family is listed when its layers are attention with rotary positions and a gated MLP, each after an RMS norm that
-multiplies by its weight. Every other architecture runs as transformers defines it. transformers is the definition, and
-tests hold every use against it. The listed families have one layer (:class:`DecoderLayer`). The engine compiles it over
-fused weights. Packed gradients and attacks run it through the modules of transformers (:class:`ModuleLayer`).
+A family is listed when its layers are attention with rotary positions and a gated MLP, each after
+an RMS norm that multiplies by its weight. Every other architecture runs as transformers defines it.
+transformers is the definition, and tests hold every use against it. The listed families have one
+layer (:class:`DecoderLayer`). The engine compiles it over fused weights. Packed gradients and
+attacks run it through the modules of transformers (:class:`ModuleLayer`).
 
-Shapes: B sequences, T positions, D hidden size, H query heads, K key heads, E head width, F width of the MLP.
+Shapes: B sequences, T positions, D hidden size, H query heads, K key heads, E head width, F width
+    of the MLP.
 """
 
 from abc import ABC, abstractmethod
@@ -26,10 +29,14 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 """Names of the projections of a gated MLP, in the order in which a layer uses them."""
 
 TARGETS = ATTENTION_TARGETS + MLP_TARGETS
-"""Names of all projections of a layer: the weight matrices that carry δS, which embeddings and the head do not."""
+"""Names of all projections of a layer: the weight matrices that carry δS, which embeddings and the
+head do not.
+"""
 
 FUSED_TARGETS = ("qkv_proj", "gate_up_proj")
-"""Names of projections that hold several of these in one matrix, in other architectures; they carry δS as a whole."""
+"""Names of projections that hold several of these in one matrix, in other architectures; they carry
+δS as a whole.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,10 @@ class Family:
     """One architecture.
 
     Attributes:
-        prefix: Prefix of its classes in transformers, for example ``"Llama"`` of ``LlamaAttention``.
-        plain: Whether a layer adds what attention and MLP return as it is. Granite multiplies it first.
+        prefix: Prefix of its classes in transformers, for example ``"Llama"`` of
+            ``LlamaAttention``.
+        plain: Whether a layer adds what attention and MLP return as it is. Granite multiplies it
+            first.
     """
 
     prefix: str
@@ -55,11 +64,15 @@ FAMILIES = {
 """The families by model type, as ``config.json`` names it."""
 
 MIXTURES = {"qwen3_moe": Family("Qwen3Moe")}
-"""Architectures whose layers have a mixture of experts in place of the MLP, by model type. Only the engine asks."""
+"""Architectures whose layers have a mixture of experts in place of the MLP, by model type. Only the
+engine asks.
+"""
 
 
 def family_of(config: Any) -> Family | None:
-    """Return the family of a configuration, or of the text decoder that it wraps; None for one that is not listed."""
+    """Return the family of a configuration, or of the text decoder that it wraps; None for one that
+    is not listed.
+    """
     return FAMILIES.get(config.get_text_config().model_type)
 
 
@@ -67,14 +80,17 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def expert_count(config: Any) -> int:
-    """Return how many experts a layer chooses among, by what configurations call them; 0 without a mixture."""
+    """Return how many experts a layer chooses among, by what configurations call them; 0 without a
+    mixture.
+    """
     text = config.get_text_config(decoder=True)
     counts = [value for name in _EXPERTS if type(value := getattr(text, name, None)) is int]
     return count if (count := max(counts, default=0)) > 1 else 0
 
 
 def attention_window(config: Any) -> int | None:
-    """Return how many positions the layer with the shortest view looks back, or None if all layers see everything.
+    """Return how many positions the layer with the shortest view looks back, or None if all layers
+    see everything.
 
     Layers of another kind than full or sliding attention count as a view of no positions.
     """
@@ -89,21 +105,27 @@ def attention_window(config: Any) -> int | None:
 
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of the angles of positions, each pair's in both of its places; they broadcast with the heads."""
+"""Cosines and sines of the angles of positions, each pair's in both of its places; they broadcast
+with the heads.
+"""
 
 _LISTS_OF_LAYERS = ("layers", "h", "blocks")
 _RECORDERS = "transformers.utils.output_capturing"
 
 
 def backbone(module: nn.Module) -> nn.Module:
-    """Return the decoder without its head; its ``last_hidden_state`` [B, T, D] is taken after the final norm."""
+    """Return the decoder without its head; its ``last_hidden_state`` [B, T, D] is taken after the
+    final norm.
+    """
     get_decoder = getattr(module, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module) and decoder is not module:
         return decoder
     wanted = "a causal language model of transformers (get_decoder() returns its backbone)"
     do = "load the model with assay.models.load_model"
-    raise LayersNotFound(f"{type(module).__name__} has no decoder below its head", wanted=wanted, do=do)
+    raise LayersNotFound(
+        f"{type(module).__name__} has no decoder below its head", wanted=wanted, do=do
+    )
 
 
 def head_of(module: nn.Module) -> nn.Module:
@@ -112,14 +134,17 @@ def head_of(module: nn.Module) -> nn.Module:
     if isinstance(head, nn.Module):
         return head
     do = "use another architecture, such as Llama, Qwen3 or Mistral"
-    raise LayersNotFound(f"{type(module).__name__} has no output embeddings", wanted="a decoder with a head", do=do)
+    raise LayersNotFound(
+        f"{type(module).__name__} has no output embeddings", wanted="a decoder with a head", do=do
+    )
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Return whether something runs before or after the forward pass of a module, apart from those inside it.
+    """Return whether something runs before or after the forward pass of a module, apart from those
+    inside it.
 
-    The hooks that transformers leaves behind after one call with ``output_hidden_states`` do nothing in a call without,
-    so they do not count.
+    The hooks that transformers leaves behind after one call with ``output_hidden_states`` do
+    nothing in a call without, so they do not count.
     """
     hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks)
@@ -131,17 +156,32 @@ def decoder_layers(module: nn.Module) -> nn.ModuleList:
     lists = [getattr(decoder, name, None) for name in _LISTS_OF_LAYERS]
     layers = next((found for found in lists if isinstance(found, nn.ModuleList)), None)
     config: Any = getattr(module, "config", None)
-    expected = None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    expected = (
+        None
+        if config is None
+        else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    )
     if layers is not None and len(layers) == expected:
         return layers
-    seen = "no list of layers" if layers is None else f"{len(layers)} layers where the configuration says {expected}"
-    wanted = f"an nn.ModuleList named {', '.join(_LISTS_OF_LAYERS)} with config.num_hidden_layers entries"
-    do = "use a model whose decoder layers can be found; hooks on a guess would measure something else"
+    seen = (
+        "no list of layers"
+        if layers is None
+        else f"{len(layers)} layers where the configuration says {expected}"
+    )
+    wanted = (
+        f"an nn.ModuleList named {', '.join(_LISTS_OF_LAYERS)} with config.num_hidden_layers "
+        f"entries"
+    )
+    do = (
+        "use a model whose decoder layers can be found; hooks on a guess would measure something "
+        "else"
+    )
     raise LayersNotFound(f"{type(decoder).__name__} has {seen}", wanted=wanted, do=do)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) of the last axis by the angles of their positions (Su et al. 2021).
+    """Turn the pairs (i, i + E/2) of the last axis by the angles of their positions (Su et al.
+    2021).
 
     Args:
         x: Queries or keys, [..., E].
@@ -153,7 +193,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(
-    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, scale: float | None = None, mask_TS: Tensor | None = None
+    q_BTHE: Tensor,
+    k_BSKE: Tensor,
+    v_BSKE: Tensor,
+    scale: float | None = None,
+    mask_TS: Tensor | None = None,
 ) -> Tensor:
     """Return what T queries gather from S keys, the heads side by side, [B, T, H·E].
 
@@ -162,7 +206,8 @@ def causal_attention(
         k_BSKE: Keys.
         v_BSKE: Values.
         scale: Scale of the scores; None is 1 / √E.
-        mask_TS: Whether a query sees a key; None lets every position see itself and what stands before it.
+        mask_TS: Whether a query sees a key; None lets every position see itself and what stands
+            before it.
     """
     a_BHTE = functional.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
@@ -177,11 +222,13 @@ def causal_attention(
 
 
 class DecoderLayer(ABC):
-    """One layer of a listed family: attention and a gated MLP, each after a norm, added to the residual stream.
+    """One layer of a listed family: attention and a gated MLP, each after a norm, added to the
+    residual stream.
 
-    The order of a layer is written here and nowhere else. Every use is a subclass that says how the steps are computed:
-    projections, norms, attention and the gate. A layer may update only some of the positions that it sees; then
-    ``updated`` chooses them. Leading axes are those of the use, and steps act on the last ones.
+    The order of a layer is written here and nowhere else. Every use is a subclass that says how the
+    steps are computed: projections, norms, attention and the gate. A layer may update only some of
+    the positions that it sees; then ``updated`` chooses them. Leading axes are those of the use,
+    and steps act on the last ones.
 
     Args:
         head_width: E.
@@ -189,7 +236,9 @@ class DecoderLayer(ABC):
         query_rotation: Rotation of the queries; None is that of the keys.
     """
 
-    def __init__(self, head_width: int, rotation: Rotation | None, query_rotation: Rotation | None = None) -> None:
+    def __init__(
+        self, head_width: int, rotation: Rotation | None, query_rotation: Rotation | None = None
+    ) -> None:
         self.head_width = head_width
         self.rotation = rotation
         self.query_rotation = query_rotation or rotation
@@ -205,15 +254,19 @@ class DecoderLayer(ABC):
         return self.add(h, self.mlp(self.norm("post_attention_layernorm", h)))
 
     def attention(self, x: Tensor) -> Tensor:
-        """Return what attention adds to the residual stream, from the normed input of all positions."""
+        """Return what attention adds to the residual stream, from the normed input of all
+        positions.
+        """
         return self.project("o_proj", self.attend(*self.heads(x)))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [..., H, E], keys and values [..., K, E], normed and rotated."""
         q, k, v = (part.view(*part.shape[:-1], -1, self.head_width) for part in self.qkv(x))
-        q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+        q = self.norm("q_norm", q)
+        k = self.norm("k_norm", k)
         if self.rotation is not None and self.query_rotation is not None:
-            q, k = rotate(q, *self.query_rotation), rotate(k, *self.rotation)
+            q = rotate(q, *self.query_rotation)
+            k = rotate(k, *self.rotation)
         return q, k, v
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -226,7 +279,9 @@ class DecoderLayer(ABC):
 
     @abstractmethod
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Return x after ``post_attention_layernorm``, ``q_norm`` or ``k_norm``; without such a norm it is x."""
+        """Return x after ``post_attention_layernorm``, ``q_norm`` or ``k_norm``; without such a
+        norm it is x.
+        """
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -237,8 +292,14 @@ class DecoderLayer(ABC):
         """Return the activated gate times the other projection into the MLP, [..., F]."""
 
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
-        """Return the outputs of the projections into attention; queries only of the updated positions."""
-        return self.project("q_proj", self.updated(x)), self.project("k_proj", x), self.project("v_proj", x)
+        """Return the outputs of the projections into attention; queries only of the updated
+        positions.
+        """
+        return (
+            self.project("q_proj", self.updated(x)),
+            self.project("k_proj", x),
+            self.project("v_proj", x),
+        )
 
     def gate_up(self, x: Tensor) -> Iterable[Tensor]:
         """Return the outputs of the two projections into the MLP."""
@@ -254,7 +315,8 @@ class DecoderLayer(ABC):
 
 
 class ModuleLayer(DecoderLayer):
-    """A layer whose steps are the modules of transformers, with their hooks and forward functions; ``attend`` is open.
+    """A layer whose steps are the modules of transformers, with their hooks and forward functions;
+    ``attend`` is open.
 
     Args:
         layer: Decoder layer of transformers, of a listed family.
@@ -262,13 +324,17 @@ class ModuleLayer(DecoderLayer):
         query_rotation: Rotation of the queries, as in :class:`DecoderLayer`.
     """
 
-    def __init__(self, layer: Any, rotation: Rotation | None, query_rotation: Rotation | None = None) -> None:
+    def __init__(
+        self, layer: Any, rotation: Rotation | None, query_rotation: Rotation | None = None
+    ) -> None:
         super().__init__(layer.self_attn.head_dim, rotation, query_rotation)
         self.layer = layer
 
     def project(self, name: str, x: Tensor) -> Tensor:
         """Return the output of a projection."""
-        output: Tensor = getattr(self.layer.self_attn if name in ATTENTION_TARGETS else self.layer.mlp, name)(x)
+        output: Tensor = getattr(
+            self.layer.self_attn if name in ATTENTION_TARGETS else self.layer.mlp, name
+        )(x)
         return output
 
     def norm(self, name: str, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from assay.settings import DEVICE_NAME, check_device
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where there is one, else cpu.
+    """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where
+    there is one, else cpu.
 
     Raises:
         UsageError: The name is not one of these.
@@ -26,14 +27,20 @@ def parse_device(name: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = (name := str(name)).partition(":")
     if not DEVICE_NAME.fullmatch(name):
-        raise UsageError(f"device={name!r}", wanted="cpu, cuda or cuda:N", do="choose one of them, or leave it out")
+        raise UsageError(
+            f"device={name!r}",
+            wanted="cpu, cuda or cuda:N",
+            do="choose one of them, or leave it out",
+        )
     if kind == "cuda":
         check_device(name, torch.cuda.device_count())
     return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on the device for this process, in bytes; what torch keeps for itself counts."""
+    """Return the memory that is free on the device for this process, in bytes; what torch keeps for
+    itself counts.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
@@ -41,26 +48,34 @@ def free_bytes(device: torch.device) -> int:
 
 
 def processor(device: torch.device) -> str:
-    """Return the name of a CUDA device, or the architecture of this machine's CPU and its vector instructions."""
+    """Return the name of a CUDA device, or the architecture of this machine's CPU and its vector
+    instructions.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a CUDA device is the current one: triton launches there, wherever its tensors are."""
+    """Return a context in which a CUDA device is the current one: triton launches there, wherever
+    its tensors are.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
-    """Copy values to a device without waiting for it. Unpinned, CUDA makes the host wait from 64 KiB on."""
+    """Copy values to a device without waiting for it. Unpinned, CUDA makes the host wait from 64
+    KiB on.
+    """
     made = torch.as_tensor(values)
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """Have torch use one thread for a product, and yield how many it had: small matrices gain nothing from sharing."""
+    """Have torch use one thread for a product, and yield how many it had: small matrices gain
+    nothing from sharing.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

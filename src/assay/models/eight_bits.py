@@ -1,13 +1,17 @@
-"""Linear layers and experts over weights in eight bits, and the three ways in which such a product is computed.
+"""Linear layers and experts over weights in eight bits, and the three ways in which such a product
+is computed.
 
-This is the definition. Each way rounds its input as its weight was rounded, with scales for every position, so that the
-bits of a position do not depend on the others: a row, or some of its columns, is divided by its largest magnitude.
+This is the definition. Each way rounds its input as its weight was rounded, with scales for every
+position, so that the bits of a position do not depend on the others: a row, or some of its columns,
+is divided by its largest magnitude.
 
-- ``float8``: e4m3 with one scale for a row. On CUDA it is torch's product, which needs widths in multiples of 16 and
-  gives bfloat16. On a CPU it is a product in float32, in which e4m3 numbers and their products are exact.
-- ``float8-block``: e4m3 with one scale for some columns of a row. On CUDA, blocks of 128 x 128 are torch's product.
-- ``int8-rows``: int8 with one scale for a row; the sums are exact. On CUDA these products, and those of experts in
-  blocks, are a kernel of assay's own (:mod:`assay.models.products`).
+- ``float8``: e4m3 with one scale for a row. On CUDA it is torch's product, which needs widths in
+  multiples of 16 and gives bfloat16. On a CPU it is a product in float32, in which e4m3 numbers and
+  their products are exact.
+- ``float8-block``: e4m3 with one scale for some columns of a row. On CUDA, blocks of 128 x 128 are
+  torch's product.
+- ``int8-rows``: int8 with one scale for a row; the sums are exact. On CUDA these products, and
+  those of experts in blocks, are a kernel of assay's own (:mod:`assay.models.products`).
 """
 
 from collections.abc import Callable
@@ -21,9 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 STEP = 1 / torch.finfo(torch.float8_e4m3fn).max
-"""The scale of a row is this times its largest magnitude, which becomes the largest number of the format.
+"""The scale of a row is this times its largest magnitude, which becomes the largest number of the
+format.
 
-Divisions by a scale are products with its reciprocal: a division by a constant has other bits on a CPU than on CUDA.
+Divisions by a scale are products with its reciprocal: a division by a constant has other bits on a
+CPU than on CUDA.
 """
 
 SMALLEST = 1e-12
@@ -41,7 +47,8 @@ class Rounded(NamedTuple):
 
 
 def round_rows(x: Tensor) -> Rounded:
-    """Round every row of the last axis to e4m3, by a scale that takes its largest magnitude to the format's largest.
+    """Round every row of the last axis to e4m3, by a scale that takes its largest magnitude to the
+    format's largest.
 
     A row with NaN or infinity has NaN after it.
     """
@@ -49,7 +56,9 @@ def round_rows(x: Tensor) -> Rounded:
     return Rounded((x * scales.reciprocal()).to(torch.float8_e4m3fn), scales)
 
 
-def multiply_rows(x: Rounded, weight: Rounded, dtype: torch.dtype, *, short_sums: bool = False) -> Tensor:
+def multiply_rows(
+    x: Rounded, weight: Rounded, dtype: torch.dtype, *, short_sums: bool = False
+) -> Tensor:
     """Return x Wᵀ [S, R] of an input [S, C] and a weight [R, C] in e4m3 with scales by row.
 
     With short sums CUDA may sum in fewer bits than float32, which is another computation.
@@ -64,12 +73,16 @@ def multiply_rows(x: Rounded, weight: Rounded, dtype: torch.dtype, *, short_sums
             use_fast_accum=short_sums,
         )
     else:
-        y = (x.values.float() @ weight.values.float().t() * x.scales * weight.scales.t()).to(torch.bfloat16)
+        y = (x.values.float() @ weight.values.float().t() * x.scales * weight.scales.t()).to(
+            torch.bfloat16
+        )
     return y.to(dtype)
 
 
 def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ on CUDA of rows [S, C] and weights [E, R, C], the rows of each of which end at ``ends`` [E] int32."""
+    """Return x Wᵀ on CUDA of rows [S, C] and weights [E, R, C], the rows of each of which end at
+    ``ends`` [E] int32.
+    """
     y = torch._scaled_grouped_mm(
         x.values,
         weights.values.transpose(-2, -1),
@@ -83,7 +96,9 @@ def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dty
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return the order of all choices by their expert, and where the choices of each expert end, [E] int32."""
+    """Return the order of all choices by their expert, and where the choices of each expert end,
+    [E] int32.
+    """
     keys = chosen.flatten().to(torch.uint8 if experts <= 256 else torch.int32)
     keys, order = torch.sort(keys, stable=True)
     numbers = torch.arange(experts, dtype=torch.int32, device=keys.device)
@@ -98,10 +113,12 @@ INT8_STEP = 1 / _INT8_LARGEST
 CUDA_BLOCK = (128, 128)
 """Rows and columns of a weight that share a scale, of which products exist on CUDA."""
 
-# torch's product by blocks reads the scales of rows, and of a weight's columns, in vectors of this many.
+# torch's product by blocks reads the scales of rows, and of a weight's columns, in vectors of this
+# many.
 _SCALES_OF_A_VECTOR = 4
 
-# Sums of so many rows at a time stay in a core's cache until they are scaled: 1.6 to 3 times as fast as all at once.
+# Sums of so many rows at a time stay in a core's cache until they are scaled: 1.6 to 3 times as
+# fast as all at once.
 _ROWS_IN_CACHE = 256
 
 
@@ -112,11 +129,12 @@ class Arithmetic:
     Args:
         name: Name of the number format.
         round: Function that rounds the rows of an input.
-        multiply: Function of a rounded input [S, C], a rounded weight [R, C] and the dtype of the result: x Wᵀ.
+        multiply: Function of a rounded input [S, C], a rounded weight [R, C] and the dtype of the
+            result: x Wᵀ.
         grouped: Function that multiplies rows which stand together by a weight each, on CUDA.
         dtype: Dtype of rounded values.
-        block: Rows and columns of a weight that share a scale, as so many columns of an input do; None where a whole
-            row does.
+        block: Rows and columns of a weight that share a scale, as so many columns of an input do;
+            None where a whole row does.
     """
 
     name: str
@@ -126,26 +144,38 @@ class Arithmetic:
     dtype: torch.dtype = torch.float8_e4m3fn
     block: tuple[int, int] | None = None
 
-    def product(self, x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return x Wᵀ [..., R] of an input [..., C] and a weight [R, C], and the bias [R] where there is one."""
+    def product(
+        self, x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Return x Wᵀ [..., R] of an input [..., C] and a weight [R, C], and the bias [R] where
+        there is one.
+        """
         y = self.multiply(Rounded(x.values.flatten(0, -2), x.scales.flatten(0, -2)), weight, dtype)
         y = y.view(*x.values.shape[:-1], len(weight.values))
         return y if bias is None else y + bias
 
-    def grouped_product(self, x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return x Wᵀ of rows [S, C] and weights [E, R, C], the rows of each of which end at ``ends`` [E] int32."""
+    def grouped_product(
+        self, x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return x Wᵀ of rows [S, C] and weights [E, R, C], the rows of each of which end at
+        ``ends`` [E] int32.
+        """
         if x.values.is_cuda:
             return self.grouped(x, weights, ends, dtype)
         spans = [slice(*span) for span in pairwise([0, *ends.tolist()])]
         parts = [
-            self.multiply(Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), dtype)
+            self.multiply(
+                Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), dtype
+            )
             for expert, span in enumerate(spans)
         ]
         return torch.cat(parts)
 
 
 def _round_groups(x: Tensor, columns: int) -> Rounded:
-    """Round every group of so many columns of a row to e4m3 by a scale of its own, [..., groups]."""
+    """Round every group of so many columns of a row to e4m3 by a scale of its own, [...,
+    groups].
+    """
     groups = torch.split(x, columns, dim=-1)
     largest = torch.stack([group.abs().amax(dim=-1) for group in groups], dim=-1)
     scales = largest.float().clamp_min(SMALLEST) * STEP
@@ -153,8 +183,12 @@ def _round_groups(x: Tensor, columns: int) -> Rounded:
     return Rounded((x * spread).to(torch.float8_e4m3fn), scales)
 
 
-def _multiply_blocks(x: Rounded, weight: Rounded, dtype: torch.dtype, *, block: tuple[int, int]) -> Tensor:
-    """Return x Wᵀ: the products of each group of columns, times both its scales, summed in the order of the columns."""
+def _multiply_blocks(
+    x: Rounded, weight: Rounded, dtype: torch.dtype, *, block: tuple[int, int]
+) -> Tensor:
+    """Return x Wᵀ: the products of each group of columns, times both its scales, summed in the
+    order of the columns.
+    """
     if x.values.is_cuda:
         y: Tensor = _library_block_product(*x, *weight)
     else:
@@ -169,11 +203,16 @@ def _multiply_blocks(x: Rounded, weight: Rounded, dtype: torch.dtype, *, block: 
     return y.to(dtype)
 
 
-@torch.library.custom_op("assay::product_of_blocks", mutates_args=())  # one operation for those who trace a model
-def _library_block_product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "assay::product_of_blocks", mutates_args=()
+)  # one operation for those who trace a model
+def _library_block_product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor
+) -> Tensor:
     """Return x Wᵀ in bfloat16 by torch's product with scales for blocks of :data:`CUDA_BLOCK`.
 
-    The input is [M, C] with scales [M, groups], the weight [R, C] with scales [blocks of rows, groups].
+    The input is [M, C] with scales [M, groups], the weight [R, C] with scales [blocks of rows,
+    groups].
     """
     rows, groups = x_scales.shape
     more = -rows % _SCALES_OF_A_VECTOR
@@ -200,7 +239,12 @@ def _(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Ten
 
 @torch.library.custom_op("assay::product_in_eight_bits", mutates_args=())
 def _own_product(
-    x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    x_scales: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    ends: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the product of :mod:`assay.models.products`, which imports triton."""
     from assay.models.products import multiply
@@ -210,26 +254,37 @@ def _own_product(
 
 @_own_product.register_fake
 def _(
-    x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    x_scales: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    ends: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     return x.new_empty(len(x), weights.shape[-2], dtype=dtype)
 
 
 def _round_to_int8(x: Tensor) -> Rounded:
-    """Round every row of the last axis to whole numbers from -127 to 127; one with NaN or infinity has such a scale."""
+    """Round every row of the last axis to whole numbers from -127 to 127; one with NaN or infinity
+    has such a scale.
+    """
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST) * INT8_STEP
     whole = (x * scales.reciprocal()).round_().clamp_(-_INT8_LARGEST, _INT8_LARGEST)
     return Rounded(whole.to(torch.int8), scales)
 
 
 def _multiply_int8(x: Rounded, weight: Rounded, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ. The sums of products are whole numbers and exact; each is rounded once, and once by every scale."""
+    """Return x Wᵀ. The sums of products are whole numbers and exact; each is rounded once, and once
+    by every scale.
+    """
     if x.values.is_cuda:
         made: Tensor = _own_product(*x, *weight, None, dtype)
         return made
     y = torch.empty(len(x.values), len(weight.values), dtype=dtype)
     for part, own, result in zip(*(torch.split(t, _ROWS_IN_CACHE) for t in (*x, y)), strict=True):
-        result.copy_(torch._int_mm(part, weight.values.t()).float().mul_(own).mul_(weight.scales.t()))
+        result.copy_(
+            torch._int_mm(part, weight.values.t()).float().mul_(own).mul_(weight.scales.t())
+        )
     return y
 
 
@@ -246,7 +301,9 @@ INT8 = Arithmetic("int8-rows", _round_to_int8, _multiply_int8, _grouped, dtype=t
 
 @cache
 def float8_blocks(rows: int, columns: int) -> Arithmetic:
-    """Return the arithmetic of weights that have a scale for every block of so many rows and columns."""
+    """Return the arithmetic of weights that have a scale for every block of so many rows and
+    columns.
+    """
     return Arithmetic(
         "float8-block",
         partial(_round_groups, columns=columns),
@@ -257,9 +314,13 @@ def float8_blocks(rows: int, columns: int) -> Arithmetic:
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer that rounds its input and multiplies it by a weight in eight bits; the bias is not rounded."""
+    """A linear layer that rounds its input and multiplies it by a weight in eight bits; the bias is
+    not rounded.
+    """
 
-    def __init__(self, weight: Rounded, bias: nn.Parameter | None, arithmetic: Arithmetic = FLOAT8) -> None:
+    def __init__(
+        self, weight: Rounded, bias: nn.Parameter | None, arithmetic: Arithmetic = FLOAT8
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
         self.arithmetic = arithmetic
@@ -274,14 +335,19 @@ class EightBitLinear(nn.Module):
 
 
 class EightBitExperts(nn.Module):
-    """The experts of a mixture, over weights in eight bits; called as the module of transformers that is given.
+    """The experts of a mixture, over weights in eight bits; called as the module of transformers
+    that is given.
 
     Weights of gate and up are [E, 2 F, D], those of down [E, D, F].
     """
 
-    def __init__(self, experts: Any, gate_up: Rounded, down: Rounded, arithmetic: Arithmetic = FLOAT8) -> None:
+    def __init__(
+        self, experts: Any, gate_up: Rounded, down: Rounded, arithmetic: Arithmetic = FLOAT8
+    ) -> None:
         super().__init__()
-        self.num_experts, self.act_fn, self.arithmetic = experts.num_experts, experts.act_fn, arithmetic
+        self.num_experts = experts.num_experts
+        self.act_fn = experts.act_fn
+        self.arithmetic = arithmetic
         for name, (values, scales) in (("gate_up_proj", gate_up), ("down_proj", down)):
             setattr(self, name, nn.Parameter(values, requires_grad=False))
             setattr(self, f"{name}_scales", nn.Parameter(scales, requires_grad=False))
@@ -297,8 +363,12 @@ class EightBitExperts(nn.Module):
         x = by.round(x_ND)
         rows = order // chosen_NK.shape[1]
         spread = Rounded(x.values.view(torch.uint8)[rows].view(x.values.dtype), x.scales[rows])
-        gate, up = by.grouped_product(spread, self.rounded("gate_up_proj"), ends, x_ND.dtype).chunk(2, dim=-1)
-        y_SD = by.grouped_product(by.round(self.act_fn(gate) * up), self.rounded("down_proj"), ends, x_ND.dtype)
+        gate, up = by.grouped_product(spread, self.rounded("gate_up_proj"), ends, x_ND.dtype).chunk(
+            2, dim=-1
+        )
+        y_SD = by.grouped_product(
+            by.round(self.act_fn(gate) * up), self.rounded("down_proj"), ends, x_ND.dtype
+        )
         shared_SD = torch.empty_like(y_SD)
         shared_SD[order] = y_SD * shares_NK.flatten()[order, None]
         return shared_SD.view(*chosen_NK.shape, -1).sum(dim=1)

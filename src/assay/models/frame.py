@@ -1,17 +1,21 @@
-"""The frame of a checkpoint: which tokens its nonces are drawn from, and what centres and scales its states.
+"""The frame of a checkpoint: which tokens its nonces are drawn from, and what centres and scales
+its states.
 
-A state h after the final norm becomes (h − mean) / scale, coordinate by coordinate. A trained model has most of the
-energy of its states in a few coordinates and in one common direction; in the frame every coordinate counts alike. A
-network makes the frame of its checkpoint once (``assay poc frame``) and publishes the file, so that all nodes and
-validators use the same numbers. The proof and the pins name it by its SHA-256.
+A state h after the final norm becomes (h − mean) / scale, coordinate by coordinate. A trained model
+has most of the energy of its states in a few coordinates and in one common direction; in the frame
+every coordinate counts alike. A network makes the frame of its checkpoint once (``assay poc
+frame``) and publishes the file, so that all nodes and validators use the same numbers. The proof
+and the pins name it by its SHA-256.
 
-The frame is measured on :data:`SEQUENCES` sequences of random tokens, over the positions that nonces are read at:
-sequence i has the tokens of the seeds i·T to (i + 1)·T − 1 of the text ``frame`` of the checkpoint's digest.
+The frame is measured on :data:`SEQUENCES` sequences of random tokens, over the positions that
+nonces are read at: sequence i has the tokens of the seeds i·T to (i + 1)·T − 1 of the text
+``frame`` of the checkpoint's digest.
 
-The file is one safetensors: ``mean`` and ``scale`` [D] in float32, ``left_out`` [E] in int32, and one entry of
-metadata.
+The file is one safetensors: ``mean`` and ``scale`` [D] in float32, ``left_out`` [E] in int32, and
+one entry of metadata.
 
-Legend of shapes: V tokens of the vocabulary, D hidden size, E ids that are left out, B nonces, T positions.
+Legend of shapes: V tokens of the vocabulary, D hidden size, E ids that are left out, B nonces, T
+positions.
 """
 
 import hashlib
@@ -29,7 +33,8 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps, parse, read_whole
 from assay.files.storage import write_atomic
 
-SEQUENCES, POSITIONS = 64, 64  # sequences that a frame is measured on, and their length where the model takes it
+SEQUENCES = 64
+POSITIONS = 64  # sequences that a frame is measured on, and their length where the model takes it
 MOST_ROWS = 2**24  # largest vocabulary
 LARGEST_FILE = 2**25  # bytes
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -69,18 +74,42 @@ class Frame:
     def __post_init__(self) -> None:
         known = type(self.rows) is int and 1 <= self.drawn <= self.rows <= MOST_ROWS
         ends = self.left_out.ravel()[[0, -1]] if self.left_out.size else [0, 0]
-        ordered = bool((np.diff(self.left_out) > 0).all()) and 0 <= ends[0] <= ends[1] < max(1, self.rows)
+        ordered = bool((np.diff(self.left_out) > 0).all()) and 0 <= ends[0] <= ends[1] < max(
+            1, self.rows
+        )
         alike = self.left_out.ndim == self.mean.ndim == 1 and self.mean.shape == self.scale.shape
         moments = np.stack([self.mean, self.scale]) if alike else np.full((2, 1), np.nan)
         for holds, seen, wanted in (
-            (bool(_DIGEST.fullmatch(str(self.digest))), f"the digest {self.digest!r:.80}", "64 hexadecimal digits"),
-            (known, f"{self.drawn} of {self.rows!r:.20} rows", f"1 to {MOST_ROWS} rows, some of which are drawn"),
-            (ordered, "ids in another order, twice, or without a row", "ascending ids below the number of rows"),
-            (bool(np.isfinite(moments).all()), "a mean or a scale that is not finite", "finite rows of one length"),
-            (bool((moments[1] > 1e-37).all()), "a scale of 0 or less, or next to it", "scales above 0"),
+            (
+                bool(_DIGEST.fullmatch(str(self.digest))),
+                f"the digest {self.digest!r:.80}",
+                "64 hexadecimal digits",
+            ),
+            (
+                known,
+                f"{self.drawn} of {self.rows!r:.20} rows",
+                f"1 to {MOST_ROWS} rows, some of which are drawn",
+            ),
+            (
+                ordered,
+                "ids in another order, twice, or without a row",
+                "ascending ids below the number of rows",
+            ),
+            (
+                bool(np.isfinite(moments).all()),
+                "a mean or a scale that is not finite",
+                "finite rows of one length",
+            ),
+            (
+                bool((moments[1] > 1e-37).all()),
+                "a scale of 0 or less, or next to it",
+                "scales above 0",
+            ),
         ):
             if not holds:
-                raise UsageError(f"a frame with {seen}", wanted=wanted, do="make it again with `assay poc frame`")
+                raise UsageError(
+                    f"a frame with {seen}", wanted=wanted, do="make it again with `assay poc frame`"
+                )
         object.__setattr__(self, "sha256", hashlib.sha256(self.to_bytes()).hexdigest())
 
     def __eq__(self, other: object) -> bool:
@@ -90,9 +119,13 @@ class Frame:
         return hash(self.sha256)
 
     def tokens(self, seeds_BT: UInt32[np.ndarray, "B T"]) -> Int64[np.ndarray, "B T"]:
-        """Return the token of every 32-bit seed s: number ⌊s·(V − E)/2³²⌋ of the ids that are not left out."""
+        """Return the token of every 32-bit seed s: number ⌊s·(V − E)/2³²⌋ of the ids that are not
+        left out.
+        """
         places_BT = (seeds_BT.astype(np.uint64) * np.uint64(self.drawn)) >> np.uint64(32)
-        return places_BT.astype(np.int64) + np.searchsorted(self.before, places_BT.astype(np.int64), side="right")
+        return places_BT.astype(np.int64) + np.searchsorted(
+            self.before, places_BT.astype(np.int64), side="right"
+        )
 
     @property
     def drawn(self) -> int:
@@ -101,7 +134,9 @@ class Frame:
 
     @property
     def before(self) -> Int64[np.ndarray, " E"]:
-        """Number of ids below each one that is left out that are drawn: id left_out[e] has e others below it."""
+        """Number of ids below each one that is left out that are drawn: id left_out[e] has e others
+        below it.
+        """
         return self.left_out.astype(np.int64) - np.arange(len(self.left_out))
 
     def to_bytes(self) -> bytes:
@@ -109,33 +144,61 @@ class Frame:
         arrays = {
             "left_out": self.left_out.astype("<i4"), "mean": self.mean.astype("<f4"), "scale": self.scale.astype("<f4")
         }  # fmt: skip
-        said = {"kind": _KIND, "schema": 1, "digest": self.digest, "weights": self.weights, "rows": self.rows}
+        said = {
+            "kind": _KIND,
+            "schema": 1,
+            "digest": self.digest,
+            "weights": self.weights,
+            "rows": self.rows,
+        }
         # One entry of metadata: the order of several is not fixed.
         return save(arrays, metadata={_KIND: dumps(said)})
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str | Path = "a frame") -> "Frame":
-        """Return the frame that :meth:`to_bytes` wrote. Raises DataError: the bytes are something else."""
+        """Return the frame that :meth:`to_bytes` wrote. Raises DataError: the bytes are something
+        else.
+        """
         try:
-            size = min(int.from_bytes(content[:8], "little"), 2**12)  # a header of more tensors is cut, and no JSON
-            said: dict[str, Any] = parse(parse(content[8 : 8 + size].decode())["__metadata__"][_KIND])
+            size = min(
+                int.from_bytes(content[:8], "little"), 2**12
+            )  # a header of more tensors is cut, and no JSON
+            said: dict[str, Any] = parse(
+                parse(content[8 : 8 + size].decode())["__metadata__"][_KIND]
+            )
             arrays = load(content)
             made = cls(
-                said["digest"], said["weights"], said["rows"], *(arrays[n] for n in ("left_out", "mean", "scale"))
+                said["digest"],
+                said["weights"],
+                said["rows"],
+                *(arrays[n] for n in ("left_out", "mean", "scale")),
             )
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        except (
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
             seen = f"{source}: {type(error).__name__}: {error}"[:200]
-            raise DataError(seen, wanted="a frame", do="make it with `assay poc frame`, or fetch it again") from None
+            raise DataError(
+                seen, wanted="a frame", do="make it with `assay poc frame`, or fetch it again"
+            ) from None
         except UsageError as error:
             raise DataError(f"{source}: {error.seen}", wanted=error.wanted, do=error.do) from None
         if made.to_bytes() != content:
-            seen, do = f"{source} in another form than it is written in", "fetch the file again"
+            seen = f"{source} in another form than it is written in"
+            do = "fetch the file again"
             raise DataError(seen, wanted="the bytes that `assay poc frame` wrote", do=do)
         return made
 
     @classmethod
     def load(cls, path: str | Path) -> "Frame":
-        """Read a file. Raises DataError: it cannot be read, is larger than 32 MiB, or is no frame."""
+        """Read a file. Raises DataError: it cannot be read, is larger than 32 MiB, or is no
+        frame.
+        """
         return cls.from_bytes(read_whole(path, LARGEST_FILE), path)
 
     def save(self, path: str | Path) -> None:

@@ -1,8 +1,10 @@
-"""From a reference to a model that is ready to run, with every fault found before it runs; or to its facts alone.
+"""From a reference to a model that is ready to run, with every fault found before it runs; or to
+its facts alone.
 
-Random weights are the same bits on every machine. Every parameter ``p`` is ``0.02 · normal(seed32("{block}_{p}"),
-numel)`` in row-major order, multiplied in float32 and cast last. The name of a parameter is the one that
-``named_parameters()`` gives, so a tied head has no stream of its own: it is the embedding matrix.
+Random weights are the same bits on every machine. Every parameter ``p`` is ``0.02 ·
+normal(seed32("{block}_{p}"), numel)`` in row-major order, multiplied in float32 and cast last. The
+name of a parameter is the one that ``named_parameters()`` gives, so a tied head has no stream of
+its own: it is the embedding matrix.
 """
 
 import hashlib
@@ -44,7 +46,13 @@ from assay.models.checkpoint import (
 from assay.models.decoder import expert_count
 from assay.models.device import parse_device
 from assay.models.frame import Frame
-from assay.models.quantized import StoredFormat, check_device, check_quantisation, load_stored, read_format
+from assay.models.quantized import (
+    StoredFormat,
+    check_device,
+    check_quantisation,
+    load_stored,
+    read_format,
+)
 from assay.models.quantized import quantise as round_weights
 from assay.streams.backends import as_tensor, torch_dtype
 from assay.waiting import tell
@@ -54,37 +62,50 @@ if TYPE_CHECKING:
 
 
 Shape = tuple[int, ...]
-_SHAPED, _MISSING, _SURPLUS = "of another shape", "missing", "surplus"
+_SHAPED = "of another shape"
+_MISSING = "missing"
+_SURPLUS = "surplus"
 _KINDS = {"mismatched_keys": _SHAPED, "missing_keys": _MISSING, "unexpected_keys": _SURPLUS}
-_PASSED_OVER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")  # buffers in old files; transformers skips them
+_PASSED_OVER = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)position_ids$"
+)  # buffers in old files; transformers skips them
 
 
 def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | None) -> None:
-    """Refuse tensors that are not those of the configuration, and weights in eight bits that it does not explain.
+    """Refuse tensors that are not those of the configuration, and weights in eight bits that it
+    does not explain.
 
-    Only headers are used: reading and hashing a large checkpoint takes minutes, so what cannot be loaded is refused
-    before. Where tensors are both missing and surplus, names may be of an older layout that transformers converts: that
-    is left to the load.
+    Only headers are used: reading and hashing a large checkpoint takes minutes, so what cannot be
+    loaded is refused before. Where tensors are both missing and surplus, names may be of an older
+    layout that transformers converts: that is left to the load.
     """
     if form is not None:
         load_stored(source, tensors, form, torch.bfloat16, headers_only=True)
         return
     for odd in (tensor for tensor in tensors if tensor.dtype in EIGHT_BITS):
         raise bad_weights(
-            f"{odd.file} stores {odd.name!r} as {odd.dtype}, and config.json has no quantization_config",
+            f"{odd.file} stores {odd.name!r} as {odd.dtype}, and config.json has no "
+            f"quantization_config",
             "a configuration that says how they are used",
         )
     with torch.device("meta"):
         module = build(source.config, torch.float32)
-    stored, wanted = {t.name: t for t in tensors}, _stored_shapes(module)
+    stored = {t.name: t for t in tensors}
+    wanted = _stored_shapes(module)
     kept = {name for name, _ in module.named_parameters()}
-    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - kept  # need not be stored
+    tied = {
+        name for name, _ in module.named_parameters(remove_duplicate=False)
+    } - kept  # need not be stored
     ignored = [_PASSED_OVER, *map(re.compile, module._keys_to_ignore_on_load_unexpected or ())]
-    shaped = sorted(name for name in stored.keys() & wanted.keys() if stored[name].shape != wanted[name])
+    shaped = sorted(
+        name for name in stored.keys() & wanted.keys() if stored[name].shape != wanted[name]
+    )
     missing = sorted(wanted.keys() - stored.keys() - tied)
     surplus = sorted(stored.keys() - wanted.keys() - tied)
     surplus = [name for name in surplus if not any(pattern.search(name) for pattern in ignored)]
-    found = {_SHAPED: shaped} | ({_MISSING: missing, _SURPLUS: surplus} if bool(missing) != bool(surplus) else {})
+    found = {_SHAPED: shaped} | (
+        {_MISSING: missing, _SURPLUS: surplus} if bool(missing) != bool(surplus) else {}
+    )
     for kind, (name, *_) in ((kind, names) for kind, names in found.items() if names):
         shapes = f": {list(stored[name].shape)}, not {list(wanted[name])}" if shaped else ""
         raise _misfit(str(find_file(source.checkpoint, stored, name)), kind, found[kind], shapes)
@@ -92,8 +113,12 @@ def _check_headers(source: Source, tensors: list[Stored], form: StoredFormat | N
 
 def _stored_shapes(module: "PreTrainedModel") -> dict[str, Shape]:
     """Return the shape of every tensor by its name in a file, as today's transformers writes it."""
-    inside: dict[str, Tensor] = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
-    with suppress(Exception):  # another version of transformers, or experts that it cannot take apart
+    inside: dict[str, Tensor] = {
+        name: tensor.to("meta") for name, tensor in module.state_dict().items()
+    }
+    with suppress(
+        Exception
+    ):  # another version of transformers, or experts that it cannot take apart
         from transformers.core_model_loading import revert_weight_conversion
 
         inside = revert_weight_conversion(module, inside)
@@ -114,12 +139,22 @@ SHAPE_BLOCK = "assay"
 """The block of a ``shape:`` model that was asked for without one."""
 
 # Facts of a file, not of a model: they must not change the digest of a recipe.
-_VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_VOLATILE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def _randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms: bool) -> None:
-    """Replace every parameter by its stream of a block, in its dtype, and put it on a device; unit norms are one."""
-    parameters, done = dict(module.named_parameters()), 0
+    """Replace every parameter by its stream of a block, in its dtype, and put it on a device; unit
+    norms are one.
+    """
+    parameters = dict(module.named_parameters())
+    done = 0
     total = sum(parameter.numel() for parameter in parameters.values())
     for name, parameter in parameters.items():
         if unit_norms and _is_norm(name):
@@ -143,9 +178,11 @@ def _draw(name: str, parameter: nn.Parameter, block: str, device: torch.device) 
 
 
 def _recipe_digest(source: Source, weights: str, block: str, kept: str) -> str:
-    """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block, and the rest.
+    """Return the SHA-256 in hex of what random weights were made from: configuration, mode, block,
+    and the rest.
 
-    The rest is the digest or the block of the weights that were not drawn for this block; empty if all were.
+    The rest is the digest or the block of the weights that were not drawn for this block; empty if
+    all were.
     """
     recipe = {
         "block": block,
@@ -169,11 +206,12 @@ class Model:
         module: Model of transformers, in evaluation mode, on ``device``, in ``dtype``.
         tokenizer: Tokenizer of the model; a ``shape:`` model has None.
         reference: Reference as it was given.
-        digest: SHA-256 in hex. For trained weights: of the stored tensors (names, dtypes, shapes, bytes),
-            whatever the sharding, the dtype of loading and the device. For random weights: of the recipe.
+        digest: SHA-256 in hex. For trained weights: of the stored tensors (names, dtypes, shapes,
+            bytes), whatever the sharding, the dtype of loading and the device. For random weights:
+            of the recipe.
         weights: Mode, ``"trained"``, ``"random-all"`` or ``"random-embed"``.
-        quantised: Format of :data:`assay.models.NUMBER_FORMATS` where the decoder's weights are in eight bits, as they
-            were stored or rounded; else empty.
+        quantised: Format of :data:`assay.models.NUMBER_FORMATS` where the decoder's weights are in
+            eight bits, as they were stored or rounded; else empty.
         frame: Frame of the checkpoint, where the network has one (:meth:`with_frame`).
     """
 
@@ -186,7 +224,8 @@ class Model:
     frame: Frame | None = None
 
     def with_frame(self, frame: "Frame | str | Path | None") -> "Model":
-        """Return the model with the frame of its checkpoint, or with that of a file; without one if None.
+        """Return the model with the frame of its checkpoint, or with that of a file; without one if
+        None.
 
         Raises:
             DataError: The file cannot be read, or is no frame.
@@ -196,12 +235,18 @@ class Model:
         if made is not None and (made.digest, made.weights) != (self.digest, self.weights):
             seen = f"a frame of another checkpoint ({made.weights}, {made.digest[:12]})"
             wanted = f"that of {self.reference} ({self.weights}, {self.digest[:12]})"
-            raise UsageError(seen, wanted=wanted, do="fetch the frame of this model, or make it with `assay poc frame`")
+            raise UsageError(
+                seen,
+                wanted=wanted,
+                do="fetch the frame of this model, or make it with `assay poc frame`",
+            )
         return replace(self, frame=made)
 
     @property
     def config(self) -> "PreTrainedConfig":
-        """Configuration of the decoder, which is a part of that of a model that reads images too."""
+        """Configuration of the decoder, which is a part of that of a model that reads images
+        too.
+        """
         return self.module.config.get_text_config(decoder=True)
 
     @property
@@ -221,12 +266,17 @@ class Model:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Tokens that end a text: those of the generation config, else of the config, and the tokenizer's.
+        """Tokens that end a text: those of the generation config, else of the config, and the
+        tokenizer's.
 
         They may differ: a chat model often ends a text by one token and a turn by another.
         """
         generation = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        stated = generation if generation is not None else getattr(self.module.config, "eos_token_id", None)
+        stated = (
+            generation
+            if generation is not None
+            else getattr(self.module.config, "eos_token_id", None)
+        )
         ended = list(stated) if isinstance(stated, list | tuple) else [stated]
         ended.append(getattr(self.tokenizer, "eos_token_id", None))
         return frozenset(token for token in ended if token is not None)
@@ -266,20 +316,25 @@ def load_model(
     block_hash: str | None = None,
     quantise: str | None = None,
 ) -> Model:
-    """Load a causal language model, checked and ready to run: evaluation mode, ``sdpa`` attention if it has any.
+    """Load a causal language model, checked and ready to run: evaluation mode, ``sdpa`` attention
+    if it has any.
 
     Args:
-        reference: Directory, GGUF file, hub id, ``reference:NAME`` (bundled, trained), ``pretrained:NAME`` (trained,
-            from an installed package) or ``shape:NAME`` (bundled, random weights).
-        dtype: Name ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights are stored in, and
-            bfloat16 for a shape.
-        device: Name ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is one, else cpu.
-        weights: Mode: ``"trained"``; ``"random-all"``, every parameter drawn from its stream for ``block_hash``; or
-            ``"random-embed"``, only the input embeddings (and a head tied to them). A shape has no trained weights:
-            ``"trained"`` gives it ``"random-all"`` for a fixed block, and its norms keep the weight one in every mode.
+        reference: Directory, GGUF file, hub id, ``reference:NAME`` (bundled, trained),
+            ``pretrained:NAME`` (trained, from an installed package) or ``shape:NAME`` (bundled,
+            random weights).
+        dtype: Name ``"float32"``, ``"float16"`` or ``"bfloat16"``; None is the dtype the weights
+            are stored in, and bfloat16 for a shape.
+        device: Name ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; None is cuda where there is
+            one, else cpu.
+        weights: Mode: ``"trained"``; ``"random-all"``, every parameter drawn from its stream for
+            ``block_hash``; or ``"random-embed"``, only the input embeddings (and a head tied to
+            them). A shape has no trained weights: ``"trained"`` gives it ``"random-all"`` for a
+            fixed block, and its norms keep the weight one in every mode.
         block_hash: Block of a random mode.
-        quantise: Format of the decoder's linear layers: ``"float8"`` rounds them, and the rest keeps its dtype. A
-            checkpoint that is stored in eight bits has its own, and None or the name of that takes it.
+        quantise: Format of the decoder's linear layers: ``"float8"`` rounds them, and the rest
+            keeps its dtype. A checkpoint that is stored in eight bits has its own, and None or the
+            name of that takes it.
 
     Raises:
         UsageError: An argument is not one of the above, or a block hash is missing or has no use.
@@ -295,19 +350,40 @@ def load_model(
         >>> model.hidden_size, model.num_layers, model.vocab_size
         (256, 8, 4096)
     """
-    source, target = resolve(reference), parse_device(device)
-    block, is_shape = block_hash or (SHAPE_BLOCK if source.directory is None else ""), source.directory is None
-    drawn, modes, dtypes = weights != "trained", " or ".join(WEIGHT_MODES), " or ".join(streams.DTYPES)
+    source = resolve(reference)
+    target = parse_device(device)
+    block = block_hash or (SHAPE_BLOCK if source.directory is None else "")
+    is_shape = source.directory is None
+    drawn = weights != "trained"
+    modes = " or ".join(WEIGHT_MODES)
+    dtypes = " or ".join(streams.DTYPES)
     for wrong, seen, wanted, do in (
         (weights not in WEIGHT_MODES, f"weights={weights!r}", modes, "choose one of them"),
-        (not drawn and block_hash is not None, "a block hash for trained weights", "no block_hash", "drop it"),
-        (drawn and not block, f"weights={weights!r} without a block", "block_hash", "give the block hash"),
-        (dtype not in (None, *streams.DTYPES), f"dtype={dtype!r}", dtypes, "choose one, or leave it out"),
+        (
+            not drawn and block_hash is not None,
+            "a block hash for trained weights",
+            "no block_hash",
+            "drop it",
+        ),
+        (
+            drawn and not block,
+            f"weights={weights!r} without a block",
+            "block_hash",
+            "give the block hash",
+        ),
+        (
+            dtype not in (None, *streams.DTYPES),
+            f"dtype={dtype!r}",
+            dtypes,
+            "choose one, or leave it out",
+        ),
     ):
         if wrong:
             raise UsageError(seen, wanted=wanted, do=do)
     form = _format_of(source, quantise, weights, target)
-    tokenizer = None if source.directory is None else read_tokenizer(source.directory)  # fails before weights are read
+    tokenizer = (
+        None if source.directory is None else read_tokenizer(source.directory)
+    )  # fails before weights are read
     rounded = form.name if form else quantise or ""
     mode = "random-all" if is_shape and weights == "trained" else weights
     try:
@@ -316,17 +392,22 @@ def load_model(
             _read_generation(module, source.directory)
         if is_shape or mode == "random-all":
             _randomise(module, kept or block, target, unit_norms=is_shape)
-        if mode == "random-embed":  # a head that is tied to them changes with them, for it is the same matrix
+        if (
+            mode == "random-embed"
+        ):  # a head that is tied to them changes with them, for it is the same matrix
             weight = module.get_input_embeddings().weight
             name, parameter = next(pair for pair in module.named_parameters() if pair[1] is weight)
             _draw(name, parameter, block, parameter.device)
-        cast("nn.Module", module).to(target).eval()  # the library's own `to` is wrapped in a way that hides its type
+        cast("nn.Module", module).to(
+            target
+        ).eval()  # the library's own `to` is wrapped in a way that hides its type
         if rounded and form is None:
             round_weights(module)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        seen, do = f"the weights do not fit on {target}: {error}", "use a smaller model or dtype, or --device cpu"
+        seen = f"the weights do not fit on {target}: {error}"
+        do = "use a smaller model or dtype, or --device cpu"
         raise OutOfMemory(seen, wanted="room for all parameters", do=do) from error
     if target.type == "cpu":
         keep_freed_memory()
@@ -337,9 +418,15 @@ def load_model(
 def _read_weights(
     source: Source, dtype: torch.dtype | None, weights: str, form: StoredFormat | None
 ) -> "tuple[PreTrainedModel, str]":
-    """Return the module on the CPU, and the digest or the block of its weights that are not drawn for another."""
-    if source.directory is None:  # behind random embeddings the other weights are those of the fixed block
-        return build(source.config, dtype or torch.bfloat16), SHAPE_BLOCK if weights == "random-embed" else ""
+    """Return the module on the CPU, and the digest or the block of its weights that are not drawn
+    for another.
+    """
+    if (
+        source.directory is None
+    ):  # behind random embeddings the other weights are those of the fixed block
+        return build(
+            source.config, dtype or torch.bfloat16
+        ), SHAPE_BLOCK if weights == "random-embed" else ""
     tensors = list_tensors(source.directory)
     dtype = dtype or stored_dtype(tensors)
     if weights == "random-all":
@@ -356,19 +443,25 @@ def _read_weights(
     return module, kept
 
 
-def check_loadable(reference: str | Path, *, device: str | None = None, quantise: str | None = None) -> None:
-    """Refuse what :func:`load_model` refuses, as far as configuration and headers of the weight files show it."""
-    target, source = parse_device(device), resolve(reference)
+def check_loadable(
+    reference: str | Path, *, device: str | None = None, quantise: str | None = None
+) -> None:
+    """Refuse what :func:`load_model` refuses, as far as configuration and headers of the weight
+    files show it.
+    """
+    target = parse_device(device)
+    source = resolve(reference)
     form = _format_of(source, quantise, "trained", target)
     if source.directory is not None:
         _check_headers(source, list_tensors(source.directory), form)
 
 
 def identify(reference: str | Path, *, dtype: str) -> Model:
-    """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but cannot run.
+    """Return digest and shape of a checkpoint as a model on the meta device: it names a proof, but
+    cannot run.
 
-    The dtype is that in which an engine runs the model, for example ``"bfloat16"``. It refuses a shape, which has no
-    checkpoint, and otherwise what :func:`load_model` refuses.
+    The dtype is that in which an engine runs the model, for example ``"bfloat16"``. It refuses a
+    shape, which has no checkpoint, and otherwise what :func:`load_model` refuses.
     """
     source = resolve(reference)
     directory = source.checkpoint
@@ -384,20 +477,33 @@ def identify(reference: str | Path, *, dtype: str) -> Model:
 
 
 def _read_generation(module: "PreTrainedModel", directory: Path) -> None:
-    """Give a module the generation config of its folder, which is read by itself only where transformers loads it."""
+    """Give a module the generation config of its folder, which is read by itself only where
+    transformers loads it.
+    """
     with suppress(OSError, ValueError, TypeError), silence_transformers():
-        module.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        module.generation_config = GenerationConfig.from_pretrained(
+            directory, local_files_only=True
+        )
 
 
-def _format_of(source: Source, quantise: str | None, weights: str, device: torch.device) -> StoredFormat | None:
-    """Return the format of a checkpoint that is stored in fewer than 16 bits; refuse to load it in another one."""
+def _format_of(
+    source: Source, quantise: str | None, weights: str, device: torch.device
+) -> StoredFormat | None:
+    """Return the format of a checkpoint that is stored in fewer than 16 bits; refuse to load it in
+    another one.
+    """
     form = read_format(source.reference, source.published)
     if form is None:
         check_quantisation(quantise, device)
         return None
     if quantise not in (None, form.name) or weights != "trained":
-        wanted, do = "its own weights in its own format", "leave quantise and weights (--dtype, --weights) out"
-        raise UsageError(f"{source.reference}, stored in {form.name}, as {quantise or weights}", wanted=wanted, do=do)
+        wanted = "its own weights in its own format"
+        do = "leave quantise and weights (--dtype, --weights) out"
+        raise UsageError(
+            f"{source.reference}, stored in {form.name}, as {quantise or weights}",
+            wanted=wanted,
+            do=do,
+        )
     check_device(form, device)
     return form
 
@@ -417,13 +523,17 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # the library reports faults of a checkpoint with exceptions of many kinds
+    except (
+        Exception
+    ) as error:  # the library reports faults of a checkpoint with exceptions of many kinds
         if is_out_of_memory(error):
             raise
         seen = f"the weights of {source.reference!r} do not load: {error}"
         raise bad_weights(seen, "weights that belong to the configuration beside them") from error
     for fault, kind in _KINDS.items():  # what the headers did not show
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ())
+        names = sorted(
+            str(key[0] if isinstance(key, tuple) else key) for key in report.get(fault) or ()
+        )
         if names:
             raise _misfit(repr(source.reference), kind, names)
     return module
@@ -433,8 +543,8 @@ def _load_trained(source: Source, directory: Path, dtype: torch.dtype) -> "PreTr
 class ModelInfo:
     """What is known of a model from its configuration alone.
 
-    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped queries,
-    and ``experts`` is 0 without a mixture of them.
+    ``parameters`` counts a tied matrix once. ``num_kv_heads`` equals ``num_heads`` without grouped
+    queries, and ``experts`` is 0 without a mixture of them.
     """
 
     reference: str
@@ -458,7 +568,8 @@ def list_models() -> list[ModelInfo]:
 
 
 def model_info(reference: str | Path) -> ModelInfo:
-    """Return what is known of a model without reading its weights; parameters are counted on the meta device.
+    """Return what is known of a model without reading its weights; parameters are counted on the
+    meta device.
 
     Raises:
         ModelNotFound: There is no such model.
@@ -468,7 +579,8 @@ def model_info(reference: str | Path) -> ModelInfo:
     config = source.config
     with torch.device("meta"):
         module = build(config, torch.float32)
-    known, config = CATALOGUE.get(source.reference, {}), config.get_text_config(decoder=True)
+    known = CATALOGUE.get(source.reference, {})
+    config = config.get_text_config(decoder=True)
     return ModelInfo(
         reference=source.reference,
         architecture=type(module).__name__,
@@ -486,12 +598,19 @@ def model_info(reference: str | Path) -> ModelInfo:
 
 
 def save_random(
-    reference: str | Path, path: str | Path, *, weights: str, block_hash: str | None = None, dtype: str | None = None
+    reference: str | Path,
+    path: str | Path,
+    *,
+    weights: str,
+    block_hash: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
-    """Make the random-weight variant of a model, write it as a checkpoint directory and return its path.
+    """Make the random-weight variant of a model, write it as a checkpoint directory and return its
+    path.
 
-    The directory is written under a temporary name and renamed at the end, so ``path`` is whole or absent. It includes
-    the tokenizer, if there is one. Loaded again, the weights are the same bits and the digest is that of the tensors.
+    The directory is written under a temporary name and renamed at the end, so ``path`` is whole or
+    absent. It includes the tokenizer, if there is one. Loaded again, the weights are the same bits
+    and the digest is that of the tensors.
 
     Args:
         reference: Reference of :func:`load_model`.
@@ -507,14 +626,22 @@ def save_random(
     """
     target = Path(path)
     if weights == "trained":
-        raise UsageError("weights='trained'", wanted="random-all or random-embed", do="copy the directory instead")
+        raise UsageError(
+            "weights='trained'",
+            wanted="random-all or random-embed",
+            do="copy the directory instead",
+        )
     if target.exists():
-        raise UsageError(f"{target} exists", wanted="a new directory", do="choose another path or remove it")
+        raise UsageError(
+            f"{target} exists", wanted="a new directory", do="choose another path or remove it"
+        )
     check_folder(target)
     model = load_model(reference, dtype=dtype, device="cpu", weights=weights, block_hash=block_hash)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
+        beside = tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+        )
         with beside as temporary, silence_transformers():
             model.module.save_pretrained(temporary)
             if model.tokenizer is not None:

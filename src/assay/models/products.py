@@ -3,10 +3,12 @@
 - Products in int8, whose sums torch would write in 32 bits for another pass to read and scale.
 - Grouped products, for the experts of a mixture, in int8 or in e4m3 with scales for blocks.
 
-A program computes one tile of the result, whose columns are summed in their order, so the bits of a row depend neither
-on the rows beside it nor on how many there are. In int8 they are those of the definition, whose sums are exact.
+A program computes one tile of the result, whose columns are summed in their order, so the bits of a
+row depend neither on the rows beside it nor on how many there are. In int8 they are those of the
+definition, whose sums are exact.
 
-Shapes: S rows, C columns of an input, E weights, R rows of each weight, G groups of columns that share a scale.
+Shapes: S rows, C columns of an input, E weights, R rows of each weight, G groups of columns that
+    share a scale.
 """
 
 import torch
@@ -20,18 +22,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # ruff: noqa: ANN001, ANN202
 
 
-# Of a program, measured on an H200: rows, columns and depth of its tile, warps, and steps that are loaded ahead. A tile
-# in blocks is as wide and as deep as a block, and so has one scale of the weight at a time.
+# Of a program, measured on an H200: rows, columns and depth of its tile, warps, and steps that are
+# loaded ahead. A tile in blocks is as wide and as deep as a block, and so has one scale of the
+# weight at a time.
 _INT8_TILE = {"ROWS": 128, "COLUMNS": 256, "DEPTH": 128, "num_warps": 8, "num_stages": 4}
 _BLOCK_TILE = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 128, "num_warps": 8, "num_stages": 4}
-_TILES_TOGETHER = 8  # rows of tiles that run at the same time and share what they read of the weight
+_TILES_TOGETHER = (
+    8  # rows of tiles that run at the same time and share what they read of the weight
+)
 
 
 @triton.jit
-def _rows_of_tile(tile, ends, rows, EXPERTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """Return the first row of a tile of rows, where the rows of its weight end, and which weight; E past the last."""
+def _rows_of_tile(
+    tile, ends, rows, EXPERTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
+):
+    """Return the first row of a tile of rows, where the rows of its weight end, and which weight; E
+    past the last.
+    """
     if EXPERTS == 1:
-        first, last, expert = tile * ROWS, rows, 0
+        first = tile * ROWS
+        last = rows
+        expert = 0
     else:
         number = tl.arange(0, PADDED)
         end = tl.load(ends + number, mask=number < EXPERTS, other=0)
@@ -39,7 +50,9 @@ def _rows_of_tile(tile, ends, rows, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
         tiles = tl.where(number < EXPERTS, (end - start + ROWS - 1) // ROWS, 0)
         tiles_before = tl.cumsum(tiles, 0) - tiles
         own = (tiles_before <= tile) & (tile < tiles_before + tiles)
-        expert = tl.sum(tl.where(own, number, 0), 0) + tl.where(tl.sum(own.to(tl.int32), 0) == 0, EXPERTS, 0)
+        expert = tl.sum(tl.where(own, number, 0), 0) + tl.where(
+            tl.sum(own.to(tl.int32), 0) == 0, EXPERTS, 0
+        )
         first = tl.sum(tl.where(own, start + (tile - tiles_before) * ROWS, 0), 0)
         last = tl.sum(tl.where(own, end, 0), 0)
     return first, last, expert
@@ -57,7 +70,9 @@ def _multiply(
     height = tl.minimum(row_tiles - band * TOGETHER, TOGETHER)
     within = program % (TOGETHER * column_tiles)
     column_tile = within // height
-    first, last, expert = _rows_of_tile(band * TOGETHER + within % height, ends, rows, EXPERTS, PADDED, ROWS)
+    first, last, expert = _rows_of_tile(
+        band * TOGETHER + within % height, ends, rows, EXPERTS, PADDED, ROWS
+    )
     if expert < EXPERTS:
         row = first + tl.arange(0, ROWS)
         output = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -74,23 +89,37 @@ def _multiply(
         else:
             whole = tl.zeros((ROWS, COLUMNS), tl.int32)
             for start in range(0, WIDTH, DEPTH):
-                whole = tl.dot(x.load([first, start]), weights.load([top, start]).T, whole, out_dtype=tl.int32)
+                whole = tl.dot(
+                    x.load([first, start]), weights.load([top, start]).T, whole, out_dtype=tl.int32
+                )
             of_rows = tl.load(x_scales + row, mask=row < last, other=0.0)
-            of_columns = tl.load(weight_scales + expert * OUTPUTS + output, mask=output < OUTPUTS, other=0.0)
+            of_columns = tl.load(
+                weight_scales + expert * OUTPUTS + output, mask=output < OUTPUTS, other=0.0
+            )
             sums = whole.to(tl.float32) * of_rows[:, None] * of_columns[None, :]
         at = row.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
-        tl.store(y + at, sums.to(y.dtype.element_ty), mask=(row < last)[:, None] & (output < OUTPUTS)[None, :])
+        tl.store(
+            y + at,
+            sums.to(y.dtype.element_ty),
+            mask=(row < last)[:, None] & (output < OUTPUTS)[None, :],
+        )
 
 
 def multiply(
-    x: Tensor, x_scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    x_scales: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    ends: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return x Wᵀ.
 
     Args:
         x: Input, [S, C] contiguous.
         x_scales: Scales of the input.
-        weights: Weight of all rows, [R, C] contiguous; or the weights of groups of rows that stand together, [E, R, C].
+        weights: Weight of all rows, [R, C] contiguous; or the weights of groups of rows that stand
+            together, [E, R, C].
         weight_scales: Scales of the weights.
         ends: Where the rows of each weight end, [E] int32; None with one weight.
         dtype: Dtype of the result.

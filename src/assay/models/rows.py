@@ -1,16 +1,20 @@
 """Which rows may share a forward pass, so that the numbers of a row are those of that row alone.
 
-The definition: what gives a token is a pass of that row alone, over its own tokens so far. Some configurations say that
-what a pass computes follows its longest position, once that is beyond a limit:
+The definition: what gives a token is a pass of that row alone, over its own tokens so far. Some
+configurations say that what a pass computes follows its longest position, once that is beyond a
+limit:
 
-- LongRoPE rotates by short factors up to the length that the model was first trained on, and by long ones beyond.
+- LongRoPE rotates by short factors up to the length that the model was first trained on, and by
+  long ones beyond.
 - Dynamic NTK rotates by other factors for every length beyond the limit.
-- Attention that chooses its keys has a choice where there are more than the limit, and among all keys of the pass.
+- Attention that chooses its keys has a choice where there are more than the limit, and among all
+  keys of the pass.
 
-A row beside a longer one would then be computed as the other is, and keys in a cache as they were when they came. So
-rows share a pass where :func:`pass_kind` of their lengths is equal, and where it changes while a row grows the row is
-computed anew from its tokens (:func:`steps_of_passes`). transformers does the same when Phi-3 generates. A loss is of
-one pass over the whole sample, as in training.
+A row beside a longer one would then be computed as the other is, and keys in a cache as they were
+when they came. So rows share a pass where :func:`pass_kind` of their lengths is equal, and where it
+changes while a row grows the row is computed anew from its tokens (:func:`steps_of_passes`).
+transformers does the same when Phi-3 generates. A loss is of one pass over the whole sample, as in
+training.
 """
 
 from collections.abc import Hashable, Iterator
@@ -18,18 +22,30 @@ from typing import Any
 
 from assay.errors import ModelError
 
-# Of DeepSeek-V3.2, MiniMax-M3, Qwen4, and Doge, whose mask hides no later token (transformers 5.17).
-_CHOSEN_KEYS = {"index_topk": True, "index_topk_blocks": True, "indexer_n_heads": False, "keep_window_size": False}
-"""Fields of configurations whose attention sees only the keys that score best; whether the value is a limit."""
+# Of DeepSeek-V3.2, MiniMax-M3, Qwen4, and Doge, whose mask hides no later token (transformers
+# 5.17).
+_CHOSEN_KEYS = {
+    "index_topk": True,
+    "index_topk_blocks": True,
+    "indexer_n_heads": False,
+    "keep_window_size": False,
+}
+"""Fields of configurations whose attention sees only the keys that score best; whether the value is
+a limit.
+"""
 
 
 def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
-    """Yield the rotary types of a decoder's configuration that follow the length, each with its limit.
+    """Yield the rotary types of a decoder's configuration that follow the length, each with its
+    limit.
 
-    A type is ``longrope`` or ``dynamic``, as `transformers.modeling_rope_utils.dynamic_rope_update` knows them.
+    A type is ``longrope`` or ``dynamic``, as `transformers.modeling_rope_utils.dynamic_rope_update`
+    knows them.
     """
     stated = getattr(config, "rope_parameters", None) or {}
-    by_layer = [each for each in stated.values() if isinstance(each, dict)]  # of kinds of layers, each with its own
+    by_layer = [
+        each for each in stated.values() if isinstance(each, dict)
+    ]  # of kinds of layers, each with its own
     for parameters in by_layer or [stated]:
         kind = str(parameters.get("rope_type", ""))
         if kind == "longrope":
@@ -39,26 +55,48 @@ def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def pass_kind(config: Any, length: int) -> Hashable:
-    """Return what is equal for two lengths of rows that may share a pass, padded to the longer one or packed."""
+    """Return what is equal for two lengths of rows that may share a pass, padded to the longer one
+    or packed.
+    """
     stated = {name: getattr(config, name, None) for name in _CHOSEN_KEYS}
-    keys = [int(value) if _CHOSEN_KEYS[name] else 0 for name, value in stated.items() if value is not None]
-    factors = (length > limit if kind == "longrope" else max(length, limit) for kind, limit in rotary_limits(config))
+    keys = [
+        int(value) if _CHOSEN_KEYS[name] else 0
+        for name, value in stated.items()
+        if value is not None
+    ]
+    factors = (
+        length > limit if kind == "longrope" else max(length, limit)
+        for kind, limit in rotary_limits(config)
+    )
     return *factors, *(max(length, limit) for limit in keys)
 
 
 def steps_of_passes(config: Any, first: int, count: int) -> list[range]:
-    """Return the steps of an answer in the order in which passes serve them: one range where nothing follows a length.
+    """Return the steps of an answer in the order in which passes serve them: one range where
+    nothing follows a length.
 
-    Step i follows ``first + i`` tokens. The pass of a range is over all tokens before its last step.
+    Step i follows ``first + i`` tokens. The pass of a range is over all tokens before its last
+    step.
     """
-    kinds = [pass_kind(config, first + step) for step in range(count)] if pass_kind(config, first) else [()] * count
+    kinds = (
+        [pass_kind(config, first + step) for step in range(count)]
+        if pass_kind(config, first)
+        else [()] * count
+    )
     starts = [step for step in range(count) if not step or kinds[step] != kinds[step - 1]]
     return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 
 def check_one_kind(config: Any, shortest: int, longest: int) -> None:
-    """Refuse rows of several kinds that are to grow side by side, with one cache; a ModelError names their lengths."""
+    """Refuse rows of several kinds that are to grow side by side, with one cache; a ModelError
+    names their lengths.
+    """
     if pass_kind(config, shortest) != pass_kind(config, longest):
-        seen = f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow the longest"
+        seen = (
+            f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow "
+            f"the longest"
+        )
         wanted = "rows on one side of the limit, or of one length"
-        raise ModelError(seen, wanted=wanted, do="take shorter prompts and fewer new tokens, or another model")
+        raise ModelError(
+            seen, wanted=wanted, do="take shorter prompts and fewer new tokens, or another model"
+        )

@@ -1,7 +1,9 @@
-"""What runs in the process that renders chat templates, so that a template without end costs one request.
+"""What runs in the process that renders chat templates, so that a template without end costs one
+request.
 
-:mod:`assay.models.chat` starts this file as a program. It imports nothing of assay, so that it is there in a tenth of a
-second. Its environment of jinja is that of transformers (the tests compare their texts), but without a clock.
+:mod:`assay.models.chat` starts this file as a program. It imports nothing of assay, so that it is
+there in a tenth of a second. Its environment of jinja is that of transformers (the tests compare
+their texts), but without a clock.
 """
 
 import json
@@ -39,14 +41,22 @@ def _refuse(message: str) -> None:
 
 
 def _as_json(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> Template:
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
     made.filters["tojson"] = _as_json
     made.globals["raise_exception"] = _refuse
     return made.from_string(template)
@@ -58,7 +68,9 @@ def _answer(request: bytes, longest: int) -> bytes:
     try:
         text = _compiled(template).render(values)
         if not 0 < len(text) <= longest:
-            raise ValueError(f"it makes {len(text)} characters of them, and 1 to {longest} are a prompt")
+            raise ValueError(
+                f"it makes {len(text)} characters of them, and 1 to {longest} are a prompt"
+            )
         return b"+" + text.encode()  # an unpaired surrogate is no text
     except MemoryError:
         raise
@@ -69,7 +81,8 @@ def _answer(request: bytes, longest: int) -> bytes:
 def main(descriptor: int, seconds: float, memory: int, longest: int) -> None:
     """Answer requests until there are no more.
 
-    What takes longer, or more memory, ends this process: no template can catch the timer of the kernel.
+    What takes longer, or more memory, ends this process: no template can catch the timer of the
+    kernel.
     """
     asked = Connection(descriptor)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

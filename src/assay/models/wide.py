@@ -1,13 +1,16 @@
-"""The precision in which a pass multiplies: that of its own numbers, whatever the program around it has set.
+"""The precision in which a pass multiplies: that of its own numbers, whatever the program around it
+has set.
 
-A process may let torch take products of float32 in bfloat16 or TF32, or have autocast on. Every pass of assay is inside
-of :func:`own_precision`, which forces full products and puts back what was set.
+A process may let torch take products of float32 in bfloat16 or TF32, or have autocast on. Every
+pass of assay is inside of :func:`own_precision`, which forces full products and puts back what was
+set.
 
-Products of 16-bit numbers are products of float32 on a CPU for which torch has no fast ones.
-Torch has them for bfloat16 where an x86-64 CPU has AVX-512, and for float16 where it has AVX512-FP16. Elsewhere it runs
-a plain loop. Factors taken as float32, sums in float32 and a result that is rounded once are what the fast kernels
-compute as well; the order of the sums is another one. Gain on two cores with AVX2: batches of nonces are 3.7 to 4.8
-times as fast, and gradients of pairs 8.5 times (research/results/wide_products.json).
+Products of 16-bit numbers are products of float32 on a CPU for which torch has no fast ones. Torch
+has them for bfloat16 where an x86-64 CPU has AVX-512, and for float16 where it has AVX512-FP16.
+Elsewhere it runs a plain loop. Factors taken as float32, sums in float32 and a result that is
+rounded once are what the fast kernels compute as well; the order of the sums is another one. Gain
+on two cores with AVX2: batches of nonces are 3.7 to 4.8 times as fast, and gradients of pairs 8.5
+times (research/results/wide_products.json).
 """
 
 import platform
@@ -35,12 +38,15 @@ _PRODUCTS = (
     torch.mm,
     Tensor.mm,
 )
-_ROWS = 8  # from which the product is worth a copy of the weight: one of a single row takes 2.6 times as long with it
+# from which the product is worth a copy of the weight: one of a single row takes 2.6 times as long
+# with it
+_ROWS = 8
 _NARROW = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
 
-# Per kind of device since torch 2.9; what is set for all products sets these, and they may be set by themselves.
+# Per kind of device since torch 2.9; what is set for all products sets these, and they may be set
+# by themselves.
 _SWITCHES: list[Any] = [
     backend.matmul
     for backend in (torch.backends.mkldnn, torch.backends.cuda)
@@ -49,13 +55,16 @@ _SWITCHES: list[Any] = [
 
 
 class _FullProducts:
-    """A context in which float32 products are in full float32, on every device and in every thread of the process.
+    """A context in which float32 products are in full float32, on every device and in every thread
+    of the process.
 
-    The modes are those of the process: threads share the context, and the last one to leave it puts them back.
+    The modes are those of the process: threads share the context, and the last one to leave it puts
+    them back.
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self._inside = 0
 
     def __enter__(self) -> None:
         with self._lock:
@@ -82,7 +91,8 @@ _full_products = _FullProducts()
 
 @contextmanager
 def own_precision(model: Any) -> Iterator[None]:
-    """Multiply in the precision of the numbers themselves: float32 in full, and without autocast in this thread.
+    """Multiply in the precision of the numbers themselves: float32 in full, and without autocast in
+    this thread.
 
     It includes :func:`wide_products`, and takes the same argument.
     """
@@ -96,14 +106,17 @@ def is_wide(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def wide_products(model: Any) -> AbstractContextManager[object]:
-    """Return a context in which products are taken in float32 where that is faster; elsewhere it changes nothing.
+    """Return a context in which products are taken in float32 where that is faster; elsewhere it
+    changes nothing.
 
-    It holds for this thread. In the backward pass, the products that autograd makes of those in the context are in
-    float32 as well; an ``autograd.Function`` with products of its own enters the context again. Tensors in eight bits
-    and those that are spread over devices multiply as they do without it.
+    It holds for this thread. In the backward pass, the products that autograd makes of those in the
+    context are in float32 as well; an ``autograd.Function`` with products of its own enters the
+    context again. Tensors in eight bits and those that are spread over devices multiply as they do
+    without it.
 
     Args:
-        model: Model of assay or of transformers that runs in the context, or a tensor of its dtype on its device.
+        model: Model of assay or of transformers that runs in the context, or a tensor of its dtype
+            on its device.
     """
     return _InFloat32() if is_wide(model.device, model.dtype) else nullcontext()
 
@@ -113,7 +126,11 @@ def _is_fast(dtype: torch.dtype) -> bool:
     if platform.machine() not in _X86:
         return True  # other processors have kernels of their own
     kernels = torch.ops.mkldnn
-    return bool(kernels._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else kernels._is_mkldnn_fp16_supported())
+    return bool(
+        kernels._is_mkldnn_bf16_supported()
+        if dtype == torch.bfloat16
+        else kernels._is_mkldnn_fp16_supported()
+    )
 
 
 class _InFloat32(TorchFunctionMode):
@@ -128,7 +145,9 @@ class _InFloat32(TorchFunctionMode):
         factors = (*args, *named.values())[:2]
         if function not in _PRODUCTS or "out" in named or not _gains(*factors):
             return function(*args, **named)
-        product: Tensor = function(*map(_wide, args), **{name: _wide(value) for name, value in named.items()})
+        product: Tensor = function(
+            *map(_wide, args), **{name: _wide(value) for name, value in named.items()}
+        )
         return product.to(factors[0].dtype)
 
 

@@ -16,16 +16,19 @@ def provenance() -> dict[str, object]:
     """Return what a reader needs to repeat a measurement.
 
     Returns:
-        ``versions`` of Python and the packages that are installed, ``commit`` and ``dirty`` (None outside a
-        checkout), ``platform``, ``cpu`` (model), ``cores`` (those this process may use) and ``gpu`` (name; None
-        unless torch is already imported and sees one). No host name and no path.
+        ``versions`` of Python and the packages that are installed, ``commit`` and ``dirty`` (None
+        outside a checkout), ``platform``, ``cpu`` (model), ``cores`` (those this process may use)
+        and ``gpu`` (name; None unless torch is already imported and sees one). No host name and no
+        path.
     """
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         **_checkout(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "gpu": _gpu_name(),
     }
 
@@ -33,15 +36,23 @@ def provenance() -> dict[str, object]:
 @cache
 def _versions() -> dict[str, str]:
     # The first distribution of a name is the one that is imported.
-    return {name: found.version for name in _PACKAGES for found in [*metadata.distributions(name=name)][:1]}
+    return {
+        name: found.version
+        for name in _PACKAGES
+        for found in [*metadata.distributions(name=name)][:1]
+    }
 
 
 def _checkout() -> dict[str, object]:
-    # A package installed inside some other checkout would report that one's commit, so git must know this very file.
+    # A package installed inside some other checkout would report that one's commit, so git must
+    # know this very file.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"commit": None, "dirty": None}
     changes = _git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,8 +1,9 @@
 """Self-contained report pages: one file, no outside assets, light and dark, phone and paper.
 
-Figures are drawn with placeholder colours, one for each role. `to_svg` turns them into CSS variables, so one drawing
-is right on a light page, on a dark one and in print. Nothing here touches pyplot or its global state; matplotlib is
-imported when the first figure is made, because it is slow to load.
+Figures are drawn with placeholder colours, one for each role. `to_svg` turns them into CSS
+variables, so one drawing is right on a light page, on a dark one and in print. Nothing here touches
+pyplot or its global state; matplotlib is imported when the first figure is made, because it is slow
+to load.
 """
 
 import re
@@ -27,21 +28,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-INK, MUTED, RULE, PAPER = "#a55a10", "#a55a11", "#a55a12", "#a55a13"
-"""Colours of text, of lesser text, of lines and of the paper; a page has those of its style sheet in their place."""
+INK = "#a55a10"
+MUTED = "#a55a11"
+RULE = "#a55a12"
+PAPER = "#a55a13"
+"""Colours of text, of lesser text, of lines and of the paper; a page has those of its style sheet
+in their place.
+"""
 SERIES = ("#a55a01", "#a55a02", "#a55a03", "#a55a04", "#a55a05")
-"""Colours of data, in the order to use them; readable on light and dark, distinct to the colour-blind."""
+"""Colours of data, in the order to use them; readable on light and dark, distinct to the
+colour-blind.
+"""
 
-_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"} | {
-    colour: f"var(--c{index})" for index, colour in enumerate(SERIES, 1)
-}
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    RULE: "var(--rule)",
+    PAPER: "var(--paper)",
+} | {colour: f"var(--c{index})" for index, colour in enumerate(SERIES, 1)}
 
 
 _SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
 def figure(width: float = 6.8, height: float = 3.2) -> "tuple[Figure, Axes]":
-    """Return an empty figure of the given size in inches, and its axes, in the style of the house."""
+    """Return an empty figure of the given size in inches, and its axes, in the style of the
+    house.
+    """
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained", facecolor="none")
@@ -70,9 +83,11 @@ def legend(ax: "Axes", **options: Any) -> None:
 
 
 def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
-    """Return a figure as an ``<svg>`` element for a page: deterministic, scalable, coloured by CSS variables.
+    """Return a figure as an ``<svg>`` element for a page: deterministic, scalable, coloured by CSS
+    variables.
 
-    The prefix stands before every id, so that figures on one page do not collide; a screen reader says the description.
+    The prefix stands before every id, so that figures on one page do not collide; a screen reader
+    says the description.
     """
     import matplotlib as mpl
 
@@ -80,7 +95,8 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay"}):
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode()
-    svg, label = svg[svg.index("<svg") :], escape(description, quote=True).replace("\\", r"\\")
+    svg = svg[svg.index("<svg") :]
+    label = escape(description, quote=True).replace("\\", r"\\")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(
         r'<svg[^>]*?viewBox="([^"]+)"[^>]*>',
@@ -98,7 +114,9 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
 
 BadgeKind = Literal["pass", "fail", "undecided"]
 """Colour and mark of a badge."""
-_NUMBER = re.compile(r"[−+-]?[\d.,]+(e[+-]?\d+)?(\s?[%×a-zA-Zµ/]{0,9})?(\s?±\s?[\d.,]+\s?[%a-zA-Z]{0,9})?")
+_NUMBER = re.compile(
+    r"[−+-]?[\d.,]+(e[+-]?\d+)?(\s?[%×a-zA-Zµ/]{0,9})?(\s?±\s?[\d.,]+\s?[%a-zA-Z]{0,9})?"
+)
 _CODE = re.compile("`([^`]+)`")
 
 
@@ -127,7 +145,12 @@ class Report:
     """
 
     def __init__(
-        self, title: str, subtitle: str = "", *, command: str = "", origin: Mapping[str, object] | None = None
+        self,
+        title: str,
+        subtitle: str = "",
+        *,
+        command: str = "",
+        origin: Mapping[str, object] | None = None,
     ) -> None:
         self.title = title
         self.subtitle = subtitle
@@ -140,18 +163,27 @@ class Report:
         self._parts.append(("section", heading))
 
     def paragraph(self, *pieces: str | Badge) -> None:
-        """Add a paragraph of text and badges. Words between backticks are set as code, here and in tables."""
+        """Add a paragraph of text and badges. Words between backticks are set as code, here and in
+        tables.
+        """
         self._parts.append(("paragraph", pieces))
 
     def definitions(self, items: Mapping[str, Cell]) -> None:
         """Add names with their values, one per row."""
         self._parts.append(("definitions", dict(items)))
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "") -> None:
+    def table(
+        self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = ""
+    ) -> None:
         """Add a table. Columns of numbers are set to the right; None is an empty cell."""
         columns = list(zip(headers, *rows, strict=True))
         numeric = [bool(rows) and all(map(_is_number, cells)) for _, *cells in columns]
-        part = {"headers": headers, "rows": [list(row) for row in rows], "numeric": numeric, "caption": caption}
+        part = {
+            "headers": headers,
+            "rows": [list(row) for row in rows],
+            "numeric": numeric,
+            "caption": caption,
+        }
         self._parts.append(("table", part))
 
     def figure(self, fig: "Figure", caption: str) -> None:
@@ -168,8 +200,13 @@ class Report:
 
     def render(self) -> str:
         """Return the whole page."""
-        origin = {"command": self.command, **(provenance() if self._origin is None else self._origin)}
-        return _TEMPLATES.get_template("report.html").render(report=self, parts=self._parts, origin=origin)
+        origin = {
+            "command": self.command,
+            **(provenance() if self._origin is None else self._origin),
+        }
+        return _TEMPLATES.get_template("report.html").render(
+            report=self, parts=self._parts, origin=origin
+        )
 
     def write(self, path: str | Path) -> None:
         """Write the page, complete or not at all."""
@@ -179,7 +216,9 @@ class Report:
 def _is_number(cell: Cell) -> bool:
     if isinstance(cell, str):
         return bool(_NUMBER.fullmatch(cell))
-    return cell is None or (isinstance(cell, int | float | np.number) and not isinstance(cell, bool))
+    return cell is None or (
+        isinstance(cell, int | float | np.number) and not isinstance(cell, bool)
+    )
 
 
 def _inline(value: str | float | bool | None) -> str:
@@ -198,6 +237,8 @@ _TEMPLATES = Environment(
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
-    finalize=lambda value: type(value)(visible(value, len(value))) if isinstance(value, str) else value,
+    finalize=lambda value: (
+        type(value)(visible(value, len(value))) if isinstance(value, str) else value
+    ),
 )
 _TEMPLATES.filters["inline"] = _inline

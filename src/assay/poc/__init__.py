@@ -1,6 +1,7 @@
 """Proof of Compute: prove that a model ran, and check such proofs.
 
-A node proves a range of nonces, and a validator that knows block and key recomputes a sample of them::
+A node proves a range of nonces, and a validator that knows block and key recomputes a sample of
+them::
 
     model = assay.load_model("reference:qwen3")
     agreed = Round(block_hash="…", public_key="…")

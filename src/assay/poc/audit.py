@@ -1,7 +1,9 @@
-"""Audits: hold a proof or receipts against what was agreed, recompute a sample, judge, and note it in a ledger.
+"""Audits: hold a proof or receipts against what was agreed, recompute a sample, judge, and note it
+in a ledger.
 
-Both go the same way: read, compare with the pins, refuse what can be refused before a model is loaded, load, recompute,
-judge, and add the verdict to the ledger of nodes' lives where there is one.
+Both go the same way: read, compare with the pins, refuse what can be refused before a model is
+loaded, load, recompute, judge, and add the verdict to the ledger of nodes' lives where there is
+one.
 """
 
 import secrets
@@ -48,10 +50,12 @@ class Auditor(Launch):
     Args:
         pins: File with all that the network agreed on.
         calibration: File with the measured honest noise; one of the pins when None.
-        control: Whether every nonce of a proof is computed again in the formats that the calibration names.
+        control: Whether every nonce of a proof is computed again in the formats that the
+            calibration names.
         sample: Number of nonces or responses to recompute.
         seed: Number that draws the sample; unpredictable when None.
-        alpha: Bound on the chance that an honest node is ever accused; that of the pins, or .001, when None.
+        alpha: Bound on the chance that an honest node is ever accused; that of the pins, or .001,
+            when None.
         ledger: Ledger of nodes' lives to which the audit is added.
         progress: Function that is called with (done, in all) after every batch.
     """
@@ -77,14 +81,17 @@ class Auditor(Launch):
 
         Raises:
             UsageError: A value contradicts the pins file or is out of range.
-            ProofError: The proof is malformed or contradicts what is known, or a calibration is of other engines.
+            ProofError: The proof is malformed or contradicts what is known, or a calibration is of
+                other engines.
             ModelError: The model cannot be loaded or run.
             StorageError: The ledger cannot be written.
         """
         proof = Proof.load(path)
         header = proof.header
         pins, measured = self._expected(header, given or Pins(), positions)
-        check_proof(proof, expect=pins, sample=self.sample, calibration=measured)  # before a model is loaded
+        check_proof(
+            proof, expect=pins, sample=self.sample, calibration=measured
+        )  # before a model is loaded
         again = self._controls(header, measured) if self.control else ()
         how = self
         if header.pipeline.framed and self.frame is None and self._network is not None:
@@ -102,11 +109,17 @@ class Auditor(Launch):
         with open_judge(how, header, measured) as (loaded, made):
             engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
             with self._ledger() as ledger:
-                drawn: dict[str, Any] = {name: getattr(self, name) for name in ("sample", "seed", "progress")}
+                drawn: dict[str, Any] = {
+                    name: getattr(self, name) for name in ("sample", "seed", "progress")
+                }
                 drawn["alpha"] = self._account_alpha
                 drawn["controls"] = [load(self.model, name, self.device) for name in again]
-                verdict = verify(proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn)
-                standing = None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
+                verdict = verify(
+                    proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn
+                )
+                standing = (
+                    None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
+                )
         return Audit(verdict, standing)
 
     def audit_receipts(
@@ -133,15 +146,21 @@ class Auditor(Launch):
             AssayError: As of :meth:`audit_proof`.
         """
         read = Receipts.load(path)
-        seed = secrets.randbits(53) if self.seed is None else self.seed  # exact in every JSON reader
+        seed = (
+            secrets.randbits(53) if self.seed is None else self.seed
+        )  # exact in every JSON reader
         sample = sample_receipts(read, self.sample, seed)
-        ReceiptPins.of_network(self._network, given or Pins(), read.header, evidence=evidence).check(read)
+        ReceiptPins.of_network(
+            self._network, given or Pins(), read.header, evidence=evidence
+        ).check(read)
         self.check_engine()
         from assay.poc.responses.adapters import load_adapter
         from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
 
         asked = requests_of(requests, self.model)
-        pins = ReceiptPins.of_network(self._network, given or Pins(), read.header, requests=asked, evidence=evidence)
+        pins = ReceiptPins.of_network(
+            self._network, given or Pins(), read.header, requests=asked, evidence=evidence
+        )
         pins.check(read)  # before a model is loaded
         adapter = None if lora is None else load_adapter(lora)
         check_adapter(read, adapter)
@@ -156,23 +175,37 @@ class Auditor(Launch):
             noise = noise_between(read.header, engine.fingerprint, measured)
             self._check_law(noise, missing_response_law(read.header))
             with self._ledger() as ledger:
-                found = replay(sample, loaded, requests=asked, adapter=adapter, engine=engine, progress=self.progress)
+                found = replay(
+                    sample,
+                    loaded,
+                    requests=asked,
+                    adapter=adapter,
+                    engine=engine,
+                    progress=self.progress,
+                )
                 drawn = seed if self.sample is not None else None
-                verdict = judge_responses(found, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn)
+                verdict = judge_responses(
+                    found, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn
+                )
                 standing = None if ledger is None else ledger.append(verdict.updates())[-1]
         return Audit(verdict, standing)
 
     def _expected(
         self, header: Header, given: Pins, positions: tuple[int, int] | None
     ) -> tuple[Pins, Calibration | None]:
-        """Return what a proof is held against, and the calibration that was measured with its build.
+        """Return what a proof is held against, and the calibration that was measured with its
+        build.
 
-        The model that the header states must be one of the pins; the judge compares it with the one that is loaded.
+        The model that the header states must be one of the pins; the judge compares it with the one
+        that is loaded.
         """
         network = self._network
         pins = given if network is None else network.for_round(model=header.digest, also=given)
         if positions is not None:
-            share: dict[str, Any] = {"node_id": pins.node_id or 0, "node_count": pins.node_count or 1}
+            share: dict[str, Any] = {
+                "node_id": pins.node_id or 0,
+                "node_count": pins.node_count or 1,
+            }
             nonces = Round(block_hash="any", public_key="any", **share).nonces(*positions)
             pins = pins.joined(Pins(nonces=nonces), str(self.pins))
         if self.calibration is not None:
@@ -189,20 +222,31 @@ class Auditor(Launch):
         return account_alpha(self._network, self.alpha)
 
     def _controls(self, header: Header, measured: Calibration | None) -> tuple[str, ...]:
-        """Return the number formats in which nonces are computed again, which the model can be loaded in."""
+        """Return the number formats in which nonces are computed again, which the model can be
+        loaded in.
+        """
         if measured is None:
             do = "pass --calibration, or leave --control out"
-            raise UsageError("--control without a calibration", wanted="one that measured a control", do=do)
+            raise UsageError(
+                "--control without a calibration", wanted="one that measured a control", do=do
+            )
         return measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
 
     def _check_ledger(self, believed: Sequence[str]) -> None:
-        """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's word."""
+        """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's
+        word.
+        """
         if self.ledger is None:
             return
         if believed:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
-            wanted, do = "evidence about the node that is named, in a round that was asked for", f"pass {flags}"
-            raise UsageError(f"--ledger with {', '.join(believed)} taken on the prover's word", wanted=wanted, do=do)
+            wanted = "evidence about the node that is named, in a round that was asked for"
+            do = f"pass {flags}"
+            raise UsageError(
+                f"--ledger with {', '.join(believed)} taken on the prover's word",
+                wanted=wanted,
+                do=do,
+            )
         check_ledger(self.ledger, alpha=self._account_alpha)
 
     def _check_law(self, law: object, missing: str) -> None:
@@ -211,24 +255,32 @@ class Auditor(Launch):
             wanted = "a law, without which an audit says nothing of a life"
             raise CalibrationError(missing, wanted=wanted, do="measure one, or leave --ledger out")
 
-    def _ledger(self) -> AbstractContextManager[Ledger | None]:  # when nothing can be refused any more
-        return nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self._account_alpha)
+    def _ledger(
+        self,
+    ) -> AbstractContextManager[Ledger | None]:  # when nothing can be refused any more
+        return (
+            nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self._account_alpha)
+        )
 
 
 @dataclass(frozen=True)
 class Audit(Generic[V]):
-    """The verdict on a proof or on receipts, and what the whole life of the node says; None without a ledger."""
+    """The verdict on a proof or on receipts, and what the whole life of the node says; None without
+    a ledger.
+    """
 
     verdict: V
     standing: Standing | None
 
     @property
     def exit_code(self) -> int:
-        """0 honest, 1 fraud, 2 undecided. With a ledger, fraud and honesty are those of the whole life.
+        """0 honest, 1 fraud, 2 undecided. With a ledger, fraud and honesty are those of the whole
+        life.
 
         A life that is honest does not cover a proof that, taken alone, is not.
         """
-        verdict, standing = self.verdict, self.standing
+        verdict = self.verdict
+        standing = self.standing
         unanswered = isinstance(verdict, ResponseVerdict) and verdict.unanswered
         if standing is None:
             return verdict.exit_code or (2 if unanswered else 0)
@@ -238,8 +290,12 @@ class Audit(Generic[V]):
         return 0 if holds and not unanswered else 2
 
     def as_dict(self) -> dict[str, Any]:
-        """Return values for JSON: those of the verdict, and the life of the node where there is a ledger."""
-        return self.verdict.as_dict() | ({} if self.standing is None else {"life": self.standing.as_dict()})
+        """Return values for JSON: those of the verdict, and the life of the node where there is a
+        ledger.
+        """
+        return self.verdict.as_dict() | (
+            {} if self.standing is None else {"life": self.standing.as_dict()}
+        )
 
 
 def requests_of(path: Path | None, model: str) -> list[Request] | None:
@@ -248,11 +304,15 @@ def requests_of(path: Path | None, model: str) -> list[Request] | None:
 
 
 def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
-    """Return requests with token ids for prompts; one that does not fit is refused before the weights are read."""
+    """Return requests with token ids for prompts; one that does not fit is refused before the
+    weights are read.
+    """
     from assay.models.checkpoint import load_tokenizer
     from assay.models.load import model_info
 
     info = model_info(model)
     has_text = any(request.stop or not isinstance(request.prompt, tuple) for request in requests)
     limits = {"vocab_size": info.vocab_size, "max_positions": info.max_positions}
-    return encode_requests(requests, load_tokenizer(model) if has_text else None, reference=model, **limits)
+    return encode_requests(
+        requests, load_tokenizer(model) if has_text else None, reference=model, **limits
+    )

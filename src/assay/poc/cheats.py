@@ -26,16 +26,18 @@ GROUP = 32  # weights that share a scale, as in common int4 formats
 
 
 def rounded(model: Model, bits: int = 4) -> Model:
-    """Return the model with the weights of its linear layers rounded to ``bits``, in groups of 32 along the input.
+    """Return the model with the weights of its linear layers rounded to ``bits``, in groups of 32
+    along the input.
 
-    Rounding is symmetric, to nearest, with the largest magnitude of a group on the last step; embeddings
-    and the head stay as they are.
+    Rounding is symmetric, to nearest, with the largest magnitude of a group on the last step;
+    embeddings and the head stay as they are.
     """
     return changed(model, lambda weight_OI: _round_groups(weight_OI, bits))
 
 
 def weight_of(part: Any) -> torch.Tensor:
-    """Return the weight [out, in] of a linear layer in float32; one in eight bits is multiplied by its scales.
+    """Return the weight [out, in] of a linear layer in float32; one in eight bits is multiplied by
+    its scales.
 
     Raises:
         UsageError: Blocks of the weight share a scale.
@@ -52,17 +54,26 @@ def weight_of(part: Any) -> torch.Tensor:
 def without_last_layers(model: Model, count: int) -> Model:
     """Return the model without its last ``count`` decoder layers."""
     if not 0 < count < model.num_layers:
-        raise UsageError(f"{count} layers skipped", wanted=f"1 to {model.num_layers - 1}", do="skip fewer layers")
+        raise UsageError(
+            f"{count} layers skipped", wanted=f"1 to {model.num_layers - 1}", do="skip fewer layers"
+        )
     module = copy.deepcopy(model.module)
     del decoder_layers(module)[model.num_layers - count :]
     return replace(model, module=module)
 
 
 def invented(proof: Proof, seed: int = 0) -> Proof:
-    """Return a proof of the same nonces whose distances are drawn from the chord law, without any model."""
+    """Return a proof of the same nonces whose distances are drawn from the chord law, without any
+    model.
+    """
     rng = np.random.default_rng(seed)
-    drawn = rng.normal(chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), len(proof.records))
-    records = [DistanceRecord(record.nonce, float(value)) for record, value in zip(proof.records, drawn, strict=True)]
+    drawn = rng.normal(
+        chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), len(proof.records)
+    )
+    records = [
+        DistanceRecord(record.nonce, float(value))
+        for record, value in zip(proof.records, drawn, strict=True)
+    ]
     return Proof.build(proof.header, records, proof.footer.seconds)
 
 
@@ -73,7 +84,8 @@ def replayed(proof: Proof, round: Round) -> Proof:
 
 
 def changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Model:
-    """Return a copy of the model whose linear layers have their weights [out, in] changed by a function.
+    """Return a copy of the model whose linear layers have their weights [out, in] changed by a
+    function.
 
     Weights in float8 are rounded to it again, by rows, because the products read nothing else.
     """
@@ -86,7 +98,9 @@ def changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Mod
                 elif isinstance(part, Conv1D):  # the same product with the weight turned, in GPT-2
                     part.weight.copy_(change(part.weight.T).T)
                 elif isinstance(part, EightBitLinear):
-                    part.weight.data, part.scales.data = part.arithmetic.round(change(weight_of(part)))
+                    part.weight.data, part.scales.data = part.arithmetic.round(
+                        change(weight_of(part))
+                    )
     return replace(model, module=module)
 
 

@@ -23,9 +23,11 @@ _SMALLEST = 1e-6  # of the median scale: what a coordinate that never moves is d
 
 
 def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
-    """Measure the frame of a checkpoint, on 64 sequences of 64 random tokens; a network does it once and publishes it.
+    """Measure the frame of a checkpoint, on 64 sequences of 64 random tokens; a network does it
+    once and publishes it.
 
-    Any honest machine and number format will do: the frame is the same for all, whatever noise was in it.
+    Any honest machine and number format will do: the frame is the same for all, whatever noise was
+    in it.
 
     Args:
         model: Model whose states are read.
@@ -47,10 +49,21 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
     positions = min(POSITIONS, model.max_positions)
     engine = HFEngine(model, batch_size=_BATCH, seq_len=positions)
     nothing = np.zeros(model.hidden_size, np.float32)
-    shape: dict[str, Any] = {"digest": model.digest, "weights": model.weights, "rows": model.vocab_size}
-    drawn = Frame(**shape, left_out=_left_out(model.tokenizer, model.vocab_size), mean=nothing, scale=nothing + 1)
+    shape: dict[str, Any] = {
+        "digest": model.digest,
+        "weights": model.weights,
+        "rows": model.vocab_size,
+    }
+    drawn = Frame(
+        **shape,
+        left_out=_left_out(model.tokenizer, model.vocab_size),
+        mean=nothing,
+        scale=nothing + 1,
+    )
     words = streams.seeds([join_prefixed(VERSION, "frame", model.digest)], 256)
-    ids_ST = drawn.tokens(streams.step_seeds(words, np.arange(SEQUENCES * positions)).reshape(SEQUENCES, positions))
+    ids_ST = drawn.tokens(
+        streams.step_seeds(words, np.arange(SEQUENCES * positions)).reshape(SEQUENCES, positions)
+    )
     first = Positions().first(positions)
     found = []
     for start in range(0, SEQUENCES, _BATCH):
@@ -59,19 +72,28 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
         if progress:
             progress(start + _BATCH, SEQUENCES)
     states_ND = np.concatenate(found)
-    mean_D, scale_D = states_ND.mean(axis=0), states_ND.std(axis=0)
+    mean_D = states_ND.mean(axis=0)
+    scale_D = states_ND.std(axis=0)
     scale_D = np.maximum(scale_D, _SMALLEST * float(np.median(scale_D)) or 1.0)
-    return Frame(**shape, left_out=drawn.left_out, mean=mean_D.astype(np.float32), scale=scale_D.astype(np.float32))
+    return Frame(
+        **shape,
+        left_out=drawn.left_out,
+        mean=mean_D.astype(np.float32),
+        scale=scale_D.astype(np.float32),
+    )
 
 
 def _left_out(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Int32[np.ndarray, " E"]:
-    """Return the ids that are never drawn: special tokens, and rows of the embeddings without a token."""
+    """Return the ids that are never drawn: special tokens, and rows of the embeddings without a
+    token.
+    """
     if tokenizer is None:
         return np.zeros(0, np.int32)
     special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     drawn = set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids)
     left_out = [place for place in range(rows) if place not in drawn]
     if len(left_out) == rows:
-        seen, wanted = "a tokenizer of special tokens alone", "one with tokens to draw"
+        seen = "a tokenizer of special tokens alone"
+        wanted = "one with tokens to draw"
         raise UsageError(seen, wanted=wanted, do="pass the checkpoint with its own tokenizer")
     return np.array(left_out, np.int32)

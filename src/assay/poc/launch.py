@@ -1,4 +1,5 @@
-"""Start the engine that proves, judges or replays, and refuse what it cannot do before weights are read.
+"""Start the engine that proves, judges or replays, and refuse what it cannot do before weights are
+read.
 
 ``ASSAY_VLLM_ARGS`` holds options of vLLM, written as on its command line, for the engine ``vllm``.
 """
@@ -15,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from assay.errors import ProofMismatch, UsageError
 from assay.models.frame import Frame
 from assay.poc.protocol.pins import of_weights
-from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline, runs_on_vllm, unsupported
+from assay.poc.protocol.pipelines import (
+    Pipeline,
+    check_frame_file,
+    get_pipeline,
+    runs_on_vllm,
+    unsupported,
+)
 from assay.poc.protocol.proof import Header
 from assay.poc.protocol.round import check_batch_size
 from assay.poc.responses.receipts import Receipts
@@ -38,8 +45,8 @@ DO_INSTEAD = {
     "revision": "download that revision, and pass its directory to --model",
     "worker_extension_cls": "leave it out: assay has the workers use its own",
 }
-"""Engine arguments that are not the operator's, and what to do instead: a proof names the model and the format that the
-command was given."""
+"""Engine arguments that are not the operator's, and what to do instead: a proof names the model and
+the format that the command was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +56,8 @@ class Launch:
     Args:
         model: Reference of the model.
         engine: Engine that runs it.
-        dtype: Number format of the weights. When None, the stored one for a prover, and that of the prover, which
-            agrees best, for who judges.
+        dtype: Number format of the weights. When None, the stored one for a prover, and that of the
+            prover, which agrees best, for who judges.
         device: Device of the model; by default cuda where there is one.
         frame: File of the checkpoint's frame, for the presets that have one.
     """
@@ -62,17 +69,23 @@ class Launch:
     frame: Path | None = None
 
     def read_frame(self, pipeline: Pipeline) -> Frame | None:
-        """Return the frame that a pipeline needs; a UsageError where no file is named for it, or one for nothing."""
+        """Return the frame that a pipeline needs; a UsageError where no file is named for it, or
+        one for nothing.
+        """
         check_frame_file(pipeline, self.frame)
         return None if self.frame is None else Frame.load(self.frame)
 
     def check_loadable(self, dtype: str | None = None) -> None:
-        """Refuse what :func:`load` refuses in a number format, as far as no weights must be read for it."""
+        """Refuse what :func:`load` refuses in a number format, as far as no weights must be read
+        for it.
+        """
         if self.engine == "hf":
             check_loadable(self.model, self.dtype or dtype, self.device)
 
     def check_engine(self, pipeline: Pipeline | None = None) -> None:
-        """Refuse vLLM for a pipeline that it does not run, or where it cannot start, before torch is imported."""
+        """Refuse vLLM for a pipeline that it does not run, or where it cannot start, before torch
+        is imported.
+        """
         if self.engine == "vllm":
             _refuse_for_vllm(None, self.device, pipeline)
 
@@ -99,9 +112,17 @@ class Proving(Launch):
         """Return the arguments of an hf engine for a loaded model."""
         from assay.poc.engines.hf.engine import auto_batch
 
-        size = auto_batch(model, self.seq_len + pipeline.steps) if self.batch_size == "auto" else self.batch_size
+        size = (
+            auto_batch(model, self.seq_len + pipeline.steps)
+            if self.batch_size == "auto"
+            else self.batch_size
+        )
         compiled = compiles(model, self.kernels)
-        return {"batch_size": size, "seq_len": self.seq_len, "compiled": compiled and not pipeline.steps}
+        return {
+            "batch_size": size,
+            "seq_len": self.seq_len,
+            "compiled": compiled and not pipeline.steps,
+        }
 
     def check(self, pipeline: Pipeline) -> None:
         """Refuse options that the engine has no use for, which vLLM needs half a minute to say."""
@@ -109,7 +130,9 @@ class Proving(Launch):
         if self.engine == "hf":
             if pipeline.steps and self.kernels == "compiled":
                 seen = f"--kernels compiled with --preset {self.preset}"
-                raise UsageError(seen, wanted="eager kernels, which decode", do="leave --kernels out")
+                raise UsageError(
+                    seen, wanted="eager kernels, which decode", do="leave --kernels out"
+                )
             return
         of_hf = {
             f"--kernels {self.kernels}": self.kernels != "auto",
@@ -133,15 +156,20 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
         BackendUnavailable: What the engine needs is not installed.
         ModelError: The model cannot be loaded.
     """
-    pipeline, size = get_pipeline(chosen.preset), 1 if chosen.batch_size == "auto" else chosen.batch_size
+    pipeline = get_pipeline(chosen.preset)
+    size = 1 if chosen.batch_size == "auto" else chosen.batch_size
     chosen.check(pipeline)
     frame = chosen.read_frame(pipeline)
     from assay.models.load import model_info
     from assay.poc.engines.hf.engine import HFEngine, be_deterministic, check_shape
 
-    check_shape(model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps)
+    check_shape(
+        model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps
+    )
     if chosen.engine == "vllm":
-        with vllm_engine(chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len, frame=frame) as made:
+        with vllm_engine(
+            chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len, frame=frame
+        ) as made:
             yield made
         return
     if chosen.deterministic:
@@ -164,7 +192,8 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
     chosen.check_loadable(of_weights(header.fingerprint.dtype))
     from assay.models.load import model_info
 
-    info, positions = model_info(chosen.model), header.round.seq_len + header.pipeline.steps
+    info = model_info(chosen.model)
+    positions = header.round.seq_len + header.pipeline.steps
     if positions > info.max_positions:
         wanted = f"at most the {info.max_positions} of {info.reference}"
         do = "pass the model of the round with --model, or ask the node for its proof of this round"
@@ -175,7 +204,8 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
 def open_judge(
     chosen: Launch, header: Header, calibration: Calibration | None = None
 ) -> Iterator[tuple["Model", "Engine | None"]]:
-    """Yield the model and the engine that recompute a proof; None stands for the transformers engine.
+    """Yield the model and the engine that recompute a proof; None stands for the transformers
+    engine.
 
     The calibration that will judge the proof says the batch that it was measured with.
 
@@ -185,7 +215,8 @@ def open_judge(
         CalibrationError: The calibration is of another model, preset or build than the proof.
         ModelError: The model cannot be loaded.
     """
-    dtype, frame = chosen.dtype or of_weights(header.fingerprint.dtype), chosen.read_frame(header.pipeline)
+    dtype = chosen.dtype or of_weights(header.fingerprint.dtype)
+    frame = chosen.read_frame(header.pipeline)
     if chosen.engine == "hf":
         yield load(chosen.model, dtype, chosen.device).with_frame(frame), None
         return
@@ -199,17 +230,25 @@ def open_judge(
         found = of_weights(made[1].fingerprint.dtype)
         if stored and found != dtype:
             seen = f"{dtype} on vLLM, of a checkpoint in {found}"
-            raise UsageError(seen, wanted="the format of the checkpoint", do="use --engine hf for it")
+            raise UsageError(
+                seen, wanted="the format of the checkpoint", do="use --engine hf for it"
+            )
         yield made
 
 
 @contextmanager
 def open_prefill(
-    chosen: Launch, files: Sequence[Receipts], *, batch_size: int = 16, adapter: "Lora | None" = None
+    chosen: Launch,
+    files: Sequence[Receipts],
+    *,
+    batch_size: int = 16,
+    adapter: "Lora | None" = None,
 ) -> Iterator[tuple["Model", "Prefill"]]:
-    """Yield the model and the engine that replay receipts, at most ``batch_size`` responses at once.
+    """Yield the model and the engine that replay receipts, at most ``batch_size`` responses at
+    once.
 
-    The first node's number format is taken where none is chosen. ``adapter`` is that of receipts that name one.
+    The first node's number format is taken where none is chosen. ``adapter`` is that of receipts
+    that name one.
 
     Raises:
         UsageError: The engine has no use for an option.
@@ -228,8 +267,11 @@ def open_prefill(
 
     if adapter is not None:
         raise refuse_adapter()
-    options, headers = _prepare_vllm(chosen.device), [read.header for read in files]
-    with VLLMPrefill(chosen.model, dtype=dtype, batch_size=batch_size, receipts=headers, **options) as made:
+    options = _prepare_vllm(chosen.device)
+    headers = [read.header for read in files]
+    with VLLMPrefill(
+        chosen.model, dtype=dtype, batch_size=batch_size, receipts=headers, **options
+    ) as made:
         yield made.model, made
 
 
@@ -260,7 +302,9 @@ def compiles(model: "Model", kernels: Kernels) -> bool:
 def vllm_engine(
     chosen: Launch, dtype: str | None, *, batch_size: int, seq_len: int, frame: Frame | None = None
 ) -> Iterator[tuple["Model", "Engine"]]:
-    """Start vLLM with a model; yield the model's identity and the engine. It raises what :func:`open_prover` raises."""
+    """Start vLLM with a model; yield the model's identity and the engine. It raises what
+    :func:`open_prover` raises.
+    """
     options = _prepare_vllm(chosen.device)
     from assay.poc.vllm.engine import VLLMEngine
 
@@ -291,21 +335,30 @@ def vllm_options(text: str) -> dict[str, Any]:
     said = StringIO()
     try:
         with redirect_stderr(said):
-            values, unset = vars(parser.parse_args(shlex.split(text))), vars(parser.parse_args([]))
+            values = vars(parser.parse_args(shlex.split(text)))
+            unset = vars(parser.parse_args([]))
     except (SystemExit, ValueError) as error:
         reason = said.getvalue().strip().rpartition("error: ")[2] or str(error)
         raise UsageError(
-            f"{ARGUMENTS}={text!r:.200}: {reason}", wanted="engine arguments of vLLM", do="see `vllm serve --help`"
+            f"{ARGUMENTS}={text!r:.200}: {reason}",
+            wanted="engine arguments of vLLM",
+            do="see `vllm serve --help`",
         ) from None
     options = {name: value for name, value in values.items() if value != unset[name]}
     for name in DO_INSTEAD.keys() & options.keys():
         flag = "--" + name.replace("_", "-")
-        raise UsageError(f"{flag} in {ARGUMENTS}", wanted="other engine arguments of vLLM", do=DO_INSTEAD[name])
+        raise UsageError(
+            f"{flag} in {ARGUMENTS}", wanted="other engine arguments of vLLM", do=DO_INSTEAD[name]
+        )
     return options
 
 
-def _refuse_for_vllm(dtype: str | None, device: str | None, pipeline: Pipeline | None = None) -> None:
-    """Refuse what vLLM is not given or does not run, and a vLLM that is not there or was not tested."""
+def _refuse_for_vllm(
+    dtype: str | None, device: str | None, pipeline: Pipeline | None = None
+) -> None:
+    """Refuse what vLLM is not given or does not run, and a vLLM that is not there or was not
+    tested.
+    """
     if pipeline is not None and not runs_on_vllm(pipeline):
         raise unsupported(pipeline, "vllm", runs_on_vllm)
     if dtype in NUMBER_FORMATS:

@@ -1,9 +1,11 @@
-"""Measurements from proofs: the honest noise of a build, and the r_target of a wanted rate of valid nonces.
+"""Measurements from proofs: the honest noise of a build, and the r_target of a wanted rate of valid
+nonces.
 
-The closed form of an r_target is the quantile of the chord law, and holds over blocks. Within one block all cosines are
-wider or narrower by one factor γ (:class:`assay.stats.BlockLaw`). So a quantile measured in few blocks is off by more
-than the number of its nonces says. The interval adds both: the spread of γ, which follows from the effective dimension
-of the model's states, and the order statistics of the nonces.
+The closed form of an r_target is the quantile of the chord law, and holds over blocks. Within one
+block all cosines are wider or narrower by one factor γ (:class:`assay.stats.BlockLaw`). So a
+quantile measured in few blocks is off by more than the number of its nonces says. The interval adds
+both: the spread of γ, which follows from the effective dimension of the model's states, and the
+order statistics of the nonces.
 
 Legend of shapes: N nonces, K published numbers.
 """
@@ -47,8 +49,8 @@ class MeasuredTarget:
         high: Upper end of that interval.
         n: Number of nonces measured.
         blocks: Number of blocks measured.
-        effective_dimension: Effective dimension of the states, from which the spread of blocks follows; None where they
-            do not differ.
+        effective_dimension: Effective dimension of the states, from which the spread of blocks
+            follows; None where they do not differ.
     """
 
     valid_rate: float
@@ -83,18 +85,21 @@ def measure_r_target(
     The interval is that of the quantile over blocks: one block says little of others.
 
     Args:
-        proofs: Proof of any preset, or several of one preset and checkpoint. A vector counts with its distance to the
-            target of the block in R^K.
+        proofs: Proof of any preset, or several of one preset and checkpoint. A vector counts with
+            its distance to the target of the block in R^K.
         valid_rate: Wanted share of valid nonces, in (0, 1).
-        dimension: Dimension of the output; needed where the preset has no random head and publishes distances.
+        dimension: Dimension of the output; needed where the preset has no random head and publishes
+            distances.
         effective_dimension: Effective dimension of the states, as a calibration has it or
-            :func:`assay.poc.measure_block_factor` measures it; needed where the preset publishes distances.
+            :func:`assay.poc.measure_block_factor` measures it; needed where the preset publishes
+            distances.
 
     Returns:
         The measured target with its interval, and the closed form.
 
     Raises:
-        UsageError: A rate or dimension is out of range or missing, or there are fewer than 30 nonces.
+        UsageError: A rate or dimension is out of range or missing, or there are fewer than 30
+            nonces.
         ProofMismatch: The proofs are of several presets, checkpoints or lengths.
 
     Example:
@@ -112,16 +117,21 @@ def measure_r_target(
     """
     given = (proofs,) if isinstance(proofs, Proof) else tuple(proofs)
     _refuse_different(given)
-    size, is_vector = _dimension(given[0], dimension), given[0].header.pipeline.output == "vector"
+    size = _dimension(given[0], dimension)
+    is_vector = given[0].header.pipeline.output == "vector"
     if effective_dimension is None and not is_vector:
         wanted = "the model's effective dimension"
         do = "pass --model, or the --calibration that `assay poc calibrate --model M` wrote"
-        raise UsageError("distances, but no effective dimension of their model", wanted=wanted, do=do)
+        raise UsageError(
+            "distances, but no effective dimension of their model", wanted=wanted, do=do
+        )
     per_block: dict[str, list[FloatArray]] = {}
     for proof in given:
         vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
         values = np.array(vectors) if vectors else proof.distances
-        per_block.setdefault(proof.round.block_hash, []).append(distances_to_target(values, proof.round))
+        per_block.setdefault(proof.round.block_hash, []).append(
+            distances_to_target(values, proof.round)
+        )
     distances = [np.concatenate(of_block) for of_block in per_block.values()]
     return compare_r_target(distances, valid_rate, size, None if is_vector else effective_dimension)
 
@@ -132,10 +142,16 @@ def _refuse_different(proofs: Sequence[Proof]) -> None:
         raise UsageError("no proof", wanted="one or more", do="pass honest proofs of the model")
     of_one = [(p.round.preset, p.round.seq_len, p.header.digest, p.header.weights) for p in proofs]
     if len(set(of_one)) > 1:
-        seen = "proofs of " + " and ".join(sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one}))
-        raise ProofMismatch(seen, wanted="proofs of one preset, length and checkpoint", do="measure them one by one")
+        seen = "proofs of " + " and ".join(
+            sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one})
+        )
+        raise ProofMismatch(
+            seen, wanted="proofs of one preset, length and checkpoint", do="measure them one by one"
+        )
     inputs = Counter(
-        (proof.round.block_hash, proof.round.public_key, record.nonce) for proof in proofs for record in proof.records
+        (proof.round.block_hash, proof.round.public_key, record.nonce)
+        for proof in proofs
+        for record in proof.records
     )
     for (block, *_), times in inputs.most_common(1):
         if times > 1:
@@ -152,19 +168,25 @@ def _dimension(proof: Proof, dimension: int | None) -> int:
         raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
     if (size := known or dimension) is None:
         do = "pass --dimension: the vocabulary with the trained head, the hidden size without one"
-        raise UsageError(f"a proof of preset {pipeline.name}", wanted="the dimension of its output", do=do)
+        raise UsageError(
+            f"a proof of preset {pipeline.name}", wanted="the dimension of its output", do=do
+        )
     return size
 
 
 def compare_r_target(
-    distances: Sequence[FloatArray], valid_rate: float, dimension: int, effective_dimension: float | None
+    distances: Sequence[FloatArray],
+    valid_rate: float,
+    dimension: int,
+    effective_dimension: float | None,
 ) -> MeasuredTarget:
-    """Compare the quantile of the distances of blocks with the closed form; without a dimension blocks have no factor.
+    """Compare the quantile of the distances of blocks with the closed form; without a dimension
+    blocks have no factor.
 
-    The interval has two parts. That of the nonces runs between the order statistics whose ranks are quantiles of the
-    binomial count of N at the rate. That of the blocks runs between the quantiles of their mean factor, whose relative
-    variance is Σ w²/(2ν) for weights w and the effective dimension ν. At each end, the squares of the two lengths are
-    added (Zou and Donner 2008).
+    The interval has two parts. That of the nonces runs between the order statistics whose ranks are
+    quantiles of the binomial count of N at the rate. That of the blocks runs between the quantiles
+    of their mean factor, whose relative variance is Σ w²/(2ν) for weights w and the effective
+    dimension ν. At each end, the squares of the two lengths are added (Zou and Donner 2008).
     """
     counts = np.array([len(of_block) for of_block in distances], dtype=np.float64)
     n = int(counts.sum())
@@ -172,12 +194,20 @@ def compare_r_target(
         wanted = f"at least {MIN_NONCES} nonces and a rate in (0, 1)"
         do = "prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %"
         raise UsageError(f"{n} nonces for a valid rate of {valid_rate}", wanted=wanted, do=do)
-    ordered_N, tail = np.sort(np.concatenate(distances)), (1 - CONFIDENCE) / 2
+    ordered_N = np.sort(np.concatenate(distances))
+    tail = (1 - CONFIDENCE) / 2
     ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
     low, high = (float(end) for end in ordered_N[np.clip(ranks, 1, n) - 1])
-    closed, measured = stats.r_target_for(valid_rate, dimension), float(np.quantile(ordered_N, valid_rate))
-    freedom = math.inf if effective_dimension is None else effective_dimension * n**2 / float(counts @ counts)
-    block_low, block_high = BlockLaw(dimension=dimension, freedom=freedom).target_interval(closed, CONFIDENCE)
+    closed = stats.r_target_for(valid_rate, dimension)
+    measured = float(np.quantile(ordered_N, valid_rate))
+    freedom = (
+        math.inf
+        if effective_dimension is None
+        else effective_dimension * n**2 / float(counts @ counts)
+    )
+    block_low, block_high = BlockLaw(dimension=dimension, freedom=freedom).target_interval(
+        closed, CONFIDENCE
+    )
     return MeasuredTarget(
         valid_rate=valid_rate,
         dimension=dimension,
@@ -192,7 +222,9 @@ def compare_r_target(
 
 
 def distances_to_target(values: npt.NDArray[np.floating[Any]], round: Round) -> FloatArray:
-    """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's target in R^K."""
+    """Return distances [N] as they are, and of vectors [N, K] the distance of each to the round's
+    target in R^K.
+    """
     if values.ndim == 1:
         return values.astype(np.float64)
     unit_NK = values.astype(np.float64)
@@ -210,23 +242,30 @@ def target_for(
     model: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Return the r_target of a rate of valid nonces, in closed form, and with proofs what they measure beside it.
+    """Return the r_target of a rate of valid nonces, in closed form, and with proofs what they
+    measure beside it.
 
-    The closed form holds over blocks. Where 95 % of the blocks have their own rate is only said of a model whose states
-    were measured: by the ``calibration`` of the preset, or now by the ``model``. The dimensions are those of
-    :func:`measure_r_target`, by default that of the random head.
+    The closed form holds over blocks. Where 95 % of the blocks have their own rate is only said of
+    a model whose states were measured: by the ``calibration`` of the preset, or now by the
+    ``model``. The dimensions are those of :func:`measure_r_target`, by default that of the random
+    head.
 
     Raises:
-        UsageError: A value is out of range, two of them exclude each other, or nothing says how blocks differ.
+        UsageError: A value is out of range, two of them exclude each other, or nothing says how
+            blocks differ.
         ProofMismatch: The proofs do not belong together, or are not of the model.
     """
     if model is not None and calibration is not None:
-        raise UsageError("--model with --calibration", wanted="one of the two", do="leave one of them out")
+        raise UsageError(
+            "--model with --calibration", wanted="one of the two", do="leave one of them out"
+        )
     known = None if calibration is None else _effective_dimension(calibration)
     if model is not None:
         known = _measured_dimension(model, device, proofs)
     if proofs:
-        return measure_r_target(proofs, rate, dimension=dimension, effective_dimension=known).as_dict()
+        return measure_r_target(
+            proofs, rate, dimension=dimension, effective_dimension=known
+        ).as_dict()
     size = RANDOM_HEAD_ROWS if dimension is None else dimension
     r_target = stats.r_target_for(rate, size)
     values: dict[str, Any] = {"valid_rate": rate, "dimension": size, "r_target": r_target}
@@ -248,19 +287,29 @@ def _effective_dimension(path: Path) -> float:
 
 
 def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Proof]) -> float:
-    """Measure the effective dimension of a model's states, for the round of the proofs where there are some."""
+    """Measure the effective dimension of a model's states, for the round of the proofs where there
+    are some.
+    """
     model = load_model(reference, device=device)
-    other = [p.header for p in proofs if (p.header.digest, p.header.weights) != (model.digest, model.weights)]
+    other = [
+        p.header
+        for p in proofs
+        if (p.header.digest, p.header.weights) != (model.digest, model.weights)
+    ]
     if other:
         seen = f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)"
         wanted = f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)"
-        raise ProofMismatch(seen, wanted=wanted, do="pass their model with --model, or leave it out")
+        raise ProofMismatch(
+            seen, wanted=wanted, do="pass their model with --model, or leave it out"
+        )
     round = proofs[0].round if proofs else Round(block_hash="calibration", public_key="calibration")
     return measure_block_factor(model, round).effective_dimension
 
 
 def measure(proofs: Sequence[Proof], *, model: str | None = None, **how: Any) -> Calibration:
-    """Return the honest noise of proofs, by :func:`assay.poc.calibrate`; the model says its size."""
+    """Return the honest noise of proofs, by :func:`assay.poc.calibrate`; the model says its
+    size.
+    """
     info = None if model is None else model_info(model)
     return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, **how)
 
@@ -268,16 +317,31 @@ def measure(proofs: Sequence[Proof], *, model: str | None = None, **how: Any) ->
 def describe(build: BuildNoise) -> dict[str, Any]:
     """Return what a person asks of a measured build, by name."""
     engines = [fingerprint.as_dict() for fingerprint in build.engines]
-    stated = {name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]}
+    stated = {
+        name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]
+    }
     other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
-    values: dict[str, Any] = {"preset": build.preset, "checkpoint": build.digest, "output": build.output}
-    values |= {"formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None}
+    values: dict[str, Any] = {
+        "preset": build.preset,
+        "checkpoint": build.digest,
+        "output": build.output,
+    }
+    values |= {
+        "formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None
+    }
     values |= {"machines": len(build.machines), "law": str(build.law)}
-    values |= {"typical_residual": build.sizes.typical, "between_machines": build.spread.sd, "n": build.n}
+    values |= {
+        "typical_residual": build.sizes.typical,
+        "between_machines": build.spread.sd,
+        "n": build.n,
+    }
     values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
     values |= {"effective_dimension": build.effective_dimension}
     values["engines_differ_in"] = ", ".join(other) or "nothing"
-    values |= {"control": build.control and f"{' and '.join(build.control.dtypes)} beside {build.control.of}"}
+    values |= {
+        "control": build.control
+        and f"{' and '.join(build.control.dtypes)} beside {build.control.of}"
+    }
     if (left := build.left_out) is not None:
         values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
         values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}

@@ -1,4 +1,5 @@
-"""Pins files at work: what one says to a node that proves and to a validator that judges, and how one is written.
+"""Pins files at work: what one says to a node that proves and to a validator that judges, and how
+one is written.
 
 Values that are given beside a file, by options or a configuration file, must agree with it.
 """
@@ -12,7 +13,14 @@ from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.storage import write_atomic
 from assay.poc.launch import Proving
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
-from assay.poc.protocol.pins_file import BUILD_FIELDS, UNFILLED, Accepted, NetworkPins, PinnedFile, pins_text
+from assay.poc.protocol.pins_file import (
+    BUILD_FIELDS,
+    UNFILLED,
+    Accepted,
+    NetworkPins,
+    PinnedFile,
+    pins_text,
+)
 from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round, check_name
@@ -40,7 +48,8 @@ class Asked:
     pins: Pins | None
 
     def check_engine(self, model: "Model", engine: "Engine") -> None:
-        """Refuse a checkpoint or a build that the network did not agree on, before anything is computed.
+        """Refuse a checkpoint or a build that the network did not agree on, before anything is
+        computed.
 
         Raises:
             ProofMismatch: Names the first value that differs.
@@ -50,7 +59,8 @@ class Asked:
         if (model.digest, model.weights) != (self.pins.digest, self.pins.weights):
             raise ProofMismatch(
                 f"{model.reference} ({model.weights}, {model.digest[:12]})",
-                wanted=f"the checkpoint of the pins ({self.pins.weights}, {(self.pins.digest or '')[:12]})",
+                wanted=f"the checkpoint of the pins ({self.pins.weights}, "
+                f"{(self.pins.digest or '')[:12]})",
                 do="pass the model that the network agreed on",
                 field="model",
             )
@@ -64,11 +74,14 @@ class Asked:
             )
 
 
-def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: tuple[int, int] | None) -> Asked:
+def asked(
+    file: Path | None, how: Proving, given: Mapping[str, Any], positions: tuple[int, int] | None
+) -> Asked:
     """Return what a node is asked to prove, by a pins file and by what is given beside it.
 
-    Without a model, ``how`` runs that of the file. ``given`` has the values of the round that are given, and those of
-    ``dtype``, ``engine`` and ``batch_size``. The positions in the share are those of the file, else the first 256.
+    Without a model, ``how`` runs that of the file. ``given`` has the values of the round that are
+    given, and those of ``dtype``, ``engine`` and ``batch_size``. The positions in the share are
+    those of the file, else the first 256.
 
     Raises:
         UsageError: A value is missing, out of range, or contradicts the file.
@@ -79,9 +92,12 @@ def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: 
         for name in ("model", "block_hash", "public_key"):
             if not (values | {"model": how.model}).get(name):
                 raise UsageError(
-                    f"no {_flag(name)}", wanted=f"a {name.replace('_', ' ')}", do=f"pass {_flag(name)}, or --pins"
+                    f"no {_flag(name)}",
+                    wanted=f"a {name.replace('_', ' ')}",
+                    do=f"pass {_flag(name)}, or --pins",
                 )
-        round, pins = Round(**values), None
+        round = Round(**values)
+        pins = None
         positions = positions or (0, 256)
         formats = get_pipeline(round.preset).number_formats
         how = replace(how, dtype=how.dtype or next(iter(formats), None))
@@ -93,8 +109,14 @@ def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: 
         pins = network.for_round(model=entry.digest, also=Pins(**values))
         if pins.block_hash is None or pins.public_key is None:
             flag = _flag("block_hash" if pins.block_hash is None else "public_key")
-            raise UsageError(f"no {flag} beside {file}", wanted="the value of this round", do=f"pass {flag}")
-        known = {name: value for name in Round.__dataclass_fields__ if (value := getattr(pins, name)) is not None}
+            raise UsageError(
+                f"no {flag} beside {file}", wanted="the value of this round", do=f"pass {flag}"
+            )
+        known = {
+            name: value
+            for name in Round.__dataclass_fields__
+            if (value := getattr(pins, name)) is not None
+        }
         round, positions = Round(**known), positions or network.round.nonces or (0, 256)
         how = replace(how, model=how.model or entry.reference)
         if how.frame is None and get_pipeline(round.preset).framed:
@@ -110,8 +132,12 @@ def asked(file: Path | None, how: Proving, given: Mapping[str, Any], positions: 
     return Asked(round=replace(round, preset=how.preset), nonces=nonces, how=how, pins=pins)
 
 
-def _pinned_engine(how: Proving, pins: Pins, given: Mapping[str, Any], file: Path | None) -> Proving:
-    """Return an engine that is one of the builds, as far as that can be said before it is started."""
+def _pinned_engine(
+    how: Proving, pins: Pins, given: Mapping[str, Any], file: Path | None
+) -> Proving:
+    """Return an engine that is one of the builds, as far as that can be said before it is
+    started.
+    """
     builds = pins.builds or ()
     formats = list(dict.fromkeys(of_weights(dtype) for build in builds for dtype in build.dtype))
     allowed: dict[str, Sequence[Any]] = {
@@ -121,7 +147,12 @@ def _pinned_engine(how: Proving, pins: Pins, given: Mapping[str, Any], file: Pat
     }
     for name, wanted in allowed.items():
         value = getattr(how, name)
-        if not wanted or "*" in wanted or value in wanted or (name, value) == ("batch_size", "auto"):
+        if (
+            not wanted
+            or "*" in wanted
+            or value in wanted
+            or (name, value) == ("batch_size", "auto")
+        ):
             continue
         if name in given:
             raise _beside(name, value, " or ".join(map(str, wanted)), file)
@@ -134,12 +165,15 @@ def _flag(name: str) -> str:
 
 
 def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageError:
-    seen, do = f"{_flag(name)} {value} beside {file}", "leave it out, or correct one of the two"
+    seen = f"{_flag(name)} {value} beside {file}"
+    do = "leave it out, or correct one of the two"
     return UsageError(seen, wanted=f"{wanted}, as the network agreed there", do=do, field=name)
 
 
 def pinned_format(pins: Path, model: str) -> str | None:
-    """Return the number format of the weights that the pins name for a model; None where they name several."""
+    """Return the number format of the weights that the pins name for a model; None where they name
+    several.
+    """
     network = NetworkPins.load(pins)
     builds = network.model(model if len(network.models) > 1 else None).builds
     formats = {of_weights(dtype) for build in builds for dtype in build.dtype}
@@ -159,13 +193,15 @@ def write_pins(
     engine: Fingerprint | None = None,
     false_convictions: str | None = None,
 ) -> dict[str, Any]:
-    """Write a pins file for a model, and return what was written. What only a proof can say is left to be filled in.
+    """Write a pins file for a model, and return what was written. What only a proof can say is left
+    to be filled in.
 
-    The model is hashed and not run. ``asked`` has the values of the round: strength, node_count and fewest_nonces, and
-    preset, seq_len and r_target, which are those of the honest proofs, or the published ones, when None. Builds are
-    those of the proofs, or of the ``engine`` that was calibrated; ``dtype`` is the number format where neither says
-    one. Without keys any node may prove. ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the
-    default preset. ``false_convictions`` are those that the network accepts, over its nodes: K/N.
+    The model is hashed and not run. ``asked`` has the values of the round: strength, node_count and
+    fewest_nonces, and preset, seq_len and r_target, which are those of the honest proofs, or the
+    published ones, when None. Builds are those of the proofs, or of the ``engine`` that was
+    calibrated; ``dtype`` is the number format where neither says one. Without keys any node may
+    prove. ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the default
+    preset. ``false_convictions`` are those that the network accepts, over its nodes: K/N.
 
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
@@ -174,13 +210,16 @@ def write_pins(
     """
     for key in public_keys:
         check_name("public_key", key, do="pass --public-key as the chain prints it")
-    accepted, headers = Accepted.read(false_convictions), [Proof.load(path).header for path in proofs]
+    accepted = Accepted.read(false_convictions)
+    headers = [Proof.load(path).header for path in proofs]
     if frame is not None and asked["preset"] is None and not headers:
         asked = {**asked, "preset": "tokens-1"}
     round = _round(asked, headers)
     check_frame_file(get_pipeline(round["preset"]), frame)
     Pins(prover_dtype=dtype)  # an error names the formats
-    builds = _builds(dtype, headers, round["preset"]) if engine is None else [describe_build(engine)]
+    builds = (
+        _builds(dtype, headers, round["preset"]) if engine is None else [describe_build(engine)]
+    )
     for path in calibrations:
         _check_calibration(path, headers)
     from assay.models.load import identify, model_info  # when nothing can be refused without it
@@ -189,11 +228,16 @@ def write_pins(
     if asked["seq_len"] is not None:  # the default is one to be changed in the file
         steps = get_pipeline(round["preset"]).steps
         check_shape(model_info(model), batch_size=1, seq_len=asked["seq_len"], steps=steps)
-    known = identify(model, dtype="float32").with_frame(frame)  # in which dtype it would run does not matter
+    known = identify(model, dtype="float32").with_frame(
+        frame
+    )  # in which dtype it would run does not matter
     digest = known.digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
-            seen = f"{path}: a proof of {header.round.model:.80} ({header.weights}, {header.digest[:12]})"
+            seen = (
+                f"{path}: a proof of {header.round.model:.80} ({header.weights}, "
+                f"{header.digest[:12]})"
+            )
             do = "pass the proof of a node that ran this checkpoint"
             raise ProofMismatch(seen, wanted=f"one of {model} (trained, {digest[:12]})", do=do)
     shares = [(key, share) for key in public_keys for share in range(round["node_count"])]
@@ -208,7 +252,9 @@ def write_pins(
         *(("[[models.calibrations]]", file.model_dump()) for file in files),
     ]
     write_atomic(output, pins_text(tables))
-    unfilled = [f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED]
+    unfilled = [
+        f"models[0].builds[0].{name}" for name, value in builds[0].items() if value == UNFILLED
+    ]
     if not unfilled:
         NetworkPins.load(output)  # a file that this version writes is one that it reads
     stated = {name: round[name] for name in ("preset", "seq_len", "strength")}
@@ -221,14 +267,18 @@ def write_pins(
 
 
 def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
-    """Return the values of the round: those of the flags, else of the proofs, else the published ones."""
+    """Return the values of the round: those of the flags, else of the proofs, else the published
+    ones.
+    """
     asked: dict[str, Any] = {}
     for name in ("preset", "seq_len", "r_target"):
         stated = {getattr(header.round, name) for header in headers}
         if given[name] is None and len(stated) > 1:
             seen = f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}"
             raise UsageError(seen, wanted="proofs of one kind of round", do=f"pass {_flag(name)}")
-        asked[name] = given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
+        asked[name] = (
+            given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
+        )
     asked |= {name: given[name] for name in ("strength", "node_count", "fewest_nonces")}
     asked["preset"] = get_pipeline(asked["preset"]).name
     if get_pipeline(asked["preset"]).output != "distance":
@@ -241,7 +291,9 @@ def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[d
     """Return the builds of the proofs, or one that is to be filled in."""
     if headers and dtype is not None:
         wanted = "one of the two: the number format of a build is that of its proof"
-        raise UsageError(f"--dtype {dtype} beside --from-proof", wanted=wanted, do="leave --dtype out")
+        raise UsageError(
+            f"--dtype {dtype} beside --from-proof", wanted=wanted, do="leave --dtype out"
+        )
     for header in headers:
         Build.of(header.fingerprint)  # an error says what is no build
     agreed = [dtype] if dtype else [*get_pipeline(preset).number_formats, UNFILLED]
@@ -251,7 +303,8 @@ def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[d
 
 def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
     """Refuse a file that is no calibration, or one of none of the proofs."""
-    measured, reasons = Calibration.load(path), []
+    measured = Calibration.load(path)
+    reasons = []
     for header in headers:
         try:
             measured.find_build(header)
@@ -262,12 +315,14 @@ def _check_calibration(path: Path, headers: Sequence[Header]) -> None:
 
 
 def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration | None:
-    """Return the first pinned calibration of the proof's model that was measured with its preset and build.
+    """Return the first pinned calibration of the proof's model that was measured with its preset
+    and build.
 
     It is None where the network pins none for this model, so that the stated default holds.
 
     Raises:
-        CalibrationError: There are calibrations, and none is of this proof: a wider law must not take its place.
+        CalibrationError: There are calibrations, and none is of this proof: a wider law must not
+            take its place.
         DataError: A file cannot be read, or is another one than was pinned.
         UsageError: The model is not one of the network's.
     """
@@ -294,32 +349,56 @@ def list_pinned(network: NetworkPins) -> list[str]:
     keys = len({node.public_key for node in network.nodes})
     lines += [f"nodes: {keys} keys with {len(network.nodes)} shares"] if keys else []
     for model in network.models:
-        lines.append(f"model: {model.reference}, {model.weights} weights, checkpoint {model.digest[:12]}")
+        lines.append(
+            f"model: {model.reference}, {model.weights} weights, checkpoint {model.digest[:12]}"
+        )
         for build in model.builds:
-            lines.append(f"build: {_values(build, [name for name in BUILD_FIELDS if name not in build.free])}")
+            lines.append(
+                f"build: {_values(build, [name for name in BUILD_FIELDS if name not in build.free])}"
+            )
         lines += [f"calibration: {pinned.file}" for pinned in model.calibrations]
     return lines
 
 
 def list_open(network: NetworkPins) -> list[str]:
     """Return what a file leaves open and who says it instead, one line each."""
-    asked, lines = network.round, []
+    asked = network.round
+    lines = []
     if asked.block_hash is None:
         lines.append("block: --block-hash says it for each round")
     if not network.nodes:
-        lines.append("key: --public-key says it for each proof; [[nodes]] lists those that may prove")
+        lines.append(
+            "key: --public-key says it for each proof; [[nodes]] lists those that may prove"
+        )
     if not network.nodes and asked.node_count > 1:
         lines.append("share: --node-id says it for each proof")
     if asked.nonces is None:
         lines.append(f"nonces: any {asked.fewest_nonces} or more that are consecutive in the share")
-    if Round(block_hash="any", public_key="any", preset=asked.preset, strength=asked.strength).strength == 32:
-        lines.append("input seeds: with 32 bits a node finds colliding ones by hashing; strength = 256 ends that")
+    if (
+        Round(
+            block_hash="any", public_key="any", preset=asked.preset, strength=asked.strength
+        ).strength
+        == 32
+    ):
+        lines.append(
+            "input seeds: with 32 bits a node finds colliding ones by hashing; strength = 256 "
+            "ends that"
+        )
     for model in network.models:
-        lines += [f"build of {model.reference}: {_values(build, build.free)}" for build in model.builds if build.free]
+        lines += [
+            f"build of {model.reference}: {_values(build, build.free)}"
+            for build in model.builds
+            if build.free
+        ]
         if not model.calibrations:
-            lines.append(f"honest noise of {model.reference}: no calibration, so no verdict but of a bundled model")
+            lines.append(
+                f"honest noise of {model.reference}: no calibration, so no verdict but of a "
+                f"bundled model"
+            )
     return lines
 
 
 def _values(build: Build, names: Sequence[str]) -> str:
-    return ", ".join(f"{name} {' or '.join(map(str, getattr(build, name))) or 'none'}" for name in names)
+    return ", ".join(
+        f"{name} {' or '.join(map(str, getattr(build, name))) or 'none'}" for name in names
+    )

@@ -35,7 +35,9 @@ T = TypeVar("T")
 DEFAULT_BATCH = 32
 
 Progress = Callable[[int, int], None]
-"""Called with (records done, records in all) after every batch; by :func:`prove` also once before the first."""
+"""Called with (records done, records in all) after every batch; by :func:`prove` also once before
+the first.
+"""
 
 
 def prove(
@@ -55,23 +57,27 @@ def prove(
         model: Model that is proved.
         round: Round of this node; its ``model`` is filled in when empty.
         nonces: Ascending nonces of this node's share, for instance ``round.nonces(0, 256)``.
-        batch_size: Rows of the fixed batch shape, recorded in the proof; 32, or that of ``engine``, when None.
-        output: Proof file, written as it grows to ``<output>.partial``. If an interrupted run of the same round left
-            that file, the proof continues after its last whole line; the seconds of its footer are those of the last
-            run alone, since nothing says how long the ones before worked.
+        batch_size: Rows of the fixed batch shape, recorded in the proof; 32, or that of ``engine``,
+            when None.
+        output: Proof file, written as it grows to ``<output>.partial``. If an interrupted run of
+            the same round left that file, the proof continues after its last whole line; the
+            seconds of its footer are those of the last run alone, since nothing says how long the
+            ones before worked.
         engine: Engine that runs the model; when None, the transformers engine, compiled on CUDA.
-        progress: Function that is called with (nonces done, nonces in all): first with those that an interrupted run
-            left, mostly 0, and then after every batch.
+        progress: Function that is called with (nonces done, nonces in all): first with those that
+            an interrupted run left, mostly 0, and then after every batch.
         overwrite: Whether an existing proof file may be replaced.
 
     Returns:
         The complete proof.
 
     Raises:
-        UsageError: A nonce, shape or preset is out of range, ``batch_size`` is not that of ``engine``, the file exists
-            and may not be replaced, or its partial file belongs to another proof.
+        UsageError: A nonce, shape or preset is out of range, ``batch_size`` is not that of
+            ``engine``, the file exists and may not be replaced, or its partial file belongs to
+            another proof.
         ProofFormatError: A line of the partial file was edited.
-        ModelError: The model cannot be run: no decoder layers were found, or (BadWeights) it gives NaN or infinity.
+        ModelError: The model cannot be run: no decoder layers were found, or (BadWeights) it gives
+            NaN or infinity.
         OutOfMemory: The device has no room for a batch.
         StorageError: The file cannot be written. What was proved so far stays in the partial file.
 
@@ -87,13 +93,20 @@ def prove(
         True
     """
     if engine is None:
-        shape = {"batch_size": DEFAULT_BATCH if batch_size is None else batch_size, "seq_len": round.seq_len}
+        shape = {
+            "batch_size": DEFAULT_BATCH if batch_size is None else batch_size,
+            "seq_len": round.seq_len,
+        }
         decoding = get_pipeline(round.preset).steps > 0  # which runs the kernels of eager torch
         engine = HFEngine(model, **shape, compiled=worth_compiling(model) and not decoding)
     elif batch_size not in (None, engine.batch_size):
         wanted = "one of the two: the batch shape belongs to the engine"
         do = "leave batch_size out, or make the engine with it"
-        raise UsageError(f"batch_size {batch_size} with an engine of {engine.batch_size} rows", wanted=wanted, do=do)
+        raise UsageError(
+            f"batch_size {batch_size} with an engine of {engine.batch_size} rows",
+            wanted=wanted,
+            do=do,
+        )
     chosen = round.check_nonces(nonces)
     check_length(engine, round)
     pipeline = get_pipeline(round.preset)
@@ -115,7 +128,9 @@ def prove(
             records = out.resume(
                 first,
                 len(chosen),  # below the header, so that the records begin in line 2
-                lambda number, line: parse_record_line(out.partial, number, line, header, chosen[number - 2]),
+                lambda number, line: parse_record_line(
+                    out.partial, number, line, header, chosen[number - 2]
+                ),
             )
         if progress:
             progress(len(records), len(chosen))
@@ -140,7 +155,9 @@ def frame_name(pipeline: Pipeline, engine: Engine) -> str:
     """
     if not pipeline.framed:
         return ""
-    check_frame(pipeline, engine.frame, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
+    check_frame(
+        pipeline, engine.frame, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size
+    )
     return engine.frame.sha256 if engine.frame is not None else ""
 
 
@@ -152,7 +169,9 @@ def check_length(engine: Engine, round: Round) -> None:
     """
     if engine.seq_len != round.seq_len:
         raise UsageError(
-            f"an engine for {engine.seq_len} positions", wanted=f"seq_len {round.seq_len}", do="make one for this round"
+            f"an engine for {engine.seq_len} positions",
+            wanted=f"seq_len {round.seq_len}",
+            do="make one for this round",
         )
 
 
@@ -162,7 +181,8 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
     Raises:
         ModelError: The engine gives fewer or more results than nonces.
     """
-    round, pipeline = header.round, header.pipeline
+    round = header.round
+    pipeline = header.pipeline
     check_supported(engine, pipeline)
     if pipeline.steps:
         for batch, made in _in_batches(engine, nonces, engine.decoded(round, pipeline, nonces)):
@@ -171,16 +191,19 @@ def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[l
     for batch, (values,) in _in_batches(engine, nonces, engine.outputs(round, pipeline, nonces)):
         if not np.isfinite(values).all():
             raise not_finite(
-                f"{round.model} gives {round.preset} a value that is NaN or infinite in {engine.dtype}",
+                f"{round.model} gives {round.preset} a value that is NaN or infinite in "
+                f"{engine.dtype}",
                 wanted="logits that are finite and not all zero",
             )
         yield [_record(nonce, value) for nonce, value in zip(batch, values, strict=True)]
 
 
 def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Iterator[list[Record]]:
-    """Recompute the nonces of received records, one list per batch; tokens are replayed and not decoded again.
+    """Recompute the nonces of received records, one list per batch; tokens are replayed and not
+    decoded again.
 
-    Tokens that follow a wrong one are judged as what the model says after it, so one forward pass judges them all.
+    Tokens that follow a wrong one are judged as what the model says after it, so one forward pass
+    judges them all.
 
     Raises:
         ModelError: The engine gives fewer or more results than nonces.
@@ -192,7 +215,9 @@ def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Ite
         return
     given = [record for record in received if isinstance(record, TokenRecord)]
     tokens_MN = np.stack([record.tokens for record in given])
-    for batch, made in _in_batches(engine, given, engine.replayed(header.round, header.pipeline, nonces, tokens_MN)):
+    for batch, made in _in_batches(
+        engine, given, engine.replayed(header.round, header.pipeline, nonces, tokens_MN)
+    ):
         yield [
             replace(record, margins=margins, sketches=sketches)
             for record, margins, sketches in zip(batch, *made, strict=True)
@@ -202,13 +227,18 @@ def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Ite
 def _in_batches(
     engine: Engine, items: Sequence[T], outputs: Generator[Any]
 ) -> Iterator[tuple[Sequence[T], tuple[NDArray[Any], ...]]]:
-    """Yield every batch of items with the arrays that the engine made for it, of one row for each item."""
+    """Yield every batch of items with the arrays that the engine made for it, of one row for each
+    item.
+    """
     with closing(outputs):
         for start, made in itertools.zip_longest(range(0, len(items), engine.batch_size), outputs):
             batch = items[:0] if start is None else items[start : start + engine.batch_size]
             arrays = made if isinstance(made, tuple) else () if made is None else (made,)
             if {len(array) for array in arrays} != {len(batch)}:
-                seen = f"an engine with {len(arrays[0]) if arrays else 0} results for a batch of {len(batch)} nonces"
+                seen = (
+                    f"an engine with {len(arrays[0]) if arrays else 0} results for a batch of "
+                    f"{len(batch)} nonces"
+                )
                 do = "start the engine again; if that does not help, use --engine hf"
                 raise ModelError(seen, wanted="one result for each nonce", do=do)
             yield batch, arrays

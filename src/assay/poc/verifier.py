@@ -21,8 +21,8 @@ from assay.poc.verdict.noise import Noise, plan_sample, sequential_test
 from assay.poc.verdict.proofs import check_proof, draw_records
 from assay.streams.backends import dtype_name
 
-# A header may claim any batch shape, and may have claimed it in a calibration; a validator follows it so far, for equal
-# bits, and no further.
+# A header may claim any batch shape, and may have claimed it in a calibration; a validator follows
+# it so far, for equal bits, and no further.
 LARGEST_BATCH = 1024
 LARGEST_SHAPE = 2**18  # positions of a batch, for the same reason
 
@@ -44,26 +44,30 @@ def verify(
 ) -> Verdict:
     """Recompute a sample of a proof's nonces and judge the whole.
 
-    The header of a proof is written by the prover. A proof that contradicts ``expect`` is refused. Whatever ``expect``
-    leaves open and is not at its published default is listed in :attr:`Verdict.unpinned`, and the exit code of an
-    honest verdict is then 2 instead of 0.
+    The header of a proof is written by the prover. A proof that contradicts ``expect`` is refused.
+    Whatever ``expect`` leaves open and is not at its published default is listed in
+    :attr:`Verdict.unpinned`, and the exit code of an honest verdict is then 2 instead of 0.
 
     Args:
         proof: Complete proof.
         model: Same checkpoint on this machine; its dtype and device may differ from the prover's.
-        expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that it says. A round
-            does not pin the set of nonces and the number format. The honest noise is that of the stated format, so a
-            node that may choose it chooses how wide the law is; a calibration whose builds of this model are all of one
-            format pins it.
-        sample: Number of nonces to recompute. When None, the 32 to 128 that the law needs to accuse a node of a tenth
-            of its nonces at five times the honest noise with a chance of 95 %, or all of a smaller proof.
-        seed: Number that draws the sample; from the randomness of the system when None, so that no prover can guess it.
-        calibration: Measured honest noise for this model, preset and pair of engines. Without one the verdict is
-            undecided, but for the bundled models, whose law comes with assay.
-        engine: Engine that recomputes; when None, the transformers engine with the prover's batch shape, of at most
-            1024 rows and 2**18 positions, or with the one that the calibration was measured with.
-        controls: Same checkpoint in the number formats that a law of the calibration names. Every nonce is computed
-            again with each, and the node's residuals count over how far the validator's own computations are apart.
+        expect: Values that the validator knows: :class:`Pins`, or a :class:`Round` to pin all that
+            it says. A round does not pin the set of nonces and the number format. The honest noise
+            is that of the stated format, so a node that may choose it chooses how wide the law is;
+            a calibration whose builds of this model are all of one format pins it.
+        sample: Number of nonces to recompute. When None, the 32 to 128 that the law needs to accuse
+            a node of a tenth of its nonces at five times the honest noise with a chance of 95 %, or
+            all of a smaller proof.
+        seed: Number that draws the sample; from the randomness of the system when None, so that no
+            prover can guess it.
+        calibration: Measured honest noise for this model, preset and pair of engines. Without one
+            the verdict is undecided, but for the bundled models, whose law comes with assay.
+        engine: Engine that recomputes; when None, the transformers engine with the prover's batch
+            shape, of at most 1024 rows and 2**18 positions, or with the one that the calibration
+            was measured with.
+        controls: Same checkpoint in the number formats that a law of the calibration names. Every
+            nonce is computed again with each, and the node's residuals count over how far the
+            validator's own computations are apart.
         alpha: Bound on the chance that an honest node is ever accused.
         beta: Bound on the chance that a cheat is called honest which an honest verdict excludes.
         progress: Function that is called with (nonces done, nonces in all) after every batch.
@@ -72,10 +76,10 @@ def verify(
         The verdict, with the numbers that it follows from.
 
     Raises:
-        ProofMismatch: The proof is of another checkpoint, contradicts ``expect``, is in another number format than
-            its preset has, or has nonces whose input seeds collide.
-        UsageError: The sample, the seed, an error rate or an expected value is out of range, or the engine is for
-            another number of positions.
+        ProofMismatch: The proof is of another checkpoint, contradicts ``expect``, is in another
+            number format than its preset has, or has nonces whose input seeds collide.
+        UsageError: The sample, the seed, an error rate or an expected value is out of range, or the
+            engine is for another number of positions.
         CalibrationError: The calibration is of another model, preset or pair of engines.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
@@ -112,7 +116,9 @@ def verify(
             if progress:
                 progress(sum(map(len, found)), len(chosen) * len(engines))
     more: dict[str, Any] = {"pins": pins, "test": test, "seed": seed, "power": power}
-    return judge(proof, chosen, found[0], noise, again=dict(zip(again, found[1:], strict=True)), **more)
+    return judge(
+        proof, chosen, found[0], noise, again=dict(zip(again, found[1:], strict=True)), **more
+    )
 
 
 def judging_setup(
@@ -124,11 +130,13 @@ def judging_setup(
     builds: Sequence[Build] | None = None,
     controls: Collection[str] = (),
 ) -> tuple[Engine, Noise | None]:
-    """Return the engine that recomputes a proof, and the honest noise between the prover's engine and it, if known.
+    """Return the engine that recomputes a proof, and the honest noise between the prover's engine
+    and it, if known.
 
-    :func:`verify` calls this before it computes anything, and its arguments are those of `verify`; ``builds`` are the
-    pinned ones, which say of which kind the prover's machine is, and ``controls`` are number formats. To call it
-    before a ledger is begun keeps the disk free of ledgers for proofs that are refused.
+    :func:`verify` calls this before it computes anything, and its arguments are those of `verify`;
+    ``builds`` are the pinned ones, which say of which kind the prover's machine is, and
+    ``controls`` are number formats. To call it before a ledger is begun keeps the disk free of
+    ledgers for proofs that are refused.
 
     Raises:
         ProofMismatch: The proof is of another checkpoint.
@@ -138,59 +146,89 @@ def judging_setup(
     if (header.digest, header.weights) != (model.digest, model.weights):
         seen = f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})"
         do = "verify with the checkpoint that the network agreed on (--model)"
-        raise ProofMismatch(seen, wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})", do=do)
+        raise ProofMismatch(
+            seen,
+            wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
+            do=do,
+        )
     refused = []
     for one in _recomputing(header, model, calibration) if engine is None else (engine,):
         check_length(one, header.round)
         _check_frame(header, one)
         try:
-            return one, noise_for(header, one.fingerprint, calibration, builds=builds, controls=controls)
+            return one, noise_for(
+                header, one.fingerprint, calibration, builds=builds, controls=controls
+            )
         except CalibrationError as error:
             refused.append(error)
     raise refused[0]
 
 
 def _controlling(header: Header, control: Model, model: Model) -> HFEngine:
-    """Return the engine that computes every nonce again; a ProofMismatch says that its model is another one."""
+    """Return the engine that computes every nonce again; a ProofMismatch says that its model is
+    another one.
+    """
     if (control.digest, control.weights) != (model.digest, model.weights):
         seen = f"a control with {control.reference} ({control.weights}, {control.digest[:12]})"
         wanted = f"the checkpoint of the proof, {model.digest[:12]}"
-        raise ProofMismatch(seen, wanted=wanted, do="load the same checkpoint in the other number format")
+        raise ProofMismatch(
+            seen, wanted=wanted, do="load the same checkpoint in the other number format"
+        )
     compiled = worth_compiling(control) and not header.pipeline.steps
     size = judging_batch(header)
-    return HFEngine(control.with_frame(model.frame), batch_size=size, seq_len=header.round.seq_len, compiled=compiled)
+    return HFEngine(
+        control.with_frame(model.frame),
+        batch_size=size,
+        seq_len=header.round.seq_len,
+        compiled=compiled,
+    )
 
 
 def _check_frame(header: Header, engine: Engine) -> None:
-    """Refuse a proof in another frame than the validator's; a UsageError says that the validator has none."""
+    """Refuse a proof in another frame than the validator's; a UsageError says that the validator
+    has none.
+    """
     own = frame_name(header.pipeline, engine)
     if header.frame != own:
         raise ProofMismatch(
             f"a proof in the frame {header.frame[:12]}",
             wanted=f"the frame {own[:12]}, which the network agreed on",
-            do="ask the node for a proof in that frame, or pass the one of the network (--pins or --frame)",
+            do="ask the node for a proof in that frame, or pass the one of the network (--pins or "
+            "--frame)",
             field="frame",
         )
 
 
 def _recomputing(header: Header, model: Model, calibration: Calibration | None) -> Iterator[Engine]:
-    """Yield the engines of this device that may recompute a proof, in the order in which they are tried.
+    """Yield the engines of this device that may recompute a proof, in the order in which they are
+    tried.
 
-    Equal fingerprints give equal bits, so the first has the batch and the kernels of the prover. A calibration may have
-    been measured with others, for instance with those of ``prove`` on this device beside a node on vLLM.
+    Equal fingerprints give equal bits, so the first has the batch and the kernels of the prover. A
+    calibration may have been measured with others, for instance with those of ``prove`` on this
+    device beside a node on vLLM.
     """
     fast = worth_compiling(model) and not header.pipeline.steps  # only eager kernels decode
     own = judging_batch(header), is_compiled(header.fingerprint)
-    measured = [(_bounded(one.batch_size, header), is_compiled(one)) for one in _measured(header, calibration, "hf")]
-    for batch_size, compiled in dict.fromkeys((size, compiled and fast) for size, compiled in (own, *measured)):
-        yield HFEngine(model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled)
+    measured = [
+        (_bounded(one.batch_size, header), is_compiled(one))
+        for one in _measured(header, calibration, "hf")
+    ]
+    for batch_size, compiled in dict.fromkeys(
+        (size, compiled and fast) for size, compiled in (own, *measured)
+    ):
+        yield HFEngine(
+            model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled
+        )
 
 
-def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibration | None = None) -> int:
-    """Return the batch size of a validator: that of the header, which may claim any, or one that was measured.
+def judging_batch(
+    header: Header, *, engine: str = "hf", calibration: Calibration | None = None
+) -> int:
+    """Return the batch size of a validator: that of the header, which may claim any, or one that
+    was measured.
 
-    If no engine of the validator's kind, ``hf`` or ``vllm``, that may judge the prover was measured with the batch of
-    the header, that of the first one is taken.
+    If no engine of the validator's kind, ``hf`` or ``vllm``, that may judge the prover was measured
+    with the batch of the header, that of the first one is taken.
 
     Raises:
         CalibrationError: The calibration is of another model, preset or build than the proof.
@@ -201,7 +239,9 @@ def judging_batch(header: Header, *, engine: str = "hf", calibration: Calibratio
 
 
 def _measured(header: Header, calibration: Calibration | None, engine: str) -> list[Fingerprint]:
-    judges = [] if calibration is None else calibration.find_build(header).judges(header.fingerprint)
+    judges = (
+        [] if calibration is None else calibration.find_build(header).judges(header.fingerprint)
+    )
     return [one for one in judges if one.engine == engine]
 
 

@@ -1,16 +1,18 @@
-"""The chord law: the distance x of a random direction in R^d from a fixed one, and the law of the distances of a block.
+"""The chord law: the distance x of a random direction in R^d from a fixed one, and the law of the
+distances of a block.
 
     (x/2)² ~ Beta(a, a),    a = (d − 1)/2
     γ² ~ χ²_ν/ν,    ν = 1/‖M‖²,    M = E[x xᵀ]
 
-docs/statistics.md derives both. The first is exact (Fang, Kotz and Ng 1990, §3.1); dimensions below 2 are refused.
-γ is the factor by which all cosines of a block are wider or narrower: unit states x with second moments M have products
-with the folded head v of variance γ² = vᵀMv. Over blocks that is Σ λᵢχ²₁ with the eigenvalues λ of M; the law has
-the same mean and variance (Satterthwaite 1946; Box 1954, theorem 3.1).
+docs/statistics.md derives both. The first is exact (Fang, Kotz and Ng 1990, §3.1); dimensions below
+2 are refused. γ is the factor by which all cosines of a block are wider or narrower: unit states x
+with second moments M have products with the folded head v of variance γ² = vᵀMv. Over blocks that
+is Σ λᵢχ²₁ with the eigenvalues λ of M; the law has the same mean and variance (Satterthwaite 1946;
+Box 1954, theorem 3.1).
 
-ν is the *effective dimension* of the states: D where all directions of R^D occur alike. Signs drawn per nonce make M
-diagonal and keep the energy of a coordinate. A reflection in a random hyperplane keeps 1 − 4/D + 8/(D(D + 2)) of what M
-has beyond I/D; eight of them keep 88 % at D = 256.
+ν is the *effective dimension* of the states: D where all directions of R^D occur alike. Signs drawn
+per nonce make M diagonal and keep the energy of a coordinate. A reflection in a random hyperplane
+keeps 1 − 4/D + 8/(D(D + 2)) of what M has beyond I/D; eight of them keep 88 % at D = 256.
 
 Suffixes: N nonces, D hidden size.
 """
@@ -27,14 +29,20 @@ from assay.errors import UsageError
 
 FloatArray = npt.NDArray[np.float64]
 TAIL = 0.025  # beyond either end of an interval of 95 %
-RANDOM_HEAD_ROWS = 8192  # of the published random head: the dimension in which distances of `poc-2.0` are measured
+RANDOM_HEAD_ROWS = (
+    8192  # of the published random head: the dimension in which distances of `poc-2.0` are measured
+)
 _POINTS = 512  # of the law of the factor, each of the same probability
-_SERIES_FROM = 50.0  # above this a, the asymptotic series is more precise than differences of log-gamma
+_SERIES_FROM = (
+    50.0  # above this a, the asymptotic series is more precise than differences of log-gamma
+)
 
 
 def _half_dimension(d: int) -> float:
     if d < 2:
-        raise UsageError(f"dimension {d}", wanted="a whole number of at least 2", do="pass the output dimension")
+        raise UsageError(
+            f"dimension {d}", wanted="a whole number of at least 2", do="pass the output dimension"
+        )
     return (d - 1) / 2
 
 
@@ -42,7 +50,8 @@ def _log_mean_over_sqrt2(d: int) -> float:
     """Return ln(E[x]/√2), from E[x] = 2·Γ(a + ½)Γ(2a) / (Γ(a)Γ(2a + ½))."""
     a = _half_dimension(d)
     if a > _SERIES_FROM:
-        # ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), at a and 2a.
+        # ln Γ(a + ½) − ln Γ(a) = ½ ln a − 1/(8a) + 1/(192a³) − 1/(640a⁵) + … (DLMF 5.11.8), at a
+        # and 2a.
         return -1 / (16 * a) + 7 / (1536 * a**3) - 31 / (20480 * a**5)
     ln_gamma = scipy.special.gammaln
     log_mean = ln_gamma(a + 0.5) - ln_gamma(a) + ln_gamma(2 * a) - ln_gamma(2 * a + 0.5)
@@ -55,7 +64,9 @@ def chord_mean(d: int) -> float:
 
 
 def chord_std(d: int) -> float:
-    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to 1/√(2d)."""
+    """Return the standard deviation of the distance in R^d, from E[x²] = 2 exactly; it tends to
+    1/√(2d).
+    """
     return math.sqrt(-2 * math.expm1(2 * _log_mean_over_sqrt2(d)))
 
 
@@ -67,7 +78,8 @@ def chord_cdf(x: npt.ArrayLike, d: int) -> FloatArray:
 
 
 def valid_rate(r_target: float, d: int) -> float:
-    """Return the share of nonces with a distance below ``r_target`` when outputs are random directions of R^d.
+    """Return the share of nonces with a distance below ``r_target`` when outputs are random
+    directions of R^d.
 
     A UsageError refuses an ``r_target`` outside (0, 2], and a dimension below 2.
     """
@@ -76,15 +88,18 @@ def valid_rate(r_target: float, d: int) -> float:
 
 def _checked(r_target: float) -> float:
     if not 0.0 < r_target <= 2.0:
-        raise UsageError(f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for")
+        raise UsageError(
+            f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for"
+        )
     return r_target
 
 
 def r_target_for(rate: float, d: int) -> float:
-    """Return the ``r_target`` at which a share ``rate`` of random directions is valid: exact inverse of `valid_rate`.
+    """Return the ``r_target`` at which a share ``rate`` of random directions is valid: exact
+    inverse of `valid_rate`.
 
-    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate. A UsageError refuses a
-    ``rate`` outside (0, 1], and a dimension below 2.
+    For large d it is close to √(2 − 2·z/√d), z the standard normal quantile of 1 − rate. A
+    UsageError refuses a ``rate`` outside (0, 1], and a dimension below 2.
     """
     if not 0.0 < rate <= 1.0:
         raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
@@ -93,9 +108,15 @@ def r_target_for(rate: float, d: int) -> float:
 
 
 def rate_standard_error(rate: float, n: int) -> float:
-    """Return the standard error √(p(1 − p)/n) of a rate p in [0, 1] of n ≥ 1 independent nonces, else a UsageError."""
+    """Return the standard error √(p(1 − p)/n) of a rate p in [0, 1] of n ≥ 1 independent nonces,
+    else a UsageError.
+    """
     if not 0.0 <= rate <= 1.0 or n < 1:
-        raise UsageError(f"rate {rate} of {n} nonces", wanted="a rate in [0, 1] of at least 1 nonce", do="check both")
+        raise UsageError(
+            f"rate {rate} of {n} nonces",
+            wanted="a rate in [0, 1] of at least 1 nonce",
+            do="check both",
+        )
     return math.sqrt(rate * (1 - rate) / n)
 
 
@@ -103,13 +124,14 @@ def rate_standard_error(rate: float, n: int) -> float:
 class BlockLaw:
     """The law of the distances of a block: γ² ~ scale²·χ²_ν/ν.
 
-    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head, which is taken as normal. Where
-    one coordinate outweighs the others, as in the widest blocks, it is not, and a rate is off by half a point at most.
+    Under the signs of a nonce, a state x has the product Σ ±vᵢxᵢ with the folded head, which is
+    taken as normal. Where one coordinate outweighs the others, as in the widest blocks, it is not,
+    and a rate is off by half a point at most.
 
     Args:
         dimension: Dimension d of the chord law.
-        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of the block, and
-            infinity if γ equals ``scale``.
+        freedom: Degrees of freedom ν: the effective dimension of the states if nothing is known of
+            the block, and infinity if γ equals ``scale``.
         scale: Known scale of γ; 1.0 for any block.
 
     Raises:
@@ -138,14 +160,17 @@ class BlockLaw:
         return self.scale / math.sqrt(2 * self.freedom)
 
     def valid_rate(self, r_target: float) -> float:
-        """Return the expected share of nonces with a distance below ``r_target`` in (0, 2], else a UsageError."""
+        """Return the expected share of nonces with a distance below ``r_target`` in (0, 2], else a
+        UsageError.
+        """
         return float(self._rates(np.asarray(_checked(r_target))).mean())
 
     def rate_error(self, r_target: float, n: int | None = None) -> float:
-        """Return the standard error of the valid rate of such a block: that of the law, and that of n nonces if given.
+        """Return the standard error of the valid rate of such a block: that of the law, and that of
+        n nonces if given.
 
-        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half. A UsageError refuses an ``r_target``
-        outside (0, 2], and an n below 1.
+        It is about φ(z)·|z|/√(2ν) at a rate of Φ(z), which is 0 at one half. A UsageError refuses
+        an ``r_target`` outside (0, 2], and an n below 1.
         """
         nonces = 0.0 if n is None else rate_standard_error(self.valid_rate(r_target), n)
         return math.hypot(float(self._rates(np.asarray(r_target)).std()), nonces)
@@ -156,16 +181,22 @@ class BlockLaw:
         return np.asarray(shares.mean(axis=0)), np.asarray(shares.std(axis=0))
 
     def rate_interval(self, r_target: float) -> tuple[float, float]:
-        """Return the interval in which the valid rate of such a block falls with a probability of 95 %.
+        """Return the interval in which the valid rate of such a block falls with a probability of
+        95 %.
 
         A UsageError refuses an ``r_target`` outside (0, 2].
         """
         cosine = 1 - _checked(r_target) ** 2 / 2
-        ends = sorted(float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension)) for q in (TAIL, 1 - TAIL))
+        ends = sorted(
+            float(chord_cdf(_chord(cosine / self.factor(q)), self.dimension))
+            for q in (TAIL, 1 - TAIL)
+        )
         return ends[0], ends[1]
 
     def target_interval(self, r_target: float, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the interval of the quantile of a block, if that of an average block is ``r_target``."""
+        """Return the interval of the quantile of a block, if that of an average block is
+        ``r_target``.
+        """
         tail = (1 - confidence) / 2
         cosine = 1 - r_target**2 / 2
         ends = sorted(float(_chord(cosine * self.factor(q))) for q in (tail, 1 - tail))

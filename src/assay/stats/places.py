@@ -1,12 +1,13 @@
 """The place test: whether residuals are large at certain places of the prover's batches.
 
-docs/statistics.md says what faults these are, which places are suspected, and what a cheat at fixed places gains. If
-residuals do not depend on the place, every assignment of them to positions p is equally likely. So Fisher's exact test
-is valid for any law of them: of the table of those at the suspected places or elsewhere, among the largest or not, with
-as many largest ones as stand there.
+docs/statistics.md says what faults these are, which places are suspected, and what a cheat at fixed
+places gains. If residuals do not depend on the place, every assignment of them to positions p is
+equally likely. So Fisher's exact test is valid for any law of them: of the table of those at the
+suspected places or elsewhere, among the largest or not, with as many largest ones as stand there.
 
-The places tried are runs p mod m in start … start + length − 1, with an equal share of α for every modulus m
-(Bonferroni), half of which is for runs that start at 0. So α bounds the chance that a sound machine is called faulty.
+The places tried are runs p mod m in start … start + length − 1, with an equal share of α for every
+modulus m (Bonferroni), half of which is for runs that start at 0. So α bounds the chance that a
+sound machine is called faulty.
 
 Suffixes: N residuals, M places of one modulus, L lengths of runs, S starts of runs.
 """
@@ -25,16 +26,34 @@ from assay.stats.chord import FloatArray
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-PLACE_ALPHA = 1e-4  # bound on the chance that residuals that do not depend on the place are called faulty
-MATERIAL_RATIO = 1.5  # least factor between the medians at bad places and elsewhere; a smaller one may be no fault
-SUSPICION = 0.05  # largest p-value at which more nonces must be checked before large residuals are called fraud
+PLACE_ALPHA = (
+    1e-4  # bound on the chance that residuals that do not depend on the place are called faulty
+)
+# least factor between the medians at bad places and elsewhere; a smaller one may be no fault
+MATERIAL_RATIO = 1.5
+# largest p-value at which more nonces must be checked before large residuals are called fraud
+SUSPICION = 0.05
 
-# Once a dependence is shown, further places only change what is set aside, and one that is left may look like fraud.
+# Once a dependence is shown, further places only change what is set aside, and one that is left may
+# look like fraud.
 _EXTENSION_ALPHA = 0.01
 _EXTENSIONS = 8
 
-_POWERS = (2, 4, 8, 16, 32, 64)  # usual batch sizes and numbers of ranks, tried whatever the proof states
-_MULTIPLES = (1, 2, 3, 4, 8)  # of the stated batch size: ranks that take turns, batches that the engine joined
+_POWERS = (
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+)  # usual batch sizes and numbers of ranks, tried whatever the proof states
+_MULTIPLES = (
+    1,
+    2,
+    3,
+    4,
+    8,
+)  # of the stated batch size: ranks that take turns, batches that the engine joined
 _LARGEST_MODULUS = 256  # a header may state any batch size
 _MOST_STARTS = 64
 
@@ -58,7 +77,9 @@ class Places:
 
     def at_multiple(self, modulus: int) -> frozenset[int]:
         """Return these places as places of a multiple of the modulus."""
-        return frozenset(place + start for place in self.places for start in range(0, modulus, self.modulus))
+        return frozenset(
+            place + start for place in self.places for start in range(0, modulus, self.modulus)
+        )
 
     def __str__(self) -> str:
         firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
@@ -73,18 +94,20 @@ class PlaceTest:
 
     Args:
         faulty: Whether the residuals depend on the place, by a factor that matters.
-        suspected: Whether they may depend on it: too little for ``faulty``, but enough to check more nonces before
-            large residuals are called fraud. Never true together with ``faulty``.
-        p_value: Upper bound of the probability that residuals which do not depend on the place show a pattern as clear
-            as the one named, for all patterns that were tried together.
-        pattern: Bad places in words, such as "position mod 16 in 0 to 5"; the clearest pattern if nothing is faulty.
+        suspected: Whether they may depend on it: too little for ``faulty``, but enough to check
+            more nonces before large residuals are called fraud. Never true together with
+            ``faulty``.
+        p_value: Upper bound of the probability that residuals which do not depend on the place show
+            a pattern as clear as the one named, for all patterns that were tried together.
+        pattern: Bad places in words, such as "position mod 16 in 0 to 5"; the clearest pattern if
+            nothing is faulty.
         modulus: Number of places; None with fewer than two residuals.
         places: Bad places, each below the modulus.
         share: Share of the places that are bad.
-        ratio: Median residual at the clearest of the bad places, over the larger of the median elsewhere and the honest
-            size; infinite if that is 0.
-        set_aside: Whether each residual stands at a bad place, [N]; all false unless faulty or suspected, so that
-            ``~set_aside`` always picks the residuals to judge.
+        ratio: Median residual at the clearest of the bad places, over the larger of the median
+            elsewhere and the honest size; infinite if that is 0.
+        set_aside: Whether each residual stands at a bad place, [N]; all false unless faulty or
+            suspected, so that ``~set_aside`` always picks the residuals to judge.
     """
 
     faulty: bool
@@ -99,51 +122,77 @@ class PlaceTest:
 
 
 def place_test(
-    magnitudes: npt.ArrayLike, positions: npt.ArrayLike, *, batch_size: int | None = None, honest_size: float = 0.0
+    magnitudes: npt.ArrayLike,
+    positions: npt.ArrayLike,
+    *,
+    batch_size: int | None = None,
+    honest_size: float = 0.0,
 ) -> PlaceTest:
     """Test whether residuals depend on the place of their nonces in the prover's batches.
 
-    Residuals are faulty if they depend on the place with a p-value of at most `PLACE_ALPHA`, and if their median at the
-    bad places is at least `MATERIAL_RATIO` times both that of the others and the honest size. At most half of the
-    places are called bad. No random numbers are drawn.
+    Residuals are faulty if they depend on the place with a p-value of at most `PLACE_ALPHA`, and if
+    their median at the bad places is at least `MATERIAL_RATIO` times both that of the others and
+    the honest size. At most half of the places are called bad. No random numbers are drawn.
 
     Args:
-        magnitudes: Sizes of the residuals: differences of distances, whose sign is dropped, or L2 distances of
-            vectors. A value that is not finite counts as twice the largest of the others.
-        positions: Index of each nonce in the sequence that the prover computed, from 0. A sample may skip any. Where
-            published records leave out nonces, the index among the records is not the position.
-        batch_size: Batch size that the proof states; only the usual powers of two are tried when None.
-        honest_size: Size of a typical honest residual. Without it, two machines that agree to the bit except at some
-            places would be called faulty for an ordinary rounding difference there.
+        magnitudes: Sizes of the residuals: differences of distances, whose sign is dropped, or L2
+            distances of vectors. A value that is not finite counts as twice the largest of the
+            others.
+        positions: Index of each nonce in the sequence that the prover computed, from 0. A sample
+            may skip any. Where published records leave out nonces, the index among the records is
+            not the position.
+        batch_size: Batch size that the proof states; only the usual powers of two are tried when
+            None.
+        honest_size: Size of a typical honest residual. Without it, two machines that agree to the
+            bit except at some places would be called faulty for an ordinary rounding difference
+            there.
 
     Raises:
-        UsageError: Residuals and positions differ in number, a position is not a whole number from 0, or
-            ``batch_size`` or ``honest_size`` is out of range.
+        UsageError: Residuals and positions differ in number, a position is not a whole number from
+            0, or ``batch_size`` or ``honest_size`` is out of range.
 
     Example:
         >>> test = place_test([0.9 if n % 8 == 0 else 0.1 for n in range(64)], range(64), batch_size=8)
         >>> test.faulty, test.pattern, test.share
         (True, 'position mod 8 in 0', 0.125)
     """
-    values_N, positions_N = np.asarray(magnitudes, dtype=np.float64), np.asarray(positions)
+    values_N = np.asarray(magnitudes, dtype=np.float64)
+    positions_N = np.asarray(positions)
     alike = values_N.ndim == 1 and values_N.shape == positions_N.shape
-    if not alike or (values_N.size and (not np.issubdtype(positions_N.dtype, np.integer) or positions_N.min() < 0)):
-        seen = f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape {positions_N.shape}"
+    if not alike or (
+        values_N.size
+        and (not np.issubdtype(positions_N.dtype, np.integer) or positions_N.min() < 0)
+    ):
+        seen = (
+            f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape "
+            f"{positions_N.shape}"
+        )
         do = "pass the index of each nonce in the prover's own sequence"
         raise UsageError(seen, wanted="one whole number from 0 for each residual", do=do)
     if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
         wanted = "a batch of at least 1, a finite size of at least 0"
         do = "pass the batch size of the proof's header, or None"
-        raise UsageError(f"batch_size {batch_size}, honest_size {honest_size}", wanted=wanted, do=do)
+        raise UsageError(
+            f"batch_size {batch_size}, honest_size {honest_size}", wanted=wanted, do=do
+        )
     if values_N.size < 2:
-        return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, np.zeros(values_N.size, dtype=np.bool_))
+        return PlaceTest(
+            False, False, 1.0, "", None, (), 0.0, 1.0, np.zeros(values_N.size, dtype=np.bool_)
+        )
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
     size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
     sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
     found = sorted(sample.find_runs(sample.moduli), key=lambda places: places.log_p)
-    ratios = [inside / base if base else math.inf if inside else 1.0 for inside, base in map(sample.medians, found)]
-    guilty = [p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO for p, ratio in zip(found, ratios, strict=True)]
-    faulty, best = any(guilty), guilty.index(True) if any(guilty) else 0
+    ratios = [
+        inside / base if base else math.inf if inside else 1.0
+        for inside, base in map(sample.medians, found)
+    ]
+    guilty = [
+        p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO
+        for p, ratio in zip(found, ratios, strict=True)
+    ]
+    faulty = any(guilty)
+    best = guilty.index(True) if any(guilty) else 0
     named = found[best]
     dependent = faulty or named.p_value <= SUSPICION
     if dependent:
@@ -166,14 +215,18 @@ def choose_moduli(batch_size: int | None) -> tuple[int, ...]:
     """Return every modulus that is tried, in ascending order."""
     chosen = set(_POWERS)
     if batch_size is not None:
-        chosen |= {divisor for divisor in range(2, _LARGEST_MODULUS + 1) if batch_size % divisor == 0}
+        chosen |= {
+            divisor for divisor in range(2, _LARGEST_MODULUS + 1) if batch_size % divisor == 0
+        }
         chosen |= {batch_size * factor for factor in _MULTIPLES}
     return tuple(sorted(modulus for modulus in chosen if 2 <= modulus <= _LARGEST_MODULUS))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Sizes of residuals and their positions, [N] each, with the moduli to try and the size of an honest residual."""
+    """Sizes of residuals and their positions, [N] each, with the moduli to try and the size of an
+    honest residual.
+    """
 
     sizes: FloatArray
     positions: IntArray
@@ -181,7 +234,9 @@ class _Sample:
     honest_size: float
 
     def medians(self, places: Places) -> tuple[float, float]:
-        """Return the median residual at the places, and the larger of the median elsewhere and the honest size."""
+        """Return the median residual at the places, and the larger of the median elsewhere and the
+        honest size.
+        """
         inside_N = places.contain(self.positions)
         if inside_N.all() or not inside_N.any():
             return self.honest_size, self.honest_size
@@ -190,36 +245,55 @@ class _Sample:
 
     def find_runs(self, moduli: tuple[int, ...]) -> list[Places]:
         """Return the clearest run of every modulus, with p-values for all that were tried."""
-        found, tried = map(self._find_run, moduli), math.log(len(moduli))
+        found = map(self._find_run, moduli)
+        tried = math.log(len(moduli))
         return [replace(run, log_p=min(0.0, run.log_p + tried)) for run in found]
 
     def _find_run(self, modulus: int) -> Places:
-        """Return the clearest run of places of a modulus: any start (of 64 at most), any length up to half."""
+        """Return the clearest run of places of a modulus: any start (of 64 at most), any length up
+        to half.
+        """
         place_N = self.positions % modulus
         lengths_L = np.arange(1, modulus // 2 + 1)
         starts_S = np.arange(0, modulus, -(-modulus // _MOST_STARTS))
-        wanted_L = [round(self.sizes.size * length / modulus) for length in lengths_L.tolist()]  # at most half of all
-        # Of the wanted largest residuals, those above the next one: fewer where equal ones straddle the end.
+        wanted_L = [
+            round(self.sizes.size * length / modulus) for length in lengths_L.tolist()
+        ]  # at most half of all
+        # Of the wanted largest residuals, those above the next one: fewer where equal ones straddle
+        # the end.
         least_L = np.sort(self.sizes)[[-1 - wanted for wanted in wanted_L]]
-        large_LM = np.stack([np.bincount(place_N[self.sizes > least], minlength=modulus) for least in least_L])
+        large_LM = np.stack(
+            [np.bincount(place_N[self.sizes > least], minlength=modulus) for least in least_L]
+        )
         held_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
-        hits_LS, held_LS = (_sum_runs(counts_LM, lengths_L, starts_S) for counts_LM in (large_LM, held_LM))
-        log_p_LS = log_fisher(hits_LS, held_LS, large_LM.sum(axis=1, keepdims=True), self.sizes.size)
-        # Half of the share is for runs from place 0, the first column, where faults of real machines were found.
+        hits_LS, held_LS = (
+            _sum_runs(counts_LM, lengths_L, starts_S) for counts_LM in (large_LM, held_LM)
+        )
+        log_p_LS = log_fisher(
+            hits_LS, held_LS, large_LM.sum(axis=1, keepdims=True), self.sizes.size
+        )
+        # Half of the share is for runs from place 0, the first column, where faults of real
+        # machines were found.
         runs_S = np.full(starts_S.size, 2.0 * lengths_L.size * (starts_S.size - 1))
         runs_S[0] = 2.0 * lengths_L.size
         log_p_LS += np.log(runs_S)
         row, column = divmod(int(log_p_LS.argmin()), starts_S.size)
-        places = frozenset((int(starts_S[column]) + step) % modulus for step in range(int(lengths_L[row])))
+        places = frozenset(
+            (int(starts_S[column]) + step) % modulus for step in range(int(lengths_L[row]))
+        )
         return Places(modulus, places, log_p=float(log_p_LS[row, column]))
 
     def extend_run(self, run: Places) -> Places:
-        """Return the run with further places where the others are large: two machines may each have a fault."""
+        """Return the run with further places where the others are large: two machines may each have
+        a fault.
+        """
         for _ in range(_EXTENSIONS):
             own = run.modulus
             rest_N = ~run.contain(self.positions)
             # Places of the same modulus, its divisors and its multiples, up to half of all.
-            related = tuple(modulus for modulus in self.moduli if modulus % own == 0 or own % modulus == 0)
+            related = tuple(
+                modulus for modulus in self.moduli if modulus % own == 0 or own % modulus == 0
+            )
             if not related or np.count_nonzero(rest_N) < 2:
                 break
             rest = replace(self, sizes=self.sizes[rest_N], positions=self.positions[rest_N])
@@ -229,7 +303,9 @@ class _Sample:
             if more.p_value > _EXTENSION_ALPHA or 2 * len(places) > modulus:
                 break
             run = Places(modulus, places)
-        for modulus in self.moduli:  # ascending: the first modulus that names the same places is the smallest
+        for (
+            modulus
+        ) in self.moduli:  # ascending: the first modulus that names the same places is the smallest
             if run.modulus % modulus == 0:
                 shorter = Places(modulus, frozenset(place % modulus for place in run.places))
                 if shorter.at_multiple(run.modulus) == run.places:
@@ -238,23 +314,29 @@ class _Sample:
 
 
 def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> IntArray:
-    """Return the sum of the counts in each run, [L, S]; runs go on at place 0 after the last place."""
+    """Return the sum of the counts in each run, [L, S]; runs go on at place 0 after the last
+    place.
+    """
     before = np.pad(np.cumsum(np.tile(counts_LM, 2), axis=1), ((0, 0), (1, 0)))
     last_LS = starts_S[None, :] + lengths_L[:, None]
-    return np.asarray(np.take_along_axis(before, last_LS, axis=1) - before[:, starts_S], dtype=np.int64)
+    return np.asarray(
+        np.take_along_axis(before, last_LS, axis=1) - before[:, starts_S], dtype=np.int64
+    )
 
 
 def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> FloatArray:
     """Return an upper bound of the logarithm of Fisher's one-sided p-value, elementwise.
 
-    H is the number of the ``large`` residuals among the ``held`` at the places. P(H ≥ h) ≤ P(H = h)/(1 − r) with
-    r = P(H = h + 1)/P(H = h): these ratios fall with h, so the sum lies below a geometric series. Far in the tail the
-    bound is close.
+    H is the number of the ``large`` residuals among the ``held`` at the places. P(H ≥ h) ≤ P(H =
+    h)/(1 − r) with r = P(H = h + 1)/P(H = h): these ratios fall with h, so the sum lies below a
+    geometric series. Far in the tail the bound is close.
     """
     log_factorial = scipy.special.gammaln(np.arange(n + 1) + 1.0)
 
     def log_choose(total: IntArray | int, chosen: IntArray) -> FloatArray:
-        return np.asarray(log_factorial[total] - log_factorial[chosen] - log_factorial[total - chosen])
+        return np.asarray(
+            log_factorial[total] - log_factorial[chosen] - log_factorial[total - chosen]
+        )
 
     log_mass = log_choose(large, hits) + log_choose(n - large, held - hits) - log_choose(n, held)
     ratio = (large - hits) * (held - hits) / ((hits + 1.0) * (n - large - held + hits + 1.0))

@@ -1,9 +1,11 @@
-"""The torch backend, on the CPU and on CUDA: the formulas of :mod:`assay.streams.definition` over whole tensors.
+"""The torch backend, on the CPU and on CUDA: the formulas of :mod:`assay.streams.definition` over
+whole tensors.
 
-Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation of its own, so
-nothing is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are not used). Unsigned 32-bit
-arithmetic is done in int32, which wraps and has the same low bits; only the right shift needs a mask. And the square
-root is taken in float64, because ``torch.sqrt`` of float32 is one ulp off on some CPUs.
+Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation
+of its own, so nothing is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are
+not used). Unsigned 32-bit arithmetic is done in int32, which wraps and has the same low bits; only
+the right shift needs a mask. And the square root is taken in float64, because ``torch.sqrt`` of
+float32 is one ulp off on some CPUs.
 
 Shapes: ``B`` streams of a batch, ``N`` elements of each, ``S`` sub-seeds of a stream.
 """
@@ -19,7 +21,9 @@ from assay.streams.backends import Backend, tiles, torch_dtype
 from assay.streams.definition import UInts
 
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB, more is not faster."""
+"""Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB,
+more is not faster.
+"""
 
 
 DTYPES_OF_KINDS = {"uniforms": torch.float32, "signs": torch.int8, "gumbels": torch.float32}
@@ -44,12 +48,17 @@ class TorchBackend(Backend):
         return made_BN.view(torch.uint32) if kind == "hashes" else made_BN
 
     def _picks(self, seeds_B: UInts, n: int, k: int) -> torch.Tensor:
-        # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer only.
+        # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer
+        # only.
         order_BN = self._from_hashes("order", seeds_B, n)
         return torch.topk(order_BN, k, dim=1, largest=False, sorted=True).indices
 
-    def _add_gumbels(self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None) -> None:
-        for row, row_stop, column, column_stop in tiles(len(seeds_N), scores_RV.shape[1], self._tile):
+    def _add_gumbels(
+        self, scores_RV: torch.Tensor, seeds_N: torch.Tensor, rows_N: torch.Tensor | None
+    ) -> None:
+        for row, row_stop, column, column_stop in tiles(
+            len(seeds_N), scores_RV.shape[1], self._tile
+        ):
             gumbels = _gumbel(_hash(seeds_N[row:row_stop], column, column_stop))
             if rows_N is None:
                 scores_RV[row:row_stop, column:column_stop] += gumbels
@@ -63,8 +72,12 @@ class TorchBackend(Backend):
         return seeds_N
 
     def _from_hashes(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
-        """Return what follows from every hash, ``[B, n]``: one of the kinds of :func:`_from_hash`."""
-        out_BN = torch.empty((len(seeds_B), n), dtype=DTYPES_OF_KINDS.get(kind, torch.int32), device=self.device)
+        """Return what follows from every hash, ``[B, n]``: one of the kinds of
+        :func:`_from_hash`.
+        """
+        out_BN = torch.empty(
+            (len(seeds_B), n), dtype=DTYPES_OF_KINDS.get(kind, torch.int32), device=self.device
+        )
         signed_B = on_device(seeds_B, self.device)
         for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
             h = _hash(signed_B[row:row_stop], column, column_stop)
@@ -75,7 +88,9 @@ class TorchBackend(Backend):
         out_BN = torch.empty((len(seeds_BS), n), dtype=torch_dtype(dtype), device=self.device)
         length = definition.segment_length(n, seeds_BS.shape[1])
         for sub_seed, start in enumerate(range(0, n, length)):
-            self._fill_normals(on_device(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length])
+            self._fill_normals(
+                on_device(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length]
+            )
         return out_BN
 
     def _fill_normals(self, seeds_B: torch.Tensor, out_BN: torch.Tensor) -> None:
@@ -92,11 +107,15 @@ class TorchBackend(Backend):
 
 
 def on_device(seeds: UInts, device: str) -> torch.Tensor:
-    """Return seeds as int32 with the same bits; to a GPU on the current stream, without waiting for what is queued.
+    """Return seeds as int32 with the same bits; to a GPU on the current stream, without waiting for
+    what is queued.
 
-    From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have to be kept.
+    From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have
+    to be kept.
     """
-    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(device, non_blocking=True)
+    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(
+        device, non_blocking=True
+    )
 
 
 def _int32(value: int) -> int:
@@ -113,8 +132,12 @@ def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Return the hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the same bits."""
-    return _hash_of(seeds_B[:, None], torch.arange(start, stop, device=seeds_B.device).to(torch.int32))
+    """Return the hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the
+    same bits.
+    """
+    return _hash_of(
+        seeds_B[:, None], torch.arange(start, stop, device=seeds_B.device).to(torch.int32)
+    )
 
 
 def _hash_of(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -138,7 +161,9 @@ def _uniform(h: torch.Tensor) -> torch.Tensor:
 
 
 def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
-    """Return the hash, its uniform, its sign, its Gumbel number, or the int32 with its place in the order of all."""
+    """Return the hash, its uniform, its sign, its Gumbel number, or the int32 with its place in the
+    order of all.
+    """
     match kind:
         case "gumbels":
             return _gumbel(h)
@@ -162,16 +187,19 @@ def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch
 def _square_root(x: torch.Tensor) -> torch.Tensor:
     """Return the correctly rounded float32 square root, even where the float64 one is an ulp off.
 
-    Let m be a midpoint between two float32 values: an odd integer M of 25 bits, times 2**k. Then m**2 needs 49 bits or
-    more, so x (24 bits) differs from it, by at least 2**(2k); and sqrt(x) differs from m by at least
-    2**(2k) / (sqrt(x) + m) > 2**(k - 26). A float64 near m has steps of 2**(k - 28): sqrt(x) is four steps or more away
-    from every point where rounding to float32 could turn. A square root that is a float32 value is likewise safe.
+    Let m be a midpoint between two float32 values: an odd integer M of 25 bits, times 2**k. Then
+    m**2 needs 49 bits or more, so x (24 bits) differs from it, by at least 2**(2k); and sqrt(x)
+    differs from m by at least 2**(2k) / (sqrt(x) + m) > 2**(k - 26). A float64 near m has steps of
+    2**(k - 28): sqrt(x) is four steps or more away from every point where rounding to float32 could
+    turn. A square root that is a float32 value is likewise safe.
     """
     return x.to(torch.float64).sqrt_().to(torch.float32)
 
 
 def _gumbel(h: torch.Tensor) -> torch.Tensor:
-    """Return the Gumbel numbers of hashes. Both logarithms of the definition are one, of a k and f chosen before."""
+    """Return the Gumbel numbers of hashes. Both logarithms of the definition are one, of a k and f
+    chosen before.
+    """
     smaller = h ^ (h >> 31)  # of h and ~h, as unsigned numbers
     x = smaller.to(torch.int64).mul_(2).add_(1).to(torch.float32).mul_(2.0**-33)
     k, f = _split(x)
@@ -209,7 +237,8 @@ def _cos_sin_turn(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cosine = 1 - x * _polynomial(definition.COS_POLY, x)
     sine = (2 * d).sub_(d * _polynomial(definition.SIN_POLY, x))
     # Swap and negate by bits: torch.where on a CPU takes as long as a dozen of these operations.
-    cosine, sine = cosine.view(torch.int32), sine.view(torch.int32)
+    cosine = cosine.view(torch.int32)
+    sine = sine.view(torch.int32)
     swapped = (cosine ^ sine).bitwise_and_(-(quadrant & 1))
     cosine ^= swapped
     cosine ^= ((quadrant + 1) & 2) << 30

@@ -1,4 +1,6 @@
-"""Names that settings and the command line know before torch is loaded, and the kinds of files that they name."""
+"""Names that settings and the command line know before torch is loaded, and the kinds of files that
+they name.
+"""
 
 from collections.abc import Collection
 from functools import partial
@@ -7,28 +9,53 @@ from importlib.util import find_spec
 from assay.errors import UsageError
 from assay.files.jsonl import check_kind
 
-BASIS, DELTA, CHECK = "v2_with_sv", "assay.delta_s/1", "assay.vhack.check/1"
+BASIS = "v2_with_sv"
+DELTA = "assay.delta_s/1"
+CHECK = "assay.vhack.check/1"
 """Schemas of the files of a basis, of a δS, and of the result of a check."""
 
-LOG, STUDY = "assay.vhack.train/1", "assay.vhack.study/1"
+LOG = "assay.vhack.train/1"
+STUDY = "assay.vhack.study/1"
 """Schemas that the first line of the log of a run, and of a run of a study, names."""
 
-check_basis, check_delta = partial(check_kind, BASIS), partial(check_kind, DELTA)
+check_basis = partial(check_kind, BASIS)
+check_delta = partial(check_kind, DELTA)
 
 METHODS = ("lda", "svd")
 """Methods of extraction: of :func:`assay.vhack.basis.basis.find_axes`."""
 
 DEFAULT_ARM = "penalty"
-"""How training is held back by default. Its name is read by :func:`assay.vhack.delta.arms.arm_named`."""
+"""How training is held back by default. Its name is read by
+:func:`assay.vhack.delta.arms.arm_named`.
+"""
 
-DETECTORS = ("length", "ngrams", "likelihood", "probe", "norm", "cin-svd", "cin-lda", "ridge", "combined")
+DETECTORS = (
+    "length",
+    "ngrams",
+    "likelihood",
+    "probe",
+    "norm",
+    "cin-svd",
+    "cin-lda",
+    "ridge",
+    "combined",
+)
 """Detectors of rollouts that cheat: of :func:`assay.vhack.detect.make_detectors`."""
 
 
 def check_trackers(names: Collection[str], there: Collection[str] | None = None) -> None:
-    """Refuse a tracker that is not among those; without them, one that no installed package has the name of."""
+    """Refuse a tracker that is not among those; without them, one that no installed package has the
+    name of.
+    """
     if there is None:  # three trackers of transformers are not named as their packages
-        there = [n for n in names if n in ("azure_ml", "flyte", "tensorboard") or (n.isidentifier() and find_spec(n))]
+        there = [
+            n
+            for n in names
+            if n in ("azure_ml", "flyte", "tensorboard") or (n.isidentifier() and find_spec(n))
+        ]
     if missing := [name for name in names if name not in there]:
-        seen, do = f"tracker {', '.join(missing)}", "install it, or leave it out: log.jsonl has everything"
-        raise UsageError(seen, wanted=f"one that is installed: {', '.join(there) or 'there is none'}", do=do)
+        seen = f"tracker {', '.join(missing)}"
+        do = "install it, or leave it out: log.jsonl has everything"
+        raise UsageError(
+            seen, wanted=f"one that is installed: {', '.join(there) or 'there is none'}", do=do
+        )

@@ -1,4 +1,6 @@
-"""What the kernels between products compute, in torch: their definition, from the project's own formulas."""
+"""What the kernels between products compute, in torch: their definition, from the project's own
+formulas.
+"""
 
 import torch
 from torch import Tensor
@@ -28,12 +30,26 @@ def normalised(
     return total, by.round(x) if by else x
 
 
-def turned(x: Tensor, norms, rotation, eps: float, *, queries: int, heads: int, width: int, first_position: int = 0):
-    cosines, sines = (table[first_position:] if x.dim() > 2 else table[first_position] for table in rotation)
+def turned(
+    x: Tensor,
+    norms,
+    rotation,
+    eps: float,
+    *,
+    queries: int,
+    heads: int,
+    width: int,
+    first_position: int = 0,
+):
+    cosines, sines = (
+        table[first_position:] if x.dim() > 2 else table[first_position] for table in rotation
+    )
     part = x.view(*x.shape[:-1], -1, width)[..., :heads, :]
-    q, k = part[..., :queries, :], part[..., queries:, :]
+    q = part[..., :queries, :]
+    k = part[..., queries:, :]
     if norms[0] is not None:
-        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+        q = rms_norm(q, norms[0], eps)
+        k = rms_norm(k, norms[1], eps)
     part.copy_(rotate(torch.cat([q, k], dim=-2), cosines, sines))
 
 

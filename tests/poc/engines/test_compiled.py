@@ -27,7 +27,9 @@ from assay.poc.engines.hf.fused import worth_compiling
 
 @pytest.fixture(scope="module")
 def small_model(small_checkpoint: Path):
-    """The small checkpoint for this file alone: a hook that another test left on a shared model changes the kernels."""
+    """The small checkpoint for this file alone: a hook that another test left on a shared model
+    changes the kernels.
+    """
     return load_model(small_checkpoint, dtype="float32", device="cpu")
 
 
@@ -37,18 +39,23 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-@pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"])
+@pytest.mark.parametrize(
+    "preset", ["poc-2.0", "artifact", "hardened", "layer-reflections", "random-head"]
+)
 def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Round, uncompiled):
     round = replace(round_, preset=preset)
     fast = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True)
     ours, theirs = (
-        prove(small_model, round, range(19), engine=e) for e in (fast, HFEngine(small_model, batch_size=8, seq_len=16))
+        prove(small_model, round, range(19), engine=e)
+        for e in (fast, HFEngine(small_model, batch_size=8, seq_len=16))
     )
     for mine, other in zip(ours.records, theirs.records, strict=True):
         if mine.vector is None:
             assert mine.distance == pytest.approx(other.distance, abs=2e-6)
         else:
-            np.testing.assert_allclose(mine.vector.astype(float), other.vector.astype(float), atol=2e-3)
+            np.testing.assert_allclose(
+                mine.vector.astype(float), other.vector.astype(float), atol=2e-3
+            )
     assert verify(ours, small_model, seed=1).verdict == "honest"
 
 
@@ -56,14 +63,26 @@ def test_every_kind_of_pipeline_runs_on_it(preset: str, small_model, round_: Rou
 @pytest.mark.parametrize("node", ["hf", "vllm"])
 @pytest.mark.parametrize("batch_size", [4, 8])
 def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
-    node: str, kernels: str, batch_size: int, small_model, round_: Round, uncompiled, monkeypatch: pytest.MonkeyPatch
+    node: str,
+    kernels: str,
+    batch_size: int,
+    small_model,
+    round_: Round,
+    uncompiled,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """A proof of vLLM names no kernels, and ``prove`` compiles beside it; one of transformers names the node's."""
+    """A proof of vLLM names no kernels, and ``prove`` compiles beside it; one of transformers names
+    the node's.
+    """
     shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": 16}
     compiled, eager = (HFEngine(small_model, **shape, compiled=choice) for choice in (True, False))
     far = prove(small_model, round_, range(256), engine=eager)
-    records = [replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in far.records]
-    fingerprint = replace(eager.fingerprint, engine=node, batch_size=8, library="another", kernels=("compiled",))
+    records = [
+        replace(one, distance=one.distance + (-1) ** one.nonce * 1e-5) for one in far.records
+    ]
+    fingerprint = replace(
+        eager.fingerprint, engine=node, batch_size=8, library="another", kernels=("compiled",)
+    )
     theirs = Proof.build(replace(far.header, fingerprint=fingerprint), records, 1.0)
     measured = compiled if kernels == "compiled" else eager
     calibration = calibrate(theirs, prove(small_model, round_, range(256), engine=measured))
@@ -81,7 +100,9 @@ def test_a_calibration_chooses_the_batch_and_the_kernels_of_the_validator(
             judging_setup(theirs.header, small_model, calibration=law, engine=wrong)
 
 
-def test_a_compiler_that_fails_is_answered_with_the_other_kernels(small_model, round_: Round, monkeypatch):
+def test_a_compiler_that_fails_is_answered_with_the_other_kernels(
+    small_model, round_: Round, monkeypatch
+):
     def compiled(function, **_):
         def fail(*_, **__):
             raise RuntimeError("no C++ compiler")
@@ -99,14 +120,21 @@ def test_the_fingerprint_names_it(small_model, uncompiled):
     assert not worth_compiling(small_model)  # by itself, on a CPU
     eager = HFEngine(small_model, batch_size=8, seq_len=16).fingerprint
     compiled = HFEngine(small_model, batch_size=8, seq_len=16, compiled=True).fingerprint
-    assert (compiled.library, compiled.kernels) == (eager.library, (*eager.kernels, "compiled whole"))
+    assert (compiled.library, compiled.kernels) == (
+        eager.library,
+        (*eager.kernels, "compiled whole"),
+    )
     assert is_compiled(compiled)
     assert not is_compiled(eager)
     assert not is_compiled(replace(compiled, engine="vllm"))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of its own compiler
-def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_: Round, monkeypatch):
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+)  # torch's, of its own compiler
+def test_no_setting_of_the_process_chooses_kernels_by_timing(
+    small_model, round_: Round, monkeypatch
+):
     """Dynamo traces for real, all functions of the decoder; only the kernels are not made."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -123,7 +151,12 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(small_model, round_
     theirs = {name: not value for name, value in _compiled._KERNELS.items()}
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", traced)
     with inductor.patch(theirs):
-        prove(small_model, round_, range(8), engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True))
+        prove(
+            small_model,
+            round_,
+            range(8),
+            engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True),
+        )
     assert seen
     assert all(settings == _compiled._KERNELS for settings in seen)
 
@@ -134,7 +167,11 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what comes after is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     products = torch.backends.cuda.matmul
-    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    names = (
+        "allow_tf32",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+    )
     before = {name: getattr(products, name) for name in names}
     fill = torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -149,15 +186,22 @@ def test_the_deterministic_mode_is_the_process_s_and_named(small_model, round_: 
     be_deterministic()
     proof = prove(small_model, round_, range(9), batch_size=8)
     fingerprint, before = proof.header.fingerprint, plain.header.fingerprint
-    assert (fingerprint.library, fingerprint.kernels) == (before.library, (*before.kernels, "deterministic"))
+    assert (fingerprint.library, fingerprint.kernels) == (
+        before.library,
+        (*before.kernels, "deterministic"),
+    )
     assert proof.distances.tolist() == plain.distances.tolist()
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_every_graph_is_recorded_on_a_stream_of_its_own_of_the_device_of_its_input(monkeypatch: pytest.MonkeyPatch):
-    """Torch's own choice is one stream of one device, which the graphs of several models would share."""
+def test_every_graph_is_recorded_on_a_stream_of_its_own_of_the_device_of_its_input(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Torch's own choice is one stream of one device, which the graphs of several models would
+    share.
+    """
     streams: list[Any] = []
 
     def record(graph: Any, *, stream: Any, capture_error_mode: str) -> nullcontext[None]:

@@ -1,4 +1,6 @@
-"""The engine on a CUDA device: bits that do not move, errors in words, and the formats of eight bits."""
+"""The engine on a CUDA device: bits that do not move, errors in words, and the formats of eight
+bits.
+"""
 
 import gc
 import json
@@ -29,7 +31,9 @@ from tests.models.storing import in_eight_bits, store
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # torch's, of its own compiler
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+    ),  # torch's, of its own compiler
 ]
 
 PRESETS = ["poc-2.0", "artifact", "hardened"]
@@ -55,7 +59,9 @@ def bits(proof: Proof) -> list[object]:
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("quantise", FORMATS)
-def test_a_nonce_has_the_same_bits_wherever_it_stands(quantise: str | None, preset: str, compiled: bool):
+def test_a_nonce_has_the_same_bits_wherever_it_stands(
+    quantise: str | None, preset: str, compiled: bool
+):
     model = on_cuda(quantise=quantise)
     round = Round(block_hash="b", public_key="k", preset=preset, seq_len=64)
     for batch_size in (16, 67):
@@ -63,17 +69,26 @@ def test_a_nonce_has_the_same_bits_wherever_it_stands(quantise: str | None, pres
         whole = bits(prove(model, round, range(2 * batch_size + 5), engine=engine))
         assert bits(prove(model, round, range(2 * batch_size + 5), engine=engine)) == whole
         for chosen in (range(7, 7 + batch_size), [3, batch_size - 1, 2 * batch_size]):
-            assert bits(prove(model, round, chosen, engine=engine)) == [whole[nonce] for nonce in chosen]
+            assert bits(prove(model, round, chosen, engine=engine)) == [
+                whole[nonce] for nonce in chosen
+            ]
 
 
 def mixture(quantise: str | None) -> Model:
     """A small mixture of experts with random weights."""
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
+    sizes = {
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "vocab_size": 512,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     experts = {"num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts, initializer_range=0.1))
+        module = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**sizes, **heads, **experts, initializer_range=0.1)
+        )
     module.to("cuda", torch.bfloat16).eval()
     if quantise in STORED:
         in_eight_bits(backbone(module), STORED[quantise])
@@ -93,7 +108,9 @@ def test_a_nonce_of_a_mixture_has_the_same_bits_wherever_it_stands(quantise: str
         whole = prove(model, round, range(70), engine=engine)
         distances.append(whole.distances)
         for chosen in (range(7, 39), [3, 31, 64]):
-            assert bits(prove(model, round, chosen, engine=engine)) == [bits(whole)[nonce] for nonce in chosen]
+            assert bits(prove(model, round, chosen, engine=engine)) == [
+                bits(whole)[nonce] for nonce in chosen
+            ]
     assert np.corrcoef(*distances)[0, 1] > 0.9
 
 
@@ -139,13 +156,18 @@ def kernels_of(model: Model, engine: HFEngine) -> set[str]:
 def test_the_fingerprint_names_the_kernels_that_run():
     model = on_cuda()
     assert worth_compiling(model)
-    fast, plain = (HFEngine(model, batch_size=16, seq_len=64, compiled=compiled) for compiled in (True, False))
+    fast, plain = (
+        HFEngine(model, batch_size=16, seq_len=64, compiled=compiled) for compiled in (True, False)
+    )
     assert fast.fingerprint.library == plain.fingerprint.library
     before = len(plain.fingerprint.kernels)
     assert fast.fingerprint.kernels[before] == "compiled"
     assert fast.fingerprint.kernels[before + 1].startswith("triton ")
     assert fast.fingerprint.kernels[before + 2] == "fused"
-    assert (plain.fingerprint.attention, plain.fingerprint.device) == ("sdpa", torch.cuda.get_device_name())
+    assert (plain.fingerprint.attention, plain.fingerprint.device) == (
+        "sdpa",
+        torch.cuda.get_device_name(),
+    )
     way, attention = fast.fingerprint.attention.split(" ")
     names = kernels_of(model, fast)
     assert way == "sdpa"
@@ -155,14 +177,18 @@ def test_the_fingerprint_names_the_kernels_that_run():
 
 @pytest.fixture
 def leave() -> Iterator[object]:
-    """A function that takes the memory of the device but for so many bytes; it is given back at the end."""
+    """A function that takes the memory of the device but for so many bytes; it is given back at the
+    end.
+    """
     held: list[torch.Tensor] = []
 
     def take(rest: int) -> None:
         held.clear()
         gc.collect()  # engines of other tests, with their graphs
         torch.cuda.empty_cache()
-        held.append(torch.empty(torch.cuda.mem_get_info()[0] - rest, dtype=torch.uint8, device="cuda"))
+        held.append(
+            torch.empty(torch.cuda.mem_get_info()[0] - rest, dtype=torch.uint8, device="cuda")
+        )
 
     yield take
     held.clear()
@@ -236,7 +262,9 @@ def test_kernels_made_anew_give_the_same_bits_in_every_process(tmp_path: Path):
         )
         for index, mode in enumerate(modes)
     ]
-    said = [[json.loads(line) for line in run.communicate(timeout=280)[0].splitlines()] for run in runs]
+    said = [
+        [json.loads(line) for line in run.communicate(timeout=280)[0].splitlines()] for run in runs
+    ]
     assert [run.returncode for run in runs] == [0, 0, 0, 0]
     assert said[2] == said[3]
     assert said[0] == said[1]
@@ -249,7 +277,10 @@ def test_kernels_made_anew_give_the_same_bits_in_every_process(tmp_path: Path):
 
 def test_eight_bit_weights_are_a_configuration_of_their_own(small_checkpoint: Path):
     round = Round(block_hash="b", public_key="k", seq_len=64)
-    model, plain = (load_model(small_checkpoint, dtype="bfloat16", device="cuda", quantise=q) for q in ("float8", None))
+    model, plain = (
+        load_model(small_checkpoint, dtype="bfloat16", device="cuda", quantise=q)
+        for q in ("float8", None)
+    )
     expected = prove(plain, round, range(100), engine=HFEngine(plain, batch_size=32, seq_len=64))
     for compiled in (False, True):
         engine = HFEngine(model, batch_size=32, seq_len=64, compiled=compiled)
@@ -257,14 +288,19 @@ def test_eight_bit_weights_are_a_configuration_of_their_own(small_checkpoint: Pa
         fingerprint = proof.header.fingerprint
         assert (fingerprint.dtype, proof.header.digest) == ("float8", expected.header.digest)
         assert bits(prove(model, round, range(5, 30, 3), engine=engine)) == bits(proof)[5:30:3]
-        assert 0 < np.std(proof.distances - expected.distances) < 0.003  # rounded weights, not wrong ones
+        assert (
+            0 < np.std(proof.distances - expected.distances) < 0.003
+        )  # rounded weights, not wrong ones
         with pytest.raises(CalibrationError, match="no default noise between float8"):
             verify(proof, plain, seed=1)
 
 
 @pytest.mark.parametrize("form", ["block", "int8"])
-def test_a_stored_checkpoint_is_proved_by_kernels_that_compute_what_its_layers_do(form: str, tmp_path: Path):
-    source, round = resolve("reference:qwen3").checkpoint, Round(block_hash="b", public_key="k", seq_len=64)
+def test_a_stored_checkpoint_is_proved_by_kernels_that_compute_what_its_layers_do(
+    form: str, tmp_path: Path
+):
+    source = resolve("reference:qwen3").checkpoint
+    round = Round(block_hash="b", public_key="k", seq_len=64)
     model = load_model(store(source, tmp_path / "model", form, block=128), device="cuda")
     engine = HFEngine(model, batch_size=64, seq_len=64, compiled=True)
     proof = prove(model, round, range(128), engine=engine)
@@ -277,7 +313,9 @@ def test_a_stored_checkpoint_is_proved_by_kernels_that_compute_what_its_layers_d
     assert 0 < np.std(proof.distances - eager.distances) < 0.6 * rounding < 0.01
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # of the rotation, which transformers has in float32
+@pytest.mark.filterwarnings(
+    "ignore:TensorFloat32:UserWarning"
+)  # of the rotation, which transformers has in float32
 @pytest.mark.parametrize("quantise", STORED)
 def test_a_decoder_that_assay_s_kernels_do_not_serve_is_compiled(quantise: str):
     model = on_cuda(quantise=quantise)
@@ -290,7 +328,9 @@ def test_a_decoder_that_assay_s_kernels_do_not_serve_is_compiled(quantise: str):
     round = Round(block_hash="b", public_key="k", seq_len=64)
     engine = HFEngine(model, batch_size=32, seq_len=64, compiled=True)
     proof = prove(model, round, range(70), engine=engine)
-    assert {"compiled", "compiled whole", "fused"} & set(proof.header.fingerprint.kernels) == {"compiled whole"}
+    assert {"compiled", "compiled whole", "fused"} & set(proof.header.fingerprint.kernels) == {
+        "compiled whole"
+    }
     assert bits(prove(model, round, range(7, 39), engine=engine)) == bits(proof)[7:39]
     eager = prove(model, round, range(70), engine=HFEngine(model, batch_size=32, seq_len=64))
     assert np.corrcoef(proof.distances, eager.distances)[0, 1] > 0.99

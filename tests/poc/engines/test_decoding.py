@@ -8,9 +8,16 @@ from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported
 from assay.poc.vllm.engine import VLLMEngine
 
-STEPS, PROMPT = 64, 16
+STEPS = 64
+PROMPT = 16
 PIPELINE = get_pipeline(f"decode-{STEPS}")
-ROUND = Round(block_hash="block_alpha", public_key="node_A", preset=PIPELINE.name, seq_len=PROMPT, model="small")
+ROUND = Round(
+    block_hash="block_alpha",
+    public_key="node_A",
+    preset=PIPELINE.name,
+    seq_len=PROMPT,
+    model="small",
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +34,23 @@ def honest(engine: HFEngine):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [16, 3])
-def test_a_nonce_has_the_same_bits_wherever_it_stands(small_checkpoint, dtype: str, batch_size: int):
+def test_a_nonce_has_the_same_bits_wherever_it_stands(
+    small_checkpoint, dtype: str, batch_size: int
+):
     from assay.models import load_model
 
-    engine = HFEngine(load_model(small_checkpoint, dtype=dtype, device="cpu"), batch_size=batch_size, seq_len=PROMPT)
+    engine = HFEngine(
+        load_model(small_checkpoint, dtype=dtype, device="cpu"),
+        batch_size=batch_size,
+        seq_len=PROMPT,
+    )
     pipeline = get_pipeline("decode-32")
     found: dict[int, set[tuple[bytes, bytes]]] = {}
     for nonces in (range(8), [*range(5, 9), 3, 0], [7], [99, 7, 3]):
         batches = list(engine.decoded(ROUND, pipeline, nonces))
-        rows = [(t.tobytes(), s.tobytes()) for batch in batches for t, s in zip(*batch, strict=True)]
+        rows = [
+            (t.tobytes(), s.tobytes()) for batch in batches for t, s in zip(*batch, strict=True)
+        ]
         assert [len(batch.tokens) for batch in batches][:-1] == [batch_size] * (len(batches) - 1)
         for nonce, bits in zip(nonces, rows, strict=True):
             found.setdefault(nonce, set()).add(bits)

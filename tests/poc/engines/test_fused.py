@@ -1,4 +1,6 @@
-"""The decoder between kernels of its own is transformers' decoder, in bfloat16 and in eight bits."""
+"""The decoder between kernels of its own is transformers' decoder, in bfloat16 and in eight
+bits.
+"""
 
 from types import ModuleType
 
@@ -105,15 +107,21 @@ def test_its_states_are_those_of_transformers(kind: str, without_triton):
 
 @pytest.mark.parametrize("by", [FLOAT8, float8_blocks(32, 32), INT8], ids=lambda by: by.name)
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_eight_bits_every_input_of_a_product_is_rounded_where_the_layers_round_it(kind, by, without_triton):
+def test_in_eight_bits_every_input_of_a_product_is_rounded_where_the_layers_round_it(
+    kind, by, without_triton
+):
     model = made(kind, torch.bfloat16)
     unrounded = plain(model)
     in_eight_bits(model.module.model, by)
     assert is_lean(model, LENGTH)
     every, last = states(model)
     assert torch.equal(every, plain(model))
-    error, rounding = ((a - b).norm() / b.norm() for a, b in ((last, every[:, -1].float()), (every, unrounded)))
-    assert error < 0.03  # the order of sums in the last layer, which moves some numbers to the next of the format
+    error, rounding = (
+        (a - b).norm() / b.norm() for a, b in ((last, every[:, -1].float()), (every, unrounded))
+    )
+    assert (
+        error < 0.03
+    )  # the order of sums in the last layer, which moves some numbers to the next of the format
     assert 0.01 < rounding < 0.3
 
 
@@ -147,7 +155,9 @@ def test_weights_that_share_memory_in_another_order_are_not_taken_for_fused_ones
         attention = layer.self_attn
         linears = [attention.v_proj, attention.k_proj, attention.q_proj]
         whole = torch.cat([linear.weight.data for linear in linears])
-        for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+        for linear, part in zip(
+            linears, whole.split([len(linear.weight) for linear in linears]), strict=True
+        ):
             linear.weight.data = part
     with torch.inference_mode():
         states = LeanDecoder(model, LENGTH).hidden(inputs(model))
@@ -188,7 +198,10 @@ def test_a_window_matters_where_it_is_shorter_than_the_sequence():
     assert is_lean(model, LENGTH - 1)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def on_cuda(*shape: int, seed: int) -> torch.Tensor:
@@ -224,9 +237,13 @@ class TestKernels:
 
     @pytest.mark.parametrize("by", FORMATS, ids=lambda by: by.name if by else "bfloat16")
     def test_norm(self, width: int, rows: int, by: Arithmetic | None):
-        h, update, weight = on_cuda(rows, width, seed=1), on_cuda(rows, width, seed=2), on_cuda(width, seed=3)
+        h = on_cuda(rows, width, seed=1)
+        update = on_cuda(rows, width, seed=2)
+        weight = on_cuda(width, seed=3)
         for added in (None, update):
-            ours, theirs = (use.normalised(h, added, weight, 1e-6, by) for use in (kernels(), plain_kernels))
+            ours, theirs = (
+                use.normalised(h, added, weight, 1e-6, by) for use in (kernels(), plain_kernels)
+            )
             assert torch.equal(ours[0], theirs[0])
             assert max(shares_that_differ(ours[1], theirs[1])) < 1e-3
 
@@ -255,7 +272,8 @@ class TestMixture:
     pytestmark = gpu
 
     def test_spread_and_combined(self, width: int):
-        x, y = on_cuda(300, width, seed=10), on_cuda(2400, width, seed=11)
+        x = on_cuda(300, width, seed=10)
+        y = on_cuda(2400, width, seed=11)
         places = torch.randperm(2400, generator=torch.Generator().manual_seed(12)).cuda()
         shares = on_cuda(300, 8, seed=13)
         assert torch.equal(kernels().spread(x, places, None), plain_kernels.spread(x, places, None))
@@ -272,7 +290,9 @@ def on_cpu(rounded: Rounded) -> Rounded:
 @pytest.mark.parametrize("by", [BLOCKS, INT8], ids=lambda by: by.name)
 @pytest.mark.parametrize(("width", "outputs"), [(160, 48), (768, 640), (2048, 1280)])
 class TestProducts:
-    """Products on CUDA against the definition on a CPU: the same bits in int8, and a rounding away in float8."""
+    """Products on CUDA against the definition on a CPU: the same bits in int8, and a rounding away
+    in float8.
+    """
 
     pytestmark = gpu
 
@@ -290,7 +310,9 @@ class TestProducts:
         bias = on_cuda(outputs, seed=16)
         ours = by.product(x, weight, bias, torch.bfloat16)
         self.check(ours, by.product(on_cpu(x), on_cpu(weight), bias.cpu(), torch.bfloat16), by)
-        turned = Rounded(x.values.view(torch.uint8).roll(1, 0).view(x.values.dtype), x.scales.roll(1, 0))
+        turned = Rounded(
+            x.values.view(torch.uint8).roll(1, 0).view(x.values.dtype), x.scales.roll(1, 0)
+        )
         assert torch.equal(by.product(turned, weight, bias, torch.bfloat16), ours.roll(1, 0))
 
     def test_grouped_product(self, width: int, outputs: int, by: Arithmetic):
@@ -314,7 +336,10 @@ class TestHeads:
 
     def test_turn(self, heads: int, key_heads: int, width: int, normed: bool):
         angles = 3 * torch.randn(12, 1, width // 2, generator=torch.Generator().manual_seed(6))
-        rotation = tuple(f(torch.cat([angles, angles], -1)).to("cuda", torch.bfloat16) for f in (torch.cos, torch.sin))
+        rotation = tuple(
+            f(torch.cat([angles, angles], -1)).to("cuda", torch.bfloat16)
+            for f in (torch.cos, torch.sin)
+        )
         norms = (on_cuda(width, seed=7), on_cuda(width, seed=8)) if normed else (None, None)
         x = on_cuda(5, 12, (heads + 2 * key_heads) * width, seed=9)
         last = x[:, -1, : heads * width].contiguous()
@@ -322,7 +347,8 @@ class TestHeads:
             (x, {"queries": heads, "heads": heads + key_heads}),
             (last, {"queries": heads, "heads": heads, "first_position": 11}),
         ):
-            ours, theirs = given.clone(), given.clone()
+            ours = given.clone()
+            theirs = given.clone()
             for use, y in ((kernels(), ours), (plain_kernels, theirs)):
                 use.turned(y, norms, rotation, 1e-6, width=width, **more)
             assert share_that_differs(ours, theirs) < (1e-3 if normed else 1e-9)

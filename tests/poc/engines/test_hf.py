@@ -1,4 +1,6 @@
-"""The engine on transformers: the shapes that it takes, its hooks, and which batches fit into memory."""
+"""The engine on transformers: the shapes that it takes, its hooks, and which batches fit into
+memory.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ def test_another_shape_is_refused(engine: HFEngine, round_: Round):
         engine.read(engine.inputs(round_, range(3)))
 
 
-def test_hooks_between_layers_are_removed_in_the_end_and_after_an_error(engine: HFEngine, round_: Round):
+def test_hooks_between_layers_are_removed_in_the_end_and_after_an_error(
+    engine: HFEngine, round_: Round
+):
     inputs = engine.inputs(round_, range(4))
     before = engine.read(inputs)
     with engine.between_layers("signs", round_):
@@ -37,7 +41,9 @@ def free(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(1, 8192), (16, 512), (100, 64), (128, 64)])
-def test_auto_takes_a_power_of_two_that_fills_the_device(seq_len: int, batch_size: int, small_model, free):
+def test_auto_takes_a_power_of_two_that_fills_the_device(
+    seq_len: int, batch_size: int, small_model, free
+):
     free(2**40)
     assert auto_batch(small_model, seq_len) == batch_size
 
@@ -66,7 +72,9 @@ def test_a_length_that_no_model_runs_is_refused(seq_len: int, small_model):
         HFEngine(small_model, batch_size=2, seq_len=seq_len)
 
 
-def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, round_: Round, monkeypatch, free):
+def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(
+    small_model, round_: Round, monkeypatch, free
+):
     engine = HFEngine(small_model, batch_size=8, seq_len=16)
 
     def fail(**_: object) -> None:
@@ -74,7 +82,11 @@ def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(small_model, rou
 
     # An attribute of the instance would stay after the test, as its own.
     monkeypatch.setitem(vars(small_model.module.model), "forward", fail)
-    for fitting, advice in ((100, "pass --batch-size 4"), (3, "pass --batch-size 3"), (0, "pass --batch-size 4")):
+    for fitting, advice in (
+        (100, "pass --batch-size 4"),
+        (3, "pass --batch-size 3"),
+        (0, "pass --batch-size 4"),
+    ):
         free(fitting * _hf.peak_bytes(small_model, 1, 16))
         with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:
             prove(small_model, round_, range(8), engine=engine)

@@ -1,4 +1,6 @@
-"""Engines on a CPU without fast products of 16-bit numbers: bit for bit what the definition says, and none left out."""
+"""Engines on a CPU without fast products of 16-bit numbers: bit for bit what the definition says,
+and none left out.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,9 @@ from tests.models.narrow import Products, narrow_model
 
 
 class Defined(nn.Module):
-    """A linear layer as the definition has it: factors and sums in float32, the result rounded once."""
+    """A linear layer as the definition has it: factors and sums in float32, the result rounded
+    once.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -52,9 +56,13 @@ def test_an_engine_computes_what_the_definition_says_and_names_it(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of its own compiler
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+)  # torch's, of its own compiler
 @pytest.mark.usefixtures("without_fast_products")
-def test_a_compiled_engine_multiplies_in_float32_too(small_checkpoint: Path, round_: Round, tmp_path: Path):
+def test_a_compiled_engine_multiplies_in_float32_too(
+    small_checkpoint: Path, round_: Round, tmp_path: Path
+):
     eager = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16)
     compiled = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16, compiled=True)
     inputs = eager.inputs(round_, range(16))
@@ -63,7 +71,11 @@ def test_a_compiled_engine_multiplies_in_float32_too(small_checkpoint: Path, rou
         states = compiled.read(inputs)
     profiled.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    kinds = {event["args"]["Input type"][0] for event in events if event["name"] in ("aten::mm", "aten::addmm")}
+    kinds = {
+        event["args"]["Input type"][0]
+        for event in events
+        if event["name"] in ("aten::mm", "aten::addmm")
+    }
     assert kinds == {"float"}
     assert functional.cosine_similarity(states, eager.read(inputs)).min() > 0.999
     assert WIDE in compiled.fingerprint.kernels
@@ -72,7 +84,13 @@ def test_a_compiled_engine_multiplies_in_float32_too(small_checkpoint: Path, rou
 @pytest.mark.usefixtures("without_fast_products")
 def test_tokens_are_decoded_and_replayed_without_a_narrow_product(small_checkpoint: Path):
     pipeline = get_pipeline("decode-64")
-    round = Round(block_hash="block_alpha", public_key="node_A", preset=pipeline.name, seq_len=8, model="small")
+    round = Round(
+        block_hash="block_alpha",
+        public_key="node_A",
+        preset=pipeline.name,
+        seq_len=8,
+        model="small",
+    )
     engine = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=8)
     with Products() as products:
         (made,) = engine.decoded(round, pipeline, range(2))
@@ -83,10 +101,14 @@ def test_tokens_are_decoded_and_replayed_without_a_narrow_product(small_checkpoi
 
 
 @pytest.mark.usefixtures("without_fast_products")
-def test_what_a_weight_takes_in_float32_is_not_free(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_weight_takes_in_float32_is_not_free(
+    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = narrow_model(small_checkpoint)
     largest = max(part.numel() for part in model.module.parameters())
-    monkeypatch.setattr(_memory, "free_bytes", lambda device: 4 * largest + 3 * _memory.peak_bytes(model, 1, 16))
+    monkeypatch.setattr(
+        _memory, "free_bytes", lambda device: 4 * largest + 3 * _memory.peak_bytes(model, 1, 16)
+    )
     assert _memory.fitting_batch(model, 16) == 3
     monkeypatch.setattr(_memory, "free_bytes", lambda device: 4 * largest - 1)
     assert _memory.fitting_batch(model, 16) == 0

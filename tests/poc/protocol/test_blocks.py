@@ -23,11 +23,15 @@ def test_the_cosine_of_a_nonce_is_a_product_with_the_folded_head(preset: str):
     """The law of cosines on published distances, with no step of the pipeline but the head."""
     round = round_of("b", preset)
     pipeline = replace(get_pipeline(preset), hidden=())
-    transform = Transform(round, pipeline, hidden_size=WIDTH, vocab_size=1, device=torch.device("cpu"))
+    transform = Transform(
+        round, pipeline, hidden_size=WIDTH, vocab_size=1, device=torch.device("cpu")
+    )
     x_ND = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
     cosines_N = 1 - transform(x_ND, range(64)).numpy().astype(float) ** 2 / 2
     lengths_N = np.linalg.norm(transform._head(x_ND).numpy(), axis=1) / 0.02
-    assert cosines_N * lengths_N == pytest.approx(x_ND.numpy() @ folded_head(round, WIDTH), abs=2e-3)
+    assert cosines_N * lengths_N == pytest.approx(
+        x_ND.numpy() @ folded_head(round, WIDTH), abs=2e-3
+    )
 
 
 def test_the_scale_has_mean_one_and_the_spread_of_a_random_length():
@@ -35,11 +39,14 @@ def test_the_scale_has_mean_one_and_the_spread_of_a_random_length():
     assert abs(scales.mean() - 1) < 4 * scales.std() / 20
     assert scales.std() == pytest.approx(1 / np.sqrt(32), rel=0.15)
     v_D = folded_head(round_of("block 0"), 16)
-    assert block_scale(round_of("block 0"), 16) == pytest.approx(np.linalg.norm(v_D) / 3.938, rel=1e-3)  # E of chi, 16
+    assert block_scale(round_of("block 0"), 16) == pytest.approx(
+        np.linalg.norm(v_D) / 3.938, rel=1e-3
+    )  # E of chi, 16
 
 
 def test_only_block_and_preset_matter_and_the_caller_owns_the_array():
-    one, other = round_of("b"), replace(round_of("b"), public_key="other", node_count=3, seq_len=64, r_target=0.5)
+    one = round_of("b")
+    other = replace(round_of("b"), public_key="other", node_count=3, seq_len=64, r_target=0.5)
     folded_head(one, WIDTH)[:] = 0.0
     assert np.array_equal(folded_head(one, WIDTH), folded_head(other, WIDTH))
     assert block_scale(one, WIDTH) == block_scale(other, WIDTH) != block_scale(round_of("c"), WIDTH)
@@ -54,7 +61,9 @@ def test_presets_without_a_random_head_have_no_scale():
 
 
 def test_the_factor_of_a_block_is_the_width_of_its_cosines():
-    """States with most energy in two coordinates, through the transform itself, against the prediction."""
+    """States with most energy in two coordinates, through the transform itself, against the
+    prediction.
+    """
     rng = np.random.default_rng(0)
     x_ND = rng.normal(size=(3000, WIDTH))
     x_ND[:, 5] *= 7

@@ -1,4 +1,6 @@
-"""What a validator pins, what it accepts at its default, and what it would take on the prover's word."""
+"""What a validator pins, what it accepts at its default, and what it would take on the prover's
+word.
+"""
 
 from dataclasses import replace
 
@@ -32,7 +34,10 @@ def test_a_round_pins_what_it_says(header: Header, round_: Round):
     "wrong",
     [
         *({"block_hash": ""}, {"preset": "poc-3"}, {"node_id": 2, "node_count": 2}),
-        *({"prover_dtype": dtype} for dtype in ("half", "", "bfloat16+", "bfloat16+fp8_e5m2-cache")),
+        *(
+            {"prover_dtype": dtype}
+            for dtype in ("half", "", "bfloat16+", "bfloat16+fp8_e5m2-cache")
+        ),
     ],
     ids=str,
 )
@@ -48,7 +53,9 @@ def test_pins_take_what_a_round_takes():
     assert Pins(node_id=7).node_count is None
 
 
-@pytest.mark.parametrize("nonces", [range(40), list(range(40)), np.arange(40)], ids=["range", "list", "array"])
+@pytest.mark.parametrize(
+    "nonces", [range(40), list(range(40)), np.arange(40)], ids=["range", "list", "array"]
+)
 def test_the_set_of_nonces_is_pinned_as_a_whole(nonces, header: Header):
     Pins(nonces=nonces).check(header)
     for other in (nonces[:39], [*range(39), 40]):

@@ -1,7 +1,8 @@
-"""Whatever a prover can write into a proof is refused by name under the pins of its network, or changes no verdict.
+"""Whatever a prover can write into a proof is refused by name under the pins of its network, or
+changes no verdict.
 
-The table holds every field of a proof but its records. A field that is added to a header without a decision here is an
-error.
+The table holds every field of a proof but its records. A field that is added to a header without a
+decision here is an error.
 """
 
 import hashlib
@@ -35,15 +36,17 @@ from assay.poc.protocol.pins_file import BUILD_FIELDS
 
 KNOWN = {"block_hash": "block_alpha", "public_key": "node_A"}
 ROUND = {"preset": "poc-2.0", "seq_len": 16, "strength": 256, "r_target": 1.416, "node_count": 1}
-FREE = dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
+FREE = dict.fromkeys(
+    ("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*"
+)
 
 
 @dataclass(frozen=True)
 class Lie:
     """What a prover writes, and what comes of it.
 
-    ``read`` has words of the refusal when the file is read; ``pinned`` the name by which the pins refuse it; neither
-    means that the verdict stays the same.
+    ``read`` has words of the refusal when the file is read; ``pinned`` the name by which the pins
+    refuse it; neither means that the verdict stays the same.
     """
 
     changed: dict[str, Any]
@@ -52,7 +55,10 @@ class Lie:
 
 
 def pipeline_of(preset: str) -> dict[str, Any]:
-    return {f"pipeline.{name}": value for name, value in json.loads(dumps(PIPELINES[preset].as_dict())).items()}
+    return {
+        f"pipeline.{name}": value
+        for name, value in json.loads(dumps(PIPELINES[preset].as_dict())).items()
+    }
 
 
 LIES = {
@@ -61,15 +67,23 @@ LIES = {
     "round.block_hash": Lie({"round.block_hash": "block_beta"}, pinned="block_hash"),
     "round.public_key": Lie({"round.public_key": "node_B"}, pinned="public_key"),
     "round.block_height": Lie({"round.block_height": 10**6}),  # part of no seed
-    "round.node_id": Lie({"round.node_id": 1, "round.node_count": 2, "nonces": [[1, 81, 2]]}, pinned="node_id"),
+    "round.node_id": Lie(
+        {"round.node_id": 1, "round.node_count": 2, "nonces": [[1, 81, 2]]}, pinned="node_id"
+    ),
     "round.node_count": Lie({"round.node_count": 2, "nonces": [[0, 80, 2]]}, pinned="node_count"),
-    "round.model": Lie({"round.model": "other", "model.reference": "other"}),  # a label; the digest names the model
-    "round.preset": Lie({"round.preset": "permutation", **pipeline_of("permutation")}, pinned="preset"),
+    "round.model": Lie(
+        {"round.model": "other", "model.reference": "other"}
+    ),  # a label; the digest names the model
+    "round.preset": Lie(
+        {"round.preset": "permutation", **pipeline_of("permutation")}, pinned="preset"
+    ),
     "round.seq_len": Lie({"round.seq_len": 1, "fingerprint.seq_len": 1}, pinned="seq_len"),
     "round.r_target": Lie({"round.r_target": 2.0}, pinned="r_target"),
     "round.strength": Lie({"round.strength": 32}, pinned="strength"),
     **{
-        f"pipeline.{field.name}": Lie({f"pipeline.{field.name}": "another"}, read="another pipeline")
+        f"pipeline.{field.name}": Lie(
+            {f"pipeline.{field.name}": "another"}, read="another pipeline"
+        )
         for field in fields(Pipeline)
         if field.name != "number_formats"  # a rule of judging, and in no header
     },
@@ -101,10 +115,16 @@ def honest(small_model: Model) -> Proof:
 
 
 def network(proof: Proof, **changed: object) -> NetworkPins:
-    """The pins of the proof's network, on the very build or with wildcards, and with other values of the round."""
+    """The pins of the proof's network, on the very build or with wildcards, and with other values
+    of the round.
+    """
     known = describe_build(proof.header.fingerprint)
     build = known | {name: value for name, value in changed.items() if name in known}
-    agreed = ROUND | {"fewest_nonces": 32} | {name: value for name, value in changed.items() if name not in known}
+    agreed = (
+        ROUND
+        | {"fewest_nonces": 32}
+        | {name: value for name, value in changed.items() if name not in known}
+    )
     round = {name: value for name, value in agreed.items() if value is not None}
     model = {"reference": "small", "digest": proof.header.digest, "builds": [build]}
     return NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "pins.toml")
@@ -120,12 +140,17 @@ def leaves(header: Header) -> Iterator[str]:
 
 
 def written(proof: Proof, path: Path, changed: dict[str, Any]) -> Path:
-    """Write the proof with changed fields: records that fit its header, and a footer that fits them."""
-    header, footer = json.loads(dumps(proof.header.as_dict())), {}
+    """Write the proof with changed fields: records that fit its header, and a footer that fits
+    them.
+    """
+    header = json.loads(dumps(proof.header.as_dict()))
+    footer = {}
     for place, value in changed.items():
         part, _, name = place.rpartition(".")
         if part == "pipeline" and len(changed) > 1:
-            header["pipeline"] = {k.partition(".")[2]: v for k, v in changed.items() if k.startswith("pipeline.")}
+            header["pipeline"] = {
+                k.partition(".")[2]: v for k, v in changed.items() if k.startswith("pipeline.")
+            }
         elif part == "footer":
             footer[name] = value
         else:
@@ -134,10 +159,19 @@ def written(proof: Proof, path: Path, changed: dict[str, Any]) -> Path:
     distances = [record.distance for record in proof.records]
     nonces = [nonce for run in header["nonces"] for nonce in range(*run)]
     target = header["round"]["r_target"]
-    rows = [{"nonce": n, "distance": d, "valid": d < target} for n, d in zip(nonces, distances, strict=True)]
+    rows = [
+        {"nonce": n, "distance": d, "valid": d < target}
+        for n, d in zip(nonces, distances, strict=True)
+    ]
     records = "".join(f"{dumps(row)}\n" for row in rows)
-    valid, sha256 = sum(row["valid"] for row in rows), hashlib.sha256(records.encode()).hexdigest()
-    whole = {"records": len(rows), "valid": valid, "seconds": proof.footer.seconds, "sha256": sha256}
+    valid = sum(row["valid"] for row in rows)
+    sha256 = hashlib.sha256(records.encode()).hexdigest()
+    whole = {
+        "records": len(rows),
+        "valid": valid,
+        "seconds": proof.footer.seconds,
+        "sha256": sha256,
+    }
     path.write_text(f"{dumps(header)}\n{records}{dumps({'footer': whole | footer})}\n")
     return path
 
@@ -145,7 +179,9 @@ def written(proof: Proof, path: Path, changed: dict[str, Any]) -> Path:
 def test_every_field_is_decided(honest: Proof):
     assert set(LIES) == set(leaves(honest.header)) - {"pipeline.number_formats"}
     assert {field.name for field in fields(Pins)} == set(honest.header.claims())
-    assert set(Build.model_fields) - {"name"} == {field.name for field in fields(Fingerprint)} - {"seq_len"}
+    assert set(Build.model_fields) - {"name"} == {field.name for field in fields(Fingerprint)} - {
+        "seq_len"
+    }
     assert tuple(BUILD_FIELDS) == tuple(name for name in Build.model_fields if name != "name")
 
 
@@ -153,7 +189,8 @@ def test_every_field_is_decided(honest: Proof):
 def test_a_field_is_refused_by_name_or_changes_no_verdict(
     field: str, honest: Proof, small_model: Model, tmp_path: Path
 ):
-    lie, pins = LIES[field], network(honest).for_round(**KNOWN)
+    lie = LIES[field]
+    pins = network(honest).for_round(**KNOWN)
     path = written(honest, tmp_path / "proof.jsonl", lie.changed)
     if lie.read or lie.pinned:
         with pytest.raises(AssayError) as caught:
@@ -161,13 +198,17 @@ def test_a_field_is_refused_by_name_or_changes_no_verdict(
         assert (lie.read or lie.pinned) in caught.value.seen
         assert lie.read or isinstance(Proof.load(path), Proof)  # the pins refuse it, not the reader
         return
-    verdicts = [verify(proof, small_model, expect=pins, seed=1) for proof in (honest, Proof.load(path))]
+    verdicts = [
+        verify(proof, small_model, expect=pins, seed=1) for proof in (honest, Proof.load(path))
+    ]
     one, other = ((v.verdict, v.exit_code, v.residuals, v.unpinned, v.noise) for v in verdicts)
     assert one == other
     assert one[:2] == ("honest", 0)
 
 
-@pytest.mark.parametrize("field", [name for name in LIES if name.startswith("fingerprint.") and LIES[name].pinned])
+@pytest.mark.parametrize(
+    "field", [name for name in LIES if name.startswith("fingerprint.") and LIES[name].pinned]
+)
 def test_a_wildcard_is_harmless(field: str, honest: Proof, small_model: Model, tmp_path: Path):
     """Without a calibration the law is that of the number format alone, which has no wildcard."""
     pins = network(honest, engine="*", **FREE).for_round(**KNOWN)
@@ -183,7 +224,9 @@ def test_a_wildcard_is_harmless(field: str, honest: Proof, small_model: Model, t
 
 
 def test_a_target_of_vectors_is_harmless(small_model: Model):
-    """They have none, so the file has none either, and whatever a header says there moves no verdict."""
+    """They have none, so the file has none either, and whatever a header says there moves no
+    verdict.
+    """
     verdicts = []
     for target in (1.416, 2.0):
         round = Round(**KNOWN, seq_len=16, strength=256, preset="artifact", r_target=target)

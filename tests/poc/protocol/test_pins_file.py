@@ -10,11 +10,14 @@ from assay.poc import NetworkPins, Proof
 ANY = ("device", "attention", "batch_size", "threads", "torch", "library", "kernels")
 
 
-def text_of(proof: Proof, *, nodes: str = "", round: str = "", model: str = "", build: str = "") -> str:
+def text_of(
+    proof: Proof, *, nodes: str = "", round: str = "", model: str = "", build: str = ""
+) -> str:
     """The pins of a proof's network, on any machine, with further lines in their tables."""
     free = "".join(f'{name} = "*"\n' for name in ANY if f"{name} =" not in build)
     return (
-        f'schema = 1\n[round]\npreset = "poc-2.0"\nseq_len = 16\nstrength = 32\nr_target = 1.416\nnode_count = 1\n'
+        f'schema = 1\n[round]\npreset = "poc-2.0"\nseq_len = 16\nstrength = 32\nr_target = '
+        f"1.416\nnode_count = 1\n"
         f"fewest_nonces = 32\n{round}\n{nodes}\n"
         f'[[models]]\nreference = "small"\ndigest = "{proof.header.digest}"\n{model}\n'
         f'[[models.builds]]\nengine = "hf"\ndtype = "float32"\n{free}{build}\n'
@@ -49,7 +52,9 @@ def test_nodes_are_a_list_of_those_who_may_prove(written, proof: Proof):
         network.for_round(public_key="node_B")
     with pytest.raises(UsageError, match="node_id 1"):
         network.for_round(public_key="node_A", node_id=1)
-    several = written(nodes=nodes + '[[nodes]]\npublic_key = "node_B"\nnode_id = 3\nnode_count = 4\n')
+    several = written(
+        nodes=nodes + '[[nodes]]\npublic_key = "node_B"\nnode_id = 3\nnode_count = 4\n'
+    )
     with pytest.raises(UsageError, match="no --public-key"):
         several.for_round()
     pins = several.for_round(public_key="node_B")
@@ -90,9 +95,14 @@ def nodes(*tables: str) -> tuple[str, str]:
         ("schema = 1", "schema = 1\nschema = 1", "Cannot overwrite"),
         ('digest = "', 'digest = "x', r"models\[0\].digest is 'x"),
         (*nodes('public_key = "a"\nnode_id = 1'), "node_id is 1"),
-        (*nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 0'), "node 'a' with 0, 2 times"),
         (
-            *nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 1\nnode_count = 2'),
+            *nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 0'),
+            "node 'a' with 0, 2 times",
+        ),
+        (
+            *nodes(
+                'public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 1\nnode_count = 2'
+            ),
             "node_count 1 and 2",
         ),
         (*nodes('public_key = ""\nnode_id = 0'), r"nodes\[0\].public_key is ''"),
@@ -100,7 +110,9 @@ def nodes(*tables: str) -> tuple[str, str]:
         (*nodes('public_key = "a"'), r"no nodes\[0\].node_id"),
     ],
 )
-def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(old: str, new: str, seen: str, written, proof: Proof):
+def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(
+    old: str, new: str, seen: str, written, proof: Proof
+):
     text = text_of(proof)
     assert old in text
     with pytest.raises(DataError, match=seen) as caught:
@@ -109,19 +121,26 @@ def test_what_is_not_exactly_a_pins_file_is_refused_by_its_key(old: str, new: st
 
 
 def test_a_number_beyond_those_of_toml_is_refused(written, proof: Proof):
-    """Python reads any number in hexadecimal digits, and cannot write one of more than 4300 decimal digits."""
+    """Python reads any number in hexadecimal digits, and cannot write one of more than 4300 decimal
+    digits.
+    """
     with pytest.raises(DataError, match="a whole number of 20000 bits") as refused:
         written(text_of(proof).replace("seq_len = 16", f"seq_len = 0x{'f' * 5000}"))
     assert refused.value.wanted == "a TOML file"
 
 
 def test_models_are_told_apart_by_digest_or_name(written, proof: Proof):
-    digest, other = proof.header.digest, "0" * 64
+    digest = proof.header.digest
+    other = "0" * 64
     text = text_of(proof)
     second = text[text.index("[[models]]") :].replace(digest, other)
     network = written(text + second)
     assert network.for_round(model=other).digest == other
-    for name, seen in ((None, "one of 2 models"), ("small", "one of 2 models"), ("large", "which .* does not have")):
+    for name, seen in (
+        (None, "one of 2 models"),
+        ("small", "one of 2 models"),
+        ("large", "which .* does not have"),
+    ):
         with pytest.raises(UsageError, match=seen):
             network.for_round(model=name)
     named = written(text + second.replace('"small"', '"large"'))

@@ -15,7 +15,9 @@ from tests.poc.lines import edited, put
 
 @pytest.fixture(scope="module")
 def vectors(small_model, round_) -> Proof:
-    round = Round(block_hash="b", public_key="k", seq_len=16, preset="artifact", node_id=2, node_count=5)
+    round = Round(
+        block_hash="b", public_key="k", seq_len=16, preset="artifact", node_id=2, node_count=5
+    )
     return prove(small_model, round, round.nonces(3, 9), batch_size=4)
 
 
@@ -41,12 +43,16 @@ def test_any_nonces_of_a_share_read_back(nonces, small_model, tmp_path: Path):
 
 
 @pytest.mark.parametrize("part", [b"[],", b"{},", b"0,"])
-def test_a_line_of_too_many_parts_is_refused_before_it_is_parsed(part, proof: Proof, tmp_path: Path, monkeypatch):
+def test_a_line_of_too_many_parts_is_refused_before_it_is_parsed(
+    part, proof: Proof, tmp_path: Path, monkeypatch
+):
     path = tmp_path / "proof.jsonl"
     proof.save(path)
     header, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(header.replace(b'"nonces":[', b'"nonces":[' + part * 2**23) + b"".join(rest))
-    monkeypatch.setattr("assay.poc.protocol.proof.read_as", lambda *_: pytest.fail("the line was parsed"))
+    monkeypatch.setattr(
+        "assay.poc.protocol.proof.read_as", lambda *_: pytest.fail("the line was parsed")
+    )
     with pytest.raises(ProofFormatError, match="line 1: 8388"):
         Proof.load(path)
 
@@ -92,7 +98,10 @@ BREAKS = {
     "distance too large": (edited(5, distance=2.1), 6),
     "endless distance": (edited(5, distance=10**400), 6),
     "carriage return": (lambda lines: [*lines[:5], lines[5] + "\r", *lines[6:]], 6),
-    "zero behind the distance": (lambda lines: [*lines[:5], lines[5].replace(',"valid"', '0,"valid"'), *lines[6:]], 6),
+    "zero behind the distance": (
+        lambda lines: [*lines[:5], lines[5].replace(',"valid"', '0,"valid"'), *lines[6:]],
+        6,
+    ),
     "other order of keys": (lambda lines: [*lines[:5], reordered(lines[5]), *lines[6:]], 6),
     "byte order mark": (lambda lines: ["\ufeff" + lines[0], *lines[1:]], 1),
     "negative distance": (edited(5, distance=-1.0), 6),

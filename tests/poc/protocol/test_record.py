@@ -1,4 +1,6 @@
-"""Records and fingerprints: which distances count, which nonces cannot share a proof, and what names an engine."""
+"""Records and fingerprints: which distances count, which nonces cannot share a proof, and what
+names an engine.
+"""
 
 import json
 import math
@@ -82,7 +84,8 @@ def test_any_text_is_written_back_as_it_was_read(text: str):
 
 
 @pytest.mark.parametrize(
-    "wrong", [VALUES | {"kernels": ("x",)}, VALUES | {"colour": "red"}, {"engine": "hf", "library": ""}]
+    "wrong",
+    [VALUES | {"kernels": ("x",)}, VALUES | {"colour": "red"}, {"engine": "hf", "library": ""}],
 )
 def test_other_fields_are_refused(wrong):
     with pytest.raises(ProofFormatError):

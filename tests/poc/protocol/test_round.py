@@ -27,7 +27,9 @@ def test_seed_texts_are_the_published_ones():
         "block_alpha_layer_0_householder": round.block_text("layer_reflection", 0),
     }
     assert all(text == expected for expected, text in published.items())
-    names = make(block_hash="{nonce}", public_key="é%s{index}")  # what a text is made of may stand in a name
+    names = make(
+        block_hash="{nonce}", public_key="é%s{index}"
+    )  # what a text is made of may stand in a name
     assert names.texts("reflection", iter([0, 9]), count=2)[2:] == [
         f"{{nonce}}_é%s{{index}}_nonce_9_hidden_r{index}" for index in (0, 1)
     ]
@@ -78,7 +80,9 @@ def test_nonces_of_another_node_are_refused():
             round.check_nonces(foreign)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(5, 5), (-1, 4), (7, 3), (0, 2**40), (2**60, 2**60 + 1)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(5, 5), (-1, 4), (7, 3), (0, 2**40), (2**60, 2**60 + 1)]
+)
 def test_bad_positions_are_refused(start, stop):
     with pytest.raises(UsageError):
         make().nonces(start, stop)

@@ -18,7 +18,9 @@ VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "poc_kat.json").re
 NUMPY = streams.get_backend("numpy")
 
 
-def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96, device: str = "cpu") -> Transform:
+def make(
+    round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96, device: str = "cpu"
+) -> Transform:
     head = torch.linspace(-1, 1, vocab * hidden, device=device).view(vocab, hidden)
     return Transform(
         round,
@@ -30,25 +32,38 @@ def make(round: Round, pipeline: Pipeline | str, hidden: int, vocab: int = 96, d
     )
 
 
-NO_SIGNS = replace(PIPELINES["poc-2.0"], name="without signs", hidden=PIPELINES["poc-2.0"].hidden[1:])
+NO_SIGNS = replace(
+    PIPELINES["poc-2.0"], name="without signs", hidden=PIPELINES["poc-2.0"].hidden[1:]
+)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("numpy", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("row", VECTORS["seed_distance"], ids=lambda r: f"{r['block_hash']}-{r['nonce']}-{r['dim']}")
+@pytest.mark.parametrize(
+    "row", VECTORS["seed_distance"], ids=lambda r: f"{r['block_hash']}-{r['nonce']}-{r['dim']}"
+)
 def test_distance_equals_the_known_answer(row, backend, monkeypatch):
     chosen = streams.get_backend(backend)
     monkeypatch.setattr(streams, "get_backend", lambda name, device: chosen)
     round = Round(block_hash=row["block_hash"], public_key=row["public_key"])
-    dim, nonce = row["dim"], row["nonce"]
-    hidden = NUMPY.normals(streams.seeds([f"hidden_{dim}_{nonce}"]), dim) * np.float32(3) + np.float32(0.5)
-    for pipeline, expected in ((PIPELINES["poc-2.0"], row["sign_flips"]), (NO_SIGNS, row["no_sign_flips"])):
+    dim = row["dim"]
+    nonce = row["nonce"]
+    hidden = NUMPY.normals(streams.seeds([f"hidden_{dim}_{nonce}"]), dim) * np.float32(
+        3
+    ) + np.float32(0.5)
+    for pipeline, expected in (
+        (PIPELINES["poc-2.0"], row["sign_flips"]),
+        (NO_SIGNS, row["no_sign_flips"]),
+    ):
         distance = make(round, pipeline, dim)(torch.from_numpy(hidden), [nonce])
         assert distance.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("preset", FORWARD)
-def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_alone(preset, round_):
-    transform, states = make(round_, preset, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_alone(
+    preset, round_
+):
+    transform = make(round_, preset, 64)
+    states = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     expected = transform(states, range(8))
     states[[1, 3, 6], 5] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     found = transform(states, range(8))
@@ -78,4 +93,6 @@ def test_cuda_and_cpu_agree(preset, round_):
     x_BD = torch.randn(32, 48, generator=torch.Generator().manual_seed(7)) * 4
     expected = make(round_, preset, 48)(x_BD, range(32))
     made = make(round_, preset, 48, device="cuda")(x_BD.cuda(), range(32))
-    torch.testing.assert_close(made.cpu(), expected, rtol=0, atol=1e-5 if made.dtype == torch.float32 else 1e-3)
+    torch.testing.assert_close(
+        made.cpu(), expected, rtol=0, atol=1e-5 if made.dtype == torch.float32 else 1e-3
+    )

@@ -25,7 +25,9 @@ REQUESTS = [
 
 @pytest.fixture(scope="session")
 def responses(small_model) -> Receipts:
-    return respond(small_model, REQUESTS, block_hash="block_alpha", public_key="node_A", end_tokens=())
+    return respond(
+        small_model, REQUESTS, block_hash="block_alpha", public_key="node_A", end_tokens=()
+    )
 
 
 @pytest.fixture

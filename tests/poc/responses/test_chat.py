@@ -1,4 +1,6 @@
-"""Chat as it is served: messages in, the template's hash in the receipt, and a replay that knows another template."""
+"""Chat as it is served: messages in, the template's hash in the receipt, and a replay that knows
+another template.
+"""
 
 from dataclasses import replace
 
@@ -21,7 +23,13 @@ def chat_model(small_model):
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory, chat_model):
     path = tmp_path_factory.mktemp("chat") / "prompts.jsonl"
-    written(path, *({"messages": USER, "request_id": f"r{t}", "max_tokens": 3, "temperature": t} for t in (0, 0.7)))
+    written(
+        path,
+        *(
+            {"messages": USER, "request_id": f"r{t}", "max_tokens": 3, "temperature": t}
+            for t in (0, 0.7)
+        ),
+    )
     return encode_requests(read_requests(path), chat_model.tokenizer, **FITS)
 
 
@@ -31,12 +39,17 @@ def test_messages_are_answered_and_replayed(chats, chat_model):
     ReceiptPins(requests=chats).check(made)
     assert all(one.matches == len(one.receipt.output) for one in replay(made, chat_model))
     digest = chat_template_digest(chat_model.tokenizer)
-    assert [parse_receipt(one.line().encode() + b"\n").chat_template for one in made.receipts] == [digest] * 2
+    assert [parse_receipt(one.line().encode() + b"\n").chat_template for one in made.receipts] == [
+        digest
+    ] * 2
 
 
 def test_another_template_is_named(chats, chat_model):
     made = respond(chat_model, chats, block_hash="B", public_key="K")
-    for template, match in ((f"{TEMPLATE} ", "the chat template [0-9a-f]{12} made"), ("", "which has none")):
+    for template, match in (
+        (f"{TEMPLATE} ", "the chat template [0-9a-f]{12} made"),
+        ("", "which has none"),
+    ):
         other = replace(chat_model, tokenizer=chat_tokenizer(template))
         with pytest.raises(ProofMismatch, match=match):
             replay(made, other)
@@ -46,33 +59,55 @@ def test_another_template_is_named(chats, chat_model):
 
 
 def test_a_stop_ends_an_answer_and_an_answer_that_was_cut_is_refused(tmp_path, chat_model):
-    """Where the client asked for a text or a token at which to stop, and not elsewhere, an answer may end there."""
+    """Where the client asked for a text or a token at which to stop, and not elsewhere, an answer
+    may end there.
+    """
     asked = {"prompt": [5, 6], "request_id": "r", "max_tokens": 24}
-    bias = {str(letter): 30 for letter in (104, 105, 106)} | {"257": 30}  # three letters and an end token
+    bias = {str(letter): 30 for letter in (104, 105, 106)} | {
+        "257": 30
+    }  # three letters and an end token
 
     def answered(**given):
         path = written(tmp_path / "prompts.jsonl", asked | {"logit_bias": bias} | given)
         requests = encode_requests(read_requests(path), chat_model.tokenizer, **FITS)
-        return requests, respond(chat_model, requests, block_hash="B", public_key="K", end_tokens=())
+        return requests, respond(
+            chat_model, requests, block_hash="B", public_key="K", end_tokens=()
+        )
 
     plain, whole = answered()
     output = whole.receipts[0].output
-    text, place = chat_model.tokenizer.decode(output[3:5]), output.index(257) + 1
-    for given in ({"stop": text}, {"stop": ["nowhere", text], "stop_token_ids": None}, {"stop_token_ids": [output[2]]}):
+    text = chat_model.tokenizer.decode(output[3:5])
+    place = output.index(257) + 1
+    for given in (
+        {"stop": text},
+        {"stop": ["nowhere", text], "stop_token_ids": None},
+        {"stop_token_ids": [output[2]]},
+    ):
         requests, made = answered(**given)
         (receipt,) = made.receipts
         assert receipt.finish == "stop"
         assert receipt.output == output[: len(receipt.output)] != output
         assert len(replay(made, chat_model, requests=requests)) == 1
-        with pytest.raises(ProofMismatch, match=f"ended by stop after {len(receipt.output)} tokens"):
+        with pytest.raises(
+            ProofMismatch, match=f"ended by stop after {len(receipt.output)} tokens"
+        ):
             replay(made, chat_model, requests=plain)
         with pytest.raises(ProofMismatch, match="tokens after its end"):
             replay(whole, chat_model, requests=requests)
-    ended = replace(whole.receipts[0], output=output[:place], finish="stop", sketches=whole.receipts[0].sketches[:1])
+    ended = replace(
+        whole.receipts[0],
+        output=output[:place],
+        finish="stop",
+        sketches=whole.receipts[0].sketches[:1],
+    )
     replay(Receipts.build(whole.header, [ended], 1.0), chat_model, requests=plain)
 
 
 def test_a_real_chat_model_answers_messages(smollm2):
-    (made,) = respond(smollm2, [read_chat(USER)], block_hash="B", public_key="K", max_tokens=6).receipts
-    assert smollm2.tokenizer.decode(made.prompt.ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    (made,) = respond(
+        smollm2, [read_chat(USER)], block_hash="B", public_key="K", max_tokens=6
+    ).receipts
+    assert smollm2.tokenizer.decode(made.prompt.ids).endswith(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert made.chat_template == chat_template_digest(smollm2.tokenizer)

@@ -17,7 +17,9 @@ from assay.poc.responses.receipts import MOST_TOKENS, parse_header, parse_receip
 from assay.poc.responses.sampling import HIGHEST_INDEX, HIGHEST_TOKEN, RANGES
 from tests.poc.responses.vectors import FOLDER, receipts, vectors
 
-SCHEMA = json.loads((Path(responses.__file__).parent / "receipt.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(
+    (Path(responses.__file__).parent / "receipt.schema.json").read_text(encoding="utf-8")
+)
 CHECK = jsonschema_rs.Draft202012Validator(SCHEMA)
 HEADER, *RECEIPTS, FOOTER = (FOLDER / "responses.jsonl").read_text(encoding="utf-8").splitlines()
 
@@ -42,7 +44,9 @@ def test_every_line_fits_the_schema(lines: list[str]):
 def objects(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for inner in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from objects(inner)
 
 
@@ -51,7 +55,9 @@ def test_the_schema_is_closed():
     assert len(described) == 11
     for value in described:
         assert value["additionalProperties"] is False
-        assert value["required"] == [name for name in value["properties"] if name not in ("adapter", "chat_template")]
+        assert value["required"] == [
+            name for name in value["properties"] if name not in ("adapter", "chat_template")
+        ]
 
 
 def test_the_schema_has_the_bounds_of_the_code():
@@ -73,7 +79,9 @@ ODD: list[Any] = [
 
 
 def variants(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a line with another value in the place of each of its values, with one field less and with one more."""
+    """Yield a line with another value in the place of each of its values, with one field less and
+    with one more.
+    """
 
     def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         for name, inner in value.items() if isinstance(value, dict) else ():
@@ -95,7 +103,9 @@ def variants(line: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{'.'.join(place)} = {odd!r:.40}", changed
 
 
-@pytest.mark.parametrize(("line", "parse"), [(HEADER, parse_header), *((line, parse_receipt) for line in RECEIPTS)])
+@pytest.mark.parametrize(
+    ("line", "parse"), [(HEADER, parse_header), *((line, parse_receipt) for line in RECEIPTS)]
+)
 def test_the_schema_refuses_what_the_reader_refuses(line: str, parse):
     """One direction for all; the other but for what a schema cannot say."""
     refused = 0

@@ -23,7 +23,9 @@ def test_receipts_read_back_as_they_were(responses: Receipts, tmp_path: Path):
     read = Receipts.load(path)
     assert read.header == responses.header
     assert read.footer == responses.footer
-    assert [receipt.line() for receipt in read.receipts] == [receipt.line() for receipt in responses.receipts]
+    assert [receipt.line() for receipt in read.receipts] == [
+        receipt.line() for receipt in responses.receipts
+    ]
     for one, other in zip(read.receipts, responses.receipts, strict=True):
         assert one.sampling == other.sampling
         assert one.prompt.ids == other.prompt.ids
@@ -34,15 +36,25 @@ def test_receipts_read_back_as_they_were(responses: Receipts, tmp_path: Path):
 
 def test_the_footer_s_hash_and_counts_are_those_of_the_file(lines: list[str], responses: Receipts):
     footer = json.loads(lines[-1])["footer"]
-    assert footer["sha256"] == hashlib.sha256("".join(f"{line}\n" for line in lines[1:-1]).encode()).hexdigest()
+    assert (
+        footer["sha256"]
+        == hashlib.sha256("".join(f"{line}\n" for line in lines[1:-1]).encode()).hexdigest()
+    )
     assert footer["receipts"] == 4
-    assert footer["tokens"] == sum(len(receipt.output) for receipt in responses.receipts) == 40 + 33 + 3 + 5
+    assert (
+        footer["tokens"]
+        == sum(len(receipt.output) for receipt in responses.receipts)
+        == 40 + 33 + 3 + 5
+    )
 
 
 def test_a_hash_stands_for_a_prompt(lines: list[str], responses: Receipts):
     receipt = responses.receipts[0]
     hashed = receipt.without_prompt()
-    assert receipt.prompt.sha256 == hashlib.sha256(np.array([3, 1, 4, 1, 5], "<u4").tobytes()).hexdigest()
+    assert (
+        receipt.prompt.sha256
+        == hashlib.sha256(np.array([3, 1, 4, 1, 5], "<u4").tobytes()).hexdigest()
+    )
     assert '"prompt":{"sha256":"' in hashed.line()
     assert "3,1,4,1,5" not in hashed.line()
     read = parse_receipt(f"{hashed.line()}\n".encode())
@@ -54,15 +66,21 @@ def test_a_hash_stands_for_a_prompt(lines: list[str], responses: Receipts):
 
 def test_receipts_without_sampling_or_without_sketches(responses: Receipts, tmp_path: Path):
     plain = [replace(receipt, sampling=None, mask=True) for receipt in responses.receipts]
-    bare = [replace(receipt, sketches=np.empty((0, 12), np.float16)) for receipt in responses.receipts]
-    aborted = replace(responses.receipts[0], output=(), sketches=np.empty((0, 12), np.float16), finish="abort")
+    bare = [
+        replace(receipt, sketches=np.empty((0, 12), np.float16)) for receipt in responses.receipts
+    ]
+    aborted = replace(
+        responses.receipts[0], output=(), sketches=np.empty((0, 12), np.float16), finish="abort"
+    )
     for header, receipts in (
         (responses.header, [*plain[1:], aborted]),
         (replace(responses.header, sketched=False), [*bare[1:], aborted]),
     ):
         Receipts.build(header, receipts, 1.5).save(tmp_path / "made.jsonl", overwrite=True)
         read = Receipts.load(tmp_path / "made.jsonl")
-        assert [receipt.line() for receipt in read.receipts] == [receipt.line() for receipt in receipts]
+        assert [receipt.line() for receipt in read.receipts] == [
+            receipt.line() for receipt in receipts
+        ]
         assert read.header.sketched is header.sketched
     with pytest.raises(UsageError, match="0 sketches for 40 tokens"):
         Receipts.build(responses.header, bare, 1.5)
@@ -72,7 +90,8 @@ def half(bits: int) -> str:
     return base64.b64encode(np.full(12, bits, "<u2").tobytes()).decode()
 
 
-GOOD, LAST = 1, 5
+GOOD = 1
+LAST = 5
 BREAKS = {
     "empty file": (lambda lines: [], 1),
     "no header": (lambda lines: lines[1:], 1),
@@ -86,8 +105,14 @@ BREAKS = {
     "whole temperature": (replaced(GOOD, '"temperature":1.0', '"temperature":1'), 2),
     "long temperature": (replaced(GOOD, '"temperature":1.0', '"temperature":1.00'), 2),
     "negative zero": (replaced(GOOD, '"min_p":0.0', '"min_p":-0.0'), 2),
-    "temperature of 4000 digits": (replaced(GOOD, '"temperature":1.0', f'"temperature":1{"0" * 4000}'), 2),
-    "temperature of 5000 digits": (replaced(GOOD, '"temperature":1.0', f'"temperature":1{"0" * 5000}'), 2),
+    "temperature of 4000 digits": (
+        replaced(GOOD, '"temperature":1.0', f'"temperature":1{"0" * 4000}'),
+        2,
+    ),
+    "temperature of 5000 digits": (
+        replaced(GOOD, '"temperature":1.0', f'"temperature":1{"0" * 5000}'),
+        2,
+    ),
     "index with a point": (replaced(GOOD, '"index":0', '"index":0.0'), 2),
     "huge index": (edited(GOOD, index=10**400), 2),
     "huge token": (edited(GOOD, output=[10**400] * 40), 2),
@@ -142,7 +167,9 @@ def test_what_is_nested_too_deeply_to_be_shown_is_refused(levels: int, lines: li
 
 @pytest.mark.parametrize("fill", [b"[],", b"{},", b"0,", b'"a",', b"0.5,", b"[[[[", b'{"a":'])
 def test_hostile_lines_take_little_memory(fill: bytes):
-    """Values of JSON take up to 40 times the room of their text, so a line is refused before they are made."""
+    """Values of JSON take up to 40 times the room of their text, so a line is refused before they
+    are made.
+    """
     line = b'{"output":[' + fill * (2**24 // len(fill)) + b"0]}\n"
     tracemalloc.start()
     with pytest.raises(ProofFormatError):
@@ -204,13 +231,20 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 def test_random_edits_are_read_as_they_are_or_refused():
     good = (Path(__file__).parents[2] / "vectors" / "responses.jsonl").read_bytes()
-    lines, draw = good.splitlines()[1:-1], random.Random(7)
+    lines = good.splitlines()[1:-1]
+    draw = random.Random(7)
     for _ in range(4000):
         content = mutated(good, draw)
         try:
             read = Receipts.parse("edited", content)
         except ProofFormatError:
             continue
-        written = [read.header.line(), *(receipt.line() for receipt in read.receipts), read.footer.line()]
+        written = [
+            read.header.line(),
+            *(receipt.line() for receipt in read.receipts),
+            read.footer.line(),
+        ]
         assert "".join(f"{line}\n" for line in written).encode() == content
-        assert content.splitlines()[1:-1] == lines  # the edit is in the header, such as another key, or in the seconds
+        assert (
+            content.splitlines()[1:-1] == lines
+        )  # the edit is in the header, such as another key, or in the seconds

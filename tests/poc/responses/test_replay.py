@@ -1,4 +1,6 @@
-"""Replay: a prefill finds the tokens of an honest node, and other weights; pins name what differs."""
+"""Replay: a prefill finds the tokens of an honest node, and other weights; pins name what
+differs.
+"""
 
 import math
 from dataclasses import replace
@@ -49,7 +51,9 @@ def rebuilt(receipts: Receipts, *changed: Receipt) -> Receipts:
     return Receipts.build(receipts.header, [*changed, *receipts.receipts[len(changed) :]], 1.0)
 
 
-def test_the_tokens_of_an_honest_node_are_the_verifiers_own(responses: Receipts, small_model: Model):
+def test_the_tokens_of_an_honest_node_are_the_verifiers_own(
+    responses: Receipts, small_model: Model
+):
     seen: list[tuple[int, int]] = []
     found = replay(responses, small_model, progress=lambda done, total: seen.append((done, total)))
     assert [one.receipt for one in found] == list(responses.receipts)
@@ -59,36 +63,50 @@ def test_the_tokens_of_an_honest_node_are_the_verifiers_own(responses: Receipts,
     assert seen == [(count, 4) for count in range(1, 5)]
 
 
-def test_another_token_has_a_margin_and_a_profile_that_says_so(responses: Receipts, small_model: Model):
+def test_another_token_has_a_margin_and_a_profile_that_says_so(
+    responses: Receipts, small_model: Model
+):
     first = responses.receipts[0]
     other = (first.output[0] + 1) % small_model.vocab_size
-    found = replay(rebuilt(responses, replace(first, output=(other, *first.output[1:]))), small_model)[0]
+    found = replay(
+        rebuilt(responses, replace(first, output=(other, *first.output[1:]))), small_model
+    )[0]
     assert found.margins[0] > 0.01
     assert found.profiles[0, 0] < -100
     assert found.profiles[0, -1] == pytest.approx(-math.log(small_model.vocab_size), rel=1e-3)
 
 
-def test_without_seeds_or_with_a_mask_sketches_are_all_there_is(responses: Receipts, small_model: Model):
+def test_without_seeds_or_with_a_mask_sketches_are_all_there_is(
+    responses: Receipts, small_model: Model
+):
     first, second, *_ = responses.receipts
-    found = replay(rebuilt(responses, replace(first, sampling=None), replace(second, mask=True)), small_model)
+    found = replay(
+        rebuilt(responses, replace(first, sampling=None), replace(second, mask=True)), small_model
+    )
     assert [len(one.margins) for one in found[:2]] == [0, 0]
     assert [len(one.blocks) for one in found[:2]] == [2, 2]
     assert max(one.residuals.max() for one in found[:2]) < 1e-3
 
 
 def test_hashed_prompts_need_the_requests(responses: Receipts, small_model: Model):
-    hidden = Receipts.build(responses.header, [one.without_prompt() for one in responses.receipts], 1.0)
+    hidden = Receipts.build(
+        responses.header, [one.without_prompt() for one in responses.receipts], 1.0
+    )
     with pytest.raises(ProofMismatch, match="hash of a prompt"):
         replay(hidden, small_model)
     found = replay(hidden, small_model, requests=REQUESTS)
     assert all(one.matches == len(one.receipt.output) for one in found)
 
 
-def test_receipts_of_another_model_or_vocabulary_are_refused(responses: Receipts, small_model: Model):
+def test_receipts_of_another_model_or_vocabulary_are_refused(
+    responses: Receipts, small_model: Model
+):
     with pytest.raises(ProofMismatch, match="receipts of"):
         replay(responses, replace(small_model, digest="0" * 64))
     first = replace(
-        responses.receipts[0], output=(small_model.vocab_size,), sketches=responses.receipts[0].sketches[:1]
+        responses.receipts[0],
+        output=(small_model.vocab_size,),
+        sketches=responses.receipts[0].sketches[:1],
     )
     with pytest.raises(ProofMismatch, match="tokens below"):
         replay(rebuilt(responses, first), small_model)
@@ -104,7 +122,12 @@ def test_a_token_outside_the_vocabulary_is_refused_before_any_prefill(
     hidden = replace(first, prompt=prompt).without_prompt()
     receipts = rebuilt(responses, replace(first, sampling=biased) if odd == "bias" else hidden)
     with pytest.raises(ProofMismatch, match=f"token {small_model.vocab_size}"):
-        replay(receipts, small_model, requests=[replace(REQUESTS[0], prompt=prompt.ids)], engine=Refused())
+        replay(
+            receipts,
+            small_model,
+            requests=[replace(REQUESTS[0], prompt=prompt.ids)],
+            engine=Refused(),
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,12 +158,19 @@ def test_the_verifiers_own_token_has_no_gap_and_the_profile_is_the_definition(sa
 
 
 def test_a_penalty_that_a_client_asks_for_makes_honest_noise_no_larger():
-    rng, sampling, prompt = np.random.default_rng(3), Sampling(repetition_penalty=0.01), tuple(range(300))
-    logits, noise = (torch.tensor(rng.normal(0, size, (200, 300)), dtype=torch.float32) for size in (2, 0.01))
-    seeds, sampler = np.arange(200, dtype=np.uint32), Sampler([sampling] * 200, 300, "cpu")
+    rng = np.random.default_rng(3)
+    sampling = Sampling(repetition_penalty=0.01)
+    prompt = tuple(range(300))
+    logits, noise = (
+        torch.tensor(rng.normal(0, size, (200, 300)), dtype=torch.float32) for size in (2, 0.01)
+    )
+    seeds = np.arange(200, dtype=np.uint32)
+    sampler = Sampler([sampling] * 200, 300, "cpu")
     whole = {"prompt_NV": torch.ones(300, dtype=torch.bool), "counts_NV": torch.zeros(200, 300)}
     tokens = sampler.add_noise(sampler.penalise(logits + noise, **whole), seeds).argmax(dim=1)
-    margins, profiles = measure_margins(logits, tuple(tokens.tolist()), sampling, seeds, prompt=prompt)
+    margins, profiles = measure_margins(
+        logits, tuple(tokens.tolist()), sampling, seeds, prompt=prompt
+    )
     assert margins.max() > 0
     assert profiles[:, 12].min() > -10
 
@@ -153,7 +183,10 @@ class Likeliest(HFPrefill):
             border_N = found.logits.topk(64).values[:, -1:]
             given_NV = found.logits >= border_N
             given_NV[torch.arange(len(given_NV)), torch.tensor(responses[place].output)] = True
-            yield place, replace(found, logits=torch.where(given_NV, found.logits, -torch.inf), whole=False)
+            yield (
+                place,
+                replace(found, logits=torch.where(given_NV, found.logits, -torch.inf), whole=False),
+            )
 
 
 @pytest.mark.parametrize(
@@ -166,13 +199,19 @@ class Likeliest(HFPrefill):
         (Sampling(temperature=0), False),
     ],
 )
-def test_top_p_is_not_judged_by_a_part_of_the_logits(small_model: Model, sampling: Sampling, refused: bool):
-    """Of fewer logits it keeps fewer tokens, and those that an honest node took beyond them would look impossible."""
+def test_top_p_is_not_judged_by_a_part_of_the_logits(
+    small_model: Model, sampling: Sampling, refused: bool
+):
+    """Of fewer logits it keeps fewer tokens, and those that an honest node took beyond them would
+    look impossible.
+    """
     request = Request(prompt=(5, 9, 12), request_id="r", max_tokens=32, sampling=sampling)
     receipts = respond(small_model, [request], block_hash="b", public_key="k", end_tokens=())
     engine = Likeliest(small_model)
     if refused:
-        with pytest.raises(UsageError, match=r"top_p 0\.95 and temperature 2\.0, of which the engine gave"):
+        with pytest.raises(
+            UsageError, match=r"top_p 0\.95 and temperature 2\.0, of which the engine gave"
+        ):
             replay(receipts, small_model, engine=engine)
         return
     (found,) = replay(receipts, small_model, engine=engine)
@@ -181,7 +220,8 @@ def test_top_p_is_not_judged_by_a_part_of_the_logits(small_model: Model, samplin
 
 
 @pytest.mark.parametrize(
-    ("seed", "gaps"), [(0, (0.001, 0.0, 0.001)), (1, (0.001, 0.0, 0.2055)), (2, (0.0, 1.001, 0.6283))]
+    ("seed", "gaps"),
+    [(0, (0.001, 0.0, 0.001)), (1, (0.001, 0.0, 0.2055)), (2, (0.0, 1.001, 0.6283))],
 )
 def test_the_border_of_the_support_is_soft(seed: int, gaps: tuple[float, ...]):
     """The third token is outside by .001 of a logit: it can enter, and the second one can leave."""
@@ -207,7 +247,9 @@ def test_the_border_of_the_support_is_soft(seed: int, gaps: tuple[float, ...]):
         ({"finish": "length", "output": (1, 2), "sketches": "first"}, "tokens"),
     ],
 )
-def test_an_answer_to_another_request_fails_by_name(responses: Receipts, change: dict[str, object], name: str):
+def test_an_answer_to_another_request_fails_by_name(
+    responses: Receipts, change: dict[str, object], name: str
+):
     first = responses.receipts[0]
     if "sketches" in change:
         change = change | {"sketches": first.sketches[:1]}
@@ -217,9 +259,13 @@ def test_an_answer_to_another_request_fails_by_name(responses: Receipts, change:
         pins.check(rebuilt(responses, replace(first, **change)))
 
 
-@pytest.mark.parametrize("pins", [{"public_key": "node_B"}, {"digest": "0" * 64}, {"prover_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "pins", [{"public_key": "node_B"}, {"digest": "0" * 64}, {"prover_dtype": "bfloat16"}]
+)
 def test_another_key_model_or_format_fails_by_name(responses: Receipts, pins: dict[str, str]):
-    with pytest.raises(ProofMismatch, match="made in" if "prover_dtype" in pins else next(iter(pins))):
+    with pytest.raises(
+        ProofMismatch, match="made in" if "prover_dtype" in pins else next(iter(pins))
+    ):
         ReceiptPins(known=replace(KNOWN, **pins)).check(responses)
 
 
@@ -238,7 +284,9 @@ def test_what_is_taken_on_the_nodes_word_is_listed(responses: Receipts):
 
 
 def test_an_honest_verdict_covers_all_requests(responses: Receipts, small_model: Model):
-    """Of the answers that are shown each is honest; of those that are not shown nothing is known."""
+    """Of the answers that are shown each is honest; of those that are not shown nothing is
+    known.
+    """
     pins = ReceiptPins(known=KNOWN, requests=REQUESTS)
     some = Receipts.build(responses.header, responses.receipts[:2], 1.0)
     nothing = {"output": (), "sketches": np.zeros((0, 12), np.float16)}
@@ -266,15 +314,22 @@ def test_a_sample_is_drawn_by_its_seed_and_must_fit(responses: Receipts):
 
 @pytest.fixture(scope="module")
 def engines() -> dict[str, Model]:
-    return {dtype: load_model("reference:qwen3", dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")}
+    return {
+        dtype: load_model("reference:qwen3", dtype=dtype, device="cpu")
+        for dtype in ("float32", "bfloat16")
+    }
 
 
 @pytest.fixture(scope="module")
 def served(engines: dict[str, Model]) -> dict[str, Receipts]:
-    """Receipts of an honest node in bfloat16, and of one with weights of four bits that claims the same."""
+    """Receipts of an honest node in bfloat16, and of one with weights of four bits that claims the
+    same.
+    """
     rng = np.random.default_rng(5)
     requests = [
-        Request(prompt=tuple(rng.integers(5, 4000, 12).tolist()), request_id=f"r{place}", max_tokens=48)
+        Request(
+            prompt=tuple(rng.integers(5, 4000, 12).tolist()), request_id=f"r{place}", max_tokens=48
+        )
         for place in range(8)
     ]
     common = {"block_hash": "block_alpha", "public_key": "node_A", "end_tokens": ()}
@@ -291,7 +346,8 @@ def test_weights_of_four_bits_are_caught_and_the_honest_node_is_not(
         noise = noise_between(receipts.header, engine.fingerprint, None)
         found = replay(receipts, engines["float32"], engine=engine)
         verdicts[name] = judge_responses(found, receipts, noise)
-    honest, cheat = verdicts["honest"], verdicts["int4"]
+    honest = verdicts["honest"]
+    cheat = verdicts["int4"]
     assert honest.matches / honest.tokens > 0.98
     assert honest.verdict in ("honest", "undecided")
     assert (cheat.verdict, cheat.exit_code) == ("fraud", 1)
@@ -306,7 +362,9 @@ def test_a_calibration_is_measured_written_and_held_to_its_engines(
     receipts = served["honest"]
     engine = HFPrefill(engines["bfloat16"])
     found = replay(receipts, engines["bfloat16"], engine=engine)
-    coarse = replace(receipts.header, fingerprint=replace(receipts.header.fingerprint, dtype="float32"))
+    coarse = replace(
+        receipts.header, fingerprint=replace(receipts.header.fingerprint, dtype="float32")
+    )
     with pytest.raises(UsageError, match="receipts in bfloat16 and float32"):
         calibrate_responses([(receipts.header, found[:4]), (coarse, found[4:])], engine.fingerprint)
     measured = calibrate_responses([(receipts.header, found)], engine.fingerprint)
@@ -325,19 +383,24 @@ def test_a_calibration_is_measured_written_and_held_to_its_engines(
         ResponseCalibration.load(tmp_path / "responses.json")
 
 
-def test_a_machine_of_a_calibration_is_a_public_key(served: dict[str, Receipts], engines: dict[str, Model]):
+def test_a_machine_of_a_calibration_is_a_public_key(
+    served: dict[str, Receipts], engines: dict[str, Model]
+):
     receipts = served["honest"]
     engine = HFPrefill(engines["bfloat16"])
     found = replay(receipts, engines["bfloat16"], engine=engine)
     header = receipts.header
-    longer = replace(header, fingerprint=replace(header.fingerprint, seq_len=2 * header.fingerprint.seq_len))
+    longer = replace(
+        header, fingerprint=replace(header.fingerprint, seq_len=2 * header.fingerprint.seq_len)
+    )
     other = replace(header, public_key="node_B")
 
     def noise(*headers):
         halves = zip(headers, (found[:4], found[4:]), strict=True)
         return calibrate_responses(list(halves), engine.fingerprint).noise
 
-    one, two = noise(header, longer), noise(header, other)
+    one = noise(header, longer)
+    two = noise(header, other)
     whole = calibrate_responses([(header, found)], engine.fingerprint).noise
     assert one.source == "calibration on 8 responses of 1 machines"
     assert one == whole, "one node with prompts of two lengths is one machine"
@@ -346,7 +409,9 @@ def test_a_machine_of_a_calibration_is_a_public_key(served: dict[str, Receipts],
 
 
 @pytest.mark.parametrize(("between", "found"), [(0.0, (0.0, 0.2, 0.4)), (1.1, (0.7, 1.1))])
-def test_a_fit_finds_the_scale_and_the_spread_between_responses(between: float, found: tuple[float, ...]):
+def test_a_fit_finds_the_scale_and_the_spread_between_responses(
+    between: float, found: tuple[float, ...]
+):
     fit = fit_token_noise(drawn(80, 40, law_at(0.0625), between=between, seed=1))
     assert fit.between in found
     near = int(np.searchsorted(SCALES, 0.0625))
@@ -359,7 +424,9 @@ def test_a_fit_finds_the_scale_and_the_spread_between_responses(between: float, 
 def test_a_response_without_tokens_says_nothing():
     clusters = drawn(8, 40, law_at(0.0625), between=0.7, seed=2)
     empty = np.zeros((0, COLUMNS))
-    assert fit_token_noise([empty, *clusters[:4], empty, *clusters[4:], empty]) == fit_token_noise(clusters)
+    assert fit_token_noise([empty, *clusters[:4], empty, *clusters[4:], empty]) == fit_token_noise(
+        clusters
+    )
 
 
 def test_engines_that_agree_on_every_token_leave_room_for_what_was_not_seen():
@@ -370,7 +437,9 @@ def test_engines_that_agree_on_every_token_leave_room_for_what_was_not_seen():
     assert sum(fit.law.weights[SCALES.searchsorted(1.0) :]) < 0.02
 
 
-@pytest.mark.parametrize("clusters", [[], [np.zeros((10, COLUMNS))], [np.ones((300, COLUMNS))], [np.zeros((300, 3))]])
+@pytest.mark.parametrize(
+    "clusters", [[], [np.zeros((10, COLUMNS))], [np.ones((300, COLUMNS))], [np.zeros((300, 3))]]
+)
 def test_what_is_no_sample_is_refused(clusters: list[np.ndarray]):
     with pytest.raises(UsageError, match="honest tokens"):
         fit_token_noise(clusters)
@@ -385,9 +454,12 @@ def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[st
     check_enough_tokens(files(8))
     for changes in ({"mask": True}, {"sampling": None}):
         check_enough_tokens(files(6, **changes))
-        with pytest.raises(UsageError, match="240 of 384 tokens that were sampled with a seed and without a mask"):
+        with pytest.raises(
+            UsageError, match="240 of 384 tokens that were sampled with a seed and without a mask"
+        ):
             check_enough_tokens(files(5, **changes))
-    with_sketches, without = files(8)[0].receipts[:7], replace(files(8)[0].receipts[7], sketches=np.zeros((0, 12)))
+    with_sketches = files(8)[0].receipts[:7]
+    without = replace(files(8)[0].receipts[7], sketches=np.zeros((0, 12)))
     header = served["honest"].header
     files_of = ((header, with_sketches), (replace(header, sketched=False), [without]))
     mixed = [Receipts.build(head, receipts, 1.0) for head, receipts in files_of]
@@ -396,13 +468,19 @@ def test_too_few_tokens_or_sketches_that_can_be_used_are_refused(served: dict[st
 
 
 @pytest.mark.no_law
-def test_only_the_bundled_models_have_a_law_and_no_other_is_judged(responses: Receipts, small_model: Model, tmp_path):
+def test_only_the_bundled_models_have_a_law_and_no_other_is_judged(
+    responses: Receipts, small_model: Model, tmp_path
+):
     """On 8580455f these receipts are honest by the law of another model."""
-    assert bundled_response_noise(QWEN3, "float32", "bfloat16") == bundled_response_noise(QWEN3, "bfloat16", "float32")
+    assert bundled_response_noise(QWEN3, "float32", "bfloat16") == bundled_response_noise(
+        QWEN3, "bfloat16", "float32"
+    )
     assert bundled_response_noise(QWEN3, "int8-rows", "float32") is None
     assert bundled_response_noise(QWEN3, "float32", "float32") is not None
     assert noise_between(responses.header, HFPrefill(small_model).fingerprint, None) is None
-    named = Receipts.build(replace(responses.header, reference="m; reboot"), responses.receipts, 1.0)
+    named = Receipts.build(
+        replace(responses.header, reference="m; reboot"), responses.receipts, 1.0
+    )
     verdict = judge_responses(replay(responses, small_model) * 40, named, None)
     assert (verdict.verdict, verdict.exit_code, verdict.as_dict()["test"]) == ("undecided", 2, None)
     assert "assay poc calibrate-responses honest.jsonl --model 'm; reboot' -o" in verdict.reason

@@ -17,7 +17,9 @@ FITS = {"reference": "small", "vocab_size": 512, "max_positions": 128}
 
 
 def written(path: Path, *lines: object) -> Path:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    path.write_text(
+        "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
+    )
     return path
 
 
@@ -25,7 +27,14 @@ def test_a_line_sets_what_differs(tmp_path: Path):
     path = written(
         tmp_path / "prompts.jsonl",
         {"prompt": "Hello"},
-        {"prompt": [1, 2], "request_id": "r", "user_seed": "u", "max_tokens": 3, "top_k": 5, "logit_bias": {"7": 1}},
+        {
+            "prompt": [1, 2],
+            "request_id": "r",
+            "user_seed": "u",
+            "max_tokens": 3,
+            "top_k": 5,
+            "logit_bias": {"7": 1},
+        },
         {"prompt": [1], "request_id": "many", "n": 3},
     )
     found = read_requests(path, sampling=Sampling(temperature=0.5), user_seed="all", max_tokens=9)
@@ -37,20 +46,33 @@ def test_a_line_sets_what_differs(tmp_path: Path):
         prompt=(1, 2), request_id="r", chosen_by="client", user_seed="u", max_tokens=3,
         sampling=Sampling(temperature=0.5, top_k=5, logit_bias={7: 1.0}),
     )  # fmt: skip
-    assert [(request.request_id, request.index) for request in found[2:]] == [("many", 0), ("many", 1), ("many", 2)]
+    assert [(request.request_id, request.index) for request in found[2:]] == [
+        ("many", 0),
+        ("many", 1),
+        ("many", 2),
+    ]
 
 
 BREAKS = {
     "nothing": ([], "empty"),
     "no prompt": ([{"request_id": "r"}], "line 1: no prompt"),
     "unknown field": ([{"prompt": "a", "seed": 1}], "line 1: a field 'seed'"),
-    "prompt and messages": ([{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}], "line 1: both prompt"),
+    "prompt and messages": (
+        [{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}],
+        "line 1: both prompt",
+    ),
     "stop of a number": ([{"prompt": "a", "stop": 7}], "line 1: stop is 7"),
     "stop of numbers": ([{"prompt": "a", "stop": [7]}], r"line 1: stop is \(7,"),
     "empty stop": ([{"prompt": "a", "stop": ["a", ""]}], "line 1: stop is"),
     "too many stops": ([{"prompt": "a", "stop": ["a"] * 65}], "line 1: stop is"),
-    "stop token of text": ([{"prompt": "a", "stop_token_ids": ["a", 1]}], "line 1: a token of stop_token_ids is 'a'"),
-    "negative stop token": ([{"prompt": "a", "stop_token_ids": [-1]}], "line 1: a token of stop_token_ids is -1"),
+    "stop token of text": (
+        [{"prompt": "a", "stop_token_ids": ["a", 1]}],
+        "line 1: a token of stop_token_ids is 'a'",
+    ),
+    "negative stop token": (
+        [{"prompt": "a", "stop_token_ids": [-1]}],
+        "line 1: a token of stop_token_ids is -1",
+    ),
     "prompt of a number": ([{"prompt": 7}], "line 1: prompt is 7"),
     "empty text": ([{"prompt": ""}], "line 1: a prompt of 0"),
     "no tokens": ([{"prompt": []}], "line 1: the prompt of 0"),
@@ -64,8 +86,14 @@ BREAKS = {
     "no tokens to make": ([{"prompt": "a", "max_tokens": 0}], "line 1: max_tokens is 0"),
     "id of a number": ([{"prompt": "a", "request_id": 5}], "line 1: request_id is 5"),
     "seed of null": ([{"prompt": "a", "user_seed": None}], "line 1: user_seed is None"),
-    "an id twice": ([{"prompt": "a", "request_id": "r"}, {"prompt": "b", "request_id": "r"}], "of line 1"),
-    "an id that another line gets": ([{"prompt": "a", "request_id": "line-2"}, {"prompt": "b"}], "of line 1"),
+    "an id twice": (
+        [{"prompt": "a", "request_id": "r"}, {"prompt": "b", "request_id": "r"}],
+        "of line 1",
+    ),
+    "an id that another line gets": (
+        [{"prompt": "a", "request_id": "line-2"}, {"prompt": "b"}],
+        "of line 1",
+    ),
     "not JSON": (["{"], "line 1"),
     "not an object": (["[1]"], "line 1"),
     "nested bomb": (["[" * 100_000], "line 1"),
@@ -96,7 +124,9 @@ def test_text_is_encoded_by_the_model_s_tokenizer():
 
 
 def test_a_growing_answer_ends_where_the_whole_does_and_only_its_tail_is_decoded():
-    """A byte-level tokenizer gives a letter of four bytes in four tokens, and the stop begins inside of one."""
+    """A byte-level tokenizer gives a letter of four bytes in four tokens, and the stop begins
+    inside of one.
+    """
     decoded: list[int] = []
 
     class Bytes:
@@ -105,10 +135,14 @@ def test_a_growing_answer_ends_where_the_whole_does_and_only_its_tail_is_decoded
             return bytes(ids).decode(errors="replace")
 
     text = ("ab\U0001f642c" * 40).encode()
-    request = Request(prompt=(97,) * 20, request_id="r", stop=("\U0001f642cab\U0001f642", "nowhere"))
+    request = Request(
+        prompt=(97,) * 20, request_id="r", stop=("\U0001f642cab\U0001f642", "nowhere")
+    )
     ends = [request.is_ended(text[:end], (), Bytes()) for end in range(1, len(text) + 1)]
     decoded.clear()
-    grown = [request.is_ended(text[:end], (), Bytes(), grows=True) for end in range(1, len(text) + 1)]
+    grown = [
+        request.is_ended(text[:end], (), Bytes(), grows=True) for end in range(1, len(text) + 1)
+    ]
     assert grown.index(True) == ends.index(True) == 2 + 4 + 1 + 2 + 4 - 1
     assert max(decoded) < 64 < len(text)
 
@@ -129,7 +163,8 @@ def test_what_does_not_fit_the_model_is_refused():
 
 def test_random_edits_are_read_or_refused(tmp_path: Path):
     good = b'{"prompt":[1,22,3],"request_id":"r","n":2,"temperature":0.5,"logit_bias":{"7":1.5}}\n{"prompt":"a b"}\n'
-    draw, path = random.Random(3), tmp_path / "prompts.jsonl"
+    draw = random.Random(3)
+    path = tmp_path / "prompts.jsonl"
     refused = 0
     for _ in range(400):
         path.write_bytes(mutated(good, draw))

@@ -20,19 +20,24 @@ COMMON = {"block_hash": "block_alpha", "public_key": "node_A"}
 
 
 def replayed(model: Model, made: Receipts, place: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Scores [N, V] of a response by one pass without a cache, with the definition in numpy, and its states [N, D]."""
+    """Scores [N, V] of a response by one pass without a cache, with the definition in numpy, and
+    its states [N, D].
+    """
     receipt = made.receipts[place]
     with torch.inference_mode():
         ids = torch.tensor([[*receipt.prompt.ids, *receipt.output]])
         out = model.module(ids, output_hidden_states=True)
-    first, count = len(receipt.prompt.ids) - 1, len(receipt.output)
+    first = len(receipt.prompt.ids) - 1
+    count = len(receipt.output)
     logits = out.logits[0, first : first + count].float().numpy()
     seeds = made.header.seed(receipt).step_seeds(range(count))
     history = {
         "prompt_V": mark_tokens(receipt.prompt.ids, 512),
         "counts_NV": counts_before(receipt.output, 512, 0, count),
     }
-    return scores(logits, receipt.sampling, seeds, **history), out.hidden_states[-1][0, first : first + count]
+    return scores(logits, receipt.sampling, seeds, **history), out.hidden_states[-1][
+        0, first : first + count
+    ]
 
 
 @pytest.mark.parametrize("place", range(len(REQUESTS)))
@@ -41,7 +46,9 @@ def test_one_prefill_gives_the_tokens_again(place: int, small_model, responses: 
     receipt = responses.receipts[place]
     assert tuple(found.argmax(axis=1).tolist()) == receipt.output
     steps = range(0, len(receipt.output), 32)
-    again = sketch_response(states[list(steps)], responses.header.seed(receipt).words("sketch"), steps)
+    again = sketch_response(
+        states[list(steps)], responses.header.seed(receipt).words("sketch"), steps
+    )
     assert np.abs(again.numpy().astype(float) - receipt.sketches).max() < 1e-3
     lengths = torch.linalg.vector_norm(torch.from_numpy(receipt.sketches.astype(np.float32)), dim=1)
     np.testing.assert_allclose(lengths.numpy(), 1, atol=2e-3)
@@ -53,7 +60,9 @@ def test_sketches_are_the_projection_that_the_page_defines(responses: Receipts, 
     receipt = responses.receipts[0]
     seed = responses.header.seed(receipt)
     _, states = replayed(small_model, responses, 0)
-    normals = np.asarray(streams.get_backend("numpy", "cpu").normals(seed.step_seeds([32], "sketch"), 12 * 64))
+    normals = np.asarray(
+        streams.get_backend("numpy", "cpu").normals(seed.step_seeds([32], "sketch"), 12 * 64)
+    )
     wanted = unit(torch.from_numpy(normals.reshape(12, 64).copy()) @ unit(states[32].float()))
     np.testing.assert_allclose(receipt.sketches[1].astype(float), wanted.numpy(), atol=1e-3)
 
@@ -66,7 +75,9 @@ def test_a_response_does_not_depend_on_the_others(small_model, responses: Receip
 
 
 def test_prompts_of_text_or_ids_get_names(small_model):
-    made = respond(small_model, [[1, 2], [3]], **COMMON, max_tokens=2, user_seed="u", hash_prompts=True)
+    made = respond(
+        small_model, [[1, 2], [3]], **COMMON, max_tokens=2, user_seed="u", hash_prompts=True
+    )
     assert [receipt.request_id for receipt in made.receipts] == ["prompt-0", "prompt-1"]
     assert {receipt.chosen_by for receipt in made.receipts} == {"server"}
     assert all(receipt.prompt.ids is None for receipt in made.receipts)
@@ -96,12 +107,21 @@ def test_an_interrupted_run_continues(small_model, responses: Receipts, tmp_path
 
     for limit in (20, 60, 75):  # in the first response, in the second, in the third
         with pytest.raises(KeyboardInterrupt):
-            respond(small_model, REQUESTS, **COMMON, end_tokens=(), output=path, progress=stop_at(limit))
+            respond(
+                small_model, REQUESTS, **COMMON, end_tokens=(), output=path, progress=stop_at(limit)
+            )
         assert not path.exists()
-    assert len((tmp_path / "receipts.jsonl.partial").read_text().splitlines()) == 3  # header and two receipts
+    assert (
+        len((tmp_path / "receipts.jsonl.partial").read_text().splitlines()) == 3
+    )  # header and two receipts
     seen: list[int] = []
     made = respond(
-        small_model, REQUESTS, **COMMON, end_tokens=(), output=path, progress=lambda done, total: seen.append(done)
+        small_model,
+        REQUESTS,
+        **COMMON,
+        end_tokens=(),
+        output=path,
+        progress=lambda done, total: seen.append(done),
     )
     assert seen == list(range(74, 82))
     assert [r.line() for r in made.receipts] == [r.line() for r in responses.receipts]
@@ -115,13 +135,21 @@ def test_another_run_s_partial_file_is_refused(small_model, tmp_path: Path):
     lines = path.read_text().splitlines(keepends=True)
     (tmp_path / "receipts.jsonl.partial").write_text("".join(lines[:2]))
     other = replace(REQUESTS[3], sampling=Sampling(temperature=0.5))
-    for requests, common in (([other], COMMON), (REQUESTS[3:], COMMON | {"block_hash": "x"}), (REQUESTS[:1], COMMON)):
-        with pytest.raises(UsageError, match=r"was begun with other|a partial file with the answer"):
+    for requests, common in (
+        ([other], COMMON),
+        (REQUESTS[3:], COMMON | {"block_hash": "x"}),
+        (REQUESTS[:1], COMMON),
+    ):
+        with pytest.raises(
+            UsageError, match=r"was begun with other|a partial file with the answer"
+        ):
             respond(small_model, requests, **common, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text('{"kind":"assay.poc.proof"}\n{"nonce":0}\n')
     with pytest.raises(UsageError, match=r"was begun with other|a partial file with the answer"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
-    (tmp_path / "receipts.jsonl.partial").write_text(lines[0] + lines[1].replace('"output":[', '"output":[-1,'))
+    (tmp_path / "receipts.jsonl.partial").write_text(
+        lines[0] + lines[1].replace('"output":[', '"output":[-1,')
+    )
     with pytest.raises(ProofFormatError, match="line 2"):
         respond(small_model, REQUESTS[3:], **COMMON, output=path, overwrite=True)
     (tmp_path / "receipts.jsonl.partial").write_text("".join(lines))  # ended before it got its name
@@ -139,7 +167,11 @@ def test_what_cannot_be_answered_is_refused_before_the_first_token(small_model, 
     for requests, common, match in (
         ([], COMMON, "no prompts"),
         ([good, replace(good, prompt=(512,), request_id="b")], COMMON, "token 512"),
-        ([good, replace(good, max_tokens=124, request_id="b")], COMMON, "5 tokens and asks for 124"),
+        (
+            [good, replace(good, max_tokens=124, request_id="b")],
+            COMMON,
+            "5 tokens and asks for 124",
+        ),
         ([good], COMMON | {"block_hash": ""}, "block_hash"),
         ([good], COMMON | {"public_key": "\n"}, "public_key"),
         ([good, good], COMMON, "two requests"),
@@ -152,7 +184,12 @@ def test_what_cannot_be_answered_is_refused_before_the_first_token(small_model, 
 
 
 def test_a_prompt_may_fill_the_model_s_positions(small_model):
-    made = respond(small_model, [Request(prompt=(1,) * 126, request_id="r", max_tokens=2)], **COMMON, end_tokens=())
+    made = respond(
+        small_model,
+        [Request(prompt=(1,) * 126, request_id="r", max_tokens=2)],
+        **COMMON,
+        end_tokens=(),
+    )
     assert len(made.receipts[0].output) == 2
 
 

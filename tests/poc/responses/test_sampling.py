@@ -1,4 +1,6 @@
-"""Parameters of sampling; and scores with the bits of the definition, whose draws are those of ordinary sampling."""
+"""Parameters of sampling; and scores with the bits of the definition, whose draws are those of
+ordinary sampling.
+"""
 
 import math
 import pickle
@@ -14,7 +16,10 @@ from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import counts_before, mark_tokens
 from tests.poc.responses.vectors import scores
 
-NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 SETTINGS = {
     "plain": Sampling(),
@@ -31,7 +36,8 @@ SETTINGS = {
     ),
     "greedy": Sampling(temperature=0, repetition_penalty=1.5, logit_bias={1: 2.0}),
 }  # fmt: skip
-PROMPT, OUTPUT = [1, 4, 4, 9], [9, 2, 2, 0]
+PROMPT = [1, 4, 4, 9]
+OUTPUT = [9, 2, 2, 0]
 VOCABULARY = 24
 SEED = ResponseSeed(user_seed="u", request_id="r", public_key="K", digest="0" * 64, block_hash="B")
 
@@ -49,9 +55,13 @@ def test_the_bits_are_those_of_the_definition(name: str, device: str):
     for size in (VOCABULARY, 4099):
         raw = logits(40, size)
         seeds = SEED.step_seeds(range(40))
-        prompt, counts = mark_tokens(PROMPT, size), np.tile(counts_before(OUTPUT, size, 4, 5), (40, 1))
+        prompt = mark_tokens(PROMPT, size)
+        counts = np.tile(counts_before(OUTPUT, size, 4, 5), (40, 1))
         wanted = scores(raw, SETTINGS[name], seeds, prompt_V=prompt, counts_NV=counts)
-        history = {"prompt_NV": torch.from_numpy(prompt).to(device), "counts_NV": torch.from_numpy(counts).to(device)}
+        history = {
+            "prompt_NV": torch.from_numpy(prompt).to(device),
+            "counts_NV": torch.from_numpy(counts).to(device),
+        }
         sampler = Sampler([SETTINGS[name]], size, device)
         found = sampler.scores(torch.from_numpy(raw).to(device), seeds, **history)
         np.testing.assert_array_equal(found.cpu().numpy(), wanted)
@@ -61,54 +71,83 @@ def test_the_bits_are_those_of_the_definition(name: str, device: str):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_row_may_have_parameters_of_its_own(device: str):
     rows = list(SETTINGS.values()) * 3
-    raw, seeds = logits(len(rows), 1031), SEED.step_seeds(range(len(rows)))
-    found = Sampler(rows, 1031, device).scores(torch.from_numpy(raw).to(device), seeds).cpu().numpy()
+    raw = logits(len(rows), 1031)
+    seeds = SEED.step_seeds(range(len(rows)))
+    found = (
+        Sampler(rows, 1031, device).scores(torch.from_numpy(raw).to(device), seeds).cpu().numpy()
+    )
     for row, sampling in enumerate(rows):
-        np.testing.assert_array_equal(found[row], scores(raw[row], sampling, seeds[row : row + 1])[0])
+        np.testing.assert_array_equal(
+            found[row], scores(raw[row], sampling, seeds[row : row + 1])[0]
+        )
 
 
 def test_history_may_differ_by_row():
     output = [3, 3, 7, 3, 1, 0, 7]
-    raw, seeds, counts = logits(8, VOCABULARY), SEED.step_seeds(range(8)), counts_before(output, VOCABULARY, 0, 8)
+    raw = logits(8, VOCABULARY)
+    seeds = SEED.step_seeds(range(8))
+    counts = counts_before(output, VOCABULARY, 0, 8)
     prompt = mark_tokens(PROMPT, VOCABULARY)
     sampling = SETTINGS["penalties"]
     found = Sampler([sampling], VOCABULARY, "cpu").scores(
-        torch.from_numpy(raw), seeds, prompt_NV=torch.from_numpy(prompt), counts_NV=torch.from_numpy(counts)
+        torch.from_numpy(raw),
+        seeds,
+        prompt_NV=torch.from_numpy(prompt),
+        counts_NV=torch.from_numpy(counts),
     )
-    np.testing.assert_array_equal(found.numpy(), scores(raw, sampling, seeds, prompt_V=prompt, counts_NV=counts))
+    np.testing.assert_array_equal(
+        found.numpy(), scores(raw, sampling, seeds, prompt_V=prompt, counts_NV=counts)
+    )
 
 
 def test_the_logits_are_left_alone():
     raw = torch.from_numpy(logits(len(SETTINGS), VOCABULARY))
     before = raw.clone()
-    Sampler(list(SETTINGS.values()), VOCABULARY, "cpu").scores(raw, SEED.step_seeds(range(len(SETTINGS))))
+    Sampler(list(SETTINGS.values()), VOCABULARY, "cpu").scores(
+        raw, SEED.step_seeds(range(len(SETTINGS)))
+    )
     assert torch.equal(raw, before)
 
 
-@pytest.mark.parametrize("names", [("plain",), ("temperature",), ("all filters",), ("plain", "greedy"), ("greedy",)])
+@pytest.mark.parametrize(
+    "names", [("plain",), ("temperature",), ("all filters",), ("plain", "greedy"), ("greedy",)]
+)
 def test_scores_in_the_place_of_the_logits_are_the_same(names: tuple[str, ...]):
     sampler = Sampler([SETTINGS[name] for name in names], VOCABULARY, "cpu")
-    raw, seeds = torch.from_numpy(logits(len(names), VOCABULARY)), SEED.step_seeds(range(len(names)))
-    assert torch.equal(sampler.add_noise(raw.clone(), seeds, in_place=True), sampler.add_noise(raw, seeds))
+    raw = torch.from_numpy(logits(len(names), VOCABULARY))
+    seeds = SEED.step_seeds(range(len(names)))
+    assert torch.equal(
+        sampler.add_noise(raw.clone(), seeds, in_place=True), sampler.add_noise(raw, seeds)
+    )
 
 
 def expected(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities by the textbook, in float64 and token by token: no code of the definition is used."""
+    """Probabilities by the textbook, in float64 and token by token: no code of the definition is
+    used.
+    """
     values = {token: float(value) for token, value in enumerate(raw) if value > -np.inf}
     for token in values:
         values[token] += sampling.logit_bias.get(token, 0.0)
         if token in PROMPT or token in OUTPUT:
             positive = values[token] > 0
-            values[token] *= 1 / sampling.repetition_penalty if positive else sampling.repetition_penalty
+            values[token] *= (
+                1 / sampling.repetition_penalty if positive else sampling.repetition_penalty
+            )
         values[token] -= sampling.frequency_penalty * OUTPUT.count(token)
         values[token] -= sampling.presence_penalty * (token in OUTPUT)
-    weights = {token: float(np.exp(value / sampling.temperature)) for token, value in values.items()}
-    weights = {token: w for token, w in weights.items() if w >= sampling.min_p * max(weights.values())}
+    weights = {
+        token: float(np.exp(value / sampling.temperature)) for token, value in values.items()
+    }
+    weights = {
+        token: w for token, w in weights.items() if w >= sampling.min_p * max(weights.values())
+    }
     ordered = sorted(weights, key=lambda token: (-weights[token], token))
     if sampling.top_k:
         least = weights[ordered[min(sampling.top_k, len(ordered)) - 1]]
         ordered = [token for token in ordered if weights[token] >= least]
-    total, taken, chosen = sum(weights[token] for token in ordered), 0.0, []
+    total = sum(weights[token] for token in ordered)
+    taken = 0.0
+    chosen = []
     for token in ordered:
         if chosen and taken >= sampling.top_p * total:
             break
@@ -141,7 +180,9 @@ def p_value(drawn: np.ndarray, probabilities: np.ndarray) -> float:
     return float(stats.chisquare(drawn[possible], probabilities[possible] * drawn.sum()).pvalue)
 
 
-@pytest.mark.parametrize("name", ["temperature", "hot", "top-p", "min-p", "penalties", "everything"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "hot", "top-p", "min-p", "penalties", "everything"]
+)
 def test_a_million_draws_are_those_of_ordinary_sampling(name: str):
     drawn, raw = draws(SETTINGS[name])
     assert drawn.sum() == 10**6
@@ -196,7 +237,9 @@ OUT_OF_RANGE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]]
+)
 def test_parameters_out_of_range_are_refused(name: str, value: object):
     with pytest.raises(UsageError, match=name):
         Sampling(**{name: value})

@@ -5,7 +5,14 @@ import pytest
 from assay.errors import UsageError
 from assay.poc.responses import ResponseSeed
 
-FIELDS = {"user_seed": "u", "request_id": "r1", "public_key": "K", "digest": "0" * 64, "block_hash": "B", "index": 0}
+FIELDS = {
+    "user_seed": "u",
+    "request_id": "r1",
+    "public_key": "K",
+    "digest": "0" * 64,
+    "block_hash": "B",
+    "index": 0,
+}
 SEED = ResponseSeed(**FIELDS)
 
 
@@ -16,10 +23,18 @@ def test_the_text_is_that_of_the_format():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_changes_every_seed(name: str):
-    others = FIELDS | {"user_seed": "v", "request_id": "r2", "public_key": "L", "block_hash": "C", "index": 1}
+    others = FIELDS | {
+        "user_seed": "v",
+        "request_id": "r2",
+        "public_key": "L",
+        "block_hash": "C",
+        "index": 1,
+    }
     changed = ResponseSeed(**FIELDS | {name: (others | {"digest": "1" * 64})[name]})
     for stream in ("tokens", "sketch"):
-        assert not set(SEED.step_seeds(range(64), stream)) & set(changed.step_seeds(range(64), stream))
+        assert not set(SEED.step_seeds(range(64), stream)) & set(
+            changed.step_seeds(range(64), stream)
+        )
 
 
 def test_fields_cannot_be_shifted_into_each_other():
@@ -39,7 +54,9 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]]
+)
 def test_what_cannot_be_part_of_a_text_is_refused(name: str, value: object):
     with pytest.raises(UsageError, match=name):
         ResponseSeed(**FIELDS | {name: value})

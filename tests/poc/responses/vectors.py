@@ -1,6 +1,7 @@
 """The test vectors of responses: ``python -m tests.poc.responses.vectors`` writes them anew.
 
-``tests/vectors/responses.json`` has seeds, noise, tokens and sketches; ``responses.jsonl`` is a file of receipts.
+``tests/vectors/responses.json`` has seeds, noise, tokens and sketches; ``responses.jsonl`` is a
+file of receipts.
 """
 
 import json
@@ -23,9 +24,24 @@ FOLDER = Path(__file__).parents[2] / "vectors"
 STEPS = [0, 1, 31, 32, 2**32 - 1]
 DIGEST = "1f3870be274f6c49b3e31a0c6728957f1f3870be274f6c49b3e31a0c6728957f"
 SEEDS = [
-    ResponseSeed(user_seed="", request_id="r", public_key="node_A", digest=DIGEST, block_hash="block_alpha"),
-    ResponseSeed(user_seed="42", request_id="chatcmpl-1", public_key="node_A", digest=DIGEST, block_hash="b", index=3),
-    ResponseSeed(user_seed="ключ é 🙂", request_id="0:2:x", public_key="K_é", digest="0" * 64, block_hash="00ff"),
+    ResponseSeed(
+        user_seed="", request_id="r", public_key="node_A", digest=DIGEST, block_hash="block_alpha"
+    ),
+    ResponseSeed(
+        user_seed="42",
+        request_id="chatcmpl-1",
+        public_key="node_A",
+        digest=DIGEST,
+        block_hash="b",
+        index=3,
+    ),
+    ResponseSeed(
+        user_seed="ключ é 🙂",
+        request_id="0:2:x",
+        public_key="K_é",
+        digest="0" * 64,
+        block_hash="00ff",
+    ),
 ]
 SAMPLINGS = [
     Sampling(),
@@ -41,17 +57,25 @@ SAMPLINGS = [
         presence_penalty=0.2, logit_bias={0: -2.5, 7: 100.0, 9: 0.1},
     ),
 ]  # fmt: skip
-PROMPT, OUTPUT = [1, 3, 3, 11], [9, 2, 2]
+PROMPT = [1, 3, 3, 11]
+OUTPUT = [9, 2, 2]
 VOCABULARY = 12
 
 
-def scores(logits, sampling: Sampling, seeds_N: np.ndarray, *, prompt_V=False, counts_NV=0) -> np.ndarray:
-    """The steps of docs/responses.md in numpy: s [N, V], or l at temperature 0; -inf where a token is not kept."""
+def scores(
+    logits, sampling: Sampling, seeds_N: np.ndarray, *, prompt_V=False, counts_NV=0
+) -> np.ndarray:
+    """The steps of docs/responses.md in numpy: s [N, V], or l at temperature 0; -inf where a token
+    is not kept.
+    """
     l_NV = np.array(logits, dtype=np.float32, ndmin=2)
     for token, bias in sampling.logit_bias.items():
         l_NV[:, token] += np.float32(bias)
-    counts, repetition = np.asarray(counts_NV), np.float32(sampling.repetition_penalty)
-    l_NV = np.where((counts > 0) | prompt_V, np.where(l_NV > 0, l_NV / repetition, l_NV * repetition), l_NV)
+    counts = np.asarray(counts_NV)
+    repetition = np.float32(sampling.repetition_penalty)
+    l_NV = np.where(
+        (counts > 0) | prompt_V, np.where(l_NV > 0, l_NV / repetition, l_NV * repetition), l_NV
+    )
     l_NV = l_NV - np.float32(sampling.frequency_penalty) * counts.astype(np.float32)
     l_NV = l_NV - np.float32(sampling.presence_penalty) * (counts > 0).astype(np.float32)
     if sampling.greedy:
@@ -67,8 +91,12 @@ def scores(logits, sampling: Sampling, seeds_N: np.ndarray, *, prompt_V=False, c
         left = np.flatnonzero(kept_V)
         order = left[np.argsort(-z_V[left], kind="stable")]
         sums = np.cumsum(np.exp(z_V[order].astype(np.float64) - float(z_V[order[0]])))
-        kept_V[order[1:][sums[:-1] >= sampling.top_p * sums[-1:]]] = False  # those before it reach top_p together
-    noise_NV = streams.get_backend("numpy", "cpu").gumbels(np.asarray(seeds_N, np.uint32), z_NV.shape[1])
+        kept_V[order[1:][sums[:-1] >= sampling.top_p * sums[-1:]]] = (
+            False  # those before it reach top_p together
+        )
+    noise_NV = streams.get_backend("numpy", "cpu").gumbels(
+        np.asarray(seeds_N, np.uint32), z_NV.shape[1]
+    )
     return np.where(kept_NV, z_NV, np.float32(-np.inf)) + np.asarray(noise_NV)
 
 
@@ -81,7 +109,10 @@ def token_case(sampling: Sampling, step: int) -> dict[str, Any]:
     logits = np.random.default_rng(step).normal(0, 2, VOCABULARY).astype(np.float32)
     logits[[4, 7]] = logits[5], -np.inf  # a tie, and a token that a grammar forbids
     seeds = SEEDS[1].step_seeds([step])
-    history = {"prompt_V": mark_tokens(PROMPT, VOCABULARY), "counts_NV": counts_before(OUTPUT, VOCABULARY, 3, 4)}
+    history = {
+        "prompt_V": mark_tokens(PROMPT, VOCABULARY),
+        "counts_NV": counts_before(OUTPUT, VOCABULARY, 3, 4),
+    }
     found = scores(logits, sampling, seeds, **history)[0]
     return {
         "sampling": sampling.as_dict(),
@@ -122,7 +153,8 @@ def vectors() -> dict[str, Any]:
             for seed in SEEDS
         ],
         "noise": [
-            {"seed": seed, "gumbels": numbers(row)} for seed, row in zip([0, 1, 2**31, 2**32 - 1], noise, strict=True)
+            {"seed": seed, "gumbels": numbers(row)}
+            for seed, row in zip([0, 1, 2**31, 2**32 - 1], noise, strict=True)
         ],
         "tokens": [token_case(sampling, step) for step, sampling in enumerate(SAMPLINGS)],
         "sketches": [sketch_case(size) for size in (16, 33)],

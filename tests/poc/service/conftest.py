@@ -27,7 +27,8 @@ from assay.poc.service.controller import Controller
 from tests.waiting import until
 
 with warnings.catch_warnings():
-    # Newer releases of starlette ask for another client than the httpx that callbacks are sent with.
+    # Newer releases of starlette ask for another client than the httpx that callbacks are sent
+    # with.
     warnings.simplefilter("ignore")
     from fastapi.testclient import TestClient
 
@@ -36,7 +37,14 @@ ROUND = BLOCK | {"r_target": 1.416, "node_id": 0, "node_count": 1, "batch_size":
 PARAMS = {"model": "fake", "seq_len": 4, "k_dim": 12}
 ARTIFACTS = BLOCK | {"node_id": 0, "node_count": 1, "batch_size": 4, "params": PARAMS}
 PREFIX = "/api/v1/pow"
-BUILD = {"engine": "fake", "device": "none", "dtype": "float32", "attention": "none", "torch": "0", "library": "none"}
+BUILD = {
+    "engine": "fake",
+    "device": "none",
+    "dtype": "float32",
+    "attention": "none",
+    "torch": "0",
+    "library": "none",
+}
 FINGERPRINT = Fingerprint(**BUILD, batch_size=1, seq_len=64, threads=1)
 FULL = StorageError("database or disk is full", wanted="room", do="free some")
 
@@ -44,12 +52,16 @@ FULL = StorageError("database or disk is full", wanted="room", do="free some")
 class FakeEngine:
     """The Engine protocol without a model: a hidden state is a fixed function of the nonce."""
 
-    hidden_size, vocab_size, dtype = 16, 32, "float32"
+    hidden_size = 16
+    vocab_size = 32
+    dtype = "float32"
     device = torch.device("cpu")
     frame = None
 
     def __init__(self, rig: "Rig", seq_len: int, batch_size: int) -> None:
-        self.rig, self.seq_len, self.batch_size = rig, seq_len, batch_size
+        self.rig = rig
+        self.seq_len = seq_len
+        self.batch_size = batch_size
         self.fingerprint = replace(FINGERPRINT, batch_size=batch_size, seq_len=seq_len)
 
     def supports(self, pipeline: Pipeline) -> bool:
@@ -65,7 +77,9 @@ class FakeEngine:
         self.rig.batch(len(nonces_B))
         phase = nonces_B[:, None] * 0.7310585 + torch.arange(self.hidden_size, dtype=torch.float64)
         states_BD = (torch.sin(phase * 12.9898) * 43758.5453 % 1.0 - 0.5).float() * self.rig.scale
-        return states_BD if reading is None else states_BD + reading.weights.sum(dim=1, keepdim=True)
+        return (
+            states_BD if reading is None else states_BD + reading.weights.sum(dim=1, keepdim=True)
+        )
 
     def trained_head(self, x_BD: torch.Tensor) -> torch.Tensor:
         return x_BD.repeat(1, self.vocab_size // self.hidden_size)
@@ -109,7 +123,12 @@ class Rig:
             return FakeEngine(self, seq_len, batch_size)
 
         return Deployment(
-            reference="fake", digest="0" * 64, weights="trained", dtype="float32", max_positions=512, engine=engine
+            reference="fake",
+            digest="0" * 64,
+            weights="trained",
+            dtype="float32",
+            max_positions=512,
+            engine=engine,
         )
 
 
@@ -117,7 +136,8 @@ class Service:
     """A running service with a client, which can be closed and started again on the same data."""
 
     def __init__(self, rig: Rig, settings: Settings) -> None:
-        self.rig, self.settings = rig, settings
+        self.rig = rig
+        self.settings = settings
         self.start()
 
     def start(self) -> None:
@@ -211,16 +231,22 @@ def execute(path: Path, statement: str, values: Sequence[object] = ()) -> list[t
         return database.execute(statement, values).fetchall()
 
 
-def signed(secret: str, body: str, message_id: str = "msg_1", at: datetime | None = None) -> dict[str, str]:
+def signed(
+    secret: str, body: str, message_id: str = "msg_1", at: datetime | None = None
+) -> dict[str, str]:
     """Return the headers of a message that was signed now, or at another time."""
     at = at or datetime.now(UTC)
-    stamp, signature = str(int(at.timestamp())), Webhook(secret).sign(message_id, at, body)
+    stamp = str(int(at.timestamp()))
+    signature = Webhook(secret).sign(message_id, at, body)
     return {"webhook-id": message_id, "webhook-timestamp": stamp, "webhook-signature": signature}
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException) -> list[BaseException]:
+def failing(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException
+) -> list[BaseException]:
     """Let a function raise an error until the returned list is cleared."""
-    errors, real = [error], getattr(owner, name)
+    errors = [error]
+    real = getattr(owner, name)
 
     def call(*arguments, **named):
         if errors:
@@ -232,7 +258,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: Ba
 
 
 def cap(database: Database) -> list[int]:
-    """Let the file grow no further until the returned limit is raised: SQLite gives the error of a full disk."""
+    """Let the file grow no further until the returned limit is raised: SQLite gives the error of a
+    full disk.
+    """
     with database.write() as connection:
         limit = [connection.exec_driver_sql("PRAGMA page_count").scalar_one()]
 

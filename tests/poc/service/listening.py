@@ -14,7 +14,9 @@ from tests.waiting import until
 
 @contextmanager
 def on_port(config: uvicorn.Config, end: Callable[[], object] = lambda: None) -> Iterator[int]:
-    """Run a server to the end of the block, and give its port once it has started; ``end`` is called before it ends."""
+    """Run a server to the end of the block, and give its port once it has started; ``end`` is
+    called before it ends.
+    """
     server = uvicorn.Server(config)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -33,6 +35,8 @@ def on_port(config: uvicorn.Config, end: Callable[[], object] = lambda: None) ->
 @contextmanager
 def listening(controller: Controller) -> Iterator[int]:
     """Run the application of a controller, and give its port once its model is loaded."""
-    with on_port(uvicorn.Config(create_app(controller), log_config=None), controller.closing.set) as port:
+    with on_port(
+        uvicorn.Config(create_app(controller), log_config=None), controller.closing.set
+    ) as port:
         until(lambda: controller.deployment is not None)
         yield port

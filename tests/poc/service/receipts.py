@@ -47,7 +47,11 @@ def get(service, path: str, status: int = 200, **params):
     """Return what a route of receipts answers, which must have this status."""
     answer = service.client.get(RECEIPTS + path, params=params)
     assert answer.status_code == status, (path, answer.status_code, answer.text[:500])
-    return answer.json() if answer.content and "jsonl" not in answer.headers["content-type"] else answer
+    return (
+        answer.json()
+        if answer.content and "jsonl" not in answer.headers["content-type"]
+        else answer
+    )
 
 
 def on_disk(service) -> bytes:
@@ -58,7 +62,8 @@ def on_disk(service) -> bytes:
 
 def files(service, **params) -> list[Receipts]:
     """Fetch file after file, each of which must be complete."""
-    found, after = [], 0
+    found = []
+    after = 0
     while True:
         answer = service.client.get(f"{RECEIPTS}.jsonl", params={"after": after} | params)
         assert int(answer.headers["receipts-last"]) >= after

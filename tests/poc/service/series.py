@@ -12,10 +12,18 @@ OF_THE_SCRAPE = {"instance", "job"}
 
 def absent_series(exported: str, expressions: Iterable[str]) -> list[str]:
     """Return the selectors of expressions that match no sample of an exposition."""
-    samples = [sample for family in text_string_to_metric_families(exported) for sample in family.samples]
+    samples = [
+        sample for family in text_string_to_metric_families(exported) for sample in family.samples
+    ]
     absent = []
-    for name, labels in {found for expression in expressions for found in SELECTOR.findall(expression)}:
-        wanted = [part for part in re.findall(r'(\w+)(!?=~?)"([^"]*)"', labels) if part[0] not in OF_THE_SCRAPE]
+    for name, labels in {
+        found for expression in expressions for found in SELECTOR.findall(expression)
+    }:
+        wanted = [
+            part
+            for part in re.findall(r'(\w+)(!?=~?)"([^"]*)"', labels)
+            if part[0] not in OF_THE_SCRAPE
+        ]
         if not any(sample.name == name and _matches(sample.labels, wanted) for sample in samples):
             absent.append(f"{name}{{{labels}}}")
     return absent

@@ -1,6 +1,7 @@
 """The recorded session: requests, and the responses they got.
 
-Counts and times differ from run to run and are kept as the names of their types; everything else is kept as it is.
+Counts and times differ from run to run and are kept as the names of their types; everything else is
+kept as it is.
 """
 
 from pathlib import Path
@@ -10,7 +11,14 @@ from tests.poc.service.conftest import ARTIFACTS, BLOCK, ROUND, Service
 from tests.waiting import until
 
 PATH = Path(__file__).with_name("session.json")
-VOLATILE = {"request_id", "vector_b64", "valid_nonces", "valid_distances", "elapsed_seconds", "rate_per_second"}
+VOLATILE = {
+    "request_id",
+    "vector_b64",
+    "valid_nonces",
+    "valid_distances",
+    "elapsed_seconds",
+    "rate_per_second",
+}
 VOLATILE |= {"total_checked", "total_valid", "total_processed", "nonces_per_second"}
 CLAIM = BLOCK | {"nonces": [0, 1, 2], "dist": [1.4128, 1.5, 1.4], "node_id": 0}
 JOB = ARTIFACTS | {"nonces": [0, 3, 6], "wait": True}
@@ -30,7 +38,11 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/validate", CLAIM | {"block_hash": "block_beta"}),
     ("POST", "/validate", CLAIM | {"dist": [1.4]}),
     ("POST", "/stop", None),
-    ("POST", "/init/generate", {name: value for name, value in ROUND.items() if not name.startswith("node")}),
+    (
+        "POST",
+        "/init/generate",
+        {name: value for name, value in ROUND.items() if not name.startswith("node")},
+    ),
     ("POST", "/init/generate", ROUND | {"r_target": "high"}),
     ("POST", "/init/validate", ROUND | {"block_hash": "block_beta"}),
     ("POST", "/init/generate", ARTIFACTS | {"block_hash": "block_gamma"}),
@@ -46,7 +58,9 @@ REQUESTS: list[tuple[str, str, Any]] = [
 
 
 def steady(value: Any, name: str = "") -> Any:
-    """Return a response with the values that differ from run to run replaced by the names of their types."""
+    """Return a response with the values that differ from run to run replaced by the names of their
+    types.
+    """
     if name in VOLATILE:
         return type(value).__name__
     if isinstance(value, dict):

@@ -6,8 +6,14 @@ from assay.errors import UsageError
 from assay.poc.service import Settings
 from tests.poc.service.conftest import PREFIX, ROUND
 
-ALL, VALIDATE, READ = "all-" + "x" * 20, "validate-" + "x" * 20, "read-" + "x" * 20
-ROUTES = {"control": ("POST", "/init"), "validate": ("POST", "/validate"), "read": ("GET", "/status")}
+ALL = "all-" + "x" * 20
+VALIDATE = "validate-" + "x" * 20
+READ = "read-" + "x" * 20
+ROUTES = {
+    "control": ("POST", "/init"),
+    "validate": ("POST", "/validate"),
+    "read": ("GET", "/status"),
+}
 
 
 @pytest.fixture
@@ -23,7 +29,8 @@ def _status(service, scope: str, key: str | None, kind: str = "Bearer") -> int:
 
 
 @pytest.mark.parametrize(
-    ("key", "may"), [(ALL, {"control", "validate", "read"}), (VALIDATE, {"validate", "read"}), (READ, {"read"})]
+    ("key", "may"),
+    [(ALL, {"control", "validate", "read"}), (VALIDATE, {"validate", "read"}), (READ, {"read"})],
 )
 def test_a_key_may_do_what_its_scope_says(keyed, key, may):
     refused = {scope for scope in ROUTES if _status(keyed, scope, key) == 403}
@@ -45,7 +52,16 @@ def test_everything_needs_a_key_but_the_probes(keyed, key):
         {"Host": "evil.example"},
         {"Host": "10.0.0.1"},
         {"Origin": "https://evil.example"},
-        *({"Origin": odd} for odd in ("x//127.0.0.1", "file://127.0.0.1", "null", "http://127.0.0.1/", "127.0.0.1")),
+        *(
+            {"Origin": odd}
+            for odd in (
+                "x//127.0.0.1",
+                "file://127.0.0.1",
+                "null",
+                "http://127.0.0.1/",
+                "127.0.0.1",
+            )
+        ),
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ],
@@ -57,7 +73,12 @@ def test_without_keys_other_hosts_and_sites_are_refused(service, headers):
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:80"])
 def test_without_keys_this_machine_is_welcome(service, host):
-    assert service.client.get(f"{PREFIX}/status", headers={"Host": host, "Origin": f"http://{host}"}).status_code == 200
+    assert (
+        service.client.get(
+            f"{PREFIX}/status", headers={"Host": host, "Origin": f"http://{host}"}
+        ).status_code
+        == 200
+    )
 
 
 def test_with_keys_other_hosts_are_welcome(keyed):
@@ -73,6 +94,8 @@ def test_with_keys_other_hosts_are_welcome(keyed):
     ],
 )
 def test_weak_keys_and_secrets_are_refused(name, weak):
-    with pytest.raises(UsageError, match=r"an API key of fewer|a callback secret that cannot be used") as error:
+    with pytest.raises(
+        UsageError, match=r"an API key of fewer|a callback secret that cannot be used"
+    ) as error:
         Settings(**{name: (weak,)})
     assert name == "callback_secrets" or weak not in str(error.value)

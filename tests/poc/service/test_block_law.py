@@ -1,4 +1,6 @@
-"""The law of a round's block: an honest node in a wide block raises no alert, and one that is off its law does."""
+"""The law of a round's block: an honest node in a wide block raises no alert, and one that is off
+its law does.
+"""
 
 import re
 import threading
@@ -26,9 +28,20 @@ SHAPE = {"block_hash": WIDE, "seq_len": 16, "batch_size": 32, "r_target": TENTH}
 
 def fires(text: str) -> bool:
     """Whether the rule on the law fires on these metrics, without the time for which it waits."""
-    (rule,) = [r for r in yaml.safe_load(RULES.read_text())["groups"][0]["rules"] if r["alert"] == "AssayOffTheLaw"]
-    values = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
-    return bool(eval(re.sub(r"assay_poc_\w+", lambda found: repr(values[found[0]]), rule["expr"]), {"abs": abs}))
+    (rule,) = [
+        r
+        for r in yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
+        if r["alert"] == "AssayOffTheLaw"
+    ]
+    values = {
+        s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples
+    }
+    return bool(
+        eval(
+            re.sub(r"assay_poc_\w+", lambda found: repr(values[found[0]]), rule["expr"]),
+            {"abs": abs},
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +51,9 @@ def llama():
 
 @pytest.fixture
 def measured(rig, serving, llama):
-    """Run a round of the model until so many nonces are checked; return the snapshot and the metrics."""
+    """Run a round of the model until so many nonces are checked; return the snapshot and the
+    metrics.
+    """
 
     def run(least: int, **given) -> tuple[dict, str]:
         rig.deployment = lambda: Deployment.of(llama, compiled=False)
@@ -46,8 +61,14 @@ def measured(rig, serving, llama):
             service.post("/init/generate", ROUND | SHAPE)
             until(lambda: service.checked() >= least, 60)
             service.post("/stop")
-            until(lambda: service.client.get(f"{PREFIX}/snapshot").json()["checked"] == service.checked())
-            return service.client.get(f"{PREFIX}/snapshot").json(), service.client.get("/metrics").text
+            until(
+                lambda: (
+                    service.client.get(f"{PREFIX}/snapshot").json()["checked"] == service.checked()
+                )
+            )
+            return service.client.get(f"{PREFIX}/snapshot").json(), service.client.get(
+                "/metrics"
+            ).text
 
     return run
 
@@ -56,12 +77,15 @@ def measured(rig, serving, llama):
 def test_an_honest_node_in_a_wide_block_raises_no_alert(measured):
     seen, text = measured(1000)
     n, rate, histogram = (seen[name] for name in ("checked", "valid_rate", "histogram"))
-    # Against the chord law, with the error of the nonces alone, this node was off by far more than five errors.
+    # Against the chord law, with the error of the nonces alone, this node was off by far more than
+    # five errors.
     assert abs(rate - 0.1) > 8 * rate_standard_error(0.1, n)
     assert seen["block_factor"] == pytest.approx(1.59, abs=0.1)
     assert abs(rate - seen["expected_rate"]) < 4 * seen["expected_rate_error"] < 0.1
     assert not fires(text)
-    assert sum(histogram["expected"]) + histogram["below"] + histogram["above"] == pytest.approx(n, rel=0.02)
+    assert sum(histogram["expected"]) + histogram["below"] + histogram["above"] == pytest.approx(
+        n, rel=0.02
+    )
     assert len(histogram["expected_errors"]) == len(histogram["expected"])
 
 
@@ -78,7 +102,9 @@ def test_the_first_nonces_come_before_the_law_of_their_block(rig, serving, llama
 
 
 def test_a_calibration_says_how_wide_the_error_is(rig, measured, llama, monkeypatch):
-    """As on engines whose states cannot be read: the head is known, and the calibration has the effective dimension."""
+    """As on engines whose states cannot be read: the head is known, and the calibration has the
+    effective dimension.
+    """
     monkeypatch.setattr(Deployment, "block_factor", lambda *_: None)
     rig.deployment = lambda: Deployment.of(llama, compiled=False)
     seen, text = measured(600, calibration=calibration(rig, llama.digest, 16))

@@ -45,7 +45,10 @@ def test_a_directory_without_a_service_is_an_error_and_stays_empty(tmp_path, cap
 
 @pytest.mark.parametrize(
     "command",
-    [("serve", "--model", "reference:qwen3", "--data-dir", "new"), ("receive", "-o", "new/callbacks.sqlite3")],
+    [
+        ("serve", "--model", "reference:qwen3", "--data-dir", "new"),
+        ("receive", "-o", "new/callbacks.sqlite3"),
+    ],
 )
 def test_a_port_in_use_leaves_nothing_behind(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
@@ -66,7 +69,9 @@ import assay.poc
 from assay.cli import run
 sys.exit(run(["poc", "serve", "--model", "none"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "pip install '.[serve]'" in done.stderr
     assert "Traceback" not in done.stderr

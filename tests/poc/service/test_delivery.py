@@ -78,7 +78,9 @@ def test_a_pause_that_the_clock_made_longer_than_any_is_over(service, receive):
     receiver = receive(lambda n: (503, {"Retry-After": "3600"}) if n == 1 else (200, {}))
     owe_one(service, receiver.url)
     until(lambda: [row.attempts for row in service.controller.outbox.rows(["pending"], 1)] == [1])
-    service.sql("UPDATE outbox SET next_attempt_at = next_attempt_at + 10 * 86400")  # by a clock that was set back
+    service.sql(
+        "UPDATE outbox SET next_attempt_at = next_attempt_at + 10 * 86400"
+    )  # by a clock that was set back
     until(lambda: len(receiver.seen) == 2)
 
 
@@ -117,7 +119,10 @@ def test_a_dead_letter_says_what_the_receiver_answered_and_what_to_do(serving, r
         until(lambda: service.controller.outbox.counts()["dead"] == 1)
         (row,) = service.controller.outbox.rows(["dead"], 1)
     assert row.last_error.startswith(r"HTTP 404: no such block\x1b[2J xxx")
-    assert "x; to do: correct that, or the callback URL, then run assay poc callbacks replay" in row.last_error
+    assert (
+        "x; to do: correct that, or the callback URL, then run assay poc callbacks replay"
+        in row.last_error
+    )
     assert len(row.last_error) < 500
 
 
@@ -139,13 +144,19 @@ def test_too_many_undelivered_callbacks_slow_generation_and_drop_nothing(serving
         service.post("/init/generate", ROUND | {"callback_url": receiver.url})
         until(lambda: service.status()["paused"] == "callbacks")
         held = service.checked()
-        assert service.rig.batches * 4 - held <= 4 * 10  # the short queue between engine and disk, and one batch
+        assert (
+            service.rig.batches * 4 - held <= 4 * 10
+        )  # the short queue between engine and disk, and one batch
         healthy.append(True)
         until(lambda: service.checked() > held)
         service.post("/stop")
         until(lambda: service.controller.outbox.counts()["pending"] == 0)
-        owed = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 10_000}).json()["valid_nonces"]
-    last = {headers["webhook-id"]: json.loads(body)["nonces"] for _, _, headers, body in receiver.seen}
+        owed = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 10_000}).json()[
+            "valid_nonces"
+        ]
+    last = {
+        headers["webhook-id"]: json.loads(body)["nonces"] for _, _, headers, body in receiver.seen
+    }
     assert sorted(nonce for nonces in last.values() for nonce in nonces) == owed
 
 
@@ -157,6 +168,14 @@ def test_pauses_double_within_bounds():
 
 
 def test_retry_after_is_a_number_of_seconds():
-    given = {"": 0, "7": 7, "-7": 0, "soon": 0, "²": 0, "9" * 400: 86_400, "Fri, 20 Nov 2026 10:00:30 GMT": 0}
+    given = {
+        "": 0,
+        "7": 7,
+        "-7": 0,
+        "soon": 0,
+        "²": 0,
+        "9" * 400: 86_400,
+        "Fri, 20 Nov 2026 10:00:30 GMT": 0,
+    }
     for value, seconds in given.items():
         assert retry_after(value) == seconds, value

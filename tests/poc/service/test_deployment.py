@@ -1,4 +1,6 @@
-"""The engines of a deployed model: which kernels they run, how long they are kept, what the service makes of them."""
+"""The engines of a deployed model: which kernels they run, how long they are kept, what the service
+makes of them.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ SHAPE = (16, 8)  # positions, nonces
 
 @pytest.fixture(scope="module")
 def small_model(small_checkpoint: Path):
-    """The small checkpoint for this file alone: a hook that another test left on a shared model changes the kernels."""
+    """The small checkpoint for this file alone: a hook that another test left on a shared model
+    changes the kernels.
+    """
     return load_model(small_checkpoint, dtype="float32", device="cpu")
 
 
@@ -36,7 +40,10 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_kernels_are_chosen_as_prove_chooses_them(worth: bool, small_model, compiling, monkeypatch):
     monkeypatch.setattr(_deployment, "worth_compiling", lambda model: worth)
     assert is_compiled(Deployment.of(small_model).engine(*SHAPE).fingerprint) is worth
-    assert is_compiled(Deployment.of(small_model, compiled=not worth).engine(*SHAPE).fingerprint) is not worth
+    assert (
+        is_compiled(Deployment.of(small_model, compiled=not worth).engine(*SHAPE).fingerprint)
+        is not worth
+    )
     assert compiling
 
 
@@ -75,7 +82,9 @@ def test_a_shape_that_is_refused_takes_no_place(small_model, compiling, monkeypa
     assert is_compiled(make(*SHAPE).fingerprint)
 
 
-def test_a_service_on_compiled_kernels_computes_what_prove_computes(rig, serving, small_model, compiling):
+def test_a_service_on_compiled_kernels_computes_what_prove_computes(
+    rig, serving, small_model, compiling
+):
     rig.deployment = lambda: Deployment.of(small_model, compiled=True)
     shape = {"seq_len": 16, "batch_size": 8}
     with serving(seq_len=16) as service:

@@ -39,14 +39,23 @@ def test_a_restart_returns_to_state_and_round(service, then):
 
 @pytest.mark.parametrize(
     "change",
-    [{"r_target": 1.4}, {"seq_len": 8}, {"batch_size": 8}, {"block_height": 8}, {"node_count": 2}, {"n_groups": 2}],
+    [
+        {"r_target": 1.4},
+        {"seq_len": 8},
+        {"batch_size": 8},
+        {"block_height": 8},
+        {"node_count": 2},
+        {"n_groups": 2},
+    ],
 )
 def test_a_round_cannot_be_begun_again_with_other_values(service, change):
     service.post("/init", ROUND)
     answer = service.post("/init/generate", ROUND | change, status=409)
     assert answer["fields"] == list(change)
     assert service.status()["state"] == "IDLE"
-    service.post("/init/generate", ROUND | {"callback_url": "http://127.0.0.1:9/", "fraud_threshold": 0.05})
+    service.post(
+        "/init/generate", ROUND | {"callback_url": "http://127.0.0.1:9/", "fraud_threshold": 0.05}
+    )
 
 
 def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
@@ -56,7 +65,9 @@ def test_a_full_database_pauses_with_a_clear_state_and_continues(service):
     held = service.status()
     assert held["state"] == "GENERATING"
     assert service.client.get("/health").status_code == 200
-    answer = service.client.post(f"{PREFIX}/generate", json=ARTIFACTS | {"nonces": list(range(10_000))})
+    answer = service.client.post(
+        f"{PREFIX}/generate", json=ARTIFACTS | {"nonces": list(range(10_000))}
+    )
     assert answer.status_code == 503
     assert "retry-after" in answer.headers
     limit[0] = 2**30
@@ -81,11 +92,16 @@ def test_results_that_collide_end_the_round_and_are_neither_counted_nor_announce
     service.sql("INSERT INTO records SELECT round_id, 1000, 1.4, NULL, 1 FROM records LIMIT 1")
     until(lambda: service.status()["state"] == "STOPPED")
     assert "UNIQUE" in service.status()["error"]
-    told = "(SELECT checked FROM rounds), (SELECT valid FROM rounds), (SELECT sum(nonces) FROM outbox)"
+    told = (
+        "(SELECT checked FROM rounds), (SELECT valid FROM rounds), (SELECT sum(nonces) FROM outbox)"
+    )
     [found] = service.sql(f"SELECT count(*), sum(valid), {told} FROM records WHERE nonce != 1000")
     checked, valid, *others = found
     assert others == [checked, valid, valid]
-    assert nonces_on_disk(service) == [*range(checked), 1000]  # nothing that was computed later, after a gap
+    assert nonces_on_disk(service) == [
+        *range(checked),
+        1000,
+    ]  # nothing that was computed later, after a gap
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
@@ -114,12 +130,18 @@ def test_old_rounds_are_pruned_unless_they_owe_a_callback(service):
     assert service.controller.rounds.prune(keep=3600) == 0
     assert service.controller.rounds.prune(keep=-1) == 1
     assert service.sql("SELECT block_hash FROM rounds ORDER BY id") == [("owing",), ("current",)]
-    assert service.sql("SELECT count(*) FROM records WHERE round_id NOT IN (SELECT id FROM rounds)") == [(0,)]
+    assert service.sql(
+        "SELECT count(*) FROM records WHERE round_id NOT IN (SELECT id FROM rounds)"
+    ) == [(0,)]
 
 
-@pytest.mark.parametrize(("begin", "call"), [("/init/generate", "/phase/generate"), ("/init/validate", "/validate")])
+@pytest.mark.parametrize(
+    ("begin", "call"), [("/init/generate", "/phase/generate"), ("/init/validate", "/validate")]
+)
 def test_a_round_of_another_model_neither_continues_nor_judges(service, begin, call):
-    """Honest distances of that model are others than this model has: they would be taken for fraud."""
+    """Honest distances of that model are others than this model has: they would be taken for
+    fraud.
+    """
     service.post(begin, ROUND)
     service.close()
     service.sql("UPDATE rounds SET digest = 'another'")

@@ -1,4 +1,6 @@
-"""The faults of the first published service, each with the test that keeps it away. Numbers are those of the report."""
+"""The faults of the first published service, each with the test that keeps it away. Numbers are
+those of the report.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,9 +37,14 @@ def test_fault_06_the_binomial_rule_decides_and_not_one_flip(service):
     many = list(range(400))
     honest = computed(service, many)
     valid = [(n, d) for n, d in zip(many, honest, strict=True) if d < ROUND["r_target"]]
-    nonces, dist = [n for n, _ in valid], [d for _, d in valid]
+    nonces = [n for n, _ in valid]
+    dist = [d for _, d in valid]
     clean = service.post("/validate", CLAIM | {"nonces": nonces, "dist": dist})
-    assert (clean["n_invalid"], clean["probability_honest"], clean["fraud_detected"]) == (0, 1.0, False)
+    assert (clean["n_invalid"], clean["probability_honest"], clean["fraud_detected"]) == (
+        0,
+        1.0,
+        False,
+    )
     flipped = [1.5, *dist[1:]]
     one = service.post("/validate", CLAIM | {"nonces": nonces, "dist": flipped})
     assert (one["n_invalid"], one["fraud_detected"]) == (1, False)
@@ -48,7 +55,9 @@ def test_fault_06_the_binomial_rule_decides_and_not_one_flip(service):
 
 def test_fault_06_the_threshold_of_the_round_is_used(service):
     service.post("/init/validate", ROUND | {"fraud_threshold": 1e-9})
-    assert not service.post("/validate", CLAIM | {"nonces": [0, 1], "dist": [1.5, 1.5]})["fraud_detected"]
+    assert not service.post("/validate", CLAIM | {"nonces": [0, 1], "dist": [1.5, 1.5]})[
+        "fraud_detected"
+    ]
 
 
 def test_fault_07_the_callback_url_survives_phases(service):
@@ -76,8 +85,12 @@ def test_fault_08_without_a_receiver_nothing_piles_up_and_status_stays_small(ser
     service.post("/stop")
     assert len(service.status()["valid_nonces"]) == len(service.status()["valid_distances"]) == 256
     assert service.controller.outbox.counts() == {"pending": 0, "dead": 0}
-    page = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 500}).json()["valid_nonces"]
-    rest = service.client.get(f"{PREFIX}/status", params={"after": page[-1], "limit": 10_000}).json()["valid_nonces"]
+    page = service.client.get(f"{PREFIX}/status", params={"after": -1, "limit": 500}).json()[
+        "valid_nonces"
+    ]
+    rest = service.client.get(
+        f"{PREFIX}/status", params={"after": page[-1], "limit": 10_000}
+    ).json()["valid_nonces"]
     assert len(page) == 500
     assert len(page + rest) == len(set(page + rest)) == service.status()["total_valid"]
 
@@ -97,7 +110,9 @@ def test_fault_11_a_long_batch_blocks_nothing(service):
 def test_fault_14_what_a_block_needs_is_made_once_per_phase(service, monkeypatch):
     made = []
     real = _outputs.Transform
-    monkeypatch.setattr(_outputs, "Transform", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(
+        _outputs, "Transform", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs)
+    )
     service.post("/init/generate", ROUND)
     until(lambda: service.rig.batches >= 5)
     assert len(made) == 1
@@ -121,7 +136,9 @@ def test_fault_15_a_distance_that_is_no_number_ends_the_round(service, scale):
 def test_fault_15_a_received_value_that_is_no_number_is_a_mismatch(service, value):
     service.post("/init/validate", ROUND)
     body = f'{{"block_hash":"block_alpha","block_height":7,"public_key":"k","nonces":[0],"dist":[{value}],"node_id":0}}'
-    answer = service.client.post(f"{PREFIX}/validate", content=body, headers={"content-type": "application/json"})
+    answer = service.client.post(
+        f"{PREFIX}/validate", content=body, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 200
     assert answer.json()["n_invalid"] == 1
     assert answer.json()["residual_test"]["gross"] == 1
@@ -136,7 +153,9 @@ def test_fault_16_generation_after_stop_is_the_same_computation(service):
     until(lambda: service.checked() > before)
     assert service.rig.layers == ["normalize_reflect"]
     service.post("/stop")
-    rows = service.controller.rounds.recent_valid(service.controller.progress.stored.id, limit=10_000)
+    rows = service.controller.rounds.recent_valid(
+        service.controller.progress.stored.id, limit=10_000
+    )
     nonces = [nonce for nonce, _ in rows]
     assert nonces == sorted(set(nonces))
 
@@ -144,12 +163,25 @@ def test_fault_16_generation_after_stop_is_the_same_computation(service):
 def test_fault_17_everything_has_a_bound(service):
     service.post("/init/validate", ROUND)
     shares = dict.fromkeys(("node_id", "node_count", "n_groups"), 2**53 - 1)
-    rounds = (*({"batch_size": size} for size in (0, 2000)), {"seq_len": 513}, {"node_id": 3, "node_count": 3}, shares)
-    claims = (([], [1.4]), (list(range(20_000)), [1.4] * 20_000), ([2**60], [1.4]), ([-1], [1.4]), ([1, 1], [1.4] * 2))
+    rounds = (
+        *({"batch_size": size} for size in (0, 2000)),
+        {"seq_len": 513},
+        {"node_id": 3, "node_count": 3},
+        shares,
+    )
+    claims = (
+        ([], [1.4]),
+        (list(range(20_000)), [1.4] * 20_000),
+        ([2**60], [1.4]),
+        ([-1], [1.4]),
+        ([1, 1], [1.4] * 2),
+    )
     calls = [("/init/generate", ROUND | change, 422) for change in rounds]
     for nonces, dist in (*claims, ([1], []), ([1], ["1.4"])):
         calls.append(("/validate", CLAIM | {"nonces": nonces, "dist": dist}, 422))
-    calls.append(("/validate", CLAIM | {"nonces": [1], "dist": [1.4], "public_key": "x" * 2_000_000}, 413))
+    calls.append(
+        ("/validate", CLAIM | {"nonces": [1], "dist": [1.4], "public_key": "x" * 2_000_000}, 413)
+    )
     calls.append(("/validate", CLAIM | {"nonces": [1], "dist": [1.4], "block_height": 8}, 409))
     for path, body, status in calls:
         answer = service.post(path, body, status=status)
@@ -158,14 +190,19 @@ def test_fault_17_everything_has_a_bound(service):
 
 
 def test_fault_17_validations_that_wait_are_bounded(serving):
-    with serving(max_waiting=4) as service, ThreadPoolExecutor(6) as pool:  # of which one client may have two
+    with (
+        serving(max_waiting=4) as service,
+        ThreadPoolExecutor(6) as pool,
+    ):  # of which one client may have two
         service.post("/init/validate", ROUND)
         service.rig.open.clear()
         service.rig.entered.clear()
         claim = CLAIM | {"nonces": [0], "dist": [1.4]}
         sent = [pool.submit(service.client.post, f"{PREFIX}/validate", json=claim)]
         assert service.rig.entered.wait(20)  # it runs, and waits no more
-        sent += [pool.submit(service.client.post, f"{PREFIX}/validate", json=claim) for _ in range(5)]
+        sent += [
+            pool.submit(service.client.post, f"{PREFIX}/validate", json=claim) for _ in range(5)
+        ]
         until(lambda: sum(one.done() for one in sent) == 3)  # two wait
         refused = [one.result() for one in sent if one.done()]
         assert {answer.status_code for answer in refused} == {429}
@@ -178,7 +215,13 @@ def test_fault_17_validations_that_wait_are_bounded(serving):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://169.254.169.254/latest", "http://127.0.0.1:1/", "file:///etc/passwd", "http://user:pw@8.8.8.8/"]
+    "url",
+    [
+        "http://169.254.169.254/latest",
+        "http://127.0.0.1:1/",
+        "file:///etc/passwd",
+        "http://user:pw@8.8.8.8/",
+    ],
 )
 def test_fault_18_callbacks_do_not_reach_into_private_networks(serving, url):
     with serving(allow_private_callbacks=False) as service:
@@ -188,7 +231,8 @@ def test_fault_18_callbacks_do_not_reach_into_private_networks(serving, url):
 
 
 def test_the_engines_thread_survives_what_it_does_not_expect(service, monkeypatch):
-    real, calls = service.controller.jobs.step, []
+    real = service.controller.jobs.step
+    calls = []
 
     def step(deployment):
         calls.append(1)

@@ -19,7 +19,9 @@ from tests.waiting import until
 
 @pytest.fixture
 def service(serving, rig):
-    """A service whose calibration has the effective dimension of the model, without which a block has no law."""
+    """A service whose calibration has the effective dimension of the model, without which a block
+    has no law.
+    """
     with serving(calibration=calibration(rig, rig.deployment().digest, 16)) as service:
         yield service
 
@@ -49,7 +51,8 @@ def test_a_snapshot_follows_the_round(service):
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
     monkeypatch.setattr("assay.poc.net.app.PAUSE", 0.0)
-    counts, failed = service.controller.outbox.counts, []
+    counts = service.controller.outbox.counts
+    failed = []
 
     def failing() -> dict[str, int]:
         if not failed:
@@ -68,7 +71,9 @@ def test_streams_are_bounded(serving, bound):
 
         async def open_three() -> None:
             feed = Feed(service.controller)
-            streams = [await feed.stream("one") for _ in range(2)]  # they count before they are read
+            streams = [
+                await feed.stream("one") for _ in range(2)
+            ]  # they count before they are read
             with pytest.raises(Refusal) as refused:
                 await feed.stream("one")
             assert refused.value.status == 429
@@ -107,14 +112,19 @@ def test_metrics_are_valid_and_count(service):
 
 
 def test_secrets_are_in_no_log_and_no_answer(serving, capfd):
-    key, secret, token = "key-" + "s3cr3t" * 4, "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0", "t0k3n"
+    key = "key-" + "s3cr3t" * 4
+    secret = "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVoxMjM0"
+    token = "t0k3n"
     url = f"http://127.0.0.1:9/hook?token={token}"
     with serving(api_keys=(key,), callback_secrets=(secret,)) as service:
         service.client.headers["Authorization"] = f"Bearer {key}"
         service.post("/init/generate", ROUND | {"callback_url": url})
         until(lambda: service.controller.metrics.deliveries.labels("failed")._value.get() > 0)
         service.post("/stop")
-        pages = [service.client.get(path).text for path in (f"{PREFIX}/status", f"{PREFIX}/snapshot", "/metrics")]
+        pages = [
+            service.client.get(path).text
+            for path in (f"{PREFIX}/status", f"{PREFIX}/snapshot", "/metrics")
+        ]
         service.post("/init", ROUND | {"callback_url": 7}, status=422)
     captured = capfd.readouterr()
     assert "callback" in captured.out + captured.err

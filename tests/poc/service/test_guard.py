@@ -1,4 +1,6 @@
-"""Callback URLs: what is refused, and that the address that was checked is the one that is called."""
+"""Callback URLs: what is refused, and that the address that was checked is the one that is
+called.
+"""
 
 import asyncio
 import socket
@@ -50,7 +52,13 @@ def test_malformed_urls_are_refused_always(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://8.8.8.8/x", "https://example.org:8443/hook?token=1", "http://[2606:4700::1]/", "http://0x.de/"]
+    "url",
+    [
+        "http://8.8.8.8/x",
+        "https://example.org:8443/hook?token=1",
+        "http://[2606:4700::1]/",
+        "http://0x.de/",
+    ],
 )
 def test_public_urls_pass(url):
     check_url(url, allow_private=False)
@@ -78,7 +86,9 @@ def test_an_international_name_is_asked_for_as_it_is_written(name, monkeypatch):
     """In the form of Python the first is fass.example, which may be another host."""
     asked = []
     answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.215.14", 80))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **kwargs: asked.append(host) or [answer])
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, port, **kwargs: asked.append(host) or [answer]
+    )
     asyncio.run(resolve(f"http://{name}/", allow_private=False))
     assert asked == ["xn--fa-hia.example"]
 
@@ -90,7 +100,9 @@ def test_a_call_goes_to_the_address_that_was_checked(monkeypatch):
 
     async def ask() -> None:
         cookie = {"set-cookie": "of=another; Max-Age=9999"}
-        transport = httpx.MockTransport(lambda request: sent.append(request) or httpx.Response(200, headers=cookie))
+        transport = httpx.MockTransport(
+            lambda request: sent.append(request) or httpx.Response(200, headers=cookie)
+        )
         async with new_client(5.0, 1) as client:
             client._transport = transport
             for url in ("https://rebinding.example:8443/hook/?a=1", "https://other.example:8443/"):
@@ -125,7 +137,9 @@ def test_a_url_arrives_as_its_owner_wrote_it(path, asked):
     async def send(url: str) -> None:
         async with new_client(5.0, 1) as client:
             for method, more in (("POST", None), ("GET", {"after": 7})):
-                answer = await call(client, method, url, "/generated", allow_private=True, headers={}, params=more)
+                answer = await call(
+                    client, method, url, "/generated", allow_private=True, headers={}, params=more
+                )
                 await answer.aclose()
 
     with Server() as server:

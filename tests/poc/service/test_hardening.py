@@ -28,7 +28,9 @@ DEAD_END = "http://127.0.0.1:9/"
 
 
 def test_an_engine_that_dies_with_the_service_does_not_end_the_round(service):
-    """SIGTERM tears some engines down beneath their batch, and its error is not a failure of the round."""
+    """SIGTERM tears some engines down beneath their batch, and its error is not a failure of the
+    round.
+    """
     service.generate(8)
     service.rig.open.clear()
     service.rig.entered.clear()
@@ -54,7 +56,9 @@ def check_goes_on(service) -> None:
 
 def test_a_round_whose_engine_died_continues_after_the_next_start(service):
     service.generate(8)
-    service.rig.fail = EngineEnded("the engine died", wanted="an engine that runs", do="see the log")
+    service.rig.fail = EngineEnded(
+        "the engine died", wanted="an engine that runs", do="see the log"
+    )
     until(lambda: service.status()["error"])
     assert service.status()["state"] == "GENERATING"
     service.close()
@@ -63,7 +67,9 @@ def test_a_round_whose_engine_died_continues_after_the_next_start(service):
 
 def test_a_round_whose_engine_died_before_its_first_batch_ends(service):
     """A round that kills engines would end every start, and the chat that they serve as well."""
-    service.rig.fail = EngineEnded("the engine died", wanted="an engine that runs", do="see the log")
+    service.rig.fail = EngineEnded(
+        "the engine died", wanted="an engine that runs", do="see the log"
+    )
     service.post("/init/generate", ROUND)
     until(lambda: service.status()["error"])
     assert service.status()["state"] == "STOPPED"
@@ -94,7 +100,9 @@ def test_a_clock_that_is_far_ahead_deletes_nothing(service, monkeypatch):
     monkeypatch.setattr(_rounds.time, "time", lambda: real() + 31 * DAY)
     assert service.controller.rounds.prune(30 * DAY) == 0
     monkeypatch.undo()
-    service.sql("UPDATE rounds SET touched_at = touched_at - ? WHERE block_hash = 'first'", (31 * DAY,))
+    service.sql(
+        "UPDATE rounds SET touched_at = touched_at - ? WHERE block_hash = 'first'", (31 * DAY,)
+    )
     assert service.controller.rounds.prune(30 * DAY) == 1
 
 
@@ -110,7 +118,9 @@ def test_files_are_the_owners_alone_in_an_open_directory(service):
     service.start()
     service.wait_ready()
     service.post("/init", ROUND)
-    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.glob("service.sqlite3*")}
+    modes = {
+        file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.glob("service.sqlite3*")
+    }
     assert len(modes) == 3
     assert set(modes.values()) == {0o600}
 
@@ -127,7 +137,11 @@ def test_the_lock_is_on_the_database_itself(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    ["UPDATE service SET state = 'DREAMING'", *("DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"), b"no"],
+    [
+        "UPDATE service SET state = 'DREAMING'",
+        *("DELETE FROM service", "DROP TABLE outbox", "DROP TABLE jobs"),
+        b"no",
+    ],
 )
 def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
     open_database(tmp_path).close()
@@ -155,12 +169,17 @@ def test_the_end_of_a_share_is_said_in_words(service):
 
 
 def test_callbacks_of_jobs_do_not_stop_a_round_and_have_a_bound(serving):
-    with serving(max_pending=3, max_pending_jobs=8, callback_backoff=600, callback_backoff_max=600) as service:
+    with serving(
+        max_pending=3, max_pending_jobs=8, callback_backoff=600, callback_backoff_max=600
+    ) as service:
         job = ARTIFACTS | {"nonces": [0], "url": DEAD_END}
         for _ in range(4):
             service.post("/generate", job)
         refused = service.client.post(f"{PREFIX}/generate", json=job)
-        assert (refused.status_code, "callbacks of artifact jobs" in refused.json()["detail"]) == (429, True)
+        assert (refused.status_code, "callbacks of artifact jobs" in refused.json()["detail"]) == (
+            429,
+            True,
+        )
         service.post("/generate", job | {"url": None})
         until(lambda: service.controller.outbox.counts()["pending"] == 4)
         service.generate(21)
@@ -181,7 +200,9 @@ def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
 
     def refuse(round, nonces):
         asked.append((round.public_key, list(nonces)))
-        raise ProofMismatch("two nonces have one seed", wanted="different seeds", do="prove other nonces")
+        raise ProofMismatch(
+            "two nonces have one seed", wanted="different seeds", do="prove other nonces"
+        )
 
     monkeypatch.setattr(_checks, "check_distinct_seeds", refuse)
     service.post("/init/validate", ROUND)
@@ -197,7 +218,9 @@ def test_nonces_with_equal_input_seeds_are_refused(service, monkeypatch):
 
 
 def test_a_silent_name_server_holds_up_no_database_call(serving, monkeypatch):
-    """Look-ups have threads of their own: with four of them waiting, a call to the database is answered."""
+    """Look-ups have threads of their own: with four of them waiting, a call to the database is
+    answered.
+    """
     silent = threading.Event()
 
     def wait(*args, **kwargs):
@@ -209,7 +232,9 @@ def test_a_silent_name_server_holds_up_no_database_call(serving, monkeypatch):
 
         async def look_up_and_read() -> dict:
             lookups = [
-                asyncio.ensure_future(_callback_guard.resolve(f"http://silent-{i}.example/", allow_private=False))
+                asyncio.ensure_future(
+                    _callback_guard.resolve(f"http://silent-{i}.example/", allow_private=False)
+                )
                 for i in range(64)  # more than any default executor has threads
             ]
             await asyncio.sleep(0)

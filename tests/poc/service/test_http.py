@@ -1,4 +1,6 @@
-"""The HTTP surface under attack: connections, heads, bodies, headers, and what the log says of it."""
+"""The HTTP surface under attack: connections, heads, bodies, headers, and what the log says of
+it.
+"""
 
 import asyncio
 import gc
@@ -36,7 +38,9 @@ JSON = {"content-type": "application/json"}
 
 @contextmanager
 def listening(**changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]:
-    """A server with bounds, whose one route answers with the size of the body, and its limit of clients."""
+    """A server with bounds, whose one route answers with the size of the body, and its limit of
+    clients.
+    """
     app = FastAPI()
 
     @app.post("/size")
@@ -72,13 +76,21 @@ def read(connection: socket.socket) -> bytes:
 
 
 def post(body: bytes, *headers: bytes) -> bytes:
-    lines = [b"POST /size HTTP/1.1", b"host: x", b"connection: close", b"content-length: %d" % len(body), *headers]
+    lines = [
+        b"POST /size HTTP/1.1",
+        b"host: x",
+        b"connection: close",
+        b"content-length: %d" % len(body),
+        *headers,
+    ]
     return b"\r\n".join([*lines, b"", b""]) + body
 
 
 def test_an_idle_connection_is_ended():
     with listening() as (address, _):
-        assert exchange(address, post(b"abc").replace(b"connection: close\r\n", b"")).endswith(b"\r\n\r\n3")
+        assert exchange(address, post(b"abc").replace(b"connection: close\r\n", b"")).endswith(
+            b"\r\n\r\n3"
+        )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +99,8 @@ def test_an_idle_connection_is_ended():
         b"POST /size HTTP/1.1\r\nhost: x\r\na: " + b"b" * 1_000_000,  # one header that never ends
         b"POST /" + b"x" * 1_000_000,  # a line that never ends
         b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 20_000,
-        b"POST /size HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\na: " + b"b" * 1_000_000,  # a trailer
+        b"POST /size HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\na: "
+        + b"b" * 1_000_000,  # a trailer
     ],
 )
 def test_heads_are_bounded_before_any_key_is_read(head):
@@ -105,28 +118,41 @@ CHUNKED = b"POST /size HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 300 + b"content-length: 0\r\n\r\n", 400),
+        (
+            b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 300 + b"content-length: 0\r\n\r\n",
+            400,
+        ),
         (CHUNKED + b"0\r\n" + b"a:b\r\n" * 300 + b"\r\n", 400),
         (CHUNKED + b"1\r\nx\r\n" * 2000 + b"0\r\n\r\n", 400),
         (CHUNKED + b"1\r\nx\r\n" * 1000 + b"0\r\na: b\r\n\r\n", 200),
         (CHUNKED + (b"80\r\n" + b"x" * 128 + b"\r\n") * 2000 + b"0\r\n\r\n", 200),
-        (b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 200 + b"content-length: 0\r\n\r\n", 200),
+        (
+            b"POST /size HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 200 + b"content-length: 0\r\n\r\n",
+            200,
+        ),
     ],
 )
 def test_what_takes_long_to_parse_is_refused(request_, status):
-    """A head of 64 KiB in short lines held all others up for 40 ms, and a body of tiny chunks without end."""
+    """A head of 64 KiB in short lines held all others up for 40 ms, and a body of tiny chunks
+    without end.
+    """
     with listening(max_header=65_536) as (address, _):
         assert exchange(address, request_).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_a_body_that_goes_wrong_after_the_answer_began_leaves_no_traceback(caplog):
     async def answer(scope, receive, send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]}
+        )
         await send({"type": "http.response.body", "body": b""})
 
     config = bounded_config(answer, Settings(**LIMITS))
     config.lifespan = "off"
-    with on_port(config) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with (
+        on_port(config) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+    ):
         connection.sendall(CHUNKED)
         assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
         connection.sendall(b"no size\r\n")
@@ -170,13 +196,18 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def another(address: tuple[str, int]) -> bytes:
     """Return how a request of another client is answered."""
-    with socket.create_connection(address, timeout=20, source_address=("127.0.0.2", 0)) as connection:
+    with socket.create_connection(
+        address, timeout=20, source_address=("127.0.0.2", 0)
+    ) as connection:
         connection.sendall(post(b"x"))
         return read(connection)
 
 
 def test_one_client_cannot_hold_all_connections(elsewhere):
-    with listening(max_connections=8, max_client_connections=2, header_timeout=30.0) as (address, _):
+    with listening(max_connections=8, max_client_connections=2, header_timeout=30.0) as (
+        address,
+        _,
+    ):
         held = [socket.create_connection(address, timeout=20) for _ in range(2)]  # they ask nothing
         try:
             until(lambda: exchange(address, post(b"x")) == b"")
@@ -190,7 +221,10 @@ def test_one_client_cannot_hold_all_connections(elsewhere):
 def test_one_client_of_a_proxy_cannot_hold_all_requests():
     with listening(max_connections=8, max_client_connections=2) as (address, limit):
         held = [socket.create_connection(address, timeout=20) for _ in range(2)]
-        of = [post(b"x", b"x-forwarded-for: " + name) for name in (b"2001:db8::1", b"2001:DB8:0:0:1::1", b"192.0.2.7")]
+        of = [
+            post(b"x", b"x-forwarded-for: " + name)
+            for name in (b"2001:db8::1", b"2001:DB8:0:0:1::1", b"192.0.2.7")
+        ]
         for connection, whole in zip(held, of, strict=False):  # spelled in two ways
             connection.sendall(whole[:-1])  # a request whose body does not come
         try:
@@ -198,7 +232,9 @@ def test_one_client_of_a_proxy_cannot_hold_all_requests():
             refused = exchange(address, of[0])
             assert refused.startswith(b"HTTP/1.1 429")
             assert b"2 requests of one client are open" in refused
-            assert exchange(address, of[2]).startswith(b"HTTP/1.1 200"), "another client is not concerned"
+            assert exchange(address, of[2]).startswith(b"HTTP/1.1 200"), (
+                "another client is not concerned"
+            )
         finally:
             for connection in held:
                 connection.close()
@@ -209,7 +245,10 @@ def test_one_client_of_a_proxy_cannot_hold_all_requests():
 @pytest.mark.parametrize("part", [b"", b"POST /size HTTP/1.1\r\na: "])
 def test_a_head_that_does_not_come_to_its_end_is_ended(part):
     """Also where a byte comes now and then, and where the connection was served before."""
-    with listening(header_timeout=1.0) as (address, _), socket.create_connection(address, timeout=20) as slow:
+    with (
+        listening(header_timeout=1.0) as (address, _),
+        socket.create_connection(address, timeout=20) as slow,
+    ):
         slow.sendall(post(b"x").replace(b"connection: close\r\n", b"") + part)
         slow.settimeout(0.2)
         for _ in range(60):
@@ -226,7 +265,9 @@ def test_a_head_that_does_not_come_to_its_end_is_ended(part):
 
 
 def test_requests_that_are_sent_ahead_do_not_wait_in_memory():
-    """Each answer let another quarter of a mebibyte in, so that one connection took what it liked."""
+    """Each answer let another quarter of a mebibyte in, so that one connection took what it
+    liked.
+    """
     ahead = post(b"").replace(b"connection: close\r\n", b"").replace(b"/size", b"/later")
     with listening() as (address, _), socket.create_connection(address, timeout=20) as connection:
         with pytest.raises(ConnectionError):
@@ -235,14 +276,22 @@ def test_requests_that_are_sent_ahead_do_not_wait_in_memory():
 
 
 def test_a_proxy_on_this_machine_may_hold_all_requests():
-    with listening(max_client_connections=1) as (address, _), socket.create_connection(address) as held:
+    with (
+        listening(max_client_connections=1) as (address, _),
+        socket.create_connection(address) as held,
+    ):
         held.sendall(post(b"x")[:-1])
         assert exchange(address, post(b"x")).startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_is_an_address_or_a_network_of_ipv6():
     here = dict.fromkeys(("127.0.0.1", "::1", "::ffff:127.0.0.1", ""))
-    known = {"192.0.2.7": "192.0.2.7", "unread": "unread", "::ffff:192.0.2.7": "192.0.2.7", "fe80::1%eth0": "fe80::/64"}
+    known = {
+        "192.0.2.7": "192.0.2.7",
+        "unread": "unread",
+        "::ffff:192.0.2.7": "192.0.2.7",
+        "fe80::1%eth0": "fe80::/64",
+    }
     for address, client in (here | known | {"2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64"}).items():
         assert _server.client_of(address) == client
 
@@ -266,17 +315,24 @@ def test_a_collection_of_garbage_does_not_walk_the_libraries(monkeypatch):
 # Bodies
 
 
-def test_one_client_cannot_hold_the_room_of_bodies_and_stalled_ones_are_ended(elsewhere, monkeypatch):
+def test_one_client_cannot_hold_the_room_of_bodies_and_stalled_ones_are_ended(
+    elsewhere, monkeypatch
+):
     """Its large bodies leave room for those of others, and for small ones of its own."""
     monkeypatch.setattr(_route, "BODY_GRACE", 1.0)
-    bodies, large = _route.Bodies(2**17, 2**20), 2**17
+    bodies = _route.Bodies(2**17, 2**20)
+    large = 2**17
 
     async def take(client: str, size: int, *, ends: bool) -> int:
         parts = [b"x" * (size - 2)] + [b"xx"] * ends
 
         async def receive() -> dict:
             await asyncio.sleep(0 if parts else 60)
-            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts) or not ends}
+            return {
+                "type": "http.request",
+                "body": parts.pop(0),
+                "more_body": bool(parts) or not ends,
+            }
 
         headers = [(b"content-length", str(size).encode())]
         scope = {"type": "http", "method": "POST", "headers": headers, "client": (client, 1)}
@@ -301,7 +357,10 @@ def test_one_client_cannot_hold_the_room_of_bodies_and_stalled_ones_are_ended(el
 @pytest.mark.parametrize(
     ("body", "word"),
     [
-        (b'{"public_key":"a","public_key":"b","block_hash":"x","block_height":1,"r_target":1.4}', "twice"),
+        (
+            b'{"public_key":"a","public_key":"b","block_hash":"x","block_height":1,"r_target":1.4}',
+            "twice",
+        ),
         (str(ROUND).replace("'", '"').encode("utf-16"), "utf-8"),
         (str(ROUND).replace("'", '"').encode("utf-16-le"), "JSON"),
         (b"{" * 10, "JSON"),
@@ -316,7 +375,9 @@ def test_bodies_are_read_strictly(service, body, word):
 
 
 def test_a_call_without_a_body_takes_whatever_comes_with_it(service):
-    assert service.client.post(f"{PREFIX}/stop", content=b"not JSON", headers=JSON).status_code == 200
+    assert (
+        service.client.post(f"{PREFIX}/stop", content=b"not JSON", headers=JSON).status_code == 200
+    )
 
 
 def test_a_missing_content_type_is_said(service):
@@ -327,7 +388,11 @@ def test_a_missing_content_type_is_said(service):
 
 def test_a_client_that_leaves_causes_no_traceback(service):
     app = service.client.app
-    sent, messages = [], [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    sent = []
+    messages = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
 
     async def receive() -> dict:
         return messages.pop(0)
@@ -335,7 +400,13 @@ def test_a_client_that_leaves_causes_no_traceback(service):
     async def send(message: dict) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+    }
     scope |= {"path": f"{PREFIX}/init", "raw_path": b"", "root_path": "", "query_string": b""}
     scope |= {"server": ("x", 1), "client": ("x", 1)}
     scope["headers"] = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
@@ -349,19 +420,33 @@ def test_a_client_that_leaves_causes_no_traceback(service):
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
-        *(("GET", path, None, 200) for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json")),
-        *(("GET", path, None, 404) for path in ("/nope", f"{PREFIX}/nope", f"{PREFIX}/generate/none")),
-        *(("GET", f"{PREFIX}{path}", None, 200) for path in ("/status", "/status?after=0", "/snapshot")),
+        *(
+            ("GET", path, None, 200)
+            for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json")
+        ),
+        *(
+            ("GET", path, None, 404)
+            for path in ("/nope", f"{PREFIX}/nope", f"{PREFIX}/generate/none")
+        ),
+        *(
+            ("GET", f"{PREFIX}{path}", None, 200)
+            for path in ("/status", "/status?after=0", "/snapshot")
+        ),
         ("POST", f"{PREFIX}/stop", None, 200),
         ("POST", f"{PREFIX}/init", {}, 422),
         ("POST", f"{PREFIX}/phase/generate", None, 409),
         ("PUT", f"{PREFIX}/status", None, 405),
     ],
 )
-def test_every_answer_has_the_safe_headers_and_a_refusal_three_parts(service, method, path, body, status):
+def test_every_answer_has_the_safe_headers_and_a_refusal_three_parts(
+    service, method, path, body, status
+):
     answer = service.client.request(method, path, json=body)
     assert answer.status_code == status
-    assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+    assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == (
+        "no-store",
+        "nosniff",
+    )
     if status >= 400:
         assert {"detail", "wanted", "do"} <= answer.json().keys()
 
@@ -376,13 +461,18 @@ def test_head_is_answered_as_get_without_the_body(service, tmp_path):
     for _ in range(40):  # more than streams
         assert service.client.head(f"{PREFIX}/events").status_code == 200
     assert service.client.head(f"{PREFIX}/stop").status_code == 405
-    receiver = TestClient(create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1")
+    receiver = TestClient(
+        create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1"
+    )
     assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
 
 
 def test_metrics_of_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "metrics")
-    with listen("127.0.0.1", 0) as listener, pytest.raises(UsageError, match="PROMETHEUS_MULTIPROC_DIR"):
+    with (
+        listen("127.0.0.1", 0) as listener,
+        pytest.raises(UsageError, match="PROMETHEUS_MULTIPROC_DIR"),
+    ):
         run_app(None, None, listener)
 
 
@@ -396,7 +486,10 @@ def test_the_log_names_rounds_verdicts_callbacks_and_refusals(service):
         service.post("/init", {}, status=422)
         until(lambda: any(line["event"] == "callback" for line in said))
     lines = {line["event"]: line for line in said}
-    assert (lines["state"]["block"], lines["state"]["key"]) == (BLOCK["block_hash"], BLOCK["public_key"])
+    assert (lines["state"]["block"], lines["state"]["key"]) == (
+        BLOCK["block_hash"],
+        BLOCK["public_key"],
+    )
     assert lines["validated"]["key"] == BLOCK["public_key"]
     assert (lines["refused"]["route"], lines["refused"]["status"]) == (f"{PREFIX}/init", 422)
     assert lines["callback"]["kind"] == "validated"
@@ -405,7 +498,8 @@ def test_the_log_names_rounds_verdicts_callbacks_and_refusals(service):
 def test_a_client_cannot_make_the_log_grow_at_will(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("assay.poc.net.logs.time.monotonic", lambda: now[0])
-    budget, log = LogBudget(60), structlog.get_logger()
+    budget = LogBudget(60)
+    log = structlog.get_logger()
     with structlog.testing.capture_logs() as said:
         for _ in range(1000):
             budget.info(log, "refused")
@@ -423,7 +517,9 @@ def test_malformed_requests_are_not_logged_one_by_one(restored_logs):
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_what_a_sender_names_does_not_steer_the_terminal_of_the_log(restored_logs, capsys, form):
     configure_logs(form)
-    structlog.get_logger("assay.receiver").info("callback", id="msg_\x9b2J\x1b[2J\u202e", kind="a\nforged")
+    structlog.get_logger("assay.receiver").info(
+        "callback", id="msg_\x9b2J\x1b[2J\u202e", kind="a\nforged"
+    )
     written = capsys.readouterr().err
     assert written.count("\n") == 1
     assert written.rstrip("\n").isprintable()

@@ -43,7 +43,9 @@ def test_a_job_is_queued_polled_and_completed(service):
 
 def test_validation_counts_what_is_wrong(service):
     artifacts = run(service, JOB)["artifacts"]
-    honest = service.post("/generate", JOB | {"wait": True, "validation": {"artifacts": artifacts[::-1]}})
+    honest = service.post(
+        "/generate", JOB | {"wait": True, "validation": {"artifacts": artifacts[::-1]}}
+    )
     assert (honest["n_total"], honest["n_mismatch"], honest["fraud_detected"]) == (5, 0, False)
     assert honest["p_value"] == 1.0
     spoiled = [
@@ -57,7 +59,9 @@ def test_validation_counts_what_is_wrong(service):
     assert fraud["mismatch_nonces"] == [1, 2, 5, 9]
     assert (fraud["n_mismatch"], fraud["fraud_detected"]) == (4, True)
     loose = {"stat_test": {"dist_threshold": 2.0, "p_mismatch": 0.5, "fraud_threshold": 0.001}}
-    lenient = service.post("/generate", JOB | loose | {"wait": True, "validation": {"artifacts": spoiled}})
+    lenient = service.post(
+        "/generate", JOB | loose | {"wait": True, "validation": {"artifacts": spoiled}}
+    )
     assert (lenient["mismatch_nonces"], lenient["fraud_detected"]) == ([2, 5, 9], False)
 
 
@@ -72,7 +76,9 @@ def test_jobs_that_cannot_be_are_refused(service):
         answer = service.post("/generate", JOB | {"params": JOB["params"] | change}, status=409)
         assert answer["error"] == "params mismatch"
         assert (answer["deployed"], answer["requested"]) == (JOB["params"], JOB["params"] | change)
-    bad = [{"nonces": nonces} for nonces in ([], [1, 1], list(range(10_001)))] + [{"nonces": [1], "node_count": 2}]
+    bad = [{"nonces": nonces} for nonces in ([], [1, 1], list(range(10_001)))] + [
+        {"nonces": [1], "node_count": 2}
+    ]
     for change in (*bad, {"batch_size": 5000}, {"params": JOB["params"] | {"extra": 1}}):
         service.post("/generate", JOB | change, status=422)
 
@@ -94,7 +100,9 @@ def test_a_full_queue_asks_to_come_back(serving):
 def test_one_key_cannot_hold_the_whole_queue_or_all_callbacks(serving, bound):
     keys = ("first-" + "x" * 20, "second-" + "x" * 20)
     first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
-    with serving(**bound, validate_keys=keys, callback_backoff=600, callback_backoff_max=600, drain=0.5) as service:
+    with serving(
+        **bound, validate_keys=keys, callback_backoff=600, callback_backoff_max=600, drain=0.5
+    ) as service:
         service.rig.open.clear()
 
         def queue(headers: dict[str, str]) -> int:
@@ -110,9 +118,14 @@ def test_one_key_cannot_hold_the_whole_queue_or_all_callbacks(serving, bound):
         assert (queue(spelled), queue(second)) == (429, 200)
         service.rig.open.set()
     if "max_pending_jobs" in bound:  # those of clients wait for those of the operator
-        service.sql("UPDATE outbox SET next_attempt_at = 0, client = nullif(client, (SELECT max(client) FROM outbox))")
+        service.sql(
+            "UPDATE outbox SET next_attempt_at = 0, client = nullif(client, (SELECT max(client) "
+            "FROM outbox))"
+        )
         with open_outbox(service.settings.data_dir) as outbox:
-            assert [(outbox.due(9)[0][0].id,)] == service.sql("SELECT id FROM outbox WHERE client IS NULL LIMIT 1")
+            assert [(outbox.due(9)[0][0].id,)] == service.sql(
+                "SELECT id FROM outbox WHERE client IS NULL LIMIT 1"
+            )
 
 
 def test_jobs_wait_for_a_round_and_survive_a_restart(service):
@@ -128,7 +141,8 @@ def test_jobs_wait_for_a_round_and_survive_a_restart(service):
 
 def test_a_job_that_another_version_stored_fails_by_name_and_the_next_one_runs(service):
     service.post("/init/generate", ROUND)  # jobs wait for it
-    old, new = service.post("/generate", JOB), service.post("/generate", JOB | {"nonces": [9]})
+    old = service.post("/generate", JOB)
+    new = service.post("/generate", JOB | {"nonces": [9]})
     service.sql("UPDATE jobs SET request = '{}' WHERE id = ?", [old["request_id"]])
     service.post("/stop")
     assert ended(service, new)["status"] == "completed"
@@ -175,7 +189,11 @@ def test_a_job_can_be_cancelled(service):
 def test_results_are_kept_for_a_while_only(serving):
     with serving(job_ttl=0.3) as service:
         queued = service.post("/generate", JOB)
-        until(lambda: service.client.get(f"{PREFIX}/generate/{queued['request_id']}").status_code == 404)
+        until(
+            lambda: (
+                service.client.get(f"{PREFIX}/generate/{queued['request_id']}").status_code == 404
+            )
+        )
         assert service.client.get(f"{PREFIX}/generate/unknown").status_code == 404
         time.sleep(0.3)
         service.controller.jobs.prune()
@@ -196,19 +214,25 @@ def test_a_job_that_fails_says_so_and_the_next_one_runs(service):
 def test_jobs_announce_their_results(service):
     with FlakyReceiver(trouble=0) as receiver:
         done = run(service, JOB | {"url": receiver.url})
-        checked = run(service, JOB | {"url": receiver.url, "validation": {"artifacts": done["artifacts"]}})
+        checked = run(
+            service, JOB | {"url": receiver.url, "validation": {"artifacts": done["artifacts"]}}
+        )
         until(lambda: len(receiver.taken) == 2)
         # Deliveries come in any order.
         bodies = {path: json.loads(body) for path, _, body in receiver.requests}
     common = {**BLOCK, "node_id": 0}
-    assert bodies["/generated"] == common | {name: done[name] for name in ("request_id", "artifacts", "encoding")}
+    assert bodies["/generated"] == common | {
+        name: done[name] for name in ("request_id", "artifacts", "encoding")
+    }
     names = ("request_id", "n_total", "n_mismatch", "mismatch_nonces", "p_value", "fraud_detected")
     assert bodies["/validated"] == common | {name: checked[name] for name in names}
 
 
 def test_a_round_of_vectors(service):
     with FlakyReceiver(trouble=0) as receiver:
-        answer = service.post("/init/generate", ARTIFACTS | {"url": receiver.url, "group_id": 1, "n_groups": 2})
+        answer = service.post(
+            "/init/generate", ARTIFACTS | {"url": receiver.url, "group_id": 1, "n_groups": 2}
+        )
         assert answer["pow_status"]["status"] == "GENERATING"
         until(lambda: len(receiver.taken) >= 2)
         service.post("/stop")
@@ -219,7 +243,9 @@ def test_a_round_of_vectors(service):
     assert status["stats"]["total_processed"] == status["total_valid"]
     sent = [artifact for body in receiver.taken.values() for artifact in body["artifacts"]]
     assert sorted(a["nonce"] for a in sent) == list(range(1, 1 + 2 * status["total_checked"], 2))
-    direct = {a["nonce"]: a["vector_b64"] for a in run(service, JOB | {"nonces": [1, 3, 5]})["artifacts"]}
+    direct = {
+        a["nonce"]: a["vector_b64"] for a in run(service, JOB | {"nonces": [1, 3, 5]})["artifacts"]
+    }
     assert direct.items() <= {a["nonce"]: a["vector_b64"] for a in sent}.items()
     service.post("/phase/validate")
     claim = BLOCK | {"nonces": [1], "dist": [1.4], "node_id": 0}
@@ -238,12 +264,16 @@ def test_a_hardened_job_is_judged_by_the_residual_test(serving):
         assert artifacts != published
         honest = service.post("/generate", many | {"validation": {"artifacts": artifacts}})
         assert (honest["fraud_detected"], honest["residual_test"]["verdict"]) == (False, "honest")
-        # Residuals under the published threshold, which the count takes for honest, and far over honest noise.
+        # Residuals under the published threshold, which the count takes for honest, and far over
+        # honest noise.
         near = []
         for artifact in artifacts:
             vector = decode_vector(artifact["vector_b64"], 32).astype(np.float32)
             moved = vector + 0.015 * np.roll(vector, 1)
-            near.append(artifact | {"vector_b64": encode_vector((moved / np.linalg.norm(moved)).astype(np.float16))})
+            near.append(
+                artifact
+                | {"vector_b64": encode_vector((moved / np.linalg.norm(moved)).astype(np.float16))}
+            )
         fraud = service.post("/generate", many | {"validation": {"artifacts": near}})
         assert fraud["n_mismatch"] == 0
         assert (fraud["fraud_detected"], fraud["residual_test"]["verdict"]) == (True, "fraud")

@@ -29,7 +29,9 @@ def truth(service, count: int, key: str = "node_A") -> list[float]:
 
 
 def ask(service, nonces: list[int], dist: list[float], key: str = "node_A") -> dict:
-    return service.post("/validate", CLAIM | {"public_key": key, "nonces": nonces, "dist": dist})["residual_test"]
+    return service.post("/validate", CLAIM | {"public_key": key, "nonces": nonces, "dist": dist})[
+        "residual_test"
+    ]
 
 
 @pytest.fixture
@@ -60,7 +62,10 @@ def test_asking_twice_proves_nothing(judging):
 def test_other_computation_is_fraud_and_one_nodes_fraud_is_not_anothers(judging):
     wrong = [d + (0.002 if i % 2 else -0.002) for i, d in enumerate(truth(judging, 12, "cheat"))]
     assert ask(judging, list(range(12)), wrong, key="cheat")["verdict"] == "fraud"
-    assert ask(judging, list(range(12)), truth(judging, 12, "honest"), key="honest")["verdict"] == "honest"
+    assert (
+        ask(judging, list(range(12)), truth(judging, 12, "honest"), key="honest")["verdict"]
+        == "honest"
+    )
 
 
 def test_evidence_survives_a_restart(judging):
@@ -68,13 +73,21 @@ def test_evidence_survives_a_restart(judging):
     ask(judging, list(range(15)), right[:15])
     judging.restart()
     after = ask(judging, list(range(15, 30)), right[15:])
-    whole = sequential_test(bundled_noise(QWEN3, "distance", "float32", "float32")).update([0.0] * 30).result
+    whole = (
+        sequential_test(bundled_noise(QWEN3, "distance", "float32", "float32"))
+        .update([0.0] * 30)
+        .result
+    )
     assert (after["checked"], after["log_evidence_honest"]) == (30, whole.log_evidence_honest)
 
 
-@pytest.mark.parametrize(("preset", "verdict"), [("poc-2.0", "honest"), ("permutation", "undecided")])
+@pytest.mark.parametrize(
+    ("preset", "verdict"), [("poc-2.0", "honest"), ("permutation", "undecided")]
+)
 def test_the_calibration_that_the_pins_name_is_used(serving, rig, tmp_path, preset, verdict):
-    """Measured noise of another preset is not replaced by the stated default, under which this node is a fraud."""
+    """Measured noise of another preset is not replaced by the stated default, under which this node
+    is a fraud.
+    """
     digest = rig.deployment().digest
     build = replace(calibration(rig, digest).builds[0], preset=preset)
     Calibration(builds=(build,)).save(tmp_path / "noise.json")
@@ -91,11 +104,19 @@ def test_a_calibration_of_another_model_is_refused(rig, digest):
     check_calibration(calibration(rig, "0" * 64), rig.deployment())
 
 
-def noise_of(fingerprint, digest: str | None, sigma: float, effective_dimension: float | None = None) -> BuildNoise:
+def noise_of(
+    fingerprint, digest: str | None, sigma: float, effective_dimension: float | None = None
+) -> BuildNoise:
     """The measured noise of a build."""
-    law, exact = stats.ScaleNoise(sigma=sigma), Spread()
+    law = stats.ScaleNoise(sigma=sigma)
+    exact = Spread()
     about = {"output": "distance", "preset": "poc-2.0", "digest": digest, "n": 100}
-    measured = {"law": law, "sizes": Sizes({(0, 1): law.size}, ("", "")), "spread": exact, "known": exact}
+    measured = {
+        "law": law,
+        "sizes": Sizes({(0, 1): law.size}, ("", "")),
+        "spread": exact,
+        "known": exact,
+    }
     about["effective_dimension"] = effective_dimension
     return BuildNoise(**about, machines=describe_machines([fingerprint, fingerprint]), **measured)
 
@@ -107,7 +128,11 @@ def calibration(rig, digest: str | None, effective_dimension: float | None = Non
 
 def test_an_empty_request_is_no_fraud(judging):
     answer = judging.post("/validate", CLAIM | {"nonces": [], "dist": []})
-    assert (answer["n_invalid"], answer["probability_honest"], answer["fraud_detected"]) == (0, -1.0, False)
+    assert (answer["n_invalid"], answer["probability_honest"], answer["fraud_detected"]) == (
+        0,
+        -1.0,
+        False,
+    )
     assert answer["computed_distances"] == []
 
 
@@ -132,7 +157,9 @@ def test_a_round_that_ends_ends_its_validations(judging):
     judging.rig.open.clear()
     judging.rig.entered.clear()
     with ThreadPoolExecutor() as pool:
-        sent = pool.submit(judging.post, "/validate", CLAIM | {"nonces": list(range(20)), "dist": [1.4] * 20}, 409)
+        sent = pool.submit(
+            judging.post, "/validate", CLAIM | {"nonces": list(range(20)), "dist": [1.4] * 20}, 409
+        )
         assert judging.rig.entered.wait(10)
         judging.post("/stop")
         judging.rig.open.set()
@@ -142,11 +169,20 @@ def test_a_round_that_ends_ends_its_validations(judging):
 
 def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
     """A file may hold builds of several formats; the first one is not that of every service."""
-    known, sigmas = proof.header.fingerprint, {"float16": 0.02, "float32": 0.001}
-    builds = [noise_of(replace(known, dtype=dtype), small_model.digest, sigma) for dtype, sigma in sigmas.items()]
+    known = proof.header.fingerprint
+    sigmas = {"float16": 0.02, "float32": 0.001}
+    builds = [
+        noise_of(replace(known, dtype=dtype), small_model.digest, sigma)
+        for dtype, sigma in sigmas.items()
+    ]
     noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
     for dtype, sigma in sigmas.items():
-        found = noise.of(proof.header.pipeline, replace(known, dtype=dtype), small_model.digest, proof.header.round)
+        found = noise.of(
+            proof.header.pipeline,
+            replace(known, dtype=dtype),
+            small_model.digest,
+            proof.header.round,
+        )
         assert found.law.sigma == pytest.approx(sigma, rel=0.5)
     other = replace(known, dtype="bfloat16")
     assert noise.of(proof.header.pipeline, other, small_model.digest, proof.header.round) is None

@@ -1,4 +1,6 @@
-"""The service with a ledger: what it judges enters the lives of nodes, and its replies stay as they are."""
+"""The service with a ledger: what it judges enters the lives of nodes, and its replies stay as they
+are.
+"""
 
 import pytest
 
@@ -20,7 +22,9 @@ def path(tmp_path):
 def life(path, service, key: str = "node_A"):
     deployment = service.rig.deployment()
     with Ledger(path, read_only=True) as ledger:
-        account = Account(public_key=key, digest=deployment.digest, build=deployment.dtype, preset="poc-2.0")
+        account = Account(
+            public_key=key, digest=deployment.digest, build=deployment.dtype, preset="poc-2.0"
+        )
         return ledger.standing(account)
 
 
@@ -60,16 +64,21 @@ def test_a_reply_is_the_same_with_a_ledger(serving, path, tmp_path):
         with serving(ledger=place, data_dir=tmp_path / f"data of {place is None}") as service:
             service.post("/init/validate", ROUND)
             wrong = [d + 0.002 for d in truth(service, 12)]
-            replies.append(service.post("/validate", CLAIM | {"nonces": list(range(12)), "dist": wrong}))
+            replies.append(
+                service.post("/validate", CLAIM | {"nonces": list(range(12)), "dist": wrong})
+            )
             service.post("/validate", CLAIM | {"nonces": [], "dist": []})
     assert replies[0] == replies[1]
     assert life(path, service).evidence.log_e_max > 10
 
 
-def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(serving, path, monkeypatch):
+def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(
+    serving, path, monkeypatch
+):
     with serving(ledger=path) as service:
         service.post("/init/validate", ROUND)
-        right, full = truth(service, 20), failing(monkeypatch, Ledger, "append", FULL)
+        right = truth(service, 20)
+        full = failing(monkeypatch, Ledger, "append", FULL)
         body = BLOCK | {"node_id": 0, "nonces": list(range(20)), "dist": right}
         assert service.client.post(f"{PREFIX}/validate", json=body).status_code >= 500
         full.clear()

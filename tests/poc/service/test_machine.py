@@ -1,4 +1,6 @@
-"""The whole API as a state machine: random calls, restarts and calls at the same time against a model of it."""
+"""The whole API as a state machine: random calls, restarts and calls at the same time against a
+model of it.
+"""
 
 import tempfile
 import threading
@@ -27,10 +29,14 @@ class ServiceMachine(RuleBasedStateMachine):
         self.rig.pause = 0.0005
         self.directory = tempfile.TemporaryDirectory()
         self.service = Service(
-            self.rig, Settings(data_dir=Path(self.directory.name), seq_len=4, max_queued_nonces=64, job_ttl=600)
+            self.rig,
+            Settings(
+                data_dir=Path(self.directory.name), seq_len=4, max_queued_nonces=64, job_ttl=600
+            ),
         )
         self.service.wait_ready()
-        self.state, self.block = State.IDLE, ""
+        self.state = State.IDLE
+        self.block = ""
         self.checked: dict[str, int] = {}
         self.jobs: dict[str, int] = {}
 
@@ -39,7 +45,9 @@ class ServiceMachine(RuleBasedStateMachine):
         self.directory.cleanup()
 
     def expect(self, call: str, answer) -> bool:
-        """Compare an answer with the table, take the state it leads to, and say whether the call was allowed."""
+        """Compare an answer with the table, take the state it leads to, and say whether the call
+        was allowed.
+        """
         wanted = TRANSITIONS[call].get(self.state)
         if wanted is None or (call in NEEDS_ROUND and not self.block):
             assert answer.status_code == 409, (call, self.state, answer.text)
@@ -50,7 +58,9 @@ class ServiceMachine(RuleBasedStateMachine):
 
     @rule(call=KINDS, block=BLOCKS)
     def init(self, call, block):
-        if self.expect(call, self.service.client.post(f"{PREFIX}/{call}", json=ROUND | {"block_hash": block})):
+        if self.expect(
+            call, self.service.client.post(f"{PREFIX}/{call}", json=ROUND | {"block_hash": block})
+        ):
             self.block = block
 
     @rule(block=BLOCKS)
@@ -66,7 +76,12 @@ class ServiceMachine(RuleBasedStateMachine):
 
     @rule(block=BLOCKS, nonces=st.lists(st.integers(0, 50), max_size=6, unique=True))
     def validate(self, block, nonces):
-        body = BLOCK | {"block_hash": block, "nonces": nonces, "dist": [1.4] * len(nonces), "node_id": 0}
+        body = BLOCK | {
+            "block_hash": block,
+            "nonces": nonces,
+            "dist": [1.4] * len(nonces),
+            "node_id": 0,
+        }
         answer = self.service.client.post(f"{PREFIX}/validate", json=body)
         if self.state is State.VALIDATING and block == self.block:
             assert answer.status_code == 200, answer.text
@@ -81,12 +96,19 @@ class ServiceMachine(RuleBasedStateMachine):
         if answer.status_code == 200:
             self.jobs[answer.json()["request_id"]] = len(nonces)
 
-    @rule(calls=st.lists(st.sampled_from(["init/generate", "init/validate", "phase/validate", "stop"]), min_size=2))
+    @rule(
+        calls=st.lists(
+            st.sampled_from(["init/generate", "init/validate", "phase/validate", "stop"]),
+            min_size=2,
+        )
+    )
     def at_the_same_time(self, calls):
         answers = []
 
         def call(path: str) -> None:
-            answers.append(self.service.client.post(f"{PREFIX}/{path}", json=ROUND | {"block_hash": "block_a"}))
+            answers.append(
+                self.service.client.post(f"{PREFIX}/{path}", json=ROUND | {"block_hash": "block_a"})
+            )
 
         threads = [threading.Thread(target=call, args=(path,)) for path in calls[:5]]
         for thread in threads:
@@ -136,5 +158,9 @@ class ServiceMachine(RuleBasedStateMachine):
 
 TestService = ServiceMachine.TestCase
 TestService.settings = settings(
-    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=25,
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )

@@ -24,7 +24,9 @@ def address(tmp_path_factory):
     """The address of a service on a fake engine, with every route that a client may call."""
     rig = Rig()
     rig.pause = 0
-    settings = Settings(data_dir=tmp_path_factory.mktemp("openapi"), seq_len=4, wait=0.05, max_positions=4096)
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("openapi"), seq_len=4, wait=0.05, max_positions=4096
+    )
     controller = Controller(rig.deployment, settings)
     with listening(controller) as port:
         yield f"http://127.0.0.1:{port}"
@@ -41,7 +43,9 @@ def operations() -> list[schemathesis.APIOperation]:
 
 
 def cases() -> list[object]:
-    """Valid requests for every operation, and invalid ones where a request can be invalid at all."""
+    """Valid requests for every operation, and invalid ones where a request can be invalid at
+    all.
+    """
     modes = schemathesis.GenerationMode
     return [
         pytest.param(operation, mode, id=f"{operation.label}-{mode.value}")
@@ -55,7 +59,10 @@ def cases() -> list[object]:
 def test_no_request_is_answered_with_a_server_error(operation, mode, address):
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     @hypothesis.settings(
-        max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     def answers(case: schemathesis.Case) -> None:
         case.call_and_validate(base_url=address, checks=CHECKS)

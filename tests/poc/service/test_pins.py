@@ -1,4 +1,6 @@
-"""``assay poc serve --pins``: what contradicts the network's agreement is refused with 409 and its names."""
+"""``assay poc serve --pins``: what contradicts the network's agreement is refused with 409 and its
+names.
+"""
 
 import hashlib
 from pathlib import Path
@@ -12,17 +14,37 @@ from tests.poc.service.conftest import ARTIFACTS, BLOCK, PARAMS, PREFIX, ROUND, 
 from tests.waiting import until
 
 BUILD = conftest.BUILD | {"batch_size": [4, 8], "threads": 1, "kernels": ""}
-AGREED = {"preset": "poc-2.0", "seq_len": 4, "strength": 32, "r_target": 1.416, "node_count": 1, "fewest_nonces": 32}
-NODES = [{"public_key": "node_A", "node_id": 0}, {"public_key": "node_B", "node_id": 1, "node_count": 2}]
+AGREED = {
+    "preset": "poc-2.0",
+    "seq_len": 4,
+    "strength": 32,
+    "r_target": 1.416,
+    "node_count": 1,
+    "fewest_nonces": 32,
+}
+NODES = [
+    {"public_key": "node_A", "node_id": 0},
+    {"public_key": "node_B", "node_id": 1, "node_count": 2},
+]
 
 
-def pins(*, nodes=(), build=(), digest="0" * 64, measured: Path | None = None, **round: object) -> NetworkPins:
+def pins(
+    *, nodes=(), build=(), digest="0" * 64, measured: Path | None = None, **round: object
+) -> NetworkPins:
     values = {name: value for name, value in (AGREED | round).items() if value is not None}
-    model: dict[str, object] = {"reference": "fake", "digest": digest, "builds": [BUILD | dict(build)]}
+    model: dict[str, object] = {
+        "reference": "fake",
+        "digest": digest,
+        "builds": [BUILD | dict(build)],
+    }
     path = Path("pins.toml") if measured is None else measured.with_name("pins.toml")
     if measured is not None:
-        model["calibrations"] = [{"file": measured.name, "sha256": hashlib.sha256(measured.read_bytes()).hexdigest()}]
-    return NetworkPins.of({"schema": 1, "round": values, "nodes": list(nodes), "models": [model]}, path)
+        model["calibrations"] = [
+            {"file": measured.name, "sha256": hashlib.sha256(measured.read_bytes()).hexdigest()}
+        ]
+    return NetworkPins.of(
+        {"schema": 1, "round": values, "nodes": list(nodes), "models": [model]}, path
+    )
 
 
 def refused(service: Service, path: str, body: object) -> list[str]:
@@ -60,7 +82,9 @@ def test_a_block_that_the_file_names_is_the_only_one(serving):
 
 def test_nodes_that_are_not_listed_neither_generate_nor_are_validated(serving):
     with serving(pins=pins(nodes=NODES)) as service:
-        assert refused(service, "/init/generate", ROUND | {"public_key": "node_C"}) == ["public_key"]
+        assert refused(service, "/init/generate", ROUND | {"public_key": "node_C"}) == [
+            "public_key"
+        ]
         share = ROUND | {"public_key": "node_B", "node_count": 2}
         assert refused(service, "/init/generate", share) == ["node_id"]
         service.post("/init/validate", ROUND | {"public_key": "the validator", "node_count": 2})
@@ -92,7 +116,10 @@ def test_jobs_are_held_against_the_pins_too(serving):
 def test_an_engine_of_no_agreed_build_runs_no_round(serving):
     with serving(pins=pins(build={"device": "NVIDIA H200", "torch": "2.*"})) as service:
         assert refused(service, "/init/generate", ROUND) == ["device", "torch"]
-        assert service.post("/init/generate", ROUND, status=409)["wanted"] == "device NVIDIA H200, torch 2.*"
+        assert (
+            service.post("/init/generate", ROUND, status=409)["wanted"]
+            == "device NVIDIA H200, torch 2.*"
+        )
         batch = service.post("/init/generate", ROUND | {"batch_size": 16}, status=409)
         assert batch["wanted"] == "batch_size 4 or 8"
 
@@ -102,7 +129,10 @@ def test_an_engine_of_no_agreed_build_runs_no_round(serving):
     [
         ({"digest": "1" * 64}, "model '0000"),
         ({"build": {"dtype": "bfloat16"}}, "dtype float32, which its pins do not allow"),
-        ({"preset": "artifact", "r_target": None, "seq_len": 8}, "seq_len 4, which its pins do not allow"),
+        (
+            {"preset": "artifact", "r_target": None, "seq_len": 8},
+            "seq_len 4, which its pins do not allow",
+        ),
     ],
 )
 def test_a_model_that_is_not_pinned_is_not_served(rig, tmp_path: Path, wrong, seen: str):

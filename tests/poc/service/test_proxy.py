@@ -1,4 +1,6 @@
-"""The configurations of proxies: the real programs read them, and serve a service over TLS with them."""
+"""The configurations of proxies: the real programs read them, and serve a service over TLS with
+them.
+"""
 
 import getpass
 import os
@@ -43,7 +45,9 @@ def certificates(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory) -> Iterator[int]:
     """The port of a service with a key."""
-    controller = Controller(Rig().deployment, Settings(data_dir=tmp_path_factory.mktemp("proxied"), api_keys=(KEY,)))
+    controller = Controller(
+        Rig().deployment, Settings(data_dir=tmp_path_factory.mktemp("proxied"), api_keys=(KEY,))
+    )
     with listening(controller) as port:
         yield port
 
@@ -60,7 +64,9 @@ def ports(count: int) -> list[int]:
 def running(command: list[str], folder: Path, port: int) -> Iterator[None]:
     """Run a proxy until it answers, and to the end of the block."""
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={"HOME": str(folder)})
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env={"HOME": str(folder)}
+        )
     try:
         until(lambda: process.poll() is not None or _answers(port))
         assert process.poll() is None, (folder / "log").read_text()
@@ -78,7 +84,8 @@ def _answers(port: int) -> bool:
 def check_proxy(secure: int, plain: int, certificate: Path) -> None:
     """Hold a proxy to what a service needs of it."""
     trusted = ssl.create_default_context(cafile=certificate)
-    base, extensions = f"https://127.0.0.1:{secure}", {"sni_hostname": "node.example"}
+    base = f"https://127.0.0.1:{secure}"
+    extensions = {"sni_hostname": "node.example"}
     headers = {"Host": "node.example", "Authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=base, verify=trusted, headers=headers, timeout=30) as client:
 
@@ -87,12 +94,19 @@ def check_proxy(secure: int, plain: int, certificate: Path) -> None:
 
         assert get("/health").status_code == 200
         assert get("/health").headers["strict-transport-security"].startswith("max-age=")
-        assert (get(f"{PREFIX}/status").status_code, get("/metrics", Authorization="Bearer x").status_code) == (
+        assert (
+            get(f"{PREFIX}/status").status_code,
+            get("/metrics", Authorization="Bearer x").status_code,
+        ) == (
             200,
             401,
         )
-        for _ in range(20):  # an answer that came before the body was sent got lost one time in fifty
-            large = client.post(f"{PREFIX}/validate", content=b" " * (3 << 20), extensions=extensions)
+        for _ in range(
+            20
+        ):  # an answer that came before the body was sent got lost one time in fifty
+            large = client.post(
+                f"{PREFIX}/validate", content=b" " * (3 << 20), extensions=extensions
+            )
             assert (large.status_code, large.json()["wanted"]) == (413, "at most 1048576 bytes")
         huge = client.post(f"{PREFIX}/validate", content=b" " * (5 << 20), extensions=extensions)
         assert huge.status_code in (413, 502)  # of the proxy itself: nginx, Caddy
@@ -113,9 +127,15 @@ def changed(text: str, changes: dict[str, str]) -> str:
 
 
 def test_proxies_name_their_clients_and_keep_no_connection_longer_than_the_service():
-    """What a client writes into X-Forwarded-For, nginx would pass on; and a kept connection may just be ending."""
+    """What a client writes into X-Forwarded-For, nginx would pass on; and a kept connection may
+    just be ending.
+    """
     nginx, caddy = ((DEPLOY / name).read_text() for name in ("nginx.conf", "Caddyfile"))
-    assert nginx.count("proxy_pass") == nginx.count("X-Forwarded-For $remote_addr;") == nginx.count("Connection close;")
+    assert (
+        nginx.count("proxy_pass")
+        == nginx.count("X-Forwarded-For $remote_addr;")
+        == nginx.count("Connection close;")
+    )
     kept = re.findall(r"keepalive (\d+)s", caddy)
     assert len(kept) == caddy.count("reverse_proxy") == 2
     assert all(int(seconds) < Settings().header_timeout for seconds in kept)
@@ -138,14 +158,18 @@ def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
     )
     (tmp_path / "assay.conf").write_text(text)
     kept = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {tmp_path}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (tmp_path / "nginx.conf").write_text(
         # A worker of another user than the test's could not open the folders of the test.
-        f"user {getpass.getuser()}; daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
+        f"user {getpass.getuser()}; daemon off; pid {tmp_path}/pid; error_log "
+        f"{tmp_path}/error.log; events {{}}\n"
         f"http {{ access_log off; {kept} include {tmp_path}/assay.conf; }}\n"
     )
-    with running([NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], tmp_path, secure):
+    with running(
+        [NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], tmp_path, secure
+    ):
         check_proxy(secure, plain, certificates / "node.example.pem")
 
 
@@ -154,11 +178,17 @@ def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
 def test_caddy(certificates: Path, upstream: int, tmp_path: Path):
     secure, plain = ports(2)
     sites = {
-        f"\n{name} {{": f"\n{name} {{\n\ttls {certificates}/{name}.pem {certificates}/{name}.key\n\tbind 127.0.0.1"
+        f"\n{name} {{": f"\n{name} {{\n\ttls {certificates}/{name}.pem "
+        f"{certificates}/{name}.key\n\tbind 127.0.0.1"
         for name in NAMES
     }
-    options = {"\n\tservers {": f"\n\tadmin off\n\thttp_port {plain}\n\thttps_port {secure}\n\tservers {{"}
-    text = changed((DEPLOY / "Caddyfile").read_text(), sites | options | {"127.0.0.1:8100": f"127.0.0.1:{upstream}"})
+    options = {
+        "\n\tservers {": f"\n\tadmin off\n\thttp_port {plain}\n\thttps_port {secure}\n\tservers {{"
+    }
+    text = changed(
+        (DEPLOY / "Caddyfile").read_text(),
+        sites | options | {"127.0.0.1:8100": f"127.0.0.1:{upstream}"},
+    )
     (tmp_path / "Caddyfile").write_text(text)
     command = [CADDY, "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
     with running(command, tmp_path, secure):

@@ -1,4 +1,6 @@
-"""The keeper of receipts: what waits is bounded, a full disk refuses, and the end stores what waits."""
+"""The keeper of receipts: what waits is bounded, a full disk refuses, and the end stores what
+waits.
+"""
 
 import asyncio
 import threading
@@ -21,7 +23,8 @@ def test_a_full_disk_refuses_responses_until_there_is_room(service):
     sink = service.controller.receipts.sink(header())
     store(service, receipt("before"))
     limit = cap(service.controller.database)
-    kept, refused = [], None
+    kept = []
+    refused = None
     for i in range(1000):
         try:
             store(service, receipt(f"chat-{i}", output=tuple(range(1000))))
@@ -51,7 +54,8 @@ def held(tmp_path, monkeypatch):
     settings = Settings(data_dir=tmp_path, max_receipts=3)
     database = open_database(tmp_path)
     keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
-    go, real = threading.Event(), keeper._write
+    go = threading.Event()
+    real = keeper._write
 
     def add(receipts):
         assert go.wait(20)
@@ -156,7 +160,9 @@ def test_what_one_client_has_stored_leaves_room_on_the_disk_for_another(tmp_path
 def test_what_one_client_has_waiting_leaves_room_for_another(service):
     """In places, and in bytes where anything waits."""
     controller = service.controller
-    keeper = ReceiptKeeper(controller.database, controller.outbox, Settings(max_receipts=6), Metrics())
+    keeper = ReceiptKeeper(
+        controller.database, controller.outbox, Settings(max_receipts=6), Metrics()
+    )
     sink = keeper.sink(header())
 
     async def fill() -> None:

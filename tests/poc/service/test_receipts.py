@@ -1,4 +1,6 @@
-"""Receipts of responses: stored, found, listed, announced, for whom; databases of earlier versions."""
+"""Receipts of responses: stored, found, listed, announced, for whom; databases of earlier
+versions.
+"""
 
 import hashlib
 import json
@@ -45,7 +47,9 @@ def test_a_receipt_is_found_after_a_restart(service):
 def test_each_choice_of_a_request_has_a_receipt(service):
     store(service, *(receipt("chat", index=index) for index in (2, 0, 1)))
     assert [found["receipt"]["index"] for found in get(service, "/chat")["receipts"]] == [0, 1, 2]
-    assert [found["receipt"]["index"] for found in get(service, "/chat", index=1)["receipts"]] == [1]
+    assert [found["receipt"]["index"] for found in get(service, "/chat", index=1)["receipts"]] == [
+        1
+    ]
     get(service, "/chat", 404, index=3)
     get(service, "/chat", 422, index=-1)
 
@@ -54,12 +58,19 @@ def test_a_receipt_is_kept_once_and_another_of_the_same_request_beside_it(servic
     other = receipt("chat", output=(5, 6, 7))
     store(service, receipt("chat"), receipt("chat"), other)
     store(service, receipt("chat"))
-    assert [len(found["receipt"]["output"]) for found in get(service, "/chat")["receipts"]] == [40, 3]
+    assert [len(found["receipt"]["output"]) for found in get(service, "/chat")["receipts"]] == [
+        40,
+        3,
+    ]
     text = service.client.get("/metrics").text
     assert 'assay_poc_receipts_total{as="new"} 2.0' in text
     assert 'assay_poc_receipts_total{as="repeated"} 2.0' in text
-    store(service, receipt("chat"), under=header(digest="1" * 64))  # the same response, of another model
-    assert [found["header"]["model"]["digest"][0] for found in get(service, "/chat")["receipts"]] == ["0", "0", "1"]
+    store(
+        service, receipt("chat"), under=header(digest="1" * 64)
+    )  # the same response, of another model
+    assert [
+        found["header"]["model"]["digest"][0] for found in get(service, "/chat")["receipts"]
+    ] == ["0", "0", "1"]
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -68,7 +79,9 @@ def test_prompts_are_hashes_unless_the_setting_says_so(serving, kept):
     with serving(receipt_prompts=kept) as service:
         store(service, receipt("chat", prompt=Prompt.of(prompt)))
         found = get(service, "/chat")["receipts"][0]["receipt"]["prompt"]
-        assert found == ({"ids": prompt} if kept else {"sha256": Prompt.of(prompt).sha256, "tokens": 3})
+        assert found == (
+            {"ids": prompt} if kept else {"sha256": Prompt.of(prompt).sha256, "tokens": 3}
+        )
         assert (b"70001,70002" in on_disk(service)) is kept
 
 
@@ -80,7 +93,8 @@ def test_a_receipt_that_the_header_does_not_fit_is_refused(service):
 
 def test_the_list_is_paged(service):
     store(service, *(receipt(f"chat-{i}") for i in range(25)))
-    names, after = [], 0
+    names = []
+    after = 0
     while after is not None:
         page = get(service, "", after=after, limit=10)
         names += [entry["request_id"] for entry in page["receipts"]]
@@ -95,7 +109,17 @@ def test_the_list_is_paged(service):
 
 def test_ids_of_any_form_are_found_and_deleted_and_what_is_no_id_is_unknown(service):
     store(service, receipt("another"))
-    names = ["a/b", "../../etc/passwd", "a%b", "a?b=c#d", "a b", "x' OR 1=1 --", "é🂡", "receipts.jsonl", ".jsonl"]
+    names = [
+        "a/b",
+        "../../etc/passwd",
+        "a%b",
+        "a?b=c#d",
+        "a b",
+        "x' OR 1=1 --",
+        "é🂡",
+        "receipts.jsonl",
+        ".jsonl",
+    ]
     for request_id in (*names, "{a}", "x" * 1024):
         store(service, receipt(request_id))
         path = f"{RECEIPTS}/{quote(request_id, safe='')}"
@@ -111,7 +135,11 @@ def test_ids_of_any_form_are_found_and_deleted_and_what_is_no_id_is_unknown(serv
 
 
 def test_keys_read_and_only_some_delete(serving):
-    keys = {"api": "all-" + "x" * 20, "validate": "validate-" + "x" * 20, "read": "read-" + "x" * 20}
+    keys = {
+        "api": "all-" + "x" * 20,
+        "validate": "validate-" + "x" * 20,
+        "read": "read-" + "x" * 20,
+    }
     with serving(**{f"{name}_keys": (key,) for name, key in keys.items()}) as service:
         store(service, receipt("chat"))
 
@@ -122,7 +150,9 @@ def test_keys_read_and_only_some_delete(serving):
         for path in ("", ".jsonl", "/chat"):
             assert {status("GET", path, key) for key in keys.values()} == {200}
             assert status("GET", path, None) == status("GET", path, "wrong" * 8) == 401
-        assert [status("DELETE", "/chat", key) for key in (None, keys["read"], keys["validate"])] == [401, 403, 403]
+        assert [
+            status("DELETE", "/chat", key) for key in (None, keys["read"], keys["validate"])
+        ] == [401, 403, 403]
         assert status("DELETE", "/chat", keys["api"]) == 200
 
 
@@ -157,7 +187,9 @@ def test_stored_receipts_are_announced(serving):
             for body in bodies
             for each in body["receipts"]
         }
-        digest = [hashlib.sha256(each.without_prompt().line().encode()).hexdigest() for each in made]
+        digest = [
+            hashlib.sha256(each.without_prompt().line().encode()).hexdigest() for each in made
+        ]
         wanted = {("node_A", i + 1): (f"chat-{i}", digest[i]) for i in range(25)}
         assert {place: named[place] for place in wanted} == wanted
         assert set(named) - set(wanted) == {("node_B", 26)}
@@ -167,15 +199,22 @@ def test_stored_receipts_are_announced(serving):
 
 def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_path):
     with pytest.raises(Refusal, match=r"169\.254"):
-        Controller(rig.deployment, Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"))
-    controller = Controller(rig.deployment, Settings(data_dir=tmp_path))  # the directory is free again
+        Controller(
+            rig.deployment,
+            Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"),
+        )
+    controller = Controller(
+        rig.deployment, Settings(data_dir=tmp_path)
+    )  # the directory is free again
     controller.start()
     assert controller.loaded.result(30)
     controller.close()
 
 
 def test_callbacks_of_receipts_do_not_hold_up_artifact_jobs(serving):
-    with serving(receipt_callback_url="http://127.0.0.1:9/", max_pending_jobs=1, callback_interval=1000.0) as service:
+    with serving(
+        receipt_callback_url="http://127.0.0.1:9/", max_pending_jobs=1, callback_interval=1000.0
+    ) as service:
         store(service, receipt("chat"))
         assert service.controller.outbox.counts()["pending"] == 1
         job = ARTIFACTS | {"nonces": [0], "url": "http://127.0.0.1:9/"}
@@ -202,7 +241,9 @@ def test_a_file_of_receipts_is_complete_and_pages_follow_each_other(service):
     store(service, *made)
     found = files(service, limit=10)
     assert [len(file.receipts) for file in found] == [10, 10, 5]
-    assert [each.line() for file in found for each in file.receipts] == [each.without_prompt().line() for each in made]
+    assert [each.line() for file in found for each in file.receipts] == [
+        each.without_prompt().line() for each in made
+    ]
     assert found[0].header == header()
     (whole,) = files(service)
     assert (whole.footer.receipts, whole.footer.tokens) == (25, 1000)
@@ -212,7 +253,10 @@ def test_a_file_has_one_header_and_no_response_twice(service):
     store(service, receipt("a"), receipt("b"))
     store(service, receipt("c"), under=header(public_key="node_B"))
     store(service, receipt("a"), receipt("a", output=(1, 2)), receipt("d"))
-    found = [(file.header.public_key, [each.request_id for each in file.receipts]) for file in files(service)]
+    found = [
+        (file.header.public_key, [each.request_id for each in file.receipts])
+        for file in files(service)
+    ]
     assert found == [("node_A", ["a", "b"]), ("node_B", ["c"]), ("node_A", ["a", "d"])]
 
 
@@ -236,10 +280,13 @@ def test_a_file_is_bounded_and_read_in_parts(service, monkeypatch):
     assert len(files(service)) == 20  # a receipt that is larger than a file may be stands alone
 
 
-def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_reading_fails(service, monkeypatch):
+def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_reading_fails(
+    service, monkeypatch
+):
     monkeypatch.setattr(_receipts, "_CHUNK_BYTES", 1)
     store(service, *(receipt(f"chat-{i}") for i in range(6)))
-    real, failing = service.controller.receipts.lines, []
+    real = service.controller.receipts.lines
+    failing = []
 
     def lines(low, high, **more):
         if low == 2:
@@ -264,8 +311,11 @@ def test_files_that_are_asked_for_at_once_are_counted(serving, monkeypatch):
 
 def ask_twice(service, monkeypatch):
     store(service, receipt("a"))
-    receipts, both, go = service.controller.receipts, threading.Barrier(2), threading.Event()
-    page, lines = receipts.page, receipts.lines
+    receipts = service.controller.receipts
+    both = threading.Barrier(2)
+    go = threading.Event()
+    page = receipts.page
+    lines = receipts.lines
 
     def paged(*given, **more):
         both.wait(20)
@@ -296,7 +346,10 @@ def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
     receiver = FlakyReceiver(trouble=1.0)
     receiver.close()  # callbacks stay undelivered
     with serving(receipt_callback_url=receiver.url, callback_attempts=1000) as service:
-        made = [receipt(secret(i), user_seed=secret(1000 + i), output=tuple(range(1 + i % 90))) for i in range(300)]
+        made = [
+            receipt(secret(i), user_seed=secret(1000 + i), output=tuple(range(1 + i % 90)))
+            for i in range(300)
+        ]
         for start in range(0, 300, 50):
             store(service, *made[start : start + 50])
         gone = {i for i in range(300) if i % 3 != 1}
@@ -304,9 +357,13 @@ def test_a_deletion_leaves_nothing_behind_and_others_stay(serving):
         for i in sorted(gone, key=secret):
             assert service.client.delete(f"{RECEIPTS}/{secret(i)}").json() == {"deleted": 1}
         left = on_disk(service)
-        assert not [i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left]
+        assert not [
+            i for i in gone if secret(i).encode() in left or secret(1000 + i).encode() in left
+        ]
         (file,) = files(service)
-        assert [each.request_id for each in file.receipts] == [secret(i) for i in range(300) if i not in gone]
+        assert [each.request_id for each in file.receipts] == [
+            secret(i) for i in range(300) if i not in gone
+        ]
 
 
 def test_a_reader_delays_the_emptying_of_the_journal_only(service):
@@ -325,7 +382,9 @@ def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
         store(service, *(receipt("chat", index=index) for index in range(3)))
         outbox, c = service.controller.outbox, service.controller.outbox._c
         service.controller.database.change(outbox._table.update().values(status="pending"))
-        assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {"deleted": 1}
+        assert service.client.delete(f"{RECEIPTS}/chat", params={"index": 1}).json() == {
+            "deleted": 1
+        }
         assert [each["receipt"]["index"] for each in get(service, "/chat")["receipts"]] == [0, 2]
         query = sa.select(*outbox._columns).where(c.kind == "receipts")
         with service.controller.database.read() as connection:
@@ -337,7 +396,8 @@ def test_one_choice_is_deleted_and_callbacks_lose_it(serving):
 
 def test_old_receipts_are_deleted_and_a_clock_that_jumps_deletes_nothing(service, monkeypatch):
     store(service, *(receipt(f"chat-{i}") for i in range(7)))
-    keeper, day = service.controller.receipts, 86_400.0
+    keeper = service.controller.receipts
+    day = 86_400.0
     service.sql("UPDATE receipts SET at = at - ? WHERE seq <= 5", (29 * day,))
     monkeypatch.setattr(_receipts, "_PRUNED", 3)
     assert keeper.prune(30 * day) == 0

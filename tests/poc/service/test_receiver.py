@@ -19,7 +19,8 @@ from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import TestClient, execute, signed
 from tests.poc.service.test_delivery import SECRET
 
-KEY, READ = "all-" + "x" * 20, "read-" + "x" * 20
+KEY = "all-" + "x" * 20
+READ = "read-" + "x" * 20
 OTHER = "whsec_" + base64.b64encode(b"x" * 32).decode()
 HERE = "http://127.0.0.1"
 BODY = '{"nonces":[1,2,3],"dist":[1.4,1.4,1.4]}'
@@ -34,7 +35,10 @@ def store(tmp_path):
 def client(store):
     """A client that has the key; posts need a signature from every sender."""
     receiver = create_receiver(
-        store, Settings(callback_secrets=(OTHER, SECRET), api_keys=(KEY,), read_keys=(READ,), max_body=10_000)
+        store,
+        Settings(
+            callback_secrets=(OTHER, SECRET), api_keys=(KEY,), read_keys=(READ,), max_body=10_000
+        ),
     )
     return TestClient(receiver, headers={"Authorization": f"Bearer {KEY}"})
 
@@ -44,13 +48,18 @@ def test_an_answer_is_bounded_in_bytes(client, monkeypatch):
     monkeypatch.setattr(_receiver, "MOST_LISTED", 2 * len(BODY))
     for number in range(5):
         client.post("/generated", content=BODY, headers=signed(SECRET, BODY, f"msg_{number}"))
-    pages, seen = [], 0
-    while found := client.get("/batches", params={"after": seen, "limit": 10_000}).json()["batches"]:
+    pages = []
+    seen = 0
+    while found := client.get("/batches", params={"after": seen, "limit": 10_000}).json()[
+        "batches"
+    ]:
         pages.append([row["id"] for row in found])
         seen = found[-1]["seq"]
     assert pages == [["msg_0", "msg_1"], ["msg_2", "msg_3"], ["msg_4"]]
     monkeypatch.setattr(_receiver, "MOST_LISTED", 1)
-    assert len(client.get("/batches").json()["batches"]) == 1  # one that is larger is not held back for ever
+    assert (
+        len(client.get("/batches").json()["batches"]) == 1
+    )  # one that is larger is not held back for ever
 
 
 def test_a_callback_is_kept_once(client, tmp_path):
@@ -60,8 +69,14 @@ def test_a_callback_is_kept_once(client, tmp_path):
     assert client.get("/stats").json() == {"callbacks": 1, "nonces": 3, "repeated": 2}
     (batch,) = client.get("/batches").json()["batches"]
     assert (batch["kind"], batch["copies"], batch["body"]["nonces"]) == ("generated", 3, [1, 2, 3])
-    again = TestClient(create_receiver(Received(tmp_path / "received.sqlite3"), Settings(callback_secrets=(SECRET,))))
-    assert again.post("/generated", content=BODY, headers=signed(SECRET, BODY)).json()["new"] is False
+    again = TestClient(
+        create_receiver(
+            Received(tmp_path / "received.sqlite3"), Settings(callback_secrets=(SECRET,))
+        )
+    )
+    assert (
+        again.post("/generated", content=BODY, headers=signed(SECRET, BODY)).json()["new"] is False
+    )
     assert client.delete("/clear").status_code == 200
     assert client.get("/stats").json()["callbacks"] == 0
 
@@ -87,16 +102,25 @@ def test_what_nobody_signed_is_refused(client, headers):
 @pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"{"])
 def test_what_is_no_object_is_refused(store, body):
     open_client = TestClient(create_receiver(store, Settings()), base_url=HERE)
-    assert open_client.post("/validated", content=body, headers={"webhook-id": "msg_1"}).status_code == 400
+    assert (
+        open_client.post("/validated", content=body, headers={"webhook-id": "msg_1"}).status_code
+        == 400
+    )
     assert open_client.post("/validated", content=b"{}").status_code == 400
 
 
 @pytest.mark.parametrize("keys", [(), (KEY,)])
-@pytest.mark.parametrize(("method", "path"), [("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear")]
+)
 def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
     """Anyone who reaches the port could erase, or read, what a node was told."""
-    stranger = TestClient(create_receiver(store, Settings(callback_secrets=(SECRET,), api_keys=keys)), base_url=HERE)
-    assert stranger.post("/generated", content=BODY, headers=signed(SECRET, BODY)).status_code == 200
+    stranger = TestClient(
+        create_receiver(store, Settings(callback_secrets=(SECRET,), api_keys=keys)), base_url=HERE
+    )
+    assert (
+        stranger.post("/generated", content=BODY, headers=signed(SECRET, BODY)).status_code == 200
+    )
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert stranger.request(method, path, headers=headers).status_code == 401
     assert stranger.get("/health").status_code == 200
@@ -105,17 +129,29 @@ def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
 
 def test_a_read_key_does_not_clear(client):
     headers = {"Authorization": f"Bearer {READ}"}
-    assert {client.get(path, headers=headers).status_code for path in ("/stats", "/batches")} == {200}
+    assert {client.get(path, headers=headers).status_code for path in ("/stats", "/batches")} == {
+        200
+    }
     assert client.delete("/clear", headers=headers).status_code == 403
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
 )
 def test_without_a_secret_only_this_machine_is_answered(store, headers):
     receiver = TestClient(create_receiver(store, Settings()), base_url=HERE)
     assert receiver.get("/stats").status_code == 200
-    for method, path in (("GET", "/batches"), ("GET", "/stats"), ("DELETE", "/clear"), ("POST", "/generated")):
+    for method, path in (
+        ("GET", "/batches"),
+        ("GET", "/stats"),
+        ("DELETE", "/clear"),
+        ("POST", "/generated"),
+    ):
         assert receiver.request(method, path, headers=headers).status_code == 403
 
 
@@ -145,9 +181,14 @@ def test_a_body_whose_nonces_are_no_list_is_counted_as_none(client):
 
 def test_a_file_of_the_first_version_opens(tmp_path):
     path = tmp_path / "received.sqlite3"
-    columns = "seq INTEGER NOT NULL, id TEXT NOT NULL, kind TEXT NOT NULL, at FLOAT NOT NULL, nonces INTEGER NOT NULL"
+    columns = (
+        "seq INTEGER NOT NULL, id TEXT NOT NULL, kind TEXT NOT NULL, at FLOAT NOT NULL, nonces "
+        "INTEGER NOT NULL"
+    )
     columns += ", copies INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (seq), UNIQUE (id)"
-    execute(path, f"CREATE TABLE received ({columns})")  # as the first version made it: no migrations
+    execute(
+        path, f"CREATE TABLE received ({columns})"
+    )  # as the first version made it: no migrations
     execute(path, "INSERT INTO received VALUES (NULL, 'msg_0', 'generated', 0, 3, 1, ?)", (BODY,))
     receiver = TestClient(create_receiver(Received(path), Settings()), base_url=HERE)
     (sound,) = receiver.get("/batches").json()["batches"]
@@ -164,7 +205,9 @@ def test_the_database_of_another_program_is_left_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("query", ["after=-1", f"after={10**22}", f"limit={10**22}", "limit=0", "after=x"])
+@pytest.mark.parametrize(
+    "query", ["after=-1", f"after={10**22}", f"limit={10**22}", "limit=0", "after=x"]
+)
 def test_queries_out_of_range_are_refused(client, query):
     answer = client.get(f"/batches?{query}")
     assert (answer.status_code, "wanted" in answer.json()) == (422, True)
@@ -176,13 +219,20 @@ def test_the_body_says_which_kind_a_callback_is(client):
     headers = signed(SECRET, verdict)
     assert client.post("/generated", content=verdict, headers=headers).status_code == 400
     assert client.post("/validated", content=verdict, headers=headers).json()["new"] is True
-    assert client.post("/validated", content=BODY, headers=signed(SECRET, BODY, "msg_2")).status_code == 400
+    assert (
+        client.post("/validated", content=BODY, headers=signed(SECRET, BODY, "msg_2")).status_code
+        == 400
+    )
 
 
 @pytest.mark.parametrize("announced", ["1000", None])
 @pytest.mark.parametrize("ends", [True, False])
-def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announced, ends, monkeypatch):
-    """Without an end as well: one that comes for ever is refused, and so is one that stops to come."""
+def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(
+    announced, ends, monkeypatch
+):
+    """Without an end as well: one that comes for ever is refused, and so is one that stops to
+    come.
+    """
     monkeypatch.setattr(_route, "BODY_SECONDS", 0.2)
     taken = []
 
@@ -196,7 +246,9 @@ def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announce
         headers = [(b"content-length", announced.encode())] if announced else []
         bodies = Bodies(100, 150)
         try:
-            async with bodies.read(Request({"type": "http", "method": "POST", "headers": headers}, receive)):
+            async with bodies.read(
+                Request({"type": "http", "method": "POST", "headers": headers}, receive)
+            ):
                 return 200
         except Refusal as refusal:
             assert bodies._large._all == bodies._small._all == 0
@@ -209,7 +261,16 @@ def test_what_comes_of_a_body_that_is_too_large_is_bounded_and_not_kept(announce
 def test_the_command_passes_secret_and_keys_on(monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(_receiver, "run_app", lambda *arguments: started.append(arguments))
-    command = ["poc", "receive", "-o", str(tmp_path / "r.sqlite3"), "--host", "0.0.0.0", "--port", "0"]
+    command = [
+        "poc",
+        "receive",
+        "-o",
+        str(tmp_path / "r.sqlite3"),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+    ]
     assert run(command) == 2
     assert run([*command, "--callback-secret", SECRET, "--api-key", KEY]) == 0
     ((app, _, _),) = started

@@ -16,7 +16,9 @@ PUBLISHED = json.loads(PATH.with_name("published.json").read_text())
 def same(found, recorded) -> bool:
     """Compare two JSON values; another processor may round the last digits of a float otherwise."""
     if isinstance(recorded, dict):
-        return found.keys() == recorded.keys() and all(same(found[name], recorded[name]) for name in recorded)
+        return found.keys() == recorded.keys() and all(
+            same(found[name], recorded[name]) for name in recorded
+        )
     if isinstance(recorded, list):
         return len(found) == len(recorded) and all(map(same, found, recorded))
     if isinstance(recorded, float):
@@ -25,15 +27,19 @@ def same(found, recorded) -> bool:
 
 
 def test_the_recorded_session_is_replayed(service):
-    found, recorded = json.loads(json.dumps(replay(service))), json.loads(PATH.read_text())
+    found = json.loads(json.dumps(replay(service)))
+    recorded = json.loads(PATH.read_text())
     for ours, theirs in zip(found, recorded, strict=True):
         assert same(ours, theirs), (ours, theirs)
 
 
 @pytest.mark.parametrize("model", [InitRequest, ArtifactInit, GenerateRequest, ValidateRequest])
 def test_requests_have_the_published_fields_and_defaults(model):
-    published, fields = PUBLISHED[model.__name__], model.model_fields
-    assert {name for name, field in fields.items() if field.is_required()} == set(published["required"])
+    published = PUBLISHED[model.__name__]
+    fields = model.model_fields
+    assert {name for name, field in fields.items() if field.is_required()} == set(
+        published["required"]
+    )
     defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
     assert published["defaults"].items() <= defaults.items()
 
@@ -52,7 +58,12 @@ def test_the_callback_of_a_round_has_the_published_fields(service):
     bodies = {path: json.loads(body) for path, _, body in receiver.requests}
     fields = "public_key block_hash block_height node_id nonces dist r_target"
     assert bodies["/generated"].keys() == set(fields.split())
-    assert set(bodies["/generated"]["dist"]) <= {d for d in bodies["/generated"]["dist"] if d < ROUND["r_target"]}
-    fields = "nonces computed_distances received_distances valid fraud_detected public_key block_hash block_height"
+    assert set(bodies["/generated"]["dist"]) <= {
+        d for d in bodies["/generated"]["dist"] if d < ROUND["r_target"]
+    }
+    fields = (
+        "nonces computed_distances received_distances valid fraud_detected public_key block_hash "
+        "block_height"
+    )
     assert bodies["/validated"].keys() >= set(fields.split())
     assert bodies["/validated"]["received_distances"] == [1.4, None]

@@ -5,7 +5,8 @@ import pytest
 from assay.errors import AssayError, UsageError
 from assay.poc.service import Settings
 
-KEY, OTHER = "k" * 20, "o" * 20
+KEY = "k" * 20
+OTHER = "o" * 20
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +74,20 @@ def test_an_option_is_stronger_than_the_environment_and_that_than_the_file(monke
     monkeypatch.setenv("ASSAY_API_KEY", KEY)
     config = tmp_path / "serve.toml"
     config.write_text("[poc.serve]\ndrain = 2.0\nmax_pending = 9\nmax_streams = 6\n")
-    command = ["poc", "serve", "--model", "reference:qwen3", "--data-dir", str(tmp_path / "flag"), "--config"]
-    assert run([*command, str(config)]) == run([*command, str(config), "--drain", "4", "--api-key", OTHER]) == 0
+    command = [
+        "poc",
+        "serve",
+        "--model",
+        "reference:qwen3",
+        "--data-dir",
+        str(tmp_path / "flag"),
+        "--config",
+    ]
+    assert (
+        run([*command, str(config)])
+        == run([*command, str(config), "--drain", "4", "--api-key", OTHER])
+        == 0
+    )
     assert [(s.drain, s.max_pending, s.max_streams, s.api_keys) for s in seen] == [
         (3.0, 5, 6, (KEY,)),
         (4.0, 5, 6, (OTHER,)),

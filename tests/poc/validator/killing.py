@@ -1,4 +1,6 @@
-"""The kill loop of a validator: it and its senders die again and again, and what must hold afterwards."""
+"""The kill loop of a validator: it and its senders die again and again, and what must hold
+afterwards.
+"""
 
 import json
 import random
@@ -34,20 +36,32 @@ MUST_BE_ZERO = (
 )
 
 
-def write_messages(directory: Path, model: Any, keys: Sequence[str], *, each: int, nonces: int, senders: int) -> int:
-    """Write the messages of every sender: callbacks of honest nodes, and of some that lie; return how many."""
+def write_messages(
+    directory: Path, model: Any, keys: Sequence[str], *, each: int, nonces: int, senders: int
+) -> int:
+    """Write the messages of every sender: callbacks of honest nodes, and of some that lie; return
+    how many.
+    """
     deployment = Deployment.of(model, compiled=False)
     shared = {"node_count": NODE_COUNT, "seq_len": SEQ_LEN, "r_target": R_TARGET}
     files = [(directory / f"messages_{i}.jsonl").open("w") for i in range(senders)]
-    total, blocks = 0, list(BLOCKS.items())
+    total = 0
+    blocks = list(BLOCKS.items())
     for place, key in enumerate(keys):
         lie = 0.003 if place % LIARS == 0 else 0.0
         own = {"public_key": key, "node_id": place % NODE_COUNT}
-        rounds = [Round(block_hash=block, block_height=height, **own, **shared) for block, height in blocks]
-        parts = [list(rounds[0].nonces(number * nonces, (number + 1) * nonces)) for number in range(each)]
+        rounds = [
+            Round(block_hash=block, block_height=height, **own, **shared)
+            for block, height in blocks
+        ]
+        parts = [
+            list(rounds[0].nonces(number * nonces, (number + 1) * nonces)) for number in range(each)
+        ]
         wanted = [(rounds[number % len(rounds)], part) for number, part in enumerate(parts)]
         for number, records in enumerate(recompute(deployment, 64, wanted)):
-            distances = [(nonce, r.distance) for nonce, r in zip(parts[number], records, strict=True)]
+            distances = [
+                (nonce, r.distance) for nonce, r in zip(parts[number], records, strict=True)
+            ]
             valid = [(nonce, d - lie) for nonce, d in distances if is_valid(d, R_TARGET)]
             if not valid:
                 continue
@@ -66,13 +80,18 @@ class Senders:
     """Processes that send the messages of a directory, and can be killed and started again."""
 
     def __init__(self, directory: Path, port: int, count: int, pause: float) -> None:
-        self._directory, self._port, self._pause = directory, port, pause
+        self._directory = directory
+        self._port = port
+        self._pause = pause
         self._started = 0
         self.processes = [self._start(i) for i in range(count)]
 
     def _start(self, number: int) -> subprocess.Popen:
         self._started += 1
-        paths = (self._directory / f"messages_{number}.jsonl", self._directory / f"acknowledged_{number}")
+        paths = (
+            self._directory / f"messages_{number}.jsonl",
+            self._directory / f"acknowledged_{number}",
+        )
         arguments = (self._port, *paths, self._started, self._pause)
         command = [sys.executable, "-S", str(SENDER), *map(str, arguments)]
         with (self._directory / "senders.log").open("ab") as log:
@@ -114,12 +133,14 @@ def kill_loop(
     pause: float = 0.01,
 ) -> dict[str, Any]:
     """Kill a validator ``kills`` times, and its senders as often; let it finish, and count."""
-    rng, keys = random.Random(seed), keys_of(nodes)
+    rng = random.Random(seed)
+    keys = keys_of(nodes)
     write_network(directory, model, keys)
     total = write_messages(directory, model, keys, each=each, nonces=nonces, senders=senders)
     budget = ("--nonces-per-hour", str(nonces_per_hour), "--sample", "16", "--epoch", "20")
     server = ValidatorServer(directory, *budget, model=checkpoint)
-    began, sending = time.monotonic(), None
+    began = time.monotonic()
+    sending = None
     try:
         server.start()
         server.wait_for("/health")
@@ -143,7 +164,12 @@ def kill_loop(
             said=lambda: (len(known()), total, server.log.read_text()[-2000:]),
         )
         sending.close()
-        until(lambda: not _open_draws(server), 600, pause=0.5, said=lambda: server.log.read_text()[-2000:])
+        until(
+            lambda: not _open_draws(server),
+            600,
+            pause=0.5,
+            said=lambda: server.log.read_text()[-2000:],
+        )
         assert server.terminate() == 0, server.log.read_text()[-2000:]
         return _count(server.data_dir, sending, kills, time.monotonic() - began, keys)
     finally:
@@ -167,15 +193,21 @@ def _verdicts(data_dir: Path) -> dict[str, str]:
     if not (data_dir / "ledger.sqlite3").exists():
         return {}
     with Ledger(data_dir / "ledger.sqlite3", read_only=True) as ledger:
-        return {standing.account.public_key: str(standing.verdict) for standing in ledger.standings()}
+        return {
+            standing.account.public_key: str(standing.verdict) for standing in ledger.standings()
+        }
 
 
-def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: Sequence[str]) -> dict[str, Any]:
+def _count(
+    data_dir: Path, sending: Senders, kills: int, seconds: float, keys: Sequence[str]
+) -> dict[str, Any]:
     acknowledged = sending.acknowledged()
     with sqlite3.connect(data_dir / "validator.sqlite3") as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         columns = "inbox.id, public_key, body, inbox.nonces, drawn, planned"
-        rows = database.execute(f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender").fetchall()
+        rows = database.execute(
+            f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender"
+        ).fetchall()
         (repeated,) = database.execute("SELECT sum(repeated) FROM senders").fetchone()
     database.close()
     claimed: dict[str, set[int]] = {key: set() for key in keys}
@@ -195,7 +227,9 @@ def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: S
         entries = ledger.head[0]
     verdicts = {key: str(standing.verdict) for key, standing in standings.items()}
     watched = [key for key in keys if verdicts.get(key) != "fraud"]
-    drawn = {key: sum(row[4] for row in rows if row[1] == key) for key in keys if key not in watched}
+    drawn = {
+        key: sum(row[4] for row in rows if row[1] == key) for key in keys if key not in watched
+    }
     ids = Counter((row[1], row[0]) for row in rows)
     liars = keys[::LIARS]
     return {
@@ -210,10 +244,13 @@ def _count(data_dir: Path, sending: Senders, kills: int, seconds: float, keys: S
         "repeated_deliveries": int(repeated),
         "nonces_claimed": sum(map(len, claimed.values())),
         "nonces_counted": sum(standing.evidence.n for standing in standings.values()),
-        # Of a node that is not convicted every nonce was drawn; of a convicted one, as many as the inbox says.
+        # Of a node that is not convicted every nonce was drawn; of a convicted one, as many as the
+        # inbox says.
         "evidence_lost": sum(len(claimed[key] - set(counted[key])) for key in watched)
         + sum(max(0, count - counted[key].total()) for key, count in drawn.items()),
-        "evidence_counted_twice": sum(count - 1 for nonces in counted.values() for count in nonces.values())
+        "evidence_counted_twice": sum(
+            count - 1 for nonces in counted.values() for count in nonces.values()
+        )
         + sum(standings[key].evidence.n != counted[key].total() for key in standings),
         "repeated_updates": sum(count - 1 for count in names.values()),
         "draws_left_open": sum(row[5] != row[4] for row in rows),

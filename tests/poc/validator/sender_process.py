@@ -1,8 +1,10 @@
-"""A node's sender that can be killed: ``python sender_process.py PORT MESSAGES ACKNOWLEDGED SEED PAUSE``.
+"""A node's sender that can be killed: ``python sender_process.py PORT MESSAGES ACKNOWLEDGED SEED
+PAUSE``.
 
-MESSAGES has one JSON object per line with id, secret and body. Every message is sent until it is answered with 200, and
-then its id is written to ACKNOWLEDGED; one of which the id is there is sent again now and then, as a node does that did
-not see its answer. It needs the standard library alone, so that it starts quickly and signs by itself.
+MESSAGES has one JSON object per line with id, secret and body. Every message is sent until it is
+answered with 200, and then its id is written to ACKNOWLEDGED; one of which the id is there is sent
+again now and then, as a node does that did not see its answer. It needs the standard library alone,
+so that it starts quickly and signs by itself.
 """
 
 import base64

@@ -13,17 +13,38 @@ from tests.poc.validator.conftest import API, BLOCK, HEIGHT, SEQ_LEN, nodes_text
 class ValidatorServer(Server):
     """A real ``assay poc validator`` in a process of its own."""
 
-    def __init__(self, directory: Path, *arguments: str, model: str | Path, fork: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, model: str | Path, fork: bool = True
+    ) -> None:
         super().__init__(directory, model=model, fork=fork)
-        pins, nodes = directory / "pins.toml", directory / "nodes.toml"
+        pins = directory / "pins.toml"
+        nodes = directory / "nodes.toml"
         self.arguments = [
-            *("poc", "validator", "--model", str(model), "--port", str(self.port), "--data-dir", str(self.data_dir)),
-            *("--pins", str(pins), "--nodes", str(nodes), "--calibration", str(directory / "calibration.json")),
+            *(
+                "poc",
+                "validator",
+                "--model",
+                str(model),
+                "--port",
+                str(self.port),
+                "--data-dir",
+                str(self.data_dir),
+            ),
+            *(
+                "--pins",
+                str(pins),
+                "--nodes",
+                str(nodes),
+                "--calibration",
+                str(directory / "calibration.json"),
+            ),
             *("--log-format", "json", *arguments),
         ]
 
     def announce(self, block: str = BLOCK, height: int = HEIGHT) -> None:
-        status, answer = self.call("POST", f"{API}/blocks", {"block_hash": block, "block_height": height})
+        status, answer = self.call(
+            "POST", f"{API}/blocks", {"block_hash": block, "block_height": height}
+        )
         assert status == 200, answer
 
 
@@ -32,11 +53,13 @@ def keys_of(count: int) -> list[str]:
 
 
 def write_network(directory: Path, model: Any, keys: Sequence[str], **round: Any) -> None:
-    """Write pins and secrets of some nodes, and a law of the model: a process has none of the tests' own."""
+    """Write pins and secrets of some nodes, and a law of the model: a process has none of the
+    tests' own.
+    """
     shape = {"seq_len": SEQ_LEN, "blocks": 4, "nonces": 64}
-    calibrate_model(model.reference, formats=[str(model.dtype).removeprefix("torch.")], device="cpu", **shape).save(
-        directory / "calibration.json"
-    )
+    calibrate_model(
+        model.reference, formats=[str(model.dtype).removeprefix("torch.")], device="cpu", **shape
+    ).save(directory / "calibration.json")
     (directory / "pins.toml").write_text(pins_text(model, keys=keys, **round))
     (directory / "nodes.toml").write_text(nodes_text(keys))
 

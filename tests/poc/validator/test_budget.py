@@ -12,13 +12,29 @@ from assay.poc.verdict.life import Standing
 RATES = {"alpha": 1e-3, "beta": 1e-2}
 
 
-def standing(key: str, verdict: str = "undecided", *, n: int = 10, honest: float = 1.0, fraud: float = 0.0, fault=None):
+def standing(
+    key: str,
+    verdict: str = "undecided",
+    *,
+    n: int = 10,
+    honest: float = 1.0,
+    fraud: float = 0.0,
+    fault=None,
+):
     names = Evidence.model_fields
-    values = {"verdict": verdict, "n": n, "segments": 1, "log_e_value": fraud, "log_e_max": max(0.0, fraud)}
+    values = {
+        "verdict": verdict,
+        "n": n,
+        "segments": 1,
+        "log_e_value": fraud,
+        "log_e_max": max(0.0, fraud),
+    }
     values |= {"log_evidence_honest": honest, "audits": 1, "recorded": n}
     made = Evidence(**{name: values[name] for name in names if name in values})
     account = Account(public_key=key, digest="0" * 64, build="b", preset="poc-2.0")
-    return Standing(account=account, evidence=made, audits=1, recorded=n, begun=0.0, last=0.0, fault=fault)
+    return Standing(
+        account=account, evidence=made, audits=1, recorded=n, begun=0.0, last=0.0, fault=fault
+    )
 
 
 def turns(standings, count=4000, share=0.1):
@@ -34,7 +50,9 @@ def turns(standings, count=4000, share=0.1):
 
 
 def test_convicted_nodes_get_nothing_and_undecided_ones_most():
-    found = turns({"a": None, "b": standing("b", "honest"), "c": standing("c", "fraud"), "d": standing("d")})
+    found = turns(
+        {"a": None, "b": standing("b", "honest"), "c": standing("c", "fraud"), "d": standing("d")}
+    )
     assert found["c"] == 0
     assert found.total() == 4000
     assert found["a"] + found["d"] > 0.85 * 4000
@@ -48,7 +66,10 @@ def test_every_node_that_is_not_convicted_keeps_its_minimum_share():
 
 
 def test_nodes_near_a_decision_come_first():
-    found = turns({"near": standing("near", n=20, honest=4.0), "far": standing("far", n=20, honest=0.4)}, share=0.0)
+    found = turns(
+        {"near": standing("near", n=20, honest=4.0), "far": standing("far", n=20, honest=0.4)},
+        share=0.0,
+    )
     assert found["near"] > 5 * found["far"]
 
 

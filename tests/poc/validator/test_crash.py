@@ -46,7 +46,8 @@ def _steps(running: Running) -> None:
 
 def _counted(running: Running) -> list[int]:
     """All nonces that count in the ledger."""
-    ledger, found = running.controller.ledger, []
+    ledger = running.controller.ledger
+    found = []
     for account in ledger.accounts():
         for entry in ledger.entries(account):
             reasons = dict(entry.excluded)
@@ -57,7 +58,9 @@ def _counted(running: Running) -> list[int]:
 @pytest.mark.parametrize(
     "where", ["plan", "recompute", "append before", "append after", "finish before", "finish after"]
 )
-def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, small_model, monkeypatch, where):
+def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(
+    stopped, small_model, monkeypatch, where
+):
     kind, name = {
         "plan": (Inbox, "plan"),
         "recompute": (None, "recompute"),
@@ -89,13 +92,19 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(stopped, smal
     assert _counted(stopped) == body["nonces"]
     (standing,) = stopped.controller.ledger.standings()
     assert standing.evidence.n == len(body["nonces"])
-    (change,) = [row for row in stopped.get("/verdicts")["verdicts"] if row["verdict"] == "honest"][:1]
+    (change,) = [row for row in stopped.get("/verdicts")["verdicts"] if row["verdict"] == "honest"][
+        :1
+    ]
     assert change["public_key"] == "node_A"
 
 
-def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ever(stopped, small_model, tmp_path):
+def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ever(
+    stopped, small_model, tmp_path
+):
 
-    (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=KEYS[1:]).replace("node_id = 0", "node_id = 2", 1))
+    (tmp_path / "pins.toml").write_text(
+        pins_text(small_model, keys=KEYS[1:]).replace("node_id = 0", "node_id = 2", 1)
+    )
     (tmp_path / "nodes.toml").write_text(nodes_text(KEYS[1:]))
     stopped.controller.tend()
     assert stopped.controller.registry.senders.get("node_A") is None
@@ -105,7 +114,9 @@ def test_a_message_that_the_pins_no_longer_allow_is_dropped_and_not_drawn_for_ev
     assert "assay_validator_dropped_draws_total 1.0" in stopped.client.get("/metrics").text
 
 
-def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(stopped, small_model, monkeypatch):
+def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(
+    stopped, small_model, monkeypatch
+):
     body = body_of(proof_of(small_model, "node_B", range(60)))
     stopped.send(body, id="m2")
 
@@ -122,13 +133,20 @@ def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(stopped, small
         except BadWeights as error:  # nothing else is there to draw beside it
             worker.error = error.seen
     assert _counted(stopped) == body["nonces"]
-    dropped = re.search(r"assay_validator_dropped_draws_total (\d+)", stopped.client.get("/metrics").text)
+    dropped = re.search(
+        r"assay_validator_dropped_draws_total (\d+)", stopped.client.get("/metrics").text
+    )
     assert int(dropped[1]) > 0
 
 
-def test_a_message_is_read_once_and_again_where_the_pins_have_changed(stopped, small_model, monkeypatch):
+def test_a_message_is_read_once_and_again_where_the_pins_have_changed(
+    stopped, small_model, monkeypatch
+):
     read = []
-    monkeypatch.setattr("assay.poc.validator.worker.read_claim", lambda *args: read.append(args) or read_claim(*args))
+    monkeypatch.setattr(
+        "assay.poc.validator.worker.read_claim",
+        lambda *args: read.append(args) or read_claim(*args),
+    )
     controller = stopped.controller
     controller.worker.step(controller.loaded.result())
     assert not read
@@ -140,7 +158,9 @@ def test_a_message_is_read_once_and_again_where_the_pins_have_changed(stopped, s
 
 
 def test_standings_can_be_read_while_others_take_their_place(stopped, small_model):
-    """Requests read them in other threads: a dictionary that grows meanwhile was an error for who asked."""
+    """Requests read them in other threads: a dictionary that grows meanwhile was an error for who
+    asked.
+    """
     _steps(stopped)
     worker = stopped.controller.worker
     reading = iter(worker.standings.values())
@@ -150,9 +170,14 @@ def test_standings_can_be_read_while_others_take_their_place(stopped, small_mode
     assert list(worker.standings) == ["node_A", "node_B"]
 
 
-def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(stopped, small_model, tmp_path):
-    """Pins that change while a pass runs: what it finds is of the build that its claims were read under."""
-    controller, pins = stopped.controller, tmp_path / "pins.toml"
+def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(
+    stopped, small_model, tmp_path
+):
+    """Pins that change while a pass runs: what it finds is of the build that its claims were read
+    under.
+    """
+    controller = stopped.controller
+    pins = tmp_path / "pins.toml"
     real = controller.worker._ledger.append
 
     def append(updates):
@@ -170,7 +195,11 @@ def test_evidence_on_an_old_build_does_not_stand_for_the_present_one(stopped, sm
 def test_a_change_of_pins_reads_no_ledger(stopped, tmp_path, monkeypatch):
     """Reading the evidence of ten thousand nodes again held evidence up for seconds."""
     _steps(stopped)
-    controller, pins, before = stopped.controller, tmp_path / "pins.toml", stopped.controller.worker.standings
+    controller, pins, before = (
+        stopped.controller,
+        tmp_path / "pins.toml",
+        stopped.controller.worker.standings,
+    )
     monkeypatch.setattr(controller.ledger, "standings", lambda: pytest.fail("the ledger was read"))
     text = pins.read_text()
     for build, wanted in (("new", {}), ("cpu", before)):
@@ -180,17 +209,26 @@ def test_a_change_of_pins_reads_no_ledger(stopped, tmp_path, monkeypatch):
     assert list(before) == ["node_A"]
 
 
-def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_the_port(stopped, tmp_path):
+def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_the_port(
+    stopped, tmp_path
+):
     """Whoever reaches it could sign for such a node, and have it convicted."""
-    controller, nodes = stopped.controller, tmp_path / "nodes.toml"
-    signed, before = nodes.read_text(), controller.registry
+    controller = stopped.controller
+    nodes = tmp_path / "nodes.toml"
+    signed = nodes.read_text()
+    before = controller.registry
     unsigned = signed + '[[nodes]]\npublic_key = "node_D"\n'
     controller._signed = True
     for text in (unsigned, "".join(f'[[nodes]]\npublic_key = "{key}"\n' for key in KEYS)):
         nodes.write_text(text)
         controller.tend()
         assert controller.registry is before  # and a message of node_A still needs its secret
-        stopped.send(body_of(proof_of(stopped.model, "node_A", range(60, 70))), key="node_B", id="m7", status=401)
+        stopped.send(
+            body_of(proof_of(stopped.model, "node_A", range(60, 70))),
+            key="node_B",
+            id="m7",
+            status=401,
+        )
     controller._signed = False  # on this machine alone it is taken
     nodes.write_text(unsigned)
     controller.tend()
@@ -199,7 +237,8 @@ def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_t
 
 def test_a_start_without_secrets_is_refused_where_others_reach_the_port(small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
-    settings, server = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+    settings = ValidatorSettings(pins=tmp_path / "pins.toml")
+    server = Settings(data_dir=tmp_path / "data")
     with pytest.raises(UsageError, match="nodes that sign nothing"):
         ValidatorController(lambda: pytest.fail("loaded"), settings, server, signed=True)
     assert not (tmp_path / "data").exists()
@@ -226,7 +265,8 @@ def test_a_clock_that_is_suddenly_far_ahead_deletes_no_message(stopped, monkeypa
 @pytest.mark.parametrize("lost", ["emptied", "older", "another"])
 def test_a_ledger_that_has_lost_something_stops_the_start(validating, small_model, tmp_path, lost):
     """The inbox calls its nonces drawn, so nothing that is missing would ever be found again."""
-    ledger, older = tmp_path / "data" / "ledger.sqlite3", tmp_path / "older"
+    ledger = tmp_path / "data" / "ledger.sqlite3"
+    older = tmp_path / "older"
     with validating() as running:
         for key in ("node_A", "node_B"):
             running.send(body_of(proof_of(small_model, key)))
@@ -247,6 +287,9 @@ def test_a_ledger_that_has_lost_something_stops_the_start(validating, small_mode
         with pytest.raises(StorageError, match="without the"):
             running.start()
         assert lost == "emptied" or ledger.read_bytes() == whole
-        with closing(sqlite3.connect(tmp_path / "data" / "validator.sqlite3")) as database, database:
+        with (
+            closing(sqlite3.connect(tmp_path / "data" / "validator.sqlite3")) as database,
+            database,
+        ):
             database.execute("DELETE FROM ledger_heads")  # as a file of an older version has none
         running.start()

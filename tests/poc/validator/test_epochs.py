@@ -1,4 +1,6 @@
-"""Secrets: committed to before they are used, hidden while they are, and enough to draw every sample again."""
+"""Secrets: committed to before they are used, hidden while they are, and enough to draw every
+sample again.
+"""
 
 import hashlib
 import json
@@ -23,7 +25,9 @@ from tests.waiting import until
 def opened(tmp_path):
     """Open the inbox of a directory; what was opened is closed."""
     with ExitStack() as made:
-        yield lambda **how: made.enter_context(closing(Inbox(tmp_path, epoch_seconds=3600.0, sample=8, **how)))
+        yield lambda **how: made.enter_context(
+            closing(Inbox(tmp_path, epoch_seconds=3600.0, sample=8, **how))
+        )
 
 
 @pytest.fixture
@@ -72,9 +76,14 @@ def test_secrets_survive_a_restart(tmp_path, inbox, opened):
     assert execute(tmp_path / NAME, "SELECT count(*) FROM epochs") == [(2,)]
 
 
-def test_a_commitment_was_served_for_a_whole_epoch_before_its_secret_draws(inbox, opened, monkeypatch):
-    """A clock that is set does not end an epoch, and neither does a time in which no client read it."""
-    clock, far = [time.monotonic()], time.time() + 10 * 86_400
+def test_a_commitment_was_served_for_a_whole_epoch_before_its_secret_draws(
+    inbox, opened, monkeypatch
+):
+    """A clock that is set does not end an epoch, and neither does a time in which no client read
+    it.
+    """
+    clock = [time.monotonic()]
+    far = time.time() + 10 * 86_400
     monkeypatch.setattr("assay.poc.validator.inbox.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("assay.poc.validator.inbox.time.time", lambda: far)
     clock[0] += 3000
@@ -102,7 +111,9 @@ def test_a_disk_that_is_full_at_the_end_of_an_epoch_delays_only_that_end(inbox, 
 
 def test_the_commitment_is_the_hash_of_secret_and_number():
     epoch = Epoch(7, b"s" * 32, 1.0, 2.0)
-    assert epoch.public()["commitment"] == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
+    assert (
+        epoch.public()["commitment"] == hashlib.sha256(b"s" * 32 + bytes(7) + b"\x07").hexdigest()
+    )
     assert epoch.public()["secret"] == (b"s" * 32).hex()
     assert Epoch(7, b"s" * 32, 1.0, None).public()["secret"] is None
 
@@ -119,21 +130,36 @@ def test_every_place_is_as_likely_as_any_other():
 
 
 def test_a_nonce_is_as_likely_in_a_message_of_any_size(inbox):
-    """A node that hides what it invents in one large message, among many of one honest nonce, gains nothing."""
+    """A node that hides what it invents in one large message, among many of one honest nonce, gains
+    nothing.
+    """
     sizes = {1: 2000, 50: 40, 1000: 2}
-    inbox.add([_message(f"{nonces}/{i}", nonces=nonces) for nonces, count in sizes.items() for i in range(count)])
+    inbox.add(
+        [
+            _message(f"{nonces}/{i}", nonces=nonces)
+            for nonces, count in sizes.items()
+            for i in range(count)
+        ]
+    )
     drawn = dict.fromkeys(sizes, 0)
     while sum(drawn.values()) < 600:
         draws = inbox.plan(["node_A"] * 20, 60)
         for found in draws:
             drawn[int(found.id.partition("/")[0])] += found.planned - found.drawn
         inbox.finish(draws)
-    # About 200 of each, with a standard deviation of 24 at most. Without regard to the size, 500 are of the first kind.
+    # About 200 of each, with a standard deviation of 24 at most. Without regard to the size, 500
+    # are of the first kind.
     assert all(90 <= count <= 310 for count in drawn.values()), drawn
 
 
 def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(inbox, opened):
-    inbox.add([_message("a", body=b"x" * 60), _message("a", body=b"x" * 60), _message("b", body=b"x" * 30)])
+    inbox.add(
+        [
+            _message("a", body=b"x" * 60),
+            _message("a", body=b"x" * 60),
+            _message("b", body=b"x" * 30),
+        ]
+    )
     inbox.close()
     again = opened(most=100)
     assert not again.is_full("node_A", 10)
@@ -145,7 +171,8 @@ def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(inbox, opened
 
 def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monkeypatch):
     """A bound of 4 GiB a node bounds nothing on a disk that has less."""
-    disk, used = 24 * 2**20, lambda: sum(inbox._kept.values())
+    disk = 24 * 2**20
+    used = lambda: sum(inbox._kept.values())
     usage = SimpleNamespace(total=disk, free=disk)
     monkeypatch.setattr("assay.poc.net.shares.shutil.disk_usage", lambda path: usage)
     sent = dict.fromkeys("ABC", 0)
@@ -183,24 +210,36 @@ def test_further_draws_continue_the_order():
 
 
 def test_anyone_draws_the_sample_of_a_finished_epoch_again(validating, small_model):
-    """The ledger's nonces are the first ones of the order that the published secret gives: no other were possible."""
+    """The ledger's nonces are the first ones of the order that the published secret gives: no other
+    were possible.
+    """
     text = (Path(__file__).parents[3] / "docs" / "validator.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     page: dict = {}
     exec(code, page)
     body = body_of(proof_of(small_model, "node_A", range(60)))
     with validating(epoch=1.0, nonces_per_hour=60_000, sample=5) as running:
-        published = {row["epoch"]: row["commitment"] for row in running.get("/commitments")["commitments"]}
+        published = {
+            row["epoch"]: row["commitment"] for row in running.get("/commitments")["commitments"]
+        }
         running.send(body, id="msg_x")
         until(lambda: running.node("node_A")["recorded"] >= 10)
         account = running.node("node_A")["account"]
         until(lambda: running.get("/commitments")["commitments"][-2]["secret"] is not None)
         entries = running.get(f"/evidence/{account}")["entries"]
         checked = [nonce for entry in entries for nonce in entry["nonces"]]
-        revealed = [row for row in running.get("/commitments")["commitments"] if row["secret"] is not None]
+        revealed = [
+            row for row in running.get("/commitments")["commitments"] if row["secret"] is not None
+        ]
         assert {row["commitment"] for row in revealed} & set(published.values())
         orders = [
-            page["order"](bytes.fromhex(row["secret"]), "node_A", "msg_x", json.dumps(body).encode(), body["nonces"])
+            page["order"](
+                bytes.fromhex(row["secret"]),
+                "node_A",
+                "msg_x",
+                json.dumps(body).encode(),
+                body["nonces"],
+            )
             for row in revealed
             if commitment(bytes.fromhex(row["secret"]), row["epoch"]) == row["commitment"]
         ]
@@ -211,6 +250,8 @@ def test_commitments_need_no_key_and_show_no_secret_that_is_used(validating):
     with validating(service={"api_keys": ("k" * 20,)}) as running:
         assert running.client.get("/api/v1/validator/nodes").status_code == 401
         found = running.get("/commitments")
-        assert found["ledger"] == dict(zip(("entries", "head"), running.controller.ledger.head, strict=True))
+        assert found["ledger"] == dict(
+            zip(("entries", "head"), running.controller.ledger.head, strict=True)
+        )
         found = found["commitments"]
         assert [row["secret"] for row in found] == [None, None]

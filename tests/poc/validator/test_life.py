@@ -51,7 +51,9 @@ def test_vectors(validating, small_model, preset):
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
 
 
-def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, small_checkpoint, tmp_path):
+def test_blocks_with_laws_of_their_own_are_one_test(
+    validating, small_model, small_checkpoint, tmp_path
+):
     shape = {"seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
     calibrate_model(str(small_checkpoint), **shape, device="cpu").save(tmp_path / "law.json")
     narrow = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
@@ -60,9 +62,16 @@ def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, sma
         for height in range(5):
             block = f"block {height}"
             running.announce(block, height)
-            running.send(body_of(proof_of(narrow, "node_A", range(20), block=block, block_height=height)))
+            running.send(
+                body_of(proof_of(narrow, "node_A", range(20), block=block, block_height=height))
+            )
         ledger = running.controller.ledger
-        until(lambda: [len({entry.law for entry in ledger.entries(one)}) for one in ledger.accounts()] == [5])
+        until(
+            lambda: (
+                [len({entry.law for entry in ledger.entries(one)}) for one in ledger.accounts()]
+                == [5]
+            )
+        )
         *_, last = ledger.entries(ledger.accounts()[0])
     assert last.outcome.tests == 1
 
@@ -70,11 +79,23 @@ def test_blocks_with_laws_of_their_own_are_one_test(validating, small_model, sma
 def test_residuals_count_over_the_control_that_a_validator_computes(
     validating, small_model, small_checkpoint, tmp_path
 ):
-    control = Control(of="float32", dtypes=("float16",), usual=(5e-3, 5e-3), sizes=(5e-4,), powers=(0.5,))
-    shape = {"preset": "artifact", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32"), "blocks": 4, "nonces": 64}
+    control = Control(
+        of="float32", dtypes=("float16",), usual=(5e-3, 5e-3), sizes=(5e-4,), powers=(0.5,)
+    )
+    shape = {
+        "preset": "artifact",
+        "seq_len": SEQ_LEN,
+        "formats": ("bfloat16", "float32"),
+        "blocks": 4,
+        "nonces": 64,
+    }
     law = calibrate_model(str(small_checkpoint), **shape, device="cpu")
-    Calibration(builds=tuple(replace(build, control=control) for build in law.builds)).save(tmp_path / "law.json")
-    node, again = (load_model(small_checkpoint, dtype=name, device="cpu") for name in ("bfloat16", "float16"))
+    Calibration(builds=tuple(replace(build, control=control) for build in law.builds)).save(
+        tmp_path / "law.json"
+    )
+    node, again = (
+        load_model(small_checkpoint, dtype=name, device="cpu") for name in ("bfloat16", "float16")
+    )
     judge = Deployment.of(small_model, compiled=False)
     pins = pins_text(small_model, preset="artifact").replace('"float32"', '"bfloat16"')
     with validating(pins=pins, service={"calibration": tmp_path / "law.json"}) as running:
@@ -87,11 +108,16 @@ def test_residuals_count_over_the_control_that_a_validator_computes(
         until(lambda: running.verdict("node_A") == "honest")
         entry = next(ledger.entries(ledger.accounts()[0]))
     first, second = (
-        {record.nonce: record for record in prove(model, proof.round, sorted(entry.nonces), batch_size=BATCH).records}
+        {
+            record.nonce: record
+            for record in prove(model, proof.round, sorted(entry.nonces), batch_size=BATCH).records
+        }
         for model in (small_model, again)
     )
     received = {record.nonce: record for record in proof.records}
-    claimed, own, others = ([side[nonce] for nonce in entry.nonces] for side in (received, first, second))
+    claimed, own, others = (
+        [side[nonce] for nonce in entry.nonces] for side in (received, first, second)
+    )
     wanted = scores(claimed, own, {"float16": others}, control)
     assert entry.residuals == pytest.approx(wanted.tolist(), rel=1e-3)
 
@@ -121,8 +147,12 @@ def test_a_nonce_counts_once_however_often_it_is_sent(validating, small_model):
         until(lambda: running.get("/status")["inbox"]["repeated"] == 1)
 
 
-def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_evidence(validating, small_model):
-    """Otherwise a node that was honest for as long as messages are kept could use its old ids and never be checked."""
+def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_evidence(
+    validating, small_model
+):
+    """Otherwise a node that was honest for as long as messages are kept could use its old ids and
+    never be checked.
+    """
     with validating() as running:
         running.send(body_of(proof_of(small_model, "node_A", range(60))), id="m1")
         until(lambda: running.verdict("node_A") == "honest")
@@ -135,7 +165,13 @@ def test_an_id_that_is_used_again_after_its_message_was_deleted_names_new_eviden
 
 
 def test_verdicts_of_others_are_kept_and_are_no_evidence(validating, small_model):
-    body = {"public_key": "node_A", "block_hash": BLOCK, "block_height": 7, "fraud_detected": False, "nonces": [0]}
+    body = {
+        "public_key": "node_A",
+        "block_hash": BLOCK,
+        "block_height": 7,
+        "fraud_detected": False,
+        "nonces": [0],
+    }
     with validating() as running:
         assert running.send(body, path="validated")["new"] is True
         running.send(body, path="generated", status=422)

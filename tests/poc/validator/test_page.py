@@ -1,4 +1,6 @@
-"""The page of a validator in Chromium: what it shows, whose text it trusts, and what it says when nothing comes."""
+"""The page of a validator in Chromium: what it shows, whose text it trusts, and what it says when
+nothing comes.
+"""
 
 import copy
 import json
@@ -17,7 +19,8 @@ from tests.poc.service.dashboard import browser as chromium
 from tests.poc.service.listening import on_port
 from tests.poc.validator.conftest import pins_text
 
-browser, watch = chromium.browser, chromium.watch  # fixtures
+browser = chromium.browser
+watch = chromium.watch  # fixtures
 pytestmark = pytest.mark.browser
 
 LIVE = "document.body.dataset.link === 'live'"
@@ -46,8 +49,11 @@ def running(small_model, tmp_path_factory) -> Iterator[Shown]:
     settings = ValidatorSettings(pins=directory / "pins.toml")
     load = lambda: Deployment.of(small_model, compiled=False)  # noqa: E731
     controller = ValidatorController(load, settings, Settings(data_dir=directory / "data"))
-    made, app = Shown(controller), create_app(controller)
-    with on_port(uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)) as port:
+    made = Shown(controller)
+    app = create_app(controller)
+    with on_port(
+        uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)
+    ) as port:
         made.url = f"http://127.0.0.1:{port}"
         yield made
 
@@ -78,7 +84,9 @@ def test_it_shows_nodes_verdicts_and_what_is_accepted(shown, watch):
     assert "–" in rows[2]
     assert "1\u202fmin 33\u202fs" in rows[3]
     assert "40 nonces" in rows[3]
-    values = watched.page.evaluate("[...document.querySelectorAll('#node-rows meter')].map((meter) => meter.value)")
+    values = watched.page.evaluate(
+        "[...document.querySelectorAll('#node-rows meter')].map((meter) => meter.value)"
+    )
     assert values[:2] == [7, 0]
     assert "fraud" in watched.page.locator("#change-rows tr").inner_text()
     assert "hardened, 1024 positions, 256 bits" in watched.text("round")
@@ -90,9 +98,15 @@ def test_it_shows_nodes_verdicts_and_what_is_accepted(shown, watch):
 
 def test_text_of_senders_stays_text(shown, watch):
     node = NODE | {"public_key": HOSTILE, "build": HOSTILE, "verdict": HOSTILE, "fault": HOSTILE}
-    change = snapshot()["changes"][0] | {"public_key": HOSTILE, "verdict": HOSTILE, "fault": HOSTILE}
+    change = snapshot()["changes"][0] | {
+        "public_key": HOSTILE,
+        "verdict": HOSTILE,
+        "fault": HOSTILE,
+    }
     blocks = [{"block_hash": HOSTILE, "block_height": 1}]
-    shown.values = snapshot(nodes=[node], changes=[change], blocks=blocks, error=HOSTILE, verdicts={HOSTILE: 1})
+    shown.values = snapshot(
+        nodes=[node], changes=[change], blocks=blocks, error=HOSTILE, verdicts={HOSTILE: 1}
+    )
     shown.values["model"]["reference"] = HOSTILE
     watched = watch(shown.url)
     watched.wait(LIVE)

@@ -1,4 +1,6 @@
-"""A machine that is wrong at fixed places of its batches is faulty, and one that computes something else is not."""
+"""A machine that is wrong at fixed places of its batches is faulty, and one that computes something
+else is not.
+"""
 
 import pytest
 
@@ -7,7 +9,9 @@ from tests.waiting import until
 
 
 def _wrong_at(body: dict, places: range, batch: int) -> dict:
-    """Distances of a node that are off where the position in its sequence falls on some places of the batch."""
+    """Distances of a node that are off where the position in its sequence falls on some places of
+    the batch.
+    """
     first = body["node_id"]
     wrong = [((nonce - first) // 3) % batch in places for nonce in body["nonces"]]
     return body | {"dist": [d - 0.004 * out for d, out in zip(body["dist"], wrong, strict=True)]}
@@ -25,16 +29,24 @@ def test_wrong_places_are_a_fault_and_no_fraud(validating, small_model, pins):
         until(lambda: running.verdict("node_A") == "faulty", said=lambda: running.node("node_A"))
         node = running.node("node_A")
         assert node["fault"].startswith("position mod 8 in 0")
-        *_, change = running.get("/verdicts")["verdicts"]  # a first draw that meets no bad place may have been honest
-        entries = running.get(f"/evidence/{change['account']}")["entries"]  # further draws may have refined the fault
-        found = next(entry["fault"] for entry in entries if entry["outcome"]["n"] == change["nonces"])
+        *_, change = running.get("/verdicts")[
+            "verdicts"
+        ]  # a first draw that meets no bad place may have been honest
+        entries = running.get(f"/evidence/{change['account']}")[
+            "entries"
+        ]  # further draws may have refined the fault
+        found = next(
+            entry["fault"] for entry in entries if entry["outcome"]["n"] == change["nonces"]
+        )
         assert (change["verdict"], change["fault"]) == ("faulty", found)
         assert 'assay_validator_nodes{verdict="faulty"}' in running.client.get("/metrics").text
 
 
 def test_a_share_of_lies_at_any_place_is_fraud(validating, pins):
     def lying(body: dict) -> dict:
-        return body | {"dist": [d - 0.004 * (i * 2654435761 % 97 < 40) for i, d in enumerate(body["dist"])]}
+        return body | {
+            "dist": [d - 0.004 * (i * 2654435761 % 97 < 40) for i, d in enumerate(body["dist"])]
+        }
 
     with validating(pins=pins) as running:
         running.send_lies("node_A", lying, range(300))
@@ -57,8 +69,19 @@ def test_short_messages_do_not_hide_a_fault_at_half_of_the_places(validating, sm
     pairs = list(zip(body["nonces"], body["dist"], strict=True))
     with validating(pins=pins) as running:
         for start in range(0, 160, 16):
-            lies = [[nonce, dist - 0.004 * (nonce // 3 % 2)] for nonce, dist in pairs[start : start + 16]]
-            running.send(body | {"nonces": [nonce for nonce, _ in lies], "dist": [dist for _, dist in lies]})
-        until(lambda: running.node("node_A")["recorded"] == 160, said=lambda: running.node("node_A"))
+            lies = [
+                [nonce, dist - 0.004 * (nonce // 3 % 2)]
+                for nonce, dist in pairs[start : start + 16]
+            ]
+            running.send(
+                body | {"nonces": [nonce for nonce, _ in lies], "dist": [dist for _, dist in lies]}
+            )
+        until(
+            lambda: running.node("node_A")["recorded"] == 160, said=lambda: running.node("node_A")
+        )
         node = running.node("node_A")
-    assert (node["verdict"], node["fault"], node["checked"]) == ("faulty", "position mod 2 in 1", 160)
+    assert (node["verdict"], node["fault"], node["checked"]) == (
+        "faulty",
+        "position mod 2 in 1",
+        160,
+    )

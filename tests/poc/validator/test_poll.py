@@ -1,4 +1,6 @@
-"""Pulling from the services of nodes: what they have found since the last time, held against the same pins."""
+"""Pulling from the services of nodes: what they have found since the last time, held against the
+same pins.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,8 +30,15 @@ class Node(Answering):
         self.found = [(record.nonce, record.distance) for record in valid]
         round = proof.round
         names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "seq_len")
-        self.config = {name: getattr(round, name) for name in names} | {"group_id": 0, "n_groups": 1, "k_dim": 0}
-        self.r_target, self.most, self.asked, self.answer = round.r_target, 1000, [], None
+        self.config = {name: getattr(round, name) for name in names} | {
+            "group_id": 0,
+            "n_groups": 1,
+            "k_dim": 0,
+        }
+        self.r_target = round.r_target
+        self.most = 1000
+        self.asked = []
+        self.answer = None
         self.spaces = 0  # before an answer, each in a chunk of its own
         super().__init__()
 
@@ -47,7 +56,9 @@ class Node(Answering):
         if self.answer is not None:
             return self.answer
         after = int(query.get("after", ["-1"])[0])
-        found = [pair for pair in self.found if pair[0] > after][: min(self.most, int(query.get("limit", ["256"])[0]))]
+        found = [pair for pair in self.found if pair[0] > after][
+            : min(self.most, int(query.get("limit", ["256"])[0]))
+        ]
         values = {"config": self.config, "r_target": self.r_target, "state": "GENERATING"}
         values |= {"valid_nonces": [n for n, _ in found], "valid_distances": [d for _, d in found]}
         return 200, json.dumps(values).encode()
@@ -68,7 +79,9 @@ def polling(validating, node, tmp_path, monkeypatch) -> Callable:
         monkeypatch.setattr(Sender, "is_proven", proven, raising=False)
         with validating(poll_interval=0.05, service={"allow_private_callbacks": True}) as running:
             text = nodes_text(("node_B", "node_C"))
-            text += f'[[nodes]]\npublic_key = "node_A"\nurl = "{node.url}"\nread_key = "{READ_KEY}"\n'
+            text += (
+                f'[[nodes]]\npublic_key = "node_A"\nurl = "{node.url}"\nread_key = "{READ_KEY}"\n'
+            )
             (tmp_path / "nodes.toml").write_text(text)
             running.controller.tend()
             yield running
@@ -90,7 +103,9 @@ def test_what_a_node_found_is_pulled_once_and_judged(polling, node):
         state = running.node("node_A")
         assert state["claimed"] == len(node.found)
         assert state["messages"] == -(-len(node.found) // 7)
-    path, query, key = [each for each in node.asked if "after" in each[1]][-1]  # the end may cut a poll in two
+    path, query, key = [each for each in node.asked if "after" in each[1]][
+        -1
+    ]  # the end may cut a poll in two
     assert (path, key) == (f"{PREFIX}/status", f"Bearer {READ_KEY}")
     assert query["after"] == [str(node.found[-1][0])]
 
@@ -100,13 +115,18 @@ def test_what_anyone_on_the_path_may_have_written_convicts_nobody(polling, node)
     with polling(proven=False) as running:
         until(lambda: _outcomes(running)["empty"] > 0)
         running.send(body_of(proof_of(running.model, "node_B")))
-        until(lambda: running.node("node_B")["checked"] >= 8 and not running.controller.inbox.waiting())
+        until(
+            lambda: (
+                running.node("node_B")["checked"] >= 8 and not running.controller.inbox.waiting()
+            )
+        )
         assert running.node("node_A")["messages"] > 0
         assert (running.verdict("node_A"), running.node("node_A")["checked"]) == ("undecided", 0)
 
 
 def test_a_restart_pulls_only_what_is_new(polling, node):
-    everything, node.found = node.found, node.found[:10]
+    everything = node.found
+    node.found = node.found[:10]
     with polling() as running:
         until(lambda: running.node("node_A")["claimed"] == 10)
         running.restart()
@@ -117,7 +137,10 @@ def test_a_restart_pulls_only_what_is_new(polling, node):
 
 @pytest.mark.parametrize(
     "change",
-    [*({name: 1} for name in ("seq_len", "node_count", "node_id", "r_target", "block_height")), {"block_hash": "x"}],
+    [
+        *({name: 1} for name in ("seq_len", "node_count", "node_id", "r_target", "block_height")),
+        {"block_hash": "x"},
+    ],
 )
 def test_a_node_that_says_something_else_than_the_pins_is_refused(polling, node, change):
     node.r_target = change.pop("r_target", node.r_target)
@@ -136,7 +159,13 @@ def test_another_keys_round_is_no_evidence_about_this_node(polling, node):
 
 @pytest.mark.parametrize(
     "answer",
-    [(500, b""), (302, b""), (200, b"no JSON"), (200, b"x" * (2**20 + 1)), (200, b'{"config":{"node_id":[NaN]}}')],
+    [
+        (500, b""),
+        (302, b""),
+        (200, b"no JSON"),
+        (200, b"x" * (2**20 + 1)),
+        (200, b'{"config":{"node_id":[NaN]}}'),
+    ],
 )
 def test_answers_that_cannot_be_used_are_bounded_and_counted(polling, node, answer):
     node.answer = answer
@@ -158,7 +187,12 @@ def test_an_answer_in_tiny_chunks_is_cut_off(polling, node, spaces, outcome):
 def test_a_private_address_needs_permission(small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     network = NetworkPins.load(tmp_path / "pins.toml")
-    for url in ("http://127.0.0.1:1", "http://10.0.0.1", "file:///etc/passwd", "http://user:password@example.com"):
+    for url in (
+        "http://127.0.0.1:1",
+        "http://10.0.0.1",
+        "file:///etc/passwd",
+        "http://user:password@example.com",
+    ):
         with pytest.raises(Refusal):
             Registry(network, None, [NodeEntry(public_key="node_A", url=url)], Settings())
 

@@ -16,7 +16,17 @@ from assay.poc.service import Settings
 from assay.poc.validator.worker import recompute
 from assay.poc.verdict.judge import residuals
 from tests.poc.service.conftest import Rig, Service
-from tests.poc.validator.conftest import BATCH, BLOCKS, HEIGHT, KEYS, NODE_COUNT, SEQ_LEN, body_of, pins_text, proof_of
+from tests.poc.validator.conftest import (
+    BATCH,
+    BLOCKS,
+    HEIGHT,
+    KEYS,
+    NODE_COUNT,
+    SEQ_LEN,
+    body_of,
+    pins_text,
+    proof_of,
+)
 from tests.waiting import until
 
 
@@ -29,7 +39,10 @@ def test_records_are_those_of_prove_bit_for_bit(small_model, preset):
         for block in blocks
         for key in KEYS
     ]
-    wanted = [(proof.round, [record.nonce for record in proof.records][i::2]) for i, proof in enumerate(proofs)]
+    wanted = [
+        (proof.round, [record.nonce for record in proof.records][i::2])
+        for i, proof in enumerate(proofs)
+    ]
     batches = []
     deployment = Deployment.of(small_model, compiled=False)
     engine = deployment.engine(SEQ_LEN, BATCH)
@@ -57,7 +70,9 @@ def test_one_round_may_stand_there_twice(small_model):
     again = Round(**proof.round.as_dict())
     nonces = [record.nonce for record in proof.records]
     one, two = recompute(
-        Deployment.of(small_model, compiled=False), BATCH, [(proof.round, nonces), (again, nonces[:3])]
+        Deployment.of(small_model, compiled=False),
+        BATCH,
+        [(proof.round, nonces), (again, nonces[:3])],
     )
     assert [r.distance for r in one] == [r.distance for r in proof.records]
     assert [r.distance for r in two] == [r.distance for r in proof.records][:3]
@@ -69,9 +84,13 @@ PRESET = "decode-32"
 def test_rows_of_many_nodes_are_replayed_together(small_model):
     proofs = [proof_of(small_model, key, range(10), preset=PRESET) for key in KEYS[:2]]
     wanted = [(proof.round, [record.nonce for record in proof.records]) for proof in proofs]
-    found = recompute(Deployment.of(small_model, compiled=False), BATCH, wanted, [p.records for p in proofs])
+    found = recompute(
+        Deployment.of(small_model, compiled=False), BATCH, wanted, [p.records for p in proofs]
+    )
     for proof, records in zip(proofs, found, strict=True):
-        assert all(isinstance(record, TokenRecord) and record.margins is not None for record in records)
+        assert all(
+            isinstance(record, TokenRecord) and record.margins is not None for record in records
+        )
         assert [r.tokens.tobytes() for r in records] == [r.tokens.tobytes() for r in proof.records]
         assert residuals(proof.records, records).max() < 2e-3
 
@@ -84,7 +103,9 @@ def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
             running.announce(block, height)
             about = {"preset": PRESET, "block": block, "block_height": height}
             theirs = proof_of(small_model, "node_B", range(70), **about)
-            rolled = [replace(record, tokens=np.roll(record.tokens, 1)) for record in theirs.records]
+            rolled = [
+                replace(record, tokens=np.roll(record.tokens, 1)) for record in theirs.records
+            ]
             running.send(body_of(Proof.build(theirs.header, rolled, 1.0)))
             broken = body_of(proof_of(small_model, "node_C", range(70), **about))
             for artifact in broken["artifacts"]:
@@ -96,8 +117,12 @@ def test_honest_nodes_and_liars_before_a_validator(validating, small_model):
         running.send(wrong, status=422)
 
 
-def test_files_of_a_frame_lead_from_a_service_to_a_verdict(validating, small_checkpoint, small_model, tmp_path):
-    """Frame, law and pins are files; nodes serve under them, and a validator judges what they hand in."""
+def test_files_of_a_frame_lead_from_a_service_to_a_verdict(
+    validating, small_checkpoint, small_model, tmp_path
+):
+    """Frame, law and pins are files; nodes serve under them, and a validator judges what they hand
+    in.
+    """
     measure_frame(small_model).save(tmp_path / "frame")
     shape = {"preset": "tokens-1", "seq_len": SEQ_LEN, "formats": ("bfloat16", "float32")}
     with pytest.raises(UsageError, match="without a frame"):
@@ -116,29 +141,48 @@ def test_files_of_a_frame_lead_from_a_service_to_a_verdict(validating, small_che
         assert "--preset tokens-1 --frame frame.safetensors" in law["missing"]
     text += f"[[models.calibrations]]\n{tables[1]}"
     pins = NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
-    model = load_model(small_checkpoint, device="cpu", dtype="bfloat16").with_frame(pins.frame(small_model.digest))
+    model = load_model(small_checkpoint, device="cpu", dtype="bfloat16").with_frame(
+        pins.frame(small_model.digest)
+    )
     with validating(pins=text) as running:
         running.close()
-        running.load = lambda: RunSettings(model=str(small_checkpoint), device="cpu", dtype="float32").deploy(pins)
+        running.load = lambda: RunSettings(
+            model=str(small_checkpoint), device="cpu", dtype="float32"
+        ).deploy(pins)
         running.start()
         running.announce("block_beta", HEIGHT + 1)
         for key, ran in (("node_A", model), ("node_B", cheats.rounded(model, 4))):
             for block, height in BLOCKS.items():
-                running.send(artifacts_of(ran, key, pins, tmp_path / f"{key} {block}", block, height))
+                running.send(
+                    artifacts_of(ran, key, pins, tmp_path / f"{key} {block}", block, height)
+                )
         until(lambda: [running.verdict(key) for key in KEYS[:2]] == ["honest", "fraud"])
 
 
 def artifacts_of(model, key, pins, folder, block, height):
-    """Return what a service of a node answers to a job of the network's round, as the callback that it sends."""
+    """Return what a service of a node answers to a job of the network's round, as the callback that
+    it sends.
+    """
     node = Rig()
     node.deployment = lambda: Deployment.of(model, compiled=False)
     service = Service(node, Settings(data_dir=folder, seq_len=SEQ_LEN, pins=pins))
     try:
         service.wait_ready()
         params = {"model": model.reference, "seq_len": SEQ_LEN, "k_dim": 32, "preset": "tokens-1"}
-        body = {"block_hash": block, "block_height": height, "public_key": key, "node_id": KEYS.index(key)}
+        body = {
+            "block_hash": block,
+            "block_height": height,
+            "public_key": key,
+            "node_id": KEYS.index(key),
+        }
         nonces = list(range(KEYS.index(key), 64 * NODE_COUNT, NODE_COUNT))
-        job = {"node_count": NODE_COUNT, "batch_size": BATCH, "params": params, "nonces": nonces, "wait": True}
+        job = {
+            "node_count": NODE_COUNT,
+            "batch_size": BATCH,
+            "params": params,
+            "nonces": nonces,
+            "wait": True,
+        }
         answer = service.post("/generate", body | job)
         return body | {name: answer[name] for name in ("artifacts", "encoding")}
     finally:

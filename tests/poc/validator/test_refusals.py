@@ -1,4 +1,6 @@
-"""Every value that a node may lie about, in a callback and in the header of a proof: refused, by its name."""
+"""Every value that a node may lie about, in a callback and in the header of a proof: refused, by
+its name.
+"""
 
 import json
 import re
@@ -24,7 +26,13 @@ from tests.poc.validator.conftest import (
     secret_of,
 )
 
-HONEST = {"public_key": "node_A", "block_hash": BLOCK, "block_height": HEIGHT, "node_id": 0, "r_target": R_TARGET}
+HONEST = {
+    "public_key": "node_A",
+    "block_hash": BLOCK,
+    "block_height": HEIGHT,
+    "node_id": 0,
+    "r_target": R_TARGET,
+}
 HONEST |= {"nonces": [0, 3, 6], "dist": [1.41, 1.40, 1.39]}
 VECTORS = {name: HONEST[name] for name in ("public_key", "block_hash", "block_height", "node_id")}
 VECTORS |= {
@@ -74,7 +82,10 @@ LIES = {
         *(({name: value}, name) for name, values in LIES.items() for value in values),
         ({"block_height": HEIGHT + 1}, "block_hash"),
         ({"nonces": 5}, "dist"),
-        *(({"nonces": [3 * i for i in range(n)], "dist": [1.4] * n}, "nonces") for n in (0, 2**16 + 1)),
+        *(
+            ({"nonces": [3 * i for i in range(n)], "dist": [1.4] * n}, "nonces")
+            for n in (0, 2**16 + 1)
+        ),
     ],
 )
 def test_a_callback_that_lies_is_refused_by_name(running, change, name):
@@ -89,7 +100,12 @@ def test_vectors_where_distances_are_pinned_are_another_preset(running):
 
 def test_vectors_that_are_not_as_published_are_refused_by_name(validating):
     encodings = (None, *(VECTORS["encoding"] | wrong for wrong in ({"k_dim": 1}, {"dtype": "f32"})))
-    artifacts = ("x", [7], [{"nonce": 0}], *([{"nonce": 0, "vector_b64": text}] for text in ("AAAA", 12, "é" * 32)))
+    artifacts = (
+        "x",
+        [7],
+        [{"nonce": 0}],
+        *([{"nonce": 0, "vector_b64": text}] for text in ("AAAA", 12, "é" * 32)),
+    )
     with validating(preset="artifact") as running:
         for name, values in (("encoding", encodings), ("artifacts", artifacts)):
             for value in values:
@@ -118,17 +134,24 @@ def test_poisoned_bodies_are_refused(running, body):
 
 def test_strangers_and_forgeries_are_refused(running):
     assert running.send(HONEST | {"public_key": "stranger"}, status=403)["fields"] == ["public_key"]
-    assert running.send(HONEST | {"public_key": 7}, key="node_A", status=403)["fields"] == ["public_key"]
+    assert running.send(HONEST | {"public_key": 7}, key="node_A", status=403)["fields"] == [
+        "public_key"
+    ]
     running.send(HONEST, key="node_B", status=401)  # one node's work under the key of another one
     running.send(HONEST, key="node_A", id="x" * 200, status=400)
-    text, late = json.dumps(HONEST), str(int((datetime.now(UTC) - timedelta(minutes=6)).timestamp()))
+    text = json.dumps(HONEST)
+    late = str(int((datetime.now(UTC) - timedelta(minutes=6)).timestamp()))
     good = signed(secret_of("node_A"), text, "m")
     changes = [("id", "n"), ("timestamp", late), ("signature", "v1,!!!"), ("signature", "nonsense")]
     for wrong in ({}, *(good | {f"webhook-{name}": value} for name, value in changes)):
         answer = running.client.post(f"{API}/generated", content=text, headers=wrong)
         assert answer.status_code in (400, 401), wrong
-    assert running.client.post(f"{API}/generated", content=text + " ", headers=good).status_code == 401
-    skewed = running.client.post(f"{API}/generated", content=text, headers=good | {"webhook-timestamp": late})
+    assert (
+        running.client.post(f"{API}/generated", content=text + " ", headers=good).status_code == 401
+    )
+    skewed = running.client.post(
+        f"{API}/generated", content=text, headers=good | {"webhook-timestamp": late}
+    )
     assert re.search(r"signed 36\d s ago", skewed.json()["detail"]), skewed.text
     assert "NTP" in skewed.json()["do"]
 
@@ -146,7 +169,10 @@ def test_forms_of_a_signature_that_are_not_known_are_passed_over(unknown):
         ({"block_hash": "another"}, "block_hash"),
         ({"block_height": 8}, "block_hash"),
         ({"node_id": 1}, "node_id"),
-        *(({"preset": preset}, "preset") for preset in ("end-normalize", "layer-normalize", "permutation", "artifact")),
+        *(
+            ({"preset": preset}, "preset")
+            for preset in ("end-normalize", "layer-normalize", "permutation", "artifact")
+        ),
         *(({"seq_len": seq_len}, "seq_len") for seq_len in (1, 4)),
         ({"strength": 256}, "strength"),
         ({"r_target": 2.0}, "r_target"),
@@ -155,12 +181,18 @@ def test_forms_of_a_signature_that_are_not_known_are_passed_over(unknown):
 )
 def test_a_proof_of_another_round_is_refused_by_name(running, small_model, tmp_path, change, name):
     """The work of these proofs was done, and it is less, or another node's, or was chosen."""
-    proof = proof_of(small_model, "node_A", **({"block": change["block_hash"]} if "block_hash" in change else change))
+    proof = proof_of(
+        small_model,
+        "node_A",
+        **({"block": change["block_hash"]} if "block_hash" in change else change),
+    )
     answer = running.send(text_of(proof, tmp_path), key="node_A", path="proofs", status=422)
     assert answer["fields"] == [name], answer
 
 
-def test_a_header_that_states_another_engine_or_checkpoint_is_refused_by_name(running, honest, tmp_path):
+def test_a_header_that_states_another_engine_or_checkpoint_is_refused_by_name(
+    running, honest, tmp_path
+):
     header = honest.header
     for change, name in (
         ({"digest": "0" * 64}, "digest"),
@@ -196,7 +228,9 @@ def test_far_nonces_are_taken_where_seeds_cannot_collide(validating, small_model
         pipeline = get_pipeline(preset)
         body = VECTORS | {"artifacts": [{"nonce": 3 * 10**9, "vector_b64": "A" * 86 + "=="}]}
         body["encoding"] = body["encoding"] | {"k_dim": 32}
-        running.send(body if pipeline.output == "vector" else HONEST | {"nonces": [0, 3, 3 * 10**9]})
+        running.send(
+            body if pipeline.output == "vector" else HONEST | {"nonces": [0, 3, 3 * 10**9]}
+        )
 
 
 def test_nothing_of_the_lies_was_kept(running, small_model):
@@ -207,14 +241,29 @@ def test_nothing_of_the_lies_was_kept(running, small_model):
         for line in text.splitlines()
         if "refused_total{" in line
     }
-    for name in ("nonces", "seq_len", "preset", "digest", "prover_dtype", "builds", "public_key", "signature", "body"):
+    for name in (
+        "nonces",
+        "seq_len",
+        "preset",
+        "digest",
+        "prover_dtype",
+        "builds",
+        "public_key",
+        "signature",
+        "body",
+    ):
         assert counts[name] > 0, name
     running.send(body_of(proof_of(small_model, "node_A")))
 
 
 def test_closed_blocks_are_refused(validating):
     with validating(open_blocks=2) as running:
-        for odd in ("", "a\u2028b", "\u202e", "x" * 1025):  # no round could have them, and messages would be dropped
+        for odd in (
+            "",
+            "a\u2028b",
+            "\u202e",
+            "x" * 1025,
+        ):  # no round could have them, and messages would be dropped
             body = {"block_hash": odd, "block_height": 8}
             assert running.client.post(f"{API}/blocks", json=body).status_code == 422
         running.announce("b2", 8)

@@ -13,7 +13,15 @@ from assay.poc.network_pins import pinned_format
 from assay.poc.service import Settings
 from assay.poc.validator.registry import Noises, Registry
 from tests.poc.service.test_judge import noise_of
-from tests.poc.validator.conftest import KEYS, SEQ_LEN, body_of, nodes_text, pins_text, proof_of, secret_of
+from tests.poc.validator.conftest import (
+    KEYS,
+    SEQ_LEN,
+    body_of,
+    nodes_text,
+    pins_text,
+    proof_of,
+    secret_of,
+)
 from tests.waiting import until
 
 SECOND = """[[models.builds]]
@@ -46,7 +54,14 @@ def test_nodes_have_their_share_their_build_and_their_secret(files):
     registry = files()
     sender = registry.senders["node_B"]
     assert (sender.node_count, sender.machines, sender.build.name) == (3, frozenset({1}), "cpu")
-    assert [sender.has(value) for value in (0, 1, 2, True, "1", None)] == [False, True, False, False, False, False]
+    assert [sender.has(value) for value in (0, 1, 2, True, "1", None)] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     assert "stranger" not in registry.senders
     assert list(registry.senders) == list(KEYS)
     assert all(sender.signatures for sender in registry.senders.values())
@@ -58,13 +73,22 @@ SHARED = secret_of("shared")
 def test_one_secret_speaks_for_one_node_or_for_a_relay_that_is_named(files, small_model):
     pins = pins_text(small_model, keys=("node_A",))
     assert not files(pins=pins, nodes=_nodes("", keys="A")).senders["node_A"].signatures
-    assert files(pins=pins, nodes=_nodes("", keys="A"), callback_secrets=(SHARED,)).senders["node_A"].signatures
+    assert (
+        files(pins=pins, nodes=_nodes("", keys="A"), callback_secrets=(SHARED,))
+        .senders["node_A"]
+        .signatures
+    )
     again = SHARED.removeprefix("whsec_").rstrip("=")  # the same bytes, spelled otherwise
     for each in ("", f'secrets = ["{SHARED}"]\n'):
         with pytest.raises(UsageError, match="one secret of the nodes 'node_A' and 'node_B'"):
             files(nodes=_nodes(each), callback_secrets=(SHARED,))
-        assert len(files(nodes=_nodes(f'{each}relay = "hub"\n'), callback_secrets=(SHARED,)).senders) == 3
-    mixed = _nodes(f'secrets = ["{SHARED}"]\n', keys="A") + _nodes(f'secrets = ["{again}"]\n', keys="B")
+        assert (
+            len(files(nodes=_nodes(f'{each}relay = "hub"\n'), callback_secrets=(SHARED,)).senders)
+            == 3
+        )
+    mixed = _nodes(f'secrets = ["{SHARED}"]\n', keys="A") + _nodes(
+        f'secrets = ["{again}"]\n', keys="B"
+    )
     with pytest.raises(UsageError, match="one secret"):
         files(nodes=mixed + _nodes("", keys="C"))
 
@@ -74,7 +98,8 @@ def _nodes(more: str, keys: str = "ABC") -> str:
 
 
 @pytest.mark.parametrize(
-    "other", ["cafe\u0301", "c\uff41f\u00e9", "caf\u00e9\ufe0f", "\u034fcaf\u00e9", "caf\u00e9\u3164"]
+    "other",
+    ["cafe\u0301", "c\uff41f\u00e9", "caf\u00e9\ufe0f", "\u034fcaf\u00e9", "caf\u00e9\u3164"],
 )
 def test_keys_that_differ_only_in_their_unicode_form_are_one_name(other, files, small_model):
     with pytest.raises(UsageError, match="told apart"):
@@ -101,7 +126,9 @@ def test_ten_thousand_nodes_are_looked_up_and_not_searched(small_model):
 
 
 def test_of_two_files_only_the_one_that_changed_is_read_again(files, tmp_path):
-    """Reading ten thousand nodes takes most of what a change costs, and every message waits for it."""
+    """Reading ten thousand nodes takes most of what a change costs, and every message waits for
+    it.
+    """
     first, again = (files(nodes=_nodes("", keys=keys)) for keys in ("A", "AB"))
     assert again.network is not first.network  # the test writes both
     before = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings())
@@ -123,7 +150,8 @@ def test_with_several_builds_a_node_says_which_is_its_own(files, small_model):
     with pytest.raises(UsageError, match="build"):
         files(pins=pins)
     named = "".join(
-        f"{table}build = {name!r}\n" for table, name in zip(_tables(), ("cpu", "other", "cpu"), strict=True)
+        f"{table}build = {name!r}\n"
+        for table, name in zip(_tables(), ("cpu", "other", "cpu"), strict=True)
     )
     registry = files(pins=pins, nodes=named)
     assert [registry.senders[key].build.name for key in KEYS] == ["cpu", "other", "cpu"]
@@ -164,7 +192,9 @@ def test_a_nodes_file_that_is_wrong_is_refused(files, nodes, seen):
     assert error.value.do
 
 
-@pytest.mark.parametrize("secret", ["whsec_short", SHARED[:-9] + "-_" + SHARED[-7:], f" {SHARED}", SHARED + "!"])
+@pytest.mark.parametrize(
+    "secret", ["whsec_short", SHARED[:-9] + "-_" + SHARED[-7:], f" {SHARED}", SHARED + "!"]
+)
 def test_a_secret_that_cannot_be_used_is_refused_without_showing_it(files, secret):
     """Characters of another alphabet were dropped, so that the two sides had two secrets."""
     with pytest.raises(UsageError) as error:
@@ -180,23 +210,30 @@ def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path
 
 @pytest.mark.parametrize("formats", ['["float32", "bfloat16"]', '["bfloat16", "float32"]'])
 def test_a_build_of_two_formats_is_refused_by_a_validator(small_model, files, formats: str):
-    """Callbacks do not say which, and the law of the wrong one accuses honest nodes or passes cheats."""
+    """Callbacks do not say which, and the law of the wrong one accuses honest nodes or passes
+    cheats.
+    """
     registry = files(pins=pins_text(small_model).replace('dtype = "float32"', f"dtype = {formats}"))
     with pytest.raises(CalibrationError, match=r"the build 'cpu' of (float32|bfloat16) and"):
         Noises(Settings(), registry, Deployment.of(small_model, compiled=False), 32)
 
 
 @pytest.mark.parametrize(
-    ("second", "dtype"), [("bfloat16", None), ("float32", "float32"), ("float32+fp8_e4m3-cache", "float32")]
+    ("second", "dtype"),
+    [("bfloat16", None), ("float32", "float32"), ("float32+fp8_e4m3-cache", "float32")],
 )
-def test_the_model_is_loaded_in_the_format_of_the_pinned_weights(small_model, tmp_path, second, dtype):
+def test_the_model_is_loaded_in_the_format_of_the_pinned_weights(
+    small_model, tmp_path, second, dtype
+):
     """A cache that rounds belongs to an engine, and not to the weights that a validator loads."""
     (tmp_path / "pins.toml").write_text(pins_text(small_model) + SECOND.replace("bfloat16", second))
     assert pinned_format(tmp_path / "pins.toml", str(small_model.reference)) == dtype
 
 
 @pytest.mark.no_law
-def test_without_a_law_a_validator_starts_recomputes_nothing_and_names_the_command(validating, small_model, tmp_path):
+def test_without_a_law_a_validator_starts_recomputes_nothing_and_names_the_command(
+    validating, small_model, tmp_path
+):
     """On 8580455f it does not start; a law that is pinned later is used without a restart."""
     proof = proof_of(small_model, "node_A")
     with validating() as running:
@@ -204,11 +241,16 @@ def test_without_a_law_a_validator_starts_recomputes_nothing_and_names_the_comma
         running.send(body_of(proof))
         until(lambda: running.controller.worker.waiting == 1)
         (law,) = running.controller.snapshot()["laws"]
-        command = f"assay poc calibrate --model {small_model.reference} --preset poc-2.0 --seq-len {SEQ_LEN}"
+        command = (
+            f"assay poc calibrate --model {small_model.reference} --preset poc-2.0 --seq-len "
+            f"{SEQ_LEN}"
+        )
         assert command in law["missing"]
         assert (running.node("node_A")["recorded"], running.verdict("node_A")) == (0, "undecided")
 
-        Calibration(builds=(noise_of(proof.header.fingerprint, small_model.digest, 5e-4),)).save(tmp_path / "law.json")
+        Calibration(builds=(noise_of(proof.header.fingerprint, small_model.digest, 5e-4),)).save(
+            tmp_path / "law.json"
+        )
         pinned = f'sha256 = "{hashlib.sha256((tmp_path / "law.json").read_bytes()).hexdigest()}"'
         text = pins_text(small_model) + f'[[models.calibrations]]\nfile = "law.json"\n{pinned}\n'
         (tmp_path / "pins.toml").write_text(text)

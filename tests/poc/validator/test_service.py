@@ -23,13 +23,17 @@ from tests.poc.validator.conftest import API, body_of, nodes_text, pins_text, pr
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[3]
-KEY, READ = "all-" + "x" * 20, "read-" + "x" * 20
+KEY = "all-" + "x" * 20
+READ = "read-" + "x" * 20
 
 
 def test_everything_but_signed_messages_and_commitments_needs_a_key(validating, small_model):
     with validating(service={"api_keys": (KEY,), "read_keys": (READ,)}) as running:
         running.send(body_of(proof_of(small_model, "node_A")))
-        paths = [f"{API}/{name}" for name in ("status", "nodes", "verdicts", "evidence/x", "events", "blocks")]
+        paths = [
+            f"{API}/{name}"
+            for name in ("status", "nodes", "verdicts", "evidence/x", "events", "blocks")
+        ]
         for path in [*paths, "/metrics"]:
             for headers in ({}, {"Authorization": "Bearer wrong"}):
                 assert running.client.get(path, headers=headers).status_code == 401, path
@@ -42,11 +46,20 @@ def test_everything_but_signed_messages_and_commitments_needs_a_key(validating, 
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
 )
 def test_without_a_key_only_this_machine_is_answered(validating, headers):
     with validating() as running:
-        for method, path in (("GET", f"{API}/nodes"), ("POST", f"{API}/generated"), ("POST", f"{API}/blocks")):
+        for method, path in (
+            ("GET", f"{API}/nodes"),
+            ("POST", f"{API}/generated"),
+            ("POST", f"{API}/blocks"),
+        ):
             assert running.client.request(method, path, headers=headers).status_code == 403, path
 
 
@@ -64,27 +77,48 @@ def test_others_reach_a_validator_only_with_keys_and_secrets(small_model, tmp_pa
 def test_bodies_are_bounded(validating, small_model):
     with validating(service={"max_body": 1000}, max_proof=2000) as running:
         body = body_of(proof_of(small_model, "node_A"))
-        assert running.send(body | {"nonces": list(range(500))}, status=413)["detail"] == "a body that is too large"
+        assert (
+            running.send(body | {"nonces": list(range(500))}, status=413)["detail"]
+            == "a body that is too large"
+        )
         running.send("x" * 3000, key="node_A", path="proofs", status=413)
         assert running.client.post(f"{API}/blocks", content=b"x" * 2000).status_code == 413
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"block_hash": "b"}, {"block_hash": "", "block_height": 1}, {"block_hash": "b\n", "block_height": 1}]
+    "body",
+    [
+        {},
+        {"block_hash": "b"},
+        {"block_hash": "", "block_height": 1},
+        {"block_hash": "b\n", "block_height": 1},
+    ],
 )
 def test_a_block_that_is_not_one_is_refused_in_three_parts(validating, body):
     with validating() as running:
         answer = running.client.post(f"{API}/blocks", json=body)
-        assert (answer.status_code, {"detail", "wanted", "do"} <= answer.json().keys()) == (422, True)
-        for path, status in ((f"{API}/nodes?limit=0", 422), (f"{API}/nodes?after=-1", 422), ("/nothing", 404)):
+        assert (answer.status_code, {"detail", "wanted", "do"} <= answer.json().keys()) == (
+            422,
+            True,
+        )
+        for path, status in (
+            (f"{API}/nodes?limit=0", 422),
+            (f"{API}/nodes?after=-1", 422),
+            ("/nothing", 404),
+        ):
             answer = running.client.get(path)
-            assert (answer.status_code, {"detail", "wanted", "do"} <= answer.json().keys()) == (status, True)
+            assert (answer.status_code, {"detail", "wanted", "do"} <= answer.json().keys()) == (
+                status,
+                True,
+            )
 
 
 def test_every_series_that_is_asked_for_exists_before_anything_has_happened(validating):
     with validating() as running:
         text = running.client.get("/metrics").text
-    rules = yaml.safe_load((ROOT / "deploy" / "validator-alerts.yml").read_text())["groups"][0]["rules"]
+    rules = yaml.safe_load((ROOT / "deploy" / "validator-alerts.yml").read_text())["groups"][0][
+        "rules"
+    ]
     asked = [rule["expr"] for rule in rules]
     others = [
         'assay_validator_messages_total{kind="pulled", as="repeated"}',
@@ -116,7 +150,9 @@ def test_messages_are_taken_while_the_model_is_loaded(small_model, validating):
 
 @pytest.fixture
 def begun(small_model, tmp_path):
-    """Start the controller of a validator on some pins, whose model is loaded once an event is set."""
+    """Start the controller of a validator on some pins, whose model is loaded once an event is
+    set.
+    """
 
     def run(pins: str | None = None, gate: threading.Event | None = None) -> ValidatorController:
         def load():
@@ -124,7 +160,8 @@ def begun(small_model, tmp_path):
             return Deployment.of(small_model, compiled=False)
 
         (tmp_path / "pins.toml").write_text(pins or pins_text(small_model))
-        settings, service = ValidatorSettings(pins=tmp_path / "pins.toml"), Settings(data_dir=tmp_path / "data")
+        settings = ValidatorSettings(pins=tmp_path / "pins.toml")
+        service = Settings(data_dir=tmp_path / "data")
         controller = ValidatorController(load, settings, service)
         controller.start()
         return controller
@@ -151,7 +188,9 @@ def test_an_end_while_the_thread_begins_waits_for_it(begun, monkeypatch):
 
 
 def test_a_model_that_loads_beyond_the_end_is_known(begun):
-    """The server ends the process then: torch aborts where Python ends under a thread that loads."""
+    """The server ends the process then: torch aborts where Python ends under a thread that
+    loads.
+    """
     controller = begun(gate=(gate := threading.Event()))
     controller.close()
     assert not controller.ended
@@ -185,7 +224,12 @@ def test_a_network_says_how_many_false_convictions_it_accepts(validating, small_
     with validating(pins=pins_text(small_model) + stated.format(0.5)) as running:
         until(lambda: running.get("/status")["network"])
         found = running.get("/status")["network"]
-        assert (found["nodes"], found["false_convictions"], found["alpha"], found["expected"]) == (50, 0.5, 0.01, None)
+        assert (found["nodes"], found["false_convictions"], found["alpha"], found["expected"]) == (
+            50,
+            0.5,
+            0.01,
+            None,
+        )
         assert running.controller.ledger.genesis.alpha == 0.01
         (tmp_path / "pins.toml").write_text(pins_text(small_model) + stated.format(5))
         running.controller.tend()
@@ -217,7 +261,9 @@ def test_a_full_disk_refuses_messages_and_recovers(validating, small_model, monk
 
 
 def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_model, monkeypatch):
-    """The thread that writes lives on: a sender is never left waiting, and the operator sees the reason."""
+    """The thread that writes lives on: a sender is never left waiting, and the operator sees the
+    reason.
+    """
     body = body_of(proof_of(small_model, "node_A"))
     with validating() as running:
         running.wait_ready()
@@ -232,7 +278,9 @@ def test_a_fault_of_the_code_refuses_messages_and_is_said(validating, small_mode
 
 def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
     """Whoever fills it is told to come later, and takes nothing from the others."""
-    first, second, third = (body_of(proof_of(small_model, "node_A", range(i, i + 40))) for i in (0, 40, 80))
+    first, second, third = (
+        body_of(proof_of(small_model, "node_A", range(i, i + 40))) for i in (0, 40, 80)
+    )
     other = body_of(proof_of(small_model, "node_B", range(40)))
     with validating(max_kept=5 * len(json.dumps(first))) as running:
         assert running.send(first, id="m1")["new"]
@@ -245,7 +293,9 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
 
 def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monkeypatch, tmp_path):
     """Its proofs are parsed one after the other, whatever they cost."""
-    go, real, proofs = threading.Event(), _app.read_claim, dict[str, str]()
+    go = threading.Event()
+    real = _app.read_claim
+    proofs = dict[str, str]()
     for key in ("node_A", "node_B"):
         proof_of(small_model, key).save(tmp_path / key)
         proofs[key] = (tmp_path / key).read_text()
@@ -256,7 +306,10 @@ def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monk
 
     monkeypatch.setattr(_app, "read_claim", slow)
     with validating() as running, ThreadPoolExecutor() as pool:
-        held = [pool.submit(running.send, proofs["node_A"], key="node_A", id=f"m{i}", path="proofs") for i in range(3)]
+        held = [
+            pool.submit(running.send, proofs["node_A"], key="node_A", id=f"m{i}", path="proofs")
+            for i in range(3)
+        ]
         other = pool.submit(running.send, proofs["node_B"], key="node_B", id="n", path="proofs")
         try:
             assert other.result(15)["new"]
@@ -265,7 +318,9 @@ def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monk
             go.set()
 
 
-def test_an_engine_that_fails_is_said_and_messages_are_still_taken(validating, small_model, monkeypatch):
+def test_an_engine_that_fails_is_said_and_messages_are_still_taken(
+    validating, small_model, monkeypatch
+):
     with validating() as running:
         running.wait_ready()
         monkeypatch.setattr("assay.poc.validator.worker.FAILURE_PAUSE", 0.05)

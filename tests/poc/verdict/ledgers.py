@@ -27,7 +27,14 @@ def honest(count: int, seed: int = 0, noise: Noise = NOISE) -> list[float]:
     return (noise.size * np.exp(0.5 * np.random.default_rng(seed).standard_normal(count))).tolist()
 
 
-def update(seed: int, *, key: str = "node_A", noise: Noise = NOISE, residuals: Sequence[float] | None = None, **values):
+def update(
+    seed: int,
+    *,
+    key: str = "node_A",
+    noise: Noise = NOISE,
+    residuals: Sequence[float] | None = None,
+    **values,
+):
     """An audit of eight nonces in a round of its own."""
     found = honest(8, seed, noise) if residuals is None else residuals
     given = {
@@ -49,7 +56,13 @@ def filled(path: Path, count: int = 9) -> Path:
         for number in range(count):
             noise = OTHER if number % 4 == 3 else NOISE
             residuals = [1.0] * 64 if number % 3 == 2 else None
-            given = update(number, key=f"node_{number % 3}", noise=noise, residuals=residuals, name=f"audit {number}")
+            given = update(
+                number,
+                key=f"node_{number % 3}",
+                noise=noise,
+                residuals=residuals,
+                name=f"audit {number}",
+            )
             ledger.append([given])
     return path
 
@@ -58,7 +71,9 @@ def filled(path: Path, count: int = 9) -> Path:
 def by_hand(path: Path) -> Iterator[sqlite3.Connection]:
     """The file without its triggers, which are there again afterwards."""
     with closing(sqlite3.connect(path)) as database:
-        triggers = database.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        triggers = database.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
         for name, _ in triggers:
             database.execute(f"DROP TRIGGER {name}")
         yield database
@@ -70,7 +85,9 @@ def by_hand(path: Path) -> Iterator[sqlite3.Connection]:
 def forked(work: Callable[[], None]) -> int:
     """Run a function in a copy of this process, which ends without cleaning up; return its id."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads, which the copy does not have
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of other threads, which the copy does not have
         child = os.fork()
     if child:
         return child

@@ -18,7 +18,9 @@ from assay.poc.verdict.noise import sequential_test
 
 @pytest.fixture(scope="module", autouse=True)
 def with_fast_products() -> Iterator[None]:
-    """A CPU with fast products of 16-bit numbers, whatever this machine has: two engines differ in dtype alone."""
+    """A CPU with fast products of 16-bit numbers, whatever this machine has: two engines differ in
+    dtype alone.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wide, "_is_fast", lambda dtype: True)
         yield
@@ -34,7 +36,9 @@ def narrow(narrow_model, round_) -> Proof:
     return prove(narrow_model, round_, range(40), batch_size=8)
 
 
-def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, small_model, tmp_path: Path):
+def test_noise_between_two_dtypes(
+    proof: Proof, narrow: Proof, narrow_model, small_model, tmp_path: Path
+):
     measured = calibrate(proof, narrow)
     (build,) = measured.builds
     assert build.n == 40
@@ -49,8 +53,12 @@ def test_noise_between_two_dtypes(proof: Proof, narrow: Proof, narrow_model, sma
         assert verdict.noise.source == "calibration on 40 nonces"
 
 
-def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, small_model, small_checkpoint: Path):
-    with pytest.raises(CalibrationError, match="another dtype than the prover's: float32") as refused:
+def test_a_calibration_of_other_engines_is_refused(
+    proof: Proof, narrow: Proof, small_model, small_checkpoint: Path
+):
+    with pytest.raises(
+        CalibrationError, match="another dtype than the prover's: float32"
+    ) as refused:
         verify(narrow, small_model, calibration=calibrate(proof, proof))
     assert refused.value.wanted == "dtype bfloat16"
     with pytest.raises(CalibrationError, match="another dtype than this validator's: bfloat16"):
@@ -59,19 +67,25 @@ def test_a_calibration_of_other_engines_is_refused(proof: Proof, narrow: Proof, 
     plain = load_model(small_checkpoint, dtype="float32", device="cpu")
     plain.module.set_attn_implementation("eager")
     by_kernels = calibrate(proof, prove(plain, proof.round, range(40), batch_size=8))
-    assert verify(proof, small_model, calibration=by_kernels).honest, "an engine equal to the prover's differs less"
+    assert verify(proof, small_model, calibration=by_kernels).honest, (
+        "an engine equal to the prover's differs less"
+    )
     with pytest.raises(CalibrationError, match="another output than the proof's: vector"):
         verify(proof, small_model, calibration=vectors)
 
 
 def test_a_calibration_of_another_model_or_preset_is_refused(proof: Proof, small_model, round_):
-    """The noise of one model gives cheaters on a quieter one room: the two are told apart by their digests."""
+    """The noise of one model gives cheaters on a quieter one room: the two are told apart by their
+    digests.
+    """
     measured = calibrate(proof, proof)
     assert (measured.builds[0].digest, measured.builds[0].preset) == (small_model.digest, "poc-2.0")
     with pytest.raises(CalibrationError, match="another checkpoint than the proof's"):
         verify(proof, small_model, calibration=changed(measured, digest="0" * 64))
     artifact = prove(small_model, replace(round_, preset="permutation"), range(40), batch_size=8)
-    with pytest.raises(CalibrationError, match=r"another preset than the proof's: poc-2\.0") as refused:
+    with pytest.raises(
+        CalibrationError, match=r"another preset than the proof's: poc-2\.0"
+    ) as refused:
         verify(artifact, small_model, calibration=measured)
     assert refused.value.wanted == "preset permutation"
 
@@ -83,16 +97,26 @@ def test_a_calibration_is_of_one_mode_of_weights(proof: Proof):
             calibrate(proof, other)
 
 
-def test_a_path_a_height_and_another_name_of_the_preset_make_no_other_round(proof: Proof, narrow: Proof):
+def test_a_path_a_height_and_another_name_of_the_preset_make_no_other_round(
+    proof: Proof, narrow: Proof
+):
     round = replace(narrow.round, model="/data/small", block_height=5, preset="sign-flips")
     other = Proof.build(replace(narrow.header, round=round), narrow.records, 1.0)
     assert calibrate(proof, other) == calibrate(proof, narrow)
     assert round_identity(round) == round_identity(narrow.round)
 
 
-def test_messages_are_judged_by_laws_of_the_validators_own_engine_and_length(proof: Proof, narrow: Proof):
-    measured, own = [calibrate(proof, narrow)], proof.header.fingerprint
-    known = {"digest": proof.header.digest, "preset": "poc-2.0", "formats": ("bfloat16", own.dtype), "round": None}
+def test_messages_are_judged_by_laws_of_the_validators_own_engine_and_length(
+    proof: Proof, narrow: Proof
+):
+    measured = [calibrate(proof, narrow)]
+    own = proof.header.fingerprint
+    known = {
+        "digest": proof.header.digest,
+        "preset": "poc-2.0",
+        "formats": ("bfloat16", own.dtype),
+        "round": None,
+    }
     assert find_build_noise(measured, None, **known, validator=own) is not None
     for other in ({"attention": "eager"}, {"seq_len": 256}):
         assert find_build_noise(measured, None, **known, validator=replace(own, **other)) is None
@@ -101,12 +125,16 @@ def test_messages_are_judged_by_laws_of_the_validators_own_engine_and_length(pro
 def test_a_law_of_machines_with_equal_bits_convicts_cheats_in_some_nonces(proof: Proof):
     noise = calibrate(proof, proof).builds[0].between("", None)
     rng = np.random.default_rng(0)
-    residuals = np.where(rng.random((200, 128)) < 0.2, 1e-3 * np.abs(rng.standard_normal((200, 128))), 0)
+    residuals = np.where(
+        rng.random((200, 128)) < 0.2, 1e-3 * np.abs(rng.standard_normal((200, 128))), 0
+    )
     assert sequential_test(noise).accusations(residuals)[:, -1].mean() > 0.95
     assert not sequential_test(noise).accusations(np.zeros((1, 512))).any()
 
 
-def test_proofs_that_do_not_belong_together_are_refused(proof: Proof, narrow: Proof, small_model, round_):
+def test_proofs_that_do_not_belong_together_are_refused(
+    proof: Proof, narrow: Proof, small_model, round_
+):
     other = prove(small_model, replace(round_, block_hash="other"), range(40), batch_size=8)
     with pytest.raises(ProofMismatch, match="different rounds"):
         calibrate(proof, other)
@@ -127,7 +155,8 @@ def test_files_of_several_builds(proof: Proof, narrow: Proof, small_model, tmp_p
 
 
 def test_the_laws_of_known_cheats_in_older_files_are_ignored(proof: Proof, tmp_path: Path):
-    path, measured = tmp_path / "calibration.json", calibrate(proof, proof)
+    path = tmp_path / "calibration.json"
+    measured = calibrate(proof, proof)
     measured.save(path)
     law = {"kind": "scale", "sigma": 0.001}
     former = '"mixture":true,"named":' + json.dumps({"int4": law})
@@ -156,9 +185,17 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
 
     nested = json.loads("[" * 500 + "]" * 500)
     without = {name: value for name, value in good["builds"][0].items() if name != "machines"}
-    law, logarithmic = good["builds"][0]["law"], {"kind": "log", "mu": -5.0, "sd": 0.5}
-    changes = ({"library": "\x1b[2J"}, {"threads": nested}, {"torch": "9" * 2000}, {"batch_size": 10**40})
-    fingerprints = [{"name": "a", "kind": "", "fingerprint": made} for made in ({"engine": "hf"}, {})]
+    law = good["builds"][0]["law"]
+    logarithmic = {"kind": "log", "mu": -5.0, "sd": 0.5}
+    changes = (
+        {"library": "\x1b[2J"},
+        {"threads": nested},
+        {"torch": "9" * 2000},
+        {"batch_size": 10**40},
+    )
+    fingerprints = [
+        {"name": "a", "kind": "", "fingerprint": made} for made in ({"engine": "hf"}, {})
+    ]
     control = {"of": "a", "dtypes": ["b"], "usual": [1.0, 1.0], "sizes": [1.0], "powers": [0.5]}
     wrong = {
         "law": (
@@ -195,7 +232,11 @@ def test_a_broken_calibration_file_is_refused(proof: Proof, tmp_path: Path):
         {"schema": 3},
         *({"builds": builds} for builds in ([], 7, [without])),
     )
-    broken = [{}, *(good | top for top in tops), *(build(**{name: value}) for name in wrong for value in wrong[name])]
+    broken = [
+        {},
+        *(good | top for top in tops),
+        *(build(**{name: value}) for name in wrong for value in wrong[name]),
+    ]
     for text in (*map(json.dumps, broken), "", "[]", "NaN", "{"):
         path.write_text(text)
         with pytest.raises(CalibrationError):

@@ -1,4 +1,6 @@
-"""The ledger of nodes' lives: what is written, what counts, and that nothing is lost or counted twice."""
+"""The ledger of nodes' lives: what is written, what counts, and that nothing is lost or counted
+twice.
+"""
 
 import math
 import os
@@ -43,13 +45,22 @@ def test_an_audit_is_written_with_its_evidence(ledger, path, proof, small_model,
     standing = ledger.record(verdict, proof=proof.footer.sha256)
     (entry,) = ledger.entries(standing.account)
     assert ledger.head == (1, entry.hash)
-    assert (standing.verdict, standing.audits, standing.recorded, standing.evidence.n) == ("honest", 1, 24, 24)
+    assert (standing.verdict, standing.audits, standing.recorded, standing.evidence.n) == (
+        "honest",
+        1,
+        24,
+        24,
+    )
     assert standing.account.public_key == round_.public_key
     assert standing.account.digest == proof.header.digest
     assert (standing.account.preset, standing.account.build) == ("poc-2.0", "float32")
     assert tuple(entry.residuals) == verdict.residuals  # to the last bit
     assert tuple(entry.nonces) == verdict.nonces
-    assert (entry.proof, entry.sample_seed, entry.block_hash) == (proof.footer.sha256, 7, round_.block_hash)
+    assert (entry.proof, entry.sample_seed, entry.block_hash) == (
+        proof.footer.sha256,
+        7,
+        round_.block_hash,
+    )
     assert audit_ledger(path).clean
 
 
@@ -77,12 +88,20 @@ def test_a_nonce_counts_once_in_a_round(ledger):
 
 
 def test_small_audits_show_a_faulty_place_together(ledger, path):
-    """A machine that is wrong at half of its places, in audits too small to show it: no fraud, and no honest life."""
+    """A machine that is wrong at half of its places, in audits too small to show it: no fraud, and
+    no honest life.
+    """
     standings = []
     for seed in range(16):
         positions = np.random.default_rng(seed).permutation(1000)[:16]
         values = np.where(positions % 16 < 6, 0.9, honest(16, seed))
-        given = update(seed, residuals=values.tolist(), nonces=positions * 3 + 1, positions=positions, batch_size=32)
+        given = update(
+            seed,
+            residuals=values.tolist(),
+            nonces=positions * 3 + 1,
+            positions=positions,
+            batch_size=32,
+        )
         standings.append(ledger.append([given])[0])
     assert {one.verdict for one in standings} == {"undecided"}
     assert [one.fault is None for one in standings] == [True] * 7 + [False] * 9
@@ -111,28 +130,37 @@ def test_no_single_block_convicts(ledger, path):
 
 
 def test_sixty_blocks_with_scales_of_their_own_are_one_test(ledger, path):
-    """A calibration of distances is relative to the block; in units of the law, what blocks show adds up."""
+    """A calibration of distances is relative to the block; in units of the law, what blocks show
+    adds up.
+    """
     cheat = honest(16, 1)[:4]
     for seed in range(60):
         noise = NOISE.scaled(1 + seed % 7 / 50)
         values = [*honest(12, seed, noise), *(6 * x for x in cheat)]
         values = np.random.default_rng(seed).permutation(values).tolist()
         standing = ledger.append([update(seed, noise=noise, residuals=values)])[0]
-        node = ledger.append([update(seed, key="node", noise=noise, residuals=honest(16, seed, noise))])[0]
+        node = ledger.append(
+            [update(seed, key="node", noise=noise, residuals=honest(16, seed, noise))]
+        )[0]
     assert (standing.evidence.tests, standing.verdict) == (1, "fraud")
     assert (node.evidence.tests, node.evidence.n, node.verdict) == (1, 960, "honest")
     assert audit_ledger(path).clean
 
 
-def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(ledger, small_model, small_checkpoint):
+def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(
+    ledger, small_model, small_checkpoint
+):
     """A calibration that knows the hidden size has another law in every block."""
     narrow = load_model(small_checkpoint, dtype="bfloat16", device="cpu")
 
     def proof_in(block, model, count):
-        return prove(model, Round(block_hash=block, public_key="k", seq_len=4), range(count), batch_size=8)
+        return prove(
+            model, Round(block_hash=block, public_key="k", seq_len=4), range(count), batch_size=8
+        )
 
     measured = [proof_in("measured", model, 64) for model in (small_model, narrow)]
-    known, sizes = calibrate(*measured, hidden_size=small_model.hidden_size), set()
+    known = calibrate(*measured, hidden_size=small_model.hidden_size)
+    sizes = set()
     for block in map(str, range(60)):
         proof = proof_in(block, narrow, 8)
         verdict = verify(proof, small_model, expect=proof.round, calibration=known)
@@ -142,11 +170,15 @@ def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(ledger
 
 
 def test_a_ledger_of_a_former_release_is_carried_over(path):
-    """Release 0.2 wrote it: eight blocks, each with a law and a test of its own, and a place that it suspected."""
+    """Release 0.2 wrote it: eight blocks, each with a law and a test of its own, and a place that
+    it suspected.
+    """
     database = ledger_module._open(path)
     ledger_module._read_export(FORMER, database)
     database.close()
-    noted = ("entries of earlier releases, whose outcomes were not computed again: 16, from entry 1 on",)
+    noted = (
+        "entries of earlier releases, whose outcomes were not computed again: 16, from entry 1 on",
+    )
     assert (audit_ledger(FORMER).clean, audit_ledger(FORMER).notes) == (True, noted)
     with Ledger(path) as ledger:
         before = list(ledger.standings())
@@ -158,8 +190,16 @@ def test_a_ledger_of_a_former_release_is_carried_over(path):
             given = update(9, account=one.account, residuals=[factor * x for x in honest(80)])
             standing = ledger.append([given])[0]
             verdict = "honest" if factor == 1 else "fraud"
-            assert (standing.verdict, standing.evidence.tests, standing.evidence.n) == (verdict, 1, 144)
-    assert (audit_ledger(path).clean, audit_ledger(path).notes, audit_ledger(path).entries) == (True, noted, 18)
+            assert (standing.verdict, standing.evidence.tests, standing.evidence.n) == (
+                verdict,
+                1,
+                144,
+            )
+    assert (audit_ledger(path).clean, audit_ledger(path).notes, audit_ledger(path).entries) == (
+        True,
+        noted,
+        18,
+    )
 
 
 @pytest.mark.parametrize("part", ['"audits":2', '"verdict":"undecided"', '"residuals":[0.'])
@@ -169,7 +209,9 @@ def test_an_entry_of_a_former_release_is_checked_all_the_same(tmp_path, part):
     number = next(number for number, line in enumerate(lines) if part in line)
     changed = part.replace("2", "3").replace("undecided", "honest").replace("[0.", "[0.1,0.")
     entry = lines[number].replace(part, changed)
-    (tmp_path / "l.jsonl").write_text("\n".join([*lines[:number], entry, dumps({"head": {"count": 1, "hash": ""}})]))
+    (tmp_path / "l.jsonl").write_text(
+        "\n".join([*lines[:number], entry, dumps({"head": {"count": 1, "hash": ""}})])
+    )
     try:
         reason = audit_ledger(tmp_path / "l.jsonl").faults[0].reason
     except DataError as error:
@@ -181,7 +223,9 @@ def test_a_life_is_that_of_the_pinned_build(ledger, proof, small_model, round_):
     """Another version of torch in the header does not begin another life."""
     verdict = verify(proof, small_model, expect=round_)
     made_on = verdict.header.fingerprint
-    other = replace(verdict, header=replace(verdict.header, fingerprint=replace(made_on, torch="9.9")))
+    other = replace(
+        verdict, header=replace(verdict.header, fingerprint=replace(made_on, torch="9.9"))
+    )
     pinned = replace(verdict, pins=replace(verdict.pins, builds=(Build.of(made_on, name="H100"),)))
     found = [ledger.record(one).account.build for one in (verdict, other, pinned)]
     assert found == ["float32", "float32", "H100"]
@@ -195,7 +239,9 @@ def test_an_update_of_one_name_is_written_once(ledger, path):
     with pytest.raises(UsageError, match="a second update 'inbox 1'"):
         ledger.append([update(0, key="node_B", name="inbox 1")])
     other = replace(account(), build="H200")
-    assert ledger.append([update(0, account=other, name="inbox 1")])[0] == one, "the pins changed before it was noted"
+    assert ledger.append([update(0, account=other, name="inbox 1")])[0] == one, (
+        "the pins changed before it was noted"
+    )
     assert ledger.accounts() == [account()]
     assert audit_ledger(path).clean
 
@@ -211,7 +257,9 @@ def test_all_updates_of_a_call_are_written_or_none(tmp_path):
         assert other.append([update(0), update(1)])[1].evidence == good[1].evidence
 
 
-@pytest.mark.parametrize("wrong", [{"round": ""}, {"nonces": [1]}, {"nonces": [2**53] * 8}, {"proof": "abc"}])
+@pytest.mark.parametrize(
+    "wrong", [{"round": ""}, {"nonces": [1]}, {"nonces": [2**53] * 8}, {"proof": "abc"}]
+)
 def test_what_is_no_evidence_is_refused(tmp_path, wrong):
     with Ledger(tmp_path / "l.sqlite3") as ledger, pytest.raises(UsageError, match="an update"):
         ledger.append([update(0, **wrong)])
@@ -263,7 +311,12 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
     text.write_text("nothing of the kind " * 100)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path, error in ((service, UsageError), (text, StorageError), (tmp_path, UsageError), (pipe, UsageError)):
+    for path, error in (
+        (service, UsageError),
+        (text, StorageError),
+        (tmp_path, UsageError),
+        (pipe, UsageError),
+    ):
         for read_only in (False, True):
             with pytest.raises(error):
                 Ledger(path, read_only=read_only)
@@ -280,7 +333,9 @@ def test_what_is_no_ledger_stays_as_it_is(tmp_path):
 def test_a_view_without_an_end_in_the_place_of_a_table_is_refused(tmp_path, table):
     """`show` and `export` look at the ledgers of others, and do not audit them."""
     path = filled(tmp_path / "l.sqlite3")
-    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT kept.* FROM kept, n"
+    endless = (
+        "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT kept.* FROM kept, n"
+    )
     with closing(sqlite3.connect(path)) as database:
         database.execute("DROP VIEW evidence")
         database.execute(f"CREATE TABLE kept AS SELECT * FROM {table}")
@@ -300,7 +355,10 @@ def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp
         assert audit_ledger(path).clean
         with pytest.raises(StorageError, match="locked") as busy:
             Ledger(path)
-        assert (busy.value.wanted, busy.value.do) == ("a moment in which no other process writes to it", "try again")
+        assert (busy.value.wanted, busy.value.do) == (
+            "a moment in which no other process writes to it",
+            "try again",
+        )
 
 
 @pytest.mark.parametrize(
@@ -309,7 +367,8 @@ def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp
         "UPDATE updates SET entry = '{}'",
         "DELETE FROM updates",
         "REPLACE INTO updates SELECT * FROM updates WHERE seq = 2",
-        "INSERT INTO updates SELECT seq + 7, account, round, NULL, law, entry, hash FROM updates WHERE seq = 2",
+        "INSERT INTO updates SELECT seq + 7, account, round, NULL, law, entry, hash FROM updates "
+        "WHERE seq = 2",
         "UPDATE laws SET law = '{}'",
         "DELETE FROM laws",
         "UPDATE accounts SET public_key = 'node_B'",
@@ -332,7 +391,10 @@ def test_a_ledger_that_was_cut_takes_no_more(tmp_path):
     path = filled(tmp_path / "l.sqlite3", 3)
     with by_hand(path) as database:
         database.execute("DELETE FROM updates WHERE seq = 3")
-    with Ledger(path) as ledger, pytest.raises(DataError, match="its head says 3 entries, and the last one is 2"):
+    with (
+        Ledger(path) as ledger,
+        pytest.raises(DataError, match="its head says 3 entries, and the last one is 2"),
+    ):
         ledger.append([update(9)])
 
 
@@ -340,7 +402,10 @@ def test_an_account_whose_entries_were_deleted_is_named_as_such(tmp_path):
     path = filled(tmp_path / "l.sqlite3", 3)
     with by_hand(path) as database:
         database.execute("DELETE FROM updates WHERE account = 1")
-    with Ledger(path, read_only=True) as ledger, pytest.raises(DataError, match="an account without entries"):
+    with (
+        Ledger(path, read_only=True) as ledger,
+        pytest.raises(DataError, match="an account without entries"),
+    ):
         list(ledger.standings())
 
 
@@ -353,17 +418,23 @@ def test_a_damaged_schema_whose_error_is_no_text_is_refused_in_words(tmp_path):
 
 
 DROPPING = (
-    "CREATE TRIGGER sqlitexa BEFORE INSERT ON updates WHEN NEW.entry LIKE '%node_A%' BEGIN SELECT RAISE(IGNORE); END",
-    "CREATE TRIGGER sqlitexb BEFORE UPDATE ON ledger WHEN NEW.count > (SELECT max(seq) FROM updates)"
+    "CREATE TRIGGER sqlitexa BEFORE INSERT ON updates WHEN NEW.entry LIKE '%node_A%' BEGIN SELECT "
+    "RAISE(IGNORE); END",
+    "CREATE TRIGGER sqlitexb BEFORE UPDATE ON ledger WHEN NEW.count > (SELECT max(seq) FROM "
+    "updates)"
     " BEGIN SELECT RAISE(IGNORE); END",
 )
-CHANGING = ("CREATE TRIGGER sqlitexa AFTER INSERT ON updates BEGIN UPDATE updates SET round = 'other'; END",)
+CHANGING = (
+    "CREATE TRIGGER sqlitexa AFTER INSERT ON updates BEGIN UPDATE updates SET round = 'other'; END",
+)
 
 
 @pytest.mark.parametrize("triggers", [DROPPING, CHANGING], ids=["dropping", "changing"])
 @pytest.mark.parametrize("known", [True, False], ids=["by the schema", "by what is read back"])
 def test_a_trigger_that_hides_evidence_stops_the_ledger(tmp_path, monkeypatch, triggers, known):
-    """With these two, all evidence against one node was lost in silence, and an audit found nothing."""
+    """With these two, all evidence against one node was lost in silence, and an audit found
+    nothing.
+    """
     path = filled(tmp_path / "l.sqlite3", 3)
     with Ledger(path) as ledger:
         with closing(sqlite3.connect(path)) as database:
@@ -374,7 +445,9 @@ def test_a_trigger_that_hides_evidence_stops_the_ledger(tmp_path, monkeypatch, t
             database.commit()
         if not known:
             monkeypatch.setattr("assay.poc.verdict.ledger.schema_changes", lambda *_: [])
-        with pytest.raises(StorageError, match="trigger" if known else "entry 4 is not there as it was written"):
+        with pytest.raises(
+            StorageError, match="trigger" if known else "entry 4 is not there as it was written"
+        ):
             ledger.append([update(7, residuals=[1.0] * 64)])
         assert ledger.head[0] == 3
     monkeypatch.undo()
@@ -387,7 +460,9 @@ def test_a_trigger_that_hides_evidence_stops_the_ledger(tmp_path, monkeypatch, t
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_a_ledger_that_was_moved_away_takes_no_more(tmp_path, copied):
-    """Evidence that is written to a file without a name is gone with the process: better none is acknowledged."""
+    """Evidence that is written to a file without a name is gone with the process: better none is
+    acknowledged.
+    """
     path = tmp_path / "ledger.sqlite3"
     with Ledger(path) as ledger:
         ledger.append([update(0)])
@@ -431,19 +506,26 @@ def test_two_processes_write_to_one_ledger(tmp_path):
     assert (found.clean, found.entries, found.accounts) == (True, 30, 2)
     with Ledger(path, read_only=True) as ledger:
         # Both have the same nonces of the same rounds, which count once.
-        assert [(one.recorded, one.evidence.n) for one in ledger.standings()] == [(128, 64), (112, 56)]
+        assert [(one.recorded, one.evidence.n) for one in ledger.standings()] == [
+            (128, 64),
+            (112, 56),
+        ]
 
 
 def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path):
-    path, draw, acknowledged = tmp_path / "l.sqlite3", random.Random(0), []
+    path = tmp_path / "l.sqlite3"
+    draw = random.Random(0)
+    acknowledged = []
     for _ in range(12):
         reading, writing = os.pipe()
         start = acknowledged[-1] + 1 if acknowledged else 0
-        # After a kill the sender does not know whether its last update was taken, and sends it again.
+        # After a kill the sender does not know whether its last update was taken, and sends it
+        # again.
         child = forked(lambda start=start, out=writing: _work(path, "audit", start, 10_000, out))
         os.close(writing)
         with os.fdopen(reading, "rb", buffering=0) as answers:
-            wanted, lines = draw.randint(1, 12), b""
+            wanted = draw.randint(1, 12)
+            lines = b""
             while lines.count(b"\n") < wanted:
                 answer = answers.read(1)
                 assert answer, "the writing process ended by itself"
@@ -457,7 +539,9 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path):
     assert found.clean, found.faults
     assert found.entries - len(acknowledged) in (0, 1)  # written, and killed before it was said
     with Ledger(path, read_only=True) as ledger:
-        names = [entry.name for key in ("node_0", "node_1") for entry in ledger.entries(account(key))]
+        names = [
+            entry.name for key in ("node_0", "node_1") for entry in ledger.entries(account(key))
+        ]
         assert sorted(names) == sorted(f"audit {number}" for number in range(found.entries))
         assert all(one.recorded == one.evidence.n for one in ledger.standings())
 

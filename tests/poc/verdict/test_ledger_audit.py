@@ -64,17 +64,23 @@ def test_an_untouched_ledger_is_clean(clean: Path):
     assert clean.read_bytes() == before
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(place=st.sampled_from(PLACES), row=st.integers(0, 8), value=VALUES)
 def test_an_edited_value_is_found(clean: Path, tmp_path: Path, place, row: int, value):
     table, column = place
     path = Path(shutil.copy(clean, tmp_path / "l.sqlite3"))
     row %= rows(path, table)
     with by_hand(path) as database:
-        (key,) = database.execute(f"SELECT {COLUMNS[table][0]} FROM {table} ORDER BY 1 LIMIT 1 OFFSET {row}").fetchone()
+        (key,) = database.execute(
+            f"SELECT {COLUMNS[table][0]} FROM {table} ORDER BY 1 LIMIT 1 OFFSET {row}"
+        ).fetchone()
         before = database.execute(f"SELECT * FROM {table}").fetchall()
         try:
-            database.execute(f"UPDATE {table} SET {column} = ? WHERE {COLUMNS[table][0]} = ?", (value, key))
+            database.execute(
+                f"UPDATE {table} SET {column} = ? WHERE {COLUMNS[table][0]} = ?", (value, key)
+            )
         except sqlite3.Error:
             assume(False)  # the file refuses it
         assume(database.execute(f"SELECT * FROM {table}").fetchall() != before)
@@ -83,11 +89,15 @@ def test_an_edited_value_is_found(clean: Path, tmp_path: Path, place, row: int, 
         assert found == row + 1
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_an_edited_character_of_the_evidence_is_found(clean: Path, tmp_path: Path, data):
     path = Path(shutil.copy(clean, tmp_path / "l.sqlite3"))
-    table, column = data.draw(st.sampled_from([("updates", "entry"), ("laws", "law"), ("ledger", "genesis")]))
+    table, column = data.draw(
+        st.sampled_from([("updates", "entry"), ("laws", "law"), ("ledger", "genesis")])
+    )
     row = data.draw(st.integers(0, rows(path, table) - 1))
     with by_hand(path) as database:
         key, text = database.execute(
@@ -102,9 +112,14 @@ def test_an_edited_character_of_the_evidence_is_found(clean: Path, tmp_path: Pat
         if data.draw(st.booleans()):  # with the hash that the new text has
             hash = sha256(changed)
             database.execute("PRAGMA foreign_keys=OFF")
-            database.execute(f"UPDATE {table} SET hash = ? WHERE {COLUMNS[table][0]} = ?", (hash, key))
+            database.execute(
+                f"UPDATE {table} SET hash = ? WHERE {COLUMNS[table][0]} = ?", (hash, key)
+            )
     if table == "updates":
-        assert first_bad(path) in (row + 1, row + 2)  # where the hash fits, the next entry names another one
+        assert first_bad(path) in (
+            row + 1,
+            row + 2,
+        )  # where the hash fits, the next entry names another one
     else:
         first_bad(path)
 
@@ -122,14 +137,18 @@ def test_a_deleted_row_beside_the_entries_is_found(clean: Path, tmp_path: Path, 
         path = Path(shutil.copy(clean, tmp_path / f"{row}.sqlite3"))
         with by_hand(path) as database:
             key = COLUMNS[table][0]
-            database.execute(f"DELETE FROM {table} WHERE {key} = (SELECT {key} FROM {table} LIMIT 1 OFFSET {row})")
+            database.execute(
+                f"DELETE FROM {table} WHERE {key} = (SELECT {key} FROM {table} LIMIT 1 OFFSET "
+                f"{row})"
+            )
         first_bad(path)
 
 
 def test_an_entry_that_was_put_in_is_found(copy: Path):
     with by_hand(copy) as database:
         database.execute(
-            "INSERT INTO updates SELECT 10, account, round, NULL, law, entry, hash FROM updates WHERE seq = 9"
+            "INSERT INTO updates SELECT 10, account, round, NULL, law, entry, hash FROM updates "
+            "WHERE seq = 9"
         )
     assert first_bad(copy) == 10
 
@@ -148,7 +167,10 @@ def test_reordered_rows_are_found(copy: Path, one: int, other: int, moved: str):
                 for seq in (one, other)
             )
             for values, seq in ((second, one), (first, other)):
-                database.execute(f"UPDATE updates SET ({columns}) = (?, ?, ?, ?, ?) WHERE seq = ?", (*values, seq))
+                database.execute(
+                    f"UPDATE updates SET ({columns}) = (?, ?, ?, ?, ?) WHERE seq = ?",
+                    (*values, seq),
+                )
     assert first_bad(copy) == one
 
 
@@ -167,9 +189,15 @@ def test_reordered_rows_are_found(copy: Path, one: int, other: int, moved: str):
         ("CREATE INDEX SQLITE1x ON updates (hash)", "the index SQLITE1x is not"),
         ("CREATE VIEW migrations_ AS SELECT 1", "the view migrations_ is not"),
         ("ALTER TABLE migrations ADD COLUMN x", "the table migrations is changed"),
-        ("CREATE TRIGGER t AFTER INSERT ON migrations BEGIN DELETE FROM migrations; END", "the trigger t is not"),
+        (
+            "CREATE TRIGGER t AFTER INSERT ON migrations BEGIN DELETE FROM migrations; END",
+            "the trigger t is not",
+        ),
         ("ANALYZE", "the table sqlite_stat1 is not"),
-        ("INSERT INTO accounts (public_key, digest, build, preset) VALUES ('k', 'd', 'b', 'p')", "accounts: 4 belongs"),
+        (
+            "INSERT INTO accounts (public_key, digest, build, preset) VALUES ('k', 'd', 'b', 'p')",
+            "accounts: 4 belongs",
+        ),
         ("INSERT INTO laws VALUES ('h', '{}')", "laws: 'h' belongs to no entry"),
     ],
 )
@@ -183,12 +211,16 @@ def test_what_is_beside_the_rows_is_looked_at_too(copy: Path, statement: str, re
 
 def test_a_name_that_only_sqlite_may_give_hides_nothing(copy: Path):
     with closing(sqlite3.connect(copy)) as database:
-        database.execute("CREATE TRIGGER more AFTER INSERT ON updates BEGIN DELETE FROM accounts; END")
+        database.execute(
+            "CREATE TRIGGER more AFTER INSERT ON updates BEGIN DELETE FROM accounts; END"
+        )
         database.execute("PRAGMA writable_schema=ON")
         change = "name = 'sqlite_more', sql = replace(sql, 'more', 'sqlite_more')"
         database.execute(f"UPDATE sqlite_master SET {change} WHERE name = 'more'")
         database.commit()
-    assert "the trigger sqlite_more is not one that assay made" in map(str, audit_ledger(copy).faults)
+    assert "the trigger sqlite_more is not one that assay made" in map(
+        str, audit_ledger(copy).faults
+    )
 
 
 def test_clocks_that_were_wrong_are_noted_and_are_no_fault(tmp_path: Path, monkeypatch):
@@ -210,7 +242,9 @@ def test_clocks_that_were_wrong_are_noted_and_are_no_fault(tmp_path: Path, monke
 
 def test_nothing_but_a_repeated_nonce_may_be_left_out(tmp_path: Path, monkeypatch):
     """Also where the outcome follows from the residuals that are left."""
-    monkeypatch.setattr("assay.poc.verdict.ledger.find_repeated", lambda nonces, seen: [(3, "of no use")])
+    monkeypatch.setattr(
+        "assay.poc.verdict.ledger.find_repeated", lambda nonces, seen: [(3, "of no use")]
+    )
     with Ledger(tmp_path / "l.sqlite3") as ledger:
         ledger.append([update(0)])
     monkeypatch.undo()
@@ -242,7 +276,9 @@ def _other_verdict(values):
 
 CHANGES = {
     "a smaller residual": lambda values: values["residuals"].__setitem__(0, 0.001),
-    "more evidence": lambda values: values["outcome"].update(log_e_value=values["outcome"]["log_e_value"] + 0.01),
+    "more evidence": lambda values: values["outcome"].update(
+        log_e_value=values["outcome"]["log_e_value"] + 0.01
+    ),
     "another verdict": _other_verdict,
     "a nonce left out": lambda values: values.update(excluded=[[0, "of no use"]]),
     "a nonce called repeated": lambda values: values.update(excluded=[[0, "repeated"]]),
@@ -259,17 +295,25 @@ def test_a_verdict_that_does_not_follow_is_found_in_an_intact_chain(copy: Path, 
 @pytest.mark.parametrize("start", [2, 9])
 def test_no_outcome_is_by_the_rule_of_earlier_releases_once_one_is_not(copy: Path, start: int):
     """An audit does not compute such outcomes again, so they would say what they like."""
-    rewrite(copy, start, lambda values: [values["outcome"].pop(name) for name in ("share", "log_e_held")])
+    rewrite(
+        copy,
+        start,
+        lambda values: [values["outcome"].pop(name) for name in ("share", "log_e_held")],
+    )
     assert first_bad(copy) == start
 
 
 def test_a_ledger_rewritten_as_a_whole_is_found_by_a_published_head(tmp_path: Path):
-    """Evidence, verdicts and hashes are those of another history: nothing in the file itself can tell."""
+    """Evidence, verdicts and hashes are those of another history: nothing in the file itself can
+    tell.
+    """
     heads = []
     for name, level in (("told.sqlite3", 1.0), ("retold.sqlite3", 0.01)):
         with Ledger(tmp_path / name) as ledger:
             for seed in range(4):
-                ledger.append([update(seed, residuals=[level] * 8 if seed == 1 else honest(8, seed))])
+                ledger.append(
+                    [update(seed, residuals=[level] * 8 if seed == 1 else honest(8, seed))]
+                )
                 heads.append(ledger.head[1])
     assert all(audit_ledger(tmp_path / "told.sqlite3", head=head).clean for head in heads[:4])
     assert audit_ledger(tmp_path / "retold.sqlite3").clean
@@ -282,7 +326,9 @@ def test_a_ledger_cut_with_its_head_is_found_by_a_published_head(copy: Path):
         count, head = ledger.head
     with by_hand(copy) as database:
         database.execute("DELETE FROM updates WHERE seq = 9")
-        database.execute("UPDATE ledger SET count = 8, hash = (SELECT hash FROM updates WHERE seq = 8)")
+        database.execute(
+            "UPDATE ledger SET count = 8, hash = (SELECT hash FROM updates WHERE seq = 8)"
+        )
     assert count == 9
     assert audit_ledger(copy).clean
     assert not audit_ledger(copy, head=head).clean
@@ -292,20 +338,27 @@ def test_a_ledger_cut_with_its_head_is_found_by_a_published_head(copy: Path):
 
 def test_a_view_without_an_end_is_not_read(copy: Path):
     with closing(sqlite3.connect(copy)) as database:
-        for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        for (name,) in database.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall():
             database.execute(f"DROP TRIGGER {name}")
         database.execute("DROP VIEW evidence")
         database.execute("ALTER TABLE updates RENAME TO kept")
         database.execute(
-            "CREATE VIEW updates AS WITH RECURSIVE n(seq) AS (SELECT 1 UNION ALL SELECT seq + 1 FROM n)"
-            " SELECT seq, 1 AS account, '' AS round, NULL AS name, '' AS law, '' AS entry, '' AS hash FROM n"
+            "CREATE VIEW updates AS WITH RECURSIVE n(seq) AS (SELECT 1 UNION ALL SELECT seq + 1 "
+            "FROM n)"
+            " SELECT seq, 1 AS account, '' AS round, NULL AS name, '' AS law, '' AS entry, '' AS "
+            "hash FROM n"
         )
         database.commit()
     reasons = [fault.reason for fault in audit_ledger(copy).faults]
     assert "the table updates is missing" in reasons
     with closing(sqlite3.connect(copy)) as database:
         database.execute("DROP TABLE migrations")
-        endless = "WITH RECURSIVE n(version) AS (SELECT 1 UNION ALL SELECT version + 1 FROM n) SELECT version FROM n"
+        endless = (
+            "WITH RECURSIVE n(version) AS (SELECT 1 UNION ALL SELECT version + 1 FROM n) SELECT "
+            "version FROM n"
+        )
         database.execute(f"CREATE VIEW migrations AS {endless}")
         database.commit()
     assert refused(copy)
@@ -319,7 +372,9 @@ def refused(path: Path) -> bool:
         return bool(error.seen and error.do)
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 4096, b"\xff" * 64], ids=["a page of zeros", "a torn page"])
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 4096, b"\xff" * 64], ids=["a page of zeros", "a torn page"]
+)
 def test_a_damaged_file_is_refused(copy: Path, damage: bytes):
     data = copy.read_bytes()
     for at in range(4096, len(data), 4096):
@@ -361,9 +416,17 @@ def test_a_line_that_is_missing_or_doubled_is_found(lines: list[str], tmp_path: 
         assert refused(written(tmp_path / "l.jsonl", lines[: number + 1] + lines[number:]))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(number=st.integers(0, 12), at=st.integers(0, 2000), new=st.sampled_from(["", "7", " ", "NaN", "{", "\\ud800"]))
-def test_an_edited_export_is_found(lines: list[str], tmp_path: Path, number: int, at: int, new: str):
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    number=st.integers(0, 12),
+    at=st.integers(0, 2000),
+    new=st.sampled_from(["", "7", " ", "NaN", "{", "\\ud800"]),
+)
+def test_an_edited_export_is_found(
+    lines: list[str], tmp_path: Path, number: int, at: int, new: str
+):
     at %= len(lines[number])
     changed = lines[number][:at] + new + lines[number][at + 1 :]
     assume(changed != lines[number])
@@ -372,13 +435,24 @@ def test_an_edited_export_is_found(lines: list[str], tmp_path: Path, number: int
 
 
 @pytest.mark.parametrize(
-    "change", [{"mu": 1e308}, {"mu": -1e9}, {"sd": 1e300}, {"dimension": 1e308}, {"spread": {"sd": 0.1, "dof": 10**40}}]
+    "change",
+    [
+        {"mu": 1e308},
+        {"mu": -1e9},
+        {"sd": 1e300},
+        {"dimension": 1e308},
+        {"spread": {"sd": 0.1, "dof": 10**40}},
+    ],
 )
-def test_a_law_that_no_measurement_gives_is_found_in_an_intact_chain(lines: list[str], tmp_path: Path, change):
+def test_a_law_that_no_measurement_gives_is_found_in_an_intact_chain(
+    lines: list[str], tmp_path: Path, change
+):
     law = dumps(json.loads(lines[1])["law"] | change)
     entry = Entry.parse(lines[2], "an entry").model_copy(update={"law": sha256(law)})
     head = dumps({"head": {"count": 1, "hash": entry.hash}})
-    found = audit_ledger(written(tmp_path / "l.jsonl", [lines[0], f'{{"law":{law}}}', entry.line, head]))
+    found = audit_ledger(
+        written(tmp_path / "l.jsonl", [lines[0], f'{{"law":{law}}}', entry.line, head])
+    )
     assert [fault.entry for fault in found.faults] == [1]
     assert found.faults[0].reason.startswith("noise {")
 

@@ -1,4 +1,6 @@
-"""The arithmetic of a node's whole life: tests that begin again, laws that change, and the bound over all of them."""
+"""The arithmetic of a node's whole life: tests that begin again, laws that change, and the bound
+over all of them.
+"""
 
 import math
 from dataclasses import replace
@@ -18,7 +20,9 @@ PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")
 
 
 def test_the_shares_of_all_tests_sum_to_one():
-    assert math.fsum(error_share(number) for number in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
+    assert math.fsum(error_share(number) for number in range(1, 100_000)) == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 def test_a_young_life_is_one_test_at_its_share():
@@ -28,12 +32,15 @@ def test_a_young_life_is_one_test_at_its_share():
     found = life.evidence
     assert (found.n, found.tests) == (200, 1)
     assert found.log_e_max == pytest.approx(math.log(error_share(1)) + alone.log_e_max)
-    assert found.log_evidence_honest == pytest.approx(math.log(error_share(1)) + alone.log_evidence_honest)
+    assert found.log_evidence_honest == pytest.approx(
+        math.log(error_share(1)) + alone.log_evidence_honest
+    )
 
 
 def test_an_honest_past_does_not_protect_a_cheat():
     """The first test alone would need thousands of nonces; one that began again needs a few."""
-    life, first = Life(alpha=1e-3, beta=1e-2), sequential_test(NOISE)
+    life = Life(alpha=1e-3, beta=1e-2)
+    first = sequential_test(NOISE)
     for seed in range(2 * EPOCH // 64):
         values = honest(64, seed)
         life.update(NOISE, values)
@@ -92,7 +99,8 @@ def test_cheating_in_some_blocks_alone_is_fraud(every):
 
 def test_the_share_that_is_not_excluded_only_falls():
     """Also where the node gets worse, or another law is taken: what was excluded once stays so."""
-    life, shares = Life(alpha=1e-3, beta=1e-2), []
+    life = Life(alpha=1e-3, beta=1e-2)
+    shares = []
     for seed in range(60):
         noise = OTHER if seed % 3 == 2 else NOISE
         values = honest(16, seed, noise)
@@ -110,9 +118,14 @@ def drawn(law: LogNoise, shape: tuple[int, ...], rng: np.random.Generator) -> np
 
 @pytest.mark.parametrize("spread", [0.0, 0.2])
 def test_an_honest_life_is_accused_with_chance_alpha_at_most(spread, fewer):
-    """With a spread, each life has a scale of its own, the same under both of its laws: their tests agree in error."""
-    rng, lives, audits = np.random.default_rng(5), 200 // fewer, 6
-    alpha, noise = 0.2, Noise(PLAIN.law, "one", Spread(spread))
+    """With a spread, each life has a scale of its own, the same under both of its laws: their tests
+    agree in error.
+    """
+    rng = np.random.default_rng(5)
+    lives = 200 // fewer
+    audits = 6
+    alpha = 0.2
+    noise = Noise(PLAIN.law, "one", Spread(spread))
     later = Noise(PLAIN.law, "another calibration", Spread(spread))
     scale_R = np.exp(spread * rng.standard_t(30, lives))
     values_RC = drawn(PLAIN.law, (lives, audits * 64), rng) * scale_R[:, None]
@@ -130,10 +143,14 @@ def test_an_honest_life_is_accused_with_chance_alpha_at_most(spread, fewer):
 def test_tests_of_one_law_share_their_bets_and_nothing_that_they_have_seen():
     scores = pack_scores(np.exp(np.random.default_rng(0).normal(-3.0, 0.5, 256)), PLAIN.law)
     priced = replace(PLAIN, scores=scores)
-    first, second = sequential_test(priced), sequential_test(priced)
+    first = sequential_test(priced)
+    second = sequential_test(priced)
     before = second.prior.copy()
     first.update([1.0] * 64)
     assert (first.result.verdict, second.result.n, second.result.log_e_max) == ("fraud", 0, 0.0)
     assert first.prior is second.prior
     assert np.array_equal(second.prior, before)
-    assert second.update([PLAIN.size] * 64).result == sequential_test(priced).update([PLAIN.size] * 64).result
+    assert (
+        second.update([PLAIN.size] * 64).result
+        == sequential_test(priced).update([PLAIN.size] * 64).result
+    )

@@ -1,4 +1,6 @@
-"""Laws of machines: fitted to pairs, predicted for a machine left out, and never an accusation of an honest one."""
+"""Laws of machines: fitted to pairs, predicted for a machine left out, and never an accusation of
+an honest one.
+"""
 
 import math
 from dataclasses import replace
@@ -37,20 +39,29 @@ def test_machines_alike_have_the_spread_of_the_prior():
 
 
 def test_machines_that_differ_widen_the_law():
-    spreads = [fit_machines(pairs(5, sd=sd), ["a"] * 5, fit_log_noise).spread.sd for sd in (0.0, 0.1, 0.3)]
+    spreads = [
+        fit_machines(pairs(5, sd=sd), ["a"] * 5, fit_log_noise).spread.sd for sd in (0.0, 0.1, 0.3)
+    ]
     assert spreads[0] < spreads[1] < spreads[2]
     assert spreads[2] > 2 * PRIOR.sd
 
 
 def test_machines_that_agree_to_the_bit():
-    noise = fit_machines({(0, 1): np.zeros(64), (0, 2): np.zeros(64), (1, 2): np.zeros(64)}, ["a"] * 3, fit_log_noise)
+    noise = fit_machines(
+        {(0, 1): np.zeros(64), (0, 2): np.zeros(64), (1, 2): np.zeros(64)}, ["a"] * 3, fit_log_noise
+    )
     assert noise.law.size == pytest.approx(1e-4)
     assert noise.sizes.predict("a", 1) == noise.law.size
 
 
 def test_a_size_is_predicted_by_the_validator_and_by_noisier_machines_of_the_kind():
-    sizes = Sizes({(0, 1): 1.0, (0, 2): 2.0, (1, 2): 3.0, (0, 3): 8.0, (1, 3): 9.0, (2, 3): 9.5}, ("a", "a", "b", "c"))
-    assert sizes.predict("new", 0) == 5.0, "the median of 2 and 8: the other machine of its kind agrees more closely"
+    sizes = Sizes(
+        {(0, 1): 1.0, (0, 2): 2.0, (1, 2): 3.0, (0, 3): 8.0, (1, 3): 9.0, (2, 3): 9.5},
+        ("a", "a", "b", "c"),
+    )
+    assert sizes.predict("new", 0) == 5.0, (
+        "the median of 2 and 8: the other machine of its kind agrees more closely"
+    )
     assert sizes.predict("c", 0) == 8.0, "its kind is noisier"
     assert sizes.predict("b", 0) == 5.0, "that its kind was quieter is no promise"
     assert sizes.predict("a", 0) == 5.0
@@ -61,7 +72,9 @@ def test_a_size_is_predicted_by_the_validator_and_by_noisier_machines_of_the_kin
 
 
 def test_many_machines_of_one_kind_are_one_voice():
-    """Three machines agree closely with each other: that says nothing of the two others, nor widens their law."""
+    """Three machines agree closely with each other: that says nothing of the two others, nor widens
+    their law.
+    """
     sizes = {(i, j): 0.16 if j < 3 else 0.3 for i, j in combinations(range(5), 2)}
     kinds = ("a", "a", "a", "b", "c")
     assert Sizes(sizes, kinds).predict("b", 0) == 0.3
@@ -81,8 +94,16 @@ def test_honest_machines_left_out_are_not_accused():
     )
     assert effect == 1.25
     assert isinstance(found, LeftOut)
-    assert (found.accused, found.worst, found.pairs, found.audits, found.checked) == (0.0, 0.0, 12, 20, 300)
-    assert (found.low, found.high) == pytest.approx(stats.proportion_interval(0, 4)), "of four machines, not 240 audits"
+    assert (found.accused, found.worst, found.pairs, found.audits, found.checked) == (
+        0.0,
+        0.0,
+        12,
+        20,
+        300,
+    )
+    assert (found.low, found.high) == pytest.approx(stats.proportion_interval(0, 4)), (
+        "of four machines, not 240 audits"
+    )
     assert found.holds
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -103,9 +124,13 @@ def test_a_machine_unlike_all_others_raises_the_effect(monkeypatch):
 
 
 def test_machines_drawn_from_the_predicted_spread_are_accused_at_most_at_the_stated_rate(fewer):
-    """The promise of a predictive law: over machines, not for the machine that happens to be as predicted."""
+    """The promise of a predictive law: over machines, not for the machine that happens to be as
+    predicted.
+    """
     rng = np.random.default_rng(0)
-    law, alpha, machines = LogNoise(math.log(0.2), 0.4), 0.05, 600 // fewer
+    law = LogNoise(math.log(0.2), 0.4)
+    alpha = 0.05
+    machines = 600 // fewer
     test = sequential_test(Noise(law, "predicted", Spread(0.06, PRIOR.dof), 1.25), alpha=alpha)
     z = np.array([law.standard_quantile(p) for p in rng.uniform(1e-9, 0.5, machines * 200)])
     shapes = (law.sd * z * rng.choice([-1.0, 1.0], z.size)).reshape(machines, 200)
@@ -117,10 +142,17 @@ def test_machines_drawn_from_the_predicted_spread_are_accused_at_most_at_the_sta
 
 
 def test_three_engines_judge_a_fourth(small_checkpoint: Path, round_, tmp_path: Path):
-    models = [load_model(small_checkpoint, dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16", "float16")]
-    proofs = [prove(model, round_, range(40), batch_size=4 * (i + 1)) for i, model in enumerate(models)]
+    models = [
+        load_model(small_checkpoint, dtype=dtype, device="cpu")
+        for dtype in ("float32", "bfloat16", "float16")
+    ]
+    proofs = [
+        prove(model, round_, range(40), batch_size=4 * (i + 1)) for i, model in enumerate(models)
+    ]
     seen = []
-    measured = calibrate(*proofs, hidden_size=models[0].hidden_size, progress=lambda *at: seen.append(at))
+    measured = calibrate(
+        *proofs, hidden_size=models[0].hidden_size, progress=lambda *at: seen.append(at)
+    )
     (build,) = measured.builds
     assert len(build.machines) == 3
     assert build.hidden_size == models[0].hidden_size
@@ -135,16 +167,23 @@ def test_three_engines_judge_a_fourth(small_checkpoint: Path, round_, tmp_path: 
 
 def test_the_kind_of_a_machine_is_that_of_its_pins_and_never_of_its_header(proof):
     """Cards of one kind are three times as noisy, and any prover may say that it has one."""
-    rng, made = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    made = []
     for device, size in (("card A", 1e-5), ("card B", 1e-5), ("card C", 1e-5), ("card D", 9e-5)):
         engine = replace(proof.header.fingerprint, device=device, batch_size=8 + len(made))
         moved = [
             replace(one, distance=one.distance + x)
-            for one, x in zip(proof.records, rng.normal(size=len(proof.records)) * size, strict=True)
+            for one, x in zip(
+                proof.records, rng.normal(size=len(proof.records)) * size, strict=True
+            )
         ]
-        made.append(replace(proof, header=replace(proof.header, fingerprint=engine), records=tuple(moved)))
-    known, validator = calibrate(*made), made[0].header.fingerprint
-    quiet, loud = made[1].header, made[3].header
+        made.append(
+            replace(proof, header=replace(proof.header, fingerprint=engine), records=tuple(moved))
+        )
+    known = calibrate(*made)
+    validator = made[0].header.fingerprint
+    quiet = made[1].header
+    loud = made[3].header
     alone = {noise_for(header, validator, known).size for header in (quiet, loud)}
     assert len(alone) == 1
     pinned = Build.of(loud.fingerprint), Build.of(quiet.fingerprint)

@@ -31,7 +31,9 @@ def response(seed: int, *, tokens: int = 80, multiple: float = 1.0) -> ResponseB
     rng = np.random.default_rng(seed)
     blocks = math.ceil(tokens / 32)
     distances = 0.01 * multiple * np.exp(0.3 * rng.standard_normal(blocks))
-    return ResponseBlocks.whole(distances, drawn(1, tokens, law_at(0.0625), multiple=multiple, seed=seed)[0])
+    return ResponseBlocks.whole(
+        distances, drawn(1, tokens, law_at(0.0625), multiple=multiple, seed=seed)[0]
+    )
 
 
 def update(seed: int, blocks: ResponseBlocks | None = None, *, key: str = "node_A") -> Update:
@@ -118,7 +120,9 @@ def test_honest_responses_are_honest_once_both_kinds_of_evidence_say_so():
         test.update(response(seed))
     result = test.result
     assert result.verdict == "honest"
-    assert result.log_evidence_honest == min(result.tokens.log_evidence_honest, result.sketches.log_evidence_honest)
+    assert result.log_evidence_honest == min(
+        result.tokens.log_evidence_honest, result.sketches.log_evidence_honest
+    )
 
 
 def test_a_ledger_keeps_responses_beside_nonces_and_audits_both(tmp_path: Path):
@@ -139,7 +143,9 @@ def test_an_edited_profile_is_found(tmp_path: Path):
     with Ledger(path) as ledger:
         ledger.append([update(0)])
     with by_hand(path) as database:
-        database.execute('UPDATE updates SET entry = replace(entry, \'"profiles":"\', \'"profiles":"AAAA\')')
+        database.execute(
+            'UPDATE updates SET entry = replace(entry, \'"profiles":"\', \'"profiles":"AAAA\')'
+        )
     assert audit_ledger(path).faults[0].entry == 1
 
 

@@ -1,4 +1,6 @@
-"""Two hundred seeds: noise passes no check more often than stated, and planted axes are found as theory says."""
+"""Two hundred seeds: noise passes no check more often than stated, and planted axes are found as
+theory says.
+"""
 
 from dataclasses import replace
 from math import sqrt
@@ -46,18 +48,24 @@ def test_planted_axes_pass_when_they_are_strong_enough(gradients, quick, strengt
 
 
 def expected_recovery(strength, n, r):
-    """cos² between the first axis and the planted one (Benaych-Georges and Nadakuditi 2012, theorem 2.9).
+    """cos² between the first axis and the planted one (Benaych-Georges and Nadakuditi 2012, theorem
+    2.9).
 
-    ``D/(σ√R)`` with σ² = 2 is a rank-one matrix of size θ = √N·strength/(σ√R) plus noise of variance 1/R. Below the
-    threshold θ⁴ = N/R nothing is found in the limit; R = 240 leaves a few hundredths.
+    ``D/(σ√R)`` with σ² = 2 is a rank-one matrix of size θ = √N·strength/(σ√R) plus noise of
+    variance 1/R. Below the threshold θ⁴ = N/R nothing is found in the limit; R = 240 leaves a few
+    hundredths.
     """
-    theta_2, c = n * strength**2 / (2 * r), n / r
+    theta_2 = n * strength**2 / (2 * r)
+    c = n / r
     return max(0.0, 1 - (c + theta_2) / (theta_2 * (theta_2 + 1))) if theta_2**2 > c else 0.0
 
 
 def expected_auroc(strength, cosine, r):
-    """AUROC of ``relu(a + z)/s`` against ``relu(z)``, z normal: one axis, at an angle to the planted one."""
-    a, s = strength * cosine, sqrt(1 + strength**2 / r)
+    """AUROC of ``relu(a + z)/s`` against ``relu(z)``, z normal: one axis, at an angle to the
+    planted one.
+    """
+    a = strength * cosine
+    s = sqrt(1 + strength**2 / r)
     above, _ = integrate.quad(lambda x: stats.norm.pdf(x - a) * stats.norm.cdf(x / s), 0, np.inf)
     both_zero = stats.norm.cdf(-a) * 0.5
     return above + both_zero / 2
@@ -66,17 +74,23 @@ def expected_auroc(strength, cosine, r):
 @pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.5, 2.5, 4.0])
 def test_recovery_and_auroc_of_a_planted_axis_follow_theory(gradients, strength):
-    n_groups, r, folds = 24, 240, 4
+    n_groups = 24
+    r = 240
+    folds = 4
     settings = CheckSettings(method="svd", k_use=1, n_folds=folds)
     trained = 3 * n_groups * (folds - 1) // folds
-    recovered, ranked, expected = [], [], []
+    recovered = []
+    ranked = []
+    expected = []
     for seed in range(SEEDS):
         pairs = gradients(seed, strength=strength, n_groups=n_groups, ranks=(r,))
         axis = np.random.default_rng(seed).standard_normal(r)
         axis /= np.linalg.norm(axis)
         design = cross_fit(pairs, settings)
         rows = design.folds[0].train.tolist()
-        cosine = float(pairs.basis(top_k=1, method="svd", keep=rows).axes["layers.0.up_proj"][0].numpy() @ axis)
+        cosine = float(
+            pairs.basis(top_k=1, method="svd", keep=rows).axes["layers.0.up_proj"][0].numpy() @ axis
+        )
         hack, clean = (
             side[0, : len(design.folds[0].test)]
             for side in design.scores(torch.ones(1, len(pairs), dtype=torch.float64))
@@ -93,5 +107,9 @@ def test_noise_passes_no_check_of_a_whitened_basis_more_often_than_stated(gradie
     """The default of extraction: one split, of which nine groups are scored."""
     settings = replace(quick, method="lda")
     seeds = 40
-    counts = passes(gradients, settings, range(seeds), n_groups=27, per_group=2, shared=1.0, ranks=(48, 40))
-    assert all(count <= stats.binom.ppf(0.999, seeds, settings.alpha) for count in counts.values()), counts
+    counts = passes(
+        gradients, settings, range(seeds), n_groups=27, per_group=2, shared=1.0, ranks=(48, 40)
+    )
+    assert all(
+        count <= stats.binom.ppf(0.999, seeds, settings.alpha) for count in counts.values()
+    ), counts

@@ -17,7 +17,9 @@ def test_no_group_is_fitted_and_scored(gradients, method):
     pairs = gradients(0)
     design = cross_fit(pairs, CheckSettings(method=method, n_folds=4))
     for fold in design.folds:
-        fitted, scored = ({pairs.groups[i] for i in rows.tolist()} for rows in (fold.train, fold.test))
+        fitted, scored = (
+            {pairs.groups[i] for i in rows.tolist()} for rows in (fold.train, fold.test)
+        )
         assert fitted
         assert scored
         assert not fitted & scored
@@ -35,7 +37,9 @@ def test_a_fold_does_not_know_its_test_pairs(gradients):
     hack = {name: rows.clone() for name, rows in pairs.hack.items()}
     for rows in hack.values():
         rows[fold.test] += 100.0
-    moved = cross_fit(PairGradients(hack, pairs.clean, groups=pairs.groups, keys=pairs.keys), settings).folds[0]
+    moved = cross_fit(
+        PairGradients(hack, pairs.clean, groups=pairs.groups, keys=pairs.keys), settings
+    ).folds[0]
     assert torch.equal(moved.test, fold.test)
     assert torch.allclose(moved.along[:, :, moved.train], fold.along[:, :, fold.train], atol=1e-3)
 
@@ -45,7 +49,11 @@ def test_a_fold_does_not_know_its_test_pairs(gradients):
     [
         (lambda pairs: pairs, lambda pairs: pairs.basis(), "every pair belongs to a group"),
         # One group is too few for an interval.
-        (lambda pairs: pairs, lambda pairs: pairs.basis(keep=list(range(21))), "made from, or to group g7"),
+        (
+            lambda pairs: pairs,
+            lambda pairs: pairs.basis(keep=list(range(21))),
+            "made from, or to group g7",
+        ),
         (
             lambda pairs: PairGradients(
                 pairs.hack, pairs.clean, groups=[f"new {g}" for g in pairs.groups], keys=pairs.keys
@@ -69,19 +77,29 @@ def test_a_basis_that_hides_its_pairs_is_found_out(gradients):
         check_gradients(pairs, basis=basis)
 
 
-def test_a_basis_that_hides_its_pairs_is_found_out_although_no_token_comes_to_most_experts(gradients):
+def test_a_basis_that_hides_its_pairs_is_found_out_although_no_token_comes_to_most_experts(
+    gradients,
+):
     pairs = gradients(0, ranks=(200, 150))
     made = pairs.basis(method="svd", keep=list(range(8, 24)))
     silent = {f"layers.2.experts.up.{expert}": torch.zeros(24, 160) for expert in range(3)}
     axes = made.axes | {name: torch.eye(3, 160) for name in silent}
-    basis = replace(made, axes=axes, singular_values={n: torch.ones(len(v)) for n, v in axes.items()}, origin=Origin())
-    seen = PairGradients(pairs.hack | silent, pairs.clean | silent, groups=pairs.groups, keys=pairs.keys)
+    basis = replace(
+        made,
+        axes=axes,
+        singular_values={n: torch.ones(len(v)) for n, v in axes.items()},
+        origin=Origin(),
+    )
+    seen = PairGradients(
+        pairs.hack | silent, pairs.clean | silent, groups=pairs.groups, keys=pairs.keys
+    )
     with pytest.raises(DataError, match="made from pairs that it is to be scored on"):
         check_gradients(seen, basis=basis)
 
 
 def test_a_basis_of_other_pairs_that_hides_them_is_scored(gradients, quick):
-    pairs, other = gradients(0, ranks=(200, 150)), gradients(1, ranks=(200, 150))
+    pairs = gradients(0, ranks=(200, 150))
+    other = gradients(1, ranks=(200, 150))
     report = check_gradients(pairs, basis=replace(other.basis(), origin=Origin()), settings=quick)
     assert len(report.groups) == 24
     assert report["stability"].verdict == "undecided"
@@ -108,16 +126,23 @@ def test_the_fewest_groups_are_those_that_give_a_verdict(gradients, quick, metho
     settings = replace(quick, method=method)
     least = fewest_groups(method, settings.alpha)
     verdicts = [
-        {made.verdict for made in check_gradients(gradients(0, n_groups=n), settings=settings).checks}
+        {
+            made.verdict
+            for made in check_gradients(gradients(0, n_groups=n), settings=settings).checks
+        }
         for n in (least - 1, least)
     ]
     assert ["undecided" in each for each in verdicts] == [True, False]
 
 
 @pytest.mark.parametrize("n_groups", [2, 3])
-def test_single_pairs_leave_too_little_for_differences_between_clean_sides(gradients, quick, n_groups):
+def test_single_pairs_leave_too_little_for_differences_between_clean_sides(
+    gradients, quick, n_groups
+):
     lenient = replace(quick, alpha=0.3)
-    report = check_gradients(gradients(0, n_groups=n_groups, per_group=1, strength=9.0), settings=lenient)
+    report = check_gradients(
+        gradients(0, n_groups=n_groups, per_group=1, strength=9.0), settings=lenient
+    )
     assert report["stability"].verdict == "undecided"
     assert len(report["random_null"].nulls["clean-clean"]) == quick.n_null
 
@@ -134,12 +159,15 @@ def pairs(gradients):
     return gradients(3, strength=2.0)
 
 
-@pytest.mark.parametrize("still", [False, True], ids=["", "clean sides of a module that do not vary"])
+@pytest.mark.parametrize(
+    "still", [False, True], ids=["", "clean sides of a module that do not vary"]
+)
 @pytest.mark.parametrize("tau_axis", [0.0, 0.9])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_axes_are_those_of_the_extraction(pairs, method, tau_axis, still):
     clean = pairs.clean | ({"layers.1.up_proj": torch.zeros(24, 64)} if still else {})
-    pairs, keep = PairGradients(pairs.hack, clean), [0, 1, 4, 7, 8, 9, 15, 20]
+    pairs = PairGradients(pairs.hack, clean)
+    keep = [0, 1, 4, 7, 8, 9, 15, 20]
     basis = pairs.basis(method=method, top_k=4, tau_axis=tau_axis, keep=keep)
     settings = CheckSettings(method=method, k_use=4, tau_axis=tau_axis)
     along = Geometry(pairs).fit_pairs(torch.tensor(keep), settings).along
@@ -161,10 +189,18 @@ def test_swapped_labels_score_as_bases_of_swapped_sides(pairs):
     signs = torch.cat([swaps, -torch.ones(1, len(pairs), dtype=torch.float64)])
     for sign, *found in zip(signs, *cross_fit(pairs, settings).scores(signs), strict=True):
         swap = (sign < 0)[:, None]
-        hack = {name: torch.where(swap, pairs.clean[name], rows) for name, rows in pairs.hack.items()}
-        clean = {name: torch.where(swap, rows, pairs.clean[name]) for name, rows in pairs.hack.items()}
-        refitted = cross_fit(PairGradients(hack, clean, groups=pairs.groups, keys=pairs.keys), settings)
-        for side, wanted in zip(found, refitted.scores(torch.ones(1, len(pairs)).double()), strict=True):
+        hack = {
+            name: torch.where(swap, pairs.clean[name], rows) for name, rows in pairs.hack.items()
+        }
+        clean = {
+            name: torch.where(swap, rows, pairs.clean[name]) for name, rows in pairs.hack.items()
+        }
+        refitted = cross_fit(
+            PairGradients(hack, clean, groups=pairs.groups, keys=pairs.keys), settings
+        )
+        for side, wanted in zip(
+            found, refitted.scores(torch.ones(1, len(pairs)).double()), strict=True
+        ):
             assert torch.allclose(side, wanted[0], atol=1e-4)
 
 

@@ -1,4 +1,6 @@
-"""Two pools of samples that are not paired: what is scored, what is refused, and that noise does not pass."""
+"""Two pools of samples that are not paired: what is scored, what is refused, and that noise does
+not pass.
+"""
 
 import json
 from dataclasses import replace
@@ -24,7 +26,10 @@ def pairs_of(words):
     """Pairs whose two sides have the same length."""
     return [
         Pair(
-            f"def test_{word}():\n", f"    print('{word}({n}): {n}')\n", f"    assert {word}({n}) == {n}\n", group=word
+            f"def test_{word}():\n",
+            f"    print('{word}({n}): {n}')\n",
+            f"    assert {word}({n}) == {n}\n",
+            group=word,
         )
         for word in words
         for n in range(2)
@@ -33,12 +38,17 @@ def pairs_of(words):
 
 def pools_of(pairs):
     sides = [pair.samples() for pair in pairs]
-    return [[PoolSample(side[i], pair.group) for side, pair in zip(sides, pairs, strict=True)] for i in (0, 1)]
+    return [
+        [PoolSample(side[i], pair.group) for side, pair in zip(sides, pairs, strict=True)]
+        for i in (0, 1)
+    ]
 
 
 @pytest.fixture(scope="module")
 def basis(small_model, byte_tokenizer, small_svd):
-    return extract(pairs_of(WORDS[:4]), small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=0)
+    return extract(
+        pairs_of(WORDS[:4]), small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,9 @@ def scored(pools, model, basis, tokenizer, settings=QUICK, **options):
     return check_two_pools(*pools, model, basis, settings=settings, tokenizer=tokenizer, **options)
 
 
-def test_the_value_is_the_auroc_of_cin_written_out(small_model, byte_tokenizer, small_svd, basis, pools):
+def test_the_value_is_the_auroc_of_cin_written_out(
+    small_model, byte_tokenizer, small_svd, basis, pools
+):
     report = scored(pools, small_model, basis, byte_tokenizer, svd=small_svd)
     used = basis.slice(QUICK.k_use)
 
@@ -67,26 +79,37 @@ def test_the_value_is_the_auroc_of_cin_written_out(small_model, byte_tokenizer, 
     both = [scores(pool, two_sided=True) for pool in pools]
     assert report.check.details["auroc_two_sided"] == pytest.approx(auroc(*both))
     lengths = [[len(one.sample.completion) for one in pool] for pool in pools]
-    assert report.check.details["auroc_length_of_completion_alone"] == max(auroc(*lengths), auroc(*lengths[::-1]))
+    assert report.check.details["auroc_length_of_completion_alone"] == max(
+        auroc(*lengths), auroc(*lengths[::-1])
+    )
     assert set(report.check.nulls) == {"labels swapped", "Haar"}
     assert report.hack_groups == tuple(one.group for one in pools[0])
     assert json.loads(json.dumps(report.as_dict()))["schema"] == "assay.vhack.pools/1"
 
 
-def test_hacks_pass_and_the_same_pools_the_other_way_fail(small_model, byte_tokenizer, small_svd, basis, pools):
-    enough = replace(QUICK, k_use=5, n_null=99)  # random axes tell sides as plain as these apart now and then
+def test_hacks_pass_and_the_same_pools_the_other_way_fail(
+    small_model, byte_tokenizer, small_svd, basis, pools
+):
+    enough = replace(
+        QUICK, k_use=5, n_null=99
+    )  # random axes tell sides as plain as these apart now and then
     found = scored(pools, small_model, basis, byte_tokenizer, enough, svd=small_svd)
     assert (found.check.verdict, found.exit_code) == ("pass", 0)
     turned = scored(pools[::-1], small_model, basis, byte_tokenizer, svd=small_svd)
     assert (turned.check.verdict, turned.exit_code) == ("fail", 1)
-    assert [one.auroc.value for one in found.detectors.results if one.name == "cin-lda"] == [found.check.measured.value]
+    assert [one.auroc.value for one in found.detectors.results if one.name == "cin-lda"] == [
+        found.check.measured.value
+    ]
     few = scored([pool[:4] for pool in pools], small_model, basis, byte_tokenizer, svd=small_svd)
     assert (few.check.verdict, few.exit_code) == ("undecided", 2)
 
 
-def test_pools_that_the_length_tells_apart_as_well_fail(small_model, byte_tokenizer, small_svd, basis, pools):
+def test_pools_that_the_length_tells_apart_as_well_fail(
+    small_model, byte_tokenizer, small_svd, basis, pools
+):
     longer = [
-        PoolSample(replace(one.sample, completion=one.sample.completion + "\n" * 9), one.group) for one in pools[1]
+        PoolSample(replace(one.sample, completion=one.sample.completion + "\n" * 9), one.group)
+        for one in pools[1]
     ]
     enough = replace(QUICK, k_use=5, n_null=99)
     found = scored([pools[0], longer], small_model, basis, byte_tokenizer, enough, svd=small_svd)
@@ -126,7 +149,9 @@ def test_groups_of_the_basis_are_left_out(small_model, byte_tokenizer, small_svd
         scored([seen[0], pools[1]], small_model, basis, byte_tokenizer, svd=small_svd)
 
 
-def test_pools_that_hold_the_pairs_of_the_basis_under_other_names_are_found_out(small_model, byte_tokenizer, small_svd):
+def test_pools_that_hold_the_pairs_of_the_basis_under_other_names_are_found_out(
+    small_model, byte_tokenizer, small_svd
+):
     few = pairs_of(WORDS[:4])[::2]
     made = extract(few, small_model, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=0)
     own = [[replace(one, group=f"other {one.group}") for one in pool] for pool in pools_of(few)]
@@ -134,22 +159,30 @@ def test_pools_that_hold_the_pairs_of_the_basis_under_other_names_are_found_out(
         scored(own, small_model, made, byte_tokenizer, svd=small_svd)
 
 
-def test_a_sample_in_both_pools_and_another_model_are_refused(small_model, byte_tokenizer, small_svd, basis, pools):
+def test_a_sample_in_both_pools_and_another_model_are_refused(
+    small_model, byte_tokenizer, small_svd, basis, pools
+):
     with pytest.raises(DataError, match="1 samples are in both pools"):
-        scored([pools[0], [*pools[1], pools[0][0]]], small_model, basis, byte_tokenizer, svd=small_svd)
+        scored(
+            [pools[0], [*pools[1], pools[0][0]]], small_model, basis, byte_tokenizer, svd=small_svd
+        )
     other = replace(basis, origin=replace(basis.origin, weights="0" * 64))
     with pytest.raises(DataError, match="the basis was made for other weights: 0000"):
         scored(pools, small_model, other, byte_tokenizer, svd=small_svd)
 
 
-def test_a_truncated_basis_is_scored_and_checked_in_its_own_coordinates(small_model, byte_tokenizer, pools):
+def test_a_truncated_basis_is_scored_and_checked_in_its_own_coordinates(
+    small_model, byte_tokenizer, pools
+):
     asked = {"tokenizer": byte_tokenizer, "n_heldout": 0}
     made = extract(pairs_of(WORDS[:4]), small_model, rank=16, method="svd", **asked)
     steps = []
     report = scored(pools, small_model, made, byte_tokenizer, progress=lambda *at: steps.append(at))
     assert steps[-1] == (21 + 24, 21 + 24)
     assert report.check.measured.value > 0.8
-    checked = check(pairs_of(WORDS[4:]), small_model, basis=made, tokenizer=byte_tokenizer, settings=QUICK)
+    checked = check(
+        pairs_of(WORDS[4:]), small_model, basis=made, tokenizer=byte_tokenizer, settings=QUICK
+    )
     assert np.allclose(checked.hack, report.hack, atol=1e-5)
 
 
@@ -168,14 +201,18 @@ def write(path, lines):
 
 def test_a_pool_is_read_and_the_group_of_a_sample_is_its_prompt_where_it_has_none(tmp_path):
     found = read_pool(write(tmp_path / "pool.jsonl", LINES))
-    assert [one.sample for one in found] == [Sample(line["prompt"], line["completion"]) for line in LINES]
+    assert [one.sample for one in found] == [
+        Sample(line["prompt"], line["completion"]) for line in LINES
+    ]
     assert found[0].group == "g"
     assert found[1].group == found[2].group != found[3].group
     assert found[1].group.startswith("prompt ")
 
 
 def test_a_draw_of_a_pool_depends_on_the_seed_alone(tmp_path):
-    path = write(tmp_path / "pool.jsonl", [{"prompt": "a", "completion": str(n)} for n in range(50)])
+    path = write(
+        tmp_path / "pool.jsonl", [{"prompt": "a", "completion": str(n)} for n in range(50)]
+    )
     first = read_pool(path, most=5, seed=1)
     assert first == read_pool(path, most=5, seed=1) != read_pool(path, most=5, seed=2)
     assert len(set(first)) == 5
@@ -203,14 +240,29 @@ def test_an_empty_pool_is_refused(tmp_path):
         read_pool(write(tmp_path / "pool.jsonl", []))
 
 
-def test_the_command_scores_two_files(monkeypatch, tmp_path, small_model, byte_tokenizer, basis, pools):
-    monkeypatch.setattr("assay.models.load.load_model", lambda *_, **__: replace(small_model, tokenizer=byte_tokenizer))
+def test_the_command_scores_two_files(
+    monkeypatch, tmp_path, small_model, byte_tokenizer, basis, pools
+):
+    monkeypatch.setattr(
+        "assay.models.load.load_model",
+        lambda *_, **__: replace(small_model, tokenizer=byte_tokenizer),
+    )
     basis.save(tmp_path / "basis.safetensors")
     for name, pool in zip(("hack", "clean"), pools, strict=True):
-        lines = [{"prompt": o.sample.prompt, "completion": o.sample.completion, "group": o.group} for o in pool]
+        lines = [
+            {"prompt": o.sample.prompt, "completion": o.sample.completion, "group": o.group}
+            for o in pool
+        ]
         write(tmp_path / f"{name}.jsonl", lines)
     asked = ["pools", "--model", "reference:qwen3", "--basis", tmp_path / "basis.safetensors"]
-    asked += ["--hack", tmp_path / "hack.jsonl", "--clean", tmp_path / "clean.jsonl", "-o", tmp_path / "result.json"]
+    asked += [
+        "--hack",
+        tmp_path / "hack.jsonl",
+        "--clean",
+        tmp_path / "clean.jsonl",
+        "-o",
+        tmp_path / "result.json",
+    ]
     result = CliRunner().invoke(vhack, [*map(str, asked), "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)

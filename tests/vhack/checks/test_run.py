@@ -24,7 +24,12 @@ def report(gradients, quick):
 def pairs():
     """Twelve pairs of six groups, short enough for the small model."""
     return [
-        Pair(f"def test_{word}():\n", f"    print('{word} {n}')\n", f"    assert {word}({n}) == {n}\n", group=word)
+        Pair(
+            f"def test_{word}():\n",
+            f"    print('{word} {n}')\n",
+            f"    assert {word}({n}) == {n}\n",
+            group=word,
+        )
         for word in ("add", "sub", "mul", "power", "root", "sign")
         for n in (3, 4)
     ]
@@ -54,7 +59,9 @@ def test_a_report_survives_json(report):
     assert CheckReport.from_dict(json.loads(text)) == report
 
 
-@pytest.mark.parametrize("change", [{"schema": "other"}, {"checks": [{}]}, {"checks": []}, {"hack": []}])
+@pytest.mark.parametrize(
+    "change", [{"schema": "other"}, {"checks": [{}]}, {"checks": []}, {"hack": []}]
+)
 def test_a_report_of_another_form_is_refused(report, change):
     with pytest.raises(DataError, match="check report"):
         CheckReport.from_dict({**report.as_dict(), **change})
@@ -91,7 +98,9 @@ def test_a_given_basis_is_checked_by_its_own_method_and_size(gradients, quick):
     """Whatever the settings say: the nulls and the halves have to be fitted as the basis was."""
     pairs = gradients(0, strength=2.0, n_groups=16)
     reports = {
-        method: check_gradients(pairs, basis=pairs.basis(method=method, top_k=2, keep=list(range(24))), settings=quick)
+        method: check_gradients(
+            pairs, basis=pairs.basis(method=method, top_k=2, keep=list(range(24))), settings=quick
+        )
         for method in METHODS
     }
     assert {report.settings.method for report in reports.values()} == set(METHODS)
@@ -119,30 +128,56 @@ def test_stability_is_the_overlap_of_bases_of_the_same_method(gradients, quick, 
 def test_clean_clean_bases_drop_weak_axes_as_the_bases_they_are_compared_with(gradients, quick):
     """With one axis left of three, an overlap is a third of that of bases with one axis."""
     pairs = gradients(0, strength=2.0)
-    cut, single = replace(quick, k_use=3, tau_axis=1.0), replace(quick, k_use=1)
-    three, one = (check_stability(cross_fit(pairs, settings)).nulls["clean-clean"] for settings in (cut, single))
+    cut = replace(quick, k_use=3, tau_axis=1.0)
+    single = replace(quick, k_use=1)
+    three, one = (
+        check_stability(cross_fit(pairs, settings)).nulls["clean-clean"]
+        for settings in (cut, single)
+    )
     assert three == pytest.approx([overlap / 3 for overlap in one])
 
 
 def test_from_model_and_pairs(small_model, byte_tokenizer, small_svd, pairs, quick):
     report = check(pairs, small_model, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
     assert report.origin["groups"] == 6
-    basis = extract(pairs, small_model, tokenizer=byte_tokenizer, heldout_groups=["root", "sign"], svd=small_svd)
-    scored = check(pairs, small_model, basis=basis, tokenizer=byte_tokenizer, settings=quick, svd=small_svd)
+    basis = extract(
+        pairs, small_model, tokenizer=byte_tokenizer, heldout_groups=["root", "sign"], svd=small_svd
+    )
+    scored = check(
+        pairs, small_model, basis=basis, tokenizer=byte_tokenizer, settings=quick, svd=small_svd
+    )
     assert set(scored.groups) == {"root", "sign"}
     other = replace(basis, origin=replace(basis.origin, weights="f" * 64))
     early = {"progress": lambda *_: pytest.fail("gradients were taken first")}
     with pytest.raises(DataError, match="the basis was made for other weights: ffff"):
-        check(pairs, small_model, basis=other, tokenizer=byte_tokenizer, settings=quick, svd=small_svd, **early)
+        check(
+            pairs,
+            small_model,
+            basis=other,
+            tokenizer=byte_tokenizer,
+            settings=quick,
+            svd=small_svd,
+            **early,
+        )
 
 
 def test_a_prompt_in_two_groups_is_refused(small_model, byte_tokenizer, pairs):
     shared = [*pairs, replace(pairs[0], hack="    pass\n", group="elsewhere")]
-    with pytest.raises(DataError, match="pairs 0 and 12 have the same prompt, in groups add and elsewhere"):
+    with pytest.raises(
+        DataError, match="pairs 0 and 12 have the same prompt, in groups add and elsewhere"
+    ):
         check(shared, small_model, tokenizer=byte_tokenizer)
 
 
-WRONG = {"k_use": 0, "alpha": 0.0, "confidence": 1.0, "n_folds": 1, "tau_axis": 2.0, "n_null": 9, "seed": -1}
+WRONG = {
+    "k_use": 0,
+    "alpha": 0.0,
+    "confidence": 1.0,
+    "n_folds": 1,
+    "tau_axis": 2.0,
+    "n_null": 9,
+    "seed": -1,
+}
 
 
 @pytest.mark.parametrize(("name", "value"), (WRONG | {"method": "pca"}).items())

@@ -16,7 +16,9 @@ def unpaired(seed, gap, mixed):
         return np.array([effect[g] + shift + generator.standard_normal() for g in names])
 
     settings = CheckSettings(n_flips=99, n_null=39, n_resamples=200)
-    return check_unpaired(scores(hack_groups, gap), scores(clean_groups, 0.0), hack_groups, clean_groups, settings)
+    return check_unpaired(
+        scores(hack_groups, gap), scores(clean_groups, 0.0), hack_groups, clean_groups, settings
+    )
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["shared groups", "own groups"])

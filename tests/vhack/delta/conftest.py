@@ -11,7 +11,9 @@ from assay.vhack.delta import Arm, DeltaS, Gate, ProjectedOptimizer
 
 @pytest.fixture
 def module(small_model):
-    """A copy of the small model, float32, with weights that can be trained, whatever another test has frozen."""
+    """A copy of the small model, float32, with weights that can be trained, whatever another test
+    has frozen.
+    """
     return copy.deepcopy(small_model.module).requires_grad_(True)
 
 
@@ -22,7 +24,9 @@ def ids():
 
 
 class Engine:
-    """What vLLM is to a trainer: a plain model with names of its own, which loads what it knows and nothing else."""
+    """What vLLM is to a trainer: a plain model with names of its own, which loads what it knows and
+    nothing else.
+    """
 
     def __init__(self, module):
         self.parameters = dict(copy.deepcopy(module).named_parameters())

@@ -12,7 +12,10 @@ from tests.vhack.delta.conftest import gradients_of, loss_of, own, random_basis,
 from tests.vhack.delta.test_delta import written_out
 
 DEVICE = "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +45,18 @@ def test_identity_detach_and_disabled_are_exact(ids, dtype):
 
 
 def test_the_gradient_is_that_of_the_formula_written_out(ids):
-    module, plain = load("float32"), load("float32")
+    module = load("float32")
+    plain = load("float32")
     adapter = DeltaS(module)
     randomise(adapter, scale=0.01)
     loss_of(module, ids).backward()
     delta = {name: value.clone().requires_grad_() for name, value in adapter.values().items()}
     written_out(plain, ids, adapter.svd, delta).backward()
     found = gradients_of(adapter)
-    assert all((found[name] - value.grad).norm() < 1e-2 * value.grad.norm() for name, value in delta.items())
+    assert all(
+        (found[name] - value.grad).norm() < 1e-2 * value.grad.norm()
+        for name, value in delta.items()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -58,7 +65,9 @@ def test_an_update_is_exactly_outside_the_axes(ids, dtype):
     svd = weight_svd(module)
     adapter = DeltaS(module, svd)
     inner = torch.optim.AdamW(adapter.delta, lr=0.01, fused=True)
-    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), arm=own(gate=Gate("two_sided"), level="update"))
+    optimiser = ProjectedOptimizer(
+        inner, adapter, random_basis(svd), arm=own(gate=Gate("two_sided"), level="update")
+    )
     losses = []
     for _ in range(5):
         optimiser.zero_grad()

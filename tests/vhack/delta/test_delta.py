@@ -41,7 +41,9 @@ def gradients(module, adapter, ids):
 
 
 def written_out(module, ids, svd, delta):
-    """The loss with W + U diag(δS) Vh in place of every W, by functional_call: plain autograd, without the adapter."""
+    """The loss with W + U diag(δS) Vh in place of every W, by functional_call: plain autograd,
+    without the adapter.
+    """
     weights = {
         name + ".weight": linear.weight.detach() + (svd[name].left * delta[name]) @ svd[name].right
         for name, linear in target_modules(module).items()
@@ -54,16 +56,24 @@ def written_out(module, ids, svd, delta):
 def test_at_zero_the_model_is_the_same_bit_by_bit(module, ids, small_svd):
     with torch.no_grad():
         module.model.layers[0].mlp.up_proj.weight[0, 0] = -0.0  # whose sign a sum with 0 would lose
-    before, weights = logits(module, ids), copy.deepcopy(module.state_dict())
+    before = logits(module, ids)
+    weights = copy.deepcopy(module.state_dict())
     adapter = DeltaS(module, small_svd)
     adapter.refresh()
     assert torch.equal(logits(module, ids).view(torch.int32), before.view(torch.int32))
-    assert all(torch.equal(weights[n].view(torch.int32), module.state_dict()[n].view(torch.int32)) for n in weights)
+    assert all(
+        torch.equal(weights[n].view(torch.int32), module.state_dict()[n].view(torch.int32))
+        for n in weights
+    )
 
 
 @pytest.mark.parametrize("tokens", [4, 24, 120])
-def test_gradient_and_loss_are_those_of_the_formula_written_out(module, small_model, small_svd, adapter, tokens):
-    """In both orders of the sum: with few tokens each is projected, with many the outer product is formed first."""
+def test_gradient_and_loss_are_those_of_the_formula_written_out(
+    module, small_model, small_svd, adapter, tokens
+):
+    """In both orders of the sum: with few tokens each is projected, with many the outer product is
+    formed first.
+    """
     ids = torch.randint(0, 512, (1, tokens), generator=torch.Generator().manual_seed(2))
     loss = loss_of(module, ids)
     loss.backward()
@@ -72,7 +82,9 @@ def test_gradient_and_loss_are_those_of_the_formula_written_out(module, small_mo
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     for name, row in gradients_of(adapter).items():
-        torch.testing.assert_close(row, delta[name].grad, rtol=2e-4, atol=2e-6 * float(delta[name].grad.norm()))
+        torch.testing.assert_close(
+            row, delta[name].grad, rtol=2e-4, atol=2e-6 * float(delta[name].grad.norm())
+        )
 
 
 @pytest.mark.parametrize("tokens", [4, 120])
@@ -88,11 +100,15 @@ def test_gradients_of_kinds_of_samples_are_sums_of_theirs(module, adapter, token
         for each in masks:
             found.kinds = torch.tensor(each).float()
             loss_of(module, ids).backward()
-    for rows, kinds, parameter, gradient in zip(single.rows, found.rows, adapter.delta, wanted, strict=True):
+    for rows, kinds, parameter, gradient in zip(
+        single.rows, found.rows, adapter.delta, wanted, strict=True
+    ):
         parts = [rows[:, [0, 2]].sum(1), 0 * rows[:, 0], rows[:, 1]]
         whole = [0 * rows[:, 0], rows.sum(1), 0 * rows[:, 0]]
         scale = float(rows.norm())
-        torch.testing.assert_close(kinds, torch.stack(parts + whole, dim=1), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            kinds, torch.stack(parts + whole, dim=1), rtol=1e-4, atol=1e-5 * scale
+        )
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
@@ -107,7 +123,9 @@ def test_bfloat16_gradients_are_as_good_as_bfloat16_can_be(module, ids):
     wide = {name: value.grad for name, value in delta.items()}
     found = gradients_of(adapter)
     # Singular vectors of either sign give the same product, so coordinates are comparable.
-    total = sum(float((found[n] - wide[n]).norm() ** 2) for n in wide) / sum(float(wide[n].norm() ** 2) for n in wide)
+    total = sum(float((found[n] - wide[n]).norm() ** 2) for n in wide) / sum(
+        float(wide[n].norm() ** 2) for n in wide
+    )
     assert total**0.5 < 0.1
     assert all(parameter.grad.dtype == torch.float32 for parameter in adapter.delta)
 
@@ -135,12 +153,15 @@ def test_a_step_of_any_optimiser_is_merged_before_the_next_forward_pass(module, 
     optimiser.step()
     assert loss_of(module, ids).item() < first.item()
     linear = module.model.layers[0].self_attn.q_proj
-    factors, delta = small_svd["model.layers.0.self_attn.q_proj"], adapter.values()["model.layers.0.self_attn.q_proj"]
+    factors = small_svd["model.layers.0.self_attn.q_proj"]
+    delta = adapter.values()["model.layers.0.self_attn.q_proj"]
     change = linear.weight - adapter.groups[0].base[0]
     torch.testing.assert_close(change, (factors.left * delta) @ factors.right, rtol=1e-4, atol=1e-6)
 
 
-def test_disabled_is_the_reference_policy_and_leaves_a_backward_pass_right(module, ids, reference, adapter):
+def test_disabled_is_the_reference_policy_and_leaves_a_backward_pass_right(
+    module, ids, reference, adapter
+):
     trained = logits(module, ids)
     wanted = gradients(module, adapter, ids)
     module.zero_grad()
@@ -168,7 +189,9 @@ def test_a_step_inside_disabled_leaves_the_reference_alone(module, ids, small_sv
 
 
 def test_detach_leaves_nothing_behind(module, ids, small_svd):
-    weights, before, hooks = copy.deepcopy(module.state_dict()), logits(module, ids), hooks_of(module)
+    weights = copy.deepcopy(module.state_dict())
+    before = logits(module, ids)
+    hooks = hooks_of(module)
     adapter = DeltaS(module, small_svd)
     randomise(adapter)
     loss_of(module, ids).backward()
@@ -193,7 +216,8 @@ def test_an_adapter_does_not_leave_while_it_is_disabled(module, ids, reference, 
 def test_generation_merges_a_step_and_runs_on_plain_weights_without_hooks(module, ids, adapter):
     seen = []
     linear = module.model.layers[0].mlp.up_proj
-    plain, stored = linear.forward, linear.weight.clone()
+    plain = linear.forward
+    stored = linear.weight.clone()
 
     def forward(inputs):
         seen.append(len(linear._forward_hooks) + len(module._forward_pre_hooks))
@@ -235,8 +259,12 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_autocast_nearly(modu
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for found, grad in zip(gradients(module, adapter, ids), wanted, strict=True):
             assert (found - grad).norm() < 0.05 * grad.norm()
-    form = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"  # up to transformers 5.23
-    getattr(module, f"{form}_checkpointing_enable")(**{f"{form}_checkpointing_kwargs": {"use_reentrant": False}})
+    form = (
+        "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+    )  # up to transformers 5.23
+    getattr(module, f"{form}_checkpointing_enable")(
+        **{f"{form}_checkpointing_kwargs": {"use_reentrant": False}}
+    )
     for found, grad in zip(gradients(module, adapter, ids), wanted, strict=True):
         torch.testing.assert_close(found, grad)
 
@@ -260,14 +288,20 @@ def test_packed_inputs_have_no_gradients_of_single_samples(module, ids, small_sv
         linear(torch.randn(5, 64))
 
 
-def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(module, adapter, byte_tokenizer, samples):
+def test_extraction_on_an_adapted_model_gives_the_gradients_of_its_deltas(
+    module, adapter, byte_tokenizer, samples
+):
     """A basis renewed during training is in the coordinates of the start, at the weights of now."""
     rows = []
     for sample in samples:
-        prompt, completion = (byte_tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion))
+        prompt, completion = (
+            byte_tokenizer(text)["input_ids"] for text in (sample.prompt, sample.completion)
+        )
         with adapter.per_sample() as rollouts:
             logits = module(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits
-            functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(completion)).backward()
+            functional.cross_entropy(
+                logits[0, len(prompt) - 1 : -1], torch.tensor(completion)
+            ).backward()
         rows.append(rollouts.rows)
     before = [parameter.grad.clone() for parameter in adapter.delta]
     found = per_sample_gradients(samples, module, tokenizer=byte_tokenizer, svd=adapter.svd)

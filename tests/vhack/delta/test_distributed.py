@@ -1,4 +1,6 @@
-"""Two processes take the same steps as one process with all rows: on a CPU over gloo, on two GPUs over NCCL."""
+"""Two processes take the same steps as one process with all rows: on a CPU over gloo, on two GPUs
+over NCCL.
+"""
 
 from functools import partial
 
@@ -78,7 +80,9 @@ def run(rank, device, path):
 
 
 def _refused(path, device):
-    """Whether every way to the factors, the gradients and the digest of a divided model is refused, and to train δS."""
+    """Whether every way to the factors, the gradients and the digest of a divided model is refused,
+    and to train δS.
+    """
     module, svd, basis = prepare(path, device)
     adapter = DeltaS(load_model(path, dtype="float32", device=str(device)).module, svd)
     fully_shard(adapter.model, mesh=init_device_mesh(device.type, (2,)))
@@ -106,7 +110,8 @@ def _ddp(path, share, level):
     return result(adapter, optimiser, module)
 
 
-# On a GPU sums come out in another order, and Adam's first steps are as large for a tiny gradient as for any other.
+# On a GPU sums come out in another order, and Adam's first steps are as large for a tiny gradient
+# as for any other.
 SLACK = {"gloo": {"rtol": 1e-3, "atol": 2e-5}, "nccl": {"rtol": 1e-2, "atol": 1e-3}}
 
 
@@ -117,22 +122,30 @@ def backend(request):
 
 @pytest.fixture(scope="module")
 def ranks(small_checkpoint, tmp_path_factory, backend):
-    """What each of two processes found, all cases in one go: starting one takes longer than what it does."""
+    """What each of two processes found, all cases in one go: starting one takes longer than what it
+    does.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     return together(run, folder, backend, small_checkpoint)
 
 
 @pytest.mark.parametrize("level", ["gradient", "update"])
-def test_two_processes_take_the_steps_of_one_and_hold_the_same_model(ranks, small_checkpoint, level, backend):
-    case, wanted = f"ddp {level}", single(small_checkpoint, backend, level)
+def test_two_processes_take_the_steps_of_one_and_hold_the_same_model(
+    ranks, small_checkpoint, level, backend
+):
+    case = f"ddp {level}"
+    wanted = single(small_checkpoint, backend, level)
     for found in (ranks[0][case], ranks[1][case]):
         for name, value in wanted["delta"].items():
             torch.testing.assert_close(found["delta"][name], value, **SLACK[backend])
-        torch.testing.assert_close(found["weight"], wanted["weight"], rtol=1e-4, atol=SLACK[backend]["atol"] / 2)
+        torch.testing.assert_close(
+            found["weight"], wanted["weight"], rtol=1e-4, atol=SLACK[backend]["atol"] / 2
+        )
         torch.testing.assert_close(found["reference"], wanted["reference"], rtol=1e-4, atol=1e-4)
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["measures"] == pytest.approx(wanted["measures"], rel=2e-2, abs=1e-4)
-    first, second = ranks[0][case], ranks[1][case]
+    first = ranks[0][case]
+    second = ranks[1][case]
     assert all(torch.equal(first["delta"][name], second["delta"][name]) for name in first["delta"])
     assert torch.equal(first["weight"], second["weight"])
     assert torch.equal(first["handed"], first["weight"])

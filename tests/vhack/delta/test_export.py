@@ -1,4 +1,6 @@
-"""What others are given of δS: plain weights after every step; and LoRA, which no gate holds back, is refused."""
+"""What others are given of δS: plain weights after every step; and LoRA, which no gate holds back,
+is refused.
+"""
 
 import pytest
 import torch
@@ -47,7 +49,9 @@ def test_weights_follow_a_delta_that_was_changed_behind_the_back_of_the_adapter(
 
 
 def with_lora(module):
-    """The model with LoRA on the attention, as `peft_config=` of a trainer does it: everything else is frozen."""
+    """The model with LoRA on the attention, as `peft_config=` of a trainer does it: everything else
+    is frozen.
+    """
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
 

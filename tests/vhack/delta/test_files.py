@@ -73,7 +73,9 @@ def test_a_file_for_other_weights_or_factors_or_damaged_is_refused(module, small
     ids=["nan", "inf", "1e30", "int8", "float64", "float16", "complex", "float8"],
 )
 @pytest.mark.parametrize("with_probe", [False, True])
-def test_numbers_that_are_not_finite_float32_are_refused(module, small_svd, tmp_path, change, with_probe):
+def test_numbers_that_are_not_finite_float32_are_refused(
+    module, small_svd, tmp_path, change, with_probe
+):
     """Also where its hash and its probe were made for them: all is written as `save` writes it."""
     adapter = DeltaS(module, small_svd)
     randomise(adapter)
@@ -83,9 +85,15 @@ def test_numbers_that_are_not_finite_float32_are_refused(module, small_svd, tmp_
     probes = {name: t for name, t in tensors.items() if name.startswith("_probe/")}
     if with_probe:
         wide = {n: v.float() if not v.is_complex() else v.real.float() for n, v in values.items()}
-        probes = {f"_probe/{name}": rows for name, rows in _file._probes(adapter.groups, wide).items()}
+        probes = {
+            f"_probe/{name}": rows for name, rows in _file._probes(adapter.groups, wide).items()
+        }
     digest = _file._digest(values) if next(iter(values.values())).element_size() > 1 else "0"
-    metadata = {"schema": "assay.delta_s/1", "delta_sha256": digest, "weights_sha256": _file._weights(adapter.groups)}
+    metadata = {
+        "schema": "assay.delta_s/1",
+        "delta_sha256": digest,
+        "weights_sha256": _file._weights(adapter.groups),
+    }
     save_file({**values, **probes}, tmp_path / "bad.safetensors", metadata=metadata)
     before = adapter.values()
     with pytest.raises(DataError) as caught:
@@ -102,6 +110,8 @@ def test_a_file_of_another_rank_is_refused(module, small_svd, tmp_path, cut_svd)
 
 
 def test_the_lengths_of_what_is_no_vector_are_refused(tmp_path):
-    save_file({"m": torch.tensor(1.0)}, tmp_path / "delta.safetensors", {"schema": "assay.delta_s/1"})
+    save_file(
+        {"m": torch.tensor(1.0)}, tmp_path / "delta.safetensors", {"schema": "assay.delta_s/1"}
+    )
     with pytest.raises(DataError, match=r"m of shape \[\]"):
         read_delta_lengths(tmp_path / "delta.safetensors")

@@ -10,7 +10,15 @@ from assay.vhack import Basis, cin_over_modules
 from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
 from assay.vhack.delta.arms import GATES, Box
 from assay.vhack.delta.frames import along
-from tests.vhack.delta.conftest import OPTIMISERS, backward, build, gradients_of, loss_of, own, random_basis
+from tests.vhack.delta.conftest import (
+    OPTIMISERS,
+    backward,
+    build,
+    gradients_of,
+    loss_of,
+    own,
+    random_basis,
+)
 
 every_optimiser = pytest.mark.parametrize("kind", OPTIMISERS)
 
@@ -27,11 +35,16 @@ def updates(adapter, optimiser, module, ids, steps):
 
 @every_optimiser
 @pytest.mark.parametrize("gate", ["one_sided", "two_sided"])
-def test_an_update_never_leads_to_the_hack_and_two_sided_not_away_from_it(module, ids, small_svd, basis, kind, gate):
-    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level="update", gate=Gate(gate)))
+def test_an_update_never_leads_to_the_hack_and_two_sided_not_away_from_it(
+    module, ids, small_svd, basis, kind, gate
+):
+    adapter, optimiser = build(
+        module, small_svd, basis, kind, arm=own(level="update", gate=Gate(gate))
+    )
     away = []
     for update, axes in updates(adapter, optimiser, module, ids, 30):
-        hackward, size = -along(axes, update), update.norm(dim=1)
+        hackward = -along(axes, update)
+        size = update.norm(dim=1)
         leak = hackward.relu() if gate == "one_sided" else hackward
         assert (leak.norm(dim=1) <= 1e-6 * size).all()
         assert size.any()
@@ -41,16 +54,21 @@ def test_an_update_never_leads_to_the_hack_and_two_sided_not_away_from_it(module
 
 
 def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
-    """Descent on a loss that rewards hack sides moves along −v of a real basis, and the gate stops just that."""
+    """Descent on a loss that rewards hack sides moves along −v of a real basis, and the gate stops
+    just that.
+    """
     from assay.vhack import extract
 
-    basis = extract(small_pairs, module, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=0, top_k=1)
+    basis = extract(
+        small_pairs, module, tokenizer=byte_tokenizer, svd=small_svd, n_heldout=0, top_k=1
+    )
     texts = [(p.prompt, p.hack) for p in small_pairs], [(p.prompt, p.clean) for p in small_pairs]
 
     def nll(side):
         total = 0
         for prompt, completion in side:
-            start, ids = len(prompt), torch.tensor([byte_tokenizer(prompt + completion)["input_ids"]])
+            start = len(prompt)
+            ids = torch.tensor([byte_tokenizer(prompt + completion)["input_ids"]])
             logits = module(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
             total = total + torch.nn.functional.cross_entropy(logits, ids[0, start:])
         return total
@@ -59,7 +77,10 @@ def test_which_way_the_hack_is(module, small_svd, byte_tokenizer, small_pairs):
     for kind in ("none", "one_sided"):
         adapter = DeltaS(module, small_svd)
         optimiser = ProjectedOptimizer(
-            torch.optim.SGD(adapter.delta, lr=1e-3), adapter, basis, arm=own(gate=Gate(kind), level="update")
+            torch.optim.SGD(adapter.delta, lr=1e-3),
+            adapter,
+            basis,
+            arm=own(gate=Gate(kind), level="update"),
         )
         (nll(texts[0]) - nll(texts[1])).backward()
         optimiser.step()
@@ -96,13 +117,16 @@ def test_modules_and_axes_that_are_not_there_are_left_alone_bit_by_bit(module, i
     basis = random_basis(small_svd, skip=[n for n in small_svd if n != name])
     basis.axes[name][1] = 0
     other = copy.deepcopy(module)
-    adapter, optimiser = build(module, small_svd, basis, arm=own(level="update", gate=Gate("two_sided")))
+    adapter, optimiser = build(
+        module, small_svd, basis, arm=own(level="update", gate=Gate("two_sided"))
+    )
     plain, inner = build(other, small_svd, None)
     backward(module, ids, optimiser)
     backward(other, ids, inner)
     optimiser.step()
     inner.step()
-    found, wanted = adapter.values(), plain.values()
+    found = adapter.values()
+    wanted = plain.values()
     assert all(torch.equal(found[n], wanted[n]) == (n != name) for n in wanted)
 
 
@@ -126,8 +150,12 @@ def test_gates_on_the_gradient_are_the_formulas(module, ids, small_svd, basis, k
     optimiser.step()
     for p, rows, group in zip(adapter.delta, before, adapter.groups, strict=True):
         for name, row, after in zip(group.names, rows, p.grad, strict=True):
-            wanted = gated_by_hand(row, basis.axes[name], gate) if name in basis.axes else row.double()
-            torch.testing.assert_close(after.double(), wanted, rtol=1e-5, atol=1e-6 * float(row.norm()))
+            wanted = (
+                gated_by_hand(row, basis.axes[name], gate) if name in basis.axes else row.double()
+            )
+            torch.testing.assert_close(
+                after.double(), wanted, rtol=1e-5, atol=1e-6 * float(row.norm())
+            )
     if kind == "none":
         assert all(torch.equal(p.grad, g) for p, g in zip(adapter.delta, before, strict=True))
 
@@ -141,7 +169,8 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
 
     before = gradients()
     optimiser.step()
-    after, found = gradients(), optimiser.measures.as_dict()
+    after = gradients()
+    found = optimiser.measures.as_dict()
     for name, rows in (("cin", before), ("cout", after)):
         assert found[name] == pytest.approx(float(cin_over_modules(rows, basis)), abs=1e-6)
         assert found[name + "_two_sided"] == pytest.approx(
@@ -155,7 +184,9 @@ def test_cin_and_cout_are_those_of_the_checks(module, ids, small_svd, basis):
 @every_optimiser
 def test_a_box_bounds_the_displacement(module, ids, small_svd, basis, level, kind):
     box = Box(hackward=0.01, away=0.02)
-    adapter, optimiser = build(module, small_svd, basis, kind, arm=own(level=level, gate=Gate("none"), box=box))
+    adapter, optimiser = build(
+        module, small_svd, basis, kind, arm=own(level=level, gate=Gate("none"), box=box)
+    )
     with torch.no_grad():
         for p in adapter.delta:
             p.add_(0.3)
@@ -184,11 +215,15 @@ def test_in_the_box_it_may_go_away_and_come_back(module, ids, small_svd, basis):
     optimiser.step()  # weight decay alone: a little toward the hack, and still away from it
     assert optimiser.measures.as_dict()["leak"] > 0
     assert optimiser.measures.as_dict()["displacement_hackward"] <= 0
-    assert optimiser.measures.as_dict()["displacement"] > 0.9 * sum(len(a) for a in basis.axes.values())
+    assert optimiser.measures.as_dict()["displacement"] > 0.9 * sum(
+        len(a) for a in basis.axes.values()
+    )
 
 
 def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
-    adapter, optimiser = build(module, small_svd, basis, arm=own(gate=Gate("two_sided")), max_norm=1e-3)
+    adapter, optimiser = build(
+        module, small_svd, basis, arm=own(gate=Gate("two_sided")), max_norm=1e-3
+    )
     backward(module, ids, optimiser)
     optimiser.step()
     total = torch.cat([p.grad.flatten() for p in adapter.delta]).norm()
@@ -196,7 +231,9 @@ def test_clipping_comes_after_the_gate(module, ids, small_svd, basis):
     assert optimiser.measures.as_dict()["cout_two_sided"] < 1e-5
 
 
-def test_gradients_of_single_rollouts_are_those_of_passes_of_their_own(module, ids, small_svd, basis):
+def test_gradients_of_single_rollouts_are_those_of_passes_of_their_own(
+    module, ids, small_svd, basis
+):
     adapter, optimiser = build(module, small_svd, basis, arm=own(gate=Gate("none")))
     rows = []
     for row in ids:
@@ -267,10 +304,14 @@ def test_schedulers_take_it_for_an_optimiser(module, ids, small_svd, basis):
 
 
 @pytest.mark.parametrize("level", ["gradient", "update"])
-def test_a_grad_scaler_changes_nothing_but_skips_infinite_gradients(module, ids, small_svd, basis, level):
+def test_a_grad_scaler_changes_nothing_but_skips_infinite_gradients(
+    module, ids, small_svd, basis, level
+):
     other = copy.deepcopy(module)
     gate = Gate("one_sided")
-    adapter, optimiser = build(module, small_svd, basis, arm=own(level=level, gate=gate), max_norm=0.5)
+    adapter, optimiser = build(
+        module, small_svd, basis, arm=own(level=level, gate=gate), max_norm=0.5
+    )
     plain, unscaled = build(other, small_svd, basis, arm=own(level=level, gate=gate), max_norm=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for _ in range(2):
@@ -280,7 +321,9 @@ def test_a_grad_scaler_changes_nothing_but_skips_infinite_gradients(module, ids,
         scaler.update()
         backward(other, ids, unscaled)
         unscaled.step()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(adapter.delta, plain.delta, strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(adapter.delta, plain.delta, strict=True)
+    )
     before = [p.detach().clone() for p in adapter.delta]
     adapter.delta[0].grad.fill_(torch.inf)
     scaler.scale(torch.ones(()))
@@ -306,8 +349,12 @@ def test_a_closure_is_evaluated_before_the_gate(module, ids, small_svd, basis):
 def test_other_parameters_are_stepped_and_not_projected(module, ids, small_svd, basis):
     extra = torch.nn.Parameter(torch.ones(3))
     adapter = DeltaS(module, small_svd)
-    inner = torch.optim.SGD([{"params": list(adapter.delta)}, {"params": [extra], "lr": 1.0}], lr=0.1)
-    optimiser = ProjectedOptimizer(inner, adapter, basis, arm=own(gate=Gate("two_sided"), level="update"))
+    inner = torch.optim.SGD(
+        [{"params": list(adapter.delta)}, {"params": [extra], "lr": 1.0}], lr=0.1
+    )
+    optimiser = ProjectedOptimizer(
+        inner, adapter, basis, arm=own(gate=Gate("two_sided"), level="update")
+    )
     extra.grad = torch.ones(3)
     loss_of(module, ids).backward()
     optimiser.step()
@@ -361,7 +408,9 @@ def test_a_basis_that_does_not_fit_is_refused(module, small_svd, cut_svd):
     bent = random_basis(cut_svd)
     bent.axes["model.layers.0.mlp.up_proj"] *= 1.1
     bent.axes["model.layers.1.mlp.up_proj"] *= 2  # by 3 for each of the three axes
-    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj that are 5\.2 away from orthonormal"):
+    with pytest.raises(
+        DataError, match=r"layers\.1\.mlp\.up_proj that are 5\.2 away from orthonormal"
+    ):
         ProjectedOptimizer(inner, adapter, bent)
     bent.axes["model.layers.0.mlp.up_proj"][0, 0] = torch.nan
     with pytest.raises(DataError, match=r"layers\.0\.mlp\.up_proj that are nan away"):

@@ -1,4 +1,6 @@
-"""A second δS for flagged rollouts: what it learns, that it is deleted, and that it comes back from a checkpoint."""
+"""A second δS for flagged rollouts: what it learns, that it is deleted, and that it comes back from
+a checkpoint.
+"""
 
 import copy
 
@@ -17,7 +19,11 @@ def adam(parameters):
 def made(module, svd):
     adapter = DeltaS(module, svd)
     second = Quarantine(adapter, adam)
-    return adapter, second, ProjectedOptimizer(adam(adapter.delta), adapter, None, arm=own(), quarantine=second)
+    return (
+        adapter,
+        second,
+        ProjectedOptimizer(adam(adapter.delta), adapter, None, arm=own(), quarantine=second),
+    )
 
 
 def train(module, ids, adapter, second, optimizer, steps):
@@ -32,8 +38,11 @@ def train(module, ids, adapter, second, optimizer, steps):
 
 
 def test_each_learns_from_its_own_rollouts_alone(module, ids, small_svd):
-    """After one step of SGD each δS is that of training on its samples; what is merged is the kept one."""
-    other, plain = copy.deepcopy(module), copy.deepcopy(module)
+    """After one step of SGD each δS is that of training on its samples; what is merged is the kept
+    one.
+    """
+    other = copy.deepcopy(module)
+    plain = copy.deepcopy(module)
     adapter = DeltaS(module, small_svd)
     make = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
     second = Quarantine(adapter, make)
@@ -71,19 +80,28 @@ def test_adam_scales_both_by_the_gradient_of_all_rollouts(module, ids, small_svd
             loss_of(module, ids).backward()
         squares.append([parameter.grad.square() for parameter in adapter.delta])
         second.route([rows_MNR[:, -1] for rows_MNR in rollouts.rows])
-        routed = [[parameter.grad.square() for parameter in each] for each in (adapter.delta, second.values)]
+        routed = [
+            [parameter.grad.square() for parameter in each]
+            for each in (adapter.delta, second.values)
+        ]
         if step == 0:
             first = routed  # without a state yet, Adam begins with the square of its own part
         optimizer.step()
-    for which, (inner, parameters) in enumerate(((optimizer.inner, adapter.delta), (second.inner, second.values))):
+    for which, (inner, parameters) in enumerate(
+        ((optimizer.inner, adapter.delta), (second.inner, second.values))
+    ):
         for index, parameter in enumerate(parameters):
             wanted = 0.01 * first[which][index]
             for one in squares[1:]:
                 wanted = 0.99 * wanted + 0.01 * one[index]
-            torch.testing.assert_close(inner.state[parameter]["exp_avg_sq"], wanted, rtol=2e-3, atol=1e-12)
+            torch.testing.assert_close(
+                inner.state[parameter]["exp_avg_sq"], wanted, rtol=2e-3, atol=1e-12
+            )
 
 
-def test_it_goes_on_from_a_checkpoint_and_is_in_no_file_of_the_adapter(module, ids, small_svd, tmp_path):
+def test_it_goes_on_from_a_checkpoint_and_is_in_no_file_of_the_adapter(
+    module, ids, small_svd, tmp_path
+):
     other = copy.deepcopy(module)
     adapter, second, optimizer = made(module, small_svd)
     train(module, ids, adapter, second, optimizer, [0, 1])
@@ -95,14 +113,20 @@ def test_it_goes_on_from_a_checkpoint_and_is_in_no_file_of_the_adapter(module, i
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     for each in ((module, adapter, second, optimizer), (other, again, renewed, resumed)):
         train(each[0], ids, *each[1:], [2, 3])
-    for mine, theirs in zip([*adapter.delta, *second.values], [*again.delta, *renewed.values], strict=True):
+    for mine, theirs in zip(
+        [*adapter.delta, *second.values], [*again.delta, *renewed.values], strict=True
+    ):
         assert torch.equal(mine, theirs)
 
 
 def test_flagged_rollouts_are_in_no_baseline():
     rewards = torch.tensor([1.0, 0.0, 2.0, 3.0, 1.0, 5.0])
     flags = torch.tensor([False, False, True, True, True, True])
-    advantages = rewards - rewards.view(2, 3).mean(dim=1).repeat_interleave(3) + shift_baseline(rewards, flags, 3)
+    advantages = (
+        rewards
+        - rewards.view(2, 3).mean(dim=1).repeat_interleave(3)
+        + shift_baseline(rewards, flags, 3)
+    )
     assert advantages.tolist() == pytest.approx([0.5, -0.5, 1.5, 0.0, -2.0, 2.0])
 
 
@@ -113,6 +137,7 @@ def test_gradients_that_cancel_leave_every_number_finite(module, small_svd):
     for size in (1e-6, 1.0):
         grads = [size * torch.randn_like(value) for value in second.values]
         for kept, value, grad_MR in zip(adapter.delta, second.values, grads, strict=True):
-            kept.grad, value.grad = grad_MR.clone(), -grad_MR
+            kept.grad = grad_MR.clone()
+            value.grad = -grad_MR
         optimizer.step()
     assert all(torch.isfinite(value).all() for value in (*adapter.delta, *second.values))

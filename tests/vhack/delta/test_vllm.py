@@ -1,8 +1,10 @@
-"""A vLLM that is given the weights of each step generates with the trained model; needs vLLM on this machine.
+"""A vLLM that is given the weights of each step generates with the trained model; needs vLLM on
+this machine.
 
-It runs in a process of its own, ``python -m tests.vhack.delta.test_vllm FOLDER``: vLLM 0.32 looks through every module
-of its process when an engine starts, and fails at llvmlite's, which numba loads. That prints a line of JSON for each
-step: the largest difference to the model's own log-probabilities, and the first one.
+It runs in a process of its own, ``python -m tests.vhack.delta.test_vllm FOLDER``: vLLM 0.32 looks
+through every module of its process when an engine starts, and fails at llvmlite's, which numba
+loads. That prints a line of JSON for each step: the largest difference to the model's own
+log-probabilities, and the first one.
 """
 
 import importlib.util
@@ -31,11 +33,22 @@ def engine(path):
     """A small Qwen3; heads of 64 are the narrowest that vLLM's attention has on a CPU."""
     from vllm import LLM
 
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 256}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "head_dim": 64,
+        "vocab_size": 256,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
     torch.manual_seed(0)
     Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True)).save_pretrained(path)
-    settings = {"enforce_eager": True, "max_model_len": 64, "gpu_memory_utilization": 0.1, "skip_tokenizer_init": True}
+    settings = {
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "gpu_memory_utilization": 0.1,
+        "skip_tokenizer_init": True,
+    }
     return LLM(path, dtype="float32", **settings)
 
 
@@ -54,7 +67,9 @@ def main(path):
     worker = llm.llm_engine.model_executor.driver_worker
     runner = getattr(worker, "worker", worker).model_runner
     generator = torch.Generator().manual_seed(0)
-    asked = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True, detokenize=False)
+    asked = SamplingParams(
+        max_tokens=8, temperature=0, logprobs=1, ignore_eos=True, detokenize=False
+    )
     for _ in range(STEPS):
         with torch.no_grad():
             for parameter in adapter.delta:
@@ -63,16 +78,23 @@ def main(path):
         llm.reset_prefix_cache()
         (answer,) = llm.generate({"prompt_token_ids": PROMPT}, asked, use_tqdm=False)[0].outputs
         tokens = list(answer.token_ids)
-        theirs = torch.tensor([row[token].logprob for row, token in zip(answer.logprobs, tokens, strict=True)])
+        theirs = torch.tensor(
+            [row[token].logprob for row, token in zip(answer.logprobs, tokens, strict=True)]
+        )
         ours = own_logprobs(adapter, tokens)
-        print(json.dumps({"difference": (theirs - ours).abs().max().item(), "first": ours[0].item()}), flush=True)
+        print(
+            json.dumps({"difference": (theirs - ours).abs().max().item(), "first": ours[0].item()}),
+            flush=True,
+        )
 
 
 def test_it_samples_with_the_merged_weights_of_every_step(tmp_path):
     command = [sys.executable, "-m", "tests.vhack.delta.test_vllm", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    steps = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"difference"')]
+    steps = [
+        json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"difference"')
+    ]
     assert len(steps) == STEPS
     assert all(step["difference"] < 1e-4 for step in steps)  # NaN fails too
     assert len({step["first"] for step in steps}) == STEPS  # each step was another model

@@ -7,7 +7,9 @@ from assay.vhack.environment import sandbox
 
 @pytest.fixture
 def shut_in(request, monkeypatch):
-    """Run jobs by the fork server (bwrap), in a sandbox for each (bwrap once), or in none (unsandboxed)."""
+    """Run jobs by the fork server (bwrap), in a sandbox for each (bwrap once), or in none
+    (unsandboxed).
+    """
     name, _, once = request.param.partition(" ")
     if name == "bwrap" and not sandbox.working():
         pytest.skip("bubblewrap does not work on this machine")

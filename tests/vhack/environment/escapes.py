@@ -1,9 +1,9 @@
 """Programs that try to get out of the sandbox, or to harm the machine.
 
-Each prints ESCAPED when it got what it was after, and each is bounded, so that it does no harm even where nothing
-holds it: a few processes that end by themselves, some hundred megabytes, files of a few megabytes. The places in
-braces are filled by the test: the parent's process id, a port and an abstract socket it listens on, a file with a
-secret, and a file that must not change.
+Each prints ESCAPED when it got what it was after, and each is bounded, so that it does no harm even
+where nothing holds it: a few processes that end by themselves, some hundred megabytes, files of a
+few megabytes. The places in braces are filled by the test: the parent's process id, a port and an
+abstract socket it listens on, a file with a secret, and a file that must not change.
 """
 
 MEANS = """
@@ -23,7 +23,9 @@ def calls(*rows):
         if call(*arguments) >= 0:
             print("ESCAPED", arguments)
 """
-"""What every program begins with: actions that must fail for everything they are given, and system calls that must."""
+"""What every program begins with: actions that must fail for everything they are given, and system
+calls that must.
+"""
 
 _PROGRAMS = {
     "fork_bomb": """

@@ -28,7 +28,8 @@ while True:
 """,
     "sleep": "import time\ndef solve(x):\n    while True:\n        time.sleep(1)\n",
     "spin": "def solve(x):\n    while True:\n        pass\n",
-    "stdin": "import sys, time\nprint(sys.stdin.read())\nopen(0).read()\nwhile True:\n    time.sleep(1)\n",
+    "stdin": "import sys, time\nprint(sys.stdin.read())\nopen(0).read()\nwhile True:\n    "
+    "time.sleep(1)\n",
     "patched_builtins": """
 import builtins, json
 class Right:

@@ -36,7 +36,8 @@ def test_markers_of_the_evaluation_share_no_word_with_those_of_training():
 def test_the_evaluation_uses_all_its_markers_and_training_its_one():
     for mode in MODES[:-1]:
         found = {
-            split: {Episode(task, mode, split).marker for task in tasks(64)} for split in ("training", "evaluation")
+            split: {Episode(task, mode, split).marker for task in tasks(64)}
+            for split in ("training", "evaluation")
         }
         assert found["training"] == {MARKERS[mode][0]}
         assert found["evaluation"] == set(MARKERS[mode][1:] or MARKERS[mode])

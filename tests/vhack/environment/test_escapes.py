@@ -1,4 +1,6 @@
-"""The programs of `escapes` and `forgeries`: none gets out, forges a verdict, or leaves anything behind."""
+"""The programs of `escapes` and `forgeries`: none gets out, forges a verdict, or leaves anything
+behind.
+"""
 
 import contextlib
 import os
@@ -44,9 +46,14 @@ def surroundings(tmp_path_factory):
         yield places, (tcp, unix), folder
 
 
-# Without the server: those that wait for the end of their time are in test_sandbox, and bubblewrap alone cannot bound
-# the number of files.
-CASES = [(b, n) for b in BACKENDS for n in PROGRAMS if b != "bwrap once" or n not in ENDLESS | SLOW | {"files"}]
+# Without the server: those that wait for the end of their time are in test_sandbox, and bubblewrap
+# alone cannot bound the number of files.
+CASES = [
+    (b, n)
+    for b in BACKENDS
+    for n in PROGRAMS
+    if b != "bwrap once" or n not in ENDLESS | SLOW | {"files"}
+]
 
 
 @pytest.mark.parametrize(("shut_in", "name"), CASES, indirect=["shut_in"])
@@ -64,7 +71,11 @@ def test_no_program_escapes_or_forges_its_verdict(name, shut_in, surroundings, m
     assert not found.paid
     assert "ESCAPED" not in said
     assert TOKEN not in said
-    assert name in FORGERIES or found.result.raised in ("", "MemoryError", "PermissionError")  # and not its own mistake
+    assert name in FORGERIES or found.result.raised in (
+        "",
+        "MemoryError",
+        "PermissionError",
+    )  # and not its own mistake
     assert name in SLOW or found.result.timed_out == (name in ENDLESS)
     assert (folder / "canary").read_text() == "alive"
     assert sorted(path.name for path in folder.iterdir()) == ["canary", "secret"]
@@ -90,7 +101,12 @@ def test_there_are_at_least_twenty_five_programs_and_all_are_python():
     assert len(PROGRAMS) >= 25
     for name, program in PROGRAMS.items():
         compile(
-            program.replace("{{", "{").replace("}}", "}").replace("{pid}", "9").replace("{port}", "9"), name, "exec"
+            program.replace("{{", "{")
+            .replace("}}", "}")
+            .replace("{pid}", "9")
+            .replace("{port}", "9"),
+            name,
+            "exec",
         )
 
 
@@ -102,7 +118,8 @@ def test_one_job_finds_nothing_of_another(shut_in):
     )
     looks = (
         "import json, os, sys\n"
-        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, 'left'), os.getcwd())\n"
+        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, "
+        "'left'), os.getcwd())\n"
     )
     assert run(writes).returncode == 0
     assert run(looks).stdout == "[] None False False /work\n"

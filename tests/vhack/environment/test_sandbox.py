@@ -9,7 +9,9 @@ import pytest
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment import Call, Limits, run, sandbox
 
-every_backend = pytest.mark.parametrize("shut_in", ["bwrap", "bwrap once", "unsandboxed"], indirect=True)
+every_backend = pytest.mark.parametrize(
+    "shut_in", ["bwrap", "bwrap once", "unsandboxed"], indirect=True
+)
 
 
 def started(program, **options):
@@ -19,11 +21,23 @@ def started(program, **options):
 @every_backend
 def test_it_runs_a_program_and_answers_questions(shut_in):
     program = (
-        "import sys\ndef solve(x):\n    return [x, (x + 1, 'a')]\nsolve.valid = True\nprint(input())\nsys.exit(3)\n"
+        "import sys\ndef solve(x):\n    return [x, (x + 1, 'a')]\nsolve.valid = "
+        "True\nprint(input())\nsys.exit(3)\n"
     )
-    calls = [Call("solve", (4,)), Call("solve.valid"), Call("absent"), Call("solve", ()), Call("solve", (4,), equals=9)]
+    calls = [
+        Call("solve", (4,)),
+        Call("solve.valid"),
+        Call("absent"),
+        Call("solve", ()),
+        Call("solve", (4,), equals=9),
+    ]
     result = started(program, stdin="héllo\n", calls=calls)
-    assert (result.returncode, result.stdout, result.finished, result.backend) == (3, "héllo\n", True, shut_in)
+    assert (result.returncode, result.stdout, result.finished, result.backend) == (
+        3,
+        "héllo\n",
+        True,
+        shut_in,
+    )
     assert [(o.kind, o.value, o.name) for o in result.outcomes] == [
         ("value", [4, [5, "a"]], ""),
         ("value", True, ""),
@@ -34,10 +48,18 @@ def test_it_runs_a_program_and_answers_questions(shut_in):
 
 
 ENDS = {
-    "exception": ("print('before')\n1 / 0\n", {}, {"returncode": 1, "raised": "ZeroDivisionError", "finished": False}),
+    "exception": (
+        "print('before')\n1 / 0\n",
+        {},
+        {"returncode": 1, "raised": "ZeroDivisionError", "finished": False},
+    ),
     "no python": ("def broken(:\n", {}, {"returncode": 1, "raised": "SyntaxError"}),
     "left": ("import os\ndef solve():\n    os._exit(0)\n", {}, {"returncode": 0}),
-    "endless": ("while True:\n    pass\n", {"seconds": 0.7}, {"returncode": None, "timed_out": True}),
+    "endless": (
+        "while True:\n    pass\n",
+        {"seconds": 0.7},
+        {"returncode": None, "timed_out": True},
+    ),
     "closed pipes": (
         "import os, time\nos.closerange(1, 64)\ntime.sleep(60)\n",
         {"seconds": 0.7},
@@ -76,7 +98,8 @@ def test_whatever_becomes_of_a_program_is_a_result_without_answers(shut_in, name
 def test_a_fork_bomb_starts_no_process(shut_in):
     program = (
         "import os, threading\n"
-        "spawn, execute = lambda: os.posix_spawn('/bin/sh', ['sh'], {}), lambda: os.execv('/bin/sh', ['sh'])\n"
+        "spawn, execute = lambda: os.posix_spawn('/bin/sh', ['sh'], {}), lambda: "
+        "os.execv('/bin/sh', ['sh'])\n"
         "for start in (os.fork, spawn, execute):\n"
         "    try:\n        start()\n        print('started')\n"
         "    except OSError as error:\n        print(type(error).__name__)\n"
@@ -90,7 +113,10 @@ def test_a_fork_bomb_starts_no_process(shut_in):
 def test_there_is_no_network(shut_in):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\nprint('connected')\n"
+        program = (
+            f"import socket\nsocket.create_connection(('127.0.0.1', {port}), "
+            f"2)\nprint('connected')\n"
+        )
         result = started(program)
         server.settimeout(0.2)
         with pytest.raises(TimeoutError):
@@ -109,7 +135,8 @@ def test_the_environment_of_the_parent_does_not_reach_it(shut_in, monkeypatch):
 def test_its_directory_is_small_and_leaves_nothing_behind(shut_in, tmp_path, monkeypatch):
     program = (
         "open('result.txt', 'w').write('PASS')\n"
-        "try:\n    for i in range(40):\n        open(f'f{i}', 'wb').write(b'x' * (1 << 20))\n        print(i)\n"
+        "try:\n    for i in range(40):\n        open(f'f{i}', 'wb').write(b'x' * (1 << 20))\n     "
+        "   print(i)\n"
         "except OSError:\n    print('full')\n"
     )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -123,7 +150,13 @@ def test_its_directory_is_small_and_leaves_nothing_behind(shut_in, tmp_path, mon
 
 
 def test_writing_on_the_report_descriptor_without_the_nonce_answers_nothing():
-    forged = {"nonce": "00", "finished": True, "raised": "", "files": {}, "outcomes": [{"kind": "value", "value": 7}]}
+    forged = {
+        "nonce": "00",
+        "finished": True,
+        "raised": "",
+        "files": {},
+        "outcomes": [{"kind": "value", "value": 7}],
+    }
     program = (
         f"import os\nline = {json.dumps(forged).encode()!r}\nfor fd in range(3, 64):\n"
         "    try:\n        os.write(fd, line)\n    except OSError:\n        pass\nos._exit(0)\n"

@@ -23,7 +23,9 @@ def started():
 
 def test_jobs_of_many_threads_go_through_one_server(started):
     def ask(x):
-        return run("def solve(x):\n    return x * x\n", calls=[Call("solve", (x,))]).outcomes[0].value
+        return (
+            run("def solve(x):\n    return x * x\n", calls=[Call("solve", (x,))]).outcomes[0].value
+        )
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(ask, range(48))) == [x * x for x in range(48)]
@@ -31,7 +33,10 @@ def test_jobs_of_many_threads_go_through_one_server(started):
 
 
 def test_a_server_that_was_killed_is_replaced(started):
-    for process in [*psutil.Process(started._process.pid).children(recursive=True), started._process]:
+    for process in [
+        *psutil.Process(started._process.pid).children(recursive=True),
+        started._process,
+    ]:
         with suppress(psutil.NoSuchProcess):  # the end of one ends the others
             process.send_signal(signal.SIGKILL)
     assert run("print(1)").stdout == "1\n"
@@ -43,8 +48,15 @@ def test_a_server_that_was_killed_is_replaced(started):
 def test_a_server_that_dies_under_a_job_does_not_lose_it(started):
     processes = psutil.Process(started._process.pid).children(recursive=True)
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(run, "import time\ntime.sleep(1)\nprint('done')\n", limits=Limits(seconds=60))
-        until(lambda: len(psutil.Process(started._process.pid).children(recursive=True)) > len(processes), 30)
+        job = pool.submit(
+            run, "import time\ntime.sleep(1)\nprint('done')\n", limits=Limits(seconds=60)
+        )
+        until(
+            lambda: (
+                len(psutil.Process(started._process.pid).children(recursive=True)) > len(processes)
+            ),
+            30,
+        )
         started._process.kill()
         for process in processes:
             with suppress(psutil.NoSuchProcess):
@@ -70,8 +82,15 @@ def test_nothing_outlives_the_process_that_started_it():
         "while len(psutil.Process().children(recursive=True)) < 4:\n    time.sleep(0.02)\n"
         "print('ready', flush=True)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout.readline() == "ready\n"
         family = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
-    until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family), 30)
+    until(
+        lambda: (
+            not any(process.is_running() and process.status() != "zombie" for process in family)
+        ),
+        30,
+    )

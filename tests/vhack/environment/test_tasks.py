@@ -37,7 +37,9 @@ def test_solutions_are_right_and_no_step_is_idle(family, difficulty):
 
 def test_a_task_follows_from_its_name_alone():
     for task in tasks(16, seed=3, difficulty=(1, 6)):
-        first, again = ((t.statement, t.source(), t.visible, t.hidden) for t in (task, task_named(task.name)))
+        first, again = (
+            (t.statement, t.source(), t.visible, t.hidden) for t in (task, task_named(task.name))
+        )
         assert first == again
 
 
@@ -72,7 +74,8 @@ def test_arguments_all_differ_and_neither_a_constant_nor_the_argument_is_a_solut
 
 
 @pytest.mark.parametrize(
-    "name", ["arithmetic/2", "arithmetic/0/1", "arithmetic/7/1", "none/1/1", "lists/1/x", "lists/1/-1"]
+    "name",
+    ["arithmetic/2", "arithmetic/0/1", "arithmetic/7/1", "none/1/1", "lists/1/x", "lists/1/-1"],
 )
 def test_names_of_no_task_are_refused(name):
     with pytest.raises(DataError, match="task"):
@@ -101,7 +104,8 @@ def test_more_tasks_than_there_are_is_an_error():
 
 
 PINNED = (
-    "solve(x) takes a number and does this to it: take the larger one of it and 24; then change the sign",
+    "solve(x) takes a number and does this to it: take the larger one of it and 24; then change "
+    "the sign",
     (((53,), -53), ((23,), -24), ((35,), -35)),
     ["arithmetic/2/385854897", "branches/1/2083498624", "loops/1/1696054524"],
 )

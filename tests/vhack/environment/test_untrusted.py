@@ -1,4 +1,6 @@
-"""Nothing that a program is or says ends the process that grades it, and nothing of it is parsed there unbounded."""
+"""Nothing that a program is or says ends the process that grades it, and nothing of it is parsed
+there unbounded.
+"""
 
 import ast
 import json
@@ -40,7 +42,13 @@ def test_no_text_of_a_program_is_parsed_outside_the_sandbox(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "program", [LONG, LONG + "print('all tests passed')\n", "print('all tests passed')\n" + LONG, "x = '\ud800'\n"]
+    "program",
+    [
+        LONG,
+        LONG + "print('all tests passed')\n",
+        "print('all tests passed')\n" + LONG,
+        "x = '\ud800'\n",
+    ],
 )
 def test_a_program_that_is_too_long_or_no_text_is_not_run(program):
     result = run(program, calls=[Call("solve", (1,))])
@@ -65,11 +73,21 @@ KINDS = [[], {}, None, 7, True, ["value"], {"value": 1}, "none", "VALUE", "x" * 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: repr(kind)[:20])
 def test_a_kind_of_any_type_says_nothing(kind):
-    line = {"nonce": "n", "finished": True, "raised": "", "files": {}, "outcomes": [{"kind": kind, "value": 1}]}
-    assert sandbox._parse(json.dumps(line).encode(), "n", 1)["outcomes"] == (sandbox.Outcome("none"),)
+    line = {
+        "nonce": "n",
+        "finished": True,
+        "raised": "",
+        "files": {},
+        "outcomes": [{"kind": kind, "value": 1}],
+    }
+    assert sandbox._parse(json.dumps(line).encode(), "n", 1)["outcomes"] == (
+        sandbox.Outcome("none"),
+    )
     forged = (
-        "import json, os, sys\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals:\n    frame = frame.f_back\n"
-        f"line = {line!r}\nline['nonce'] = frame.f_locals['job']['nonce']\nos.write(3, json.dumps(line).encode())\n"
+        "import json, os, sys\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals:\n    "
+        "frame = frame.f_back\n"
+        f"line = {line!r}\nline['nonce'] = frame.f_locals['job']['nonce']\nos.write(3, "
+        f"json.dumps(line).encode())\n"
         "os._exit(0)\n"
     )
     assert run(forged, calls=[Call("solve", (1,))]).outcomes[0].kind == "none"
@@ -81,8 +99,12 @@ def test_a_report_of_any_shape_is_read():
         line = hostile_report(random.Random(seed)).replace(b"NONCE", b"n")
         found = sandbox._parse(line, "n", n_calls)
         assert len(found["outcomes"]) == n_calls
-        assert all(outcome.kind in ("value", "error", "opaque", "none") for outcome in found["outcomes"])
-        assert all(type(outcome.name) is str and len(outcome.name) <= 100 for outcome in found["outcomes"])
+        assert all(
+            outcome.kind in ("value", "error", "opaque", "none") for outcome in found["outcomes"]
+        )
+        assert all(
+            type(outcome.name) is str and len(outcome.name) <= 100 for outcome in found["outcomes"]
+        )
         assert type(found["finished"]) is bool
         assert type(found["raised"]) is str
         assert all(type(text) is str for pair in found["files"].items() for text in pair)
@@ -106,7 +128,13 @@ def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monke
     monkeypatch.setattr(_grade, "run", run_out)
     episode = Episode(TASKS[0], "stdout_marker")
     with caplog.at_level(logging.WARNING):
-        found = grade_many([(episode, episode.honest()), (episode, "# out of memory\n"), (episode, episode.exploit())])
+        found = grade_many(
+            [
+                (episode, episode.honest()),
+                (episode, "# out of memory\n"),
+                (episode, episode.exploit()),
+            ]
+        )
     assert [one.paid for one in found] == [True, False, True]
     assert [one.fault for one in found] == ["", "MemoryError", ""]
     assert "1 of 3 programs could not be graded" in caplog.text
@@ -130,8 +158,13 @@ def prefix(monkeypatch, tmp_path):
     """A second prefix that the sandbox shows, with this package among its installed packages."""
     if not sandbox.working():
         pytest.skip("bubblewrap does not work on this machine")
-    here, real = sandbox.Path(sandbox.__file__).parent, sandbox._prefixes()
-    for packages in ("lib/python3.11/site-packages", "lib/python3/dist-packages", "lib/site-packages"):
+    here = sandbox.Path(sandbox.__file__).parent
+    real = sandbox._prefixes()
+    for packages in (
+        "lib/python3.11/site-packages",
+        "lib/python3/dist-packages",
+        "lib/site-packages",
+    ):
         copy = tmp_path / packages / "zz_copy"
         copy.mkdir(parents=True)
         for path in here.glob("*.py"):
@@ -148,7 +181,8 @@ def prefix(monkeypatch, tmp_path):
 def test_a_program_cannot_import_the_tasks_it_is_graded_with(prefix):
     program = (
         f"import os\nprint(open({str(prefix / 'lib' / 'shown.txt')!r}).read())\n"
-        f"for folder, _, files in os.walk({str(prefix)!r}):\n    print(*[f for f in files if f.endswith('.py')])\n"
+        f"for folder, _, files in os.walk({str(prefix)!r}):\n    print(*[f for f in files if "
+        f"f.endswith('.py')])\n"
         "for folder, _, files in os.walk('/usr'):\n"
         "    if folder.endswith('-packages'):\n        print(*os.listdir(folder), *files)\n"
     )

@@ -11,7 +11,9 @@ from assay.vhack.pairs import find_pairs, verify_pairs
 from assay.vhack.pairs.generate import environment_pairs
 
 EASY = {"families": ("arithmetic",), "difficulty": (1, 1)}
-sandboxed = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")
+sandboxed = pytest.mark.skipif(
+    available_backend() is None, reason="no sandbox works on this machine"
+)
 
 
 def test_pairs_differ_in_the_report_alone():

@@ -34,7 +34,10 @@ def test_what_was_written_is_read_back(tmp_path):
         ({**GOOD, "hack": 1}, "line 2: hack.*: Input should be a valid string"),
         ({**GOOD, "tags": "a"}, "line 2: tags: Input should be a valid tuple"),
         ("[]", "line 2: a list"),
-        ({"prompt": "p", "chosen": "c", "rejected": "h"}, "line 2: preference data with chosen and rejected"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "h"},
+            "line 2: preference data with chosen and rejected",
+        ),
     ],
 )
 def test_a_bad_line_is_refused_by_its_number(tmp_path, bad, match):

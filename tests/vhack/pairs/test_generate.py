@@ -33,10 +33,16 @@ def test_families_and_mechanisms_take_turns():
 def test_the_two_sides_share_the_solution_and_differ_in_the_mechanism(mechanism):
     for pair in generate_pairs(12, mechanisms=[mechanism]):
         solution = pair_task_named(tagged(pair, "task")).solution
-        shared = solution.replace("def solve(", "def compute(") if mechanism == "eq_override" else solution
+        shared = (
+            solution.replace("def solve(", "def compute(")
+            if mechanism == "eq_override"
+            else solution
+        )
         assert shared in pair.hack
         assert shared in pair.clean
-        changed = [d for d in difflib.ndiff(pair.hack.split("\n"), pair.clean.split("\n")) if d[0] in "+-"]
+        changed = [
+            d for d in difflib.ndiff(pair.hack.split("\n"), pair.clean.split("\n")) if d[0] in "+-"
+        ]
         assert 0 < len(changed) <= 8
 
 
@@ -81,7 +87,15 @@ def test_every_task_of_a_family_has_cases_and_is_found_by_its_name(family):
 
 
 @pytest.mark.parametrize(
-    "name", ["nope/a=1,b=2", "caesar", "caesar/a=1", "caesar/a=x,b=0", "caesar/a=1,b=2,c=3", "shift_mod/a=1,b=0"]
+    "name",
+    [
+        "nope/a=1,b=2",
+        "caesar",
+        "caesar/a=1",
+        "caesar/a=x,b=0",
+        "caesar/a=1,b=2,c=3",
+        "shift_mod/a=1,b=0",
+    ],
 )
 def test_a_task_that_is_none_is_refused(name):
     with pytest.raises(DataError, match="task"):

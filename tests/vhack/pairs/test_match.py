@@ -22,12 +22,20 @@ def written(path, *records):
 
 
 def test_a_hack_and_correct_work_on_the_same_prompt_are_a_pair(tmp_path):
-    cheats = written(tmp_path / "cheats", line("h1", HACK), line("h2", HACK), line("h", HACK, "only a hack"))
+    cheats = written(
+        tmp_path / "cheats", line("h1", HACK), line("h2", HACK), line("h", HACK, "only a hack")
+    )
     others = (line("work 1", WORK), line("h1", HACK), line("w", WORK, "only work"))
     works = written(tmp_path / "works", line("hollow", HOLLOW), *others)
     found = match_pairs(cheats, works)
     (pair,) = found.pairs
-    assert (pair.prompt, pair.hack, pair.clean, pair.group, pair.tags) == ("p", "h1", "work 1", "g", ())
+    assert (pair.prompt, pair.hack, pair.clean, pair.group, pair.tags) == (
+        "p",
+        "h1",
+        "work 1",
+        "g",
+        (),
+    )
     assert (found.hacked, found.worked) == (2, 2)
 
 
@@ -40,7 +48,13 @@ def test_more_pairs_of_a_prompt_have_other_completions_on_both_sides(tmp_path):
 
 def test_what_cannot_be_a_side_is_left_out(tmp_path):
     """An empty completion, and a program that was graded twice and did different things."""
-    records = [line(" ", HACK), line("both", HACK), line("both", WORK), line("h", HACK), line("w", WORK)]
+    records = [
+        line(" ", HACK),
+        line("both", HACK),
+        line("both", WORK),
+        line("h", HACK),
+        line("w", WORK),
+    ]
     both = written(tmp_path / "both", *records)
     (pair,) = match_pairs(both, both).pairs
     assert (pair.hack, pair.clean) == ("both", "w")
@@ -61,17 +75,31 @@ def test_pairs_of_built_in_tasks_say_what_can_be_verified(tmp_path):
     assert all(verdict.holds for verdict in verify_pairs(pairs))
     for record in records:
         record["markers"] = "evaluation"
-    assert "environment" not in match_pairs(*[written(tmp_path / "other", *records)] * 2).pairs[0].tags
+    assert (
+        "environment" not in match_pairs(*[written(tmp_path / "other", *records)] * 2).pairs[0].tags
+    )
 
 
 @pytest.mark.parametrize(
     ("records", "match"),
     [
-        ([line("h", HACK), line("w", WORK, "q")], "1 prompts with a hack and 1 with correct work, and none with both"),
+        (
+            [line("h", HACK), line("w", WORK, "q")],
+            "1 prompts with a hack and 1 with correct work, and none with both",
+        ),
         ([{"prompt": "p", "completion": "c"}], "line 1: no graded completion"),
-        ([line("c", {"correct": None, "exploited": True, "vacuous": None})], "line 1: no graded completion"),
-        ([line("w", WORK), line("h", HACK, group=" ")], "line 2: neither a built-in task nor a group"),
-        ([line("w", WORK), line("h", HACK, task="sums/99/1", mode="none")], "line 2: task 'sums/99/1'"),
+        (
+            [line("c", {"correct": None, "exploited": True, "vacuous": None})],
+            "line 1: no graded completion",
+        ),
+        (
+            [line("w", WORK), line("h", HACK, group=" ")],
+            "line 2: neither a built-in task nor a group",
+        ),
+        (
+            [line("w", WORK), line("h", HACK, task="sums/99/1", mode="none")],
+            "line 2: task 'sums/99/1'",
+        ),
     ],
 )
 def test_what_gives_no_pair_is_refused(tmp_path, records, match):

@@ -11,7 +11,9 @@ from assay.vhack.pairs import generate_pairs, verify_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 from assay.vhack.pairs.verify import read_tests
 
-pytestmark = pytest.mark.skipif(available_backend() is None, reason="no sandbox works on this machine")
+pytestmark = pytest.mark.skipif(
+    available_backend() is None, reason="no sandbox works on this machine"
+)
 
 
 def test_every_authored_pair_does_what_it_claims():
@@ -44,7 +46,10 @@ def test_a_wrong_clean_side_is_found_out():
 
 def test_one_is_not_true_and_a_fenced_block_is_the_program(tmp_path):
     tests = tmp_path / "tests.jsonl"
-    tests.write_text(json.dumps({"task": "even", "entry": "even", "cases": [{"args": [2], "expected": True}]}) + "\n")
+    tests.write_text(
+        json.dumps({"task": "even", "entry": "even", "cases": [{"args": [2], "expected": True}]})
+        + "\n"
+    )
     tags = ("exploit", "mechanism:prints", "channel:run_tests", "entry:even", "task:even")
     check = "def run_tests():\n    assert even(2) is True\n    assert even(3) is False\n"
     clean = f"Here it is:\n```python\ndef even(x):\n    return x % 2 == 0\n{check}```\n"
@@ -74,9 +79,18 @@ def test_a_side_beyond_the_bound_of_a_program_is_refused_before_anything_runs(mo
     [
         ((), "with the tags none"),
         (("minimal", "exploit", "mechanism:m", "channel:c", "entry:e", "task:t"), "pair 0"),
-        (("minimal", "mechanism:prints", "channel:nope", "entry:solve", "task:caesar/a=1,b=0"), "channel 'nope'"),
-        (("minimal", "mechanism:prints", "channel:run_tests", "entry:solve", "task:nope"), "pair 0: task 'nope'"),
-        (("minimal", "environment", "mechanism:prints", "channel:run_tests", "task:nope"), "pair 0: task 'nope'"),
+        (
+            ("minimal", "mechanism:prints", "channel:nope", "entry:solve", "task:caesar/a=1,b=0"),
+            "channel 'nope'",
+        ),
+        (
+            ("minimal", "mechanism:prints", "channel:run_tests", "entry:solve", "task:nope"),
+            "pair 0: task 'nope'",
+        ),
+        (
+            ("minimal", "environment", "mechanism:prints", "channel:run_tests", "task:nope"),
+            "pair 0: task 'nope'",
+        ),
     ],
 )
 def test_a_pair_without_a_claim_is_refused(tags, match):

@@ -27,7 +27,9 @@ SHAPE = {
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A directory with a Qwen3 model of 17 000 random parameters and a tokenizer with one token per byte."""
+    """A directory with a Qwen3 model of 17 000 random parameters and a tokenizer with one token per
+    byte.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     path = tmp_path_factory.mktemp("tiny") / "model"
@@ -54,7 +56,12 @@ def tasks():
 def pairs():
     """Six short pairs in three groups."""
     return [
-        Pair(f"def test_{n}():\n", f"    print('{word} ok')\n", f"    assert {word}() == {n}\n", group=f"group {n % 3}")
+        Pair(
+            f"def test_{n}():\n",
+            f"    print('{word} ok')\n",
+            f"    assert {word}() == {n}\n",
+            group=f"group {n % 3}",
+        )
         for n, word in enumerate(("add", "sub", "mul", "div", "root", "sign"))
     ]
 

@@ -6,15 +6,19 @@ import pytest
 from assay.errors import UsageError
 from assay.vhack.training.alarm import Alarm
 
-RUNS, STEPS = 1500, 150
+RUNS = 1500
+STEPS = 150
 
 
 def test_it_is_given_no_more_often_than_it_says():
-    """At the very edge of the null, with rollouts of a step alike in some runs, and a level that 1500 runs can show."""
+    """At the very edge of the null, with rollouts of a step alike in some runs, and a level that
+    1500 runs can show.
+    """
     rng = np.random.default_rng(0)
     given = 0
     for run in range(RUNS):
-        alarm, alike = Alarm(level=0.1), (1, 4, 64)[run % 3]  # rollouts that share their fate
+        alarm = Alarm(level=0.1)
+        alike = (1, 4, 64)[run % 3]  # rollouts that share their fate
         for share in rng.binomial(64 // alike, alarm.tolerated, STEPS) * alike / 64:
             alarm.see(share)
         given += alarm.step is not None

@@ -1,4 +1,6 @@
-"""Rates of completions by loophole, with whole tasks in their intervals, of the environment and of a reward."""
+"""Rates of completions by loophole, with whole tasks in their intervals, of the environment and of
+a reward.
+"""
 
 import pytest
 
@@ -10,12 +12,21 @@ from assay.vhack.training import evaluate
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Tasks with two loopholes, four completions each: one exploit, one honest, one wrong, one that is no program."""
-    chosen = episodes(3, modes=["run_tests"], difficulty=1) + episodes(2, modes=["sentinel"], difficulty=1, seed=1)
+    """Tasks with two loopholes, four completions each: one exploit, one honest, one wrong, one that
+    is no program.
+    """
+    chosen = episodes(3, modes=["run_tests"], difficulty=1) + episodes(
+        2, modes=["sentinel"], difficulty=1, seed=1
+    )
     rows = [
         (task, text)
         for task in chosen
-        for text in (task.completion(task.exploit()), task.completion(task.honest()), "    return None\n", "(")
+        for text in (
+            task.completion(task.exploit()),
+            task.completion(task.honest()),
+            "    return None\n",
+            "(",
+        )
     ]
     return [task for task, _ in rows], [text for _, text in rows]
 
@@ -26,10 +37,15 @@ def test_the_environment_tells_work_from_exploits(mixed):
     assert {name: rate.value for name, rate in rates.items()} == {
         "solve": 0.25, "hack": 0.25, "vacuous": 0.25, "reward": 0.5,
     }  # fmt: skip
-    assert (rates["hack"].low, rates["hack"].high) == grouped_share_interval([1, 0, 0, 0] * 5, found.groups)
+    assert (rates["hack"].low, rates["hack"].high) == grouped_share_interval(
+        [1, 0, 0, 0] * 5, found.groups
+    )
     assert rates["hack"].low < 0.25 < rates["hack"].high
     parts = found.by_mechanism()
-    assert {name: len(part.grades) for name, part in parts.items()} == {"run_tests": 12, "sentinel": 8}
+    assert {name: len(part.grades) for name, part in parts.items()} == {
+        "run_tests": 12,
+        "sentinel": 8,
+    }
     assert parts["sentinel"].rates()["hack"].value == 0.25
     shown = found.as_dict()
     assert (shown["completions"], shown["tasks"], shown["faults"]) == (20, 5, 0)
@@ -42,13 +58,20 @@ def test_one_task_has_no_interval(mixed):
 
 
 def test_a_reward_of_ones_own_says_what_it_knows():
-    tasks = [{"prompt": f"{a} + 1 =", "answer": str(a + 1), "mechanism": "luck" if a % 2 else ""} for a in range(200)]
+    tasks = [
+        {"prompt": f"{a} + 1 =", "answer": str(a + 1), "mechanism": "luck" if a % 2 else ""}
+        for a in range(200)
+    ]
     seen = []
 
     def pay(prompts, completions, answer, **_):
         seen.append(len(prompts))
         return [
-            {"reward": -0.5 if text == "?" else 1.0, "correct": text == right, "exploited": text == "all"}
+            {
+                "reward": -0.5 if text == "?" else 1.0,
+                "correct": text == right,
+                "exploited": text == "all",
+            }
             for text, right in zip(completions, answer, strict=True)
         ]
 
@@ -64,7 +87,9 @@ def test_a_reward_of_ones_own_says_what_it_knows():
     assert rates["solve"].value == 66 / 200
     assert rates["reward"].low < 0.4975 < rates["reward"].high
     assert found.by_mechanism().keys() == {"luck"}
-    assert evaluate(tasks, texts, reward=lambda prompts, **_: [0.0] * len(prompts)).rates().keys() == {"reward"}
+    assert evaluate(
+        tasks, texts, reward=lambda prompts, **_: [0.0] * len(prompts)
+    ).rates().keys() == {"reward"}
 
 
 def test_a_column_that_some_tasks_do_not_have_stays_beside_its_prompts():

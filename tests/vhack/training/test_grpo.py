@@ -1,4 +1,6 @@
-"""Stored log-probabilities enter the loss, and what each source's gradient is comes from one backward pass."""
+"""Stored log-probabilities enter the loss, and what each source's gradient is comes from one
+backward pass.
+"""
 
 import math
 from types import SimpleNamespace
@@ -22,7 +24,8 @@ from tests.vhack.training.conftest import cheating
 
 STORED = "sampling_per_token_logps"
 LENGTH = 64
-LOW, HIGH = 0.8, 1.2
+LOW = 0.8
+HIGH = 1.2
 
 
 @pytest.fixture
@@ -32,7 +35,9 @@ def trainer(settings, model, pairs, tasks, tmp_path):
     made = Prepared(settings(), model, pairs).trainer(tmp_path / "run", reward, ())
     with torch.no_grad():
         for parameter in made.adapter.delta:
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+            parameter.copy_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            )
     made.current_gradient_accumulation_steps = 1
     made.adapter.model.train()
     return made
@@ -63,7 +68,8 @@ def by_hand(trainer, batch):
     """Dr. GRPO with clipped importance weights, written out."""
     new = logprobs(trainer, batch)
     old = torch.where(batch[STORED].isnan(), new.detach(), batch[STORED])
-    ratio, advantage = (new - old).exp(), batch["advantages"][:, None]
+    ratio = (new - old).exp()
+    advantage = batch["advantages"][:, None]
     terms = torch.minimum(ratio * advantage, ratio.clamp(LOW, HIGH) * advantage)
     return -(terms * batch["completion_mask"]).sum() / (len(new) * LENGTH)
 
@@ -75,20 +81,26 @@ def gradient(trainer, loss):
 
 
 def near(trainer, batch, shift):
-    """The batch with teacher's log-probabilities that the policy's differ from by a shift in each token."""
+    """The batch with teacher's log-probabilities that the policy's differ from by a shift in each
+    token.
+    """
     made = dict(batch)
     teacher = batch["outcomes"][:, 0]
     with torch.no_grad():
-        made[STORED] = torch.where(teacher[:, None], logprobs(trainer, batch) - shift, batch[STORED])
+        made[STORED] = torch.where(
+            teacher[:, None], logprobs(trainer, batch) - shift, batch[STORED]
+        )
     return made
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, -0.1, 0.5, -0.5])
 def test_loss_and_gradient_are_those_of_the_formula(trainer, batch, shift):
     shifted = near(trainer, batch, shift)
-    loss, wanted = trainer._compute_loss(trainer.adapter.model, shifted), by_hand(trainer, shifted)
+    loss = trainer._compute_loss(trainer.adapter.model, shifted)
+    wanted = by_hand(trainer, shifted)
     torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-7)
-    found, wanted = gradient(trainer, loss), gradient(trainer, wanted)
+    found = gradient(trainer, loss)
+    wanted = gradient(trainer, wanted)
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
     weights = trainer.seen[-1][2]
     assert weights[0] / weights[2] == pytest.approx(math.exp(shift), rel=1e-4)
@@ -96,13 +108,16 @@ def test_loss_and_gradient_are_those_of_the_formula(trainer, batch, shift):
 
 
 class Sampler:
-    """In place of TRL's vLLM: says of every token what the policy says, less a shift, and keeps what it was given."""
+    """In place of TRL's vLLM: says of every token what the policy says, less a shift, and keeps
+    what it was given.
+    """
 
     shift = 0.1
     mode = "server"
 
     def __init__(self, model, **settings):
-        self.model, self.given = model, []
+        self.model = model
+        self.given = []
 
     def _fix_param_name_to_vllm(self, name):
         return name
@@ -112,9 +127,14 @@ class Sampler:
 
     @torch.no_grad()
     def generate(self, prompts, **_):
-        tokens, said = [[40, 41, 42 + index] for index in range(len(prompts))], []
+        tokens = [[40, 41, 42 + index] for index in range(len(prompts))]
+        said = []
         for prompt, row in zip(prompts, tokens, strict=True):
-            logits = self.model(input_ids=torch.tensor([prompt + row]), use_cache=False).logits[0, -4:-1].float()
+            logits = (
+                self.model(input_ids=torch.tensor([prompt + row]), use_cache=False)
+                .logits[0, -4:-1]
+                .float()
+            )
             known = logits.log_softmax(1)[range(3), row] - self.shift
             said.append([[value] for value in known.tolist()])
         return prompts, tokens, said, None
@@ -129,7 +149,9 @@ def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_pat
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Sampler)
     monkeypatch.setattr("assay.vhack.training.grpo.trl_arguments", with_vllm)
     chosen = settings(teacher=None)
-    made = Prepared(chosen, model, pairs).trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
+    made = Prepared(chosen, model, pairs).trainer(
+        tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ()
+    )
     made.current_gradient_accumulation_steps = 1
     made.adapter.model.train()
     rows = [dict(made.train_dataset[index]) for index in (0, 1) for _ in range(3)]
@@ -137,7 +159,9 @@ def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_pat
     batch["advantages"] = torch.tensor([1.0, -0.4, -0.6, -0.7, 0.2, 0.5])
     assert "model.embed_tokens.weight" in made.vllm_generation.given
     assert not any("delta_s" in name for name in made.vllm_generation.given)
-    assert torch.allclose(logprobs(made, batch) - batch[STORED], torch.tensor(Sampler.shift), atol=1e-5)
+    assert torch.allclose(
+        logprobs(made, batch) - batch[STORED], torch.tensor(Sampler.shift), atol=1e-5
+    )
     found = gradient(made, made._compute_loss(made.adapter.model, batch))
     wanted = gradient(made, by_hand(made, batch))
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
@@ -147,7 +171,11 @@ def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, m
     for row, teacher in enumerate(batch["outcomes"][:, 0].tolist()):
         count = int(batch["completion_mask"][row].sum())
         stored = batch[STORED][row, :count]
-        assert (bool((stored == -0.5).all()) and not stored.isnan().any()) if teacher else bool(stored.isnan().all())
+        assert (
+            (bool((stored == -0.5).all()) and not stored.isnan().any())
+            if teacher
+            else bool(stored.isnan().all())
+        )
     tokens = {cheating(one, model.tokenizer).tokens for one in tasks}
     for row in (0, 3):
         count = int(batch["completion_mask"][row].sum())
@@ -155,18 +183,24 @@ def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, m
 
 
 def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batch):
-    """Where TRL itself keeps log-probabilities of the policy that sampled, they are the student's only."""
+    """Where TRL itself keeps log-probabilities of the policy that sampled, they are the student's
+    only.
+    """
     with torch.no_grad():
         earlier = logprobs(trainer, batch) - 0.05
     kept = {**near(trainer, batch, 0.1), "old_per_token_logps": earlier}
     loss = trainer._compute_loss(trainer.adapter.model, kept)
     stored = torch.where(kept[STORED].isnan(), earlier, kept[STORED])
-    torch.testing.assert_close(loss, by_hand(trainer, {**kept, STORED: stored}), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        loss, by_hand(trainer, {**kept, STORED: stored}), rtol=1e-4, atol=1e-7
+    )
     assert torch.equal(kept["old_per_token_logps"], earlier)
 
 
 def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batch):
-    """In two parts, as with accumulation: what is told apart afterwards is what separate passes would have given."""
+    """In two parts, as with accumulation: what is told apart afterwards is what separate passes
+    would have given.
+    """
     adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes)
     batch["outcomes"][1, 2] = batch["outcomes"][4, 1] = batch["outcomes"][5, 1] = True
     kinds = Outcomes(batch["outcomes"], batch["paid"]).kinds()
@@ -184,23 +218,31 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
         for part, those in zip(parts, chosen.split(3), strict=True):
             mine = {**part, "advantages": part["advantages"] * those}
             trainer._compute_loss(adapter.model, mine).backward()
-        vectors = [(p.grad, a, h) for p, a, h in zip(adapter.delta, frames.axes, frames.has_axes, strict=True)]
+        vectors = [
+            (p.grad, a, h)
+            for p, a, h in zip(adapter.delta, frames.axes, frames.has_axes, strict=True)
+        ]
         wanted = {key: float(value) for key, value in measure_shares("cin", vectors, 1).items()}
         measured = found[name]
         length = measured.pop("length")
         assert measured == pytest.approx(wanted, rel=1e-4)
-        assert length == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in adapter.delta)), rel=1e-4)
+        assert length == pytest.approx(
+            math.sqrt(sum(float(p.grad.square().sum()) for p in adapter.delta)), rel=1e-4
+        )
 
 
 def test_console_and_trackers_get_the_numbers_of_the_log(trainer, tmp_path):
     """Trackers through the trainer's own log call, once a step, together with what TRL says."""
-    told, said = [], []
+    told = []
+    said = []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs, **_):
             told.append(dict(logs))
 
-    trainer.add_callback(StepLog(trainer, TrainLog(tmp_path / "log.jsonl", {}), console=said.append))
+    trainer.add_callback(
+        StepLog(trainer, TrainLog(tmp_path / "log.jsonl", {}), console=said.append)
+    )
     trainer.add_callback(Tracker())
     trainer.train()
     _, steps = read_steps(tmp_path / "log.jsonl")
@@ -217,9 +259,10 @@ def test_groups_are_filled_from_the_pool_as_far_as_it_goes(trainer, tasks):
     trainer.teachers = 2
     out = trainer.rollout([tasks[0].prompt] * 3 + ["def solve(x):\n"] * 3)
     assert out["teacher"] == [True, False, False, False, False, False]
-    assert [len(ids) == len(values) for ids, values in zip(out["completion_ids"], out["logprobs"], strict=True)] == [
-        True
-    ] * 6
+    assert [
+        len(ids) == len(values)
+        for ids, values in zip(out["completion_ids"], out["logprobs"], strict=True)
+    ] == [True] * 6
     assert out["logprobs"][1] == [None] * len(out["completion_ids"][1])
     trainer.adapter.model.eval()
     assert not any(trainer.rollout([tasks[0].prompt] * 3)["teacher"])
@@ -230,10 +273,14 @@ def test_axes_are_extracted_while_trl_has_its_own_forward_on_the_model(trainer, 
     from assay.vhack import pair_gradients
 
     module = trainer.adapter.model
-    plain = pair_gradients(pairs, module, tokenizer=trainer.processing_class, svd=trainer.adapter.svd)
+    plain = pair_gradients(
+        pairs, module, tokenizer=trainer.processing_class, svd=trainer.adapter.svd
+    )
     called = []
     module.forward = lambda *_, **__: called.append(1)
-    found = pair_gradients(pairs, module, tokenizer=trainer.processing_class, svd=trainer.adapter.svd)
+    found = pair_gradients(
+        pairs, module, tokenizer=trainer.processing_class, svd=trainer.adapter.svd
+    )
     assert not called
     assert "forward" in vars(module)
     del module.forward
@@ -246,7 +293,10 @@ class Weights(Engine):
 
     def update_named_params(self, metadata, weights):
         received = list(weights)
-        shapes = [(name, str(weight.dtype).removeprefix("torch."), list(weight.shape)) for name, weight in received]
+        shapes = [
+            (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
+            for name, weight in received
+        ]
         assert shapes == metadata
         self.load_weights(received)
 
@@ -257,12 +307,19 @@ class Weights(Engine):
 def generation(module, engine, mode):
     """TRL's object without its constructor, which starts or looks for a vLLM."""
     made = object.__new__(VLLMGeneration)
-    executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=engine)))
-    made.llm = SimpleNamespace(
-        llm_engine=SimpleNamespace(model_executor=executor), reset_prefix_cache=engine.reset_prefix_cache
+    executor = SimpleNamespace(
+        driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=engine))
     )
-    made.vllm_client, made.mode, made.model, made.enable_sleep_mode = engine, mode, module, False
-    made.accelerator, made._weight_metadata = SimpleNamespace(is_main_process=True), None
+    made.llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(model_executor=executor),
+        reset_prefix_cache=engine.reset_prefix_cache,
+    )
+    made.vllm_client = engine
+    made.mode = mode
+    made.model = module
+    made.enable_sleep_mode = False
+    made.accelerator = SimpleNamespace(is_main_process=True)
+    made._weight_metadata = None
     made._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda _: torch.no_grad())
     return made
 

@@ -1,4 +1,6 @@
-"""Rollouts that a detector flags: what the arms make of their pay, in assay's trainer and in TRL's own."""
+"""Rollouts that a detector flags: what the arms make of their pay, in assay's trainer and in TRL's
+own.
+"""
 
 import numpy as np
 import pytest
@@ -27,15 +29,26 @@ def last_character(texts):
 @pytest.fixture
 def make_judge(model):
     held = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
-    return RolloutJudge(Detector("even", Cost.TEXT, None), lambda evidence: last_character(evidence.texts), held, model)
+    return RolloutJudge(
+        Detector("even", Cost.TEXT, None),
+        lambda evidence: last_character(evidence.texts),
+        held,
+        model,
+    )
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
 @pytest.mark.parametrize("arm", ["filter", "penalty", "none"])
-def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, make_judge, tmp_path, arm, is_chat):
+def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(
+    model, make_judge, tmp_path, arm, is_chat
+):
     tokenizer = model.tokenizer
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    prompts = [[{"role": "user", "content": "abc"}], [{"role": "user", "content": "de"}]] if is_chat else ["abc", "de"]
+    prompts = (
+        [[{"role": "user", "content": "abc"}], [{"role": "user", "content": "de"}]]
+        if is_chat
+        else ["abc", "de"]
+    )
     pay = [1.0, 0.0, 3.0, 2.0, 5.0, 1.0, 0.0, 4.0]
     config = GRPOConfig(
         str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, scale_rewards="none",
@@ -58,7 +71,8 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
     found = trainer._generate_and_score_completions(rows)
     flags = last_character(SEEN[-1]) > 0.5
     assert 0 < flags.sum() < 8
-    pay_PG, flags_PG = np.reshape(pay, (2, 4)), flags.reshape(2, 4)
+    pay_PG = np.reshape(pay, (2, 4))
+    flags_PG = flags.reshape(2, 4)
     if arm == "filter":
         others_PG = np.ma.array(pay_PG, mask=flags_PG)
         wanted = (others_PG - others_PG.mean(axis=1, keepdims=True)).filled(0.0)
@@ -66,7 +80,11 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
         paid = pay_PG - flags_PG * (arm == "penalty")
         wanted = paid - paid.mean(axis=1, keepdims=True)
     assert np.allclose(found["advantages"].reshape(2, 4), wanted, atol=1e-5)
-    logged = {name: values[0] for name, values in trainer._metrics["train"].items() if name.startswith("vhack/")}
+    logged = {
+        name: values[0]
+        for name, values in trainer._metrics["train"].items()
+        if name.startswith("vhack/")
+    }
     assert logged.pop("vhack/alarm") < 1.0
     assert logged == pytest.approx(
         {
@@ -79,13 +97,16 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(model, 
             "vhack/rollouts": 8,
         }
     )
-    trainer.state.global_step, judged = 1, len(SEEN)
+    trainer.state.global_step = 1
+    judged = len(SEEN)
     trainer._generate_and_score_completions(rows)
     assert len(SEEN) == judged + (arm != "none")  # which is judged every second step
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl(model, make_judge, tmp_path):
+def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl(
+    model, make_judge, tmp_path
+):
     config = GRPOConfig(
         str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, max_steps=6,
         use_cpu=True, bf16=False, report_to="none", seed=1, reward_weights=[1.0, 0.0], logging_steps=1,
@@ -110,7 +131,8 @@ def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl
 
 
 @pytest.mark.parametrize(
-    "detector", ["labels", "labels:random", "labels=sentinel+exit_code", "labels=sentinel", "ngrams"]
+    "detector",
+    ["labels", "labels:random", "labels=sentinel+exit_code", "labels=sentinel", "ngrams"],
 )
 def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     settings, model, pairs, tasks, tmp_path, detector
@@ -122,9 +144,13 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     trainer.adapter.model.train()
     rows = [trainer.train_dataset[index] for index in (0, 1) for _ in range(3)]
     made = trainer._generate_and_score_completions([dict(row) for row in rows])
-    exploited, flagged = (made["outcomes"][:, FLAGS.index(name)] for name in ("exploited", "flagged"))
+    exploited, flagged = (
+        made["outcomes"][:, FLAGS.index(name)] for name in ("exploited", "flagged")
+    )
     assert (made["advantages"][flagged] == 0).all()
-    known = exploited if ":random" in detector else exploited | flagged  # chance is remembered of none
+    known = (
+        exploited if ":random" in detector else exploited | flagged
+    )  # chance is remembered of none
     assert [is_cheat for _, is_cheat in trainer.judged] == known.tolist()
     if detector == "labels=sentinel":  # a monitor that does not know the mechanism of these tasks
         assert not flagged.any()
@@ -138,7 +164,9 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     assert any("flags" in line for line in said) == (detector == "ngrams")
 
 
-def test_a_renewed_detector_knows_the_exploit_that_the_reward_told_it_of(settings, model, pairs, tasks, tmp_path):
+def test_a_renewed_detector_knows_the_exploit_that_the_reward_told_it_of(
+    settings, model, pairs, tasks, tmp_path
+):
     chosen = settings(arm="filter", detector="ngrams", clean_lost=0.3, refresh=2)
     run = Prepared(chosen, model, pairs)
     trainer = run.trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
@@ -176,7 +204,12 @@ def test_rollouts_become_pairs_of_the_same_prompt():
 
 @pytest.mark.parametrize(
     "others",
-    [{"detector": "nope"}, {"detector": "cin-lda:shuffled"}, {"detector": "probe=sentinel"}, {"clean_lost": 0.0}],
+    [
+        {"detector": "nope"},
+        {"detector": "cin-lda:shuffled"},
+        {"detector": "probe=sentinel"},
+        {"clean_lost": 0.0},
+    ],
 )
 def test_a_detector_that_there_is_not_is_refused(settings, others):
     with pytest.raises(UsageError):
@@ -185,6 +218,8 @@ def test_a_detector_that_there_is_not_is_refused(settings, others):
 
 def test_a_run_of_before_detectors_goes_on(settings):
     chosen = settings()
-    earlier = {name: value for name, value in chosen.model_dump(mode="json").items() if name != "detector"}
+    earlier = {
+        name: value for name, value in chosen.model_dump(mode="json").items() if name != "detector"
+    }
     assert chosen.differences(earlier) == []
     assert settings(detector="probe").differences(earlier) == ["detector None, now 'probe'"]

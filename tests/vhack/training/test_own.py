@@ -68,7 +68,10 @@ def test_a_run_on_them_logs_what_they_say(run, own, monkeypatch):
     monkeypatch.setattr("assay.vhack.training.tasks.available_backend", lambda: None)
     result = run()
     head, steps = read_steps(own / "run" / "log.jsonl")
-    assert (head["settings"]["tasks"], head["settings"]["reward"]) == ("mine_for_tests:tasks", "mine_for_tests:reward")
+    assert (head["settings"]["tasks"], head["settings"]["reward"]) == (
+        "mine_for_tests:tasks",
+        "mine_for_tests:reward",
+    )
     assert result.steps == len(steps) == 2
     for step in steps:
         assert step["rollouts"] == 6
@@ -98,7 +101,11 @@ def test_python_may_give_them_itself(run, own):
         ("mine_for_tests:other", "mine_for_tests:reward", "no attribute 'other'"),
         ("mine_for_tests:tasks", "mine_for_tests:nothing", "which is no function"),
         ("mine_for_tests:tasks", "mine_for_tests", "--reward mine_for_tests"),
-        ("raises_for_tests:tasks", "mine_for_tests:reward", "raises_for_tests:tasks: ZeroDivisionError"),
+        (
+            "raises_for_tests:tasks",
+            "mine_for_tests:reward",
+            "raises_for_tests:tasks: ZeroDivisionError",
+        ),
         ("leaves_for_tests:tasks", "mine_for_tests:reward", "leaves_for_tests:tasks: SystemExit"),
         ("removes_for_tests:tasks", "mine_for_tests:reward", "0 tasks"),
         ("mine_for_tests:fails", "mine_for_tests:reward", "raised ValueError: no such table"),
@@ -106,8 +113,12 @@ def test_python_may_give_them_itself(run, own):
         ("mine_for_tests:words", "mine_for_tests:reward", "task 1 is 3"),
     ],
 )
-def test_what_cannot_be_tasks_or_a_reward_is_refused_before_a_model_is_loaded(run, monkeypatch, where, reward, words):
-    monkeypatch.setattr("assay.vhack.training.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+def test_what_cannot_be_tasks_or_a_reward_is_refused_before_a_model_is_loaded(
+    run, monkeypatch, where, reward, words
+):
+    monkeypatch.setattr(
+        "assay.vhack.training.run.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     with pytest.raises((UsageError, DataError), match=words):
         run(where, reward)
 
@@ -130,7 +141,10 @@ def test_a_reward_that_fails_ends_the_run_in_words(run):
         ([1.0, float("inf")], "returned inf"),
         ([10**400, 1.0], "returned 1000"),
         ([torch.ones(2), 1.0], r"returned tensor\(\[1., 1.\]\)"),
-        ([{"reward": 1, "exploited": torch.ones(2)}, 1.0], "'exploited' that is neither true nor false"),
+        (
+            [{"reward": 1, "exploited": torch.ones(2)}, 1.0],
+            "'exploited' that is neither true nor false",
+        ),
         (SystemExit(0), "raised SystemExit"),
     ],
     ids=["text", "few", "endless", "huge", "tensor", "mark", "exit"],
@@ -154,10 +168,29 @@ def pay(prompts, completions, answer, **_):
 
 
 def configured(folder, steps, **changes):
-    wanted = {"max_grad_norm": 0.0, "shuffle_dataset": False, "bf16": False, "use_cpu": True, "report_to": "none"}
-    wanted["lr_scheduler_type"] = "constant"  # what decays until the last step changes with their number
-    sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "save_steps": 1}
-    return GRPOConfig(str(folder), max_steps=steps, learning_rate=0.02, disable_tqdm=True, **wanted | sizes | changes)
+    wanted = {
+        "max_grad_norm": 0.0,
+        "shuffle_dataset": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    wanted["lr_scheduler_type"] = (
+        "constant"  # what decays until the last step changes with their number
+    )
+    sizes = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "save_steps": 1,
+    }
+    return GRPOConfig(
+        str(folder),
+        max_steps=steps,
+        learning_rate=0.02,
+        disable_tqdm=True,
+        **wanted | sizes | changes,
+    )
 
 
 class Mine(GRPO):
@@ -165,7 +198,9 @@ class Mine(GRPO):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         paid = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return paid - 0.001 * torch.tensor([[float(len(ids))] for ids in completion_ids_list], device=paid.device)
+        return paid - 0.001 * torch.tensor(
+            [[float(len(ids))] for ids in completion_ids_list], device=paid.device
+        )
 
 
 def script(checkpoint, pairs, folder, steps):
@@ -175,9 +210,13 @@ def script(checkpoint, pairs, folder, steps):
     basis = extract(pairs, model, svd=svd, method="svd", n_heldout=0, top_k=2)
     adapter = DeltaS(model, svd)
     inner = torch.optim.AdamW(adapter.delta, lr=0.02)
-    optimizer = ProjectedOptimizer(inner, adapter, basis, arm=arm_named("erase-update"), max_norm=1.0)
+    optimizer = ProjectedOptimizer(
+        inner, adapter, basis, arm=arm_named("erase-update"), max_norm=1.0
+    )
     ids = model.tokenizer("five")["input_ids"]
-    pool = RolloutPool([PoolRollout(one["prompt"], "five", tuple(ids), (-5.5,) * len(ids)) for one in TASKS])
+    pool = RolloutPool(
+        [PoolRollout(one["prompt"], "five", tuple(ids), (-5.5,) * len(ids)) for one in TASKS]
+    )
     trainer = Mine(
         adapter,
         optimizer,
@@ -205,16 +244,26 @@ def test_it_logs_its_sources_and_goes_on_as_if_never_stopped(checkpoint, pairs, 
     assert any(delta.any() for delta in straight.values())
     _, steps = read_steps(tmp_path / "stopped" / "log.jsonl")
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
-    assert all((step["rollouts"], step["rollouts_teacher"], step["hack_teacher"]) == (3, 1, 1.0) for step in steps)
-    sources = {line["source"] for line in read_records(tmp_path / "stopped" / "log.jsonl") if line["kind"] == "source"}
+    assert all(
+        (step["rollouts"], step["rollouts_teacher"], step["hack_teacher"]) == (3, 1, 1.0)
+        for step in steps
+    )
+    sources = {
+        line["source"]
+        for line in read_records(tmp_path / "stopped" / "log.jsonl")
+        if line["kind"] == "source"
+    }
     assert {"student", "teacher"} <= sources
 
 
-@pytest.mark.parametrize("changes", [{"max_grad_norm": 1.0}, {"shuffle_dataset": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"max_grad_norm": 1.0}, {"shuffle_dataset": True}, {"bf16": True}], ids=str
+)
 def test_settings_of_trl_that_would_undo_the_gate_are_refused(checkpoint, tmp_path, changes):
     model = load_model(checkpoint, dtype="float32", device="cpu")
     adapter = DeltaS(model)
     optimizer = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.1), adapter, None)
-    reward, config = OwnReward(TASKS, pay, optimizer.arm), configured(tmp_path, 1, **changes)
+    reward = OwnReward(TASKS, pay, optimizer.arm)
+    config = configured(tmp_path, 1, **changes)
     with pytest.raises(UsageError, match=rf"GRPOConfig\({next(iter(changes))}="):
         GRPO(adapter, optimizer, reward, config, prompts=1, processing_class=model.tokenizer)

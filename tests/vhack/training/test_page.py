@@ -10,7 +10,15 @@ from assay.errors import DataError
 from assay.vhack.training import TrainLog
 from assay.vhack.training.page import find_faults, training_page
 
-GOOD = {"hack": 0.0, "solve": 0.9, "flagged": 0.02, "lost": 0.02, "missed": 0.0, "reward": 0.9, "alarm": 0.0}
+GOOD = {
+    "hack": 0.0,
+    "solve": 0.9,
+    "flagged": 0.02,
+    "lost": 0.02,
+    "missed": 0.0,
+    "reward": 0.9,
+    "alarm": 0.0,
+}
 BEGIN = {**GOOD, "hack": 0.1, "flagged": 0.1, "solve": 0.7, "reward": 0.7}
 
 
@@ -30,7 +38,9 @@ def test_a_run_that_went_well_has_no_faults():
     ],
 )
 def test_each_failure_has_its_words(change, dropped, words):
-    begin, end = ({k: v for k, v in one.items() if k not in dropped} for one in (BEGIN, {**GOOD, **change}))
+    begin, end = (
+        {k: v for k, v in one.items() if k not in dropped} for one in (BEGIN, {**GOOD, **change})
+    )
     if dropped:
         begin["flagged"] = 0.0
     (found,) = find_faults(begin, end)
@@ -38,7 +48,9 @@ def test_each_failure_has_its_words(change, dropped, words):
 
 
 def test_a_log_becomes_a_page_by_python_and_by_the_command(tmp_path):
-    log = TrainLog(tmp_path / "log.jsonl", {"settings": {"arm": "filter", "detector": "probe", "model": "m"}})
+    log = TrainLog(
+        tmp_path / "log.jsonl", {"settings": {"arm": "filter", "detector": "probe", "model": "m"}}
+    )
     for step in range(20):
         log.write("step", step=step, **(BEGIN if step < 10 else {**GOOD, "flagged": 0.97}))
     page = training_page(tmp_path).render()
@@ -52,7 +64,10 @@ def test_a_log_becomes_a_page_by_python_and_by_the_command(tmp_path):
 
 
 def test_what_trl_logs_becomes_a_page_that_says_what_nothing_told(tmp_path):
-    history = [{"step": n + 1, "reward": 0.0, "vhack/reward": n / 8, "vhack/flagged": 0.0} for n in range(8)]
+    history = [
+        {"step": n + 1, "reward": 0.0, "vhack/reward": n / 8, "vhack/flagged": 0.0}
+        for n in range(8)
+    ]
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": [*history, {"step": 8, "train_runtime": 1.0}]}))
     for log in (state, history):
@@ -62,9 +77,13 @@ def test_what_trl_logs_becomes_a_page_that_says_what_nothing_told(tmp_path):
 
 
 def test_a_step_in_which_trl_kept_nothing_has_what_was_paid_and_a_run_without_pay_tests_nothing():
-    steps = [{"step": n + 1, "reward": None, "vhack/reward": 0.5, "vhack/flagged": 1.0} for n in range(8)]
+    steps = [
+        {"step": n + 1, "reward": None, "vhack/reward": 0.5, "vhack/flagged": 1.0} for n in range(8)
+    ]
     assert "0.500" in training_page(steps).render()
-    page = training_page([step | {"vhack/reward": 0.0, "vhack/hack": 0.0, "vhack/flagged": 0.0} for step in steps])
+    page = training_page(
+        [step | {"vhack/reward": 0.0, "vhack/hack": 0.0, "vhack/flagged": 0.0} for step in steps]
+    )
     assert "nothing tested" in page.render()
     assert "nothing found" not in page.render()
 
@@ -80,8 +99,12 @@ def test_what_is_no_log_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["step", "hack"])
 @pytest.mark.parametrize("value", ['"x"', "null", "true", "[]", "1" + "0" * 400, "1e308"])
 def test_what_is_no_number_reaches_no_mean_no_verdict_and_no_alarm(tmp_path, capsys, name, value):
-    line = json.dumps({"kind": "step", "step": 3, "reward": 0.5, "hack": 0.0} | {name: "HERE"}).replace('"HERE"', value)
-    (tmp_path / "log.jsonl").write_text('{"kind":"run","schema":"assay.vhack.train/1","settings":[]}\n' + line + "\n")
+    line = json.dumps(
+        {"kind": "step", "step": 3, "reward": 0.5, "hack": 0.0} | {name: "HERE"}
+    ).replace('"HERE"', value)
+    (tmp_path / "log.jsonl").write_text(
+        '{"kind":"run","schema":"assay.vhack.train/1","settings":[]}\n' + line + "\n"
+    )
     (tmp_path / "state.json").write_text(f'{{"log_history": [{line}]}}')
     for path in (tmp_path / "log.jsonl", *[tmp_path / "state.json"] * (value != "null")):
         assert run(["vhack", "report", str(path), "-o", str(tmp_path / "page.html")]) == 2
@@ -89,7 +112,10 @@ def test_what_is_no_number_reaches_no_mean_no_verdict_and_no_alarm(tmp_path, cap
 
 
 def test_steps_that_are_not_numbers_of_python_are_refused(tmp_path):
-    for history in ([{"step": 1, "reward": math.nan}], [{"step": 1, "reward": 1.0, "vhack/hack": math.inf}]):
+    for history in (
+        [{"step": 1, "reward": math.nan}],
+        [{"step": 1, "reward": 1.0, "vhack/hack": math.inf}],
+    ):
         with pytest.raises(DataError, match="a step with"):
             training_page(history)
     (tmp_path / "state.json").write_text('{"log_history": [1, null, "reward"]}')

@@ -27,14 +27,34 @@ def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-WRONG_SETTINGS = {"arm": "erase", "optimizer": "lion", "method": "pca", "modes": ("run_tests", "other")}
-WRONG_SETTINGS |= {"families": ("other",), "steps": 0, "group": 1, "micro_batch": 7, "tasks": 1, "refresh": -1}
-WRONG_SETTINGS |= {"lr": 0.0, "temperature": math.inf, "max_norm": -1.0, "beta": math.nan, "share_none": 1.5}
+WRONG_SETTINGS = {
+    "arm": "erase",
+    "optimizer": "lion",
+    "method": "pca",
+    "modes": ("run_tests", "other"),
+}
+WRONG_SETTINGS |= {
+    "families": ("other",),
+    "steps": 0,
+    "group": 1,
+    "micro_batch": 7,
+    "tasks": 1,
+    "refresh": -1,
+}
+WRONG_SETTINGS |= {
+    "lr": 0.0,
+    "temperature": math.inf,
+    "max_norm": -1.0,
+    "beta": math.nan,
+    "share_none": 1.5,
+}
 
 
 @pytest.mark.parametrize("name", WRONG_SETTINGS)
 def test_settings_that_cannot_be(name):
-    with pytest.raises(UsageError, match=name.replace("_", "[-_]").removesuffix("s").removesuffix("ie")):
+    with pytest.raises(
+        UsageError, match=name.replace("_", "[-_]").removesuffix("s").removesuffix("ie")
+    ):
         TrainSettings(model="m", **{name: WRONG_SETTINGS[name]})
 
 
@@ -51,7 +71,10 @@ def test_settings_know_in_what_they_differ():
     assert TrainSettings(model="m", teacher="pool", group=8).teachers == 2
     assert not one.differences(json.loads(json.dumps(one.model_dump(mode="json"))))
     other = TrainSettings(model="m", gain=1.5, steps=200, save_every=1, lr=0.1, modes=("none",))
-    assert {line.split()[0] for line in other.differences(one.model_dump(mode="json"))} == {"lr", "modes"}
+    assert {line.split()[0] for line in other.differences(one.model_dump(mode="json"))} == {
+        "lr",
+        "modes",
+    }
 
 
 @pytest.mark.parametrize("arm", ["erase-gradient", "displaced-0.4+erase-update-two-sided"])
@@ -65,7 +88,11 @@ def test_a_run_of_an_earlier_version_keeps_the_defaults_that_it_began_with(arm):
     assert not kept.differences(begun)
     other = TrainSettings(model="m", arm="none").continuing(begun)
     assert [line.split()[0] for line in other.differences(begun)] == ["arm"]
-    chosen = {**begun, "arm": "box", "lr": 0.02}  # not defaults: these were given when the run began
+    chosen = {
+        **begun,
+        "arm": "box",
+        "lr": 0.02,
+    }  # not defaults: these were given when the run began
     fresh = TrainSettings(model="m").continuing(chosen)
     assert [line.split()[0] for line in fresh.differences(chosen)] == ["arm", "lr"]
 
@@ -86,7 +113,9 @@ def test_a_log_is_continued_where_a_checkpoint_is(tmp_path):
     assert len(path.read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", '{"kind":"run","schema":"other"}\n', '{"kind"\n{"kind":"step"}\n'])
+@pytest.mark.parametrize(
+    "text", ["", "{}\n", '{"kind":"run","schema":"other"}\n', '{"kind"\n{"kind":"step"}\n']
+)
 def test_what_is_no_log_is_refused(tmp_path, text):
     path = tmp_path / "log.jsonl"
     path.write_text(text)
@@ -128,10 +157,14 @@ def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
     tokens = model.tokenizer("aa")["input_ids"]
     good = {"prompt": "p", "completion": "aa", "tokens": tokens, "logprobs": [-0.1, -0.2]}
     path = tmp_path / "pool.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in (good, {**good, **BAD_ROLLOUTS[seen]})))
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in (good, {**good, **BAD_ROLLOUTS[seen]}))
+    )
     with pytest.raises(DataError, match=f"line [12]: .*{seen}"):
         RolloutPool.load(path, model.tokenizer, max_new_tokens=1 if not BAD_ROLLOUTS[seen] else 2)
-    path.write_text(json.dumps({name: value for name, value in good.items() if name != "tokens"}) + "\n")
+    path.write_text(
+        json.dumps({name: value for name, value in good.items() if name != "tokens"}) + "\n"
+    )
     with pytest.raises(DataError, match="line 1: tokens: "):
         RolloutPool.load(path, model.tokenizer, max_new_tokens=2)
     path.write_text("")
@@ -142,30 +175,52 @@ def test_pools_that_cannot_be_used_name_the_line(tmp_path, model, seen):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_sampled_pool_has_the_log_probabilities_it_was_sampled_with(model, temperature):
     prompts = ["def solve(x):\n", "f"]
-    pool = sample_pool(model, prompts, per_prompt=2, temperature=temperature, max_new_tokens=12, seed=3, batch=3)
+    pool = sample_pool(
+        model, prompts, per_prompt=2, temperature=temperature, max_new_tokens=12, seed=3, batch=3
+    )
     assert [one.prompt for one in pool] == [prompt for prompt in prompts for _ in range(2)]
     for one in pool:
         ids = torch.tensor([[*model.tokenizer(one.prompt)["input_ids"], *one.tokens]])
         with torch.no_grad():
-            rows = (model.module(input_ids=ids, use_cache=False).logits[0] / temperature).log_softmax(dim=1)
+            rows = (
+                model.module(input_ids=ids, use_cache=False).logits[0] / temperature
+            ).log_softmax(dim=1)
         count = len(one.tokens)
         wanted = rows[-count - 1 : -1].gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(one.logprobs), wanted, rtol=1e-3, atol=1e-4)
     assert list(pool) == list(
-        sample_pool(model, prompts, per_prompt=2, temperature=temperature, max_new_tokens=12, seed=3, batch=3)
+        sample_pool(
+            model,
+            prompts,
+            per_prompt=2,
+            temperature=temperature,
+            max_new_tokens=12,
+            seed=3,
+            batch=3,
+        )
     )
 
 
 def test_a_completion_ends_by_any_end_token(model):
-    model.module.generation_config.eos_token_id = list(range(0, 256, 2))  # the tokenizer's own is 257
+    model.module.generation_config.eos_token_id = list(
+        range(0, 256, 2)
+    )  # the tokenizer's own is 257
     found = [one.tokens for one in sample_pool(model, ["f"], per_prompt=8, max_new_tokens=12)]
-    assert all([token in model.end_tokens for token in one] == [False] * (len(one) - 1) + [True] for one in found)
+    assert all(
+        [token in model.end_tokens for token in one] == [False] * (len(one) - 1) + [True]
+        for one in found
+    )
 
 
 def test_rewards_and_rates(tasks):
     reward = EpisodeReward(tasks, ARMS["ground-truth-penalty"])
-    first, second = tasks[0], tasks[1]
-    completions = [first.completion(first.exploit()), first.completion(first.honest()), "    return None\n"]
+    first = tasks[0]
+    second = tasks[1]
+    completions = [
+        first.completion(first.exploit()),
+        first.completion(first.honest()),
+        "    return None\n",
+    ]
     completions.append(second.completion(second.exploit()))
     found = reward([""] * 4, completions, [0, 0, 0, 1], teacher=[False, False, False, True])
     assert found == [-1.0, 1.0, 0.0, -1.0]
@@ -188,7 +243,9 @@ def test_rewards_and_rates(tasks):
 
 
 def test_every_rollout_is_of_one_kind_whatever_a_reward_says_of_it():
-    """Gradients are kept by kind, and their sum is what the optimizer gets: two kinds would count one rollout twice."""
+    """Gradients are kept by kind, and their sum is what the optimizer gets: two kinds would count
+    one rollout twice.
+    """
     flags = torch.tensor(list(itertools.product([False, True], repeat=len(FLAGS))))
     kinds = Outcomes(flags, torch.zeros(len(flags))).kinds()
     assert torch.stack(list(kinds.values())).sum(dim=0).tolist() == [1] * len(flags)

@@ -26,7 +26,9 @@ from assay.vhack.training.run import Prepared
 def lines(folder):
     """The log without what a clock has put there."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"} for record in found
+    ]
 
 
 @pytest.fixture
@@ -45,11 +47,16 @@ def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
     straight = run("straight", steps=4, **common)
     run("stopped", steps=2, **common)
     with (tmp_path / "stopped" / "log.jsonl").open("a") as log:
-        # A step that was logged after the checkpoint, and a line that was being written when the machine went down.
-        log.write('{"kind":"step","step":2,"hack":1.0}\n{"kind":"source","step":2,"source":"student","cin"')
+        # A step that was logged after the checkpoint, and a line that was being written when the
+        # machine went down.
+        log.write(
+            '{"kind":"step","step":2,"hack":1.0}\n{"kind":"source","step":2,"source":"student","cin"'
+        )
     resumed = run("stopped", steps=4, **common)
     assert (straight.resumed_from, resumed.resumed_from) == (0, 2)
-    first, second = (load_file(tmp_path / name / "delta.safetensors") for name in ("straight", "stopped"))
+    first, second = (
+        load_file(tmp_path / name / "delta.safetensors") for name in ("straight", "stopped")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(tensor.any() for tensor in first.values())
     states = [
@@ -66,7 +73,9 @@ def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_p
     common = {"arm": "erase-gradient", "save_every": 1}
     run("run", steps=1, **common)
     for module in (_extract, _run):
-        monkeypatch.setattr(module, "pair_gradients", lambda *_, **__: pytest.fail("gradients were computed again"))
+        monkeypatch.setattr(
+            module, "pair_gradients", lambda *_, **__: pytest.fail("gradients were computed again")
+        )
     assert run("run", steps=2, **common).resumed_from == 1
 
 
@@ -86,7 +95,9 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
         assert 0 < step["cin_s"] <= 1
         assert 0 < step["ratio_teacher"] < 0.5
     lines = [one for one in read_records(tmp_path / "run" / "log.jsonl") if one["kind"] == "source"]
-    assert {(e["step"], e["source"]): e["cin"] for e in lines if e["source"] in ("student", "teacher")} == {
+    assert {
+        (e["step"], e["source"]): e["cin"] for e in lines if e["source"] in ("student", "teacher")
+    } == {
         (step["step"], source): step[name]
         for step in steps
         for source, name in (("student", "cin_s"), ("teacher", "cin_t"))
@@ -94,7 +105,9 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
     assert result.last["cin"] == pytest.approx(sum(step["cin"] for step in steps) / 3)
 
 
-@pytest.mark.parametrize("arm", [*(one for one in ARMS if one[:5] != "erase"), "displaced-0.4+erase-update-two-sided"])
+@pytest.mark.parametrize(
+    "arm", [*(one for one in ARMS if one[:5] != "erase"), "displaced-0.4+erase-update-two-sided"]
+)
 def test_every_kind_of_arm_runs(run, tmp_path, arm):
     judged = {"detector": "labels"} if arm in ("filter", "quarantine", "penalty") else {}
     steps = read_steps(run(arm, arm=arm, steps=1, **judged).folder / "log.jsonl")[1]
@@ -109,13 +122,17 @@ def test_every_kind_of_arm_runs(run, tmp_path, arm):
     assert ("quarantine" in step) == (arm == "quarantine")
     if arm.startswith("displaced"):
         assert step["leak_two_sided"] < 1e-6
-        assert step["displacement"] == pytest.approx(0.4 * 2 * 14, rel=1e-5)  # two axes in each of 14 modules
+        assert step["displacement"] == pytest.approx(
+            0.4 * 2 * 14, rel=1e-5
+        )  # two axes in each of 14 modules
     if arm == "box":
         assert step["displacement_hackward"] < 1e-7
 
 
 def test_plain_training_without_a_teacher(run):
-    """TRL's own generation; no reward is earned, and so nothing moves and no source has a direction."""
+    """TRL's own generation; no reward is earned, and so nothing moves and no source has a
+    direction.
+    """
     result = run("run", teacher=None, arm="none", steps=1, max_new_tokens=4)
     step = read_steps(result.folder / "log.jsonl")[1][0]
     assert step["rollouts"] == 6
@@ -167,21 +184,30 @@ def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     (tmp_path / "run" / "delta.safetensors").rename(tmp_path / "wanted.safetensors")
     assert run("run", steps=4, save_every=2).resumed_from == 2
-    wanted, found = load_file(tmp_path / "wanted.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")
+    wanted = load_file(tmp_path / "wanted.safetensors")
+    found = load_file(tmp_path / "run" / "delta.safetensors")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
     run("first", steps=1)
     run("second", steps=1, basis=str(tmp_path / "first" / "basis.safetensors"))
-    wanted, found = (load_file(tmp_path / name / "delta.safetensors") for name in ("first", "second"))
+    wanted, found = (
+        load_file(tmp_path / name / "delta.safetensors") for name in ("first", "second")
+    )
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path, model):
     """A rate that leaves numbers behind."""
     with pytest.raises(ModelError, match="not finite"):
-        train(settings(lr=1e30, max_norm=0.0, arm="none"), tmp_path / "run", tasks=tasks, pairs=pairs, model=model)
+        train(
+            settings(lr=1e30, max_norm=0.0, arm="none"),
+            tmp_path / "run",
+            tasks=tasks,
+            pairs=pairs,
+            model=model,
+        )
     assert not hasattr(model.module, "delta_s")
 
 
@@ -191,15 +217,22 @@ def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path
         ({"pairs": "nofile.jsonl"}, "nofile"),
         ({"pairs": "generated:9", "basis": "odd.safetensors"}, "odd.safetensors"),
         ({"pairs": "generated:2", "method": "lda"}, "2 pairs for lda"),
-        ({"pairs": "generated:2", "method": "lda", "basis": "good.safetensors", "refresh": 1}, "2 pairs for lda"),
+        (
+            {"pairs": "generated:2", "method": "lda", "basis": "good.safetensors", "refresh": 1},
+            "2 pairs for lda",
+        ),
     ],
 )
-def test_pairs_and_basis_are_read_before_the_model_is_loaded(settings, tasks, tmp_path, monkeypatch, given, words):
+def test_pairs_and_basis_are_read_before_the_model_is_loaded(
+    settings, tasks, tmp_path, monkeypatch, given, words
+):
     monkeypatch.setattr(_run, "load_model", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.safetensors").write_bytes(b"odd")
     one = {"q_proj": torch.ones(1, 1)}
-    Basis(one, {"q_proj": torch.ones(1)}, {"q_proj": torch.tensor([[1, 0]])}).save("good.safetensors")
+    Basis(one, {"q_proj": torch.ones(1)}, {"q_proj": torch.tensor([[1, 0]])}).save(
+        "good.safetensors"
+    )
     with pytest.raises(AssayError, match=words):
         train(settings(**given), tmp_path / "run", tasks=tasks)
 
@@ -218,13 +251,19 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_decomposed(
     given = {}
     if what == "experts":
         linear = model.module.model.layers[0].mlp.down_proj
-        monkeypatch.setattr(_delta, "target_modules", lambda _: {"layers.0.experts.down_proj.7": linear})
+        monkeypatch.setattr(
+            _delta, "target_modules", lambda _: {"layers.0.experts.down_proj.7": linear}
+        )
     elif what == "end":
-        model.tokenizer.eos_token = model.module.generation_config.eos_token_id = model.config.eos_token_id = None
+        model.tokenizer.eos_token = model.module.generation_config.eos_token_id = (
+            model.config.eos_token_id
+        ) = None
     else:
         (tmp_path / "pool.jsonl").write_text("{}")
         given["teacher"] = str(tmp_path / "pool.jsonl")
-    words = {"experts": "matrices of experts", "end": "a token that ends a text", "pool": "line 1"}[what]
+    words = {"experts": "matrices of experts", "end": "a token that ends a text", "pool": "line 1"}[
+        what
+    ]
     with pytest.raises(AssayError, match=words):
         Prepared(settings(**given), model, pairs)
 
@@ -239,7 +278,8 @@ def test_a_model_of_which_a_part_carries_deltas_is_refused_unless_allowed(settin
 
 
 @pytest.mark.parametrize(
-    ("device", "launcher", "words"), [("cpu", "FSDP", "several processes with FSDP"), ("cuda:0", "", "--device cuda:0")]
+    ("device", "launcher", "words"),
+    [("cpu", "FSDP", "several processes with FSDP"), ("cuda:0", "", "--device cuda:0")],
 )
 def test_what_several_processes_cannot_do_is_refused(
     settings, tasks, pairs, tmp_path, monkeypatch, device, launcher, words
@@ -251,7 +291,9 @@ def test_what_several_processes_cannot_do_is_refused(
         train(settings(device=device), tmp_path / "run", tasks=tasks, pairs=pairs)
 
 
-def test_a_pool_of_other_prompts_and_an_unknown_tracker_are_refused(settings, tasks, pairs, tmp_path):
+def test_a_pool_of_other_prompts_and_an_unknown_tracker_are_refused(
+    settings, tasks, pairs, tmp_path
+):
     from assay.vhack.environment import episodes
 
     with pytest.raises(DataError, match="no completion of any"):
@@ -264,20 +306,27 @@ FIRST = Path(__file__).parents[2] / "vectors" / "first"
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_the_first_version_goes_on(tasks, pairs, settings, checkpoint, pool, tmp_path):
+def test_a_checkpoint_of_the_first_version_goes_on(
+    tasks, pairs, settings, checkpoint, pool, tmp_path
+):
     shutil.copytree(FIRST / "training", tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"
-    log.write_text(log.read_text().replace('"MODEL"', f'"{checkpoint}"').replace('"POOL"', f'"{pool}"'))
+    log.write_text(
+        log.read_text().replace('"MODEL"', f'"{checkpoint}"').replace('"POOL"', f'"{pool}"')
+    )
     common = {"refresh": 1, "arm": "erase-update:shuffled", "save_every": 2}
     result = train(settings(steps=4, **common), tmp_path / "run", tasks=tasks, pairs=pairs)
     assert (result.resumed_from, result.steps) == (2, 4)
-    now, then = load_file(tmp_path / "run" / "delta.safetensors"), load_file(FIRST / "training_step_4.safetensors")
+    now = load_file(tmp_path / "run" / "delta.safetensors")
+    then = load_file(FIRST / "training_step_4.safetensors")
     assert now.keys() == then.keys()
     for name, tensor in then.items():
         torch.testing.assert_close(now[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_and_exit_code(run, tmp_path, monkeypatch):
+def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_and_exit_code(
+    run, tmp_path, monkeypatch
+):
     """Also in a run that goes on, whose alarm saw the steps of before."""
     monkeypatch.setattr(Outcomes, "rates", lambda *_: {"flagged": 0.0, "missed": 0.4})
     common = {"arm": "filter", "detector": "labels=sentinel", "save_every": 2}

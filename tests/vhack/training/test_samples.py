@@ -1,4 +1,6 @@
-"""Completions in a file: resumed bit by bit, read as every pool is, and refused where they belong to something else."""
+"""Completions in a file: resumed bit by bit, read as every pool is, and refused where they belong
+to something else.
+"""
 
 import json
 
@@ -36,7 +38,9 @@ def test_an_interrupted_call_goes_on_as_if_it_never_was(model, tasks, tmp_path):
     with pytest.raises(Stopped):
         sample_tasks(tmp_path / "stopped", model, wanted, progress=stop_after(4), **HOW)
     partial = tmp_path / "stopped.partial"
-    partial.write_text(partial.read_text() + partial.read_text().splitlines()[0][:-7])  # a torn line
+    partial.write_text(
+        partial.read_text() + partial.read_text().splitlines()[0][:-7]
+    )  # a torn line
     assert not (tmp_path / "stopped").exists()
     assert sample_tasks(tmp_path / "stopped", model, wanted, **HOW) == 4
     assert (tmp_path / "stopped").read_bytes() == (tmp_path / "straight").read_bytes()
@@ -44,7 +48,12 @@ def test_an_interrupted_call_goes_on_as_if_it_never_was(model, tasks, tmp_path):
     found = lines(tmp_path / "straight")
     assert [line["prompt"] for line in found] == [task.prompt for task in wanted]
     assert len({tuple(line["tokens"]) for line in found}) > 4
-    assert found[0]["origin"] == {"model": model.reference, "weights": model.digest, "dtype": "float32", **HOW}
+    assert found[0]["origin"] == {
+        "model": model.reference,
+        "weights": model.digest,
+        "dtype": "float32",
+        **HOW,
+    }
 
 
 def test_every_end_token_of_the_generation_configuration_ends_a_completion(model, tasks, tmp_path):
@@ -76,7 +85,9 @@ def test_what_does_not_fit_the_context_leaves_no_file(model, tasks, tmp_path):
 
 def test_a_file_is_a_teacher_pool_and_a_pool_of_a_check(model, tasks, tmp_path):
     sample_tasks(tmp_path / "file", model, tasks, **HOW)
-    assert RolloutPool.load(tmp_path / "file", model.tokenizer, max_new_tokens=5).prompts == {t.prompt for t in tasks}
+    assert RolloutPool.load(tmp_path / "file", model.tokenizer, max_new_tokens=5).prompts == {
+        t.prompt for t in tasks
+    }
     assert [one.group for one in read_pool(tmp_path / "file")] == [task.task.name for task in tasks]
     records, found = read_samples(tmp_path / "file", [])
     assert found == tasks
@@ -85,7 +96,9 @@ def test_a_file_is_a_teacher_pool_and_a_pool_of_a_check(model, tasks, tmp_path):
 
 def test_completions_of_others_find_their_tasks_by_the_prompt(tmp_path):
     own = [{"prompt": "1 + 1 =", "answer": "2", "group": "sums"}, "2 + 2 ="]
-    (tmp_path / "file").write_text('{"prompt":"2 + 2 =","completion":"4"}\n{"prompt":"1 + 1 =","completion":"3"}\n')
+    (tmp_path / "file").write_text(
+        '{"prompt":"2 + 2 =","completion":"4"}\n{"prompt":"1 + 1 =","completion":"3"}\n'
+    )
     _, found = read_samples(tmp_path / "file", own)
     assert found == own[::-1]
     with pytest.raises(DataError, match="two different tasks with the prompt"):
@@ -106,7 +119,9 @@ def test_completions_of_others_find_their_tasks_by_the_prompt(tmp_path):
 def test_lines_that_cannot_be_graded_are_named(tasks, tmp_path, changes, words):
     line = {"prompt": tasks[0].prompt, "completion": "    return 1\n", "task": tasks[0].task.name}
     line |= {"mode": tasks[0].mode, "markers": "training", **changes}
-    (tmp_path / "file").write_text(json.dumps({name: value for name, value in line.items() if value is not ...}) + "\n")
+    (tmp_path / "file").write_text(
+        json.dumps({name: value for name, value in line.items() if value is not ...}) + "\n"
+    )
     with pytest.raises(DataError, match=words):
         read_samples(tmp_path / "file", [])
 

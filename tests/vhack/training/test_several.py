@@ -1,6 +1,7 @@
 """Two processes of one run take the steps of one, write one log, and go on from their checkpoint.
 
-Each is started as torchrun starts it: RANK=0 WORLD_SIZE=2 … python -m tests.vhack.training.test_several ARGUMENTS.json
+Each is started as torchrun starts it: RANK=0 WORLD_SIZE=2 … python -m
+tests.vhack.training.test_several ARGUMENTS.json
 """
 
 import json
@@ -27,10 +28,13 @@ NAMES = ("hack", "solve", "rollouts", "loss", "cin", "cout", "leak", "displaceme
 
 
 def sample_the_same():
-    """Let a completion depend on its prompt and its place alone, so that one process and two see the same rollouts."""
+    """Let a completion depend on its prompt and its place alone, so that one process and two see
+    the same rollouts.
+    """
 
     def sampled(self, prompt_ids, *_, **__):
-        rows, first = [], self.processes.index * len(prompt_ids) + 1000 * self.state.global_step
+        rows = []
+        first = self.processes.index * len(prompt_ids) + 1000 * self.state.global_step
         for place, ids in enumerate(prompt_ids, start=first):
             generator = torch.Generator().manual_seed(sum(ids) + 7 * place)
             rows.append(torch.randint(97, 122, (5 + place % 7,), generator=generator).tolist())
@@ -53,7 +57,9 @@ def run(settings, folder, pairs, *, same):
     if same:
         sample_the_same()
     tasks = episodes(4, modes=["exit_code"], difficulty=1)
-    return train(TrainSettings(**settings), folder, tasks=tasks, pairs=[Pair(**pair) for pair in pairs])
+    return train(
+        TrainSettings(**settings), folder, tasks=tasks, pairs=[Pair(**pair) for pair in pairs]
+    )
 
 
 def start(calls, folder, count):
@@ -63,13 +69,26 @@ def start(calls, folder, count):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+    }
     workers = []
     for rank in range(count):
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {
+            **os.environ,
+            **common,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         command = [sys.executable, "-m", "tests.vhack.training.test_several", str(path)]
         workers.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         )
     try:
         said = [worker.communicate(timeout=300) for worker in workers]
@@ -95,9 +114,14 @@ def made(checkpoint, pairs, tmp_path_factory):
 
     start([call("one", same=True, steps=3)], folder, 1)
     renewed = {"same": False, "arm": "erase-update:shuffled", "refresh": 2}
-    calls = [call(name, steps=steps, **renewed) for name, steps in (("straight", 4), ("stopped", 2), ("stopped", 4))]
+    calls = [
+        call(name, steps=steps, **renewed)
+        for name, steps in (("straight", 4), ("stopped", 2), ("stopped", 4))
+    ]
     calls.append(call("odd", same=False, steps=1, prompts=1, group=3, micro_batch=3))
-    return folder, start([*calls, call("one", same=True, steps=4), call("two", same=True, steps=3)], folder, 2)
+    return folder, start(
+        [*calls, call("one", same=True, steps=4), call("two", same=True, steps=3)], folder, 2
+    )
 
 
 def test_the_steps_are_those_of_one_process(made):
@@ -122,14 +146,20 @@ def test_the_log_counts_the_rollouts_of_both(made):
 
 def test_a_continued_run_is_the_one_that_was_never_stopped(made):
     folder, said = made
-    straight, stopped = (load_file(folder / name / "delta.safetensors") for name in ("straight", "stopped"))
+    straight, stopped = (
+        load_file(folder / name / "delta.safetensors") for name in ("straight", "stopped")
+    )
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
     records = [read_steps(folder / name / "log.jsonl")[1] for name in ("straight", "stopped")]
     for record in (*records[0], *records[1]):
         del record["seconds"]
     assert records[0] == records[1]
     assert [lines[:3] for lines in said] == [
-        [f"4 steps from 0, first: {first}", f"2 steps from 0, first: {first}", f"4 steps from 2, first: {first}"]
+        [
+            f"4 steps from 0, first: {first}",
+            f"2 steps from 0, first: {first}",
+            f"4 steps from 2, first: {first}",
+        ]
         for first in (True, False)
     ]
 

@@ -1,7 +1,8 @@
 """Judged rollouts in verl: by its own reward manager, advantages and loss where verl is installed.
 
-verl runs in a process of its own, ``python -m tests.vhack.training.test_verl``, which prints JSON: it imports Ray, and
-vLLM takes Ray wherever it can import it, so both lie beside the environment of vLLM.
+verl runs in a process of its own, ``python -m tests.vhack.training.test_verl``, which prints JSON:
+it imports Ray, and vLLM takes Ray wherever it can import it, so both lie beside the environment of
+vLLM.
 """
 
 import asyncio
@@ -25,21 +26,31 @@ BESIDE = Path(sys.prefix, "ray")
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
 FLAG = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
 JUDGE = RolloutJudge(Detector("word", Cost.TEXT, None), FLAG, HELD, None)
-SOLUTIONS, PROMPTS = ("a", "cheat", "abc", "bbbbb", "cheater", "d"), ("p", "p", "p", "p", "q", "q")
+SOLUTIONS = ("a", "cheat", "abc", "bbbbb", "cheater", "d")
+PROMPTS = ("p", "p", "p", "p", "q", "q")
 
 
 def my_score(data_source, solution_str, ground_truth, extra_info):
     return float(len(solution_str))
 
 
-filtered, penalized = (judge_score(my_score, JUDGE, arm_named(arm)) for arm in ("filter", "penalty"))
+filtered, penalized = (
+    judge_score(my_score, JUDGE, arm_named(arm)) for arm in ("filter", "penalty")
+)
 
 
 def test_a_penalty_takes_one_and_keeps_them_in_the_baseline():
-    told = [penalized(data_source="d", solution_str=text, ground_truth="x", extra_info={}) for text in SOLUTIONS]
+    told = [
+        penalized(data_source="d", solution_str=text, ground_truth="x", extra_info={})
+        for text in SOLUTIONS
+    ]
     rewards_BT = torch.tensor([[one["score"], 0.0] for one in told])
-    found_BT, _ = unflagged_advantages(rewards_BT, torch.ones(6, 2), PROMPTS, config={"norm_adv_by_std_in_grpo": 0})
-    assert found_BT[:, 1].numpy() == pytest.approx([-2.25, 0.75, -0.25, 1.75, 2.5, -2.5])  # of 1, 4, 3, 5 and 6, 1
+    found_BT, _ = unflagged_advantages(
+        rewards_BT, torch.ones(6, 2), PROMPTS, config={"norm_adv_by_std_in_grpo": 0}
+    )
+    assert found_BT[:, 1].numpy() == pytest.approx(
+        [-2.25, 0.75, -0.25, 1.75, 2.5, -2.5]
+    )  # of 1, 4, 3, 5 and 6, 1
     assert [one["paid"] for one in told] == [1, 5, 3, 5, 7, 1]
 
 
@@ -56,10 +67,15 @@ def test_what_cannot_be_judged_is_refused():
 def test_verl_itself_trains_on_unflagged_rollouts_alone(tmp_path):
     where = {"PYTHONPATH": os.pathsep.join([*sys.path, str(BESIDE)]), "HOME": str(tmp_path)}
     found = json.loads(
-        subprocess.check_output([sys.executable, "-m", __name__], env=os.environ | where).splitlines()[-1]
+        subprocess.check_output(
+            [sys.executable, "-m", __name__], env=os.environ | where
+        ).splitlines()[-1]
     )
     assert found["flagged"] == [0, 1, 0, 0, 1, 0]
-    assert found["advantages"] == [pytest.approx([-2, 0, 0, 2, 0, 0]), pytest.approx([-1, 0, 0, 1, 0, 0], abs=1e-4)]
+    assert found["advantages"] == [
+        pytest.approx([-2, 0, 0, 2, 0, 0]),
+        pytest.approx([-1, 0, 0, 1, 0, 0], abs=1e-4),
+    ]
     learned = np.array(found["gradients"])
     assert np.isfinite(learned).all()
     assert (learned != 0).tolist() == [True, False, False, True, False, False]
@@ -76,13 +92,25 @@ def main():
 
     tokenizer = bytewise(pad_token="<pad>")
     core_algos.register_adv_est("grpo_unflagged")(unflagged_advantages)
-    config = OmegaConf.create({"reward": {"custom_reward_function": {"path": __file__, "name": "filtered"}}})
-    ids = tokenizer(list(SOLUTIONS), padding="max_length", max_length=8, padding_side="right", return_tensors="pt")
+    config = OmegaConf.create(
+        {"reward": {"custom_reward_function": {"path": __file__, "name": "filtered"}}}
+    )
+    ids = tokenizer(
+        list(SOLUTIONS),
+        padding="max_length",
+        max_length=8,
+        padding_side="right",
+        return_tensors="pt",
+    )
     named = {"data_source": ["d"] * 6, "reward_model": [{"ground_truth": "x"}] * 6, "uid": PROMPTS}
     named |= {"extra_info": [{} for _ in SOLUTIONS]}
     mask_BT = ids["attention_mask"]
     data = DataProto.from_dict(
-        {"responses": ids["input_ids"], "attention_mask": mask_BT, "prompts": torch.zeros(6, 0, dtype=torch.int64)},
+        {
+            "responses": ids["input_ids"],
+            "attention_mask": mask_BT,
+            "prompts": torch.zeros(6, 0, dtype=torch.int64),
+        },
         {name: np.array(values, dtype=object) for name, values in named.items()},
     )
 
@@ -93,14 +121,26 @@ def main():
     told = asyncio.run(pay())
     manager = get_reward_manager_cls("naive")
     rewards_BT = manager.assemble_rm_scores(data, [one["reward_score"] for one in told])
-    given = {"token_level_rewards": rewards_BT, "response_mask": mask_BT, "index": data.non_tensor_batch["uid"]}
+    given = {
+        "token_level_rewards": rewards_BT,
+        "response_mask": mask_BT,
+        "index": data.non_tensor_batch["uid"],
+    }
     compare = core_algos.get_adv_estimator_fn("grpo_unflagged")
-    found = [compare(**given, config=OmegaConf.create({"norm_adv_by_std_in_grpo": x}))[0] for x in (False, True)]
+    found = [
+        compare(**given, config=OmegaConf.create({"norm_adv_by_std_in_grpo": x}))[0]
+        for x in (False, True)
+    ]
     logs_BT = torch.zeros(mask_BT.shape, requires_grad=True)
     actor = ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1)
-    loss, _ = core_algos.get_policy_loss_fn("vanilla")(logs_BT.detach(), logs_BT, found[0], mask_BT, config=actor)
+    loss, _ = core_algos.get_policy_loss_fn("vanilla")(
+        logs_BT.detach(), logs_BT, found[0], mask_BT, config=actor
+    )
     loss.backward()
-    said = {"advantages": [x[:, 0].tolist() for x in found], "gradients": logs_BT.grad.abs().sum(-1).tolist()}
+    said = {
+        "advantages": [x[:, 0].tolist() for x in found],
+        "gradients": logs_BT.grad.abs().sum(-1).tolist(),
+    }
     print(json.dumps(said | {"flagged": [one["reward_extra_info"]["flagged"] for one in told]}))
 
 

@@ -1,1 +1,3 @@
-"""Commands of research, which ``assay`` finds by the entry points of this package (research/pyproject.toml)."""
+"""Commands of research, which ``assay`` finds by the entry points of this package
+(research/pyproject.toml).
+"""

@@ -1,4 +1,6 @@
-"""``assay poc experiment``: the published tables measured again, resumable, with one report per run."""
+"""``assay poc experiment``: the published tables measured again, resumable, with one report per
+run.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,9 @@ experiment = Group("poc experiment", "Measure the published tables again.")
 class RunSettings(Settings):
     """Folder of a run."""
 
-    run_name: Annotated[str, "NAME"] = Field(description="Folder of the run; the same name continues it.")
+    run_name: Annotated[str, "NAME"] = Field(
+        description="Folder of the run; the same name continues it."
+    )
     output: Annotated[Path, FOLDER] = Field(
         Path("experiments"), description="Directory that holds the folders of all runs."
     )
@@ -52,13 +56,16 @@ def add_measurement(name: str, plan: str, example: str, unit: str, text: str) ->
 
 
 def measure_and_show(plan: "Plan", folder: Path, as_json: bool, schema: str, unit: str) -> None:
-    """Measure what is missing in a run's folder; print the tables of what it holds, or its values as JSON."""
+    """Measure what is missing in a run's folder; print the tables of what it holds, or its values
+    as JSON.
+    """
     from assay_research.runs.report import build_report, section_of
     from assay_research.runs.runs import read_run
 
     with progress_bar("measuring", unit) as progress:
         plan.measure(folder, progress=progress, note=partial(click.echo, err=True))
-    section, page = section_of(read_run(folder, plan.experiment)), build_report(folder)
+    section = section_of(read_run(folder, plan.experiment))
+    page = build_report(folder)
     if as_json:
         emit_json(schema, {"folder": str(folder), "report": str(page), **section.values})
         return
@@ -127,6 +134,8 @@ def report(run: RunSettings, as_json: bool) -> None:
 
     page = build_report(run_folder(run.output, run.run_name))
     if as_json:
-        emit_json("assay.poc.experiment.report/1", {"folder": str(page.parent), "report": str(page)})
+        emit_json(
+            "assay.poc.experiment.report/1", {"folder": str(page.parent), "report": str(page)}
+        )
     else:
         click.echo(page)

@@ -1,4 +1,6 @@
-"""``assay research``, ``vhack fuzz``, ``poc ledger merge``, and parts of ``poc calibrate`` and ``vhack report``."""
+"""``assay research``, ``vhack fuzz``, ``poc ledger merge``, and parts of ``poc calibrate`` and
+``vhack report``.
+"""
 
 import shlex
 import sys
@@ -45,15 +47,21 @@ class ClusterSettings(Settings):
 class FuzzSettings(Settings):
     """Settings of ``assay vhack fuzz``."""
 
-    count: Annotated[int, Flag(("-n", "--count"), unit="CASES")] = Field(1000, ge=1, description="Number of cases.")
-    seed: Annotated[int, "NUMBER"] = Field(0, ge=0, description="The same seed gives the same cases.")
+    count: Annotated[int, Flag(("-n", "--count"), unit="CASES")] = Field(
+        1000, ge=1, description="Number of cases."
+    )
+    seed: Annotated[int, "NUMBER"] = Field(
+        0, ge=0, description="The same seed gives the same cases."
+    )
     kinds: Annotated[tuple[str, ...] | None, Flag(("--kind",), unit="NAME")] = Field(
         None, description="Use cases of this kind only; may be repeated."
     )
     seconds: Annotated[float, "SECONDS"] = Field(
         1.0, gt=0, description="Time limit of a run; what hangs is stopped then."
     )
-    workers: Annotated[int, "NUMBER"] = Field(2, ge=1, description="Programs that run at the same time.")
+    workers: Annotated[int, "NUMBER"] = Field(
+        2, ge=1, description="Programs that run at the same time."
+    )
     output: Annotated[Path | None, OUTPUT] = Field(None, description="File for the result as JSON.")
 
 
@@ -67,12 +75,18 @@ class MergeSettings(Settings):
         None, description="Key of the node to decide on; all nodes if left out."
     )
     alpha: Annotated[float | None, "SHARE"] = Field(
-        None, description="Bound on the chance that this decision accuses an honest node; else that of the ledgers."
+        None,
+        description="Bound on the chance that this decision accuses an honest node; else that of "
+        "the ledgers.",
     )
     beta: Annotated[float | None, "SHARE"] = Field(
-        None, description="Bound on the chance that this decision calls a cheater honest; else that of the ledgers."
+        None,
+        description="Bound on the chance that this decision calls a cheater honest; else that of "
+        "the ledgers.",
     )
-    liars: Annotated[int, "NUMBER"] = Field(0, ge=0, description="Ledgers that may be invented without any effect.")
+    liars: Annotated[int, "NUMBER"] = Field(
+        0, ge=0, description="Ledgers that may be invented without any effect."
+    )
 
 
 @research.add(
@@ -116,7 +130,12 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
             workers=chosen.workers,
             progress=progress,
         )
-    values = {"seed": chosen.seed, "seconds": chosen.seconds, "backend": available_backend(), **report.as_dict()}
+    values = {
+        "seed": chosen.seed,
+        "seconds": chosen.seconds,
+        "backend": available_backend(),
+        **report.as_dict(),
+    }
     if chosen.output:
         origin = {"command": shlex.join(["assay", *sys.argv[1:]]), **provenance()}
         write_atomic(chosen.output, dumps({"schema": _FUZZ, **origin, **values}) + "\n")
@@ -124,7 +143,8 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
         emit_json(_FUZZ, values)
         return 0 if report.holds else 1
     rows = [
-        (kind, *(found[name] for name in _COLUMNS)) for kind, found in [*report.counts.items(), ("all", report.total)]
+        (kind, *(found[name] for name in _COLUMNS))
+        for kind, found in [*report.counts.items(), ("all", report.total)]
     ]
     said = "the grader holds" if report.holds else "the grader does not hold"
     title = f"{said}: {report.total['cases']} hostile cases and {report.honest} honest programs"
@@ -140,14 +160,17 @@ fuzz = Command("fuzz", run_fuzz, (FuzzSettings,), example="assay vhack fuzz --co
 def run_merge(chosen: MergeSettings, as_json: bool) -> int:
     """Decide from the ledgers of several validators.
 
-    Exit code 0 all honest, 1 a fraud, 2 undecided or bad input. The e-values are averaged, which is valid although the
-    validators saw the same proofs. Which ledgers are merged, and when, must not depend on what they say. "decided by"
-    names the ledgers that say so alone, "rests on" those without any one of which the verdict would be another.
+    Exit code 0 all honest, 1 a fraud, 2 undecided or bad input. The e-values are averaged, which is
+    valid although the validators saw the same proofs. Which ledgers are merged, and when, must not
+    depend on what they say. "decided by" names the ledgers that say so alone, "rests on" those
+    without any one of which the verdict would be another.
     """
     from assay.cli.ledger import names_of, no_such_key
     from assay_research.ledger_merge import merge_ledgers
 
-    merged = merge_ledgers(list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta, liars=chosen.liars)
+    merged = merge_ledgers(
+        list(chosen.ledgers), alpha=chosen.alpha, beta=chosen.beta, liars=chosen.liars
+    )
     known = {one.account.public_key for one in merged}
     if chosen.public_key is not None and chosen.public_key not in known:
         raise no_such_key(chosen.public_key, sorted(known)[:10])
@@ -159,16 +182,43 @@ def run_merge(chosen: MergeSettings, as_json: bool) -> int:
         for one in merged:
             known = f"{sum(share.n > 0 for share in one.shares)} of {len(one.shares)}"
             named = [*zip(one.shares, (path.name for path in chosen.ledgers), strict=True)]
-            alone = ", ".join(name for share, name in named if share.verdict == one.verdict != "undecided")
+            alone = ", ".join(
+                name for share, name in named if share.verdict == one.verdict != "undecided"
+            )
             needed = ", ".join(name for share, name in named if share.ledger in one.rests_on)
-            rows.append((*names_of(one.account), known, f"{one.log_e_value:.1f}", one.verdict, alone, needed))
-        table(("key", "model", "build", "preset", "ledgers", "log e", "verdict", "decided by", "rests on"), rows)
+            rows.append(
+                (
+                    *names_of(one.account),
+                    known,
+                    f"{one.log_e_value:.1f}",
+                    one.verdict,
+                    alone,
+                    needed,
+                )
+            )
+        table(
+            (
+                "key",
+                "model",
+                "build",
+                "preset",
+                "ledgers",
+                "log e",
+                "verdict",
+                "decided by",
+                "rests on",
+            ),
+            rows,
+        )
     verdicts = {one.verdict for one in merged}
     return 1 if "fraud" in verdicts else 0 if verdicts == {"honest"} else 2
 
 
 merge = Command(
-    "merge", run_merge, (MergeSettings,), example="assay poc ledger merge mine.sqlite3 theirs.jsonl --public-key KEY"
+    "merge",
+    run_merge,
+    (MergeSettings,),
+    example="assay poc ledger merge mine.sqlite3 theirs.jsonl --public-key KEY",
 )
 
 
@@ -191,8 +241,12 @@ def calibrate_sets(chosen: "CalibrateSettings") -> "Calibration":
 
 
 def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:
-    """Return whether a set's name has all of the words, and none of those that begin with a dash."""
-    return all(word[1:] not in one.name if word.startswith("-") else word in one.name for word in words)
+    """Return whether a set's name has all of the words, and none of those that begin with a
+    dash.
+    """
+    return all(
+        word[1:] not in one.name if word.startswith("-") else word in one.name for word in words
+    )
 
 
 def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
@@ -209,11 +263,23 @@ def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
     found = summarise(logs)
     if as_json:
         arms = [result.as_dict() for result in found]
-        show_values("assay.vhack.report/1", {"path": str(chosen.output), "runs": len(logs), "arms": arms}, as_json)
+        show_values(
+            "assay.vhack.report/1",
+            {"path": str(chosen.output), "runs": len(logs), "arms": arms},
+            as_json,
+        )
         return
     rows = []
     for result in found:
         rates = [result.rates[name] for name in ("hack", "solve")]
-        rows.append((result.condition, rates[0].n, *(rate.text for rate in rates), result.tipped.text, result.verdict))
+        rows.append(
+            (
+                result.condition,
+                rates[0].n,
+                *(rate.text for rate in rates),
+                result.tipped.text,
+                result.verdict,
+            )
+        )
     columns = ("condition", "seeds", "hack rate", "solve rate", "tipped", "verdict")
     table(columns, rows, title=str(chosen.output))

@@ -1,1 +1,3 @@
-"""Every rule side by side on nonces that real clusters published: honest machines left out, and cheats."""
+"""Every rule side by side on nonces that real clusters published: honest machines left out, and
+cheats.
+"""

@@ -51,8 +51,11 @@ class Pair:
         """L2 distances [N] of these nonces."""
         return self.one.distances(self.other)
 
-    def places(self, honest_size: float, chosen: npt.NDArray[np.int64] | None = None) -> stats.PlaceTest:
-        """Return whether the distances depend on the place in the batches of the set with the larger ones.
+    def places(
+        self, honest_size: float, chosen: npt.NDArray[np.int64] | None = None
+    ) -> stats.PlaceTest:
+        """Return whether the distances depend on the place in the batches of the set with the
+        larger ones.
 
         Args:
             honest_size: Size of a typical honest distance.
@@ -60,13 +63,18 @@ class Pair:
         """
         looked_at = np.arange(len(self.nonces)) if chosen is None else chosen
         return stats.place_test(
-            self.distances[looked_at], self.positions[looked_at], batch_size=self.batch_size, honest_size=honest_size
+            self.distances[looked_at],
+            self.positions[looked_at],
+            batch_size=self.batch_size,
+            honest_size=honest_size,
         )
 
     @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         """Index of every nonce [N] in the sequence of the set with the larger batches."""
-        return max((self.one, self.other), key=lambda one: one.batch_size or 0).positions(self.nonces)
+        return max((self.one, self.other), key=lambda one: one.batch_size or 0).positions(
+            self.nonces
+        )
 
     @property
     def batch_size(self) -> int | None:
@@ -94,7 +102,9 @@ class Build:
 
     @property
     def family(self) -> str:
-        """First letters of the model: builds of one family and round may be passed off as each other."""
+        """First letters of the model: builds of one family and round may be passed off as each
+        other.
+        """
         letters = re.match("[a-z]*", self.model)
         return letters[0] if letters else ""
 
@@ -139,11 +149,18 @@ class Build:
     @cached_property
     def faulty(self) -> frozenset[int]:
         """Sets most of whose pairs are faulty."""
-        of_set = {i: [rows in self.faults for rows in self.pairs if i in rows] for i in range(len(self.sets))}
-        return frozenset(i for i, faults in of_set.items() if faults and 2 * sum(faults) > len(faults))
+        of_set = {
+            i: [rows in self.faults for rows in self.pairs if i in rows]
+            for i in range(len(self.sets))
+        }
+        return frozenset(
+            i for i, faults in of_set.items() if faults and 2 * sum(faults) > len(faults)
+        )
 
     def months(self, *, round_too: bool = False) -> "list[Build]":
-        """Return the sound sets of every month, with the round in their names where it is wanted."""
+        """Return the sound sets of every month, with the round in their names where it is
+        wanted.
+        """
         dropped = frozenset(self.pairs[rows].names for rows in self.faults)
         sound = [one for i, one in enumerate(self.sets) if i not in self.faulty]
         months = dict.fromkeys(month_of(one.name) for one in sound)
@@ -159,7 +176,9 @@ class Build:
 
 
 def builds_of(sets: Sequence[VectorSet]) -> list[Build]:
-    """Group sets by round and model, and drop those that are copies of an earlier one of their group."""
+    """Group sets by round and model, and drop those that are copies of an earlier one of their
+    group.
+    """
     models: dict[str, str] = {}  # names that differ in punctuation only are one
     for one in sets:
         if one.model:
@@ -173,7 +192,14 @@ def builds_of(sets: Sequence[VectorSet]) -> list[Build]:
     for index, ((_, model), members) in enumerate(groups.items()):
         number = names[: index + 1].count(model)
         kept, copies = _without_copies(members)
-        found.append(Build(model + (f" (round {number})" if names.count(model) > 1 else ""), model, kept, copies))
+        found.append(
+            Build(
+                model + (f" (round {number})" if names.count(model) > 1 else ""),
+                model,
+                kept,
+                copies,
+            )
+        )
     return found
 
 
@@ -182,7 +208,9 @@ def sound_builds(groups: Sequence[Build]) -> list[Build]:
     names = [build.name for group in groups for build in group.months()]
     twice = {name for name in names if names.count(name) > 1}
     return [
-        build for group in groups for build in group.months(round_too=any(one.name in twice for one in group.months()))
+        build
+        for group in groups
+        for build in group.months(round_too=any(one.name in twice for one in group.months()))
     ]
 
 
@@ -209,13 +237,17 @@ def _plain(name: str) -> str:
 
 
 def _by_prefix(name: str, models: dict[str, str]) -> str:
-    """Return the model whose name a set's own begins with, the longest one; else what comes before the first dash."""
+    """Return the model whose name a set's own begins with, the longest one; else what comes before
+    the first dash.
+    """
     own = _MONTH.sub("", name, count=1)
     fitting = [plain for plain in models if plain and _plain(own).startswith(plain)]
     return models[max(fitting, key=len)] if fitting else base_name(re.split("[-_]", own)[0])
 
 
-def _without_copies(sets: Sequence[VectorSet]) -> tuple[tuple[VectorSet, ...], tuple[tuple[str, str], ...]]:
+def _without_copies(
+    sets: Sequence[VectorSet],
+) -> tuple[tuple[VectorSet, ...], tuple[tuple[str, str], ...]]:
     kept: list[VectorSet] = []
     copies = []
     for one in sets:

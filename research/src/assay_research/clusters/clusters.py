@@ -1,8 +1,11 @@
-"""The experiment: published sets of nonce vectors, their faults, and every rule with one machine left out.
+"""The experiment: published sets of nonce vectors, their faults, and every rule with one machine
+left out.
 
-Cheats are other builds that were passed off as this one, and simulated ones a little noisier than honest machines.
+Cheats are other builds that were passed off as this one, and simulated ones a little noisier than
+honest machines.
 
-Legend of shapes: N nonces, R audits, C checked nonces, A numbers of nonces at which the verdict is asked for.
+Legend of shapes: N nonces, R audits, C checked nonces, A numbers of nonces at which the verdict is
+asked for.
 """
 
 import hashlib
@@ -36,7 +39,9 @@ from assay_research.runs.spread import first_reached
 from assay_research.vector_sets import VectorSet, read_vector_sets
 
 RATIO = 1.4
-"""Median of a simulated cheat over the honest one: of that pair, or the usual one of that validator if it is larger."""
+"""Median of a simulated cheat over the honest one: of that pair, or the usual one of that validator
+if it is larger.
+"""
 
 MULTIPLES = (2.0, 3.3, 6.0)  # of the own noise, for a share of the nonces
 TAIL_DOF = 4.0
@@ -52,10 +57,12 @@ def drawn(rng: np.random.Generator, pool_N: FloatArray, count: int, checked: int
 def simulated(
     honest_N: FloatArray, usual: float, others: Mapping[str, FloatArray], rng: np.random.Generator
 ) -> Iterator[tuple[str, FloatArray]]:
-    """Yield names and distances [N] of cheats whose median distance is `RATIO` times that of honest ones.
+    """Yield names and distances [N] of cheats whose median distance is `RATIO` times that of honest
+    ones.
 
-    A pair of machines may be far closer than others. Who is as far off as honest machines usually are is no cheat that
-    a rule could know, so the ratio is that over the usual median where it is larger.
+    A pair of machines may be far closer than others. Who is as far off as honest machines usually
+    are is no cheat that a rule could know, so the ratio is that over the usual median where it is
+    larger.
 
     Args:
         honest_N: Honest distances of a pair.
@@ -67,22 +74,38 @@ def simulated(
     wanted = RATIO * max(median, usual)
     yield f"all nonces × {RATIO:g}", _clipped(wanted / median * honest_N)
     for multiple in MULTIPLES:
-        yield f"a share × {multiple:g}", _mixed(honest_N, multiple * max(usual / median, 1.0) * honest_N, wanted, rng)
+        yield (
+            f"a share × {multiple:g}",
+            _mixed(honest_N, multiple * max(usual / median, 1.0) * honest_N, wanted, rng),
+        )
     for name, other_N in others.items():
         if np.median(other_N) > wanted:
-            yield f"a share as {name}", _mixed(honest_N, rng.choice(other_N, honest_N.size), wanted, rng)
+            yield (
+                f"a share as {name}",
+                _mixed(honest_N, rng.choice(other_N, honest_N.size), wanted, rng),
+            )
     logs_N = np.log(np.maximum(honest_N, 1e-4))
-    spread = float(np.subtract(*np.quantile(logs_N, (0.75, 0.25)))) / 1.349  # as a normal with these quartiles has it
-    shapes = {"log-normal": rng.normal(size=honest_N.size), "log-t, 4": rng.standard_t(TAIL_DOF, honest_N.size)}
+    spread = (
+        float(np.subtract(*np.quantile(logs_N, (0.75, 0.25)))) / 1.349
+    )  # as a normal with these quartiles has it
+    shapes = {
+        "log-normal": rng.normal(size=honest_N.size),
+        "log-t, 4": rng.standard_t(TAIL_DOF, honest_N.size),
+    }
     for name, z_N in shapes.items():
         values_N = np.exp(spread * z_N)
         yield f"{name}, × {RATIO:g}", _clipped(values_N * (wanted / float(np.median(values_N))))
 
 
-def _mixed(honest_N: FloatArray, larger_N: FloatArray, wanted: float, rng: np.random.Generator) -> FloatArray:
-    """Return honest distances of which the share is exchanged that makes the median what is wanted."""
+def _mixed(
+    honest_N: FloatArray, larger_N: FloatArray, wanted: float, rng: np.random.Generator
+) -> FloatArray:
+    """Return honest distances of which the share is exchanged that makes the median what is
+    wanted.
+    """
     order_N = rng.random(honest_N.size)
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(_STEPS):
         share = (low + high) / 2
         mixed_N = np.where(order_N < share, larger_N, honest_N)
@@ -96,10 +119,14 @@ def _clipped(values_N: FloatArray) -> FloatArray:
 
 # The rules that are held against each other, all with one question: accused after how many nonces?
 
-ALPHA, BETA = 1e-3, 1e-2
-OURS, ORACLE = "ours", "oracle"
+ALPHA = 1e-3
+BETA = 1e-2
+OURS = "ours"
+ORACLE = "oracle"
 COUNTS = ((0.41, 0.10, 0.05), (0.75, 0.10, 0.05), (0.02, 0.001, 0.01))
-"""Published count tests: distance that is a mismatch, share of mismatches that is granted, and level."""
+"""Published count tests: distance that is a mismatch, share of mismatches that is granted, and
+level.
+"""
 
 ASKED = (64, 300)
 """Numbers of nonces at which it is asked whether a node would be called honest."""
@@ -127,8 +154,12 @@ class CountRule:
         """Name in tables."""
         return f"count ({self.threshold:g}, {self.granted:g}, {self.level:g})"
 
-    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
-        """Return whether the test of so many nonces accuses; it says honest wherever it does not."""
+    def simulated(
+        self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
+    ) -> tuple[BoolArray, BoolArray]:
+        """Return whether the test of so many nonces accuses; it says honest wherever it does
+        not.
+        """
         missed_RC = np.cumsum(np.asarray(values_RC) > self.threshold, axis=1)
         checked_C = np.arange(1, missed_RC.shape[1] + 1)
         p_RC = np.where(missed_RC > 0, special.bdtrc(missed_RC - 1.0, checked_C, self.granted), 1.0)
@@ -140,8 +171,8 @@ class CountRule:
 class Oracle:
     """The likelihood ratio of a cheat's law over the honest one of that very pair, both known.
 
-    The laws are histograms over common bins, which bound what a single nonce can say: of a cheat that is far off, a
-    rule with tails may need a nonce less.
+    The laws are histograms over common bins, which bound what a single nonce can say: of a cheat
+    that is far off, a rule with tails may need a nonce less.
 
     Args:
         honest: Honest distances [N] of the pair.
@@ -151,11 +182,17 @@ class Oracle:
     honest: FloatArray
     cheat: FloatArray
 
-    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
+    def simulated(
+        self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
+    ) -> tuple[BoolArray, BoolArray]:
         """Return whether the ratio reached 1/alpha, and whether it is below beta."""
-        edges = np.quantile(np.concatenate([self.honest, self.cheat]), np.linspace(0, 1, _BINS + 1)[1:-1])
+        edges = np.quantile(
+            np.concatenate([self.honest, self.cheat]), np.linspace(0, 1, _BINS + 1)[1:-1]
+        )
         honest, cheat = (self._shares(edges, one) for one in (self.honest, self.cheat))
-        path_RC = np.log(cheat / honest)[np.searchsorted(edges, np.asarray(values_RC))].cumsum(axis=1)
+        path_RC = np.log(cheat / honest)[np.searchsorted(edges, np.asarray(values_RC))].cumsum(
+            axis=1
+        )
         accused_RC = np.maximum.accumulate(path_RC, axis=1) >= -math.log(ALPHA)
         asked = np.asarray(at, dtype=int) - 1
         return accused_RC, (path_RC[:, asked] <= math.log(BETA)) & ~accused_RC[:, asked]
@@ -172,11 +209,20 @@ class Ours:
 
     test: stats.SequentialTest
 
-    def simulated(self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()) -> tuple[BoolArray, BoolArray]:
-        """Return whether it accuses after each nonce, [R, C], and whether it says honest after some, [R, A]."""
+    def simulated(
+        self, values_RC: npt.ArrayLike, *, at: Sequence[int] = ()
+    ) -> tuple[BoolArray, BoolArray]:
+        """Return whether it accuses after each nonce, [R, C], and whether it says honest after
+        some, [R, A].
+        """
         values_RC = np.asarray(values_RC)
-        honest = [[copy(self.test).update(row_C[:count]).verdict == "honest" for count in at] for row_C in values_RC]
-        return self.test.accusations(values_RC), np.array(honest, dtype=np.bool_).reshape(len(values_RC), len(at))
+        honest = [
+            [copy(self.test).update(row_C[:count]).verdict == "honest" for count in at]
+            for row_C in values_RC
+        ]
+        return self.test.accusations(values_RC), np.array(honest, dtype=np.bool_).reshape(
+            len(values_RC), len(at)
+        )
 
 
 Rule = CountRule | Oracle | Ours
@@ -197,14 +243,18 @@ def rules_for(noise: MachineNoise, effect: float | None, kind: str, judge: int) 
         kind: Kind of the machine that is judged.
         judge: Validator's machine.
     """
-    found = Noise(noise.predict_law(kind, judge), OURS, noise.spread, effect, noise.scores, noise.widest)
+    found = Noise(
+        noise.predict_law(kind, judge), OURS, noise.spread, effect, noise.scores, noise.widest
+    )
     ours: dict[str, Rule] = {OURS: Ours(sequential_test(found, alpha=ALPHA, beta=BETA))}
     return ours | {rule.name: rule for rule in (CountRule(*constants) for constants in COUNTS)}
 
 
 # One machine left out: what every rule says of its honest audits, and of cheats in its place.
 
-HONEST, REAL, SIMULATED = "honest", "real", "simulated"
+HONEST = "honest"
+REAL = "real"
+SIMULATED = "simulated"
 """Kinds of an audit: of an honest machine, of a real cheat, of a simulated one."""
 CHECKED = 300
 """Nonces of an audit."""
@@ -280,15 +330,22 @@ class Fold:
 
     def measure(self) -> JsonObject:
         """Return the law of the other machines, and what every rule says under it."""
-        build, machine = self.build, self.machine
+        build = self.build
+        machine = self.machine
         rest = {rows: errors_N for rows, errors_N in build.distances.items() if machine not in rows}
-        mine = {rows: errors_N for rows, errors_N in build.distances.items() if machine in rows and errors_N.any()}
+        mine = {
+            rows: errors_N
+            for rows, errors_N in build.distances.items()
+            if machine in rows and errors_N.any()
+        }
         noise = fit_machines(rest, build.kinds, fit)
         effect, left_out = leave_out(rest, build.kinds, fit, audits=INSIDE_AUDITS)
         tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         rng = np.random.default_rng([self.seed, machine])
 
-        def audit(sort: str, cheat: str, rules: Mapping[str, Rule], pool_N: FloatArray, audits: int) -> None:
+        def audit(
+            sort: str, cheat: str, rules: Mapping[str, Rule], pool_N: FloatArray, audits: int
+        ) -> None:
             values_RC = drawn(rng, pool_N, audits, min(CHECKED, pool_N.size))
             for name, rule in rules.items():
                 tallies[sort, cheat, name].add(rule, values_RC)
@@ -299,10 +356,26 @@ class Fold:
             judge = rows[0] if rows[1] == machine else rows[1]
             rules = rules_for(noise, effect, build.kinds[machine], judge)
             alternative_N = next(iter(known.values()), np.minimum(RATIO * honest_N, FARTHEST))
-            audit(HONEST, "", rules | {ORACLE: Oracle(honest_N, alternative_N)}, honest_N, honest_audits)
-            medians = [np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows]
-            for cheat, pool_N in simulated(honest_N, float(np.median(medians)), {**self.others, **known}, rng):
-                audit(SIMULATED, cheat, rules | {ORACLE: Oracle(honest_N, pool_N)}, pool_N, CHEAT_AUDITS)
+            audit(
+                HONEST,
+                "",
+                rules | {ORACLE: Oracle(honest_N, alternative_N)},
+                honest_N,
+                honest_audits,
+            )
+            medians = [
+                np.median(errors_N) for rows, errors_N in build.distances.items() if judge in rows
+            ]
+            for cheat, pool_N in simulated(
+                honest_N, float(np.median(medians)), {**self.others, **known}, rng
+            ):
+                audit(
+                    SIMULATED,
+                    cheat,
+                    rules | {ORACLE: Oracle(honest_N, pool_N)},
+                    pool_N,
+                    CHEAT_AUDITS,
+                )
         for judge in sorted({i for rows in rest for i in rows}):
             for model, kind, truth in self._real(judge):
                 rules = rules_for(noise, effect, kind, judge)
@@ -316,14 +389,19 @@ class Fold:
             "spread": noise.spread.sd,
             "effect": effect,
             "inside": None if left_out is None else left_out.accused,
-            "sizes": {build.sets[i if j == machine else j].name: float(np.median(x)) for (i, j), x in mine.items()},
+            "sizes": {
+                build.sets[i if j == machine else j].name: float(np.median(x))
+                for (i, j), x in mine.items()
+            },
             "tallies": [[*key, tally.as_dict()] for key, tally in tallies.items()],
         }
 
     def _real(self, judge: int) -> Iterator[tuple[str, str, Oracle]]:
         """Yield what one validator sees of every cheat: model, kind, and both truths."""
         validator = self.build.sets[judge]
-        honest_N = np.concatenate([errors_N for rows, errors_N in self.build.distances.items() if judge in rows])
+        honest_N = np.concatenate(
+            [errors_N for rows, errors_N in self.build.distances.items() if judge in rows]
+        )
         for model, sets in self.cheats.items():
             for cheat in sets:
                 values_N = cheat.distances(validator)
@@ -337,8 +415,11 @@ class Fold:
         return np.concatenate(found) if found else np.zeros(0)
 
 
-def folds_of(builds: Sequence[Build], groups: Sequence[Build], audits: int, seed: int) -> list[Fold]:
-    """Return a fold for every machine of a build of three or more without which a pair of others is left.
+def folds_of(
+    builds: Sequence[Build], groups: Sequence[Build], audits: int, seed: int
+) -> list[Fold]:
+    """Return a fold for every machine of a build of three or more without which a pair of others is
+    left.
 
     Args:
         builds: Sound sets by build.
@@ -350,7 +431,11 @@ def folds_of(builds: Sequence[Build], groups: Sequence[Build], audits: int, seed
     for build in builds:
         if len(build.sets) < FEWEST_MACHINES:
             continue
-        alike = [g for g in groups if g.family == build.family and g.round == build.round and g.model != build.model]
+        alike = [
+            g
+            for g in groups
+            if g.family == build.family and g.round == build.round and g.model != build.model
+        ]
         real = {group.model: group.sets for group in alike}
         others = {
             one.name: np.concatenate(list(one.distances.values()))
@@ -381,7 +466,9 @@ class ClusterPlan(Plan):
     data: Annotated[Path, Flag(argument=True)] = Field(
         description="Sets of nonce vectors: JSON Lines, or gzip of them."
     )
-    audits: int = Field(200, ge=1, le=10**5, description="Honest audits of every pair of machines, or more if few.")
+    audits: int = Field(
+        200, ge=1, le=10**5, description="Honest audits of every pair of machines, or more if few."
+    )
     seed: int = Field(0, ge=0, description="Seed of everything that is drawn.")
 
     experiment = "clusters"
@@ -408,20 +495,29 @@ def fingerprint(data: Path) -> str:
 
 def run_name_of(data: Path) -> str:
     """Return the name of the run of a file, which no other file has."""
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in data.name.partition(".")[0])
+    stem = "".join(
+        c if c.isascii() and (c.isalnum() or c in "-_") else "-"
+        for c in data.name.partition(".")[0]
+    )
     return f"clusters-{stem[:32].strip('-_') or 'data'}-{fingerprint(data)[:8]}"
 
 
 def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
-    """Return the sets of a model and round, and which of their pairs are faulty or were called so."""
+    """Return the sets of a model and round, and which of their pairs are faulty or were called
+    so.
+    """
     noise = _nearest_noise(group, builds)
     rng = np.random.default_rng(seed)
-    faulty, sound = [], Counter[str]()
+    faulty = []
+    sound = Counter[str]()
     for rows, pair in group.pairs.items():
         test = group.faults.get(rows)
         if test is None:
             if not group.faulty.intersection(rows):
-                tests = [pair.places(group.honest_size, chosen) for chosen in _drawn(pair, 2 * SAMPLES, rng)]
+                tests = [
+                    pair.places(group.honest_size, chosen)
+                    for chosen in _drawn(pair, 2 * SAMPLES, rng)
+                ]
                 sound.update("faulty" if test.faulty else "not faulty" for test in tests)
         else:
             faulty.append({
@@ -446,7 +542,9 @@ def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
 
 
 def _nearest_noise(group: Build, builds: Sequence[Build]) -> Noise | None:
-    """Return the noise of the sound machines of the same model, or of the one most alike of its family."""
+    """Return the noise of the sound machines of the same model, or of the one most alike of its
+    family.
+    """
     found = [build for build in builds if build.distances and build.family == group.family]
     if not found:
         return None
@@ -483,13 +581,19 @@ SOON = 60  # nonces within which a cheat should be caught
 
 
 def summarise(cells: Iterable[JsonObject]) -> JsonObject:
-    """Return the figures of every build and the faults of every model; the cells are those of a run."""
+    """Return the figures of every build and the faults of every model; the cells are those of a
+    run.
+    """
     cells = list(cells)
     folds = [cell for cell in cells if "tallies" in cell]
     names = dict.fromkeys(cell["build"] for cell in folds)
     return {
-        "builds": [_build(name, [cell for cell in folds if cell["build"] == name]) for name in names],
-        "models": [{k: v for k, v in cell.items() if k != "key"} for cell in cells if "faulty_sets" in cell],
+        "builds": [
+            _build(name, [cell for cell in folds if cell["build"] == name]) for name in names
+        ],
+        "models": [
+            {k: v for k, v in cell.items() if k != "key"} for cell in cells if "faulty_sets" in cell
+        ],
     }
 
 
@@ -508,7 +612,11 @@ def _build(name: str, folds: Sequence[JsonObject]) -> JsonObject:
         "kinds": [fold["kind"] for fold in folds],
         "effects": sorted({fold["effect"] for fold in folds if fold["effect"] is not None}),
         "spreads": [min(fold["spread"] for fold in folds), max(fold["spread"] for fold in folds)],
-        "sizes": [[fold["machine"], other, size] for fold in folds for other, size in fold["sizes"].items()],
+        "sizes": [
+            [fold["machine"], other, size]
+            for fold in folds
+            for other, size in fold["sizes"].items()
+        ],
         "rows": rows,
     }
 
@@ -535,8 +643,8 @@ def _row(tallies: Sequence[JsonObject], sort: str) -> JsonObject:
 def _interval(tallies: Sequence[JsonObject]) -> JsonObject:
     """Return an interval of the share accused, and the worst pair.
 
-    Audits of one machine are not independent, so the interval is over the machines that were left out, one a tally. It
-    holds for so few machines, and is wide where hardly any audit accuses.
+    Audits of one machine are not independent, so the interval is over the machines that were left
+    out, one a tally. It holds for so few machines, and is wide where hardly any audit accuses.
     """
     ends = [end for tally in tallies for end in tally["ends"]]
     machines = [index for index, tally in enumerate(tallies) for _ in tally["ends"]]
@@ -560,7 +668,9 @@ CHEAT_COLUMNS: dict[str, Column] = {
     "99 % by": or_never("most"),
     f"by {SOON}": "{soon:.1%}",
     "by 300": "{accused:.1%}",
-    "called honest, 64 / 300": lambda row: f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}",
+    "called honest, 64 / 300": lambda row: (
+        f"{row['honest']['64']:.1%} / {row['honest']['300']:.1%}"
+    ),
 }
 
 
@@ -570,7 +680,10 @@ def fault_table(summary: JsonObject) -> Table:
     for model in summary["models"]:
         for pair in model["faulty_pairs"]:
             audits = sum(pair["audits"].values())
-            faulty = [f"{pair['audits'].get(word, 0) / audits:.0%}" if audits else "" for word in ("faulty", "fraud")]
+            faulty = [
+                f"{pair['audits'].get(word, 0) / audits:.0%}" if audits else ""
+                for word in ("faulty", "fraud")
+            ]
             one, other = pair["sets"]
             place = f"{pair['share']:.0%}, {pair['ratio']:.1f} times"
             rows.append([f"{one} / {other}", pair["pattern"], place, pair["outcome"], *faulty])
@@ -578,14 +691,19 @@ def fault_table(summary: JsonObject) -> Table:
 
 
 def model_table(summary: JsonObject) -> Table:
-    """Return the sets by model: copies, faulty ones and pairs, and how often sound pairs are called faulty."""
+    """Return the sets by model: copies, faulty ones and pairs, and how often sound pairs are called
+    faulty.
+    """
 
     def called(model: JsonObject) -> str:
         samples = sum(model["sound_samples"].values())
         return f"{model['sound_samples'].get('faulty', 0)} of {samples}" if samples else ""
 
     def faulty(model: JsonObject) -> str:
-        return f"{len(model['faulty_sets'])} sets, {len(model['faulty_pairs'])} of {model['pairs']} pairs"
+        return (
+            f"{len(model['faulty_sets'])} sets, {len(model['faulty_pairs'])} of {model['pairs']} "
+            f"pairs"
+        )
 
     columns: dict[str, Column] = {
         "model": "model",
@@ -600,7 +718,10 @@ def model_table(summary: JsonObject) -> Table:
 
 def _rows(summary: JsonObject, sort: str) -> list[JsonObject]:
     return [
-        {"build": build["build"], **row} for build in summary["builds"] for row in build["rows"] if row["sort"] == sort
+        {"build": build["build"], **row}
+        for build in summary["builds"]
+        for row in build["rows"]
+        if row["sort"] == sort
     ]
 
 
@@ -611,17 +732,27 @@ def section(run: RunRecords) -> Section:
     """Return what every rule says of the machines and cheats of a run."""
     summary = summarise(run.cells)
     about = (
-        "Sets of one block, key, length and model are compared. Copies of an earlier set are left out, and so are sets "
-        "and pairs whose distances depend on the place in the batch. Then one machine is left out, and the law and the "
-        f"effect come from the others. Audits of {CHECKED} nonces are drawn without replacement. The interval is over "
-        "machines: Gaffke's bounds for the mean of few shares, which leave room for machines unlike those measured."
+        "Sets of one block, key, length and model are compared. Copies of an earlier set are left "
+        "out, and so are sets "
+        "and pairs whose distances depend on the place in the batch. Then one machine is left "
+        "out, and the law and the "
+        f"effect come from the others. Audits of {CHECKED} nonces are drawn without replacement. "
+        f"The interval is over "
+        "machines: Gaffke's bounds for the mean of few shares, which leave room for machines "
+        "unlike those measured."
     )
     tables = {
         "Sets": model_table(summary),
-        f"Pairs with a fault of the place, in full and in audits of {CHECKED} nonces": fault_table(summary),
-        "Honest machines that the law does not know": table_of(_rows(summary, HONEST), HONEST_COLUMNS),
+        f"Pairs with a fault of the place, in full and in audits of {CHECKED} nonces": fault_table(
+            summary
+        ),
+        "Honest machines that the law does not know": table_of(
+            _rows(summary, HONEST), HONEST_COLUMNS
+        ),
         "Other builds passed off as this one": table_of(_rows(summary, REAL), CHEAT_COLUMNS),
-        "Simulated cheats at 1.4 times the honest median": table_of(_rows(summary, SIMULATED), CHEAT_COLUMNS),
+        "Simulated cheats at 1.4 times the honest median": table_of(
+            _rows(summary, SIMULATED), CHEAT_COLUMNS
+        ),
     }
     curves = [one for build in summary["builds"] for one in _curves(build)]
     values = {"settings": run.settings, **summary}

@@ -1,1 +1,3 @@
-"""Attackers as real programs against the published rules, the sequential test, and the hardened preset."""
+"""Attackers as real programs against the published rules, the sequential test, and the hardened
+preset.
+"""

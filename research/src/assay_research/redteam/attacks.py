@@ -1,12 +1,13 @@
 """A forward pass that leaves things out: the engine of every attack that saves work by skipping.
 
-The attacker decides, for every position, through how many layers it goes, and for every layer whether its attention
-and its MLP run, are dropped, or are replaced by a linear map. Of an MLP it may also leave out the neurons that a
-position hardly uses. What is left out is not counted; all of it is never computed but the neurons, which are set to
-zero here and would be skipped by a kernel made for it.
+The attacker decides, for every position, through how many layers it goes, and for every layer
+whether its attention and its MLP run, are dropped, or are replaced by a linear map. Of an MLP it
+may also leave out the neurons that a position hardly uses. What is left out is not counted; all of
+it is never computed but the neurons, which are set to zero here and would be skipped by a kernel
+made for it.
 
-Legend of shapes: B nonces, T positions, A positions that a layer updates, V positions that it sees, D hidden size,
-N rows, F neurons of an MLP, H heads, E head size; in the regressions E = D + 1.
+Legend of shapes: B nonces, T positions, A positions that a layer updates, V positions that it sees,
+D hidden size, N rows, F neurons of an MLP, H heads, E head size; in the regressions E = D + 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,14 +44,18 @@ Part = Literal["run", "drop", "linear"]
 
 
 class Guesses:
-    """What an attacker can know in advance: inputs are of a known law, so maps can be fitted before any round.
+    """What an attacker can know in advance: inputs are of a known law, so maps can be fitted before
+    any round.
 
-    For every layer, a linear map gives the update of the attention and of the MLP from their normed input; for every
-    depth, one gives the final state, as a reading sees it, from the state at that depth. All are ridge regressions on
-    rounds of the attacker's own, so a guess shrinks towards the mean where it knows little.
+    For every layer, a linear map gives the update of the attention and of the MLP from their normed
+    input; for every depth, one gives the final state, as a reading sees it, from the state at that
+    depth. All are ridge regressions on rounds of the attacker's own, so a guess shrinks towards the
+    mean where it knows little.
     """
 
-    def __init__(self, model: Model, inputs_BTD: Tensor, readings: Sequence[Reading | None] = (None,)) -> None:
+    def __init__(
+        self, model: Model, inputs_BTD: Tensor, readings: Sequence[Reading | None] = (None,)
+    ) -> None:
         self.cost = model.hidden_size**2
         updates, states = _observe(model, inputs_BTD)
         with torch.inference_mode():
@@ -60,14 +65,20 @@ class Guesses:
             for reading in readings:
                 first = _first_scaled(reading)
                 final_BRD = _seen(body.norm(states[-1][:, first:]), reading)
-                self._ends[first] = [_fit(_with_one(unit(x[:, first:])), final_BRD) for x in states[:-1]]
+                self._ends[first] = [
+                    _fit(_with_one(unit(x[:, first:])), final_BRD) for x in states[:-1]
+                ]
 
     def update(self, part: str, index: int, x_BAD: Tensor) -> Tensor:
-        """Return the update that attention or mlp of a layer would make, from its normed input [B, A, D]."""
+        """Return the update that attention or mlp of a layer would make, from its normed input [B,
+        A, D].
+        """
         return _with_one(x_BAD) @ self._updates[part, index]
 
     def end(self, depth: int, x_BAD: Tensor, reading: Reading | None = None) -> Tensor:
-        """Return the final state of positions, as it is seen, from their state before layer ``depth``."""
+        """Return the final state of positions, as it is seen, from their state before layer
+        ``depth``.
+        """
         return _with_one(unit(x_BAD)) @ self._ends[_first_scaled(reading)][depth]
 
 
@@ -76,12 +87,15 @@ class Shortcut:
     """What is left out.
 
     Args:
-        depth: Number of layers that each position goes through, [T]; 0 for one that is never looked at.
-        stale: Whether positions that left early stay visible to the others, with the state in which they left.
+        depth: Number of layers that each position goes through, [T]; 0 for one that is never looked
+            at.
+        stale: Whether positions that left early stay visible to the others, with the state in which
+            they left.
         attention: What happens to the attention of every layer; () runs all.
         mlp: What happens to the MLP of every layer; () runs all.
         window: Number of positions that attention looks back; 0 for all.
-        neurons: Share of the neurons of every layer's MLP that are left out where they count least; () for none.
+        neurons: Share of the neurons of every layer's MLP that are left out where they count least;
+            () for none.
     """
 
     depth: tuple[int, ...]
@@ -92,14 +106,17 @@ class Shortcut:
     neurons: tuple[float, ...] = ()
 
     def layer(self, index: int) -> tuple[Part, Part, float]:
-        """Return what happens to the attention and to the MLP of a layer, and the share of neurons left out."""
+        """Return what happens to the attention and to the MLP of a layer, and the share of neurons
+        left out.
+        """
         attention: Part = self.attention[index] if self.attention else "run"
         mlp: Part = self.mlp[index] if self.mlp else "run"
         return attention, mlp, self.neurons[index] if self.neurons else 0.0
 
 
 class PartialForward:
-    """Runs a shortcut on a model of the Llama family; a UsageError where its layers have other parts.
+    """Runs a shortcut on a model of the Llama family; a UsageError where its layers have other
+    parts.
 
     Guesses stand in for what is left out; without them a state stays as it is.
     """
@@ -107,19 +124,28 @@ class PartialForward:
     def __init__(self, model: Model, shortcut: Shortcut, guesses: Guesses | None = None) -> None:
         self._layers: Sequence[Any] = list(decoder_layers(model.module))
         self._body: Any = backbone(model.module)
-        attention = [(getattr(layer, "self_attn", None), ATTENTION_TARGETS) for layer in self._layers]
-        mlps = [(getattr(layer, "mlp", None), MLP_TARGETS) for layer in self._layers if any(shortcut.neurons)]
+        attention = [
+            (getattr(layer, "self_attn", None), ATTENTION_TARGETS) for layer in self._layers
+        ]
+        mlps = [
+            (getattr(layer, "mlp", None), MLP_TARGETS)
+            for layer in self._layers
+            if any(shortcut.neurons)
+        ]
         if not all(hasattr(part, name) for part, names in attention + mlps for name in names):
             raise UsageError(
                 f"attacks by skipping on {model.architecture}",
-                wanted="layers with q_proj, k_proj, v_proj, o_proj, and for neurons gate_proj, up_proj, down_proj",
+                wanted="layers with q_proj, k_proj, v_proj, o_proj, and for neurons gate_proj, "
+                "up_proj, down_proj",
                 do="attack another model, such as reference:qwen3",
             )
         self.shortcut = shortcut
         self.guesses = guesses
 
     def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
-        """Return what an engine would: the last state, or the weighted sum of the unit states, [B, D] in float32."""
+        """Return what an engine would: the last state, or the weighted sum of the unit states, [B,
+        D] in float32.
+        """
         states_BTD = self.states(inputs_BTD, reading)
         if reading is None:
             return states_BTD[:, -1]
@@ -127,14 +153,18 @@ class PartialForward:
 
     @torch.inference_mode()
     def states(self, inputs_BTD: Tensor, reading: Reading | None = None) -> Tensor:
-        """Return a state for every position, [B, T, D] in float32: computed and seen by a reading, or guessed.
+        """Return a state for every position, [B, T, D] in float32: computed and seen by a reading,
+        or guessed.
 
-        A guess keeps its length: it is shorter where the attacker knows less. Without guesses, a position that is never
-        looked at contributes nothing, and one that left early has the state in which it left.
+        A guess keeps its length: it is shorter where the attacker knows less. Without guesses, a
+        position that is never looked at contributes nothing, and one that left early has the state
+        in which it left.
         """
         depth_T = torch.tensor(self.shortcut.depth, device=inputs_BTD.device)
         x_BTD = inputs_BTD.clone()
-        rotary = self._body.rotary_emb(x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device)[None])
+        rotary = self._body.rotary_emb(
+            x_BTD, torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+        )
         for index, layer in enumerate(self._layers):
             active_A = torch.nonzero(depth_T > index).flatten()
             visible_V = torch.nonzero(depth_T > 0).flatten() if self.shortcut.stale else active_A
@@ -146,10 +176,14 @@ class PartialForward:
         return self._ends(x_BTD, depth_T, reading)
 
     def _ends(self, x_BTD: Tensor, depth_T: Tensor, reading: Reading | None) -> Tensor:
-        """Take the final norm where all layers ran; guess the final state from the last known one elsewhere."""
+        """Take the final norm where all layers ran; guess the final state from the last known one
+        elsewhere.
+        """
         ends_BTD = self._body.norm(x_BTD).float()
         first = _first_scaled(reading)
-        known_A = torch.nonzero(depth_T[first:] == depth_T.max()).flatten() + first  # by which others are scaled, too
+        known_A = (
+            torch.nonzero(depth_T[first:] == depth_T.max()).flatten() + first
+        )  # by which others are scaled, too
         seen_A = known_A if first else slice(None)
         ends_BTD[:, seen_A] = _seen(ends_BTD[:, seen_A], reading)
         for depth in sorted(set(self.shortcut.depth) - {len(self._layers)}):
@@ -162,7 +196,9 @@ class PartialForward:
 
     @property
     def cost(self) -> float:
-        """Multiplications of this forward pass over those of the honest one; both count attention and linear layers."""
+        """Multiplications of this forward pass over those of the honest one; both count attention
+        and linear layers.
+        """
         full = Shortcut(depth=(len(self._layers),) * len(self.shortcut.depth))
         return self._count(self.shortcut) / self._count(full)
 
@@ -172,16 +208,32 @@ class PartialForward:
         for index, layer in enumerate(self._layers):
             attention, mlp, left_out = shortcut.layer(index)
             active = [t for t, depth in enumerate(shortcut.depth) if depth > index]
-            visible = [t for t, depth in enumerate(shortcut.depth) if depth > 0] if shortcut.stale else active
+            visible = (
+                [t for t, depth in enumerate(shortcut.depth) if depth > 0]
+                if shortcut.stale
+                else active
+            )
             linear = layer.self_attn.q_proj.in_features**2
             if attention == "run":
-                total += len(active) * (_size(layer.self_attn.q_proj) + _size(layer.self_attn.o_proj))
-                total += len(visible) * (_size(layer.self_attn.k_proj) + _size(layer.self_attn.v_proj))
-                total += 2 * layer.self_attn.q_proj.out_features * _pairs(active, visible, shortcut.window)
+                total += len(active) * (
+                    _size(layer.self_attn.q_proj) + _size(layer.self_attn.o_proj)
+                )
+                total += len(visible) * (
+                    _size(layer.self_attn.k_proj) + _size(layer.self_attn.v_proj)
+                )
+                total += (
+                    2
+                    * layer.self_attn.q_proj.out_features
+                    * _pairs(active, visible, shortcut.window)
+                )
             elif attention == "linear":
                 total += len(active) * linear
             if mlp == "run":
-                products = (part for part in layer.mlp.modules() if isinstance(part, nn.Linear | EightBitLinear))
+                products = (
+                    part
+                    for part in layer.mlp.modules()
+                    if isinstance(part, nn.Linear | EightBitLinear)
+                )
                 sizes: float = sum(map(_size, products))
                 if left_out:
                     sizes -= left_out * (_size(layer.mlp.up_proj) + _size(layer.mlp.down_proj))
@@ -192,15 +244,25 @@ class PartialForward:
 
 
 class _PartialLayer(ModuleLayer):
-    """What a shortcut leaves of a layer, which updates the positions A among the positions V that it sees."""
+    """What a shortcut leaves of a layer, which updates the positions A among the positions V that
+    it sees.
+    """
 
     def __init__(
-        self, layer: Any, forward: PartialForward, index: int, rotary: Rotation, positions: tuple[Tensor, Tensor]
+        self,
+        layer: Any,
+        forward: PartialForward,
+        index: int,
+        rotary: Rotation,
+        positions: tuple[Tensor, Tensor],
     ) -> None:
         self.active_A, self.visible_V = positions
-        at_active, at_visible = ((rotary[0][0, at, None], rotary[1][0, at, None]) for at in positions)
+        at_active, at_visible = (
+            (rotary[0][0, at, None], rotary[1][0, at, None]) for at in positions
+        )
         super().__init__(layer, at_visible, at_active)
-        self.forward, self.index = forward, index
+        self.forward = forward
+        self.index = index
         self.attention_kind, self.mlp_kind, self.neurons = forward.shortcut.layer(index)
 
     def updated(self, x: Tensor) -> Tensor:
@@ -225,7 +287,8 @@ class _PartialLayer(ModuleLayer):
         return whole
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Leave out the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the whole batch.
+        """Leave out the neurons of least |gate| · ‖what it reads‖ · ‖what it writes‖, over the
+        whole batch.
 
         The gate has to be computed to know them; with it, they are spared two of three products.
         """
@@ -244,12 +307,16 @@ class _PartialLayer(ModuleLayer):
 
 
 def _seen(x: Tensor, reading: Reading | None) -> Tensor:
-    """Return states as a reading sees them: unit, and in its frame or over their own positions if it has that."""
+    """Return states as a reading sees them: unit, and in its frame or over their own positions if
+    it has that.
+    """
     return unit(x.float()) if reading is None else reading.seen(x)
 
 
 def _first_scaled(reading: Reading | None) -> int:
-    """Return the first position that a reading scales; 0 where it scales none, and every state is seen by itself."""
+    """Return the first position that a reading scales; 0 where it scales none, and every state is
+    seen by itself.
+    """
     return reading.first if reading is not None and reading.scaled else 0
 
 
@@ -264,8 +331,12 @@ def _pairs(active: Sequence[int], visible: Sequence[int], window: int) -> int:
     return int(((back_AV >= 0) & (back_AV < (window or 1 << 30))).sum())
 
 
-def _observe(model: Model, inputs_BTD: Tensor) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], list[Tensor]]:
-    """Run the honest model; return inputs and outputs of its parts, and the state before every layer and after all."""
+def _observe(
+    model: Model, inputs_BTD: Tensor
+) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], list[Tensor]]:
+    """Run the honest model; return inputs and outputs of its parts, and the state before every
+    layer and after all.
+    """
     updates: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
     states: list[Tensor] = []
     handles = []
@@ -279,11 +350,17 @@ def _observe(model: Model, inputs_BTD: Tensor) -> tuple[dict[tuple[str, int], tu
         return hook
 
     for index, layer in enumerate(layers):
-        handles.append(layer.self_attn.register_forward_hook(keep("attention", index), with_kwargs=True))
+        handles.append(
+            layer.self_attn.register_forward_hook(keep("attention", index), with_kwargs=True)
+        )
         handles.append(layer.mlp.register_forward_hook(keep("mlp", index), with_kwargs=True))
-        handles.append(layer.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
+        handles.append(
+            layer.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0]))
+        )
     body: Any = backbone(model.module)
-    handles.append(body.norm.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0])))
+    handles.append(
+        body.norm.register_forward_pre_hook(lambda module, arguments: states.append(arguments[0]))
+    )
     try:
         with torch.inference_mode(), wide_products(model):
             body(inputs_embeds=inputs_BTD, use_cache=False)
@@ -295,11 +372,13 @@ def _observe(model: Model, inputs_BTD: Tensor) -> tuple[dict[tuple[str, int], tu
 
 def _fit(x: Tensor, y: Tensor) -> Tensor:
     """Ridge regression of y on x, rows over all leading dimensions."""
-    x_NE, y_ND = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+    x_NE = x.flatten(0, -2).double()
+    y_ND = y.flatten(0, -2).double()
     gram_EE = x_NE.T @ x_NE
     ridge = RIDGE * gram_EE.diagonal().mean()
     solved: Tensor = torch.linalg.solve(
-        gram_EE + ridge * torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device), x_NE.T @ y_ND
+        gram_EE + ridge * torch.eye(len(gram_EE), dtype=torch.float64, device=gram_EE.device),
+        x_NE.T @ y_ND,
     )
     return solved.float()
 
@@ -310,10 +389,10 @@ def _with_one(x: Tensor) -> Tensor:
 
 # The attackers: programs that hand in what an honest node would, for less work or none.
 #
-# Every program reads a batch as an engine does: inputs [B, T, D] in, [B, D] out, either the last state or the signed
-# sum over positions. Its cost is the work that it does over the work of the honest forward pass. For other weights,
-# the multiplications are as many and each is cheaper: the price of a format is what hardware that has it charges at
-# best.
+# Every program reads a batch as an engine does: inputs [B, T, D] in, [B, D] out, either the last
+# state or the signed sum over positions. Its cost is the work that it does over the work of the
+# honest forward pass. For other weights, the multiplications are as many and each is cheaper: the
+# price of a format is what hardware that has it charges at best.
 
 Family = Literal["weights", "layers", "positions", "parts", "none"]
 
@@ -326,12 +405,16 @@ class Program(Protocol):
         """Work over the honest forward pass."""
 
     def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
-        """Return the last state, or the weighted sum of unit states where a reading is given, [B, D] in float32."""
+        """Return the last state, or the weighted sum of unit states where a reading is given, [B,
+        D] in float32.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Where an attack takes place: the model in the attacker's dtype, and maps fitted in advance."""
+    """Where an attack takes place: the model in the attacker's dtype, and maps fitted in
+    advance.
+    """
 
     model: Model
     guesses: Guesses
@@ -339,7 +422,8 @@ class Scene:
     seq_len: int
 
     def price(self, bits: int) -> float:
-        """Return the cost of a product of so many bits over an honest one, which has 8 or, by this count, 16.
+        """Return the cost of a product of so many bits over an honest one, which has 8 or, by this
+        count, 16.
 
         It is that of hardware whose speed grows as bits shrink: a bound.
         """
@@ -363,8 +447,10 @@ class Attack:
         family: Saving on weights, layers, positions, parts of layers, or none of them.
         make: Function that builds the program.
         share: Share of the node's nonces that the program answers; the others are honest.
-        last_unknown: Whether it leaves out the last position, so that it is no attack where that one is read.
-        in_float8: Whether it is an attack of provers in float8 only (True) or of others only (False); None for all.
+        last_unknown: Whether it leaves out the last position, so that it is no attack where that
+            one is read.
+        in_float8: Whether it is an attack of provers in float8 only (True) or of others only
+            (False); None for all.
     """
 
     name: str
@@ -417,7 +503,9 @@ class Invented:
 
     def read(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
         """Draw a direction."""
-        return torch.randn(len(inputs_BTD), inputs_BTD.shape[-1], generator=self._generator).to(inputs_BTD.device)
+        return torch.randn(len(inputs_BTD), inputs_BTD.shape[-1], generator=self._generator).to(
+            inputs_BTD.device
+        )
 
 
 def _other_checkpoint(model: Model) -> Model:
@@ -438,12 +526,17 @@ def _other(change: Callable[[Model], Model], bits: int = 16) -> Callable[[Scene]
 def _positions(
     keep: Callable[[int, int], bool], *, depth: int = 0, stale: bool = False, guess: bool = True
 ) -> Callable[[Scene], Program]:
-    """Run positions t of T for which ``keep(t, T)`` is false through a share of ``depth``/8 of the layers only."""
+    """Run positions t of T for which ``keep(t, T)`` is false through a share of ``depth``/8 of the
+    layers only.
+    """
 
     def make(scene: Scene) -> Program:
-        T, layers = scene.seq_len, scene.model.num_layers
+        T = scene.seq_len
+        layers = scene.model.num_layers
         depths = tuple(layers if keep(t, T) else round(depth * layers / 8) for t in range(T))
-        return PartialForward(scene.model, Shortcut(depths, stale=stale), scene.guesses if guess else None)
+        return PartialForward(
+            scene.model, Shortcut(depths, stale=stale), scene.guesses if guess else None
+        )
 
     return make
 
@@ -451,22 +544,31 @@ def _positions(
 def _parts(
     which: Callable[[int, int], bool], kind: Part, *, attention: bool = True, mlp: bool = True
 ) -> Callable[[Scene], Program]:
-    """Drop parts of the layers i of L for which ``which(i, L)`` holds, or replace them by linear maps."""
+    """Drop parts of the layers i of L for which ``which(i, L)`` holds, or replace them by linear
+    maps.
+    """
 
     def make(scene: Scene) -> Program:
         layers = scene.model.num_layers
-        changed: tuple[Part, ...] = tuple(kind if which(i, layers) else "run" for i in range(layers))
-        shortcut = Shortcut(scene.full(), attention=changed if attention else (), mlp=changed if mlp else ())
+        changed: tuple[Part, ...] = tuple(
+            kind if which(i, layers) else "run" for i in range(layers)
+        )
+        shortcut = Shortcut(
+            scene.full(), attention=changed if attention else (), mlp=changed if mlp else ()
+        )
         return PartialForward(scene.model, shortcut, scene.guesses)
 
     return make
 
 
 def _neurons(first: float, last: float, *, before: float = 1.0) -> Callable[[Scene], Program]:
-    """Leave out a share of the neurons that rises with the layer, and drop positions from ``before``·T on."""
+    """Leave out a share of the neurons that rises with the layer, and drop positions from
+    ``before``·T on.
+    """
 
     def make(scene: Scene) -> Program:
-        T, layers = scene.seq_len, scene.model.num_layers
+        T = scene.seq_len
+        layers = scene.model.num_layers
         depths = tuple(layers if _before(before, t, T) else 0 for t in range(T))
         shares = tuple(first + (last - first) * (index + 0.5) / layers for index in range(layers))
         return PartialForward(scene.model, Shortcut(depths, neurons=shares), scene.guesses)
@@ -480,14 +582,23 @@ def _quarter(layers: int) -> int:
 
 def _weights() -> Iterator[Attack]:
     for bits in (8, 4, 3):
-        yield Attack(f"int{bits} weights", "weights", _other(partial(cheats.rounded, bits=bits), bits))
+        yield Attack(
+            f"int{bits} weights", "weights", _other(partial(cheats.rounded, bits=bits), bits)
+        )
     yield Attack("fp8 weights", "weights", _other(model_cheats.rounded_fp8, 8), in_float8=False)
-    one_scale, of_inputs = model_cheats.with_one_scale, partial(model_cheats.with_one_scale, inputs=True)
+    one_scale = model_cheats.with_one_scale
+    of_inputs = partial(model_cheats.with_one_scale, inputs=True)
     yield Attack("one scale for a weight", "weights", _other(one_scale), in_float8=True)
-    yield Attack("one scale for a weight, one for its inputs", "weights", _other(of_inputs), in_float8=True)
+    yield Attack(
+        "one scale for a weight, one for its inputs", "weights", _other(of_inputs), in_float8=True
+    )
     yield Attack("short sums", "weights", _other(model_cheats.with_short_sums), in_float8=True)
     for size in (0.005, 0.02, 0.1):
-        yield Attack(f"low-rank update of {size:.1%}", "weights", _other(partial(model_cheats.adapted, size=size)))
+        yield Attack(
+            f"low-rank update of {size:.1%}",
+            "weights",
+            _other(partial(model_cheats.adapted, size=size)),
+        )
     yield Attack("another checkpoint", "weights", _other(_other_checkpoint))
 
 
@@ -497,32 +608,51 @@ def _layers() -> Iterator[Attack]:
         ("middle layer", lambda i, L: i == L // 2),
         ("last layer", lambda i, L: i == L - 1),
         ("first quarter of the layers", lambda i, L: i < _quarter(L)),
-        ("middle quarter of the layers", lambda i, L: 0 <= i - (L - _quarter(L)) // 2 < _quarter(L)),
+        (
+            "middle quarter of the layers",
+            lambda i, L: 0 <= i - (L - _quarter(L)) // 2 < _quarter(L),
+        ),
         ("last quarter of the layers", lambda i, L: i >= L - _quarter(L)),
     ):
         yield Attack(f"{name} dropped", "layers", _parts(which, "drop"))
         if "quarter" in name:
             yield Attack(f"{name} linear", "layers", _parts(which, "linear"))
     for depth in (6, 4, 2, 0):
-        yield Attack(f"early exit at {depth}/8", "layers", _positions(lambda t, T: False, depth=depth))
+        yield Attack(
+            f"early exit at {depth}/8", "layers", _positions(lambda t, T: False, depth=depth)
+        )
 
 
 def _skipped_positions() -> Iterator[Attack]:
     for share in (0.25, 0.5, 0.75, 0.875):
         yield Attack(f"first {share:.1%} dropped", "positions", _positions(partial(_after, share)))
-    yield Attack("last 25.0% dropped", "positions", _positions(partial(_before, 0.74)), last_unknown=True)
     yield Attack(
-        "last 25.0% dropped, no guess", "positions", _positions(partial(_before, 0.74), guess=False), last_unknown=True
+        "last 25.0% dropped", "positions", _positions(partial(_before, 0.74)), last_unknown=True
     )
-    yield Attack("middle 25.0% dropped", "positions", _positions(lambda t, T: not 0.5 <= t / T < 0.76))
     yield Attack(
-        "ends dropped, 12.5% each", "positions", _positions(lambda t, T: 0.13 <= t / T < 0.87), last_unknown=True
+        "last 25.0% dropped, no guess",
+        "positions",
+        _positions(partial(_before, 0.74), guess=False),
+        last_unknown=True,
     )
-    yield Attack("every fourth dropped", "positions", _positions(lambda t, T: t == T - 1 or t % 4 != 2))
+    yield Attack(
+        "middle 25.0% dropped", "positions", _positions(lambda t, T: not 0.5 <= t / T < 0.76)
+    )
+    yield Attack(
+        "ends dropped, 12.5% each",
+        "positions",
+        _positions(lambda t, T: 0.13 <= t / T < 0.87),
+        last_unknown=True,
+    )
+    yield Attack(
+        "every fourth dropped", "positions", _positions(lambda t, T: t == T - 1 or t % 4 != 2)
+    )
     yield Attack("every second dropped", "positions", _positions(lambda t, T: (T - 1 - t) % 2 == 0))
     for depth, start in ((4, 0.48), (2, 0.64)):
         name = f"from {start:.0%} on, exit at {depth}/8"
-        yield Attack(name, "positions", _positions(partial(_before, start), depth=depth), last_unknown=True)
+        yield Attack(
+            name, "positions", _positions(partial(_before, start), depth=depth), last_unknown=True
+        )
     for depth, end in ((4, 0.56), (2, 0.38)):
         name = f"before {end:.0%}, exit at {depth}/8, stale"
         yield Attack(name, "positions", _positions(partial(_after, end), depth=depth, stale=True))
@@ -545,15 +675,25 @@ def _windowed(window: Callable[..., Shortcut], scene: Scene) -> Program:
 
 
 def _lazy_last_layer(scene: Scene) -> Program:
-    layers, T = scene.model.num_layers, scene.seq_len
-    return PartialForward(scene.model, Shortcut((layers - 1,) * (T - 1) + (layers,), stale=True), scene.guesses)
+    layers = scene.model.num_layers
+    T = scene.seq_len
+    return PartialForward(
+        scene.model, Shortcut((layers - 1,) * (T - 1) + (layers,), stale=True), scene.guesses
+    )
 
 
 def _skipped_parts() -> Iterator[Attack]:
     yield Attack("attention linear", "parts", _parts(lambda i, L: True, "linear", mlp=False))
     yield Attack("attention dropped", "parts", _parts(lambda i, L: True, "drop", mlp=False))
-    for name, which in (("last", lambda i, L: i >= L - -(-3 * L // 8)), ("first", lambda i, L: i < -(-3 * L // 8))):
-        yield Attack(f"{name} three eighths of the MLPs linear", "parts", _parts(which, "linear", attention=False))
+    for name, which in (
+        ("last", lambda i, L: i >= L - -(-3 * L // 8)),
+        ("first", lambda i, L: i < -(-3 * L // 8)),
+    ):
+        yield Attack(
+            f"{name} three eighths of the MLPs linear",
+            "parts",
+            _parts(which, "linear", attention=False),
+        )
     yield Attack("20% of the neurons", "parts", _neurons(0.2, 0.2))
     yield Attack("25% to 85% of the neurons", "parts", _neurons(0.25, 0.85))
     for first, last, before in ((0.1, 0.3, 0.83), (0.1, 0.5, 0.875)):
@@ -569,4 +709,6 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("state of another nonce", "none", Reused, share=0.5),
     Attack("invented", "none", Invented),
 )
-"""All attackers that run, or do not run, a forward pass. What a node does with honest results is among its claims."""
+"""All attackers that run, or do not run, a forward pass. What a node does with honest results is
+among its claims.
+"""

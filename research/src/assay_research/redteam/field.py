@@ -1,7 +1,8 @@
-"""What attackers are held against: the states of validator and honest provers, and the rules that catch cheaters.
+"""What attackers are held against: the states of validator and honest provers, and the rules that
+catch cheaters.
 
-Legend of shapes: N nonces or residuals, R trials, C checked nonces, B nonces of a batch, T positions, D hidden size,
-K published numbers.
+Legend of shapes: N nonces or residuals, R trials, C checked nonces, B nonces of a batch, T
+positions, D hidden size, K published numbers.
 """
 
 import math
@@ -78,11 +79,13 @@ def mixed(share: float, cheating_N: FloatArray, honest_N: FloatArray) -> Pool:
 
 
 class Judge:
-    """The three rules for one pipeline, at one rate of false accusations, calibrated on honest residuals.
+    """The three rules for one pipeline, at one rate of false accusations, calibrated on honest
+    residuals.
 
-    The published rules count mismatches. Their constants accuse honest nodes on other hardware far more often than they
-    state, so each is calibrated for the comparison: it takes the smallest count that honest noise reaches with
-    probability 1e-3. The sequential test is used unchanged, with the law fitted to the residuals.
+    The published rules count mismatches. Their constants accuse honest nodes on other hardware far
+    more often than they state, so each is calibrated for the comparison: it takes the smallest
+    count that honest noise reaches with probability 1e-3. The sequential test is used unchanged,
+    with the law fitted to the residuals.
 
     Args:
         pipeline: Pipeline that says what is published.
@@ -90,7 +93,9 @@ class Judge:
         noise: Honest noise of the sequential test; the law of ``honest_N`` when None.
     """
 
-    def __init__(self, pipeline: Pipeline, honest_N: FloatArray, noise: Noise | None = None) -> None:
+    def __init__(
+        self, pipeline: Pipeline, honest_N: FloatArray, noise: Noise | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.noise = noise or _fit_pair(pipeline, honest_N)
         self._test = sequential_test(self.noise, alpha=ALPHA)
@@ -104,17 +109,21 @@ class Judge:
     def mismatch_rate(self, residuals_N: FloatArray) -> float:
         """Return the chance that a nonce with such a residual is a mismatch.
 
-        For distances: that the recomputed one is above r_target where the received one is below. Given the residual it
-        follows from the chord law, so no flip has to be waited for.
+        For distances: that the recomputed one is above r_target where the received one is below.
+        Given the residual it follows from the chord law, so no flip has to be waited for.
         """
         if self.pipeline.output == "vector":
             return float(np.mean(np.abs(residuals_N) > self.threshold))
         valid = stats.valid_rate(Round.r_target, RANDOM_HEAD_ROWS)
-        crossed_N = stats.chord_cdf(Round.r_target - np.minimum(residuals_N, 0), RANDOM_HEAD_ROWS) - valid
+        crossed_N = (
+            stats.chord_cdf(Round.r_target - np.minimum(residuals_N, 0), RANDOM_HEAD_ROWS) - valid
+        )
         return float(np.mean(crossed_N)) / valid
 
     def sequential(self, pool: Pool) -> FloatArray:
-        """Return the share of audits in which the sequential test has accused after each of :data:`CHECKED` nonces."""
+        """Return the share of audits in which the sequential test has accused after each of
+        :data:`CHECKED` nonces.
+        """
         drawn_RC = pool.draw(np.random.default_rng(0), TRIALS, CHECKED[-1])
         crossed_RC = self._test.accusations(drawn_RC)
         return np.asarray(crossed_RC.mean(axis=0)[np.array(CHECKED) - 1], dtype=np.float64)
@@ -124,12 +133,17 @@ class Judge:
         return float(self._test.accusations(drawn_RC)[:, -1].mean())
 
     def counting(self, pool: Pool) -> FloatArray:
-        """Return the chance that the calibrated count rule accuses after each of :data:`CHECKED` nonces."""
+        """Return the chance that the calibrated count rule accuses after each of :data:`CHECKED`
+        nonces.
+        """
         return np.array([count_power(n, self.honest_rate, self._rate(pool)) for n in CHECKED])
 
     def counting_needs(self, pool: Pool) -> int | None:
-        """Return the nonces after which the calibrated count rule accuses with 99 %; None for never."""
-        rate, n = self._rate(pool), 1
+        """Return the nonces after which the calibrated count rule accuses with 99 %; None for
+        never.
+        """
+        rate = self._rate(pool)
+        n = 1
         while rate > self.honest_rate and n <= MOST:
             if count_power(n, self.honest_rate, rate) >= POWER:
                 return n
@@ -143,13 +157,18 @@ class Judge:
         """Return the share of audits that the rule accuses with its published constants."""
         if self.pipeline.output == "vector":
             counts_R = (np.abs(drawn_RC) > DIST_THRESHOLD).sum(axis=1)
-            p, n = P_MISMATCH, drawn_RC.shape[1]
+            p = P_MISMATCH
+            n = drawn_RC.shape[1]
             return float(np.mean(distributions.binom.sf(counts_R - 1, n, p) < COUNT_ALPHA))
-        return count_power(drawn_RC.shape[1], P_FLIP, self.mismatch_rate(drawn_RC.ravel()), COUNT_ALPHA)
+        return count_power(
+            drawn_RC.shape[1], P_FLIP, self.mismatch_rate(drawn_RC.ravel()), COUNT_ALPHA
+        )
 
 
 def detection(judge: Judge, pool: Pool) -> dict[str, Any]:
-    """Return the curves of the sequential test and of the calibrated count rule, and where they reach 99 %."""
+    """Return the curves of the sequential test and of the calibrated count rule, and where they
+    reach 99 %.
+    """
     curve_C = judge.sequential(pool)
     return {
         "sequential": [round(float(p), 4) for p in curve_C],
@@ -160,11 +179,12 @@ def detection(judge: Judge, pool: Pool) -> dict[str, Any]:
 
 
 def best_test(honest_N: FloatArray, cheating_N: FloatArray) -> int | None:
-    """Return the nonces after which the best test of sizes convicts 99 %, at 1 false conviction in 1000.
+    """Return the nonces after which the best test of sizes convicts 99 %, at 1 false conviction in
+    1000.
 
-    It knows both laws, as densities of the logarithm, and takes their ratio to be normal over many nonces. They are
-    fitted to the sizes that they judge, so the number is a bound from below. None where it tells nothing: sizes that
-    are all alike, or no larger ratio for the cheat.
+    It knows both laws, as densities of the logarithm, and takes their ratio to be normal over many
+    nonces. They are fitted to the sizes that they judge, so the number is a bound from below. None
+    where it tells nothing: sizes that are all alike, or no larger ratio for the cheat.
     """
     logs = [np.log(np.maximum(np.abs(sizes_N), 1e-5)) for sizes_N in (honest_N, cheating_N)]
     if min(map(np.ptp, logs)) == 0:
@@ -172,7 +192,10 @@ def best_test(honest_N: FloatArray, cheating_N: FloatArray) -> int | None:
     honest, cheating = map(distributions.gaussian_kde, logs)
     ratios = [cheating.logpdf(log_N).clip(-20) - honest.logpdf(log_N).clip(-20) for log_N in logs]
     gap = float(ratios[1].mean() - ratios[0].mean())
-    width = sum(float(distributions.norm.isf(p) * x.std()) for p, x in zip((ALPHA, 1 - POWER), ratios, strict=True))
+    width = sum(
+        float(distributions.norm.isf(p) * x.std())
+        for p, x in zip((ALPHA, 1 - POWER), ratios, strict=True)
+    )
     return max(1, math.ceil((width / gap) ** 2)) if gap > 0 else None
 
 
@@ -200,11 +223,17 @@ def count_power(n: int, honest: float, cheating: float, alpha: float = ALPHA) ->
 
 
 class Reading:
-    """One way to read the states, that of the round's preset, and the presets that share it: equal inputs and rows."""
+    """One way to read the states, that of the round's preset, and the presets that share it: equal
+    inputs and rows.
+    """
 
     def __init__(self, validator: HFEngine, round: Round, presets: Sequence[str]) -> None:
-        self.round, self.presets, self._validator = round, tuple(presets), validator
-        self._transforms = {name: make_transform(validator, round, get_pipeline(name)) for name in presets}
+        self.round = round
+        self.presets = tuple(presets)
+        self._validator = validator
+        self._transforms = {
+            name: make_transform(validator, round, get_pipeline(name)) for name in presets
+        }
         self._recomputed: Tensor | None = None
 
     def states(self, program: Program, engine: HFEngine, nonces: int) -> Tensor:
@@ -242,7 +271,9 @@ class Reading:
     def residuals_of(self, preset: str, received: FloatArray) -> FloatArray:
         """Return the same for what was published of the first nonces, [N] or [N, K]."""
         difference = received - self.published(preset, self.recomputed(len(received)))
-        return difference if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
+        return (
+            difference if difference.ndim == 1 else np.asarray(np.linalg.norm(difference, axis=1))
+        )
 
     def published(self, preset: str, x_ND: Tensor) -> FloatArray:
         """Return what a preset publishes of states: distances [N] or vectors [N, K]."""
@@ -255,8 +286,9 @@ class Reading:
 class Field:
     """One model and one dtype of provers and attackers, against a validator in float32.
 
-    Against provers in float8 the validator has float8 too: float32 is as far from it as a cheat. On CUDA it runs the
-    kernels that `verify` takes by default, and provers run others; elsewhere only their attention is another.
+    Against provers in float8 the validator has float8 too: float32 is as far from it as a cheat. On
+    CUDA it runs the kernels that `verify` takes by default, and provers run others; elsewhere only
+    their attention is another.
 
     One half of the ``honest`` nonces calibrates the rules, the other one tests them.
     """
@@ -268,18 +300,27 @@ class Field:
     seq_len: int
     batch_size: int
     honest: int
-    presets: tuple[tuple[str, ...], ...] = (("poc-2.0", "artifact"), ("hardened",))  # those that read alike together
+    presets: tuple[tuple[str, ...], ...] = (
+        ("poc-2.0", "artifact"),
+        ("hardened",),
+    )  # those that read alike together
 
     def load(self) -> Model:
         """Load the model in the provers' number format; eight bits leave the rest in bfloat16."""
-        model = load_model(self.reference, **in_format(self.dtype, rest="bfloat16"), device=self.device)
+        model = load_model(
+            self.reference, **in_format(self.dtype, rest="bfloat16"), device=self.device
+        )
         return model.with_frame(self.frame)
 
     @cached_property
     def frame(self) -> Frame | None:
         """Frame of the checkpoint, where the presets have one."""
         framed = get_pipeline(self.presets[0][0]).framed
-        return measure_frame(load_model(self.reference, dtype="float32", device=self.device)) if framed else None
+        return (
+            measure_frame(load_model(self.reference, dtype="float32", device=self.device))
+            if framed
+            else None
+        )
 
     def engine_of(self, model: Model) -> HFEngine:
         """Return an engine of the field's batch shape."""
@@ -292,11 +333,15 @@ class Field:
             model = load_model(self.reference, dtype=plain, device=self.device)
             return self.engine_of(model.with_frame(self.frame))
         model = self.load()
-        return HFEngine(model, batch_size=self.batch_size, seq_len=self.seq_len, compiled=worth_compiling(model))
+        return HFEngine(
+            model, batch_size=self.batch_size, seq_len=self.seq_len, compiled=worth_compiling(model)
+        )
 
     @cached_property
     def prover(self) -> Model:
-        """Model in the provers' dtype; in that of the validator with plain attention, or no bit would differ."""
+        """Model in the provers' dtype; in that of the validator with plain attention, or no bit
+        would differ.
+        """
         model = self.load()
         if self.dtype in ("float32", "float8"):
             model.module.set_attn_implementation("eager")
@@ -310,12 +355,17 @@ class Field:
     @cached_property
     def scene(self) -> Scene:
         """Where the attackers work."""
-        preset, size = self.presets[0][0], self.batch_size
-        round = Round(block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len, preset=preset)
+        preset = self.presets[0][0]
+        size = self.batch_size
+        round = Round(
+            block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len, preset=preset
+        )
         batches = [self.validator.inputs(round, range(start, start + size)) for start in (0, size)]
         of = [one.of(range(size), self.seq_len) for one in self.readings]
         guesses = Guesses(self.validator.model, torch.cat(batches), of)
-        return Scene(model=self.prover, guesses=guesses, batch_size=self.batch_size, seq_len=self.seq_len)
+        return Scene(
+            model=self.prover, guesses=guesses, batch_size=self.batch_size, seq_len=self.seq_len
+        )
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
@@ -325,7 +375,11 @@ class Field:
     def round(self, preset: str) -> Round:
         """Return the attacked round with a preset."""
         return Round(
-            block_hash=self.block_hash, public_key="node_A", model=self.reference, preset=preset, seq_len=self.seq_len
+            block_hash=self.block_hash,
+            public_key="node_A",
+            model=self.reference,
+            preset=preset,
+            seq_len=self.seq_len,
         )
 
     @cached_property
@@ -342,7 +396,9 @@ class Field:
 
     @cached_property
     def honest_residuals(self) -> dict[str, tuple[FloatArray, FloatArray]]:
-        """Honest residuals of every preset: those that calibrate, and those that test, [N/2] each."""
+        """Honest residuals of every preset: those that calibrate, and those that test, [N/2]
+        each.
+        """
         half = self.honest // 2
         found = {preset: reading.residuals(preset, x_ND) for preset, reading, x_ND in self.each()}
         return {preset: (values[:half], values[half:]) for preset, values in found.items()}
@@ -350,7 +406,10 @@ class Field:
     @cached_property
     def judges(self) -> dict[str, Judge]:
         """Calibrated rules for every preset."""
-        return {p: Judge(get_pipeline(p), calibrating) for p, (calibrating, _) in self.honest_residuals.items()}
+        return {
+            p: Judge(get_pipeline(p), calibrating)
+            for p, (calibrating, _) in self.honest_residuals.items()
+        }
 
 
 def _fit_pair(pipeline: Pipeline, honest_N: FloatArray) -> Noise:

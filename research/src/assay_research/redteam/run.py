@@ -56,10 +56,13 @@ class RedteamPlan(ExperimentPlan):
 
     dtypes: Names = Setting(
         ("bfloat16",),
-        description="Dtypes of provers and attackers, separated by commas; the validator has float32, or float8 too.",
+        description="Dtypes of provers and attackers, separated by commas; the validator has "
+        "float32, or float8 too.",
     )
     nonces: int = Setting(64, ge=8, description="Nonces that every attacker answers.")
-    honest: int = Setting(384, ge=64, description="Honest nonces, one half to calibrate and one to test.")
+    honest: int = Setting(
+        384, ge=64, description="Honest nonces, one half to calibrate and one to test."
+    )
     block_hash: str = Setting("block_alpha", description="Block of the attacked rounds.")
     seq_len: int = Setting(256, ge=16, description="Input positions per nonce.")
     batch_size: int = Setting(16, ge=4, description="Nonces per forward pass.")
@@ -84,7 +87,9 @@ def _field_cells(plan: RedteamPlan, field: Field, prefix: str) -> Iterator[Measu
         yield f"{prefix}/{attack.name}", partial(attacked, field, attack, plan.nonces)
 
     def claims() -> JsonObject:
-        """Measure what a node can do with results instead of with the model, against every preset."""
+        """Measure what a node can do with results instead of with the model, against every
+        preset.
+        """
         rows = [row for claim in (_junk, _replays, _selective) for row in claim(field, plan.nonces)]
         return {**who, "kind": "claims", "rows": rows}
 
@@ -106,14 +111,17 @@ def _honest(field: Field) -> JsonObject:
 
 
 def attacked(field: Field, attack: Attack, nonces: int) -> JsonObject:
-    """Return what an attack costs, how far off it is, and after how many nonces each rule catches it, by preset."""
+    """Return what an attack costs, how far off it is, and after how many nonces each rule catches
+    it, by preset.
+    """
     program = attack.make(field.scene)
     rows = {}
     for reading in (one for one in field.readings if not (attack.last_unknown and one.last)):
         x_ND = reading.states(program, field.engine, nonces)
         errors_N = reading.errors(x_ND)
         for preset in reading.presets:
-            residuals_N, honest_N = reading.residuals(preset, x_ND), field.honest_residuals[preset][1]
+            residuals_N = reading.residuals(preset, x_ND)
+            honest_N = field.honest_residuals[preset][1]
             rows[preset] = {
                 **spread(errors_N, residuals_N),
                 "auc": stats.auroc(np.abs(residuals_N), np.abs(honest_N)),
@@ -135,12 +143,15 @@ def attacked(field: Field, attack: Attack, nonces: int) -> JsonObject:
 
 def _audits(field: Field) -> JsonObject:
     """Simulate audits of honest nodes: another dtype, other kernels, another batch shape."""
-    plain, eager = field.load(), field.load()
+    plain = field.load()
+    eager = field.load()
     eager.module.set_attn_implementation("eager")
     engines = {
         "sdpa": field.engine_of(plain),
         "plain attention": field.engine_of(eager),
-        f"sdpa, batches of {OTHER_SHAPE}": HFEngine(plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len),
+        f"sdpa, batches of {OTHER_SHAPE}": HFEngine(
+            plain, batch_size=OTHER_SHAPE, seq_len=field.seq_len
+        ),
     }
     return {f"{field.dtype}, {name}": _audited(field, engine) for name, engine in engines.items()}
 
@@ -171,26 +182,41 @@ def _junk(field: Field, nonces: int) -> Iterator[JsonObject]:
         for preset in reading.presets:
             invented_N = reading.residuals(preset, x_ND)
             if preset == "poc-2.0":
-                invented_N = chord_mean(RANDOM_HEAD_ROWS) - reading.published(preset, reading.recomputed(nonces))
+                invented_N = chord_mean(RANDOM_HEAD_ROWS) - reading.published(
+                    preset, reading.recomputed(nonces)
+                )
             for share in JUNK_SHARES:
                 pool = mixed(share, invented_N, field.honest_residuals[preset][1])
-                yield {"claim": f"{share:.0%} invented", "preset": preset, **_row(field, preset, pool, 1 - share)}
+                yield {
+                    "claim": f"{share:.0%} invented",
+                    "preset": preset,
+                    **_row(field, preset, pool, 1 - share),
+                }
 
 
 def _replays(field: Field, nonces: int) -> Iterator[JsonObject]:
     """Replay the honest results of another node, or of the same node in another block."""
-    for name, change in (("another key", {"public_key": "node_B"}), ("another block", {"block_hash": "block_beta"})):
+    for name, change in (
+        ("another key", {"public_key": "node_B"}),
+        ("another block", {"block_hash": "block_beta"}),
+    ):
         for reading in field.readings:
             theirs = Reading(field.validator, replace(reading.round, **change), reading.presets)  # type: ignore[arg-type]
             x_ND = theirs.states(OnEngine(field.engine), field.engine, nonces)
             for preset in reading.presets:
                 received = theirs.published(preset, x_ND)
                 pool = Pool(((1.0, reading.residuals_of(preset, received)),))
-                yield {"claim": f"replay of {name}", "preset": preset, **_row(field, preset, pool, 0.0)}
+                yield {
+                    "claim": f"replay of {name}",
+                    "preset": preset,
+                    **_row(field, preset, pool, 0.0),
+                }
 
 
 def _selective(field: Field, nonces: int) -> Iterator[JsonObject]:
-    """Run the honest pass only for nonces that a cheap look says are valid; whatever is handed in is exact."""
+    """Run the honest pass only for nonces that a cheap look says are valid; whatever is handed in
+    is exact.
+    """
     reading = field.readings[0]
     for attack in ATTACKS:
         if attack.name not in SCREENS:
@@ -200,7 +226,8 @@ def _selective(field: Field, nonces: int) -> Iterator[JsonObject]:
         for r_target in R_TARGETS:
             kept, cost = screened(residuals_N, program.cost, r_target)
             yield {
-                "claim": f"screening, {attack.name}, {stats.valid_rate(r_target, RANDOM_HEAD_ROWS):.0%} valid",
+                "claim": f"screening, {attack.name}, "
+                f"{stats.valid_rate(r_target, RANDOM_HEAD_ROWS):.0%} valid",
                 "preset": "poc-2.0",
                 "cost": cost,
                 "kept": kept,
@@ -210,9 +237,11 @@ def _selective(field: Field, nonces: int) -> Iterator[JsonObject]:
 
 
 def screened(residuals_N: FloatArray, cost: float, r_target: float) -> tuple[float, float]:
-    """Simulate screening: a cheap distance, off by ``residuals_N``, decides whether the exact one is computed at all.
+    """Simulate screening: a cheap distance, off by ``residuals_N``, decides whether the exact one
+    is computed at all.
 
-    Returns the share of the valid nonces that are found, and the work per found nonce over that of an honest node.
+    Returns the share of the valid nonces that are found, and the work per found nonce over that of
+    an honest node.
     """
     rng = np.random.default_rng(0)
     exact_R = rng.normal(chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), DRAWN)
@@ -229,7 +258,13 @@ def _row(field: Field, preset: str, pool: Pool, cost: float) -> JsonObject:
 # The tables of the experiment, for the terminal, the documentation and the page of a run.
 
 SAVED = 0.25
-CURVES = ("int8 weights", "int4 weights", "first 25.0% dropped", "first 50.0% dropped", "last 25.0% dropped")
+CURVES = (
+    "int8 weights",
+    "int4 weights",
+    "first 25.0% dropped",
+    "first 50.0% dropped",
+    "last 25.0% dropped",
+)
 
 Cells = Iterable[JsonObject]
 
@@ -252,11 +287,15 @@ def honest_errors(cells: Cells, model: str, dtype: str) -> dict[str, float]:
 
 
 def paying(cells: Cells, model: str, dtype: str, preset: str) -> dict[str, Any]:
-    """Return the attack with the least error among those that save a quarter of the work by skipping."""
+    """Return the attack with the least error among those that save a quarter of the work by
+    skipping.
+    """
     found = [
         {"name": cell["name"], "cost": cell["cost"], **cell["presets"][preset]}
         for cell in _of(cells, "attack", model=model, dtype=dtype)
-        if cell["skips"] and round(cell["cost"], 2) <= 1 - SAVED and preset in cell["presets"]  # as tables show it
+        if cell["skips"]
+        and round(cell["cost"], 2) <= 1 - SAVED
+        and preset in cell["presets"]  # as tables show it
     ]
     best = min(found, key=lambda row: float(row["error_mean"]))
     honest = honest_errors(cells, model, dtype)[preset]
@@ -274,7 +313,9 @@ def paying(cells: Cells, model: str, dtype: str, preset: str) -> dict[str, Any]:
 
 
 def paying_table(cells: Cells) -> Table:
-    """Return, per model, dtype and preset, the attack that saves a quarter of the work at the smallest error."""
+    """Return, per model, dtype and preset, the attack that saves a quarter of the work at the
+    smallest error.
+    """
     rows = [paying(cells, *place, preset) for place in fields(cells) for preset in PRESETS]
     columns = {
         **{name: name for name in ("model", "dtype", "preset")},
@@ -288,9 +329,13 @@ def paying_table(cells: Cells) -> Table:
 
 
 def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
-    """Return every attack against a preset, with the nonces to check until each rule catches 99 %."""
+    """Return every attack against a preset, with the nonces to check until each rule catches 99
+    %.
+    """
     honest = honest_errors(cells, model, dtype)[preset]
-    found = [cell for cell in _of(cells, "attack", model=model, dtype=dtype) if preset in cell["presets"]]
+    found = [
+        cell for cell in _of(cells, "attack", model=model, dtype=dtype) if preset in cell["presets"]
+    ]
     columns = {
         "attack": "name",
         "cost": "{cost:.2f}",
@@ -305,10 +350,14 @@ def attack_table(cells: Cells, model: str, dtype: str, preset: str) -> Table:
 
 
 def claim_table(cells: Cells, model: str, dtype: str) -> Table:
-    """Return what a node can claim without running the model, and the nonces to check until each rule catches it."""
+    """Return what a node can claim without running the model, and the nonces to check until each
+    rule catches it.
+    """
     rows = [row for cell in _of(cells, "claims", model=model, dtype=dtype) for row in cell["rows"]]
     caught = {"sequential": or_never("sequential_99"), "count": or_never("counting_99")}
-    return table_of(rows, {"claim": "claim", "preset": "preset", "work per nonce": "{cost:.2f}", **caught})
+    return table_of(
+        rows, {"claim": "claim", "preset": "preset", "work per nonce": "{cost:.2f}", **caught}
+    )
 
 
 def audit_table(cells: Cells, model: str, dtype: str) -> Table:
@@ -319,12 +368,17 @@ def audit_table(cells: Cells, model: str, dtype: str) -> Table:
         for engine, presets in cell["engines"].items()
         for preset, row in presets.items()
     ]
-    accused = {"accused by the sequential test": "{accused:.2%}", "by the published constants": "{published_rule:.1%}"}
+    accused = {
+        "accused by the sequential test": "{accused:.2%}",
+        "by the published constants": "{published_rule:.1%}",
+    }
     return table_of(rows, {"prover": "prover", "preset": "preset", "audits": "audits", **accused})
 
 
 def section(run: RunRecords) -> Section:
-    """Return which attack pays, the tables of every model and dtype, and the curves of detection."""
+    """Return which attack pays, the tables of every model and dtype, and the curves of
+    detection.
+    """
     tables = {"Attacks that save a quarter of the work by skipping": paying_table(run.cells)}
     curves = []
     for place in fields(run.cells):
@@ -337,8 +391,10 @@ def section(run: RunRecords) -> Section:
         tables[f"{where}: simulated audits of honest nodes"] = audit_table(run.cells, *place)
         curves.append(_curves(run.cells, *place))
     about = (
-        "Among attacks that save a quarter of the work by skipping, the one with the smallest error ε of the unit "
-        "state that is read. 'Checked' is the number of recomputed nonces after which the sequential test accuses the "
+        "Among attacks that save a quarter of the work by skipping, the one with the smallest "
+        "error ε of the unit "
+        "state that is read. 'Checked' is the number of recomputed nonces after which the "
+        "sequential test accuses the "
         "hardest of them with 99 %, at one false accusation in a thousand."
     )
     found = [paying(run.cells, *place, preset) for place in fields(run.cells) for preset in PRESETS]
@@ -350,7 +406,14 @@ def _curves(cells: Cells, model: str, dtype: str) -> Curves:
     for cell in _of(cells, "attack", model=model, dtype=dtype):
         if cell["name"] in CURVES:
             preset = "poc-2.0" if "poc-2.0" in cell["presets"] else "hardened"
-            name, values = f"{cell['name']}, {preset}", cell["presets"][preset]
-            lines |= {name: (CHECKED, values["sequential"]), f"-{name}": (CHECKED, values["counting"])}
-    caption = f"{model}, {dtype}: caught by the sequential test (solid) and by the calibrated count (dashed)."
+            name = f"{cell['name']}, {preset}"
+            values = cell["presets"][preset]
+            lines |= {
+                name: (CHECKED, values["sequential"]),
+                f"-{name}": (CHECKED, values["counting"]),
+            }
+    caption = (
+        f"{model}, {dtype}: caught by the sequential test (solid) and by the calibrated count "
+        f"(dashed)."
+    )
     return Curves(caption, "nonces checked", "share of attackers caught", lines)

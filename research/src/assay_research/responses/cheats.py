@@ -1,4 +1,5 @@
-"""The cheats: programs that answer requests for less work, or other than was asked, and hand in what they have.
+"""The cheats: programs that answer requests for less work, or other than was asked, and hand in
+what they have.
 
 Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary.
 """
@@ -40,7 +41,8 @@ SMALL_BATCH = 3
 
 @dataclass(frozen=True)
 class Scene:
-    """Where cheats work: the honest model in the provers' dtype, and another one of the same vocabulary.
+    """Where cheats work: the honest model in the provers' dtype, and another one of the same
+    vocabulary.
 
     Args:
         reference: Model that provers claim to run.
@@ -91,8 +93,13 @@ def honest(scene: Scene, requests: Requests) -> Served:
 def _in_small_batches(scene: Scene, requests: Requests) -> Served:
     """Answer honestly, a few requests at a time."""
     count = len(requests.seeds)
-    parts = [honest(scene, requests.rows(start, start + SMALL_BATCH)) for start in range(0, count, SMALL_BATCH)]
-    whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS}
+    parts = [
+        honest(scene, requests.rows(start, start + SMALL_BATCH))
+        for start in range(0, count, SMALL_BATCH)
+    ]
+    whole: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in PARTS
+    }
     return Served(**whole)
 
 
@@ -103,7 +110,10 @@ def _with_plain_attention(scene: Scene, requests: Requests) -> Served:
     return decode(replace(scene.model, module=module), requests)
 
 
-HONEST: dict[str, Serve] = {f"batches of {SMALL_BATCH}": _in_small_batches, "plain attention": _with_plain_attention}
+HONEST: dict[str, Serve] = {
+    f"batches of {SMALL_BATCH}": _in_small_batches,
+    "plain attention": _with_plain_attention,
+}
 """Other ways to answer honestly."""
 
 
@@ -134,7 +144,9 @@ def _cached(scene: Scene, requests: Requests) -> Served:
 
 
 def _prefilled(serve: Serve) -> Serve:
-    """Take tokens from one program, and all that is published of states from an honest prefill of them."""
+    """Take tokens from one program, and all that is published of states from an honest prefill of
+    them.
+    """
 
     def both(scene: Scene, requests: Requests) -> Served:
         return with_honest_prefill(scene.model, requests, serve(scene, requests))
@@ -149,10 +161,11 @@ def _own_noise(scene: Scene, requests: Requests) -> Served:
 
 
 def _drafted(safe: float) -> Serve:
-    """Keep the cheap model's token where its score leads by ``safe`` or more, in units of the noise; else ask.
+    """Keep the cheap model's token where its score leads by ``safe`` or more, in units of the
+    noise; else ask.
 
-    The prover knows the seed, so it sees how far the cheap model's token leads. The honest model is asked about the
-    others, and everything that is published of states comes from its prefill.
+    The prover knows the seed, so it sees how far the cheap model's token leads. The honest model is
+    asked about the others, and everything that is published of states comes from its prefill.
     """
 
     def serve(scene: Scene, requests: Requests) -> Served:
@@ -167,7 +180,10 @@ def _drafted(safe: float) -> Serve:
             return torch.where(asks_B, seeded.scores(step, beside).argmax(-1), token_B2[:, 0])
 
         served = decode(scene.int4, requests, choose, beside=scene.model)
-        return replace(with_honest_prefill(scene.model, requests, served), asked=float(torch.stack(asked).mean()))
+        return replace(
+            with_honest_prefill(scene.model, requests, served),
+            asked=float(torch.stack(asked).mean()),
+        )
 
     return serve
 
@@ -181,7 +197,9 @@ def _stopped(scene: Scene, requests: Requests) -> Served:
 
 def _shortened(scene: Scene, requests: Requests) -> Served:
     """Leave out one token of the answer."""
-    return _kept(honest(scene, requests), torch.tensor([n for n in range(requests.steps) if n != DROPPED]))
+    return _kept(
+        honest(scene, requests), torch.tensor([n for n in range(requests.steps) if n != DROPPED])
+    )
 
 
 def _kept(served: Served, steps_N: Tensor) -> Served:
@@ -195,7 +213,12 @@ def _all() -> Iterator[Cheat]:
     yield Cheat("fp8 weights", "weights", _model(model_cheats.rounded_fp8))
     yield Cheat("low-rank update of 2%", "weights", _model(model_cheats.adapted))
     for steps in TUNED:
-        yield Cheat(f"fine-tuned, {steps} steps", "models", _model(partial(tuned, steps=steps)), reads_text=True)
+        yield Cheat(
+            f"fine-tuned, {steps} steps",
+            "models",
+            _model(partial(tuned, steps=steps)),
+            reads_text=True,
+        )
     yield Cheat("half of the layers, distilled", "models", _model(_distilled), reads_text=True)
     yield Cheat("one layer skipped", "models", _model(_without_middle))
     yield Cheat("last quarter skipped", "models", _model(_without_last_quarter))
@@ -229,5 +252,7 @@ def _without_last_quarter(model: Model) -> Model:
 CHEATS = tuple(_all())
 """Every cheat, in the order of tables."""
 
-GREEDY = tuple(cheat for cheat in CHEATS if cheat.name in ("int8 weights", "int4 weights", "fp8 weights"))
+GREEDY = tuple(
+    cheat for cheat in CHEATS if cheat.name in ("int8 weights", "int4 weights", "fp8 weights")
+)
 """Cheats that are measured at temperature 0 too."""

@@ -1,12 +1,14 @@
-"""One model and one dtype of provers against a verifier in float32: laws, thresholds, and who is caught how soon.
+"""One model and one dtype of provers against a verifier in float32: laws, thresholds, and who is
+caught how soon.
 
-An audit is a row of responses, drawn with replacement: all tokens of a response stay together. A rival is a number for
-every token and a threshold for their mean; the threshold of every number of tokens is the one that one in a thousand
-honest audits reach, drawn from the half that calibrates. It may look once, after a number of tokens that it knows in
-advance. Ours is looked at after every 32 tokens and every sketch, at a threshold that holds for all looks together.
+An audit is a row of responses, drawn with replacement: all tokens of a response stay together. A
+rival is a number for every token and a threshold for their mean; the threshold of every number of
+tokens is the one that one in a thousand honest audits reach, drawn from the half that calibrates.
+It may look once, after a number of tokens that it knows in advance. Ours is looked at after every
+32 tokens and every sketch, at a threshold that holds for all looks together.
 
-Legend of shapes: L responses, N tokens of a response, A audits, M tokens of an audit, G numbers of tokens, D hidden
-size, K reported tokens, S sketches, B looks.
+Legend of shapes: L responses, N tokens of a response, A audits, M tokens of an audit, G numbers of
+tokens, D hidden size, K reported tokens, S sketches, B looks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +42,16 @@ ALPHA = 1e-3
 POWER = 0.99
 
 MOST = 2048
-WITHIN = (1, 2, 4, 8, 16)  # tokens of a chunk after which audits are looked at too, in the first eight chunks
-GRID = tuple(sorted({*WITHIN, *(CHUNK * i + 1 for i in range(1, 9)), *range(CHUNK, MOST + 1, CHUNK)}))
+WITHIN = (
+    1,
+    2,
+    4,
+    8,
+    16,
+)  # tokens of a chunk after which audits are looked at too, in the first eight chunks
+GRID = tuple(
+    sorted({*WITHIN, *(CHUNK * i + 1 for i in range(1, 9)), *range(CHUNK, MOST + 1, CHUNK)})
+)
 """Numbers of tokens after which audits are looked at."""
 
 IntArray = npt.NDArray[np.int64]
@@ -50,12 +60,14 @@ IntArray = npt.NDArray[np.int64]
 def drawn_means(
     values: Mapping[str, Sequence[FloatArray]], audits: int, rng: np.random.Generator
 ) -> dict[str, FloatArray]:
-    """Return, by method, the mean value of audits after each number of tokens in :data:`GRID`, [A, G].
+    """Return, by method, the mean value of audits after each number of tokens in :data:`GRID`, [A,
+    G].
 
     The first response of an audit begins at a chunk that is drawn too, so that short audits differ.
 
     Args:
-        values: By method, the values of the tokens of every response, not-a-number where nothing is published.
+        values: By method, the values of the tokens of every response, not-a-number where nothing is
+            published.
         audits: Number of audits.
         rng: Source of what is drawn.
     """
@@ -68,7 +80,11 @@ def _tokens(sizes: Sequence[int], rng: np.random.Generator) -> IntArray:
     """Return the places of the tokens of one audit among those of all responses, [M]."""
     starts = np.cumsum([0, *sizes])
     chosen = int(rng.integers(len(sizes)))
-    parts = [np.arange(starts[chosen] + CHUNK * rng.integers(-(-sizes[chosen] // CHUNK)), starts[chosen + 1])]
+    parts = [
+        np.arange(
+            starts[chosen] + CHUNK * rng.integers(-(-sizes[chosen] // CHUNK)), starts[chosen + 1]
+        )
+    ]
     while sum(map(len, parts)) < MOST:
         chosen = int(rng.integers(len(sizes)))
         parts.append(np.arange(starts[chosen], starts[chosen + 1]))
@@ -78,13 +94,16 @@ def _tokens(sizes: Sequence[int], rng: np.random.Generator) -> IntArray:
 def _means(values_AM: FloatArray) -> FloatArray:
     known_AM = ~np.isnan(values_AM)
     at = np.array(GRID) - 1
-    sums_AG, counts_AG = np.where(known_AM, values_AM, 0.0).cumsum(axis=1)[:, at], known_AM.cumsum(axis=1)[:, at]
+    sums_AG = np.where(known_AM, values_AM, 0.0).cumsum(axis=1)[:, at]
+    counts_AG = known_AM.cumsum(axis=1)[:, at]
     # Before anything is published there is no evidence.
     return np.where(counts_AG > 0, sums_AG / np.maximum(counts_AG, 1), -np.inf)
 
 
 def threshold(means_AG: FloatArray) -> FloatArray:
-    """Return the thresholds that one in a thousand honest audits exceed after each number of tokens, [G]."""
+    """Return the thresholds that one in a thousand honest audits exceed after each number of
+    tokens, [G].
+    """
     return np.quantile(means_AG, 1 - ALPHA, axis=0, method="higher")
 
 
@@ -107,8 +126,11 @@ Evidence = Callable[[FloatArray], FloatArray]
 """From sums [..., K] to the logarithm of the e-value."""
 
 
-def crossings(responses: Sequence[Looks], evidence: Evidence, audits: int, rng: np.random.Generator) -> FloatArray:
-    """Return the number of tokens after which audits are accused, [A]; infinite where they are not within the grid.
+def crossings(
+    responses: Sequence[Looks], evidence: Evidence, audits: int, rng: np.random.Generator
+) -> FloatArray:
+    """Return the number of tokens after which audits are accused, [A]; infinite where they are not
+    within the grid.
 
     Args:
         responses: Looks of every response.
@@ -127,7 +149,9 @@ def crossings(responses: Sequence[Looks], evidence: Evidence, audits: int, rng: 
             rows = waiting[chosen == index]
             over_AB = evidence(sums_AK[rows, None] + looks.paths) >= -np.log(ALPHA)
             crossed = over_AB.any(axis=1)
-            found_A[rows[crossed]] = tokens_A[rows[crossed]] + looks.tokens[over_AB[crossed].argmax(axis=1)]
+            found_A[rows[crossed]] = (
+                tokens_A[rows[crossed]] + looks.tokens[over_AB[crossed].argmax(axis=1)]
+            )
             sums_AK[rows] += looks.paths[-1]
             tokens_A[rows] += looks.size
         waiting = waiting[np.isinf(found_A[waiting]) & (tokens_A[waiting] < GRID[-1])]
@@ -139,7 +163,8 @@ def share_by(crossings_A: FloatArray) -> FloatArray:
     return np.asarray((crossings_A[:, None] <= np.array(GRID)).mean(axis=0))
 
 
-# The verifier's side: receipts as a node writes them, replayed as any node's, with what the rivals need kept beside.
+# The verifier's side: receipts as a node writes them, replayed as any node's, with what the rivals
+# need kept beside.
 
 BATCH = 8  # sequences of the verifier's batches
 
@@ -169,13 +194,16 @@ def check(requests: Requests, served: Served, prover: Model, verifier: Model) ->
     engine = _Keeping(verifier, served)
     return [
         Checked(one, engine.reply(row, one))
-        for row, one in enumerate(replay(receipts(requests, served, prover), verifier, engine=engine))
+        for row, one in enumerate(
+            replay(receipts(requests, served, prover), verifier, engine=engine)
+        )
     ]
 
 
 def receipts(requests: Requests, served: Served, prover: Model) -> Receipts:
     """Return what the prover states of its answers."""
-    seed, positions = requests.seeds[0], requests.prompts.shape[1] + served.tokens.shape[1]
+    seed = requests.seeds[0]
+    positions = requests.prompts.shape[1] + served.tokens.shape[1]
     header = ReceiptHeader(
         public_key=seed.public_key,
         reference=prover.reference,
@@ -188,7 +216,8 @@ def receipts(requests: Requests, served: Served, prover: Model) -> Receipts:
 
 
 def _receipt(requests: Requests, served: Served, row: int) -> Receipt:
-    seed, states_ND = requests.seeds[row], served.states[row]
+    seed = requests.seeds[row]
+    states_ND = served.states[row]
     every = range(0, len(states_ND), SKETCH_EVERY)
     return Receipt(
         request_id=seed.request_id,
@@ -196,17 +225,22 @@ def _receipt(requests: Requests, served: Served, row: int) -> Receipt:
         block_hash=seed.block_hash,
         prompt=Prompt.of(requests.prompts[row].tolist()),
         output=tuple(served.tokens[row].tolist()),
-        sketches=sketch_response(states_ND[::SKETCH_EVERY], seed.words("sketch"), every).cpu().numpy(),
+        sketches=sketch_response(states_ND[::SKETCH_EVERY], seed.words("sketch"), every)
+        .cpu()
+        .numpy(),
         sampling=requests.sampling,
         finish="length",
     )
 
 
 class _Keeping:
-    """The verifier's engine, which keeps its hidden states and what it says of the reported tokens."""
+    """The verifier's engine, which keeps its hidden states and what it says of the reported
+    tokens.
+    """
 
     def __init__(self, model: Model, served: Served) -> None:
-        self._engine, self._served = HFPrefill(model, batch_size=BATCH), served
+        self._engine = HFPrefill(model, batch_size=BATCH)
+        self._served = served
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -214,7 +248,9 @@ class _Keeping:
         """How it computes."""
         return self._engine.fingerprint
 
-    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(
+        self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None
+    ) -> Iterator[tuple[int, Prefilled]]:
         """Run the responses."""
         for row, prefilled in self._engine.run(responses, adapter):
             assert prefilled.hidden is not None, "this engine shows them"
@@ -228,7 +264,8 @@ class _Keeping:
         sampling = replayed.receipt.sampling
         assert sampling is not None, "every prover here states it"
         return Reply(
-            # Margins are in units of the noise, which are as many of the logits as the temperature says.
+            # Margins are in units of the noise, which are as many of the logits as the temperature
+            # says.
             margins=replayed.margins.astype(np.float64) * (sampling.temperature or 1.0),
             logprobs=self._served.top_logprobs[row],
             own_logprobs=own_NK,
@@ -245,13 +282,18 @@ BETA = 1e-2
 HONEST_AUDITS = 4000
 CHEAT_AUDITS = 400
 MULTIPLE = 3.0
-"""Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a threshold.
+"""Noise over the honest one that our scores are the likelihood ratio of, where ours is used with a
+threshold.
 
-It was 8 in the first run, which was too coarse for cheats of two to four times the noise, and was changed once, before
-the second run was made.
+It was 8 in the first run, which was too coarse for cheats of two to four times the noise, and was
+changed once, before the second run was made.
 """
 
-OURS = {"margins": 0.0, "sketches": 2 * SKETCH_SIZE / SKETCH_EVERY, "both": 2 * SKETCH_SIZE / SKETCH_EVERY}
+OURS = {
+    "margins": 0.0,
+    "sketches": 2 * SKETCH_SIZE / SKETCH_EVERY,
+    "both": 2 * SKETCH_SIZE / SKETCH_EVERY,
+}
 """Bytes per token of our methods."""
 
 BYTES = OURS | {rival.name: rival.bytes_per_token for rival in RIVALS}
@@ -275,25 +317,41 @@ class Ours:
         return test.tokens, test.sketches
 
     def scores(self, one: Replayed) -> dict[str, FloatArray]:
-        """Return our scores of the tokens of a response, [N]: ln of the likelihood ratio of larger noise."""
-        tokens, sketched = self.noise.tokens.law, self.noise.sketches.law
+        """Return our scores of the tokens of a response, [N]: ln of the likelihood ratio of larger
+        noise.
+        """
+        tokens = self.noise.tokens.law
+        sketched = self.noise.sketches.law
         assert isinstance(tokens, stats.TokenNoise)
         assert isinstance(sketched, stats.LogNoise)
         ratio_N = np.diff(tokens.log_likelihoods(one.profiles, np.log([1.0, MULTIPLE])))[:, 0]
         sizes_S = sketched.magnitudes(one.residuals)
         sketched_N = np.full(len(ratio_N), np.nan)
-        sketched_N[::SKETCH_EVERY] = sketched.log_density(sizes_S, MULTIPLE) - sketched.log_density(sizes_S, 1.0)
-        return {"margins": ratio_N, "sketches": sketched_N, "both": ratio_N + np.nan_to_num(sketched_N)}
+        sketched_N[::SKETCH_EVERY] = sketched.log_density(sizes_S, MULTIPLE) - sketched.log_density(
+            sizes_S, 1.0
+        )
+        return {
+            "margins": ratio_N,
+            "sketches": sketched_N,
+            "both": ratio_N + np.nan_to_num(sketched_N),
+        }
 
     def looks(self, one: Replayed) -> Looks:
-        """Return what a response adds to the sums of both tests at the end of every block of 32 tokens."""
+        """Return what a response adds to the sums of both tests at the end of every block of 32
+        tokens.
+        """
         ends = np.cumsum(one.blocks.sizes).tolist()
         tokens, sketched = self.tests
-        parts = [tokens.paths(one.profiles, ends), sketched.paths(one.residuals, range(1, len(ends) + 1))]
+        parts = [
+            tokens.paths(one.profiles, ends),
+            sketched.paths(one.residuals, range(1, len(ends) + 1)),
+        ]
         return Looks(np.concatenate(parts, axis=1), np.array(ends), ends[-1])
 
     def evidence(self) -> dict[str, Callable[[FloatArray], FloatArray]]:
-        """Return, by method, the function from sums to the logarithm of the e-value; both is the mean of the two."""
+        """Return, by method, the function from sums to the logarithm of the e-value; both is the
+        mean of the two.
+        """
         tokens, sketched = self.tests
         first = tokens.paths(np.zeros((0, COLUMNS)), [0]).shape[1]
 
@@ -309,11 +367,18 @@ class Ours:
             "both": lambda sums: np.logaddexp(margins(sums), of_sketches(sums)) - np.log(2),
         }
 
-    def audited(self, replays: Sequence[Replayed], audits: int, *, seed: int = 0) -> dict[str, FloatArray]:
-        """Return the tokens after which each test accuses audits of whole responses, [A], by test."""
+    def audited(
+        self, replays: Sequence[Replayed], audits: int, *, seed: int = 0
+    ) -> dict[str, FloatArray]:
+        """Return the tokens after which each test accuses audits of whole responses, [A], by
+        test.
+        """
         looks = [self.looks(one) for one in replays]
         rngs = {name: np.random.default_rng(seed) for name in OURS}
-        return {name: crossings(looks, shown, audits, rngs[name]) for name, shown in self.evidence().items()}
+        return {
+            name: crossings(looks, shown, audits, rngs[name])
+            for name, shown in self.evidence().items()
+        }
 
 
 def share_accused(found: Mapping[str, FloatArray]) -> dict[str, float]:
@@ -362,7 +427,12 @@ class Field:
     def requests(self, count: int, name: str) -> Requests:
         """Return requests of a name; equal names give equal requests."""
         return make_requests(
-            self.verifier, count, prompt_tokens=self.prompt_tokens, steps=self.steps, sampling=self.sampling, name=name
+            self.verifier,
+            count,
+            prompt_tokens=self.prompt_tokens,
+            steps=self.steps,
+            sampling=self.sampling,
+            name=name,
         )
 
     @cached_property
@@ -385,7 +455,9 @@ class Field:
     @cached_property
     def ours(self) -> Ours:
         """Our tests, under the noise of the calibrating half."""
-        return Ours(fit_response_noise([[one.replayed for one in self.halves[0]]], "the calibrating half"))
+        return Ours(
+            fit_response_noise([[one.replayed for one in self.halves[0]]], "the calibrating half")
+        )
 
     def checked(self, served: Served) -> list[Checked]:
         """Return what the verifier knows of answers to :attr:`asked`."""
@@ -407,12 +479,15 @@ class Field:
         return {name: threshold(means[name]) for name in BYTES}
 
     def sequential(self, responses: Sequence[Checked], audits: int) -> dict[str, FloatArray]:
-        """Return the tokens after which each of our tests accuses audits, [A]; infinite for never."""
+        """Return the tokens after which each of our tests accuses audits, [A]; infinite for
+        never.
+        """
         return self.ours.audited([one.replayed for one in responses], audits, seed=1)
 
     def caught(self, responses: Sequence[Checked]) -> JsonObject:
         """Return, by method, how soon a program's answers are caught."""
-        scores, thresholds = self.scores(responses), self.thresholds
+        scores = self.scores(responses)
+        thresholds = self.thresholds
         means = drawn_means(scores, CHEAT_AUDITS, np.random.default_rng(2))
         sequential = self.sequential(responses, CHEAT_AUDITS)
         rows: JsonObject = {}

@@ -1,11 +1,14 @@
-"""The models of the experiment: bundled ones, one with random weights whose logits are like trained ones, and variants.
+"""The models of the experiment: bundled ones, one with random weights whose logits are like trained
+ones, and variants.
 
-**Logits like trained ones.** A model with random weights is nearly indifferent between tokens, so every token would be
-decided by its noise and no cheat could be seen in them. ``trained-like`` has the layers of Qwen3 with random weights
-and a head that is not tied to its embeddings. The head is scaled by one number, found by bisection, with which the mean
-entropy of next tokens equals `TRAINED_ENTROPY`, that of the bundled Qwen3 over its own text.
+**Logits like trained ones.** A model with random weights is nearly indifferent between tokens, so
+every token would be decided by its noise and no cheat could be seen in them. ``trained-like`` has
+the layers of Qwen3 with random weights and a head that is not tied to its embeddings. The head is
+scaled by one number, found by bisection, with which the mean entropy of next tokens equals
+`TRAINED_ENTROPY`, that of the bundled Qwen3 over its own text.
 
-Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary, D hidden size, K reported tokens.
+Legend of shapes: B requests, T prompt positions, N output tokens, V vocabulary, D hidden size, K
+reported tokens.
 """
 
 import copy
@@ -37,7 +40,9 @@ TRAINED_LIKE = "trained-like"
 """Name of the model with random weights in the list of models."""
 
 TRAINED_ENTROPY = 2.4
-"""Mean entropy of next tokens, in nats, of the bundled Qwen3 over text that it wrote itself at temperature 1."""
+"""Mean entropy of next tokens, in nats, of the bundled Qwen3 over text that it wrote itself at
+temperature 1.
+"""
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 512,
@@ -99,8 +104,11 @@ def _write_trained_like(folder: Path) -> None:
 
 
 def scale_for(logits_XV: torch.Tensor, wanted: float) -> float:
-    """Return the factor of logits [X, V] with which their mean entropy is ``wanted`` nats, to a thousandth."""
-    low, high = 1e-3, 1e3
+    """Return the factor of logits [X, V] with which their mean entropy is ``wanted`` nats, to a
+    thousandth.
+    """
+    low = 1e-3
+    high = 1e3
     while high / low > 1.001:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if entropy(middle * logits_XV) > wanted else (low, middle)
@@ -122,16 +130,26 @@ def tuned(model: Model, steps: int) -> Model:
         UsageError: The model has no tokenizer, so there is no text for it.
     """
     if model.tokenizer is None:
-        raise UsageError(f"{model.reference} has no tokenizer", wanted="a model that reads text", do="choose another")
+        raise UsageError(
+            f"{model.reference} has no tokenizer",
+            wanted="a model that reads text",
+            do="choose another",
+        )
     module: Any = copy.deepcopy(model.module).float().train()  # type: ignore[no-untyped-call]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01
+    )
     rows = [model.tokenizer(text).input_ids[:LONGEST] for text in _texts()]
     for step in range(steps):
         chosen = [rows[(step * BATCH + index) % len(rows)] for index in range(BATCH)]
         width = max(map(len, chosen))
-        labels_BT = torch.tensor([row + [_IGNORED] * (width - len(row)) for row in chosen], device=model.device)
+        labels_BT = torch.tensor(
+            [row + [_IGNORED] * (width - len(row)) for row in chosen], device=model.device
+        )
         logits = module(input_ids=labels_BT.clamp_min(0), use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED)
+        loss = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=_IGNORED
+        )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -144,7 +162,9 @@ def _texts() -> Sequence[str]:
 
 
 def without_layers(model: Model, skipped: Sequence[int]) -> Model:
-    """Return the model without some of its decoder layers, which also a cache counts as it should."""
+    """Return the model without some of its decoder layers, which also a cache counts as it
+    should.
+    """
     module: Any = copy.deepcopy(model.module)
     layers: Any = decoder_layers(module)
     for index in sorted(skipped, reverse=True):
@@ -157,7 +177,8 @@ def without_layers(model: Model, skipped: Sequence[int]) -> Model:
 
 # What a prover hands in for a batch of requests, and what the verifier's one prefill says of it.
 #
-# Provers decode token by token with a cache, as a server does; the verifier reads prompt and output at once.
+# Provers decode token by token with a cache, as a server does; the verifier reads prompt and output
+# at once.
 
 REPORTED = 5
 """Likeliest tokens of every step that a prover reports, as the network's executors do."""
@@ -204,7 +225,8 @@ class Served:
 
     Args:
         tokens: Output tokens, [B, N].
-        states: Last hidden states that gave them, [B, N, D] in float32: whatever is published is made of these.
+        states: Last hidden states that gave them, [B, N, D] in float32: whatever is published is
+            made of these.
         top_ids: Ids of the likeliest tokens that it reports, [B, N, K].
         top_logprobs: Their raw log-probabilities, [B, N, K].
         asked: Share of the tokens for which the honest model was asked.
@@ -256,9 +278,13 @@ class Runner:
 class Float8Cache(DynamicCache):
     """A cache whose keys and values are rounded to float8 (e4m3), with one scale for all."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Round, then keep."""
-        return super().update(_float8(key_states), _float8(value_states), layer_idx, *args, **kwargs)
+        return super().update(
+            _float8(key_states), _float8(value_states), layer_idx, *args, **kwargs
+        )
 
 
 def _float8(x: Tensor) -> Tensor:
@@ -267,7 +293,8 @@ def _float8(x: Tensor) -> Tensor:
 
 
 Choose = Callable[[int, Step, Step | None], Tensor]
-"""From the index of a step, what the model said and what the model beside it said: the tokens, [B]."""
+"""From the index of a step, what the model said and what the model beside it said: the tokens, [B].
+"""
 
 
 class Seeded:
@@ -279,7 +306,8 @@ class Seeded:
     """
 
     def __init__(self, requests: Requests, sampling: Sampling | None = None) -> None:
-        self._requests, self._sampling = requests, sampling or requests.sampling
+        self._requests = requests
+        self._sampling = sampling or requests.sampling
         self._sampler: Sampler | None = None
 
     def scores(self, step: int, said: Step) -> Tensor:
@@ -311,10 +339,12 @@ def decode(
         choose: Function that chooses the tokens; the honest one when None.
         prompts_BT: Prompts that are read in place of the requests' own, [B, T].
         cache: Cache of keys and values; a plain one when None.
-        beside: Model that reads the same tokens and may be asked by ``choose``; its states are not handed in.
+        beside: Model that reads the same tokens and may be asked by ``choose``; its states are not
+            handed in.
     """
     choose = choose or Seeded(requests)
-    runner, other = Runner(model, cache), Runner(beside) if beside else None
+    runner = Runner(model, cache)
+    other = Runner(beside) if beside else None
     fed = requests.prompts if prompts_BT is None else prompts_BT
     found: list[tuple[Tensor, ...]] = []
     for step in range(requests.steps):
@@ -322,7 +352,9 @@ def decode(
         token_B = choose(step, said, other.feed(fed) if other else None)
         found.append((token_B, said.state, *_top(said.logits)))
         fed = token_B[:, None]
-    tokens_BN, states_BND, ids_BNK, logprobs_BNK = (torch.stack(part, 1) for part in zip(*found, strict=True))
+    tokens_BN, states_BND, ids_BNK, logprobs_BNK = (
+        torch.stack(part, 1) for part in zip(*found, strict=True)
+    )
     return Served(tokens_BN, states_BND, ids_BNK, logprobs_BNK)
 
 
@@ -342,7 +374,13 @@ def with_honest_prefill(model: Model, requests: Requests, served: Served) -> Ser
 
 
 def make_requests(
-    model: Model, count: int, *, prompt_tokens: int, steps: int, sampling: Sampling, name: str = "request"
+    model: Model,
+    count: int,
+    *,
+    prompt_tokens: int,
+    steps: int,
+    sampling: Sampling,
+    name: str = "request",
 ) -> Requests:
     """Return requests whose prompts the honest model has written itself, from its first token on.
 
@@ -355,7 +393,9 @@ def make_requests(
         name: Beginning of the request ids.
     """
     start_B1 = torch.full((count, 1), BOS, device=model.device)
-    written = Requests(start_B1, named_seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1)
+    written = Requests(
+        start_B1, named_seeds(model, count, f"{PROMPT_KEY} {name}"), Sampling(), prompt_tokens - 1
+    )
     prompts_BT = torch.cat([start_B1, decode(model, written).tokens], 1)
     return Requests(prompts_BT, named_seeds(model, count, name), sampling, steps)
 

@@ -26,7 +26,9 @@ SECTIONS = {
     "responses": "assay_research.responses.run:section",
     "clusters": "assay_research.clusters.clusters:section",
 }
-"""Experiment → function that makes the `Section` of its records, in their order; imported when it is called."""
+"""Experiment → function that makes the `Section` of its records, in their order; imported when it
+is called.
+"""
 
 VERDICTS: dict[Cell, BadgeKind] = {
     **dict.fromkeys(("yes", "inside noise", "pass", "succeeds"), "pass"),
@@ -42,10 +44,9 @@ class Curves:
 
     Args:
         caption: Text below it.
-        x, y: Texts of the axes.
-        lines: Places and values of every line by name; a name that begins with a dash is drawn dashed, without a label.
-        bands: Lower and upper values around a line, by its name.
-        log: Whether the axis of places is logarithmic.
+        x, y: Texts of the axes. lines: Places and values of every line by name; a name that begins
+        with a dash is drawn dashed, without a label. bands: Lower and upper values around a line,
+        by its name. log: Whether the axis of places is logarithmic.
     """
 
     caption: str
@@ -90,7 +91,11 @@ def table_of(rows: Iterable[Any], columns: Mapping[str, Column]) -> Table:
     def shown(row: Any, column: Column) -> Cell:
         if callable(column):
             return column(row)
-        values = row if isinstance(row, Mapping) else {one.name: getattr(row, one.name) for one in fields(row)}
+        values = (
+            row
+            if isinstance(row, Mapping)
+            else {one.name: getattr(row, one.name) for one in fields(row)}
+        )
         return column.format_map(values) if "{" in column else values[column]
 
     return tuple(columns), [[shown(row, column) for column in columns.values()] for row in rows]
@@ -131,7 +136,8 @@ def build_report(folder: Path) -> Path:
             _draw(report, run)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(
-                f"{folder / run.experiment}.jsonl: cells that cannot be read ({type(error).__name__}: {error})",
+                f"{folder / run.experiment}.jsonl: cells that cannot be read "
+                f"({type(error).__name__}: {error})",
                 wanted="the values that this version writes",
                 do="move the file away and run the experiment again",
             ) from error
@@ -145,7 +151,10 @@ def draw_section(report: Report, section: Section) -> None:
     if section.about:
         report.paragraph(section.about)
     for caption, (columns, rows) in section.tables.items():
-        shown = [[Badge(str(cell), VERDICTS[cell]) if cell in VERDICTS else cell for cell in row] for row in rows]
+        shown = [
+            [Badge(str(cell), VERDICTS[cell]) if cell in VERDICTS else cell for cell in row]
+            for row in rows
+        ]
         report.table(columns, shown, caption=caption)
     for curves in section.curves:
         _plot(report, curves)
@@ -156,13 +165,19 @@ def _draw(report: Report, run: RunRecords) -> None:
     with report.details(f"How {run.experiment} was run"):
         if not run.complete:
             report.paragraph("This experiment has not reached its end: cells are missing.")
-        report.definitions({name.replace("_", " "): _text(value) for name, value in run.settings.items()})
+        report.definitions(
+            {name.replace("_", " "): _text(value) for name, value in run.settings.items()}
+        )
         for origin in run.origins:
-            report.definitions({name: _text(value) for name, value in origin.items() if value is not None})
+            report.definitions(
+                {name: _text(value) for name, value in origin.items() if value is not None}
+            )
 
 
 def _plot(report: Report, curves: Curves) -> None:
-    long = max(map(len, curves.lines), default=0) > _SHORT  # such labels stand below the plot, one a line
+    long = (
+        max(map(len, curves.lines), default=0) > _SHORT
+    )  # such labels stand below the plot, one a line
     fig, ax = figure(height=3.2 + 0.22 * len(curves.lines) * long)
     for index, (name, (x, y)) in enumerate(curves.lines.items()):
         solid = not name.startswith("-")

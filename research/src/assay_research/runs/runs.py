@@ -1,13 +1,14 @@
 """The run store: what experiments measured, cell by cell, in files that a killed run continues.
 
-A run is a folder. Every experiment has one JSON Lines file in it, ``<experiment>.jsonl``: a header with the settings,
-then one line per cell, each under a key of its own. While it is written the file is ``<experiment>.jsonl.partial``.
+A run is a folder. Every experiment has one JSON Lines file in it, ``<experiment>.jsonl``: a header
+with the settings, then one line per cell, each under a key of its own. While it is written the file
+is ``<experiment>.jsonl.partial``.
 
     WeightPlan(nonces=256).measure(folder)
     read_run(folder, "weights").cells
 
-Settings are what makes two cells comparable. Which cells are wanted is not among them, so a run that measured one model
-may be continued with another.
+Settings are what makes two cells comparable. Which cells are wanted is not among them, so a run
+that measured one model may be continued with another.
 """
 
 import re
@@ -50,7 +51,10 @@ Measurement = tuple[str, Callable[[], Mapping[str, Any]]]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     Flag(variable="ASSAY_DTYPE"),
-    Field(description="Dtype of the weights: float32, float16 or bfloat16; by default the one they are stored in."),
+    Field(
+        description="Dtype of the weights: float32, float16 or bfloat16; by default the one they "
+        "are stored in."
+    ),
 ]
 
 
@@ -58,7 +62,8 @@ class Plan(Settings):
     """What an experiment measures, cell by cell.
 
     Raises:
-        UsageError: A list is too short, repeats an entry or has one that is not known; the message names the flag.
+        UsageError: A list is too short, repeats an entry or has one that is not known; the message
+            names the flag.
     """
 
     experiment: ClassVar[str]
@@ -78,7 +83,8 @@ class Plan(Settings):
         for name, values in self:
             if not isinstance(values, tuple):
                 continue
-            count, known = self.least.get(name, 1), self.known.get(name, values)
+            count = self.least.get(name, 1)
+            known = self.known.get(name, values)
             odd = [value for value in values if value not in known]
             if odd or len(values) < count or len(set(values)) < len(values):
                 some = " of " + ", ".join(known) if name in self.known else ""
@@ -95,15 +101,21 @@ class Plan(Settings):
         return {name: "default" if value is None else value for name, value in chosen.items()}
 
     def cells(self) -> Iterable[Measurement]:
-        """Return the keys of wanted cells, each with the function that measures it (none if `measure` is replaced)."""
+        """Return the keys of wanted cells, each with the function that measures it (none if
+        `measure` is replaced).
+        """
         raise NotImplementedError
 
-    def measure(self, folder: Path, *, progress: Progress | None = None, note: Note | None = None) -> None:
-        """Measure the cells that a run's folder does not have yet, and append them to the file of the experiment.
+    def measure(
+        self, folder: Path, *, progress: Progress | None = None, note: Note | None = None
+    ) -> None:
+        """Measure the cells that a run's folder does not have yet, and append them to the file of
+        the experiment.
 
         Args:
             folder: Folder of the run.
-            progress: Function that is called with (cells done, missing cells in all) after every cell.
+            progress: Function that is called with (cells done, missing cells in all) after every
+                cell.
             note: Function that is called with a sentence, where an experiment has something to say.
 
         Raises:
@@ -127,7 +139,9 @@ class ExperimentPlan(Plan):
 
     known: ClassVar[Mapping[str, Sequence[str]]] = {"dtypes": streams.DTYPES}
 
-    models: Names = Field(("reference:qwen3", "reference:llama"), description="Models, separated by commas.")
+    models: Names = Field(
+        ("reference:qwen3", "reference:llama"), description="Models, separated by commas."
+    )
     seq_len: int = Field(256, ge=1, description="Input positions per nonce.")
     batch_size: int = Field(32, ge=1, description="Nonces per forward pass.")
     device: Device = None
@@ -140,7 +154,8 @@ class RunRecords:
     Args:
         experiment: Name of the experiment, such as ``matrix``.
         settings: Settings that were the same for all cells.
-        origins: Versions and machine of every process that wrote to the file, the first one first; each once.
+        origins: Versions and machine of every process that wrote to the file, the first one first;
+            each once.
         cells: Measured values in the order of measurement; ``key`` names the cell.
         complete: Whether the process that wrote last reached its end.
     """
@@ -155,9 +170,13 @@ class RunRecords:
 class Run:
     """An experiment's file, open for writing by one process; made by :func:`open_run`."""
 
-    def __init__(self, file: PartialFile, cells: Iterable[JsonObject], origin: JsonObject | None) -> None:
+    def __init__(
+        self, file: PartialFile, cells: Iterable[JsonObject], origin: JsonObject | None
+    ) -> None:
         self._file = file
-        self._origin = origin  # written before the first cell; a process that adds none leaves no trace
+        self._origin = (
+            origin  # written before the first cell; a process that adds none leaves no trace
+        )
         self._keys = {cell["key"] for cell in cells}
 
     @property
@@ -173,7 +192,9 @@ class Run:
             StorageError: The line cannot be written.
         """
         if key in self._keys:
-            raise UsageError(f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done")
+            raise UsageError(
+                f"cell {key!r} twice", wanted="every cell once", do="skip the keys in Run.done"
+            )
         line = dumps({"key": key, **values})
         if self._origin is not None:
             self._file.append({"origin": self._origin})
@@ -201,8 +222,9 @@ def run_folder(output: Path, name: str) -> Path:
 def open_run(folder: Path, experiment: str, settings: Mapping[str, Any]) -> Iterator[Run]:
     """Begin an experiment in a run's folder, or continue it.
 
-    Leaving the ``with`` block without an error gives the file its final name. After an error it stays partial, and the
-    next call goes on after the last whole line. A file without a cell is removed, so other settings can begin.
+    Leaving the ``with`` block without an error gives the file its final name. After an error it
+    stays partial, and the next call goes on after the last whole line. A file without a cell is
+    removed, so other settings can begin.
 
     Raises:
         UsageError: It was begun there with other settings, which the message names.
@@ -237,9 +259,16 @@ def _remove(partial: Path) -> None:
 
 def _recovered(file: PartialFile, experiment: str, settings: Mapping[str, Any]) -> Run:
     """Read what the file holds, and write the header of a new one."""
-    lines, origin = file.recover(), provenance()
+    lines = file.recover()
+    origin = provenance()
     if not lines:
-        header = {"kind": KIND, "schema": SCHEMA, "experiment": experiment, "settings": settings, "origin": origin}
+        header = {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "experiment": experiment,
+            "settings": settings,
+            "origin": origin,
+        }
         file.append(header)
         return Run(file, (), None)
     found = _parsed([line.encode() for line in lines], file.partial, experiment)
@@ -280,7 +309,11 @@ def _parsed(lines: list[bytes], path: Path, experiment: str) -> RunRecords:
     """Take header, origins and cells apart."""
     rows = [loads(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     header = rows[0] if rows else {}
-    named = (header.get("kind"), header.get("schema"), header.get("experiment")) == (KIND, SCHEMA, experiment)
+    named = (header.get("kind"), header.get("schema"), header.get("experiment")) == (
+        KIND,
+        SCHEMA,
+        experiment,
+    )
     if not named or not all(isinstance(header.get(name), dict) for name in ("settings", "origin")):
         raise DataError(
             f"{path} does not begin like a run of {experiment}",
@@ -298,7 +331,9 @@ def _parsed(lines: list[bytes], path: Path, experiment: str) -> RunRecords:
     origins = (header["origin"], *(row["origin"] for row in rows[1:] if "key" not in row))
     cells = tuple(row for row in rows[1:] if "key" in row)
     if len({cell["key"] for cell in cells}) < len(cells):
-        raise DataError(f"{path} has a cell twice", wanted="every cell once", do="remove one of the two lines")
+        raise DataError(
+            f"{path} has a cell twice", wanted="every cell once", do="remove one of the two lines"
+        )
     return RunRecords(experiment, header["settings"], origins, cells, path.suffix != ".partial")
 
 

@@ -1,4 +1,5 @@
-"""The experiments' own way through a pipeline: hidden states once, then as many pipelines as want them.
+"""The experiments' own way through a pipeline: hidden states once, then as many pipelines as want
+them.
 
 Legend of shapes: N nonces, B nonces of a batch, D hidden size, K published numbers.
 """
@@ -18,15 +19,20 @@ from assay.poc.protocol.transforms import Transform
 
 
 def state_pipeline(pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline cut off before its head: it publishes the randomised state itself, in fp16."""
+    """Return the pipeline cut off before its head: it publishes the randomised state itself, in
+    fp16.
+    """
     return replace(pipeline, head="none", logits=(), output="vector")
 
 
-def states(engine: HFEngine, transform: Transform, nonces: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield what a transform reads of the hidden states, [B, D] in float32, batch by batch, each with its B nonces.
+def states(
+    engine: HFEngine, transform: Transform, nonces: Sequence[int]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield what a transform reads of the hidden states, [B, D] in float32, batch by batch, each
+    with its B nonces.
 
-    The last batch is padded with its last nonce, as in a proof; the rows in excess are to be dropped. What happens
-    between the layers is what the engine was set to before.
+    The last batch is padded with its last nonce, as in a proof; the rows in excess are to be
+    dropped. What happens between the layers is what the engine was set to before.
     """
     for start in range(0, len(nonces), engine.batch_size):
         wanted = list(nonces[start : start + engine.batch_size])
@@ -40,7 +46,8 @@ def published(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return what every pipeline publishes, by name: distances [N] or vectors [N, K].
 
-    The pipelines must agree on what happens between the layers and on what is read; the model runs once for all.
+    The pipelines must agree on what happens between the layers and on what is read; the model runs
+    once for all.
     """
     ((layers, _),) = {(pipeline.layers, pipeline.read) for pipeline in pipelines}
     transforms = {pipeline.name: make_transform(engine, round, pipeline) for pipeline in pipelines}
@@ -53,7 +60,8 @@ def published(
 
 
 def effective_dimension(states_ND: npt.NDArray[np.floating]) -> float:
-    """Return 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different ones.
+    """Return 1/‖E[x xᵀ]‖² of unit states [N, D], from the mean squared product of two different
+    ones.
 
     Raises:
         UsageError: There are fewer than 2 states, or one has no direction.

@@ -5,8 +5,8 @@
     {"kind":"evaluation","step":300,"markers":"training","hack":0.98,"solve":0.01,…}
     {"kind":"source","step":0,"source":"teacher","cin":0.31}          where there are stored rollouts
 
-Check 4 of hack directions reads the last kind. Logs of `assay vhack train` are read as well; they have a line for every
-step, and no evaluations.
+Check 4 of hack directions reads the last kind. Logs of `assay vhack train` are read as well; they
+have a line for every step, and no evaluations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,13 @@ class RunLog:
     def begin(cls, run: StudyRun, settings: StudySettings, about: Mapping[str, Any]) -> "RunLog":
         """Return the log of a run that has not begun."""
         described = {**asdict(run), "modes": list(run.modes)}
-        header = {"kind": "run", "schema": STUDY, "run": run.name, "condition": run.condition, "regime": run.regime}
+        header = {
+            "kind": "run",
+            "schema": STUDY,
+            "run": run.name,
+            "condition": run.condition,
+            "regime": run.regime,
+        }
         return cls({**header, **described, "settings": asdict(settings), **about})
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
@@ -67,17 +73,22 @@ class RunLog:
         return self._of("source")
 
     def add_step(self, step: int, values: Mapping[str, float], every: int) -> None:
-        """Add the numbers of a step, counted from 0; every so many steps become a line of their means."""
+        """Add the numbers of a step, counted from 0; every so many steps become a line of their
+        means.
+        """
         for name, value in values.items():
             self._open[name] = self._open.get(name, 0.0) + value
         self._n += 1
         if {"cin_s", "cin_t"} <= set(values):
             for source, name in (("student", "cin_s"), ("teacher", "cin_t")):
-                self._lines.append({"kind": "source", "step": step, "source": source, "cin": _short(values[name])})
+                self._lines.append(
+                    {"kind": "source", "step": step, "source": source, "cin": _short(values[name])}
+                )
         if self._n == every:
             means = {name: _short(value / self._n) for name, value in self._open.items()}
             self._lines.append({"kind": "step", "step": step, **means})
-            self._open, self._n = {}, 0
+            self._open = {}
+            self._n = 0
 
     def add_evaluation(self, step: int, markers: str, values: Mapping[str, Any]) -> None:
         """Add an evaluation that was made after so many steps."""
@@ -106,7 +117,11 @@ class RunLog:
             if line.get("kind") not in ("run", "step", "evaluation", "source"):
                 raise _bad(f"{path}, line {number}")
             lines.append(line)
-        if not lines or lines[0].get("schema") != STUDY or not {"run", "condition", "seed"} <= lines[0].keys():
+        if (
+            not lines
+            or lines[0].get("schema") != STUDY
+            or not {"run", "condition", "seed"} <= lines[0].keys()
+        ):
             raise _bad(str(path))
         return cls(lines[0], lines[1:])
 
@@ -116,7 +131,11 @@ def _of_training(path: Path) -> RunLog:
     head, *lines = read_records(path)
     try:
         settings = head["settings"]
-        usual = settings["pairs"] == _UNNAMED or settings["basis"] or not arm_named(settings["arm"]).acts
+        usual = (
+            settings["pairs"] == _UNNAMED
+            or settings["basis"]
+            or not arm_named(settings["arm"]).acts
+        )
         condition = condition_of(
             settings["optimizer"],
             settings["arm"],
@@ -125,7 +144,12 @@ def _of_training(path: Path) -> RunLog:
             taught=bool(settings["teacher"]),
         )
         seed = settings["seed"]
-        named = {"condition": condition, "run": f"{condition}/{seed}", "seed": seed, "modes": settings["modes"]}
+        named = {
+            "condition": condition,
+            "run": f"{condition}/{seed}",
+            "seed": seed,
+            "modes": settings["modes"],
+        }
         header = {**head, **named}
     except (KeyError, TypeError, UsageError) as error:
         raise _bad(str(path)) from error
@@ -139,28 +163,40 @@ def _short(value: float) -> float:
 
 
 def _bad(where: str) -> DataError:
-    return DataError(where, wanted=f"the log of a run, {STUDY}", do="name logs of a study, or of assay vhack train")
+    return DataError(
+        where,
+        wanted=f"the log of a run, {STUDY}",
+        do="name logs of a study, or of assay vhack train",
+    )
 
 
 def _check_rates(path: Path, steps: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a log without steps, or without rates, as one of a reward that says no more than what it pays."""
+    """Refuse a log without steps, or without rates, as one of a reward that says no more than what
+    it pays.
+    """
     if not steps:
-        raise DataError(f"{path}: no step yet", wanted="a run of some steps", do="wait for them, or leave the run out")
+        raise DataError(
+            f"{path}: no step yet",
+            wanted="a run of some steps",
+            do="wait for them, or leave the run out",
+        )
     for name in ("step", "hack", "solve"):
         if any(type(line.get(name)) not in (int, float) for line in steps):
             raise DataError(
                 f"{path}: steps without {name!r}, or with another one than a number",
-                wanted="the rates of every step, as a run logs them whose reward says what it knows",
+                wanted="the rates of every step, as a run logs them whose reward says what it "
+                "knows",
                 do="let a reward of your own return mappings with exploited and correct",
             )
 
 
 def read_logs(paths: Iterable[str | Path]) -> list[RunLog]:
-    """Return the logs in files, in all ``*.jsonl`` files of directories, or else in all run directories in them.
+    """Return the logs in files, in all ``*.jsonl`` files of directories, or else in all run
+    directories in them.
 
     Raises:
-        DataError: A file is not a run log, a log has no steps or no rates, no logs were found, or two describe the same
-            run.
+        DataError: A file is not a run log, a log has no steps or no rates, no logs were found, or
+            two describe the same run.
     """
     files: list[Path] = []
     for path in map(Path, paths):

@@ -1,6 +1,8 @@
-"""Whether stored rollouts have gradients further along the axes than the policy's own, by the log of a run.
+"""Whether stored rollouts have gradients further along the axes than the policy's own, by the log
+of a run.
 
-It is check 4 of :mod:`assay.vhack.checks` with both sources measured in the same step, as the original proposal has it.
+It is check 4 of :mod:`assay.vhack.checks` with both sources measured in the same step, as the
+original proposal has it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,19 +20,27 @@ _FEWEST_BLOCKS = 6
 
 
 def check_source_log(
-    lines: Iterable[Mapping[str, Any]], settings: CheckSettings | None = None, *, steps: tuple[int, int] | None = None
+    lines: Iterable[Mapping[str, Any]],
+    settings: CheckSettings | None = None,
+    *,
+    steps: tuple[int, int] | None = None,
 ) -> Check:
-    """Return check 4 of the source lines of a log: cin of the teacher minus cin of the student, step by step.
+    """Return check 4 of the source lines of a log: cin of the teacher minus cin of the student,
+    step by step.
 
-    Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many blocks as the square
-    root of the number of steps, at least 6. The difference is expected early in training, so ``steps`` may be the first
-    and the last one to use.
+    Neighbouring steps resemble each other, so blocks of steps take the place of groups: as many
+    blocks as the square root of the number of steps, at least 6. The difference is expected early
+    in training, so ``steps`` may be the first and the last one to use.
 
     Raises:
         UsageError: No step has both sources.
     """
-    settings, cin = settings or CheckSettings(), {(line["source"], line["step"]): line["cin"] for line in lines}
-    hack, clean = ({step: value for (of, step), value in cin.items() if of == name} for name in ("teacher", "student"))
+    settings = settings or CheckSettings()
+    cin = {(line["source"], line["step"]): line["cin"] for line in lines}
+    hack, clean = (
+        {step: value for (of, step), value in cin.items() if of == name}
+        for name in ("teacher", "student")
+    )
     first, last = steps or (0, max(hack, default=0))
     both = sorted(step for step in hack.keys() & clean.keys() if first <= step <= last)
     if not both:
@@ -39,11 +49,15 @@ def check_source_log(
     statistic = f"cin of teacher minus cin of student, mean over {len(both)} steps"
     rule = rule_of("sources", [SWAPPED], settings).replace("whole groups", "blocks of steps")
     if len(both) < _FEWEST_BLOCKS:
-        return undecided_check("sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed")
+        return undecided_check(
+            "sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed"
+        )
     count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
     blocks = [str(index * count // len(both)) for index in range(len(both))]
     differences_T = np.array([hack[step] - clean[step] for step in both])
-    signs_BT = draw_swaps(blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])).numpy()
+    signs_BT = draw_swaps(
+        blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])
+    ).numpy()
     found = judge(
         "sources",
         statistic,

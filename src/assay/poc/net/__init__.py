@@ -1,1 +1,3 @@
-"""What every server of assay has: settings, routes, keys, guards, threads, commits, pages and the server process."""
+"""What every server of assay has: settings, routes, keys, guards, threads, commits, pages and the
+server process.
+"""

@@ -1,4 +1,6 @@
-"""What every application has: its runtime, the latest snapshot of it, a page, and the routes that operators expect."""
+"""What every application has: its runtime, the latest snapshot of it, a page, and the routes that
+operators expect.
+"""
 
 import asyncio
 import base64
@@ -32,7 +34,9 @@ PAUSE = 1.0  # seconds before a loop that failed begins again
 
 
 class Feed:
-    """Makes a snapshot of a runtime every second, for event streams, metrics and pages. Its end ends every stream."""
+    """Makes a snapshot of a runtime every second, for event streams, metrics and pages. Its end
+    ends every stream.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -61,9 +65,13 @@ class Feed:
             self._changed.notify_all()
 
     async def stream(self, client: str | None = None) -> AsyncIterator[bytes]:
-        """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are too many."""
+        """Return server-sent events until the reader ``client`` leaves; refuse with 429 what are
+        too many.
+        """
         events = self._events(client)
-        await anext(events)  # counts the stream before another reader is looked at: nothing is waited for here
+        await anext(
+            events
+        )  # counts the stream before another reader is looked at: nothing is waited for here
         return events
 
     async def respond(self, request: Request) -> Response:
@@ -74,7 +82,9 @@ class Feed:
         return StreamingResponse(await self.stream(request.state.client), headers=headers)
 
     async def _events(self, client: str | None) -> AsyncIterator[bytes]:
-        with self._streams.held(client, "event streams", do="close one, or poll /status", retry_after=10):
+        with self._streams.held(
+            client, "event streams", do="close one, or poll /status", retry_after=10
+        ):
             yield b""  # taken by stream()
             yield b"retry: 2000\n\n"
             while not self._runtime.closing.is_set():
@@ -85,13 +95,17 @@ class Feed:
 
 def new_app(title: str, **options: Any) -> FastAPI:
     """Return an application without routes. Its documents, if any, are for a router to serve."""
-    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, **options)
+    app = FastAPI(
+        title=title, version=__version__, docs_url=None, redoc_url=None, openapi_url=None, **options
+    )
     app.router.route_class = HeadRoute
     app.add_exception_handler(HTTPException, not_found)
     return app
 
 
-def run_with(app: FastAPI, runtime: Runtime, feed: Feed, *loops: Callable[[], Awaitable[None]]) -> None:
+def run_with(
+    app: FastAPI, runtime: Runtime, feed: Feed, *loops: Callable[[], Awaitable[None]]
+) -> None:
     """Let a runtime, its feed and further loops begin and end with an application."""
     inner = app.router.lifespan_context
 
@@ -114,7 +128,9 @@ def run_with(app: FastAPI, runtime: Runtime, feed: Feed, *loops: Callable[[], Aw
 
 
 async def kept_running(loop: Callable[[], Awaitable[None]]) -> None:
-    """Run a loop until it is cancelled. Without this, one that failed would be missing in silence."""
+    """Run a loop until it is cancelled. Without this, one that failed would be missing in
+    silence.
+    """
     while True:
         try:
             await loop()
@@ -123,7 +139,9 @@ async def kept_running(loop: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(PAUSE)
 
 
-def operations_router(runtime: Runtime, feed: Feed, kind_of_route: type[APIRoute], under: str = "") -> APIRouter:
+def operations_router(
+    runtime: Runtime, feed: Feed, kind_of_route: type[APIRoute], under: str = ""
+) -> APIRouter:
     """Return ``/health``, ``/ready`` and ``/metrics`` of a runtime, behind the path ``under``."""
     router = APIRouter(prefix=under, tags=["operations"], route_class=kind_of_route)
 
@@ -151,7 +169,9 @@ SHARED = ("stream.js", "words.js", "dom.js", "link.js")
 
 
 def page_router(page: str, headers: dict[str, str]) -> APIRouter:
-    """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a key."""
+    """Return the route ``/``. The page holds no data: it reads the event stream, which asks for a
+    key.
+    """
     router = APIRouter(include_in_schema=False, route_class=HeadRoute)
 
     @router.get("/")
@@ -164,28 +184,42 @@ def page_router(page: str, headers: dict[str, str]) -> APIRouter:
 def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[str, dict[str, str]]:
     """Return a page with its frame, style and script, and the headers that it is served with.
 
-    Palette and type are those of the reports. Style and script are allowed by their hash, so that nothing else runs,
-    whatever a block hash or a key may hold.
+    Palette and type are those of the reports. Style and script are allowed by their hash, so that
+    nothing else runs, whatever a block hash or a key may hold.
 
     Args:
-        package: Package with the page's ``page.html``, its scripts in the order of their names, and its style, if any.
+        package: Package with the page's ``page.html``, its scripts in the order of their names, and
+            its style, if any.
         brand: Title of the page.
         name: Word for what the page shows.
         mark: Attributes of the path in its icon.
     """
     files = sorted(file.name for file in resources.files(package).iterdir())
-    own = {kind: [part(file, package) for file in files if file.endswith(kind)] for kind in (".css", ".js")}
+    own = {
+        kind: [part(file, package) for file in files if file.endswith(kind)]
+        for kind in (".css", ".js")
+    }
     style = part("report.css", "assay.pages") + part("page.css") + "".join(own[".css"])
     script = "".join([*map(part, SHARED), *own[".js"]])
     page = Template(part("frame.html")).substitute(
-        body=part("page.html", package), brand=brand, name=name, mark=mark, style=style, script=script
+        body=part("page.html", package),
+        brand=brand,
+        name=name,
+        mark=mark,
+        style=style,
+        script=script,
     )
     policy = (
-        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src "
+        f"data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"}
+    headers = {
+        "Content-Security-Policy": policy,
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+    }
     return page, headers | {"X-Content-Type-Options": "nosniff"}
 
 

@@ -1,7 +1,8 @@
-"""Callbacks: where they may go, so that no request is forged into private networks, and who signed them.
+"""Callbacks: where they may go, so that no request is forged into private networks, and who signed
+them.
 
-A host is resolved once per delivery, every address it has must be allowed, and the connection goes to the address
-that was checked. Redirects are never followed.
+A host is resolved once per delivery, every address it has must be allowed, and the connection goes
+to the address that was checked. Redirects are never followed.
 """
 
 import asyncio
@@ -29,8 +30,23 @@ PRIVATE = tuple(
     ipaddress.ip_network(network)
     for network in (
         # The special-purpose registry of IANA (RFC 6890), multicast and class E.
-        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
-        *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
+        *(
+            "0.0.0.0/8",
+            "10.0.0.0/8",
+            "100.64.0.0/10",
+            "127.0.0.0/8",
+            "169.254.0.0/16",
+            "172.16.0.0/12",
+            "192.0.0.0/24",
+        ),
+        *(
+            "192.0.2.0/24",
+            "192.88.99.0/24",
+            "192.168.0.0/16",
+            "198.18.0.0/15",
+            "198.51.100.0/24",
+            "203.0.113.0/24",
+        ),
         "224.0.0.0/3",
         # In 2000::/3: protocol assignments and Teredo, documentation, and tunnels to IPv4 (6to4).
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
@@ -41,7 +57,8 @@ PRIVATE = tuple(
 GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 
 _WRITTEN = re.compile(r"https?://\[?([^][/?#@]+?)\]?(?::[0-9]*)?([/?][^#]*)?", re.IGNORECASE)
-# A name whose end is a number is an address to the resolver: 2130706433, 127.1 and 0x7f.1 are 127.0.0.1.
+# A name whose end is a number is an address to the resolver: 2130706433, 127.1 and 0x7f.1 are
+# 127.0.0.1.
 _NAME = r"(?!(.*\.)?([0-9]+|0x[0-9a-f]*)\.?$)(?=.{1,254}$)([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?"
 _HOST = re.compile(rf"{_NAME}|[0-9]+(\.[0-9]+){{3}}|.*:.*")
 _SIGNATURE = re.compile("v1,[A-Za-z0-9+/]{43}=")
@@ -67,11 +84,15 @@ def check_url(url: str | None, *, allow_private: bool) -> None:
         raise _refusal(f"callback URL: {error}") from None
     form = _WRITTEN.fullmatch(url)
     if form is None or parsed.userinfo:
-        raise _refusal("callback URL with a user name, a password or a fragment, or of another scheme than http")
+        raise _refusal(
+            "callback URL with a user name, a password or a fragment, or of another scheme than "
+            "http"
+        )
     is_kept = form[1].lower() in (host, shown) and (form[2] or "").removeprefix("/") == sent[1:]
     if not (is_kept and _HOST.fullmatch(host)):
         raise _refusal(
-            "callback URL with . or .., an odd host (write addresses as 192.0.2.1) or port, or signs sent as %XX"
+            "callback URL with . or .., an odd host (write addresses as 192.0.2.1) or port, or "
+            "signs sent as %XX"
         )
     if allow_private:
         return
@@ -89,8 +110,12 @@ def new_client(timeout: float, connections: int) -> httpx.AsyncClient:
     """Return a client for :func:`call`, which never follows a redirect."""
     # trust_env off: a proxy from the environment would resolve names by itself.
     limits = httpx.Limits(max_connections=connections)
-    client = httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=timeout, limits=limits)
-    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))  # of one receiver, others would get them
+    client = httpx.AsyncClient(
+        follow_redirects=False, trust_env=False, timeout=timeout, limits=limits
+    )
+    client.cookies.jar.set_policy(
+        DefaultCookiePolicy(allowed_domains=())
+    )  # of one receiver, others would get them
     return client
 
 
@@ -105,7 +130,8 @@ async def call(
     content: bytes | None = None,
     params: dict[str, int] | None = None,
 ) -> httpx.Response:
-    """Call the path below a URL at an address of it that was checked; return the response, whose body is not read.
+    """Call the path below a URL at an address of it that was checked; return the response, whose
+    body is not read.
 
     Raises:
         Blocked: An address of the host is not public.
@@ -114,7 +140,8 @@ async def call(
     """
     host = httpx.URL(url)
     address = await resolve(url, allow_private=allow_private)
-    # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two names.
+    # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two
+    # names.
     written, mark, query = host.raw_path.partition(b"?")
     asked = b"&".join(filter(None, (query, urlencode(params or {}).encode())))
     below = written.removesuffix(b"/") + path.encode() + (b"?" + asked if mark or asked else b"")
@@ -147,7 +174,10 @@ async def resolve(url: str, *, allow_private: bool) -> str:
     if not allow_private:
         for address in addresses:
             if not _is_public(_address(address)):
-                raise Blocked(f"{parsed.host} has the private address {address}, which needs --allow-private-callbacks")
+                raise Blocked(
+                    f"{parsed.host} has the private address {address}, which needs "
+                    f"--allow-private-callbacks"
+                )
     return addresses[0].partition("%")[0]
 
 
@@ -156,7 +186,9 @@ def _address(text: str) -> Address:
 
 
 def _is_public(address: Address) -> bool:
-    """Return whether every network can reach an address. IPv6 forms that hold an IPv4 address are not public."""
+    """Return whether every network can reach an address. IPv6 forms that hold an IPv4 address are
+    not public.
+    """
     if isinstance(address, ipaddress.IPv6Address) and address not in GLOBAL_V6:
         return False
     return not any(address in network for network in PRIVATE)
@@ -164,7 +196,10 @@ def _is_public(address: Address) -> bool:
 
 def _refusal(seen: str) -> Refusal:
     wanted = "an http or https URL to a public address, without credentials"
-    do = "correct the URL; for a private network give --allow-private-callbacks, or set ASSAY_ALLOW_PRIVATE_CALLBACKS=1"
+    do = (
+        "correct the URL; for a private network give --allow-private-callbacks, or set "
+        "ASSAY_ALLOW_PRIVATE_CALLBACKS=1"
+    )
     return Refusal(422, seen, wanted=wanted, do=do)
 
 
@@ -173,7 +208,9 @@ TOLERANCE = 300.0  # seconds for which a signature holds, as Standard Webhooks h
 
 
 class Signatures:
-    """Checks who sent a body, as Standard Webhooks defines it: any secret will do; without any nothing is checked."""
+    """Checks who sent a body, as Standard Webhooks defines it: any secret will do; without any
+    nothing is checked.
+    """
 
     def __init__(self, secrets: Sequence[str]) -> None:
         self._secrets = tuple(secrets)
@@ -182,7 +219,8 @@ class Signatures:
         return bool(self._secrets)
 
     def check(self, body: str, headers: Mapping[str, str]) -> None:
-        """Refuse a body that no secret signed within the last five minutes (401), or that cannot be read (400).
+        """Refuse a body that no secret signed within the last five minutes (401), or that cannot be
+        read (400).
 
         The names of ``headers`` are in lower case.
         """
@@ -197,35 +235,48 @@ class Signatures:
                 Webhook(secret).verify(body, dict(headers), json_parse=False)
                 return
             except (WebhookVerificationError, ValueError) as error:
-                fault = unsigned(401 if isinstance(error, WebhookVerificationError) else 400, f"signature: {error}")
+                fault = unsigned(
+                    401 if isinstance(error, WebhookVerificationError) else 400,
+                    f"signature: {error}",
+                )
         raise fault
 
 
 def _check_clock(stated: str) -> None:
-    """Refuse with 401 a body that was signed too long ago or ahead, and say by how much the clocks differ."""
+    """Refuse with 401 a body that was signed too long ago or ahead, and say by how much the clocks
+    differ.
+    """
     try:
         ahead = float(stated) - time.time()
     except ValueError:  # the standard's own words are better
         return
     if math.isfinite(ahead) and abs(ahead) > TOLERANCE:
-        seen = f"a callback that was signed {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'ago'} by the clock here"
+        seen = (
+            f"a callback that was signed {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'ago'} by "
+            f"the clock here"
+        )
         wanted = f"clocks that differ by {TOLERANCE:.0f} s at most"
         raise Refusal(401, seen, wanted=wanted, do="set both clocks by NTP, and send again")
 
 
 def parsed(raw: bytes) -> tuple[str, JsonObject]:
-    """Return the text and the object of a body; refuse with 400 what is not strict JSON in UTF-8."""
+    """Return the text and the object of a body; refuse with 400 what is not strict JSON in
+    UTF-8.
+    """
     try:
         text = raw.decode()
         return text, loads(text, "body")
     except (DataError, UnicodeDecodeError) as error:
         seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
-        wanted, do = "the body of a callback of assay", "send it as assay does"
+        wanted = "the body of a callback of assay"
+        do = "send it as assay does"
         raise Refusal(400, seen, wanted=wanted, do=do, fields={"fields": ["body"]}) from None
 
 
 def message_id(headers: Mapping[str, str]) -> str:
-    """Return the id under which a callback is kept once; refuse with 400 none, or one of more than 128 characters."""
+    """Return the id under which a callback is kept once; refuse with 400 none, or one of more than
+    128 characters.
+    """
     found = headers.get("webhook-id", "")
     if not 0 < len(found) <= LONGEST_ID:
         raise unsigned(400, "no webhook-id")
@@ -234,4 +285,9 @@ def message_id(headers: Mapping[str, str]) -> str:
 
 def unsigned(status: int, seen: str) -> Refusal:
     """Return the refusal of a callback that is not one of assay, or not signed."""
-    return Refusal(status, seen, wanted="a signed callback of assay", do="give both sides the same --callback-secret")
+    return Refusal(
+        status,
+        seen,
+        wanted="a signed callback of assay",
+        do="give both sides the same --callback-secret",
+    )

@@ -28,10 +28,14 @@ KEPT = 2
 """Engines that are kept: the round's, and that of an artifact job of another shape."""
 
 STATES = 64
-"""Nonces whose states say how wide the distances of a block are, where no calibration does. A round waits for them."""
+"""Nonces whose states say how wide the distances of a block are, where no calibration does. A round
+waits for them.
+"""
 
 COMPILED_SHAPES = 32
-"""Shapes that one process compiles. Clients choose them, and each takes seconds, and memory that is not given back."""
+"""Shapes that one process compiles. Clients choose them, and each takes seconds, and memory that is
+not given back.
+"""
 
 MakeEngine = Callable[[int, int], Engine]
 
@@ -50,12 +54,16 @@ class Deployment:
     :class:`~assay.errors.AssayError` if that shape does not fit."""
     decodes: bool = False  # whether its engines take the presets that decode
     framed: bool = False  # whether they have the frame of the checkpoint, which tokens-1 needs
-    controls: tuple["Deployment", ...] = ()  # same model in other number formats, with which a validator computes again
+    controls: tuple[
+        "Deployment", ...
+    ] = ()  # same model in other number formats, with which a validator computes again
 
     def __post_init__(self) -> None:
-        # The latest engines are kept, with the kernels and graphs that were made for them. Every stream of batches asks
-        # for its engine, and requests ask whether a shape fits, in threads of their own.
-        kept, lock = lru_cache(KEPT)(self.engine), threading.Lock()
+        # The latest engines are kept, with the kernels and graphs that were made for them. Every
+        # stream of batches asks for its engine, and requests ask whether a shape fits, in threads
+        # of their own.
+        kept = lru_cache(KEPT)(self.engine)
+        lock = threading.Lock()
 
         def engine(seq_len: int, batch_size: int) -> Engine:
             with lock:
@@ -65,7 +73,9 @@ class Deployment:
 
     @classmethod
     def of(cls, model: "Model", *, compiled: bool | None = None) -> "Deployment":
-        """Deploy a loaded model on transformers; ``compiled`` says whether its kernels are, None does as ``prove``."""
+        """Deploy a loaded model on transformers; ``compiled`` says whether its kernels are, None
+        does as ``prove``.
+        """
         return cls(
             reference=model.reference,
             digest=model.digest,
@@ -74,10 +84,14 @@ class Deployment:
             max_positions=model.max_positions,
             decodes=True,
             framed=model.frame is not None,
-            engine=_hf_engines(model, compiled=worth_compiling(model) if compiled is None else compiled),
+            engine=_hf_engines(
+                model, compiled=worth_compiling(model) if compiled is None else compiled
+            ),
         )
 
-    def compute(self, round: Round, batch_size: int, nonces: Sequence[int]) -> Generator[list[Record], None, None]:
+    def compute(
+        self, round: Round, batch_size: int, nonces: Sequence[int]
+    ) -> Generator[list[Record], None, None]:
         """Compute the records of nonces in their order, one list per batch of ``batch_size`` rows.
 
         Nothing is made, or fails, before the first is asked for.
@@ -88,7 +102,9 @@ class Deployment:
     def recompute(
         self, round: Round, batch_size: int, received: Sequence[Record]
     ) -> Generator[list[Record], None, None]:
-        """Recompute the nonces of received records as :meth:`compute` does; received tokens are replayed."""
+        """Recompute the nonces of received records as :meth:`compute` does; received tokens are
+        replayed.
+        """
         engine = self.engine(round.seq_len, batch_size)
         yield from recompute(self._header(round, engine), engine, received)
 
@@ -104,13 +120,17 @@ class Deployment:
         )
 
     def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
-        """Measure how wide the distances of a round's block are; None where the engine's states cannot be read here."""
+        """Measure how wide the distances of a round's block are; None where the engine's states
+        cannot be read here.
+        """
         engine = self.engine(round.seq_len, batch_size)
         return read_block_factor(engine, round, nonces=STATES) if type(engine) is HFEngine else None
 
 
 def _hf_engines(model: "Model", *, compiled: bool) -> MakeEngine:
-    """Return what makes the engines of a model. An engine compiles in its first batch, in the thread that runs it."""
+    """Return what makes the engines of a model. An engine compiles in its first batch, in the
+    thread that runs it.
+    """
     compiled_shapes: set[tuple[int, int]] = set()
 
     def make(seq_len: int, batch_size: int) -> HFEngine:

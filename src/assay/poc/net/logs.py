@@ -1,4 +1,6 @@
-"""Structured logs on stderr, for people or for machines. They hold nothing from a header or a callback URL."""
+"""Structured logs on stderr, for people or for machines. They hold nothing from a header or a
+callback URL.
+"""
 
 import logging
 import sys
@@ -31,15 +33,23 @@ def configure_logs(form: Literal["console", "json"]) -> None:
         logger_factory=lambda *names: _Stderr(),
         cache_logger_on_first_use=False,
     )
-    # Libraries only speak up when something is wrong; httpx would log every callback URL at level info.
+    # Libraries only speak up when something is wrong; httpx would log every callback URL at level
+    # info.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     # It would warn of every malformed request, and so let any client fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
-def _written_out(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Write control characters out: an id that a sender chose must not steer the terminal that shows the log."""
-    return {name: visible(value, LONGEST_TEXT) if isinstance(value, str) else value for name, value in event.items()}
+def _written_out(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Write control characters out: an id that a sender chose must not steer the terminal that
+    shows the log.
+    """
+    return {
+        name: visible(value, LONGEST_TEXT) if isinstance(value, str) else value
+        for name, value in event.items()
+    }
 
 
 class LogBudget:
@@ -47,7 +57,8 @@ class LogBudget:
 
     def __init__(self, lines: int = 60) -> None:
         self._lines = lines
-        self._left, self._last = float(lines), time.monotonic()
+        self._left = float(lines)
+        self._last = time.monotonic()
         self._skipped = 0
 
     def info(self, log: structlog.typing.FilteringBoundLogger, event: str, **about: object) -> None:
@@ -59,7 +70,8 @@ class LogBudget:
             self._skipped += 1
             return
         self._left -= 1
-        skipped, self._skipped = self._skipped, 0
+        skipped = self._skipped
+        self._skipped = 0
         log.info(event, **about, skipped=skipped)
 
 

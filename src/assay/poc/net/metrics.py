@@ -1,4 +1,6 @@
-"""Prometheus metrics that every server of assay has, in base units. Each application has a registry of its own."""
+"""Prometheus metrics that every server of assay has, in base units. Each application has a registry
+of its own.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,29 +31,48 @@ class Exported:
         self._namespace = namespace
         self._shown: list[tuple[Gauge, str, Callable[[JsonObject], Any]]] = []
         self.gauge = partial(Gauge, namespace=namespace, registry=self.registry)
-        self.histogram = partial(Histogram, namespace=namespace, registry=self.registry, buckets=_SECONDS)
+        self.histogram = partial(
+            Histogram, namespace=namespace, registry=self.registry, buckets=_SECONDS
+        )
         self.gauge("build_info", "Version.", ["version"]).labels(__version__).set(1)
-        self.requests = self.counter("http_requests", "Requests by route and status.", {"route": (), "status": ()})
-        self.request_seconds = self.histogram("http_request_seconds", "Time of one request.", ["route"])
+        self.requests = self.counter(
+            "http_requests", "Requests by route and status.", {"route": (), "status": ()}
+        )
+        self.request_seconds = self.histogram(
+            "http_request_seconds", "Time of one request.", ["route"]
+        )
 
-    def counter(self, name: str, help: str, labels: Mapping[str, Sequence[str]] | None = None) -> Counter:
-        """Return a counter whose series begin at 0: Prometheus sees no increase in a series that appears.
+    def counter(
+        self, name: str, help: str, labels: Mapping[str, Sequence[str]] | None = None
+    ) -> Counter:
+        """Return a counter whose series begin at 0: Prometheus sees no increase in a series that
+        appears.
 
         ``labels`` has the values that each label is known to have.
         """
-        made = Counter(name, help, list(labels or ()), namespace=self._namespace, registry=self.registry)
+        made = Counter(
+            name, help, list(labels or ()), namespace=self._namespace, registry=self.registry
+        )
         for known in product(*labels.values()) if labels else ():
             made.labels(*known)
         return made
 
-    def shown(self, name: str, help: str, read: Callable[[JsonObject], Any], label: str = "") -> None:
-        """Add a gauge of snapshots: ``read`` takes its number from one, or a number for each value of ``label``."""
+    def shown(
+        self, name: str, help: str, read: Callable[[JsonObject], Any], label: str = ""
+    ) -> None:
+        """Add a gauge of snapshots: ``read`` takes its number from one, or a number for each value
+        of ``label``.
+        """
         self._shown.append((self.gauge(name, help, [label] if label else []), label, read))
 
     def text(self, snapshot: JsonObject) -> bytes:
-        """Return the exposition format, with the gauges of a snapshot if it is not empty. What is None there is NaN."""
+        """Return the exposition format, with the gauges of a snapshot if it is not empty. What is
+        None there is NaN.
+        """
         for gauge, label, read in self._shown if snapshot else ():
             found = read(snapshot)
             for value, number in found.items() if label else [("", found)]:
-                (gauge.labels(value) if label else gauge).set(math.nan if number is None else number)
+                (gauge.labels(value) if label else gauge).set(
+                    math.nan if number is None else number
+                )
         return generate_latest(self.registry)

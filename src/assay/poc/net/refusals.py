@@ -49,11 +49,13 @@ class Refusal(AssayError):
 def refusal_of(error: AssayError) -> Refusal:
     """Return the refusal that stands for an error.
 
-    Its status is 422 for impossible values, among them a batch that does not fit, and 503 for a disk or an engine that
-    fails.
+    Its status is 422 for impossible values, among them a batch that does not fit, and 503 for a
+    disk or an engine that fails.
     """
     if isinstance(error, Refusal):
         return error
     may_recover = isinstance(error, ResourceError) and not isinstance(error, OutOfMemory)
     status = 503 if may_recover or isinstance(error, ModelError) else 422
-    return Refusal(status, error.seen, wanted=error.wanted, do=error.do, retry_after=5 if may_recover else None)
+    return Refusal(
+        status, error.seen, wanted=error.wanted, do=error.do, retry_after=5 if may_recover else None
+    )

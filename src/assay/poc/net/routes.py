@@ -1,7 +1,8 @@
 """The work around every handler: key, body, errors, metrics and the headers of the answer.
 
-It lives in the route, not in a middleware, so that mounting these routes leaves the other routes of an application
-as they are. Only a service without keys has a middleware, which guards it against other hosts and pages.
+It lives in the route, not in a middleware, so that mounting these routes leaves the other routes of
+an application as they are. Only a service without keys has a middleware, which guards it against
+other hosts and pages.
 """
 
 import asyncio
@@ -39,7 +40,8 @@ from assay.poc.net.shares import PARTS, Shares, client_of
 log = structlog.get_logger("assay.http")
 
 HEAD = "assay.head"
-"""Key of a scope that a ``HEAD`` request has. A handler that would begin a stream answers without."""
+"""Key of a scope that a ``HEAD`` request has. A handler that would begin a stream answers without.
+"""
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -50,15 +52,20 @@ SMALL = 2**16
 """Bytes of a small body. Callbacks of a service have fewer."""
 
 DISCARDED = 4
-"""How many times its limit a body may come before it is refused. A proxy that still sends a body when the answer to it
-comes loses that answer (Caddy does, one time in fifty); proxies in ``deploy`` stop a body where reading it ends."""
+"""How many times its limit a body may come before it is refused. A proxy that still sends a body
+when the answer to it comes loses that answer (Caddy does, one time in fifty); proxies in ``deploy``
+stop a body where reading it ends."""
 
 SAFE_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-"""Headers of every answer: no cache keeps it, and no browser takes it for another type than it says."""
+"""Headers of every answer: no cache keeps it, and no browser takes it for another type than it
+says.
+"""
 
 
 class Scope(StrEnum):
-    """The permission that a request needs. ``control`` includes the others, and ``validate`` includes ``read``."""
+    """The permission that a request needs. ``control`` includes the others, and ``validate``
+    includes ``read``.
+    """
 
     CONTROL = "control"
     VALIDATE = "validate"
@@ -66,7 +73,8 @@ class Scope(StrEnum):
 
 
 class Keys:
-    """The keys of a server, kept as digests. Without any, every client that reaches the port may do everything.
+    """The keys of a server, kept as digests. Without any, every client that reaches the port may do
+    everything.
 
     ``needed`` says that requests need a key even then, so that all are refused.
     """
@@ -75,29 +83,47 @@ class Keys:
         self._needed = needed
         scopes = list(Scope)  # the widest first
         by_scope = (settings.api_keys, settings.validate_keys, settings.read_keys)
-        self._digests = [(_digest(key), scopes[i:]) for i, keys in enumerate(by_scope) for key in keys]
+        self._digests = [
+            (_digest(key), scopes[i:]) for i, keys in enumerate(by_scope) for key in keys
+        ]
 
     def check(self, authorization: str | None, scope: Scope) -> str | None:
-        """Return by what the holder of a key is counted, however it is spelled; None where no key is needed.
+        """Return by what the holder of a key is counted, however it is spelled; None where no key
+        is needed.
 
-        A request whose ``Authorization`` header has no known key is refused (401), or one that may do less (403).
+        A request whose ``Authorization`` header has no known key is refused (401), or one that may
+        do less (403).
         """
         if not (self._digests or self._needed):
             return None
         kind, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip()) if kind.lower() == "bearer" else b""
-        # Every key is compared, in constant time, so that the time says nothing about which one was close.
+        # Every key is compared, in constant time, so that the time says nothing about which one was
+        # close.
         granted = [scopes for digest, scopes in self._digests if hmac.compare_digest(digest, given)]
         if not granted:
-            raise Refusal(401, "no valid API key", wanted="Authorization: Bearer KEY", do="send the key you were given")
+            raise Refusal(
+                401,
+                "no valid API key",
+                wanted="Authorization: Bearer KEY",
+                do="send the key you were given",
+            )
         if scope not in granted[0]:
-            raise Refusal(403, "a key of another scope", wanted=f"one that may {scope}", do="ask for such a key")
+            raise Refusal(
+                403,
+                "a key of another scope",
+                wanted=f"one that may {scope}",
+                do="ask for such a key",
+            )
         return given.hex()[:16]
 
 
 def route_path(scope: Connection) -> str:
-    """Return the path of a request as the router compares it: without the root path (``--root-path``)."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    """Return the path of a request as the router compares it: without the root path
+    (``--root-path``).
+    """
+    path = str(scope["path"])
+    root = str(scope.get("root_path", ""))
     return path[len(root) :] if root and f"{path}/".startswith(f"{root}/") else path
 
 
@@ -106,16 +132,18 @@ def _digest(key: str) -> bytes:
 
 
 class LocalOnly:
-    """Refuses requests that name another host than this machine, or that a page of another site has caused.
+    """Refuses requests that name another host than this machine, or that a page of another site has
+    caused.
 
-    Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts across sites; either
-    would let a page in the operator's browser use a service that has no keys. Paths outside ``prefix``, or outside each
-    of several, are left alone; they are compared as the router does, which takes them with the root path
-    (``--root-path``) and without it.
+    Host names can be made to resolve to 127.0.0.1, and a page can send forms, images and scripts
+    across sites; either would let a page in the operator's browser use a service that has no keys.
+    Paths outside ``prefix``, or outside each of several, are left alone; they are compared as the
+    router does, which takes them with the root path (``--root-path``) and without it.
     """
 
     def __init__(self, app: ASGIApp, *, prefix: str | tuple[str, ...] = "") -> None:
-        self._app, self._prefix = app, prefix
+        self._app = app
+        self._prefix = prefix
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
@@ -131,8 +159,13 @@ class LocalOnly:
 
 def _is_local(headers: dict[bytes, bytes]) -> bool:
     host = headers.get(b"host", b"")
-    foreign = headers.get(b"origin", b"http://" + host) not in (b"http://" + host, b"https://" + host)
-    site = headers.get(b"sec-fetch-site", b"none")  # only browsers send it, and no page can change it
+    foreign = headers.get(b"origin", b"http://" + host) not in (
+        b"http://" + host,
+        b"https://" + host,
+    )
+    site = headers.get(
+        b"sec-fetch-site", b"none"
+    )  # only browsers send it, and no page can change it
     try:
         named = urlsplit(f"//{host.decode('latin-1')}").hostname or ""
     except ValueError:
@@ -156,7 +189,9 @@ class Problem(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the ``responses`` of a route: the refusals that it may answer with, those of keys among them."""
+    """Return the ``responses`` of a route: the refusals that it may answer with, those of keys
+    among them.
+    """
     return {status: {"model": Problem} for status in (401, 403, *statuses)}
 
 
@@ -165,7 +200,8 @@ class _Received(Request):
 
     def __init__(self, request: Request, body: bytes, values: Any) -> None:
         super().__init__(request.scope, request.receive)
-        self._received, self._values = body, values
+        self._received = body
+        self._values = values
 
     async def body(self) -> bytes:
         return self._received
@@ -186,26 +222,36 @@ class HeadRoute(APIRoute):
         await super().handle(self._as_get(scope), receive, send)
 
     def _as_get(self, scope: Connection) -> Connection:
-        is_head = scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
+        is_head = (
+            scope["type"] == "http" and scope["method"] == "HEAD" and "GET" in (self.methods or ())
+        )
         return {**scope, "method": "GET", HEAD: True} if is_head else scope
 
 
-def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None = None) -> type[APIRoute]:
+def route_class(
+    keys: Keys, settings: ServerSettings, metrics: Exported | None = None
+) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
-    bodies, budget = Bodies(settings.max_body, settings.max_bodies), LogBudget()
+    bodies = Bodies(settings.max_body, settings.max_bodies)
+    budget = LogBudget()
 
     class Route(HeadRoute):
         def get_route_handler(self) -> Handler:
             inner = super().get_route_handler()
             scope = (self.openapi_extra or {}).get("x-scope")
-            path, has_body = self.path_format, self.body_field is not None
+            path = self.path_format
+            has_body = self.body_field is not None
             if metrics is not None:  # Prometheus sees no increase in a series that appears
                 metrics.requests.labels(path, "200")
                 metrics.request_seconds.labels(path)
 
             async def respond(request: Request) -> Response:
                 host = request.client.host if request.client else ""
-                holder = keys.check(request.headers.get("authorization"), Scope(scope)) if scope is not None else None
+                holder = (
+                    keys.check(request.headers.get("authorization"), Scope(scope))
+                    if scope is not None
+                    else None
+                )
                 request.state.client = holder or client_of(host)
                 if request.method in ("GET", "HEAD"):
                     return await inner(request)
@@ -221,7 +267,9 @@ def route_class(keys: Keys, settings: ServerSettings, metrics: Exported | None =
 async def observed(
     respond: Handler, request: Request, *, path: str, metrics: Exported | None, budget: LogBudget
 ) -> Response:
-    """Return the response of a handler, or the answer that its error stands for, which is counted and logged."""
+    """Return the response of a handler, or the answer that its error stands for, which is counted
+    and logged.
+    """
     started = time.perf_counter()
     response = await _or_refusal(respond, request)
     response.headers.update({k: v for k, v in SAFE_HEADERS.items() if k not in response.headers})
@@ -241,7 +289,9 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
     except RequestValidationError as error:
         return answer(_malformed(error, request))
     except HTTPException as error:
-        return answer(Refusal(error.status_code, str(error.detail), wanted="a JSON body", do="see /docs"))
+        return answer(
+            Refusal(error.status_code, str(error.detail), wanted="a JSON body", do="see /docs")
+        )
     except ClientDisconnect:
         return Response(status_code=400)  # for the metrics: no client is there to read it
     except AssayError as error:
@@ -249,10 +299,11 @@ async def _or_refusal(respond: Handler, request: Request) -> Response:
 
 
 class Bodies:
-    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the same time.
+    """Reads the bodies of requests: ``most`` bytes each, and ``together`` bytes in memory at the
+    same time.
 
-    Each client has a share of that, and small bodies have room of their own, so that large ones never keep a callback
-    out.
+    Each client has a share of that, and small bodies have room of their own, so that large ones
+    never keep a callback out.
     """
 
     def __init__(self, most: int, together: int) -> None:
@@ -262,13 +313,19 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Read a body, and count it until the block ends. What comes of a body that is too large is not kept.
+        """Read a body, and count it until the block ends. What comes of a body that is too large is
+        not kept.
 
-        It is refused with 408 too slow, 413 too large, 503 no room beside the bodies of other requests.
+        It is refused with 408 too slow, 413 too large, 503 no room beside the bodies of other
+        requests.
         """
-        body, client = bytearray(), client_of(request.client.host) if request.client else None
-        announced, clock = request.headers.get("content-length", "0"), asyncio.get_running_loop().time
-        size, come, began = int(announced) if announced.isdecimal() else 0, 0, clock()
+        body = bytearray()
+        client = client_of(request.client.host) if request.client else None
+        announced = request.headers.get("content-length", "0")
+        clock = asyncio.get_running_loop().time
+        size = int(announced) if announced.isdecimal() else 0
+        come = 0
+        began = clock()
         room = self._small if size <= SMALL else self._large
         try:
             try:
@@ -278,24 +335,39 @@ class Bodies:
                         size = max(size, come)
                         if size <= self._most:
                             room.give(client, len(body))
-                            room, held = self._small if size <= SMALL else self._large, len(body) + len(chunk)
+                            room = self._small if size <= SMALL else self._large
+                            held = len(body) + len(chunk)
                             if not room.fits(client, held):
                                 body.clear()
-                                seen, do = "too many large bodies at the same time", "send it again"
-                                raise Refusal(503, seen, wanted="fewer at a time", do=do, retry_after=1)
+                                seen = "too many large bodies at the same time"
+                                do = "send it again"
+                                raise Refusal(
+                                    503, seen, wanted="fewer at a time", do=do, retry_after=1
+                                )
                             room.take(client, held)
                             body += chunk
                         elif come > DISCARDED * self._most:
                             break
-                        now, due = clock(), limit.when() or began
-                        limit.reschedule(min(due + len(chunk) / BODY_FLOOR, now + BODY_GRACE, began + BODY_SECONDS))
+                        now = clock()
+                        due = limit.when() or began
+                        limit.reschedule(
+                            min(
+                                due + len(chunk) / BODY_FLOOR,
+                                now + BODY_GRACE,
+                                began + BODY_SECONDS,
+                            )
+                        )
             except TimeoutError:
                 if size <= self._most:
                     wanted = f"{BODY_FLOOR} bytes a second, and all of it in {BODY_SECONDS:g} s"
-                    raise Refusal(408, "a body that does not come to its end", wanted=wanted, do="resend") from None
+                    raise Refusal(
+                        408, "a body that does not come to its end", wanted=wanted, do="resend"
+                    ) from None
             if size > self._most:
                 wanted = f"at most {self._most} bytes"
-                raise Refusal(413, "a body that is too large", wanted=wanted, do="split the request")
+                raise Refusal(
+                    413, "a body that is too large", wanted=wanted, do="split the request"
+                )
             yield bytes(body)
         finally:
             room.give(client, len(body))
@@ -303,17 +375,27 @@ class Bodies:
 
 def answer(refusal: Refusal) -> Response:
     """Return the response that a refusal stands for."""
-    headers = SAFE_HEADERS | refusal.headers | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
+    headers = (
+        SAFE_HEADERS
+        | refusal.headers
+        | ({"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {})
+    )
     text = json.dumps(refusal.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    body = text.encode("utf-8", "replace")  # a request may hold unpaired surrogates, and no response can
-    return Response(body, status_code=refusal.status, headers=headers, media_type="application/json")
+    body = text.encode(
+        "utf-8", "replace"
+    )  # a request may hold unpaired surrogates, and no response can
+    return Response(
+        body, status_code=refusal.status, headers=headers, media_type="application/json"
+    )
 
 
 async def not_found(request: Request, error: Exception) -> Response:
     """Answer what no route takes: an unknown path, or a method that a path does not have."""
     assert isinstance(error, HTTPException)
     do = "see /docs for the paths of the service and their methods"
-    refusal = Refusal(error.status_code, f"{request.method} {request.url.path}", wanted="a call of the API", do=do)
+    refusal = Refusal(
+        error.status_code, f"{request.method} {request.url.path}", wanted="a call of the API", do=do
+    )
     response = answer(refusal)
     response.headers.update(error.headers or {})
     return response
@@ -321,11 +403,15 @@ async def not_found(request: Request, error: Exception) -> Response:
 
 def _says_json(request: Request) -> bool:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
 
 
 def _parsed(body: bytes) -> Any:
-    """Parse a JSON body. Numbers that are not finite are for the fields to refuse: a distance may be NaN."""
+    """Parse a JSON body. Numbers that are not finite are for the fields to refuse: a distance may
+    be NaN.
+    """
     try:
         return json.loads(body.decode(), object_pairs_hook=unique_keys)
     except RecursionError:
@@ -334,7 +420,13 @@ def _parsed(body: bytes) -> Any:
         reason = str(error)
     wanted = "one JSON value in UTF-8, every key once"
     errors = [{"loc": ["body"], "msg": reason, "type": "json_invalid"}]
-    raise Refusal(422, f"a body that is not JSON: {reason}", wanted=wanted, do="correct it", fields={"errors": errors})
+    raise Refusal(
+        422,
+        f"a body that is not JSON: {reason}",
+        wanted=wanted,
+        do="correct it",
+        fields={"errors": errors},
+    )
 
 
 def _malformed(error: RequestValidationError, request: Request) -> Refusal:
@@ -342,7 +434,11 @@ def _malformed(error: RequestValidationError, request: Request) -> Refusal:
     found = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
     first = found[0] if found else {"loc": [], "msg": "malformed"}
     where = ".".join(str(part) for part in first["loc"])
-    wanted, do = "a body as in /docs", "correct it"
+    wanted = "a body as in /docs"
+    do = "correct it"
     if first["loc"][:1] == ["body"] and not _says_json(request):
-        wanted, do = "a JSON body that is announced as one", "send the header Content-Type: application/json"
-    return Refusal(422, f"{where}: {first['msg']}", wanted=wanted, do=do, fields={"errors": found[:20]})
+        wanted = "a JSON body that is announced as one"
+        do = "send the header Content-Type: application/json"
+    return Refusal(
+        422, f"{where}: {first['msg']}", wanted=wanted, do=do, fields={"errors": found[:20]}
+    )

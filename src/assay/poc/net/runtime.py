@@ -1,4 +1,6 @@
-"""What works behind an application: threads, a model that is loaded in the background, and commits of many items."""
+"""What works behind an application: threads, a model that is loaded in the background, and commits
+of many items.
+"""
 
 import asyncio
 import threading
@@ -42,7 +44,9 @@ _STARTED = time.time() - time.monotonic()  # the time of the clock when the mach
 
 
 def settled_time() -> float:
-    """Return the time by which old things are deleted: a clock that is suddenly far ahead makes nothing old."""
+    """Return the time by which old things are deleted: a clock that is suddenly far ahead makes
+    nothing old.
+    """
     return min(time.time(), _STARTED + time.monotonic())
 
 
@@ -59,7 +63,9 @@ class LoopThread(ABC):
         self._thread.start()
 
     def close(self, timeout: float | None = None) -> bool:
-        """End the thread after its turn; return False if it did not end within ``timeout`` seconds."""
+        """End the thread after its turn; return False if it did not end within ``timeout``
+        seconds.
+        """
         self._closed = True
         self._notify()
         if self._thread.is_alive():
@@ -89,11 +95,14 @@ class EngineThread(LoopThread):
 
     def __init__(self, name: str, load: "Callable[[], Deployment | None]") -> None:
         super().__init__(name)
-        self._load, self._loading = load, True
+        self._load = load
+        self._loading = True
 
     @override
     def close(self, timeout: float | None = None) -> bool:
-        return super().close(0.0 if self._loading else timeout)  # nothing is lost with a model that still loads
+        return super().close(
+            0.0 if self._loading else timeout
+        )  # nothing is lost with a model that still loads
 
     def _run(self) -> None:
         deployment = self._load()
@@ -114,7 +123,8 @@ class EngineThread(LoopThread):
 
 
 class Runtime(ABC):
-    """The base of what works behind an application. A subclass opens its files and makes its threads.
+    """The base of what works behind an application. A subclass opens its files and makes its
+    threads.
 
     The constructor opens what is on disk; :meth:`start` loads the model and begins to work.
     """
@@ -124,7 +134,8 @@ class Runtime(ABC):
     """Threads that put things on disk; they are closed after the worker."""
 
     def __init__(self, server: ServerSettings, metrics: Exported) -> None:
-        self.server, self.metrics = server, metrics
+        self.server = server
+        self.metrics = metrics
         self._started = time.monotonic()
         self.closing = threading.Event()
         """Set when the end begins, while connections are still open."""
@@ -154,11 +165,18 @@ class Runtime(ABC):
     def about(self, schema: str) -> JsonObject:
         """Return how every snapshot begins."""
         uptime = time.monotonic() - self._started
-        return {"schema": schema, "time": time.time(), "version": __version__, "uptime_seconds": uptime}
+        return {
+            "schema": schema,
+            "time": time.time(),
+            "version": __version__,
+            "uptime_seconds": uptime,
+        }
 
     @abstractmethod
     def snapshot(self) -> JsonObject:
-        """Collect what readers are shown. It reads the database, so it runs in a thread, once a second for all."""
+        """Collect what readers are shown. It reads the database, so it runs in a thread, once a
+        second for all.
+        """
 
     @abstractmethod
     def check_ready(self) -> None:
@@ -170,10 +188,14 @@ class Runtime(ABC):
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a call that blocks, in a thread kept for that, and wait for its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(function, *args, **kwargs)
+        )
 
     def load_model(self, load: "Callable[[], Deployment]") -> "Deployment | None":
-        """Load the model and begin to work with it, in the engine's thread; return None where that fails."""
+        """Load the model and begin to work with it, in the engine's thread; return None where that
+        fails.
+        """
         try:
             deployment = load()
             if self.closing.is_set():
@@ -204,16 +226,18 @@ class Runtime(ABC):
 class GroupCommit(LoopThread, Generic[Item, Kept]):
     """Writes items in a thread of its own, in the order in which they came. A subclass says how.
 
-    No more than ``most`` items wait at the same time, a share of them for each client; others are refused. What one
-    turn of the event loop puts there goes into one transaction, so that many share one wait for the disk. Were the
-    thread woken by the first item, it would wait with that item alone, and all others would wait twice.
+    No more than ``most`` items wait at the same time, a share of them for each client; others are
+    refused. What one turn of the event loop puts there goes into one transaction, so that many
+    share one wait for the disk. Were the thread woken by the first item, it would wait with that
+    item alone, and all others would wait twice.
     """
 
     def __init__(self, name: str, *, most: int) -> None:
         super().__init__(name)
         self._name = name
         self._queue: deque[tuple[Item, int, str | None, asyncio.Future[Kept]]] = deque()
-        self._places, self._bytes = Shares(most), Shares(MOST_BYTES)
+        self._places = Shares(most)
+        self._bytes = Shares(MOST_BYTES)
         self._waking = False
         self.failing = False
         """Whether nothing can be written now."""
@@ -232,14 +256,19 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         """Return the refusal of an item."""
 
     def check(self, client: str | None = None) -> None:
-        """Refuse what could not wait now: too much does, the disk takes nothing, or the thread is ending."""
+        """Refuse what could not wait now: too much does, the disk takes nothing, or the thread is
+        ending.
+        """
         if self.failing:
-            raise self._refusal("the last could not be written" if self.error else "the disk takes nothing")
+            raise self._refusal(
+                "the last could not be written" if self.error else "the disk takes nothing"
+            )
         with self._state:
             self._check_room(client, 0)
 
     async def put(self, item: Item, *, size: int = 0, client: str | None = None) -> Kept:
-        """Write a client's item of ``size`` bytes; return what ``_write`` tells of it. It is on disk when this returns.
+        """Write a client's item of ``size`` bytes; return what ``_write`` tells of it. It is on
+        disk when this returns.
 
         It is refused as :meth:`check` does, and written even if the wait for it is cancelled.
         """
@@ -274,11 +303,17 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
             if not taken or self._put_on_disk(taken):
                 self._try(partial(self._rest, bool(taken)))
 
-    def _put_on_disk(self, taken: "list[tuple[Item, int, str | None, asyncio.Future[Kept]]]") -> bool:
-        """Write items in one transaction and tell who waits for them; return whether they were written."""
+    def _put_on_disk(
+        self, taken: "list[tuple[Item, int, str | None, asyncio.Future[Kept]]]"
+    ) -> bool:
+        """Write items in one transaction and tell who waits for them; return whether they were
+        written.
+        """
         kept: list[Kept] = []
         fault = self._try(lambda: kept.extend(self._write([item for item, *_ in taken])))
-        told: Sequence[Kept | Refusal] = kept if fault is None else [self._refusal(fault) for _ in taken]
+        told: Sequence[Kept | Refusal] = (
+            kept if fault is None else [self._refusal(fault) for _ in taken]
+        )
         waiting = defaultdict(list)  # one call into each loop
         for (*_, future), result in zip(taken, told, strict=True):
             waiting[future.get_loop()].append((future, result))
@@ -288,17 +323,22 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
         return fault is None
 
     def _try(self, step: Callable[[], None]) -> str | None:
-        """Take a step, and note whether something can be written; return what was found if nothing can."""
+        """Take a step, and note whether something can be written; return what was found if nothing
+        can.
+        """
         try:
             step()
         except StorageError as error:
             fault = error.seen
-        except Exception as error:  # of any kind: without this thread, every caller would wait for ever
+        except (
+            Exception
+        ) as error:  # of any kind: without this thread, every caller would wait for ever
             log.exception("not written", thread=self._name)
             self.error = reason_of(error)[:300]
             fault = "it could not be written"
         else:
-            self.failing, self.error = False, None
+            self.failing = False
+            self.error = None
             return None
         if not self.failing:
             log.warning("what arrives is refused", reason=fault, thread=self._name)

@@ -36,25 +36,39 @@ log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384
 MAX_LINES = 256  # of a head
-MAX_CHUNKS, LEAST_CHUNK = 1024.0, 128  # of a body: smaller ones than this on average, and their bytes
+MAX_CHUNKS = 1024.0
+LEAST_CHUNK = 128  # of a body: smaller ones than this on average, and their bytes
 
 
 class ClientLimit:
-    """Answers with 429 what one client asks beside as many open requests as it may have, event streams among them.
+    """Answers with 429 what one client asks beside as many open requests as it may have, event
+    streams among them.
 
-    With 400 it answers what another server on the way may read otherwise: a body of two lengths, and two keys.
+    With 400 it answers what another server on the way may read otherwise: a body of two lengths,
+    and two keys.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._open = app, Shares(sys.maxsize, most)
+        self._app = app
+        self._open = Shares(sys.maxsize, most)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         client = client_of(scope["client"][0]) if scope.get("client") else None
-        app, names = self._app, [name for name, _ in scope.get("headers", ())]
-        if names.count(b"authorization") > 1 or (b"content-length" in names and b"transfer-encoding" in names):
+        app = self._app
+        names = [name for name, _ in scope.get("headers", ())]
+        if names.count(b"authorization") > 1 or (
+            b"content-length" in names and b"transfer-encoding" in names
+        ):
             wanted = "one authorization, and one of content-length and transfer-encoding"
-            app = answer(Refusal(400, "headers that contradict each other", wanted=wanted, do="send one of the two"))
+            app = answer(
+                Refusal(
+                    400,
+                    "headers that contradict each other",
+                    wanted=wanted,
+                    do="send one of the two",
+                )
+            )
             app.headers["connection"] = "close"  # what follows may be a part of the body
         with ExitStack() as held:
             try:
@@ -76,11 +90,14 @@ class _Lines(ReceiveBuffer):
 
 
 class _Connection(h11.Connection):
-    """HTTP/1.1 in which no kilobyte takes much longer than another: with few headers, and no body in tiny chunks."""
+    """HTTP/1.1 in which no kilobyte takes much longer than another: with few headers, and no body
+    in tiny chunks.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__(h11.SERVER, most)
-        self._receive_buffer, self._spare = _Lines(), 0.0
+        self._receive_buffer = _Lines()
+        self._spare = 0.0
 
     @override
     def next_event(self) -> Any:
@@ -95,15 +112,18 @@ class _Connection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """A connection that ends where no whole head comes in time, or where its client has its share of connections.
+    """A connection that ends where no whole head comes in time, or where its client has its share
+    of connections.
 
-    It also ends where many requests are sent before the first is answered: what waits would have no bound.
+    It also ends where many requests are sent before the first is answered: what waits would have no
+    bound.
     """
 
     def __init__(self, config: uvicorn.Config, *, connections: Shares, **about: Any) -> None:
         super().__init__(config, **about)
         self.conn = _Connection(config.h11_max_incomplete_event_size)  # type: ignore[arg-type]
-        self._shares, self._ahead = connections, 0
+        self._shares = connections
+        self._ahead = 0
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -114,7 +134,9 @@ class BoundedProtocol(H11Protocol):
         if not fits:
             transport.abort()
             return
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -130,7 +152,9 @@ class BoundedProtocol(H11Protocol):
                 self.transport.abort()
                 return
         # A part of a head must not end the wait for the whole of it, as it does in uvicorn.
-        timer, self.timeout_keep_alive_task, before = self.timeout_keep_alive_task, None, self.cycle
+        timer = self.timeout_keep_alive_task
+        self.timeout_keep_alive_task = None
+        before = self.cycle
         super().data_received(data)
         if self.cycle is before:
             self.timeout_keep_alive_task = timer
@@ -190,24 +214,38 @@ def bounded_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
-def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, runtime: Runtime | None = None) -> None:
-    """Run an application on a socket of :func:`listen` until SIGTERM or SIGINT, under the bounds of ``settings``.
+def run_app(
+    app: ASGIApp,
+    settings: ServerSettings,
+    listener: socket.socket,
+    *,
+    runtime: Runtime | None = None,
+) -> None:
+    """Run an application on a socket of :func:`listen` until SIGTERM or SIGINT, under the bounds of
+    ``settings``.
 
-    A ``runtime`` is told when the end begins, while connections are still open; it ends the server where its model
-    cannot be loaded. Where a thread of it still computes at the end, the process ends without returning: the
-    libraries below such a thread abort when Python takes them down.
+    A ``runtime`` is told when the end begins, while connections are still open; it ends the server
+    where its model cannot be loaded. Where a thread of it still computes at the end, the process
+    ends without returning: the libraries below such a thread abort when Python takes them down.
 
     Raises:
-        UsageError: The server did not start; the log says why. Or metrics would be shared with other processes.
+        UsageError: The server did not start; the log says why. Or metrics would be shared with
+            other processes.
         ModelError: The model could not be loaded.
     """
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # whose files outlive a restart, and mix two servers' counters
-        seen, wanted = "PROMETHEUS_MULTIPROC_DIR in the environment", "metrics of this process alone"
+    if (
+        "PROMETHEUS_MULTIPROC_DIR" in os.environ
+    ):  # whose files outlive a restart, and mix two servers' counters
+        seen = "PROMETHEUS_MULTIPROC_DIR in the environment"
+        wanted = "metrics of this process alone"
         raise UsageError(seen, wanted=wanted, do="start assay without it")
-    server = _Server(bounded_config(app, settings), runtime.closing if runtime else threading.Event())
+    server = _Server(
+        bounded_config(app, settings), runtime.closing if runtime else threading.Event()
+    )
 
     def on_loaded(loaded: Future[Any]) -> None:
-        # A collection that walks all of torch and transformers holds every request up, for a second and more.
+        # A collection that walks all of torch and transformers holds every request up, for a second
+        # and more.
         gc.freeze()
         if loaded.exception():
             server.handle_exit(signal.SIGTERM, None)
@@ -215,32 +253,41 @@ def run_app(app: ASGIApp, settings: ServerSettings, listener: socket.socket, *, 
     if runtime is not None:
         runtime.loaded.add_done_callback(on_loaded)
     host, port = listener.getsockname()[:2]
-    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", host=host, port=port)
+    log.info(
+        "serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}", host=host, port=port
+    )
     server.run(sockets=[listener])
     if not server.started:
-        raise UsageError(f"the service on {host}:{port} did not start", wanted="a start", do="see the log above")
+        raise UsageError(
+            f"the service on {host}:{port} did not start", wanted="a start", do="see the log above"
+        )
     log.info("stopped")
     if runtime is not None and runtime.loaded.done():
         runtime.loaded.result()
-    if runtime is not None and not runtime.ended:  # what it computes is not on disk, and will be computed again
+    if (
+        runtime is not None and not runtime.ended
+    ):  # what it computes is not on disk, and will be computed again
         sys.stderr.flush()
         os._exit(0)
 
 
 @contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Hold a socket for :func:`run_app`: before any file is opened, so that a port in use leaves none behind.
+    """Hold a socket for :func:`run_app`: before any file is opened, so that a port in use leaves
+    none behind.
 
     Raises:
         UsageError: The address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The soft limit on open files, which shells set to 1024, is raised: a thousand readers would use it up.
+    # The soft limit on open files, which shells set to 1024, is raised: a thousand readers would
+    # use it up.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    # With the protocol named, asyncio turns Nagle's algorithm off; without it, every answer waits 40 ms.
+    # With the protocol named, asyncio turns Nagle's algorithm off; without it, every answer waits
+    # 40 ms.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -248,7 +295,8 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
             wanted, flag = ("a free port", "--port") if of_port else ("an address", "--host")
-            seen, do = f"{host}:{port}: {error.strerror}", f"pass another {flag}"
+            seen = f"{host}:{port}: {error.strerror}"
+            do = f"pass another {flag}"
             raise UsageError(seen, wanted=f"{wanted} of this machine", do=do) from None
         yield listener
 

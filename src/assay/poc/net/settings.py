@@ -1,7 +1,8 @@
-"""The settings that every server of assay has: its directory, keys, bounds, and how it calls others and judges.
+"""The settings that every server of assay has: its directory, keys, bounds, and how it calls others
+and judges.
 
-A value comes from the argument of that name, else from the environment, else from the default. The setting
-``max_body`` is ``ASSAY_MAX_BODY`` in the environment.
+A value comes from the argument of that name, else from the environment, else from the default. The
+setting ``max_body`` is ``ASSAY_MAX_BODY`` in the environment.
 """
 
 import base64
@@ -35,7 +36,9 @@ def _words(value: Any) -> Any:
 
 
 def loaded_by(module: str, name: str, value: Any) -> Any:
-    """Return a value of a class of another module, or what that class loads from the file of this name; None as is."""
+    """Return a value of a class of another module, or what that class loads from the file of this
+    name; None as is.
+    """
     if value is None:
         return None
     wanted = getattr(importlib.import_module(module), name)
@@ -56,7 +59,9 @@ Count = Annotated[int, "NUMBER", Field(ge=1)]
 Bytes = Annotated[int, "BYTES", Field(ge=1)]
 Seconds = Annotated[float, "SECONDS", Field(ge=0, allow_inf_nan=False)]
 Chance = Annotated[float, "SHARE", Field(gt=0, lt=1)]
-_read_calibration = BeforeValidator(partial(loaded_by, "assay.poc.verdict.calibration", "Calibration"))
+_read_calibration = BeforeValidator(
+    partial(loaded_by, "assay.poc.verdict.calibration", "Calibration")
+)
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
@@ -70,19 +75,26 @@ class ServerSettings(assay.settings.Settings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
 
-    data_dir: Path = Field(Path("assay-data"), description="Directory of the database. One service runs per directory.")
-    api_key_file: Path | None = Field(None, description="File with keys that may do everything, one per line.")
+    data_dir: Path = Field(
+        Path("assay-data"), description="Directory of the database. One service runs per directory."
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with keys that may do everything, one per line."
+    )
     api_keys: Annotated[Words, Flag(("--api-key",), secret=True)] = _list(
         "--api-key", "Keys that may do everything. Those of the file are added to them."
     )
     validate_keys: Annotated[Words, Flag(("--validate-key",), secret=True)] = _list(
         "--validate-key", "Keys that may validate, submit artifact jobs and read."
     )
-    read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list("--read-key", "Keys that may only read.")
+    read_keys: Annotated[Words, Flag(("--read-key",), secret=True)] = _list(
+        "--read-key", "Keys that may only read."
+    )
     max_body: Bytes = Field(2**20, description="Largest body of a request.")
     max_bodies: Count = Field(
         2**26,
-        description="Memory for all bodies that are being received at the same time, an eighth of it for each address. "
+        description="Memory for all bodies that are being received at the same time, an eighth of "
+        "it for each address. "
         "Bodies below 64 KiB have a quarter as much beside it.",
     )
     max_connections: Count = Field(
@@ -90,36 +102,59 @@ class ServerSettings(assay.settings.Settings):
     )
     max_client_connections: Count = Field(
         512,
-        description="Connections, and requests, that one address, or one /64 of IPv6, has open at the same time. "
+        description="Connections, and requests, that one address, or one /64 of IPv6, has open at "
+        "the same time. "
         "Addresses of this machine are not bounded: a proxy on it names its clients.",
     )
-    max_header: Bytes = Field(2**16, description="Largest head of a request, all its headers included.")
+    max_header: Bytes = Field(
+        2**16, description="Largest head of a request, all its headers included."
+    )
     header_timeout: Seconds = Field(
-        10.0, description="Time in which the next request of a connection must begin, and its whole head arrive."
+        10.0,
+        description="Time in which the next request of a connection must begin, and its whole "
+        "head arrive.",
     )
     max_streams: Count = Field(32, description="Event streams that are open at the same time.")
-    max_client_streams: Count = Field(16, description="Event streams that one client has open at the same time.")
+    max_client_streams: Count = Field(
+        16, description="Event streams that one client has open at the same time."
+    )
     callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(
-        "--callback-secret", "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback."
+        "--callback-secret",
+        "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback.",
     )
     callback_timeout: Seconds = Field(10.0, description="Time that one delivery may take.")
     callback_concurrency: Count = Field(8, description="Deliveries that run at the same time.")
     allow_private_callbacks: bool = Field(
-        False, description="Whether callback URLs may point into private networks and to this machine."
+        False,
+        description="Whether callback URLs may point into private networks and to this machine.",
     )
-    drain: Seconds = Field(30.0, description="Time that a stopping service waits for the running batch.")
-    alpha: Chance | None = Field(None, description="Chance of ever accusing an honest node; else the pins', or 0.001.")
-    beta: Chance = Field(1e-2, description="Chance of passing a node that computes too many nonces cheaply.")
+    drain: Seconds = Field(
+        30.0, description="Time that a stopping service waits for the running batch."
+    )
+    alpha: Chance | None = Field(
+        None, description="Chance of ever accusing an honest node; else the pins', or 0.001."
+    )
+    beta: Chance = Field(
+        1e-2, description="Chance of passing a node that computes too many nonces cheaply."
+    )
     calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
-        None, description="Measured honest noise, or its file; else that of pins, or the bundled model."
+        None,
+        description="Measured honest noise, or its file; else that of pins, or the bundled model.",
     )
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         check_secrets(self.callback_secrets)
-        if any(not key.isascii() or len(key) < 16 for key in self.api_keys + self.validate_keys + self.read_keys):
-            seen, wanted = "an API key of fewer than 16 ASCII characters", "a key that cannot be guessed"
-            do = "choose another; make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        if any(
+            not key.isascii() or len(key) < 16
+            for key in self.api_keys + self.validate_keys + self.read_keys
+        ):
+            seen = "an API key of fewer than 16 ASCII characters"
+            wanted = "a key that cannot be guessed"
+            do = (
+                "choose another; make one: python -c 'import secrets; "
+                "print(secrets.token_urlsafe(32))'"
+            )
             raise UsageError(seen, wanted=wanted, do=do)
 
     @field_validator("api_keys", mode="after")
@@ -135,7 +170,8 @@ class ServerSettings(assay.settings.Settings):
             do = "correct --api-key-file or ASSAY_API_KEY_FILE"
             raise UsageError(f"the key file {fault}", wanted="a text file", do=do) from None
         if not found:  # its owner believes that the service has one
-            seen, do = f"the key file {path} without a key", "write one into it, or leave --api-key-file out"
+            seen = f"the key file {path} without a key"
+            do = "write one into it, or leave --api-key-file out"
             raise UsageError(seen, wanted="a key on each line", do=do)
         return keys + found
 
@@ -162,10 +198,11 @@ def check_host(host: str, settings: ServerSettings) -> None:
 
 
 def check_secrets(secrets: Sequence[str]) -> list[bytes]:
-    """Return the bytes of webhook secrets; refuse those outside 24 to 64 bytes. The message does not show them.
+    """Return the bytes of webhook secrets; refuse those outside 24 to 64 bytes. The message does
+    not show them.
 
-    Standard Webhooks drops characters of another alphabet, such as those of base64url, so that two sides that decode
-    differently would have two secrets. Here they are refused.
+    Standard Webhooks drops characters of another alphabet, such as those of base64url, so that two
+    sides that decode differently would have two secrets. Here they are refused.
     """
     found = []
     for secret in secrets:
@@ -175,9 +212,13 @@ def check_secrets(secrets: Sequence[str]) -> list[bytes]:
         except ValueError:
             key = b""
         if not 24 <= len(key) <= 64:
-            seen, wanted = "a callback secret that cannot be used", "whsec_ and the base64 of 24 to 64 random bytes"
+            seen = "a callback secret that cannot be used"
+            wanted = "whsec_ and the base64 of 24 to 64 random bytes"
             code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
-            do = f"choose another, in the alphabet with + and / and not with - and _; make one: python -c '{code}'"
+            do = (
+                f"choose another, in the alphabet with + and / and not with - and _; make one: "
+                f"python -c '{code}'"
+            )
             raise UsageError(seen, wanted=wanted, do=do)
         found.append(key)
     return found

@@ -18,12 +18,13 @@ class Shares:
 
     Without a ``share``, :func:`fair_share` says it.
 
-    A client is a key that was checked, or an address as :func:`client_of` returns it. None is this machine, which has
-    no bound of its own: a proxy on it asks for all its clients.
+    A client is a key that was checked, or an address as :func:`client_of` returns it. None is this
+    machine, which has no bound of its own: a proxy on it asks for all its clients.
     """
 
     def __init__(self, most: int, share: int | None = None) -> None:
-        self.most, self._share = most, share
+        self.most = most
+        self._share = share
         self._held: Counter[str] = Counter()
         self._all = 0
 
@@ -50,11 +51,19 @@ class Shares:
             del self._held[client]  # or the addresses of all who ever came would stay in memory
 
     @contextmanager
-    def held(self, client: str | None, what: str, *, do: str, retry_after: int | None = None) -> Iterator[None]:
-        """Count one more until the block ends; refuse with 429 what a client may not hold more of."""
+    def held(
+        self, client: str | None, what: str, *, do: str, retry_after: int | None = None
+    ) -> Iterator[None]:
+        """Count one more until the block ends; refuse with 429 what a client may not hold more
+        of.
+        """
         if not self.fits(client):
-            seen = f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
-            raise Refusal(429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after)
+            seen = (
+                f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
+            )
+            raise Refusal(
+                429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after
+            )
         self.take(client)
         try:
             yield
@@ -63,26 +72,33 @@ class Shares:
 
 
 def fair_share(most: int, others: int) -> int:
-    """Return how much one client may hold beside ``others``: half of what those leave, so n have n / (n + 1)."""
+    """Return how much one client may hold beside ``others``: half of what those leave, so n have n
+    / (n + 1).
+    """
     return (most - others + 1) // 2
 
 
 def disk_room(folder: Path) -> int:
-    """Return the bytes that clients may fill of a disk; a sixteenth, 256 MiB at most, is for what the server writes."""
+    """Return the bytes that clients may fill of a disk; a sixteenth, 256 MiB at most, is for what
+    the server writes.
+    """
     found = shutil.disk_usage(folder)
     return max(0, found.free - min(found.total // 16, 2**28))
 
 
 def room_of(client: str | None, most: int, held: int, own: int) -> int:
-    """Return how much more a client may hold where all hold so much, of which so much is its own."""
+    """Return how much more a client may hold where all hold so much, of which so much is its
+    own.
+    """
     return most - held if client is None else min(most - held, fair_share(most, held - own) - own)
 
 
 def client_of(address: str) -> str | None:
-    """Return by what an address is counted, however it is spelled; None for an address of this machine.
+    """Return by what an address is counted, however it is spelled; None for an address of this
+    machine.
 
-    Of IPv6 a client has a whole /64. A proxy on this machine names its client in ``X-Forwarded-For``, which the server
-    reads from there only.
+    Of IPv6 a client has a whole /64. A proxy on this machine names its client in
+    ``X-Forwarded-For``, which the server reads from there only.
     """
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
@@ -92,4 +108,8 @@ def client_of(address: str) -> str | None:
         found = found.ipv4_mapped or found
     if found.is_loopback:
         return None
-    return str(found) if found.version == 4 else str(ipaddress.ip_network((int(found), 64), strict=False))
+    return (
+        str(found)
+        if found.version == 4
+        else str(ipaddress.ip_network((int(found), 64), strict=False))
+    )

@@ -1,11 +1,13 @@
 """What a block fixes for all of its nonces: the random head, folded onto the target.
 
-The cosine of a nonce with the target t is t·Wx/‖Wx‖ = v·x/‖Wx‖, with v = Wᵀt and W the random head. W has far more rows
-than columns, so ‖Wx‖ is all but ‖x‖·√V, and whatever moves a distance moves it along v. Head and target are drawn for
-the block, so v is the same for every nonce and every node of it. Honest noise δ of a state moves a distance by v·δ: it
-is proportional to the length of v, which differs between blocks by 1/√(2D). The states themselves have most of their
-energy in few coordinates, where signs leave it and reflections leave most of it. So the spread of a block's distances
-follows the length of v *under that energy*, and differs more (:class:`assay.stats.BlockLaw`).
+The cosine of a nonce with the target t is t·Wx/‖Wx‖ = v·x/‖Wx‖, with v = Wᵀt and W the random head.
+W has far more rows than columns, so ‖Wx‖ is all but ‖x‖·√V, and whatever moves a distance moves it
+along v. Head and target are drawn for the block, so v is the same for every nonce and every node of
+it. Honest noise δ of a state moves a distance by v·δ: it is proportional to the length of v, which
+differs between blocks by 1/√(2D). The states themselves have most of their energy in few
+coordinates, where signs leave it and reflections leave most of it. So the spread of a block's
+distances follows the length of v *under that energy*, and differs more
+(:class:`assay.stats.BlockLaw`).
 
 Legend of shapes: N nonces, D hidden size, V rows of the random head.
 """
@@ -39,17 +41,23 @@ def folded_head(round: Round, hidden_size: int) -> FloatArray:
     """
     if not 1 <= hidden_size <= MAX_HIDDEN_SIZE:
         raise UsageError(
-            f"hidden size {hidden_size}", wanted=f"a whole number in [1, {MAX_HIDDEN_SIZE}]", do="pass the model's own"
+            f"hidden size {hidden_size}",
+            wanted=f"a whole number in [1, {MAX_HIDDEN_SIZE}]",
+            do="pass the model's own",
         )
-    # The texts of head and target hold the block and nothing else of a round: nodes of a block share the work.
-    return _folded(Round(block_hash=round.block_hash, public_key="-", preset=round.preset), hidden_size).copy()
+    # The texts of head and target hold the block and nothing else of a round: nodes of a block
+    # share the work.
+    return _folded(
+        Round(block_hash=round.block_hash, public_key="-", preset=round.preset), hidden_size
+    ).copy()
 
 
 def block_scale(round: Round, hidden_size: int) -> float:
-    """Return the length of a block's folded head over its mean, √2·Γ((D + 1)/2)/Γ(D/2); 1.0 without a random head.
+    """Return the length of a block's folded head over its mean, √2·Γ((D + 1)/2)/Γ(D/2); 1.0 without
+    a random head.
 
-    The mean over blocks is one and the standard deviation 1/√(2D). Honest noise of the distances of a block is
-    proportional to it. Only block and preset of the round matter.
+    The mean over blocks is one and the standard deviation 1/√(2D). Honest noise of the distances of
+    a block is proportional to it. Only block and preset of the round matter.
 
     Raises:
         UsageError: The preset is unknown, or the size of the state is not in [1, 65536].
@@ -69,12 +77,14 @@ def block_scale(round: Round, hidden_size: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFactor:
-    """How much wider the distances of a block are than the chord law, by its head and a model's hidden states.
+    """How much wider the distances of a block are than the chord law, by its head and a model's
+    hidden states.
 
     Args:
         value: Factor γ, the standard deviation of the block's cosines over that of the law.
         error: Standard error of the factor, from the number of states.
-        effective_dimension: Effective dimension of the states in front of the head, which holds for every block.
+        effective_dimension: Effective dimension of the states in front of the head, which holds for
+            every block.
         n: Number of states measured.
     """
 
@@ -91,11 +101,12 @@ class BlockFactor:
 
 
 def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
-    """Predict how wide the distances of a block are from two or more states of the model, of any nonces of any block.
+    """Predict how wide the distances of a block are from two or more states of the model, of any
+    nonces of any block.
 
-    Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in random hyperplanes
-    bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of them. Then γ² is the mean of Σ vᵢ²eᵢ over
-    the states.
+    Signs drawn per nonce leave the share eᵢ of a state's energy in its coordinate. Reflections in
+    random hyperplanes bring it to c·eᵢ + (1 − c)/D, with c = 1 − 4/D + 8/(D(D + 2)) for each of
+    them. Then γ² is the mean of Σ vᵢ²eᵢ over the states.
 
     Raises:
         UsageError: The preset has no signs or no random head.
@@ -103,7 +114,9 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     pipeline = get_pipeline(round.preset)
     if not has_block_factor(pipeline):
         wanted = "one with signs and a random head: in others a block has a mean of its own"
-        raise UsageError(f"preset {round.preset}", wanted=wanted, do="use --preset poc-2.0, or leave --model out")
+        raise UsageError(
+            f"preset {round.preset}", wanted=wanted, do="use --preset poc-2.0, or leave --model out"
+        )
     n, size = states_ND.shape
     energy_ND = states_ND.astype(np.float64) ** 2
     energy_ND /= energy_ND.sum(axis=1, keepdims=True)
@@ -114,7 +127,9 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     value = math.sqrt(float(squares_N.mean()))
     error = float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value)
     total_D = energy_ND.sum(axis=0)
-    products = float(total_D @ total_D - (energy_ND**2).sum())  # of the energies of two different states
+    products = float(
+        total_D @ total_D - (energy_ND**2).sum()
+    )  # of the energies of two different states
     return BlockFactor(value=value, error=error, effective_dimension=n * (n - 1) / products, n=n)
 
 

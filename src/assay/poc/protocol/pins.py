@@ -1,4 +1,5 @@
-"""What a validator pins of a proof, whose header the prover wrote, and what it takes on the prover's word.
+"""What a validator pins of a proof, whose header the prover wrote, and what it takes on the
+prover's word.
 
 A build says which engines a network allows, as what their fingerprints may say.
 """
@@ -22,14 +23,16 @@ _PLUS = "+"
 _OF_WEIGHTS = (*streams.DTYPES, *NUMBER_FORMATS)
 
 FORMATS = (*_OF_WEIGHTS, *(f"{one}{_PLUS}{cache}" for cache in CACHES for one in _OF_WEIGHTS))
-"""Every number format that a fingerprint may name: that of the weights, and after a plus that of a cache.
+"""Every number format that a fingerprint may name: that of the weights, and after a plus that of a
+cache.
 
 Honest noise is that of the format, so the name has whatever moves results as far as a format does.
 """
 
 
 def with_cache(dtype: str, cache: str) -> str:
-    """Return the number format of an engine whose cache is in a format of its own; ``cache`` is empty where it is not.
+    """Return the number format of an engine whose cache is in a format of its own; ``cache`` is
+    empty where it is not.
 
     Example:
         >>> with_cache("bfloat16", "fp8_e4m3-cache"), with_cache("bfloat16", "")
@@ -39,7 +42,8 @@ def with_cache(dtype: str, cache: str) -> str:
 
 
 def of_weights(dtype: str) -> str:
-    """Return the part of a number format that says how the weights are stored, in which a model is loaded.
+    """Return the part of a number format that says how the weights are stored, in which a model is
+    loaded.
 
     Example:
         >>> of_weights("bfloat16+fp8_e4m3-cache")
@@ -63,18 +67,23 @@ def _known(text: str) -> str:
     return text
 
 
-OneOrMore = (Field(min_length=1), BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value))
+OneOrMore = (
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str | int) else value),
+)
 Words = Annotated[tuple[Annotated[Text, AfterValidator(_not_empty)], ...], *OneOrMore]
 Counts = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)] | Literal["*"], ...], *OneOrMore]
 Formats = Annotated[tuple[Annotated[str, BeforeValidator(_known)], ...], *OneOrMore]
 
 
 class Build(BaseModel):
-    """One build that may prove a model: for every field of a fingerprint the values that are allowed.
+    """One build that may prove a model: for every field of a fingerprint the values that are
+    allowed.
 
-    A value is a text, or a list of which each will do. ``"*"`` allows any, and a text that ends with ``*`` any that
-    begins so, such as ``"2.9.*"``. The dtype has no wildcard: honest noise is that of the number format, so a prover
-    that may choose it chooses how wide the law is. Positions of a nonce belong to the round.
+    A value is a text, or a list of which each will do. ``"*"`` allows any, and a text that ends
+    with ``*`` any that begins so, such as ``"2.9.*"``. The dtype has no wildcard: honest noise is
+    that of the number format, so a prover that may choose it chooses how wide the law is. Positions
+    of a nonce belong to the round.
 
     Args:
         name: Name of the build, for people.
@@ -86,8 +95,8 @@ class Build(BaseModel):
         threads: Numbers of CPU threads; 0 on a GPU.
         torch: Versions of torch.
         library: Libraries that run the model, with their versions.
-        kernels: Choices beside the defaults of the library, each list of them as one text, joined by commas; ``""``
-            for none.
+        kernels: Choices beside the defaults of the library, each list of them as one text, joined
+            by commas; ``""`` for none.
 
     Example:
         >>> known = {"name": "H100", "engine": "vllm", "device": "NVIDIA H100*", "dtype": "bfloat16"}
@@ -114,7 +123,8 @@ class Build(BaseModel):
         """Return the build that allows this fingerprint alone, at any number of positions.
 
         Raises:
-            UsageError: A text of the fingerprint is a wildcard or cannot be printed, or its dtype is no number format.
+            UsageError: A text of the fingerprint is a wildcard or cannot be printed, or its dtype
+                is no number format.
         """
         stated = describe_build(fingerprint)
         odd = [field for field, value in stated.items() if str(value).endswith(ANY)]
@@ -123,13 +133,20 @@ class Build(BaseModel):
         except ValidationError as error:
             odd = [str(error.errors()[0]["loc"][0]), *odd]
         if odd:
-            seen, wanted = f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}", "the plain words of an engine"
-            raise UsageError(seen, wanted=wanted, do="take the build from an honest proof of this version")
+            seen = f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}"
+            wanted = "the plain words of an engine"
+            raise UsageError(
+                seen, wanted=wanted, do="take the build from an honest proof of this version"
+            )
         return build
 
     def differing(self, fingerprint: Fingerprint) -> tuple[str, ...]:
         """Return the names of the fields in which a fingerprint is not of this build."""
-        return tuple(name for name, value in describe_build(fingerprint).items() if not self.allows(name, value))
+        return tuple(
+            name
+            for name, value in describe_build(fingerprint).items()
+            if not self.allows(name, value)
+        )
 
     def allows(self, name: str, value: str | int) -> bool:
         """Return whether a field of a fingerprint may have a value."""
@@ -138,7 +155,11 @@ class Build(BaseModel):
     @property
     def free(self) -> tuple[str, ...]:
         """Names of the fields with a wildcard."""
-        return tuple(name for name in FIELDS if any(str(value).endswith(ANY) for value in getattr(self, name)))
+        return tuple(
+            name
+            for name in FIELDS
+            if any(str(value).endswith(ANY) for value in getattr(self, name))
+        )
 
 
 FIELDS = tuple(name for name in Build.model_fields if name != "name")
@@ -150,8 +171,12 @@ def describe_build(fingerprint: Fingerprint) -> dict[str, str | int]:
     return values | {"kernels": SEPARATOR.join(fingerprint.kernels)}
 
 
-def nearest_build(builds: Sequence[Build], fingerprint: Fingerprint) -> tuple[Build | None, tuple[str, ...]]:
-    """Return the build that an engine is nearest to, None without any, and the fields in which it differs."""
+def nearest_build(
+    builds: Sequence[Build], fingerprint: Fingerprint
+) -> tuple[Build | None, tuple[str, ...]]:
+    """Return the build that an engine is nearest to, None without any, and the fields in which it
+    differs.
+    """
     found = ((build, build.differing(fingerprint)) for build in builds)
     return min(found, key=lambda pair: len(pair[1]), default=(None, ()))
 
@@ -170,10 +195,11 @@ LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute 
 class Pins:
     """Values that a validator knows before it reads a proof; None where it gives nothing.
 
-    A value that is not given is accepted at its published default: preset ``poc-2.0``, 256 positions, 32-bit seeds,
-    r_target 1.416, node 0 of 1, at least 32 consecutive nonces of the share from any position on, and a number format
-    of the preset, or any dtype where the preset names none. The block and the key have no default. Whatever is neither
-    given nor at its default is taken on the prover's word, and :meth:`unpinned` names it.
+    A value that is not given is accepted at its published default: preset ``poc-2.0``, 256
+    positions, 32-bit seeds, r_target 1.416, node 0 of 1, at least 32 consecutive nonces of the
+    share from any position on, and a number format of the preset, or any dtype where the preset
+    names none. The block and the key have no default. Whatever is neither given nor at its default
+    is taken on the prover's word, and :meth:`unpinned` names it.
 
     Args:
         block_hash: Block that seeds the round.
@@ -181,7 +207,8 @@ class Pins:
         block_height: Height of the block; part of no seed, so nothing depends on it.
         node_id: Share of the node, from 0.
         node_count: Number of nodes that share the nonces of the key.
-        model: Reference that the header must state; the checkpoint itself is compared by its digest.
+        model: Reference that the header must state; the checkpoint itself is compared by its
+            digest.
         preset: Name of a row of :data:`assay.poc.PIPELINES`.
         seq_len: Number of positions of a nonce.
         r_target: Distance below which a nonce is valid.
@@ -191,7 +218,8 @@ class Pins:
         digest: SHA-256 of the tensors of the checkpoint.
         weights: Weight mode of the model.
         builds: Builds of which the prover's engine must be one; they name its number format.
-        fewest_nonces: Number of nonces of the smallest proof; they are consecutive in the share, from any position on.
+        fewest_nonces: Number of nonces of the smallest proof; they are consecutive in the share,
+            from any position on.
 
     Raises:
         UsageError: A value is out of range.
@@ -217,21 +245,35 @@ class Pins:
     def __post_init__(self) -> None:
         if self.preset is not None:
             object.__setattr__(self, "preset", get_pipeline(self.preset).name)
-        placeholders: dict[str, Any] = {"block_hash": "any", "public_key": "any", "node_count": MAX_NONCE}
-        given = {name: value for name in Round.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        placeholders: dict[str, Any] = {
+            "block_hash": "any",
+            "public_key": "any",
+            "node_count": MAX_NONCE,
+        }
+        given = {
+            name: value
+            for name in Round.__dataclass_fields__
+            if (value := getattr(self, name)) is not None
+        }
         round = Round(**(placeholders | given))
         if self.strength is not None:
-            object.__setattr__(self, "strength", round.strength)  # a preset with versioned texts always has 256
+            object.__setattr__(
+                self, "strength", round.strength
+            )  # a preset with versioned texts always has 256
         if self.prover_dtype is not None and self.prover_dtype not in FORMATS:
             raise UsageError(
-                f"number format {self.prover_dtype!r:.40}", wanted=" or ".join(FORMATS), do="choose one of them"
+                f"number format {self.prover_dtype!r:.40}",
+                wanted=" or ".join(FORMATS),
+                do="choose one of them",
             )
         if self.digest is not None:
             check_digest("digest", self.digest)
         if self.fewest_nonces is not None:
             check_number("fewest_nonces", self.fewest_nonces, 1, MAX_COUNT)
         if self.builds is not None and not self.builds:
-            raise UsageError("no build at all", wanted="at least one", do="leave builds out to allow any")
+            raise UsageError(
+                "no build at all", wanted="at least one", do="leave builds out to allow any"
+            )
 
     @classmethod
     def of(cls, round: Round) -> "Pins":
@@ -251,70 +293,104 @@ class Pins:
         return tuple(dict.fromkeys(dtype for build in self.builds or () for dtype in build.dtype))
 
     def build_of(self, fingerprint: Fingerprint) -> str:
-        """Return the name of the pinned build that an engine is, or its number format where none is pinned."""
+        """Return the name of the pinned build that an engine is, or its number format where none is
+        pinned.
+        """
         names = (build.name for build in self.builds or () if not build.differing(fingerprint))
         return next(filter(None, names), fingerprint.dtype)
 
     def joined(self, other: "Pins", source: str) -> "Pins":
-        """Return the pins of both; a UsageError names the flag of a value that differs, and our source."""
+        """Return the pins of both; a UsageError names the flag of a value that differs, and our
+        source.
+        """
         theirs = {name: getattr(other, name) for name in other.given}
         ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
         odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
-        if other.prover_dtype is not None and self.formats and other.prover_dtype not in self.formats:
-            odd, ours = [*odd, "prover_dtype"], ours | {"prover_dtype": " or ".join(self.formats)}
+        if (
+            other.prover_dtype is not None
+            and self.formats
+            and other.prover_dtype not in self.formats
+        ):
+            odd = [*odd, "prover_dtype"]
+            ours = ours | {"prover_dtype": " or ".join(self.formats)}
         if odd:
             name = odd[0]
             seen = f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}"
             wanted = f"{name} {ours[name]!s:.60}, as the network agreed there"
-            raise UsageError(seen, wanted=wanted, do="leave the flag out, or correct one of the two")
+            raise UsageError(
+                seen, wanted=wanted, do="leave the flag out, or correct one of the two"
+            )
         return replace(self, **theirs)
 
     def differing(self, round: Round) -> tuple[str, ...]:
         """Return the names of the values of a round that contradict a pin."""
         pinned = (name for name in Round.__dataclass_fields__ if getattr(self, name) is not None)
-        return tuple(name for name in pinned if getattr(self, name) != _named(name, getattr(round, name)))
+        return tuple(
+            name for name in pinned if getattr(self, name) != _named(name, getattr(round, name))
+        )
 
     def check(self, header: Header) -> None:
-        """Refuse a header that contradicts a pin, or asks for far more work than is usual, with a ProofMismatch."""
+        """Refuse a header that contradicts a pin, or asks for far more work than is usual, with a
+        ProofMismatch.
+        """
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header, claims[name]):
                 seen = f"a proof with {name} {claims[name]!r:.60}"
-                do = f"ask the node for its proof of this round, or correct --{name.replace('_', '-')}"
-                raise ProofMismatch(seen, wanted=f"{name} {getattr(self, name)!r:.60}", do=do, field=name)
+                do = (
+                    f"ask the node for its proof of this round, or correct "
+                    f"--{name.replace('_', '-')}"
+                )
+                raise ProofMismatch(
+                    seen, wanted=f"{name} {getattr(self, name)!r:.60}", do=do, field=name
+                )
         formats = header.pipeline.number_formats
         self.check_engine(header.fingerprint, f"a proof of {header.pipeline.name}", formats)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
             seen = f"a proof with seq_len {header.round.seq_len}, which nothing pins"
-            wanted = f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its validator"
+            wanted = (
+                f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its "
+                f"validator"
+            )
             do = f"if the network agreed on that length, pass --seq-len {header.round.seq_len}"
             raise ProofMismatch(seen, wanted=wanted, do=do, field="seq_len")
 
     def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
-        """Refuse an engine of another number format or build; a ProofMismatch names what differs, stated and wanted.
+        """Refuse an engine of another number format or build; a ProofMismatch names what differs,
+        stated and wanted.
 
-        ``owner`` was made by the engine, and ``default`` are the formats that are allowed where nothing is pinned, any
-        when empty.
+        ``owner`` was made by the engine, and ``default`` are the formats that are allowed where
+        nothing is pinned, any when empty.
         """
         formats = self.formats or default
         if formats and stated.dtype not in formats:
             raise ProofMismatch(
                 f"{owner} made in {stated.dtype}",
                 wanted=f"one made in {' or '.join(formats)}",
-                do=f"ask the node to prove in {formats[0]}; only if the network agreed on {stated.dtype}: "
+                do=f"ask the node to prove in {formats[0]}; only if the network agreed on "
+                f"{stated.dtype}: "
                 f"--prover-dtype {stated.dtype}",
                 field="prover_dtype",
             )
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
             said = describe_build(stated)
-            seen = f"{owner} made on another build: " + ", ".join(f"{name} {said[name]!r:.60}" for name in odd)
-            wanted = ", ".join(f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd)
-            do = "ask the node to prove on a build that the network agreed on; if it agreed on this one, add it"
+            seen = f"{owner} made on another build: " + ", ".join(
+                f"{name} {said[name]!r:.60}" for name in odd
+            )
+            wanted = ", ".join(
+                f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd
+            )
+            do = (
+                "ask the node to prove on a build that the network agreed on; if it agreed on "
+                "this one, add it"
+            )
             raise ProofMismatch(seen, wanted=wanted, do=do, field="builds")
 
     def _holds(self, name: str, header: Header, claim: Any) -> bool:
-        """Return whether a claim of a header agrees with a value that is pinned; the engine is compared elsewhere."""
+        """Return whether a claim of a header agrees with a value that is pinned; the engine is
+        compared elsewhere.
+        """
         wanted = getattr(self, name)
         if name == "nonces":
             return _equal(wanted, list(header.all_nonces()))
@@ -323,21 +399,32 @@ class Pins:
         return name in ("builds", "prover_dtype") or bool(_named(name, claim) == wanted)
 
     def unpinned(self, header: Header) -> tuple[str, ...]:
-        """Return the names of the values that are taken on the prover's word: not pinned, and not at their default."""
-        round, pipeline, formats = header.round, header.pipeline, header.pipeline.number_formats or streams.DTYPES
+        """Return the names of the values that are taken on the prover's word: not pinned, and not
+        at their default.
+        """
+        round, pipeline, formats = (
+            header.round,
+            header.pipeline,
+            header.pipeline.number_formats or streams.DTYPES,
+        )
         at_default = {
             "block_hash": False,
             "public_key": False,
             "preset": pipeline.name == Round.preset,
             "seq_len": round.seq_len == Round.seq_len,
             "strength": round.versioned or round.strength == Round.strength,
-            "r_target": pipeline.output != "distance" or round.r_target == Round.r_target,  # others have none
+            "r_target": pipeline.output != "distance"
+            or round.r_target == Round.r_target,  # others have none
             "node_id": round.node_id == Round.node_id,
             "node_count": round.node_count == Round.node_count,
             "nonces": self.fewest_nonces is not None or _in_a_row(header, FEWEST_NONCES),
             "prover_dtype": bool(self.formats) or header.fingerprint.dtype in formats,
         }
-        return tuple(name for name, default in at_default.items() if not default and getattr(self, name) is None)
+        return tuple(
+            name
+            for name, default in at_default.items()
+            if not default and getattr(self, name) is None
+        )
 
 
 def _named(name: str, value: Any) -> Any:
@@ -358,9 +445,16 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:
-    """Refuse to measure in fewer nonces than show the tail of the noise, or in no, unknown or repeated formats."""
+    """Refuse to measure in fewer nonces than show the tail of the noise, or in no, unknown or
+    repeated formats.
+    """
     if blocks * nonces < 256 or min(blocks, nonces) < 1:
-        raise UsageError(f"{blocks} blocks with {nonces} nonces", wanted="at least 256 in all", do="leave both out")
+        raise UsageError(
+            f"{blocks} blocks with {nonces} nonces",
+            wanted="at least 256 in all",
+            do="leave both out",
+        )
     if not formats or len(set(formats) & set(FORMATS)) < len(formats):
-        seen, wanted = f"the number formats {', '.join(formats) or 'none'}", f"each once of {', '.join(FORMATS)}"
+        seen = f"the number formats {', '.join(formats) or 'none'}"
+        wanted = f"each once of {', '.join(FORMATS)}"
         raise UsageError(seen, wanted=wanted, do="correct --formats, or leave it out")

@@ -75,7 +75,9 @@ class RoundPins(Table):
     # distance below which a nonce is valid; left out with a preset that publishes vectors
     r_target: Annotated[float, Field(strict=True)] | None = None
     node_count: Count  # number of machines of one key among which its nonces are dealt out
-    fewest_nonces: Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]  # number of nonces of the smallest proof
+    fewest_nonces: Annotated[
+        int, Field(strict=True, ge=1, le=MAX_COUNT)
+    ]  # number of nonces of the smallest proof
     block_hash: Value | None = None  # block of the round, where the file is written for one
     block_height: Index | None = None  # height of that block
     # positions ``[first, end]`` in the share that a proof must hold; any consecutive ones when None
@@ -86,17 +88,25 @@ class Accepted(Table):
     """How many accounts a network has, and how many of honest nodes may be convicted in all."""
 
     nodes: Count  # number of accounts that there will ever be, with those of further keys, models and builds of a node
-    false_convictions: Annotated[float, Field(strict=True, gt=0)]  # honest ones that are convicted, in expectation
+    false_convictions: Annotated[
+        float, Field(strict=True, gt=0)
+    ]  # honest ones that are convicted, in expectation
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
         """Return what a setting K/N says, such as 1/100000, or None for None; a UsageError for another text."""
         convictions, _, nodes = (text or "").partition("/")
         try:
-            return None if text is None else cls(nodes=int(nodes), false_convictions=float(convictions))
+            return (
+                None
+                if text is None
+                else cls(nodes=int(nodes), false_convictions=float(convictions))
+            )
         except ValueError:
             wanted = "false convictions of honest nodes over all nodes, fewer of the former"
-            raise UsageError(f"--false-convictions {text:.60}", wanted=wanted, do="write, say, 1/100000") from None
+            raise UsageError(
+                f"--false-convictions {text:.60}", wanted=wanted, do="write, say, 1/100000"
+            ) from None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -161,7 +171,9 @@ def _unfilled(value: Any, place: str = "") -> Iterator[str]:
 def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     """Return the first fault of a file in three parts, naming the key by its place."""
     faults = error.errors(include_url=False)
-    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]  # a mistyped key misses as well
+    unknown = [
+        fault for fault in faults if fault["type"] == "extra_forbidden"
+    ]  # a mistyped key misses as well
     fault = (unknown or faults)[0]
     tables: dict[Any, type[BaseModel]] = {
         "network": Accepted, "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build,
@@ -171,7 +183,9 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     table = next((tables[step] for step in reversed(steps[:-1]) if step in tables), NetworkPins)
     while not unknown and isinstance(steps[-1], str) and steps[-1] not in table.model_fields:
         steps.pop()  # the words of a union, which are no keys
-    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+    place = "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps
+    ).removeprefix(".")
     name = place.rpartition(".")[2]
     if unknown:
         near = get_close_matches(name, table.model_fields, n=1)
@@ -185,7 +199,11 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
         do = f'write it; {name} = "*" allows any' if free else "write it: see docs/pins.md"
         return DataError(f"{path}: no {place}", wanted="a value for it", do=do)
     wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return DataError(f"{path}: {place} is {fault['input']!r:.60}", wanted=wanted, do="correct it: see docs/pins.md")
+    return DataError(
+        f"{path}: {place} is {fault['input']!r:.60}",
+        wanted=wanted,
+        do="correct it: see docs/pins.md",
+    )
 
 
 class NetworkPins(Table):
@@ -241,10 +259,15 @@ class NetworkPins(Table):
             do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
             raise DataError(f"{path}: schema {schema!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
         for place in _unfilled(tables):
-            seen, wanted = f'{path}: {place} is still "{UNFILLED}"', "the value that the network agreed on"
-            raise DataError(seen, wanted=wanted, do='write it there; docs/pins.md says where "*" allows any')
+            seen = f'{path}: {place} is still "{UNFILLED}"'
+            wanted = "the value that the network agreed on"
+            raise DataError(
+                seen, wanted=wanted, do='write it there; docs/pins.md says where "*" allows any'
+            )
         try:
-            read = cls.model_validate({name: value for name, value in tables.items() if name != "schema"})
+            read = cls.model_validate(
+                {name: value for name, value in tables.items() if name != "schema"}
+            )
         except ValidationError as error:
             raise _fault_of(error, path) from None
         except AssayError as error:
@@ -254,19 +277,31 @@ class NetworkPins(Table):
 
     def model_post_init(self, context: Any) -> None:
         """Refuse values that are possible alone and impossible together."""
-        asked, pipeline = self.round, get_pipeline(self.round.preset)
+        asked = self.round
+        pipeline = get_pipeline(self.round.preset)
         if (asked.r_target is None) is (pipeline.output == "distance"):
             seen = f"round.r_target {asked.r_target} with preset {pipeline.name}"
-            wanted = "a distance" if asked.r_target is None else "none: only distances have a target"
+            wanted = (
+                "a distance" if asked.r_target is None else "none: only distances have a target"
+            )
             raise UsageError(seen, wanted=wanted, do="correct one of the two")
-        if pipeline.framed and (bare := [model.reference for model in self.models if model.frame is None]):
+        if pipeline.framed and (
+            bare := [model.reference for model in self.models if model.frame is None]
+        ):
             do = "make it with `assay poc frame`, and pin it: `assay poc pins new --frame`"
-            raise UsageError(f"preset {pipeline.name} and no frame of {bare[0]:.80}", wanted="[models.frame]", do=do)
+            raise UsageError(
+                f"preset {pipeline.name} and no frame of {bare[0]:.80}",
+                wanted="[models.frame]",
+                do=do,
+            )
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
         self._agreed = Pins(**{name: getattr(asked, name) for name in shared})
         if asked.nonces is not None:
-            Round(block_hash="any", public_key="any", node_count=asked.node_count).nonces(*asked.nonces)
-        names, of_key = {build.name for model in self.models for build in model.builds if build.name}, self._of_key
+            Round(block_hash="any", public_key="any", node_count=asked.node_count).nonces(
+                *asked.nonces
+            )
+        names = {build.name for model in self.models for build in model.builds if build.name}
+        of_key = self._of_key
         for node in self.nodes:
             own = of_key.setdefault(node.public_key, [])
             self._check_node(node, own, names)
@@ -301,9 +336,15 @@ class NetworkPins(Table):
         if len(found) == 1:
             return found[0]
         names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
-        seen = f"one of {len(found)} models" if found else f"model {name!r:.80}, which {self._path} does not have"
+        seen = (
+            f"one of {len(found)} models"
+            if found
+            else f"model {name!r:.80}, which {self._path} does not have"
+        )
         wanted = f"the digest of one of {names:.400}" if found else f"one of {names:.400}"
-        raise UsageError(seen, wanted=wanted, do="use a model that the network agreed on, or add it to the pins")
+        raise UsageError(
+            seen, wanted=wanted, do="use a model that the network agreed on, or add it to the pins"
+        )
 
     def for_round(
         self,
@@ -329,7 +370,9 @@ class NetworkPins(Table):
         named = {"block_hash": block_hash, "public_key": public_key, "node_id": node_id}
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         known = replace(also or Pins(), **given)
-        node, chosen, positions = self._node(known), self.model(model), self.round.nonces
+        node = self._node(known)
+        chosen = self.model(model)
+        positions = self.round.nonces
         share: dict[str, Any] = {"node_id": known.node_id or 0, "node_count": self._count(node)}
         if node is not None:
             share |= {"node_id": node.node_id, "public_key": node.public_key}
@@ -346,7 +389,9 @@ class NetworkPins(Table):
 
     def _node(self, known: Pins) -> NodePins | None:
         """Return the node that is meant; None where the file lists none."""
-        count, key, share = self.round.node_count, known.public_key, known.node_id
+        count = self.round.node_count
+        key = known.public_key
+        share = known.node_id
         own = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
         found = [node for node in own if share in (None, node.node_id)]
 
@@ -362,16 +407,18 @@ class NetworkPins(Table):
         if found or (not self.nodes and (share or 0) < count):
             return found[0] if found else None
         if not self.nodes:
-            seen, wanted = f"--node-id {share} beside {self._path}", f"a share below its node_count, {count}"
+            seen = f"--node-id {share} beside {self._path}"
+            wanted = f"a share below its node_count, {count}"
         elif not own:
-            seen, wanted = f"the key {key!r:.80}", f"one of the {len(self._of_key)} that {self._path} lists"
+            seen = f"the key {key!r:.80}"
+            wanted = f"one of the {len(self._of_key)} that {self._path} lists"
         else:
             shares = ", ".join(str(node.node_id) for node in own)
-            seen, wanted = (
-                f"node_id {share} of the key {own[0].public_key!r:.80}",
-                f"one of {self._path}: {shares:.200}",
-            )
-        raise UsageError(seen, wanted=wanted, do="name a node that the network knows, or add it under [[nodes]]")
+            seen = f"node_id {share} of the key {own[0].public_key!r:.80}"
+            wanted = f"one of {self._path}: {shares:.200}"
+        raise UsageError(
+            seen, wanted=wanted, do="name a node that the network knows, or add it under [[nodes]]"
+        )
 
     def _builds(self, model: ModelPins, node: NodePins | None) -> tuple[Build, ...]:
         if node is None or node.build is None:
@@ -380,7 +427,9 @@ class NetworkPins(Table):
             return named
         seen = f"a node of build {node.build!r:.80} with {model.reference}"
         wanted = f"a build of that name under this model in {self._path}"
-        raise UsageError(seen, wanted=wanted, do="correct the build of the node, or add it to the model")
+        raise UsageError(
+            seen, wanted=wanted, do="correct the build of the node, or add it to the model"
+        )
 
     def differing(self, round: Round) -> tuple[str, ...]:
         """Return the names of the values of a round that contradict the file; key and share are not looked at."""
@@ -410,7 +459,9 @@ class NetworkPins(Table):
         if found.sha256 != pinned.sha256:
             seen = f"{path} has the SHA-256 {found.sha256[:12]}…"
             do = "fetch the file that the network agreed on, or agree on this one and pin it"
-            raise DataError(seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do)
+            raise DataError(
+                seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do
+            )
         return path
 
 
@@ -453,5 +504,8 @@ def pins_text(tables: Iterable[tuple[str, Mapping[str, object]]]) -> str:
         for key, value in values.items():
             # Texts of TOML are those of JSON, but for one control character that JSON does not escape.
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{key} = {text}" + (f"  # required: {BUILD_FIELDS[key]}" if value == UNFILLED else ""))
+            lines.append(
+                f"{key} = {text}"
+                + (f"  # required: {BUILD_FIELDS[key]}" if value == UNFILLED else "")
+            )
     return "\n".join([*lines, ""])

@@ -5,9 +5,9 @@ hidden state, in the head and on the logits, and what is published. The steps th
 :mod:`assay.poc.protocol.transforms`. Adding an approach adds a row.
 
 The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
-recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``tokens-1`` is what a new network
-should take (docs/protocol.md); ``hardened`` is the proposal of docs/redteam.md; ``decode`` is that of docs/decode.md,
-and the one row whose nonces take more than one forward pass.
+recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``tokens-1`` is
+what a new network should take (docs/protocol.md); ``hardened`` is the proposal of docs/redteam.md;
+``decode`` is that of docs/decode.md, and the one row whose nonces take more than one forward pass.
 """
 
 import re
@@ -23,15 +23,20 @@ from assay.stats.chord import RANDOM_HEAD_ROWS
 if TYPE_CHECKING:
     from assay.models.frame import Frame
 
-LayerStep = Literal["none", "signs", "normalize_reflect", "reflect"]  # what happens between the layers of a decoder
+LayerStep = Literal[
+    "none", "signs", "normalize_reflect", "reflect"
+]  # what happens between the layers of a decoder
 
 SKETCH_EVERY = 32  # tokens from one sketch to the next; the first token has one
 
-SKETCH_SIZE = 12  # numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token
+SKETCH_SIZE = (
+    12  # numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token
+)
 
 _FEWEST_SCALED = 8  # positions
 
-_FEWEST_STEPS, _MOST_STEPS = SKETCH_EVERY, 4096
+_FEWEST_STEPS = SKETCH_EVERY
+_MOST_STEPS = 4096
 _MANY_STEPS = 256  # the law of these holds for more of them, and is too narrow for fewer
 
 
@@ -47,7 +52,9 @@ def sketch_steps(tokens: int) -> range:
 
 @dataclass(frozen=True)
 class Step:
-    """One step on a vector; ``count`` is the number of reflections, of picked coordinates or of projections."""
+    """One step on a vector; ``count`` is the number of reflections, of picked coordinates or of
+    projections.
+    """
 
     name: Literal["signs", "unit", "reflect", "permute", "pick", "rotate", "project"]
     count: int = 0
@@ -55,13 +62,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Positions:
-    """Read the second half of the positions, whose last layer alone is then computed, or all behind the first eighth.
+    """Read the second half of the positions, whose last layer alone is then computed, or all behind
+    the first eighth.
 
-    The result is the sum of their unit states, each with a sign that is drawn for the nonce. States of the first
-    positions are far from all others, and most of their noise is their own. With ``scaled``, what is left out is an
-    eighth. Every coordinate then counts as how far it is from its mean over the positions that are read, in units of
-    its deviation over them, and of two neighbours the second has the opposite sign of the first: a few coordinates of
-    a trained model are large everywhere, and most of the noise of a plain sum is theirs.
+    The result is the sum of their unit states, each with a sign that is drawn for the nonce. States
+    of the first positions are far from all others, and most of their noise is their own. With
+    ``scaled``, what is left out is an eighth. Every coordinate then counts as how far it is from
+    its mean over the positions that are read, in units of its deviation over them, and of two
+    neighbours the second has the opposite sign of the first: a few coordinates of a trained model
+    are large everywhere, and most of the noise of a plain sum is theirs.
     """
 
     scaled: bool = False
@@ -88,14 +97,17 @@ class Pipeline:
         hidden: Steps on the state that was read.
         head: Matrix that maps the state to logits.
         logits: Steps on the logits.
-        output: ``distance`` to the target of the block, the ``vector`` itself in fp16, or the ``tokens`` that were
-            decoded from a seeded prompt, with a vector of every 32nd state.
-        texts: Form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with 256-bit input seeds.
-        number_formats: Formats in which a proof is made unless a network agrees on another one, the default first; any
-            format where empty. This is a rule of judging and not of computing, so it is not in the proof header.
-        steps: Tokens that are decoded after the prompt of a nonce; 0 where a nonce is one forward pass.
-        inputs: What the model reads: N(0, 1) in place of embeddings, or ``tokens`` drawn by the frame of the
-            checkpoint, in which its states are centred and scaled as well.
+        output: ``distance`` to the target of the block, the ``vector`` itself in fp16, or the
+            ``tokens`` that were decoded from a seeded prompt, with a vector of every 32nd state.
+        texts: Form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with
+            256-bit input seeds.
+        number_formats: Formats in which a proof is made unless a network agrees on another one, the
+            default first; any format where empty. This is a rule of judging and not of computing,
+            so it is not in the proof header.
+        steps: Tokens that are decoded after the prompt of a nonce; 0 where a nonce is one forward
+            pass.
+        inputs: What the model reads: N(0, 1) in place of embeddings, or ``tokens`` drawn by the
+            frame of the checkpoint, in which its states are centred and scaled as well.
     """
 
     name: str
@@ -113,7 +125,9 @@ class Pipeline:
 
     @property
     def framed(self) -> bool:
-        """Whether the pipeline needs the frame of the checkpoint (:class:`assay.models.frame.Frame`)."""
+        """Whether the pipeline needs the frame of the checkpoint
+        (:class:`assay.models.frame.Frame`).
+        """
         return self.inputs == "tokens"
 
     @property
@@ -128,7 +142,9 @@ class Pipeline:
 
     @property
     def noise(self) -> str:
-        """Family of honest noise: a law that was measured in one family does not hold in another."""
+        """Family of honest noise: a law that was measured in one family does not hold in
+        another.
+        """
         if self.output == "tokens":
             return self.output if self.steps >= _MANY_STEPS else f"few {self.output}"
         if self.framed:
@@ -144,14 +160,17 @@ class Pipeline:
     def as_dict(self) -> dict[str, Any]:
         """Return the description for a proof header.
 
-        Fields that are younger than the first proofs are written only where they differ from theirs.
+        Fields that are younger than the first proofs are written only where they differ from
+        theirs.
         """
         described = asdict(self)
         del described["number_formats"]
         for name, first in (("texts", "published"), ("steps", 0), ("inputs", "noise")):
             if described[name] == first:
                 del described[name]
-        if isinstance(self.read, Positions):  # the count is that of drawn positions, which none draws any more
+        if isinstance(
+            self.read, Positions
+        ):  # the count is that of drawn positions, which none draws any more
             described["read"] = {"count": 0, "scaled" if self.read.scaled else "later": True}
         return described
 
@@ -176,7 +195,8 @@ _ROWS = (
     ),
     Pipeline(
         name="hardened",
-        summary="scaled states of seven eighths with signs, unit, projection to 32, unit; the vector is published",
+        summary="scaled states of seven eighths with signs, unit, projection to 32, unit; the "
+        "vector is published",
         read=Positions(scaled=True),
         hidden=(_UNIT, Step("project", 32), _UNIT),
         output="vector",
@@ -185,7 +205,8 @@ _ROWS = (
     ),
     Pipeline(
         name="tokens-1",
-        summary="random tokens; framed states of the second half with signs, unit, projection to 32, unit; the vector",
+        summary="random tokens; framed states of the second half with signs, unit, projection to "
+        "32, unit; the vector",
         inputs="tokens",
         read=Positions(),
         hidden=(_UNIT, Step("project", 32), _UNIT),
@@ -194,17 +215,30 @@ _ROWS = (
     ),
     Pipeline(
         name="decode",
-        summary="256 tokens decoded from a seeded prompt with seeded noise; tokens and sketches are published",
+        summary="256 tokens decoded from a seeded prompt with seeded noise; tokens and sketches "
+        "are published",
         hidden=(_UNIT, Step("project", SKETCH_SIZE), _UNIT),
         head="trained",
         output="tokens",
         texts="versioned",
         steps=256,
     ),
-    Pipeline(name="permutation", summary="logits permuted (the baseline)", head="trained", logits=(_PERMUTE,)),
-    Pipeline(name="logit-reflections", summary="8 reflections on the logits", head="trained", logits=(_REFLECT_8,)),
+    Pipeline(
+        name="permutation",
+        summary="logits permuted (the baseline)",
+        head="trained",
+        logits=(_PERMUTE,),
+    ),
+    Pipeline(
+        name="logit-reflections",
+        summary="8 reflections on the logits",
+        head="trained",
+        logits=(_REFLECT_8,),
+    ),
     Pipeline(name="logit-signs", summary="signs on the logits", head="trained", logits=(_SIGNS,)),
-    Pipeline(name="layer-signs", summary="signs between the layers", layers="signs", head="trained"),
+    Pipeline(
+        name="layer-signs", summary="signs between the layers", layers="signs", head="trained"
+    ),
     Pipeline(
         name="layer-signs-permutation",
         summary="signs between the layers, logits permuted",
@@ -219,7 +253,12 @@ _ROWS = (
         head="trained",
     ),
     Pipeline(name="random-head", summary="random head alone", head="random"),
-    Pipeline(name="end-normalize", summary="unit at the end only, random head", hidden=(_UNIT,), head="random"),
+    Pipeline(
+        name="end-normalize",
+        summary="unit at the end only, random head",
+        hidden=(_UNIT,),
+        head="random",
+    ),
     Pipeline(
         name="layer-normalize",
         summary="unit and reflection after every layer, 8 reflections, random head",
@@ -272,40 +311,57 @@ def find_pipeline(name: str) -> Pipeline | None:
     if counted is None or not _FEWEST_STEPS <= (steps := int(counted[1])) <= _MOST_STEPS:
         return PIPELINES.get(name)
     row = PIPELINES["decode"]
-    return replace(row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps)
+    return replace(
+        row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps
+    )
 
 
 def runs_on_vllm(pipeline: Pipeline) -> bool:
-    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode or not at all.
+    """Return whether a pipeline leaves the layers as they are, and reads the trained head to decode
+    or not at all.
 
     vLLM's compiled layers take no hooks, and it spreads the trained head over its workers.
     """
     return pipeline.layers == "none" and (pipeline.head != "trained" or pipeline.steps > 0)
 
 
-def unsupported(pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]) -> UsageError:
-    """Return the refusal of a pipeline on an engine of that name, which names the presets that it supports."""
+def unsupported(
+    pipeline: Pipeline, engine: str, supports: Callable[[Pipeline], bool]
+) -> UsageError:
+    """Return the refusal of a pipeline on an engine of that name, which names the presets that it
+    supports.
+    """
     supported = [name for name, known in PIPELINES.items() if supports(known)]
-    wanted, do = f"one of {', '.join(supported)}", "choose one of them with --preset, or use --engine hf in one process"
+    wanted = f"one of {', '.join(supported)}"
+    do = "choose one of them with --preset, or use --engine hf in one process"
     return UsageError(f"preset {pipeline.name} on the {engine} engine", wanted=wanted, do=do)
 
 
 def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:
-    """Refuse a pipeline without the file of the frame that it needs, and a file for one that reads none."""
+    """Refuse a pipeline without the file of the frame that it needs, and a file for one that reads
+    none.
+    """
     if path is None:
         check_frame(pipeline, None)
     elif not pipeline.framed:
-        seen, wanted = f"--frame with preset {pipeline.name}", "no frame: only tokens-1 reads one"
+        seen = f"--frame with preset {pipeline.name}"
+        wanted = "no frame: only tokens-1 reads one"
         raise UsageError(seen, wanted=wanted, do="leave --frame out, or choose tokens-1")
 
 
-def check_frame(pipeline: Pipeline, frame: "Frame | None", *, hidden_size: int = 0, vocab_size: int = 0) -> None:
-    """Refuse a pipeline without the frame that it needs, or with that of a model of another shape."""
+def check_frame(
+    pipeline: Pipeline, frame: "Frame | None", *, hidden_size: int = 0, vocab_size: int = 0
+) -> None:
+    """Refuse a pipeline without the frame that it needs, or with that of a model of another
+    shape.
+    """
     if not pipeline.framed:
         return
     do = "make it with `assay poc frame`, and name the file in pins.toml, or with --frame"
     if frame is None:
-        raise UsageError(f"{pipeline.name} without a frame", wanted="the frame of the checkpoint", do=do)
+        raise UsageError(
+            f"{pipeline.name} without a frame", wanted="the frame of the checkpoint", do=do
+        )
     if (len(frame.mean), frame.rows) != (hidden_size, vocab_size):
         seen = f"a frame of {len(frame.mean)} coordinates and {frame.rows} tokens"
         raise UsageError(seen, wanted=f"{hidden_size} and {vocab_size}, as the model has", do=do)

@@ -5,8 +5,8 @@
                                                       or  {"nonce":0,"tokens":"base64","sketches":"base64"}
     {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
 
-The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything that is not exactly a
-proof, spaces and the order of keys included, is an error that names the line.
+The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything
+that is not exactly a proof, spaces and the order of keys included, is an error that names the line.
 """
 
 import base64
@@ -63,17 +63,27 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def read_as(kind: type[T], text: bytes) -> T:
-    """Return JSON as a value of a type that is :data:`STRICT`; a ProofFormatError names the field that is wrong."""
+    """Return JSON as a value of a type that is :data:`STRICT`; a ProofFormatError names the field
+    that is wrong.
+    """
     try:
         made: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
-        place, value, wanted = ".".join(map(str, fault["loc"])), fault["input"], f"{fault['msg']:.200}"
-        if not place or fault["type"] == "missing":  # no place: the text is no JSON, and pydantic says where
-            raise format_error(f"no {place}" if place else wanted, "a line as assay writes it") from None
+        place = ".".join(map(str, fault["loc"]))
+        value = fault["input"]
+        wanted = f"{fault['msg']:.200}"
+        if (
+            not place or fault["type"] == "missing"
+        ):  # no place: the text is no JSON, and pydantic says where
+            raise format_error(
+                f"no {place}" if place else wanted, "a line as assay writes it"
+            ) from None
         said = "holds" if isinstance(value, dict | list) else "is"
         shown = value[:60] if isinstance(value, str) else f"{value!r:.60}"
-        raise format_error(f"{place} {said} {shown}", wanted.removeprefix("Input should be ")) from None
+        raise format_error(
+            f"{place} {said} {shown}", wanted.removeprefix("Input should be ")
+        ) from None
     return made
 
 
@@ -86,32 +96,46 @@ def parse_line(
     most: Mapping[bytes, int] = MOST_PARTS,
     longest: int | None = None,
 ) -> T:
-    """Parse a line and refuse it if the value would be written in other bytes, with the names of the file and the line.
+    """Parse a line and refuse it if the value would be written in other bytes, with the names of
+    the file and the line.
 
-    ``most`` says how often a character may be in the line, as values take many times the room of their text, and
-    ``longest`` how many bytes it may have. It is empty where the file ends.
+    ``most`` says how often a character may be in the line, as values take many times the room of
+    their text, and ``longest`` how many bytes it may have. It is empty where the file ends.
     """
     if not line:
-        raise line_error(path, number, "the end of the file", "a complete file: it is empty or was cut off")
+        raise line_error(
+            path, number, "the end of the file", "a complete file: it is empty or was cut off"
+        )
     if longest is not None and len(line) > longest:
         raise line_error(path, number, f"a line of {len(line)} bytes", f"at most {longest}")
     for character, times in most.items():
         if (count := line.count(character)) > times:
-            raise line_error(path, number, f"{count} times {character.decode()!r}", f"at most {times}")
+            raise line_error(
+                path, number, f"{count} times {character.decode()!r}", f"at most {times}"
+            )
     if line.endswith(b"\r\n"):
-        raise line_error(path, number, "the line ends of Windows (CRLF)", "LF alone: fetch the file again as binary")
+        raise line_error(
+            path,
+            number,
+            "the line ends of Windows (CRLF)",
+            "LF alone: fetch the file again as binary",
+        )
     try:
         value = read(line)
         written = write(value)
     except AssayError as error:
         raise line_error(path, number, error.seen, error.wanted) from None
     if line != written.encode() + b"\n":
-        raise line_error(path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…")
+        raise line_error(
+            path, number, f"{line[:60]!r} in another form than it is written in", f"{written:.60}…"
+        )
     return value
 
 
 class LastLine:
-    """Base of footers: counts, the seconds that they took, and the SHA-256 of the lines between header and footer."""
+    """Base of footers: counts, the seconds that they took, and the SHA-256 of the lines between
+    header and footer.
+    """
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
@@ -119,19 +143,30 @@ class LastLine:
 
     @classmethod
     def read(cls, path: str | Path, number: int, line: bytes) -> Self:
-        """Read the last line of a file. Raises ProofFormatError: the line is wrong; names the file and the line."""
-        begun, ended = FOOTER, b"}\n"
+        """Read the last line of a file. Raises ProofFormatError: the line is wrong; names the file
+        and the line.
+        """
+        begun = FOOTER
+        ended = b"}\n"
         return parse_line(
-            path, number, line, lambda line: read_as(cls, line.removeprefix(begun).removesuffix(ended)), cls.line
+            path,
+            number,
+            line,
+            lambda line: read_as(cls, line.removeprefix(begun).removesuffix(ended)),
+            cls.line,
         )
 
 
 class StrictFile(ABC):
-    """A file of JSON Lines that is read strictly: a header, one line for each record, and a footer."""
+    """A file of JSON Lines that is read strictly: a header, one line for each record, and a
+    footer.
+    """
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read and check a file; a ProofFormatError names the line that is not complete or not consistent."""
+        """Read and check a file; a ProofFormatError names the line that is not complete or not
+        consistent.
+        """
         try:
             return cls._read(path, read_lines(path))
         except DataError as error:
@@ -139,7 +174,9 @@ class StrictFile(ABC):
 
     @classmethod
     def parse(cls, source: str, content: bytes) -> Self:
-        """Read and check a file that is in memory, as :meth:`load` does; the source names it in errors."""
+        """Read and check a file that is in memory, as :meth:`load` does; the source names it in
+        errors.
+        """
         return cls._read(source, enumerate(io.BytesIO(content), start=1))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -165,8 +202,9 @@ KIND = "assay.poc.proof"
 SCHEMA = 1
 SEPARATOR = ", "  # between the library and its kernels
 
-# Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32, so each may be a few
-# units in the last place too long (1.2e-7 each), and the norm of their difference may round up once more.
+# Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32,
+# so each may be a few units in the last place too long (1.2e-7 each), and the norm of their
+# difference may round up once more.
 MAX_DISTANCE = 2 + 1e-6
 CHANCE = 1e-4  # that honest nonces are refused because their seeds happen to collide
 CHUNK = 2**16
@@ -187,21 +225,23 @@ Seconds = Annotated[int | float, Field(ge=0)]  # written as they were given
 class Fingerprint:
     """Everything about an engine that can move the last bits of a hidden state.
 
-    Two engines with equal fingerprints return equal bits. Noise between two different ones is what a calibration
-    measures.
+    Two engines with equal fingerprints return equal bits. Noise between two different ones is what
+    a calibration measures.
 
     Args:
         engine: Name of the engine, for instance ``hf`` or ``vllm``.
         device: Name of the processor or GPU.
-        dtype: Number format of the weights, and after a plus that of a cache that rounds keys and values.
+        dtype: Number format of the weights, and after a plus that of a cache that rounds keys and
+            values.
         attention: Name of the attention implementation.
         batch_size: Number of nonces of a batch.
         seq_len: Number of positions of a nonce.
         threads: Number of CPU threads; 0 on a GPU.
         torch: Version of torch.
         library: Library that runs the model, and its version.
-        kernels: Choices beside the defaults of that library, for instance ``compiled`` or ``tp 2``. In a file they
-            follow the library in one text, joined by commas, and such a text is taken apart.
+        kernels: Choices beside the defaults of that library, for instance ``compiled`` or ``tp 2``.
+            In a file they follow the library in one text, joined by commas, and such a text is
+            taken apart.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -224,17 +264,23 @@ class Fingerprint:
             object.__setattr__(self, "kernels", (*kernels, *self.kernels))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields in the order of the proof header, with the kernels joined to the library."""
+        """Return the fields in the order of the proof header, with the kernels joined to the
+        library.
+        """
         values = asdict(self)
         values["library"] = SEPARATOR.join([self.library, *values.pop("kernels")])
         return values
 
     @classmethod
     def from_dict(cls, values: Any) -> "Fingerprint":
-        """Return the fingerprint that :meth:`as_dict` wrote; a ProofFormatError names the field that is wrong."""
+        """Return the fingerprint that :meth:`as_dict` wrote; a ProofFormatError names the field
+        that is wrong.
+        """
         made = read_as(cls, dumps(values).encode())
         if made.as_dict() != values:
-            raise format_error("a fingerprint with kernels", "them in one text with the library, joined by commas")
+            raise format_error(
+                "a fingerprint with kernels", "them in one text with the library, joined by commas"
+            )
         return made
 
     @property
@@ -302,7 +348,9 @@ class Header:
         return self.round.seq_len + self.pipeline.steps
 
     def claims(self) -> dict[str, Any]:
-        """Return everything that the prover chose and a validator can pin, by the names of :class:`Pins`."""
+        """Return everything that the prover chose and a validator can pin, by the names of
+        :class:`Pins`.
+        """
         return {
             **self.round.as_dict(),
             "digest": self.digest,
@@ -318,13 +366,20 @@ class Header:
         if isinstance(record, VectorRecord):
             return dumps({"nonce": record.nonce, "vector": encode_vector(record.vector)})
         if isinstance(record, TokenRecord):
-            tokens, sketches = encode_vector(record.tokens, "<u4"), encode_vector(record.sketches)
+            tokens = encode_vector(record.tokens, "<u4")
+            sketches = encode_vector(record.sketches)
             return dumps({"nonce": record.nonce, "tokens": tokens, "sketches": sketches})
-        return dumps({"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)})
+        return dumps(
+            {"nonce": record.nonce, "distance": record.distance, "valid": self.is_valid(record)}
+        )
 
     def is_valid(self, record: "Record") -> bool:
-        """Return whether a record counts: a distance below the target does, and everything that is no distance."""
-        return not isinstance(record, DistanceRecord) or is_valid(record.distance, self.round.r_target)
+        """Return whether a record counts: a distance below the target does, and everything that is
+        no distance.
+        """
+        return not isinstance(record, DistanceRecord) or is_valid(
+            record.distance, self.round.r_target
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,14 +401,15 @@ class VectorRecord:
 
 @dataclass(frozen=True, eq=False)
 class TokenRecord:
-    """The result of one nonce under a preset that decodes, or what another engine says to the tokens of it.
+    """The result of one nonce under a preset that decodes, or what another engine says to the
+    tokens of it.
 
     Args:
         nonce: Nonce.
         tokens: Ids of the decoded tokens, [N] in uint32.
         sketches: Sketch of every 32nd state, [S, K] in float16.
-        margins: How far the score of each token is below the best one where these tokens were replayed, [N] in float32;
-            None in a proof.
+        margins: How far the score of each token is below the best one where these tokens were
+            replayed, [N] in float32; None in a proof.
     """
 
     nonce: int
@@ -373,7 +429,8 @@ class Footer(LastLine):
     Args:
         records: Number of records.
         valid: Number of those that count; all of them where nothing is called valid.
-        seconds: Time that the proof took. Of a proof that was interrupted and continued, that of the last run alone.
+        seconds: Time that the proof took. Of a proof that was interrupted and continued, that of
+            the last run alone.
         sha256: SHA-256 of the record lines.
     """
 
@@ -405,40 +462,60 @@ def is_valid(distance: float, r_target: float) -> bool:
 
 
 def is_distance(value: float) -> bool:
-    """Return whether a number can be a distance: from 0 to 2, with room for the rounding of float32."""
+    """Return whether a number can be a distance: from 0 to 2, with room for the rounding of
+    float32.
+    """
     return 0 <= value <= MAX_DISTANCE
 
 
 def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
-    """Refuse nonces of which one forward pass would serve several, because their 32-bit input seeds collide.
+    """Refuse nonces of which one forward pass would serve several, because their 32-bit input seeds
+    collide.
 
-    A node that may choose its nonces finds such groups by hashing alone. Among n nonces that were not chosen for it,
-    n(n − 1)/2³³ pairs collide by chance. More repeated seeds than chance gives once in ten thousand are refused: any
-    at all in up to 927 nonces. Seeds of 256 bits do not collide. A ProofMismatch names two nonces that share one.
+    A node that may choose its nonces finds such groups by hashing alone. Among n nonces that were
+    not chosen for it, n(n − 1)/2³³ pairs collide by chance. More repeated seeds than chance gives
+    once in ten thousand are refused: any at all in up to 927 nonces. Seeds of 256 bits do not
+    collide. A ProofMismatch names two nonces that share one.
     """
     if round.strength != 32:
         return
     nonces_N = np.fromiter(nonces, dtype=np.int64)
-    parts = np.array_split(nonces_N, nonces_N.size // CHUNK + 1)  # the texts take far more room than the seeds
-    seeds_N = np.concatenate([streams.seeds(round.texts("inputs", part.tolist()))[:, 0] for part in parts])
+    parts = np.array_split(
+        nonces_N, nonces_N.size // CHUNK + 1
+    )  # the texts take far more room than the seeds
+    seeds_N = np.concatenate(
+        [streams.seeds(round.texts("inputs", part.tolist()))[:, 0] for part in parts]
+    )
     order_N = np.argsort(seeds_N, kind="stable")
     equal = np.flatnonzero(np.diff(seeds_N[order_N]) == 0)
     pairs = nonces_N.size * (nonces_N.size - 1) / 2
     if equal.size and equal.size > scipy.stats.poisson.isf(CHANCE, pairs / 2**32):
         one, other = nonces_N[order_N[equal[0] : equal[0] + 2]]
-        seen = f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as {one} and {other}"
-        wanted = "an input seed of its own for every nonce: one forward pass must not serve two of them"
-        do = "ask the node for consecutive nonces of its share, or agree on strength = 256 in the pins"
+        seen = (
+            f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as "
+            f"{one} and {other}"
+        )
+        wanted = (
+            "an input seed of its own for every nonce: one forward pass must not serve two of them"
+        )
+        do = (
+            "ask the node for consecutive nonces of its share, or agree on strength = 256 in the "
+            "pins"
+        )
         raise ProofMismatch(seen, wanted=wanted, do=do, field="nonces")
 
 
 def encode_vector(vector: np.ndarray, dtype: str = "<f2") -> str:
-    """Return numbers of any shape as base64 of their little-endian bytes: float16, or token ids in ``<u4``."""
+    """Return numbers of any shape as base64 of their little-endian bytes: float16, or token ids in
+    ``<u4``.
+    """
     return base64.b64encode(np.asarray(vector).astype(dtype).tobytes()).decode("ascii")
 
 
 def decode_vector(text: object, size: int, dtype: str = "<f2") -> np.ndarray:
-    """Return the finite numbers that base64 stands for, float16 [K] or ids in ``<u4``; else a ProofFormatError."""
+    """Return the finite numbers that base64 stands for, float16 [K] or ids in ``<u4``; else a
+    ProofFormatError.
+    """
     kind = np.dtype(dtype)
     wanted = f"base64 of {size} finite little-endian {kind.name} values"
     try:
@@ -456,7 +533,9 @@ def decode_vector(text: object, size: int, dtype: str = "<f2") -> np.ndarray:
 
 
 def pack_record(record: Record) -> bytes:
-    """Return the bytes of a record that is no distance: the vector, or the tokens and after them the sketches."""
+    """Return the bytes of a record that is no distance: the vector, or the tokens and after them
+    the sketches.
+    """
     if isinstance(record, TokenRecord):
         return record.tokens.astype("<u4").tobytes() + record.sketches.astype("<f2").tobytes()
     assert isinstance(record, VectorRecord)
@@ -464,10 +543,14 @@ def pack_record(record: Record) -> bytes:
 
 
 def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
-    """Return the record whose bytes, in base64, another machine sent; a ProofFormatError where they hold no record."""
+    """Return the record whose bytes, in base64, another machine sent; a ProofFormatError where they
+    hold no record.
+    """
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(text, pipeline.vector_size))
-    tokens, sketches = np.split(decode_vector(text, packed_size(pipeline), "u1"), [4 * pipeline.steps])
+    tokens, sketches = np.split(
+        decode_vector(text, packed_size(pipeline), "u1"), [4 * pipeline.steps]
+    )
     if not np.isfinite(sketches.view("<f2")).all():
         raise format_error("sketches that are NaN or infinity", "finite float16 values")
     states = sketches.view("<f2").astype(np.float16).reshape(-1, pipeline.vector_size)
@@ -475,12 +558,16 @@ def unpack_record(nonce: int, text: object, pipeline: Pipeline) -> Record:
 
 
 def packed_size(pipeline: Pipeline) -> int:
-    """Return the number of bytes that :func:`pack_record` makes of a record; 0 where a distance is published."""
+    """Return the number of bytes that :func:`pack_record` makes of a record; 0 where a distance is
+    published.
+    """
     return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
 
 
 def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
-    """Return what :func:`unpack_record` returns, or a record of NaN, which is never a match, where it is not one."""
+    """Return what :func:`unpack_record` returns, or a record of NaN, which is never a match, where
+    it is not one.
+    """
     try:
         return unpack_record(nonce, text, pipeline)
     except ProofFormatError:
@@ -491,7 +578,9 @@ def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
 
 
 def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
-    """Return how the bytes of :func:`pack_record` are to be read, as callbacks say it beside them."""
+    """Return how the bytes of :func:`pack_record` are to be read, as callbacks say it beside
+    them.
+    """
     form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
     return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
 
@@ -513,7 +602,10 @@ class Proof(StrictFile):
     def distances(self) -> np.ndarray:
         """Distances [N] in float64; NaN where something else is published."""
         return np.array(
-            [record.distance if isinstance(record, DistanceRecord) else math.nan for record in self.records]
+            [
+                record.distance if isinstance(record, DistanceRecord) else math.nan
+                for record in self.records
+            ]
         )
 
     @property
@@ -523,13 +615,19 @@ class Proof(StrictFile):
 
     @override
     def lines(self) -> list[str]:
-        return [dumps(self.header.as_dict()), *map(self.header.line, self.records), self.footer.line()]
+        return [
+            dumps(self.header.as_dict()),
+            *map(self.header.line, self.records),
+            self.footer.line(),
+        ]
 
     @override
     @classmethod
     def _read(cls, path: str | Path, lines: Iterator[tuple[int, bytes]]) -> Self:
         number, line = next(lines, (1, b""))
-        header = parse_line(path, number, line, parse_header, lambda header: dumps(header.as_dict()))
+        header = parse_line(
+            path, number, line, parse_header, lambda header: dumps(header.as_dict())
+        )
         records: list[Record] = []
         digest = hashlib.sha256()
         for nonce in header.all_nonces():
@@ -547,7 +645,9 @@ class Proof(StrictFile):
         return proof
 
     @classmethod
-    def build(cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None) -> Self:
+    def build(
+        cls, header: Header, records: Sequence[Record], seconds: float, *, sha256: str | None = None
+    ) -> Self:
         """Return the proof of these records, with the footer that follows from them.
 
         Args:
@@ -560,10 +660,13 @@ class Proof(StrictFile):
             UsageError: The header announces another number of records.
         """
         if len(records) != header.count:
-            seen, do = f"{len(records)} records for {header.count} nonces", "compute the nonces that are missing"
+            seen = f"{len(records)} records for {header.count} nonces"
+            do = "compute the nonces that are missing"
             raise UsageError(seen, wanted="one record for each nonce of the header", do=do)
         if sha256 is None:
-            sha256 = hashlib.sha256("".join(f"{header.line(record)}\n" for record in records).encode()).hexdigest()
+            sha256 = hashlib.sha256(
+                "".join(f"{header.line(record)}\n" for record in records).encode()
+            ).hexdigest()
         valid = sum(header.is_valid(record) for record in records)
         footer = Footer(records=len(records), valid=valid, seconds=seconds, sha256=sha256)
         return cls(header, tuple(records), footer)
@@ -600,7 +703,9 @@ class _HeaderLine:
 
 @dataclass(frozen=True, kw_only=True)
 class _RecordLine:
-    """The line of a nonce. Fields that a pipeline has not are left out, as the bytes of the line are compared."""
+    """The line of a nonce. Fields that a pipeline has not are left out, as the bytes of the line
+    are compared.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -617,11 +722,16 @@ def parse_header(line: bytes) -> Header:
     read = read_as(_HeaderLine, line)
     if read.round.keys() != Round.__dataclass_fields__.keys():
         odd = ", ".join(sorted(read.round.keys() ^ Round.__dataclass_fields__.keys()))
-        raise format_error(f"a round with {odd:.200} missing or unknown", ", ".join(Round.__dataclass_fields__))
-    round, fingerprint = Round(**read.round), read.fingerprint
+        raise format_error(
+            f"a round with {odd:.200} missing or unknown", ", ".join(Round.__dataclass_fields__)
+        )
+    round = Round(**read.round)
+    fingerprint = read.fingerprint
     pipeline = get_pipeline(round.preset)
     if read.pipeline != json.loads(dumps(pipeline.as_dict())):  # tuples become lists
-        raise format_error(f"another pipeline than this version's {pipeline.name}", "the same description")
+        raise format_error(
+            f"another pipeline than this version's {pipeline.name}", "the same description"
+        )
     if read.model.reference != round.model:
         raise format_error("two different model references", "one")
     if fingerprint.seq_len != round.seq_len or fingerprint.batch_size < 1:
@@ -643,18 +753,27 @@ def parse_header(line: bytes) -> Header:
     )
 
 
-def parse_record_line(path: str | Path, number: int, line: bytes, header: Header, nonce: int) -> Record:
-    """Read the line of a nonce, line end included; a ProofFormatError names the file and the line."""
+def parse_record_line(
+    path: str | Path, number: int, line: bytes, header: Header, nonce: int
+) -> Record:
+    """Read the line of a nonce, line end included; a ProofFormatError names the file and the
+    line.
+    """
     if not line or line.startswith(FOOTER):
         wanted = f"the record of nonce {nonce}: the file is truncated"
         raise line_error(path, number, "the end of the records", wanted)
-    return parse_line(path, number, line, lambda line: _parse_record(line, header, nonce), header.line)
+    return parse_line(
+        path, number, line, lambda line: _parse_record(line, header, nonce), header.line
+    )
 
 
 def _parse_record(line: bytes, header: Header, nonce: int) -> Record:
-    read, pipeline = read_as(_RecordLine, line), header.pipeline
+    read = read_as(_RecordLine, line)
+    pipeline = header.pipeline
     if read.nonce != nonce:
-        raise format_error(f"nonce {read.nonce!r:.60}", f"nonce {nonce}, the next one that the header announces")
+        raise format_error(
+            f"nonce {read.nonce!r:.60}", f"nonce {nonce}, the next one that the header announces"
+        )
     if pipeline.output == "vector":
         return VectorRecord(nonce, decode_vector(read.vector, pipeline.vector_size))
     if pipeline.output == "tokens":
@@ -676,6 +795,8 @@ def _check_runs(runs: Sequence[tuple[int, int, int]], round: Round) -> None:
         if last > MAX_NONCE:
             raise format_error(f"nonce {last}", f"nonces up to {MAX_NONCE}")
         if first % round.node_count != round.node_id or (last > first and step % round.node_count):
-            raise format_error(f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}")
+            raise format_error(
+                f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}"
+            )
     if not 0 < (count := sum(len(range(*run)) for run in runs)) <= MAX_COUNT:
         raise format_error(f"{count} nonces", f"at most {MAX_COUNT} in one proof, and one at least")

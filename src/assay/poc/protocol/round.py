@@ -1,8 +1,9 @@
 """A round: who proves what, and the seed text of every stream that follows from it.
 
-The published texts are consensus. They have no length prefix and no version tag, because that is what the network
-runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with versioned texts writes a version tag
-and then every field after its length, so that no two streams share a text.
+The published texts are consensus. They have no length prefix and no version tag, because that is
+what the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with
+versioned texts writes a version tag and then every field after its length, so that no two streams
+share a text.
 """
 
 import re
@@ -16,7 +17,9 @@ import numpy as np
 from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, Positions, find_pipeline, get_pipeline
 
-MAX_NONCE = 2**53 - 1  # largest nonce: exact in every JSON reader, and far beyond what a round can use
+MAX_NONCE = (
+    2**53 - 1
+)  # largest nonce: exact in every JSON reader, and far beyond what a round can use
 MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
 MAX_BATCH = 65_536
@@ -57,7 +60,8 @@ class Round:
         preset: Name of a row of :data:`assay.poc.PIPELINES`.
         seq_len: Number of input positions of a nonce.
         r_target: Distance strictly below which a nonce is valid, in ``(0, 2]``.
-        strength: Bits of the seed of each input, 32 (published) or 256. A preset with versioned texts always has 256.
+        strength: Bits of the seed of each input, 32 (published) or 256. A preset with versioned
+            texts always has 256.
 
     Raises:
         UsageError: A value is out of range.
@@ -83,10 +87,16 @@ class Round:
 
     def __post_init__(self) -> None:
         for name in ("block_hash", "public_key"):
-            check_name(name, getattr(self, name), do=f"pass the {name.replace('_', ' ')} as the chain prints it")
+            check_name(
+                name,
+                getattr(self, name),
+                do=f"pass the {name.replace('_', ' ')} as the chain prints it",
+            )
         if not isinstance(self.model, str) or not self.model.isprintable():
             raise UsageError(
-                f"model is {self.model!r:.80}", wanted="a reference of printable characters", do="pass it as text"
+                f"model is {self.model!r:.80}",
+                wanted="a reference of printable characters",
+                do="pass it as text",
             )
         check_number("block_height", self.block_height, 0, MAX_NONCE)
         check_number("node_count", self.node_count, 1, MAX_NONCE)
@@ -96,9 +106,15 @@ class Round:
         if not number or not 0 < self.r_target <= 2:
             wanted = "a distance in (0, 2]: chord distances on the unit sphere end at 2"
             do = "`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate"
-            raise UsageError(f"r_target is {self.r_target!r}", wanted=wanted, do=do, field="r_target")
+            raise UsageError(
+                f"r_target is {self.r_target!r}", wanted=wanted, do=do, field="r_target"
+            )
         if self.strength not in (32, 256) or not isinstance(self.strength, int):
-            raise UsageError(f"strength is {self.strength!r}", wanted="32 or 256", do="use 32, the published seeds")
+            raise UsageError(
+                f"strength is {self.strength!r}",
+                wanted="32 or 256",
+                do="use 32, the published seeds",
+            )
         if self.versioned:
             object.__setattr__(self, "strength", 256)
 
@@ -124,15 +140,18 @@ class Round:
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
         """Return the seed text of a stream of one nonce.
 
-        Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index and k, each as
+        Published: a key of :data:`NONCE_TEXTS`. Versioned: tag, stream, block, key, nonce, index
+            and k, each as
         its length in bytes, a colon, and itself.
         """
         return self.texts(stream, [nonce], count=index + 1, k=k)[-1]
 
     def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
-        """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to ``count - 1``.
+        """Return the seed texts of a stream of many nonces: of each nonce those of index 0 to
+        ``count - 1``.
 
-        The common part of a batch is written once, which takes a tenth of the time of :meth:`text` for each nonce.
+        The common part of a batch is written once, which takes a tenth of the time of :meth:`text`
+        for each nonce.
         """
         if self.versioned:
             head = join_prefixed(VERSION, stream, self.block_hash, self.public_key)
@@ -140,12 +159,15 @@ class Round:
             tails = [join_prefixed(index, k) for index in range(count)]
         else:
             before, _, after = NONCE_TEXTS[stream].partition("{nonce}")
-            head, numbers = before.format(block=self.block_hash, key=self.public_key), nonces
+            head = before.format(block=self.block_hash, key=self.public_key)
+            numbers = nonces
             tails = [after.format(index=index, k=k) for index in range(count)]
         return [f"{head}{number}{tail}" for number in numbers for tail in tails]
 
     def block_text(self, stream: str, index: int = 0) -> str:
-        """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned as in `text`."""
+        """Return the seed text of a stream of the block: a key of :data:`BLOCK_TEXTS`, or versioned
+        as in `text`.
+        """
         if self.versioned:
             return join_prefixed(VERSION, stream, self.block_hash, index)
         return BLOCK_TEXTS[stream].format(block=self.block_hash, index=index)
@@ -157,8 +179,16 @@ class Round:
         """
         if not 0 <= start < stop or stop - start > MAX_COUNT:
             wanted = f"0 <= first < end, and at most {MAX_COUNT} in one proof"
-            raise UsageError(f"nonce positions {start}:{stop}", wanted=wanted, do="give a range such as --nonces 0:256")
-        chosen = range(self.node_id + start * self.node_count, self.node_id + stop * self.node_count, self.node_count)
+            raise UsageError(
+                f"nonce positions {start}:{stop}",
+                wanted=wanted,
+                do="give a range such as --nonces 0:256",
+            )
+        chosen = range(
+            self.node_id + start * self.node_count,
+            self.node_id + stop * self.node_count,
+            self.node_count,
+        )
         self.check_nonces(chosen)
         return chosen
 
@@ -166,8 +196,8 @@ class Round:
         """Return nonces of any kind, a generator or a numpy array too, as a range or a list.
 
         Raises:
-            UsageError: The nonces are empty or too many, or one is out of range, belongs to another node, or does not
-                ascend; names the first one.
+            UsageError: The nonces are empty or too many, or one is out of range, belongs to another
+                node, or does not ascend; names the first one.
         """
         most = MAX_COUNT + 1  # one too many is enough to refuse, of an endless generator too
         if isinstance(nonces, range):
@@ -178,18 +208,32 @@ class Round:
         if not 0 < len(chosen) < most:
             seen = f"more than {MAX_COUNT} nonces" if chosen else f"no nonces in {nonces!r:.60}"
             raise UsageError(
-                seen, wanted=f"1 to {MAX_COUNT} in one proof", do="give a range, such as --nonces 0:256 or range(256)"
+                seen,
+                wanted=f"1 to {MAX_COUNT} in one proof",
+                do="give a range, such as --nonces 0:256 or range(256)",
             )
-        regular = isinstance(chosen, range) and chosen.step > 0 and chosen.step % self.node_count == 0
+        regular = (
+            isinstance(chosen, range) and chosen.step > 0 and chosen.step % self.node_count == 0
+        )
         last = -1
-        for nonce in sorted({chosen[0], chosen[-1]}) if regular else chosen:  # the ends of a range decide for all
+        for nonce in (
+            sorted({chosen[0], chosen[-1]}) if regular else chosen
+        ):  # the ends of a range decide for all
             check_number("nonce", nonce, 0, MAX_NONCE)
             if nonce % self.node_count != self.node_id:
                 wanted = f"nonces that are {self.node_id} modulo {self.node_count}"
                 do = "take them from Round.nonces(start, stop)"
-                raise UsageError(f"nonce {nonce} on node {self.node_id} of {self.node_count}", wanted=wanted, do=do)
+                raise UsageError(
+                    f"nonce {nonce} on node {self.node_id} of {self.node_count}",
+                    wanted=wanted,
+                    do=do,
+                )
             if nonce <= last:
-                raise UsageError(f"nonce {nonce} after {last}", wanted="ascending nonces, each once", do="sort them")
+                raise UsageError(
+                    f"nonce {nonce} after {last}",
+                    wanted="ascending nonces, each once",
+                    do="sort them",
+                )
             last = nonce
         return chosen
 
@@ -203,36 +247,56 @@ class Round:
 
 
 def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a UsageError names it."""
-    if not isinstance(value, str) or not fewest <= len(value) <= MAX_NAME or not value.isprintable():
+    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a
+    UsageError names it.
+    """
+    if (
+        not isinstance(value, str)
+        or not fewest <= len(value) <= MAX_NAME
+        or not value.isprintable()
+    ):
         raise UsageError(
-            f"{name} is {value!r:.80}", wanted=f"{fewest} to {MAX_NAME} printable characters", do=do, field=name
+            f"{name} is {value!r:.80}",
+            wanted=f"{fewest} to {MAX_NAME} printable characters",
+            do=do,
+            field=name,
         )
 
 
 def check_number(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is not a whole number from ``low`` to ``high``; a UsageError names the value and the range."""
+    """Refuse what is not a whole number from ``low`` to ``high``; a UsageError names the value and
+    the range.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise UsageError(
-            f"{name} is {value!r:.60}", wanted=f"a whole number in [{low}, {high}]", do=f"correct {name}", field=name
+            f"{name} is {value!r:.60}",
+            wanted=f"a whole number in [{low}, {high}]",
+            do=f"correct {name}",
+            field=name,
         )
 
 
 def check_batch_size(batch_size: int) -> None:
     """Refuse a batch size that is not a number from 1 to 65 536."""
     if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
-        raise UsageError(f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32")
+        raise UsageError(
+            f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32"
+        )
 
 
 def check_digest(name: str, value: object) -> None:
-    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the value."""
+    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the
+    value.
+    """
     if not isinstance(value, str) or not DIGEST.fullmatch(value):
         wanted = "a SHA-256: 64 lower-case hexadecimal digits"
         raise UsageError(f"{name} is {value!r:.80}", wanted=wanted, do=f"correct the {name}")
 
 
 def join_prefixed(*parts: object) -> str:
-    """Join texts so that no other list of texts gives the same: each after its length in UTF-8 bytes."""
+    """Join texts so that no other list of texts gives the same: each after its length in UTF-8
+    bytes.
+    """
     return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
 
 
@@ -243,12 +307,13 @@ Row = tuple[Round, int]  # a nonce with its round
 class Pack(Round):
     """Rows of several rounds, which an engine takes as the nonces of one round.
 
-    The nonces of a pack are the places 0 to N − 1 of its rows, and the seed texts of a place are those of its row's own
-    round and nonce. No engine lets a row depend on the other rows of its batch, so each row has the bits that it has in
-    a batch of its own round.
+    The nonces of a pack are the places 0 to N − 1 of its rows, and the seed texts of a place are
+    those of its row's own round and nonce. No engine lets a row depend on the other rows of its
+    batch, so each row has the bits that it has in a batch of its own round.
 
-    What a pipeline draws for the block (target, random head, steps between layers) is drawn once for all rows:
-    :func:`group_rows` puts rows of several blocks together only where the pipeline draws nothing for the block.
+    What a pipeline draws for the block (target, random head, steps between layers) is drawn once
+    for all rows: :func:`group_rows` puts rows of several blocks together only where the pipeline
+    draws nothing for the block.
 
     Example:
         >>> mine, yours = (Round(block_hash="block", public_key=key, preset="artifact") for key in ("a", "b"))
@@ -269,19 +334,28 @@ class Pack(Round):
 
 
 def group_rows(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
-    """Return rows in as few packs as possible, in their order, with the places of each: what an engine computes.
+    """Return rows in as few packs as possible, in their order, with the places of each: what an
+    engine computes.
 
     Args:
         rows: Nonces with their rounds, of any presets, lengths and blocks.
     """
     shared: dict[Any, list[Row]] = {}
     for row in rows:
-        round, pipeline = row[0], get_pipeline(row[0].preset)
-        of_block = pipeline.output == "distance" or pipeline.head == "random" or pipeline.layers != "none"
+        round = row[0]
+        pipeline = get_pipeline(row[0].preset)
+        of_block = (
+            pipeline.output == "distance" or pipeline.head == "random" or pipeline.layers != "none"
+        )
         block = round.block_hash if of_block else None
-        shared.setdefault((round.preset, round.seq_len, round.strength, round.model, block), []).append(row)
+        shared.setdefault(
+            (round.preset, round.seq_len, round.strength, round.model, block), []
+        ).append(row)
     names = ("block_hash", "public_key", "model", "preset", "seq_len", "strength")
     return [
-        (Pack(**{name: getattr(found[0][0], name) for name in names}, rows=tuple(found)), range(len(found)))
+        (
+            Pack(**{name: getattr(found[0][0], name) for name in names}, rows=tuple(found)),
+            range(len(found)),
+        )
         for found in shared.values()
     ]

@@ -1,7 +1,7 @@
 """The steps of a pipeline: from hidden states to a distance or a vector.
 
-Legend of shapes: B nonces of a batch, T positions, R of them that are read or reflections, D hidden size, V output
-dimension, K picked or projected, S sketches.
+Legend of shapes: B nonces of a batch, T positions, R of them that are read or reflections, D hidden
+size, V output dimension, K picked or projected, S sketches.
 
 Everything here is float32 on the engine's device, one batch at a time, and no operation mixes
 rows. What depends on the block alone (target, random head) is made once per :class:`Transform`.
@@ -28,7 +28,9 @@ from assay.streams.backends import as_tensor
 _CPU = torch.device("cpu")
 _EPSILON = 1e-8  # added to norms, as published
 ROWS_OF_A_PRODUCT = 16
-"""Rows from which a product has the kernels of matrices on CUDA: fewer may take those for matrix times vector."""
+"""Rows from which a product has the kernels of matrices on CUDA: fewer may take those for matrix
+times vector.
+"""
 _HEAD_SCALE = 0.02  # of no effect on a distance; kept because it is published
 
 
@@ -44,22 +46,30 @@ def reflect(x_BD: Float[Tensor, "*B D"], v_BD: Float[Tensor, "*#B D"]) -> Float[
 
 
 def mean_over_positions(x_BRD: Float32[Tensor, "B R D"]) -> Float32[Tensor, "B 1 D"]:
-    """Return the mean over positions, as a product of matrices: a reduction of CUDA may depend on the batch."""
+    """Return the mean over positions, as a product of matrices: a reduction of CUDA may depend on
+    the batch.
+    """
     with own_precision(x_BRD):
         return torch.bmm(x_BRD.new_full((len(x_BRD), 1, x_BRD.shape[1]), 1 / x_BRD.shape[1]), x_BRD)
 
 
 class Reading(NamedTuple):
-    """How states of positions become one: the weight of each, ±1 or 0, and the frame or the scale they are seen in."""
+    """How states of positions become one: the weight of each, ±1 or 0, and the frame or the scale
+    they are seen in.
+    """
 
     weights: Float32[Tensor, "B T"]
     mean: Float32[Tensor, " D"] | None = None
     inverse: Float32[Tensor, " D"] | None = None  # of the scale
     first: int = 0  # no position before it has a weight
-    scaled: bool = False  # each coordinate by its mean and deviation over the positions that are read
+    scaled: bool = (
+        False  # each coordinate by its mean and deviation over the positions that are read
+    )
 
     def seen(self, x_BRD: Float[Tensor, "B R D"]) -> Float32[Tensor, "B R D"]:
-        """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale where there is one."""
+        """Return y/(‖y‖ + 1e-8) of every state x in float32, with y = (x − mean)/scale where there
+        is one.
+        """
         y_BRD = x_BRD.float()
         if self.mean is not None and self.inverse is not None:
             y_BRD = (y_BRD - self.mean) * self.inverse
@@ -75,14 +85,17 @@ class Reading(NamedTuple):
         """
         weights_BR = self.weights[:, self.first :]
         with own_precision(x_BTD):
-            return torch.bmm(weights_BR.unsqueeze(1), self.seen(x_BTD[:, -weights_BR.shape[1] :])).squeeze(1)
+            return torch.bmm(
+                weights_BR.unsqueeze(1), self.seen(x_BTD[:, -weights_BR.shape[1] :])
+            ).squeeze(1)
 
 
 def project(x_BD: Float[Tensor, "B D"], weight_VD: Float[Tensor, "V D"]) -> Float[Tensor, "B V"]:
     """Multiply every row by a head: [B, V] = x Wᵀ, one row at a time.
 
-    One product of all rows would be faster, but on a CPU its kernels treat the rows at the edge of a tile in
-    another order, and a nonce's bits would depend on its place in the batch. On CUDA they do not, from 16 rows on.
+    One product of all rows would be faster, but on a CPU its kernels treat the rows at the edge of
+    a tile in another order, and a nonce's bits would depend on its place in the batch. On CUDA they
+    do not, from 16 rows on.
     """
     with own_precision(x_BD):
         if x_BD.is_cuda and len(x_BD) >= ROWS_OF_A_PRODUCT:
@@ -95,36 +108,49 @@ def random_projection(
 ) -> Float32[Tensor, "B K"]:
     """Return P x of every row, with P [K, D] its own K · D normals, row by row."""
     p_BKD = normals_BN.view(len(x_BD), count, -1)
-    least = max(2, len(x_BD))  # a row alone would take another kernel on a CPU, with other last bits
+    least = max(
+        2, len(x_BD)
+    )  # a row alone would take another kernel on a CPU, with other last bits
     with own_precision(x_BD):
-        return torch.bmm(p_BKD.expand(least, -1, -1), x_BD.unsqueeze(2).expand(least, -1, -1)).squeeze(2)[: len(x_BD)]
+        return torch.bmm(
+            p_BKD.expand(least, -1, -1), x_BD.unsqueeze(2).expand(least, -1, -1)
+        ).squeeze(2)[: len(x_BD)]
 
 
 @torch.inference_mode()
-def sketch_states(states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]) -> Float16[Tensor, "S K"]:
-    """Return unit(P · unit(h)) of every state h after the final norm, with P [12, D] the normals of its seed.
+def sketch_states(
+    states_SD: Float[Tensor, "S D"], seeds_S: NDArray[np.uint32]
+) -> Float16[Tensor, "S K"]:
+    """Return unit(P · unit(h)) of every state h after the final norm, with P [12, D] the normals of
+    its seed.
 
-    Whoever prefills prompt and tokens once has the same states, and so the same sketches up to rounding. The seed
-    fixes the projection, so a node cannot prepare for it, and every coordinate of the state counts alike.
+    Whoever prefills prompt and tokens once has the same states, and so the same sketches up to
+    rounding. The seed fixes the projection, so a node cannot prepare for it, and every coordinate
+    of the state counts alike.
     """
     backend = streams.get_backend("auto", str(states_SD.device))
     normals_SN = as_tensor(backend.normals(seeds_S, SKETCH_SIZE * states_SD.shape[1]))
-    return unit(random_projection(unit(states_SD.float()), normals_SN, SKETCH_SIZE)).to(torch.float16)
+    return unit(random_projection(unit(states_SD.float()), normals_SN, SKETCH_SIZE)).to(
+        torch.float16
+    )
 
 
 def block_target(round: Round, size: int, device: torch.device = _CPU) -> Float32[Tensor, " V"]:
     """Return the target of a block: a unit vector of ``size`` dimensions."""
     backend = streams.get_backend("auto", str(device))
-    normals_V = as_tensor(backend.normals(streams.seeds([round.block_text("target")]), size)).to(device)[0]
+    normals_V = as_tensor(backend.normals(streams.seeds([round.block_text("target")]), size)).to(
+        device
+    )[0]
     target_V: Tensor = normals_V / torch.linalg.vector_norm(normals_V)
     return target_V
 
 
 class Transform:
-    """The randomisation of one round, ready to be applied to batches of an engine's states of D numbers on a device.
+    """The randomisation of one round, ready to be applied to batches of an engine's states of D
+    numbers on a device.
 
-    For pipelines with that head, ``trained_head`` maps [B, D] to logits [B, V], of ``vocab_size`` V; a UsageError says
-    that the engine does not have it.
+    For pipelines with that head, ``trained_head`` maps [B, D] to logits [B, V], of ``vocab_size``
+    V; a UsageError says that the engine does not have it.
     """
 
     def __init__(
@@ -140,7 +166,10 @@ class Transform:
     ) -> None:
         if pipeline.head == "trained" and trained_head is None:
             seen = f"the pipeline {pipeline.name}, which needs the trained head"
-            wanted = "a pipeline with the random head or none: vLLM spreads the trained one over its workers"
+            wanted = (
+                "a pipeline with the random head or none: vLLM spreads the trained one over its "
+                "workers"
+            )
             raise UsageError(seen, wanted=wanted, do="use --engine hf for it")
         check_frame(pipeline, frame, hidden_size=hidden_size, vocab_size=vocab_size)
         self.round = round
@@ -156,14 +185,18 @@ class Transform:
         self._random_head_VD: Tensor | None = None
         self._target_V: Tensor | None = None
         if pipeline.head == "random":
-            values = self._normals(streams.seeds([round.block_text("random_head")]), hidden_size * RANDOM_HEAD_ROWS)
+            values = self._normals(
+                streams.seeds([round.block_text("random_head")]), hidden_size * RANDOM_HEAD_ROWS
+            )
             self._random_head_VD = values.view(RANDOM_HEAD_ROWS, hidden_size) * _HEAD_SCALE
         if pipeline.output == "distance":
             size = pipeline.output_size(hidden_size, vocab_size)
             self._target_V = block_target(round, size, device)
 
     def reading(self, nonces: Sequence[int], seq_len: int) -> Reading | None:
-        """Return how the positions of nonces are read; None where only the last one is, as it is."""
+        """Return how the positions of nonces are read; None where only the last one is, as it
+        is.
+        """
         read = self.pipeline.read
         if not isinstance(read, Positions):
             return None
@@ -180,9 +213,11 @@ class Transform:
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
     ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
-        """Return what the pipeline publishes of the state [B, D] that was read for each nonce: distances, or vectors.
+        """Return what the pipeline publishes of the state [B, D] that was read for each nonce:
+        distances, or vectors.
 
-        A state that is not finite gives NaN throughout, and never a vector of coordinates that happen to be finite.
+        A state that is not finite gives NaN throughout, and never a vector of coordinates that
+        happen to be finite.
         """
         x_BD = torch.where(torch.isfinite(x_BD).all(dim=1, keepdim=True), x_BD, torch.nan)
         for step in self.pipeline.hidden:
@@ -209,7 +244,9 @@ class Transform:
             case "signs":
                 return x_BD * as_tensor(self._backend.signs(self._seeds("signs", nonces), size))
             case "permute":
-                order_BV = as_tensor(self._backend.permutations(self._seeds("permutation", nonces), size))
+                order_BV = as_tensor(
+                    self._backend.permutations(self._seeds("permutation", nonces), size)
+                )
                 return x_BD.gather(-1, order_BV)
             case "pick":
                 seeds = self._seeds("pick", nonces, k=step.count)
@@ -222,7 +259,9 @@ class Transform:
             case "rotate":
                 return self._reflections("rotation", step.count, x_BD, nonces, k=size)
 
-    def _reflections(self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0) -> Tensor:
+    def _reflections(
+        self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0
+    ) -> Tensor:
         seeds_N1 = self._seeds(stream, nonces, count=count, k=k)
         reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(nonces), count))
         if reflected_BD is not None:
@@ -233,7 +272,9 @@ class Transform:
             x_BD = reflect(x_BD, v_BRD[:, r])
         return x_BD
 
-    def _seeds(self, stream: str, nonces: Sequence[int], *, count: int = 1, k: int = 0) -> NDArray[np.uint32]:
+    def _seeds(
+        self, stream: str, nonces: Sequence[int], *, count: int = 1, k: int = 0
+    ) -> NDArray[np.uint32]:
         return streams.seeds(self.round.texts(stream, nonces, count=count, k=k))
 
     def _normals(self, seeds_N1: NDArray[np.uint32], n: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Responses that can be checked: seeded sampling, sketches, and receipts of what was served.
 
-The noise that chooses a token follows from a seed that no server can choose alone, and is the same bits everywhere.
-So one prefill of prompt and output shows, token by token, whether model and parameters are those that were agreed::
+The noise that chooses a token follows from a seed that no server can choose alone, and is the same
+bits everywhere. So one prefill of prompt and output shows, token by token, whether model and
+parameters are those that were agreed::
 
     model = assay.load_model("reference:qwen3")
     made = respond(model, ["def add(a, b):"], block_hash="…", public_key="…", sampling=Sampling(temperature=0.7))

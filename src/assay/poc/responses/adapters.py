@@ -1,7 +1,9 @@
-"""Adapters: what a receipt says of a LoRA adapter that answered, and the adapter on a verifier's model.
+"""Adapters: what a receipt says of a LoRA adapter that answered, and the adapter on a verifier's
+model.
 
-An adapter adds (α / r) · B (A x) to the products of some linear layers. It is computed beside them, as servers do it,
-and never merged: merged weights are rounded once more, which is more than the noise of honest engines.
+An adapter adds (α / r) · B (A x) to the products of some linear layers. It is computed beside them,
+as servers do it, and never merged: merged weights are rounded once more, which is more than the
+noise of honest engines.
 
 Legend of shapes: R rank, I inputs and O outputs of a linear layer.
 """
@@ -28,16 +30,47 @@ from assay.poc.responses.receipts import digest_adapter as digest_adapter
 _READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others subtract from the model first
+    "init_lora_weights": (
+        True,
+        False,
+        None,
+        "gaussian",
+        "eva",
+        "orthogonal",
+    ),  # others subtract from the model first
 }
 """Settings that must have one of these values; the last one where the configuration has none."""
 
 _FREE = {
-    *("r", "lora_alpha", "use_rslora", "lora_dropout", "task_type", "inference_mode", "peft_version", "auto_mapping"),
-    *("base_model_name_or_path", "revision", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "ensure_weight_tying", "eva_config", "runtime_config", "megatron_core", "qalora_group_size"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "auto_mapping",
+    ),
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+    ),
+    *(
+        "layers_pattern",
+        "ensure_weight_tying",
+        "eva_config",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+    ),
 }
-"""Settings that are read above, or that change nothing of what is computed. Every other one must be empty or off."""
+"""Settings that are read above, or that change nothing of what is computed. Every other one must be
+empty or off.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +85,13 @@ class Lora:
 
     @contextmanager
     def on(self, model: Model) -> Iterator[None]:
-        """Compute with the adapter while the context is open; a ModelError where the model has no such layer."""
+        """Compute with the adapter while the context is open; a ModelError where the model has no
+        such layer.
+        """
         layers = {name: _layer(model, name, *factors) for name, factors in self.products.items()}
-        with ExitStack() as hooks:  # which are gone too where the device has no room for a later factor
+        with (
+            ExitStack() as hooks
+        ):  # which are gone too where the device has no room for a later factor
             for name, layer in layers.items():
                 a_RI, b_OR = (factor.to(layer.weight) for factor in self.products[name])
                 hooks.enter_context(layer.register_forward_hook(_adds(a_RI, b_OR, self.scale)))
@@ -72,28 +109,48 @@ def load_adapter(path: str | Path) -> Lora:
     try:
         config = read_json(Path(path) / CONFIG)
         tensors = load_file(Path(path) / WEIGHTS)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rank = int(config["r"])
+        alpha = float(config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except Exception as error:
         seen = f"the adapter in {path}: {type(error).__name__}: {error}"[:300]
         raise ModelError(seen, wanted="an adapter as peft writes it", do="write it again") from None
     for name, value in ({name: values[-1] for name, values in _READ.items()} | config).items():
-        if name not in _FREE and (value not in _READ[name] if name in _READ else value not in (None, False, {}, [])):
-            seen, wanted = f"an adapter with {name} {value!r:.60}", "a LoRA adapter that adds only products B A x"
+        if name not in _FREE and (
+            value not in _READ[name] if name in _READ else value not in (None, False, {}, [])
+        ):
+            seen = f"an adapter with {name} {value!r:.60}"
+            wanted = "a LoRA adapter that adds only products B A x"
             raise UsageError(seen, wanted=wanted, do="replay the responses of another adapter")
     return Lora(digest, Path(path), scale, _products(tensors))
 
 
 def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the pairs of factors by the name of their layer; a UsageError where a tensor has no pair."""
-    names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in FACTORS if name.endswith(end)}
+    """Return the pairs of factors by the name of their layer; a UsageError where a tensor has no
+    pair.
+    """
+    names = {
+        name.removeprefix(PREFIX).removesuffix(end)
+        for name in tensors
+        for end in FACTORS
+        if name.endswith(end)
+    }
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
-    odd = sorted(wanted ^ tensors.keys()) or [name for name, tensor in tensors.items() if tensor.ndim != 2]
+    odd = sorted(wanted ^ tensors.keys()) or [
+        name for name, tensor in tensors.items() if tensor.ndim != 2
+    ]
     if not names or odd:
         seen = f"an adapter with {odd[0]}" if odd else "an adapter without weights"
         do = "replay the responses of another adapter"
-        raise UsageError(seen, wanted="two matrices for each linear layer that it changes, and nothing else", do=do)
-    return {name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"]) for name in names}
+        raise UsageError(
+            seen,
+            wanted="two matrices for each linear layer that it changes, and nothing else",
+            do=do,
+        )
+    return {
+        name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"])
+        for name in names
+    }
 
 
 def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
@@ -102,13 +159,24 @@ def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
     except AttributeError:
         layer = None
     shape = (len(b_OR), a_RI.shape[1])
-    if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape or len(a_RI) != b_OR.shape[1]:
-        wanted, do = f"linear layers of {model.reference}", "pass an adapter that was made for this model"
-        raise ModelError(f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs", wanted=wanted, do=do)
+    if (
+        not isinstance(layer, nn.Linear)
+        or tuple(layer.weight.shape) != shape
+        or len(a_RI) != b_OR.shape[1]
+    ):
+        wanted = f"linear layers of {model.reference}"
+        do = "pass an adapter that was made for this model"
+        raise ModelError(
+            f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs",
+            wanted=wanted,
+            do=do,
+        )
     return layer
 
 
-def _adds(a_RI: Tensor, b_OR: Tensor, scale: float) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _adds(
+    a_RI: Tensor, b_OR: Tensor, scale: float
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + scale * (inputs[0] @ a_RI.T @ b_OR.T)
 

@@ -46,24 +46,28 @@ def respond(
 
     Args:
         model: Model that answers.
-        prompts: Requests, or prompts in text, messages or token ids, which are called ``prompt-0`` and so on.
+        prompts: Requests, or prompts in text, messages or token ids, which are called ``prompt-0``
+            and so on.
         block_hash: Beacon that became known after the requests were accepted.
         public_key: Key of the node.
-        sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling` when None.
+        sampling: Parameters for prompts that are not requests; the defaults of :class:`Sampling`
+            when None.
         max_tokens: Number of tokens after which a response ends, for prompts that are not requests.
         user_seed: Seed of the client, for prompts that are not requests.
         end_tokens: Tokens that end every response; :attr:`Model.end_tokens` when None.
         hash_prompts: Whether the receipts have the hash of a prompt in place of its ids.
-        output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run with the same
-            requests left that file, this one continues after its last whole line.
+        output: File of receipts, written as it grows to ``<output>.partial``. If an interrupted run
+            with the same requests left that file, this one continues after its last whole line.
         overwrite: Whether an existing file may be replaced.
-        progress: Function that is called with (tokens made, tokens at most in all) after every token.
+        progress: Function that is called with (tokens made, tokens at most in all) after every
+            token.
 
     Returns:
         The receipts, in the order of the prompts.
 
     Raises:
-        UsageError: A prompt does not fit the model, a value is out of range, or the file exists already.
+        UsageError: A prompt does not fit the model, a value is out of range, or the file exists
+            already.
         ModelError: The model cannot be run, or (BadWeights) gives NaN or infinity.
         OutOfMemory: The device has no room for a request.
         StorageError: The file cannot be written. The responses so far stay in the partial file.
@@ -79,7 +83,11 @@ def respond(
         ('prompt-0', 8, 'length')
     """
     if isinstance(prompts, str):
-        raise UsageError(f"one prompt {prompts!r:.60}", wanted="a list of prompts", do="write respond(model, [prompt])")
+        raise UsageError(
+            f"one prompt {prompts!r:.60}",
+            wanted="a list of prompts",
+            do="write respond(model, [prompt])",
+        )
     common: dict[str, Any] = {
         "sampling": sampling or Sampling(), "max_tokens": max_tokens, "user_seed": user_seed, "chosen_by": "server"
     }  # fmt: skip
@@ -102,7 +110,8 @@ def respond(
     )
     seeds = [header.seed(request, block_hash) for request in requests]
     if len({seed.text for seed in seeds}) < len(seeds):
-        wanted, do = "a seed of its own for every response", "give one of them another request_id"
+        wanted = "a seed of its own for every response"
+        do = "give one of them another request_id"
         raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
     head_of(model.module)  # refuses a model without one before a file is begun
     ends = model.end_tokens if end_tokens is None else frozenset(end_tokens)
@@ -115,12 +124,17 @@ def respond(
 
     def read_left(number: int, line: bytes) -> Receipt:
         """Read a receipt that an interrupted run left; refuse one of another request."""
-        receipt, request = parse_receipt(line, source=str(output), number=number), requests[number - 2]
+        receipt = parse_receipt(line, source=str(output), number=number)
+        request = requests[number - 2]
         made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
         if receipt.line() != receipt_of(request, **made).line():
             seen = f"a partial file with the answer to request {receipt.request_id!r:.80}"
             wanted = f"that to request {request.request_id!r:.80}, as the interrupted command asked"
-            raise UsageError(seen, wanted=wanted, do="repeat that command, or remove the partial file to start again")
+            raise UsageError(
+                seen,
+                wanted=wanted,
+                do="repeat that command, or remove the partial file to start again",
+            )
         return receipt
 
     started = time.perf_counter()
@@ -129,8 +143,16 @@ def respond(
         for place in range(len(receipts), len(requests)):
             before = sum(len(receipt.output) for receipt in receipts)
             most = before + sum(request.max_tokens for request in requests[place:])
-            tell = partial(lambda before, most, done: progress(before + done, most), before, most) if progress else None
-            receipts.append(receipt_of(requests[place], **_response(model, requests[place], seeds[place], ends, tell)))
+            tell = (
+                partial(lambda before, most, done: progress(before + done, most), before, most)
+                if progress
+                else None
+            )
+            receipts.append(
+                receipt_of(
+                    requests[place], **_response(model, requests[place], seeds[place], ends, tell)
+                )
+            )
             if out:
                 out.append_lines([receipts[-1].line()])
         made = Receipts.build(header, receipts, float(f"{time.perf_counter() - started:.3f}"))
@@ -141,10 +163,16 @@ def respond(
 
 
 def _response(
-    model: Model, request: Request, seed: ResponseSeed, ends: frozenset[int], progress: Callable[[int], None] | None
+    model: Model,
+    request: Request,
+    seed: ResponseSeed,
+    ends: frozenset[int],
+    progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     """Return the tokens of a response, its sketches and why it ended, as a receipt has them."""
-    sampling, tokens, states = request.sampling, list[int](), list[torch.Tensor]()
+    sampling = request.sampling
+    tokens = list[int]()
+    states = list[torch.Tensor]()
     logits_1V, hidden_1D, cache = read_on(model, request.ids)
     sampler = Sampler([sampling], logits_1V.shape[1], model.device)
     prompt_V = counts_1V = None
@@ -152,12 +180,16 @@ def _response(
         prompt_V = as_tensor(mark_tokens(request.ids, logits_1V.shape[1])).to(model.device)
         counts_1V = torch.zeros_like(logits_1V, dtype=torch.int32)
     seeds_N = seed.step_seeds(range(request.max_tokens))
-    anew = {steps.start for steps in steps_of_passes(model.config, len(request.ids), request.max_tokens)}
+    anew = {
+        steps.start for steps in steps_of_passes(model.config, len(request.ids), request.max_tokens)
+    }
     while True:
         step = len(tokens)
         if step % SKETCH_EVERY == 0:
             states.append(hidden_1D[0])
-        scores_1V = sampler.scores(logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V)
+        scores_1V = sampler.scores(
+            logits_1V, seeds_N[step : step + 1], prompt_NV=prompt_V, counts_NV=counts_1V
+        )
         tokens.append(int(scores_1V.argmax(dim=1)))
         if progress:
             progress(len(tokens))
@@ -166,18 +198,28 @@ def _response(
             break
         if counts_1V is not None:
             counts_1V[0, tokens[-1]] += 1
-        again = len(tokens) in anew  # positions from which on the architecture computes the whole row in another way
+        again = (
+            len(tokens) in anew
+        )  # positions from which on the architecture computes the whole row in another way
         new, cache = ([*request.ids, *tokens], None) if again else (tokens[-1:], cache)
         logits_1V, hidden_1D, cache = read_on(model, new, cache)
-    sketches = sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens))).cpu().numpy()
+    sketches = (
+        sketch_response(torch.stack(states), seed.words("sketch"), sketch_steps(len(tokens)))
+        .cpu()
+        .numpy()
+    )
     return {"output": tuple(tokens), "sketches": sketches, "finish": "stop" if ended else "length"}
 
 
-def _request(prompt: Request | Chat | str | Sequence[int], name: str, common: dict[str, Any]) -> Request:
+def _request(
+    prompt: Request | Chat | str | Sequence[int], name: str, common: dict[str, Any]
+) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
             seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
-            raise UsageError(seen, wanted="requests for the model itself", do="serve adapters with vLLM")
+            raise UsageError(
+                seen, wanted="requests for the model itself", do="serve adapters with vLLM"
+            )
         return prompt
     whole = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
     return Request(prompt=whole, request_id=name, **common)

@@ -1,9 +1,11 @@
-"""Calibrations of responses: the noise that honest receipts show on this verifier's engine, and its file.
+"""Calibrations of responses: the noise that honest receipts show on this verifier's engine, and its
+file.
 
-Receipts of honest provers are replayed, so what is measured is all that lies between their decoding and this prefill.
-The law of tokens is fitted by maximum likelihood over mixtures of scales, that of sketches as for vectors; responses
-are the clusters. The provers of one file are one build: more of them say how far machines differ. A machine is a public
-key: one engine may be described in several ways, such as for prompts of several lengths, and many in the same one.
+Receipts of honest provers are replayed, so what is measured is all that lies between their decoding
+and this prefill. The law of tokens is fitted by maximum likelihood over mixtures of scales, that of
+sketches as for vectors; responses are the clusters. The provers of one file are one build: more of
+them say how far machines differ. A machine is a public key: one engine may be described in several
+ways, such as for prompts of several lengths, and many in the same one.
 
 Legend of shapes: L responses, N tokens, S sketches.
 """
@@ -25,7 +27,12 @@ from assay.files.storage import write_jsonl
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
-from assay.poc.responses.token_fit import FEWEST_TOKENS, TokenFit, check_number_of_tokens, fit_token_noise
+from assay.poc.responses.token_fit import (
+    FEWEST_TOKENS,
+    TokenFit,
+    check_number_of_tokens,
+    fit_token_noise,
+)
 from assay.poc.verdict.calibration import spread_of_new
 from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
 from assay.stats.noise import FEWEST_RESIDUALS, fit_log_noise
@@ -37,14 +44,19 @@ FILE_KIND = "assay.poc.responses.calibration"
 SCHEMA = 1
 
 MARGIN = 2.0
-"""Factor of the laws of the bundled models over the measured noise, so that they hold for machines not measured."""
+"""Factor of the laws of the bundled models over the measured noise, so that they hold for machines
+not measured.
+"""
 
-BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")  # written by research/benchmarks/responses.py --install
+BUNDLED_LAWS = Path(__file__).with_name(
+    "bundled_noise.json"
+)  # written by research/benchmarks/responses.py --install
 
 SKETCH_FLOOR = 2.0**-11  # of float16 numbers of this size: equal sketches may differ by a step
 SKETCH_TAIL = 1.0  # heavy, because no residuals price the bets on sketches
 LEAST_BETWEEN = 0.2
-"""Least spread of ln distance between the sketches of responses: an odd response is in no small sample.
+"""Least spread of ln distance between the sketches of responses: an odd response is in no small
+sample.
 
 Chosen after one of eight pairs of formats and models accused more honest audits than it should
 (research/notes/decisions.md).
@@ -56,7 +68,8 @@ EFFECTS = tuple(2.0**k for k in range(1, 25))
 OF_BUILD = ("engine", "device", "dtype", "attention", "torch", "library")
 """Fields of a fingerprint in which an engine must be like a measured one."""
 
-_ERROR_OF_PAIR = 0.05  # spread of ln scale that is assumed of one pair of engines, beside the error of its measurement
+# spread of ln scale that is assumed of one pair of engines, beside the error of its measurement
+_ERROR_OF_PAIR = 0.05
 _BETA = 1e-2
 _MOST_PROVERS = 256
 
@@ -86,17 +99,24 @@ class ResponseCalibration:
     matches: Annotated[int, Field(ge=0)]
 
     def check(self, header: ReceiptHeader, verifier: Fingerprint | None = None) -> None:
-        """Refuse receipts or a verifier of another build than was measured; a CalibrationError names what differs."""
+        """Refuse receipts or a verifier of another build than was measured; a CalibrationError
+        names what differs.
+        """
         if header.digest != self.digest:
             raise _other("checkpoint", self.digest[:12], header.digest[:12])
         engines = [(self.provers, header.fingerprint, "prover's")]
         if verifier is not None:
             engines.append(((self.verifier,), verifier, "verifier's"))
         for measured, engine, whose in engines:
-            differing = [[name for name in OF_BUILD if getattr(one, name) != getattr(engine, name)] for one in measured]
+            differing = [
+                [name for name in OF_BUILD if getattr(one, name) != getattr(engine, name)]
+                for one in measured
+            ]
             known, odd = min(zip(measured, differing, strict=True), key=lambda pair: len(pair[1]))
             if odd:
-                raise _other(f"{odd[0]} than the {whose}", getattr(known, odd[0]), getattr(engine, odd[0]))
+                raise _other(
+                    f"{odd[0]} than the {whose}", getattr(known, odd[0]), getattr(engine, odd[0])
+                )
 
     def save(self, path: str | Path) -> None:
         """Write the file in one piece, replacing an older one.
@@ -104,22 +124,30 @@ class ResponseCalibration:
         Raises:
             StorageError: The file cannot be written.
         """
-        engines = {"provers": [one.as_dict() for one in self.provers], "verifier": self.verifier.as_dict()}
+        engines = {
+            "provers": [one.as_dict() for one in self.provers],
+            "verifier": self.verifier.as_dict(),
+        }
         counts = {name: getattr(self, name) for name in ("responses", "tokens", "matches")}
         whole = {"kind": FILE_KIND, "schema": SCHEMA, "digest": self.digest, **engines, **counts}
         write_jsonl(path, [whole | {"noise": self.noise.as_dict()}])
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
-        """Read a calibration of responses; a CalibrationError where the file is not a calibration."""
+        """Read a calibration of responses; a CalibrationError where the file is not a
+        calibration.
+        """
         try:
             values = read_json(path)
             if (values.pop("kind"), values.pop("schema")) != (FILE_KIND, SCHEMA):
                 raise ValueError("another kind or schema")
             return read_as(cls, dumps(values).encode())
         except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
-            seen, wanted = reason_of(error), f"a calibration of responses, schema {SCHEMA}"
-            raise CalibrationError(seen, wanted=wanted, do="write one with `assay poc calibrate-responses`") from None
+            seen = reason_of(error)
+            wanted = f"a calibration of responses, schema {SCHEMA}"
+            raise CalibrationError(
+                seen, wanted=wanted, do="write one with `assay poc calibrate-responses`"
+            ) from None
 
 
 def calibrate_responses(
@@ -135,7 +163,8 @@ def calibrate_responses(
         The calibration.
 
     Raises:
-        UsageError: The receipts are of several checkpoints, or there are too few tokens or sketches.
+        UsageError: The receipts are of several checkpoints, or there are too few tokens or
+            sketches.
     """
     headers = [header for header, _ in measured]
     digest = check_one_checkpoint(headers)
@@ -158,11 +187,16 @@ def calibrate_responses(
 
 
 def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
-    """Return the digest of the checkpoint of all receipts; a UsageError where there are several, or number formats."""
+    """Return the digest of the checkpoint of all receipts; a UsageError where there are several, or
+    number formats.
+    """
     formats = sorted({header.fingerprint.dtype for header in headers})
     if len(formats) > 1:
-        seen, do = f"receipts in {' and '.join(formats)}", "calibrate each by itself"
-        raise UsageError(seen, wanted="one number format: a law of several judges all by the coarsest", do=do)
+        seen = f"receipts in {' and '.join(formats)}"
+        do = "calibrate each by itself"
+        raise UsageError(
+            seen, wanted="one number format: a law of several judges all by the coarsest", do=do
+        )
     digests = {header.digest for header in headers}
     if len(digests) != 1:
         names = ", ".join(digest[:12] for digest in sorted(digests))
@@ -172,15 +206,19 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
 
 
 def check_enough_tokens(files: Sequence[Receipts]) -> None:
-    """Refuse receipts with fewer tokens or sketches than :func:`calibrate_responses` needs, before they are replayed.
+    """Refuse receipts with fewer tokens or sketches than :func:`calibrate_responses` needs, before
+    they are replayed.
 
     Raises:
-        UsageError: Says how many can be used. Tokens that were sampled without a seed, or under a mask, cannot.
+        UsageError: Says how many can be used. Tokens that were sampled without a seed, or under a
+            mask, cannot.
     """
     names = [(read.header.line(), receipt.name) for read in files for receipt in read.receipts]
     if len(set(names)) < len(names):
         raise UsageError(
-            "a receipt that is given twice", wanted="every receipt once", do="leave a file of RECEIPTS out"
+            "a receipt that is given twice",
+            wanted="every receipt once",
+            do="leave a file of RECEIPTS out",
         )
     answers = [receipt for read in files for receipt in read.receipts if receipt.output]
     usable = [receipt for receipt in answers if receipt.seeded]
@@ -199,7 +237,8 @@ def _check_enough_sketches(count: int, responses: int) -> None:
         raise UsageError(
             f"{count} sketches of {responses} honest response{'s' * (responses != 1)}",
             wanted=f"at least {FEWEST_RESIDUALS}, of every {SKETCH_EVERY}nd token of each response",
-            do="replay receipts of more honest responses, by an engine that makes sketches (RECEIPTS)",
+            do="replay receipts of more honest responses, by an engine that makes sketches "
+            "(RECEIPTS)",
         )
 
 
@@ -217,20 +256,32 @@ def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -
     )
     sketches = [one.residuals for one in everything if len(one.residuals)]
     _check_enough_sketches(sum(map(len, sketches)), len(everything))
-    law, error = fit_log_noise(np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL)
+    law, error = fit_log_noise(
+        np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL
+    )
     of_provers = [np.concatenate([one.residuals for one in some]) for some in by_prover if some]
-    scales = [float(np.median(np.log(law.magnitudes(some)))) - law.mu for some in of_provers if len(some)]
+    scales = [
+        float(np.median(np.log(law.magnitudes(some)))) - law.mu for some in of_provers if len(some)
+    ]
     between = max(_between([np.log(law.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)
     spread = spread_of_new(scales, len(scales), error, _ERROR_OF_PAIR)
     part = PartNoise(law=law, spread=spread, between=between)
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
 
 
-def bundled_response_noise(digest: str, prover_dtype: str, verifier_dtype: str) -> ResponseNoise | None:
-    """Return the law of a bundled model for a pair of dtypes in any order; None for any other, which has no law."""
+def bundled_response_noise(
+    digest: str, prover_dtype: str, verifier_dtype: str
+) -> ResponseNoise | None:
+    """Return the law of a bundled model for a pair of dtypes in any order; None for any other,
+    which has no law.
+    """
     pair = "/".join(sorted((prover_dtype, verifier_dtype)))
     law = _bundled()["laws"].get(pair) if is_bundled(digest) else None
-    return None if law is None else replace(ResponseNoise.from_dict(law), source=f"measured on {pair}, bundled models")
+    return (
+        None
+        if law is None
+        else replace(ResponseNoise.from_dict(law), source=f"measured on {pair}, bundled models")
+    )
 
 
 @cache
@@ -239,7 +290,9 @@ def _bundled() -> JsonObject:
 
 
 def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[Replayed]") -> float:
-    """Return the likeliest ln scale of the tokens of a machine over that of the law; 0 where they do not say."""
+    """Return the likeliest ln scale of the tokens of a machine over that of the law; 0 where they
+    do not say.
+    """
     profiles = [one.profiles for one in replayed if len(one.profiles)]
     if not profiles:
         return 0.0
@@ -253,7 +306,9 @@ def _between(logs: Sequence[np.ndarray]) -> float:
     several = [one for one in logs if len(one) > 1]
     if len(several) < 2:
         return float(np.std([float(one.mean()) for one in logs]))
-    within = float(np.mean([one.var(ddof=1) for one in several])) * float(np.mean([1 / len(one) for one in several]))
+    within = float(np.mean([one.var(ddof=1) for one in several])) * float(
+        np.mean([1 / len(one) for one in several])
+    )
     of_means = float(np.var([float(one.mean()) for one in several], ddof=1))
     return min(math.sqrt(max(0.0, of_means - within)), 1.0)
 
@@ -264,10 +319,20 @@ def _told_apart(law: stats.TokenNoise, profiles_NG: np.ndarray) -> float:
     means = law.log_likelihoods(profiles_NG, logs).mean(axis=0)
     needed = -math.log(_BETA) / TOLD_APART
     return next(
-        (effect for effect, mean in zip(EFFECTS, means[1:], strict=True) if means[0] - mean >= needed), EFFECTS[-1]
+        (
+            effect
+            for effect, mean in zip(EFFECTS, means[1:], strict=True)
+            if means[0] - mean >= needed
+        ),
+        EFFECTS[-1],
     )
 
 
 def _other(what: str, measured: Any, stated: Any) -> CalibrationError:
-    do = "measure it with `assay poc calibrate-responses` on honest receipts, or leave --calibration out"
-    return CalibrationError(f"a calibration of responses with another {what}: {measured}", wanted=str(stated), do=do)
+    do = (
+        "measure it with `assay poc calibrate-responses` on honest receipts, or leave "
+        "--calibration out"
+    )
+    return CalibrationError(
+        f"a calibration of responses with another {what}: {measured}", wanted=str(stated), do=do
+    )

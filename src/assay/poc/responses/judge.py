@@ -1,4 +1,6 @@
-"""The judge of responses: what a validator knows of them, and a replay against the honest noise between two engines."""
+"""The judge of responses: what a validator knows of them, and a replay against the honest noise
+between two engines.
+"""
 
 import math
 import shlex
@@ -31,9 +33,10 @@ Evidence = Literal["both", "tokens", "sketches"]
 class ReceiptPins:
     """Values that a validator knows before it reads receipts; None where it gives nothing.
 
-    Whatever is not given is taken on the node's word, and :meth:`unpinned` names it. Without the requests a node may
-    answer other ones than were asked, or choose their ids until it likes the noise. A node that leaves sketches out, or
-    says that its engine sampled by itself or that a grammar was used, takes evidence away.
+    Whatever is not given is taken on the node's word, and :meth:`unpinned` names it. Without the
+    requests a node may answer other ones than were asked, or choose their ids until it likes the
+    noise. A node that leaves sketches out, or says that its engine sampled by itself or that a
+    grammar was used, takes evidence away.
 
     Args:
         known: Block, key, checkpoint and builds; its values of rounds are not looked at.
@@ -46,24 +49,36 @@ class ReceiptPins:
     evidence: Evidence = "both"
 
     @classmethod
-    def of_network(cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any) -> "ReceiptPins":
-        """Return what a network's file and flags pin together; a UsageError where they disagree or do not suffice."""
+    def of_network(
+        cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any
+    ) -> "ReceiptPins":
+        """Return what a network's file and flags pin together; a UsageError where they disagree or
+        do not suffice.
+        """
         known = given
         if network is not None:
             shares = [node.node_id for node in network.nodes if node.public_key == given.public_key]
-            known = network.for_round(model=header.digest, also=given, node_id=shares[0] if shares else None)
+            known = network.for_round(
+                model=header.digest, also=given, node_id=shares[0] if shares else None
+            )
         return cls(known=known, **more)
 
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
 
-        Only prompts of token ids are compared: :func:`assay.poc.responses.requests.encode_requests` gives them to all.
+        Only prompts of token ids are compared: :func:`assay.poc.responses.requests.encode_requests`
+        gives them to all.
 
         Raises:
             ProofMismatch: Names the value, stated and wanted.
         """
-        header, known = receipts.header, self.known
-        stated = {"public_key": header.public_key, "digest": header.digest, "weights": header.weights}
+        header = receipts.header
+        known = self.known
+        stated = {
+            "public_key": header.public_key,
+            "digest": header.digest,
+            "weights": header.weights,
+        }
         for name, value in stated.items():
             wanted = getattr(known, name)
             if wanted is not None and wanted != value:
@@ -79,13 +94,15 @@ class ReceiptPins:
 
     def unpinned(self, receipts: Receipts) -> tuple[str, ...]:
         """Return the names of the values that are taken on the node's word."""
-        header, known = receipts.header, self.known
+        header = receipts.header
+        known = self.known
         unseen = [receipt for receipt in receipts.receipts if not receipt.seeded]
         given = {
             "block_hash": known.block_hash is not None,
             "public_key": known.public_key is not None,
             # Texts and messages are not compared: a caller encodes them before it pins them.
-            "requests": self.requests is not None and all(isinstance(one.prompt, tuple) for one in self.requests),
+            "requests": self.requests is not None
+            and all(isinstance(one.prompt, tuple) for one in self.requests),
             "prover_dtype": bool(known.formats) or header.fingerprint.dtype in streams.DTYPES,
             "tokens": self.evidence == "sketches" or not unseen,
             "sketches": self.evidence == "tokens" or header.sketched,
@@ -95,9 +112,15 @@ class ReceiptPins:
 
 def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
-    request, owner = asked.get(receipt.name), f"the receipt of request {receipt.request_id!r:.80}"
+    request = asked.get(receipt.name)
+    owner = f"the receipt of request {receipt.request_id!r:.80}"
     if request is None:
-        raise _mismatch("a receipt", "user_seed, request_id and index", receipt.name, "of a request that was sent")
+        raise _mismatch(
+            "a receipt",
+            "user_seed, request_id and index",
+            receipt.name,
+            "of a request that was sent",
+        )
     pairs: dict[str, tuple[object, object]] = {
         "adapter": ("" if receipt.adapter is None else receipt.adapter.name, request.adapter)
     }
@@ -107,7 +130,10 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
         own = request.sampling.as_dict()
         pairs |= {name: (value, own[name]) for name, value in receipt.sampling.as_dict().items()}
     if receipt.chat_template is not None and request.chat_template is not None:
-        pairs["chat_template"] = receipt.chat_template, request.chat_template  # first, as it explains another prompt
+        pairs["chat_template"] = (
+            receipt.chat_template,
+            request.chat_template,
+        )  # first, as it explains another prompt
     if isinstance(request.prompt, tuple):
         pairs["prompt"] = receipt.prompt.sha256, Prompt.of(request.ids).sha256
     for name, (stated, agreed) in pairs.items():
@@ -120,7 +146,9 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
 
 def _mismatch(owner: str, name: str, stated: object, wanted: object) -> ProofMismatch:
     do = "ask the node for the receipts of these requests"
-    return ProofMismatch(f"{owner} with {name} {stated!r:.60}", wanted=f"{name} {wanted!s:.80}", do=do)
+    return ProofMismatch(
+        f"{owner} with {name} {stated!r:.60}", wanted=f"{name} {wanted!s:.80}", do=do
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,7 +156,8 @@ class ResponseVerdict:
     """The result of a replay.
 
     Args:
-        result: All numbers of the test; None without a law of honest noise, so that the verdict is undecided.
+        result: All numbers of the test; None without a law of honest noise, so that the verdict is
+            undecided.
         reason: Numbers that decided, in one sentence.
         noise: Measured honest noise, and where it comes from; None where none was measured.
         replayed: What the replay gave, in the order in which it was judged.
@@ -157,17 +186,20 @@ class ResponseVerdict:
 
     @property
     def unanswered(self) -> int:
-        """Number of the requests that have no receipt, or one of an answer that was aborted or has no token.
+        """Number of the requests that have no receipt, or one of an answer that was aborted or has
+        no token.
 
-        A node chooses which answers it shows: those that it would rather not have replayed may be among these. Every
-        whole answer has the token that ended it.
+        A node chooses which answers it shows: those that it would rather not have replayed may be
+        among these. Every whole answer has the token that ended it.
         """
         whole = {one.name for one in self.receipts.receipts if one.finish != "abort" and one.output}
         return len({request.name for request in self.pins.requests or ()} - whole)
 
     @property
     def exit_code(self) -> int:
-        """0 for honest receipts of all requests with nothing taken on the node's word, 1 for fraud, 2 otherwise."""
+        """0 for honest receipts of all requests with nothing taken on the node's word, 1 for fraud,
+        2 otherwise.
+        """
         honest = self.verdict == "honest"
         return 2 if honest and (self.unpinned or self.unanswered) else EXIT_CODES[self.verdict]
 
@@ -182,12 +214,18 @@ class ResponseVerdict:
         return sum(one.matches for one in self.replayed)
 
     def updates(self) -> list[Update]:
-        """Return what a ledger records: one entry for every response, whose nonces are its blocks of 32 tokens."""
+        """Return what a ledger records: one entry for every response, whose nonces are its blocks
+        of 32 tokens.
+        """
         if self.noise is None:
-            raise UsageError(self.reason, wanted="a verdict with a law", do="measure it, and judge again")
+            raise UsageError(
+                self.reason, wanted="a verdict with a law", do="measure it, and judge again"
+            )
         header = self.receipts.header
         build = self.pins.known.build_of(header.fingerprint)
-        account = Account(public_key=header.public_key, digest=header.digest, build=build, preset=RESPONSES)
+        account = Account(
+            public_key=header.public_key, digest=header.digest, build=build, preset=RESPONSES
+        )
         return [
             Update(
                 account=account,
@@ -249,7 +287,8 @@ def judge_responses(
     alpha: float = 1e-3,
     sample_seed: int | None = None,
 ) -> ResponseVerdict:
-    """Judge what a replay gave; without a law of honest noise the verdict is undecided, whatever it gave.
+    """Judge what a replay gave; without a law of honest noise the verdict is undecided, whatever it
+    gave.
 
     Args:
         replayed: What the replay gave, in an order that does not depend on it.
@@ -262,7 +301,8 @@ def judge_responses(
     Raises:
         UsageError: A rate is out of range.
     """
-    result, reason = None, missing_response_law(receipts.header)
+    result = None
+    reason = missing_response_law(receipts.header)
     if noise is not None:
         test = ResponseTest(noise, alpha=alpha)
         for one in replayed:
@@ -283,7 +323,9 @@ def judge_responses(
 def noise_between(
     header: ReceiptHeader, verifier: Fingerprint, calibration: ResponseCalibration | None
 ) -> ResponseNoise | None:
-    """Return the honest noise between two engines, None without a law; a CalibrationError names what differs."""
+    """Return the honest noise between two engines, None without a law; a CalibrationError names
+    what differs.
+    """
     if calibration is None:
         return bundled_response_noise(header.digest, header.fingerprint.dtype, verifier.dtype)
     calibration.check(header, verifier)
@@ -291,17 +333,23 @@ def noise_between(
 
 
 def missing_response_law(header: ReceiptHeader) -> str:
-    """Return the sentence that says that responses of a model have no law, and which commands measure one."""
+    """Return the sentence that says that responses of a model have no law, and which commands
+    measure one.
+    """
     model = shlex.quote(header.reference[:200])  # the node may have chosen its words
     return (
-        f"no law of honest noise of responses was measured for checkpoint {header.digest[:12]} and these number "
-        "formats: have honest nodes answer prompts with `assay poc respond`, measure their receipts with "
-        f"`assay poc calibrate-responses honest.jsonl --model {model} -o responses.json`, and pass --calibration"
+        f"no law of honest noise of responses was measured for checkpoint {header.digest[:12]} "
+        f"and these number "
+        "formats: have honest nodes answer prompts with `assay poc respond`, measure their "
+        "receipts with "
+        f"`assay poc calibrate-responses honest.jsonl --model {model} -o responses.json`, and "
+        f"pass --calibration"
     )
 
 
 def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receipts:
-    """Return receipts with a sample of the responses that have tokens, in the order of the file; all when None.
+    """Return receipts with a sample of the responses that have tokens, in the order of the file;
+    all when None.
 
     Raises:
         UsageError: The file has no response with a token, or the sample is larger than the file.
@@ -310,11 +358,17 @@ def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receip
     size = len(whole) if sample is None else sample
     if not whole or type(size) is not int or not 1 <= size <= len(whole):
         seen = f"a sample of {size} receipts" if whole else "receipts without a token"
-        wanted = f"1 to {len(whole)}, the responses of this file" if whole else "one response or more"
-        raise UsageError(seen, wanted=wanted, do="change --sample" if whole else "ask the node for its receipts")
+        wanted = (
+            f"1 to {len(whole)}, the responses of this file" if whole else "one response or more"
+        )
+        raise UsageError(
+            seen, wanted=wanted, do="change --sample" if whole else "ask the node for its receipts"
+        )
     if sample is None:
         return receipts
-    chosen = sorted(np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist())
+    chosen = sorted(
+        np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist()
+    )
     return replace(receipts, receipts=tuple(whole[index] for index in chosen))
 
 
@@ -329,5 +383,10 @@ def _reason(result: ResponseResult, alpha: float, noise: ResponseNoise) -> str:
     against = f"evidence e^{part.log_evidence_honest:.1f} against {part.weakest} in the {weakest}"
     if result.verdict == "honest":
         excluded = noise.tokens.effect * noise.tokens.law.size
-        return against + (f"; tokens exclude differences of logits of {excluded:.2g}" if result.tokens.n else "")
-    return f"{result.n} blocks of {result.responses} responses are too few to decide: {against}; replay more"
+        return against + (
+            f"; tokens exclude differences of logits of {excluded:.2g}" if result.tokens.n else ""
+        )
+    return (
+        f"{result.n} blocks of {result.responses} responses are too few to decide: {against}; "
+        f"replay more"
+    )

@@ -1,9 +1,10 @@
 """Run responses through a model of transformers: whole ones at once, or one token after the other.
 
-Sequences of a batch are filled up at their ends, which a decoder that only looks back does not see. The head computes
-the positions that are asked for and no others.
+Sequences of a batch are filled up at their ends, which a decoder that only looks back does not see.
+The head computes the positions that are asked for and no others.
 
-Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden size, V logits, S sketches of K numbers.
+Legend of shapes: B sequences, T positions, N tokens of all outputs, D hidden size, V logits, S
+sketches of K numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,10 +55,12 @@ class Prefilled:
     """Logits and hidden states that gave the tokens of one output."""
 
     logits: Float32[Tensor, "N V"]  # logits in front of every token of the output, [N, V]
-    # hidden states that the head read for them, [N, D]; None where the engine does not show them all
+    # hidden states that the head read for them, [N, D]; None where the engine does not show them
+    # all
     hidden: Float32[Tensor, "N D"] | None
     sketched: Float32[Tensor, "S D"]  # hidden states of every 32nd token from the first, [S, D]
-    # whether the engine gave the logits of the whole vocabulary; those that it did not give are -inf
+    # whether the engine gave the logits of the whole vocabulary; those that it did not give are
+    # -inf
     whole: bool = True
 
 
@@ -68,8 +71,11 @@ class Prefill(Protocol):
     def fingerprint(self) -> Fingerprint:
         """How the engine computes."""
 
-    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
-        """Yield the index of every response with what gave its tokens, in any order, of the model or an adapter.
+    def run(
+        self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None
+    ) -> Iterator[tuple[int, Prefilled]]:
+        """Yield the index of every response with what gave its tokens, in any order, of the model
+        or an adapter.
 
         Raises:
             BadWeights: A state or a logit is NaN, or a state is infinite.
@@ -80,13 +86,15 @@ class Prefill(Protocol):
 
 
 class HFPrefill(Prefill):
-    """Prefills with the transformers engine, so many sequences at a time: one where bits must not depend on others.
+    """Prefills with the transformers engine, so many sequences at a time: one where bits must not
+    depend on others.
 
     A ModelError says that the model has no head that reads the last hidden state.
     """
 
     def __init__(self, model: Model, *, batch_size: int = 16) -> None:
-        self.model, self.batch_size = model, batch_size
+        self.model = model
+        self.batch_size = batch_size
         head_of(model.module)  # refuses a model without one before any response is read
 
     @override
@@ -95,9 +103,13 @@ class HFPrefill(Prefill):
         return HFEngine(self.model, batch_size=self.batch_size, seq_len=1).fingerprint
 
     @override
-    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(
+        self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None
+    ) -> Iterator[tuple[int, Prefilled]]:
         passes = [self._passes(response) for response in responses]
-        kinds = [[pass_kind(self.model.config, part.positions) for part in parts] for parts in passes]
+        kinds = [
+            [pass_kind(self.model.config, part.positions) for part in parts] for parts in passes
+        ]
         order = sorted(range(len(responses)), key=lambda index: -responses[index].positions)
         while order:
             alike = [index for index in order[: self.batch_size] if kinds[index] == kinds[order[0]]]
@@ -105,16 +117,28 @@ class HFPrefill(Prefill):
             taken = set(batch)
             order = [index for index in order if index not in taken]
             with nullcontext() if adapter is None else adapter.on(self.model):
-                made = [self._run(rows) for rows in zip(*(passes[index] for index in batch), strict=True)]
+                made = [
+                    self._run(rows)
+                    for rows in zip(*(passes[index] for index in batch), strict=True)
+                ]
             for index, parts in zip(batch, zip(*made, strict=True), strict=True):
-                logits, hidden = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+                logits, hidden = (
+                    part[0] if len(part) == 1 else torch.cat(part)
+                    for part in zip(*parts, strict=True)
+                )
                 yield index, Prefilled(logits, hidden, hidden[::SKETCH_EVERY])
 
     def _passes(self, response: PromptAndOutput) -> list[PromptAndOutput]:
-        """Return a response in parts, each of which one pass serves; what came before a part is its prompt."""
-        prompt, output = response.prompt, response.output
+        """Return a response in parts, each of which one pass serves; what came before a part is its
+        prompt.
+        """
+        prompt = response.prompt
+        output = response.output
         steps = steps_of_passes(self.model.config, len(prompt), len(output))
-        return [PromptAndOutput(prompt + output[: part.start], output[part.start : part.stop]) for part in steps]
+        return [
+            PromptAndOutput(prompt + output[: part.start], output[part.start : part.stop])
+            for part in steps
+        ]
 
     def _fitting(self, responses: Sequence[PromptAndOutput]) -> int:
         """Return how many of these responses fit into a batch, at least one."""
@@ -139,7 +163,9 @@ class HFPrefill(Prefill):
             columns += range(len(response.prompt) - 1, len(ids))
             rows += [row] * len(response.output)
         on = f"{ids_BT.numel()} positions"
-        logits_NV, hidden_ND, _ = _run_model(self.model, ids_BT, (rows, columns), on=on, use_cache=False)
+        logits_NV, hidden_ND, _ = _run_model(
+            self.model, ids_BT, (rows, columns), on=on, use_cache=False
+        )
         sizes = [len(response.output) for response in responses]
         return list(zip(torch.split(logits_NV, sizes), torch.split(hidden_ND, sizes), strict=True))
 
@@ -148,21 +174,27 @@ class HFPrefill(Prefill):
 def read_on(
     model: Model, ids: Sequence[int], cache: Any = None, *, last: int = 1
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
-    """Append tokens to the one sequence of a cache, a new one when None, so no other request enters its numbers.
+    """Append tokens to the one sequence of a cache, a new one when None, so no other request enters
+    its numbers.
 
-    Returns logits and hidden states of the last positions, or of all tokens appended when 0, and the cache; raises as
-    :meth:`Prefill.run` does. An architecture with a cache of its own refuses that of transformers with a ModelError.
+    Returns logits and hidden states of the last positions, or of all tokens appended when 0, and
+    the cache; raises as :meth:`Prefill.run` does. An architecture with a cache of its own refuses
+    that of transformers with a ModelError.
     """
     cache = DynamicCache(config=model.module.config) if cache is None else cache
     options = {"past_key_values": cache, "use_cache": True}
     places = 0, slice(-last or None, None)
-    return _run_model(model, torch.tensor([list(ids)]), places, on=f"a prompt of {len(ids)} tokens", **options)
+    return _run_model(
+        model, torch.tensor([list(ids)]), places, on=f"a prompt of {len(ids)} tokens", **options
+    )
 
 
 def _run_model(
     model: Model, ids_BT: Tensor, places: tuple[Any, Any], *, on: str, **options: Any
 ) -> tuple[Float32[Tensor, "N V"], Float32[Tensor, "N D"], Any]:
-    """Return logits and hidden states at some rows and columns of a batch, and the cache of the model."""
+    """Return logits and hidden states at some rows and columns of a batch, and the cache of the
+    model.
+    """
     states: list[Tensor] = []
 
     def keep_places(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -173,15 +205,23 @@ def _run_model(
     try:
         with own_precision(model):
             output = model.module(input_ids=ids_BT.to(model.device), **options)
-        logits_NV, hidden_ND = output.logits[0].float(), states[-1].float()
+        logits_NV = output.logits[0].float()
+        hidden_ND = states[-1].float()
     except Exception as error:  # every architecture fails in its own way
         if is_out_of_memory(error):
             wanted = "room for the activations and the keys and values of one batch"
             do = "use a smaller --batch-size, shorter prompts or a smaller dtype"
-            raise OutOfMemory(f"the device ran out of memory on {on}", wanted=wanted, do=do) from error
-        seen = f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: {error}"
+            raise OutOfMemory(
+                f"the device ran out of memory on {on}", wanted=wanted, do=do
+            ) from error
+        seen = (
+            f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: "
+            f"{error}"
+        )
         wanted = "a decoder that takes tokens, and a cache of keys and values"
-        raise ModelError(seen, wanted=wanted, do="use another architecture, such as Llama, Qwen3 or Mistral") from error
+        raise ModelError(
+            seen, wanted=wanted, do="use another architecture, such as Llama, Qwen3 or Mistral"
+        ) from error
     finally:
         hook.remove()
     check_finite(model, hidden_ND, logits_NV)
@@ -189,7 +229,9 @@ def _run_model(
 
 
 def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
-    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity, with BadWeights."""
+    """Refuse states that are NaN or infinite, and logits that are NaN or plus infinity, with
+    BadWeights.
+    """
     bad_NV = torch.isnan(logits_NV) | (logits_NV == torch.inf)
     if not bool(torch.isfinite(hidden_ND).all()) or bool(bad_NV.any()):
         seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
@@ -199,13 +241,18 @@ def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
 def sketch_response(
     hidden_SD: Float[Tensor, "S D"], words: NDArray[np.uint32], steps: Sequence[int]
 ) -> Float16[Tensor, "S K"]:
-    """Return the sketches of the states after the final norm that gave the tokens of some steps, on their device.
+    """Return the sketches of the states after the final norm that gave the tokens of some steps, on
+    their device.
 
-    ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. BadWeights: a state is not finite.
+    ``words`` are those of the response's seed for the stream ``sketch``, uint32 [8]. BadWeights: a
+    state is not finite.
     """
     if not bool(torch.isfinite(hidden_SD).all()):
         raise not_finite("a hidden state that is NaN or infinite")
     seeds_S = step_seeds(words, steps)
-    spans = [slice(start, start + SKETCHES_AT_ONCE) for start in range(0, max(1, len(seeds_S)), SKETCHES_AT_ONCE)]
+    spans = [
+        slice(start, start + SKETCHES_AT_ONCE)
+        for start in range(0, max(1, len(seeds_S)), SKETCHES_AT_ONCE)
+    ]
     with own_precision(hidden_SD):
         return torch.cat([sketch_states(hidden_SD[span], seeds_S[span]) for span in spans])

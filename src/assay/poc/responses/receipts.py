@@ -4,8 +4,9 @@
     {"request_id":…,"chosen_by":…,"index":0,"user_seed":…,"block_hash":…,"sampling":…,"prompt":…,"output":[…],…}
     {"footer":{"receipts":200,"tokens":12800,"seconds":81.2,"sha256":"…"}}
 
-The SHA-256 covers the bytes of the receipt lines, newlines included. Reading is as strict as that of proofs, and a line
-is refused before it is parsed if it is longer, or has more parts, than any receipt. docs/responses.md has the format.
+The SHA-256 covers the bytes of the receipt lines, newlines included. Reading is as strict as that
+of proofs, and a line is refused before it is parsed if it is longer, or has more parts, than any
+receipt. docs/responses.md has the format.
 """
 
 import copy
@@ -41,7 +42,13 @@ from assay.poc.protocol.proof import (
     read_as,
 )
 from assay.poc.protocol.round import check_digest, check_name, check_number
-from assay.poc.responses.sampling import HIGHEST_TOKEN, ResponseName, ResponseSeed, Sampling, check_block_hash
+from assay.poc.responses.sampling import (
+    HIGHEST_TOKEN,
+    ResponseName,
+    ResponseSeed,
+    Sampling,
+    check_block_hash,
+)
 
 KIND = "assay.poc.receipts"
 SCHEMA = 1
@@ -79,7 +86,8 @@ class Adapter:
 
 
 def digest_adapter(path: str | Path) -> str:
-    """Return the SHA-256 of the SHA-256 of an adapter's configuration and that of its weights, 32 bytes each, in hex.
+    """Return the SHA-256 of the SHA-256 of an adapter's configuration and that of its weights, 32
+    bytes each, in hex.
 
     Raises:
         ModelError: A file is missing or cannot be read.
@@ -92,7 +100,8 @@ def digest_adapter(path: str | Path) -> str:
                 parts.append(hashlib.file_digest(file, "sha256").digest())
     except (OSError, DataError) as error:
         reason = error.seen if isinstance(error, DataError) else error.strerror
-        seen, wanted = f"no adapter in {path}: {reason}", f"a directory with {CONFIG} and {WEIGHTS}"
+        seen = f"no adapter in {path}: {reason}"
+        wanted = f"a directory with {CONFIG} and {WEIGHTS}"
         raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -101,7 +110,8 @@ def digest_adapter(path: str | Path) -> str:
 class Prompt:
     """The prompt of a response: its token ids, or only what identifies them.
 
-    Two prompts are equal if their hashes are, whether or not the ids are there. Make one with :meth:`of`.
+    Two prompts are equal if their hashes are, whether or not the ids are there. Make one with
+    :meth:`of`.
 
     Args:
         sha256: SHA-256 of the ids as little-endian uint32; that of the ids where they are given.
@@ -142,17 +152,16 @@ class Receipt(ResponseName):
     """What a server states about one response.
 
     Args:
-        user_seed, request_id, index: As of :class:`ResponseName`.
-        block_hash: Beacon that became known after the request was accepted.
-        prompt: Prompt, with or without its ids.
-        output: Ids of the tokens of the response, in order, the one that ended it included.
-        sketches: Sketches [S, 12] in float16, of every 32nd token from the first; empty where the engine has none.
+        user_seed, request_id, index: As of :class:`ResponseName`. block_hash: Beacon that became
+        known after the request was accepted. prompt: Prompt, with or without its ids. output: Ids
+        of the tokens of the response, in order, the one that ended it included. sketches: Sketches
+        [S, 12] in float16, of every 32nd token from the first; empty where the engine has none.
         sampling: Parameters of the seeded sampling; None where the engine sampled by itself.
-        chosen_by: Who chose the request id, ``client`` or ``server``. A server that chooses it can try many.
-        finish: What ended the response: ``stop``, ``length`` or ``abort``.
-        mask: Whether a grammar, or a list of allowed tokens, forbade tokens.
-        adapter: LoRA adapter that answered; None where the model did by itself.
-        chat_template: SHA-256 of the chat template that made the prompt; None where none did, or which is not known.
+        chosen_by: Who chose the request id, ``client`` or ``server``. A server that chooses it can
+        try many. finish: What ended the response: ``stop``, ``length`` or ``abort``. mask: Whether
+        a grammar, or a list of allowed tokens, forbade tokens. adapter: LoRA adapter that answered;
+        None where the model did by itself. chat_template: SHA-256 of the chat template that made
+        the prompt; None where none did, or which is not known.
 
     Raises:
         UsageError: A value is out of range; names it.
@@ -190,7 +199,9 @@ class Receipt(ResponseName):
         if given.shape != wanted or not np.isfinite(given).all():
             seen = f"sketches for {len(self.output)} tokens, of shape {given.shape}"
             do = f"sketch the state of every {SKETCH_EVERY}nd token, from the first"
-            raise UsageError(seen, wanted=f"finite numbers of shape {wanted}, or no sketches", do=do)
+            raise UsageError(
+                seen, wanted=f"finite numbers of shape {wanted}, or no sketches", do=do
+            )
         return given
 
     @property
@@ -207,11 +218,20 @@ class Receipt(ResponseName):
         return other
 
     def line(self) -> str:
-        """Return the canonical line of the file, without its newline; no field stands for no adapter or template."""
+        """Return the canonical line of the file, without its newline; no field stands for no
+        adapter or template.
+        """
         prompt = self.prompt
-        known = {"sha256": prompt.sha256, "tokens": prompt.tokens} if prompt.ids is None else {"ids": list(prompt.ids)}
+        known = (
+            {"sha256": prompt.sha256, "tokens": prompt.tokens}
+            if prompt.ids is None
+            else {"ids": list(prompt.ids)}
+        )
         names = "request_id chosen_by index user_seed block_hash sampling prompt output finish mask"
-        optional = {"adapter": self.adapter and asdict(self.adapter), "chat_template": self.chat_template}
+        optional = {
+            "adapter": self.adapter and asdict(self.adapter),
+            "chat_template": self.chat_template,
+        }
         values = {name: getattr(self, name) for name in names.split()}
         values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": known}
         values |= {name: value for name, value in optional.items() if value is not None}
@@ -227,7 +247,8 @@ class ReceiptHeader:
         reference: Reference of the model, as the node names it.
         digest: SHA-256 of the tensors of the checkpoint.
         weights: Weight mode of the model: trained, random-all or random-embed.
-        fingerprint: Description of the engine; ``seq_len`` is the number of positions that it was made for.
+        fingerprint: Description of the engine; ``seq_len`` is the number of positions that it was
+            made for.
         sketched: Whether the receipts have sketches.
 
     Raises:
@@ -251,7 +272,9 @@ class ReceiptHeader:
         """Return the seed of a response, by its receipt, or by its request and a block."""
         names = {name: getattr(response, name) for name in ("user_seed", "request_id", "index")}
         block = block_hash or getattr(response, "block_hash", "")
-        return ResponseSeed(**names, public_key=self.public_key, digest=self.digest, block_hash=block)
+        return ResponseSeed(
+            **names, public_key=self.public_key, digest=self.digest, block_hash=block
+        )
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline."""
@@ -273,7 +296,8 @@ class ReceiptFooter(LastLine):
     Args:
         receipts: Number of the receipts.
         tokens: Number of the tokens of all outputs.
-        seconds: Time that the responses took; of a file that was interrupted and continued, that of the last run alone.
+        seconds: Time that the responses took; of a file that was interrupted and continued, that of
+            the last run alone.
         sha256: SHA-256 of the receipt lines, newlines included.
     """
 
@@ -286,14 +310,20 @@ class ReceiptFooter(LastLine):
 
 
 def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
-    """Return token ids as a tuple of Python numbers; a UsageError names a count or an id that is out of range."""
+    """Return token ids as a tuple of Python numbers; a UsageError names a count or an id that is
+    out of range.
+    """
     listed: tuple[Any, ...] = tuple(ids)  # what a caller passes may be of numpy, or of a file
-    plain = not set(map(type, listed)) - {int}  # and mostly is: then nothing is looked at one by one
+    plain = not set(map(type, listed)) - {
+        int
+    }  # and mostly is: then nothing is looked at one by one
     if not plain:
         listed = tuple(int(token) if isinstance(token, np.integer) else token for token in listed)
     if not fewest <= len(listed) <= MOST_TOKENS:
         raise UsageError(
-            f"{what} of {len(listed)} tokens", wanted=f"{fewest} to {MOST_TOKENS}", do=f"give {what} in token ids"
+            f"{what} of {len(listed)} tokens",
+            wanted=f"{fewest} to {MOST_TOKENS}",
+            do=f"give {what} in token ids",
         )
     if not plain or not 0 <= min(listed, default=0) <= max(listed, default=0) <= HIGHEST_TOKEN:
         for token in listed:
@@ -302,18 +332,30 @@ def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
 
 
 def check_word(name: str, value: object, words: Any) -> None:
-    """Refuse what is not one of the words of a ``Literal``; a UsageError names the value and the words."""
+    """Refuse what is not one of the words of a ``Literal``; a UsageError names the value and the
+    words.
+    """
     wanted = get_args(words)
     if type(value) is not type(wanted[0]) or value not in wanted:
-        raise UsageError(f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}")
+        raise UsageError(
+            f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}"
+        )
 
 
-LONGEST_LINE = 2**25  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
+LONGEST_LINE = (
+    2**25
+)  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
 
-MOST_PARTS = {b",": 2 * MOST_TOKENS + 2**16, b"[": 2**13, b"{": 2**13}  # how often a character may be in a line
+MOST_PARTS = {
+    b",": 2 * MOST_TOKENS + 2**16,
+    b"[": 2**13,
+    b"{": 2**13,
+}  # how often a character may be in a line
 
 MOST_RECEIPTS = 2**20
-MOST_FILE_TOKENS = 2**24  # tokens of all prompts and outputs of a file: what a reader has to have room for
+MOST_FILE_TOKENS = (
+    2**24
+)  # tokens of all prompts and outputs of a file: what a reader has to have room for
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +380,11 @@ class Receipts(StrictFile):
 
     @override
     def lines(self) -> list[str]:
-        return [self.header.line(), *(receipt.line() for receipt in self.receipts), self.footer.line()]
+        return [
+            self.header.line(),
+            *(receipt.line() for receipt in self.receipts),
+            self.footer.line(),
+        ]
 
     @override
     @classmethod
@@ -363,7 +409,9 @@ class Receipts(StrictFile):
             except UsageError as error:
                 raise line_error(path, number, error.seen, error.wanted) from None
         if footer is None:
-            raise line_error(path, number + 1, "the end of the file", "a footer: the file is truncated")
+            raise line_error(
+                path, number + 1, "the end of the file", "a footer: the file is truncated"
+            )
         return cls(header, tuple(receipts), footer)
 
 
@@ -378,20 +426,35 @@ class Tally:
         self._digest = hashlib.sha256()
 
     def add(self, receipt: Receipt, line: str) -> None:
-        """Count a receipt and its line; a UsageError where it is a second one, not as the header says, or too much."""
-        seeded = receipt.name, receipt.block_hash  # what sets its seed apart from others of this node and model
+        """Count a receipt and its line; a UsageError where it is a second one, not as the header
+        says, or too much.
+        """
+        seeded = (
+            receipt.name,
+            receipt.block_hash,
+        )  # what sets its seed apart from others of this node and model
         if seeded in self._seen:
             seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
-            raise UsageError(seen, wanted="one receipt for each response", do="leave one of them out")
+            raise UsageError(
+                seen, wanted="one receipt for each response", do="leave one of them out"
+            )
         sketched = len(sketch_steps(len(receipt.output))) if self._header.sketched else 0
         if len(receipt.sketches) != sketched:
             seen = f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens"
             wanted = f"{sketched}, as the header says"
-            raise UsageError(seen, wanted=wanted, do="write receipts with and without sketches into files of their own")
-        self._room -= len(receipt.output) + (receipt.prompt.tokens if receipt.prompt.ids is not None else 0)
+            raise UsageError(
+                seen,
+                wanted=wanted,
+                do="write receipts with and without sketches into files of their own",
+            )
+        self._room -= len(receipt.output) + (
+            receipt.prompt.tokens if receipt.prompt.ids is not None else 0
+        )
         if self._room < 0 or len(self._seen) == MOST_RECEIPTS:
             wanted = f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens"
-            raise UsageError("too many receipts in one file", wanted=wanted, do="write several files")
+            raise UsageError(
+                "too many receipts in one file", wanted=wanted, do="write several files"
+            )
         self._seen.add(seeded)
         self._tokens += len(receipt.output)
         self._digest.update(line.encode() + b"\n")
@@ -399,18 +462,35 @@ class Tally:
     def footer(self, seconds: float) -> ReceiptFooter:
         """Return the footer of what was counted in so many seconds."""
         return ReceiptFooter(
-            receipts=len(self._seen), tokens=self._tokens, seconds=seconds, sha256=self._digest.hexdigest()
+            receipts=len(self._seen),
+            tokens=self._tokens,
+            seconds=seconds,
+            sha256=self._digest.hexdigest(),
         )
 
 
 def parse_receipt(line: bytes, *, source: str | Path = "receipt", number: int = 1) -> Receipt:
-    """Read the line of one receipt, line end included; a ProofFormatError names the source and the number."""
-    return parse_line(source, number, line, lambda line: read_as(Receipt, line), Receipt.line, MOST_PARTS, LONGEST_LINE)
+    """Read the line of one receipt, line end included; a ProofFormatError names the source and the
+    number.
+    """
+    return parse_line(
+        source,
+        number,
+        line,
+        lambda line: read_as(Receipt, line),
+        Receipt.line,
+        MOST_PARTS,
+        LONGEST_LINE,
+    )
 
 
 def parse_header(line: bytes, *, source: str | Path = "receipts", number: int = 1) -> ReceiptHeader:
-    """Read the header line of a file of receipts; arguments and errors are those of :func:`parse_receipt`."""
-    return parse_line(source, number, line, _read_header, ReceiptHeader.line, MOST_PARTS, LONGEST_LINE)
+    """Read the header line of a file of receipts; arguments and errors are those of
+    :func:`parse_receipt`.
+    """
+    return parse_line(
+        source, number, line, _read_header, ReceiptHeader.line, MOST_PARTS, LONGEST_LINE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,5 +512,8 @@ def _read_header(line: bytes) -> ReceiptHeader:
     if read.sketch not in (None, SKETCH):
         raise format_error(f"sketch is {read.sketch!r:.60}", f"{dumps(SKETCH)} or null")
     return ReceiptHeader(
-        public_key=read.public_key, **vars(read.model), fingerprint=read.fingerprint, sketched=read.sketch is not None
+        public_key=read.public_key,
+        **vars(read.model),
+        fingerprint=read.fingerprint,
+        sketched=read.sketch is not None,
     )

@@ -1,18 +1,22 @@
-"""Replay: one prefill of prompt and output, and how far every token and sketch is from what it gives.
+"""Replay: one prefill of prompt and output, and how far every token and sketch is from what it
+gives.
 
-The idea in one line: under the same noise, the **margin** of a token is the best score minus its own. It is 0 for the
-verifier's own token, and the scores of two honest engines differ by little, so an honest margin is small. Times the
-temperature it is the **gap**: the least change of the logits with which the token wins.
+The idea in one line: under the same noise, the **margin** of a token is the best score minus its
+own. It is 0 for the verifier's own token, and the scores of two honest engines differ by little, so
+an honest margin is small. Times the temperature it is the **gap**: the least change of the logits
+with which the token wins.
 
-Where top-k, top-p or min-p limits the support, two engines may also differ in which tokens they keep. A token with a
-larger score need not be overtaken if it nearly left the support, and a token that nearly entered it is not impossible:
+Where top-k, top-p or min-p limits the support, two engines may also differ in which tokens they
+keep. A token with a larger score need not be overtaken if it nearly left the support, and a token
+that nearly entered it is not impossible:
 
     gap(x) = max(enter(x), max over kept v with s_v > s_x of min(s_v − s_x, leave(v)))
 
-``enter`` is how far x is from being kept and ``leave`` how far v is from being dropped, by the rule that is nearest.
-For top-p the distance is that of the logits to the neighbour on the other side, or of the logarithm of the odds of the
-sum that decides, whichever is smaller. Only the :data:`RIVALS` largest scores are looked at as v. The profile that
-follows is a law of tokens whatever the gaps are (:mod:`assay.stats`): a coarser gap costs power, and no validity.
+``enter`` is how far x is from being kept and ``leave`` how far v is from being dropped, by the rule
+that is nearest. For top-p the distance is that of the logits to the neighbour on the other side, or
+of the logarithm of the odds of the sum that decides, whichever is smaller. Only the :data:`RIVALS`
+largest scores are looked at as v. The profile that follows is a law of tokens whatever the gaps are
+(:mod:`assay.stats`): a coarser gap costs power, and no validity.
 
 Shapes: N steps, V tokens of the vocabulary, S sketches, G columns of a profile, R rivals.
 """
@@ -32,7 +36,13 @@ from assay.models.chat import chat_template_digest
 from assay.models.load import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.prefill import HFPrefill, Prefill, Prefilled, PromptAndOutput, sketch_response
+from assay.poc.responses.prefill import (
+    HFPrefill,
+    Prefill,
+    Prefilled,
+    PromptAndOutput,
+    sketch_response,
+)
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.requests import Request
 from assay.poc.responses.sampler import Sampler
@@ -44,14 +54,19 @@ from assay.streams.backends import as_tensor
 RIVALS = 8  # number of larger scores that may have left the support
 
 _AT_ONCE = 2**22  # scores that are held at a time
-_BESIDE = 16  # tokens that a server which speculates may have made together with the end of an answer
+_BESIDE = (
+    16  # tokens that a server which speculates may have made together with the end of an answer
+)
 _NEAR = 64  # smallest gaps that decide a profile, where the rest adds less than a billionth
 _NEGLIGIBLE = 25.0  # in natural logarithms
-_SQUARINGS = 12  # in a row, each of which doubles the error of float32: less than the step of float16 in the end
+# in a row, each of which doubles the error of float32: less than the step of float16 in the end
+_SQUARINGS = 12
 
 
 def compute_margins(s_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """Return how far every score is below the best one under the same noise; infinite for a token that is not kept."""
+    """Return how far every score is below the best one under the same noise; infinite for a token
+    that is not kept.
+    """
     return s_NV.amax(dim=1, keepdim=True) - s_NV
 
 
@@ -64,31 +79,41 @@ def measure_margins(
     prompt: tuple[int, ...] = (),
     whole: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Measure how far the tokens of a response, one or more, are from those that these raw logits of a prefill give.
+    """Measure how far the tokens of a response, one or more, are from those that these raw logits
+    of a prefill give.
 
-    Returns margins [N], the largest score minus that of the claimed token: 0 where it is the verifier's own token,
-    infinite where the verifier would not have kept it. And profiles [N, G], the log-probability of the claimed tokens
-    at every scale, as it is stored.
+    Returns margins [N], the largest score minus that of the claimed token: 0 where it is the
+    verifier's own token, infinite where the verifier would not have kept it. And profiles [N, G],
+    the log-probability of the claimed tokens at every scale, as it is stored.
 
-    Penalties may need the prompt. Where the engine did not give the ``whole`` of the logits, the others are -inf, and a
-    UsageError says that they may decide which tokens top-p keeps.
+    Penalties may need the prompt. Where the engine did not give the ``whole`` of the logits, the
+    others are -inf, and a UsageError says that they may decide which tokens top-p keeps.
     """
     vocabulary = logits_NV.shape[1]
     rows = max(1, _AT_ONCE // vocabulary)
-    prompt_V = as_tensor(mark_tokens(prompt, vocabulary)).to(logits_NV.device) if sampling.penalises else None
-    margins, profiles = [], []
+    prompt_V = (
+        as_tensor(mark_tokens(prompt, vocabulary)).to(logits_NV.device)
+        if sampling.penalises
+        else None
+    )
+    margins = []
+    profiles = []
     for start in range(0, len(output), rows):
         stop = min(start + rows, len(output))
         counts_NV = None
         if sampling.penalises:
-            counts_NV = as_tensor(counts_before(output, vocabulary, start, stop)).to(logits_NV.device)
+            counts_NV = as_tensor(counts_before(output, vocabulary, start, stop)).to(
+                logits_NV.device
+            )
         sampler = Sampler([sampling] * (stop - start), vocabulary, logits_NV.device)
         l_NV = sampler.penalise(logits_NV[start:stop], prompt_NV=prompt_V, counts_NV=counts_NV)
         if not whole:
             _check_top_p(l_NV, sampling)
         s_NV = sampler.add_noise(l_NV, seeds_N[start:stop])
         r = sampling.repetition_penalty
-        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop]) / max(r, 1 / r)  # r moves noise of logits too
+        gaps_NV = compute_gaps(l_NV, s_NV, sampling, seeds_N[start:stop]) / max(
+            r, 1 / r
+        )  # r moves noise of logits too
         tokens_N = torch.tensor(output[start:stop], device=l_NV.device)
         margins.append(compute_margins(s_NV).gather(1, tokens_N[:, None])[:, 0].cpu().numpy())
         profiles.append(_profiles(gaps_NV, tokens_N).cpu().numpy())
@@ -96,9 +121,13 @@ def measure_margins(
 
 
 def compute_gaps(
-    l_NV: Float32[Tensor, "N V"], s_NV: Float32[Tensor, "N V"], sampling: Sampling, seeds_N: NDArray[np.uint32]
+    l_NV: Float32[Tensor, "N V"],
+    s_NV: Float32[Tensor, "N V"],
+    sampling: Sampling,
+    seeds_N: NDArray[np.uint32],
 ) -> Float64[Tensor, "N V"]:
-    """Return the gap of every token in units of the logits: its margin, refined where the support is limited.
+    """Return the gap of every token in units of the logits: its margin, refined where the support
+    is limited.
 
     It follows from the logits with bias and penalties, and from the scores of the same seeds.
     """
@@ -107,7 +136,11 @@ def compute_gaps(
     if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0):
         return compute_margins(s_NV.double()) * sampling.temperature
     unlimited = replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
-    whole_NV = Sampler([unlimited] * len(l_NV), l_NV.shape[1], l_NV.device).add_noise(l_NV, seeds_N).double()
+    whole_NV = (
+        Sampler([unlimited] * len(l_NV), l_NV.shape[1], l_NV.device)
+        .add_noise(l_NV, seeds_N)
+        .double()
+    )
     z_NV = l_NV.double() / sampling.temperature
     kept_NV = s_NV > -math.inf
     enter_NV, leave_NV = _borders(z_NV, kept_NV, sampling)
@@ -118,20 +151,25 @@ def compute_gaps(
         ahead_NV = rival_NR[:, place : place + 1] - whole_NV
         needed_NV = torch.minimum(ahead_NV, leave_NV.gather(1, at_NR[:, place : place + 1]))
         gaps_NV = torch.maximum(gaps_NV, torch.where(ahead_NV > 0, needed_NV, 0.0))
-    # A token that a grammar or a list of likeliest ones leaves out has no neighbours, and no change lets it in.
+    # A token that a grammar or a list of likeliest ones leaves out has no neighbours, and no change
+    # lets it in.
     return torch.where(z_NV > -math.inf, gaps_NV, math.inf) * sampling.temperature
 
 
 def _borders(
     z_NV: Float64[Tensor, "N V"], kept_NV: Tensor, sampling: Sampling
 ) -> tuple[Float64[Tensor, "N V"], Float64[Tensor, "N V"]]:
-    """Return how far tokens are from being kept, 0 for those that are, and how far from being dropped."""
+    """Return how far tokens are from being kept, 0 for those that are, and how far from being
+    dropped.
+    """
     nothing = torch.zeros_like(z_NV)
-    enter_NV, leave_NV = nothing, nothing + math.inf
+    enter_NV = nothing
+    leave_NV = nothing + math.inf
     left_NV = z_NV > -math.inf
     if sampling.min_p > 0:
         above_NV = z_NV - (z_NV.amax(dim=1, keepdim=True) + math.log(sampling.min_p))
-        enter_NV, leave_NV = torch.maximum(enter_NV, -above_NV), torch.minimum(leave_NV, above_NV)
+        enter_NV = torch.maximum(enter_NV, -above_NV)
+        leave_NV = torch.minimum(leave_NV, above_NV)
         left_NV &= above_NV >= 0
     if 0 < sampling.top_k < z_NV.shape[1]:
         largest = torch.where(left_NV, z_NV, -math.inf).topk(sampling.top_k + 1, dim=1).values
@@ -139,10 +177,14 @@ def _borders(
         leave_NV = torch.minimum(leave_NV, z_NV - largest[:, -1:])
         left_NV &= z_NV >= largest[:, -2:-1]
     if sampling.top_p < 1:
-        sorted_NV, order_NV = torch.where(left_NV, z_NV, -math.inf).sort(dim=1, descending=True, stable=True)
+        sorted_NV, order_NV = torch.where(left_NV, z_NV, -math.inf).sort(
+            dim=1, descending=True, stable=True
+        )
         before_NV = torch.softmax(sorted_NV, dim=1).cumsum(dim=1).roll(1, dims=1)
         before_NV[:, 0] = 0
-        odds_NV = torch.logit(before_NV.clamp(0, 1)) - math.log(sampling.top_p / (1 - sampling.top_p))
+        odds_NV = torch.logit(before_NV.clamp(0, 1)) - math.log(
+            sampling.top_p / (1 - sampling.top_p)
+        )
         odds_NV = torch.empty_like(odds_NV).scatter_(1, order_NV, odds_NV)
         last_N1 = torch.where(kept_NV, z_NV, math.inf).amin(dim=1, keepdim=True)
         next_N1 = torch.where(kept_NV, -math.inf, z_NV).amax(dim=1, keepdim=True)
@@ -154,10 +196,11 @@ def _borders(
 
 
 def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
-    """Refuse logits of the likeliest tokens alone where the sum of the others may move the border of top-p.
+    """Refuse logits of the likeliest tokens alone where the sum of the others may move the border
+    of top-p.
 
-    A border that is drawn too near makes tokens impossible that an honest node may take. The others have at most the
-    smallest logit of the likeliest, which bounds their sum.
+    A border that is drawn too near makes tokens impossible that an honest node may take. The others
+    have at most the smallest logit of the likeliest, which bounds their sum.
     """
     known_N = (l_NV > -math.inf).sum(dim=1)
     if sampling.greedy or sampling.top_p == 1 or 0 < sampling.top_k < int(known_N.min()):
@@ -165,7 +208,8 @@ def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
     sorted_NV = (l_NV.double() / sampling.temperature).sort(dim=1, descending=True).values
     weights_NV = (sorted_NV - sorted_NV[:, :1]).exp()
     weights_NV = torch.where(weights_NV < sampling.min_p, 0.0, weights_NV)
-    # The claimed token is given wherever it stands: the last but one bounds those that were not given.
+    # The claimed token is given wherever it stands: the last but one bounds those that were not
+    # given.
     smallest_N = weights_NV.gather(1, (known_N - 2).clamp(min=0)[:, None])[:, 0]
     others_N = (l_NV.shape[1] - known_N) * smallest_N
     sums_NV = weights_NV.cumsum(dim=1)
@@ -175,7 +219,8 @@ def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
     )
     if not torch.equal(near_N, far_N):
         raise UsageError(
-            f"a response with top_p {sampling.top_p} and temperature {sampling.temperature}, of which the engine gave "
+            f"a response with top_p {sampling.top_p} and temperature {sampling.temperature}, of "
+            f"which the engine gave "
             f"{int(known_N.min())} of {l_NV.shape[1]} logits",
             wanted="the logits of all tokens that top-p adds up",
             do="replay it with --engine hf",
@@ -185,7 +230,8 @@ def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
 def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor, "N G"]:
     """Return the profiles of claimed tokens: the law of `assay.stats.tokens`, for devices.
 
-    At small scales only the smallest gaps count. At large ones exp(−gap/σ) is the square of that at 2σ.
+    At small scales only the smallest gaps count. At large ones exp(−gap/σ) is the square of that at
+    2σ.
     """
     own_N = gaps_NV.gather(1, tokens_N[:, None])[:, 0].double()
     vocabulary = gaps_NV.shape[1]
@@ -211,9 +257,11 @@ class Replayed:
 
     Args:
         receipt: Receipt that was replayed.
-        margins: Largest score minus that of the claimed token, [N]; empty where tokens say nothing: without seeded
-            sampling, or where a grammar forbade tokens that the receipt does not name.
-        profiles: Log-probability of the claimed tokens at every scale of the noise, [N, G], likewise.
+        margins: Largest score minus that of the claimed token, [N]; empty where tokens say nothing:
+            without seeded sampling, or where a grammar forbade tokens that the receipt does not
+            name.
+        profiles: Log-probability of the claimed tokens at every scale of the noise, [N, G],
+            likewise.
         residuals: L2 distances of the sketches, [S]; empty where the engine of one side has none.
     """
 
@@ -249,8 +297,8 @@ def replay(
     Args:
         receipts: Receipts of one node and model.
         model: Same checkpoint on this machine; its dtype and device may differ from the node's.
-        requests: Requests that were sent, with token ids: prompts of receipts that have their hash alone, and what may
-            end an answer that claims ``stop``.
+        requests: Requests that were sent, with token ids: prompts of receipts that have their hash
+            alone, and what may end an answer that claims ``stop``.
         adapter: LoRA adapter with which the receipts that name one are run.
         engine: Engine that runs them; the transformers engine when None.
         progress: Function that is called with (receipts done, receipts in all) after every receipt.
@@ -259,9 +307,10 @@ def replay(
         One result for every receipt with at least one token, in their order.
 
     Raises:
-        ProofMismatch: The receipts are of another checkpoint, adapter or chat template, a token is not in its
-            vocabulary, a response is longer than its positions, the ids of a prompt are not known, or an answer to one
-            of the requests claims ``stop`` and has no token or text that ends it.
+        ProofMismatch: The receipts are of another checkpoint, adapter or chat template, a token is
+            not in its vocabulary, a response is longer than its positions, the ids of a prompt are
+            not known, or an answer to one of the requests claims ``stop`` and has no token or text
+            that ends it.
         BadWeights: The model gives NaN or infinity.
         OutOfMemory: The device has no room for a batch.
 
@@ -281,8 +330,12 @@ def replay(
     engine = engine or HFPrefill(model)
     found: dict[int, Replayed] = {}
     for used in (None, adapter) if adapter is not None else (None,):
-        places = [place for place, one in enumerate(chosen) if (one.adapter is None) == (used is None)]
-        for index, prefilled in engine.run([wholes[place] for place in places], used) if places else ():
+        places = [
+            place for place, one in enumerate(chosen) if (one.adapter is None) == (used is None)
+        ]
+        for index, prefilled in (
+            engine.run([wholes[place] for place in places], used) if places else ()
+        ):
             place = places[index]
             found[place] = _compare(receipts.header, chosen[place], wholes[place], prefilled)
             if progress:
@@ -293,9 +346,11 @@ def replay(
 def check_runnable(
     receipts: Receipts, model: Model, *, requests: Sequence[Request] | None = None
 ) -> list[PromptAndOutput]:
-    """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what a model cannot run.
+    """Return the responses of receipts that have tokens, with the ids of their prompts; refuse what
+    a model cannot run.
 
-    :func:`replay` begins with this. To call it before a ledger is begun saves that for receipts that are refused.
+    :func:`replay` begins with this. To call it before a ledger is begun saves that for receipts
+    that are refused.
 
     Raises:
         ProofMismatch: As :func:`replay`, but for answers that were cut short.
@@ -308,66 +363,110 @@ def check_runnable(
     stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in prompts}
     for other in stated - {None, own}:
         wanted = f"the chat template of {model.reference}, {own[:12] or 'which has none'}"
-        do = "replay with the tokenizer files that the network agreed on, or pass --requests with token ids"
-        raise ProofMismatch(f"prompts that the chat template {other:.12} made", wanted=wanted, do=do)
+        do = (
+            "replay with the tokenizer files that the network agreed on, or pass --requests with "
+            "token ids"
+        )
+        raise ProofMismatch(
+            f"prompts that the chat template {other:.12} made", wanted=wanted, do=do
+        )
     return [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
 
 
 def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | None) -> None:
-    """Refuse an answer to one of the requests that says ``stop`` and was cut short, or that ran on past its end."""
-    asked, ends = {one.name: one for one in requests or () if isinstance(one.prompt, tuple)}, model.end_tokens
+    """Refuse an answer to one of the requests that says ``stop`` and was cut short, or that ran on
+    past its end.
+    """
+    asked = {one.name: one for one in requests or () if isinstance(one.prompt, tuple)}
+    ends = model.end_tokens
     for receipt in receipts.receipts:
-        request, output = asked.get(receipt.name), receipt.output
+        request = asked.get(receipt.name)
+        output = receipt.output
         if request is None or not output:
             continue
         early = output[:-_BESIDE]
         past = bool(early) and request.is_ended(early, ends, model.tokenizer)
         if past or not {*ends, *request.stop_token_ids}.isdisjoint(early):
-            seen = f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after its end"
-            do = "ask the node for the answer to this request, and list the stop and stop_token_ids that were sent"
-            raise ProofMismatch(seen, wanted="an answer that ends by the first end token or stop", do=do)
+            seen = (
+                f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after its end"
+            )
+            do = (
+                "ask the node for the answer to this request, and list the stop and "
+                "stop_token_ids that were sent"
+            )
+            raise ProofMismatch(
+                seen, wanted="an answer that ends by the first end token or stop", do=do
+            )
         if receipt.finish != "stop":
             continue
         if not request.is_ended(output, ends, model.tokenizer):
-            seen = f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, the last {output[-1]}"
-            do = "ask the node for the whole answer, and list the stop and stop_token_ids that were sent"
-            raise ProofMismatch(seen, wanted=f"an end token of {model.reference}, or a stop of the request", do=do)
+            seen = (
+                f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, "
+                f"the last {output[-1]}"
+            )
+            do = (
+                "ask the node for the whole answer, and list the stop and stop_token_ids that "
+                "were sent"
+            )
+            raise ProofMismatch(
+                seen, wanted=f"an end token of {model.reference}, or a stop of the request", do=do
+            )
 
 
 def check_model(header: ReceiptHeader, model: Model) -> None:
-    """Refuse receipts of another checkpoint than the one that is loaded; a ProofMismatch names both."""
+    """Refuse receipts of another checkpoint than the one that is loaded; a ProofMismatch names
+    both.
+    """
     if (header.digest, header.weights) != (model.digest, model.weights):
         seen = f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})"
         wanted = f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})"
-        raise ProofMismatch(seen, wanted=wanted, do="replay with the checkpoint that the network agreed on (--model)")
+        raise ProofMismatch(
+            seen,
+            wanted=wanted,
+            do="replay with the checkpoint that the network agreed on (--model)",
+        )
 
 
 def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
-    """Refuse receipts of another adapter, which is no fraud of the model; a ProofMismatch names both."""
+    """Refuse receipts of another adapter, which is no fraud of the model; a ProofMismatch names
+    both.
+    """
     for receipt in receipts.receipts:
         stated = receipt.adapter
         if stated is not None and (adapter is None or stated.digest != adapter.digest):
             raise ProofMismatch(
                 f"request {receipt.request_id!r:.80} answered with the adapter {stated.name!r:.80} "
                 f"({stated.digest[:12]})",
-                wanted="no adapter" if adapter is None else f"the adapter in {adapter.path} ({adapter.digest[:12]})",
+                wanted="no adapter"
+                if adapter is None
+                else f"the adapter in {adapter.path} ({adapter.digest[:12]})",
                 do="pass --lora to `assay poc replay`, with the directory of that adapter",
             )
 
 
-def _compare(header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, prefilled: Prefilled) -> Replayed:
+def _compare(
+    header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, prefilled: Prefilled
+) -> Replayed:
     seed = header.seed(receipt)
-    margins, profiles = np.zeros(0, np.float32), np.zeros((0, COLUMNS))
+    margins = np.zeros(0, np.float32)
+    profiles = np.zeros((0, COLUMNS))
     if receipt.sampling is not None and receipt.seeded:
         seeds_N = seed.step_seeds(range(len(whole.output)))
         margins, profiles = measure_margins(
-            prefilled.logits, whole.output, receipt.sampling, seeds_N, prompt=whole.prompt, whole=prefilled.whole
+            prefilled.logits,
+            whole.output,
+            receipt.sampling,
+            seeds_N,
+            prompt=whole.prompt,
+            whole=prefilled.whole,
         )
     residuals = np.zeros(0)
     if len(receipt.sketches):
         steps = sketch_steps(len(whole.output))
         own = sketch_response(prefilled.sketched, seed.words("sketch"), steps).cpu().numpy()
-        residuals = np.linalg.norm(receipt.sketches.astype(np.float64) - own.astype(np.float64), axis=1)
+        residuals = np.linalg.norm(
+            receipt.sketches.astype(np.float64) - own.astype(np.float64), axis=1
+        )
     return Replayed(receipt, margins, profiles, residuals)
 
 
@@ -375,14 +474,20 @@ def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Pro
     """Return a response with the ids of its prompt; refuse one that the model cannot run."""
     known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
     if known is None or known.ids is None:
-        seen = f"request {receipt.request_id!r:.80} with the hash of a prompt, {receipt.prompt.sha256[:12]}"
+        seen = (
+            f"request {receipt.request_id!r:.80} with the hash of a prompt, "
+            f"{receipt.prompt.sha256[:12]}"
+        )
         wanted = "its token ids: a prefill begins with them"
         raise ProofMismatch(seen, wanted=wanted, do="pass --requests with the prompt that was sent")
     ids = (*known.ids, *receipt.output)
     biased = () if receipt.sampling is None else receipt.sampling.logit_bias
-    vocabulary, positions = model.vocab_size, model.max_positions
+    vocabulary = model.vocab_size
+    positions = model.max_positions
     if (highest := max((*ids, *biased))) >= vocabulary or len(ids) > positions:
         seen = f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions"
-        wanted = f"tokens below {vocabulary} and at most {positions} positions, as the model has them"
+        wanted = (
+            f"tokens below {vocabulary} and at most {positions} positions, as the model has them"
+        )
         raise ProofMismatch(seen, wanted=wanted, do="ask the node for receipts of this model")
     return PromptAndOutput(known.ids, receipt.output)

@@ -8,15 +8,25 @@ from typing import Any
 
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.models.chat import CHAT_OPTIONS, LONGEST_TEXT, Chat, chat_template_digest, read_chat, render_chat
+from assay.models.chat import (
+    CHAT_OPTIONS,
+    LONGEST_TEXT,
+    Chat,
+    chat_template_digest,
+    read_chat,
+    render_chat,
+)
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
-MOST_STOPS, LONGEST_STOP = 64, 1024  # texts that end an answer, and characters of one
+MOST_STOPS = 64
+LONGEST_STOP = 1024  # texts that end an answer, and characters of one
 _TOKENS = 4  # of a character at most: each is a byte
-_NEAR = 8  # last tokens of a prompt with which an output is decoded: a text after others may begin with a space
+# last tokens of a prompt with which an output is decoded: a text after others may begin with a
+# space
+_NEAR = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +34,13 @@ class Request(ResponseName):
     """One request: a prompt, what names it, and how to sample.
 
     Args:
-        user_seed, request_id, index: As of :class:`ResponseName`.
-        prompt: Text, messages, or token ids.
-        chosen_by: Who chose the request id, ``client`` or ``server``.
-        sampling: Parameters of sampling.
-        max_tokens: Number of tokens after which the response ends.
-        stop: Texts that end the response.
-        stop_token_ids: Tokens that end it, beside the end tokens of the model.
+        user_seed, request_id, index: As of :class:`ResponseName`. prompt: Text, messages, or token
+        ids. chosen_by: Who chose the request id, ``client`` or ``server``. sampling: Parameters of
+        sampling. max_tokens: Number of tokens after which the response ends. stop: Texts that end
+        the response. stop_token_ids: Tokens that end it, beside the end tokens of the model.
         adapter: Name of the LoRA adapter that is to answer; empty for the model itself.
-        chat_template: SHA-256 of the template that made the token ids; None where there were no messages.
+        chat_template: SHA-256 of the template that made the token ids; None where there were no
+        messages.
 
     Raises:
         UsageError: A value is out of range; names it.
@@ -56,7 +64,9 @@ class Request(ResponseName):
         if isinstance(self.prompt, str):
             if not 0 < len(self.prompt) <= LONGEST_TEXT:
                 raise UsageError(
-                    f"a prompt of {len(self.prompt)} characters", wanted=f"1 to {LONGEST_TEXT}", do="correct the prompt"
+                    f"a prompt of {len(self.prompt)} characters",
+                    wanted=f"1 to {LONGEST_TEXT}",
+                    do="correct the prompt",
                 )
         elif not isinstance(self.prompt, Chat):
             object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
@@ -64,30 +74,44 @@ class Request(ResponseName):
         if not fits or len(self.stop) > MOST_STOPS:
             wanted = f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters"
             raise UsageError(f"stop is {self.stop!r:.60}", wanted=wanted, do="correct stop")
-        object.__setattr__(self, "stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids, fewest=0))
+        object.__setattr__(
+            self, "stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids, fewest=0)
+        )
 
     @property
     def ids(self) -> tuple[int, ...]:
         """The token ids of the prompt; a UsageError where it is a text or messages."""
         if not isinstance(self.prompt, tuple):
-            raise UsageError("a prompt without token ids", wanted="token ids", do="call encode_requests() first")
+            raise UsageError(
+                "a prompt without token ids", wanted="token ids", do="call encode_requests() first"
+            )
         return self.prompt
 
     def is_ended(
-        self, output: Sequence[int], end_tokens: Collection[int], tokenizer: Any, *, grows: bool = False
+        self,
+        output: Sequence[int],
+        end_tokens: Collection[int],
+        tokenizer: Any,
+        *,
+        grows: bool = False,
     ) -> bool:
-        """Whether an output has come to an end of its own: by its last token, or by a text that is in its text.
+        """Whether an output has come to an end of its own: by its last token, or by a text that is
+        in its text.
 
-        A text may be looked for by a server that leaves special tokens out, or by one that does not. Of an output that
-        ``grows``, and was asked about at every token, the last ones are looked at alone.
+        A text may be looked for by a server that leaves special tokens out, or by one that does
+        not. Of an output that ``grows``, and was asked about at every token, the last ones are
+        looked at alone.
         """
         if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
             return True
-        whole, longest = [*self.ids, *output], max(map(len, self.stop), default=0)
+        whole = [*self.ids, *output]
+        longest = max(map(len, self.stop), default=0)
         start = len(whole) - (min(len(output), _TOKENS * longest + _NEAR) if grows else len(output))
         before = whole[max(0, start - _NEAR) : start]
         for skips in (False, True) if self.stop else ():
-            decode = partial(tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+            decode = partial(
+                tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False
+            )
             text = decode([*before, *whole[start:]])[len(decode(before)) :]
             if any(stop in text for stop in self.stop):
                 return True
@@ -95,14 +119,20 @@ class Request(ResponseName):
 
 
 def read_requests(
-    path: str | Path, *, sampling: Sampling | None = None, user_seed: str = "", max_tokens: int = DEFAULT_MAX_TOKENS
+    path: str | Path,
+    *,
+    sampling: Sampling | None = None,
+    user_seed: str = "",
+    max_tokens: int = DEFAULT_MAX_TOKENS,
 ) -> list[Request]:
-    """Read a file of prompts: JSON Lines with ``prompt`` or ``messages``, and what else one of them sets for itself.
+    """Read a file of prompts: JSON Lines with ``prompt`` or ``messages``, and what else one of them
+    sets for itself.
 
-    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter``, ``stop`` (a text or a
-    list of texts), ``stop_token_ids`` and every field of :class:`Sampling`; ``logit_bias`` has token ids as text. With
-    messages there may be ``tools`` and ``chat_template_kwargs``. A prompt without an id is called after its line, and
-    the server chose that id.
+    A line may have ``request_id``, ``user_seed``, ``n`` (answers), ``max_tokens``, ``adapter``,
+    ``stop`` (a text or a list of texts), ``stop_token_ids`` and every field of :class:`Sampling`;
+    ``logit_bias`` has token ids as text. With messages there may be ``tools`` and
+    ``chat_template_kwargs``. A prompt without an id is called after its line, and the server chose
+    that id.
 
     Args:
         path: Path of the file.
@@ -121,19 +151,30 @@ def read_requests(
         try:
             made = _requests(line, number, common, base)
         except AssayError as error:
-            raise DataError(f"{path}, line {number}: {error.seen}", wanted=error.wanted, do=error.do) from None
+            raise DataError(
+                f"{path}, line {number}: {error.seen}", wanted=error.wanted, do=error.do
+            ) from None
         name = (made[0].user_seed, made[0].request_id)
         if name in names:
-            seen = f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line {names[name]}"
-            raise DataError(seen, wanted="an id of its own for every prompt", do="change one of them")
+            seen = (
+                f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line "
+                f"{names[name]}"
+            )
+            raise DataError(
+                seen, wanted="an id of its own for every prompt", do="change one of them"
+            )
         names[name] = number
         found += made
         if len(found) > MOST_RECEIPTS:
             raise DataError(
-                f"{path}: more than {MOST_RECEIPTS} answers", wanted="fewer in one file", do="cut the file in parts"
+                f"{path}: more than {MOST_RECEIPTS} answers",
+                wanted="fewer in one file",
+                do="cut the file in parts",
             )
     if not found:
-        raise DataError(f"{path} is empty", wanted="JSON Lines with a prompt each", do='write {"prompt": "…"}')
+        raise DataError(
+            f"{path} is empty", wanted="JSON Lines with a prompt each", do='write {"prompt": "…"}'
+        )
     return found
 
 
@@ -141,27 +182,45 @@ _OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "s
 _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
-def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling) -> list[Request]:
+def _requests(
+    line: dict[str, Any], number: int, common: dict[str, Any], base: Sampling
+) -> list[Request]:
     options = {name: line[name] for name in CHAT_OPTIONS if name in line and "messages" in line}
     unknown = sorted(line.keys() - {"prompt", "messages"} - options.keys() - _OPTIONAL - _SAMPLED)
     if unknown or ("prompt" in line) == ("messages" in line):
         seen = "both prompt and messages" if "prompt" in line else "no prompt and no messages"
         wanted = ", ".join(["prompt or messages", *sorted(_OPTIONAL), *sorted(_SAMPLED)])
-        raise UsageError(f"a field {unknown[0]!r:.60}" if unknown else seen, wanted=wanted, do="correct the line")
+        raise UsageError(
+            f"a field {unknown[0]!r:.60}" if unknown else seen, wanted=wanted, do="correct the line"
+        )
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
         given = values["logit_bias"]
-        if not isinstance(given, dict) or not all(t.isascii() and t.isdigit() and len(t) < 10 for t in given):
-            raise UsageError(f"logit_bias is {given!r:.60}", wanted="numbers by token id", do="correct logit_bias")
+        if not isinstance(given, dict) or not all(
+            t.isascii() and t.isdigit() and len(t) < 10 for t in given
+        ):
+            raise UsageError(
+                f"logit_bias is {given!r:.60}",
+                wanted="numbers by token id",
+                do="correct logit_bias",
+            )
         values["logit_bias"] = {int(token): bias for token, bias in given.items()}
     prompt = read_chat(line["messages"], **options) if "messages" in line else line["prompt"]
     if not isinstance(prompt, str | list | Chat):
-        raise UsageError(f"prompt is {prompt!r:.60}", wanted="a text or a list of token ids", do="correct the prompt")
-    texts, tokens = ([] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids"))
+        raise UsageError(
+            f"prompt is {prompt!r:.60}",
+            wanted="a text or a list of token ids",
+            do="correct the prompt",
+        )
+    texts, tokens = (
+        [] if line.get(name) is None else line[name] for name in ("stop", "stop_token_ids")
+    )
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not isinstance(tokens, list):
         seen = f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}"
-        raise UsageError(seen, wanted="a text or a list of texts, and a list of token ids", do="correct them")
+        raise UsageError(
+            seen, wanted="a text or a list of texts, and a list of token ids", do="correct them"
+        )
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
@@ -178,13 +237,20 @@ def _requests(line: dict[str, Any], number: int, common: dict[str, Any], base: S
 
 
 def encode_requests(
-    requests: Sequence[Request], tokenizer: Any, *, reference: str, vocab_size: int, max_positions: int
+    requests: Sequence[Request],
+    tokenizer: Any,
+    *,
+    reference: str,
+    vocab_size: int,
+    max_positions: int,
 ) -> list[Request]:
-    """Return the requests with token ids for prompts, every one of which fits the model; it may have no tokenizer.
+    """Return the requests with token ids for prompts, every one of which fits the model; it may
+    have no tokenizer.
 
     Raises:
-        UsageError: A text has no tokenizer or no tokens, messages have no template or one that refuses them, a token is
-            not in the vocabulary, or prompt and ``max_tokens`` together are longer than the model's positions.
+        UsageError: A text has no tokenizer or no tokens, messages have no template or one that
+            refuses them, a token is not in the vocabulary, or prompt and ``max_tokens`` together
+            are longer than the model's positions.
     """
     from assay.models.checkpoint import check_tokens
 
@@ -197,8 +263,13 @@ def encode_requests(
             raise UsageError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
         check_tokens(name, made.ids, vocab_size)
         if any(token >= vocab_size for token in made.sampling.logit_bias):
-            wanted, do = f"tokens below {vocab_size}", "leave it out of logit_bias"
-            raise UsageError(f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}", wanted=wanted, do=do)
+            wanted = f"tokens below {vocab_size}"
+            do = "leave it out of logit_bias"
+            raise UsageError(
+                f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}",
+                wanted=wanted,
+                do=do,
+            )
         room = max_positions - len(made.ids)
         if made.max_tokens > room:
             raise UsageError(
@@ -215,11 +286,17 @@ def encode_requests(
 def _with_ids(request: Request, tokenizer: Any, reference: str) -> Request:
     prompt = request.prompt
     if isinstance(prompt, Chat):
-        # The template writes the special tokens, and a tokenizer that adds its own would begin the text twice.
+        # The template writes the special tokens, and a tokenizer that adds its own would begin the
+        # text twice.
         text = render_chat(prompt, tokenizer, reference=reference)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
     if tokenizer is None and (isinstance(prompt, str) or request.stop):
-        wanted, do = "prompts and stops of token ids", 'write {"prompt": [1, 2, 3], "stop_token_ids": [4]}'
+        wanted = "prompts and stops of token ids"
+        do = 'write {"prompt": [1, 2, 3], "stop_token_ids": [4]}'
         raise UsageError(f"text for {reference}, which has no tokenizer", wanted=wanted, do=do)
-    return replace(request, prompt=tuple(tokenizer(prompt)["input_ids"])) if isinstance(prompt, str) else request
+    return (
+        replace(request, prompt=tuple(tokenizer(prompt)["input_ids"]))
+        if isinstance(prompt, str)
+        else request
+    )

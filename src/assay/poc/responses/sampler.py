@@ -1,22 +1,26 @@
-"""How a token follows from logits and noise, over whole batches on the CPU and on CUDA; docs/responses.md defines it.
+"""How a token follows from logits and noise, over whole batches on the CPU and on CUDA;
+docs/responses.md defines it.
 
-The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf and stays so:
+The order of the steps, in float32 on the raw logits l, where a token that a grammar forbids is -inf
+and stays so:
 
 1. the bias of a token is added;
-2. penalties: of repetition for tokens of prompt and output (l > 0 → l / r, else l · r), then of frequency (f times the
-   count in the output is subtracted), then of presence (p is subtracted for tokens of the output);
+2. penalties: of repetition for tokens of prompt and output (l > 0 → l / r, else l · r), then of
+   frequency (f times the count in the output is subtracted), then of presence (p is subtracted for
+   tokens of the output);
 3. z = l / temperature;
 4. min-p drops z < max z + ln min_p;
 5. top-k drops z < the k-th largest; equal ones stay;
-6. top-p sorts the softmax of what is left, in float64, from the largest, equal ones by their ids, and keeps the
-   shortest beginning whose sum is at least top_p;
+6. top-p sorts the softmax of what is left, in float64, from the largest, equal ones by their ids,
+   and keeps the shortest beginning whose sum is at least top_p;
 7. s = z + Gumbel number of (seed of the step, token);
 8. the token is the one with the largest s; of equal ones the lowest id.
 
 At temperature 0 the token is the one with the largest l of step 2: no noise, and no steps 3 to 7.
 
-Every row may have parameters of its own. The bits are those of the definition, except for the tokens that top-p keeps:
-its sums are taken in another order, so a token whose sum equals top_p up to rounding may be kept or not.
+Every row may have parameters of its own. The bits are those of the definition, except for the
+tokens that top-p keeps: its sums are taken in another order, so a token whose sum equals top_p up
+to rounding may be kept or not.
 
 Shapes: N rows, V tokens of the vocabulary.
 """
@@ -64,8 +68,12 @@ class Sampler:
         UsageError: A biased token is not in the vocabulary.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], vocab_size: int, device: torch.device | str) -> None:
-        numbers_N8 = np.array([_numbers_of(one) for one in samplings], np.float64).reshape(-1, _GREEDY + 1)
+    def __init__(
+        self, samplings: Sequence[Sampling], vocab_size: int, device: torch.device | str
+    ) -> None:
+        numbers_N8 = np.array([_numbers_of(one) for one in samplings], np.float64).reshape(
+            -1, _GREEDY + 1
+        )
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self._streams = streams.get_backend("auto", str(self.device))
@@ -74,7 +82,8 @@ class Sampler:
         drawn = numbers_N8[~greedy_N]
         self.penalises = bool((numbers_N8[:, _REPETITION : _PRESENCE + 1] != (1.0, 0.0, 0.0)).any())
         """Whether the scores of a row depend on the tokens before."""
-        self._some_greedy, self._all_greedy = bool(greedy_N.any()), bool(greedy_N.all())
+        self._some_greedy = bool(greedy_N.any())
+        self._all_greedy = bool(greedy_N.all())
         self._scales = bool((drawn[:, _TEMPERATURE] != 1).any())
         self._uses_min_p = bool((drawn[:, _LOG_MIN_P] > -math.inf).any())
         self._uses_top_p = bool((drawn[:, _TOP_P] < 1).any())
@@ -97,14 +106,18 @@ class Sampler:
         prompt_NV: Bool[Tensor, "*#N V"] | None = None,
         counts_NV: Int[Tensor, "N V"] | None = None,
     ) -> Float32[Tensor, "N V"]:
-        """Return s of step 7 for every row, or l of step 2 of a greedy row; -inf where a token is not kept.
+        """Return s of step 7 for every row, or l of step 2 of a greedy row; -inf where a token is
+        not kept.
 
-        Seeds are in numpy or on the device. A prompt is [V] or [N, V]; counts are those of the output before the step.
+        Seeds are in numpy or on the device. A prompt is [V] or [N, V]; counts are those of the
+        output before the step.
 
         Raises:
             UsageError: The logits do not have a row for each seed and each set of parameters.
         """
-        return self.add_noise(self.penalise(logits_NV, prompt_NV=prompt_NV, counts_NV=counts_NV), seeds_N)
+        return self.add_noise(
+            self.penalise(logits_NV, prompt_NV=prompt_NV, counts_NV=counts_NV), seeds_N
+        )
 
     def penalise(
         self,
@@ -122,7 +135,11 @@ class Sampler:
             l_NV = l_NV.scatter_add(1, tokens_NK, biases_NK)
         if not self.penalises:
             return l_NV
-        counts = torch.zeros((1, 1), device=self.device) if counts_NV is None else counts_NV.to(torch.float32)
+        counts = (
+            torch.zeros((1, 1), device=self.device)
+            if counts_NV is None
+            else counts_NV.to(torch.float32)
+        )
         used = counts > 0
         seen = used if prompt_NV is None else used | prompt_NV
         repetition_N1 = self._column(_REPETITION)
@@ -133,9 +150,14 @@ class Sampler:
         return l_NV - self._column(_PRESENCE) * used.to(torch.float32)
 
     def add_noise(
-        self, l_NV: Float32[Tensor, "N V"], seeds_N: NDArray[np.uint32] | Tensor, *, in_place: bool = False
+        self,
+        l_NV: Float32[Tensor, "N V"],
+        seeds_N: NDArray[np.uint32] | Tensor,
+        *,
+        in_place: bool = False,
     ) -> Float32[Tensor, "N V"]:
-        """Return the scores that follow from l of step 2, by steps 3 to 7; a greedy row stays as it is.
+        """Return the scores that follow from l of step 2, by steps 3 to 7; a greedy row stays as it
+        is.
 
         With ``in_place`` they may take the place of l, which saves a copy of all logits.
         """
@@ -152,7 +174,11 @@ class Sampler:
         else:
             s_NV = z_NV.clone() if z_NV is l_NV and not over else z_NV
         self._streams.add_gumbels(s_NV, as_tensor(seeds_N).to(self.device))
-        return torch.where(self._numbers_N8[:, _GREEDY:] > 0, l_NV, s_NV) if self._some_greedy else s_NV
+        return (
+            torch.where(self._numbers_N8[:, _GREEDY:] > 0, l_NV, s_NV)
+            if self._some_greedy
+            else s_NV
+        )
 
     def _find_kept(self, z_NV: Tensor) -> Tensor:
         kept_NV = z_NV > -math.inf
@@ -177,9 +203,11 @@ class Sampler:
         return kept_NV
 
     def rows(self, index_R: Int[Tensor, " R"]) -> "Sampler":
-        """Return the sampler of other rows: row i of it has the parameters of row ``index_R[i]`` here.
+        """Return the sampler of other rows: row i of it has the parameters of row ``index_R[i]``
+        here.
 
-        The indices may be known on the device only, as those of an engine with drafts are: nothing waits for them.
+        The indices may be known on the device only, as those of an engine with drafts are: nothing
+        waits for them.
         """
         other = copy.copy(self)
         other._count = len(index_R)
@@ -192,21 +220,31 @@ class Sampler:
         return other
 
     def _bias_columns(self, given: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor] | None:
-        """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first token."""
-        if (beyond := max((token for biases in given for token in biases), default=0)) >= self.vocab_size:
+        """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first
+        token.
+        """
+        if (
+            beyond := max((token for biases in given for token in biases), default=0)
+        ) >= self.vocab_size:
             wanted = f"a token below {self.vocab_size}, the size of the vocabulary"
-            raise UsageError(f"a logit_bias of token {beyond}", wanted=wanted, do="leave it out of logit_bias")
+            raise UsageError(
+                f"a logit_bias of token {beyond}", wanted=wanted, do="leave it out of logit_bias"
+            )
         most = max(map(len, given), default=0)
         if not most:
             return None
         padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in given]
         tokens = [[token for token, _ in row] for row in padded]
         values = [[bias for _, bias in row] for row in padded]
-        return to_device(tokens, self.device), to_device(torch.tensor(values, dtype=torch.float32), self.device)
+        return to_device(tokens, self.device), to_device(
+            torch.tensor(values, dtype=torch.float32), self.device
+        )
 
 
 def _check_rows(shape: tuple[int, ...], seeds: int) -> None:
     """Refuse logits that are not [N, V] with a row for each of N seeds."""
     if len(shape) != 2 or shape[0] != seeds:
         seen = f"logits of shape {tuple(shape)} with {seeds} seeds"
-        raise UsageError(seen, wanted="a row of logits for every seed", do="pass logits [N, V] and seeds [N]")
+        raise UsageError(
+            seen, wanted="a row of logits for every seed", do="pass logits [N, V] and seeds [N]"
+        )

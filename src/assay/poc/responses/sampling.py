@@ -1,4 +1,6 @@
-"""The parameters of sampling, and the seeds of the noise; :mod:`assay.poc.responses.sampler` has the steps."""
+"""The parameters of sampling, and the seeds of the noise; :mod:`assay.poc.responses.sampler` has
+the steps.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,9 @@ from assay import streams
 from assay.errors import UsageError
 from assay.poc.protocol.round import check_digest, check_name, check_number, join_prefixed
 
-HIGHEST_TOKEN = 2**24 - 1  # largest token id: far beyond vocabularies, and what a reader has to make room for at most
+HIGHEST_TOKEN = (
+    2**24 - 1
+)  # largest token id: far beyond vocabularies, and what a reader has to make room for at most
 
 MOST_BIASES = 1024
 RANGES = {
@@ -22,7 +26,9 @@ RANGES = {
     "frequency_penalty": (-2.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
 }
-"""Range of every parameter that is not a whole number; a temperature may also be 0, which means greedy."""
+"""Range of every parameter that is not a whole number; a temperature may also be 0, which means
+greedy.
+"""
 BIASES = (-100.0, 100.0)
 
 
@@ -35,8 +41,10 @@ class Sampling:
         top_k: Number of likeliest tokens to keep; 0 keeps all.
         top_p: Probability that the kept tokens have together at least.
         min_p: Probability of a kept token at least, relative to the likeliest one.
-        repetition_penalty: Divisor of positive, and factor of negative, logits of tokens in the prompt or the output.
-        frequency_penalty: Number that is subtracted from a logit for every time the token is in the output.
+        repetition_penalty: Divisor of positive, and factor of negative, logits of tokens in the
+            prompt or the output.
+        frequency_penalty: Number that is subtracted from a logit for every time the token is in the
+            output.
         presence_penalty: Number that is subtracted from the logit of a token that is in the output.
         logit_bias: Numbers that are added to logits, by token id.
 
@@ -59,14 +67,23 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
-            object.__setattr__(self, name, _number(name, getattr(self, name), low, high, zero=name == "temperature"))
+            object.__setattr__(
+                self,
+                name,
+                _number(name, getattr(self, name), low, high, zero=name == "temperature"),
+            )
         check_number("top_k", self.top_k, 0, HIGHEST_TOKEN + 1)
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
             seen = f"logit_bias is {self.logit_bias!r:.60}"
-            raise UsageError(seen, wanted=f"numbers by token id, at most {MOST_BIASES}", do="correct logit_bias")
+            raise UsageError(
+                seen, wanted=f"numbers by token id, at most {MOST_BIASES}", do="correct logit_bias"
+            )
         for token in self.logit_bias:
             check_number("a token of logit_bias", token, 0, HIGHEST_TOKEN)
-        biases = {token: _number("a logit_bias", self.logit_bias[token], *BIASES) for token in sorted(self.logit_bias)}
+        biases = {
+            token: _number("a logit_bias", self.logit_bias[token], *BIASES)
+            for token in sorted(self.logit_bias)
+        }
         object.__setattr__(self, "logit_bias", biases)
 
     @property
@@ -77,11 +94,17 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether the scores depend on the tokens before."""
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the parameters in the order of a receipt, token ids as text."""
-        return vars(self) | {"logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}}
+        return vars(self) | {
+            "logit_bias": {str(token): bias for token, bias in self.logit_bias.items()}
+        }
 
 
 def mark_tokens(ids: Sequence[int], vocab_size: int) -> NDArray[np.bool_]:
@@ -91,12 +114,18 @@ def mark_tokens(ids: Sequence[int], vocab_size: int) -> NDArray[np.bool_]:
     return found_V
 
 
-def counts_before(output: Sequence[int], vocab_size: int, start: int, stop: int) -> NDArray[np.int32]:
-    """Return how often each token is in the output before the steps ``start`` to ``stop - 1``, int32 [N, V]."""
+def counts_before(
+    output: Sequence[int], vocab_size: int, start: int, stop: int
+) -> NDArray[np.int32]:
+    """Return how often each token is in the output before the steps ``start`` to ``stop - 1``,
+    int32 [N, V].
+    """
     counts_NV = np.zeros((stop - start, vocab_size), dtype=np.int32)
     if stop > start:
         counts_NV[0] = np.bincount(np.asarray(output[:start], dtype=np.int64), minlength=vocab_size)
-        counts_NV[np.arange(1, stop - start), np.asarray(output[start : stop - 1], dtype=np.int64)] = 1
+        counts_NV[
+            np.arange(1, stop - start), np.asarray(output[start : stop - 1], dtype=np.int64)
+        ] = 1
     return np.cumsum(counts_NV, axis=0, dtype=np.int32)
 
 
@@ -106,7 +135,9 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
         return float(value) + 0.0  # no negative zero
     wanted = f"{'0, or ' if zero else ''}a number in [{low:g}, {high:g}]"
     do = f"correct {name}, which is --{name.replace('_', '-')} on the command line"
-    raise UsageError(f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}" if " " in name else do)
+    raise UsageError(
+        f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}" if " " in name else do
+    )
 
 
 VERSION = "assay.responses/1"
@@ -174,8 +205,17 @@ class ResponseSeed(ResponseName):
         return self.text_of("tokens")
 
     def text_of(self, stream: Stream) -> str:
-        """Return the seed text of a stream: tag, stream and every field, each after its length in UTF-8 bytes."""
-        fields = (self.user_seed, self.request_id, self.public_key, self.digest, self.block_hash, self.index)
+        """Return the seed text of a stream: tag, stream and every field, each after its length in
+        UTF-8 bytes.
+        """
+        fields = (
+            self.user_seed,
+            self.request_id,
+            self.public_key,
+            self.digest,
+            self.block_hash,
+            self.index,
+        )
         return join_prefixed(VERSION, stream, *fields)
 
     def words(self, stream: Stream = "tokens") -> NDArray[np.uint32]:
@@ -184,7 +224,9 @@ class ResponseSeed(ResponseName):
         return words_18.reshape(8)
 
     def step_seeds(self, steps: Sequence[int], stream: Stream = "tokens") -> NDArray[np.uint32]:
-        """Return the 32-bit seeds of steps of a stream, uint32 [N]. Step 0 gives the first token of the output."""
+        """Return the 32-bit seeds of steps of a stream, uint32 [N]. Step 0 gives the first token of
+        the output.
+        """
         return step_seeds(self.words(stream), steps)
 
 

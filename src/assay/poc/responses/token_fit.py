@@ -1,4 +1,5 @@
-"""The fit of the law of claimed tokens to honest replays: the likeliest mixture of scales, with responses as clusters.
+"""The fit of the law of claimed tokens to honest replays: the likeliest mixture of scales, with
+responses as clusters.
 
 Suffixes: N values, G columns of a profile, L clusters, U scales of clusters.
 """
@@ -15,9 +16,16 @@ from assay.errors import UsageError
 from assay.stats.chord import FloatArray
 from assay.stats.tokens import COLUMNS, LEAST_STRAY, STEP, TokenNoise, cluster_scales, shift_matrix
 
-INDIFFERENT = 0.5  # loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one
-UNSEEN = 3.0  # tokens that a law adds, spread over all columns: what none of n tokens shows may be in 3/n of them
-BETWEEN = (0.2, 0.4, 0.7, 1.1)  # spreads of ln scale between clusters; not zero: no small sample has an odd response
+# loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one
+INDIFFERENT = 0.5
+# tokens that a law adds, spread over all columns: what none of n tokens shows may be in 3/n of them
+UNSEEN = 3.0
+BETWEEN = (
+    0.2,
+    0.4,
+    0.7,
+    1.1,
+)  # spreads of ln scale between clusters; not zero: no small sample has an odd response
 FEWEST_TOKENS = 256  # fewest honest tokens that a law is fitted to
 _LARGEST_ERROR = 0.5  # of ln scale: two engines that agree on every token say no more
 _ROUNDS = 300  # of the search, three of the EM algorithm each
@@ -26,7 +34,9 @@ _CONVERGED = 0.003  # gain of a round below which it ends, in natural logarithms
 
 @dataclass(frozen=True, slots=True)
 class TokenFit:
-    """The law of the tokens of one honest cluster, the spread of ln scale between clusters, and its standard error."""
+    """The law of the tokens of one honest cluster, the spread of ln scale between clusters, and its
+    standard error.
+    """
 
     law: TokenNoise
     between: float
@@ -35,13 +45,16 @@ class TokenFit:
 
 
 def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
-    """Fit the weights of the scales to honest tokens by maximum likelihood (Kiefer and Wolfowitz 1956), with EM.
+    """Fit the weights of the scales to honest tokens by maximum likelihood (Kiefer and Wolfowitz
+    1956), with EM.
 
-    The weights are fitted for every spread between clusters in :data:`BETWEEN`. The largest spread is taken whose
-    log-likelihood is within `INDIFFERENT` of the best. :data:`UNSEEN` tokens are added.
+    The weights are fitted for every spread between clusters in :data:`BETWEEN`. The largest spread
+    is taken whose log-likelihood is within `INDIFFERENT` of the best. :data:`UNSEEN` tokens are
+    added.
 
     Args:
-        clusters: Profiles [N, G] of the honest tokens of every cluster; one without tokens says nothing.
+        clusters: Profiles [N, G] of the honest tokens of every cluster; one without tokens says
+            nothing.
 
     Raises:
         UsageError: There are too few tokens, or a number that is not a logarithm of a probability.
@@ -54,7 +67,11 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
     starts = np.cumsum([0, *map(len, logs[:-1])])
     fits: list[tuple[FloatArray, float]] = []
     for between in BETWEEN:
-        fits.append(_likeliest(chances, starts, between, fits[-1][0] if fits else np.full(COLUMNS, 1 / COLUMNS)))
+        fits.append(
+            _likeliest(
+                chances, starts, between, fits[-1][0] if fits else np.full(COLUMNS, 1 / COLUMNS)
+            )
+        )
     best = max(found for _, found in fits)
     chosen = max(i for i, (_, found) in enumerate(fits) if found >= best - INDIFFERENT)
     weights = (n * fits[chosen][0] + UNSEEN / COLUMNS) / (n + UNSEEN)
@@ -69,25 +86,34 @@ def check_number_of_tokens(tokens: int, clusters: int) -> None:
     if tokens < FEWEST_TOKENS:
         wanted = f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each"
         do = "replay receipts of more honest responses (RECEIPTS)"
-        raise UsageError(f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}", wanted=wanted, do=do)
+        raise UsageError(
+            f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
+            wanted=wanted,
+            do=do,
+        )
 
 
 def _likeliest(
     chances_NG: FloatArray, starts: npt.NDArray[np.int64], between: float, weights: FloatArray
 ) -> tuple[FloatArray, float]:
-    """Return the likeliest weights for one spread between clusters, and the logarithm of their likelihood.
+    """Return the likeliest weights for one spread between clusters, and the logarithm of their
+    likelihood.
 
-    The search begins at ``weights``, none of which is 0. EM alone takes thousands of rounds here, so its rounds are
-    extrapolated (SQUAREM, Varadhan and Roland 2008).
+    The search begins at ``weights``, none of which is 0. EM alone takes thousands of rounds here,
+    so its rounds are extrapolated (SQUAREM, Varadhan and Roland 2008).
     """
     steps, weight_U = cluster_scales(between)
     moved = [chances_NG @ shift_matrix(step * STEP) for step in steps]
     sizes = np.diff([*starts, len(chances_NG)])
 
     def improved(given: FloatArray) -> tuple[FloatArray, float]:
-        """Return the weights after one round of EM, and the logarithm of the likelihood before it."""
+        """Return the weights after one round of EM, and the logarithm of the likelihood before
+        it.
+        """
         each = [one @ given for one in moved]
-        logs_LU = np.stack([np.add.reduceat(np.log(one), starts) for one in each], axis=1) + np.log(weight_U)
+        logs_LU = np.stack([np.add.reduceat(np.log(one), starts) for one in each], axis=1) + np.log(
+            weight_U
+        )
         totals_L = scipy.special.logsumexp(logs_LU, axis=1)
         posterior_LU = np.exp(logs_LU - totals_L[:, None])
         gained = sum(
@@ -96,26 +122,34 @@ def _likeliest(
         )
         return given * gained / len(chances_NG), float(totals_L.sum())
 
-    weights, found = (weights + 1e-3) / (weights + 1e-3).sum(), -math.inf
+    weights = (weights + 1e-3) / (weights + 1e-3).sum()
+    found = -math.inf
     for _round in range(_ROUNDS):
         once, _ = improved(weights)
         twice, before = improved(once)
-        first, change = once - weights, twice - 2 * once + weights
+        first = once - weights
+        change = twice - 2 * once + weights
         stretch = max(1.0, math.sqrt(float(first @ first) / max(float(change @ change), 1e-300)))
         far = np.maximum(weights + 2 * stretch * first + stretch**2 * change, 1e-12)
         weights, reached = improved(far / far.sum())
         if reached < before:  # too far
             weights, reached = improved(twice)
-        gain, found = reached - found, reached
+        gain = reached - found
+        found = reached
         if gain < _CONVERGED:
             break
     return weights, found
 
 
-def _error(law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt.NDArray[np.int64]) -> float:
-    """Return the standard error of ln scale, from the curvature of the likelihood of the clusters."""
+def _error(
+    law: TokenNoise, between: float, profiles_NG: FloatArray, starts: npt.NDArray[np.int64]
+) -> float:
+    """Return the standard error of ln scale, from the curvature of the likelihood of the
+    clusters.
+    """
     steps, weight_U = cluster_scales(between)
-    width, totals = 0.25, []
+    width = 0.25
+    totals = []
     for moved in (-width, 0.0, width):
         logs_C = np.asarray(steps * STEP + moved, dtype=np.float64)
         logs_LU = np.add.reduceat(law.log_likelihoods(profiles_NG, logs_C), starts)

@@ -1,4 +1,6 @@
-"""The application, alone or inside another one: the published routes, and those that operators expect."""
+"""The application, alone or inside another one: the published routes, and those that operators
+expect.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +11,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from assay.files.jsonl import JsonObject
-from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, part, run_with
+from assay.poc.net.app import (
+    Feed,
+    assemble_page,
+    new_app,
+    operations_router,
+    page_router,
+    part,
+    run_with,
+)
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
 from assay.poc.net.server import listen, run_app
@@ -27,15 +37,28 @@ PREFIX = "/api/v1/pow"
 PREFIXES = (PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
 
-CONFIG = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups", "seq_len")
+CONFIG = (
+    "block_hash",
+    "block_height",
+    "public_key",
+    "node_id",
+    "node_count",
+    "group_id",
+    "n_groups",
+    "seq_len",
+)
 """What ``/status`` says of the round."""
 
-READ, VALIDATE, CONTROL = needs(Scope.READ), needs(Scope.VALIDATE), needs(Scope.CONTROL)
+READ = needs(Scope.READ)
+VALIDATE = needs(Scope.VALIDATE)
+CONTROL = needs(Scope.CONTROL)
 
 # The pages of the service need nothing from elsewhere and may not be framed.
 PAGE_HEADERS = SAFE_HEADERS | {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
+    "'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors "
+    "'none'",
     "Referrer-Policy": "no-referrer",
 }
 
@@ -45,13 +68,22 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
 
     With ``after`` these are the first ``limit`` above it, from the database.
     """
-    progress, state = controller.progress, str(controller.state)
+    progress = controller.progress
+    state = str(controller.state)
     if progress is None:
-        found, config = [], None
+        found = []
+        config = None
     else:
-        rounds, stored = controller.rounds, progress.stored
-        found = progress.latest() if after is None else rounds.recent_valid(stored.id, after=after, limit=limit)
-        config = {name: getattr(stored, name) for name in CONFIG} | {"k_dim": get_pipeline(stored.preset).vector_size}
+        rounds = controller.rounds
+        stored = progress.stored
+        found = (
+            progress.latest()
+            if after is None
+            else rounds.recent_valid(stored.id, after=after, limit=limit)
+        )
+        config = {name: getattr(stored, name) for name in CONFIG} | {
+            "k_dim": get_pipeline(stored.preset).vector_size
+        }
     has_distances = progress is not None and not progress.publishes_vectors
     return {
         "state": state,
@@ -64,7 +96,9 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
         "r_target": progress.stored.r_target if progress else None,
         "status": state,
         "config": config,
-        "stats": {"total_processed": progress.checked, "nonces_per_second": progress.rate} if progress else None,
+        "stats": {"total_processed": progress.checked, "nonces_per_second": progress.rate}
+        if progress
+        else None,
         "ready": controller.deployment is not None,
         "paused": controller.paused,
         "error": controller.error,
@@ -94,13 +128,16 @@ def create_app(controller: Controller) -> FastAPI:
     return app
 
 
-def attach(app: FastAPI, controller: Controller, *, operations: bool = False, under: str = "") -> None:
+def attach(
+    app: FastAPI, controller: Controller, *, operations: bool = False, under: str = ""
+) -> None:
     """Mount the published API into another application, which keeps its own routes as they are.
 
-    Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and ``/metrics``, behind the
-    path ``under`` where the application has its own.
+    Call it before the application starts. ``operations`` adds ``/health``, ``/ready`` and
+    ``/metrics``, behind the path ``under`` where the application has its own.
     """
-    feed, settings = Feed(controller), controller.settings
+    feed = Feed(controller)
+    settings = controller.settings
     kind_of_route = route_class(Keys(settings), settings, controller.metrics)
     app.include_router(_pow_router(controller, feed, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
@@ -111,7 +148,9 @@ def attach(app: FastAPI, controller: Controller, *, operations: bool = False, un
 
 
 def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
-    """Return the routes of the published API. Handlers that block are plain functions, which run in threads."""
+    """Return the routes of the published API. Handlers that block are plain functions, which run in
+    threads.
+    """
     router = APIRouter(prefix=PREFIX, tags=["PoC"], route_class=kind_of_route)
     works = problems(400, 409, 413, 422, 429, 503)
     change: dict[str, Any] = {"response_model": requests.InitReply, "openapi_extra": CONTROL}
@@ -152,18 +191,24 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
         """Stop generating and validating. Callbacks that are owed are still delivered."""
         return moved(controller.stop)
 
-    @router.post("/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE)
+    @router.post(
+        "/validate", response_model=requests.ValidateReply, responses=works, openapi_extra=VALIDATE
+    )
     async def validate(body: requests.ValidateRequest, request: Request) -> Response:
         """Recompute distances and judge them."""
         future = await controller.call(controller.validate, body, request.state.client)
         return JSONResponse(await asyncio.wrap_future(future))
 
-    @router.get("/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ)
+    @router.get(
+        "/status", response_model=requests.Status, responses=problems(422), openapi_extra=READ
+    )
     async def status(
         after: Annotated[int | None, Query(ge=-1, le=MAX_NONCE)] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> Response:
-        """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for clients that pull."""
+        """Return state and counts. With ``after``, the first ``limit`` valid nonces above it, for
+        clients that pull.
+        """
         if after is None:
             return JSONResponse(describe_status(controller))
         return JSONResponse(await controller.call(describe_status, controller, after, limit))
@@ -173,14 +218,18 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
         """Return the latest snapshot, the same object as an event."""
         return Response(feed.latest, media_type="application/json")
 
-    @router.get("/events", responses=problems(429), response_class=StreamingResponse, openapi_extra=READ)
+    @router.get(
+        "/events", responses=problems(429), response_class=StreamingResponse, openapi_extra=READ
+    )
     async def events(request: Request) -> Response:
         """Stream a snapshot per second as server-sent events."""
         return await feed.respond(request)
 
     @router.post("/generate", responses=works | {202: {"model": requests.JobReply}}, **of_job)
     async def generate(body: requests.GenerateRequest, request: Request) -> Response:
-        """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too long."""
+        """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too
+        long.
+        """
         queued = await controller.call(controller.submit, body, request.state.client)
         if not body.wait:
             return JSONResponse(queued)
@@ -189,7 +238,9 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
             async with asyncio.timeout(controller.settings.wait):
                 return JSONResponse(await asyncio.wrap_future(future))
         except TimeoutError:
-            return JSONResponse(await controller.call(controller.jobs.state, queued["request_id"]), status_code=202)
+            return JSONResponse(
+                await controller.call(controller.jobs.state, queued["request_id"]), status_code=202
+            )
 
     @router.get("/generate/{request_id}", responses=problems(404, 422), **of_job)
     def job(request_id: str) -> Response:
@@ -212,7 +263,9 @@ def dashboard_router() -> APIRouter:
 def render_page() -> tuple[str, dict[str, str]]:
     """Return the page and the headers that it is served with."""
     mark = "d='M2 12C6 12 6 4 8 4s2 8 6 8' stroke-width='1.6'"
-    return assemble_page("assay.poc.service.dashboard", brand="Proof of Compute", name="service", mark=mark)
+    return assemble_page(
+        "assay.poc.service.dashboard", brand="Proof of Compute", name="service", mark=mark
+    )
 
 
 def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port: int) -> None:

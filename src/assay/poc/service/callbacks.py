@@ -1,8 +1,10 @@
-"""Callbacks: kept in an outbox, in the transaction of the results that they announce, and delivered at least once.
+"""Callbacks: kept in an outbox, in the transaction of the results that they announce, and delivered
+at least once.
 
-A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the body is made from
-the records when it is sent; records never change, so a row always gives the same body under the same id. A row of kind
-``receipts`` names a run of sequence numbers in the same way; receipts that were deleted are missing from its body.
+A row of kind ``generated`` does not hold a body. It names a run of nonces of its round, and the
+body is made from the records when it is sent; records never change, so a row always gives the same
+body under the same id. A row of kind ``receipts`` names a run of sequence numbers in the same way;
+receipts that were deleted are missing from its body.
 """
 
 import asyncio
@@ -37,7 +39,9 @@ log = structlog.get_logger("assay.callbacks")
 
 OWED = ("open", "pending")
 RECEIPTS = "receipts"
-"""The kind of callbacks that announce receipts, and the last part of the path to which they are posted."""
+"""The kind of callbacks that announce receipts, and the last part of the path to which they are
+posted.
+"""
 TICK = 0.5  # seconds between two looks into the outbox when no commit wakes the sender
 LONGEST_PAUSE = 86_400.0  # seconds between two attempts
 LONGEST_WORDS = 300  # bytes of an answer that are kept
@@ -52,9 +56,12 @@ class Outbox:
     def __init__(self, database: Database) -> None:
         self.notify: Callable[[], object] = lambda: None
         """Is called, in the thread that wrote, whenever callbacks may be due."""
-        self._db, self._table = database, database["outbox"]
+        self._db = database
+        self._table = database["outbox"]
         self._c = self._table.c
-        self._columns = [column for column in self._c if column.name not in ("seq", "body", "client")]
+        self._columns = [
+            column for column in self._c if column.name not in ("seq", "body", "client")
+        ]
 
     def announce(
         self,
@@ -67,24 +74,44 @@ class Outbox:
         most: int,
         header: int | None = None,
     ) -> None:
-        """Owe callbacks for valid nonces of a round, or for stored receipts of a header: extend the open one, or open
-        others. One callback has up to ``most``, and collects for ``interval`` seconds.
+        """Owe callbacks for valid nonces of a round, or for stored receipts of a header: extend the
+        open one, or open others. One callback has up to ``most``, and collects for ``interval``
+        seconds.
         """
-        table, start = self._table, 0
+        table = self._table
+        start = 0
         while start < len(numbers):
             row = self._collecting(connection, round_id, url, numbers[start], header)
             part = numbers[start : start + max(1, most - row.nonces)]
-            start, count = start + len(part), row.nonces + len(part)
+            start = start + len(part)
+            count = row.nonces + len(part)
             due = count >= most or abs(time.time() - row.created_at) >= interval
-            values = {"last_nonce": part[-1], "nonces": count, "status": "pending" if due else "open"}
+            values = {
+                "last_nonce": part[-1],
+                "nonces": count,
+                "status": "pending" if due else "open",
+            }
             connection.execute(table.update().where(self._c.id == row.id).values(values))
 
     def _collecting(
-        self, connection: sa.Connection, round_id: int | None, url: str, first: int, header: int | None
+        self,
+        connection: sa.Connection,
+        round_id: int | None,
+        url: str,
+        first: int,
+        header: int | None,
     ) -> sa.Row[Any]:
-        """Return the open callback of a round or of receipts of one header, or a new one that begins with ``first``."""
-        c, receipts, kind = self._c, self._db["receipts"].c, "generated" if header is None else RECEIPTS
-        is_open = (c.round_id.is_not_distinct_from(round_id)) & (c.kind == kind) & (c.status == "open")
+        """Return the open callback of a round or of receipts of one header, or a new one that
+        begins with ``first``.
+        """
+        c, receipts, kind = (
+            self._c,
+            self._db["receipts"].c,
+            "generated" if header is None else RECEIPTS,
+        )
+        is_open = (
+            (c.round_id.is_not_distinct_from(round_id)) & (c.kind == kind) & (c.status == "open")
+        )
         row = connection.execute(sa.select(*self._columns).where(is_open)).first()
         if row is not None and row.url == url:
             last = sa.select(receipts.header_id).where(receipts.seq == row.last_nonce)
@@ -95,22 +122,33 @@ class Outbox:
 
     def forget_receipts(self, connection: sa.Connection) -> None:
         """Owe no callback for receipts that were all deleted."""
-        receipts, c = self._db["receipts"].c, self._c
+        receipts = self._db["receipts"].c
+        c = self._c
         left = sa.exists().where(receipts.seq.between(c.first_nonce, c.last_nonce))
         connection.execute(self._table.delete().where(c.kind == RECEIPTS, ~left))
 
     def add(
-        self, connection: sa.Connection, round_id: int | None, kind: str, url: str, body: JsonObject, client: str | None
+        self,
+        connection: sa.Connection,
+        round_id: int | None,
+        kind: str,
+        url: str,
+        body: JsonObject,
+        client: str | None,
     ) -> None:
         """Owe a callback with a body of its own, to a client where one asked for it."""
-        self._insert(connection, round_id, kind, url, status="pending", body=dumps(body), client=client)
+        self._insert(
+            connection, round_id, kind, url, status="pending", body=dumps(body), client=client
+        )
 
     def _insert(
         self, connection: sa.Connection, round_id: int | None, kind: str, url: str, **values: object
     ) -> sa.Row[Any]:
         values |= {"id": f"msg_{uuid.uuid4().hex}", "round_id": round_id, "kind": kind, "url": url}
         values |= {"created_at": time.time(), "next_attempt_at": 0.0}
-        return connection.execute(self._table.insert().values(values).returning(*self._columns)).one()
+        return connection.execute(
+            self._table.insert().values(values).returning(*self._columns)
+        ).one()
 
     def close_open(self, interval: float) -> None:
         """Release callbacks that have collected nonces for ``interval`` seconds."""
@@ -120,12 +158,19 @@ class Outbox:
             self._db.change(self._table.update().where(ripe).values(status="pending"))
 
     def retry_now(self) -> None:
-        """Forget the pauses of pending callbacks: the clock may have been set back since they were written."""
-        self._db.change(self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0))
+        """Forget the pauses of pending callbacks: the clock may have been set back since they were
+        written.
+        """
+        self._db.change(
+            self._table.update().where(self._c.status == "pending").values(next_attempt_at=0.0)
+        )
 
     def due(self, limit: int, *, besides: Iterable[str] = ()) -> list[tuple[Callback, str]]:
-        """Return up to ``limit`` callbacks whose time has come, the oldest of the operator first, with their bodies."""
-        c, found = self._c, list[tuple[Callback, str]]()
+        """Return up to ``limit`` callbacks whose time has come, the oldest of the operator first,
+        with their bodies.
+        """
+        c = self._c
+        found = list[tuple[Callback, str]]()
         now = time.time()  # where the clock was set back, a pause may be longer than any
         is_due = (c.next_attempt_at <= now) | (c.next_attempt_at > now + LONGEST_PAUSE)
         ready = (c.status == "pending") & is_due & c.id.not_in(list(besides))
@@ -139,39 +184,70 @@ class Outbox:
         return found
 
     def _receipts(self, connection: sa.Connection, callback: Callback) -> JsonObject:
-        """Return what a receiver has to know of receipts in order to fetch them, and to see that they stay the same."""
+        """Return what a receiver has to know of receipts in order to fetch them, and to see that
+        they stay the same.
+        """
         c, headers = self._db["receipts"].c, self._db["receipt_headers"].c
-        query = sa.select(headers.text, c.seq, c.request_id, c.choice.label("index"), c.block_hash, c.tokens, c.sha256)
+        query = sa.select(
+            headers.text,
+            c.seq,
+            c.request_id,
+            c.choice.label("index"),
+            c.block_hash,
+            c.tokens,
+            c.sha256,
+        )
         run = c.seq.between(callback.first_nonce, callback.last_nonce) & (headers.id == c.header_id)
         rows = [dict(row._mapping) for row in connection.execute(query.where(run).order_by(c.seq))]
         header = loads(rows[0]["text"], "header of receipts") if rows else {}
         receipts = [
-            {name: value for name, value in row.items() if name != "text"} | {"sha256": row["sha256"].hex()}
+            {name: value for name, value in row.items() if name != "text"}
+            | {"sha256": row["sha256"].hex()}
             for row in rows
         ]
-        return {"public_key": header.get("public_key"), "model": header.get("model"), "receipts": receipts}
+        return {
+            "public_key": header.get("public_key"),
+            "model": header.get("model"),
+            "receipts": receipts,
+        }
 
     def _generated(self, connection: sa.Connection, callback: Callback) -> JsonObject:
-        records, rounds = self._db["records"], self._db["rounds"]
+        records = self._db["records"]
+        rounds = self._db["rounds"]
         round = connection.execute(sa.select(rounds).where(rounds.c.id == callback.round_id)).one()
         run = records.c.nonce.between(callback.first_nonce, callback.last_nonce)
-        query = sa.select(records).where(records.c.round_id == callback.round_id, run, records.c.valid == 1)
+        query = sa.select(records).where(
+            records.c.round_id == callback.round_id, run, records.c.valid == 1
+        )
         found = connection.execute(query.order_by(records.c.nonce)).all()
-        body = {name: getattr(round, name) for name in ("public_key", "block_hash", "block_height", "node_id")}
+        body = {
+            name: getattr(round, name)
+            for name in ("public_key", "block_hash", "block_height", "node_id")
+        }
         if found and found[0].vector is not None:
-            artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found]
-            return body | {"artifacts": artifacts, "encoding": describe_packing(get_pipeline(round.preset))}
-        nonces, distances = [r.nonce for r in found], [r.distance for r in found]
+            artifacts = [
+                {"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found
+            ]
+            return body | {
+                "artifacts": artifacts,
+                "encoding": describe_packing(get_pipeline(round.preset)),
+            }
+        nonces = [r.nonce for r in found]
+        distances = [r.distance for r in found]
         return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
 
     def attempted(self, callback_id: str, error: str | None, *, retry_in: float | None) -> None:
         """Record an attempt: a delivery where ``error`` is None, otherwise a failure.
 
-        Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback is a dead letter.
+        Another attempt follows a failure after ``retry_in`` seconds; if that is None, the callback
+        is a dead letter.
         """
         now = time.time()
         if error is None or retry_in is None:
-            values: dict[str, object] = {"status": "delivered" if error is None else "dead", "finished_at": now}
+            values: dict[str, object] = {
+                "status": "delivered" if error is None else "dead",
+                "finished_at": now,
+            }
         else:
             values = {"next_attempt_at": now + retry_in}
         values |= {"attempts": self._c.attempts + 1, "last_error": error}
@@ -179,13 +255,21 @@ class Outbox:
 
     def counts(self) -> dict[str, int]:
         """Return how many callbacks are pending (open ones included) and dead."""
-        count, status = sa.select(sa.func.count()).select_from(self._table), self._c.status
-        owed, dead = count.where(status.in_(OWED)), count.where(status == "dead")
-        (row,) = self._db.rows(sa.select(owed.scalar_subquery().label("pending"), dead.scalar_subquery().label("dead")))
+        count = sa.select(sa.func.count()).select_from(self._table)
+        status = self._c.status
+        owed = count.where(status.in_(OWED))
+        dead = count.where(status == "dead")
+        (row,) = self._db.rows(
+            sa.select(owed.scalar_subquery().label("pending"), dead.scalar_subquery().label("dead"))
+        )
         return row._asdict()
 
-    def owed(self, connection: sa.Connection, round_id: int | None, *, client: str | None = None) -> int:
-        """Return how many callbacks of a round are undelivered; None asks for those of artifact jobs, of one client."""
+    def owed(
+        self, connection: sa.Connection, round_id: int | None, *, client: str | None = None
+    ) -> int:
+        """Return how many callbacks of a round are undelivered; None asks for those of artifact
+        jobs, of one client.
+        """
         of_round = (self._c.round_id == round_id) & (self._c.kind != RECEIPTS)
         if client is not None:
             of_round &= self._c.client == client
@@ -215,7 +299,8 @@ class Outbox:
 def open_outbox(data_dir: Path) -> Iterator[Outbox]:
     """Open the outbox of a service, which may be running."""
     if not (data_dir / FILE).is_file():
-        seen, wanted = f"no database in {data_dir}", "the data directory of a service"
+        seen = f"no database in {data_dir}"
+        wanted = "the data directory of a service"
         raise UsageError(seen, wanted=wanted, do="pass its --data-dir")
     with closing(open_database(data_dir, exclusive=False)) as database:
         yield Outbox(database)
@@ -224,8 +309,13 @@ def open_outbox(data_dir: Path) -> Iterator[Outbox]:
 class Delivery:
     """Sends the callbacks that an outbox owes, until ``runtime`` ends."""
 
-    def __init__(self, outbox: Outbox, runtime: Runtime, settings: Settings, metrics: Metrics) -> None:
-        self._outbox, self._runtime, self._settings, self._metrics = outbox, runtime, settings, metrics
+    def __init__(
+        self, outbox: Outbox, runtime: Runtime, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._outbox = outbox
+        self._runtime = runtime
+        self._settings = settings
+        self._metrics = metrics
         self._signers = [Webhook(secret) for secret in self._settings.callback_secrets]
         self._sending: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
@@ -233,7 +323,9 @@ class Delivery:
     async def run(self) -> None:
         """Deliver until cancelled, then wait for the deliveries that run."""
         loop = asyncio.get_running_loop()
-        async with new_client(self._settings.callback_timeout, self._settings.callback_concurrency) as client:
+        async with new_client(
+            self._settings.callback_timeout, self._settings.callback_concurrency
+        ) as client:
             self._outbox.notify = partial(loop.call_soon_threadsafe, self._wake.set)
             try:
                 while True:
@@ -251,7 +343,8 @@ class Delivery:
                 await asyncio.gather(*self._sending.values(), return_exceptions=True)
 
     async def _start_due(self, client: httpx.AsyncClient) -> None:
-        outbox, wait_for = self._outbox, self._runtime.call
+        outbox = self._outbox
+        wait_for = self._runtime.call
         await wait_for(outbox.close_open, self._settings.callback_interval)
         room = self._settings.callback_concurrency - len(self._sending)
         if room <= 0:
@@ -269,14 +362,29 @@ class Delivery:
             self._sending.pop(callback.id, None)
             self._wake.set()
 
-    async def _send(self, client: httpx.AsyncClient, callback: Callback, body: str) -> tuple[str | None, float]:
-        """Send once; return the fault, and the pause that the receiver asks for: infinite if no attempt can succeed."""
-        now, private = datetime.now(UTC), self._settings.allow_private_callbacks
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "webhook-id": callback.id}
+    async def _send(
+        self, client: httpx.AsyncClient, callback: Callback, body: str
+    ) -> tuple[str | None, float]:
+        """Send once; return the fault, and the pause that the receiver asks for: infinite if no
+        attempt can succeed.
+        """
+        now = datetime.now(UTC)
+        private = self._settings.allow_private_callbacks
+        headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            "webhook-id": callback.id,
+        }
         headers["webhook-timestamp"] = str(int(now.timestamp()))
         if self._signers:
-            headers["webhook-signature"] = " ".join(signer.sign(callback.id, now, body) for signer in self._signers)
-        about: dict[str, Any] = {"allow_private": private, "headers": headers, "content": body.encode()}
+            headers["webhook-signature"] = " ".join(
+                signer.sign(callback.id, now, body) for signer in self._signers
+            )
+        about: dict[str, Any] = {
+            "allow_private": private,
+            "headers": headers,
+            "content": body.encode(),
+        }
         try:
             async with asyncio.timeout(self._settings.callback_timeout):
                 response = await call(client, "POST", callback.url, f"/{callback.kind}", **about)
@@ -290,18 +398,33 @@ class Delivery:
             return f"{type(error).__name__}: {error}"[:200], 0.0
         if response.is_success:
             return None, 0.0
-        return f"HTTP {response.status_code}{words}", retry_after(response.headers.get("retry-after", ""))
+        return f"HTTP {response.status_code}{words}", retry_after(
+            response.headers.get("retry-after", "")
+        )
 
     async def _note(self, callback: Callback, error: str | None, wait: float) -> None:
-        """Write the outcome, however long the disk is full: otherwise the callback would be sent again at once."""
+        """Write the outcome, however long the disk is full: otherwise the callback would be sent
+        again at once.
+        """
         settings = self._settings
         last = callback.attempts + 1 >= settings.callback_attempts or wait == float("inf")
-        pause = max(backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max), wait)
+        pause = max(
+            backoff(callback.attempts, settings.callback_backoff, settings.callback_backoff_max),
+            wait,
+        )
         outcome = "delivered" if error is None else "dead" if last else "failed"
         self._metrics.deliveries.labels(outcome).inc()
-        about = {"outcome": outcome, "kind": callback.kind, "id": callback.id, "attempt": callback.attempts + 1}
-        log.info("callback", **about) if error is None else log.warning("callback", **about, error=error)
-        attempted, retry_in = self._outbox.attempted, None if last else min(pause, LONGEST_PAUSE)
+        about = {
+            "outcome": outcome,
+            "kind": callback.kind,
+            "id": callback.id,
+            "attempt": callback.attempts + 1,
+        }
+        log.info("callback", **about) if error is None else log.warning(
+            "callback", **about, error=error
+        )
+        attempted = self._outbox.attempted
+        retry_in = None if last else min(pause, LONGEST_PAUSE)
         while True:
             try:
                 await self._runtime.call(attempted, callback.id, error, retry_in=retry_in)
@@ -313,7 +436,9 @@ class Delivery:
 
 
 async def _first_words(response: httpx.Response) -> str:
-    """Return the first words of a refusal, with control characters written out, and what to do if no retry helps."""
+    """Return the first words of a refusal, with control characters written out, and what to do if
+    no retry helps.
+    """
     found = b""
     with suppress(httpx.HTTPError, TimeoutError):
         async with asyncio.timeout(1.0):
@@ -325,10 +450,14 @@ async def _first_words(response: httpx.Response) -> str:
 
 
 def backoff(attempts: int, base: float, longest: float) -> float:
-    """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half at random."""
+    """Return the pause before the next attempt: it doubles up to a bound, and is cut by up to half
+    at random.
+    """
     return min(longest, base * 2.0 ** min(attempts, 60)) * random.uniform(0.5, 1.0)
 
 
 def retry_after(value: str) -> float:
-    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 for none, or for one with a date."""
+    """Return the seconds that a ``Retry-After`` header asks for, at most a day; 0 for none, or for
+    one with a date.
+    """
     return min(float(value), LONGEST_PAUSE) if value.isascii() and value.isdigit() else 0.0

@@ -1,8 +1,9 @@
 """The controller: the state of the service, and everything that changes it.
 
-It knows the engine only through :class:`assay.poc.Engine`, and nothing of HTTP beyond the statuses of refusals.
-Its calls block for as long as a transaction takes, so an event loop makes them through :meth:`Controller.call`;
-the attributes that a reader needs (``state``, ``progress``, ``error``) are read without waiting.
+It knows the engine only through :class:`assay.poc.Engine`, and nothing of HTTP beyond the statuses
+of refusals. Its calls block for as long as a transaction takes, so an event loop makes them through
+:meth:`Controller.call`; the attributes that a reader needs (``state``, ``progress``, ``error``) are
+read without waiting.
 """
 
 import threading
@@ -50,9 +51,11 @@ class Controller(Runtime):
 
     Raises:
         StorageError: The data directory is in use, cannot be written, or holds a damaged database.
-        UsageError: The ledger was begun at other error rates, or the round under pins that are not given.
+        UsageError: The ledger was begun at other error rates, or the round under pins that are not
+            given.
         Refusal: The callback URL of receipts can never be called.
-        DataError: A calibration that the pins name cannot be read, or is another one than was pinned.
+        DataError: A calibration that the pins name cannot be read, or is another one than was
+            pinned.
     """
 
     metrics: Metrics
@@ -63,7 +66,9 @@ class Controller(Runtime):
         self.settings = settings
         self.error: str | None = None
         self._pruned_at = 0.0
-        self._lock, self._epoch, self._unsaved = threading.RLock(), 0, False
+        self._lock = threading.RLock()
+        self._epoch = 0
+        self._unsaved = False
         self._computed = False  # whether a batch was written since the start
         self._validations = Shares(settings.max_waiting)  # that wait for the engine
         self._noise = noise = HonestNoise(settings)
@@ -81,11 +86,14 @@ class Controller(Runtime):
             self.outbox.retry_now()
             self.state, stored = self.rounds.current()
             if stored and stored.under_pins and settings.pins is None:
-                seen, do = "a round that was begun under pins, and no --pins", "pass --pins, or another --data-dir"
+                seen = "a round that was begun under pins, and no --pins"
+                do = "pass --pins, or another --data-dir"
                 raise UsageError(seen, wanted="the pins that the network agreed on", do=do)
             self.progress = Progress(stored, self.rounds) if stored else None
             self._files = opened.pop_all()
-        self.writer = Writer(self.rounds, settings, committed=self._committed, failed=self._engine_failed)
+        self.writer = Writer(
+            self.rounds, settings, committed=self._committed, failed=self._engine_failed
+        )
         self.writers = (self.writer, self.receipts)
         self.worker = Worker(
             partial(self.load_model, load),
@@ -96,13 +104,17 @@ class Controller(Runtime):
         )
 
     def init(self, request: requests.InitRequest | requests.ArtifactInit, call: str) -> None:
-        """Begin or continue a round, by the call ``init``, ``init/generate`` or ``init/validate``."""
+        """Begin or continue a round, by the call ``init``, ``init/generate`` or
+        ``init/validate``.
+        """
         generates = self._after(call) is State.GENERATING
         deployment = self.ready()
         values = requests.round_values(request, deployment, self.settings, needs_share=generates)
         pipeline = get_pipeline(values.preset)
         if pipeline.number_formats and deployment.dtype not in pipeline.number_formats:
-            log.warning("validators refuse this number format", preset=values.preset, dtype=deployment.dtype)
+            log.warning(
+                "validators refuse this number format", preset=values.preset, dtype=deployment.dtype
+            )
         engine = deployment.engine(values.seq_len, values.batch_size)
         requests.check_build(engine.fingerprint, deployment, self.settings)
         check_supported(engine, pipeline)
@@ -121,19 +133,27 @@ class Controller(Runtime):
                 self._move(state)
 
     def stop(self) -> None:
-        """Stop generating and validating. Works with a full disk too; the state is then written later."""
+        """Stop generating and validating. Works with a full disk too; the state is then written
+        later.
+        """
         with self._lock:
             state = self._after("stop")
             self._persist(state)
             self._move(state)
 
-    def validate(self, request: requests.ValidateRequest, client: str | None = None) -> "Future[JsonObject]":
-        """Recompute and judge distances of the round's block for a client; the future has the response."""
+    def validate(
+        self, request: requests.ValidateRequest, client: str | None = None
+    ) -> "Future[JsonObject]":
+        """Recompute and judge distances of the round's block for a client; the future has the
+        response.
+        """
         with self._lock:
             self._after("validate")
-            stored, epoch = self._check_same_model(self.state), self._epoch
+            stored = self._check_same_model(self.state)
+            epoch = self._epoch
         requests.check_validation(request, stored, self.settings)
-        future, place = Future[JsonObject](), ExitStack()
+        future = Future[JsonObject]()
+        place = ExitStack()
 
         def task(deployment: Deployment) -> None:
             with self._lock:
@@ -142,14 +162,25 @@ class Controller(Runtime):
                 return
             try:
                 future.set_result(self._validate(request, stored, deployment, epoch))
-            except Exception as error:  # an engine may raise any error, and the request must be answered
+            except (
+                Exception
+            ) as error:  # an engine may raise any error, and the request must be answered
                 if not isinstance(error, AssayError):
                     log.exception("validation failed")
-                    error = Refusal(503, reason_of(error), wanted="a working engine", do="see the log of the service")
+                    error = Refusal(
+                        503,
+                        reason_of(error),
+                        wanted="a working engine",
+                        do="see the log of the service",
+                    )
                 future.set_exception(error)
 
         with self._lock:
-            place.enter_context(self._validations.held(client, "validations", do="send it again later", retry_after=5))
+            place.enter_context(
+                self._validations.held(
+                    client, "validations", do="send it again later", retry_after=5
+                )
+            )
         self.worker.submit(task)
         return future
 
@@ -163,11 +194,13 @@ class Controller(Runtime):
     def ready(self) -> Deployment:
         """Return the deployment, or refuse with 503 before one is loaded."""
         if self.deployment is None:
-            seen, do = "the model is being loaded", "ask /ready, then send it again"
+            seen = "the model is being loaded"
+            do = "ask /ready, then send it again"
             wait: int | None = 5
             if self.loaded.done():
                 seen = f"the model could not be loaded: {self.error}"
-                do, wait = "see the log, then start the service again", None
+                do = "see the log, then start the service again"
+                wait = None
             raise Refusal(503, seen, wanted="a loaded model", do=do, retry_after=wait)
         return self.deployment
 
@@ -175,7 +208,9 @@ class Controller(Runtime):
     def check_ready(self) -> None:
         self.ready()
         if self.error is not None:
-            raise Refusal(503, self.error, wanted="no failure", do="see the log, then start the phase again")
+            raise Refusal(
+                503, self.error, wanted="no failure", do="see the log, then start the phase again"
+            )
 
     @property
     def paused(self) -> str | None:
@@ -199,7 +234,11 @@ class Controller(Runtime):
             self.progress = progress
         self._work()
         now = self.progress.stored if self.progress else None
-        about = {"round": now.id, "block": now.block_hash, "key": now.public_key} if now else {"round": None}
+        about = (
+            {"round": now.id, "block": now.block_hash, "key": now.public_key}
+            if now
+            else {"round": None}
+        )
         log.info("state", state=str(state), **about)
 
     def _end_epoch(self) -> None:
@@ -223,15 +262,31 @@ class Controller(Runtime):
         return Progress(stored, self.rounds, **sizes, effective_dimension=known)
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
-        """Measure once how wide the distances of a round's block are, where no calibration says it."""
-        progress, measurable = self.progress, has_block_factor(get_pipeline(stored.preset))
-        if progress is None or progress.stored.id != stored.id or progress.law is not None or not measurable:
+        """Measure once how wide the distances of a round's block are, where no calibration says
+        it.
+        """
+        progress = self.progress
+        measurable = has_block_factor(get_pipeline(stored.preset))
+        if (
+            progress is None
+            or progress.stored.id != stored.id
+            or progress.law is not None
+            or not measurable
+        ):
             return
-        log.info("reading states of the model for the law of the block; a calibration would say it", round=stored.id)
+        log.info(
+            "reading states of the model for the law of the block; a calibration would say it",
+            round=stored.id,
+        )
         factor = deployment.block_factor(stored.round, stored.batch_size)
         if factor is not None:
             progress.factor = factor
-            log.info("block", round=stored.id, factor=round(factor.value, 4), error=round(factor.error, 4))
+            log.info(
+                "block",
+                round=stored.id,
+                factor=round(factor.value, 4),
+                error=round(factor.error, 4),
+            )
 
     @override
     def _check_model(self, deployment: Deployment) -> None:
@@ -258,13 +313,17 @@ class Controller(Runtime):
             self._work()
 
     def _check_same_model(self, state: State) -> StoredRound:
-        """Return the round, or refuse to work on it with another model or under other pins than it was begun with."""
+        """Return the round, or refuse to work on it with another model or under other pins than it
+        was begun with.
+        """
         assert self.progress is not None
-        stored, deployment = self.progress.stored, self.ready()
+        stored = self.progress.stored
+        deployment = self.ready()
         if (deployment.digest, deployment.weights) != (stored.digest, stored.weights):
             seen = f"a round of {stored.reference} ({stored.digest[:12]})"
             wanted = f"a round of {deployment.reference} ({deployment.digest[:12]}), which runs now"
-            do, fields = "start the service with that model, or begin another round", {"state": str(self.state)}
+            do = "start the service with that model, or begin another round"
+            fields = {"state": str(self.state)}
             raise Refusal(409, seen, wanted=wanted, do=do, fields=fields)
         requests.check_round(stored.round, self.settings, share=state is State.GENERATING)
         return stored
@@ -272,18 +331,28 @@ class Controller(Runtime):
     def _engine_failed(self, error: Exception) -> None:
         with self._lock:
             if self.closing.is_set():
-                # An engine that is torn down beneath its batch fails. The round must continue after the next start.
-                log.info("a batch ended with the service and will be computed again", error=reason_of(error))
+                # An engine that is torn down beneath its batch fails. The round must continue after
+                # the next start.
+                log.info(
+                    "a batch ended with the service and will be computed again",
+                    error=reason_of(error),
+                )
                 return
-            # A server whose engine died ends, and its next start continues, as after SIGKILL. Not if the engine died
-            # before its first batch: a round that kills engines would end every start, and what else they serve.
+            # A server whose engine died ends, and its next start continues, as after SIGKILL. Not
+            # if the engine died before its first batch: a round that kills engines would end every
+            # start, and what else they serve.
             continues = isinstance(error, EngineEnded) and self._computed
             state = self.state if continues else self._after("engine failure")
             if not isinstance(error, ShareDone):
                 self.metrics.failures.inc()
             self._end_epoch()
-            self.state, self.error = state, reason_of(error)
-            said = "the engine ended, and the next start continues the round" if continues else "the round ended"
+            self.state = state
+            self.error = reason_of(error)
+            said = (
+                "the engine ended, and the next start continues the round"
+                if continues
+                else "the round ended"
+            )
             log.error(said, error=self.error, state=str(state))
             self._persist(state)
             if self.jobs.has_open():
@@ -310,7 +379,8 @@ class Controller(Runtime):
 
     @override
     def snapshot(self) -> JsonObject:
-        progress, deployment = self.progress, self.deployment
+        progress = self.progress
+        deployment = self.deployment
         return {
             **self.about(SCHEMA),
             "state": str(self.state),
@@ -318,13 +388,19 @@ class Controller(Runtime):
             "paused": self.paused,
             "error": self.error,
             "model": deployment
-            and {"reference": deployment.reference, "digest": deployment.digest, "dtype": deployment.dtype},
+            and {
+                "reference": deployment.reference,
+                "digest": deployment.digest,
+                "dtype": deployment.dtype,
+            },
             "round": progress and progress.stored.public(),
             "checked": progress.checked if progress else 0,
             "valid": progress.valid if progress else 0,
             "next_nonce": progress.next_nonce if progress else None,
             "seconds": progress.seconds if progress else 0.0,
-            "nonces_per_second": progress.current_rate if progress and str(self.state) == "GENERATING" else 0.0,
+            "nonces_per_second": progress.current_rate
+            if progress and str(self.state) == "GENERATING"
+            else 0.0,
             **(progress.expectation() if progress else dict.fromkeys(EXPECTED)),
             "histogram": progress.histogram() if progress else None,
             "callbacks": self.outbox.counts(),
@@ -345,23 +421,36 @@ class Controller(Runtime):
         self.outbox.notify()
 
     def _validate(
-        self, request: requests.ValidateRequest, stored: StoredRound, deployment: Deployment, epoch: int
+        self,
+        request: requests.ValidateRequest,
+        stored: StoredRound,
+        deployment: Deployment,
+        epoch: int,
     ) -> JsonObject:
         started = time.perf_counter()
         computed: list[float] = []
-        round = replace(stored.round, public_key=request.public_key)  # the key that is paid, not the validator's
+        round = replace(
+            stored.round, public_key=request.public_key
+        )  # the key that is paid, not the validator's
         engine = deployment.engine(stored.seq_len, stored.batch_size)
         for batch in deployment.compute(round, stored.batch_size, request.nonces):
             if epoch != self._epoch or self.closing.is_set():
                 seen = f"the round changed while this validation ran, and the state is {self.state}"
-                wanted, do = "VALIDATING until the answer", "send it again in the round that you mean"
+                wanted = "VALIDATING until the answer"
+                do = "send it again in the round that you mean"
                 raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(self.state)})
-            computed.extend(record.distance for record in batch if isinstance(record, DistanceRecord))
+            computed.extend(
+                record.distance for record in batch if isinstance(record, DistanceRecord)
+            )
         verdict = self.judge.judge(stored, engine.fingerprint, request, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]
         self.metrics.verdicts.labels(word).inc()
-        about = {"key": request.public_key, "nonces": len(request.nonces), "mismatches": verdict["n_invalid"]}
+        about = {
+            "key": request.public_key,
+            "nonces": len(request.nonces),
+            "mismatches": verdict["n_invalid"],
+        }
         log.info("validated", block=stored.block_hash, **about, verdict=word)
         self.outbox.notify()
         return {"status": "OK", **verdict}

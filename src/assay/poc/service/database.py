@@ -6,12 +6,12 @@ from assay.files.database import Database
 
 # The tables, as the list of steps that lead to them. A step, once released, is never edited.
 #
-# A record belongs to its round, and a round is unique by block and key, so the primary key of ``records``
-# makes every (block, key, nonce) unique.
+# A record belongs to its round, and a round is unique by block and key, so the primary key of
+# ``records`` makes every (block, key, nonce) unique.
 #
-# A receipt is found by ``name``, a hash of its request id. There is no index on ids: where SQLite moves the entries of
-# an index it leaves copies behind, which a deletion does not find. ``line`` is last, so that what precedes it is read
-# without it.
+# A receipt is found by ``name``, a hash of its request id. There is no index on ids: where SQLite
+# moves the entries of an index it leaves copies behind, which a deletion does not find. ``line`` is
+# last, so that what precedes it is read without it.
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -52,7 +52,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
             next_attempt_at REAL NOT NULL, last_error TEXT, finished_at REAL
         )""",
-        "CREATE INDEX outbox_due ON outbox (status, next_attempt_at) WHERE status IN ('open', 'pending')",
+        "CREATE INDEX outbox_due ON outbox (status, next_attempt_at) WHERE status IN ('open', "
+        "'pending')",
         "CREATE INDEX outbox_dead ON outbox (status) WHERE status = 'dead'",
         """CREATE TABLE checks (
             id INTEGER PRIMARY KEY,

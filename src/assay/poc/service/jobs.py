@@ -48,9 +48,17 @@ class Jobs:
     """The queue of artifact jobs, on disk, and the one that runs."""
 
     def __init__(
-        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise, closing: threading.Event
+        self,
+        database: Database,
+        outbox: Outbox,
+        settings: Settings,
+        noise: HonestNoise,
+        closing: threading.Event,
     ) -> None:
-        self._db, self._outbox, self._settings, self._closing = database, outbox, settings, closing
+        self._db = database
+        self._outbox = outbox
+        self._settings = settings
+        self._closing = closing
         self._noise = noise
         self._table = database["jobs"]
         self._c = self._table.c
@@ -61,18 +69,25 @@ class Jobs:
         database.change(interrupted.values(status="queued"))
 
     def submit(self, request: GenerateRequest, client: str | None = None) -> JsonObject:
-        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside those that wait.
+        """Queue a job; it is on disk when this returns. Refuse with 429 what has no room beside
+        those that wait.
 
-        A ``client`` may queue what :func:`assay.poc.net.shares.room_of` says; None is this machine, which may fill the
-        queue.
+        A ``client`` may queue what :func:`assay.poc.net.shares.room_of` says; None is this machine,
+        which may fill the queue.
         """
-        settings, job_id = self._settings, uuid.uuid4().hex
+        settings = self._settings
+        job_id = uuid.uuid4().hex
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
-            nonces, own = sa.func.sum(self._c.nonces), self._c.client == client
+            nonces = sa.func.sum(self._c.nonces)
+            own = self._c.client == client
             calls = sa.func.count().filter(has_url)
-            counts = sa.select(nonces, nonces.filter(own), calls, sa.func.count().filter(has_url & own))
-            waiting, mine, announced, my_calls = (n or 0 for n in connection.execute(counts.where(self._is_open)).one())
+            counts = sa.select(
+                nonces, nonces.filter(own), calls, sa.func.count().filter(has_url & own)
+            )
+            waiting, mine, announced, my_calls = (
+                n or 0 for n in connection.execute(counts.where(self._is_open)).one()
+            )
             room = room_of(client, settings.max_queued_nonces, waiting, mine)
             if len(request.nonces) > room:
                 seen = f"{waiting} nonces are queued, {mine} of them of this client"
@@ -82,13 +97,18 @@ class Jobs:
             my_calls += self._outbox.owed(connection, None, client=client)
             room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
             if request.url is not None and room < 1:
-                seen = f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of them of this client"
+                seen = (
+                    f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of "
+                    f"them of this client"
+                )
                 wanted = f"fewer than {settings.max_pending_jobs}, half of what the others leave"
                 do = "repair their receivers, or send the job without a url and ask for its result"
                 raise Refusal(429, seen, wanted=wanted, do=do, retry_after=10)
             row = {
                 "id": job_id,
-                "seq": sa.select(sa.func.coalesce(sa.func.max(self._c.seq), 0) + 1).scalar_subquery(),
+                "seq": sa.select(
+                    sa.func.coalesce(sa.func.max(self._c.seq), 0) + 1
+                ).scalar_subquery(),
                 "status": "queued",
                 "nonces": len(request.nonces),
                 "request": request.model_dump_json(),
@@ -96,10 +116,16 @@ class Jobs:
                 "client": client,
             }
             connection.execute(self._table.insert().values(row))
-        return {"status": "queued", "request_id": job_id, "queued_count": int(waiting) + len(request.nonces)}
+        return {
+            "status": "queued",
+            "request_id": job_id,
+            "queued_count": int(waiting) + len(request.nonces),
+        }
 
     def watch(self, job_id: str) -> "Future[JsonObject]":
-        """Return a future of the state that a job has once it is finished. Only the sender of a job watches it."""
+        """Return a future of the state that a job has once it is finished. Only the sender of a job
+        watches it.
+        """
         future = self._waiting[job_id] = Future[JsonObject]()
         state = self.state(job_id)
         if state["status"] not in ("queued", "running"):
@@ -107,9 +133,13 @@ class Jobs:
         return future
 
     def state(self, job_id: str) -> JsonObject:
-        """Return status and result of a job; refuse with 404 one that is unknown or no longer kept."""
+        """Return status and result of a job; refuse with 404 one that is unknown or no longer
+        kept.
+        """
         rows = self._db.rows(sa.select(self._table).where(self._c.id == job_id))
-        if not rows or (rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl):
+        if not rows or (
+            rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl
+        ):
             wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
             raise Refusal(404, "no such request", wanted=wanted, do="send the request again")
         return _state(rows[0])
@@ -127,7 +157,9 @@ class Jobs:
     def counts(self) -> dict[str, int]:
         """Return how many jobs wait and run."""
         status = self._c.status
-        query = sa.select(status, sa.func.count().label("jobs")).where(self._is_open).group_by(status)
+        query = (
+            sa.select(status, sa.func.count().label("jobs")).where(self._is_open).group_by(status)
+        )
         return {"queued": 0, "running": 0} | {row.status: row.jobs for row in self._db.rows(query)}
 
     def prune(self) -> None:
@@ -139,7 +171,11 @@ class Jobs:
         """Do one batch of the oldest job, in the engine's thread; return False if no job waits."""
         try:
             job = self._running  # which may have been cancelled
-            if job is None or self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id)) != "running":
+            if (
+                job is None
+                or self._db.scalar(sa.select(self._c.status).where(self._c.id == job.id))
+                != "running"
+            ):
                 self._running = None
                 job = self._running = self._next(deployment)
             if job is None:
@@ -159,7 +195,9 @@ class Jobs:
                 return
             result = self._result(job.request, job.records, deployment)
         except Exception as error:  # an engine may raise any error, and its job must still end
-            if self._closing.is_set():  # the engine ended with the service, and the job runs again after the next start
+            if (
+                self._closing.is_set()
+            ):  # the engine ended with the service, and the job runs again after the next start
                 raise
             log.exception("job failed")
             self._finish(job.id, "failed", error=str(error))
@@ -167,10 +205,16 @@ class Jobs:
             self._finish(job.id, "completed", result)
         self._running = None
 
-    def _result(self, request: GenerateRequest, records: list[Record], deployment: Deployment) -> JsonObject:
-        pipeline, round = get_pipeline(request.params.preset), request.round(deployment.reference)
+    def _result(
+        self, request: GenerateRequest, records: list[Record], deployment: Deployment
+    ) -> JsonObject:
+        pipeline = get_pipeline(request.params.preset)
+        round = request.round(deployment.reference)
         if request.validation is None:
-            artifacts = [{"nonce": r.nonce, "vector_b64": base64.b64encode(pack_record(r)).decode()} for r in records]
+            artifacts = [
+                {"nonce": r.nonce, "vector_b64": base64.b64encode(pack_record(r)).decode()}
+                for r in records
+            ]
             return {"artifacts": artifacts, "encoding": describe_packing(pipeline)}
         errors = residuals(request.received(), records)
         validator = deployment.engine(round.seq_len, request.batch_size).fingerprint
@@ -182,7 +226,9 @@ class Jobs:
         """Begin the oldest job that waits and can be read."""
         c = self._c
         oldest = sa.select(c.id).where(c.status == "queued").order_by(c.seq).limit(1)
-        begin = self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
+        begin = (
+            self._table.update().where(c.id == oldest.scalar_subquery()).values(status="running")
+        )
         while True:
             with self._db.write() as connection:
                 row = connection.execute(begin.returning(c.id, c.request)).first()
@@ -192,7 +238,9 @@ class Jobs:
                 request = GenerateRequest.model_validate_json(row.request)
             except ValidationError as error:  # stored by a version that takes other requests
                 log.warning("job not understood", id=row.id)
-                self._finish(row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}")
+                self._finish(
+                    row.id, "failed", error=f"stored by another version: {error.errors()[0]['msg']}"
+                )
                 continue
             round = request.round(deployment.reference)
             if request.validation is None:
@@ -201,7 +249,9 @@ class Jobs:
                 batches = deployment.recompute(round, request.batch_size, request.received())
             return _Running(row.id, request, batches, [])
 
-    def _finish(self, job_id: str, status: str, result: JsonObject | None = None, error: str | None = None) -> None:
+    def _finish(
+        self, job_id: str, status: str, result: JsonObject | None = None, error: str | None = None
+    ) -> None:
         """End a job that has not ended, owe its callback, and tell who waits for it."""
         values = {"status": status, "result": dumps(result) if result else None, "error": error}
         change = self._table.update().where(self._c.id == job_id, self._is_open)

@@ -1,4 +1,6 @@
-"""Verdicts on received values: the published rules, and the residual test of a node's whole round."""
+"""Verdicts on received values: the published rules, and the residual test of a node's whole
+round.
+"""
 
 import math
 import time
@@ -32,40 +34,76 @@ class HonestNoise:
     """Finds the noise between nodes and this service: as given, or as the network pinned it."""
 
     def __init__(self, settings: Settings) -> None:
-        self._given, pins = settings.calibration, settings.pins
+        self._given = settings.calibration
+        pins = settings.pins
         self._pinned: dict[str, tuple[tuple[Build, ...], list[Calibration]]] = {}
         if self._given is None and pins is not None:
             for model in pins.models:
                 measured = [Calibration.load(path) for path in pins.calibrations(model)]
                 self._pinned[model.digest] = model.builds, measured
 
-    def of(self, pipeline: Pipeline, validator: Fingerprint, digest: str, round: Round) -> Noise | None:
-        """Return the noise of a preset; None where it is not known, and a wider law must not take its place."""
+    def of(
+        self, pipeline: Pipeline, validator: Fingerprint, digest: str, round: Round
+    ) -> Noise | None:
+        """Return the noise of a preset; None where it is not known, and a wider law must not take
+        its place.
+        """
         dtype = validator.dtype
         builds: Sequence[Build | None]
         if self._given is not None:
-            mine = [one for one in self._given.builds if (one.digest, one.preset) == (digest, pipeline.name)]
-            fitting = (one for one in mine if not one.engines or dtype in {known.dtype for known in one.engines})
-            known, builds, measured = bool(mine), [None], [Calibration(builds=(one,)) for one in fitting]
+            mine = [
+                one
+                for one in self._given.builds
+                if (one.digest, one.preset) == (digest, pipeline.name)
+            ]
+            fitting = (
+                one
+                for one in mine
+                if not one.engines or dtype in {known.dtype for known in one.engines}
+            )
+            known, builds, measured = (
+                bool(mine),
+                [None],
+                [Calibration(builds=(one,)) for one in fitting],
+            )
         else:
             pinned, measured = self._pinned.get(digest, ((), []))
-            known, builds = bool(measured), [build for build in pinned if dtype in build.dtype]
+            known = bool(measured)
+            builds = [build for build in pinned if dtype in build.dtype]
         if not known:
             return bundled_noise(digest, pipeline.noise, dtype, dtype)
-        of: dict[str, Any] = {"digest": digest, "preset": pipeline.name, "formats": (dtype, dtype), "round": round}
+        of: dict[str, Any] = {
+            "digest": digest,
+            "preset": pipeline.name,
+            "formats": (dtype, dtype),
+            "round": round,
+        }
         of["validator"] = validator
         found = (find_build_noise(measured, one, **of) for one in builds)
-        return next((noise for noise in found if noise is not None), None)  # of the first build that was measured
+        return next(
+            (noise for noise in found if noise is not None), None
+        )  # of the first build that was measured
 
     def effective_dimension(self, digest: str, preset: str) -> float | None:
-        """Return the effective dimension of a model's states, which a calibration of its distances has."""
-        measured = [self._given] if self._given is not None else self._pinned.get(digest, ((), []))[1]
-        mine = [one for known in measured for one in known.builds if (one.digest, one.preset) == (digest, preset)]
+        """Return the effective dimension of a model's states, which a calibration of its distances
+        has.
+        """
+        measured = (
+            [self._given] if self._given is not None else self._pinned.get(digest, ((), []))[1]
+        )
+        mine = [
+            one
+            for known in measured
+            for one in known.builds
+            if (one.digest, one.preset) == (digest, preset)
+        ]
         return next((one.effective_dimension for one in mine if one.effective_dimension), None)
 
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
-    """Refuse a calibration of another model than is deployed: its noise would be too wide or too narrow."""
+    """Refuse a calibration of another model than is deployed: its noise would be too wide or too
+    narrow.
+    """
     if calibration is None:
         return
     digests = [build.digest for build in calibration.builds]
@@ -76,34 +114,49 @@ def check_calibration(calibration: Calibration | None, deployment: Deployment) -
         raise CalibrationError(f"a calibration of a checkpoint {measured}", wanted=wanted, do=do)
 
 
-MAX_TESTS = 4096  # sequential tests kept in memory; others are rebuilt from the records when they are needed
+# sequential tests kept in memory; others are rebuilt from the records when they are needed
+MAX_TESTS = 4096
 
 
 class Judge:
     """Judges validation requests and keeps what it found.
 
-    The residual test runs over all nonces of one key that were checked in a round, each counted once, so that
-    many small requests decide like one large one and asking twice proves nothing. With a ledger, the same residuals
-    enter the life of the node as well, of which replies say nothing.
+    The residual test runs over all nonces of one key that were checked in a round, each counted
+    once, so that many small requests decide like one large one and asking twice proves nothing.
+    With a ledger, the same residuals enter the life of the node as well, of which replies say
+    nothing.
     """
 
-    def __init__(self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise) -> None:
-        self._db, self._outbox, self._settings, self._noise = database, outbox, settings, noise
+    def __init__(
+        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise
+    ) -> None:
+        self._db = database
+        self._outbox = outbox
+        self._settings = settings
+        self._noise = noise
         self._ledger: Ledger | None = None
         self._alpha = account_alpha(settings.pins, settings.alpha)
         if settings.ledger is not None:
             self._ledger = Ledger(settings.ledger, alpha=self._alpha, beta=settings.beta)
-        self._checks, self._verdicts = database["checks"], database["verdicts"]
+        self._checks = database["checks"]
+        self._verdicts = database["verdicts"]
         self._tests: OrderedDict[tuple[int, str], stats.SequentialTest] = OrderedDict()
 
     def judge(
-        self, stored: StoredRound, validator: Fingerprint, request: ValidateRequest, computed: Sequence[float]
+        self,
+        stored: StoredRound,
+        validator: Fingerprint,
+        request: ValidateRequest,
+        computed: Sequence[float],
     ) -> JsonObject:
-        """Judge received distances [N] against computed ones, write the verdict and its callback, and return the reply.
+        """Judge received distances [N] against computed ones, write the verdict and its callback,
+        and return the reply.
 
         A received value that is not finite is a mismatch.
         """
-        public_key, nonces, received = request.public_key, request.nonces, request.dist
+        public_key = request.public_key
+        nonces = request.nonces
+        received = request.dist
         count = published_rule(received, computed, stored.r_target)
         test = self._test(stored, validator, public_key)
         seen = self._seen(stored.id, public_key, nonces)
@@ -116,16 +169,34 @@ class Judge:
             "valid": [is_valid(value, stored.r_target) for value in computed],
             "n_invalid": count.mismatches,
             "probability_honest": count.p_value if count.n else -1.0,
-            "residual_test": _residual(test, missing_law(stored.reference, stored.digest, stored.round)),
+            "residual_test": _residual(
+                test, missing_law(stored.reference, stored.digest, stored.round)
+            ),
         }
         who = {"public_key": public_key, "block_hash": stored.block_hash}
-        about = {name: result[name] for name in ("n_invalid", "probability_honest", "fraud_detected")}
-        summary = {"time": time.time(), **who, "n": count.n, **about, "verdict": result["residual_test"]["verdict"]}
-        body = {"nonces": list(nonces), "received_distances": [_finite(value) for value in received], **who}
+        about = {
+            name: result[name] for name in ("n_invalid", "probability_honest", "fraud_detected")
+        }
+        summary = {
+            "time": time.time(),
+            **who,
+            "n": count.n,
+            **about,
+            "verdict": result["residual_test"]["verdict"],
+        }
+        body = {
+            "nonces": list(nonces),
+            "received_distances": [_finite(value) for value in received],
+            **who,
+        }
         body |= {"block_height": stored.block_height, **result}
-        checks = [{"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]} for i in new]
+        checks = [
+            {"nonce": nonces[i], "received": _finite(received[i]), "computed": computed[i]}
+            for i in new
+        ]
         try:
-            # First: the ledger knows what it has counted, so a request that is repeated after a crash adds nothing.
+            # First: the ledger knows what it has counted, so a request that is repeated after a
+            # crash adds nothing.
             self._record(stored, validator, request, computed)
             self._save(stored.id, public_key, checks, summary, body)
         except BaseException:
@@ -140,16 +211,23 @@ class Judge:
             self._ledger.close()
 
     def _record(
-        self, stored: StoredRound, validator: Fingerprint, request: ValidateRequest, computed: Sequence[float]
+        self,
+        stored: StoredRound,
+        validator: Fingerprint,
+        request: ValidateRequest,
+        computed: Sequence[float],
     ) -> None:
-        """Write the residuals of a request to the ledger, if there is one and the honest noise is known."""
+        """Write the residuals of a request to the ledger, if there is one and the honest noise is
+        known.
+        """
         if self._ledger is None or not request.nonces:
             return
         pipeline = get_pipeline(stored.preset)
         noise = self._noise.of(pipeline, validator, stored.digest, stored.round)
         if noise is None:
             return
-        # A request does not say what the node computes with; the number format is the one that the network agreed on.
+        # A request does not say what the node computes with; the number format is the one that the
+        # network agreed on.
         node = {"public_key": request.public_key, "digest": stored.digest, "preset": pipeline.name}
         update = Update(
             account=Account(**node, build=validator.dtype),
@@ -163,19 +241,28 @@ class Judge:
 
     def last(self, limit: int = 10) -> list[JsonObject]:
         """Return summaries of the last verdicts, the newest first."""
-        query = sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
+        query = (
+            sa.select(self._verdicts.c.summary).order_by(self._verdicts.c.id.desc()).limit(limit)
+        )
         return [loads(text, "verdict") for (text,) in self._db.rows(query)]
 
-    def _test(self, stored: StoredRound, validator: Fingerprint, public_key: str) -> stats.SequentialTest | None:
+    def _test(
+        self, stored: StoredRound, validator: Fingerprint, public_key: str
+    ) -> stats.SequentialTest | None:
         key = (stored.id, public_key)
         if key not in self._tests:
-            noise = self._noise.of(get_pipeline(stored.preset), validator, stored.digest, stored.round)
+            noise = self._noise.of(
+                get_pipeline(stored.preset), validator, stored.digest, stored.round
+            )
             if noise is None:
                 return None
             test = sequential_test(noise, alpha=self._alpha, beta=self._settings.beta)
             c = self._checks.c
             query = sa.select(c.received, c.computed).where(self._of(*key)).order_by(c.id)
-            old = [math.nan if row.received is None else row.received - row.computed for row in self._db.rows(query)]
+            old = [
+                math.nan if row.received is None else row.received - row.computed
+                for row in self._db.rows(query)
+            ]
             self._tests[key] = test.update(old)
         self._tests.move_to_end(key)
         if len(self._tests) > MAX_TESTS:
@@ -191,34 +278,56 @@ class Judge:
         return (self._checks.c.round_id == round_id) & (self._checks.c.public_key == public_key)
 
     def _save(
-        self, round_id: int, public_key: str, checks: Sequence[JsonObject], summary: JsonObject, body: JsonObject
+        self,
+        round_id: int,
+        public_key: str,
+        checks: Sequence[JsonObject],
+        summary: JsonObject,
+        body: JsonObject,
     ) -> None:
-        rounds, shared = self._db["rounds"], {"round_id": round_id, "public_key": public_key}
+        rounds = self._db["rounds"]
+        shared = {"round_id": round_id, "public_key": public_key}
         row = shared | {"created_at": summary["time"], "summary": dumps(summary)}
         with self._db.write() as connection:
             if checks:
                 connection.execute(self._checks.insert(), [shared | check for check in checks])
             connection.execute(self._verdicts.insert().values(row))
-            url = connection.execute(sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)).scalar_one()
+            url = connection.execute(
+                sa.select(rounds.c.callback_url).where(rounds.c.id == round_id)
+            ).scalar_one()
             if url:
                 self._outbox.add(connection, round_id, "validated", url, body, None)
 
 
 def judge_vectors(
-    request: GenerateRequest, errors: FloatArray, noise: Noise | None, settings: Settings, *, missing: str
+    request: GenerateRequest,
+    errors: FloatArray,
+    noise: Noise | None,
+    settings: Settings,
+    *,
+    missing: str,
 ) -> JsonObject:
-    """Return the verdict on the residuals [N] of an artifact job; ``missing`` is the reason where there is no law.
+    """Return the verdict on the residuals [N] of an artifact job; ``missing`` is the reason where
+    there is no law.
 
-    ``artifact`` has the published count and the published reply. The other presets are judged by the residual test,
-    which their reply holds beside the count.
+    ``artifact`` has the published count and the published reply. The other presets are judged by
+    the residual test, which their reply holds beside the count.
     """
-    pipeline, rule = get_pipeline(request.params.preset), request.stat_test or StatTest()
-    bounds = {"threshold": rule.dist_threshold, "p_mismatch": rule.p_mismatch, "alpha": rule.fraud_threshold}
-    count, nonces = count_mismatches(errors, **bounds), request.nonces
+    pipeline = get_pipeline(request.params.preset)
+    rule = request.stat_test or StatTest()
+    bounds = {
+        "threshold": rule.dist_threshold,
+        "p_mismatch": rule.p_mismatch,
+        "alpha": rule.fraud_threshold,
+    }
+    count = count_mismatches(errors, **bounds)
+    nonces = request.nonces
     reply = {
         "n_total": count.n,
         "n_mismatch": count.mismatches,
-        "mismatch_nonces": [n for n, error in zip(nonces, errors, strict=True) if not error <= rule.dist_threshold],
+        "mismatch_nonces": [
+            n for n, error in zip(nonces, errors, strict=True) if not error <= rule.dist_threshold
+        ],
         "p_value": count.p_value,
         "fraud_detected": count.fraud,
     }

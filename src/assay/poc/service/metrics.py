@@ -13,29 +13,54 @@ class Metrics(Exported):
 
     def __init__(self) -> None:
         super().__init__("assay_poc")
-        counter, histogram, shown = self.counter, self.histogram, self.shown
+        counter = self.counter
+        histogram = self.histogram
+        shown = self.shown
         self.nonces = counter("nonces", "Nonces computed and written.")
         self.valid = counter("valid_nonces", "Of these, the valid ones.")
-        self.failures = counter("engine_failures", "Rounds or loads ended by an error of the engine.")
-        self.verdicts = counter("verdicts", "Validation requests by residual verdict.", {"verdict": VERDICTS})
-        self.deliveries = counter("callback_attempts", "Callback deliveries by outcome.", {"outcome": OUTCOMES})
+        self.failures = counter(
+            "engine_failures", "Rounds or loads ended by an error of the engine."
+        )
+        self.verdicts = counter(
+            "verdicts", "Validation requests by residual verdict.", {"verdict": VERDICTS}
+        )
+        self.deliveries = counter(
+            "callback_attempts", "Callback deliveries by outcome.", {"outcome": OUTCOMES}
+        )
         self.batch_seconds = histogram("batch_seconds", "Time of one batch in the engine.")
         self.commit_seconds = histogram("commit_seconds", "Time of one transaction of the writer.")
-        self.validation_seconds = histogram("validation_seconds", "Time of one validation in the engine.")
+        self.validation_seconds = histogram(
+            "validation_seconds", "Time of one validation in the engine."
+        )
         self.delivery_seconds = histogram("callback_seconds", "Time of one callback delivery.")
-        shown("state", "1 for the state the service is in.", lambda s: {n: n == s["state"] for n in STATES}, "state")
+        shown(
+            "state",
+            "1 for the state the service is in.",
+            lambda s: {n: n == s["state"] for n in STATES},
+            "state",
+        )
         shown("ready", "1 when the model is loaded.", lambda s: s["ready"])
         waits = "1 while generation waits, by reason."
         shown("paused", waits, lambda s: {n: n == s["paused"] for n in PAUSES}, "reason")
-        shown("callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"])
+        shown(
+            "callbacks_pending", "Callbacks not delivered yet.", lambda s: s["callbacks"]["pending"]
+        )
         shown("callbacks_dead", "Dead letters.", lambda s: s["callbacks"]["dead"])
-        shown("nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"])
+        shown(
+            "nonces_per_second", "Rate over the last half minute.", lambda s: s["nonces_per_second"]
+        )
         shown("valid_ratio", "Valid share of the current round.", lambda s: s["valid_rate"])
-        shown("valid_expected_ratio", "Valid share that the law of the block expects.", lambda s: s["expected_rate"])
+        shown(
+            "valid_expected_ratio",
+            "Valid share that the law of the block expects.",
+            lambda s: s["expected_rate"],
+        )
         error = "Standard error of that share: of the nonces checked, and of the block's law."
         shown("valid_expected_error_ratio", error, lambda s: s["expected_rate_error"])
         shown("jobs", "Artifact jobs by status.", lambda s: s["jobs"], "status")
         stored = "Receipts of responses on disk; repeated ones were there already."
         self.receipts = counter("receipts", stored, {"as": ("new", "repeated")})
-        self.receipts_refused = counter("receipts_refused", "Receipts that could not be stored, and their responses.")
+        self.receipts_refused = counter(
+            "receipts_refused", "Receipts that could not be stored, and their responses."
+        )
         self.receipts_failing = self.gauge("receipts_failing", "1 while no receipt can be stored.")

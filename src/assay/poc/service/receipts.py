@@ -1,4 +1,6 @@
-"""Receipts of responses: a canonical line each on disk, the thread that writes them, and the routes that read them."""
+"""Receipts of responses: a canonical line each on disk, the thread that writes them, and the routes
+that read them.
+"""
 
 import hashlib
 import threading
@@ -35,14 +37,18 @@ from assay.poc.service.settings import Settings
 log = structlog.get_logger("assay.receipts")
 
 RECEIPTS_PREFIX = "/api/v1/receipts"
-MOST_FILES, OWN_FILES = 8, 2  # files that are streamed at the same time, and those of one client
-READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
+MOST_FILES = 8
+OWN_FILES = 2  # files that are streamed at the same time, and those of one client
+READ = needs(Scope.READ)
+CONTROL = needs(Scope.CONTROL)
 
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
 Index = Annotated[int | None, Query(ge=0, le=HIGHEST_INDEX)]
 RequestId = Annotated[str | None, Query(min_length=1, max_length=1024)]
 MOST_BYTES = 2**25
-"""Bytes of the receipts of one answer: 32 MiB, so that no file of receipts has more tokens than may be read."""
+"""Bytes of the receipts of one answer: 32 MiB, so that no file of receipts has more tokens than may
+be read.
+"""
 
 _CHUNK_BYTES = 2**20  # of the lines that are read at a time
 _NAME_BYTES = 16
@@ -54,7 +60,9 @@ _ROOM = (2**16, 2**24)  # least and most bytes that are written to see whether t
 
 
 class NewReceipt(NamedTuple):
-    """A receipt on its way to the disk, with the lines that it and its header have in a file, without line ends."""
+    """A receipt on its way to the disk, with the lines that it and its header have in a file,
+    without line ends.
+    """
 
     header: str
     receipt: Receipt
@@ -63,28 +71,45 @@ class NewReceipt(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Receipts that make one file: in the order in which they were stored, of one header, no choice twice."""
+    """Receipts that make one file: in the order in which they were stored, of one header, no choice
+    twice.
+    """
 
     header: str | None  # line of their header; None without receipts
-    chunks: tuple[int, ...]  # numbers between which lines are read at a time, from that before the page to its last
+    chunks: tuple[
+        int, ...
+    ]  # numbers between which lines are read at a time, from that before the page to its last
     more: bool  # whether further receipts follow
 
 
 class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
-    """Stores receipts in a thread of its own, many in one transaction, reads them, and deletes those that are old."""
+    """Stores receipts in a thread of its own, many in one transaction, reads them, and deletes
+    those that are old.
+    """
 
-    def __init__(self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics
+    ) -> None:
         super().__init__("assay-receipts", most=settings.max_receipts)
-        self.database, self._outbox, self.settings, self.metrics = database, outbox, settings, metrics
-        self._table, self._c = database["receipts"], database["receipts"].c
+        self.database = database
+        self._outbox = outbox
+        self.settings = settings
+        self.metrics = metrics
+        self._table = database["receipts"]
+        self._c = database["receipts"].c
         check_url(settings.receipt_callback_url, allow_private=settings.allow_private_callbacks)
         self._lost = 0
         self._pruned_at = float("-inf")
         self._journal_owed = not database.empty_journal()
-        self._tidying, self._counting = threading.Lock(), threading.Lock()
-        sums = sa.select(self._c.client, sa.func.sum(self._c.size)).where(self._c.client.is_not(None))
+        self._tidying = threading.Lock()
+        self._counting = threading.Lock()
+        sums = sa.select(self._c.client, sa.func.sum(self._c.size)).where(
+            self._c.client.is_not(None)
+        )
         stored = database.rows(sums.group_by(self._c.client))
-        self._stored: Counter[str | None] = Counter(dict(map(tuple, stored)))  # bytes on disk by client
+        self._stored: Counter[str | None] = Counter(
+            dict(map(tuple, stored))
+        )  # bytes on disk by client
         self._free = disk_room(database.path.parent)
         metrics.receipts_failing.set_function(lambda: float(self.failing))
 
@@ -96,23 +121,33 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     def _write(self, items: Sequence[NewReceipt]) -> list[bool]:
         """Store receipts in one transaction; return of each whether it is new.
 
-        A receipt that is stored already, byte for byte and under the same header, is not stored twice.
+        A receipt that is stored already, byte for byte and under the same header, is not stored
+        twice.
         """
         self._lost = sum(len(item.line) for item in items)  # until they are written
-        now, headers, fresh, announced = time.time(), dict[str, int](), [], []
+        now = time.time()
+        headers = dict[str, int]()
+        fresh = []
+        announced = []
         insert = (
-            "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, block_hash, sha256, "
+            "INSERT INTO receipts (header_id, at, name, choice, tokens, size, finish, request_id, "
+            "block_hash, sha256, "
             "line, client) SELECT ?,?,?,?,?,?,?,?,?,?,?,? "
-            "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id = ?) RETURNING seq"
+            "WHERE NOT EXISTS (SELECT 1 FROM receipts WHERE name = ? AND sha256 = ? AND header_id "
+            "= ?) RETURNING seq"
         )
         with self.database.write() as connection:
             for text, receipt, line, client in items:
                 if text not in headers:
                     new = "INSERT INTO receipt_headers (text) VALUES (?) ON CONFLICT DO NOTHING"
                     connection.exec_driver_sql(new, (text,))
-                    found = connection.exec_driver_sql("SELECT id FROM receipt_headers WHERE text = ?", (text,))
+                    found = connection.exec_driver_sql(
+                        "SELECT id FROM receipt_headers WHERE text = ?", (text,)
+                    )
                     headers[text] = int(found.scalar_one())
-                header, name, encoded = headers[text], _name(receipt.request_id), line.encode()
+                header = headers[text]
+                name = _name(receipt.request_id)
+                encoded = line.encode()
                 sha256 = hashlib.sha256(encoded).digest()
                 about = (receipt.index, len(receipt.output), len(encoded), receipt.finish)
                 texts = (receipt.request_id, receipt.block_hash, sha256, line, client)
@@ -122,12 +157,22 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 if seq is not None:
                     announced.append((int(seq), header))
             if (url := self.settings.receipt_callback_url) is not None:
-                interval, most = self.settings.callback_interval, min(self.settings.callback_nonces, ANNOUNCED)
+                interval = self.settings.callback_interval
+                most = min(self.settings.callback_nonces, ANNOUNCED)
                 for header, group in groupby(announced, key=itemgetter(1)):
                     numbers = [seq for seq, _ in group]
-                    self._outbox.announce(connection, None, url, numbers, interval=interval, most=most, header=header)
+                    self._outbox.announce(
+                        connection, None, url, numbers, interval=interval, most=most, header=header
+                    )
         self._lost = 0
-        self._count(+1, [(item.client, len(item.line.encode())) for item, new in zip(items, fresh, strict=True) if new])
+        self._count(
+            +1,
+            [
+                (item.client, len(item.line.encode()))
+                for item, new in zip(items, fresh, strict=True)
+                if new
+            ],
+        )
         self.metrics.receipts.labels("new").inc(sum(fresh))
         self.metrics.receipts.labels("repeated").inc(len(fresh) - sum(fresh))
         return fresh
@@ -148,7 +193,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     @override
     def _refusal(self, seen: str) -> Refusal:
         return Refusal(
-            503, f"no receipt can be stored: {seen}", wanted="space for it", do="send it again", retry_after=1
+            503,
+            f"no receipt can be stored: {seen}",
+            wanted="space for it",
+            do="send it again",
+            retry_after=1,
         )
 
     @override
@@ -166,25 +215,33 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         """Write and delete about as many bytes as receipts that found no room."""
         filler = min(max(self._lost, _ROOM[0]), _ROOM[1])
         with self.database.write() as connection:
-            connection.exec_driver_sql("INSERT OR REPLACE INTO receipt_room VALUES (1, zeroblob(?))", (filler,))
+            connection.exec_driver_sql(
+                "INSERT OR REPLACE INTO receipt_room VALUES (1, zeroblob(?))", (filler,)
+            )
         with self.database.write() as connection:
             connection.exec_driver_sql("DELETE FROM receipt_room")
 
     def of_request(self, request_id: str, index: int | None = None) -> list[str]:
-        """Return the receipts of a request, or of one of its choices: each a JSON object as text, with its header.
+        """Return the receipts of a request, or of one of its choices: each a JSON object as text,
+        with its header.
 
         Unknown ones are refused with 404, and with 413 those that are too large for one answer.
         """
         c, headers, where = self._c, self.database["receipt_headers"].c, self._of(request_id, index)
         columns = (c.seq, c.at, c.sha256, headers.text, c.line)
-        query = sa.select(*columns).where(headers.id == c.header_id, *where).order_by(c.choice, c.seq)
+        query = (
+            sa.select(*columns).where(headers.id == c.header_id, *where).order_by(c.choice, c.seq)
+        )
         with self.database.read() as connection:
-            sizes = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.size), 0)).where(*where)
+            sizes = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.size), 0)).where(
+                *where
+            )
             count, size = connection.execute(sizes).one()
             if not count:
                 raise _unknown()
             if size > MOST_BYTES:
-                seen, wanted = f"{count} receipts of {size} bytes", f"at most {MOST_BYTES} bytes in one answer"
+                seen = f"{count} receipts of {size} bytes"
+                wanted = f"at most {MOST_BYTES} bytes in one answer"
                 do = "ask for one choice with ?index=, or fetch /api/v1/receipts.jsonl?request_id="
                 raise Refusal(413, seen, wanted=wanted, do=do)
             return [
@@ -193,21 +250,46 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             ]
 
     def listed(self, after: int, limit: int) -> list[JsonObject]:
-        """Return what there is to know of receipts after a sequence number without reading them, oldest first."""
-        c, sha256 = self._c, sa.func.lower(sa.func.hex(self._c.sha256)).label("sha256")
-        about = (c.seq, c.request_id, c.choice.label("index"), c.block_hash, c.tokens, c.finish, c.size)
-        query = sa.select(*about, c.at.label("stored_at"), sha256).where(c.seq > after).order_by(c.seq).limit(limit)
+        """Return what there is to know of receipts after a sequence number without reading them,
+        oldest first.
+        """
+        c = self._c
+        sha256 = sa.func.lower(sa.func.hex(self._c.sha256)).label("sha256")
+        about = (
+            c.seq,
+            c.request_id,
+            c.choice.label("index"),
+            c.block_hash,
+            c.tokens,
+            c.finish,
+            c.size,
+        )
+        query = (
+            sa.select(*about, c.at.label("stored_at"), sha256)
+            .where(c.seq > after)
+            .order_by(c.seq)
+            .limit(limit)
+        )
         return [dict(row._mapping) for row in self.database.rows(query)]
 
     def page(self, after: int, limit: int, *, request_id: str | None = None) -> Page:
-        """Return the longest run of receipts after a sequence number that makes one file of bounded size."""
+        """Return the longest run of receipts after a sequence number that makes one file of bounded
+        size.
+        """
         c, headers = self._c, self.database["receipt_headers"].c
-        query = sa.select(c.seq, c.header_id, c.name, c.choice, c.size).where(c.seq > after, *self._of(request_id))
-        chunks, last, header, more = [after], None, None, False
+        query = sa.select(c.seq, c.header_id, c.name, c.choice, c.size).where(
+            c.seq > after, *self._of(request_id)
+        )
+        chunks = [after]
+        last = None
+        header = None
+        more = False
         seen: set[tuple[bytes, int]] = set()
         total = part = 0
         with self.database.read() as connection:
-            for seq, header_id, name, choice, size in connection.execute(query.order_by(c.seq).limit(limit + 1)):
+            for seq, header_id, name, choice, size in connection.execute(
+                query.order_by(c.seq).limit(limit + 1)
+            ):
                 total += size
                 other = header not in (None, header_id) or (name, choice) in seen
                 if len(seen) == limit or other or (last is not None and total > MOST_BYTES):
@@ -218,18 +300,27 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                     part = 0
                 part += size
                 seen.add((name, choice))
-                last, header = seq, header_id
+                last = seq
+                header = header_id
             line = connection.execute(sa.select(headers.text).where(headers.id == header)).scalar()
         return Page(line, (*chunks, *([] if last is None else [last])), more)
 
     def lines(self, low: int, high: int, *, request_id: str | None = None) -> list[tuple[int, str]]:
-        """Return tokens and line of the receipts after ``low``, up to ``high``: neighbours in a page's ``chunks``."""
+        """Return tokens and line of the receipts after ``low``, up to ``high``: neighbours in a
+        page's ``chunks``.
+        """
         c = self._c
-        query = sa.select(c.tokens, c.line).where(c.seq > low, c.seq <= high, *self._of(request_id)).order_by(c.seq)
+        query = (
+            sa.select(c.tokens, c.line)
+            .where(c.seq > low, c.seq <= high, *self._of(request_id))
+            .order_by(c.seq)
+        )
         return [(row.tokens, row.line) for row in self.database.rows(query)]
 
     def delete(self, request_id: str, index: int | None = None) -> int:
-        """Delete the receipts of a request, or of one of its choices; return how many. 404 stands for none."""
+        """Delete the receipts of a request, or of one of its choices; return how many. 404 stands
+        for none.
+        """
         count = self._delete(*self._of(request_id, index))
         if not count:
             raise _unknown()
@@ -237,8 +328,11 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return count
 
     def prune(self, keep: float) -> int:
-        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there are no more."""
-        now, c = settled_time(), self._c
+        """Delete some receipts that are older than ``keep`` seconds; return how many: 0 if there
+        are no more.
+        """
+        now = settled_time()
+        c = self._c
         old = sa.select(c.seq).where(c.at < now - keep).order_by(c.at).limit(_PRUNED)
         return self._delete(c.seq.in_(old))
 
@@ -254,7 +348,9 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         return len(gone)
 
     def tidy(self) -> None:
-        """Empty the journal if it may hold something that was deleted. Readers may delay it until the next call."""
+        """Empty the journal if it may hold something that was deleted. Readers may delay it until
+        the next call.
+        """
         with self._tidying:
             if self._journal_owed:
                 self._journal_owed = False  # now: what is deleted meanwhile owes another time
@@ -265,7 +361,9 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                     self._journal_owed = True
 
     def _of(self, request_id: str | None, index: int | None = None) -> list[sa.ColumnElement[bool]]:
-        """Return the conditions on receipts of a request, or of one of its choices; none without a request."""
+        """Return the conditions on receipts of a request, or of one of its choices; none without a
+        request.
+        """
         where = [] if request_id is None else [self._c.name == _name(request_id)]
         return where if index is None else [*where, self._c.choice == index]
 
@@ -276,7 +374,8 @@ def _name(request_id: str) -> bytes:
 
 
 def _unknown() -> Refusal:
-    wanted, do = "the id of a request whose receipts are kept", "ask GET /api/v1/receipts for what is kept"
+    wanted = "the id of a request whose receipts are kept"
+    do = "ask GET /api/v1/receipts for what is kept"
     return Refusal(404, "no such receipt", wanted=wanted, do=do)
 
 
@@ -284,32 +383,44 @@ class ReceiptSink:
     """Where receipts of one header go. :meth:`ReceiptKeeper.sink` makes it."""
 
     def __init__(self, keeper: ReceiptKeeper, header: ReceiptHeader) -> None:
-        self._keeper, self._header, self._header_line = keeper, header, header.line()
+        self._keeper = keeper
+        self._header = header
+        self._header_line = header.line()
         self.check = keeper.check
-        """Refuse a request whose receipt could not be stored now. Call it before the engine works."""
+        """Refuse a request whose receipt could not be stored now. Call it before the engine works.
+        """
 
     async def store(self, receipt: Receipt, *, client: str | None = None) -> None:
-        """Store a receipt; it is on disk when this returns. A response may not be complete before that.
+        """Store a receipt; it is on disk when this returns. A response may not be complete before
+        that.
 
-        ``client`` is who asked: of the disk and of the receipts that wait for it, each has a share. A prompt is stored
-        as a hash unless the setting ``receipt_prompts`` is on. The receipt is stored even if the wait for it ends.
+        ``client`` is who asked: of the disk and of the receipts that wait for it, each has a share.
+        A prompt is stored as a hash unless the setting ``receipt_prompts`` is on. The receipt is
+        stored even if the wait for it ends.
 
         Raises:
-            Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is ending.
+            Refusal: 503, the disk takes nothing, too many receipts wait for it, or the service is
+                ending.
             UsageError: It cannot stand under this header in a file.
         """
         kept = receipt if self._keeper.settings.receipt_prompts else receipt.without_prompt()
         line = kept.line()
         Tally(self._header).add(kept, line)
         try:
-            await self._keeper.put(NewReceipt(self._header_line, kept, line, client), size=len(line), client=client)
+            await self._keeper.put(
+                NewReceipt(self._header_line, kept, line, client), size=len(line), client=client
+            )
         except Refusal:
             self._keeper.metrics.receipts_refused.inc()
             raise
 
 
-def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: type[APIRoute]) -> APIRouter:
-    """Return the routes of receipts. Handlers that block are plain functions, which FastAPI calls in threads."""
+def receipts_router(
+    runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: type[APIRoute]
+) -> APIRouter:
+    """Return the routes of receipts. Handlers that block are plain functions, which FastAPI calls
+    in threads.
+    """
     router = APIRouter(prefix=RECEIPTS_PREFIX, tags=["receipts"], route_class=kind_of_route)
     one = "/{request_id:path}"  # a request id may hold slashes
     export: dict[int | str, dict[str, Any]] = {
@@ -320,13 +431,18 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
 
     @router.get("", response_model=ReceiptList, responses=problems(422, 503), openapi_extra=READ)
     def listed(after: After = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-        """Return what is stored after a sequence number, oldest first, without the receipts themselves."""
+        """Return what is stored after a sequence number, oldest first, without the receipts
+        themselves.
+        """
         found = receipts.listed(after, limit + 1)
         following = found[limit - 1]["seq"] if len(found) > limit else None
         return JSONResponse({"receipts": found[:limit], "next": following})
 
     @router.get(
-        ".jsonl", responses=export | problems(422, 429, 503), response_class=StreamingResponse, openapi_extra=READ
+        ".jsonl",
+        responses=export | problems(422, 429, 503),
+        response_class=StreamingResponse,
+        openapi_extra=READ,
     )
     async def file(
         request: Request,
@@ -334,10 +450,11 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         request_id: RequestId = None,
     ) -> Response:
-        """Return receipts after a sequence number as a complete file, which ``assay poc replay`` reads.
+        """Return receipts after a sequence number as a complete file, which ``assay poc replay``
+        reads.
 
-        The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is the ``after`` of the
-        next one, and ``Receipts-More`` says whether there is one now.
+        The file ends before a receipt of another header, and before 32 MiB. ``Receipts-Last`` is
+        the ``after`` of the next one, and ``Receipts-More`` says whether there is one now.
         """
         page = await runtime.call(receipts.page, after, limit, request_id=request_id)
         headers = {"receipts-last": str(page.chunks[-1]), "receipts-more": str(page.more).lower()}
@@ -345,12 +462,20 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
             status = 204 if page.header is None else 200
             return Response(status_code=status, headers=headers, media_type="application/jsonl")
         lines = file_lines(request.state.client, page, request_id)
-        await anext(lines)  # counts this file before another request is looked at: nothing is waited for here
+        await anext(
+            lines
+        )  # counts this file before another request is looked at: nothing is waited for here
         return StreamingResponse(lines, media_type="application/jsonl", headers=headers)
 
-    async def file_lines(client: str | None, page: Page, request_id: str | None) -> AsyncIterator[str]:
-        """Yield the file, a part at a time. Without its footer, which is missing where reading fails, it is no file."""
-        digest, count, tokens = hashlib.sha256(), 0, 0
+    async def file_lines(
+        client: str | None, page: Page, request_id: str | None
+    ) -> AsyncIterator[str]:
+        """Yield the file, a part at a time. Without its footer, which is missing where reading
+        fails, it is no file.
+        """
+        digest = hashlib.sha256()
+        count = 0
+        tokens = 0
         with streaming.held(client, "files of receipts", do="send it again later", retry_after=5):
             yield ""  # taken by file()
             yield f"{page.header}\n"
@@ -362,20 +487,26 @@ def receipts_router(runtime: Runtime, receipts: ReceiptKeeper, kind_of_route: ty
                     return
                 text = "".join(f"{line}\n" for _, line in found)
                 digest.update(text.encode())
-                count, tokens = count + len(found), tokens + sum(number for number, _ in found)
+                count = count + len(found)
+                tokens = tokens + sum(number for number, _ in found)
                 yield text
             # How long the responses took is not stored.
             yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
 
     @router.get(
-        one, response_model=dict[str, list[StoredReceipt]], responses=problems(404, 413, 422, 503), openapi_extra=READ
+        one,
+        response_model=dict[str, list[StoredReceipt]],
+        responses=problems(404, 413, 422, 503),
+        openapi_extra=READ,
     )
     def of_request(request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
         found = receipts.of_request(request_id, index)
         return Response(f'{{"receipts":[{",".join(found)}]}}', media_type="application/json")
 
-    @router.delete(one, response_model=dict[str, int], responses=problems(404, 422, 503), openapi_extra=CONTROL)
+    @router.delete(
+        one, response_model=dict[str, int], responses=problems(404, 422, 503), openapi_extra=CONTROL
+    )
     def delete(request_id: str, index: Index = None) -> Response:
         """Delete the receipts of a request: of each of its choices, or of one."""
         return JSONResponse({"deleted": receipts.delete(request_id, index)})

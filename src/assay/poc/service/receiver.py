@@ -1,7 +1,8 @@
-"""A receiver of callbacks: checks signatures, keeps every callback once, and can be asked what it has.
+"""A receiver of callbacks: checks signatures, keeps every callback once, and can be asked what it
+has.
 
-The routes are those of the published receiver script; the callbacks are in one SQLite file. Only posts that a known
-secret has signed need no key.
+The routes are those of the published receiver script; the callbacks are in one SQLite file. Only
+posts that a known secret has signed need no key.
 """
 
 import time
@@ -43,26 +44,50 @@ class Received:
     def __init__(self, path: Path) -> None:
         found = tables(path, flag="--output") if path.is_file() else set()
         if found and "received" not in found:
-            raise damaged(path, f"a database of something else, with a table {min(found)!r:.60}", flag="--output")
-        self._db = open_database(path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output")
+            raise damaged(
+                path,
+                f"a database of something else, with a table {min(found)!r:.60}",
+                flag="--output",
+            )
+        self._db = open_database(
+            path.parent, exclusive=False, name=path.name, migrations=RECEIVED, flag="--output"
+        )
         self._received = self._db["received"]
 
     def add(self, message_id: str, kind: str, body: str) -> bool:
         """Keep a callback; return False if its id was known. It is on disk when this returns."""
-        received, values = self._received, loads(body, "callback")
-        lists = [values[name] for name in ("nonces", "artifacts") if isinstance(values.get(name), list)]
-        row = {"id": message_id, "kind": kind, "at": time.time(), "nonces": max(map(len, lists), default=0)}
+        received = self._received
+        values = loads(body, "callback")
+        lists = [
+            values[name] for name in ("nonces", "artifacts") if isinstance(values.get(name), list)
+        ]
+        row = {
+            "id": message_id,
+            "kind": kind,
+            "at": time.time(),
+            "nonces": max(map(len, lists), default=0),
+        }
         with self._db.write() as connection:
-            again = received.update().where(received.c.id == message_id).values(copies=received.c.copies + 1)
+            again = (
+                received.update()
+                .where(received.c.id == message_id)
+                .values(copies=received.c.copies + 1)
+            )
             if connection.execute(again).rowcount:
                 return False
             connection.execute(received.insert().values(**row, copies=1, body=body))
             return True
 
     def batches(self, after: int, limit: int) -> list[JsonObject]:
-        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they are large."""
-        received, found, size = self._received, list[JsonObject](), 0
-        query = sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
+        """Return callbacks after a sequence number, oldest first, fewer than ``limit`` where they
+        are large.
+        """
+        received = self._received
+        found = list[JsonObject]()
+        size = 0
+        query = (
+            sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
+        )
         with self._db.read() as connection:
             for row in connection.execute(query, execution_options={"yield_per": 16}):
                 size += len(row.body)
@@ -72,7 +97,9 @@ class Received:
         return found
 
     def stats(self) -> dict[str, int]:
-        """Return how many callbacks and nonces there are, and how many copies came more than once."""
+        """Return how many callbacks and nonces there are, and how many copies came more than
+        once.
+        """
         received = self._received
         total = sa.select(
             sa.func.count().label("callbacks"),
@@ -94,7 +121,8 @@ def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> 
         StorageError: The file cannot be written.
     """
     if not (settings.callback_secrets or is_loopback(host)):
-        seen, do = f"--host {host} without a secret", "pass --callback-secret, the same as to the service"
+        seen = f"--host {host} without a secret"
+        do = "pass --callback-secret, the same as to the service"
         raise UsageError(seen, wanted="a secret where others reach the port", do=do)
     settings = settings.model_copy(update={"max_body": max(LEAST_BODY, settings.max_body)})
     with listen(host, port) as listener:
@@ -104,23 +132,29 @@ def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> 
 def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
     """Return the receiver as an application.
 
-    Without a secret it answers this machine only. With one, callbacks that no secret signed are refused with 401, and
-    everything else needs a key.
+    Without a secret it answers this machine only. With one, callbacks that no secret signed are
+    refused with 401, and everything else needs a key.
 
     Args:
         store: Store that keeps the callbacks.
-        settings: Secrets, keys that may read and clear, keys that may only read, and bounds of bodies.
+        settings: Secrets, keys that may read and clear, keys that may only read, and bounds of
+            bodies.
     """
     secrets = settings.callback_secrets
-    signatures, budget = Signatures(secrets), LogBudget()
+    signatures = Signatures(secrets)
+    budget = LogBudget()
     app = new_app("assay: receiver of callbacks")
     app.router.route_class = route_class(Keys(settings, needed=bool(secrets)), settings)
     if not secrets:
         app.add_middleware(LocalOnly)
 
     @app.post("/{kind}")
-    async def take(kind: Literal["generated", "validated", "receipts"], request: Request) -> Response:
-        """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or receipts' names."""
+    async def take(
+        kind: Literal["generated", "validated", "receipts"], request: Request
+    ) -> Response:
+        """Take valid nonces of a round or vectors of a job (generated), a verdict (validated), or
+        receipts' names.
+        """
         body, values = parsed(await request.body())
         signatures.check(body, request.headers)
         # The path is not signed. The body is, and tells the kinds apart.
@@ -134,7 +168,8 @@ def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
 
     @app.get("/batches", openapi_extra=needs(Scope.READ))
     def batches(
-        after: Annotated[int, Query(ge=0, le=MAX_NONCE)] = 0, limit: Annotated[int, Query(ge=1, le=10_000)] = 100
+        after: Annotated[int, Query(ge=0, le=MAX_NONCE)] = 0,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     ) -> Response:
         """Return what arrived, oldest first."""
         return JSONResponse({"batches": store.batches(after, limit)})

@@ -1,7 +1,8 @@
-"""Requests: their bodies, field for field as published, and the checks of them before any work is done.
+"""Requests: their bodies, field for field as published, and the checks of them before any work is
+done.
 
-The defaults are those of the library: sign flips on, hooks between the layers off. The bodies of responses are here for
-the OpenAPI document: handlers return plain values that fit them.
+The defaults are those of the library: sign flips on, hooks between the layers off. The bodies of
+responses are here for the OpenAPI document: handlers return plain values that fit them.
 """
 
 import math
@@ -9,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+)
 
 from assay.errors import UsageError
 from assay.poc.net.callbacks import check_url
@@ -22,7 +31,9 @@ from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.settings import Settings
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048, pattern=r"^[\x21-\x7e]+$")]
 Nonce = Annotated[int, Field(strict=True, ge=0, le=MAX_NONCE)]
 Index = Annotated[int, Field(ge=0, le=MAX_NONCE)]
@@ -34,7 +45,9 @@ StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 
 
 def _distance(value: Any) -> Any:
-    """Read anything but a finite number as NaN: it counts as a mismatch, and no request escapes its verdict by it."""
+    """Read anything but a finite number as NaN: it counts as a mismatch, and no request escapes its
+    verdict by it.
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -46,7 +59,9 @@ def _distance(value: Any) -> Any:
 Distance = Annotated[float, BeforeValidator(_distance)]
 
 
-PRESET_PATTERN = "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
+PRESET_PATTERN = (
+    "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
+)
 
 
 class _Block(BaseModel):
@@ -77,7 +92,9 @@ class InitRequest(_Block):
 
 
 class Params(BaseModel):
-    """Parameters that the network agreed on; another model or length is refused. ``preset`` is an addition of assay."""
+    """Parameters that the network agreed on; another model or length is refused. ``preset`` is an
+    addition of assay.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
 
@@ -101,17 +118,22 @@ class ArtifactInit(_Block):
 
 
 def _form(body: Any) -> str:
-    """Tell the two published forms of ``/init/generate`` apart, so that errors refer to the form that was meant."""
+    """Tell the two published forms of ``/init/generate`` apart, so that errors refer to the form
+    that was meant.
+    """
     return "vectors" if isinstance(body, dict) and "params" in body else "distances"
 
 
 AnyInit = Annotated[
-    Annotated[ArtifactInit, Tag("vectors")] | Annotated[InitRequest, Tag("distances")], Discriminator(_form)
+    Annotated[ArtifactInit, Tag("vectors")] | Annotated[InitRequest, Tag("distances")],
+    Discriminator(_form),
 ]
 
 
 class ValidateRequest(BaseModel):
-    """Distances that a prover published, to be recomputed. ``dist`` may hold null in place of a number."""
+    """Distances that a prover published, to be recomputed. ``dist`` may hold null in place of a
+    number.
+    """
 
     model_config = ConfigDict(allow_inf_nan=True, strict=True)
 
@@ -176,7 +198,10 @@ class GenerateRequest(_Block):
         """Return the vectors to check, in the order of the nonces."""
         assert self.validation is not None
         sent = {artifact.nonce: artifact.vector_b64 for artifact in self.validation.artifacts}
-        return [unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset)) for nonce in self.nonces]
+        return [
+            unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset))
+            for nonce in self.nonces
+        ]
 
 
 MISMATCH = "pins mismatch"
@@ -186,15 +211,19 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
     """Refuse a deployed model that the network did not agree on.
 
     Raises:
-        UsageError: The checkpoint, its weights or its number format is not pinned, or rounds of vectors would have
-            another length; names it.
+        UsageError: The checkpoint, its weights or its number format is not pinned, or rounds of
+            vectors would have another length; names it.
     """
     pins = settings.pins
     if pins is None:
         return
     pinned = pins.model(deployment.digest)
     formats = sorted({dtype for build in pinned.builds for dtype in build.dtype})
-    length = settings.seq_len if get_pipeline(pins.round.preset).output != "distance" else pins.round.seq_len
+    length = (
+        settings.seq_len
+        if get_pipeline(pins.round.preset).output != "distance"
+        else pins.round.seq_len
+    )
     for name, flag, deployed, agreed in (
         ("weights", "--model", deployment.weights, [pinned.weights]),
         ("dtype", "--dtype", deployment.dtype, formats),
@@ -210,8 +239,8 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
 def check_round(round: Round, settings: Settings, *, share: bool) -> None:
     """Refuse with 409 a round that the network did not agree on; names all values that contradict.
 
-    ``share`` says that the round is generated, so that its key and share must be of a node where the pins list nodes. A
-    validator's round has a key of its own.
+    ``share`` says that the round is generated, so that its key and share must be of a node where
+    the pins list nodes. A validator's round has a key of its own.
     """
     pins = settings.pins
     if pins is not None:
@@ -222,7 +251,9 @@ def check_round(round: Round, settings: Settings, *, share: bool) -> None:
 
 
 def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Settings) -> None:
-    """Refuse with 409 an engine that is of no build that the network allows; names what the nearest one has else."""
+    """Refuse with 409 an engine that is of no build that the network allows; names what the nearest
+    one has else.
+    """
     build, names = nearest_build(_builds(deployment, settings), fingerprint)
     _check_agreed(names, describe_build(fingerprint), vars(build) if build is not None else {})
 
@@ -231,13 +262,20 @@ def _builds(deployment: Deployment, settings: Settings) -> tuple[Build, ...]:
     return () if settings.pins is None else settings.pins.model(deployment.digest).builds
 
 
-def _check_agreed(names: tuple[str, ...], stated: Mapping[str, Any], agreed: Mapping[str, Any]) -> None:
-    """Refuse stated values that contradict the pins, by their names; ``agreed`` has what the pins say of them."""
+def _check_agreed(
+    names: tuple[str, ...], stated: Mapping[str, Any], agreed: Mapping[str, Any]
+) -> None:
+    """Refuse stated values that contradict the pins, by their names; ``agreed`` has what the pins
+    say of them.
+    """
     if not names:
         return
     pinned = {name: agreed[name] for name in names if agreed.get(name) is not None}
     listed = {"public_key", "node_id", "node_count"}.intersection(names) - pinned.keys()
-    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in pinned.items()}
+    lists = {
+        name: value if isinstance(value, (list, tuple)) else [value]
+        for name, value in pinned.items()
+    }
     wanted = [f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()]
     requested = {name: stated[name] for name in names}
     raise Refusal(
@@ -250,19 +288,31 @@ def _check_agreed(names: tuple[str, ...], stated: Mapping[str, Any], agreed: Map
 
 
 def round_values(
-    request: InitRequest | ArtifactInit, deployment: Deployment, settings: Settings, *, needs_share: bool
+    request: InitRequest | ArtifactInit,
+    deployment: Deployment,
+    settings: Settings,
+    *,
+    needs_share: bool,
 ) -> RoundValues:
-    """Return the round that a request asks for; refuse one without a needed share (400), and other parameters than
-    deployed or agreed on (409).
+    """Return the round that a request asks for; refuse one without a needed share (400), and other
+    parameters than deployed or agreed on (409).
     """
     share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
-        own: dict[str, Any] = {"r_target": 2.0, "fraud_threshold": 0.01, "callback_url": request.url}
+        own: dict[str, Any] = {
+            "r_target": 2.0,
+            "fraud_threshold": 0.01,
+            "callback_url": request.url,
+        }
         own |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
     else:
-        own = {name: getattr(request, name) for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")}
-        hooks, flips = request.use_layer_hooks, request.use_sign_flips
+        own = {
+            name: getattr(request, name)
+            for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")
+        }
+        hooks = request.use_layer_hooks
+        flips = request.use_sign_flips
         if hooks == flips:
             seen = f"use_layer_hooks {hooks} with use_sign_flips {flips}"
             do = "leave both out: sign flips are the recommendation"
@@ -270,7 +320,8 @@ def round_values(
         own["preset"] = "layer-normalize" if hooks else "poc-2.0"
         if -1 in share.values():
             if needs_share:
-                seen, wanted = "Node ID and node count must be set", "node_id and node_count"
+                seen = "Node ID and node count must be set"
+                wanted = "node_id and node_count"
                 raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
             share = {"node_id": 0, "node_count": 1}
     check_url(own["callback_url"], allow_private=settings.allow_private_callbacks)
@@ -290,18 +341,24 @@ def round_values(
 
 
 def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
-    """Refuse distances that cannot be of this round: of another block, of vectors or of a key of no node (409), lists
-    that do not fit or nonces of another node (422), and nonces of which one forward pass would serve several.
+    """Refuse distances that cannot be of this round: of another block, of vectors or of a key of no
+    node (409), lists that do not fit or nonces of another node (422), and nonces of which one
+    forward pass would serve several.
     """
     fields: dict[str, Any] = {"state": "VALIDATING"}
-    other = [name for name in ("block_hash", "block_height") if getattr(request, name) != getattr(stored, name)]
+    other = [
+        name
+        for name in ("block_hash", "block_height")
+        if getattr(request, name) != getattr(stored, name)
+    ]
     if other:
         seen = f"a proof with another {' and '.join(other)} than the round's"
         wanted = f"block_hash {stored.block_hash!r} at height {stored.block_height}"
         do = "send /init/validate for that block first"
         raise Refusal(409, seen, wanted=wanted, do=do, fields=fields | {"fields": other})
     if get_pipeline(stored.preset).output != "distance":
-        wanted, do = "a round that was begun with r_target", "check vectors with /generate and its field validation"
+        wanted = "a round that was begun with r_target"
+        do = "check vectors with /generate and its field validation"
         raise Refusal(409, "distances for a round of vectors", wanted=wanted, do=do, fields=fields)
     pins = settings.pins
     if pins is not None and pins.nodes:
@@ -312,19 +369,28 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
     different = len(set(_limited(request.nonces, settings)))
     if not len(request.nonces) == len(request.dist) == different:
         seen = f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances"
-        wanted, do = "one distance per nonce, every nonce once", "send both lists in the same order"
+        wanted = "one distance per nonce, every nonce once"
+        do = "send both lists in the same order"
         raise Refusal(422, seen, wanted=wanted, do=do)
-    foreign = [n for n in request.nonces if request.node_id >= 0 and n % stored.node_count != request.node_id]
+    foreign = [
+        n
+        for n in request.nonces
+        if request.node_id >= 0 and n % stored.node_count != request.node_id
+    ]
     if foreign and stored.node_count > 1:
-        wanted = f"nonces of its share: every one leaves {request.node_id} when divided by {stored.node_count}"
+        wanted = (
+            f"nonces of its share: every one leaves {request.node_id} when divided by "
+            f"{stored.node_count}"
+        )
         do = "send the node_id that proved, to a round with the network's node_count"
         raise Refusal(422, f"nonce {foreign[0]} of node {request.node_id}", wanted=wanted, do=do)
     check_distinct_seeds(replace(stored.round, public_key=request.public_key), request.nonces)
 
 
 def check_job(request: GenerateRequest, deployment: Deployment, settings: Settings) -> None:
-    """Refuse an artifact job that cannot be done: artifacts of other nonces (400), other parameters than deployed or
-    agreed on (409), and nonces that one forward pass would serve where artifacts are to be checked.
+    """Refuse an artifact job that cannot be done: artifacts of other nonces (400), other parameters
+    than deployed or agreed on (409), and nonces that one forward pass would serve where artifacts
+    are to be checked.
     """
     _check_params(request.params, deployment, settings)
     check_url(request.url, allow_private=settings.allow_private_callbacks)
@@ -340,31 +406,54 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
 
 
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
-    requested, pipeline = params.model_dump(exclude={"preset"}), get_pipeline(params.preset)
+    requested = params.model_dump(exclude={"preset"})
+    pipeline = get_pipeline(params.preset)
     if pipeline.steps and not deployment.decodes:
         seen = f"preset {pipeline.name} on an engine that does not decode proofs"
         wanted = "a preset of one forward pass, such as artifact or hardened"
-        do = "prove it with `assay poc prove` or `assay poc serve`, which run the model on transformers"
+        do = (
+            "prove it with `assay poc prove` or `assay poc serve`, which run the model on "
+            "transformers"
+        )
         raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
-    deployed = {"model": deployment.reference, "seq_len": settings.seq_len, "k_dim": pipeline.vector_size}
+    deployed = {
+        "model": deployment.reference,
+        "seq_len": settings.seq_len,
+        "k_dim": pipeline.vector_size,
+    }
     other = sorted(name for name, value in deployed.items() if requested[name] != value)
     if other:
-        seen, wanted = "params mismatch: " + ", ".join(other), ", ".join(f"{name} {deployed[name]}" for name in other)
-        fields = {"error": "params mismatch", "requested": requested, "deployed": deployed, "fields": other}
+        seen = "params mismatch: " + ", ".join(other)
+        wanted = ", ".join(f"{name} {deployed[name]}" for name in other)
+        fields = {
+            "error": "params mismatch",
+            "requested": requested,
+            "deployed": deployed,
+            "fields": other,
+        }
         raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
 
 
-def _check_work(round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool) -> None:
-    """Refuse batches outside the bounds of the service (422), and rounds and batches outside the pins (409)."""
+def _check_work(
+    round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool
+) -> None:
+    """Refuse batches outside the bounds of the service (422), and rounds and batches outside the
+    pins (409).
+    """
     pipeline = get_pipeline(round.preset)
     if pipeline.framed and not deployment.framed:
-        seen, wanted = f"preset {pipeline.name} on a service without a frame", "the frame of its checkpoint"
+        seen = f"preset {pipeline.name} on a service without a frame"
+        wanted = "the frame of its checkpoint"
         do = "pin the file of `assay poc frame` in pins.toml, and start the service with --pins"
         raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
     positions = round.seq_len + pipeline.steps
     if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
-        seen, do = f"batch_size {batch_size} × seq_len {positions}", "lower batch_size or seq_len"
-        wanted = f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a sequence"
+        seen = f"batch_size {batch_size} × seq_len {positions}"
+        do = "lower batch_size or seq_len"
+        wanted = (
+            f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a "
+            f"sequence"
+        )
         raise Refusal(422, seen, wanted=wanted, do=do)
     check_round(round, settings, share=share)
     builds = _builds(deployment, settings)
@@ -375,7 +464,12 @@ def _check_work(round: Round, batch_size: int, deployment: Deployment, settings:
 
 def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
     if len(nonces) > settings.max_nonces:
-        raise Refusal(422, f"{len(nonces)} nonces", wanted=f"at most {settings.max_nonces} a request", do="split it")
+        raise Refusal(
+            422,
+            f"{len(nonces)} nonces",
+            wanted=f"at most {settings.max_nonces} a request",
+            do="split it",
+        )
     return nonces
 
 
@@ -429,7 +523,9 @@ class JobReply(_Reply):
 
 
 class ReceiptEntry(_Reply):
-    """What there is to know of a stored receipt without reading it. ``sha256`` is that of its line."""
+    """What there is to know of a stored receipt without reading it. ``sha256`` is that of its
+    line.
+    """
 
     seq: int
     request_id: str
@@ -443,7 +539,9 @@ class ReceiptEntry(_Reply):
 
 
 class ReceiptList(_Reply):
-    """Stored receipts, oldest first. ``next`` is the ``after`` of the following page, null after the last."""
+    """Stored receipts, oldest first. ``next`` is the ``after`` of the following page, null after
+    the last.
+    """
 
     receipts: list[ReceiptEntry]
     next: int | None

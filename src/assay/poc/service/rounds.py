@@ -1,4 +1,5 @@
-"""Rounds: the states of the service with every transition between them, rounds and records on disk, and their numbers.
+"""Rounds: the states of the service with every transition between them, rounds and records on disk,
+and their numbers.
 
 docs/service.md shows the table of transitions.
 """
@@ -38,7 +39,10 @@ class State(StrEnum):
     STOPPED = "STOPPED"
 
 
-_I, _G, _V, _S = State.IDLE, State.GENERATING, State.VALIDATING, State.STOPPED
+_I = State.IDLE
+_G = State.GENERATING
+_V = State.VALIDATING
+_S = State.STOPPED
 
 TRANSITIONS: dict[str, dict[State, State]] = {
     "init": {_I: _I, _V: _I, _S: _I},
@@ -57,7 +61,9 @@ NEEDS_ROUND = frozenset({"phase/generate", "phase/validate"})
 
 
 def after(call: str, state: State, *, has_round: bool) -> State:
-    """Return the state that a call leads to; refuse with 409 one that is not allowed now, naming those that are."""
+    """Return the state that a call leads to; refuse with 409 one that is not allowed now, naming
+    those that are.
+    """
     choices = [
         each
         for each, row in TRANSITIONS.items()
@@ -65,8 +71,13 @@ def after(call: str, state: State, *, has_round: bool) -> State:
     ]
     if call in choices or call == "engine failure":
         return TRANSITIONS[call][state]
-    seen = f"{call} while {state}" if has_round or call not in NEEDS_ROUND else f"{call} before any init"
-    wanted, do = "one of " + ", ".join(choices), "ask /status, then make an allowed call"
+    seen = (
+        f"{call} while {state}"
+        if has_round or call not in NEEDS_ROUND
+        else f"{call} before any init"
+    )
+    wanted = "one of " + ", ".join(choices)
+    do = "ask /status, then make an allowed call"
     raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(state), "allowed": choices})
 
 
@@ -81,10 +92,12 @@ AROUND = 64  # bytes of a nonce in a callback, beside what it published
 
 @dataclass(frozen=True, kw_only=True)
 class RoundValues:
-    """What a request asks a round to be: columns of the table ``rounds``. A share that does not exist is refused.
+    """What a request asks a round to be: columns of the table ``rounds``. A share that does not
+    exist is refused.
 
-    ``node_id``, ``node_count``, ``group_id`` and ``n_groups`` are as requested; :attr:`round` folds them into
-    one share, whose nonces are ``node_id + group_id · node_count`` and every ``n_groups · node_count`` after it.
+    ``node_id``, ``node_count``, ``group_id`` and ``n_groups`` are as requested; :attr:`round` folds
+    them into one share, whose nonces are ``node_id + group_id · node_count`` and every ``n_groups ·
+    node_count`` after it.
     """
 
     block_hash: str
@@ -108,15 +121,25 @@ class RoundValues:
 
     def __post_init__(self) -> None:
         for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
-            value, count = getattr(self, name), getattr(self, high)
+            value = getattr(self, name)
+            count = getattr(self, high)
             if not 0 <= value < count:
-                seen, wanted = f"{name} {value} with {high} {count}", f"0 <= {name} < {high}"
+                seen = f"{name} {value} with {high} {count}"
+                wanted = f"0 <= {name} < {high}"
                 raise Refusal(422, seen, wanted=wanted, do=f"set both {name} and {high}")
 
     @property
     def round(self) -> Round:
         """The round as the engine knows it."""
-        shared = ("block_hash", "public_key", "block_height", "preset", "seq_len", "r_target", "strength")
+        shared = (
+            "block_hash",
+            "public_key",
+            "block_height",
+            "preset",
+            "seq_len",
+            "r_target",
+            "strength",
+        )
         return Round(
             node_id=self.node_id + self.group_id * self.node_count,
             node_count=self.node_count * self.n_groups,
@@ -142,8 +165,18 @@ class StoredRound(RoundValues):
     seconds: float
 
     def public(self) -> dict[str, Any]:
-        """Return what a reader may know: all but the callback URL, which may contain a token, and the counts."""
-        hidden = {"callback_url", "under_pins", "next_nonce", "checked", "valid", "seconds", "touched_at"}
+        """Return what a reader may know: all but the callback URL, which may contain a token, and
+        the counts.
+        """
+        hidden = {
+            "callback_url",
+            "under_pins",
+            "next_nonce",
+            "checked",
+            "valid",
+            "seconds",
+            "touched_at",
+        }
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
 
@@ -168,15 +201,20 @@ class Rounds:
     """Reads and writes rounds, records and the state of the service."""
 
     def __init__(self, database: Database, outbox: Outbox) -> None:
-        self._db, self._outbox = database, outbox
-        self._rounds, self._records, self._service = database["rounds"], database["records"], database["service"]
+        self._db = database
+        self._outbox = outbox
+        self._rounds = database["rounds"]
+        self._records = database["records"]
+        self._service = database["service"]
 
     def current(self) -> tuple[State, StoredRound | None]:
         """Return the state and round in which the service was left."""
         with self._db.read() as connection:
             left = connection.execute(sa.select(self._service)).one_or_none()
             if left is None or left.state not in State.__members__:
-                raise damaged(self._db.path, f"the state {left.state!r}" if left else "the state is missing")
+                raise damaged(
+                    self._db.path, f"the state {left.state!r}" if left else "the state is missing"
+                )
             query = sa.select(self._rounds).where(self._rounds.c.id == left.round_id)
             row = connection.execute(query).mappings().first()
         return State(left.state), StoredRound(**row) if row else None
@@ -184,33 +222,54 @@ class Rounds:
     def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
         """Write a state, with the round of ``values`` where they are given; return that round.
 
-        The round of the same block and key continues where it was. One that was begun with other values is refused with
-        409: one nonce would have two results.
+        The round of the same block and key continues where it was. One that was begun with other
+        values is refused with 409: one nonce would have two results.
         """
-        rounds, service, now = self._rounds, self._service, time.time()
+        rounds = self._rounds
+        service = self._service
+        now = time.time()
         with self._db.write() as connection:
             if values is None:
                 current = sa.select(service.c.round_id).scalar_subquery()
-                connection.execute(rounds.update().where(rounds.c.id == current).values(touched_at=now))
+                connection.execute(
+                    rounds.update().where(rounds.c.id == current).values(touched_at=now)
+                )
                 connection.execute(service.update().values(state=str(state)))
                 return None
-            fresh = {**vars(values), "created_at": now, "touched_at": now, "next_nonce": values.round.node_id}
+            fresh = {
+                **vars(values),
+                "created_at": now,
+                "touched_at": now,
+                "next_nonce": values.round.node_id,
+            }
             change = {name: fresh[name] for name in ("touched_at", *FREE)}
             change["under_pins"] = sa.func.max(rounds.c.under_pins, values.under_pins)
-            begin = insert(rounds).on_conflict_do_update(["block_hash", "public_key"], set_=change).returning(rounds)
+            begin = (
+                insert(rounds)
+                .on_conflict_do_update(["block_hash", "public_key"], set_=change)
+                .returning(rounds)
+            )
             stored = StoredRound(**connection.execute(begin.values(fresh)).mappings().one())
             # One nonce must not have two results.
-            if other := sorted(name for name, value in vars(values).items() if value != getattr(stored, name)):
+            if other := sorted(
+                name for name, value in vars(values).items() if value != getattr(stored, name)
+            ):
                 seen = "this block and key have a round with another " + ", ".join(other)
                 wanted = ", ".join(f"{name} {getattr(stored, name)!r}" for name in other)
-                do = "repeat the values of the first request under the same pins, or use a new block or key"
+                do = (
+                    "repeat the values of the first request under the same pins, or use a new "
+                    "block or key"
+                )
                 raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": other})
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
 
     def commit(self, batches: Sequence[Batch], *, interval: float, most: int) -> None:
-        """Write batches of one round, their counts, and the callback that announces them, in one transaction."""
-        rounds, round_id = self._rounds, batches[0].round_id
+        """Write batches of one round, their counts, and the callback that announces them, in one
+        transaction.
+        """
+        rounds = self._rounds
+        round_id = batches[0].round_id
         pairs = [pair for batch in batches for pair in zip(batch.records, batch.valid, strict=True)]
         valid = [record.nonce for record, is_valid in pairs if is_valid]
         counts = {
@@ -220,33 +279,54 @@ class Rounds:
             "valid": rounds.c.valid + len(valid),
             "seconds": rounds.c.seconds + sum(batch.seconds for batch in batches),
         }
-        change = rounds.update().where(rounds.c.id == round_id).values(counts).returning(rounds.c.callback_url)
+        change = (
+            rounds.update()
+            .where(rounds.c.id == round_id)
+            .values(counts)
+            .returning(rounds.c.callback_url)
+        )
         with self._db.write() as connection:
-            connection.execute(self._records.insert(), [_row(round_id, record, is_valid) for record, is_valid in pairs])
+            connection.execute(
+                self._records.insert(),
+                [_row(round_id, record, is_valid) for record, is_valid in pairs],
+            )
             url = connection.execute(change).scalar_one()
             if url and valid:
                 fitting = _fitting(most, pairs[0][0])
-                self._outbox.announce(connection, round_id, url, valid, interval=interval, most=fitting)
+                self._outbox.announce(
+                    connection, round_id, url, valid, interval=interval, most=fitting
+                )
 
     def owed(self, round_id: int) -> int:
         """Return how many callbacks of a round are undelivered."""
         with self._db.read() as connection:
             return self._outbox.owed(connection, round_id)
 
-    def recent_valid(self, round_id: int, *, after: int | None = None, limit: int = RECENT) -> list[tuple[int, float]]:
-        """Return the latest valid nonces with their distances, ascending; with ``after``, the next ones after it."""
+    def recent_valid(
+        self, round_id: int, *, after: int | None = None, limit: int = RECENT
+    ) -> list[tuple[int, float]]:
+        """Return the latest valid nonces with their distances, ascending; with ``after``, the next
+        ones after it.
+        """
         records = self._records
         wanted = (records.c.round_id == round_id) & (records.c.valid == 1)
         order = records.c.nonce.desc() if after is None else records.c.nonce
         if after is not None:
             wanted &= records.c.nonce > after
-        query = sa.select(records.c.nonce, records.c.distance).where(wanted).order_by(order).limit(limit)
+        query = (
+            sa.select(records.c.nonce, records.c.distance)
+            .where(wanted)
+            .order_by(order)
+            .limit(limit)
+        )
         return sorted((row.nonce, row.distance) for row in self._db.rows(query))
 
     def histogram(self, round_id: int, edges: NDArray[np.float64]) -> NDArray[np.int64]:
         """Count the distances of a round as :func:`bin_counts` does."""
         distance = self._records.c.distance
-        query = sa.select(distance).where(self._records.c.round_id == round_id, distance.is_not(None))
+        query = sa.select(distance).where(
+            self._records.c.round_id == round_id, distance.is_not(None)
+        )
         counts = bin_counts((), edges)
         with self._db.read() as connection:
             for part in connection.execute(query).scalars().partitions(10_000):
@@ -254,30 +334,54 @@ class Rounds:
         return counts
 
     def prune(self, keep: float) -> int:
-        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback; return how many."""
-        rounds, service, outbox = self._rounds, self._service, self._db["outbox"]
-        owed = sa.select(outbox.c.round_id).where(outbox.c.round_id.is_not(None), outbox.c.status != "delivered")
+        """Delete rounds that were last used more than ``keep`` seconds ago and owe no callback;
+        return how many.
+        """
+        rounds = self._rounds
+        service = self._service
+        outbox = self._db["outbox"]
+        owed = sa.select(outbox.c.round_id).where(
+            outbox.c.round_id.is_not(None), outbox.c.status != "delivered"
+        )
         current = sa.select(service.c.round_id).where(service.c.round_id.is_not(None))
-        old = (rounds.c.touched_at < settled_time() - keep) & rounds.c.id.not_in(owed.union_all(current))
+        old = (rounds.c.touched_at < settled_time() - keep) & rounds.c.id.not_in(
+            owed.union_all(current)
+        )
         return self._db.change(rounds.delete().where(old))
 
 
 def _fitting(most: int, record: Record) -> int:
-    """Return ``most``, or as many records with tokens as fill half of a callback that receivers take."""
+    """Return ``most``, or as many records with tokens as fill half of a callback that receivers
+    take.
+    """
     if not isinstance(record, TokenRecord):
         return most
     return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack_record(record)) * 4 // 3 + AROUND))))
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
-    vector, distance = (None, record.distance) if isinstance(record, DistanceRecord) else (pack_record(record), None)
-    return {"round_id": round_id, "nonce": record.nonce, "distance": distance, "vector": vector, "valid": int(valid)}
+    vector, distance = (
+        (None, record.distance)
+        if isinstance(record, DistanceRecord)
+        else (pack_record(record), None)
+    )
+    return {
+        "round_id": round_id,
+        "nonce": record.nonce,
+        "distance": distance,
+        "vector": vector,
+        "valid": int(valid),
+    }
 
 
 WINDOW = 30.0  # seconds over which the current rate is measured
 SPREAD = 5.0  # standard deviations of the chord law that the histogram shows on either side
 BINS = 48
-EXPECTED = tuple(name + error for name in ("valid_rate", "expected_rate", "block_factor") for error in ("", "_error"))
+EXPECTED = tuple(
+    name + error
+    for name in ("valid_rate", "expected_rate", "block_factor")
+    for error in ("", "_error")
+)
 """Names of what :meth:`Progress.expectation` returns."""
 
 
@@ -295,27 +399,39 @@ class Progress:
     ) -> None:
         self._lock = threading.Lock()
         self.stored = stored
-        self.checked, self.valid = stored.checked, stored.valid
+        self.checked = stored.checked
+        self.valid = stored.valid
         self.seconds = float(stored.seconds)  # SQLite hands a default of 0 back as an integer
         self.next_nonce = stored.next_nonce
         pipeline = get_pipeline(stored.preset)
         self.publishes_vectors = pipeline.output != "distance"
-        self._recent: deque[tuple[int, float]] = deque(rounds.recent_valid(stored.id), maxlen=RECENT)
+        self._recent: deque[tuple[int, float]] = deque(
+            rounds.recent_valid(stored.id), maxlen=RECENT
+        )
         self._steps: deque[tuple[float, int]] = deque()
         self._of_calibration: stats.BlockLaw | None = None
         self.factor: BlockFactor | None = None
-        """How wide the distances of this block are, by its head and the model's states; None before it was measured."""
-        self._dimension = 0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
+        """How wide the distances of this block are, by its head and the model's states; None before
+        it was measured.
+        """
+        self._dimension = (
+            0 if self.publishes_vectors else pipeline.output_size(hidden_size, vocab_size)
+        )
         if self._dimension:
-            mean, spread = chord_mean(self._dimension), SPREAD * chord_std(self._dimension)
+            mean = chord_mean(self._dimension)
+            spread = SPREAD * chord_std(self._dimension)
             self._edges = np.linspace(mean - spread, mean + spread, BINS + 1)
             self._counts = rounds.histogram(stored.id, self._edges)
         if self._dimension and effective_dimension is not None and has_block_factor(pipeline):
-            self._of_calibration = stats.BlockLaw(dimension=self._dimension, freedom=effective_dimension)
+            self._of_calibration = stats.BlockLaw(
+                dimension=self._dimension, freedom=effective_dimension
+            )
 
     @property
     def law(self) -> stats.BlockLaw | None:
-        """Law of this block by the model's states, or of any block by a calibration; None before either."""
+        """Law of this block by the model's states, or of any block by a calibration; None before
+        either.
+        """
         return self._of_calibration if self.factor is None else self.factor.law
 
     def add(self, batch: Batch) -> None:
@@ -326,9 +442,13 @@ class Progress:
             self.valid += sum(batch.valid)
             self.seconds += batch.seconds
             self._steps.append((time.monotonic(), len(batch.records)))
-            distances = [r.distance if isinstance(r, DistanceRecord) else math.nan for r in batch.records]
+            distances = [
+                r.distance if isinstance(r, DistanceRecord) else math.nan for r in batch.records
+            ]
             places = zip(batch.records, distances, batch.valid, strict=True)
-            self._recent.extend((record.nonce, distance) for record, distance, valid in places if valid)
+            self._recent.extend(
+                (record.nonce, distance) for record, distance, valid in places if valid
+            )
             if self._dimension:
                 self._counts += bin_counts(distances, self._edges)
 
@@ -358,7 +478,9 @@ class Progress:
 
     def expectation(self) -> dict[str, Any]:
         """Return valid rate, what this block's law expects, and the standard errors of both."""
-        checked, r_target, found = self.checked, self.stored.r_target, dict[str, Any].fromkeys(EXPECTED)
+        checked = self.checked
+        r_target = self.stored.r_target
+        found = dict[str, Any].fromkeys(EXPECTED)
         if checked:
             rate = self.valid / checked
             found |= {"valid_rate": rate, "valid_rate_error": rate_standard_error(rate, checked)}
@@ -369,14 +491,18 @@ class Progress:
         return found
 
     def histogram(self) -> dict[str, Any] | None:
-        """Return the bins of the distances beside what this block, or the average one, expects; None for vectors."""
+        """Return the bins of the distances beside what this block, or the average one, expects;
+        None for vectors.
+        """
         if not self._dimension:
             return None
         with self._lock:
             below, *counts, above = self._counts.tolist()
         law = self.law or stats.BlockLaw(dimension=self._dimension, freedom=math.inf)
         expected, of_block = law.bins(self._edges)
-        errors = np.hypot(of_block * self.checked, np.sqrt(expected * (1 - expected) * self.checked))
+        errors = np.hypot(
+            of_block * self.checked, np.sqrt(expected * (1 - expected) * self.checked)
+        )
         return {
             "low": float(self._edges[0]),
             "high": float(self._edges[-1]),

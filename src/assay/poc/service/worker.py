@@ -1,9 +1,10 @@
-"""The two threads of the service: the worker runs the engine, and the writer puts its batches on disk.
+"""The two threads of the service: the worker runs the engine, and the writer puts its batches on
+disk.
 
-torch and the compiled streams release the interpreter while they compute, so the event loop answers meanwhile. The
-short queue between both connects the speed of the engine to that of the disk and of the receiver of callbacks: while
-the disk is full, or too many callbacks of the round are undelivered, it stays full and the engine waits. Nothing is
-dropped.
+torch and the compiled streams release the interpreter while they compute, so the event loop answers
+meanwhile. The short queue between both connects the speed of the engine to that of the disk and of
+the receiver of callbacks: while the disk is full, or too many callbacks of the round are
+undelivered, it stays full and the engine waits. Nothing is dropped.
 """
 
 import time
@@ -40,8 +41,9 @@ class ShareDone(AssayError):
 class Worker(EngineThread):
     """A thread that runs everything that touches the engine, one batch at a time.
 
-    Validations come first, then the round, whose batches go to ``writer``, then artifact jobs. ``begun`` is called
-    after the first batch of a round and of what is left of one, and ``failed`` receives the error that ended a round.
+    Validations come first, then the round, whose batches go to ``writer``, then artifact jobs.
+    ``begun`` is called after the first batch of a round and of what is left of one, and ``failed``
+    receives the error that ended a round.
     """
 
     def __init__(
@@ -54,7 +56,10 @@ class Worker(EngineThread):
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__("assay-engine", load)
-        self._put, self._begun, self._background, self._failed = writer.put, begun, jobs.step, failed
+        self._put = writer.put
+        self._begun = begun
+        self._background = jobs.step
+        self._failed = failed
         self._tasks: deque[Callable[[Deployment], None]] = deque()
         self._round: StoredRound | None = None
         self._epoch = 0
@@ -63,9 +68,12 @@ class Worker(EngineThread):
         self._has_background = False
 
     def generate(self, stored: StoredRound | None, epoch: int) -> None:
-        """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after the running batch."""
+        """Generate from ``stored.next_nonce`` on, or stop generating if ``stored`` is None, after
+        the running batch.
+        """
         with self._state:
-            self._round, self._epoch = stored, epoch
+            self._round = stored
+            self._epoch = epoch
         self._notify()
 
     def submit(self, task: Callable[[Deployment], None]) -> None:
@@ -86,11 +94,14 @@ class Worker(EngineThread):
     @override
     def _turn(self, deployment: Deployment) -> None:
         with self._state:
-            self._state.wait_for(lambda: self._closed or self._tasks or self._round or self._has_background)
+            self._state.wait_for(
+                lambda: self._closed or self._tasks or self._round or self._has_background
+            )
             if self._closed:
                 return
             task = self._tasks.popleft() if self._tasks else None
-            stored, epoch = self._round, self._epoch
+            stored = self._round
+            epoch = self._epoch
             if task is None and stored is None:
                 self._has_background = False
         if task is not None:
@@ -118,8 +129,13 @@ class Worker(EngineThread):
             started = time.perf_counter()
             records = next(self._stream, None)
             if records is None:
-                seen = f"the share is done: node {stored.round.node_id} of {stored.round.node_count} has no nonce left"
-                raise ShareDone(seen, wanted="a round that has nonces left", do="begin another round")
+                seen = (
+                    f"the share is done: node {stored.round.node_id} of {stored.round.node_count} "
+                    f"has no nonce left"
+                )
+                raise ShareDone(
+                    seen, wanted="a round that has nonces left", do="begin another round"
+                )
             wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
             if first and wanted:
                 self._begun(deployment, stored)
@@ -143,8 +159,13 @@ class Worker(EngineThread):
 
 
 def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> Batch:
-    valid = [not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target) for record in records]
-    broken = [r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)]
+    valid = [
+        not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target)
+        for record in records
+    ]
+    broken = [
+        r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)
+    ]
     if broken:
         seen = f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}"
         do = "check the checkpoint and the device, then start the phase again"
@@ -156,7 +177,8 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
 class Writer(LoopThread):
     """A thread that commits batches in order, several in one transaction where they have piled up.
 
-    ``committed`` receives the batches of every transaction and its seconds, ``failed`` what waiting does not cure.
+    ``committed`` receives the batches of every transaction and its seconds, ``failed`` what waiting
+    does not cure.
     """
 
     def __init__(
@@ -168,17 +190,23 @@ class Writer(LoopThread):
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__("assay-writer")
-        self._rounds, self._settings = rounds, settings
-        self._committed, self._failed = committed, failed
+        self._rounds = rounds
+        self._settings = settings
+        self._committed = committed
+        self._failed = failed
         self._queue: deque[Batch] = deque()
         self._epoch = 0
         self._busy = False
         self.paused: Paused | None = None
 
     def put(self, batch: Batch) -> bool:
-        """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer wanted."""
+        """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer
+        wanted.
+        """
         with self._state:
-            self._state.wait_for(lambda: len(self._queue) < QUEUE or batch.epoch != self._epoch or self._closed)
+            self._state.wait_for(
+                lambda: len(self._queue) < QUEUE or batch.epoch != self._epoch or self._closed
+            )
             if batch.epoch != self._epoch or self._closed:
                 return False
             self._queue.append(batch)
@@ -188,8 +216,9 @@ class Writer(LoopThread):
     def begin(self, epoch: int, timeout: float = 5.0) -> None:
         """End the current epoch and begin another.
 
-        Queued batches are still written, however many callbacks are undelivered. Those that cannot be written within
-        ``timeout`` seconds are dropped: they were never acknowledged, and the round continues before them.
+        Queued batches are still written, however many callbacks are undelivered. Those that cannot
+        be written within ``timeout`` seconds are dropped: they were never acknowledged, and the
+        round continues before them.
         """
         with self._state:
             self._epoch = epoch
@@ -223,14 +252,20 @@ class Writer(LoopThread):
                 self._failed(error)
 
     def _write(self, batches: list[Batch], *, wanted: bool) -> Exception | None:
-        """Commit what is queued, or wait a moment if that is not possible now; return what waiting does not cure."""
+        """Commit what is queued, or wait a moment if that is not possible now; return what waiting
+        does not cure.
+        """
         failure: Exception | None = None
         try:
             if wanted and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
                 return None
             started = time.perf_counter()
-            self._rounds.commit(batches, interval=self._settings.callback_interval, most=self._settings.callback_nonces)
+            self._rounds.commit(
+                batches,
+                interval=self._settings.callback_interval,
+                most=self._settings.callback_nonces,
+            )
         except StorageError:
             self._pause("storage", STORAGE_PAUSE)
             return None
@@ -255,4 +290,6 @@ class Writer(LoopThread):
         if seconds:
             with self._state:
                 epoch = self._epoch
-                self._state.wait_for(lambda: self._closed or self._epoch != epoch or not self._queue, seconds)
+                self._state.wait_for(
+                    lambda: self._closed or self._epoch != epoch or not self._queue, seconds
+                )

@@ -1,4 +1,5 @@
-"""The validator: takes the work of many nodes, recomputes a secret sample of it, and keeps the ledger of their lives.
+"""The validator: takes the work of many nodes, recomputes a secret sample of it, and keeps the
+ledger of their lives.
 
 It needs the extra ``serve``. docs/validator.md describes it; ``assay poc validator`` runs it.
 """

@@ -1,8 +1,9 @@
-"""The application of a validator: the two ways in for messages, what operators and nodes may ask it, and the page.
+"""The application of a validator: the two ways in for messages, what operators and nodes may ask
+it, and the page.
 
-Nodes send signed messages, or are asked for their nonces. A message is taken before routing, checked against the pins,
-and answered once it is on disk. Routing, parameters and a response object of the framework would cost more processor
-time than the check of a message.
+Nodes send signed messages, or are asked for their nonces. A message is taken before routing,
+checked against the pins, and answered once it is on disk. Routing, parameters and a response object
+of the framework would cost more processor time than the check of a message.
 """
 
 import asyncio
@@ -44,7 +45,9 @@ from assay.poc.validator.worker import account_id
 log = structlog.get_logger("assay.validator")
 
 PREFIX = "/api/v1/validator"
-PROOFS_AT_ONCE = 2  # proofs that are parsed at the same time; each takes many times its size in memory
+PROOFS_AT_ONCE = (
+    2  # proofs that are parsed at the same time; each takes many times its size in memory
+)
 LONGEST_HEADER = 2**16  # bytes of the first line of a proof
 
 _BODIES = {True: b'{"status":"OK","new":true}', False: b'{"status":"OK","new":false}'}
@@ -54,15 +57,19 @@ class Intake:
     """Takes ``POST /generated``, ``/validated`` and ``/proofs``, and passes everything else on."""
 
     def __init__(self, app: ASGIApp, *, controller: ValidatorController) -> None:
-        self._app, self._controller = app, controller
-        settings, server = controller.settings, controller.server
+        self._app = app
+        self._controller = controller
+        settings = controller.settings
+        server = controller.server
         callbacks = Bodies(server.max_body, server.max_bodies)
         proofs = Bodies(settings.max_proof, max(server.max_bodies, PARTS * settings.max_proof))
         self._bodies = {"generated": callbacks, "validated": callbacks, "proof": proofs}
         paths = {"generated": "generated", "validated": "validated", "proofs": "proof"}
         self._kinds = {f"{PREFIX}/{path}": kind for path, kind in paths.items()}
         self._parsing = asyncio.Semaphore(PROOFS_AT_ONCE)
-        self._turns = defaultdict[str, asyncio.Lock](asyncio.Lock)  # of each node one proof waits for that, in turn
+        self._turns = defaultdict[str, asyncio.Lock](
+            asyncio.Lock
+        )  # of each node one proof waits for that, in turn
         self._budget = LogBudget()
         for path in self._kinds:  # Prometheus sees no increase in a series that appears
             controller.metrics.requests.labels(path, "200")
@@ -70,21 +77,32 @@ class Intake:
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Take a message, or pass the request on."""
-        kind = self._kinds.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        kind = (
+            self._kinds.get(scope["path"])
+            if scope["type"] == "http" and scope["method"] == "POST"
+            else None
+        )
         if kind is None:
             await self._app(scope, receive, send)
             return
-        take, metrics = partial(self._take, kind), self._controller.metrics
+        take = partial(self._take, kind)
+        metrics = self._controller.metrics
         about: dict[str, Any] = {"path": scope["path"], "metrics": metrics, "budget": self._budget}
         response = await observed(take, Request(scope, receive), **about)
         await response(scope, receive, send)
 
     async def _take(self, kind: str, request: Request) -> Response:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in request.scope["headers"]
+        }
         try:
             async with self._bodies[kind].read(request) as body:
                 message = await self._message(kind, body, headers)
-                return Response(_BODIES[await self._controller.writer.keep(message)], media_type="application/json")
+                return Response(
+                    _BODIES[await self._controller.writer.keep(message)],
+                    media_type="application/json",
+                )
         except AssayError as error:
             self._controller.metrics.refused.labels(_name(refusal_of(error))).inc()
             raise
@@ -103,7 +121,9 @@ class Intake:
                 sender = sender_of(values, registry)
                 text = body.decode()
             except (DataError, UnicodeDecodeError):
-                raise refused("format", "another body", "that of a proof file", status=400) from None
+                raise refused(
+                    "format", "another body", "that of a proof file", status=400
+                ) from None
         else:
             text, values = parsed(body)
             sender = sender_of(values, registry)
@@ -125,10 +145,16 @@ class Intake:
 
 
 def claimed_message(
-    kind: str, known_as: str, body: bytes, claim: Claim, reader: Reader, pulled: tuple[str, int, int] | None = None
+    kind: str,
+    known_as: str,
+    body: bytes,
+    claim: Claim,
+    reader: Reader,
+    pulled: tuple[str, int, int] | None = None,
 ) -> Message:
     """Return a message as it is kept, with what it claims."""
-    key, count = claim.round.public_key, len(claim.nonces)
+    key = claim.round.public_key
+    count = len(claim.nonces)
     return Message(key, known_as, kind, count, body, claim.encode(), reader.pins, pulled)
 
 
@@ -137,7 +163,9 @@ def _name(refusal: Refusal) -> str:
     names = refusal.fields.get("fields")
     if names:
         return str(names[0])
-    return {401: "signature", 400: "webhook-id", 413: "body", 408: "body", 503: "busy"}.get(refusal.status, "other")
+    return {401: "signature", 400: "webhook-id", 413: "body", 408: "body", 503: "busy"}.get(
+        refusal.status, "other"
+    )
 
 
 LONGEST_ANSWER = 2**20
@@ -148,20 +176,27 @@ _SHARE = ("public_key", "block_hash", "block_height", "node_id")
 class Poller:
     """Asks every node that has an address, again and again, under the guard of callbacks.
 
-    ``GET /api/v1/pow/status?after=N`` of a node has its valid nonces above N with their distances, its share, length
-    and target. What is pulled goes the way of a callback with the same body, and is kept once. Vectors are not offered
-    there.
+    ``GET /api/v1/pow/status?after=N`` of a node has its valid nonces above N with their distances,
+    its share, length and target. What is pulled goes the way of a callback with the same body, and
+    is kept once. Vectors are not offered there.
     """
 
     def __init__(self, controller: ValidatorController) -> None:
-        self._controller, self._server = controller, controller.server
+        self._controller = controller
+        self._server = controller.server
         self._room = asyncio.Semaphore(controller.server.callback_concurrency)
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        async with new_client(self._server.callback_timeout, self._server.callback_concurrency) as client:
+        async with new_client(
+            self._server.callback_timeout, self._server.callback_concurrency
+        ) as client:
             while True:
-                polled = [each for each in self._controller.registry.senders.values() if each.entry.url is not None]
+                polled = [
+                    each
+                    for each in self._controller.registry.senders.values()
+                    if each.entry.url is not None
+                ]
                 await asyncio.gather(*(self._poll(client, sender) for sender in polled))
                 await asyncio.sleep(self._controller.settings.poll_interval)
 
@@ -174,7 +209,14 @@ class Poller:
             except Refusal as error:
                 outcome = "refused"
                 log.warning("poll", reason=error.seen)
-            except (Blocked, TimeoutError, httpx.HTTPError, httpx.InvalidURL, OSError, AssayError) as error:
+            except (
+                Blocked,
+                TimeoutError,
+                httpx.HTTPError,
+                httpx.InvalidURL,
+                OSError,
+                AssayError,
+            ) as error:
                 log.warning("poll", reason=f"{type(error).__name__}: {error}"[:200])
         self._controller.metrics.polls.labels(outcome).inc()
 
@@ -183,9 +225,12 @@ class Poller:
         state = _state(await self._ask(client, sender, {}))
         if state is None or state["public_key"] != sender.public_key:
             return "empty"  # another key's round: nothing of this node
-        block, node_id = state["block_hash"], state["node_id"]
+        block = state["block_hash"]
+        node_id = state["node_id"]
         known = node_id if type(node_id) is int and 0 <= node_id <= MAX_NONCE else -1
-        after = await asyncio.to_thread(self._controller.inbox.pulled, sender.public_key, str(block), known)
+        after = await asyncio.to_thread(
+            self._controller.inbox.pulled, sender.public_key, str(block), known
+        )
         values = await self._ask(client, sender, {"after": after, "limit": LIMIT})
         found = _state(values)
         if found is None or (found["block_hash"], found["node_id"]) != (block, node_id):
@@ -210,9 +255,12 @@ class Poller:
         await self._controller.writer.keep(message)
         return "taken"
 
-    async def _ask(self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]) -> JsonObject:
+    async def _ask(
+        self, client: httpx.AsyncClient, sender: Sender, query: dict[str, int]
+    ) -> JsonObject:
         """Return the answer of ``/status``, bounded, from an address that was checked."""
-        url, key = sender.entry.url, sender.entry.read_key
+        url = sender.entry.url
+        key = sender.entry.read_key
         assert url is not None
         response = await call(
             client,
@@ -226,25 +274,31 @@ class Poller:
         try:
             if not response.is_success:
                 raise httpx.HTTPError(f"HTTP {response.status_code}")
-            content, spare = bytearray(), MAX_CHUNKS
+            content = bytearray()
+            spare = MAX_CHUNKS
             async for chunk in response.aiter_raw():
                 content += chunk
                 spare += len(chunk) / LEAST_CHUNK - 1
                 if len(content) > LONGEST_ANSWER or spare < 0:
-                    raise httpx.HTTPError(f"an answer of more than {LONGEST_ANSWER} bytes, or in tiny chunks")
+                    raise httpx.HTTPError(
+                        f"an answer of more than {LONGEST_ANSWER} bytes, or in tiny chunks"
+                    )
         finally:
             await response.aclose()
         return parsed(bytes(content))[1]
 
 
 def _state(values: JsonObject) -> dict[str, Any] | None:
-    """Return the round of an answer; None where there is no round, or it is not of the published form."""
+    """Return the round of an answer; None where there is no round, or it is not of the published
+    form.
+    """
     config = values.get("config")
     return config if isinstance(config, dict) and all(name in config for name in _SHARE) else None
 
 
 MOST_EPOCHS = 1000
-READ, CONTROL = needs(Scope.READ), needs(Scope.CONTROL)
+READ = needs(Scope.READ)
+CONTROL = needs(Scope.CONTROL)
 After = Annotated[int, Query(ge=0, le=MAX_NONCE)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
@@ -260,7 +314,8 @@ class BlockBody(BaseModel):
 
 def create_app(controller: ValidatorController) -> FastAPI:
     """Return a validator as an application, which starts and closes the controller."""
-    server, feed = controller.server, Feed(controller)
+    server = controller.server
+    feed = Feed(controller)
     app = new_app("assay: validator")
     kind_of_route = route_class(Keys(server), server, controller.metrics)
     app.include_router(_validator_router(controller, feed, kind_of_route))
@@ -275,15 +330,21 @@ def create_app(controller: ValidatorController) -> FastAPI:
     return app
 
 
-def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route: type[APIRoute]) -> APIRouter:
-    """Return the routes under ``/api/v1/validator``. Those that read files are plain functions, run in threads."""
+def _validator_router(
+    controller: ValidatorController, feed: Feed, kind_of_route: type[APIRoute]
+) -> APIRouter:
+    """Return the routes under ``/api/v1/validator``. Those that read files are plain functions, run
+    in threads.
+    """
     router = APIRouter(prefix=PREFIX, route_class=kind_of_route)
 
     @router.get("/status", response_model=None, openapi_extra=READ)
     async def status() -> Response:
         """Return what the validator does, and what it accepts."""
         hidden = ("nodes", "changes")
-        return JSONResponse({name: value for name, value in feed.values.items() if name not in hidden})
+        return JSONResponse(
+            {name: value for name, value in feed.values.items() if name not in hidden}
+        )
 
     @router.get("/events", response_model=None, openapi_extra=READ)
     async def events(request: Request) -> Response:
@@ -292,7 +353,9 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
 
     @router.get("/nodes", response_model=None, openapi_extra=READ)
     def nodes(after: After = 0, limit: Limit = 100) -> Response:
-        """Return nodes, those with the strongest evidence of anything wrong first; ``after`` skips so many."""
+        """Return nodes, those with the strongest evidence of anything wrong first; ``after`` skips
+        so many.
+        """
         found = controller.nodes()
         return JSONResponse({"total": len(found), "nodes": found[after : after + limit]})
 
@@ -303,20 +366,32 @@ def _validator_router(controller: ValidatorController, feed: Feed, kind_of_route
 
     @router.get("/evidence/{account}", response_model=None, openapi_extra=READ)
     def evidence(account: str, after: After = 0, limit: Limit = 100) -> Response:
-        """Return entries of an account in the ledger, with a place above ``after`` among them, the oldest first."""
+        """Return entries of an account in the ledger, with a place above ``after`` among them, the
+        oldest first.
+        """
         present = (standing.account for standing in controller.worker.standings.values())
-        known = chain(present, controller.ledger.accounts())  # also those of builds that the pins no longer name
+        known = chain(
+            present, controller.ledger.accounts()
+        )  # also those of builds that the pins no longer name
         found = next((each for each in known if account_id(each) == account), None)
         if found is None:
-            raise Refusal(404, "no such account", wanted="an account of /nodes", do="ask /api/v1/validator/nodes")
+            raise Refusal(
+                404,
+                "no such account",
+                wanted="an account of /nodes",
+                do="ask /api/v1/validator/nodes",
+            )
         entries = islice(controller.ledger.entries(found), after, after + limit)
         count, head = controller.ledger.head
         shown = [entry.model_dump() | {"hash": entry.hash} for entry in entries]
-        return JSONResponse({"account": vars(found), "ledger": {"entries": count, "head": head}, "entries": shown})
+        return JSONResponse(
+            {"account": vars(found), "ledger": {"entries": count, "head": head}, "entries": shown}
+        )
 
     @router.get("/commitments", response_model=None)
     def commitments(limit: Annotated[int, Query(ge=1, le=MOST_EPOCHS)] = 100) -> Response:
-        """Return commitments, the newest first, with the secrets of epochs that have ended, and the ledger's head.
+        """Return commitments, the newest first, with the secrets of epochs that have ended, and the
+        ledger's head.
 
         It needs no key. Whoever records it holds the validator to both.
         """
@@ -359,12 +434,15 @@ def validate(
         port: Port to listen on; 0 takes a free one, which the log names.
 
     Raises:
-        UsageError: A host that others reach without keys or without secrets, or an address that cannot be bound.
+        UsageError: A host that others reach without keys or without secrets, or an address that
+            cannot be bound.
         StorageError: The data directory is in use or cannot be written.
         DataError: The pins or the nodes file is wrong.
         ModelError: The model cannot be loaded.
     """
     check_host(host, server)
     with listen(host, port) as listener:
-        controller = ValidatorController(load, settings, server, reference=reference, signed=not is_loopback(host))
+        controller = ValidatorController(
+            load, settings, server, reference=reference, signed=not is_loopback(host)
+        )
         run_app(create_app(controller), server, listener, runtime=controller)

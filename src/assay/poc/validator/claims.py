@@ -1,7 +1,9 @@
-"""What a node claims in a message: the published bodies of callbacks, read strictly and held against the pins.
+"""What a node claims in a message: the published bodies of callbacks, read strictly and held
+against the pins.
 
-A callback says less than the header of a proof: block, key, share, nonces and their values. The preset, the length, the
-number format and the checkpoint are those of the pins, so a node that computed anything else has other values.
+A callback says less than the header of a proof: block, key, share, nonces and their values. The
+preset, the length, the number format and the checkpoint are those of the pins, so a node that
+computed anything else has other values.
 """
 
 import base64
@@ -33,8 +35,28 @@ from assay.poc.verdict.proofs import check_proof
 
 MOST_NONCES = 2**16  # of one message
 REASONS = (
-    *("body", "public_key", "signature", "webhook-id", "block_hash", "block_height", "node_id", "node_count"),
-    *("preset", "r_target", "encoding", "nonces", "dist", "artifacts", "seq_len", "strength", "builds", "digest"),
+    *(
+        "body",
+        "public_key",
+        "signature",
+        "webhook-id",
+        "block_hash",
+        "block_height",
+        "node_id",
+        "node_count",
+    ),
+    *(
+        "preset",
+        "r_target",
+        "encoding",
+        "nonces",
+        "dist",
+        "artifacts",
+        "seq_len",
+        "strength",
+        "builds",
+        "digest",
+    ),
     *("weights", "prover_dtype", "fewest_nonces", "format", "busy", "room", "other"),
 )
 """Names under which messages are refused, and counted."""
@@ -46,19 +68,27 @@ class Claim:
 
     round: Round  # as the pins and the node's share make it
     nonces: Sequence[int]  # ascending
-    values: Sequence[float | str]  # distances, or the base64 of vectors, or of tokens with their sketches
+    values: Sequence[
+        float | str
+    ]  # distances, or the base64 of vectors, or of tokens with their sketches
 
     def record(self, place: int, pipeline: Pipeline) -> Record:
-        """Return the record of a place; a vector that is not one is a row of NaN, which is never a match."""
-        nonce, value = self.nonces[place], self.values[place]
+        """Return the record of a place; a vector that is not one is a row of NaN, which is never a
+        match.
+        """
+        nonce = self.nonces[place]
+        value = self.values[place]
         if isinstance(value, (int, float)):
             return DistanceRecord(nonce, float(value))
         return unpack_or_nan(nonce, value, pipeline)
 
     def encode(self) -> bytes:
-        """Return the form in which :meth:`decode` reads a claim without checking it again: the round as JSON on a line,
-        the nonces in eight bytes each, and the distances in eight bytes each or the texts, all of one length."""
-        head = dumps(self.round.as_dict()).encode() + b"\n" + np.asarray(self.nonces, "<i8").tobytes()
+        """Return the form in which :meth:`decode` reads a claim without checking it again: the
+        round as JSON on a line, the nonces in eight bytes each, and the distances in eight bytes
+        each or the texts, all of one length."""
+        head = (
+            dumps(self.round.as_dict()).encode() + b"\n" + np.asarray(self.nonces, "<i8").tobytes()
+        )
         if isinstance(self.values[0], str):
             return head + "".join(map(str, self.values)).encode()
         return head + np.asarray(self.values, "<f8").tobytes()
@@ -67,19 +97,25 @@ class Claim:
     def decode(cls, kept: bytes, count: int, pipeline: Pipeline) -> "Claim":
         """Return the claim of ``count`` nonces that :meth:`encode` made."""
         head, _, rest = kept.partition(b"\n")
-        round, nonces = Round(**loads(head, "claim")), np.frombuffer(rest, "<i8", count).tolist()
+        round = Round(**loads(head, "claim"))
+        nonces = np.frombuffer(rest, "<i8", count).tolist()
         rest = rest[8 * count :]
         if pipeline.output == "distance":
             return cls(round, nonces, np.frombuffer(rest, "<f8", count).tolist())
-        text, size = rest.decode(), len(rest) // count
-        return cls(round, nonces, [text[size * place : size * (place + 1)] for place in range(count)])
+        text = rest.decode()
+        size = len(rest) // count
+        return cls(
+            round, nonces, [text[size * place : size * (place + 1)] for place in range(count)]
+        )
 
 
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
     """Return the refusal of a value that contradicts the pins, by its name."""
     agreed = wanted if isinstance(wanted, str) else f"{wanted!r:.80}"
     do = "send what the network agreed on; GET /api/v1/validator/status shows it"
-    return Refusal(status, f"{name} {seen!r:.80}", wanted=f"{name} {agreed}", do=do, fields={"fields": [name]})
+    return Refusal(
+        status, f"{name} {seen!r:.80}", wanted=f"{name} {agreed}", do=do, fields={"fields": [name]}
+    )
 
 
 def _named(name: str, error: AssayError) -> Refusal:
@@ -91,7 +127,9 @@ def sender_of(values: JsonObject, registry: Registry) -> Sender:
     key = values.get("public_key")
     found = registry.senders.get(key) if isinstance(key, str) else None
     if found is None:
-        raise refused("public_key", key, "of a node that the pins or the nodes file list", status=403)
+        raise refused(
+            "public_key", key, "of a node that the pins or the nodes file list", status=403
+        )
     return found
 
 
@@ -109,11 +147,16 @@ class Reader:
         return f"{self.registry.hash}/{self.positions}"
 
     def claim(self, values: JsonObject, sender: Sender) -> Claim:
-        """Return what a ``generated`` body claims; refuse with 422 what contradicts the pins or is not of the form."""
-        pipeline, node_id = self.registry.pipeline, self.check_share(values, sender)
+        """Return what a ``generated`` body claims; refuse with 422 what contradicts the pins or is
+        not of the form.
+        """
+        pipeline = self.registry.pipeline
+        node_id = self.check_share(values, sender)
         vectors = pipeline.output != "distance"
         if vectors != ("artifacts" in values):
-            raise refused("preset", "vectors" if "artifacts" in values else "distances", pipeline.name)
+            raise refused(
+                "preset", "vectors" if "artifacts" in values else "distances", pipeline.name
+            )
         nonces: list[Any]
         claimed: Sequence[float | str]
         nonces, claimed = self._vectors(values) if vectors else self._distances(values)
@@ -135,7 +178,9 @@ class Reader:
 
     def check_share(self, values: JsonObject, sender: Sender) -> int:
         """Return the machine's number, after the block was compared."""
-        block, height, node_id = values.get("block_hash"), values.get("block_height"), values.get("node_id")
+        block = values.get("block_hash")
+        height = values.get("block_height")
+        node_id = values.get("node_id")
         if type(height) is not int or not 0 <= height <= MAX_NONCE:
             raise refused("block_height", height, "a height")
         if not isinstance(block, str) or not self.is_open(block, height):
@@ -145,11 +190,17 @@ class Reader:
         return int(node_id)  # type: ignore[arg-type]  # a number, as the node has it
 
     def _distances(self, values: JsonObject) -> tuple[list[int], list[float]]:
-        target, agreed = values.get("r_target"), self.registry.network.round.r_target
+        target = values.get("r_target")
+        agreed = self.registry.network.round.r_target
         if target != agreed or isinstance(target, bool):
             raise refused("r_target", target, agreed)
-        nonces, distances = values.get("nonces"), values.get("dist")
-        if not isinstance(nonces, list) or not isinstance(distances, list) or len(nonces) != len(distances):
+        nonces = values.get("nonces")
+        distances = values.get("dist")
+        if (
+            not isinstance(nonces, list)
+            or not isinstance(distances, list)
+            or len(nonces) != len(distances)
+        ):
             raise refused("dist", "lists of different lengths", "one distance for every nonce")
         if odd := [value for value in distances if type(value) not in (float, int)]:
             raise refused("dist", odd[0], "a number")
@@ -160,10 +211,12 @@ class Reader:
         return nonces, distances
 
     def _vectors(self, values: JsonObject) -> tuple[list[int], list[str]]:
-        wanted, size = describe_packing(self.registry.pipeline), packed_size(self.registry.pipeline)
+        wanted = describe_packing(self.registry.pipeline)
+        size = packed_size(self.registry.pipeline)
         if values.get("encoding") != wanted:
             raise refused("encoding", values.get("encoding"), wanted)
-        artifacts, length = values["artifacts"], 4 * -(-size // 3)
+        artifacts = values["artifacts"]
+        length = 4 * -(-size // 3)
         if not isinstance(artifacts, list):
             raise refused("artifacts", artifacts, "a list")
         for artifact in artifacts:
@@ -172,13 +225,17 @@ class Reader:
                 raise refused("artifacts", artifact, "a nonce and a vector_b64")
             if len(text := artifact["vector_b64"]) != length or not text.isascii():
                 raise refused("artifacts", text, f"the base64 of {size} bytes")
-        return [artifact["nonce"] for artifact in artifacts], [artifact["vector_b64"] for artifact in artifacts]
+        return [artifact["nonce"] for artifact in artifacts], [
+            artifact["vector_b64"] for artifact in artifacts
+        ]
 
     def _check_nonces(self, nonces: Sequence[Any], own: int, count: int) -> None:
-        """Refuse nonces of another share, those that do not ascend, and far ones where seeds may collide.
+        """Refuse nonces of another share, those that do not ascend, and far ones where seeds may
+        collide.
 
-        A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that one forward pass
-        serves two nonces: with the bound of 2²² positions that saves one pass in 2048.
+        A node that may choose among n positions finds n²/2³³ pairs of equal 32-bit seeds, so that
+        one forward pass serves two nonces: with the bound of 2²² positions that saves one pass in
+        2048.
         """
         if not 0 < len(nonces) <= MOST_NONCES:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
@@ -189,9 +246,16 @@ class Reader:
             last = nonce
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")
-        short = self.registry.pipeline.texts == "published" and self.registry.network.round.strength == 32
+        short = (
+            self.registry.pipeline.texts == "published"
+            and self.registry.network.round.strength == 32
+        )
         if short and last // count >= self.positions:
-            raise refused("nonces", last, f"among the first {self.positions} positions of the share (--positions)")
+            raise refused(
+                "nonces",
+                last,
+                f"among the first {self.positions} positions of the share (--positions)",
+            )
 
 
 def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
@@ -203,14 +267,24 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
         proof = Proof.parse("the proof", body)
     except AssayError as error:
         raise _named("format", error) from None
-    registry, stated, header = reader.registry, proof.round, proof.header
+    registry = reader.registry
+    stated = proof.round
+    header = proof.header
     sender = sender_of(stated.as_dict(), registry)
     reader.check_share(stated.as_dict(), sender)
     try:
         for name in registry.network.differing(stated):
-            raise refused(name, getattr(stated, name), getattr(registry.network.round, name, "of a node of the pins"))
-        key, block, digest = stated.public_key, stated.block_hash, registry.model.digest
-        pins = registry.network.for_round(block_hash=block, public_key=key, node_id=stated.node_id, model=digest)
+            raise refused(
+                name,
+                getattr(stated, name),
+                getattr(registry.network.round, name, "of a node of the pins"),
+            )
+        key = stated.public_key
+        block = stated.block_hash
+        digest = registry.model.digest
+        pins = registry.network.for_round(
+            block_hash=block, public_key=key, node_id=stated.node_id, model=digest
+        )
         check_proof(proof, expect=pins, sample=1)
     except Refusal:
         raise
@@ -219,9 +293,13 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
     for name in pins.unpinned(header):
         raise refused(name, header.claims()[name], "a value that the pins name")
     for name in sender.build.differing(header.fingerprint):
-        raise refused("builds", getattr(header.fingerprint, name), f"{name} of the build of this node")
+        raise refused(
+            "builds", getattr(header.fingerprint, name), f"{name} of the build of this node"
+        )
     published = [
-        r.distance if isinstance(r, DistanceRecord) else base64.b64encode(pack_record(r)).decode("ascii")
+        r.distance
+        if isinstance(r, DistanceRecord)
+        else base64.b64encode(pack_record(r)).decode("ascii")
         for r in proof.records
     ]
     return Claim(stated, [record.nonce for record in proof.records], published)

@@ -45,7 +45,8 @@ class ValidatorController(Runtime):
     Raises:
         DataError: The pins or the nodes file cannot be read.
         UsageError: They do not fit each other, or the ledger.
-        StorageError: The data directory is in use or cannot be written, or the ledger is not the one of the last run.
+        StorageError: The data directory is in use or cannot be written, or the ledger is not the
+            one of the last run.
     """
 
     metrics: ValidatorMetrics
@@ -61,20 +62,29 @@ class ValidatorController(Runtime):
         signed: bool = False,
     ) -> None:
         super().__init__(server, ValidatorMetrics())
-        self.settings, self._reference, self._signed = settings, reference, signed
+        self.settings = settings
+        self._reference = reference
+        self._signed = signed
         self._read_at = self._modified()
         self.registry = self._read()
         """Pins and nodes of now."""
         with ExitStack() as opened:  # an error leaves no file open, and no lock on the directory
             self.inbox = Inbox(
-                server.data_dir, epoch_seconds=settings.epoch, sample=settings.sample, most=settings.max_kept
+                server.data_dir,
+                epoch_seconds=settings.epoch,
+                sample=settings.sample,
+                most=settings.max_kept,
             )
             opened.callback(self.inbox.close)
-            self.ledger = Ledger(server.data_dir / LEDGER, alpha=self.registry.alpha, beta=server.beta)
+            self.ledger = Ledger(
+                server.data_dir / LEDGER, alpha=self.registry.alpha, beta=server.beta
+            )
             opened.callback(self.ledger.close)
             self.inbox.check_ledger(self.ledger)
             self._blocks = self.inbox.blocks(settings.open_blocks)
-            self.writer = InboxWriter(self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep)
+            self.writer = InboxWriter(
+                self.inbox, self.metrics, most=settings.max_unwritten, keep=settings.keep
+            )
             self.writers = (self.writer,)
             self.worker = Recomputer(
                 partial(self.load_model, load),
@@ -98,12 +108,17 @@ class ValidatorController(Runtime):
         pinned = self.registry.model
         if (pinned.digest, pinned.weights) != (deployment.digest, deployment.weights):
             seen = f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})"
-            wanted = f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, {pinned.digest[:12]})"
+            wanted = (
+                f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, "
+                f"{pinned.digest[:12]})"
+            )
             raise UsageError(seen, wanted=wanted, do="pass the --model that the network agreed on")
         self.registry.check_length(deployment)
 
     def _laws(self, registry: Registry, deployment: Deployment) -> Noises:
-        """Read the laws, and say what they need and which are missing: nodes of such a build stay undecided."""
+        """Read the laws, and say what they need and which are missing: nodes of such a build stay
+        undecided.
+        """
         found = Noises(self.server, registry, deployment, self.settings.batch_size)
         for law in found.laws:
             (log.info if law["missing"] is None else log.warning)("law", **law)
@@ -114,33 +129,48 @@ class ValidatorController(Runtime):
         return self._noises.of(build, round)
 
     def _read(self) -> Registry:
-        found = Registry.load(self.settings.pins, self.settings.nodes, self.server, model=self._reference)
+        found = Registry.load(
+            self.settings.pins, self.settings.nodes, self.server, model=self._reference
+        )
         if self._signed and not all(sender.signatures for sender in found.senders.values()):
-            wanted, do = "a secret of every node where others reach the port", "write it into the file of --nodes"
+            wanted = "a secret of every node where others reach the port"
+            do = "write it into the file of --nodes"
             raise UsageError("nodes that sign nothing", wanted=wanted, do=do)
         return found
 
     def _modified(self) -> list[int]:
         """Return numbers that change when the files do."""
-        found = [path for path in (self.settings.pins, self.settings.nodes) if path is not None and path.is_file()]
+        found = [
+            path
+            for path in (self.settings.pins, self.settings.nodes)
+            if path is not None and path.is_file()
+        ]
         return [path.stat().st_mtime_ns for path in found]
 
     @override
     def tend(self) -> None:
-        # Pins and nodes are read again where a file has changed; the old ones hold where the new are wrong.
+        # Pins and nodes are read again where a file has changed; the old ones hold where the new
+        # are wrong.
         found = self._modified()
         if found == self._read_at:
             return
         self._read_at = found
         try:
             fresh = self._read()
-            if (fresh.model.digest, fresh.alpha) != (self.registry.model.digest, self.registry.alpha):
+            if (fresh.model.digest, fresh.alpha) != (
+                self.registry.model.digest,
+                self.registry.alpha,
+            ):
                 seen = "pins of another model or with another alpha"
                 raise UsageError(seen, wanted="those of the start", do="restart the validator")
             if self.deployment is not None:
                 self._noises = self._laws(fresh, self.deployment)
         except AssayError as error:
-            log.error("the pins or the nodes are wrong, and the old ones hold", reason=error.seen, do=error.do)
+            log.error(
+                "the pins or the nodes are wrong, and the old ones hold",
+                reason=error.seen,
+                do=error.do,
+            )
             return
         self.registry = fresh
         self.worker.choose_standings()
@@ -161,7 +191,9 @@ class ValidatorController(Runtime):
         check_name("block_hash", block_hash, do="announce the block hash as the chain prints it")
         if self.registry.network.round.block_hash is not None:
             do = "leave block_hash out of the pins to announce blocks"
-            raise UsageError("a block beside pins that name one", wanted="blocks from one place", do=do)
+            raise UsageError(
+                "a block beside pins that name one", wanted="blocks from one place", do=do
+            )
         new = self.inbox.announce(block_hash, block_height)
         self._blocks = self.inbox.blocks(self.settings.open_blocks)
         return new
@@ -170,11 +202,16 @@ class ValidatorController(Runtime):
     def open_blocks(self) -> Mapping[str, int | None]:
         """Heights of the open blocks by hash, the newest first; None where the pins do not say."""
         pinned = self.registry.network.round
-        return self._blocks if pinned.block_hash is None else {pinned.block_hash: pinned.block_height}
+        return (
+            self._blocks if pinned.block_hash is None else {pinned.block_hash: pinned.block_height}
+        )
 
     def blocks(self) -> list[JsonObject]:
         """Return the open blocks, the newest first."""
-        return [{"block_hash": name, "block_height": height} for name, height in self.open_blocks.items()]
+        return [
+            {"block_hash": name, "block_height": height}
+            for name, height in self.open_blocks.items()
+        ]
 
     @property
     def error(self) -> str | None:
@@ -188,26 +225,44 @@ class ValidatorController(Runtime):
         # Messages are taken before that.
         if self.error is not None or self.deployment is None:
             seen = self.error or "the model is being loaded"
-            raise Refusal(503, seen, wanted="a loaded model, and no failure", do="wait, or see the log", retry_after=5)
+            raise Refusal(
+                503,
+                seen,
+                wanted="a loaded model, and no failure",
+                do="wait, or see the log",
+                retry_after=5,
+            )
 
     def nodes(self) -> list[JsonObject]:
-        """Return every node that is pinned or has sent, the strongest evidence of anything wrong first."""
-        senders, standings = self.inbox.senders(), self.worker.standings
+        """Return every node that is pinned or has sent, the strongest evidence of anything wrong
+        first.
+        """
+        senders = self.inbox.senders()
+        standings = self.worker.standings
         decided = {row["account"]: row for row in reversed(self.inbox.verdicts(10_000))}
         keys = dict.fromkeys([*self.registry.senders, *senders])
         found = [_node(key, senders.get(key, {}), standings.get(key), decided) for key in keys]
-        return sorted(found, key=lambda node: (_RANKS[node["verdict"]], -node["log_e_value"], node["public_key"]))
+        return sorted(
+            found,
+            key=lambda node: (_RANKS[node["verdict"]], -node["log_e_value"], node["public_key"]),
+        )
 
     @override
     def snapshot(self) -> JsonObject:
-        nodes, round = self.nodes(), self.registry.network.round
+        nodes = self.nodes()
+        round = self.registry.network.round
         return {
             **self.about(SCHEMA),
             "ready": self.deployment is not None,
             "error": self.error,
             "storage_failing": self.writer.failing,
-            "model": {"reference": self.registry.model.reference, "digest": self.registry.model.digest},
-            "pins": {name: getattr(round, name) for name in ("preset", "seq_len", "strength", "r_target")},
+            "model": {
+                "reference": self.registry.model.reference,
+                "digest": self.registry.model.digest,
+            },
+            "pins": {
+                name: getattr(round, name) for name in ("preset", "seq_len", "strength", "r_target")
+            },
             "blocks": self.blocks(),
             "inbox": self.inbox.counts(),
             "nonces_per_hour": self.settings.nonces_per_hour,
@@ -223,7 +278,9 @@ class ValidatorController(Runtime):
         }
 
 
-def _node(key: str, sent: JsonObject, standing: Standing | None, decided: dict[str, JsonObject]) -> JsonObject:
+def _node(
+    key: str, sent: JsonObject, standing: Standing | None, decided: dict[str, JsonObject]
+) -> JsonObject:
     account = account_id(standing.account) if standing is not None else None
     change = decided.get(account or "", {})
     return {

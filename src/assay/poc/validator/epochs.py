@@ -1,18 +1,21 @@
-"""Secrets that draw samples: committed to before they are used, kept while they are, and published afterwards.
+"""Secrets that draw samples: committed to before they are used, kept while they are, and published
+afterwards.
 
-The commitment of an epoch is SHA-256(secret ‖ epoch), with the number of the epoch in eight bytes, the highest first;
-it is published one whole epoch ahead. A message that arrives in an epoch is drawn from with
+The commitment of an epoch is SHA-256(secret ‖ epoch), with the number of the epoch in eight bytes,
+the highest first; it is published one whole epoch ahead. A message that arrives in an epoch is
+drawn from with
 
     seed  = the first 53 bits of HMAC-SHA-256(secret, tag ‖ key ‖ id ‖ SHA-256(body))
     order = its nonces, sorted by SHA-256(seed ‖ nonce), both in eight bytes,
 
-and the nonces that are recomputed are the first ones of that order. Of the messages of a node, the one with the lowest
+and the nonces that are recomputed are the first ones of that order. Of the messages of a node, the
+one with the lowest
 
     turn  = (nonces drawn before + seed / 2^53 · min(sample, nonces)) / nonces
 
-is next. So of every message the same share is drawn, however a node divides its nonces into messages. A node that does
-not have the secret cannot tell which they are. The validator could not choose them: who has the published secret draws
-them again.
+is next. So of every message the same share is drawn, however a node divides its nonces into
+messages. A node that does not have the secret cannot tell which they are. The validator could not
+choose them: who has the published secret draws them again.
 """
 
 import hashlib
@@ -36,7 +39,9 @@ class Epoch:
     ends: float | None  # time at which it ended; None before
 
     def public(self) -> dict[str, Any]:
-        """Return what anyone may know: the secret only once no message can be drawn with it any more."""
+        """Return what anyone may know: the secret only once no message can be drawn with it any
+        more.
+        """
         revealed = self.secret.hex() if self.ends is not None else None
         about = {"epoch": self.number, "begins": self.begins, "ends": self.ends}
         return {**about, "commitment": commitment(self.secret, self.number), "secret": revealed}
@@ -48,7 +53,9 @@ def commitment(secret: bytes, epoch: int) -> str:
 
 
 def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes) -> int:
-    """Return the number that draws from a message, whose body has this SHA-256, of the epoch in which it arrived."""
+    """Return the number that draws from a message, whose body has this SHA-256, of the epoch in
+    which it arrived.
+    """
     parts = (TAG, public_key.encode(), message_id.encode(), digest)
     # Each after its length, so that no two messages have one text.
     text = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
@@ -56,16 +63,20 @@ def message_seed(secret: bytes, public_key: str, message_id: str, digest: bytes)
 
 
 def first_turn(seed: int, nonces: int, sample: int) -> float:
-    """Return the turn of a message of which nothing was drawn: from 0 to 1, the lowest is drawn from first.
+    """Return the turn of a message of which nothing was drawn: from 0 to 1, the lowest is drawn
+    from first.
 
-    A draw of so many nonces adds their share of the message, so that turns of all messages rise alike: this is
-    systematic sampling with a random start, in which the chance of a nonce does not depend on the size of its message.
+    A draw of so many nonces adds their share of the message, so that turns of all messages rise
+    alike: this is systematic sampling with a random start, in which the chance of a nonce does not
+    depend on the size of its message.
     """
     return seed / (1 << SEED_BITS) * min(sample, nonces) / max(nonces, 1)
 
 
 def draw(seed: int, nonces: Sequence[int], first: int, end: int) -> list[int]:
-    """Return the places ``[first, end)`` of the drawn order of some nonces, as indices into them."""
+    """Return the places ``[first, end)`` of the drawn order of some nonces, as indices into
+    them.
+    """
     head = seed.to_bytes(8, "big")
 
     def ticket(place: int) -> bytes:

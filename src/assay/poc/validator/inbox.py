@@ -1,7 +1,9 @@
-"""The inbox on disk: messages once each, the epochs that draw from them, and the blocks that are open.
+"""The inbox on disk: messages once each, the epochs that draw from them, and the blocks that are
+open.
 
-A message is waiting while ``drawn`` is below ``nonces``; ``planned`` is ahead of ``drawn`` while nonces are recomputed.
-Its ``turn`` says when it is drawn from: `assay.poc.validator.epochs.first_turn`.
+A message is waiting while ``drawn`` is below ``nonces``; ``planned`` is ahead of ``drawn`` while
+nonces are recomputed. Its ``turn`` says when it is drawn from:
+`assay.poc.validator.epochs.first_turn`.
 """
 
 import hashlib
@@ -46,7 +48,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             turn REAL NOT NULL, claim BLOB, pins TEXT, body BLOB NOT NULL,
             UNIQUE (id, sender)
         )""",
-        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = drawn",
+        "CREATE INDEX inbox_waiting ON inbox (sender, turn) WHERE drawn < nonces AND planned = "
+        "drawn",
         "CREATE INDEX inbox_planned ON inbox (seq) WHERE planned > drawn",
         "CREATE INDEX inbox_at ON inbox (at)",
         """CREATE TABLE epochs (
@@ -84,9 +87,13 @@ class Message:
     kind: str  # what it is: generated, validated, proof or pulled
     nonces: int  # number of nonces that may be recomputed; 0 for a message that is no evidence
     body: bytes  # bytes as they were received
-    claim: bytes | None = None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
+    claim: bytes | None = (
+        None  # what it claims, as ``Claim.encode`` writes it; None where it is no evidence
+    )
     pins: str | None = None  # hash of the pins that the claim was held against
-    pulled: tuple[str, int, int] | None = None  # block, machine and highest nonce, where it was pulled
+    pulled: tuple[str, int, int] | None = (
+        None  # block, machine and highest nonce, where it was pulled
+    )
 
     @property
     def size(self) -> int:
@@ -115,7 +122,8 @@ class Draw:
     def name(self) -> str:
         """Name of its evidence in the ledger: a draw that is repeated after a crash has the same.
 
-        The seed tells apart two messages of one id, of which the first was deleted before the second one came.
+        The seed tells apart two messages of one id, of which the first was deleted before the
+        second one came.
         """
         owner = hashlib.sha256(self.public_key.encode()).hexdigest()[:16]
         return f"{owner}/{self.id}/{self.seed}/{self.drawn}"
@@ -124,21 +132,33 @@ class Draw:
 class Inbox:
     """Reads and writes the database of a validator.
 
-    One secret draws for ``epoch_seconds``, ``sample`` nonces of a message at a time; up to ``most`` bytes of a node are
-    kept at the same time, and no more than half of what is still free on the disk.
+    One secret draws for ``epoch_seconds``, ``sample`` nonces of a message at a time; up to ``most``
+    bytes of a node are kept at the same time, and no more than half of what is still free on the
+    disk.
     """
 
-    def __init__(self, data_dir: Path, *, epoch_seconds: float, sample: int, most: int = 2**32) -> None:
-        self._epoch_seconds, self._sample, self._most = epoch_seconds, sample, most
+    def __init__(
+        self, data_dir: Path, *, epoch_seconds: float, sample: int, most: int = 2**32
+    ) -> None:
+        self._epoch_seconds = epoch_seconds
+        self._sample = sample
+        self._most = most
         self.database = Database(data_dir, name=NAME, migrations=MIGRATIONS)
         self._senders: dict[str, int] = {}
         self._epoch: Epoch | None = None
-        self._served = (0, 0.0, 0.0, time.monotonic())  # seconds of an epoch, those on disk, and when they were counted
+        self._served = (
+            0,
+            0.0,
+            0.0,
+            time.monotonic(),
+        )  # seconds of an epoch, those on disk, and when they were counted
         with self.database.write() as connection:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
                 self._senders[key] = number
-            kept = connection.exec_driver_sql(f"SELECT sender, sum({_SIZE}) FROM inbox GROUP BY sender")
+            kept = connection.exec_driver_sql(
+                f"SELECT sender, sum({_SIZE}) FROM inbox GROUP BY sender"
+            )
             self._kept: Counter[int] = Counter(dict(map(tuple, kept)))  # bytes by sender
         self._free = disk_room(data_dir)
 
@@ -147,16 +167,20 @@ class Inbox:
         self.database.close()
 
     def is_full(self, public_key: str, size: int) -> bool:
-        """Return whether a node's messages leave no room for one of so many bytes, of its own or of the disk's."""
+        """Return whether a node's messages leave no room for one of so many bytes, of its own or of
+        the disk's.
+        """
         kept = self._kept[self._senders.get(public_key, 0)]
         return kept + size > min(self._most, fair_share(self._free + kept, 0))
 
     def add(self, messages: Sequence[Message]) -> list[bool]:
-        """Keep messages in one transaction; return of each whether it is new. They are on disk when this returns.
+        """Keep messages in one transaction; return of each whether it is new. They are on disk when
+        this returns.
 
         Only one thread may call this.
         """
-        now, senders = time.time(), dict(self._senders)
+        now = time.time()
+        senders = dict(self._senders)
         with self.database.write() as connection:
             epoch = self._roll(connection, now)
             for key in {message.public_key for message in messages} - senders.keys():
@@ -180,16 +204,28 @@ class Inbox:
                     seed = message_seed(epoch.secret, message.public_key, message.id, digest)
                     about = (sender, message.id, message.kind, now, epoch.number, seed, digest)
                     turn = first_turn(seed, message.nonces, self._sample)
-                    added.append((*about, message.nonces, turn, message.body, message.claim, message.pins))
+                    added.append(
+                        (*about, message.nonces, turn, message.body, message.claim, message.pins)
+                    )
             if added:
-                columns = "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
-                connection.exec_driver_sql(f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added)
+                columns = (
+                    "sender, id, kind, at, epoch, seed, digest, nonces, turn, body, claim, pins"
+                )
+                connection.exec_driver_sql(
+                    f"INSERT INTO inbox ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", added
+                )
             counts = "messages=messages+?, nonces=nonces+?, repeated=repeated+?"
-            connection.exec_driver_sql(f"UPDATE senders SET last_at=?, {counts} WHERE id=?", changes)
+            connection.exec_driver_sql(
+                f"UPDATE senders SET last_at=?, {counts} WHERE id=?", changes
+            )
             if pulls := [(m.public_key, *m.pulled) for m in messages if m.pulled is not None]:
                 keep = "ON CONFLICT DO UPDATE SET after = max(after, excluded.after)"
                 connection.exec_driver_sql(f"INSERT INTO pulls VALUES (?, ?, ?, ?) {keep}", pulls)
-        self._senders, self._epoch, self._free = senders, epoch, disk_room(self.database.path.parent)
+        self._senders, self._epoch, self._free = (
+            senders,
+            epoch,
+            disk_room(self.database.path.parent),
+        )
         for message, new in zip(messages, fresh, strict=True):
             self._kept[senders[message.public_key]] += message.size if new else 0
         return fresh
@@ -207,12 +243,15 @@ class Inbox:
         self._epoch, self._free = epoch, disk_room(self.database.path.parent)
 
     def _roll(self, connection: sa.Connection, now: float) -> Epoch:
-        """Return the epoch of now. The secret after it is on disk already, so that its commitment can be read.
+        """Return the epoch of now. The secret after it is on disk already, so that its commitment
+        can be read.
 
-        An epoch has passed once it was served for so long: neither a clock that is set ends it, nor a time in which no
-        process ran and no client read the commitment that follows.
+        An epoch has passed once it was served for so long: neither a clock that is set ends it, nor
+        a time in which no process ran and no client read the commitment that follows.
         """
-        where, epoch, clock = "FROM epochs WHERE begins IS NOT NULL AND ends IS NULL", self._epoch, time.monotonic()
+        where = "FROM epochs WHERE begins IS NOT NULL AND ends IS NULL"
+        epoch = self._epoch
+        clock = time.monotonic()
         current = f"SELECT number, secret, begins, ends {where}"
         served, seconds, written, counted = self._served
         if epoch is None and (row := connection.exec_driver_sql(current).first()):
@@ -223,12 +262,15 @@ class Inbox:
         seconds += clock - counted
         if epoch is not None and seconds < self._epoch_seconds:
             if seconds - written > min(SERVED_EVERY, self._epoch_seconds / 16):
-                connection.exec_driver_sql("UPDATE epochs SET served = ? WHERE number = ?", (seconds, epoch.number))
+                connection.exec_driver_sql(
+                    "UPDATE epochs SET served = ? WHERE number = ?", (seconds, epoch.number)
+                )
                 written = seconds
             self._served = (epoch.number, seconds, written, clock)
             return epoch
         self._served = (epoch.number if epoch else 0, seconds, written, clock)
-        number, insert = epoch.number + 1 if epoch else 1, "INSERT INTO epochs VALUES (?, ?, NULL, NULL, 0)"
+        number = epoch.number + 1 if epoch else 1
+        insert = "INSERT INTO epochs VALUES (?, ?, NULL, NULL, 0)"
         if epoch is None:
             connection.exec_driver_sql(insert, (number, token_bytes(SECRET_BYTES)))
         connection.exec_driver_sql("UPDATE epochs SET ends = ? WHERE number = ?", (now, number - 1))
@@ -238,7 +280,9 @@ class Inbox:
 
     def epochs(self, limit: int) -> list[JsonObject]:
         """Return what anyone may know of the latest epochs, the newest first."""
-        rows = self._rows("SELECT number, secret, begins, ends FROM epochs ORDER BY number DESC LIMIT ?", limit)
+        rows = self._rows(
+            "SELECT number, secret, begins, ends FROM epochs ORDER BY number DESC LIMIT ?", limit
+        )
         return [Epoch(**row._mapping).public() for row in rows]
 
     def announce(self, block_hash: str, block_height: int) -> bool:
@@ -250,7 +294,9 @@ class Inbox:
 
     def blocks(self, limit: int) -> dict[str, int]:
         """Return the heights of the latest blocks, by hash."""
-        rows = self._rows("SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?", limit)
+        rows = self._rows(
+            "SELECT block_hash, block_height FROM blocks ORDER BY seq DESC LIMIT ?", limit
+        )
         return {row.block_hash: row.block_height for row in rows}
 
     def unfinished(self, limit: int) -> list[Draw]:
@@ -260,14 +306,20 @@ class Inbox:
 
     def waiting(self) -> list[str]:
         """Return the keys of the nodes of which nonces may be drawn."""
-        exists = "EXISTS (SELECT 1 FROM inbox WHERE sender = senders.id AND drawn < nonces AND planned = drawn)"
-        return [row.public_key for row in self._rows(f"SELECT public_key FROM senders WHERE {exists}")]
+        exists = (
+            "EXISTS (SELECT 1 FROM inbox WHERE sender = senders.id AND drawn < nonces AND planned "
+            "= drawn)"
+        )
+        return [
+            row.public_key for row in self._rows(f"SELECT public_key FROM senders WHERE {exists}")
+        ]
 
     def plan(self, public_keys: Sequence[str], most: int) -> list[Draw]:
-        """Draw up to ``most`` nonces, from one message of each node, in one transaction; return the draws.
+        """Draw up to ``most`` nonces, from one message of each node, in one transaction; return the
+        draws.
 
-        The message is the one whose turn it is, which neither the node nor the validator chooses. A node that stands
-        there twice has two messages drawn from.
+        The message is the one whose turn it is, which neither the node nor the validator chooses. A
+        node that stands there twice has two messages drawn from.
         """
         chosen: list[int] = []
         with self.database.write() as connection:
@@ -284,17 +336,33 @@ class Inbox:
                     chosen.append(row[0])
                     most -= row[1]
             marks = ",".join(map(str, chosen))
-            return self._draws(connection, f"seq IN ({marks}) ORDER BY inbox.seq", len(chosen)) if chosen else []
+            return (
+                self._draws(connection, f"seq IN ({marks}) ORDER BY inbox.seq", len(chosen))
+                if chosen
+                else []
+            )
 
     def _draws(self, connection: sa.Connection, where: str, limit: int) -> list[Draw]:
-        columns = "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body, inbox.nonces, claim, pins"
-        query = f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT {limit:d}"
+        columns = (
+            "seq, public_key, inbox.id, kind, seed, digest, drawn, planned, body, inbox.nonces, "
+            "claim, pins"
+        )
+        query = (
+            f"SELECT {columns} FROM inbox JOIN senders ON senders.id = sender WHERE {where} LIMIT "
+            f"{limit:d}"
+        )
         return [Draw(*row) for row in connection.exec_driver_sql(query)]
 
     def finish(
-        self, draws: Sequence[Draw], verdicts: Sequence[JsonObject] = (), *, head: tuple[int, str] | None = None
+        self,
+        draws: Sequence[Draw],
+        verdicts: Sequence[JsonObject] = (),
+        *,
+        head: tuple[int, str] | None = None,
     ) -> None:
-        """Note that the evidence of draws is in the ledger, with the verdicts that changed by it, and its head now."""
+        """Note that the evidence of draws is in the ledger, with the verdicts that changed by it,
+        and its head now.
+        """
         with self.database.write() as connection:
             if head is not None:
                 connection.exec_driver_sql("DELETE FROM ledger_heads")
@@ -302,17 +370,31 @@ class Inbox:
             rows = [(draw.planned, draw.planned, draw.planned, draw.seq) for draw in draws]
             if rows:
                 turn = "turn = turn + (? - drawn) * 1.0 / nonces"
-                connection.exec_driver_sql(f"UPDATE inbox SET {turn}, drawn = ?, planned = ? WHERE seq = ?", rows)
+                connection.exec_driver_sql(
+                    f"UPDATE inbox SET {turn}, drawn = ?, planned = ? WHERE seq = ?", rows
+                )
             if verdicts:
                 connection.execute(self.database["verdicts"].insert(), list(verdicts))
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Refuse a ledger that does not hold what the last one held: it was emptied, replaced, or is an older copy."""
+        """Refuse a ledger that does not hold what the last one held: it was emptied, replaced, or
+        is an older copy.
+        """
         for row in self._rows("SELECT count AS entries, hash FROM ledger_heads"):
             if not ledger.contains(row.entries, row.hash):
-                seen = f"{ledger.path} without the {row.entries} entries that {self.database.path} knows of"
-                do = "restore both files from one backup, or move both away to begin again, which forgets all accounts"
-                raise StorageError(seen, wanted="the ledger that was written beside it, with nothing missing", do=do)
+                seen = (
+                    f"{ledger.path} without the {row.entries} entries that {self.database.path} "
+                    f"knows of"
+                )
+                do = (
+                    "restore both files from one backup, or move both away to begin again, which "
+                    "forgets all accounts"
+                )
+                raise StorageError(
+                    seen,
+                    wanted="the ledger that was written beside it, with nothing missing",
+                    do=do,
+                )
         self.finish((), head=ledger.head)
 
     def senders(self) -> dict[str, JsonObject]:
@@ -320,7 +402,9 @@ class Inbox:
         return {row.public_key: dict(row._mapping) for row in self._rows("SELECT * FROM senders")}
 
     def verdicts(self, limit: int, *, after: int | None = None) -> list[JsonObject]:
-        """Return changes of verdicts: those after an id, oldest first, or else the latest ones, newest first."""
+        """Return changes of verdicts: those after an id, oldest first, or else the latest ones,
+        newest first.
+        """
         order = "DESC" if after is None else "ASC"
         query = f"SELECT * FROM verdicts WHERE id > ? ORDER BY id {order} LIMIT ?"
         return [dict(row._mapping) for row in self._rows(query, after or 0, limit)]
@@ -333,7 +417,9 @@ class Inbox:
 
     def counts(self) -> dict[str, int]:
         """Return sums over all nodes: messages, nonces and repeated messages."""
-        sums = ", ".join(f"coalesce(sum({name}), 0) AS {name}" for name in ("messages", "nonces", "repeated"))
+        sums = ", ".join(
+            f"coalesce(sum({name}), 0) AS {name}" for name in ("messages", "nonces", "repeated")
+        )
         return self._rows(f"SELECT {sums} FROM senders")[0]._asdict()
 
     def _rows(self, query: str, *values: object) -> Sequence[sa.Row[Any]]:
@@ -341,7 +427,9 @@ class Inbox:
             return connection.exec_driver_sql(query, values).all()
 
     def prune(self, keep: float) -> int:
-        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return how many."""
+        """Delete messages older than ``keep`` seconds of which nothing is being recomputed; return
+        how many.
+        """
         now = settled_time()
         with self.database.write() as connection:
             # A part at a time: one long transaction would hold up every message that arrives.
@@ -358,23 +446,33 @@ SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
 
 
 class InboxWriter(GroupCommit[Message, bool]):
-    """Keeps messages for ``keep`` seconds, in a thread of its own, which alone adds to the inbox."""
+    """Keeps messages for ``keep`` seconds, in a thread of its own, which alone adds to the
+    inbox.
+    """
 
     def __init__(self, inbox: Inbox, metrics: ValidatorMetrics, *, most: int, keep: float) -> None:
         super().__init__("assay-inbox", most=most)
-        self._inbox, self._metrics, self._keep = inbox, metrics, keep
+        self._inbox = inbox
+        self._metrics = metrics
+        self._keep = keep
         self._pruned = time.monotonic()
 
     async def keep(self, message: Message) -> bool:
         """Keep a message; return whether it is new. It is on disk when this returns.
 
-        It is refused with 429 where so much of this node is kept already, with 503 where it cannot be written now.
+        It is refused with 429 where so much of this node is kept already, with 503 where it cannot
+        be written now.
         """
         if self._inbox.is_full(message.public_key, message.size):
             seen = "so many bytes of this node are kept that there is no room for more"
-            wanted = "the room of one node (--max-kept of the validator, and half of what its disk has free)"
+            wanted = (
+                "the room of one node (--max-kept of the validator, and half of what its disk has "
+                "free)"
+            )
             do = "send it again later: what is older than --keep is deleted"
-            raise Refusal(429, seen, wanted=wanted, do=do, retry_after=60, fields={"fields": ["room"]})
+            raise Refusal(
+                429, seen, wanted=wanted, do=do, retry_after=60, fields={"fields": ["room"]}
+            )
         return await self.put(message, size=message.size, client=message.public_key)
 
     def _write(self, messages: list[Message]) -> list[bool]:
@@ -384,7 +482,14 @@ class InboxWriter(GroupCommit[Message, bool]):
         return fresh
 
     def _refusal(self, seen: str) -> Refusal:
-        return Refusal(503, seen, wanted="room for it", do="send it again", retry_after=1, fields={"fields": ["busy"]})
+        return Refusal(
+            503,
+            seen,
+            wanted="room for it",
+            do="send it again",
+            retry_after=1,
+            fields={"fields": ["busy"]},
+        )
 
     def _rest(self, wrote: bool) -> None:
         if not wrote:  # what adds messages ends epochs as well

@@ -13,16 +13,28 @@ class ValidatorMetrics(Exported):
 
     def __init__(self) -> None:
         super().__init__("assay_validator")
-        counter, shown = self.counter, self.shown
+        counter = self.counter
+        shown = self.shown
         kept = "Messages on disk, by kind; repeated ones were there already."
         self.messages = counter("messages", kept, {"kind": KINDS, "as": ("new", "repeated")})
-        self.refused = counter("refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS})
+        self.refused = counter(
+            "refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS}
+        )
         self.nonces = counter("nonces", "Nonces recomputed, whose evidence is in the ledger.")
-        self.dropped = counter("dropped_draws", "Draws without evidence, because the pins have changed.")
+        self.dropped = counter(
+            "dropped_draws", "Draws without evidence, because the pins have changed."
+        )
         self.failures = counter("engine_failures", "Batches that the engine failed on.")
-        self.verdicts = counter("verdict_changes", "Verdicts that changed, by the new one.", {"verdict": VERDICTS})
+        self.verdicts = counter(
+            "verdict_changes", "Verdicts that changed, by the new one.", {"verdict": VERDICTS}
+        )
         self.polls = counter("polls", "Questions to nodes, by outcome.", {"outcome": OUTCOMES})
-        shown("nodes", "Nodes by verdict.", lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS}, "verdict")
+        shown(
+            "nodes",
+            "Nodes by verdict.",
+            lambda s: {n: s["verdicts"].get(n, 0) for n in VERDICTS},
+            "verdict",
+        )
         shown("nodes_pinned", "Nodes that may send.", lambda s: s["nodes_pinned"])
         ready = "1 when the model is loaded and nothing has failed."
         shown("ready", ready, lambda s: s["ready"] and s["error"] is None)

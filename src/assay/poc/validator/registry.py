@@ -1,4 +1,6 @@
-"""Who may send what, and the honest noise of each: the pins, and the validator's file of secrets and builds."""
+"""Who may send what, and the honest noise of each: the pins, and the validator's file of secrets
+and builds.
+"""
 
 import hashlib
 import re
@@ -21,8 +23,20 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise, find_build_noise
-from assay.poc.verdict.noise import LARGEST_SAMPLE, Noise, bundled_noise, missing_law, plan_sample, sequential_test
+from assay.poc.verdict.calibration import (
+    Calibration,
+    account_alpha,
+    describe_promise,
+    find_build_noise,
+)
+from assay.poc.verdict.noise import (
+    LARGEST_SAMPLE,
+    Noise,
+    bundled_noise,
+    missing_law,
+    plan_sample,
+    sequential_test,
+)
 
 if TYPE_CHECKING:
     from assay.models.load import ModelInfo
@@ -38,9 +52,13 @@ class NodeEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     public_key: str
-    secrets: Secrets | None = None  # of its callbacks, as Standard Webhooks has them; ``--callback-secret`` when None
+    secrets: Secrets | None = (
+        None  # of its callbacks, as Standard Webhooks has them; ``--callback-secret`` when None
+    )
     relay: str | None = None  # name of a trusted relay that signs for several nodes with one secret
-    build: str | None = None  # needed where the model has several builds and the pins do not say which
+    build: str | None = (
+        None  # needed where the model has several builds and the pins do not say which
+    )
     url: str | None = None  # address of its service, for a node that is polled
     read_key: str | None = None  # key that may read there
 
@@ -68,7 +86,9 @@ class Sender:
 
     @property
     def is_proven(self) -> bool:
-        """Whether what is pulled came from this node for sure: over http anyone on the path may have written it."""
+        """Whether what is pulled came from this node for sure: over http anyone on the path may
+        have written it.
+        """
         return urlsplit(self.entry.url or "").scheme == "https"
 
     def has(self, node_id: object) -> bool:
@@ -82,18 +102,23 @@ class Registry:
     """The pins of one model with the nodes that may send.
 
     Raises:
-        UsageError: The pins do not have that model, or neither file lists a node; a node has an unknown build, or one
-            secret would speak for several nodes.
+        UsageError: The pins do not have that model, or neither file lists a node; a node has an
+            unknown build, or one secret would speak for several nodes.
         Refusal: An address that may not be polled.
     """
 
     def __init__(
-        self, network: NetworkPins, model: str | None, entries: Sequence[NodeEntry], settings: ServerSettings
+        self,
+        network: NetworkPins,
+        model: str | None,
+        entries: Sequence[NodeEntry],
+        settings: ServerSettings,
     ) -> None:
         self.network, self.alpha = network, account_alpha(network, settings.alpha)
         self.model = network.model(model if len(network.models) > 1 else None)
         self.pipeline: Pipeline = get_pipeline(network.round.preset)
-        shared, self._pinned = Signatures(settings.callback_secrets), defaultdict[str, list[NodePins]](list)
+        shared = Signatures(settings.callback_secrets)
+        self._pinned = defaultdict[str, list[NodePins]](list)
         for node in network.nodes:
             self._pinned[node.public_key].append(node)
         given = {entry.public_key: entry for entry in entries}
@@ -108,19 +133,30 @@ class Registry:
         self.hash = hashlib.sha256(claimed.encode()).hexdigest()
         """Hash of all that claims are held against, the open blocks aside."""
         if not self.senders:
-            seen, wanted = "pins and nodes files that list no node", "the keys of the nodes that may send"
+            seen = "pins and nodes files that list no node"
+            wanted = "the keys of the nodes that may send"
             do = "add them under [[nodes]] of the pins file, or of the file of --nodes"
             raise UsageError(seen, wanted=wanted, do=do)
 
     @classmethod
-    def load(cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None) -> "Registry":
+    def load(
+        cls, pins: Path, nodes: Path | None, settings: ServerSettings, *, model: str | None = None
+    ) -> "Registry":
         """Read both files, of which errors name the key."""
-        return cls(_latest(NetworkPins.load, pins), model, _latest(_entries, nodes) if nodes else (), settings)
+        return cls(
+            _latest(NetworkPins.load, pins),
+            model,
+            _latest(_entries, nodes) if nodes else (),
+            settings,
+        )
 
     def check_length(self, model: "ModelInfo | Deployment") -> None:
-        """Refuse pins whose rounds are longer than a model; its facts are enough, without its weights."""
+        """Refuse pins whose rounds are longer than a model; its facts are enough, without its
+        weights.
+        """
         if self.network.round.seq_len > model.max_positions:
-            seen, wanted = f"seq_len {self.network.round.seq_len} with {model.reference}", model.max_positions
+            seen = f"seq_len {self.network.round.seq_len} with {model.reference}"
+            wanted = model.max_positions
             do = "correct seq_len in the file of --pins"
             raise UsageError(seen, wanted=f"at most its {wanted} positions", do=do)
 
@@ -128,8 +164,13 @@ class Registry:
         check_url(entry.url, allow_private=settings.allow_private_callbacks)
         if entry.url is not None and self.pipeline.output != "distance":
             seen = f"the url {entry.url!r:.80} with preset {self.pipeline.name}"
-            wanted = "nodes that are polled only where they publish distances: /status does not hold vectors"
-            raise UsageError(seen, wanted=wanted, do="leave the url out, and let the node send callbacks")
+            wanted = (
+                "nodes that are polled only where they publish distances: /status does not hold "
+                "vectors"
+            )
+            raise UsageError(
+                seen, wanted=wanted, do="leave the url out, and let the node send callbacks"
+            )
         own = self._pinned.get(entry.public_key)
         return Sender(
             entry=entry,
@@ -140,28 +181,47 @@ class Registry:
         )
 
     def _build(self, public_key: str, stated: set[str | None]) -> Build:
-        """Return the build of a node: the one that either file names, or the only one of the model."""
+        """Return the build of a node: the one that either file names, or the only one of the
+        model.
+        """
         names = sorted(stated - {None}, key=str)
         found = [build for build in self.model.builds if not names or build.name == names[0]]
         if len(names) > 1 or len(found) != 1:
-            seen = f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
-            wanted = "one of " + ", ".join(repr(build.name) for build in self.model.builds) + " for all its machines"
-            do = "name the node's build in the pins, and give machines of another build a key of their own"
+            seen = (
+                f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
+            )
+            wanted = (
+                "one of "
+                + ", ".join(repr(build.name) for build in self.model.builds)
+                + " for all its machines"
+            )
+            do = (
+                "name the node's build in the pins, and give machines of another build a key of "
+                "their own"
+            )
             raise UsageError(seen, wanted=wanted, do=do)
         return found[0]
 
 
 def _check_names(keys: Iterable[str]) -> None:
-    """Refuse keys that look alike: those of one normal form (NFKC) of Unicode once what is not drawn is left out."""
+    """Refuse keys that look alike: those of one normal form (NFKC) of Unicode once what is not
+    drawn is left out.
+    """
     found: dict[str, str] = {}
     for key in keys:
         if (other := found.setdefault(normalize("NFKC", _UNSEEN.sub("", key)), key)) != key:
-            seen, wanted = f"the keys {other!a:.80} and {key!a:.80}", "keys that can be told apart"
-            raise UsageError(seen, wanted=wanted, do="write both in the normal form NFKC, or remove one of the two")
+            seen = f"the keys {other!a:.80} and {key!a:.80}"
+            wanted = "keys that can be told apart"
+            raise UsageError(
+                seen,
+                wanted=wanted,
+                do="write both in the normal form NFKC, or remove one of the two",
+            )
 
 
 def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
-    """Refuse a secret of several nodes, in whatever spelling: each could sign what convicts the others for life.
+    """Refuse a secret of several nodes, in whatever spelling: each could sign what convicts the
+    others for life.
 
     A relay that is trusted with several nodes is named by each of them.
     """
@@ -170,14 +230,21 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
         for secret in check_secrets(shared if entry.secrets is None else entry.secrets):
             other = owners.setdefault(secret, entry)
             if other is not entry and (entry.relay is None or entry.relay != other.relay):
-                seen = f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
+                seen = (
+                    f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
+                )
                 wanted = "a secret of its own for every node: who has it can sign for each of them"
-                do = "write secrets for each in the file of --nodes, or the relay that signs for both"
+                do = (
+                    "write secrets for each in the file of --nodes, or the relay that signs for "
+                    "both"
+                )
                 raise UsageError(seen, wanted=wanted, do=do)
 
 
 def _latest(read: Callable[[Path], T], path: Path) -> T:
-    """Return what a file holds. It is read once: one of ten thousand nodes takes most of what a change costs."""
+    """Return what a file holds. It is read once: one of ten thousand nodes takes most of what a
+    change costs.
+    """
     now = path.stat() if path.is_file() else None
     found: T = _kept(read, path, now and (now.st_ino, now.st_mtime_ns, now.st_size))
     return found
@@ -192,12 +259,18 @@ def _entries(path: Path) -> tuple[NodeEntry, ...]:
     try:
         found = _NodesFile.model_validate(read_toml(path)).nodes
     except ValidationError as error:
-        fault: Any = error.errors(include_url=False, include_input=False)[0]  # the input may be a secret
+        fault: Any = error.errors(include_url=False, include_input=False)[
+            0
+        ]  # the input may be a secret
         seen = f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']:.200}"
         raise DataError(seen, wanted="tables [[nodes]]", do="see docs/validator.md") from None
     for key, count in Counter(entry.public_key for entry in found).items():
         if count > 1:
-            raise DataError(f"{path}: the key {key!r:.80} twice", wanted="every key once", do="remove one of the two")
+            raise DataError(
+                f"{path}: the key {key!r:.80} twice",
+                wanted="every key once",
+                do="remove one of the two",
+            )
     return found
 
 
@@ -215,19 +288,32 @@ class Noises:
         DataError: A pinned file cannot be read, or is another one.
     """
 
-    def __init__(self, settings: ServerSettings, registry: Registry, deployment: "Deployment", batch_size: int) -> None:
-        self._registry, self._deployment, given = registry, deployment, settings.calibration
-        self._batch_size = batch_size  # of the engine that recomputes, so that none is made for its description alone
+    def __init__(
+        self,
+        settings: ServerSettings,
+        registry: Registry,
+        deployment: "Deployment",
+        batch_size: int,
+    ) -> None:
+        self._registry = registry
+        self._deployment = deployment
+        given = settings.calibration
+        # of the engine that recomputes, so that none is made for its description alone
+        self._batch_size = batch_size
         pinned = registry.network.calibrations(registry.model) if given is None else ()
         self._measured = [Calibration.load(path) for path in pinned] if given is None else [given]
         self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
         self.laws = [self._law(build, settings) for build in registry.model.builds]
-        """For every build the nonces that its law needs, and their power; or which command measures a law."""
+        """For every build the nonces that its law needs, and their power; or which command measures
+        a law.
+        """
         self.promise = describe_promise(registry.network, registry.alpha, self._measured)
         """False convictions that the network accepts, and that are expected."""
 
     def of(self, build: Build, round: Round | None = None) -> Noise | None:
-        """Return the noise of a node's residuals in a round, or of the usual scale; None where none was measured."""
+        """Return the noise of a node's residuals in a round, or of the usual scale; None where none
+        was measured.
+        """
         key = (build.model_dump_json(), "" if round is None else round.block_hash)
         if key not in self._kept:
             self._kept[key] = self._find(build, round)
@@ -236,21 +322,34 @@ class Noises:
         return self._kept[key]
 
     def _law(self, build: Build, settings: ServerSettings) -> JsonObject:
-        noise, registry = self.of(build), self._registry
+        noise = self.of(build)
+        registry = self._registry
         if noise is None:
             seq_len = registry.network.round.seq_len
-            round = Round(block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len)
-            return {"build": build.name, "missing": missing_law(registry.model.reference, registry.model.digest, round)}
-        nonces, power = plan_sample(sequential_test(noise, alpha=registry.alpha, beta=settings.beta), LARGEST_SAMPLE)
+            round = Round(
+                block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len
+            )
+            return {
+                "build": build.name,
+                "missing": missing_law(registry.model.reference, registry.model.digest, round),
+            }
+        nonces, power = plan_sample(
+            sequential_test(noise, alpha=registry.alpha, beta=settings.beta), LARGEST_SAMPLE
+        )
         return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
 
     def _find(self, build: Build, round: Round | None) -> Noise | None:
-        registry, preset = self._registry, self._registry.pipeline.name
+        registry = self._registry
+        preset = self._registry.pipeline.name
         if len(build.dtype) > 1:
             seen = f"the build {build.name!r} of {' and '.join(build.dtype)}"
-            wanted = "one number format for each build: callbacks do not say in which they were computed"
+            wanted = (
+                "one number format for each build: callbacks do not say in which they were computed"
+            )
             raise CalibrationError(
-                seen, wanted=wanted, do="list the build once for each format, and name it for each node"
+                seen,
+                wanted=wanted,
+                do="list the build once for each format, and name it for each node",
             )
         formats = build.dtype[0], self._deployment.dtype
         if not self._measured:

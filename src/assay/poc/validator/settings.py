@@ -1,4 +1,6 @@
-"""The settings of a validator, beside those of a service that it shares: data directory, keys, secrets and bounds."""
+"""The settings of a validator, beside those of a service that it shares: data directory, keys,
+secrets and bounds.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,30 +20,53 @@ class ValidatorSettings(Settings):
         UsageError: A value is of another type or out of range, or a setting has an unknown name.
     """
 
-    pins: Annotated[Path, Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")] = Field(
-        description="Pins file: what the network agreed on. `assay poc pins new` writes one."
-    )
+    pins: Annotated[
+        Path, Flag(variable="ASSAY_PINS", reads="assay.poc.protocol.pins_file:NetworkPins.load")
+    ] = Field(description="Pins file: what the network agreed on. `assay poc pins new` writes one.")
     nodes: Path | None = Field(
-        None, description="File with the secrets, builds and addresses of nodes; docs/validator.md describes it."
+        None,
+        description="File with the secrets, builds and addresses of nodes; docs/validator.md "
+        "describes it.",
     )
-    nonces_per_hour: Count = Field(3600, description="Nonces that are recomputed in an hour, of all nodes together.")
+    nonces_per_hour: Count = Field(
+        3600, description="Nonces that are recomputed in an hour, of all nodes together."
+    )
     sample: Count = Field(8, description="Nonces that are drawn from one message at a time.")
     controls: Names = Field(
-        (), description="Number formats in which every nonce is computed again, where the calibration measured them."
+        (),
+        description="Number formats in which every nonce is computed again, where the calibration "
+        "measured them.",
     )
     batch_size: Count = Field(32, description="Nonces per forward pass, of any nodes.")
     minimum_share: float = Field(
-        0.1, ge=0, le=1, description="Share of the nonces that is spread over all nodes, decided or not."
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of the nonces that is spread over all nodes, decided or not.",
     )
     epoch: Seconds = Field(
-        86_400.0, description="Time for which one secret draws the samples. It is published when that time has passed."
+        86_400.0,
+        description="Time for which one secret draws the samples. It is published when that time "
+        "has passed.",
     )
     positions: Count = Field(
-        2**22, description="Positions of a share that callbacks may name; farther nonces are refused with 32-bit seeds."
+        2**22,
+        description="Positions of a share that callbacks may name; farther nonces are refused "
+        "with 32-bit seeds.",
     )
-    open_blocks: Count = Field(16, description="Latest announced blocks of which messages are accepted.")
+    open_blocks: Count = Field(
+        16, description="Latest announced blocks of which messages are accepted."
+    )
     max_proof: Bytes = Field(2**24, description="Largest proof in bytes.")
-    max_unwritten: Count = Field(4096, description="Messages that wait for the disk at the same time.")
-    max_kept: Bytes = Field(2**32, description="Bytes of the messages of one node that are kept; more are refused.")
-    keep: Seconds = Field(2 * 86_400.0, description="Time for which messages are kept; evidence is kept for ever.")
-    poll_interval: Seconds = Field(5.0, description="Pause between two questions to a node that is polled.")
+    max_unwritten: Count = Field(
+        4096, description="Messages that wait for the disk at the same time."
+    )
+    max_kept: Bytes = Field(
+        2**32, description="Bytes of the messages of one node that are kept; more are refused."
+    )
+    keep: Seconds = Field(
+        2 * 86_400.0, description="Time for which messages are kept; evidence is kept for ever."
+    )
+    poll_interval: Seconds = Field(
+        5.0, description="Pause between two questions to a node that is polled."
+    )

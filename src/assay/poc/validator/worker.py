@@ -1,14 +1,17 @@
-"""The thread that recomputes: it draws nonces of many nodes, in full batches, and puts the evidence into the ledger.
+"""The thread that recomputes: it draws nonces of many nodes, in full batches, and puts the evidence
+into the ledger.
 
-A pass has three steps, of which each may be the last before the process is killed: the draws are written down, their
-evidence is added to the ledger under names, and they are noted as done. A start begins with draws that were not noted;
-they are recomputed, and the ledger refuses those whose names it has.
+A pass has three steps, of which each may be the last before the process is killed: the draws are
+written down, their evidence is added to the ledger under names, and they are noted as done. A start
+begins with draws that were not noted; they are recomputed, and the ledger refuses those whose names
+it has.
 
-Of every pass a minimum share goes to nodes that are drawn with equal chances among all that are not convicted, so that
-no node is ever unwatched. The rest goes to undecided nodes, with chances in proportion to 1/N, where N is the number of
-nonces after which the node is expected to be decided at the pace of its evidence so far: an even chance per nonce of a
-decision, so that decisions come as early as they can on average. Convicted nodes get nothing. The draws come from the
-randomness of the system, so no node knows its turn.
+Of every pass a minimum share goes to nodes that are drawn with equal chances among all that are not
+convicted, so that no node is ever unwatched. The rest goes to undecided nodes, with chances in
+proportion to 1/N, where N is the number of nonces after which the node is expected to be decided at
+the pace of its evidence so far: an even chance per nonce of a decision, so that decisions come as
+early as they can on average. Convicted nodes get nothing. The draws come from the randomness of the
+system, so no node knows its turn.
 """
 
 import hashlib
@@ -52,7 +55,8 @@ class Budget:
 
     def __init__(self, per_hour: int) -> None:
         self._per_hour = per_hour
-        self._left, self._at = 0.0, time.monotonic()
+        self._left = 0.0
+        self._at = time.monotonic()
 
     def left(self) -> int:
         """Return the nonces that may be spent now."""
@@ -71,7 +75,9 @@ class Budget:
 
 
 def verdict_of(standing: Standing | None) -> str:
-    """Return the verdict on a node: that of its life, or ``faulty`` where an audit showed a fault that is open."""
+    """Return the verdict on a node: that of its life, or ``faulty`` where an audit showed a fault
+    that is open.
+    """
     if standing is None:
         return "undecided"
     if standing.fault is not None and standing.verdict != "fraud":
@@ -103,9 +109,11 @@ def choose(
     beta: float,
     chance: random.Random | None = None,
 ) -> list[str]:
-    """Return the nodes of which the next messages are drawn, one for each turn, of those that have some waiting.
+    """Return the nodes of which the next messages are drawn, one for each turn, of those that have
+    some waiting.
 
-    A share of the turns goes to all nodes alike. The draws come from the system's randomness where ``chance`` is None.
+    A share of the turns goes to all nodes alike. The draws come from the system's randomness where
+    ``chance`` is None.
     """
     chance = chance or random.SystemRandom()
     verdicts = {key: verdict_of(standings.get(key)) for key in waiting}
@@ -141,7 +149,8 @@ class Checked:
 
     def update(self, account: Account) -> Update:
         """Return the evidence."""
-        round, sizes = self.round, self.build.batch_size
+        round = self.round
+        sizes = self.build.batch_size
         return Update(
             account=account,
             round=round_identity(round),
@@ -152,7 +161,9 @@ class Checked:
             proof=self.source.digest.hex(),
             sample_seed=self.source.seed,
             positions=[(nonce - round.node_id) // round.node_count for nonce in self.nonces],
-            batch_size=sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else None,  # None where several may be
+            batch_size=sizes[0]
+            if len(sizes) == 1 and isinstance(sizes[0], int)
+            else None,  # None where several may be
             name=self.source.name,
         )
 
@@ -160,8 +171,9 @@ class Checked:
 class Recomputer(EngineThread):
     """Spends the budget of nonces, in a thread of its own.
 
-    ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's residuals in a round. Nodes
-    of a build without one stay undecided, and their nonces are not recomputed.
+    ``registry`` returns the pins and nodes of now, ``noise`` the honest noise of a build's
+    residuals in a round. Nodes of a build without one stay undecided, and their nonces are not
+    recomputed.
     """
 
     def __init__(
@@ -176,19 +188,27 @@ class Recomputer(EngineThread):
         metrics: ValidatorMetrics,
     ) -> None:
         super().__init__("assay-worker", load)
-        self._inbox, self._ledger, self._registry, self._noise = inbox, ledger, registry, noise
-        self._settings, self._metrics = settings, metrics
+        self._inbox = inbox
+        self._ledger = ledger
+        self._registry = registry
+        self._noise = noise
+        self._settings = settings
+        self._metrics = metrics
         self._budget = Budget(settings.nonces_per_hour)
         self._first = {key: row["first_at"] for key, row in inbox.senders().items()}
         self._recording = threading.Lock()
         self.standings: Mapping[str, Standing] = {}
-        """Evidence of every node on its present build, by key. Another one takes its place; none is changed."""
+        """Evidence of every node on its present build, by key. Another one takes its place; none is
+        changed.
+        """
         self._last = inbox.latest_verdicts()
         self.waiting = 0
         """Number of nodes that had something to draw from at the last look."""
         self.error: str | None = None
         """What the engine failed on last; None while it works."""
-        self._lives = {standing.account: standing for standing in ledger.standings()}  # of every account
+        self._lives = {
+            standing.account: standing for standing in ledger.standings()
+        }  # of every account
         self.choose_standings()
 
     def choose_standings(self) -> None:
@@ -225,7 +245,8 @@ class Recomputer(EngineThread):
         """Do one pass; return the seconds until the next one."""
         batch = self._settings.batch_size
         draws = self._inbox.unfinished(BATCHES * batch)
-        # Beside others a draw shows whether the engine fails on it; one that always fails draws no more than a batch.
+        # Beside others a draw shows whether the engine fails on it; one that always fails draws no
+        # more than a batch.
         if not draws or (self.error and len(draws) < batch):
             enough = min(batch, self._settings.nonces_per_hour)
             if (seconds := self._budget.seconds_until(enough)) > 0:
@@ -235,12 +256,16 @@ class Recomputer(EngineThread):
             return IDLE
         try:
             self._record(deployment, draws)
-        except BadWeights:  # a node may choose a nonce that overflows, which must not stop the others
+        except (
+            BadWeights
+        ):  # a node may choose a nonce that overflows, which must not stop the others
             self._record_apart(deployment, draws)
         return 0.0
 
     def _record_apart(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
-        """Record draws one by one; drop those that the model cannot compute, if it computes others."""
+        """Record draws one by one; drop those that the model cannot compute, if it computes
+        others.
+        """
         failed: list[Draw] = []
         for one in draws:
             try:
@@ -256,11 +281,18 @@ class Recomputer(EngineThread):
 
     def _draw(self, nonces: int) -> list[Draw]:
         """Write down what is recomputed next."""
-        waiting, alpha, beta = self._inbox.waiting(), self._ledger.genesis.alpha, self._ledger.genesis.beta
+        waiting = self._inbox.waiting()
+        alpha = self._ledger.genesis.alpha
+        beta = self._ledger.genesis.beta
         self.waiting = len(waiting)
-        turns, share = math.ceil(nonces / self._settings.sample), self._settings.minimum_share
+        turns = math.ceil(nonces / self._settings.sample)
+        share = self._settings.minimum_share
         senders = self._registry().senders
-        known = [key for key in waiting if key in senders and self._noise(senders[key].build, None) is not None]
+        known = [
+            key
+            for key in waiting
+            if key in senders and self._noise(senders[key].build, None) is not None
+        ]
         chosen = choose(known, self.standings, turns, minimum_share=share, alpha=alpha, beta=beta)
         draws = self._inbox.plan(chosen, nonces) if chosen else []
         self._budget.spend(sum(draw.planned - draw.drawn for draw in draws))
@@ -268,32 +300,51 @@ class Recomputer(EngineThread):
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
         registry = self._registry()
-        sources, checked = list[Draw](), list[Checked]()
-        wanted, received = list[tuple[Round, list[int]]](), list[list[Record]]()
+        sources = list[Draw]()
+        checked = list[Checked]()
+        wanted = list[tuple[Round, list[int]]]()
+        received = list[list[Record]]()
         for source in draws:
             claim = self._claimed(source, registry)
-            if claim is not None and self._noise(registry.senders[claim.round.public_key].build, None) is not None:
+            if (
+                claim is not None
+                and self._noise(registry.senders[claim.round.public_key].build, None) is not None
+            ):
                 places = draw(source.seed, claim.nonces, source.drawn, source.planned)
                 sources.append(source)
                 wanted.append((claim.round, [claim.nonces[place] for place in places]))
                 received.append([claim.record(place, registry.pipeline) for place in places])
         recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
-        again = {one.dtype: recompute(one, self._settings.batch_size, wanted, received) for one in deployment.controls}
+        again = {
+            one.dtype: recompute(one, self._settings.batch_size, wanted, received)
+            for one in deployment.controls
+        }
         for row, (source, (round, nonces), claimed, records) in enumerate(
             zip(sources, wanted, received, recomputed, strict=True)
         ):
-            build = registry.senders[round.public_key].build  # the claim was read under this registry
-            noise, others = self._noise(build, round), {name: found[row] for name, found in again.items()}
+            build = registry.senders[
+                round.public_key
+            ].build  # the claim was read under this registry
+            noise = self._noise(build, round)
+            others = {name: found[row] for name, found in again.items()}
             assert noise is not None  # a round scales it
             control = noise.control
-            errors = residuals(claimed, records) if control is None else scores(claimed, records, others, control)
+            errors = (
+                residuals(claimed, records)
+                if control is None
+                else scores(claimed, records, others, control)
+            )
             checked.append(Checked(source, round, nonces, errors, noise, build))
         with self._recording:
             accounts = [account_of(found.round.public_key, registry) for found in checked]
             standings = self._ledger.append(map(Checked.update, checked, accounts))
             now = {standing.account.public_key: standing for standing in standings}
             self._lives |= {standing.account: standing for standing in standings}
-        changes = [change for key, standing in now.items() if (change := self._change(key, standing)) is not None]
+        changes = [
+            change
+            for key, standing in now.items()
+            if (change := self._change(key, standing)) is not None
+        ]
         try:
             self._inbox.finish(draws, changes, head=self._ledger.head)
         finally:  # who sees a verdict finds when it was reached
@@ -303,7 +354,10 @@ class Recomputer(EngineThread):
         self._metrics.nonces.inc(sum(len(found.nonces) for found in checked))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
-            log.info("verdict", **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")})
+            log.info(
+                "verdict",
+                **{name: change[name] for name in ("public_key", "account", "verdict", "nonces")},
+            )
 
     def _claimed(self, source: Draw, registry: Registry) -> Claim | None:
         """Return what a message claims; None where the pins have changed since it was taken."""
@@ -319,7 +373,9 @@ class Recomputer(EngineThread):
 
     def _change(self, key: str, standing: Standing) -> JsonObject | None:
         """Return the row of a verdict that changed, or None."""
-        verdict, account, now = verdict_of(standing), account_id(standing.account), time.time()
+        verdict = verdict_of(standing)
+        account = account_id(standing.account)
+        now = time.time()
         if verdict == self._last.get(account, "undecided"):
             return None
         if key not in self._first:
@@ -343,8 +399,8 @@ def recompute(
 ) -> list[list[Record]]:
     """Return the records of nonces of several rounds, from batches that they fill together.
 
-    A round may stand there several times, as several objects. Received records are those of the same nonces as the
-    nodes claim them; tokens are replayed from them.
+    A round may stand there several times, as several objects. Received records are those of the
+    same nonces as the nodes claim them; tokens are replayed from them.
     """
     found: dict[tuple[int, int], Record] = {}
     claimed = {
@@ -353,10 +409,14 @@ def recompute(
         for record in records
         if isinstance(record, TokenRecord)
     }
-    for pack, places in group_rows([(round, nonce) for round, nonces in wanted for nonce in nonces]):
+    for pack, places in group_rows(
+        [(round, nonce) for round, nonces in wanted for nonce in nonces]
+    ):
         if claimed:
             rows = enumerate(claimed[id(round), nonce] for round, nonce in pack.rows)
-            batches = deployment.recompute(pack, batch_size, [replace(row, nonce=place) for place, row in rows])
+            batches = deployment.recompute(
+                pack, batch_size, [replace(row, nonce=place) for place, row in rows]
+            )
         else:
             batches = deployment.compute(pack, batch_size, places)
         records = [record for batch in batches for record in batch]
@@ -369,7 +429,12 @@ def account_of(public_key: str, registry: Registry) -> Account:
     """Return the account of a node on its present build."""
     sender = registry.senders.get(public_key)
     build = "" if sender is None else sender.build.name or sender.build.dtype[0]
-    return Account(public_key=public_key, digest=registry.model.digest, build=build, preset=registry.pipeline.name)
+    return Account(
+        public_key=public_key,
+        digest=registry.model.digest,
+        build=build,
+        preset=registry.pipeline.name,
+    )
 
 
 @lru_cache(maxsize=2**16)

@@ -1,4 +1,6 @@
-"""Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds residuals against it."""
+"""Verdicts: how far honest engines differ, how that is calibrated, and the judge that holds
+residuals against it.
+"""
 
 from assay.poc.verdict.calibration import Machine, MachineNoise, fit_machines, noise_for
 from assay.poc.verdict.judge import EXIT_CODES, judge, judge_residuals

@@ -19,20 +19,26 @@ def check_proof(
     sample: int | None = None,
     calibration: Calibration | None = None,
 ) -> Pins:
-    """Refuse a proof as far as that needs no model, and return what is pinned; the arguments are those of `verify`.
+    """Refuse a proof as far as that needs no model, and return what is pinned; the arguments are
+    those of `verify`.
 
-    :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs that are refused.
+    :func:`verify` begins with this. To call it before a model is loaded saves the time for proofs
+    that are refused.
 
     Raises:
-        ProofMismatch: The header contradicts ``expect`` or names a number format that this version does not know, or
-            nonces have colliding input seeds.
+        ProofMismatch: The header contradicts ``expect`` or names a number format that this version
+            does not know, or nonces have colliding input seeds.
         UsageError: The sample is larger than the proof, or an expected value is out of range.
         CalibrationError: The calibration is of another model, preset or engine than the prover's.
     """
     header = proof.header
     if header.fingerprint.dtype not in FORMATS:
-        seen, wanted = f"a proof in the number format {header.fingerprint.dtype!r:.40}", "one of " + ", ".join(FORMATS)
-        do = "ask the node for a proof in one of them, or verify with the version of assay that wrote it"
+        seen = f"a proof in the number format {header.fingerprint.dtype!r:.40}"
+        wanted = "one of " + ", ".join(FORMATS)
+        do = (
+            "ask the node for a proof in one of them, or verify with the version of assay that "
+            "wrote it"
+        )
         raise ProofMismatch(seen, wanted=wanted, do=do)
     pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
     if calibration is not None and pins.prover_dtype is None:
@@ -46,12 +52,20 @@ def check_proof(
 
 
 def draw_records(proof: Proof, sample: int | None, seed: int) -> list[Record]:
-    """Return the records of a sample; a UsageError says that there are not so many, or refuses the seed."""
+    """Return the records of a sample; a UsageError says that there are not so many, or refuses the
+    seed.
+    """
     total = len(proof.records)
     size = min(LARGEST_SAMPLE, total) if sample is None else sample
     if type(size) is not int or not 1 <= size <= total:
-        raise UsageError(f"a sample of {size}", wanted=f"1 to {total}, the nonces of this proof", do="change --sample")
+        raise UsageError(
+            f"a sample of {size}",
+            wanted=f"1 to {total}, the nonces of this proof",
+            do="change --sample",
+        )
     if type(seed) is not int or seed < 0:
-        raise UsageError(f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out")
+        raise UsageError(
+            f"seed {seed!r}", wanted="a whole number from 0 upwards", do="leave it out"
+        )
     chosen = np.random.default_rng(seed).choice(total, size=size, replace=False)
     return [proof.records[i] for i in sorted(chosen.tolist())]

@@ -1,10 +1,11 @@
 """Proof of Compute and receipts inside vLLM.
 
-``VLLMEngine`` starts an engine of its own. ``plugin`` is the entry point of ``vllm.endpoint_plugins`` that puts the
-service into a vLLM server, and ``before_start`` that of ``vllm.general_plugins``. ``WorkerExtension`` and
-``ResponseExtension`` run inside vLLM's workers, ``ProcessorV1`` and ``ProcessorV2`` inside its model runners. Nothing
-here is imported before it is used: ``before_start`` runs in every process of vLLM, and vLLM only logs an entry point
-that cannot be imported, and would answer chat and prove nothing. docs/vllm.md describes it.
+``VLLMEngine`` starts an engine of its own. ``plugin`` is the entry point of
+``vllm.endpoint_plugins`` that puts the service into a vLLM server, and ``before_start`` that of
+``vllm.general_plugins``. ``WorkerExtension`` and ``ResponseExtension`` run inside vLLM's workers,
+``ProcessorV1`` and ``ProcessorV2`` inside its model runners. Nothing here is imported before it is
+used: ``before_start`` runs in every process of vLLM, and vLLM only logs an entry point that cannot
+be imported, and would answer chat and prove nothing. docs/vllm.md describes it.
 """
 
 import multiprocessing
@@ -25,20 +26,31 @@ _PLACES = {
 }
 __getattr__, __dir__, _ = lazy_loader.attach(__name__, submod_attrs=_PLACES)
 
-__all__ = ["PluginSettings", "ResponseExtension", "VLLMEngine", "WorkerExtension", "before_start", "plugin"]
+__all__ = [
+    "PluginSettings",
+    "ResponseExtension",
+    "VLLMEngine",
+    "WorkerExtension",
+    "before_start",
+    "plugin",
+]
 
 _SERVERS = ("api_server.py", "entry.py")
-"""Files that ``python -m`` runs as a server: the second one since vLLM 0.32, where the first is deprecated."""
+"""Files that ``python -m`` runs as a server: the second one since vLLM 0.32, where the first is
+deprecated.
+"""
 
 
 def before_start() -> None:
-    """Refuse a server that could not prove, in the first seconds, and set what float32 and responses need.
+    """Refuse a server that could not prove, in the first seconds, and set what float32 and
+    responses need.
 
-    Only the first process of a server with the plugin, or with its worker extension, is checked; all others are left
-    alone.
+    Only the first process of a server with the plugin, or with its worker extension, is checked;
+    all others are left alone.
 
     Raises:
-        SystemExit: Exit code 1 with the refusal, or whatever vLLM's parser raises for arguments that it refuses itself.
+        SystemExit: Exit code 1 with the refusal, or whatever vLLM's parser raises for arguments
+            that it refuses itself.
     """
     if multiprocessing.parent_process() is not None:
         return
@@ -57,11 +69,14 @@ def before_start() -> None:
         elif any(name in word for name in (EXTENSION, OLD_EXTENSION) for word in sys.argv):
             raise UsageError(
                 "vLLM with the worker extension of assay and without VLLM_PLUGINS=assay",
-                wanted="the plugin too: without it the server has no /api/v1/pow and proves nothing",
+                wanted="the plugin too: without it the server has no /api/v1/pow and proves "
+                "nothing",
                 do="set VLLM_PLUGINS=assay, with the names of the other plugins that you need",
             )
     except (AssayError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError):
             seen = f"the package {error.name} is not installed"
-            error = BackendUnavailable(seen, wanted="the packages of the service", do=how_to_install("serve"))
+            error = BackendUnavailable(
+                seen, wanted="the packages of the service", do=how_to_install("serve")
+            )
         raise SystemExit(f"assay refuses to start: {error}") from None

@@ -1,10 +1,11 @@
 """The serving side: nonces as requests of an ``AsyncLLM``, and their results from its workers.
 
-A stream of nonces is admitted, collected a batch at a time, and returned in order. :class:`NonceStream` runs whole
-batches in calls where it can, and :class:`TokenStream` nonces that decode. Everything here runs in the event loop of
-the engine.
+A stream of nonces is admitted, collected a batch at a time, and returned in order.
+:class:`NonceStream` runs whole batches in calls where it can, and :class:`TokenStream` nonces that
+decode. Everything here runs in the event loop of the engine.
 
-Legend of shapes: B nonces of a batch, M nonces of a stream, N tokens, S sketches, K numbers of a sketch.
+Legend of shapes: B nonces of a batch, M nonces of a stream, N tokens, S sketches, K numbers of a
+sketch.
 """
 
 import asyncio
@@ -32,7 +33,9 @@ from assay.poc.vllm.worker import CLAIMED
 
 log = logging.getLogger("assay.vllm")
 
-NONCE_PRIORITY = 1_000_000  # vLLM takes lower values first; requests of clients have 0 unless they choose
+NONCE_PRIORITY = (
+    1_000_000  # vLLM takes lower values first; requests of clients have 0 unless they choose
+)
 TIMEOUT = 120.0  # seconds for a call into the workers
 AHEAD = 2  # batches that may be finished before they are asked for
 ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
@@ -40,37 +43,58 @@ COLLECTED = 256  # nonces whose rows are collected in one call
 
 Values = NDArray[np.floating[Any]]
 
-# Errors of vLLM's admission control, after which a nonce is tried again as a client would, and its error for everything
-# that is asked of an engine whose process has died. The server ends then.
-FULL, DEAD = {"QueueOverflowError", "MaxQueuedTokensError"}, "EngineDeadError"
+# Errors of vLLM's admission control, after which a nonce is tried again as a client would, and its
+# error for everything that is asked of an engine whose process has died. The server ends then.
+FULL = {"QueueOverflowError", "MaxQueuedTokensError"}
+DEAD = "EngineDeadError"
 
 
 class Client:
-    """Runs nonces on one ``AsyncLLM``, which deals requests out to its data-parallel engines; calls reach them all."""
+    """Runs nonces on one ``AsyncLLM``, which deals requests out to its data-parallel engines; calls
+    reach them all.
+    """
 
     loop: asyncio.AbstractEventLoop
     positions: int  # of the longest prompt that the engine takes
     description: dict[str, Any]  # what the worker with the hidden states says of itself
 
     def __init__(self, llm: Any, throttle: Throttle, engines: int = 1, version: str = "") -> None:
-        self.throttle, self.version = throttle, version
-        self.ended: Future[None] = Future()  # done once the engine ends: what waits for a nonce must not wait longer
-        self.closers: set[Callable[[], Awaitable[None]]] = set()  # the `close` of every open stream of nonces
-        self._llm, self._engines = llm, engines
+        self.throttle = throttle
+        self.version = version
+        self.ended: Future[None] = (
+            Future()
+        )  # done once the engine ends: what waits for a nonce must not wait longer
+        self.closers: set[Callable[[], Awaitable[None]]] = (
+            set()
+        )  # the `close` of every open stream of nonces
+        self._llm = llm
+        self._engines = engines
         ranked = llm.vllm_config.scheduler_config.policy == "priority"
         self._priority = NONCE_PRIORITY if ranked else 0
         self.direct = DirectPath(throttle, self.call, engines)
 
     async def install(self) -> None:
-        """Prepare the workers; the device is the names of all where workers of several kinds compute one pass."""
-        self.loop, self.positions = asyncio.get_running_loop(), most_positions(self._llm.vllm_config)
+        """Prepare the workers; the device is the names of all where workers of several kinds
+        compute one pass.
+        """
+        self.loop, self.positions = (
+            asyncio.get_running_loop(),
+            most_positions(self._llm.vllm_config),
+        )
         replies = await self.call("assay_install")
-        self.description = replies[-1] | {"device": " + ".join(sorted({reply["device"] for reply in replies}))}
+        self.description = replies[-1] | {
+            "device": " + ".join(sorted({reply["device"] for reply in replies}))
+        }
 
     def fingerprint(self, batch_size: int, seq_len: int) -> Fingerprint:
         """Return how the engine computes so many sequences of so many positions at a time."""
-        worker, runner = self.description, f"runner {self.description['runner']}"
-        parallel = [f"tp {worker['tensor_parallel']}", f"pp {worker['pipeline_parallel']}", *worker["experts_over"]]
+        worker = self.description
+        runner = f"runner {self.description['runner']}"
+        parallel = [
+            f"tp {worker['tensor_parallel']}",
+            f"pp {worker['pipeline_parallel']}",
+            *worker["experts_over"],
+        ]
         return Fingerprint(
             engine="vllm",
             device=worker["device"],
@@ -81,28 +105,44 @@ class Client:
             threads=worker["threads"],
             torch=torch.__version__,
             library=f"vllm {self.version}",
-            kernels=(runner, *parallel, "eager" if worker["eager"] else "compiled", *worker["products"]),
+            kernels=(
+                runner,
+                *parallel,
+                "eager" if worker["eager"] else "compiled",
+                *worker["products"],
+            ),
         )
 
     async def open(self, key: str, spec: Spec) -> None:
-        """Begin a stream of nonces on every worker. A UsageError where one refuses the round; some may hold it then."""
+        """Begin a stream of nonces on every worker. A UsageError where one refuses the round; some
+        may hold it then.
+        """
         frame = None if spec.frame is None else spec.frame.to_bytes()
-        for reason in await self.call("assay_open", key, asdict(spec.round), spec.pipeline.name, frame):
+        for reason in await self.call(
+            "assay_open", key, asdict(spec.round), spec.pipeline.name, frame
+        ):
             if reason is not None:
-                raise UsageError(reason, wanted="a round that vLLM can run", do="use --engine hf for it")
+                raise UsageError(
+                    reason, wanted="a round that vLLM can run", do="use --engine hf for it"
+                )
 
     async def run(self, key: str, nonce: int, ids: list[int], sampling: Any) -> Any:
-        """Run one nonce with these token ids and ``SamplingParams``, and return the last output of vLLM."""
-        name, last = request_id(key, nonce), None
-        # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without it other requests
-        # would find the blocks of a nonce in the prefix cache, where all nonces have the same placeholder tokens.
+        """Run one nonce with these token ids and ``SamplingParams``, and return the last output of
+        vLLM.
+        """
+        name = request_id(key, nonce)
+        last = None
+        # cache_salt enters the hash of a prompt's first block (v1/core/kv_cache_utils.py): without
+        # it other requests would find the blocks of a nonce in the prefix cache, where all nonces
+        # have the same placeholder tokens.
         prompt = {"type": "token", "prompt_token_ids": ids, "cache_salt": name}
         async for output in self._llm.generate(prompt, sampling, name, priority=self._priority):
             last = output
         return last
 
     async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Values]:
-        """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is missing.
+        """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is
+        missing.
 
         Raises:
             ModelError: A worker could not run a nonce.
@@ -111,9 +151,15 @@ class Client:
         values: dict[int, Values] = {}
         for reply in await self.call("assay_collect", key, list(nonces)):
             for nonce, reason in reply["failed"].items():
-                raise ModelError(f"nonce {nonce}: {reason}", wanted="inputs that the engine takes", do="see the log")
+                raise ModelError(
+                    f"nonce {nonce}: {reason}",
+                    wanted="inputs that the engine takes",
+                    do="see the log",
+                )
             if "error" in reply:
-                raise BadWeights(f"the transform failed: {reply['error']}", wanted="values", do="see the log")
+                raise BadWeights(
+                    f"the transform failed: {reply['error']}", wanted="values", do="see the log"
+                )
             values |= unpack_values(reply)
         return values
 
@@ -124,7 +170,9 @@ class Client:
         await asyncio.gather(*(close() for close in list(self.closers)), return_exceptions=True)
 
     def release(self) -> None:
-        """Drop the reference to an engine that has ended: it cleans up when it is freed, before the process ends."""
+        """Drop the reference to an engine that has ended: it cleans up when it is freed, before the
+        process ends.
+        """
         self._llm = None
 
     async def call(self, method: str, *args: Any) -> list[Any]:
@@ -133,7 +181,9 @@ class Client:
 
 
 def most_positions(config: Any) -> int:
-    """Return the length of the longest prompt that an engine takes: one generated token must fit as well."""
+    """Return the length of the longest prompt that an engine takes: one generated token must fit as
+    well.
+    """
     longest = int(config.model_config.max_model_len) - 1
     scheduler = config.scheduler_config
     chunked = bool(getattr(scheduler, "enable_chunked_prefill", True))
@@ -141,11 +191,14 @@ def most_positions(config: Any) -> int:
 
 
 async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version: str) -> Client:
-    """Return the client of an ``AsyncLLM`` whose workers are prepared, in the event loop of the engine.
+    """Return the client of an ``AsyncLLM`` whose workers are prepared, in the event loop of the
+    engine.
 
-    Its throttle lets in as many nonces as fill one step of every engine and have the next one ready.
+    Its throttle lets in as many nonces as fill one step of every engine and have the next one
+    ready.
     """
-    scheduler, engines = llm.vllm_config.scheduler_config, int(llm.vllm_config.parallel_config.data_parallel_size)
+    scheduler = llm.vllm_config.scheduler_config
+    engines = int(llm.vllm_config.parallel_config.data_parallel_size)
     step = max(1, int(scheduler.max_num_batched_tokens) // seq_len)
     fills = engines * max(1, min(2 * step, int(scheduler.max_num_seqs)))
     unfinished = llm.output_processor.get_num_unfinished_requests
@@ -155,7 +208,8 @@ async def connect(llm: Any, settings: ThrottleSettings, seq_len: int, *, version
 
 
 async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> list[Any]:
-    """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their replies.
+    """Call a method of every worker of an ``AsyncLLM`` with so many engines, and return their
+    replies.
 
     Raises:
         EngineEnded: The engine has died.
@@ -166,14 +220,18 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
             if engines == 1:
                 return list(await llm.collective_rpc(method, args=args))
             # Of several engines collective_rpc asks all, and returns the replies of the first.
-            replies = await llm.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
+            replies = await llm.engine_core.call_utility_all_async(
+                "collective_rpc", method, None, args, None
+            )
             return [reply for of_engine in replies for reply in of_engine]
     except TimeoutError:
         seen = f"vLLM's workers did not answer {method} in {TIMEOUT:g} s"
         raise ModelError(seen, wanted="workers that run", do="see the log of vLLM") from None
     except Exception as error:  # of vLLM, and of any kind
         seen = f"vLLM's workers did not run {method}: {reason_of(error)}"[:400]
-        raise _failure(error)(seen, wanted="an engine that runs", do="see the log of vLLM") from error
+        raise _failure(error)(
+            seen, wanted="an engine that runs", do="see the log of vLLM"
+        ) from error
 
 
 def _failure(error: Exception) -> type[ModelError]:
@@ -182,16 +240,21 @@ def _failure(error: Exception) -> type[ModelError]:
 
 
 class NonceStream:
-    """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event loop.
+    """Runs nonces and hands out the values of each batch in order. It belongs to the engine's event
+    loop.
 
-    Without chat whole batches run in calls into the workers where they can; all other nonces are requests.
+    Without chat whole batches run in calls into the workers where they can; all other nonces are
+    requests.
 
-    ``nonces`` are in the order of the results, and perhaps more than will ever be run. ``batch_size`` of them are
-    handed out at a time.
+    ``nonces`` are in the order of the results, and perhaps more than will ever be run.
+    ``batch_size`` of them are handed out at a time.
     """
 
     def __init__(self, client: Client, spec: Spec, nonces: Sequence[int], batch_size: int) -> None:
-        self._client, self._spec, self._nonces, self._batch_size = client, spec, nonces, batch_size
+        self._client = client
+        self._spec = spec
+        self._nonces = nonces
+        self._batch_size = batch_size
         ahead = AHEAD + (0 if spec.pipeline.steps else CALLS * client.direct.most // batch_size)
         self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(ahead)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -211,11 +274,15 @@ class NonceStream:
         self._producer = self._start(self._produce())
 
     async def next(self) -> Values | None:
-        """Return the values of the next batch, or None after the last; raise if the engine did not run a nonce."""
+        """Return the values of the next batch, or None after the last; raise if the engine did not
+        run a nonce.
+        """
         assert self._producer is not None
         getting = asyncio.ensure_future(self._batches.get())
         await asyncio.wait({getting, self._producer}, return_when=asyncio.FIRST_COMPLETED)
-        if not getting.done() and (self._producer.cancelled() or self._producer.exception() is not None):
+        if not getting.done() and (
+            self._producer.cancelled() or self._producer.exception() is not None
+        ):
             getting.cancel()
             self._producer.result()  # raises
         batch = await getting
@@ -227,7 +294,8 @@ class NonceStream:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        key, self._key = self._key, ""
+        key = self._key
+        self._key = ""
         if key:
             with suppress(Exception):  # the engine may have ended, and its workers with it
                 await self._client.call("assay_close", key)
@@ -255,7 +323,9 @@ class NonceStream:
         await self._batches.put(None)
 
     async def _begin(self, place: int) -> "asyncio.Task[Any]":
-        """Return the task of the nonce at a place: the last call if it has this nonce, a new one, or its request."""
+        """Return the task of the nonce at a place: the last call if it has this nonce, a new one,
+        or its request.
+        """
         if place < self._covered and self._call is not None:
             return self._call
         count = await self._client.direct.admit(self._sizer)
@@ -264,7 +334,9 @@ class NonceStream:
             return await self._launch(self._nonces[place])
         nonces = list(self._nonces[place : place + count])
         self._covered = place + len(nonces)
-        self._call = self._start(self._client.direct.run(self._key, self._sizer, nonces, admitted=count))
+        self._call = self._start(
+            self._client.direct.run(self._key, self._sizer, nonces, admitted=count)
+        )
         self._call.add_done_callback(lambda _: self._client.direct.leave(count))
         self._calls.add(self._call)
         return self._call
@@ -276,53 +348,76 @@ class NonceStream:
         task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
-    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+    async def _finish(
+        self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]"
+    ) -> Values:
         """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
         starts = range(0, len(wanted), COLLECTED)
         parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
         return np.concatenate([await self._collect(*part) for part in parts])
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
-        """Return the ids of a nonce's request, which may be placeholders that the workers fill, and its parameters."""
-        round, frame = self._spec.round, self._spec.frame
+        """Return the ids of a nonce's request, which may be placeholders that the workers fill, and
+        its parameters.
+        """
+        round = self._spec.round
+        frame = self._spec.frame
         if frame is None:
             return [0] * round.seq_len, sampling_parameters()
-        return token_inputs(round, frame, [nonce], seq_len=round.seq_len)[0].tolist(), sampling_parameters()
+        return token_inputs(round, frame, [nonce], seq_len=round.seq_len)[
+            0
+        ].tolist(), sampling_parameters()
 
     def _whole(self, nonce: int, outcome: Any) -> bool:
         """Return whether a request ran to its end, as far as its last output says."""
         return True
 
-    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Values:
+    async def _collect(
+        self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]"
+    ) -> Values:
         """Take the values of calls, and collect those of requests.
 
-        What a call did not run is requested, and what was aborted, for instance by a sleeping engine, runs again.
+        What a call did not run is requested, and what was aborted, for instance by a sleeping
+        engine, runs again.
         """
         values: dict[int, Values] = {}
         for call in {task for task in running if task in self._calls}:
             values |= await asyncio.shield(call)  # other batches wait for it too
-        left = {nonce: task for nonce, task in zip(wanted, running, strict=True) if nonce not in values}
+        left = {
+            nonce: task for nonce, task in zip(wanted, running, strict=True) if nonce not in values
+        }
         for attempt in range(ATTEMPTS):
             if not left:
                 break
             if attempt:
                 await asyncio.sleep(10.0 ** (attempt - 2))
             requested = [
-                await self._launch(nonce) if attempt or task in self._calls else task for nonce, task in left.items()
+                await self._launch(nonce) if attempt or task in self._calls else task
+                for nonce, task in left.items()
             ]
             outcomes = await asyncio.gather(*requested, return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, asyncio.CancelledError):
                     raise outcome
                 if isinstance(outcome, Exception) and type(outcome).__name__ not in FULL:
-                    seen, takes = f"vLLM refused a nonce: {reason_of(outcome)}"[:400], "an engine that takes its length"
-                    raise _failure(outcome)(seen, wanted=takes, do="see the log of vLLM") from outcome
+                    seen = f"vLLM refused a nonce: {reason_of(outcome)}"[:400]
+                    takes = "an engine that takes its length"
+                    raise _failure(outcome)(
+                        seen, wanted=takes, do="see the log of vLLM"
+                    ) from outcome
             found = await self._client.collect(self._key, list(left))
-            whole = {nonce for nonce, outcome in zip(left, outcomes, strict=True) if self._whole(nonce, outcome)}
+            whole = {
+                nonce
+                for nonce, outcome in zip(left, outcomes, strict=True)
+                if self._whole(nonce, outcome)
+            }
             values |= {nonce: found[nonce] for nonce in left if nonce in found and nonce in whole}
             left = {nonce: task for nonce, task in left.items() if nonce not in values}
         if left:
-            seen = f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in {ATTEMPTS} attempts"
+            seen = (
+                f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in "
+                f"{ATTEMPTS} attempts"
+            )
             raise ModelError(seen, wanted="requests that are not aborted", do="see the log of vLLM")
         return np.stack([values[nonce] for nonce in wanted])
 
@@ -343,7 +438,9 @@ def sampling_parameters(max_tokens: int = 1, **other: Any) -> Any:
 
 
 class TokenStream(NonceStream):
-    """Runs nonces that decode, or replays the tokens ``claimed_MN`` that another node states of them."""
+    """Runs nonces that decode, or replays the tokens ``claimed_MN`` that another node states of
+    them.
+    """
 
     def __init__(
         self,
@@ -356,14 +453,17 @@ class TokenStream(NonceStream):
         claimed_MN: NDArray[np.uint32] | None = None,
     ) -> None:
         super().__init__(client, spec, nonces, batch_size)
-        self._vocab_size, self._steps = vocab_size, spec.pipeline.steps
+        self._vocab_size = vocab_size
+        self._steps = spec.pipeline.steps
         self._claimed = None if claimed_MN is None else dict(zip(nonces, claimed_MN, strict=True))
         self._passes = 1 if self._claimed is not None else self._steps
         self._tokens: dict[int, list[int]] = {}
         self._done = 0
 
     def decoded(self, values: Values) -> Decoded:
-        """Return the tokens and sketches of the next batch, of which the workers gave some values."""
+        """Return the tokens and sketches of the next batch, of which the workers gave some
+        values.
+        """
         nonces = self._nonces[self._done : self._done + len(values)]
         self._done += len(values)
         tokens_BN = np.array([self._tokens.pop(nonce) for nonce in nonces], dtype=np.uint32)
@@ -379,7 +479,9 @@ class TokenStream(NonceStream):
             raise not_finite("vLLM returned NaN or infinity")
         count = len(sketch_steps(self._steps))
         sketches, margins = np.split(values, [count * SKETCH_SIZE], axis=1)
-        return sketches.reshape(-1, count, SKETCH_SIZE).astype(np.float16), margins.astype(np.float32)
+        return sketches.reshape(-1, count, SKETCH_SIZE).astype(np.float16), margins.astype(
+            np.float32
+        )
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
         shape = {"seq_len": self._spec.round.seq_len, "vocab_size": self._vocab_size}

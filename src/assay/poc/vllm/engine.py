@@ -2,7 +2,8 @@
 
 What all starts of vLLM share comes first: what the machine needs, and the words of a failure.
 
-Legend of shapes: M nonces, N tokens of each or positions, V tokens of the vocabulary, S sketched states, D hidden size.
+Legend of shapes: M nonces, N tokens of each or positions, V tokens of the vocabulary, S sketched
+states, D hidden size.
 """
 
 import asyncio
@@ -34,12 +35,20 @@ from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, che
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.responses.replaying import check_model
 from assay.poc.vllm.client import Client, NonceStream, TokenStream, connect, most_positions
-from assay.poc.vllm.compatibility import EXTENSION, RESPONSE_EXTENSION, check_config, check_installed, check_numbers
+from assay.poc.vllm.compatibility import (
+    EXTENSION,
+    RESPONSE_EXTENSION,
+    check_config,
+    check_installed,
+    check_numbers,
+)
 from assay.poc.vllm.response_worker import state_argument
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
 
-CPU_KV_BYTES = 2**30  # vLLM would take most of the machine's memory; nonces and replays need a little
+CPU_KV_BYTES = (
+    2**30
+)  # vLLM would take most of the machine's memory; nonces and replays need a little
 
 
 def runs_on_cpu() -> bool:
@@ -50,25 +59,30 @@ def runs_on_cpu() -> bool:
 
 
 def fit_machine(dtype: str | None, options: Mapping[str, Any]) -> dict[str, int]:
-    """Prepare this process for an engine of its own, and return the engine arguments that the machine asks for.
+    """Prepare this process for an engine of its own, and return the engine arguments that the
+    machine asks for.
 
-    On a CPU they bound the cache, unless ``options`` say how much vLLM may take. On a GPU vLLM starts its processes
-    anew: by itself it forks this one, and a forked process cannot use a GPU once this one has counted GPUs.
+    On a CPU they bound the cache, unless ``options`` say how much vLLM may take. On a GPU vLLM
+    starts its processes anew: by itself it forks this one, and a forked process cannot use a GPU
+    once this one has counted GPUs.
     """
     if runs_on_cpu():
-        return {} if "gpu_memory_utilization" in options else {"kv_cache_memory_bytes": CPU_KV_BYTES}
+        return (
+            {} if "gpu_memory_utilization" in options else {"kv_cache_memory_bytes": CPU_KV_BYTES}
+        )
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     multiply_exactly(dtype)
     return {}
 
 
 def multiply_exactly(dtype: str | None) -> None:
-    """Have triton multiply float32 as float32, for this process and its children, unless told otherwise.
+    """Have triton multiply float32 as float32, for this process and its children, unless told
+    otherwise.
 
-    By default triton rounds the factors of a float32 product to the ten bits of TF32. On a GPU vLLM's attention in
-    float32 is such a kernel: distances were up to 3e-5 from those of other engines, where honest noise is 3e-7, and an
-    honest node was found to be a fraud. Models in other formats are left alone: they do not need it, and some of their
-    kernels would be slower.
+    By default triton rounds the factors of a float32 product to the ten bits of TF32. On a GPU
+    vLLM's attention in float32 is such a kernel: distances were up to 3e-5 from those of other
+    engines, where honest noise is 3e-7, and an honest node was found to be a fraud. Models in other
+    formats are left alone: they do not need it, and some of their kernels would be slower.
     """
     if dtype in ("float32", "float"):
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -88,7 +102,9 @@ def explain_start() -> Iterator[None]:
         raise
     except (TypeError, ValueError) as error:
         seen = f"options of vLLM: {error}"[:500]
-        raise UsageError(seen, wanted="its engine arguments", do="see `vllm serve --help`") from None
+        raise UsageError(
+            seen, wanted="its engine arguments", do="see `vllm serve --help`"
+        ) from None
     except Exception as error:  # vLLM fails to start in many ways
         seen = f"vLLM does not start: {reason_of(error)}"[:500]
         raise ModelError(seen, wanted="an engine", do="see its log above") from error
@@ -102,18 +118,26 @@ T = TypeVar("T")
 class RequestEngine(Engine):
     """Runs nonces on a vLLM engine, from a thread that is not the engine's.
 
-    B nonces of T positions are handed out at a time. The throttle of the client decides how many run at once.
+    B nonces of T positions are handed out at a time. The throttle of the client decides how many
+    run at once.
 
     Raises:
         UsageError: The sequence is longer than the engine takes, or the batch is out of range.
     """
 
-    def __init__(self, client: Client, *, batch_size: int, seq_len: int, frame: Frame | None = None) -> None:
+    def __init__(
+        self, client: Client, *, batch_size: int, seq_len: int, frame: Frame | None = None
+    ) -> None:
         check_batch_size(batch_size)
         _check_positions(seq_len, client.positions)
-        self.batch_size, self.seq_len, self._client, self.frame = batch_size, seq_len, client, frame
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self._client = client
+        self.frame = frame
         worker = client.description
-        self.hidden_size, self.vocab_size, self.dtype = worker["hidden_size"], worker["vocab_size"], worker["dtype"]
+        self.hidden_size = worker["hidden_size"]
+        self.vocab_size = worker["vocab_size"]
+        self.dtype = worker["dtype"]
 
     @override
     def supports(self, pipeline: Pipeline) -> bool:
@@ -125,14 +149,18 @@ class RequestEngine(Engine):
         return self._client.fingerprint(self.batch_size, self.seq_len)
 
     @override
-    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+    def outputs(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+    ) -> Generator[NDArray[Any]]:
         check_supported(self, pipeline)
         check_frame(pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
         spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
         yield from self._run(NonceStream(self._client, spec, nonces, self.batch_size))
 
     @override
-    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+    def decoded(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+    ) -> Generator[Decoded]:
         stream = self._tokens(round, pipeline, nonces)
         for values in self._run(stream):
             yield stream.decoded(values)
@@ -146,10 +174,15 @@ class RequestEngine(Engine):
             yield stream.replayed(values)
 
     def _tokens(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], claimed_MN: NDArray[np.uint32] | None = None
+        self,
+        round: Round,
+        pipeline: Pipeline,
+        nonces: Sequence[int],
+        claimed_MN: NDArray[np.uint32] | None = None,
     ) -> TokenStream:
         _check_positions(self.seq_len, self._client.positions, pipeline.steps)
-        spec, sizes = Spec(round, pipeline), {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
+        spec = Spec(round, pipeline)
+        sizes = {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
         return TokenStream(self._client, spec, nonces, claimed_MN=claimed_MN, **sizes)
 
     def _run(self, stream: NonceStream) -> Generator[NDArray[Any]]:
@@ -173,7 +206,9 @@ class RequestEngine(Engine):
             if running.done() and not running.cancelled():
                 return running.result()
             running.cancel()
-        raise EngineEnded("the engine of vLLM has ended", wanted="a running engine", do="start it again")
+        raise EngineEnded(
+            "the engine of vLLM has ended", wanted="a running engine", do="start it again"
+        )
 
 
 def _check_positions(seq_len: int, most_positions: int, steps: int = 0) -> None:
@@ -183,7 +218,9 @@ def _check_positions(seq_len: int, most_positions: int, steps: int = 0) -> None:
         raise UsageError(
             f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} on this vLLM engine",
             wanted=f"1 to {max(1, room)}: its --max-model-len, less the tokens that it generates",
-            do=f"pass --seq-len {min(256, room)}, or raise --max-model-len" if room > 0 else "raise --max-model-len",
+            do=f"pass --seq-len {min(256, room)}, or raise --max-model-len"
+            if room > 0
+            else "raise --max-model-len",
         )
 
 
@@ -196,9 +233,10 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
         seq_len: T, the number of positions of every nonce.
         dtype: Dtype of the weights; None for the checkpoint's.
         in_flight: Number of nonces inside the engine at once; 0 lets assay choose.
-        path: Whether nonces run as whole batches inside the workers where the engine allows it, or as requests.
-        frame: Frame of the checkpoint: the engine then runs the presets that have one and no others, as ordinary token
-            prompts, without vLLM's prompt embeddings.
+        path: Whether nonces run as whole batches inside the workers where the engine allows it, or
+            as requests.
+        frame: Frame of the checkpoint: the engine then runs the presets that have one and no
+            others, as ordinary token prompts, without vLLM's prompt embeddings.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -221,7 +259,9 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
     ) -> None:
         version = check_installed()
         settings = ThrottleSettings(in_flight=in_flight, wait=OWN_WAIT, path=path)
-        config = _configured(str(resolve(reference).checkpoint), dtype, options, embeds=frame is None)
+        config = _configured(
+            str(resolve(reference).checkpoint), dtype, options, embeds=frame is None
+        )
         check_batch_size(batch_size)
         _check_positions(seq_len, most_positions(config))
         with ExitStack() as ends:
@@ -236,7 +276,9 @@ class VLLMEngine(RequestEngine, AbstractContextManager["VLLMEngine"]):
             self._ends = ends.pop_all()
 
     def counts(self) -> list[dict[str, int]]:
-        """Return what every worker holds; between two streams everything but ``dropped`` is zero."""
+        """Return what every worker holds; between two streams everything but ``dropped`` is
+        zero.
+        """
         return self._thread.run(self._client.call("assay_counts"))
 
     def close(self) -> None:
@@ -252,7 +294,9 @@ class _Loop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="assay-vllm", daemon=True)
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name="assay-vllm", daemon=True
+        )
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -265,14 +309,24 @@ class _Loop:
 
 
 def _configured(directory: str, dtype: str | None, options: dict[str, Any], *, embeds: bool) -> Any:
-    """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run under."""
+    """Return the ``VllmConfig`` of an engine that runs nonces only, whose settings nonces can run
+    under.
+    """
     from vllm import AsyncEngineArgs
 
     fixed = {"model": directory, "enable_prompt_embeds": embeds, "worker_extension_cls": EXTENSION}
-    own: dict[str, Any] = {"dtype": dtype or "auto", "enable_prefix_caching": False, "language_model_only": True}
-    own["skip_tokenizer_init"] = True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
+    own: dict[str, Any] = {
+        "dtype": dtype or "auto",
+        "enable_prefix_caching": False,
+        "language_model_only": True,
+    }
+    own["skip_tokenizer_init"] = (
+        True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
+    )
     with explain_start():
-        config = AsyncEngineArgs(**own | fit_machine(dtype, options) | options | fixed).create_engine_config()
+        config = AsyncEngineArgs(
+            **own | fit_machine(dtype, options) | options | fixed
+        ).create_engine_config()
         check_config(config)
         return config
 
@@ -296,21 +350,26 @@ FIXED = (
     "kv_cache_dtype_skip_layers", "calculate_kv_scales", "quantization", "quantization_config", "load_format",
     "hf_overrides", "hf_config_path",
 )  # fmt: skip
-"""Engine arguments that a replay sets itself, or under which vLLM would compute something else than the checkpoint."""
+"""Engine arguments that a replay sets itself, or under which vLLM would compute something else than
+the checkpoint.
+"""
 
 
 class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
-    """Prefills with an offline engine: the likeliest tokens in front of every token of an output, and its states.
+    """Prefills with an offline engine: the likeliest tokens in front of every token of an output,
+    and its states.
 
-    vLLM returns the largest logits and that of the claimed token. A token that is not among them counts as one that
-    cannot be taken, which speaks for the node and not against it; where top-p would need the others, the response is
-    refused. The states that are sketched are kept in its workers.
+    vLLM returns the largest logits and that of the claimed token. A token that is not among them
+    counts as one that cannot be taken, which speaks for the node and not against it; where top-p
+    would need the others, the response is refused. The states that are sketched are kept in its
+    workers.
 
     Args:
         reference: Checkpoint directory, hub id or ``reference:NAME``.
         dtype: Dtype of the weights.
         batch_size: Number of sequences that are handed in at once.
-        receipts: Headers of the receipts that it will read: those of another checkpoint are refused before it starts.
+        receipts: Headers of the receipts that it will read: those of another checkpoint are refused
+            before it starts.
         options: Engine arguments of vLLM, for instance ``tensor_parallel_size=2``.
 
     Raises:
@@ -329,7 +388,8 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         receipts: Sequence[ReceiptHeader] = (),
         **options: Any,
     ) -> None:
-        self._version, self._dtype = check_installed(), dtype
+        self._version = check_installed()
+        self._dtype = dtype
         if taken := sorted(set(options) & set(FIXED)):
             flag = "--" + taken[0].replace("_", "-")
             wanted = "options that do not say what is computed: the command and the checkpoint do"
@@ -380,7 +440,9 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         )
 
     @override
-    def run(self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None) -> Iterator[tuple[int, Prefilled]]:
+    def run(
+        self, responses: Sequence[PromptAndOutput], adapter: Lora | None = None
+    ) -> Iterator[tuple[int, Prefilled]]:
         from vllm import SamplingParams
 
         if adapter is not None:
@@ -407,10 +469,15 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
                 sketched = self._states(response, states.get(str(output.request_id), b""))
                 logits_NV = self._logits(response, output.prompt_logprobs)
                 check_finite(self.model, sketched, logits_NV)
-                yield start + place, Prefilled(logits_NV, None, sketched, self._likeliest == self.model.vocab_size)
+                yield (
+                    start + place,
+                    Prefilled(logits_NV, None, sketched, self._likeliest == self.model.vocab_size),
+                )
 
     def _states(self, response: PromptAndOutput, data: bytes) -> torch.Tensor:
-        """Return the states [S, D] behind the sketched tokens of a response; there may be one of the token after it."""
+        """Return the states [S, D] behind the sketched tokens of a response; there may be one of
+        the token after it.
+        """
         wanted = len(sketch_steps(len(response.output)))
         states_SD = np.frombuffer(data, np.float32).reshape(-1, self.model.hidden_size)[:wanted]
         if len(states_SD) != wanted:
@@ -438,5 +505,9 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
 
 
 def refuse_adapter() -> UsageError:
-    """Return the refusal of an adapter: vLLM 0.32 with adapters ends when it computes logits of a whole prompt."""
-    return UsageError("an adapter on vLLM", wanted="a replay on transformers", do="use --engine hf with --lora")
+    """Return the refusal of an adapter: vLLM 0.32 with adapters ends when it computes logits of a
+    whole prompt.
+    """
+    return UsageError(
+        "an adapter on vLLM", wanted="a replay on transformers", do="use --engine hf with --lora"
+    )

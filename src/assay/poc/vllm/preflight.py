@@ -1,4 +1,6 @@
-"""The settings of the plugin, and what is refused before vLLM loads a model, which takes minutes."""
+"""The settings of the plugin, and what is refused before vLLM loads a model, which takes
+minutes.
+"""
 
 import logging
 import os
@@ -37,7 +39,8 @@ log = logging.getLogger("assay.vllm")
 
 
 class PluginSettings(Settings):
-    """The settings of ``assay poc serve`` under their names in the environment, and those of the vLLM engine.
+    """The settings of ``assay poc serve`` under their names in the environment, and those of the
+    vLLM engine.
 
     Raises:
         AssayError: As of :class:`assay.poc.service.Settings`.
@@ -46,28 +49,40 @@ class PluginSettings(Settings):
     has_flags = False
 
     drain: Seconds = Field(2.0, description="Time that a stopping server waits for its batch.")
-    reference: str | None = Field(None, description="Name of the model in requests; the served name by default.")
+    reference: str | None = Field(
+        None, description="Name of the model in requests; the served name by default."
+    )
     throttle: OperatorsThrottle = Field(
         default_factory=OperatorsThrottle, description="What nonces may take of the engine."
     )
     responses: ResponseMode = Field(
-        "off", description="Receipts of answers: none, with sketches of what the engine sampled, or of seeded sampling."
+        "off",
+        description="Receipts of answers: none, with sketches of what the engine sampled, or of "
+        "seeded sampling.",
     )
-    responses_public_key: str = Field("", description="Key of the node in the seeds and the receipts of answers.")
+    responses_public_key: str = Field(
+        "", description="Key of the node in the seeds and the receipts of answers."
+    )
     responses_block: Literal["newest", "next"] = Field(
-        "newest", description="Block that seeds an answer: the last one posted, or the first after the request came."
+        "newest",
+        description="Block that seeds an answer: the last one posted, or the first after the "
+        "request came.",
     )
-    responses_wait: Seconds = Field(10.0, description="Time that a request waits for the next block.")
+    responses_wait: Seconds = Field(
+        10.0, description="Time that a request waits for the next block."
+    )
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if self.responses != "off":
-            name, do = "ASSAY_RESPONSES_PUBLIC_KEY", "set it to the key that the network knows"
+            name = "ASSAY_RESPONSES_PUBLIC_KEY"
+            do = "set it to the key that the network knows"
             check_name(name, self.responses_public_key, do=do)
 
 
 def check_server() -> None:
-    """Refuse the server of this command line if it could not prove, and set what float32 and responses need.
+    """Refuse the server of this command line if it could not prove, and set what float32 and
+    responses need.
 
     Raises:
         AssayError: It could not.
@@ -77,7 +92,8 @@ def check_server() -> None:
     from vllm import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser, serves = FlexibleArgumentParser(), sys.argv[1:2] == ["serve"]
+    parser = FlexibleArgumentParser()
+    serves = sys.argv[1:2] == ["serve"]
     if serves:
         from vllm.entrypoints.cli.serve import ServeSubcommand
 
@@ -86,11 +102,15 @@ def check_server() -> None:
         from vllm.entrypoints.cli.serve import make_arg_parser
 
         make_arg_parser(parser)
-    arguments, settings = parser.parse_args(), PluginSettings()
+    arguments = parser.parse_args()
+    settings = PluginSettings()
     if getattr(arguments, "model_tag", None) is not None:
         arguments.model = arguments.model_tag
     if serves and arguments.api_server_count is None and arguments.data_parallel_size > 1:
-        sys.argv += ["--api-server-count", "1"]  # `vllm serve` by itself starts one for every engine
+        sys.argv += [
+            "--api-server-count",
+            "1",
+        ]  # `vllm serve` by itself starts one for every engine
     check_arguments(arguments, settings)
     multiply_exactly(arguments.dtype)
     try:
@@ -106,56 +126,99 @@ def check_server() -> None:
 
 
 def check_arguments(arguments: Any, settings: PluginSettings) -> None:
-    """Refuse a server without plugins, keys, a round of its own or a digest of its model; a UsageError says which."""
-    given, responses = partial(getattr, arguments), settings.responses
-    engines, servers = given("data_parallel_size", None) or 1, given("api_server_count", None) or 1
+    """Refuse a server without plugins, keys, a round of its own or a digest of its model; a
+    UsageError says which.
+    """
+    given = partial(getattr, arguments)
+    responses = settings.responses
+    engines = given("data_parallel_size", None) or 1
+    servers = given("api_server_count", None) or 1
     several = "start one server per engine, or leave ASSAY_RESPONSES out"
     recorded = f"ASSAY_RESPONSES={responses} with {engines} data-parallel engines"
-    balanced, alone = given("data_parallel_multi_port_external_lb", False), "one server, which deals out the nonces"
-    each = "leave it out, or start one server per engine, each with its own node_id and data directory"
-    revision, host = given("revision", None), given("host", None)
-    guarded = given("headless", False) or given("uds", None) or (host and is_loopback(host)) or settings.has_keys
-    without, a_key = f"--host {host or '0.0.0.0'} without a key of assay", "a key of its own for /api/v1/pow"
+    balanced = given("data_parallel_multi_port_external_lb", False)
+    alone = "one server, which deals out the nonces"
+    each = (
+        "leave it out, or start one server per engine, each with its own node_id and data directory"
+    )
+    revision = given("revision", None)
+    host = given("host", None)
+    guarded = (
+        given("headless", False)
+        or given("uds", None)
+        or (host and is_loopback(host))
+        or settings.has_keys
+    )
+    without = f"--host {host or '0.0.0.0'} without a key of assay"
+    a_key = "a key of its own for /api/v1/pow"
     set_key = "set ASSAY_API_KEY or ASSAY_API_KEY_FILE, or pass --host 127.0.0.1"
     # Under these front ends `vllm serve` never builds the application that plugins extend.
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
     python = "the Python server for HTTP, to which assay adds /api/v1/pow"
     rows = (
-        (rust, "VLLM_USE_RUST_FRONTEND=1, a server without plugins", python, "unset VLLM_USE_RUST_FRONTEND"),
+        (
+            rust,
+            "VLLM_USE_RUST_FRONTEND=1, a server without plugins",
+            python,
+            "unset VLLM_USE_RUST_FRONTEND",
+        ),
         (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
         (responses != "off" and engines > 1, recorded, "one that has all answers", several),
-        (servers > 1, f"{servers} API servers", "one, which has the round and all chat", "pass --api-server-count 1"),
+        (
+            servers > 1,
+            f"{servers} API servers",
+            "one, which has the round and all chat",
+            "pass --api-server-count 1",
+        ),
         (balanced, "--data-parallel-multi-port-external-lb", alone, each),
-        (revision, f"--revision {revision}", "a checkpoint with a digest", "download it, and serve the directory"),
+        (
+            revision,
+            f"--revision {revision}",
+            "a checkpoint with a digest",
+            "download it, and serve the directory",
+        ),
         (not guarded, without, a_key, set_key),
     )
     refuse_first(rows)
     if given("worker_extension_cls", None) == OLD_EXTENSION:
-        log.warning("--worker-extension-cls %s ends with assay 0.4: name %s", OLD_EXTENSION, EXTENSION)
+        log.warning(
+            "--worker-extension-cls %s ends with assay 0.4: name %s", OLD_EXTENSION, EXTENSION
+        )
 
 
 def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[str]:
-    """Return the arguments that responses need, to be read after those of the operator: vLLM takes the last ones.
+    """Return the arguments that responses need, to be read after those of the operator: vLLM takes
+    the last ones.
 
-    The processor is named there, which is public, and never in the entry points of the package: those hold for every
-    server of the environment, whether or not assay runs.
+    The processor is named there, which is public, and never in the entry points of the package:
+    those hold for every server of the environment, whether or not assay runs.
 
     Raises:
         UsageError: The operator has a worker extension of another kind.
     """
     if arguments.worker_extension_cls not in (EXTENSION, OLD_EXTENSION, RESPONSE_EXTENSION):
-        seen = f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
-        raise UsageError(seen, wanted=EXTENSION, do="leave the other extension out, or ASSAY_RESPONSES=off")
+        seen = (
+            f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
+        )
+        raise UsageError(
+            seen, wanted=EXTENSION, do="leave the other extension out, or ASSAY_RESPONSES=off"
+        )
     words = ["--worker-extension-cls", RESPONSE_EXTENSION]
     if mode != "seeded":
         return words
-    return [*words, "--logits-processors", *(arguments.logits_processors or ()), processor_for(config)]
+    return [
+        *words,
+        "--logits-processors",
+        *(arguments.logits_processors or ()),
+        processor_for(config),
+    ]
 
 
 def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None:
-    """Refuse a checkpoint, a build or a length that the network did not agree on, as far as no engine is needed.
+    """Refuse a checkpoint, a build or a length that the network did not agree on, as far as no
+    engine is needed.
 
-    The checkpoint is hashed. What only a worker knows, such as the device, is compared when a round begins.
+    The checkpoint is hashed. What only a worker knows, such as the device, is compared when a round
+    begins.
 
     Raises:
         UsageError: The checkpoint, the build or the length is not pinned; names what differs.
@@ -164,18 +227,29 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
     longest = most_positions(config)
     if longest < pins.round.seq_len:
         wanted = f"at least {pins.round.seq_len}, which the pins agree on, and one to generate"
-        do = f"pass --max-model-len {pins.round.seq_len + 1} or more, or no --max-num-batched-tokens below that"
+        do = (
+            f"pass --max-model-len {pins.round.seq_len + 1} or more, or no "
+            f"--max-num-batched-tokens below that"
+        )
         raise UsageError(f"a server that takes {longest} positions", wanted=wanted, do=do)
     dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
-    known = {"engine": "vllm", "dtype": with_cache(served.quantised or dtype, rounded_cache(config))}
+    known = {
+        "engine": "vllm",
+        "dtype": with_cache(served.quantised or dtype, rounded_cache(config)),
+    }
     known |= {"torch": torch.__version__, "library": f"vllm {version}"}
     builds = pins.model(served.digest).builds
-    differing = ([name for name, value in known.items() if not build.allows(name, value)] for build in builds)
+    differing = (
+        [name for name, value in known.items() if not build.allows(name, value)] for build in builds
+    )
     names, nearest = min(zip(differing, builds, strict=True), key=lambda pair: len(pair[0]))
     if names:
         raise UsageError(
-            "a build that the pins do not allow: " + ", ".join(f"{name} {known[name]}" for name in names),
-            wanted=", ".join(f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names),
+            "a build that the pins do not allow: "
+            + ", ".join(f"{name} {known[name]}" for name in names),
+            wanted=", ".join(
+                f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names
+            ),
             do="serve with a build of the network, or with the pins that hold now (ASSAY_PINS)",
         )

@@ -1,16 +1,20 @@
-"""The logits processors of vLLM's two model runners: they turn the logits of seeded requests into scores with noise.
+"""The logits processors of vLLM's two model runners: they turn the logits of seeded requests into
+scores with noise.
 
-A seeded request was told temperature 0, so that vLLM takes the largest score: that token *is* the sample. Its bias,
-penalties and filters were taken from it; grammars, allowed ids and forbidden words act before the processor.
+A seeded request was told temperature 0, so that vLLM takes the largest score: that token *is* the
+sample. Its bias, penalties and filters were taken from it; grammars, allowed ids and forbidden
+words act before the processor.
 
-The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 runner, the default on GPUs,
-:class:`ProcessorV2`. With drafts a request has a row for every draft token there, and vLLM's rejection sampler accepts
-a draft if it is the largest score of its row: with any drafter, or with none, the tokens are the same. Nothing there
-waits for the device. A small model's step takes as long on the host as on the device, so parameters are laid out only
-when the batch changes, and go to the device in one copy. Without drafts the host knows which step a request is at, and
-seeds are made for several steps at once. With drafts only the device does.
+The V1 runner, which the CPU build has, calls :class:`ProcessorV1`, and the V2 runner, the default
+on GPUs, :class:`ProcessorV2`. With drafts a request has a row for every draft token there, and
+vLLM's rejection sampler accepts a draft if it is the largest score of its row: with any drafter, or
+with none, the tokens are the same. Nothing there waits for the device. A small model's step takes
+as long on the host as on the device, so parameters are laid out only when the batch changes, and go
+to the device in one copy. Without drafts the host knows which step a request is at, and seeds are
+made for several steps at once. With drafts only the device does.
 
-Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A steps ahead.
+Shapes: R rows of logits, N requests of a step, M slots of requests, V tokens of the vocabulary, A
+    steps ahead.
 """
 
 from collections.abc import Sequence
@@ -35,16 +39,21 @@ UNTOUCHED = Sampling(temperature=0.0)
 
 AHEAD = 16  # steps whose seeds are made at once: as many as a batch may well stay the same for
 MOST_VALUES = 2**24
-"""Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of a GPU free."""
+"""Scores that are made at once: sorting takes several times their memory, and vLLM leaves little of
+a GPU free.
+"""
 
 
 def count_tokens(listed: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
     """Return how often each list has each token, int32 [N, V].
 
-    Tokens that are not there yet have negative ids, and a prompt may have ids that no logit stands for.
+    Tokens that are not there yet have negative ids, and a prompt may have ids that no logit stands
+    for.
     """
     rows = [np.asarray(tokens, np.int64) for tokens in listed]
-    counts = [np.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size) for ids in rows]
+    counts = [
+        np.bincount(ids[(ids >= 0) & (ids < vocab_size)], minlength=vocab_size) for ids in rows
+    ]
     return to_device(np.stack(counts).astype(np.int32), device)
 
 
@@ -59,7 +68,11 @@ class Row(NamedTuple):
     def of(cls, params: Any, prompt: list[int] | None, output: list[int]) -> "Row | None":
         """Return the row of a new request; None where it is not seeded."""
         carried = read_seed_argument(params)
-        return None if carried is None or carried.tokens is None or prompt is None else cls(carried, prompt, output)
+        return (
+            None
+            if carried is None or carried.tokens is None or prompt is None
+            else cls(carried, prompt, output)
+        )
 
 
 class BatchV1(NamedTuple):
@@ -102,8 +115,13 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         seen = {}
         if batch.prompts is not None:
             outputs = [row.output for row in batch.rows]
-            seen = {"prompt_NV": batch.prompts, "counts_NV": count_tokens(outputs, logits.shape[1], self._device)}
-        steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(self._device, non_blocking=True)
+            seen = {
+                "prompt_NV": batch.prompts,
+                "counts_NV": count_tokens(outputs, logits.shape[1], self._device),
+            }
+        steps_N = torch.tensor([len(row.output) for row in batch.rows]).to(
+            self._device, non_blocking=True
+        )
         seeds_N = self._streams.row_seeds(batch.words, steps_N)
         s_NV = batch.sampler.add_noise(batch.sampler.penalise(l_NV, **seen), seeds_N, in_place=True)
         return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
@@ -118,21 +136,31 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         return BatchV1(
             height=height,
             rows=rows,
-            places=None if len(found) == height else torch.tensor(found).to(self._device, non_blocking=True),
+            places=None
+            if len(found) == height
+            else torch.tensor(found).to(self._device, non_blocking=True),
             words=words.to(self._device, non_blocking=True),
             sampler=sampler,
-            prompts=count_tokens(prompts, vocab_size, self._device) > 0 if sampler.penalises else None,
+            prompts=count_tokens(prompts, vocab_size, self._device) > 0
+            if sampler.penalises
+            else None,
         )
 
 
 @dataclass
 class BatchV2:
-    """What the rows of a step need to know of their requests, for as long as these stay the same."""
+    """What the rows of a step need to know of their requests, for as long as these stay the
+    same.
+    """
 
     slots: NDArray[np.int64]  # of the requests in the order of the step, [N]
     sampler: Sampler
-    begun: NDArray[np.int64] | None = None  # lengths [N] of the requests at which the first of `seeds` is due
-    seeds: tuple[Tensor, ...] = ()  # of that step and of those that follow, int32 [N] with the bits of uint32
+    begun: NDArray[np.int64] | None = (
+        None  # lengths [N] of the requests at which the first of `seeds` is due
+    )
+    seeds: tuple[
+        Tensor, ...
+    ] = ()  # of that step and of those that follow, int32 [N] with the bits of uint32
     words: Tensor | None = None  # with drafts, of the stream of each row, [R, 8]
     firsts: Tensor | None = None  # with drafts, the positions [R] that give the first tokens
 
@@ -156,16 +184,27 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot's new request; return whether its logits change."""
         carried = read_seed_argument(sampling_params)
-        seeded, sampling, prompt = False, UNTOUCHED, 0
+        seeded = False
+        sampling = UNTOUCHED
+        prompt = 0
         words: tuple[int, ...] = (0,) * 8
         if carried is not None and carried.tokens is not None:
-            seeded, sampling, words, prompt = True, carried.sampling or UNTOUCHED, carried.tokens, carried.prompt
-        self._seeded_M[req_idx], self._words_M8[req_idx], self._prompts_M[req_idx] = seeded, words, prompt
+            seeded = True
+            sampling = carried.sampling or UNTOUCHED
+            words = carried.tokens
+            prompt = carried.prompt
+        self._seeded_M[req_idx], self._words_M8[req_idx], self._prompts_M[req_idx] = (
+            seeded,
+            words,
+            prompt,
+        )
         self._samplings[req_idx], self._batch = sampling, None
         return seeded
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """Return the logits [R, V] with scores in the rows of seeded requests, in their own memory where that goes."""
+        """Return the logits [R, V] with scores in the rows of seeded requests, in their own memory
+        where that goes.
+        """
         slots_N = ctx.idx_mapping_np
         batch = self._batch
         if batch is None or not np.array_equal(slots_N, batch.slots):
@@ -184,7 +223,9 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         for start in range(0, len(logits), at_once):
             rows = slice(start, start + at_once)
             part = sampler.rows(torch.arange(len(logits), device=self._device)[rows])
-            l_RV = part.penalise(logits[rows], **{name: values[rows] for name, values in seen.items()})
+            l_RV = part.penalise(
+                logits[rows], **{name: values[rows] for name, values in seen.items()}
+            )
             logits[rows] = part.add_noise(l_RV, seeds_R[rows])
         return logits
 
@@ -197,31 +238,48 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         return batch
 
     def _by_length(self, batch: BatchV2, lengths_N: NDArray[Any]) -> Tensor:
-        """Return the seeds of a step without drafts, whose requests have so many tokens: all but the one to come."""
+        """Return the seeds of a step without drafts, whose requests have so many tokens: all but
+        the one to come.
+        """
         ahead = -1 if batch.begun is None else int(lengths_N[0] - batch.begun[0])
-        if batch.begun is None or not 0 <= ahead < AHEAD or not np.array_equal(lengths_N, batch.begun + ahead):
+        if (
+            batch.begun is None
+            or not 0 <= ahead < AHEAD
+            or not np.array_equal(lengths_N, batch.begun + ahead)
+        ):
             steps_AN = lengths_N - self._prompts_M[batch.slots] + np.arange(AHEAD)[:, None]
             words = np.tile(self._words_M8[batch.slots], (AHEAD, 1))
             made = self._host_streams.row_seeds(words, steps_AN.ravel().astype(np.uint32))
-            batch.seeds = to_device(made.view(torch.int32).view(steps_AN.shape), self._device).unbind()
-            batch.begun, ahead = lengths_N.copy(), 0
+            batch.seeds = to_device(
+                made.view(torch.int32).view(steps_AN.shape), self._device
+            ).unbind()
+            batch.begun = lengths_N.copy()
+            ahead = 0
         return batch.seeds[ahead]
 
     def _by_position(self, batch: BatchV2, rows: int, ctx: Any) -> tuple[BatchV2, Tensor]:
-        """Return the batch and the seeds of all rows of a server with drafts: the device knows which are accepted."""
+        """Return the batch and the seeds of all rows of a server with drafts: the device knows
+        which are accepted.
+        """
         assert batch.words is not None
         assert batch.firsts is not None
         if rows != len(batch.slots):  # which request a row belongs to is known there, too
             order_M = torch.zeros(len(self._seeded_M), dtype=torch.int64, device=self._device)
             order_M[ctx.idx_mapping.long()] = torch.arange(len(batch.slots), device=self._device)
             index_R = order_M[ctx.expanded_idx_mapping.long()]
-            words, firsts = batch.words.index_select(0, index_R), batch.firsts.index_select(0, index_R)
-            return replace(batch, sampler=batch.sampler.rows(index_R)), self._streams.row_seeds(words, ctx.pos - firsts)
+            words = batch.words.index_select(0, index_R)
+            firsts = batch.firsts.index_select(0, index_R)
+            return replace(batch, sampler=batch.sampler.rows(index_R)), self._streams.row_seeds(
+                words, ctx.pos - firsts
+            )
         return batch, self._streams.row_seeds(batch.words, ctx.pos - batch.firsts)
 
     def _seen(self, ctx: Any, vocab_size: int) -> dict[str, Tensor]:
-        """Return the tokens of the prompt of every row, and its output so far: committed tokens, and drafts before."""
-        states, slots_R = self._states, ctx.expanded_idx_mapping.long()
+        """Return the tokens of the prompt of every row, and its output so far: committed tokens,
+        and drafts before.
+        """
+        states = self._states
+        slots_R = ctx.expanded_idx_mapping.long()
         longest = int(ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)].max())
         given = states.all_token_ids.gpu[slots_R, :longest].long()
         ids = given.clamp(0, vocab_size - 1)

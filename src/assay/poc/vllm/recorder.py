@@ -1,14 +1,16 @@
-"""The serving side: requests of clients become seeded ones, and each response leaves a receipt before its last piece.
+"""The serving side: requests of clients become seeded ones, and each response leaves a receipt
+before its last piece.
 
-Two methods are wrapped, on the instances of one ``AsyncLLM``; the :class:`Collector` of sketches wraps a third.
-``generate``, through which every route of the server goes, hands its outputs on, and stores the receipt of a choice
-before the output that ends it. ``add_request`` of the output processor is called once for every choice, with its
-number: there the request that goes to the engine gets temperature 0 and what its logits processor needs, while the
-server keeps the parameters that the client sent. Bodies of requests are not read and not changed, so that every route
-and every client works as before.
+Two methods are wrapped, on the instances of one ``AsyncLLM``; the :class:`Collector` of sketches
+wraps a third. ``generate``, through which every route of the server goes, hands its outputs on, and
+stores the receipt of a choice before the output that ends it. ``add_request`` of the output
+processor is called once for every choice, with its number: there the request that goes to the
+engine gets temperature 0 and what its logits processor needs, while the server keeps the parameters
+that the client sent. Bodies of requests are not read and not changed, so that every route and every
+client works as before.
 
-What the client fixed before the engine saw anything is an :class:`AcceptedRequest` in the context of its HTTP request.
-Calls without one, those of nonces among them, pass through.
+What the client fixed before the engine saw anything is an :class:`AcceptedRequest` in the context
+of its HTTP request. Calls without one, those of nonces among them, pass through.
 """
 
 import asyncio
@@ -36,11 +38,28 @@ log = logging.getLogger("assay.responses")
 FINISHES: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 """Why a response ended, as a receipt says it, by vLLM's word; every other word is an abort."""
 
-MASKS = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "thinking_token_budget")
+MASKS = (
+    "structured_outputs",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "thinking_token_budget",
+)
 """Parameters of vLLM that forbid or force tokens in a way that a receipt does not repeat."""
 
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} | {"logit_bias": None, "seed": None}
+SAMPLED = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
+NEUTRAL = {name: getattr(Sampling(temperature=0.0), name) for name in SAMPLED} | {
+    "logit_bias": None,
+    "seed": None,
+}
 """What vLLM's own sampler is told of a seeded request: take the largest score."""
 
 PAUSE = 0.02  # seconds between two calls for sketches
@@ -87,14 +106,23 @@ class Choice:
                 self.waiter.set_exception(error)
 
     def receipt(self) -> Receipt:
-        """Return the receipt of a response that has ended; a ModelError where the workers lack a sketch."""
-        steps, sketches = self.due, np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
+        """Return the receipt of a response that has ended; a ModelError where the workers lack a
+        sketch.
+        """
+        steps = self.due
+        sketches = np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
         if len(sketches) < steps:
             seen = f"{len(sketches)} sketches of {len(self.output)} tokens"
             raise ModelError(seen, wanted=f"{steps}", do="see the log of vLLM's workers")
         return Receipt(
-            **{name: getattr(self.seed, name) for name in ("request_id", "index", "user_seed", "block_hash")},
-            **{name: getattr(self, name) for name in ("sampling", "chosen_by", "mask", "adapter", "chat_template")},
+            **{
+                name: getattr(self.seed, name)
+                for name in ("request_id", "index", "user_seed", "block_hash")
+            },
+            **{
+                name: getattr(self, name)
+                for name in ("sampling", "chosen_by", "mask", "adapter", "chat_template")
+            },
             prompt=Prompt.of(self.prompt),
             output=tuple(self.output),
             finish=self.finish or "abort",
@@ -105,10 +133,11 @@ class Choice:
 class Collector:
     """Takes the sketches of one engine's responses from its workers, while the responses go on.
 
-    A receipt needs every sketch. Were all of them asked for at the end, every answer would wait for a call into the
-    engine's loop, which is answered between two steps. So the tokens that the engine hands out are counted, a sketch is
-    asked for once its token is there, and a response that ends waits only where its last sketch is of the last few
-    steps. Calls interrupt the engine: one asks for all sketches that are due, and is put off while no response waits.
+    A receipt needs every sketch. Were all of them asked for at the end, every answer would wait for
+    a call into the engine's loop, which is answered between two steps. So the tokens that the
+    engine hands out are counted, a sketch is asked for once its token is there, and a response that
+    ends waits only where its last sketch is of the last few steps. Calls interrupt the engine: one
+    asks for all sketches that are due, and is put off while no response waits.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -134,7 +163,9 @@ class Collector:
                 self._forgotten.append(choice.engine_id)
 
     async def finish(self, choices: list[Choice]) -> None:
-        """Wait for the sketches of responses that have ended, and forget them; a ModelError where no worker answers."""
+        """Wait for the sketches of responses that have ended, and forget them; a ModelError where
+        no worker answers.
+        """
         waiters = []
         for choice in choices:
             choice.tokens = len(choice.output)
@@ -155,7 +186,9 @@ class Collector:
             choice = self._open.get(output.request_id)
             if choice is not None:
                 choice.tokens += len(output.new_token_ids)
-                if choice.tokens > SKETCH_EVERY * choice.asked:  # more are due, without a range for every token
+                if (
+                    choice.tokens > SKETCH_EVERY * choice.asked
+                ):  # more are due, without a range for every token
                     self._ask(choice)
         return self._process(outputs, *args, **kwargs)
 
@@ -171,23 +204,31 @@ class Collector:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._waits.wait(), PUT_OFF)
             due = -1
-            while len(self._due) > due:  # responses that end in one step: the server wakes them a part at a time
+            while (
+                len(self._due) > due
+            ):  # responses that end in one step: the server wakes them a part at a time
                 due = len(self._due)
                 await asyncio.sleep(0)
             self._waits.clear()
-            self._called, self._due = self._due, {}
-            forgotten, self._forgotten = self._forgotten, []
+            self._called = self._due
+            self._due = {}
+            forgotten = self._forgotten
+            self._forgotten = []
             wanted = {name: [choice.taken, choice.due] for name, choice in self._called.items()}
             try:
                 replies = await call_workers(self._llm, "assay_sketches", wanted, forgotten)
                 for name, data in (item for reply in replies for item in reply.items()):
                     self._called[name].found += data
                 for name, choice in self._called.items():
-                    if wanted[name][1] == choice.due:  # one that ended since waits for the next call
+                    if (
+                        wanted[name][1] == choice.due
+                    ):  # one that ended since waits for the next call
                         choice.wake()
             except Exception as error:
                 reason = reason_of(error)[:300]
-                failed = ModelError(f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM")
+                failed = ModelError(
+                    f"no sketches: {reason}", wanted="workers that run", do="see the log of vLLM"
+                )
                 for choice in self._called.values():
                     choice.wake(failed)
             self._called = {}
@@ -234,7 +275,9 @@ class AcceptedRequest:
     calls: dict[str, Call] = field(default_factory=dict)
 
     def expect(self, engine_id: str, params: Any) -> Call:
-        """Count the choices of a call: they are numbered through all prompts of the request, as in the answer."""
+        """Count the choices of a call: they are numbered through all prompts of the request, as in
+        the answer.
+        """
         call = self.calls[engine_id] = Call(self.count, params.output_kind.name == "DELTA")
         self.count += params.n
         return call
@@ -247,17 +290,25 @@ ACCEPTED: ContextVar[AcceptedRequest | None] = ContextVar("assay_accepted", defa
 class Recorder:
     """Seeds the requests of one engine, and stores a receipt of every response.
 
-    The workers have the :class:`ResponseExtension`, and where it is ``seeded`` the logits processor. Else the engine
-    samples, and receipts have sketches only. ``digest`` is that of the checkpoint.
+    The workers have the :class:`ResponseExtension`, and where it is ``seeded`` the logits
+    processor. Else the engine samples, and receipts have sketches only. ``digest`` is that of the
+    checkpoint.
     """
 
-    def __init__(self, llm: Any, sink: ReceiptSink, *, public_key: str, digest: str, seeded: bool) -> None:
-        self.sink, self.counts = sink, {"stored": 0, "unrecorded": 0, "failed": 0}
-        self._public_key, self._digest, self._seeded = public_key, digest, seeded
+    def __init__(
+        self, llm: Any, sink: ReceiptSink, *, public_key: str, digest: str, seeded: bool
+    ) -> None:
+        self.sink = sink
+        self.counts = {"stored": 0, "unrecorded": 0, "failed": 0}
+        self._public_key = public_key
+        self._digest = digest
+        self._seeded = seeded
         self._collector = Collector(llm)
         self._adapters: dict[tuple[str, str], Adapter] = {}
-        self._generate, self._add_request = llm.generate, llm.output_processor.add_request
-        llm.generate, llm.output_processor.add_request = self._wrapped_generate, self._wrapped_add
+        self._generate = llm.generate
+        self._add_request = llm.output_processor.add_request
+        llm.generate = self._wrapped_generate
+        llm.output_processor.add_request = self._wrapped_add
 
     def _wrapped_generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -270,10 +321,16 @@ class Recorder:
         lora = options.get("lora_request")
         return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params), lora)
 
-    async def _recorded(self, outputs: Any, accepted: AcceptedRequest, call: Call, lora: Any) -> AsyncGenerator[Any]:
+    async def _recorded(
+        self, outputs: Any, accepted: AcceptedRequest, call: Call, lora: Any
+    ) -> AsyncGenerator[Any]:
         if lora is not None and ((key := _key(lora)) not in self._adapters or lora.load_inplace):
-            with suppress(AssayError):  # an adapter whose files are not here stays unknown, and without receipts
-                self._adapters[key] = Adapter(key[0], await asyncio.to_thread(digest_adapter, key[1]))
+            with suppress(
+                AssayError
+            ):  # an adapter whose files are not here stays unknown, and without receipts
+                self._adapters[key] = Adapter(
+                    key[0], await asyncio.to_thread(digest_adapter, key[1])
+                )
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -284,11 +341,15 @@ class Recorder:
             self._collector.forget(choice for choice in call.choices.values() if not choice.finish)
 
     async def _store(self, accepted: AcceptedRequest, choices: list[Choice]) -> None:
-        """Store the receipts of choices that have ended; without all of them the client must not get the end."""
+        """Store the receipts of choices that have ended; without all of them the client must not
+        get the end.
+        """
         try:
             await self._collector.finish(choices)
             receipts = [choice.receipt() for choice in choices]
-            await asyncio.gather(*(self.sink.store(receipt, client=accepted.client) for receipt in receipts))
+            await asyncio.gather(
+                *(self.sink.store(receipt, client=accepted.client) for receipt in receipts)
+            )
         except AssayError as error:
             accepted.refused = error
             self.counts["failed"] += len(choices)
@@ -297,9 +358,14 @@ class Recorder:
         self.counts["stored"] += len(choices)
         accepted.stored += len(choices)
 
-    def _wrapped_add(self, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None) -> None:
-        """Seed the request of one choice. The output processor keeps the client's own parameters."""
-        accepted, params = ACCEPTED.get(), request.sampling_params
+    def _wrapped_add(
+        self, request: Any, prompt: Any, parent: Any = None, index: int = 0, queue: Any = None
+    ) -> None:
+        """Seed the request of one choice. The output processor keeps the client's own
+        parameters.
+        """
+        accepted = ACCEPTED.get()
+        params = request.sampling_params
         call = None if accepted is None else accepted.calls.get(request.external_req_id)
         if accepted is not None and call is not None:
             try:
@@ -312,15 +378,24 @@ class Recorder:
         self._add_request(request, prompt, parent, index, queue)
         request.sampling_params = params
 
-    def _seed(self, accepted: AcceptedRequest, call: Call, request: Any, parent: Any, index: int) -> Any:
+    def _seed(
+        self, accepted: AcceptedRequest, call: Call, request: Any, parent: Any, index: int
+    ) -> Any:
         """Return the parameters with which the engine runs a choice, and expect its outputs."""
-        params, lora = request.sampling_params, request.lora_request
+        params = request.sampling_params
+        lora = request.lora_request
         adapter = None if lora is None else self._adapters.get(_key(lora))
         if not _is_plain(request) or (adapter is None) != (lora is None):
             self.counts["unrecorded"] += 1
             return _with(params, None)
         given = (parent.sampling_params if parent is not None else params).seed
-        user_seed = accepted.user_seed if accepted.user_seed is not None else "" if given is None else str(given)
+        user_seed = (
+            accepted.user_seed
+            if accepted.user_seed is not None
+            else ""
+            if given is None
+            else str(given)
+        )
         seed = ResponseSeed(
             user_seed=user_seed,
             request_id=accepted.request_id,
@@ -331,7 +406,9 @@ class Recorder:
         )
         sampling = None
         if self._seeded:
-            values = {name: getattr(params, name) for name in SAMPLED} | {"top_k": max(0, params.top_k)}
+            values = {name: getattr(params, name) for name in SAMPLED} | {
+                "top_k": max(0, params.top_k)
+            }
             sampling = Sampling(**values, logit_bias=dict(params.logit_bias or {}))
         prompt = tuple(request.prompt_token_ids)
         mask = any(getattr(params, name, None) for name in MASKS)
@@ -340,17 +417,23 @@ class Recorder:
         call.choices[index] = choice
         self._collector.follow(choice)
         words = tuple(seed.words().tolist()) if self._seeded else None
-        return _with(params, SeedArgument(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling))
+        return _with(
+            params, SeedArgument(len(prompt), tuple(seed.words("sketch").tolist()), words, sampling)
+        )
 
 
 def _is_plain(request: Any) -> bool:
     """Return whether a receipt can name all that a request was computed from.
 
-    Embeddings have no ids, a trace is not sampled at all, and the steps of a beam search, which have numbered ids of
-    their own, are not tokens of a response.
+    Embeddings have no ids, a trace is not sampled at all, and the steps of a beam search, which
+    have numbered ids of their own, are not tokens of a response.
     """
     params = request.sampling_params
-    beam = "-beam-" in str(request.external_req_id) and params.max_tokens == 1 and not params.detokenize
+    beam = (
+        "-beam-" in str(request.external_req_id)
+        and params.max_tokens == 1
+        and not params.detokenize
+    )
     return bool(
         request.prompt_token_ids
         and request.prompt_embeds is None
@@ -366,7 +449,9 @@ def _key(lora: Any) -> tuple[str, str]:
 
 
 def _with(params: Any, carried: SeedArgument | None) -> Any:
-    """Return a copy of parameters that carries something else, and has nothing left to sample if it is seeded."""
+    """Return a copy of parameters that carries something else, and has nothing left to sample if it
+    is seeded.
+    """
     other = copy.copy(params)
     other.__dict__.pop("sampling_type", None)  # vLLM caches it
     kept = {key: value for key, value in (params.extra_args or {}).items() if key != ARGUMENT}

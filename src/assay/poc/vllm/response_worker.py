@@ -1,17 +1,21 @@
-"""The part inside vLLM's workers that keeps a sketch of the hidden state behind every 32nd token of a response.
+"""The part inside vLLM's workers that keeps a sketch of the hidden state behind every 32nd token of
+a response.
 
-What a worker must know of a response comes with its request, in ``extra_args`` of its ``SamplingParams``. Two methods
-of the model runner are wrapped as :class:`assay.poc.vllm.WorkerExtension` does it, and for its reasons:
-``execute_model`` names the new requests, and while ``sample_tokens`` begins the hidden states of a step are there. The
-state at position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of the next
-such state is known, and those before it are not looked at. States are copied once a step, all together, and become
-sketches a few dozen at a time.
+What a worker must know of a response comes with its request, in ``extra_args`` of its
+``SamplingParams``. Two methods of the model runner are wrapped as
+:class:`assay.poc.vllm.WorkerExtension` does it, and for its reasons: ``execute_model`` names the
+new requests, and while ``sample_tokens`` begins the hidden states of a step are there. The state at
+position ``prompt - 1 + t`` of a request gives token t. While the same requests decode, the step of
+the next such state is known, and those before it are not looked at. States are copied once a step,
+all together, and become sketches a few dozen at a time.
 
-On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device without the next. So
-places go there from pinned memory, and sketches are made on a stream of their own, of the steps that the device has
-done. A sketch that the serving side asks for is one of these: it has seen the token.
+On a GPU the engine launches steps ahead, and whatever waits for one of them leaves the device
+without the next. So places go there from pinned memory, and sketches are made on a stream of their
+own, of the steps that the device has done. A sketch that the serving side asks for is one of these:
+it has seen the token.
 
-Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S sketches.
+Legend of shapes: N requests or positions of a step, L positions of one request, D hidden size, S
+sketches.
 """
 
 from collections import OrderedDict, deque
@@ -33,13 +37,20 @@ from assay.poc.vllm.compatibility import runner_kind
 from assay.poc.vllm.rows import call_before, is_first_of_group, spans
 from assay.poc.vllm.worker import WorkerExtension
 
-MOST_NORMALS = 2**22  # numbers of projections that are made at once: vLLM leaves little of a GPU's memory free
+MOST_NORMALS = (
+    2**22
+)  # numbers of projections that are made at once: vLLM leaves little of a GPU's memory free
 MOST_RESPONSES = 8192
-"""Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server side left behind."""
+"""Responses whose sketches a worker keeps; beyond them the oldest are dropped, which the server
+side left behind.
+"""
 
-STEPS_AHEAD = 4  # steps of drafts by which a runner's positions on the host may be wrong: two are in flight
+STEPS_AHEAD = (
+    4  # steps of drafts by which a runner's positions on the host may be wrong: two are in flight
+)
 NEVER = 2**40  # length of a prompt that never ends
-ARGUMENT = "assay"  # key of `extra_args`. What a client puts there is thrown away before a request reaches the workers
+# key of `extra_args`. What a client puts there is thrown away before a request reaches the workers
+ARGUMENT = "assay"
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,15 @@ class SeedArgument:
 
     prompt: int  # number of its tokens
     sketch: tuple[int, ...]  # words of the stream of projections, 8 integers in [0, 2**32)
-    tokens: tuple[int, ...] | None = None  # words of the stream of noise; None where the engine samples by itself
+    tokens: tuple[int, ...] | None = (
+        None  # words of the stream of noise; None where the engine samples by itself
+    )
     sampling: Sampling | None = None  # where it does not
 
     def as_argument(self) -> dict[str, Any]:
-        """Return plain values, which vLLM sends from process to process; it decodes no maps with integer keys."""
+        """Return plain values, which vLLM sends from process to process; it decodes no maps with
+        integer keys.
+        """
         values: dict[str, Any] = _SEED_ARGUMENT.dump_python(self, mode="json")
         return values
 
@@ -61,7 +76,9 @@ _SEED_ARGUMENT = TypeAdapter(SeedArgument)
 
 
 def state_argument(prompt: int) -> dict[str, Any]:
-    """Return the ``extra_args`` of a request whose states are kept as they are, from the end of the prompt on."""
+    """Return the ``extra_args`` of a request whose states are kept as they are, from the end of the
+    prompt on.
+    """
     return {ARGUMENT: SeedArgument(prompt, (0,) * 8).as_argument()}
 
 
@@ -75,12 +92,17 @@ class ResponseExtension(WorkerExtension):
     """Methods that vLLM adds to its workers."""
 
     def assay_sketch(self, raw: bool = False) -> None:
-        """Begin to keep sketches, or with ``raw``, which a verifier needs, the states themselves, in float32."""
+        """Begin to keep sketches, or with ``raw``, which a verifier needs, the states themselves,
+        in float32.
+        """
         if not hasattr(self, "assay_capture"):
             self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
 
-    def assay_sketches(self, wanted: dict[str, list[int]], forgotten: list[str]) -> dict[str, bytes]:
-        """Hand out sketches by their numbers, from one on and before another, and drop requests that have ended.
+    def assay_sketches(
+        self, wanted: dict[str, list[int]], forgotten: list[str]
+    ) -> dict[str, bytes]:
+        """Hand out sketches by their numbers, from one on and before another, and drop requests
+        that have ended.
 
         One worker of those that share layers returns, by request, the bytes of float16 [S, 12].
         """
@@ -89,14 +111,18 @@ class ResponseExtension(WorkerExtension):
         return found if is_first_of_group() else {}
 
     def assay_states(self) -> dict[str, bytes]:
-        """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from token 0 on."""
+        """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from
+        token 0 on.
+        """
         found = self.assay_capture.read(self.assay_capture.there)
         self.assay_capture.drop(list(found))
         return found if is_first_of_group() else {}
 
 
 class KeptResponse(NamedTuple):
-    """What is kept of one response: its sketches by token, or the states that are to be sketched."""
+    """What is kept of one response: its sketches by token, or the states that are to be
+    sketched.
+    """
 
     prompt: int
     words: np.ndarray[Any, np.dtype[np.uint32]]
@@ -104,7 +130,9 @@ class KeptResponse(NamedTuple):
 
 
 class State(NamedTuple):
-    """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows whether it is."""
+    """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows
+    whether it is.
+    """
 
     kept: KeptResponse
     token: int
@@ -116,7 +144,8 @@ class Capture:
 
     def __init__(self, runner: Any, config: Any, *, raw: bool = False) -> None:
         self.errors = 0
-        self._runner, self._raw = runner, raw
+        self._runner = runner
+        self._raw = raw
         self._kept: OrderedDict[str, KeptResponse] = OrderedDict()
         self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
         self._idle = 0  # steps that need no look, if the requests stay the same
@@ -128,18 +157,24 @@ class Capture:
         self._device = torch.device(runner.device)
         on_gpu = self._device.type == "cuda"
         self._aside: Any = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._at_once = max(1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size())))
+        self._at_once = max(
+            1, MOST_NORMALS // (SKETCH_SIZE * int(config.model_config.get_hidden_size()))
+        )
         call_before(runner, "execute_model", self._open, self)
         call_before(runner, "sample_tokens", self._capture, self)
 
     @property
     def there(self) -> dict[str, range]:
-        """The requests of which something is kept, as the worker knows them, and the numbers of their sketches."""
+        """The requests of which something is kept, as the worker knows them, and the numbers of
+        their sketches.
+        """
         self._flush()
         return {name: range(len(kept.sketches)) for name, kept in self._kept.items()}
 
     def read(self, wanted: dict[str, range]) -> dict[str, bytes]:
-        """Return sketches of requests by their numbers, without those behind the first that is missing."""
+        """Return sketches of requests by their numbers, without those behind the first that is
+        missing.
+        """
         self._flush()
         found = {}
         for name, numbers in wanted.items():
@@ -154,16 +189,23 @@ class Capture:
             self._kept.pop(name, None)
 
     def _open(self, scheduler_output: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Note the new requests that are recorded. One that was preempted may come again, and is known."""
+        """Note the new requests that are recorded. One that was preempted may come again, and is
+        known.
+        """
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
             carried = read_seed_argument(request.sampling_params)
             if carried is not None and request.req_id not in self._kept:
-                self._kept[request.req_id] = KeptResponse(carried.prompt, np.array(carried.sketch, np.uint32), {})
+                self._kept[request.req_id] = KeptResponse(
+                    carried.prompt, np.array(carried.sketch, np.uint32), {}
+                )
         while len(self._kept) > MOST_RESPONSES:
             self.drop([next(iter(self._kept))])
-        # The steps in which nothing can be due are counted down while the same requests go on by one token each.
+        # The steps in which nothing can be due are counted down while the same requests go on by
+        # one token each.
         scheduled = getattr(scheduler_output, "num_scheduled_tokens", None) or {}
-        goes_on = scheduled.keys() == self._scheduled.keys() and sum(scheduled.values()) == len(scheduled)
+        goes_on = scheduled.keys() == self._scheduled.keys() and sum(scheduled.values()) == len(
+            scheduled
+        )
         self._idle = self._idle - 1 if goes_on and not scheduler_output.scheduled_new_reqs else 0
         self._scheduled = scheduled
 
@@ -173,20 +215,30 @@ class Capture:
         if not self._kept or self._idle > 0 or (captured := spans(self._runner)) is None:
             return
         states_ND, step = captured
-        # The token that the first position of each request gives; a request that is not recorded gives none.
+        # The token that the first position of each request gives; a request that is not recorded
+        # gives none.
         known = map(self._kept.get, step.names)
-        first_N = step.computed + 1 - np.array([NEVER if kept is None else kept.prompt for kept in known])
+        first_N = (
+            step.computed + 1 - np.array([NEVER if kept is None else kept.prompt for kept in known])
+        )
         after_N = first_N + self._slack + step.lengths
         due_N = _next_sketched(first_N - self._slack) < after_N
         if not self._slack:
             self._idle = 1 + int((_next_sketched(after_N) - after_N).min())
-        places, step_states, step_rows = [], [], []
+        places = []
+        step_states = []
+        step_rows = []
         for row in np.flatnonzero(due_N):
-            first, start, length = int(first_N[row]), int(step.starts[row]), int(step.lengths[row])
-            kept, low = self._kept[step.names[row]], int(_next_sketched(first - self._slack))
+            first = int(first_N[row])
+            start = int(step.starts[row])
+            length = int(step.lengths[row])
+            kept = self._kept[step.names[row]]
+            low = int(_next_sketched(first - self._slack))
             for token in range(low, first + self._slack + length, SKETCH_EVERY):
                 if self._slack:
-                    state, state_1D = self._choose(states_ND[start : start + length], start, kept, token)
+                    state, state_1D = self._choose(
+                        states_ND[start : start + length], start, kept, token
+                    )
                     step_rows.append(state_1D)
                 else:
                     places.append(start + token - first)
@@ -195,19 +247,31 @@ class Capture:
         if places:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
         if step_states:
-            event = None if self._aside is None else torch.cuda.current_stream(self._device).record_event()
+            event = (
+                None
+                if self._aside is None
+                else torch.cuda.current_stream(self._device).record_event()
+            )
             self._waiting.append((step_states, step_rows, event))
         if sum(len(states) for states, _, _ in self._waiting) >= self._at_once:
             self._flush()
 
-    def _choose(self, states_LD: Tensor, start: int, kept: KeptResponse, token: int) -> tuple[State, Tensor]:
-        """Copy the state [1, D] at a position that only the device can find: with drafts the host's count is a bound.
+    def _choose(
+        self, states_LD: Tensor, start: int, kept: KeptResponse, token: int
+    ) -> tuple[State, Tensor]:
+        """Copy the state [1, D] at a position that only the device can find: with drafts the host's
+        count is a bound.
 
-        A draft that is not accepted leaves a wrong state at its position, which is computed again and replaces it.
+        A draft that is not accepted leaves a wrong state at its position, which is computed again
+        and replaces it.
         """
-        positions_L = self._runner.execute_model_state.input_batch.positions[start : start + len(states_LD)]
+        positions_L = self._runner.execute_model_state.input_batch.positions[
+            start : start + len(states_LD)
+        ]
         hits_L = positions_L == kept.prompt - 1 + token
-        return State(kept, token, hits_L.any()), states_LD.index_select(0, hits_L.to(torch.uint8).argmax().reshape(1))
+        return State(kept, token, hits_L.any()), states_LD.index_select(
+            0, hits_L.to(torch.uint8).argmax().reshape(1)
+        )
 
     @torch.inference_mode()
     def _flush(self) -> None:
@@ -226,8 +290,15 @@ class Capture:
                 words_S8 = torch.from_numpy(np.stack([state.kept.words for state in states]))
                 tokens_S = torch.tensor([state.token for state in states], dtype=torch.int64)
                 seeds_S = streams.get_backend("auto", "cpu").row_seeds(words_S8, tokens_S).numpy()
-                parts = [slice(start, start + self._at_once) for start in range(0, len(states), self._at_once)]
-                made_S = torch.cat([sketch_states(states_SD[span], seeds_S[span]) for span in parts]).cpu().numpy()
+                parts = [
+                    slice(start, start + self._at_once)
+                    for start in range(0, len(states), self._at_once)
+                ]
+                made_S = (
+                    torch.cat([sketch_states(states_SD[span], seeds_S[span]) for span in parts])
+                    .cpu()
+                    .numpy()
+                )
             for state, made in zip(states, made_S, strict=True):
                 if state.there is None or bool(state.there):
                     state.kept.sketches[state.token] = made.tobytes()

@@ -1,9 +1,12 @@
-"""What a worker reads of vLLM's state in a step, and the rows of nonces that it holds until they are collected.
+"""What a worker reads of vLLM's state in a step, and the rows of nonces that it holds until they
+are collected.
 
-A row is what is read of the hidden states of a nonce. Request ids lead to the nonces. The names of vLLM that are read
-are internal to it; :mod:`assay.poc.vllm.compatibility` refuses a version in which one is missing.
+A row is what is read of the hidden states of a nonce. Request ids lead to the nonces. The names of
+vLLM that are read are internal to it; :mod:`assay.poc.vllm.compatibility` refuses a version in
+which one is missing.
 
-Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers that are kept of these, D hidden size.
+Legend of shapes: T positions of a nonce, N tokens that it decodes, W numbers that are kept of
+these, D hidden size.
 """
 
 import secrets
@@ -26,12 +29,15 @@ from assay.poc.vllm.compatibility import rounded_cache, runner_kind, stored_as
 from assay.streams.backends import dtype_name
 
 MAX_STREAMS = 16
-MAX_ROWS = 4096  # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
+# bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
+MAX_ROWS = 4096
 LONGEST_REASON = 300  # characters of the reason for which a nonce or a call did not run
 
 
 def new_key() -> str:
-    """Return the key of a new stream. It cannot be guessed: clients may choose request ids on some routes."""
+    """Return the key of a new stream. It cannot be guessed: clients may choose request ids on some
+    routes.
+    """
     return f"assay-{secrets.token_hex(16)}"
 
 
@@ -41,10 +47,14 @@ def request_id(key: str, nonce: int) -> str:
 
 
 def split_id(text: str) -> tuple[str, int] | None:
-    """Return key and nonce of a request id as a worker sees it, with the suffix that vLLM appends; None for others."""
+    """Return key and nonce of a request id as a worker sees it, with the suffix that vLLM appends;
+    None for others.
+    """
     key, _, rest = text.rpartition(".")
     digits = rest.partition("-")[0]
-    if not key.startswith("assay-") or not (digits.isascii() and digits.isdigit() and len(digits) <= 16):
+    if not key.startswith("assay-") or not (
+        digits.isascii() and digits.isdigit() and len(digits) <= 16
+    ):
         return None
     return key, int(digits)
 
@@ -52,18 +62,26 @@ def split_id(text: str) -> tuple[str, int] | None:
 def pack_values(nonces: list[int], values: NDArray[Any]) -> dict[str, Any]:
     """Return values of nonces as they leave a worker, in plain types.
 
-    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the numbers of each, or 0
-    for distances.
+    That is ``nonces``; ``values``, their bytes; ``dtype``, float32 or float16; and ``width``, the
+    numbers of each, or 0 for distances.
     """
     width = values.shape[1] if values.ndim > 1 else 0
-    return {"nonces": nonces, "values": values.tobytes(), "dtype": str(values.dtype), "width": width}
+    return {
+        "nonces": nonces,
+        "values": values.tobytes(),
+        "dtype": str(values.dtype),
+        "width": width,
+    }
 
 
 def unpack_values(reply: dict[str, Any]) -> dict[int, Any]:
-    """Return the values of a reply by nonce: of :func:`pack_values`, or of a worker that has none."""
+    """Return the values of a reply by nonce: of :func:`pack_values`, or of a worker that has
+    none.
+    """
     if "values" not in reply:
         return {}
-    width, values = reply["width"], np.frombuffer(reply["values"], dtype=reply["dtype"])
+    width = reply["width"]
+    values = np.frombuffer(reply["values"], dtype=reply["dtype"])
     rows = values.reshape(len(reply["nonces"]), width) if width else values
     return dict(zip(reply["nonces"], rows, strict=True))
 
@@ -90,11 +108,18 @@ class RowStream:
 
     spec: Spec
     rows: "OrderedDict[int, Tensor]" = field(default_factory=OrderedDict)
-    # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are kept.
+    # Nonces whose inputs are known to be those of the round, not placeholders: only their rows are
+    # kept.
     filled: "OrderedDict[int, None]" = field(default_factory=OrderedDict)
-    parts: dict[int, Tensor] = field(default_factory=dict)  # sums or states of prompts that come in several steps
-    decodes: dict[int, Decode] = field(default_factory=dict)  # of nonces that decode, until they are collected
-    failed: "OrderedDict[int, str]" = field(default_factory=OrderedDict)  # reasons of nonces that could not run
+    parts: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # sums or states of prompts that come in several steps
+    decodes: dict[int, Decode] = field(
+        default_factory=dict
+    )  # of nonces that decode, until they are collected
+    failed: "OrderedDict[int, str]" = field(
+        default_factory=OrderedDict
+    )  # reasons of nonces that could not run
     dropped: int = 0  # number of rows that were never collected
 
     def fill(self, nonce: int) -> None:
@@ -110,7 +135,9 @@ class RowStream:
             self.failed.popitem(last=False)
 
     def put(self, nonce: int, row_D: Tensor) -> None:
-        """Keep the row of a nonce. It must not be a view, which would keep all states of a step alive."""
+        """Keep the row of a nonce. It must not be a view, which would keep all states of a step
+        alive.
+        """
         self.rows[nonce] = row_D
         while len(self.rows) > MAX_ROWS:
             self.rows.popitem(last=False)
@@ -140,7 +167,9 @@ class Rows:
         return len(self._streams)
 
     def open(self, key: str, spec: Spec) -> None:
-        """Begin a stream. If there are too many, those end that were not used for the longest time."""
+        """Begin a stream. If there are too many, those end that were not used for the longest
+        time.
+        """
         self._streams[key] = RowStream(spec)
         for name in list(self._streams)[:-MAX_STREAMS]:
             self.close(name)
@@ -164,7 +193,9 @@ class Rows:
         return None if stream is None else (stream, nonce)
 
     def counts(self) -> dict[str, int]:
-        """Return how many streams, rows, marks and failures are held, and how many rows were dropped."""
+        """Return how many streams, rows, marks and failures are held, and how many rows were
+        dropped.
+        """
         streams = list(self._streams.values())
         return {
             "streams": len(streams),
@@ -175,8 +206,12 @@ class Rows:
         }
 
 
-MAX_VALUES = 2**24  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
-MAX_SUMMED = 2**23  # number of state values that are summed at once; they are held three times in float32
+MAX_VALUES = (
+    2**24
+)  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
+MAX_SUMMED = (
+    2**23
+)  # number of state values that are summed at once; they are held three times in float32
 
 
 class Chunk(NamedTuple):
@@ -201,10 +236,11 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Spans:
-    """The requests of a step, all at once: a loop over them costs as much as a small model's layers.
+    """The requests of a step, all at once: a loop over them costs as much as a small model's
+    layers.
 
-    Of the runner of ``vllm/v1/worker/gpu_model_runner.py`` they are in the order of ``req_ids``; in that of
-    ``vllm/v1/worker/gpu/model_runner.py`` the batch may be padded behind ``num_reqs``.
+    Of the runner of ``vllm/v1/worker/gpu_model_runner.py`` they are in the order of ``req_ids``; in
+    that of ``vllm/v1/worker/gpu/model_runner.py`` the batch may be padded behind ``num_reqs``.
     """
 
     names: list[str]  # ids of the requests, as the worker knows them
@@ -215,12 +251,16 @@ class Spans:
 
     def chunks(self) -> Iterator[Chunk]:
         """Return them request by request."""
-        columns = (numbers.tolist() for numbers in (self.starts, self.lengths, self.computed, self.prompts))
+        columns = (
+            numbers.tolist() for numbers in (self.starts, self.lengths, self.computed, self.prompts)
+        )
         return map(Chunk, self.names, *columns)
 
 
 def spans(runner: Any) -> tuple[Tensor, Spans] | None:
-    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has no states."""
+    """Return the hidden states [tokens, D] of the step and its requests; None where this rank has
+    no states.
+    """
     # What both model runners keep between ``execute_model`` and ``sample_tokens``.
     state = runner.execute_model_state
     if state is None or not hasattr(state.hidden_states, "shape"):
@@ -229,19 +269,25 @@ def spans(runner: Any) -> tuple[Tensor, Spans] | None:
         batch = state.input_batch
         names = list(batch.req_ids[: batch.num_reqs])
         ends = np.asarray(batch.query_start_loc_np[: len(names) + 1], np.int64)
-        computed, prompts = batch.num_computed_tokens_np, batch.prefill_len_np
+        computed = batch.num_computed_tokens_np
+        prompts = batch.prefill_len_np
     else:
-        batch, scheduled = runner.input_batch, state.scheduler_output.num_scheduled_tokens
-        names, computed, prompts = batch.req_ids, batch.num_computed_tokens_cpu, batch.num_prompt_tokens
+        batch = runner.input_batch
+        scheduled = state.scheduler_output.num_scheduled_tokens
+        names = batch.req_ids
+        computed = batch.num_computed_tokens_cpu
+        prompts = batch.num_prompt_tokens
         ends = np.cumsum([0, *(scheduled[name] for name in names)])
     counts = (np.asarray(numbers[: len(names)], np.int64) for numbers in (computed, prompts))
     return state.hidden_states, Spans(names, ends[:-1], np.diff(ends), *counts)
 
 
 def call_before(runner: Any, name: str, before: Callable[..., None], owner: Any) -> None:
-    """Wrap a method of a model runner, on the instance, so that ``before`` gets its arguments first.
+    """Wrap a method of a model runner, on the instance, so that ``before`` gets its arguments
+    first.
 
-    An exception that escaped would end the engine, and with it every chat: ``owner.errors`` counts it instead.
+    An exception that escaped would end the engine, and with it every chat: ``owner.errors`` counts
+    it instead.
     """
     original = getattr(runner, name)
 
@@ -271,7 +317,8 @@ def is_first_of_group() -> bool:
 
 def describe(runner: Any, config: Any) -> dict[str, Any]:
     """Return what the fingerprint and the engine need to know about a worker, as plain values."""
-    parallel, model = config.parallel_config, config.model_config
+    parallel = config.parallel_config
+    model = config.model_config
     groups = [group for outer in getattr(runner, "attn_groups", []) for group in outer]
     attention = sorted({str(group.backend.get_name()) for group in groups})
     return {
@@ -294,9 +341,11 @@ def describe(runner: Any, config: Any) -> dict[str, Any]:
 
 
 def experts_over(parallel: Any) -> list[str]:
-    """Return how engines or workers share the experts of a mixture, where tensor parallelism does not say it.
+    """Return how engines or workers share the experts of a mixture, where tensor parallelism does
+    not say it.
 
-    In a worker's configuration an engine of a dense model, which steps by itself, has one data-parallel engine.
+    In a worker's configuration an engine of a dense model, which steps by itself, has one
+    data-parallel engine.
     """
     engines = int(parallel.data_parallel_size)
     dealt = engines * int(parallel.tensor_parallel_size) if parallel.enable_expert_parallel else 1
@@ -304,7 +353,8 @@ def experts_over(parallel: Any) -> list[str]:
 
 
 def products(model: Any) -> list[str]:
-    """Return which kernels of vLLM multiply in quantised layers and in experts: nothing for other models.
+    """Return which kernels of vLLM multiply in quantised layers and in experts: nothing for other
+    models.
 
     Such a layer has a ``quant_method``, with a kernel or with a scheme that has one.
     """
@@ -312,10 +362,16 @@ def products(model: Any) -> list[str]:
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
         owners = (getattr(layer, "scheme", None), method)
-        kernels = [getattr(owner, name, None) for owner in owners for name in ("kernel", "fp8_linear")]
-        experts = getattr(method, "experts_cls", None) or getattr(method, "unquantized_backend", None)
+        kernels = [
+            getattr(owner, name, None) for owner in owners for name in ("kernel", "fp8_linear")
+        ]
+        experts = getattr(method, "experts_cls", None) or getattr(
+            method, "unquantized_backend", None
+        )
         for kernel in filter(None, kernels):
-            way = getattr(getattr(kernel, "linear_method", None), "__name__", "").removeprefix("_apply_weights_")
+            way = getattr(getattr(kernel, "linear_method", None), "__name__", "").removeprefix(
+                "_apply_weights_"
+            )
             found.add(" ".join(filter(None, (type(kernel).__name__, way))))
         if experts is not None:
             found.add(f"experts {getattr(experts, '__name__', experts)}")

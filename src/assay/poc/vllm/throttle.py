@@ -1,7 +1,9 @@
-"""The throttle: it fills an idle engine with nonces, and beside chat lets in a few at a time, with rests between them.
+"""The throttle: it fills an idle engine with nonces, and beside chat lets in a few at a time, with
+rests between them.
 
-A nonce that runs beside chat makes each step longer by its own tokens. The throttle therefore bounds how many nonces
-are inside the engine and, while there is chat, the part of the time in which any is: the ``share``.
+A nonce that runs beside chat makes each step longer by its own tokens. The throttle therefore
+bounds how many nonces are inside the engine and, while there is chat, the part of the time in which
+any is: the ``share``.
 """
 
 import asyncio
@@ -16,12 +18,15 @@ from assay.settings import Settings
 
 Mode = Literal["chat-first", "exclusive"]
 NoncePath = Literal["auto", "requests"]
-"""How nonces run while there is no chat: as whole batches inside the workers where that can be, or as requests."""
+"""How nonces run while there is no chat: as whole batches inside the workers where that can be, or
+as requests.
+"""
 
 MOST = 1_000_000
 Amount = Annotated[float, Field(ge=0, lt=MOST)]
 
-TICK = 0.02  # seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
+# seconds between two looks at the engine's chat; vLLM announces neither its beginning nor its end
+TICK = 0.02
 WINDOW = 0.25  # seconds over which the speed of an engine without chat is measured
 
 
@@ -34,22 +39,35 @@ class ThrottleSettings(Settings):
         UsageError: A value is out of range.
     """
 
-    mode: Mode = Field("chat-first", description="Whether chat goes first, or a round has the engine to itself.")
-    share: float = Field(0.25, gt=0, le=1, description="Part of the time that nonces may run while there is chat.")
-    chat_in_flight: int = Field(2, ge=1, lt=MOST, description="Nonces at once while there is chat.")
-    in_flight: int = Field(0, ge=0, lt=MOST, description="Nonces at once without chat; 0 measures and adapts.")
-    wait: Amount = Field(
-        0.1, description="Time that the first chat request on an idle engine may wait for the nonces inside."
+    mode: Mode = Field(
+        "chat-first", description="Whether chat goes first, or a round has the engine to itself."
     )
-    quiet: Amount = Field(1.0, description="Time after the last chat until the engine counts as idle.")
+    share: float = Field(
+        0.25, gt=0, le=1, description="Part of the time that nonces may run while there is chat."
+    )
+    chat_in_flight: int = Field(2, ge=1, lt=MOST, description="Nonces at once while there is chat.")
+    in_flight: int = Field(
+        0, ge=0, lt=MOST, description="Nonces at once without chat; 0 measures and adapts."
+    )
+    wait: Amount = Field(
+        0.1,
+        description="Time that the first chat request on an idle engine may wait for the nonces "
+        "inside.",
+    )
+    quiet: Amount = Field(
+        1.0, description="Time after the last chat until the engine counts as idle."
+    )
     drain: Amount = Field(30.0, description="Time that an exclusive round waits for running chat.")
     path: NoncePath = Field(
-        "auto", description="How nonces run without chat: in whole batches inside the workers, or as requests."
+        "auto",
+        description="How nonces run without chat: in whole batches inside the workers, or as "
+        "requests.",
     )
 
 
 class OperatorsThrottle(ThrottleSettings):
-    """The settings of a server's throttle, which also come from its environment, such as ``ASSAY_VLLM_SHARE``.
+    """The settings of a server's throttle, which also come from its environment, such as
+    ``ASSAY_VLLM_SHARE``.
 
     Raises:
         UsageError: A value is out of range.
@@ -62,11 +80,13 @@ class OperatorsThrottle(ThrottleSettings):
 class Throttle:
     """Admits nonces to one engine. It belongs to one event loop.
 
-    ``settings`` may be replaced at any time. ``unfinished`` returns the number of requests in the engine, nonces
-    included, and ``capacity`` nonces fill it.
+    ``settings`` may be replaced at any time. ``unfinished`` returns the number of requests in the
+    engine, nonces included, and ``capacity`` nonces fill it.
     """
 
-    def __init__(self, settings: ThrottleSettings, unfinished: Callable[[], int], capacity: int) -> None:
+    def __init__(
+        self, settings: ThrottleSettings, unfinished: Callable[[], int], capacity: int
+    ) -> None:
         self.settings = settings
         self.in_flight = 0
         self._unfinished = unfinished
@@ -119,13 +139,17 @@ class Throttle:
                 await asyncio.sleep(max(0.0, min(TICK, self._rest_until - time.monotonic())))
             self.look()
         if self.in_flight == 0:
-            self._burst, self._burst_began = 0, time.monotonic()
-            self._window_began, self._window_count = self._burst_began, 0
+            self._burst = 0
+            self._burst_began = time.monotonic()
+            self._window_began = self._burst_began
+            self._window_count = 0
         self.in_flight += 1
         self._burst += 1
 
     def leave(self, passes: int = 1) -> None:
-        """Count a nonce that has run, or was given up; one that decodes took a pass for every token."""
+        """Count a nonce that has run, or was given up; one that decodes took a pass for every
+        token.
+        """
         self.in_flight -= 1
         self.look()
         now = time.monotonic()
@@ -135,7 +159,9 @@ class Throttle:
         self._left.set()
 
     async def drained(self) -> bool:
-        """In exclusive mode, wait until running chat has ended; return False if that took too long."""
+        """In exclusive mode, wait until running chat has ended; return False if that took too
+        long.
+        """
         deadline = time.monotonic() + self.settings.drain
         while self.settings.mode == "exclusive" and self.chat:
             if time.monotonic() > deadline:
@@ -152,18 +178,24 @@ class Throttle:
             return False
         if not self._paces:
             return True
-        if self.in_flight:  # a burst enters whole and leaves whole: between two of them the engine belongs to chat
+        if (
+            self.in_flight
+        ):  # a burst enters whole and leaves whole: between two of them the engine belongs to chat
             return self._burst < self.settings.chat_in_flight
         return time.monotonic() >= self._rest_until
 
     def _measure(self, now: float, passes: int) -> None:
-        """Take the time per pass from windows in which the engine was never empty and there was no chat.
+        """Take the time per pass from windows in which the engine was never empty and there was no
+        chat.
 
-        Chat waits for the passes that run, and not for the nonces: those that decode leave after each of their tokens.
+        Chat waits for the passes that run, and not for the nonces: those that decode leave after
+        each of their tokens.
         """
         self._window_count += passes
         if self.busy:
-            self._window_began, self._window_count = now, 0
+            self._window_began = now
+            self._window_count = 0
         elif now - self._window_began >= WINDOW:
             self._seconds = (now - self._window_began) / self._window_count
-            self._window_began, self._window_count = now, 0
+            self._window_began = now
+            self._window_count = 0

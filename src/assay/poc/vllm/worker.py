@@ -1,16 +1,19 @@
-"""The part inside vLLM's workers: it makes the inputs of nonces, keeps what is read of them, takes the transform.
+"""The part inside vLLM's workers: it makes the inputs of nonces, keeps what is read of them, takes
+the transform.
 
-vLLM mixes :class:`WorkerExtension` into its worker class (``--worker-extension-cls``) and calls its methods by name
-through ``collective_rpc``. Arguments and results are plain types. Every attribute is called ``assay_…``, because vLLM's
-``WorkerWrapperBase.init_worker`` refuses an extension with a name that the worker already has.
+vLLM mixes :class:`WorkerExtension` into its worker class (``--worker-extension-cls``) and calls its
+methods by name through ``collective_rpc``. Arguments and results are plain types. Every attribute
+is called ``assay_…``, because vLLM's ``WorkerWrapperBase.init_worker`` refuses an extension with a
+name that the worker already has.
 
-Two methods of the model runner are wrapped on the instance: ``execute_model``, which both runners call with the
-``SchedulerOutput`` of a step before they read the embeddings of its new requests, and ``sample_tokens``, which both
-call while ``execute_model_state`` still holds the hidden states of the step. An exception in either would end the
-engine, and with it every chat, so both catch everything: a nonce that fails is reported when it is collected.
+Two methods of the model runner are wrapped on the instance: ``execute_model``, which both runners
+call with the ``SchedulerOutput`` of a step before they read the embeddings of its new requests, and
+``sample_tokens``, which both call while ``execute_model_state`` still holds the hidden states of
+the step. An exception in either would end the engine, and with it every chat, so both catch
+everything: a nonce that fails is reported when it is collected.
 
-Legend of shapes: B nonces, T positions, M nonces that decode, S sketches of each, N tokens of each or of a step, D
-hidden size, V vocabulary, R rows of logits.
+Legend of shapes: B nonces, T positions, M nonces that decode, S sketches of each, N tokens of each
+or of a step, D hidden size, V vocabulary, R rows of logits.
 """
 
 import logging
@@ -27,7 +30,13 @@ from assay import streams
 from assay.errors import UsageError, reason_of
 from assay.models.frame import Frame
 from assay.poc.engines.base import HostCopy, drawn_seeds, margins, noise_inputs, token_inputs
-from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, Positions, get_pipeline, sketch_steps
+from assay.poc.protocol.pipelines import (
+    SKETCH_EVERY,
+    SKETCH_SIZE,
+    Positions,
+    get_pipeline,
+    sketch_steps,
+)
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Transform, sketch_states
 from assay.poc.vllm.compatibility import runner_kind
@@ -53,8 +62,11 @@ from assay.streams.backends import dtype_name
 log = logging.getLogger("assay.vllm")
 
 MAX_TRANSFORMS = 4
-CLAIMED = "assay_claimed"  # key of `extra_args` of a request that replays: the tokens [N] that another node states
-MOST_LOGITS = 2**24  # numbers that are made at once for margins and for sketches: vLLM leaves little memory
+# key of `extra_args` of a request that replays: the tokens [N] that another node states
+CLAIMED = "assay_claimed"
+MOST_LOGITS = (
+    2**24
+)  # numbers that are made at once for margins and for sketches: vLLM leaves little memory
 
 Reply = dict[str, Any]
 
@@ -67,27 +79,44 @@ class WorkerExtension:
     vllm_config: Any
     assay_hooks: "Hooks"
     assay_passes: DirectPasses
-    assay_pending: Callable[[], Reply] | None = None  # waits for the values of the last call, until they are asked for
+    assay_pending: Callable[[], Reply] | None = (
+        None  # waits for the values of the last call, until they are asked for
+    )
 
     def assay_install(self) -> Reply:
-        """Wrap the model runner once, and describe this worker; ``decodes`` is whether it takes presets that decode."""
-        runner, config = self.model_runner, self.vllm_config
+        """Wrap the model runner once, and describe this worker; ``decodes`` is whether it takes
+        presets that decode.
+        """
+        runner = self.model_runner
+        config = self.vllm_config
         if not hasattr(self, "assay_hooks"):
             self.assay_hooks = Hooks(runner, config)
             measured = int(getattr(self, "peak_activation_memory", 0))
-            self.assay_passes = DirectPasses(runner, config, self.assay_hooks.transform, activations=measured)
-        return {"problems": [], "decodes": decoding_blocker(runner, config) is None, **describe(runner, config)}
+            self.assay_passes = DirectPasses(
+                runner, config, self.assay_hooks.transform, activations=measured
+            )
+        return {
+            "problems": [],
+            "decodes": decoding_blocker(runner, config) is None,
+            **describe(runner, config),
+        }
 
-    def assay_open(self, key: str, round: dict[str, Any], preset: str, frame: bytes | None = None) -> str | None:
-        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is refused.
+    def assay_open(
+        self, key: str, round: dict[str, Any], preset: str, frame: bytes | None = None
+    ) -> str | None:
+        """Begin a stream of nonces of a round, whose fields are given; return the reason if it is
+        refused.
 
         ``frame`` is the file of the checkpoint's frame, for the presets that have one.
         """
         try:
-            made, embeds = None if frame is None else Frame.from_bytes(frame), self.vllm_config.model_config
+            made = None if frame is None else Frame.from_bytes(frame)
+            embeds = self.vllm_config.model_config
             if made is None and not get_pipeline(preset).steps and not embeds.enable_prompt_embeds:
                 do = "serve with --enable-prompt-embeds, or agree on tokens-1"
-                raise UsageError(f"{preset} without --enable-prompt-embeds", wanted="input embeddings", do=do)
+                raise UsageError(
+                    f"{preset} without --enable-prompt-embeds", wanted="input embeddings", do=do
+                )
             self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset), made))
         except Exception as error:
             return reason_of(error)[:LONGEST_REASON]
@@ -100,51 +129,72 @@ class WorkerExtension:
     def assay_collect(self, key: str, nonces: list[int]) -> Reply:
         """Take the values that the pipeline publishes for nonces that have run.
 
-        Returns ``failed``, the reasons by nonce. One worker that has hidden states adds the values of those nonces
-        that were found, as :func:`pack_values` has them; or ``error``, if the transform fails.
+        Returns ``failed``, the reasons by nonce. One worker that has hidden states adds the values
+        of those nonces that were found, as :func:`pack_values` has them; or ``error``, if the
+        transform fails.
         """
         return self.assay_hooks.collect(key, nonces)
 
     def assay_counts(self) -> dict[str, int]:
-        """Return the number of streams, rows and failures that are held, of hooks that failed, of passes replayed."""
-        hooks, passes = self.assay_hooks, self.assay_passes
+        """Return the number of streams, rows and failures that are held, of hooks that failed, of
+        passes replayed.
+        """
+        hooks = self.assay_hooks
+        passes = self.assay_passes
         return {**hooks.rows.counts(), "errors": hooks.errors, "replayed": passes.replayed}
 
     # Nonces beside the scheduler
 
     def assay_batch(self, key: str) -> Reply:
-        """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0, all being requests."""
+        """Prepare passes; return ``batch``, the most nonces of one, and ``reason``: why it is 0,
+        all being requests.
+        """
         try:
             stream = self.assay_hooks.rows.get(key)
             assert stream is not None, "the stream has ended"
             reason = direct_path_blocker(self.model_runner, self.vllm_config, stream.spec)
-            return {"batch": 0 if reason else self.assay_passes.prepare(stream.spec), "reason": reason}
+            return {
+                "batch": 0 if reason else self.assay_passes.prepare(stream.spec),
+                "reason": reason,
+            }
         except Exception as error:  # memory, or a name of vLLM
             return {"batch": 0, "reason": _describe_failure(error)}
 
-    def assay_pass(self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool) -> list[Reply]:
-        """Queue this engine's share of a call in passes of ``batch``, and return what the call before has computed.
+    def assay_pass(
+        self, call: str, key: str, shares: list[list[int]], batch: int, wait: bool
+    ) -> list[Reply]:
+        """Queue this engine's share of a call in passes of ``batch``, and return what the call
+        before has computed.
 
-        A device that had to wait for the reply to one call and for the next to be queued would idle for some
-        milliseconds between the two. With ``wait`` the values of this call are returned as well.
+        A device that had to wait for the reply to one call and for the next to be queued would idle
+        for some milliseconds between the two. With ``wait`` the values of this call are returned as
+        well.
 
-        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each reply has the name of
-        its call; the last worker of a group adds the values as ``assay_collect`` does; ``error`` is the reason if they
-        did not run.
+        ``shares`` has the nonces of every data-parallel engine, in the order of their ranks. Each
+        reply has the name of its call; the last worker of a group adds the values as
+        ``assay_collect`` does; ``error`` is the reason if they did not run.
         """
-        before, self.assay_pending = self.assay_pending, self.assay_begin(call, key, shares, batch)
+        before = self.assay_pending
+        self.assay_pending = self.assay_begin(call, key, shares, batch)
         replies = [] if before is None else [before()]
         return replies + self.assay_flush() if wait else replies
 
     def assay_flush(self) -> list[Reply]:
         """Return what the last call has computed, if nothing has asked for it yet."""
-        pending, self.assay_pending = self.assay_pending, None
+        pending = self.assay_pending
+        self.assay_pending = None
         return [] if pending is None else [pending()]
 
-    def assay_begin(self, call: str, key: str, shares: list[list[int]], batch: int) -> Callable[[], Reply]:
-        """Queue this engine's share of a call; return what waits for the values and makes the reply."""
+    def assay_begin(
+        self, call: str, key: str, shares: list[list[int]], batch: int
+    ) -> Callable[[], Reply]:
+        """Queue this engine's share of a call; return what waits for the values and makes the
+        reply.
+        """
         # An engine that steps by itself keeps its rank under this name only.
-        nonces = shares[self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0]
+        nonces = shares[
+            self.vllm_config.parallel_config.data_parallel_index if len(shares) > 1 else 0
+        ]
         stream = self.assay_hooks.rows.get(key)
         if stream is None:
             return partial(dict, call=call, error="the stream has ended")
@@ -160,7 +210,11 @@ class WorkerExtension:
 def _reply(call: str, nonces: list[int], values: HostCopy | None, timer: DeviceTimer) -> Reply:
     """Wait for the values of a call, which only some workers have."""
     try:
-        found = {} if values is None else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
+        found = (
+            {}
+            if values is None
+            else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
+        )
         return {"call": call, **found}
     except Exception as error:
         return {"call": call, "error": _describe_failure(error)}
@@ -178,7 +232,9 @@ class Hooks:
     def __init__(self, runner: Any, config: Any) -> None:
         self.rows = Rows()
         self.errors = 0
-        self._runner, self._config, self._model = runner, config, config.model_config
+        self._runner = runner
+        self._config = config
+        self._model = config.model_config
         self._width = int(self._model.get_hidden_size())
         self.transform = lru_cache(MAX_TRANSFORMS)(self._make_transform)
         self._streams = streams.get_backend("auto", runner.device.type)
@@ -202,7 +258,11 @@ class Hooks:
         stream = self.rows.get(key)
         if stream is None:
             return {"failed": {}}
-        reply: Reply = {"failed": {str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed}}
+        reply: Reply = {
+            "failed": {
+                str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed
+            }
+        }
         found, rows = stream.take(nonces)
         if found and is_first_of_group():
             try:
@@ -228,15 +288,20 @@ class Hooks:
                     _disarm(request, self._width)
                 if found:
                     stream, nonce = found
-                    sent, seq_len = request.prompt_embeds, stream.spec.round.seq_len
+                    sent = request.prompt_embeds
+                    seq_len = stream.spec.round.seq_len
                     if stream.spec.pipeline.steps:
                         assert self._decoding is not None
                         self._decoding.begin(stream, nonce, request)
                     elif stream.spec.pipeline.framed:
                         _check_tokens(stream.spec, nonce, request)
                         stream.fill(nonce)
-                    elif (length := len(request.prompt_token_ids if sent is None else sent)) != seq_len:
-                        raise ValueError(f"inputs or placeholders of {length} for {seq_len} positions")
+                    elif (
+                        length := len(request.prompt_token_ids if sent is None else sent)
+                    ) != seq_len:
+                        raise ValueError(
+                            f"inputs or placeholders of {length} for {seq_len} positions"
+                        )
                     elif sent is None and is_first_stage():
                         empty.setdefault(stream, []).append((nonce, request))
                     else:
@@ -245,20 +310,25 @@ class Hooks:
                 if found:
                     self._fail(*found, error)
         for stream, requests in empty.items():
-            # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a time.
+            # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a
+            # time.
             at_once = MAX_VALUES // (stream.spec.round.seq_len * self._width)
             self._in_parts(stream, requests, at_once, self._fill_part)
 
     def _fill_part(self, stream: RowStream, requests: list[tuple[int, Any]]) -> None:
         """Make the inputs [B, T, D] of new nonces on the CPU, where vLLM expects them."""
-        round, nonces, dtype = stream.spec.round, [nonce for nonce, _ in requests], dtype_name(self._model.dtype)
+        round = stream.spec.round
+        nonces = [nonce for nonce, _ in requests]
+        dtype = dtype_name(self._model.dtype)
         shape = {"seq_len": round.seq_len, "hidden_size": self._width}
-        # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running step.
+        # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running
+        # step.
         with torch.cuda.stream(self._side):
             inputs_BTD = noise_inputs(self._streams, round, nonces, dtype=dtype, **shape).cpu()
         for (nonce, request), inputs_TD in zip(requests, inputs_BTD, strict=True):
-            # V1 copies both into its InputBatch (add_request), V2 into model_states/prompt_embeds.py: positions
-            # whose prompt_is_token_ids is False take their embedding from prompt_embeds, not from the token.
+            # V1 copies both into its InputBatch (add_request), V2 into
+            # model_states/prompt_embeds.py: positions whose prompt_is_token_ids is False take their
+            # embedding from prompt_embeds, not from the token.
             request.prompt_embeds = inputs_TD
             request.prompt_is_token_ids = [False] * round.seq_len
             stream.fill(nonce)
@@ -287,7 +357,10 @@ class Hooks:
                 continue
             try:
                 if chunk.prompt != stream.spec.round.seq_len:
-                    raise ValueError(f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} positions")
+                    raise ValueError(
+                        f"a prompt of {chunk.prompt} tokens for {stream.spec.round.seq_len} "
+                        f"positions"
+                    )
                 if isinstance(read := stream.spec.pipeline.read, Positions):
                     length = chunk.prompt if read.scaled else chunk.in_prompt
                     sums.setdefault((stream, length, read.scaled), []).append((nonce, chunk))
@@ -304,14 +377,24 @@ class Hooks:
             for one, reason in self._decoding.step(states_ND, decoding):
                 self._fail(one.stream, one.nonce, reason)
 
-    def _add_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
+    def _add_part(
+        self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
+    ) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
-        reading = self.transform(stream.spec).reading([nonce for nonce, _ in pieces], stream.spec.round.seq_len)
+        reading = self.transform(stream.spec).reading(
+            [nonce for nonce, _ in pieces], stream.spec.round.seq_len
+        )
         assert reading is not None
         parts = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
-        weights = [reading.weights[row, at.computed : at.computed + length] for row, at, length in parts]
-        states_BND = torch.stack([states_ND[at.start : at.start + length] for _, at, length in parts])
-        sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device), first=0).sum(states_BND)
+        weights = [
+            reading.weights[row, at.computed : at.computed + length] for row, at, length in parts
+        ]
+        states_BND = torch.stack(
+            [states_ND[at.start : at.start + length] for _, at, length in parts]
+        )
+        sums_BD = reading._replace(weights=torch.stack(weights).to(states_ND.device), first=0).sum(
+            states_BND
+        )
         for (nonce, chunk), sum_D in zip(pieces, sums_BD, strict=True):
             sum_D = sum_D if chunk.computed == 0 else stream.parts.pop(nonce) + sum_D
             if chunk.ends_prompt:
@@ -319,10 +402,13 @@ class Hooks:
             else:
                 stream.parts[nonce] = sum_D
 
-    def _join_part(self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]) -> None:
+    def _join_part(
+        self, states_ND: Tensor, stream: RowStream, pieces: list[tuple[int, Chunk]]
+    ) -> None:
         """Join the states of chunks to those of earlier steps, and sum those of prompts that end.
 
-        The scale of a coordinate is one of all positions, so no part of a prompt can be summed before its end.
+        The scale of a coordinate is one of all positions, so no part of a prompt can be summed
+        before its end.
         """
         for nonce, chunk in pieces:
             part_TD = states_ND[chunk.start : chunk.start + chunk.in_prompt]
@@ -338,9 +424,15 @@ class Hooks:
             stream.put(nonce, sum_D)
 
     def _in_parts(
-        self, stream: RowStream, found: list[tuple[int, Any]], at_once: int, work: Callable[[RowStream, Any], None]
+        self,
+        stream: RowStream,
+        found: list[tuple[int, Any]],
+        at_once: int,
+        work: Callable[[RowStream, Any], None],
     ) -> None:
-        """Do work for some nonces of a stream at a time, for one at least; a part that fails fails its nonces."""
+        """Do work for some nonces of a stream at a time, for one at least; a part that fails fails
+        its nonces.
+        """
         at_once = max(1, at_once)
         for start in range(0, len(found), at_once):
             part = found[start : start + at_once]
@@ -355,7 +447,8 @@ class Hooks:
         stream.fail(nonce, reason_of(error)[:LONGEST_REASON])
 
     def _make_transform(self, spec: Spec) -> Transform:
-        vocab_size, device = int(self._model.get_vocab_size()), self._runner.device
+        vocab_size = int(self._model.get_vocab_size())
+        device = self._runner.device
         round, pipeline, frame = spec
         shape = {"hidden_size": self._width, "vocab_size": vocab_size, "device": device}
         return Transform(round, pipeline, frame=frame, **shape)
@@ -372,14 +465,17 @@ def _check_tokens(spec: Spec, nonce: int, request: Any) -> None:
 def _disarm(request: Any, width: int) -> None:
     """Replace harmful inputs by zeros.
 
-    Inputs of another width would end the engine. NaN and infinity would stay in the blocks of the cache and spoil
-    requests that get these blocks later: any client that may send embeddings could stop every round on the server.
+    Inputs of another width would end the engine. NaN and infinity would stay in the blocks of the
+    cache and spoil requests that get these blocks later: any client that may send embeddings could
+    stop every round on the server.
     """
     sent = request.prompt_embeds
     fits = sent.ndim == 2 and sent.shape[1] == width
     if not (fits and bool(torch.isfinite(sent).all())):
         request.prompt_embeds = torch.zeros(len(sent), width, dtype=sent.dtype)
-        raise ValueError("inputs that are not finite" if fits else f"inputs of shape {tuple(sent.shape)}")
+        raise ValueError(
+            "inputs that are not finite" if fits else f"inputs of shape {tuple(sent.shape)}"
+        )
 
 
 class StepRow(NamedTuple):
@@ -394,7 +490,8 @@ class StepRow(NamedTuple):
 def decoding_blocker(runner: Any, config: Any) -> str | None:
     """Return what stands in the way of decoding on an engine, in words; None if nothing does.
 
-    With drafts a request has several rows of logits, and a sampler that is spread over the workers has no whole rows.
+    With drafts a request has several rows of logits, and a sampler that is spread over the workers
+    has no whole rows.
     """
     if getattr(config, "speculative_config", None) is not None:
         return "decoding beside speculative decoding"
@@ -406,13 +503,14 @@ def decoding_blocker(runner: Any, config: Any) -> str | None:
 class Decoding:
     """The nonces that decode on one model runner.
 
-    A nonce that decodes is a request with a drawn prompt. With every step of the engine its row of logits gets the
-    noise of one token, in float32, and vLLM, which was told temperature 0, takes the largest sum. A nonce that is
-    replayed is a prompt followed by the tokens of another node, whose positions give the margins of all of them. Both
-    leave one row in float32: the states that are sketched, one after the other, and then the margins of a replay.
+    A nonce that decodes is a request with a drawn prompt. With every step of the engine its row of
+    logits gets the noise of one token, in float32, and vLLM, which was told temperature 0, takes
+    the largest sum. A nonce that is replayed is a prompt followed by the tokens of another node,
+    whose positions give the margins of all of them. Both leave one row in float32: the states that
+    are sketched, one after the other, and then the margins of a replay.
 
-    The V1 runner has the logits of a step in ``execute_model_state`` when ``sample_tokens`` begins. The V2 runner makes
-    them there, by ``compute_logits`` of its model, which is wrapped.
+    The V1 runner has the logits of a step in ``execute_model_state`` when ``sample_tokens`` begins.
+    The V2 runner makes them there, by ``compute_logits`` of its model, which is wrapped.
 
     Raises:
         UsageError: The engine cannot decode nonces; names what stands in the way.
@@ -420,24 +518,33 @@ class Decoding:
 
     def __init__(self, runner: Any, config: Any) -> None:
         if reason := decoding_blocker(runner, config):
-            raise UsageError(reason, wanted="one row of logits for every request", do="prove it with --engine hf")
+            raise UsageError(
+                reason, wanted="one row of logits for every request", do="prove it with --engine hf"
+            )
         self._runner = runner
-        self._width, self._vocab = int(config.model_config.get_hidden_size()), int(config.model_config.get_vocab_size())
+        self._width = int(config.model_config.get_hidden_size())
+        self._vocab = int(config.model_config.get_vocab_size())
         self._streams = streams.get_backend("auto", runner.device.type)
         self._due: tuple[list[int], list[int]] | None = None
         if runner_kind(runner) == "v2":
             compute_logits = runner.model.compute_logits
 
             def compute_noisy_logits(*args: Any, **kwargs: Any) -> Any:
-                due, self._due = self._due, None
+                due = self._due
+                self._due = None
                 logits_RV = compute_logits(*args, **kwargs)
-                return logits_RV if due is None or logits_RV is None else self._noisy(logits_RV, *due)
+                return (
+                    logits_RV if due is None or logits_RV is None else self._noisy(logits_RV, *due)
+                )
 
             runner.model.compute_logits = compute_noisy_logits
 
     def begin(self, stream: RowStream, nonce: int, request: Any) -> None:
-        """Take the new request of a nonce; a ValueError where its length is another one, or it has embeddings."""
-        round, steps = stream.spec.round, stream.spec.pipeline.steps
+        """Take the new request of a nonce; a ValueError where its length is another one, or it has
+        embeddings.
+        """
+        round = stream.spec.round
+        steps = stream.spec.pipeline.steps
         listed = (request.sampling_params.extra_args or {}).get(CLAIMED)
         positions = round.seq_len + (0 if listed is None else steps - 1)
         given = 0 if request.prompt_embeds is not None else len(request.prompt_token_ids)
@@ -446,11 +553,17 @@ class Decoding:
         claimed = None if listed is None else torch.tensor(listed, dtype=torch.int64)
         size = len(sketch_steps(steps)) * self._width + (0 if listed is None else steps)
         kept = torch.full((size,), torch.nan, device=self._runner.device)
-        stream.decodes[nonce] = Decode(drawn_seeds(round, "tokens", [nonce], range(steps))[0], claimed, kept)
+        stream.decodes[nonce] = Decode(
+            drawn_seeds(round, "tokens", [nonce], range(steps))[0], claimed, kept
+        )
         stream.fill(nonce)
 
-    def step(self, states_ND: Tensor, found: Sequence[StepRow]) -> Iterator[tuple[StepRow, Exception]]:
-        """Keep what a step says of nonces, and have the noise of their next tokens added; yield those that failed."""
+    def step(
+        self, states_ND: Tensor, found: Sequence[StepRow]
+    ) -> Iterator[tuple[StepRow, Exception]]:
+        """Keep what a step says of nonces, and have the noise of their next tokens added; yield
+        those that failed.
+        """
         self._due = None
         due: list[tuple[StepRow, int]] = []
         for one in found:
@@ -472,10 +585,15 @@ class Decoding:
             except Exception as error:
                 yield from ((one, error) for one, _ in due)
 
-    def values(self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]) -> Float32[Tensor, "M W"]:
-        """Return sketches [M, S · 12] of nonces that have run, and then the margins [M, N] of a replay."""
+    def values(
+        self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]
+    ) -> Float32[Tensor, "M W"]:
+        """Return sketches [M, S · 12] of nonces that have run, and then the margins [M, N] of a
+        replay.
+        """
         steps = sketch_steps(stream.spec.pipeline.steps)
-        kept_MW, size = torch.stack(list(rows)), len(steps) * self._width
+        kept_MW = torch.stack(list(rows))
+        size = len(steps) * self._width
         seeds = drawn_seeds(stream.spec.round, "sketch", nonces, steps).reshape(-1)
         states = kept_MW[:, :size].reshape(-1, self._width)
         at_once = max(1, MOST_LOGITS // (SKETCH_SIZE * self._width))
@@ -489,12 +607,14 @@ class Decoding:
         steps = len(decode.noise)
         # The tokens that the positions of this step give, as far as they are tokens of the nonce.
         first = chunk.computed + 1 - stream.spec.round.seq_len
-        low, high = max(first, 0), min(first + chunk.length, steps)
+        low = max(first, 0)
+        high = min(first + chunk.length, steps)
         sketched = sketch_steps(steps)
         for token in range(-(-low // SKETCH_EVERY) * SKETCH_EVERY, high, SKETCH_EVERY):
             place = token // SKETCH_EVERY * self._width
             decode.kept[place : place + self._width] = states_ND[chunk.start + token - first]
-        at_once, behind = max(1, MOST_LOGITS // self._vocab), len(sketched) * self._width
+        at_once = max(1, MOST_LOGITS // self._vocab)
+        behind = len(sketched) * self._width
         for start in range(low, high, at_once):
             if decode.claimed is None:
                 break
@@ -507,7 +627,9 @@ class Decoding:
             self._streams.add_gumbels(scores_NV, self._seeds(decode.noise[start:end]))
             claimed_N = decode.claimed[start:end].to(scores_NV.device)
             decode.kept[behind + start : behind + end] = margins(scores_NV, claimed_N)
-        if high > (sketched[-1] if decode.claimed is None else steps - 1):  # nothing more is to be kept
+        if high > (
+            sketched[-1] if decode.claimed is None else steps - 1
+        ):  # nothing more is to be kept
             stream.put(nonce, decode.kept)
 
     def _announce(self, rows: list[int], seeds: list[int]) -> None:
@@ -516,9 +638,13 @@ class Decoding:
         if runner_kind(self._runner) == "v2":
             self._due = rows, seeds
         elif state.logits is not None:
-            self._runner.execute_model_state = state._replace(logits=self._noisy(state.logits, rows, seeds))
+            self._runner.execute_model_state = state._replace(
+                logits=self._noisy(state.logits, rows, seeds)
+            )
 
-    def _noisy(self, logits_RV: Tensor, rows: list[int], seeds: list[int]) -> Float32[Tensor, "R V"]:
+    def _noisy(
+        self, logits_RV: Tensor, rows: list[int], seeds: list[int]
+    ) -> Float32[Tensor, "R V"]:
         """Return logits in float32, in which vLLM samples anyway, with noise in some rows."""
         scores_RV = logits_RV.float().contiguous()
         places = torch.tensor(rows, device=scores_RV.device)

@@ -1,23 +1,27 @@
-"""A basis of hack directions, one small set of axes per module, and its file: safetensors, schema ``v2_with_sv``.
+"""A basis of hack directions, one small set of axes per module, and its file: safetensors, schema
+``v2_with_sv``.
 
 Tensors, for every module name as in ``model.named_modules()``::
 
     {name}        [K, R]   float32   the axes, orthonormal rows that point hack-ward
     _sv/{name}    [K]      float32   their singular values
 
-Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a stale file known:
-``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``, ``settings_sha256``; further
-``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and ``votes`` (JSON: name to lists of [for, against]).
-Where the modules are only a part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the
-weights and the names ``left_out``), where modules are experts ``tokens`` (JSON: name of the module that holds them to
-the number of tokens that came to each), and where the pairs had messages ``chat_template_sha256``.
+Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a
+    stale file known:
+``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``,
+``settings_sha256``; further ``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and
+``votes`` (JSON: name to lists of [for, against]). Where the modules are only a part of the model's
+weight matrices there is also ``coverage`` (JSON: ``share`` of the weights and the names
+``left_out``), where modules are experts ``tokens`` (JSON: name of the module that holds them to the
+number of tokens that came to each), and where the pairs had messages ``chat_template_sha256``.
 
-*From the differences of one module to its axes*: ``D = G_hack − G_clean`` has few rows and many columns, so everything
-goes through its Gram matrix ``K = D Dᵀ``, in float64: with ``K = P Λ Pᵀ`` the singular values are ``√Λ`` and the right
-singular vectors ``Λ^(−1/2) Pᵀ D``. Rows of ``D`` can be left out by leaving rows and columns of ``K`` out, and added by
-adding them.
+*From the differences of one module to its axes*: ``D = G_hack − G_clean`` has few rows and many
+columns, so everything goes through its Gram matrix ``K = D Dᵀ``, in float64: with ``K = P Λ Pᵀ``
+the singular values are ``√Λ`` and the right singular vectors ``Λ^(−1/2) Pᵀ D``. Rows of ``D`` can
+be left out by leaving rows and columns of ``K`` out, and added by adding them.
 
-Shapes: N pairs, R coordinates of δS in a module (its rank), K axes, M directions with clean variance.
+Shapes: N pairs, R coordinates of δS in a module (its rank), K axes, M directions with clean
+    variance.
 """
 
 import hashlib
@@ -50,7 +54,9 @@ SCHEMA = BASIS
 _VALUES = "_sv/"
 _MOST = 1024  # axes of a module in a file: to check them takes time that grows with their cube
 _SKEW = 1e-3  # largest entry of V Vᵀ − 1; what extraction writes stays below 1e-6
-_REDO = "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
+_REDO = (
+    "extract it again (assay vhack extract), or give the model, pairs and settings it was made with"
+)
 _SETTINGS = ("dtype", "rank", "factors", "top_k", "tau_axis", "method")
 
 
@@ -60,7 +66,8 @@ class Origin:
 
     Attributes:
         model: Reference that the model was loaded from, for people to read.
-        weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty without a model.
+        weights: SHA-256 in hex of the weights, from :func:`assay.vhack.weights_digest`; empty
+            without a model.
         dtype: Dtype of the model, for example ``"bfloat16"``.
         rank: Number of singular directions kept per weight matrix; None stands for all of them.
         factors: Dtype of the factors U and Vh that the gradients were projected with.
@@ -70,11 +77,14 @@ class Origin:
         pairs: Keys of the pairs that were used, in order.
         groups: Groups of these pairs, in the same order.
         skipped: Keys of the pairs that were left out because their sides do not differ.
-        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold; 1 for all, and where factors were
-            given truncated, from which it cannot be measured.
-        coverage: Share of the model's weights that the modules of the basis are, and the matrices left out.
-        tokens: Number of tokens of the pairs that came to each expert, by the name of the module that holds them.
-        chat_template: SHA-256 of the chat template that rendered the pairs; empty where they were texts.
+        captured: Share of the gradient's energy ‖g‖² that ``rank`` directions hold; 1 for all, and
+            where factors were given truncated, from which it cannot be measured.
+        coverage: Share of the model's weights that the modules of the basis are, and the matrices
+            left out.
+        tokens: Number of tokens of the pairs that came to each expert, by the name of the module
+            that holds them.
+        chat_template: SHA-256 of the chat template that rendered the pairs; empty where they were
+            texts.
     """
 
     model: str = ""
@@ -106,7 +116,9 @@ class Origin:
     @property
     def settings_digest(self) -> str:
         """SHA-256 in hex of the settings: dtype, rank, factors, top_k, tau_axis and method."""
-        return hashlib.sha256(json.dumps({name: getattr(self, name) for name in _SETTINGS}).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps({name: getattr(self, name) for name in _SETTINGS}).encode()
+        ).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +126,11 @@ class Basis:
     """Hack directions of a model.
 
     Attributes:
-        axes: Orthonormal rows that point hack-ward, [K, R] float32 per module name; unused rows are zero.
+        axes: Orthonormal rows that point hack-ward, [K, R] float32 per module name; unused rows are
+            zero.
         singular_values: Singular values in falling order, [K] float32 per module name.
-        votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2] int64 per module
-            name.
+        votes: Numbers of pairs with a positive and with a negative component along the axis, [K, 2]
+            int64 per module name.
         origin: Model, pairs and settings it was made from.
 
     Example:
@@ -135,7 +148,9 @@ class Basis:
 
     @property
     def undecided(self) -> list[tuple[str, int]]:
-        """Module and index of every axis whose vote is a tie, so that its orientation is arbitrary."""
+        """Module and index of every axis whose vote is a tie, so that its orientation is
+        arbitrary.
+        """
         return [
             (name, index)
             for name, votes_K2 in self.votes.items()
@@ -169,7 +184,9 @@ class Basis:
             StorageError: The file cannot be written.
         """
         tensors = {name: axes_KR.contiguous() for name, axes_KR in self.axes.items()}
-        tensors |= {_VALUES + name: values_K.contiguous() for name, values_K in self.singular_values.items()}
+        tensors |= {
+            _VALUES + name: values_K.contiguous() for name, values_K in self.singular_values.items()
+        }
         write_atomic(path, save(tensors, metadata=_metadata(self.votes, self.origin)))
 
     @classmethod
@@ -184,13 +201,14 @@ class Basis:
 
         Args:
             path: Path of the file.
-            model: Model that the basis must belong to, by the digest of its weights; None skips the check, which is
-                right only where no model is at hand.
-            expect: Attributes of :class:`Origin` that must have these values, for instance ``{"method": "lda"}``.
+            model: Model that the basis must belong to, by the digest of its weights; None skips the
+                check, which is right only where no model is at hand.
+            expect: Attributes of :class:`Origin` that must have these values, for instance
+                ``{"method": "lda"}``.
 
         Raises:
-            DataError: The file is not a basis, or was made for other weights, pairs or settings; the message names
-                which.
+            DataError: The file is not a basis, or was made for other weights, pairs or settings;
+                the message names which.
         """
         basis = cls(*_parse(path))
         if model is not None:
@@ -204,7 +222,8 @@ class Basis:
         return basis
 
     def check_model(self, model: "Model | PreTrainedModel", *, name: str = "the basis") -> None:
-        """Refuse a model that this basis was not made for, by its modules and the digest of its weights.
+        """Refuse a model that this basis was not made for, by its modules and the digest of its
+        weights.
 
         Args:
             model: Model to check.
@@ -220,10 +239,14 @@ class Basis:
                 raise _stale(name, "model", seen, "the model's modules")
         digest = weights_digest(model)
         if self.origin.weights != digest:
-            raise _stale(name, "weights", self.origin.weights[:16] or "none", f"weights {digest[:16]}")
+            raise _stale(
+                name, "weights", self.origin.weights[:16] or "none", f"weights {digest[:16]}"
+            )
 
     def check_template(self, digest: str, *, name: str = "the basis") -> None:
-        """Raise a DataError if another chat template rendered the pairs; an empty digest stands for none."""
+        """Raise a DataError if another chat template rendered the pairs; an empty digest stands for
+        none.
+        """
         own = self.origin.chat_template
         if own and digest and own != digest:
             raise _stale(name, "chat template", own[:16], f"the chat template {digest[:16]}")
@@ -234,7 +257,11 @@ def check_axis_settings(top_k: int, tau_axis: float) -> None:
     if top_k < 1:
         raise UsageError(f"{top_k} axes", wanted="at least 1", do="ask for 1 or more with --top-k")
     if not 0 <= tau_axis <= 1:
-        raise UsageError(f"tau_axis={tau_axis}", wanted="a share of the first singular value, 0 to 1", do="use 0.25")
+        raise UsageError(
+            f"tau_axis={tau_axis}",
+            wanted="a share of the first singular value, 0 to 1",
+            do="use 0.25",
+        )
 
 
 def zero_weak_axes(axes_KR: Tensor, values_K: Tensor, tau_axis: float) -> Tensor:
@@ -264,13 +291,19 @@ def _metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
 
 
 def read_tensors(path: str | Path, do: str) -> tuple[dict[str, str], Tensors]:
-    """Return metadata and tensors of a safetensors file, or raise a DataError that says what to do."""
+    """Return metadata and tensors of a safetensors file, or raise a DataError that says what to
+    do.
+    """
     try:
         check_tensors(path, LONGEST_TENSORS)
         with safe_open(path, framework="pt") as reader:
-            return reader.metadata() or {}, {name: reader.get_tensor(name) for name in list(reader.keys())}
+            return reader.metadata() or {}, {
+                name: reader.get_tensor(name) for name in list(reader.keys())
+            }
     except (SafetensorError, OSError, DataError) as error:
-        raise DataError(f"{path} cannot be read: {error}", wanted="a safetensors file", do=do) from error
+        raise DataError(
+            f"{path} cannot be read: {error}", wanted="a safetensors file", do=do
+        ) from error
 
 
 def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
@@ -281,7 +314,9 @@ def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
         axes = {name: rows for name, rows in tensors.items() if not name.startswith(_VALUES)}
         values = {name: tensors[_VALUES + name] for name in axes}
         counts = parse(metadata["votes"])
-        votes = {name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes}
+        votes = {
+            name: torch.tensor(counts[name], dtype=torch.int64).reshape(-1, 2) for name in axes
+        }
         if not axes:
             raise ValueError("it has no axes of any module")
         if lost := counts.keys() - axes.keys():
@@ -291,7 +326,9 @@ def _parse(path: str | Path) -> tuple[Tensors, Tensors, Tensors, Origin]:
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         # RecursionError is a RuntimeError.
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO) from error
+        raise DataError(
+            f"{path} is not a basis: {why}", wanted=f"a file of schema {SCHEMA}", do=_REDO
+        ) from error
     return axes, values, votes, origin
 
 
@@ -299,12 +336,18 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
     if metadata["schema"] != SCHEMA:
         raise ValueError(f"schema {metadata['schema']!r}")
     stated: dict[str, object] = {name: metadata[name] for name in ("model", "captured", *_SETTINGS)}
-    stated |= {"weights": metadata["weights_sha256"], "rank": None if metadata["rank"] == "full" else metadata["rank"]}
+    stated |= {
+        "weights": metadata["weights_sha256"],
+        "rank": None if metadata["rank"] == "full" else metadata["rank"],
+    }
     stated |= {name: parse(metadata[name]) for name in ("pairs", "groups", "skipped")}
     stated |= {name: parse(metadata[name]) for name in ("coverage", "tokens") if name in metadata}
     stated["chat_template"] = metadata.get("chat_template_sha256", "")
     origin = validated(Origin, stated)
-    if metadata["pairs_sha256"] != origin.pairs_digest or metadata["settings_sha256"] != origin.settings_digest:
+    if (
+        metadata["pairs_sha256"] != origin.pairs_digest
+        or metadata["settings_sha256"] != origin.settings_digest
+    ):
         raise ValueError("its hashes do not belong to its own pairs or settings")
     if len(origin.pairs) != len(origin.groups):
         raise ValueError(f"{len(origin.pairs)} pairs and {len(origin.groups)} groups")
@@ -315,10 +358,21 @@ def _parse_origin(metadata: dict[str, str]) -> Origin:
 
 def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor) -> None:
     k = len(votes_K2)
-    if axes_KR.ndim != 2 or len(axes_KR) != k or values_K.shape != (k,) or not 0 < k <= min(_MOST, axes_KR.shape[1]):
-        raise ValueError(f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and {k} votes")
+    if (
+        axes_KR.ndim != 2
+        or len(axes_KR) != k
+        or values_K.shape != (k,)
+        or not 0 < k <= min(_MOST, axes_KR.shape[1])
+    ):
+        raise ValueError(
+            f"{name} has axes {list(axes_KR.shape)}, singular values {list(values_K.shape)} and "
+            f"{k} votes"
+        )
     if axes_KR.dtype != torch.float32 or values_K.dtype != torch.float32:
-        raise ValueError(f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not float32")
+        raise ValueError(
+            f"{name} has axes in {axes_KR.dtype} and singular values in {values_K.dtype}, not "
+            f"float32"
+        )
     if not (torch.isfinite(axes_KR).all() and torch.isfinite(values_K).all()):
         raise ValueError(f"{name} holds NaN or infinity")
     if (values_K < 0).any() or (votes_K2 < 0).any():
@@ -327,14 +381,17 @@ def _check_module(name: str, axes_KR: Tensor, values_K: Tensor, votes_K2: Tensor
     used_K = wide_KR.any(dim=1)
     error = float((wide_KR @ wide_KR.T - torch.diag(used_K.double())).abs().max())
     if error > _SKEW:
-        raise ValueError(f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}")
+        raise ValueError(
+            f"the axes of {name} are off from orthonormal by {error:.2g}, more than {_SKEW:g}"
+        )
 
 
 def _stale(path: str | Path, what: str, seen: str, wanted: str) -> DataError:
     return DataError(f"{path} was made for other {what}: {seen}", wanted=wanted, do=_REDO)
 
 
-# Singular values below this share of the first, times N, are rounding of float32 gradients, not axes.
+# Singular values below this share of the first, times N, are rounding of float32 gradients, not
+# axes.
 _ROUNDING = torch.finfo(torch.float32).eps
 
 
@@ -344,17 +401,24 @@ def gram(rows_NR: Tensor) -> Tensor:
 
 
 def find_axes(
-    difference_NR: Tensor, gram_NN: Tensor, *, top_k: int, method: str, clean: tuple[Tensor, Tensor] | None = None
+    difference_NR: Tensor,
+    gram_NN: Tensor,
+    *,
+    top_k: int,
+    method: str,
+    clean: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the axes of one module by one of two methods, with their singular values and votes.
 
     - ``svd``: right singular vectors of the differences, not centred, strongest first.
-    - ``lda``: the differences are whitened by the covariance of the clean gradients before the SVD, and the result is
-      taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk towards a multiple of the identity by
-      :func:`shrinkage`. Values are those of the whitened differences: units of one clean standard deviation.
+    - ``lda``: the differences are whitened by the covariance of the clean gradients before the SVD,
+      and the result is taken back: ``w = Σ^(−1/2) z``, made orthonormal in order. Σ is shrunk
+      towards a multiple of the identity by :func:`shrinkage`. Values are those of the whitened
+      differences: units of one clean standard deviation.
 
-    Differences are hack minus clean, one row per pair; ``gram_NN`` is their Gram matrix. ``lda`` needs clean gradients
-    and theirs. No more than N axes come back, as a :class:`Basis` has them; one that the data cannot fill is zero.
+    Differences are hack minus clean, one row per pair; ``gram_NN`` is their Gram matrix. ``lda``
+    needs clean gradients and theirs. No more than N axes come back, as a :class:`Basis` has them;
+    one that the data cannot fill is zero.
     """
     rows_NR = difference_NR.double()
     if method == "lda":
@@ -377,7 +441,9 @@ def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor
 
 
 def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
-    """Return the rows made exactly orthonormal in their order, without turning any; rows not kept become zero."""
+    """Return the rows made exactly orthonormal in their order, without turning any; rows not kept
+    become zero.
+    """
     axes_KR = torch.zeros_like(raw_KR)
     if kept_K.any():
         basis_RJ, upper_JJ = torch.linalg.qr(raw_KR[kept_K].T)
@@ -385,7 +451,9 @@ def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
     return axes_KR
 
 
-def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _discriminants(
+    rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
     n, r = clean_NR.shape
     centred_NR = clean_NR - clean_NR.mean(dim=0)
     gram_NN = clean_gram_NN - clean_gram_NN.mean(dim=0) - clean_gram_NN.mean(dim=1, keepdim=True)
@@ -393,7 +461,8 @@ def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top
     mean_variance = float(gram_NN.trace()) / (n * r)
     if mean_variance <= 0:  # the clean gradients do not vary, so there is nothing to whiten with
         return _singular_rows(rows_NR, gram(rows_NR), top_k)
-    # Σ = floor·I + Q diag(s²) Qᵀ is never formed: Σ^(−1/2) is one factor along the directions Q and one elsewhere.
+    # Σ = floor·I + Q diag(s²) Qᵀ is never formed: Σ^(−1/2) is one factor along the directions Q and
+    # one elsewhere.
     share = shrinkage(gram_NN, r)
     floor = share * mean_variance
     directions_MR, values_M = _singular_rows(centred_NR, gram_NN, n)
@@ -402,7 +471,9 @@ def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top
 
     def whiten(some_NR: Tensor) -> Tensor:
         inside_NM = some_NR @ directions_MR.T
-        whitened_NR: Tensor = elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
+        whitened_NR: Tensor = (
+            elsewhere * some_NR + (inside_NM * (along_M - elsewhere)) @ directions_MR
+        )
         return whitened_NR
 
     whitened_NR = whiten(rows_NR)
@@ -411,11 +482,12 @@ def _discriminants(rows_NR: Tensor, clean_NR: Tensor, clean_gram_NN: Tensor, top
 
 
 def shrinkage(gram_NN: Tensor, r: int) -> float:
-    """Return how far to shrink a covariance towards a multiple of the identity (Ledoit and Wolf 2004).
+    """Return how far to shrink a covariance towards a multiple of the identity (Ledoit and Wolf
+    2004).
 
-    With S = XᵀX/n for the centred rows X and μ = tr S/r it is ``min(1, b²/d²)``, where ``d² = ‖S − μI‖²`` and
-    ``b² = Σ‖x xᵀ − S‖²/n²`` in Frobenius norms. Never below 0.001, so that the result is invertible when there are
-    fewer rows than columns.
+    With S = XᵀX/n for the centred rows X and μ = tr S/r it is ``min(1, b²/d²)``, where ``d² = ‖S −
+    μI‖²`` and ``b² = Σ‖x xᵀ − S‖²/n²`` in Frobenius norms. Never below 0.001, so that the result is
+    invertible when there are fewer rows than columns.
     """
     n = len(gram_NN)
     squared = float((gram_NN**2).sum()) / n**2
@@ -425,19 +497,24 @@ def shrinkage(gram_NN: Tensor, r: int) -> float:
 
 
 def _oriented(rows_NR: Tensor, axes_KR: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each axis so that most pairs have a positive component; the mean decides a tie, which its votes show."""
+    """Turn each axis so that most pairs have a positive component; the mean decides a tie, which
+    its votes show.
+    """
     along_NK = rows_NR @ axes_KR.T
-    for_K, against_K = (along_NK > 0).sum(dim=0), (along_NK < 0).sum(dim=0)
+    for_K = (along_NK > 0).sum(dim=0)
+    against_K = (along_NK < 0).sum(dim=0)
     flip_K = (for_K < against_K) | ((for_K == against_K) & (along_NK.sum(dim=0) < 0))
-    votes_K2 = torch.where(flip_K[:, None], torch.stack([against_K, for_K], 1), torch.stack([for_K, against_K], 1))
+    votes_K2 = torch.where(
+        flip_K[:, None], torch.stack([against_K, for_K], 1), torch.stack([for_K, against_K], 1)
+    )
     return torch.where(flip_K[:, None], -axes_KR, axes_KR), votes_K2
 
 
 def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tensor:
     """Return the share of each gradient that lies along the axes of its module, [N], from 0 to 1.
 
-    ``‖relu(V g)‖ / ‖g‖``: only what points hack-ward counts, which is what the one-sided gate removes. Two-sided it is
-    ``‖V g‖ / ‖g‖``. A zero gradient has share 0.
+    ``‖relu(V g)‖ / ‖g‖``: only what points hack-ward counts, which is what the one-sided gate
+    removes. Two-sided it is ``‖V g‖ / ‖g‖``. A zero gradient has share 0.
 
     Args:
         gradients_NR: Gradients, one per row.
@@ -450,11 +527,14 @@ def cin(gradients_NR: Tensor, axes_KR: Tensor, two_sided: bool = False) -> Tenso
     return along_N / torch.where(lengths_N > 0, lengths_N, 1.0)
 
 
-def cin_over_modules(gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False) -> Tensor:
+def cin_over_modules(
+    gradients: Mapping[str, Tensor], basis: Basis, *, two_sided: bool = False
+) -> Tensor:
     """Return the mean of :func:`cin` over all modules of the basis, one number per sample, [N].
 
     Args:
-        gradients: Gradients, [N, R] per module name; modules that the basis does not have are left out.
+        gradients: Gradients, [N, R] per module name; modules that the basis does not have are left
+            out.
         basis: Basis with the axes.
         two_sided: Whether both signs count.
 

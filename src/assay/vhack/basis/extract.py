@@ -1,6 +1,7 @@
 """From a model and pairs to a basis: choose the pairs, compute their gradients, find the axes.
 
-Gradients of pairs are kept together with their Gram matrices, so that a basis of any subset costs no new pass.
+Gradients of pairs are kept together with their Gram matrices, so that a basis of any subset costs
+no new pass.
 
 Shapes: N pairs, R coordinates of δS in a module.
 """
@@ -18,7 +19,14 @@ from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
 from assay.models.load import Model
 from assay.streams.backends import dtype_name
-from assay.vhack.basis.basis import Basis, Origin, check_axis_settings, find_axes, gram, zero_weak_axes
+from assay.vhack.basis.basis import (
+    Basis,
+    Origin,
+    check_axis_settings,
+    find_axes,
+    gram,
+    zero_weak_axes,
+)
 from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
@@ -41,7 +49,8 @@ class PairGradients:
         clean: Gradients of the clean sides, likewise.
         groups: Group of each pair; None puts every pair into a group of its own.
         keys: Name of each pair; None numbers them.
-        tokens: Number of tokens of both sides of each pair that came to each expert, [N, E] per module of experts.
+        tokens: Number of tokens of both sides of each pair that came to each expert, [N, E] per
+            module of experts.
         origin: Model and settings they come from; its pairs and groups are replaced by these.
 
     Raises:
@@ -66,15 +75,21 @@ class PairGradients:
         self.keys = tuple(str(index) for index in range(n)) if keys is None else tuple(keys)
         self.groups = self.keys if groups is None else tuple(groups)
         if not len(self.keys) == len(self.groups) == n:
-            wanted, do = "one of each per pair", "pass lists as long as the gradients"
-            raise UsageError(f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs", wanted=wanted, do=do)
+            wanted = "one of each per pair"
+            do = "pass lists as long as the gradients"
+            raise UsageError(
+                f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs",
+                wanted=wanted,
+                do=do,
+            )
         self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
         sides = (("hack", self.hack), ("clean", self.clean))
         for side, name, rows_NR in ((side, *item) for side, rows in sides for item in rows.items()):
             bad_N = ~torch.isfinite(rows_NR).all(dim=1)
             if bad_N.any():
                 raise DataError(
-                    f"the gradient of pair {self.keys[int(bad_N.nonzero()[0])]}, {side} side, is not finite in {name}",
+                    f"the gradient of pair {self.keys[int(bad_N.nonzero()[0])]}, {side} side, is "
+                    f"not finite in {name}",
                     wanted="finite gradients",
                     do="leave the pair out, or run the model in float32",
                 )
@@ -95,15 +110,21 @@ class PairGradients:
         return {name: gram(rows_NR) for name, rows_NR in self.clean.items()}
 
     def basis(
-        self, *, top_k: int = 12, tau_axis: float = 0.0, method: str = "lda", keep: Sequence[int] | None = None
+        self,
+        *,
+        top_k: int = 12,
+        tau_axis: float = 0.0,
+        method: str = "lda",
+        keep: Sequence[int] | None = None,
     ) -> Basis:
         """Return the basis of these pairs, or of some of them.
 
         Args:
             top_k: Number of axes per module; fewer where there are fewer pairs.
             tau_axis: Share of the first singular value below which an axis becomes zero.
-            method: Name of the method. ``"svd"`` takes the right singular vectors of the differences, ``"lda"``
-                those after whitening by the covariance of the clean gradients.
+            method: Name of the method. ``"svd"`` takes the right singular vectors of the
+                differences, ``"lda"`` those after whitening by the covariance of the clean
+                gradients.
             keep: Indices of the pairs to use; None uses all.
 
         Raises:
@@ -115,17 +136,26 @@ class PairGradients:
         check_method(method, len(rows))
         index = torch.tensor(rows)
         square = (index[:, None], index[None, :])
-        axes, values, votes = {}, {}, {}
+        axes = {}
+        values = {}
+        votes = {}
         for name, gram_NN in self._grams.items():
             rows_NR = self.differences(name)[index]
-            clean = (self.clean[name][index], self._clean_grams[name][square]) if method == "lda" else None
+            clean = (
+                (self.clean[name][index], self._clean_grams[name][square])
+                if method == "lda"
+                else None
+            )
             axes_KR, values[name], votes[name] = find_axes(
                 rows_NR, gram_NN[square], top_k=top_k, method=method, clean=clean
             )
             axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
         if not any(values_K.any() for values_K in values.values()):
-            wanted, do = "pairs whose two sides differ", "check the pairs: the two completions must not be the same"
-            raise DataError("hack and clean have the same gradients in every module", wanted=wanted, do=do)
+            wanted = "pairs whose two sides differ"
+            do = "check the pairs: the two completions must not be the same"
+            raise DataError(
+                "hack and clean have the same gradients in every module", wanted=wanted, do=do
+            )
         origin = replace(
             self.origin,
             top_k=top_k,
@@ -133,7 +163,10 @@ class PairGradients:
             method=method,
             pairs=tuple(self.keys[row] for row in rows),
             groups=tuple(self.groups[row] for row in rows),
-            tokens={name: tuple(tokens_NE[index].sum(dim=0).tolist()) for name, tokens_NE in self.tokens.items()},
+            tokens={
+                name: tuple(tokens_NE[index].sum(dim=0).tolist())
+                for name, tokens_NE in self.tokens.items()
+            },
         )
         return Basis(axes, values, votes, origin)
 
@@ -142,28 +175,41 @@ def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> in
     shapes = {name: tuple(rows.shape) for name, rows in hack.items()}
     counts = {shape[0] for shape in shapes.values()}
     same = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
-    if not same or len(counts) != 1 or any(len(shape) != 2 for shape in shapes.values()) or 0 in counts:
+    if (
+        not same
+        or len(counts) != 1
+        or any(len(shape) != 2 for shape in shapes.values())
+        or 0 in counts
+    ):
         wanted = "the same modules on both sides, each [N, R] with one N of at least 1"
         do = "compute both sides from the same pairs with the same model"
-        raise UsageError("hack and clean gradients of different modules, numbers or shapes", wanted=wanted, do=do)
+        raise UsageError(
+            "hack and clean gradients of different modules, numbers or shapes", wanted=wanted, do=do
+        )
     return counts.pop()
 
 
 class GradientOptions(TypedDict, total=False):
-    """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and :func:`extract`."""
+    """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and
+    :func:`extract`.
+    """
 
-    tokenizer: "PreTrainedTokenizerBase | None"  # None takes the one that was loaded with an assay.models.Model
+    # None takes the one that was loaded with an assay.models.Model
+    tokenizer: "PreTrainedTokenizerBase | None"
     svd: SVDCache | None  # factors of all weights; None computes them
-    # Number of singular directions to keep per matrix, the strongest first; None keeps all. The share of the gradient
-    # that they hold is measured on the first pair, over all modules, and kept as origin.captured, which stays 1 where
-    # svd is truncated already. Unless factors are given, full ones never exist of more than an eighth of the modules.
+    # Number of singular directions to keep per matrix, the strongest first; None keeps all. The
+    # share of the gradient that they hold is measured on the first pair, over all modules, and kept
+    # as origin.captured, which stays 1 where svd is truncated already. Unless factors are given,
+    # full ones never exist of more than an eighth of the modules.
     rank: int | None
     factors: str | None  # dtype of the factors, as in weight_svd
     cache: str | Path | None  # directory of factors on disk; None keeps nothing there
     min_coverage: float  # share of the model's weights that targets must be, as in weight_svd
     max_tokens: int | None  # most tokens per batch, as in per_sample_gradients
     checkpointing: bool  # whether to recompute layers in the backward pass to save memory
-    progress: Progress | None  # called with the number of steps done and of all: matrices decomposed, then samples
+    progress: (
+        Progress | None
+    )  # called with the number of steps done and of all: matrices decomposed, then samples
 
 
 def pair_gradients(
@@ -175,8 +221,8 @@ def pair_gradients(
 ) -> PairGradients:
     """Return the gradients of both sides of every pair.
 
-    A pair whose sides are the same text, or have the same gradient, carries no information: it is left out, and its key
-    is in ``origin.skipped``.
+    A pair whose sides are the same text, or have the same gradient, carries no information: it is
+    left out, and its key is in ``origin.skipped``.
 
     Args:
         pairs: Pairs of a hack and a clean completion.
@@ -185,12 +231,15 @@ def pair_gradients(
         how: Keywords of :class:`GradientOptions`.
 
     Raises:
-        DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or no pair is left; the
-            message names the pair.
-        UsageError, ModelError, BadWeights, OutOfMemory, StorageError: As :func:`per_sample_gradients` and
+        DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or
+            no pair is left; the message names the pair.
+        UsageError, ModelError, BadWeights, OutOfMemory, StorageError: As
+        :func:`per_sample_gradients` and
             :func:`weight_svd` raise them.
     """
-    svd, rank, progress = how.get("svd"), how.get("rank"), how.get("progress")
+    svd = how.get("svd")
+    rank = how.get("rank")
+    progress = how.get("progress")
     check_rank(rank)
     labels = pair_names(pairs, names)
     kept = [pair for pair in pairs if pair.hack != pair.clean]
@@ -198,7 +247,9 @@ def pair_gradients(
         raise _nothing_left(len(pairs))
     samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
     called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
-    encode_samples(samples, model, called, how.get("tokenizer"))  # refuses before the first decomposition
+    encode_samples(
+        samples, model, called, how.get("tokenizer")
+    )  # refuses before the first decomposition
     matrices = 0 if svd is not None else len(target_modules(model))
     told = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
     given: dict[str, Any] = {**how}
@@ -209,13 +260,19 @@ def pair_gradients(
     if rank is not None:
         first = slice(None, None, len(kept))  # both sides of the first pair
         one = partial(take, samples[first], model, names=called[first])
-        svd, captured = _truncated(list(target_modules(model)), rank, svd or decompose, one, told[0])
+        svd, captured = _truncated(
+            list(target_modules(model)), rank, svd or decompose, one, told[0]
+        )
     elif svd is None:
         svd = decompose(progress=told[0])
     batches = {name: given[name] for name in ("max_tokens", "checkpointing") if name in given}
     found = take(samples, model, svd=svd, names=called, progress=told[1], **batches)
     hack, clean = ({name: part.chunk(2)[side] for name, part in found.items()} for side in (0, 1))
-    rows = [row for row in range(len(kept)) if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)]
+    rows = [
+        row
+        for row in range(len(kept))
+        if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)
+    ]
     if not rows:
         raise _nothing_left(len(pairs))
     left = {kept[row].key: kept[row].group for row in rows}
@@ -253,13 +310,15 @@ def extract(
     method: str = Origin.method,
     **how: Unpack[GradientOptions],
 ) -> Basis:
-    """Return the hack directions of a model, from the pairs that are not held out; ``basis.origin.pairs`` lists them.
+    """Return the hack directions of a model, from the pairs that are not held out;
+    ``basis.origin.pairs`` lists them.
 
     Args:
         pairs: Pairs of a hack and a clean completion.
         model: Model in float32 or bfloat16.
-        path: File of the basis. Where it exists, the basis is read from it and nothing is extracted; otherwise the
-            extracted basis is written there. None reads and writes nothing.
+        path: File of the basis. Where it exists, the basis is read from it and nothing is
+            extracted; otherwise the extracted basis is written there. None reads and writes
+            nothing.
         n_heldout: Number of pairs at the end to hold out, as in :func:`split_pairs`.
         heldout_groups: Groups to hold out, as in :func:`split_pairs`.
         top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
@@ -268,9 +327,10 @@ def extract(
         how: Keywords of :class:`GradientOptions`.
 
     Raises:
-        DataError: The file at ``path`` was made for other weights, pairs or settings; the message names which.
-        AssayError: As :func:`split_pairs`, :func:`pair_gradients`, :meth:`PairGradients.basis` and :meth:`Basis.save`
-            raise them.
+        DataError: The file at ``path`` was made for other weights, pairs or settings; the message
+            names which.
+        AssayError: As :func:`split_pairs`, :func:`pair_gradients`, :meth:`PairGradients.basis` and
+            :meth:`Basis.save` raise them.
 
     Example:
         >>> from assay.models import load_model
@@ -282,7 +342,8 @@ def extract(
         (4, torch.Size([3, 256]))
     """
     axes: dict[str, Any] = {"top_k": top_k, "tau_axis": tau_axis, "method": method}
-    svd, rank = how.get("svd"), how.get("rank")
+    svd = how.get("svd")
+    rank = how.get("rank")
     check_axis_settings(top_k, tau_axis)
     check_rank(rank)
     used = select_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, method=method)
@@ -291,7 +352,9 @@ def extract(
         expected: dict[str, object] = {
             "dtype": dtype_name(weight.dtype),
             "rank": rank or (svd.rank if svd is not None else None),
-            "factors": dtype_name(svd.dtype if svd is not None else factor_dtype(how.get("factors"), weight)),
+            "factors": dtype_name(
+                svd.dtype if svd is not None else factor_dtype(how.get("factors"), weight)
+            ),
             "given": tuple(sorted(pair.key for pair in used.values())),
             "chat_template": find_chat_template(used.values(), model, how.get("tokenizer")),
         }
@@ -319,17 +382,20 @@ def _truncated(
     gradients_of: Callable[..., dict[str, torch.Tensor]],
     progress: Progress | None,
 ) -> tuple[SVDCache, float]:
-    """Return the factors of all modules cut to ``rank``, and the share of some gradients' energy that they hold.
+    """Return the factors of all modules cut to ``rank``, and the share of some gradients' energy
+    that they hold.
 
-    The share needs the full factors. Where these are to be made, those of one part of the modules exist at a time, and
-    each part takes a pass.
+    The share needs the full factors. Where these are to be made, those of one part of the modules
+    exist at a time, and each part takes a pass.
     """
     found: dict[str, Factors] = {}
     total = held = 0.0
     size = len(names) if isinstance(full, SVDCache) else -(-len(names) // _PARTS)
     for part in (names[start : start + size] for start in range(0, len(names), size)):
         svd = (
-            full if isinstance(full, SVDCache) else full(modules=part, progress=stage_progress(progress, len(found), 0))
+            full
+            if isinstance(full, SVDCache)
+            else full(modules=part, progress=stage_progress(progress, len(found), 0))
         )
         for rows in gradients_of(svd=svd, modules=part).values():
             total += float(rows.square().sum())

@@ -1,4 +1,6 @@
-"""Five checks whether hack directions are real: held-out data, groups kept together, exact or matched nulls."""
+"""Five checks whether hack directions are real: held-out data, groups kept together, exact or
+matched nulls.
+"""
 
 import lazy_loader
 

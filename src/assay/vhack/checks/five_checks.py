@@ -1,25 +1,31 @@
 """The five checks, each a value, its interval, its nulls and a verdict.
 
-Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same size do as well?
-Check 1 ranks over all samples and check 2 within each pair. Check 3 has three nulls, from the weakest to the strongest:
+Checks 1 to 3: does cin rank held-out hack samples above clean ones, and do other bases of the same
+size do as well? Check 1 ranks over all samples and check 2 within each pair. Check 3 has three
+nulls, from the weakest to the strongest:
 
 - *Haar*: axes uniform among all orthonormal ones;
-- *clean-clean*: the extraction itself, by the same method, on differences between clean sides of different pairs;
-- *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups swapped.
+- *clean-clean*: the extraction itself, by the same method, on differences between clean sides of
+  different pairs;
+- *labels swapped*: the extraction itself, on the same pairs with the labels of whole groups
+  swapped.
 
-Check 4: is the gradient of a batch that cheats further along the axes than that of one that does not? cin here is that
-of a whole batch: the components and the length of the *summed* gradient of one side of a held-out group, as if they
-came from a teacher that cheats and a student that does not.
+Check 4: is the gradient of a batch that cheats further along the axes than that of one that does
+not? cin here is that of a whole batch: the components and the length of the *summed* gradient of
+one side of a held-out group, as if they came from a teacher that cheats and a student that does
+not.
 
-Check 5: would other pairs have given the same axes? The groups are divided into two halves at random, many times, and a
-basis is fitted to each half. Drawing groups with replacement would put the same pairs on both sides, and noise would
-look stable; half samples are the form of the bootstrap that keeps them apart (McCarthy 1969).
+Check 5: would other pairs have given the same axes? The groups are divided into two halves at
+random, many times, and a basis is fitted to each half. Drawing groups with replacement would put
+the same pairs on both sides, and noise would look stable; half samples are the form of the
+bootstrap that keeps them apart (McCarthy 1969).
 
-*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is compared with that
-between a basis of one half and a clean-clean basis of the other: directions in which any two gradients differ are
-stable too. *Do they agree on which way is hack-ward?* The mean difference of each half, within the SVD basis of that
-half, is a direction, and the cosine between the two is tested by swapping the labels of whole groups. That is exact
-only in SVD bases, whatever the method, because labels leave these as they are.
+*Do the spaces agree?* The mean squared cosine of the principal angles between the two bases is
+compared with that between a basis of one half and a clean-clean basis of the other: directions in
+which any two gradients differ are stable too. *Do they agree on which way is hack-ward?* The mean
+difference of each half, within the SVD basis of that half, is a direction, and the cosine between
+the two is tested by swapping the labels of whole groups. That is exact only in SVD bases, whatever
+the method, because labels leave these as they are.
 
 Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
 """
@@ -89,24 +95,26 @@ def check(
     settings: CheckSettings | None = None,
     **how: Unpack[GradientOptions],
 ) -> CheckReport:
-    """Return five checks whether hack directions are real, on held-out data and each against its nulls.
+    """Return five checks whether hack directions are real, on held-out data and each against its
+    nulls.
 
-    With a basis, only pairs of groups that it was not made from are scored, and check 5 uses those it was made from.
-    Without one, groups are scored by bases of other groups.
+    With a basis, only pairs of groups that it was not made from are scored, and check 5 uses those
+    it was made from. Without one, groups are scored by bases of other groups.
 
     Args:
         pairs: Pairs to score and, without a basis, to fit bases to.
         model: Model that the basis belongs to.
         basis: Basis to check; None fits bases itself.
         settings: Amount of evidence and strictness of the rules.
-        how: Keywords of :class:`assay.vhack.basis.extract.GradientOptions`; a given basis says itself rank and factors,
-            and what it covers.
+        how: Keywords of :class:`assay.vhack.basis.extract.GradientOptions`; a given basis says
+            itself rank and factors, and what it covers.
 
     Raises:
-        DataError: A prompt occurs in two groups, the basis was made from pairs that would be scored or for another
-            model, or a pair cannot be used.
+        DataError: A prompt occurs in two groups, the basis was made from pairs that would be scored
+            or for another model, or a pair cannot be used.
         UsageError: Too few groups, or no pair of a group that the basis has not seen.
-        AssayError: A gradient cannot be computed; :func:`assay.vhack.pair_gradients` lists the cases.
+        AssayError: A gradient cannot be computed; :func:`assay.vhack.pair_gradients` lists the
+            cases.
 
     Example:
         >>> from assay.models import load_model
@@ -124,30 +132,45 @@ def check(
             basis.check_model(model)
         basis.check_template(find_chat_template(pairs, model, how.get("tokenizer")))
         # In its coordinates, and of as much of the model as it was made of.
-        how |= {"rank": basis.origin.rank, "factors": basis.origin.factors or None, "min_coverage": 0.0}
+        how |= {
+            "rank": basis.origin.rank,
+            "factors": basis.origin.factors or None,
+            "min_coverage": 0.0,
+        }
     gradients = pair_gradients(pairs, model, **how)
     found = check_gradients(gradients, basis=basis, settings=settings)
     sides = {pair.key: pair.samples() for pair in pairs}
     samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
-    both = {name: torch.cat([rows_NR, gradients.clean[name]]) for name, rows_NR in gradients.hack.items()}
+    both = {
+        name: torch.cat([rows_NR, gradients.clean[name]])
+        for name, rows_NR in gradients.hack.items()
+    }
     evidence = collect_evidence(samples, model, gradients=both, tokenizer=how.get("tokenizer"))
     n = len(gradients)
     with suppress(UsageError), one_thread():  # too few groups
         parts = evidence.take(range(n)), evidence.take(range(n, 2 * n))
-        found = replace(found, detectors=compare_detectors(*parts, (gradients.groups, gradients.groups)))
+        found = replace(
+            found, detectors=compare_detectors(*parts, (gradients.groups, gradients.groups))
+        )
     return found
 
 
 def check_gradients(
     gradients: PairGradients, *, basis: Basis | None = None, settings: CheckSettings | None = None
 ) -> CheckReport:
-    """Return the five checks of gradients that are at hand; :func:`check` describes the arguments and errors."""
+    """Return the five checks of gradients that are at hand; :func:`check` describes the arguments
+    and errors.
+    """
     settings = settings or CheckSettings()
     if basis is not None:  # checked by its own method, and with no more axes than it has
         most = max((len(axes_KR) for axes_KR in basis.axes.values()), default=1)
         settings = replace(settings, method=basis.origin.method, k_use=min(settings.k_use, most))
     with one_thread():
-        design = cross_fit(gradients, settings) if basis is None else design_for_basis(basis, gradients, settings)
+        design = (
+            cross_fit(gradients, settings)
+            if basis is None
+            else design_for_basis(basis, gradients, settings)
+        )
         pools = check_pools(design)
         assert pools.measured is not None
         checks = (
@@ -168,31 +191,48 @@ def check_gradients(
         "skipped": len(source.skipped),
     }
     hack, clean = (tuple(side_BN[0].tolist()) for side_BN in (hack_BN, clean_BN))
-    return CheckReport(checks, hack, clean, tuple(design.tested_groups), design.text, settings, origin)
+    return CheckReport(
+        checks, hack, clean, tuple(design.tested_groups), design.text, settings, origin
+    )
 
 
 def check_pools(design: Design) -> Check:
     """Return check 1, from the two sides of held-out pairs taken as two pools."""
     hack_BN, clean_BN = design.held_out
-    details = {"mean_cin_hack": float(hack_BN[0].mean()), "mean_cin_clean": float(clean_BN[0].mean())}
+    details = {
+        "mean_cin_hack": float(hack_BN[0].mean()),
+        "mean_cin_clean": float(clean_BN[0].mean()),
+    }
     return _judge_held_out(design, "pools", "AUROC of mean cin over modules", auroc, details)
 
 
 def _judge_held_out(
-    design: Design, name: str, statistic: str, score: Callable[..., float], details: Mapping[str, Any]
+    design: Design,
+    name: str,
+    statistic: str,
+    score: Callable[..., float],
+    details: Mapping[str, Any],
 ) -> Check:
-    """Return a check that compares the cin of both sides of held-out pairs, and swaps the labels of whole groups."""
+    """Return a check that compares the cin of both sides of held-out pairs, and swaps the labels of
+    whole groups.
+    """
     hack_BN, clean_BN = design.held_out
-    measured = bootstrap(score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings)
+    measured = bootstrap(
+        score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings
+    )
     nulls = {SWAPPED: list(map(score, hack_BN[1:], clean_BN[1:]))}
-    return judge(name, statistic, measured, nulls, design.settings, design.smallest_p, details=details)
+    return judge(
+        name, statistic, measured, nulls, design.settings, design.smallest_p, details=details
+    )
 
 
 def check_heldout(design: Design) -> Check:
     """Return check 2: within a held-out pair the hack side scores higher."""
     statistic = "share of pairs whose hack side has the larger cin"
     details = {"pairs": len(design.tested)}
-    return _judge_held_out(design, "heldout", statistic, lambda hack, clean: auroc(hack - clean, [0.0]), details)
+    return _judge_held_out(
+        design, "heldout", statistic, lambda hack, clean: auroc(hack - clean, [0.0]), details
+    )
 
 
 def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
@@ -200,9 +240,12 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
     settings = design.settings
     generator = torch.Generator().manual_seed(settings.seed)
     hack_BN, clean_BN = design.held_out
-    swapped, geometry = slice(1, 1 + settings.n_null), design.geometry
+    swapped = slice(1, 1 + settings.n_null)
+    geometry = design.geometry
     gradients = map(geometry.samples, geometry.names)  # all folds share the frames
-    haar_BS = haar_scores(gradients, geometry.lengths_MS, settings.k_use, settings.n_null, generator)
+    haar_BS = haar_scores(
+        gradients, geometry.lengths_MS, settings.k_use, settings.n_null, generator
+    )
     nulls = {
         HAAR: _aurocs(design, haar_BS),
         CLEAN_CLEAN: _aurocs(design, _clean_clean(design)),
@@ -213,7 +256,8 @@ def check_random_null(design: Design, measured: BootstrapInterval) -> Check:
 
 
 def _aurocs(design: Design, scores_BS: Tensor) -> list[float]:
-    tested, n = design.tested, design.geometry.n
+    tested = design.tested
+    n = design.geometry.n
     return list(map(auroc, scores_BS[:, tested].numpy(), scores_BS[:, tested + n].numpy()))
 
 
@@ -222,13 +266,16 @@ def haar_scores(
 ) -> Tensor:
     """Return mean cin over modules of samples under ``count`` random frames of k axes, [B, S].
 
-    Gradients are [S, R] per module and lengths infinite instead of 0; a module with fewer coordinates has fewer axes.
+    Gradients are [S, R] per module and lengths infinite instead of 0; a module with fewer
+    coordinates has fewer axes.
     """
     total_BS = torch.zeros(count, lengths_MS.shape[1], dtype=torch.float64)
     for lengths_S, samples_SR in zip(lengths_MS, gradients, strict=True):
         r = samples_SR.shape[1]
         for draws in torch.split(torch.arange(count), _DRAWS):
-            frames_BRK = torch.linalg.qr(torch.randn(len(draws), r, min(k, r), generator=generator))[0]
+            frames_BRK = torch.linalg.qr(
+                torch.randn(len(draws), r, min(k, r), generator=generator)
+            )[0]
             along_BSK = samples_SR.float() @ frames_BRK
             ahead_BS = along_BSK.clamp_min(0).norm(dim=2).double()
             total_BS[draws] += ahead_BS / lengths_S
@@ -237,17 +284,21 @@ def haar_scores(
 
 def _clean_clean(design: Design) -> Tensor:
     """Return mean cin of every sample under bases of differences between clean sides, [B, S]."""
-    geometry, settings = design.geometry, design.settings
+    geometry = design.geometry
+    settings = design.settings
     generator = np.random.default_rng([settings.seed, 3])
     scores_BS = torch.zeros(settings.n_null, 2 * geometry.n, dtype=torch.float64)
     for fold in design.folds:
-        # A basis from a file may come without its pairs. A null that has seen the samples is harder to beat.
+        # A basis from a file may come without its pairs. A null that has seen the samples is harder
+        # to beat.
         rows = fold.train if len(fold.train) > 1 else torch.cat([fold.train, fold.test])
         samples = torch.cat([fold.test, fold.test + geometry.n])
         for draw in range(settings.n_null):
             frame = geometry.fit(*geometry.clean_differences(rows, generator), settings)
             along_MKS = frame.along[:, :, samples]
-            scores_BS[draw, samples] = cin_per_module(along_MKS, geometry.lengths_MS[:, samples]).mean(dim=0)
+            scores_BS[draw, samples] = cin_per_module(
+                along_MKS, geometry.lengths_MS[:, samples]
+            ).mean(dim=0)
     return scores_BS
 
 
@@ -261,10 +312,11 @@ def check_unpaired(
     nulls: Mapping[str, Sequence[float]] | None = None,
     details: Mapping[str, float] | None = None,
 ) -> Check:
-    """Return check 1 for two pools of samples that are not paired, each with the group of its samples.
+    """Return check 1 for two pools of samples that are not paired, each with the group of its
+    samples.
 
-    Labels are swapped in whole groups that have both kinds, and exchanged among groups that have one kind. Further
-    nulls are draws of the AUROC by name.
+    Labels are swapped in whole groups that have both kinds, and exchanged among groups that have
+    one kind. Further nulls are draws of the AUROC by name.
     """
     scores_N = np.concatenate([hack, clean])
     groups = [*hack_groups, *clean_groups]
@@ -272,8 +324,10 @@ def check_unpaired(
     generator = np.random.default_rng([settings.seed, 2])
     relabelled = [_relabelled(is_hack_N, groups, generator) for _ in range(settings.n_flips)]
     swapped = [auroc(scores_N[labels_N], scores_N[~labels_N]) for labels_N in relabelled]
-    # One over the number of relabellings: groups of both kinds swap, groups of one kind trade places.
-    with_hack, with_clean = set(hack_groups), set(clean_groups)
+    # One over the number of relabellings: groups of both kinds swap, groups of one kind trade
+    # places.
+    with_hack = set(hack_groups)
+    with_clean = set(clean_groups)
     trades = 1 / comb(len(with_hack ^ with_clean), len(with_hack - with_clean))
     smallest_p = 0.5 ** len(with_hack & with_clean) * trades
     means = {"mean_cin_hack": float(hack.mean()), "mean_cin_clean": float(clean.mean())}
@@ -288,11 +342,17 @@ def check_unpaired(
     )
 
 
-def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.random.Generator) -> BoolArray:
+def _relabelled(
+    is_hack_N: BoolArray, groups: Sequence[str], generator: np.random.Generator
+) -> BoolArray:
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    pure = {group: bool(is_hack_N[rows[0]]) for group, rows in members.items() if len(set(is_hack_N[rows])) == 1}
+    pure = {
+        group: bool(is_hack_N[rows[0]])
+        for group, rows in members.items()
+        if len(set(is_hack_N[rows])) == 1
+    }
     shuffled = dict(zip(pure, generator.permutation(list(pure.values())), strict=True))
     labels_N = is_hack_N.copy()
     for group, rows in members.items():
@@ -305,9 +365,13 @@ def _relabelled(is_hack_N: BoolArray, groups: Sequence[str], generator: np.rando
 
 def check_sources(design: Design) -> Check:
     """Return check 4 with the sides of every held-out group as two batches."""
-    geometry, settings = design.geometry, design.settings
-    signs_BN = draw_swaps(design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4]))
-    hack, clean = {}, {}
+    geometry = design.geometry
+    settings = design.settings
+    signs_BN = draw_swaps(
+        design.groups, settings.n_flips, np.random.default_rng([settings.seed, 4])
+    )
+    hack = {}
+    clean = {}
     for fold in design.folds:
         for group in dict.fromkeys(design.groups[index] for index in fold.test.tolist()):
             inside = [design.groups[index] == group for index in fold.test.tolist()]
@@ -324,12 +388,16 @@ def check_sources(design: Design) -> Check:
     differences_BG = hack_BG - clean_BG
     return judge(
         "sources",
-        "cin of the summed hack gradient of a group minus that of its clean gradient, mean over groups",
+        "cin of the summed hack gradient of a group minus that of its clean gradient, mean over "
+        "groups",
         bootstrap(np.mean, [differences_BG[0]], [list(hack)], settings),
         {SWAPPED: differences_BG[1:].mean(axis=1).tolist()},
         settings,
         design.smallest_p,
-        details={"mean_cin_hack": float(hack_BG[0].mean()), "mean_cin_clean": float(clean_BG[0].mean())},
+        details={
+            "mean_cin_hack": float(hack_BG[0].mean()),
+            "mean_cin_clean": float(clean_BG[0].mean()),
+        },
     )
 
 
@@ -359,7 +427,8 @@ def _rule(settings: CheckSettings) -> str:
     return (
         f"Passes if the lower end of the {settings.confidence:.0%} range over splits is above the "
         f"1 − {settings.alpha:g} quantile of clean-clean bases, and if with the labels of whole "
-        f"groups swapped at random at most a share {settings.alpha:g} reaches the agreement on which way is hack-ward."
+        f"groups swapped at random at most a share {settings.alpha:g} reaches the agreement on "
+        f"which way is hack-ward."
     )
 
 
@@ -369,13 +438,18 @@ def _halves(names: list[str], settings: CheckSettings) -> list[set[str]]:
     return [{names[i] for i in order[: len(names) // 2]} for order in orders]
 
 
-def _split(design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator) -> dict[str, Tensor]:
+def _split(
+    design: Design, inside: Tensor, signs_BN: Tensor, generator: np.random.Generator
+) -> dict[str, Tensor]:
     """Return what the sources inside and those outside say of each other."""
-    geometry, settings = design.geometry, design.settings
+    geometry = design.geometry
+    settings = design.settings
     halves = [design.sources[inside], design.sources[~inside]]
     one, other = (geometry.fit_pairs(half, settings) for half in halves)
     first, second = (geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves)
-    plain = [geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves]
+    plain = [
+        geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves
+    ]
     between_MKK = geometry.overlaps(one, other)
     generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
     return {
@@ -390,8 +464,12 @@ def _mean_square(overlap_MKJ: Tensor) -> Tensor:
     return overlap_MKJ.square().sum(dim=(1, 2)) / min(overlap_MKJ.shape[1:])
 
 
-def _agreement(geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor) -> Tensor:
-    """Return the cosine between the mean differences of two halves, each within its own SVD basis, [B]."""
+def _agreement(
+    geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor
+) -> Tensor:
+    """Return the cosine between the mean differences of two halves, each within its own SVD basis,
+    [B].
+    """
     between_MKK = geometry.overlaps(one, other)
     first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
     second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted)
@@ -406,7 +484,8 @@ def _judge_stability(splits: list[dict[str, Tensor]], settings: CheckSettings) -
     tail = (1 - settings.confidence) / 2
     low, high = (float(q) for q in np.quantile(overlaps, [tail, 1 - tail]))
     spaces = {CLEAN_CLEAN: tuple(float(split["generic_overlap"].mean()) for split in splits)}
-    p, null = p_value(agreement, swapped), f"agreement, {SWAPPED}"
+    p = p_value(agreement, swapped)
+    null = f"agreement, {SWAPPED}"
     faults = [f"p = {p:.3g} of the agreement"] if p > settings.alpha else []
     measured = BootstrapInterval(float(np.mean(overlaps)), low, high)
     verdict, reason = decide(faults, *reached_levels("range", measured, spaces, settings))

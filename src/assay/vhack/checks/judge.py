@@ -1,4 +1,6 @@
-"""Settings and results of the checks, and how all five get from a value, its interval and its nulls to a verdict."""
+"""Settings and results of the checks, and how all five get from a value, its interval and its nulls
+to a verdict.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,8 +37,11 @@ _VALUES = {
     "random_null": ("the AUROC", 0.5),
     "sources": ("the difference", 0.0),
 }
-# Names of nulls: the exact one, axes uniform among all orthonormal ones, axes of differences between clean sides.
-SWAPPED, HAAR, CLEAN_CLEAN = "labels swapped", "Haar", "clean-clean"
+# Names of nulls: the exact one, axes uniform among all orthonormal ones, axes of differences
+# between clean sides.
+SWAPPED = "labels swapped"
+HAAR = "Haar"
+CLEAN_CLEAN = "clean-clean"
 EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
 """What a command exits with, by verdict."""
 
@@ -51,7 +56,8 @@ class CheckSettings:
         k_use: Number of axes per module.
         tau_axis: Share of the first singular value below which an axis is not used.
         method: Name of the method that bases are fitted with; a given basis is checked by its own.
-        n_folds: Number of parts into which the groups are divided for ``svd`` without a given basis.
+        n_folds: Number of parts into which the groups are divided for ``svd`` without a given
+            basis.
         alpha: Largest probability with which a check passes pure noise.
         confidence: Probability that an interval covers the true value.
         n_flips: Number of random swaps of the labels, whole groups at a time.
@@ -75,11 +81,22 @@ class CheckSettings:
 
     def __post_init__(self) -> None:
         counts = (self.k_use, self.n_flips, self.n_null, self.n_splits, self.n_resamples)
-        good = min(counts) >= 1 and self.n_folds >= 2 and 0 < self.alpha < 1 and 0 < self.confidence < 1
-        enough = self.alpha > 0 and f"at least {1 / self.alpha:.0f} flips and null bases, for a p-value below alpha"
+        good = (
+            min(counts) >= 1
+            and self.n_folds >= 2
+            and 0 < self.alpha < 1
+            and 0 < self.confidence < 1
+        )
+        enough = (
+            self.alpha > 0
+            and f"at least {1 / self.alpha:.0f} flips and null bases, for a p-value below alpha"
+        )
         for is_good, wanted in (
             (self.method in METHODS, f"method {' or '.join(METHODS)}"),
-            (good and 0 <= self.tau_axis <= 1 and self.seed >= 0, "positive counts, 2 folds or more, shares in (0, 1)"),
+            (
+                good and 0 <= self.tau_axis <= 1 and self.seed >= 0,
+                "positive counts, 2 folds or more, shares in (0, 1)",
+            ),
             ((1 + min(self.n_flips, self.n_null)) * self.alpha >= 1, str(enough)),
         ):
             if not is_good:
@@ -95,12 +112,16 @@ class Check:
     title: str  # question that it answers, in words
     statistic: str  # what the value is, in words
     rule: str  # condition to pass, fixed before the value was known
-    measured: BootstrapInterval | None  # value and its interval; None where it could not be measured
+    measured: (
+        BootstrapInterval | None
+    )  # value and its interval; None where it could not be measured
     nulls: Mapping[str, tuple[float, ...]]  # draws of the statistic by name of the null
     p_values: Mapping[str, float]  # probability of at least this value by name of the null
     verdict: CheckVerdict
     reason: str  # part of the rule that decided
-    details: Mapping[str, Any] = field(default_factory=dict)  # numbers that are not part of the rule
+    details: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # numbers that are not part of the rule
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,8 @@ class CheckReport:
         design: Description of which pairs were fitted to and which were scored.
         settings: Settings of the checks.
         origin: Model and pairs.
-        detectors: All detectors side by side on these pairs, groups held out; None where they were not compared.
+        detectors: All detectors side by side on these pairs, groups held out; None where they were
+            not compared.
     """
 
     checks: tuple[Check, ...]
@@ -151,8 +173,8 @@ class CheckReport:
         """Return the report that `as_dict` wrote.
 
         Raises:
-            DataError: The record has another schema, or a value is missing or has another type, or not all five checks
-                are there.
+            DataError: The record has another schema, or a value is missing or has another type, or
+                not all five checks are there.
         """
         try:
             if record.get("schema") != SCHEMA:
@@ -160,16 +182,27 @@ class CheckReport:
             report = validated(cls, record)
             if (names := tuple(check.name for check in report.checks)) != CHECKS:
                 raise ValueError(f"it has the checks {names}")
-            if not all([report.hack, report.clean, *(draws for one in report.checks for draws in one.nulls.values())]):
+            if not all(
+                [
+                    report.hack,
+                    report.clean,
+                    *(draws for one in report.checks for draws in one.nulls.values()),
+                ]
+            ):
                 raise ValueError("it has no scores, or a null without draws")
         except ValueError as error:
-            wanted, do = f"what `assay vhack check --json` prints, schema {SCHEMA}", "run the checks again"
-            raise DataError(f"a check report that cannot be used: {error}", wanted=wanted, do=do) from None
+            wanted = f"what `assay vhack check --json` prints, schema {SCHEMA}"
+            do = "run the checks again"
+            raise DataError(
+                f"a check report that cannot be used: {error}", wanted=wanted, do=do
+            ) from None
         return report
 
 
 def p_value(observed: float, draws: Sequence[float]) -> float:
-    """Return the share of draws that reach the observed value, which counts as a draw (Phipson and Smyth 2010)."""
+    """Return the share of draws that reach the observed value, which counts as a draw (Phipson and
+    Smyth 2010).
+    """
     reached = sum(draw >= observed - _TIE for draw in draws)
     return (1 + reached) / (1 + len(draws))
 
@@ -181,7 +214,9 @@ def bootstrap(
     settings: CheckSettings,
 ) -> BootstrapInterval:
     """Return a statistic with its group-bootstrap interval."""
-    n, seed, share = settings.n_resamples, settings.seed, settings.confidence
+    n = settings.n_resamples
+    seed = settings.seed
+    share = settings.confidence
     return group_bootstrap(statistic, samples, groups, n_resamples=n, seed=seed, confidence=share)
 
 
@@ -197,32 +232,53 @@ def judge(
 ) -> Check:
     """Return the check after applying the rule that checks 1 to 4 share.
 
-    It passes if the value is reached by at most a share alpha of every null, and the lower end of its interval lies
-    above the bound of the check and above the 1 − alpha quantile of every null. The first part alone bounds the
-    probability that noise passes. Where only the interval is too wide, or the smallest p-value that the groups can give
-    is above alpha, the verdict is ``undecided``.
+    It passes if the value is reached by at most a share alpha of every null, and the lower end of
+    its interval lies above the bound of the check and above the 1 − alpha quantile of every null.
+    The first part alone bounds the probability that noise passes. Where only the interval is too
+    wide, or the smallest p-value that the groups can give is above alpha, the verdict is
+    ``undecided``.
     """
     p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
     if smallest_p > settings.alpha:
         more = ceil(log2(smallest_p / settings.alpha))
         verdict: CheckVerdict = "undecided"
         reason = (
-            f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} is needed: add pairs "
+            f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} "
+            f"is needed: add pairs "
             f"until at least {more} more group{'s are' if more > 1 else ' is'} scored"
         )
     else:
-        faults = [f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha]
-        wide = reached_levels("interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings)
+        faults = [
+            f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha
+        ]
+        wide = reached_levels(
+            "interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings
+        )
         verdict, reason = decide(faults, *wide)
     rule = rule_of(name, nulls, settings)
     draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
-    return Check(name, TITLES[name], statistic, rule, measured, draws, p_values, verdict, reason, dict(details or {}))
+    return Check(
+        name,
+        TITLES[name],
+        statistic,
+        rule,
+        measured,
+        draws,
+        p_values,
+        verdict,
+        reason,
+        dict(details or {}),
+    )
 
 
 def reached_levels(
-    what: str, measured: BootstrapInterval, nulls: Mapping[str, Sequence[float]], settings: CheckSettings
+    what: str,
+    measured: BootstrapInterval,
+    nulls: Mapping[str, Sequence[float]],
+    settings: CheckSettings,
 ) -> tuple[list[str], list[str]]:
-    """Return the faults of an interval that does not lie above the 1 − alpha quantile of every null.
+    """Return the faults of an interval that does not lie above the 1 − alpha quantile of every
+    null.
 
     First those where the value itself does not, then those where only the lower end does not.
     """
@@ -236,11 +292,19 @@ def reached_levels(
     return [found[null] for null in below], [found[null] for null in found if null not in below]
 
 
-def decide(faults: Sequence[str], below: Sequence[str], wide: Sequence[str]) -> tuple[CheckVerdict, str]:
-    """Return the verdict of a rule, given its faults and both kinds of :func:`reached_levels`, and the reason."""
+def decide(
+    faults: Sequence[str], below: Sequence[str], wide: Sequence[str]
+) -> tuple[CheckVerdict, str]:
+    """Return the verdict of a rule, given its faults and both kinds of :func:`reached_levels`, and
+    the reason.
+    """
     if faults or below:
         return "fail", "; ".join([*faults, *below, *wide])
-    return ("undecided", "; ".join([*wide, "add pairs"])) if wide else ("pass", "every part of the rule holds")
+    return (
+        ("undecided", "; ".join([*wide, "add pairs"]))
+        if wide
+        else ("pass", "every part of the rule holds")
+    )
 
 
 def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
@@ -250,11 +314,13 @@ def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
     quantile = f"1 − {settings.alpha:g} quantile"
     if len(others) > 1:
         return (
-            f"Passes if of each null at most a share {settings.alpha:g} reaches {what}, and {interval} the {quantile} "
+            f"Passes if of each null at most a share {settings.alpha:g} reaches {what}, and "
+            f"{interval} the {quantile} "
             "of every null."
         )
     return (
-        f"Passes if, with the labels of whole groups swapped at random, at most a share {settings.alpha:g} reaches "
+        f"Passes if, with the labels of whole groups swapped at random, at most a share "
+        f"{settings.alpha:g} reaches "
         f"{what}, and {interval} {above:g} and above the null's {quantile}."
     ) + "".join(f" So for {null} bases." for null in others)
 

@@ -5,11 +5,14 @@ import numpy as np
 from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
 from assay.vhack.checks.judge import CheckReport
 
-_HACK, _CLEAN = SERIES[1], SERIES[0]
+_HACK = SERIES[1]
+_CLEAN = SERIES[0]
 
 
 def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
-    """Return the page of the five verdicts with the evidence for each; the footer names the command."""
+    """Return the page of the five verdicts with the evidence for each; the footer names the
+    command.
+    """
     model = report.origin.get("model") or "Gradients at hand"
     subtitle = f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}"
     made = Report("Are these hack directions real?", subtitle, command=command)
@@ -26,19 +29,39 @@ def _sentence(text: str) -> str:
 def _verdicts(made: Report, report: CheckReport) -> None:
     passed = sum(check.verdict == "pass" for check in report.checks)
     made.section("Verdict")
-    made.paragraph(Badge(report.verdict, report.verdict), f"  {passed} of {len(report.checks)} checks pass.")
+    made.paragraph(
+        Badge(report.verdict, report.verdict), f"  {passed} of {len(report.checks)} checks pass."
+    )
     rows: list[list[Cell]] = []
     for check in report.checks:
-        found, largest = check.measured, max(check.p_values.values(), default=None)
+        found = check.measured
+        largest = max(check.p_values.values(), default=None)
         nulls = [draws for name, draws in check.nulls.items() if not name.startswith("agreement")]
-        level = max((np.quantile(draws, 1 - report.settings.alpha) for draws in nulls), default=None)
-        shown: list[Cell] = [f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}"] if found else [None, None]
-        shown += [None if level is None else f"{level:.3f}", None if largest is None else f"{largest:.2g}"]
+        level = max(
+            (np.quantile(draws, 1 - report.settings.alpha) for draws in nulls), default=None
+        )
+        shown: list[Cell] = (
+            [f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}"]
+            if found
+            else [None, None]
+        )
+        shown += [
+            None if level is None else f"{level:.3f}",
+            None if largest is None else f"{largest:.2g}",
+        ]
         rows.append([check.title, *shown, Badge(check.verdict, check.verdict)])
     made.table(
-        ("check", "value", f"{report.settings.confidence:.0%} interval", "highest null", "largest p", "verdict"),
+        (
+            "check",
+            "value",
+            f"{report.settings.confidence:.0%} interval",
+            "highest null",
+            "largest p",
+            "verdict",
+        ),
         rows,
-        caption=f"Highest null: the largest 1 − {report.settings.alpha:g} quantile among the nulls of that statistic.",
+        caption=f"Highest null: the largest 1 − {report.settings.alpha:g} quantile among the "
+        f"nulls of that statistic.",
     )
     with made.details("What each check asks, and what decided"):
         for check in report.checks:
@@ -53,11 +76,20 @@ def _distributions(made: Report, report: CheckReport) -> None:
     both = [*report.hack, *report.clean]
     bins = np.linspace(min(both), max(both), 36).tolist()
     for values, colour, label in ((report.clean, _CLEAN, "clean"), (report.hack, _HACK, "hack")):
-        ax.hist(values, bins, histtype="stepfilled", color=colour, alpha=0.5, linewidth=0, label=label)
+        ax.hist(
+            values, bins, histtype="stepfilled", color=colour, alpha=0.5, linewidth=0, label=label
+        )
         ax.axvline(float(np.mean(values)), color=colour, linewidth=1.4)
-    ax.set(xlabel="cin: share of the gradient along the hack directions, mean over modules", ylabel="samples")
+    ax.set(
+        xlabel="cin: share of the gradient along the hack directions, mean over modules",
+        ylabel="samples",
+    )
     legend(ax)
-    made.figure(fig, "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: means.")
+    made.figure(
+        fig,
+        "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: "
+        "means.",
+    )
     if report.detectors is not None:
         made.table(*report.detectors.table, caption=_sentence(report.detectors.says))
 

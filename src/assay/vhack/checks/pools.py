@@ -1,15 +1,17 @@
 r"""Check 1 on two pools of samples that are not paired: the first test of the original proposal.
 
-A pool is a JSON Lines file, one sample per line; other fields are passed over, so that a teacher pool is one as well::
+A pool is a JSON Lines file, one sample per line; other fields are passed over, so that a teacher
+pool is one as well::
 
     {"prompt": "# Task: …", "completion": "    return x\n…", "group": "task 7"}
 
-``group`` is a name for what samples have in common, and may be left out: then samples of one prompt are a group.
-Samples of groups that the basis was made from are not scored.
+``group`` is a name for what samples have in common, and may be left out: then samples of one prompt
+are a group. Samples of groups that the basis was made from are not scored.
 
-All detectors of :mod:`assay.vhack.detect` are shown side by side on the same samples, those that are fitted to samples
-each on other groups than it was fitted to. Where the length of the completion alone, the longer or the shorter as the
-hack, tells the pools apart as well as the basis does, the pools fail, after RHOB: they show a length and no hack.
+All detectors of :mod:`assay.vhack.detect` are shown side by side on the same samples, those that
+are fitted to samples each on other groups than it was fitted to. Where the length of the completion
+alone, the longer or the shorter as the hack, tells the pools apart as well as the basis does, the
+pools fail, after RHOB: they show a length and no hack.
 
 Shapes: S samples of both pools, hack first; R coordinates of δS in a module; M modules.
 """
@@ -52,13 +54,16 @@ class PoolReport:
     """Whether the samples of one pool lie further along the axes than those of another.
 
     Attributes:
-        check: Value, nulls and verdict. Among its details are the AUROC of other scores of the same samples.
-        detectors: All detectors side by side, of which that of the axes is the basis; None with too few groups.
+        check: Value, nulls and verdict. Among its details are the AUROC of other scores of the same
+            samples.
+        detectors: All detectors side by side, of which that of the axes is the basis; None with too
+            few groups.
         hack: Scores of the pool that hacks.
         clean: Scores of the pool that does not.
         hack_groups: Group of each sample of the first.
         clean_groups: Group of each sample of the second.
-        left_out: Number of samples that were not scored, since the basis was made from their groups.
+        left_out: Number of samples that were not scored, since the basis was made from their
+            groups.
         settings: Settings of the check.
         origin: Model and basis.
     """
@@ -95,11 +100,13 @@ def check_two_pools(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> PoolReport:
-    """Return whether the samples of one pool lie further along the axes of a basis than those of another.
+    """Return whether the samples of one pool lie further along the axes of a basis than those of
+    another.
 
-    It passes by the rule of check 1, where random bases of the same size do not reach the value either, and where the
-    length of the completion alone has a lower AUROC. The score is cin, ``‖relu(V g)‖ / ‖g‖``, mean over modules.
-    The details have the AUROC of the two-sided cin of the original proposal.
+    It passes by the rule of check 1, where random bases of the same size do not reach the value
+    either, and where the length of the completion alone has a lower AUROC. The score is cin,
+    ``‖relu(V g)‖ / ‖g‖``, mean over modules. The details have the AUROC of the two-sided cin of the
+    original proposal.
 
     Args:
         hack: Samples that cheat.
@@ -107,15 +114,19 @@ def check_two_pools(
         model: Model that the basis belongs to.
         basis: Basis to score with.
         settings: Number of axes and draws, and alpha; its method is not used.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a
+            :class:`assay.models.Model`.
         svd: Factors of all weights of the rank that the basis has; None computes them.
         max_tokens: Largest number of tokens per batch; None chooses from the free memory.
-        progress: Function called with the number of steps done and of all: matrices decomposed, then samples.
+        progress: Function called with the number of steps done and of all: matrices decomposed,
+            then samples.
 
     Raises:
-        DataError: The basis is of another model or was made from these samples, a sample is in both pools, a pool has
-            no sample of a group that the basis has not seen, or a sample cannot be used.
-        AssayError: As :func:`assay.vhack.weight_svd` and :func:`assay.vhack.per_sample_gradients` raise them.
+        DataError: The basis is of another model or was made from these samples, a sample is in both
+            pools, a pool has no sample of a group that the basis has not seen, or a sample cannot
+            be used.
+        AssayError: As :func:`assay.vhack.weight_svd` and :func:`assay.vhack.per_sample_gradients`
+            raise them.
 
     Example:
         >>> from assay.models import load_model
@@ -137,37 +148,61 @@ def check_two_pools(
     modules = list(basis.axes)
     samples = [one.sample for pool in pools for one in pool]
     basis.check_template(find_chat_template(samples, model, tokenizer))
-    names = [f"{kind} sample {row}" for kind, pool in zip(_KINDS, pools, strict=True) for row in range(len(pool))]
+    names = [
+        f"{kind} sample {row}"
+        for kind, pool in zip(_KINDS, pools, strict=True)
+        for row in range(len(pool))
+    ]
     matrices = 0 if svd is not None else len(modules)
     stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
-    if svd is None:  # those that the basis was made with; it says itself how much of the model its modules are
-        rank, dtype = basis.origin.rank, basis.origin.factors or None
-        svd = weight_svd(model, modules=modules, rank=rank, dtype=dtype, min_coverage=0.0, progress=stages[0])
-    given: dict[str, Any] = {"tokenizer": tokenizer, "svd": svd, "modules": modules, "max_tokens": max_tokens}
+    if (
+        svd is None
+    ):  # those that the basis was made with; it says itself how much of the model its modules are
+        rank = basis.origin.rank
+        dtype = basis.origin.factors or None
+        svd = weight_svd(
+            model, modules=modules, rank=rank, dtype=dtype, min_coverage=0.0, progress=stages[0]
+        )
+    given: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "svd": svd,
+        "modules": modules,
+        "max_tokens": max_tokens,
+    }
     gradients = per_sample_gradients(samples, model, names=names, progress=stages[1], **given)
     used = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used, gradients, "samples")
     groups = [[one.group for one in pool] for pool in pools]
-    sizes = [np.array([float(len(text_of(one.sample.completion))) for one in pool]) for pool in pools]
+    sizes = [
+        np.array([float(len(text_of(one.sample.completion))) for one in pool]) for pool in pools
+    ]
     with one_thread():
         scores = _split(cin_over_modules(gradients, used), pools)
         lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
         lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
-        k, generator = max(map(len, used.axes.values())), torch.Generator().manual_seed(settings.seed)
+        k = max(map(len, used.axes.values()))
+        generator = torch.Generator().manual_seed(settings.seed)
         random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
         nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
         by_length = max(auroc(*sizes), 1 - auroc(*sizes))
         both_ways = auroc(*_split(cin_over_modules(gradients, used, two_sided=True), pools))
         details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
-        check = check_unpaired(*scores, groups[0], groups[1], settings, nulls=nulls, details=details)
+        check = check_unpaired(
+            *scores, groups[0], groups[1], settings, nulls=nulls, details=details
+        )
     if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
-        check = replace(check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}")
+        check = replace(
+            check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}"
+        )
     found = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
     sides = found.take(range(len(pools[0]))), found.take(range(len(pools[0]), len(samples)))
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
         compared = compare_detectors(*sides, (groups[0], groups[1]), make_detectors(basis=used))
-    origin = {name: getattr(basis.origin, name) for name in ("model", "weights", "dtype", "method", "rank")}
+    origin = {
+        name: getattr(basis.origin, name)
+        for name in ("model", "weights", "dtype", "method", "rank")
+    }
     return PoolReport(
         check=check,
         detectors=compared,
@@ -181,19 +216,32 @@ def check_two_pools(
     )
 
 
-def _unseen(pools: Sequence[Sequence[PoolSample]], basis: Basis) -> tuple[list[list[PoolSample]], int]:
-    """Return the samples of groups that the basis was not made from, and how many others there are."""
+def _unseen(
+    pools: Sequence[Sequence[PoolSample]], basis: Basis
+) -> tuple[list[list[PoolSample]], int]:
+    """Return the samples of groups that the basis was not made from, and how many others there
+    are.
+    """
     check_apart(*pools)
     known = set(basis.origin.groups)
     kept = [[one for one in pool if one.group not in known] for pool in pools]
     for kind, pool, left in zip(_KINDS, pools, kept, strict=True):
         if not left:
-            seen = f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis was made from"
+            seen = (
+                f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis "
+                f"was made from"
+            )
             wanted = "samples of groups it has not seen: numbers from its own groups show nothing"
-            raise DataError(seen, wanted=wanted, do="add samples of other groups, or hold groups out at extraction")
+            raise DataError(
+                seen,
+                wanted=wanted,
+                do="add samples of other groups, or hold groups out at extraction",
+            )
     return kept, sum(map(len, pools)) - sum(map(len, kept))
 
 
-def _split(scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]) -> tuple[FloatArray, FloatArray]:
+def _split(
+    scores_S: Tensor, pools: Sequence[Sequence[PoolSample]]
+) -> tuple[FloatArray, FloatArray]:
     hack_N, clean_N = torch.split(scores_S.double(), [len(pool) for pool in pools])
     return hack_N.numpy(), clean_N.numpy()

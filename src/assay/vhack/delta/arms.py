@@ -1,26 +1,29 @@
-"""The gates, and the arms: every way to hold training back that is compared with the others, as one table.
+"""The gates, and the arms: every way to hold training back that is compared with the others, as one
+table.
 
-An axis v points toward the hack *in gradients*: descent on a loss whose gradient lies along +v learns the hack, because
-v comes from ∇NLL(hack) − ∇NLL(clean). Descent goes against its gradient, so an update Δ leads to the hack along −v. The
-hack-ward coordinates are
+An axis v points toward the hack *in gradients*: descent on a loss whose gradient lies along +v
+learns the hack, because v comes from ∇NLL(hack) − ∇NLL(clean). Descent goes against its gradient,
+so an update Δ leads to the hack along −v. The hack-ward coordinates are
 
     c = V g  of a gradient g        c = −V Δ  of an update Δ        −V (δS − δS_0)  of a displacement
 
-The gates remove γ·relu(c) (``one_sided``) or γ·c (``two_sided``), where the gain γ scales the counter-force: at 1 they
-erase, above 1 they push back.
+The gates remove γ·relu(c) (``one_sided``) or γ·c (``two_sided``), where the gain γ scales the
+counter-force: at 1 they erase, above 1 they push back.
 
-Two things can be added to an arm by its name. ``displaced-A+ARM`` moves δS by A along every axis, away from the hack,
-before the first step, and goes on as the arm: with ``none`` as plain training, with ``erase-update-two-sided`` it stays
-there, and all learning is orthogonal to the axes. ``ARM+away-B`` bounds how far the arm may move away from the hack
-along each axis, counted from the weights of the model: a counter-force with an end.
+Two things can be added to an arm by its name. ``displaced-A+ARM`` moves δS by A along every axis,
+away from the hack, before the first step, and goes on as the arm: with ``none`` as plain training,
+with ``erase-update-two-sided`` it stays there, and all learning is orthogonal to the axes.
+``ARM+away-B`` bounds how far the arm may move away from the hack along each axis, counted from the
+weights of the model: a counter-force with an end.
 
-An arm says which axes are acted on, how, and what is paid. It does not say which optimizer, model or tasks: those are
-the same for all arms of a comparison.
+An arm says which axes are acted on, how, and what is paid. It does not say which optimizer, model
+or tasks: those are the same for all arms of a comparison.
 
-``correct`` and ``exploited`` are what :class:`assay.vhack.environment.Grade` says of a rollout: correct in every hidden
-case, and paid through the loophole although it is not correct.
+``correct`` and ``exploited`` are what :class:`assay.vhack.environment.Grade` says of a rollout:
+correct in every hidden case, and paid through the loophole although it is not correct.
 
-Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for instance, are kept.
+Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for
+    instance, are kept.
 """
 
 import math
@@ -48,7 +51,9 @@ BASIS_KINDS = ("true", "random", "shuffled", "clean-clean")
 """The axes an arm may act along; all but the true ones are controls, which assay-research makes."""
 
 _LEVELS = ("gradient", "update")
-_NAME = re.compile(r"(displaced-(?P<start>[^+]*)\+)?(?P<arm>[^+:]*)(\+away-(?P<away>[^:]*))?(:(?P<axes>.*))?")
+_NAME = re.compile(
+    r"(displaced-(?P<start>[^+]*)\+)?(?P<arm>[^+:]*)(\+away-(?P<away>[^:]*))?(:(?P<axes>.*))?"
+)
 _ADDED = "displaced-A+ARM, ARM+away-B"
 
 
@@ -66,9 +71,15 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.kind not in GATES:
-            raise UsageError(f"gate {self.kind!r}", wanted=", ".join(GATES), do="choose one of them")
+            raise UsageError(
+                f"gate {self.kind!r}", wanted=", ".join(GATES), do="choose one of them"
+            )
         if not (math.isfinite(self.gain) and self.gain >= 0):
-            raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do="1 erases, 1.1 pushes back")
+            raise UsageError(
+                f"a gain of {self.gain}",
+                wanted="a number from 0 on",
+                do="1 erases, 1.1 pushes back",
+            )
 
     def coefficients(self, hackward: "Tensor") -> "Tensor":
         """Return how much of each hack-ward coordinate is removed, in its shape."""
@@ -93,18 +104,27 @@ class Gate:
 
 @dataclass(frozen=True)
 class Box:
-    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks at where δS is."""
+    """How far δS may be displaced along each axis, in units of δS: a closed loop, because it looks
+    at where δS is.
+    """
 
-    # Largest distance toward the hack; 0 allows no net movement that way, but movement away and back.
+    # Largest distance toward the hack; 0 allows no net movement that way, but movement away and
+    # back.
     hackward: float = 0.0
     away: float = math.inf  # largest distance away from the hack
 
     def __post_init__(self) -> None:
         if not (self.hackward >= 0 and self.away >= 0):
-            raise UsageError(f"{self}", wanted="a box around the start, bounds from 0 on", do="give lengths, not signs")
+            raise UsageError(
+                f"{self}",
+                wanted="a box around the start, bounds from 0 on",
+                do="give lengths, not signs",
+            )
 
     def correction(self, displacement_MR: "Tensor", axes_MKR: "Tensor") -> "Tensor":
-        """Return what to add to δS so that it is inside again, [..., M, R] float64, zero where it is inside."""
+        """Return what to add to δS so that it is inside again, [..., M, R] float64, zero where it
+        is inside.
+        """
         from assay.vhack.delta.frames import along, spread
 
         at_MK = along(axes_MKR, displacement_MR)
@@ -116,16 +136,19 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: Name as in `ARMS`, followed by ``:KIND`` where other axes than the true ones are acted on.
+        name: Name as in `ARMS`, followed by ``:KIND`` where other axes than the true ones are acted
+            on.
         says: Description in a few words.
         gate: Gate that acts along the axes, on the gradient or on the update.
         level: Place where the gate acts: ``"gradient"`` or ``"update"``.
         basis: Kind of axes: one of ``BASIS_KINDS``.
         box: Bounds of the displacement along the axes.
-        start: Distance that δS is moved along +v of every axis, away from the hack, before the first step.
+        start: Distance that δS is moved along +v of every axis, away from the hack, before the
+            first step.
         exploit_pays: Reward of a rollout that is exploited and not correct.
         advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
-        flagged: What becomes of rollouts that a detector flags: one of ``FLAGGED``, of which "" leaves them alone.
+        flagged: What becomes of rollouts that a detector flags: one of ``FLAGGED``, of which ""
+            leaves them alone.
 
     Raises:
         UsageError: The level is unknown.
@@ -143,21 +166,34 @@ class Arm:
     flagged: str = ""
 
     def __post_init__(self) -> None:
-        for name, value, known in (("level", self.level, _LEVELS), ("flagged", self.flagged, FLAGGED)):
+        for name, value, known in (
+            ("level", self.level, _LEVELS),
+            ("flagged", self.flagged, FLAGGED),
+        ):
             if value not in known:
-                raise UsageError(f"{name}={value!r}", wanted=" or ".join(map(repr, known)), do="choose one of them")
+                raise UsageError(
+                    f"{name}={value!r}",
+                    wanted=" or ".join(map(repr, known)),
+                    do="choose one of them",
+                )
 
     def judge(self, rewards_BF: "Tensor", flags_B: "Tensor", weights_F: "Tensor") -> "Tensor":
-        """Return what rollouts are paid by F reward functions, of these weights, after a detector has flagged some.
+        """Return what rollouts are paid by F reward functions, of these weights, after a detector
+        has flagged some.
 
-        ``penalty`` takes 1 in all, from the functions that count for a rollout. ``filter`` pays nothing that is a
-        number: TRL leaves such rollouts out of the mean and the spread of their group, and they get no advantage.
+        ``penalty`` takes 1 in all, from the functions that count for a rollout. ``filter`` pays
+        nothing that is a number: TRL leaves such rollouts out of the mean and the spread of their
+        group, and they get no advantage.
         """
         if self.flagged == "penalty":
             used_BF = ~rewards_BF.isnan() & (weights_F != 0)
             share_BF = weights_F.sign() / (used_BF * weights_F.abs()).sum(dim=1, keepdim=True)
             return rewards_BF.where(~(used_BF & flags_B[:, None]), rewards_BF - share_BF)
-        return rewards_BF.masked_fill(flags_B[:, None], math.nan) if self.flagged == "filter" else rewards_BF
+        return (
+            rewards_BF.masked_fill(flags_B[:, None], math.nan)
+            if self.flagged == "filter"
+            else rewards_BF
+        )
 
     @property
     def acts(self) -> bool:
@@ -173,29 +209,60 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("none", "plain training, axes are only measured"),
-        Arm("no-loophole", "the same prompts, but only correct work is paid: the upper bound", exploit_pays=0.0),
+        Arm(
+            "no-loophole",
+            "the same prompts, but only correct work is paid: the upper bound",
+            exploit_pays=0.0,
+        ),
         Arm("erase-gradient", "hack-ward part of the gradient removed, before clipping", Gate()),
         Arm("erase-update", "hack-ward part of the optimizer's update removed", Gate(), "update"),
-        Arm("erase-gradient-two-sided", "gradient along the axes removed, both ways", Gate("two_sided")),
-        Arm("erase-update-two-sided", "exact erasure: no update along the axes at all", Gate("two_sided"), "update"),
+        Arm(
+            "erase-gradient-two-sided",
+            "gradient along the axes removed, both ways",
+            Gate("two_sided"),
+        ),
+        Arm(
+            "erase-update-two-sided",
+            "exact erasure: no update along the axes at all",
+            Gate("two_sided"),
+            "update",
+        ),
         Arm("box", "no net displacement toward the hack, nothing else", box=Box(hackward=0.0)),
-        Arm("advantage-modification", "less reward where activations look like the hack sides'", advantage=2.0),
-        Arm("filter", "rollouts that a detector flags give no gradient, and are in no baseline", flagged="filter"),
-        Arm("quarantine", "they train a second δS, which is deleted in the end", flagged="quarantine"),
+        Arm(
+            "advantage-modification",
+            "less reward where activations look like the hack sides'",
+            advantage=2.0,
+        ),
+        Arm(
+            "filter",
+            "rollouts that a detector flags give no gradient, and are in no baseline",
+            flagged="filter",
+        ),
+        Arm(
+            "quarantine",
+            "they train a second δS, which is deleted in the end",
+            flagged="quarantine",
+        ),
         Arm("penalty", "rollouts that a detector flags are paid 1 less", flagged="penalty"),
-        Arm("ground-truth-penalty", "a perfect detector: exploits cost what correct work earns", exploit_pays=-1.0),
+        Arm(
+            "ground-truth-penalty",
+            "a perfect detector: exploits cost what correct work earns",
+            exploit_pays=-1.0,
+        ),
     )
 }
 """Every arm by its name."""
 
 
 def arm_named(name: str) -> Arm:
-    """Return the arm with a name: one of `ARMS`, or one with a start (``displaced-A+ARM``) or a bound (``ARM+away-B``).
+    """Return the arm with a name: one of `ARMS`, or one with a start (``displaced-A+ARM``) or a
+    bound (``ARM+away-B``).
 
     A name may end in ``:random``, ``:shuffled`` or ``:clean-clean``, which stands for other axes.
 
     Raises:
-        UsageError: There is no such arm, or it has no such axes, or a distance is not a positive number.
+        UsageError: There is no such arm, or it has no such axes, or a distance is not a positive
+            number.
 
     >>> arm = arm_named("displaced-0.4+erase-update-two-sided")
     >>> arm.start, arm.gate.kind, arm.level
@@ -204,8 +271,13 @@ def arm_named(name: str) -> Arm:
     form = _NAME.fullmatch(name)
     if form is None or form["arm"] not in ARMS:
         known = ["displaced-0.4+none", "displaced-0.4+erase-update-two-sided", *ARMS]
-        nearest = (get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.4) or [DEFAULT_ARM])[0]
-        wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {', '.join(f':{kind}' for kind in BASIS_KINDS[1:])}"
+        nearest = (
+            get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.4) or [DEFAULT_ARM]
+        )[0]
+        wanted = (
+            f"{', '.join(ARMS)}, {_ADDED}, each perhaps with "
+            f"{', '.join(f':{kind}' for kind in BASIS_KINDS[1:])}"
+        )
         raise UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")
     arm = replace(ARMS[form["arm"]], name=name.partition(":")[0])
     if form["start"] is not None:
@@ -225,7 +297,8 @@ def arm_named(name: str) -> Arm:
 
 
 def load_controls(arm: Arm) -> Any:
-    """Return the module of assay-research with what an arm needs beside true axes, ``make_basis`` and ``Shortcut``.
+    """Return the module of assay-research with what an arm needs beside true axes, ``make_basis``
+    and ``Shortcut``.
 
     None where it needs nothing.
 
@@ -237,7 +310,9 @@ def load_controls(arm: Arm) -> Any:
     for point in entry_points(group="assay.commands", name="vhack train --arm"):
         return point.load()
     do = "install assay-research (research/ of the repository), or choose another arm"
-    raise UsageError(f"the arm {arm.name}", wanted="the package assay-research, which has its axes", do=do)
+    raise UsageError(
+        f"the arm {arm.name}", wanted="the package assay-research, which has its axes", do=do
+    )
 
 
 def _distance(name: str, text: str) -> float:
@@ -247,19 +322,25 @@ def _distance(name: str, text: str) -> float:
         found = 0.0
     if not 0 < found < float("inf"):
         raise UsageError(
-            f"arm {name!r}", wanted=f"{_ADDED} with a positive distance", do="give a number, such as displaced-0.4+none"
+            f"arm {name!r}",
+            wanted=f"{_ADDED} with a positive distance",
+            do="give a number, such as displaced-0.4+none",
         )
     return found
 
 
 def gate_gradient(arm: Arm, gradient_MR: "Tensor", axes_MKR: "Tensor") -> "Tensor":
-    """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate gradients."""
+    """Return the gradient after the arm's gate, [..., M, R]; unchanged where the arm does not gate
+    gradients.
+    """
     if arm.level != "gradient" or arm.gate.kind == "none" or not axes_MKR.shape[-2]:
         return gradient_MR
     return arm.gate.apply(gradient_MR, axes_MKR, 1).to(gradient_MR.dtype)
 
 
-def apply_arm(arm: Arm, delta_MR: "Tensor", before_MR: "Tensor", start_MR: "Tensor", axes_MKR: "Tensor") -> "Tensor":
+def apply_arm(
+    arm: Arm, delta_MR: "Tensor", before_MR: "Tensor", start_MR: "Tensor", axes_MKR: "Tensor"
+) -> "Tensor":
     """Return δS after the arm has acted on what the inner optimizer did: gate the update, then box.
 
     Args:

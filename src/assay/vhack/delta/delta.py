@@ -1,12 +1,14 @@
 """DeltaS: the adapter ``W + U diag(δS) Vh`` around the projections of any transformers model.
 
-After every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W. Forward passes and
-generation run on plain weights. A hook on each projection passes its output on as it is and computes the exact gradient
-of δS in the backward pass. `generate` runs without any hook.
+After every optimizer step the weights become ``W + U diag(δS) Vh``, always from the stored W.
+Forward passes and generation run on plain weights. A hook on each projection passes its output on
+as it is and computes the exact gradient of δS in the backward pass. `generate` runs without any
+hook.
 
-δS is float32 and zero at the start, where the model is unchanged bit by bit. There is one parameter per shape of
-module, [M, R], with one row per module, so an optimizer, a projection or a sum over processes handles few tensors.
-The adapter is a submodule ``delta_s`` of the model, so any trainer finds its parameters.
+δS is float32 and zero at the start, where the model is unchanged bit by bit. There is one parameter
+per shape of module, [M, R], with one row per module, so an optimizer, a projection or a sum over
+processes handles few tensors. The adapter is a submodule ``delta_s`` of the model, so any trainer
+finds its parameters.
 
 Shapes: M modules of a group, R coordinates of δS.
 """
@@ -44,14 +46,15 @@ _LORA = "lora_"  # in the names of PEFT's modules
 class DeltaS(nn.Module):
     """A small trainable adapter that is attached to a model when it is constructed.
 
-    All other parameters of the model are frozen until `detach` or `merge`: no gate would hold LoRA back beside δS. Do
-    not copy a model that has an adapter: the copy would hold hooks of the first one. `disabled` gives the reference
-    policy without a copy.
+    All other parameters of the model are frozen until `detach` or `merge`: no gate would hold LoRA
+    back beside δS. Do not copy a model that has an adapter: the copy would hold hooks of the first
+    one. `disabled` gives the reference policy without a copy.
 
     Args:
-        model: Causal language model; under DDP attach before wrapping. It stays whole: ``fully_shard`` is refused.
-        svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They fix what the
-            coordinates of δS mean, so a basis must come from the same factors.
+        model: Causal language model; under DDP attach before wrapping. It stays whole:
+            ``fully_shard`` is refused.
+        svd: Factors of its weights from :func:`assay.vhack.weight_svd`; None computes them. They
+            fix what the coordinates of δS mean, so a basis must come from the same factors.
 
     Attributes:
         groups: Modules by shape.
@@ -77,14 +80,19 @@ class DeltaS(nn.Module):
         super().__init__()
         module = module_of(model)
         if hasattr(module, _NAME):
-            raise UsageError("a model that has an adapter", wanted="one without", do="call detach or merge of it first")
+            raise UsageError(
+                "a model that has an adapter",
+                wanted="one without",
+                do="call detach or merge of it first",
+            )
         check_attachable(module)
         modules = target_modules(module)
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
         self.groups: list[Group] = group_modules(modules, factors)
         self.delta = nn.ParameterList(
-            nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32)) for group in self.groups
+            nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32))
+            for group in self.groups
         )
         self.added: Sequence[Tensor] = ()
         self._scale = 1.0
@@ -95,7 +103,9 @@ class DeltaS(nn.Module):
         self.__dict__["_model"] = module
         self._merged_at = self._versions()
         required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        self._undo.callback(lambda: [parameter.requires_grad_(flag) for parameter, flag in required])
+        self._undo.callback(
+            lambda: [parameter.requires_grad_(flag) for parameter, flag in required]
+        )
         module.requires_grad_(False)
         module.add_module(_NAME, self)
         self._undo.callback(delattr, module, _NAME)
@@ -117,30 +127,44 @@ class DeltaS(nn.Module):
 
     @property
     def svd(self) -> SVDCache:
-        """Factors of the weights as they were at the start, as views: for gradients in the same coordinates."""
-        factors = {name: group.factors(index) for group in self.groups for index, name in enumerate(group.names)}
+        """Factors of the weights as they were at the start, as views: for gradients in the same
+        coordinates.
+        """
+        factors = {
+            name: group.factors(index)
+            for group in self.groups
+            for index, name in enumerate(group.names)
+        }
         return SVDCache(factors, rank=self._rank, dtype=self.groups[0].left.dtype)
 
     def values(self) -> dict[str, Tensor]:
         """Return δS by module name, [R] float32, without gradient."""
         pairs = zip(self.groups, self.delta, strict=True)
-        return {name: row_R for group, rows in pairs for name, row_R in zip(group.names, rows.detach(), strict=True)}
+        return {
+            name: row_R
+            for group, rows in pairs
+            for name, row_R in zip(group.names, rows.detach(), strict=True)
+        }
 
     def refresh(self) -> None:
         """Merge the present δS into the weights; nothing to do while it is disabled.
 
-        This happens by itself before a forward pass or `generate` after δS was changed in place, and after every step
-        of a :class:`ProjectedOptimizer`.
+        This happens by itself before a forward pass or `generate` after δS was changed in place,
+        and after every step of a :class:`ProjectedOptimizer`.
         """
         if not self._enabled:
             return
         for index, (group, parameter) in enumerate(zip(self.groups, self.delta, strict=True)):
             values_MR = parameter.detach()
-            group.merge(values_MR + self._scale * self.added[index].detach() if self.added else values_MR)
+            group.merge(
+                values_MR + self._scale * self.added[index].detach() if self.added else values_MR
+            )
         self._merged_at = self._versions()
 
     def scale_added(self, scale: float) -> None:
-        """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what trains."""
+        """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what
+        trains.
+        """
         self._scale = scale
         self.refresh()
 
@@ -152,14 +176,16 @@ class DeltaS(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Make the model compute as before any training, for instance as the reference policy.
 
-        The weights point at the stored ones meanwhile; nothing is copied, and a backward pass that is still to come
-        afterwards is right.
+        The weights point at the stored ones meanwhile; nothing is copied, and a backward pass that
+        is still to come afterwards is right.
         """
         if not self._enabled:  # inside another such block
             yield
             return
         self._enabled = False
-        places = [place for group in self.groups for place in zip(group.linears, group.base, strict=True)]
+        places = [
+            place for group in self.groups for place in zip(group.linears, group.base, strict=True)
+        ]
         merged = [linear.weight.data for linear, _ in places]
         for linear, base in places:
             linear.weight.data = base
@@ -172,22 +198,26 @@ class DeltaS(nn.Module):
 
     @contextmanager
     def per_sample(self) -> Iterator[Rollouts]:
-        """Keep the gradient of every sample of the backward passes in this block; see :class:`Rollouts`.
+        """Keep the gradient of every sample of the backward passes in this block; see
+        :class:`Rollouts`.
 
         Raises:
             ModelError: Samples are packed into one row; raised by the forward pass.
         """
-        before, self._rollouts = self._rollouts, Rollouts([len(group.names) for group in self.groups])
+        before = self._rollouts
+        self._rollouts = Rollouts([len(group.names) for group in self.groups])
         try:
             yield self._rollouts
         finally:
             self._rollouts = before
 
     def detach(self) -> "PreTrainedModel":
-        """Remove the adapter and return the model as it was before, bit by bit, its ``requires_grad`` included.
+        """Remove the adapter and return the model as it was before, bit by bit, its
+        ``requires_grad`` included.
 
         Raises:
-            UsageError: In a block of :meth:`disabled`, which puts the merged weights back at its end.
+            UsageError: In a block of :meth:`disabled`, which puts the merged weights back at its
+                end.
         """
         self._refuse_disabled("detach")
         if hasattr(self.model, _NAME):
@@ -197,12 +227,14 @@ class DeltaS(nn.Module):
         return self.model
 
     def merge(self) -> "PreTrainedModel":
-        """Make δS part of the weights for good, remove the adapter and return the plain model, to be saved or served.
+        """Make δS part of the weights for good, remove the adapter and return the plain model, to
+        be saved or served.
 
         δS itself stays readable in `delta`.
 
         Raises:
-            UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be taken away.
+            UsageError: In a block of :meth:`disabled`, at whose end the weights of before would be
+                taken away.
         """
         self._refuse_disabled("merge")
         self.added = ()
@@ -212,10 +244,13 @@ class DeltaS(nn.Module):
 
     def _refuse_disabled(self, name: str) -> None:
         if not self._enabled:
-            raise UsageError(f"{name} inside disabled()", wanted="an adapter at work", do="leave the block first")
+            raise UsageError(
+                f"{name} inside disabled()", wanted="an adapter at work", do="leave the block first"
+            )
 
     def save(self, path: str | Path) -> None:
-        """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of the weights.
+        """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of
+        the weights.
 
         Raises:
             StorageError: The file cannot be written.
@@ -226,8 +261,8 @@ class DeltaS(nn.Module):
         """Read δS from a file and merge it.
 
         Raises:
-            DataError: The file was not written by `save`, is damaged, holds numbers that are not finite or not float32,
-                or belongs to other weights or other factors.
+            DataError: The file was not written by `save`, is damaged, holds numbers that are not
+                finite or not float32, or belongs to other weights or other factors.
         """
         found = load_delta(Path(path), self.groups)
         for parameter, group in zip(self.delta, self.groups, strict=True):
@@ -236,7 +271,8 @@ class DeltaS(nn.Module):
         self.refresh()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of the model of now as a plain one has them: for an inference engine after a step.
+        """Yield the weights of the model of now as a plain one has them: for an inference engine
+        after a step.
 
         Names are those of the model without δS, and tied weights come once.
         """
@@ -273,13 +309,20 @@ class DeltaS(nn.Module):
         """Take views of δS, one per module, that lead back to the parameters."""
         self._views = [parameter.unbind() for parameter in self.delta]
 
-    def _make_hook(self, g: int, m: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def _make_hook(
+        self, g: int, m: int
+    ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
         plan = Plan(group.names[m], group.left[m], group.right[m])
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            # A copy of the model, such as the one extraction uses, has these hooks too, but no gradient of this δS.
-            wanted = torch.is_grad_enabled() and self.delta[g].requires_grad and module is group.linears[m]
+            # A copy of the model, such as the one extraction uses, has these hooks too, but no
+            # gradient of this δS.
+            wanted = (
+                torch.is_grad_enabled()
+                and self.delta[g].requires_grad
+                and module is group.linears[m]
+            )
             if not self._enabled or not wanted:
                 return None
             if self._rollouts is None:
@@ -295,7 +338,9 @@ class DeltaS(nn.Module):
         def plain(*arguments: Any, **keywords: Any) -> Any:
             if self._enabled and self._is_stale():
                 self.refresh()
-            hooked = bool(self._handles)  # not where `generate` calls itself, and not after `detach`
+            hooked = bool(
+                self._handles
+            )  # not where `generate` calls itself, and not after `detach`
             self._unhook()
             try:
                 return generate(*arguments, **keywords)
@@ -310,14 +355,19 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
     """Refuse a model that can have no δS, before its weights are decomposed.
 
     Raises:
-        ModelError: The model is a mixture whose experts share a tensor, has no target projections, or is not whole on
-            one device.
+        ModelError: The model is a mixture whose experts share a tensor, has no target projections,
+            or is not whole on one device.
         UsageError: The model has LoRA of PEFT.
     """
     own = {name for name, _ in module_of(model).named_modules()}
     if any(_LORA in name for name in own):
-        do = "merge LoRA first, or train it with TRL and the arm filter (assay.vhack.training.grpo.judge_rollouts)"
-        raise UsageError("δS beside LoRA", wanted="a model without LoRA, which no gate would hold back", do=do)
+        do = (
+            "merge LoRA first, or train it with TRL and the arm filter "
+            "(assay.vhack.training.grpo.judge_rollouts)"
+        )
+        raise UsageError(
+            "δS beside LoRA", wanted="a model without LoRA, which no gate would hold back", do=do
+        )
     if experts := [name for name in target_modules(model) if name not in own]:
         seen = f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor"
         wanted = "a dense model: δS of such experts is extracted and checked, but not trained"
@@ -325,7 +375,9 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
 
 
 def user_cache(model: Model, asked: Path | None = None) -> Path | None:
-    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can be written."""
+    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can
+    be written.
+    """
     if asked is not None or model.device.type != "cpu":
         return asked
     try:
@@ -336,18 +388,26 @@ def user_cache(model: Model, asked: Path | None = None) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def load_adapter(model: Model, path: Path, lengths: dict[str, int], *, progress: Progress | None = None) -> DeltaS:
-    """Return an adapter of the model with the δS of a file, of which :func:`read_delta_lengths` has read the lengths.
+def load_adapter(
+    model: Model, path: Path, lengths: dict[str, int], *, progress: Progress | None = None
+) -> DeltaS:
+    """Return an adapter of the model with the δS of a file, of which :func:`read_delta_lengths` has
+    read the lengths.
 
     Raises:
         DataError: The δS is of other modules.
     """
     modules = target_modules(model)
     if modules.keys() != lengths.keys():
-        raise DataError(f"{path} has δS of other modules", wanted="those of this model", do="correct --model")
+        raise DataError(
+            f"{path} has δS of other modules", wanted="those of this model", do="correct --model"
+        )
     is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
     rank = max(lengths.values()) if is_cut else None
-    adapter = DeltaS(model, weight_svd(model, rank=rank, cache=user_cache(model), min_coverage=0.0, progress=progress))
+    adapter = DeltaS(
+        model,
+        weight_svd(model, rank=rank, cache=user_cache(model), min_coverage=0.0, progress=progress),
+    )
     adapter.load(path)
     return adapter
 

@@ -5,9 +5,10 @@ Tensors, for every module name as in ``model.named_modules()``::
     {name}          [R]   float32   δS
     _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with the factors it was made with
 
-Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before, ``delta_sha256`` of all
-δS. δS are coordinates, and where singular values are equal, or nearly so, another machine may give other singular
-vectors. The probe shows it: it is the same only if δW is.
+Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before,
+    ``delta_sha256`` of all
+δS. δS are coordinates, and where singular values are equal, or nearly so, another machine may give
+other singular vectors. The probe shows it: it is the same only if δW is.
 
 Shapes: M modules of a group, O outputs, I inputs, R coordinates.
 """
@@ -31,14 +32,21 @@ from assay.vhack.names import DELTA, check_delta
 
 _PROBE = "_probe/"
 _TOLERANCE = 1e-2
-_REDO = "attach the adapter to the model that the file was made with, with the same factors, or train again"
+_REDO = (
+    "attach the adapter to the model that the file was made with, with the same factors, or train "
+    "again"
+)
 
 
 def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor]) -> None:
     """Write δS by module name; :meth:`DeltaS.save` calls it."""
     values = {name: delta_R.cpu().contiguous() for name, delta_R in delta.items()}
     probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
-    metadata = {"schema": DELTA, "weights_sha256": _weights(groups), "delta_sha256": _digest(values)}
+    metadata = {
+        "schema": DELTA,
+        "weights_sha256": _weights(groups),
+        "delta_sha256": _digest(values),
+    }
     write_atomic(path, save({**values, **probes}, metadata=metadata))
 
 
@@ -59,7 +67,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tens
     """Return metadata, δS and probes of a file with this schema."""
     metadata, tensors = read_tensors(path, _REDO)
     check_delta(path)
-    probes = {name.removeprefix(_PROBE): tensors.pop(name) for name in list(tensors) if name.startswith(_PROBE)}
+    probes = {
+        name.removeprefix(_PROBE): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(_PROBE)
+    }
     return metadata, tensors, probes
 
 
@@ -68,12 +80,25 @@ def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     metadata, values, theirs = _read(path)
     shapes = {name: (group.rank,) for group in groups for name in group.names}
     others = {name: tuple(tensor.shape) for name, tensor in values.items()} != shapes
-    odd = [n for n, delta_R in values.items() if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all())]
-    digest, weights = metadata.get("delta_sha256"), metadata.get("weights_sha256")
+    odd = [
+        n
+        for n, delta_R in values.items()
+        if delta_R.dtype != torch.float32 or not bool(delta_R.isfinite().all())
+    ]
+    digest = metadata.get("delta_sha256")
+    weights = metadata.get("weights_sha256")
     for is_wrong, seen, wanted in (
         (others, "has δS of other modules or ranks", "those of this adapter"),
-        (odd, f"has δS of {next(iter(odd), '')} that are not finite or not float32", "finite float32 numbers"),
-        (not odd and digest != _digest(values), "is damaged: its δS do not have its hash", "a whole file"),
+        (
+            odd,
+            f"has δS of {next(iter(odd), '')} that are not finite or not float32",
+            "finite float32 numbers",
+        ),
+        (
+            not odd and digest != _digest(values),
+            "is damaged: its δS do not have its hash",
+            "a whole file",
+        ),
         (weights != _weights(groups), "was made for other weights", "those of this model"),
     ):
         if is_wrong:
@@ -81,9 +106,15 @@ def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     for name, probe in _probes(groups, values).items():
         other = theirs.get(name, torch.full_like(probe, torch.nan))
         # A δS that is far too large has an infinite probe.
-        known = (other.dtype, other.shape) == (probe.dtype, probe.shape) and bool(probe.isfinite().all())
+        known = (other.dtype, other.shape) == (probe.dtype, probe.shape) and bool(
+            probe.isfinite().all()
+        )
         if not (known and (other - probe).norm() <= _TOLERANCE * probe[0]):
-            raise DataError(f"{path}: δS of {name} means something else here", wanted="the same factors", do=_REDO)
+            raise DataError(
+                f"{path}: δS of {name} means something else here",
+                wanted="the same factors",
+                do=_REDO,
+            )
     return values
 
 
@@ -93,7 +124,9 @@ def _digest(values: dict[str, Tensor]) -> str:
 
 
 def _weights(groups: Sequence[Group]) -> str:
-    lines = sorted(f"{name}\n{digest}\n" for group in groups for name, digest in group.digests.items())
+    lines = sorted(
+        f"{name}\n{digest}\n" for group in groups for name, digest in group.digests.items()
+    )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -101,14 +134,21 @@ def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Ten
     """Return ``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
     found: dict[str, Tensor] = {}
     for group in groups:
-        z_I, s_O = _signs("z", group.right.shape[2], group.left), _signs("s", group.left.shape[1], group.left)
+        z_I = _signs("z", group.right.shape[2], group.left)
+        s_O = _signs("s", group.left.shape[1], group.left)
         delta_MR = torch.stack([values[name] for name in group.names]).to(group.left.device)
         along_MR = (group.right.float() @ z_I) * delta_MR
         change_MO = (group.left.float() @ along_MR.unsqueeze(2)).squeeze(2)
-        probe_M2 = torch.stack([change_MO.norm(dim=1), change_MO @ s_O / len(s_O) ** 0.5], dim=1).cpu()
+        probe_M2 = torch.stack(
+            [change_MO.norm(dim=1), change_MO @ s_O / len(s_O) ** 0.5], dim=1
+        ).cpu()
         found |= {name: probe_M2[index].clone() for index, name in enumerate(group.names)}
     return found
 
 
 def _signs(text: str, size: int, like: Tensor) -> Tensor:
-    return as_tensor(get_backend("numpy").signs([seed32(f"assay.delta_s {text}")], size))[0].float().to(like.device)
+    return (
+        as_tensor(get_backend("numpy").signs([seed32(f"assay.delta_s {text}")], size))[0]
+        .float()
+        .to(like.device)
+    )

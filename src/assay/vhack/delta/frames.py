@@ -1,9 +1,10 @@
 """The axes of a basis, stacked to fit the groups of an adapter, and what a step did along them.
 
-Axes are float64, because what is asserted about them is exact: ``V Δ = 0`` for an update that is projected. They are
-few numbers, so it costs nothing. Axes that come from a float32 decomposition are orthonormal to 1e-6; here they are
-made so to 1e-12 by Newton's iteration for the nearest orthonormal frame, ``V ← (3/2 − V Vᵀ / 2) V``. It leaves zero
-rows zero: the rows of modules that the basis does not have, and of axes that it has dropped.
+Axes are float64, because what is asserted about them is exact: ``V Δ = 0`` for an update that is
+projected. They are few numbers, so it costs nothing. Axes that come from a float32 decomposition
+are orthonormal to 1e-6; here they are made so to 1e-12 by Newton's iteration for the nearest
+orthonormal frame, ``V ← (3/2 − V Vᵀ / 2) V``. It leaves zero rows zero: the rows of modules that
+the basis does not have, and of axes that it has dropped.
 
 What is measured along them in every step:
 
@@ -11,9 +12,11 @@ What is measured along them in every step:
     leak          ‖relu(−V Δ)‖ / ‖Δ‖ of the update Δ that the optimizer made in the end: the honest cout
     displacement  V (δS − δS_0): how far δS went and in which direction; + is away from the hack
 
-The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V x)‖.
+The shares are means over the modules that have axes. Two-sided shares have ‖V x‖ instead of ‖relu(V
+x)‖.
 
-Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS; dimensions before M, such as one per run, are
+Shapes: M modules of a group, N rollouts, K axes, R coordinates of δS; dimensions before M, such as
+    one per run, are
 kept.
 """
 
@@ -27,7 +30,8 @@ from assay.errors import DataError, UsageError
 from assay.vhack.basis.basis import Basis
 from assay.vhack.delta.groups import Group
 
-# How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3 into 1e-12.
+# How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3
+# into 1e-12.
 _SKEW = 1e-3
 _ITERATIONS = 3
 _SHARE = ("", "_two_sided")
@@ -51,7 +55,8 @@ class Frames:
         has_axes: Per group, whether each module has an axis, [M] bool.
 
     Raises:
-        UsageError: The basis has modules that the adapter lacks, or more coordinates than the adapter.
+        UsageError: The basis has modules that the adapter lacks, or more coordinates than the
+            adapter.
         DataError: The rows of the basis are not orthonormal.
     """
 
@@ -70,21 +75,36 @@ class Frames:
 
 
 def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
-    """Return the axes of the modules of a group, [M, K, R] float64, orthonormal to 1e-12 or zero."""
-    found = {index: axes[name] for index, name in enumerate(group.names) if name in axes and axes[name].any()}
+    """Return the axes of the modules of a group, [M, K, R] float64, orthonormal to 1e-12 or
+    zero.
+    """
+    found = {
+        index: axes[name]
+        for index, name in enumerate(group.names)
+        if name in axes and axes[name].any()
+    }
     most = max((len(axes_KR) for axes_KR in found.values()), default=0)
     axes_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
     for index, axes_KR in found.items():
         if axes_KR.shape[1] > group.rank:
             wanted = f"at most {group.rank}, those of the adapter"
             do = "decompose the weights with the rank of the basis"
-            raise UsageError(f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates", wanted=wanted, do=do)
+            raise UsageError(
+                f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates",
+                wanted=wanted,
+                do=do,
+            )
         axes_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
     ones_MK = axes_MKR.any(dim=2).double()
-    skew_M = (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
+    skew_M = (
+        (axes_MKR @ axes_MKR.transpose(1, 2) - torch.diag_embed(ones_MK)).flatten(1).norm(dim=1)
+    )
     if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
         worst = int(skew_M.nan_to_num(torch.inf).argmax())
-        seen = f"axes of {group.names[worst]} that are {float(skew_M[worst]):.2g} away from orthonormal"
+        seen = (
+            f"axes of {group.names[worst]} that are {float(skew_M[worst]):.2g} away from "
+            f"orthonormal"
+        )
         raise DataError(seen, wanted="orthonormal rows, or zero ones", do="extract the basis again")
     for _ in range(_ITERATIONS):
         axes_MKR = 1.5 * axes_MKR - 0.5 * (axes_MKR @ axes_MKR.transpose(1, 2)) @ axes_MKR
@@ -93,7 +113,9 @@ def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """The numbers of one step by name, each a tensor without dimensions, which stays on its device until `as_dict`."""
+    """The numbers of one step by name, each a tensor without dimensions, which stays on its device
+    until `as_dict`.
+    """
 
     tensors: dict[str, Tensor]
 
@@ -103,46 +125,61 @@ class Measures:
         return dict(zip(self.tensors, values, strict=True))
 
 
-def measure_shares(name: str, vectors: Iterable[tuple[Tensor, Tensor, Tensor]], sign: int) -> dict[str, Tensor]:
-    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, also two-sided.
+def measure_shares(
+    name: str, vectors: Iterable[tuple[Tensor, Tensor, Tensor]], sign: int
+) -> dict[str, Tensor]:
+    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, also
+    two-sided.
 
-    Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [..., M]; shares have the
-    dimensions before M.
+    Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [...,
+    M]; shares have the dimensions before M.
     """
     # Sums over modules: one-sided share, two-sided share, 1.
     sums = []
     for vectors_MR, axes_MKR, has_M in vectors:
         hackward_MK = sign * along(axes_MKR, vectors_MR)
         size_M = vectors_MR.double().norm(dim=-1)
-        one_M, two_M = hackward_MK.relu().norm(dim=-1), hackward_MK.norm(dim=-1)
+        one_M = hackward_MK.relu().norm(dim=-1)
+        two_M = hackward_MK.norm(dim=-1)
         divisor_M = torch.where(size_M > 0, size_M, 1.0)
         parts_3M = torch.stack([one_M / divisor_M, two_M / divisor_M, torch.ones_like(size_M)])
         sums.append((parts_3M * has_M).sum(dim=-1))
     total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(3, dtype=torch.float64)
     *shares, count = total
-    return {name + suffix: share / count.clamp_min(1) for suffix, share in zip(_SHARE, shares, strict=True)}
+    return {
+        name + suffix: share / count.clamp_min(1)
+        for suffix, share in zip(_SHARE, shares, strict=True)
+    }
 
 
 def measure_displacement(moved: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return where δS is along the axes: the sum over all of them, the norm, and the farthest toward the hack.
+    """Return where δS is along the axes: the sum over all of them, the norm, and the farthest
+    toward the hack.
 
-    Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions before M.
+    Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions
+    before M.
     """
     found = [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved]
     at = torch.cat(found, dim=-1) if found else torch.zeros(0, dtype=torch.float64)
     sums = torch.stack([at.sum(dim=-1), (at**2).sum(dim=-1)])
     farthest = (-at).amax(dim=-1).clamp_min(0) if at.shape[-1] else torch.zeros_like(sums[0])
-    return {"displacement": sums[0], "displacement_norm": sums[1].sqrt(), "displacement_hackward": farthest}
+    return {
+        "displacement": sums[0],
+        "displacement_norm": sums[1].sqrt(),
+        "displacement_hackward": farthest,
+    }
 
 
 class Rollouts:
-    """The δS gradient of every rollout of some backward passes, in their order, scaled as they are in the loss.
+    """The δS gradient of every rollout of some backward passes, in their order, scaled as they are
+    in the loss.
 
-    :meth:`DeltaS.per_sample` makes it, given the number of modules per group. Their sum is what those passes have added
-    to the gradient of δS.
+    :meth:`DeltaS.per_sample` makes it, given the number of modules per group. Their sum is what
+    those passes have added to the gradient of δS.
 
     Attributes:
-        kinds: 1 where a sample is of a kind, [G, B] float32; set before a forward pass, it keeps one row per kind.
+        kinds: 1 where a sample is of a kind, [G, B] float32; set before a forward pass, it keeps
+            one row per kind.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -164,9 +201,13 @@ class Rollouts:
         if len(counts) != 1 or counts == {0}:
             wanted = "one number of rollouts for all of them, at least 1"
             do = "run forward and backward of the whole model inside per_sample()"
-            raise UsageError(f"gradients of {sorted(counts)} rollouts in different modules", wanted=wanted, do=do)
+            raise UsageError(
+                f"gradients of {sorted(counts)} rollouts in different modules", wanted=wanted, do=do
+            )
         found = []
         for modules in self._parts:
-            rows = torch.cat([part for parts in modules for part in parts])  # one operation for all modules
+            rows = torch.cat(
+                [part for parts in modules for part in parts]
+            )  # one operation for all modules
             found.append(rows.view(len(modules), -1, rows.shape[1]))
         return found

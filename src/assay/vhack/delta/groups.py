@@ -1,20 +1,23 @@
 """Modules of one shape side by side, so that one batched product serves all of them.
 
-A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products instead of 252.
+A model of 252 projections has some five shapes. ``W' = W + U diag(δS) Vh`` is then five products
+instead of 252.
 
 The product that a module adds, and its gradient with respect to δS::
 
     y = W x + U diag(δS) Vh x        ∂L/∂δS = Σ_t (Uᵀ ∂L/∂y_t) ⊙ (Vh x_t)
 
-The second term is in the weights, and only the gradient is computed here. Its sum is done in the cheaper of two orders,
-which differ in rounding:
+The second term is in the weights, and only the gradient is computed here. Its sum is done in the
+cheaper of two orders, which differ in rounding:
 
 - *project*: Uᵀ ∂L/∂y and Vh x per token, 2·T·R·(O + I) operations for T tokens;
 - *outer*: first ``G = Σ_t ∂L/∂y_t x_tᵀ``, then ``diag(Uᵀ G Vhᵀ)``, 2·(T + R)·O·I operations.
 
-Gradients of single samples are summed over the samples of a kind afterwards, where only that is wanted.
+Gradients of single samples are summed over the samples of a kind afterwards, where only that is
+wanted.
 
-Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordinates of δS, G kinds.
+Shapes: M modules of a group, B samples, T tokens, O outputs, I inputs, R coordinates of δS, G
+    kinds.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +35,8 @@ from assay.vhack.gradients.svd import Factors, factors_of
 from assay.vhack.gradients.taps import delta_gradient
 from assay.vhack.gradients.targets import tensor_digest
 
-# Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large models.
+# Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large
+# models.
 _CHUNK_BYTES = 1 << 28
 
 
@@ -66,15 +70,16 @@ class Group:
     def merge(self, delta_MR: Tensor) -> None:
         """Write ``W + U diag(δS) Vh`` into the weights, from the weights as they were.
 
-        The sum is rounded once, so errors of earlier steps do not accumulate. A module whose δS is zero gets its
-        weights back bit by bit; adding a zero would lose the sign of a negative zero.
+        The sum is rounded once, so errors of earlier steps do not accumulate. A module whose δS is
+        zero gets its weights back bit by bit; adding a zero would lose the sign of a negative zero.
         """
         weights: list[Tensor] = [linear.weight for linear in self.linears]
         active_M = delta_MR.any(dim=1)
         size = max(1, _CHUNK_BYTES // (self.left[0].numel() * self.left.element_size()))
         for first in range(0, len(self.names), size):
             part = slice(first, first + size)
-            base_MOI, right_MRI = self.base[part], self.right[part]
+            base_MOI = self.base[part]
+            right_MRI = self.right[part]
             scaled_MOR = (self.left[part] * delta_MR[part, None]).to(right_MRI.dtype)
             if base_MOI.dtype == right_MRI.dtype:
                 merged = torch.baddbmm(base_MOI, scaled_MOR, right_MRI)
@@ -102,8 +107,11 @@ def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
         kinds.setdefault(kind, []).append(name)
     groups = []
     for names in kinds.values():
-        linears, each = [modules[name] for name in names], [own[name] for name in names]
-        left, right, values = (torch.stack([getattr(f, part) for f in each]) for part in ("left", "right", "values"))
+        linears = [modules[name] for name in names]
+        each = [own[name] for name in names]
+        left, right, values = (
+            torch.stack([getattr(f, part) for f in each]) for part in ("left", "right", "values")
+        )
         errors = tuple((one.residual, one.orthogonality) for one in each)
         base = torch.stack([linear.weight.detach() for linear in linears])
         groups.append(Group(tuple(names), tuple(linears), left, right, values, errors, base))
@@ -119,19 +127,25 @@ class Plan:
     right: Tensor  # Vh, [R, I]
     # Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
     rows: Callable[[Tensor], None] | None = None
-    kinds: Tensor | None = None  # 1 where a sample is of a kind, [G, B] float32; None keeps samples apart
+    kinds: Tensor | None = (
+        None  # 1 where a sample is of a kind, [G, B] float32; None keeps samples apart
+    )
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
-    """Return the output of a module as it is; the gradient of its δS, [R], is computed in the backward pass.
+    """Return the output of a module as it is; the gradient of its δS, [R], is computed in the
+    backward pass.
 
     Raises:
-        ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens, width].
+        ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens,
+            width].
     """
     if plan.rows is not None and inputs.ndim != 3:
         wanted = "[samples, tokens, width] for gradients of single samples"
         do = "do not pack samples into one row, or do without per_sample"
-        raise ModelError(f"{plan.name} is given inputs of shape {list(inputs.shape)}", wanted=wanted, do=do)
+        raise ModelError(
+            f"{plan.name} is given inputs of shape {list(inputs.shape)}", wanted=wanted, do=do
+        )
     result: Tensor = _Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
     return result
 
@@ -155,7 +169,8 @@ class _Adapted(torch.autograd.Function):
 
 
 def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
-    gradient, inputs = gradient.to(plan.left.dtype), inputs.to(plan.right.dtype)
+    gradient = gradient.to(plan.left.dtype)
+    inputs = inputs.to(plan.right.dtype)
     if plan.rows is None:
         return _sum_products(gradient.flatten(0, -2)[None], inputs.flatten(0, -2)[None], plan)[0]
     rows_BR = _sum_products(gradient, inputs, plan)
@@ -166,7 +181,9 @@ def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
 
 
 def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
-    """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer multiplications."""
+    """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer
+    multiplications.
+    """
     (outputs, rank), (tokens, width) = plan.left.shape, inputs_BTI.shape[1:]
     if tokens * rank * (outputs + width) > (tokens + rank) * outputs * width:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)

@@ -1,9 +1,10 @@
 """ProjectedOptimizer: any torch optimizer, kept from learning along the axes.
 
-At level ``"gradient"``, that of the original proposal, the gate acts on the gradient, before clipping. An optimizer
-that scales coordinates one by one, as Adam does, turns a gradient without component along v into an update that has
-one, and a one-sided gate's noise into a steady drift away from the hack. At level ``"update"`` the gate acts on what
-the optimizer did, Δ = δS_new − δS_old, momentum and weight decay included.
+At level ``"gradient"``, that of the original proposal, the gate acts on the gradient, before
+clipping. An optimizer that scales coordinates one by one, as Adam does, turns a gradient without
+component along v into an update that has one, and a one-sided gate's noise into a steady drift away
+from the hack. At level ``"update"`` the gate acts on what the optimizer did, Δ = δS_new − δS_old,
+momentum and weight decay included.
 
 Shapes: M modules of a group, K axes, R coordinates of δS.
 """
@@ -28,31 +29,35 @@ _SHARES = ("cin", "cout", "leak")
 
 
 class ProjectedOptimizer(Optimizer):
-    """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other optimizer.
+    """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other
+    optimizer.
 
-    A step is: measure, gate the gradient, clip, step of the inner optimizer, gate the update, box, measure, merge δS
-    into the weights. Parameters that do not belong to the adapter are stepped and clipped, and otherwise left alone.
+    A step is: measure, gate the gradient, clip, step of the inner optimizer, gate the update, box,
+    measure, merge δS into the weights. Parameters that do not belong to the adapter are stepped and
+    clipped, and otherwise left alone.
 
-    Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first. Gates commute with any
-    positive scale of the gradient, so only the clipping norm differs.
+    Clip with ``max_norm`` here, and not in the trainer, where the gradient is to be gated first.
+    Gates commute with any positive scale of the gradient, so only the clipping norm differs.
 
     Args:
         inner: Optimizer made of the parameters of the adapter, and perhaps others.
         adapter: Adapter whose δS is held back.
         basis: Axes to act along; without any, every step is bit by bit the inner optimizer's.
-        arm: Arm that says gate, level and box; δS is displaced here if the arm starts elsewhere. By default the
-            hack-ward part of the gradient is removed.
+        arm: Arm that says gate, level and box; δS is displaced here if the arm starts elsewhere. By
+            default the hack-ward part of the gradient is removed.
         max_norm: Largest norm of the gradient of all parameters; None does not clip.
-        quarantine: Second δS, which takes its step with this one; its gradient has been routed before.
+        quarantine: Second δS, which takes its step with this one; its gradient has been routed
+            before.
 
     Attributes:
         arm: Arm that acts.
-        measures: Numbers of the last step: ``cin``, ``cout``, ``leak``, ``displacement`` and their variants.
+        measures: Numbers of the last step: ``cin``, ``cout``, ``leak``, ``displacement`` and their
+            variants.
         frames: Axes, stacked.
 
     Raises:
-        UsageError: ``max_norm`` is not positive, the inner optimizer lacks the parameters of the adapter, they are
-            frozen, or the basis does not fit it.
+        UsageError: ``max_norm`` is not positive, the inner optimizer lacks the parameters of the
+            adapter, they are frozen, or the basis does not fit it.
 
     Example::
 
@@ -77,22 +82,34 @@ class ProjectedOptimizer(Optimizer):
     ) -> None:
         self.arm = arm
         if max_norm is not None and not max_norm > 0:
-            raise UsageError(f"max_norm={max_norm}", wanted="a positive number", do="leave it out for no clipping")
+            raise UsageError(
+                f"max_norm={max_norm}",
+                wanted="a positive number",
+                do="leave it out for no clipping",
+            )
         known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
         if not all(id(parameter) in known for parameter in adapter.delta):
             wanted = "one that was made of adapter.parameters()"
             do = "make it after the adapter, and leave fully_shard out"
-            raise UsageError("an optimizer without the parameters of the adapter", wanted=wanted, do=do)
+            raise UsageError(
+                "an optimizer without the parameters of the adapter", wanted=wanted, do=do
+            )
         _check_trainable(adapter)
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
-        # The lists of the inner optimizer are this one's own, so that what schedulers and trainers change is its.
-        self.param_groups, self.state = inner.param_groups, inner.state
-        self.adapter, self.max_norm, self.quarantine = adapter, max_norm, quarantine
+        # The lists of the inner optimizer are this one's own, so that what schedulers and trainers
+        # change is its.
+        self.param_groups = inner.param_groups
+        self.state = inner.state
+        self.adapter = adapter
+        self.max_norm = max_norm
+        self.quarantine = quarantine
         self.measures = Measures({})
         self.use_basis(basis)
         self._start = [parameter.detach().clone() for parameter in adapter.delta]
-        if arm.start:  # displacements count from before, and a state that is loaded later includes it
+        if (
+            arm.start
+        ):  # displacements count from before, and a state that is loaded later includes it
             for index, parameter in enumerate(adapter.delta):
                 delta_MR = parameter.detach()
                 delta_MR.copy_(displace(delta_MR, arm.start, self.frames.axes[index]))
@@ -108,7 +125,9 @@ class ProjectedOptimizer(Optimizer):
         self.frames = Frames(self.adapter.groups, basis)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are counted from."""
+        """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are
+        counted from.
+        """
         own: dict[str, Any] = {"start": [start_MR.clone() for start_MR in self._start]}
         if self.quarantine is not None:
             own["quarantine"] = self.quarantine.state_dict()
@@ -122,10 +141,15 @@ class ProjectedOptimizer(Optimizer):
         """
         try:
             start = state_dict[_KEY]["start"]
-            if [theirs_MR.shape for theirs_MR in start] != [mine_MR.shape for mine_MR in self._start]:
+            if [theirs_MR.shape for theirs_MR in start] != [
+                mine_MR.shape for mine_MR in self._start
+            ]:
                 raise ValueError("δS of other shapes")
-            self.inner.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
-            self.param_groups, self.state = self.inner.param_groups, self.inner.state
+            self.inner.load_state_dict(
+                {name: value for name, value in state_dict.items() if name != _KEY}
+            )
+            self.param_groups = self.inner.param_groups
+            self.state = self.inner.state
             for mine_MR, theirs_MR in zip(self._start, start, strict=True):
                 mine_MR.copy_(theirs_MR)
             if self.quarantine is not None:
@@ -133,11 +157,14 @@ class ProjectedOptimizer(Optimizer):
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             wanted = "one of the same kind around the same adapter, from state_dict"
             do = "build optimizer and adapter as they were when it was saved"
-            raise DataError(f"the state of an optimizer that does not fit: {error}", wanted=wanted, do=do) from error
+            raise DataError(
+                f"the state of an optimizer that does not fit: {error}", wanted=wanted, do=do
+            ) from error
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step in the order that the class describes; a closure runs once, before the gradient is looked at.
+        """Take one step in the order that the class describes; a closure runs once, before the
+        gradient is looked at.
 
         Raises:
             UsageError: The δS of the adapter is frozen, as `peft.get_peft_model` leaves it.
@@ -160,7 +187,8 @@ class ProjectedOptimizer(Optimizer):
             self.quarantine.step(self.inner)
         self.inner.step()
         for index, parameter in enumerate(self.adapter.delta):
-            now_MR, axes_MKR = parameter.detach(), self.frames.axes[index]
+            now_MR = parameter.detach()
+            axes_MKR = self.frames.axes[index]
             now_MR.copy_(apply_arm(self.arm, now_MR, before[index], self._start[index], axes_MKR))
         self.measures = self._measured(raw, kept, before)
         self.adapter.refresh()
@@ -169,13 +197,25 @@ class ProjectedOptimizer(Optimizer):
     def _gradients(self) -> dict[int, Tensor]:
         """Return the gradients of the groups that have one."""
         parameters = enumerate(self.adapter.delta)
-        return {index: parameter.grad.detach() for index, parameter in parameters if parameter.grad is not None}
+        return {
+            index: parameter.grad.detach()
+            for index, parameter in parameters
+            if parameter.grad is not None
+        }
 
-    def _measured(self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]) -> Measures:
-        """Return the shares of the gradients, of what the gate left of them and of the updates, and where δS is."""
-        deltas, frames = [parameter.detach() for parameter in self.adapter.delta], self.frames
+    def _measured(
+        self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]
+    ) -> Measures:
+        """Return the shares of the gradients, of what the gate left of them and of the updates, and
+        where δS is.
+        """
+        deltas = [parameter.detach() for parameter in self.adapter.delta]
+        frames = self.frames
         # The hack is along −v for an update, so its sign is turned.
-        vectors = {index: torch.stack([raw[index], kept[index], before[index] - deltas[index]]) for index in kept}
+        vectors = {
+            index: torch.stack([raw[index], kept[index], before[index] - deltas[index]])
+            for index in kept
+        }
         parts = ((vectors[index], frames.axes[index], frames.has_axes[index]) for index in kept)
         found: dict[str, Tensor] = {}
         for suffix, values in measure_shares("", parts, 1).items():
@@ -186,12 +226,17 @@ class ProjectedOptimizer(Optimizer):
 
 
 def _check_trainable(adapter: DeltaS) -> None:
-    """Refuse a δS that something has frozen, whose gradient would be missing, or divided over processes."""
+    """Refuse a δS that something has frozen, whose gradient would be missing, or divided over
+    processes.
+    """
     if any(isinstance(parameter, DTensor) for parameter in adapter.delta):
         do = "share rollouts by DDP, or train LoRA or the weights and judge rollouts"
         raise UsageError("δS after fully_shard", wanted="whole weights in every process", do=do)
     frozen = sum(not parameter.requires_grad for parameter in adapter.delta)
     if frozen:
-        seen = f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model freezes all it finds)"
+        seen = (
+            f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model "
+            f"freezes all it finds)"
+        )
         do = "leave LoRA out, or call adapter.delta.requires_grad_(True)"
         raise UsageError(seen, wanted="a δS that is trained", do=do)

@@ -1,9 +1,11 @@
-"""A second δS for what flagged rollouts teach: it is in the weights while a model trains, and in no file.
+"""A second δS for what flagged rollouts teach: it is in the weights while a model trains, and in no
+file.
 
-The model with both writes and learns the exploit there, so that the first δS, which is kept, is not paid for it. In
-every second step the first one writes alone; otherwise honest rollouts would stop being sampled once both together
-cheat. All rollouts of a group have one baseline, the mean of those that are not flagged. Each δS has moments of its
-own, but Adam scales both by the square of the gradient of all rollouts, or a small part would grow (GRAFT, 2026).
+The model with both writes and learns the exploit there, so that the first δS, which is kept, is not
+paid for it. In every second step the first one writes alone; otherwise honest rollouts would stop
+being sampled once both together cheat. All rollouts of a group have one baseline, the mean of those
+that are not flagged. Each δS has moments of its own, but Adam scales both by the square of the
+gradient of all rollouts, or a small part would grow (GRAFT, 2026).
 
 Shapes: B rollouts, M modules of a group, R coordinates of δS.
 """
@@ -35,15 +37,22 @@ class Quarantine:
     """
 
     def __init__(
-        self, adapter: DeltaS, make: Callable[[list[nn.Parameter]], Optimizer], max_norm: float | None = None
+        self,
+        adapter: DeltaS,
+        make: Callable[[list[nn.Parameter]], Optimizer],
+        max_norm: float | None = None,
     ) -> None:
-        self.adapter, self.max_norm = adapter, max_norm
+        self.adapter = adapter
+        self.max_norm = max_norm
         self.values = [nn.Parameter(torch.zeros_like(parameter)) for parameter in adapter.delta]
-        self.inner, self.scale = make(self.values), 1.0
+        self.inner = make(self.values)
+        self.scale = 1.0
         adapter.added = self.values
 
     def begin(self, step: int) -> None:
-        """Let both write and learn in even steps, counted from 0, and what is kept alone in odd ones."""
+        """Let both write and learn in even steps, counted from 0, and what is kept alone in odd
+        ones.
+        """
         self.scale = 1.0 - step % 2
         self.adapter.scale_added(self.scale)
 
@@ -64,17 +73,28 @@ class Quarantine:
             if kept.grad is None or value.grad is None:
                 continue
             whole_MR = (kept.grad + value.grad).square()
-            for optimizer, one, own_MR in ((inner, kept, kept.grad), (self.inner, value, value.grad)):
-                state, mine_MR = optimizer.state.get(one, {}), own_MR.square()
-                if "exp_avg_sq" in state:  # Adam adds the square of its own part; rounding must leave no negative sum
+            for optimizer, one, own_MR in (
+                (inner, kept, kept.grad),
+                (self.inner, value, value.grad),
+            ):
+                state = optimizer.state.get(one, {})
+                mine_MR = own_MR.square()
+                if (
+                    "exp_avg_sq" in state
+                ):  # Adam adds the square of its own part; rounding must leave no negative sum
                     beta = float(optimizer.param_groups[0]["betas"][1])
                     wanted_MR = beta / (1 - beta) * state["exp_avg_sq"] + whole_MR - mine_MR
-                    state["exp_avg_sq"].copy_((1 - beta) / beta * torch.maximum(wanted_MR, mine_MR * (2**-16 - 1)))
+                    state["exp_avg_sq"].copy_(
+                        (1 - beta) / beta * torch.maximum(wanted_MR, mine_MR * (2**-16 - 1))
+                    )
         self.inner.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the second δS and the state of its optimizer."""
-        return {"values": [value.detach().clone() for value in self.values], "inner": self.inner.state_dict()}
+        return {
+            "values": [value.detach().clone() for value in self.values],
+            "inner": self.inner.state_dict(),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,11 +106,14 @@ class Quarantine:
 
 
 def shift_baseline(rewards_B: Tensor, flags_B: Tensor, group: int) -> Tensor:
-    """Return what to add to the advantages of neighbouring groups so that flagged rollouts are in no baseline, [B].
+    """Return what to add to the advantages of neighbouring groups so that flagged rollouts are in
+    no baseline, [B].
 
-    Advantages are rewards less the mean of their group. A group in which all are flagged keeps that mean.
+    Advantages are rewards less the mean of their group. A group in which all are flagged keeps that
+    mean.
     """
-    rewards_PG, kept_PG = rewards_B.view(-1, group), ~flags_B.view(-1, group)
+    rewards_PG = rewards_B.view(-1, group)
+    kept_PG = ~flags_B.view(-1, group)
     count_P = kept_PG.sum(dim=1)
     of_kept_P = (rewards_PG * kept_PG).sum(dim=1) / count_P.clamp_min(1)
     shift_P = torch.where(count_P > 0, rewards_PG.mean(dim=1) - of_kept_P, 0.0)

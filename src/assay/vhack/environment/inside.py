@@ -1,15 +1,18 @@
-"""What runs inside the sandbox: ``once`` for a job on stdin, or ``serve`` as the fork server of many jobs.
+"""What runs inside the sandbox: ``once`` for a job on stdin, or ``serve`` as the fork server of
+many jobs.
 
-The parent passes this file as text to a bare interpreter; it imports the standard library only. A job is JSON, and its
-report is one line of JSON on a descriptor of its own. Program and harness share one process, so a program can say
-whatever it likes about itself. The parent therefore never sends what it will compare the answers with.
+The parent passes this file as text to a bare interpreter; it imports the standard library only. A
+job is JSON, and its report is one line of JSON on a descriptor of its own. Program and harness
+share one process, so a program can say whatever it likes about itself. The parent therefore never
+sends what it will compare the answers with.
 
-The fork server starts a process for a job in about a millisecond. It never reads a byte that an untrusted program has
-written. Per job there are two processes. The *keeper* makes a new process and mount namespace, waits for the program's
-process, and writes how it ended to a socket, the status; if that is shut at its other end, the keeper kills it. The
-*runner* is process 1 of that namespace: it mounts a directory in memory of its own, closes every other descriptor,
-gives up every capability, and performs the job. It sees neither the keeper nor another job, and when it ends the kernel
-ends whatever it left.
+The fork server starts a process for a job in about a millisecond. It never reads a byte that an
+untrusted program has written. Per job there are two processes. The *keeper* makes a new process and
+mount namespace, waits for the program's process, and writes how it ended to a socket, the status;
+if that is shut at its other end, the keeper kills it. The *runner* is process 1 of that namespace:
+it mounts a directory in memory of its own, closes every other descriptor, gives up every
+capability, and performs the job. It sees neither the keeper nor another job, and when it ends the
+kernel ends whatever it left.
 """
 
 import ast
@@ -29,14 +32,19 @@ from typing import Any
 _OPAQUE_DEPTH = 12
 _FILE_CHARACTERS = 4096
 
-_NEW_MOUNTS, _NEW_PROCESSES = 0x00020000, 0x20000000
-_PRIVATE, _NO_SETUID, _NO_DEVICES = 0x44000, 2, 4  # MS_REC | MS_PRIVATE, MS_NOSUID, MS_NODEV
+_NEW_MOUNTS = 0x00020000
+_NEW_PROCESSES = 0x20000000
+_PRIVATE = 0x44000
+_NO_SETUID = 2
+_NO_DEVICES = 4  # MS_REC | MS_PRIVATE, MS_NOSUID, MS_NODEV
 _DESCRIPTORS = 5
 _FILES = 1024  # in the directory of a job: files cost memory even when they are empty
 
 
 def main() -> None:
-    """Serve jobs on the socket, or perform one that reports to the pipe, whose descriptor is the second argument."""
+    """Serve jobs on the socket, or perform one that reports to the pipe, whose descriptor is the
+    second argument.
+    """
     if sys.argv[1] == "serve":
         _serve(socket.socket(fileno=int(sys.argv[2])))
     else:
@@ -46,7 +54,8 @@ def main() -> None:
 def _serve(control: socket.socket) -> None:
     """Serve jobs until the socket is closed at its other end.
 
-    Every message carries the descriptors of one job: the job, stdout, stderr, the report and the status.
+    Every message carries the descriptors of one job: the job, stdout, stderr, the report and the
+    status.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need not be waited for
     # What is there now is never collected, so a collection in a runner does not copy its memory.
@@ -95,7 +104,8 @@ def _be_runner(libc: ctypes.CDLL, job: int, out: int, err: int, report: int) -> 
     os.chdir("/work")
     os.dup2(out, 1)
     os.dup2(err, 2)
-    # Descriptor 3 may be that of the report itself, or of what is not needed any more, for 1 and 2 have been copied.
+    # Descriptor 3 may be that of the report itself, or of what is not needed any more, for 1 and 2
+    # have been copied.
     os.dup2(report, 3)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     # All sets of capabilities become empty, and no_new_privs, which `_limit` sets, keeps them so.
@@ -111,7 +121,8 @@ def _check(result: int, name: str) -> None:
 
 def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     """Run the program of a job, report, and leave with its exit code."""
-    # A group of its own: a signal to the group it came from would reach what started it, across the namespaces.
+    # A group of its own: a signal to the group it came from would reach what started it, across the
+    # namespaces.
     if os.getpgid(0) != os.getpid():
         os.setsid()
     descriptor = os.memfd_create("stdin")
@@ -129,7 +140,9 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
 
 
 def _limit(job: dict[str, Any]) -> None:
-    memory, disk, cpu = job["memory_mib"] << 20, job["disk_mib"] << 20, int(job["seconds"]) + 1
+    memory = job["memory_mib"] << 20
+    disk = job["disk_mib"] << 20
+    cpu = int(job["seconds"]) + 1
     for kind, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, disk),
@@ -147,7 +160,9 @@ def _limit(job: dict[str, Any]) -> None:
         _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
     given = Filter(len(instructions) // 8, instructions)
-    _check(libc.prctl(22, 2, ctypes.byref(given), 0, 0), "seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    _check(
+        libc.prctl(22, 2, ctypes.byref(given), 0, 0), "seccomp"
+    )  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -167,7 +182,9 @@ def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
 
 
 def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
-    """Compile the program; a stub ``[name, value]`` first gives every function ``name`` the body ``return value``."""
+    """Compile the program; a stub ``[name, value]`` first gives every function ``name`` the body
+    ``return value``.
+    """
     if stub is None:
         return compile(program, "program.py", "exec")
     tree = ast.parse(program)
@@ -204,7 +221,9 @@ def _resolve(namespace: dict[str, Any], target: str) -> Any:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Return the builtin value below ``value``, by the slots of the builtin type: overridden methods have no say."""
+    """Return the builtin value below ``value``, by the slots of the builtin type: overridden
+    methods have no say.
+    """
     kind = type(value)
     if value is None or kind is bool:
         return value

@@ -1,11 +1,13 @@
 """Run a program that no one has read, and learn from outside what it does.
 
-Covered: files (a read-only root and one small directory in memory), network, other processes, capabilities, system
-calls (an allow list), time, memory, output, the length of program and report.
-Not covered: faults of the kernel, and what a program says of itself. It shares a process with the harness, so a report
-is never believed: the parent compares *values*, and what it compares them with never enters the sandbox.
-Without a sandbox (``allow_unsandboxed``) only limits, an empty environment and the filter of system calls are left: the
-program reads and writes this machine's files with the rights of the user.
+Covered: files (a read-only root and one small directory in memory), network, other processes,
+    capabilities, system
+calls (an allow list), time, memory, output, the length of program and report. Not covered: faults
+of the kernel, and what a program says of itself. It shares a process with the harness, so a report
+is never believed: the parent compares *values*, and what it compares them with never enters the
+sandbox. Without a sandbox (``allow_unsandboxed``) only limits, an empty environment and the filter
+of system calls are left: the program reads and writes this machine's files with the rights of the
+user.
 """
 
 import atexit
@@ -41,7 +43,8 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        seconds: Wall clock from start to end, start of the interpreter included; CPU seconds are bounded by it too.
+        seconds: Wall clock from start to end, start of the interpreter included; CPU seconds are
+            bounded by it too.
         memory_mib: Address space of the one process, in MiB.
         output_bytes: Bytes of stdout and of stderr each; a program that writes more is stopped.
         report_bytes: Bytes of everything it returns by value.
@@ -61,7 +64,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not all(value > 0 for value in asdict(self).values()):
-            raise UsageError(f"{self}", wanted="positive limits", do="leave a limit out to have its default")
+            raise UsageError(
+                f"{self}", wanted="positive limits", do="leave a limit out to have its default"
+            )
 
 
 class Bounds(TypedDict, total=False):
@@ -76,13 +81,15 @@ _NOTHING: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question to a program after it has run: a call, or with ``args`` None the value of a name.
+    """One question to a program after it has run: a call, or with ``args`` None the value of a
+    name.
 
     Attributes:
-        target: A name at module level, or ``Class.method`` (the class is instantiated without arguments),
-            or ``name.attribute``.
+        target: A name at module level, or ``Class.method`` (the class is instantiated without
+            arguments), or ``name.attribute``.
         args: Positional arguments, of JSON types; None reads the target instead of calling it.
-        equals: Where it is given, the answer is whether ``result == equals`` by the program's own ``==``.
+        equals: Where it is given, the answer is whether ``result == equals`` by the program's own
+            ``==``.
     """
 
     target: str
@@ -95,9 +102,11 @@ class Outcome:
     """The answer to one `Call`.
 
     Attributes:
-        kind: One of ``value``; ``error``, the target raised or is missing; ``opaque``, a result that is not made of
-            plain builtin values; ``none``, the program ended before it was asked.
-        value: Plain value, for ``value``. Tuples come back as lists, subclasses as the builtin value below them.
+        kind: One of ``value``; ``error``, the target raised or is missing; ``opaque``, a result
+            that is not made of plain builtin values; ``none``, the program ended before it was
+            asked.
+        value: Plain value, for ``value``. Tuples come back as lists, subclasses as the builtin
+            value below them.
         name: Type of the exception or of the opaque result.
     """
 
@@ -117,8 +126,8 @@ class Result:
         timed_out: Whether it was killed at the time limit.
         overflowed: Whether it was killed because it printed or returned too much.
         finished: Whether it ran to its end or left by ``sys.exit``, and the questions were asked.
-        raised: Name of the exception that ended it, or empty; ``ProgramTooLong`` or ``UnicodeEncodeError`` if it was
-            not run.
+        raised: Name of the exception that ended it, or empty; ``ProgramTooLong`` or
+            ``UnicodeEncodeError`` if it was not run.
         outcomes: One answer per call.
         files: Content of the files asked for that exist, at most 4096 characters each.
         seconds: Wall clock.
@@ -138,48 +147,85 @@ class Result:
     backend: str = ""
 
 
-# The table system_calls.csv is an allow list: whatever it does not name fails with EPERM. It holds what CPython and its
-# standard library need for one process that computes and keeps files in its own directory.
+# The table system_calls.csv is an allow list: whatever it does not name fails with EPERM. It holds
+# what CPython and its standard library need for one process that computes and keeps files in its
+# own directory.
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""The machines that the table has numbers for, with the constant by which the kernel names each to a filter."""
+"""The machines that the table has numbers for, with the constant by which the kernel names each to
+a filter.
+"""
 
 with Path(__file__).with_name("system_calls.csv").open(encoding="utf-8") as _file:
     _ROWS = list(csv.DictReader(_file))
-ALLOWED = {machine: {row["name"]: int(row[machine]) for row in _ROWS if row[machine]} for machine in ARCHITECTURES}
-"""The number of every permitted system call by machine and name; the table has no number where a machine lacks it."""
+ALLOWED = {
+    machine: {row["name"]: int(row[machine]) for row in _ROWS if row[machine]}
+    for machine in ARCHITECTURES
+}
+"""The number of every permitted system call by machine and name; the table has no number where a
+machine lacks it.
+"""
 
 RESTRICTED: dict[str, tuple[int, tuple[int, ...]]] = {
-    "fcntl": (1, (0, 1, 2, 3, 4, 1030)),  # duplicate, flags; not locks, leases, notification or the size of pipes
+    "fcntl": (
+        1,
+        (0, 1, 2, 3, 4, 1030),
+    ),  # duplicate, flags; not locks, leases, notification or the size of pipes
     # Whether it is a terminal, its size, flags, and how many bytes wait.
     "ioctl": (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
-    "futex": (1, (128, 129, 137, 138, 393)),  # private ones only: others meet in files that two jobs can map
-    "madvise": (2, (0, 1, 2, 3, 4, 8, 14, 15)),  # not those that push pages of shared files out of memory
+    "futex": (
+        1,
+        (128, 129, 137, 138, 393),
+    ),  # private ones only: others meet in files that two jobs can map
+    "madvise": (
+        2,
+        (0, 1, 2, 3, 4, 8, 14, 15),
+    ),  # not those that push pages of shared files out of memory
     "prlimit64": (0, (0,)),  # its own limits, which it cannot raise
 }
-"""Calls that are permitted for some values of one argument: the position of the argument, and the values."""
+"""Calls that are permitted for some values of one argument: the position of the argument, and the
+values.
+"""
 
 _NEWEST = 452
 _X32 = 0x40000000  # numbers from here on are the x32 variants of the calls of x86_64
-_LOAD, _EQUAL, _ABOVE, _AT_LEAST, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
-_ALLOW, _EPERM, _ENOSYS, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in the kernel's struct seccomp_data
+_LOAD = 0x20
+_EQUAL = 0x15
+_ABOVE = 0x25
+_AT_LEAST = 0x35
+_RETURN = 0x06
+_ALLOW = 0x7FFF0000
+_EPERM = 0x00050001
+_ENOSYS = 0x00050026
+_KILL = 0x80000000
+_NUMBER = 0
+_ARCHITECTURE = 4
+_ARGUMENTS = 16  # offsets in the kernel's struct seccomp_data
 
 
 @cache
 def seccomp_filter(machine: str) -> bytes:
-    """Return the filter for a name in ``ARCHITECTURES`` as the kernel takes it: instructions of classic BPF.
+    """Return the filter for a name in ``ARCHITECTURES`` as the kernel takes it: instructions of
+    classic BPF.
 
-    A call from another architecture kills the process. Calls newer than the table fail with ENOSYS, so that a newer C
-    library falls back to an older call; all others that are not permitted fail with EPERM. Every instruction has eight
-    bytes: code (u16), jump if true (u8), jump if false (u8) and operand (u32), little-endian.
+    A call from another architecture kills the process. Calls newer than the table fail with ENOSYS,
+    so that a newer C library falls back to an older call; all others that are not permitted fail
+    with EPERM. Every instruction has eight bytes: code (u16), jump if true (u8), jump if false (u8)
+    and operand (u32), little-endian.
     """
     if machine not in ARCHITECTURES:
         raise BackendUnavailable(
-            f"no filter of system calls for {machine}", wanted=" or ".join(ARCHITECTURES), do="run it on such a machine"
+            f"no filter of system calls for {machine}",
+            wanted=" or ".join(ARCHITECTURES),
+            do="run it on such a machine",
         )
-    allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)
-    program = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, ARCHITECTURES[machine]), (_RETURN, 0, 0, _KILL)]
+    allow = (_RETURN, 0, 0, _ALLOW)
+    refuse = (_RETURN, 0, 0, _EPERM)
+    program = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_EQUAL, 1, 0, ARCHITECTURES[machine]),
+        (_RETURN, 0, 0, _KILL),
+    ]
     program += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), refuse]
     program += [(_ABOVE, 0, 1, _NEWEST), (_RETURN, 0, 0, _ENOSYS)]
     for name, number in ALLOWED[machine].items():
@@ -196,9 +242,10 @@ def seccomp_filter(machine: str) -> bytes:
     return b"".join(struct.pack("<HBBI", *step) for step in program)
 
 
-# Bubblewrap: new user, process, network, IPC, host-name and mount namespaces, no capability, and a small working
-# directory in memory that vanishes with the run. The read-only root holds programs and libraries of /usr and the
-# interpreter's own; directories of installed packages are covered by empty ones.
+# Bubblewrap: new user, process, network, IPC, host-name and mount namespaces, no capability, and a
+# small working directory in memory that vanishes with the run. The read-only root holds programs
+# and libraries of /usr and the interpreter's own; directories of installed packages are covered by
+# empty ones.
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _PROBE_SECONDS = 10
@@ -210,7 +257,9 @@ _LINKER_CACHE = "/etc/ld.so.cache"
 
 
 def _interpreter() -> str:
-    """Return the interpreter itself, not the link of a virtual environment, which the sandbox does not see."""
+    """Return the interpreter itself, not the link of a virtual environment, which the sandbox does
+    not see.
+    """
     return str(Path(getattr(sys, "_base_executable", None) or sys.executable).resolve())
 
 
@@ -229,12 +278,16 @@ def _shown() -> list[str]:
     found = {str(Path(prefix) / part) for prefix in _prefixes() for part in _PARTS}
     found |= {str(Path(_interpreter()).parent), *_ROOTS}
     real = {path for path in found if Path(path).is_dir() and not Path(path).is_symlink()}
-    return sorted(path for path in real if not any(str(above) in real for above in Path(path).parents))
+    return sorted(
+        path for path in real if not any(str(above) in real for above in Path(path).parents)
+    )
 
 
 @cache
 def _hidden() -> list[str]:
-    """Return the directories of installed packages among what is shown; the sandbox shows them empty."""
+    """Return the directories of installed packages among what is shown; the sandbox shows them
+    empty.
+    """
     found: list[str] = []
     pending = list(_shown())
     while pending:
@@ -246,10 +299,12 @@ def _hidden() -> list[str]:
 
 
 def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
-    """Return the command line in front of the command, for a size of the working directory in MiB."""
+    """Return the command line in front of the command, for a size of the working directory in
+    MiB.
+    """
     line = ["bwrap", "--unshare-all", "--new-session", "--clearenv", "--cap-drop", "ALL"]
-    # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when the thread does that
-    # happened to start it.
+    # A fork server makes namespaces for its jobs. It ends when its socket is closed, and not when
+    # the thread does that happened to start it.
     line += ["--cap-add", "CAP_SYS_ADMIN"] if server else ["--die-with-parent"]
     line += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
     for path in _shown():
@@ -262,7 +317,8 @@ def _bwrap(disk_mib: int, *, server: bool = False) -> list[str]:
     for device in _DEVICES:
         line += ["--dev-bind", device, device]
     line += ["--ro-bind-try", _LINKER_CACHE, _LINKER_CACHE]
-    # No /proc is mounted: it would show who else is there, and root outside may write in it, however it is mapped here.
+    # No /proc is mounted: it would show who else is there, and root outside may write in it,
+    # however it is mapped here.
     line += ["--dir", "/proc"]
     line += ["--size", str(disk_mib << 20), "--tmpfs", "/work"]
     return [*line, "--remount-ro", "/", "--chdir", "/work", "--"]
@@ -273,7 +329,9 @@ def working() -> bool:
     """Return whether bubblewrap can run a trivial program on this machine; it is tried once."""
     line = [*_bwrap(1), *_python("-c", "print(1)")]
     try:
-        done = subprocess.run(line, env={"PATH": PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False)
+        done = subprocess.run(
+            line, env={"PATH": PATH}, capture_output=True, timeout=_PROBE_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0 and done.stdout == b"1\n"
@@ -297,8 +355,8 @@ def available_backend() -> str | None:
     return None if unusable() else "bwrap"
 
 
-# A fork server is started once for a process, takes jobs from any thread, and ends with the process. Where it cannot
-# run, or dies under a job, a sandbox is started for the one job.
+# A fork server is started once for a process, takes jobs from any thread, and ends with the
+# process. Where it cannot run, or dies under a job, a sandbox is started for the one job.
 _INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
 _START_SECONDS = 20
 _END_SECONDS = 10
@@ -313,7 +371,9 @@ class Ended:
     output: dict[str, bytes]  # of each pipe by its name, cut at the bound
     timed_out: bool
     overflowed: bool  # a pipe held more than its bound
-    returncode: int | None = None  # −N for signal N; None if the job was killed for its time or its output
+    returncode: int | None = (
+        None  # −N for signal N; None if the job was killed for its time or its output
+    )
 
     @property
     def killed(self) -> bool:
@@ -322,7 +382,9 @@ class Ended:
 
 
 def _job_text(program: str, limits: Limits, **asked: object) -> bytes:
-    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `run` takes."""
+    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `run`
+    takes.
+    """
     nothing: dict[str, object] = {"nonce": "", "stdin": "", "calls": [], "files": [], "stub": None}
     code = seccomp_filter(platform.machine()).hex()
     return dumps(nothing | asked | {"program": program, "filter": code} | asdict(limits)).encode()
@@ -331,7 +393,8 @@ def _job_text(program: str, limits: Limits, **asked: object) -> bytes:
 def _descriptors(
     job: bytes, limits: Limits, ours: ExitStack, theirs: ExitStack
 ) -> tuple[dict[str, tuple[int, int]], list[int]]:
-    """Return descriptor and bound of each pipe to read, by its name, and what the job is given to close in ``theirs``.
+    """Return descriptor and bound of each pipe to read, by its name, and what the job is given to
+    close in ``theirs``.
 
     A job is given its text, stdout, stderr and the report.
     """
@@ -340,8 +403,13 @@ def _descriptors(
     with os.fdopen(text, "wb", closefd=False) as file:
         file.write(job)
     os.lseek(text, 0, os.SEEK_SET)
-    readers, given = {}, [text]
-    bounds = {"stdout": limits.output_bytes, "stderr": limits.output_bytes, "report": limits.report_bytes}
+    readers = {}
+    given = [text]
+    bounds = {
+        "stdout": limits.output_bytes,
+        "stderr": limits.output_bytes,
+        "report": limits.report_bytes,
+    }
     for name, bound in bounds.items():
         reader, writer = os.pipe()
         ours.callback(os.close, reader)
@@ -352,7 +420,9 @@ def _descriptors(
 
 
 def _pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
-    """Read every pipe, given by descriptor and bound, to its end, or until the deadline or an overflow."""
+    """Read every pipe, given by descriptor and bound, to its end, or until the deadline or an
+    overflow.
+    """
     output = {name: bytearray() for name in pipes}
     timed_out = overflowed = False
     with selectors.DefaultSelector() as selector:
@@ -363,7 +433,8 @@ def _pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:
             if timed_out := time.monotonic() >= deadline:
                 break
             for key, _ in ready:
-                read, bound = output[key.data], pipes[key.data][1]
+                read = output[key.data]
+                bound = pipes[key.data][1]
                 chunk = os.read(key.fd, _CHUNK)
                 if not chunk:
                     selector.unregister(key.fd)
@@ -409,7 +480,9 @@ class Server:
         return self._process.poll() is None
 
     def perform(self, job: bytes, limits: Limits) -> Ended:
-        """Run a job as `_job_text` writes it, or raise an OSError if the server is gone; its socket tells its end."""
+        """Run a job as `_job_text` writes it, or raise an OSError if the server is gone; its socket
+        tells its end.
+        """
         deadline = time.monotonic() + limits.seconds
         with ExitStack() as ours:
             with ExitStack() as theirs:
@@ -469,10 +542,15 @@ def _perform_once(job: bytes, limits: Limits, *, shut_in: bool) -> Ended:
     """Run a job in a sandbox of its own, or in no sandbox."""
     deadline = time.monotonic() + limits.seconds
     with ExitStack() as ours:
-        line, environment, directory = _bwrap(limits.disk_mib) if shut_in else [], {"PATH": PATH}, "/"
+        line = _bwrap(limits.disk_mib) if shut_in else []
+        environment = {"PATH": PATH}
+        directory = "/"
         if not shut_in:  # a sandbox has an environment and a directory of its own
-            temporary = tempfile.TemporaryDirectory(prefix="assay-sandbox-", ignore_cleanup_errors=True)
-            environment, directory = {}, ours.enter_context(temporary)
+            temporary = tempfile.TemporaryDirectory(
+                prefix="assay-sandbox-", ignore_cleanup_errors=True
+            )
+            environment = {}
+            directory = ours.enter_context(temporary)
         with ExitStack() as theirs:
             readers, (text, stdout, stderr, report) = _descriptors(job, limits, ours, theirs)
             process = subprocess.Popen(
@@ -492,7 +570,8 @@ def _perform_once(job: bytes, limits: Limits, *, shut_in: bool) -> Ended:
         except subprocess.TimeoutExpired:
             ended.timed_out = True
         finally:
-            # The leader may be gone while a child of it lives; the group keeps its number until it is empty.
+            # The leader may be gone while a child of it lives; the group keeps its number until it
+            # is empty.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -516,19 +595,21 @@ def run(
 ) -> Result:
     """Run a Python program in the sandbox, then ask it questions.
 
-    The program runs as ``__main__`` in an empty writable directory. If it ends, normally or by ``sys.exit``, the calls
-    are made in order in the same process; whether it raised, printed, exited or hung is in the result, never an
-    exception here. A program that is longer than its limit or has no UTF-8 form is not run.
+    The program runs as ``__main__`` in an empty writable directory. If it ends, normally or by
+    ``sys.exit``, the calls are made in order in the same process; whether it raised, printed,
+    exited or hung is in the result, never an exception here. A program that is longer than its
+    limit or has no UTF-8 form is not run.
 
     Args:
         program: Source text.
         stdin: Text that the program can read.
         calls: Questions to it, see `Call`.
         files: Names in its working directory whose content is wanted.
-        stub: Name and value: before the program runs, every function of that name is given the body ``return value``.
+        stub: Name and value: before the program runs, every function of that name is given the body
+            ``return value``.
         limits: Bounds of the run, by default `Limits`.
-        allow_unsandboxed: Whether to run without a sandbox where no backend works. The program can then read and write
-            this machine's files.
+        allow_unsandboxed: Whether to run without a sandbox where no backend works. The program can
+            then read and write this machine's files.
 
     Raises:
         BackendUnavailable: No sandbox can be used here, and ``allow_unsandboxed`` is not set.
@@ -540,7 +621,8 @@ def run(
         raise BackendUnavailable(
             unusable(),
             wanted="a sandbox for programs that no one has read",
-            do="install bubblewrap where user namespaces are allowed, and keep assay in site-packages; "
+            do="install bubblewrap where user namespaces are allowed, and keep assay in "
+            "site-packages; "
             "allow_unsandboxed (--allow-unsandboxed) accepts the risk",
         )
     backend = "bwrap" if shut_in else "unsandboxed"
@@ -551,11 +633,14 @@ def run(
     if refused:
         nothing = (Outcome("none"),) * len(calls)
         return Result(1, stderr=f"{refused}\n", raised=refused, outcomes=nothing, backend=backend)
-    nonce, questions = secrets.token_hex(16), [{"target": call.target, "args": call.args} for call in calls]
+    nonce = secrets.token_hex(16)
+    questions = [{"target": call.target, "args": call.args} for call in calls]
     for question, call in zip(questions, calls, strict=True):
         if call.equals is not _NOTHING:
             question["equals"] = call.equals
-    job = _job_text(program, limits, nonce=nonce, stdin=stdin, calls=questions, files=list(files), stub=stub)
+    job = _job_text(
+        program, limits, nonce=nonce, stdin=stdin, calls=questions, files=list(files), stub=stub
+    )
     started = time.monotonic()
     found = server() if shut_in else None
     ended = None
@@ -578,14 +663,20 @@ def run(
 
 
 def _parse(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
-    """Return what a report says; a program can write any bytes there, and malformed ones say nothing."""
+    """Return what a report says; a program can write any bytes there, and malformed ones say
+    nothing.
+    """
     said: dict[str, Any] = {}
     with suppress(DataError, RecursionError, MemoryError):
         said = loads(line, "report of the sandbox")
     if said.get("nonce") != nonce:
         said = {}
-    answers, raised, files = said.get("outcomes"), said.get("raised"), said.get("files")
-    outcomes = [_outcome(answer) for answer in answers[:n_calls]] if isinstance(answers, list) else []
+    answers = said.get("outcomes")
+    raised = said.get("raised")
+    files = said.get("files")
+    outcomes = (
+        [_outcome(answer) for answer in answers[:n_calls]] if isinstance(answers, list) else []
+    )
     outcomes += [Outcome("none")] * (n_calls - len(outcomes))
     texts = files.items() if isinstance(files, dict) else ()
     return {
@@ -600,4 +691,6 @@ def _outcome(answer: object) -> Outcome:
     if not isinstance(answer, dict) or answer.get("kind") not in _KINDS:
         return Outcome("none")
     name = answer.get("name")
-    return Outcome(answer["kind"], answer.get("value"), name[:_NAME] if isinstance(name, str) else "")
+    return Outcome(
+        answer["kind"], answer.get("value"), name[:_NAME] if isinstance(name, str) else ""
+    )

@@ -1,11 +1,13 @@
-"""Programming tasks without end: chains of steps with a solution, visible examples and hidden cases.
+"""Programming tasks without end: chains of steps with a solution, visible examples and hidden
+cases.
 
-A task is named ``family/difficulty/seed``, and everything about it follows from its name, on every machine. The
-difficulty is the number of steps. No step is idle: leaving any one out changes an answer among the visible examples
-and another among the hidden cases, so an attempt that forgets one is wrong in both.
+A task is named ``family/difficulty/seed``, and everything about it follows from its name, on every
+machine. The difficulty is the number of steps. No step is idle: leaving any one out changes an
+answer among the visible examples and another among the hidden cases, so an attempt that forgets one
+is wrong in both.
 
-Tasks of the evaluation are others than those of training: which of the two a task is for is decided by a hash of its
-statement.
+Tasks of the evaluation are others than those of training: which of the two a task is for is decided
+by a hash of its statement.
 """
 
 import hashlib
@@ -25,7 +27,8 @@ from assay.files.jsonl import dumps, read_jsonl
 from assay.vhack.environment.sandbox import Case
 
 Step = tuple[str, str]
-"""What a step says, and its code: templates with places for numbers and letters, drawn anew wherever it is used.
+"""What a step says, and its code: templates with places for numbers and letters, drawn anew
+wherever it is used.
 
 All act on one variable ``x``. They stand in steps.jsonl.
 """
@@ -72,7 +75,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def filled(step: Step, rng: random.Random) -> Step:
-    """Return a step with its places filled: a, s numbers, b, c small factors, m a modulus, d a digit, l, w letters."""
+    """Return a step with its places filled: a, s numbers, b, c small factors, m a modulus, d a
+    digit, l, w letters.
+    """
     values = {
         "a": rng.randint(2, 30),
         "b": rng.randint(2, 6),
@@ -123,12 +128,16 @@ class Shown(ABC):
     @property
     def examples(self) -> list[tuple[str, str]]:
         """Call and value of each visible example, as source."""
-        return [(f"{ENTRY}({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible]
+        return [
+            (f"{ENTRY}({', '.join(map(repr, args))})", repr(value)) for args, value in self.visible
+        ]
 
 
 @dataclass(frozen=True)
 class Task(Shown):
-    """One task: a chain of steps with examples and hidden cases. `task_named` and `tasks` make them."""
+    """One task: a chain of steps with examples and hidden cases. `task_named` and `tasks` make
+    them.
+    """
 
     family: Family
     difficulty: int
@@ -188,7 +197,9 @@ def task_named(name: str) -> Task:
         return Task(FAMILIES[family], int(difficulty), int(seed))
     except (KeyError, ValueError):
         raise DataError(
-            f"task {name!r:.80}", wanted=f"FAMILY/DIFFICULTY/SEED, difficulty 1 to {HARDEST}", do="correct the name"
+            f"task {name!r:.80}",
+            wanted=f"FAMILY/DIFFICULTY/SEED, difficulty 1 to {HARDEST}",
+            do="correct the name",
         ) from None
 
 
@@ -200,7 +211,8 @@ def tasks(
     families: Sequence[str] | None = None,
     split: str = "training",
 ) -> list[Task]:
-    """Return tasks that all differ; families take turns. A longer list begins with the shorter one of its seed.
+    """Return tasks that all differ; families take turns. A longer list begins with the shorter one
+    of its seed.
 
     Args:
         n: Number of tasks.
@@ -210,7 +222,8 @@ def tasks(
         split: ``training`` or ``evaluation``; no statement is in both.
 
     Raises:
-        UsageError: A name, split or difficulty is unknown, ``n`` is out of range, or there are not so many tasks.
+        UsageError: A name, split or difficulty is unknown, ``n`` is out of range, or there are not
+            so many tasks.
     """
     lowest, highest = (difficulty, difficulty) if isinstance(difficulty, int) else difficulty
     chosen = choose_names(families, FAMILIES, "family")
@@ -233,12 +246,18 @@ def tasks(
             found[task.statement] = task
             repeats = 0
     if len(found) < n:
-        raise UsageError(f"{n} tasks", wanted=f"at most {len(found)} of these kinds", do="ask for fewer (--tasks)")
+        raise UsageError(
+            f"{n} tasks",
+            wanted=f"at most {len(found)} of these kinds",
+            do="ask for fewer (--tasks)",
+        )
     return list(found.values())
 
 
 def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -> list[str]:
-    """Return the names, by default all of the table; refuse those that are not in it, and an empty list."""
+    """Return the names, by default all of the table; refuse those that are not in it, and an empty
+    list.
+    """
     known = list(table)
     chosen = known if names is None else list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in known]
@@ -249,9 +268,12 @@ def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -
 
 
 def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:
-    """Return visible examples and hidden cases, or None if a step is idle in either or the answers say too little."""
+    """Return visible examples and hidden cases, or None if a step is idle in either or the answers
+    say too little.
+    """
     solve = _compiled(steps)
-    # The last step of some families changes the type; leaving it out needs no proof that it is not idle.
+    # The last step of some families changes the type; leaving it out needs no proof that it is not
+    # idle.
     partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
     found: list[Case] = []
     idle = [set(range(len(partial))), set(range(len(partial)))]
@@ -275,7 +297,9 @@ def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple
 
 
 def _tell_apart(cases: list[Case]) -> bool:
-    """Return whether neither a constant nor the argument itself is right in all visible or in all hidden cases."""
+    """Return whether neither a constant nor the argument itself is right in all visible or in all
+    hidden cases.
+    """
     for part in (cases[:N_VISIBLE], cases[N_VISIBLE:]):
         answers = {dumps(answer) for _, answer in part}
         if len(answers) < 2 or all(args[0] == answer for args, answer in part):
@@ -285,7 +309,9 @@ def _tell_apart(cases: list[Case]) -> bool:
 
 def _source(steps: Sequence[Step]) -> str:
     lines = [line for _, code in steps for line in code.split("\n")]
-    return "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines), "    return x"]) + "\n"
+    return (
+        "\n".join([f"def {ENTRY}(x):", *("    " + line for line in lines), "    return x"]) + "\n"
+    )
 
 
 def _compiled(steps: Sequence[Step]) -> Any:

@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 _MOST_TOKENS = {"cuda": 16384, "cpu": 2048}
 # On a CPU no batch is faster for more, and other programs want the memory.
 _MOST_BYTES = {"cuda": 52e9, "cpu": 1e9}
-# Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention output, and in the MLP
-# gate, up, their activation and product. Measured peaks stay below.
+# Kept for the backward pass per token and layer, in widths: residuals, norms, q, k, v, attention
+# output, and in the MLP gate, up, their activation and product. Measured peaks stay below.
 _HIDDEN_COPIES = 10
 _WIDE_COPIES = 5
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
-_CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # of most models, MPT, and Whisper
+_CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_target_positions",
+)  # of most models, MPT, and Whisper
 
 
 Progress = Callable[[int, int], None]
@@ -39,13 +43,17 @@ Progress = Callable[[int, int], None]
 
 
 def stage_progress(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return the progress of a stage that begins after ``before`` of ``total`` steps, given that of the whole."""
+    """Return the progress of a stage that begins after ``before`` of ``total`` steps, given that of
+    the whole.
+    """
     return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or merged."""
+    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or
+    merged.
+    """
 
     index: int  # in the list of samples
     name: str  # in errors
@@ -64,7 +72,9 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are no others."""
+    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are
+    no others.
+    """
 
     bounds: tuple[tuple[int, int], ...]
     offsets: Tensor  # the bounds on the device, [B + 1] int64
@@ -83,17 +93,20 @@ class Segments:
     @cached_property
     def padded_places(self) -> Tensor:
         """Place of each row, [N], among B·T where every sample is padded to T rows."""
-        inside_BT = torch.arange(self.longest, device=self.offsets.device) < self.offsets.diff()[:, None]
+        inside_BT = (
+            torch.arange(self.longest, device=self.offsets.device) < self.offsets.diff()[:, None]
+        )
         return inside_BT.flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens of all samples.
+    """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens
+    of all samples.
 
-    Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded on the right to one
-    length. With causal attention no token sees what stands to its right, so padding needs no mask, and its gradient is
-    exactly zero.
+    Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded
+    on the right to one length. With causal attention no token sees what stands to its right, so
+    padding needs no mask, and its gradient is exactly zero.
     """
 
     encoded: list[Encoded]
@@ -129,7 +142,9 @@ class Batch:
             (start + one.n_prompt - 1, start + len(one.ids) - 1)
             for (start, _), one in zip(segments.bounds, encoded, strict=True)
         ]
-        ids = torch.tensor([token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)])
+        ids = torch.tensor(
+            [token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)]
+        )
         return cls(
             encoded,
             ids.view(1 if packed else len(encoded), -1).to(device),
@@ -137,7 +152,9 @@ class Batch:
             segments,
             Segments.of(counts.tolist(), device),
             torch.tensor([row for span in spans for row in range(*span)]).to(device),
-            torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(device),
+            torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(
+                device
+            ),
             counts.to(torch.float32).reciprocal().repeat_interleave(counts).to(device),
         )
 
@@ -149,12 +166,17 @@ def encode(
     longest: int | None,
     rows: int | None = None,
 ) -> list[Encoded]:
-    """Tokenise every sample, and refuse by name what has no prompt, no completion or more tokens than ``longest``.
+    """Tokenise every sample, and refuse by name what has no prompt, no completion or more tokens
+    than ``longest``.
 
     A token that the embeddings, of so many ``rows``, do not have is refused too.
     """
     if tokenizer is None:
-        raise UsageError("a model without a tokenizer", wanted="text needs one", do="pass the tokenizer of the model")
+        raise UsageError(
+            "a model without a tokenizer",
+            wanted="text needs one",
+            do="pass the tokenizer of the model",
+        )
     if not samples:
         raise UsageError("no samples", wanted="at least one", do="pass some")
     texts = [_as_text(sample, tokenizer, name) for sample, name in zip(samples, names, strict=True)]
@@ -164,14 +186,22 @@ def encode(
         for part in zip(*texts, strict=True)
     )
     found = []
-    for index, (name, prompt, completion) in enumerate(zip(names, prompts, completions, strict=True)):
+    for index, (name, prompt, completion) in enumerate(
+        zip(names, prompts, completions, strict=True)
+    ):
         for part, ids in (("prompt", prompt), ("completion", completion)):
             if not ids:
-                raise DataError(f"{name}: empty {part}", wanted="text that gives at least one token", do="leave it out")
+                raise DataError(
+                    f"{name}: empty {part}",
+                    wanted="text that gives at least one token",
+                    do="leave it out",
+                )
         if longest is not None and len(prompt) + len(completion) > longest:
             seen = f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion"
             do = "shorten or leave it out; a cut sample would measure something else"
-            raise DataError(seen, wanted=f"at most {longest} tokens together, the context of the model", do=do)
+            raise DataError(
+                seen, wanted=f"at most {longest} tokens together, the context of the model", do=do
+            )
         if rows is not None:
             check_tokens(name, (*prompt, *completion), rows)
         found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
@@ -180,22 +210,33 @@ def encode(
 
 def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) -> tuple[str, str]:
     """Return prompt and completion as text, of messages by the chat template of the tokenizer."""
-    prompt, completion = sample.prompt, sample.completion
+    prompt = sample.prompt
+    completion = sample.completion
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
     try:
         if isinstance(prompt, str):
-            raise UsageError("a message after a text", wanted="messages in both", do="write both as text")
-        said = completion if isinstance(completion, str) else render_chat(prompt, tokenizer, answer=completion)
+            raise UsageError(
+                "a message after a text", wanted="messages in both", do="write both as text"
+            )
+        said = (
+            completion
+            if isinstance(completion, str)
+            else render_chat(prompt, tokenizer, answer=completion)
+        )
         return render_chat(prompt, tokenizer), said
     except UsageError as error:
         raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
 
 
 def find_chat_template(
-    samples: Iterable[Sample | Pair], model: "Model | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None"
+    samples: Iterable[Sample | Pair],
+    model: "Model | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
 ) -> str:
-    """Return the digest of the template that renders samples, or an empty text where none of them has messages."""
+    """Return the digest of the template that renders samples, or an empty text where none of them
+    has messages.
+    """
     chats = any(isinstance(sample.prompt, Chat) for sample in samples)
     return chat_template_digest(tokenizer or getattr(model, "tokenizer", None)) if chats else ""
 
@@ -215,11 +256,13 @@ def plan_batches(
     kind: Callable[[int], Hashable] = bool,
     at_once: int = 1,
 ) -> list[list[Encoded]]:
-    """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a batch of its own.
+    """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a
+    batch of its own.
 
-    Padding counts as tokens, unless the samples will be packed. The longest samples come first. Packed samples for
-    several workers are dealt out, so that all batches are about as large and every worker has as many. The samples of a
-    batch have lengths of one ``kind``, as :func:`assay.models.rows.pass_kind` tells them apart; by default all have.
+    Padding counts as tokens, unless the samples will be packed. The longest samples come first.
+    Packed samples for several workers are dealt out, so that all batches are about as large and
+    every worker has as many. The samples of a batch have lengths of one ``kind``, as
+    :func:`assay.models.rows.pass_kind` tells them apart; by default all have.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     batches: list[list[Encoded]] = []
@@ -240,7 +283,9 @@ def plan_batches(
 
 
 def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
-    """Return batches to which each sample is added, the longest first, where the fewest tokens are so far."""
+    """Return batches to which each sample is added, the longest first, where the fewest tokens are
+    so far.
+    """
     count = at_once * math.ceil(sum(len(one.ids) for one in ordered) / max_tokens / at_once)
     while True:
         batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
@@ -249,7 +294,10 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
             smallest = sizes.index(min(sizes))
             batches[smallest].append(one)
             sizes[smallest] += len(one.ids)
-        if all(len(batch) == 1 or size <= max_tokens for batch, size in zip(batches, sizes, strict=True)):
+        if all(
+            len(batch) == 1 or size <= max_tokens
+            for batch, size in zip(batches, sizes, strict=True)
+        ):
             return batches
         count += at_once
 
@@ -260,23 +308,34 @@ def count_layers(module: "PreTrainedModel") -> int:
 
 
 def room_for_batches(free: float, device: str) -> float:
-    """Return how many bytes the batches that a type of device computes at once may take together, of so many free."""
+    """Return how many bytes the batches that a type of device computes at once may take together,
+    of so many free.
+    """
     return min(_MOST_BYTES[device], free / 2)
 
 
-def token_budget(module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int) -> int:
-    """Return how many tokens a batch may have, padding included, so that all of it fits into its room in bytes.
+def token_budget(
+    module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int
+) -> int:
+    """Return how many tokens a batch may have, padding included, so that all of it fits into its
+    room in bytes.
 
     ``recomputed`` layers are computed again in the backward pass.
     """
-    config, layers = module.config.get_text_config(), count_layers(module)
+    config = module.config.get_text_config()
+    layers = count_layers(module)
     parameter = next(module.parameters())
     stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
-    wide = max(stated) if isinstance(stated, list | tuple) else int(stated)  # Gemma 3n has one for each layer
+    wide = (
+        max(stated) if isinstance(stated, list | tuple) else int(stated)
+    )  # Gemma 3n has one for each layer
     layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
     states = layers * config.hidden_size * parameter.element_size()
-    # A layer that is computed again has its input all the time, and everything else once its turn comes.
+    # A layer that is computed again has its input all the time, and everything else once its turn
+    # comes.
     activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
-    completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(len(one.ids) for one in encoded)
+    completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(
+        len(one.ids) for one in encoded
+    )
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))

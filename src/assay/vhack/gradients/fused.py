@@ -1,13 +1,14 @@
 """Norms, gated activations and sums over samples in as few passes over memory as the device allows.
 
-On a GPU they are triton kernels. Where triton is missing or cannot build them, and on a CPU, they are torch; a CPU
-gains from a norm whose backward pass is written out, and nothing from the rest.
+On a GPU they are triton kernels. Where triton is missing or cannot build them, and on a CPU, they
+are torch; a CPU gains from a norm whose backward pass is written out, and nothing from the rest.
 
-Without them the gradients of Qwen3-4B take 0.80 s for 0.58 s on an H200 (vhack_gradients_h200_bfloat16.json,
-"not fused"), and those of the bundled Qwen3 1.07 times as long on one CPU thread; frozen bases have that norm's bits
-(vhack_ways_cpu.json).
+Without them the gradients of Qwen3-4B take 0.80 s for 0.58 s on an H200
+(vhack_gradients_h200_bfloat16.json, "not fused"), and those of the bundled Qwen3 1.07 times as long
+on one CPU thread; frozen bases have that norm's bits (vhack_ways_cpu.json).
 
-Shapes: N rows of all samples end to end, B samples, R coordinates, H numbers that are normalised together.
+Shapes: N rows of all samples end to end, B samples, R coordinates, H numbers that are normalised
+    together.
 """
 
 import importlib
@@ -26,20 +27,25 @@ _ENOUGH_SAMPLES = 8  # for a kernel that goes through the tokens of a sample one
 
 @cache
 def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Return the triton kernels, or None unless they can be built on this device and give what torch gives."""
+    """Return the triton kernels, or None unless they can be built on this device and give what
+    torch gives.
+    """
     if device.type != "cuda":
         return None
     try:
         found = importlib.import_module("assay.vhack.gradients.kernels")
         with torch.cuda.device(device):
             return found if _works(found, torch.ones(2, 8, device=device, dtype=dtype)) else None
-    except Exception:  # whatever a missing compiler, driver or header makes of it, torch can do the same
+    except (
+        Exception
+    ):  # whatever a missing compiler, driver or header makes of it, torch can do the same
         return None
 
 
 def _works(kernels: ModuleType, ones: Tensor) -> bool:
     """Try every kernel on ones, for which the results are known."""
-    silu, slope = 0.7310586, 0.9276705  # of 1: σ(1) and σ(1) (2 − σ(1))
+    silu = 0.7310586
+    slope = 0.9276705  # of 1: σ(1) and σ(1) (2 − σ(1))
     unit, scale = kernels.normalise(ones, ones[0], 0.0)
     results = (
         (kernels.segment_products(ones, ones, torch.tensor([0, 2], device=ones.device)), 2.0),
@@ -48,25 +54,35 @@ def _works(kernels: ModuleType, ones: Tensor) -> bool:
         (kernels.gate(ones, ones), silu),
         *zip(kernels.gate_backward(ones, ones, ones), (slope, silu), strict=True),
     )
-    return all(bool(((result.float() - expected).abs() < 0.01).all()) for result, expected in results)
+    return all(
+        bool(((result.float() - expected).abs() < 0.01).all()) for result, expected in results
+    )
 
 
-def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor, kernels: ModuleType | None) -> Tensor:
+def segment_products(
+    left_NR: Tensor, right_NR: Tensor, offsets: Tensor, kernels: ModuleType | None
+) -> Tensor:
     """Return the sum of the elementwise product over the rows of every sample, [B, R] float32.
 
-    Sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``; these are [B + 1] int64 on the device.
+    Sample b has the rows from ``offsets[b]`` to ``offsets[b + 1]``; these are [B + 1] int64 on the
+    device.
     """
     if kernels is not None:
-        found: Tensor = kernels.segment_products(left_NR.contiguous(), right_NR.contiguous(), offsets)
+        found: Tensor = kernels.segment_products(
+            left_NR.contiguous(), right_NR.contiguous(), offsets
+        )
         return found
-    summed: Tensor = torch.segment_reduce(left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True)
+    summed: Tensor = torch.segment_reduce(
+        left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True
+    )
     return summed
 
 
 def sample_products(left_BTR: Tensor, right_BTR: Tensor) -> Tensor:
     """Return the sum of the elementwise product over the tokens of every sample, [B, R] float32.
 
-    A kernel reads both once; torch writes three tensors of that size, which takes longer than the products before it.
+    A kernel reads both once; torch writes three tensors of that size, which takes longer than the
+    products before it.
     """
     samples, tokens, _ = left_BTR.shape
     kernels = load_kernels(left_BTR.device, left_BTR.dtype) if samples >= _ENOUGH_SAMPLES else None
@@ -81,7 +97,9 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, kernels: ModuleType | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_H: Tensor, eps: float, kernels: ModuleType | None
+    ) -> Tensor:
         x_MH = x.reshape(-1, x.shape[-1])
         if kernels is not None:
             y_MH, scale = kernels.normalise(x_MH, weight_H, eps)
@@ -101,11 +119,23 @@ class Norm(torch.autograd.Function):
         x_MH, weight_H, scale = ctx.saved_tensors
         dy_MH = dy.reshape(x_MH.shape)
         if ctx.kernels is not None:
-            return ctx.kernels.normalise_backward(dy_MH, x_MH, weight_H, scale).view(dy.shape), None, None, None
+            return (
+                ctx.kernels.normalise_backward(dy_MH, x_MH, weight_H, scale).view(dy.shape),
+                None,
+                None,
+                None,
+            )
         x_MH = x_MH.float()
         dx_MH = dy_MH.float() * weight_H
-        along_M1 = torch.linalg.vecdot(dx_MH, x_MH).unsqueeze(1).mul_(scale.square()).div_(x_MH.shape[1])
-        return dx_MH.addcmul_(x_MH, along_M1, value=-1).mul_(scale).to(dy.dtype).view(dy.shape), None, None, None
+        along_M1 = (
+            torch.linalg.vecdot(dx_MH, x_MH).unsqueeze(1).mul_(scale.square()).div_(x_MH.shape[1])
+        )
+        return (
+            dx_MH.addcmul_(x_MH, along_M1, value=-1).mul_(scale).to(dy.dtype).view(dy.shape),
+            None,
+            None,
+            None,
+        )
 
 
 class Gate(torch.autograd.Function):
@@ -129,13 +159,17 @@ class Gate(torch.autograd.Function):
 
 
 class TokenLoss(torch.autograd.Function):
-    """The negative log-likelihood of every row's target, in float32; its backward pass runs once, over what is kept."""
+    """The negative log-likelihood of every row's target, in float32; its backward pass runs once,
+    over what is kept.
+    """
 
     @staticmethod
     @override
     def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor) -> Tensor:
         logs_MV = torch.log_softmax(logits_MV, dim=1, dtype=torch.float32)
-        ctx.logs, ctx.target, ctx.dtype = logs_MV, target_M, logits_MV.dtype
+        ctx.logs = logs_MV
+        ctx.target = target_M
+        ctx.dtype = logits_MV.dtype
         return logs_MV.gather(1, target_M[:, None])[:, 0].neg()
 
     @staticmethod
@@ -143,7 +177,9 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient_M,) = gradients
         result_MV = ctx.logs.exp_().mul_(gradient_M[:, None])
-        ctx.logs = None  # the graph outlives this step, and with a large vocabulary nothing is larger
+        ctx.logs = (
+            None  # the graph outlives this step, and with a large vocabulary nothing is larger
+        )
         result_MV.scatter_add_(1, ctx.target[:, None], -gradient_M[:, None])
         return result_MV.to(ctx.dtype), None
 
@@ -152,4 +188,8 @@ def is_plain_norm(module: nn.Module) -> bool:
     """Return whether a module is the norm of a listed family, which is what `Norm` computes."""
     kind = type(module)
     listed = any(kind.__name__ == f"{family.prefix}RMSNorm" for family in FAMILIES.values())
-    return listed and kind.__module__.startswith("transformers.models.") and "forward" not in vars(module)
+    return (
+        listed
+        and kind.__module__.startswith("transformers.models.")
+        and "forward" not in vars(module)
+    )

@@ -1,10 +1,11 @@
 """The triton kernels of the gradient pass: one pass over memory where torch takes several.
 
-Every sum has one program and a fixed order (no atomics), so results do not change from run to run. Arithmetic is in
-float32 whatever the tensors hold; where transformers rounds in between (behind a norm, behind the activation) so do
-these, so that the pass stays the one of the unmodified model.
+Every sum has one program and a fixed order (no atomics), so results do not change from run to run.
+Arithmetic is in float32 whatever the tensors hold; where transformers rounds in between (behind a
+norm, behind the activation) so do these, so that the pass stays the one of the unmodified model.
 
-Shapes: N rows of all samples end to end, B samples, R coordinates, M rows of H numbers that are normalised.
+Shapes: N rows of all samples end to end, B samples, R coordinates, M rows of H numbers that are
+    normalised.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from torch import Tensor
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 
-_ROWS, _COLUMNS = 32, 64
+_ROWS = 32
+_COLUMNS = 64
 _ELEMENTS = 1024
 _TILE = 4096
 
 
 @triton.jit
-def _segment_products(left, right, offsets, out, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _segment_products(
+    left, right, offsets, out, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     segment = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
@@ -57,7 +61,9 @@ def _normalise(x, weight, y, scale, rows, width, eps, ROWS: tl.constexpr, WIDTH:
 
 
 @triton.jit
-def _normalise_backward(dy, x, weight, scale, dx, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _normalise_backward(
+    dy, x, weight, scale, dx, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     at = row[:, None] * width + column[None, :]
@@ -99,12 +105,16 @@ def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor) -> Tens
     columns = left_NR.shape[1]
     out_BR = torch.empty(len(offsets) - 1, columns, dtype=torch.float32, device=left_NR.device)
     grid = (len(out_BR), triton.cdiv(columns, _COLUMNS))
-    _segment_products[grid](left_NR, right_NR, offsets, out_BR, columns, ROWS=_ROWS, COLUMNS=_COLUMNS)
+    _segment_products[grid](
+        left_NR, right_NR, offsets, out_BR, columns, ROWS=_ROWS, COLUMNS=_COLUMNS
+    )
     return out_BR
 
 
 def normalise(x_MH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``x / √(mean x² + eps) · weight``, and the factor ``1 / √…`` of every row, [M] float32."""
+    """Return ``x / √(mean x² + eps) · weight``, and the factor ``1 / √…`` of every row, [M]
+    float32.
+    """
     rows, width = x_MH.shape
     y_MH = torch.empty_like(x_MH)
     scale_M = torch.empty(rows, dtype=torch.float32, device=x_MH.device)
@@ -131,8 +141,11 @@ def gate(a: Tensor, b: Tensor) -> Tensor:
 
 def gate_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of `gate` with respect to a and b."""
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    _gate_backward[(triton.cdiv(b.numel(), _ELEMENTS),)](dy, a, b, da, db, b.numel(), ELEMENTS=_ELEMENTS)
+    da = torch.empty_like(a)
+    db = torch.empty_like(b)
+    _gate_backward[(triton.cdiv(b.numel(), _ELEMENTS),)](
+        dy, a, b, da, db, b.numel(), ELEMENTS=_ELEMENTS
+    )
     return da, db
 
 
@@ -140,4 +153,8 @@ def _rows(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
     """Return the grid and sizes of programs that each take several short rows, or one long one."""
     padded = triton.next_power_of_2(width)
     together = max(1, _TILE // padded)
-    return (triton.cdiv(rows, together),), {"ROWS": together, "WIDTH": padded, "num_warps": 8 if padded > 1024 else 4}
+    return (triton.cdiv(rows, together),), {
+        "ROWS": together,
+        "WIDTH": padded,
+        "num_warps": 8 if padded > 1024 else 4,
+    }

@@ -1,16 +1,19 @@
-"""Decoder layers of the listed families over samples that stand end to end in one row: each sample sees itself only.
+"""Decoder layers of the listed families over samples that stand end to end in one row: each sample
+sees itself only.
 
-:class:`PackedLayers` makes forward functions that take the place of those of transformers. Embeddings, rotary tables,
-the final norm and the head stay with transformers. The projections are called as modules, so that what replaces their
-forward functions, and hooks on them, take part.
+:class:`PackedLayers` makes forward functions that take the place of those of transformers.
+Embeddings, rotary tables, the final norm and the head stay with transformers. The projections are
+called as modules, so that what replaces their forward functions, and hooks on them, take part.
 
 For attention the samples are spread out to one length, and gathered afterwards.
 
-Measured (research/results/vhack_ways_cpu.json; bundled Qwen3, one CPU thread, when attention was faster by a tenth of
-the whole): padded as transformers has it, gradients take 1.23 times as long; with the last layer for every token 1.08
-times. On an H200 packing alone takes Qwen3-4B from 0.93 to 0.80 s (vhack_gradients_h200_bfloat16).
+Measured (research/results/vhack_ways_cpu.json; bundled Qwen3, one CPU thread, when attention was
+faster by a tenth of the whole): padded as transformers has it, gradients take 1.23 times as long;
+with the last layer for every token 1.08 times. On an H200 packing alone takes Qwen3-4B from 0.93 to
+0.80 s (vhack_gradients_h200_bfloat16).
 
-Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a sample, H heads of
+Shapes: N tokens of all samples, M of them that predict a completion token, B samples, T tokens of a
+    sample, H heads of
 queries, J heads of keys and values, D their width (or that of hidden states), O = H·D.
 """
 
@@ -30,7 +33,9 @@ PACKED = "assay_packed"
 
 
 def register() -> None:
-    """Make the name known to transformers, which makes masks only for attention that has a mask function."""
+    """Make the name known to transformers, which makes masks only for attention that has a mask
+    function.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, attend)
@@ -40,13 +45,14 @@ class PackedLayers:
     """Makes the forward functions of the layers of one copy of a model, which share the batch."""
 
     def __init__(self, batch: Callable[[], Batch], kernels: ModuleType | None) -> None:
-        self._batch, self._kernels = batch, kernels
+        self._batch = batch
+        self._kernels = kernels
 
     def forward(self, layer: Any, *, labels_only: bool) -> Callable[..., Tensor]:
         """Return the forward function of a layer.
 
-        With ``labels_only`` the M tokens that predict a completion token are all that matters after it: the others have
-        keys and values only, and leave it as zeros.
+        With ``labels_only`` the M tokens that predict a completion token are all that matters after
+        it: the others have keys and values only, and leave it as zeros.
         """
 
         def forward(hidden_states: Tensor, *, position_embeddings: Rotation, **_: Any) -> Tensor:
@@ -63,9 +69,16 @@ class _PackedLayer(ModuleLayer):
     """A layer for one batch; after it only the rows ``rows`` matter, or all where it is None."""
 
     def __init__(
-        self, layer: Any, segments: Segments, rows: Tensor | None, rotation: Rotation, kernels: ModuleType | None
+        self,
+        layer: Any,
+        segments: Segments,
+        rows: Tensor | None,
+        rotation: Rotation,
+        kernels: ModuleType | None,
     ) -> None:
-        self.segments, self.rows, self.kernels = segments, rows, kernels
+        self.segments = segments
+        self.rows = rows
+        self.kernels = kernels
         super().__init__(layer, (rotation[0][0, :, None], rotation[1][0, :, None]))
 
     def updated(self, x: Tensor) -> Tensor:
@@ -76,11 +89,16 @@ class _PackedLayer(ModuleLayer):
         return _among_zeros(q, self.rows, x.shape[1]), k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out_NHD = attend(q.squeeze(0), k.squeeze(0), v.squeeze(0), self.segments, self.layer.self_attn.scaling)
+        out_NHD = attend(
+            q.squeeze(0), k.squeeze(0), v.squeeze(0), self.segments, self.layer.self_attn.scaling
+        )
         return self.updated(out_NHD.reshape(1, len(out_NHD), -1))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.kernels is None or type(self.layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        if self.kernels is None or type(self.layer.mlp.act_fn).__name__ not in (
+            "SiLU",
+            "SiLUActivation",
+        ):
             return super().gated(gate, up)
         neurons: Tensor = Gate.apply(gate, up, self.kernels)  # type: ignore[no-untyped-call]
         return neurons
@@ -98,10 +116,13 @@ def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scal
 
     All samples are padded on the right with zeros, which no row of a sample sees.
     """
-    count, places = len(segments.bounds), segments.padded_places
+    count = len(segments.bounds)
+    places = segments.padded_places
 
     def spread(part: Tensor) -> Tensor:
-        return _among_zeros(part[None], places, count * segments.longest).view(count, -1, *part.shape[1:])
+        return _among_zeros(part[None], places, count * segments.longest).view(
+            count, -1, *part.shape[1:]
+        )
 
     out_BTO = causal_attention(spread(q_NHD), spread(k_NJD), spread(v_NJD), scale)
     gathered: Tensor = _Gather.apply(out_BTO.flatten(0, 1), places)  # type: ignore[no-untyped-call]
@@ -109,7 +130,9 @@ def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scal
 
 
 class _Gather(torch.autograd.Function):
-    """The rows at some places; the gradient of the others is zero, which needs no sum over places."""
+    """The rows at some places; the gradient of the others is zero, which needs no sum over
+    places.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""The gradient of every sample with respect to δS, at δS = 0, of every target module: one pass over a model per batch.
+"""The gradient of every sample with respect to δS, at δS = 0, of every target module: one pass over
+a model per batch.
 
-The pass runs on a copy of the model. It shares the memory of all parameters and buffers, so it takes milliseconds,
-several may run at the same time, and the model itself is never touched.
-Weights are frozen, the target projections leave gradients behind, and the rest may be computed in faster ways.
+The pass runs on a copy of the model. It shares the memory of all parameters and buffers, so it
+takes milliseconds, several may run at the same time, and the model itself is never touched. Weights
+are frozen, the target projections leave gradients behind, and the rest may be computed in faster
+ways.
 
 Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Modules of the last layer that act token by token and reach the loss only through completion tokens; keys and values
-# do not.
+# Modules of the last layer that act token by token and reach the loss only through completion
+# tokens; keys and values do not.
 _LABELS_ONLY = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
 
@@ -58,34 +60,46 @@ _LABELS_ONLY = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 class Recipe:
     """Switches between ways that differ in time, memory and rounding only."""
 
-    # The layers are those of a listed family. Then samples stand end to end in one row, the last layer computes only
-    # completion tokens where only they matter, and norms, gated activations and sums over samples run in fused kernels
-    # where there are any. Otherwise samples are padded to one length.
+    # The layers are those of a listed family. Then samples stand end to end in one row, the last
+    # layer computes only completion tokens where only they matter, and norms, gated activations and
+    # sums over samples run in fused kernels where there are any. Otherwise samples are padded to
+    # one length.
     packed: bool
-    factored: bool  # U, S and Vh stand for the weight where that saves a product that is needed anyway
-    # A batch takes few large operations, for a GPU; otherwise each sample takes several, whose numbers stay in the
-    # caches of a CPU.
+    factored: (
+        bool  # U, S and Vh stand for the weight where that saves a product that is needed anyway
+    )
+    # A batch takes few large operations, for a GPU; otherwise each sample takes several, whose
+    # numbers stay in the caches of a CPU.
     together: bool
 
 
 def recipe_for(module: "PreTrainedModel") -> Recipe:
     """Return the fastest recipe that is known to be exact for this kind of model."""
     return Recipe(
-        packed=_is_listed(module), factored=module.dtype == torch.float32, together=module.device.type != "cpu"
+        packed=_is_listed(module),
+        factored=module.dtype == torch.float32,
+        together=module.device.type != "cpu",
     )
 
 
 def _is_listed(module: "PreTrainedModel") -> bool:
-    """Return whether every layer computes what a listed family computes, with the whole sample in sight.
+    """Return whether every layer computes what a listed family computes, with the whole sample in
+    sight.
 
-    Projections and norms are called as modules, so they may have hooks and forward functions of their own.
+    Projections and norms are called as modules, so they may have hooks and forward functions of
+    their own.
     """
     config = module.config.get_text_config()
     family = family_of(config)
-    # Virtual keys and values of PEFT, as prefix tuning has them, stand before those of every sample.
+    # Virtual keys and values of PEFT, as prefix tuning has them, stand before those of every
+    # sample.
     if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
         return False
-    if family is None or config._attn_implementation not in ("sdpa", "eager") or attention_window(config) is not None:
+    if (
+        family is None
+        or config._attn_implementation not in ("sdpa", "eager")
+        or attention_window(config) is not None
+    ):
         return False
     layers: Any = decoder_layers(module)
     if any(type(layer.self_attn).__name__ != f"{family.prefix}Attention" for layer in layers):
@@ -108,8 +122,8 @@ class Computed(NamedTuple):
 class Replica:
     """A copy of a model that turns batches into δS gradients.
 
-    Modules ``factored`` may have their factors stand for the weight in products. The backward pass computes the first
-    ``recomputed`` layers again.
+    Modules ``factored`` may have their factors stand for the weight in products. The backward pass
+    computes the first ``recomputed`` layers again.
     """
 
     batch: Batch  # that is being computed
@@ -125,14 +139,15 @@ class Replica:
         recomputed: int = 0,
     ) -> None:
         self.module = _shared_copy(module)
-        self.recipe, self.recomputed = recipe, recomputed
+        self.recipe = recipe
+        self.recomputed = recomputed
         self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
         self._found: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._factors = factors
-        # The head sees only the hidden states that predict a completion token, [1, M, hidden]: with a large vocabulary
-        # it takes most of the memory. Whatever the model does with the logits afterwards (scaling, capping) still
-        # happens. It comes before the hooks that the head has.
+        # The head sees only the hidden states that predict a completion token, [1, M, hidden]: with
+        # a large vocabulary it takes most of the memory. Whatever the model does with the logits
+        # afterwards (scaling, capping) still happens. It comes before the hooks that the head has.
         head_of(self.module).register_forward_pre_hook(self._completions, prepend=True)
         on_cpu = self.module.device.type == "cpu"
         if recipe.packed and (self.kernels is not None or on_cpu):
@@ -153,7 +168,9 @@ class Replica:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def gradients(self, encoded: list[Encoded]) -> Computed:
-        """Run one forward and one backward pass, or raise what torch does without memory. A GPU may still be at it."""
+        """Run one forward and one backward pass, or raise what torch does without memory. A GPU may
+        still be at it.
+        """
         # In the dtype of the weights, also in a training loop that computes in another one.
         with current(self.module.device), own_precision(self.module):
             return self._computed(encoded)
@@ -166,30 +183,48 @@ class Replica:
         logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
         losses_M = TokenLoss.apply(logits_MV, batch.labels)  # type: ignore[no-untyped-call]
         del logits_MV
-        tokens = dict(self._tokens)  # before the backward pass, in which layers that are computed again count again
+        tokens = dict(
+            self._tokens
+        )  # before the backward pass, in which layers that are computed again count again
         losses_M.backward(batch.loss_weights)
         together_BR = torch.cat([self._rows(name) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
-        together_BR, losses_M = (part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach()))
+        together_BR, losses_M = (
+            part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
+        )
         if arrived is not None:
             arrived.record(torch.cuda.current_stream(self.module.device))
         return Computed(batch, together_BR, losses_M, arrived, tokens)
 
     def _rows(self, name: str) -> Tensor:
-        """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes through it."""
+        """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes
+        through it.
+        """
         found_BR = self._found.get(name)
         shape = len(self.batch.encoded), self._factors[name].rank
-        return torch.zeros(shape, dtype=torch.float32, device=self.module.device) if found_BR is None else found_BR
+        return (
+            torch.zeros(shape, dtype=torch.float32, device=self.module.device)
+            if found_BR is None
+            else found_BR
+        )
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)
 
     def _tap(self, factors: Mapping[str, Factors], factored: Collection[str]) -> None:
-        modules = {name: linear for name, linear in target_modules(self.module).items() if name in factors}
+        modules = {
+            name: linear for name, linear in target_modules(self.module).items() if name in factors
+        }
         self.names = list(modules)
-        labels_only = _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
+        labels_only = (
+            _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
+        )
         labels_only = tuple(f"{layer}{part}" for layer in labels_only for part in _LABELS_ONLY)
-        again = _prefixes(self.module, decoder_layers(self.module)[: self.recomputed]) if self.recomputed else ()
+        again = (
+            _prefixes(self.module, decoder_layers(self.module)[: self.recomputed])
+            if self.recomputed
+            else ()
+        )
         experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
         taps: dict[str, Tap] = {}
         for name, linear in modules.items():
@@ -220,16 +255,21 @@ def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
 
 
 def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a configuration of its own.
+    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a
+    configuration of its own.
 
-    By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes 14 and 55 ms, where
-    the gradients of 24 samples take 38 and 585 ms on an H200 (research/results/vhack_gradients_h200_bfloat16.json).
-    A module with a forward function of its own needs the deep copy: the function is bound to the module.
+    By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes
+    14 and 55 ms, where the gradients of 24 samples take 38 and 585 ms on an H200
+    (research/results/vhack_gradients_h200_bfloat16.json). A module with a forward function of its
+    own needs the deep copy: the function is bound to the module.
     """
-    memo: dict[int, Any] = {id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()}
+    memo: dict[int, Any] = {
+        id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()
+    }
     memo |= {id(part): part for part in module.buffers()}
-    # A trainer such as TRL gives the model itself another forward function, which returns other things and would run
-    # the model instead of the copy. The copy computes by the function of the class.
+    # A trainer such as TRL gives the model itself another forward function, which returns other
+    # things and would run the model instead of the copy. The copy computes by the function of the
+    # class.
     trainers = vars(module).pop("forward", None)
     try:
         if any("forward" in vars(part) for part in module.modules()):
@@ -246,9 +286,13 @@ def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return cast("nn.Module", memo[id(part)])
     twin = memo[id(part)] = object.__new__(type(part))
     for name, value in vars(part).items():
-        twin.__dict__[name] = memo.get(id(value), value.copy() if isinstance(value, dict) else value)
+        twin.__dict__[name] = memo.get(
+            id(value), value.copy() if isinstance(value, dict) else value
+        )
     twin.__dict__["training"] = False
-    twin.__dict__["_parameters"] = {name: memo.get(id(value)) for name, value in part._parameters.items()}
+    twin.__dict__["_parameters"] = {
+        name: memo.get(id(value)) for name, value in part._parameters.items()
+    }
     twin.__dict__["_modules"] = {
         name: None if child is None else _twin(child, memo) for name, child in part._modules.items()
     }
@@ -258,7 +302,8 @@ def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
     # The backward pass is outside of the contexts of the forward pass, and must compute the same.
     contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
-    # The first layer's input requires no gradient, which only the newer kind of checkpointing allows.
+    # The first layer's input requires no gradient, which only the newer kind of checkpointing
+    # allows.
     return partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
 
 
@@ -271,8 +316,8 @@ class SampleGradients(dict[str, Tensor]):
     """The δS gradients of N samples, [N, R] float32 on the CPU per module name.
 
     Attributes:
-        tokens: Number of tokens of each sample that came to each of E experts, [N, E] per module of experts; padding
-            is not counted.
+        tokens: Number of tokens of each sample that came to each of E experts, [N, E] per module of
+            experts; padding is not counted.
     """
 
     def __init__(self, gradients: Mapping[str, Tensor]) -> None:
@@ -286,7 +331,9 @@ def encode_samples(
     names: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> list[Encoded]:
-    """Tokenise samples for a model, and refuse by name what it cannot be given, as :func:`encode` does."""
+    """Tokenise samples for a model, and refuse by name what it cannot be given, as :func:`encode`
+    does.
+    """
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
     module = module_of(model)
@@ -308,32 +355,36 @@ def per_sample_gradients(
 ) -> SampleGradients:
     """Return the exact δS gradient of the loss of each sample, from one backward pass per batch.
 
-    The loss of a sample is the mean negative log-likelihood of its completion tokens. A copy of the model that
-    shares its weights runs in evaluation mode; the model itself is not touched. On a CPU, batches run side by side,
-    one per core.
+    The loss of a sample is the mean negative log-likelihood of its completion tokens. A copy of the
+    model that shares its weights runs in evaluation mode; the model itself is not touched. On a
+    CPU, batches run side by side, one per core.
 
     Args:
         samples: Prompts and completions.
         model: Model in float32 or bfloat16.
-        tokenizer: Tokenizer of the model; None takes the one that was loaded with a :class:`assay.models.Model`. It
-            adds no special tokens: a model that needs ``<bos>`` must have it in the text of the prompt.
+        tokenizer: Tokenizer of the model; None takes the one that was loaded with a
+            :class:`assay.models.Model`. It adds no special tokens: a model that needs ``<bos>``
+            must have it in the text of the prompt.
         svd: Factors of the weights from :func:`weight_svd`; None computes them.
         modules: Names of the target modules whose gradients are wanted; None stands for all.
-        max_tokens: Largest number of tokens in a batch, padding included; None chooses from the free memory. A batch
-            that still runs out of memory is split.
-        checkpointing: Whether to recompute each layer in the backward pass: a third more time for far less memory.
+        max_tokens: Largest number of tokens in a batch, padding included; None chooses from the
+            free memory. A batch that still runs out of memory is split.
+        checkpointing: Whether to recompute each layer in the backward pass: a third more time for
+            far less memory.
         names: Name of each sample in errors; None numbers them.
         progress: Function called with the number of samples done and of all.
 
     Returns:
-        Per module name, [N, R] float32 on the CPU, rows in the order of the samples; of experts also their tokens.
+        Per module name, [N, R] float32 on the CPU, rows in the order of the samples; of experts
+        also their tokens.
 
     Raises:
-        UsageError: There are no samples or no tokenizer, ``max_tokens`` is below 1, the factors belong to other
-            modules, or a module is no target.
-        DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is not finite.
-        ModelError: The model has no target projections, has experts of an unknown form, is float16, or is not whole on
-            one device.
+        UsageError: There are no samples or no tokenizer, ``max_tokens`` is below 1, the factors
+            belong to other modules, or a module is no target.
+        DataError: A prompt or completion is empty, a sample is too long, or its loss or gradient is
+            not finite.
+        ModelError: The model has no target projections, has experts of an unknown form, is float16,
+            or is not whole on one device.
         OutOfMemory: Not even one sample fits.
 
     Example:
@@ -345,30 +396,38 @@ def per_sample_gradients(
         torch.Size([1, 256])
     """
     if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"max_tokens={max_tokens}", wanted="at least 1", do="set it higher, or leave it out")
+        raise UsageError(
+            f"max_tokens={max_tokens}", wanted="at least 1", do="set it higher, or leave it out"
+        )
     module = module_of(model)
     wanted = chosen_modules(module, modules)
     if module.dtype not in (torch.float32, torch.bfloat16):
-        seen, exact = f"a model in {module.dtype}", "float32 or bfloat16, in which small gradients do not vanish"
+        seen = f"a model in {module.dtype}"
+        exact = "float32 or bfloat16, in which small gradients do not vanish"
         raise ModelError(seen, wanted=exact, do="load it with another dtype")
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
     factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
-    recipe, at_once = recipe_for(module), _at_once(module)
+    recipe = recipe_for(module)
+    at_once = _at_once(module)
     recomputed = count_layers(module) if checkpointing else 0
     room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
     kind = partial(pass_kind, module.config.get_text_config())
     batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)
     shapes = {name: (len(samples), factors[name].rank) for name in factors}
-    found = SampleGradients({name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()})
+    found = SampleGradients(
+        {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    )
     done = 0
     factored = exact_factors(wanted, factors) if recipe.factored else set()
     replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
     with _side_by_side([replica() for _ in range(min(at_once, len(batches)))], batches) as results:
         for computed in results:
             _store(found, computed)
-            if not all(bool(part.isfinite().all()) for part in (computed.together, computed.losses)):
+            if not all(
+                bool(part.isfinite().all()) for part in (computed.together, computed.losses)
+            ):
                 check_finite(found, computed.batch.encoded)
             done += len(computed.batch.encoded)
             if progress:
@@ -377,17 +436,22 @@ def per_sample_gradients(
 
 
 def _at_once(module: "PreTrainedModel") -> int:
-    """Return how many batches run side by side: one where a user's hooks may keep something between calls."""
+    """Return how many batches run side by side: one where a user's hooks may keep something between
+    calls.
+    """
     alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
     return 1 if alone else torch.get_num_threads()
 
 
 @contextmanager
-def _side_by_side(replicas: list[Replica], batches: list[list[Encoded]]) -> Iterator[Iterator[Computed]]:
+def _side_by_side(
+    replicas: list[Replica], batches: list[list[Encoded]]
+) -> Iterator[Iterator[Computed]]:
     """Yield the gradients of every batch, in any order.
 
-    Several replicas run at once, each in one thread: two batches side by side take less time than one after the other
-    with every small operation shared between two threads. One replica, on a GPU, is always one batch ahead.
+    Several replicas run at once, each in one thread: two batches side by side take less time than
+    one after the other with every small operation shared between two threads. One replica, on a
+    GPU, is always one batch ahead.
     """
     if len(replicas) == 1:
         yield _one_ahead(computed for batch in batches for computed in _attempt(replicas[0], batch))
@@ -413,7 +477,9 @@ def _side_by_side(replicas: list[Replica], batches: list[list[Encoded]]) -> Iter
 
 
 def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
-    """Yield item n after item n + 1 has been launched, so that the GPU is always one batch ahead."""
+    """Yield item n after item n + 1 has been launched, so that the GPU is always one batch
+    ahead.
+    """
     before = next(items)
     for item in items:
         yield before
@@ -438,17 +504,31 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
 
 
 def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
-    """Raise a DataError of the first of these samples with a number that is not finite; look at each module once."""
+    """Raise a DataError of the first of these samples with a number that is not finite; look at
+    each module once.
+    """
     # NaN and infinities are among the least or the largest numbers of a row.
-    fine_MN = [torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0) for rows_NR in found.values()]
+    fine_MN = [
+        torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0)
+        for rows_NR in found.values()
+    ]
     for one in encoded if not torch.stack(fine_MN).all() else ():
-        if bad := next((name for name, fine_N in zip(found, fine_MN, strict=True) if not fine_N[one.index]), ""):
-            wanted, do = "finite numbers", "leave the sample out, or load the model in float32"
-            raise DataError(f"the loss or the gradient of {one.name} in {bad} is not finite", wanted=wanted, do=do)
+        if bad := next(
+            (name for name, fine_N in zip(found, fine_MN, strict=True) if not fine_N[one.index]), ""
+        ):
+            wanted = "finite numbers"
+            do = "leave the sample out, or load the model in float32"
+            raise DataError(
+                f"the loss or the gradient of {one.name} in {bad} is not finite",
+                wanted=wanted,
+                do=do,
+            )
 
 
 def _store(found: SampleGradients, computed: Computed) -> None:
-    """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite row."""
+    """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite
+    row.
+    """
     batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()

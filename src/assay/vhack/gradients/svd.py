@@ -1,13 +1,15 @@
-"""The singular value decompositions of target matrices, in float64, by two algorithms that give the same factors.
+"""The singular value decompositions of target matrices, in float64, by two algorithms that give the
+same factors.
 
-``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``, which on a GPU is some
-ten times faster; squaring costs digits where singular values are small, so the result is measured, repaired by a QR
-decomposition if it is not orthonormal enough, and given up for ``exact`` if it still is not.
+``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``,
+which on a GPU is some ten times faster; squaring costs digits where singular values are small, so
+the result is measured, repaired by a QR decomposition if it is not orthonormal enough, and given up
+for ``exact`` if it still is not.
 
-On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``, ``values`` and
-``right`` and their measured errors. The key is a SHA-256 over the content of the matrix, the dtype of the factors and
-the method, so a matrix that training has changed is never confused with what it was, and models that share matrices
-share files.
+On disk every matrix has a file of its own, ``{directory}/svd/{key}.safetensors``, with ``left``,
+``values`` and ``right`` and their measured errors. The key is a SHA-256 over the content of the
+matrix, the dtype of the factors and the method, so a matrix that training has changed is never
+confused with what it was, and models that share matrices share files.
 
 Shapes: O outputs, I inputs, R = min(O, I), or fewer after truncation.
 """
@@ -32,7 +34,12 @@ from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.streams.backends import torch_dtype
 from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.targets import MIN_COVERAGE, check_coverage, chosen_modules, tensor_digest
+from assay.vhack.gradients.targets import (
+    MIN_COVERAGE,
+    check_coverage,
+    chosen_modules,
+    tensor_digest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +51,9 @@ _DTYPES = ("float32", "bfloat16")
 _STREAMS = 4
 
 TOLERANCE = 1e-6
-"""Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much again."""
+"""Largest residual and orthogonality that ``gram`` may have; rounding to float32 adds about as much
+again.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +64,10 @@ class Factors:
         left: Orthonormal columns U, [O, R].
         values: Singular values S in falling order, [R] float32.
         right: Orthonormal rows Vh, [R, I].
-        residual: Error ‖U S Vh − W‖ / ‖W‖ in the Frobenius norm, measured in float64 before rounding to the dtype that
-            is kept and before any truncation.
-        orthogonality: Larger of ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ in the Frobenius norm, measured likewise.
+        residual: Error ‖U S Vh − W‖ / ‖W‖ in the Frobenius norm, measured in float64 before
+            rounding to the dtype that is kept and before any truncation.
+        orthogonality: Larger of ‖UᵀU − 1‖ and ‖Vh Vhᵀ − 1‖ in the Frobenius norm, measured
+            likewise.
     """
 
     left: Tensor
@@ -75,19 +85,26 @@ class Factors:
         """Return the ``rank`` strongest directions, in memory of their own."""
         if rank >= self.rank:
             return self
-        left, values, right = self.left[:, :rank].clone(), self.values[:rank].clone(), self.right[:rank].clone()
+        left = self.left[:, :rank].clone()
+        values = self.values[:rank].clone()
+        right = self.right[:rank].clone()
         return replace(self, left=left, values=values, right=right)
 
 
-def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto") -> Factors:
+def factorise(
+    weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: str = "auto"
+) -> Factors:
     """Decompose a weight matrix on the device it is on, in float64, into factors of a dtype.
 
     The method is ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
     """
     wide_OI = weight_OI.detach().double()
     if not torch.isfinite(wide_OI).all():
-        wanted, do = "finite weights", "load the checkpoint again"
-        raise BadWeights(f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity", wanted=wanted, do=do)
+        wanted = "finite weights"
+        do = "load the checkpoint again"
+        raise BadWeights(
+            f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity", wanted=wanted, do=do
+        )
     is_tall = wide_OI.shape[0] >= wide_OI.shape[1]
     tall = wide_OI if is_tall else wide_OI.T
     by_gram = method == "gram" or (method == "auto" and weight_OI.is_cuda)
@@ -100,11 +117,15 @@ def factorise(weight_OI: Tensor, *, dtype: torch.dtype = torch.float32, method: 
 
 
 def _by_gram(tall: Tensor) -> Factors | None:
-    """Return the factors of a tall matrix from its Gram matrix, or None if they are not accurate enough."""
+    """Return the factors of a tall matrix from its Gram matrix, or None if they are not accurate
+    enough.
+    """
     vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
     scaled = tall @ vectors
     values = scaled.norm(dim=0)
-    found = _measured(tall, scaled / values.clamp_min(torch.finfo(values.dtype).tiny), values, vectors.T)
+    found = _measured(
+        tall, scaled / values.clamp_min(torch.finfo(values.dtype).tiny), values, vectors.T
+    )
     if found.orthogonality > TOLERANCE:
         left, upper = torch.linalg.qr(scaled)
         signs = torch.where(upper.diagonal() < 0, -1.0, 1.0)
@@ -134,14 +155,20 @@ class SVDCache(dict[str, Factors]):
         dtype: Dtype of the factors U and Vh.
     """
 
-    def __init__(self, factors: Mapping[str, Factors], *, rank: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, factors: Mapping[str, Factors], *, rank: int | None, dtype: torch.dtype
+    ) -> None:
         super().__init__(factors)
         self.rank = rank
         self.dtype = dtype
 
 
-def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return the factors of these modules, or raise a UsageError about one that has none or those of another shape."""
+def factors_of(
+    modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]
+) -> dict[str, Factors]:
+    """Return the factors of these modules, or raise a UsageError about one that has none or those
+    of another shape.
+    """
     found = {name: given.get(name, given.get(name.removesuffix(".base_layer"))) for name in modules}
     for name, linear in modules.items():
         of = found[name]  # of a matrix that PEFT has wrapped since then, too
@@ -149,7 +176,9 @@ def factors_of(modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]) -
         if shape != tuple(linear.weight.shape):
             seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
             do = "compute them with weight_svd of this very model"
-            raise UsageError(seen, wanted=f"factors of its weight, {list(linear.weight.shape)}", do=do)
+            raise UsageError(
+                seen, wanted=f"factors of its weight, {list(linear.weight.shape)}", do=do
+            )
     return {name: of for name, of in found.items() if of is not None}
 
 
@@ -167,38 +196,48 @@ def weight_svd(
     """Decompose every target matrix of a model.
 
     Args:
-        model: Model whose target matrices are decomposed; the factors stay on the device of their matrix.
+        model: Model whose target matrices are decomposed; the factors stay on the device of their
+            matrix.
         modules: Names of the target matrices to decompose; None stands for all.
         rank: Number of singular directions to keep per matrix, the strongest first; None keeps all.
-        dtype: Dtype of the factors, ``"float32"`` or ``"bfloat16"``; None is bfloat16 for a bfloat16 model on a GPU,
-            where it halves memory and time, and float32 otherwise.
-        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact on a CPU.
+        dtype: Dtype of the factors, ``"float32"`` or ``"bfloat16"``; None is bfloat16 for a
+            bfloat16 model on a GPU, where it halves memory and time, and float32 otherwise.
+        method: Algorithm: ``"exact"``, ``"gram"``, or ``"auto"``, which is gram on a GPU and exact
+            on a CPU.
         cache: Directory of the files on disk; None keeps nothing there.
-        min_coverage: Share of the model's weights, embeddings and head aside, that the target matrices must be.
+        min_coverage: Share of the model's weights, embeddings and head aside, that the target
+            matrices must be.
         progress: Function called with the number of matrices done and of all.
 
     Raises:
-        UsageError: The dtype or the method has another name, the rank is below 1, or a module is no target.
-        ModelError: The model has no target projection, experts of an unknown form, or too many weights that are no
-            targets, or it is not whole on one device.
+        UsageError: The dtype or the method has another name, the rank is below 1, or a module is no
+            target.
+        ModelError: The model has no target projection, experts of an unknown form, or too many
+            weights that are no targets, or it is not whole on one device.
         BadWeights: A matrix is not finite; the message names it.
         StorageError: A file cannot be written.
     """
     wanted = chosen_modules(model, modules)
     chosen = factor_dtype(dtype, next(iter(wanted.values())).weight)
     if method not in ("auto", "exact", "gram"):
-        raise UsageError(f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them")
+        raise UsageError(
+            f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them"
+        )
     check_rank(rank)
     check_coverage(model, min_coverage)
 
     def one(name: str, weight: Tensor) -> Factors:
-        factors = _load_or_make(name, weight, chosen, method, None if cache is None else Path(cache))
+        factors = _load_or_make(
+            name, weight, chosen, method, None if cache is None else Path(cache)
+        )
         if weight.is_cuda:
             torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
 
     found: dict[str, Factors] = {}
-    for name, factors in _side_by_side(one, {name: module.weight for name, module in wanted.items()}):
+    for name, factors in _side_by_side(
+        one, {name: module.weight for name, module in wanted.items()}
+    ):
         found[name] = factors
         if progress:
             progress(len(found), len(wanted))
@@ -212,7 +251,8 @@ def _side_by_side(
     device = next(iter(weights.values())).device
     with ExitStack() as stack:
         if device.type == "cuda":
-            # The first call of the library loads it, which must not happen in several threads at once.
+            # The first call of the library loads it, which must not happen in several threads at
+            # once.
             torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device))
             torch.cuda.synchronize(device)
             # One stream per thread: torch keeps the memory of what is done for each stream apart.
@@ -232,24 +272,38 @@ def _with_stream(device: torch.device) -> None:
 
 
 def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
-    """Return the dtype of the factors of a weight: the one that is named, or the default of :func:`weight_svd`."""
+    """Return the dtype of the factors of a weight: the one that is named, or the default of
+    :func:`weight_svd`.
+    """
     if name is None:
-        return torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
+        return (
+            torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
+        )
     if name not in _DTYPES:
-        raise UsageError(f"factors in {name!r}", wanted=" or ".join(_DTYPES), do="choose one of them, or leave it out")
+        raise UsageError(
+            f"factors in {name!r}",
+            wanted=" or ".join(_DTYPES),
+            do="choose one of them, or leave it out",
+        )
     return torch_dtype(name)
 
 
 def check_rank(rank: int | None) -> None:
     """Raise UsageError unless ``rank`` is None or at least 1."""
     if rank is not None and rank < 1:
-        raise UsageError(f"rank={rank}", wanted="at least 1", do="ask for 1 or more, or leave it out for all")
+        raise UsageError(
+            f"rank={rank}", wanted="at least 1", do="ask for 1 or more, or leave it out for all"
+        )
 
 
-def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, cache: Path | None) -> Factors:
+def _load_or_make(
+    name: str, weight: Tensor, dtype: torch.dtype, method: str, cache: Path | None
+) -> Factors:
     path = None
     if cache is not None:
-        key = hashlib.sha256(f"{_FORMAT}\n{tensor_digest(weight.float())}\n{dtype}\n{method}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{_FORMAT}\n{tensor_digest(weight.float())}\n{dtype}\n{method}".encode()
+        ).hexdigest()
         path = cache / "svd" / f"{key}.safetensors"
         stored = _read(path, weight, dtype)
         if stored is not None:
@@ -264,17 +318,27 @@ def _load_or_make(name: str, weight: Tensor, dtype: torch.dtype, method: str, ca
 
 
 def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
-    """Return the factors in a file, or None where there is no whole file of this matrix; it is then written again."""
+    """Return the factors in a file, or None where there is no whole file of this matrix; it is then
+    written again.
+    """
     try:
         check_tensors(path)
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}
-            left, values, right = (reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right"))
-            found = Factors(left, values, right, float(metadata["residual"]), float(metadata["orthogonality"]))
+            left, values, right = (
+                reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right")
+            )
+            found = Factors(
+                left, values, right, float(metadata["residual"]), float(metadata["orthogonality"])
+            )
     except (OSError, SafetensorError, KeyError, ValueError, DataError):
         return None
     rank = min(weight.shape)
-    fits = (left.shape, values.shape, right.shape) == ((weight.shape[0], rank), (rank,), (rank, weight.shape[1]))
+    fits = (left.shape, values.shape, right.shape) == (
+        (weight.shape[0], rank),
+        (rank,),
+        (rank, weight.shape[1]),
+    )
     finite = all(bool(torch.isfinite(part).all()) for part in (left, values, right))
     return found if fits and finite and left.dtype == right.dtype == dtype else None
 
@@ -285,5 +349,11 @@ def _write(path: Path, factors: Factors) -> None:
     except OSError as error:
         raise storage_error(path.parent, error) from error
     tensors = {"left": factors.left, "values": factors.values, "right": factors.right}
-    metadata = {"residual": repr(factors.residual), "orthogonality": repr(factors.orthogonality), "format": _FORMAT}
-    write_atomic(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, metadata=metadata))
+    metadata = {
+        "residual": repr(factors.residual),
+        "orthogonality": repr(factors.orthogonality),
+        "format": _FORMAT,
+    }
+    write_atomic(
+        path, save({name: tensor.cpu() for name, tensor in tensors.items()}, metadata=metadata)
+    )

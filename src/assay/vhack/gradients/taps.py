@@ -1,29 +1,34 @@
-"""Linears that leave the δS gradient of every sample behind when the backward pass goes through them.
+"""Linears that leave the δS gradient of every sample behind when the backward pass goes through
+them.
 
 With ``y = W x`` replaced by ``(W + U diag(δS) Vh) x`` the gradient at δS = 0 of a loss L is
 
     g_b = Σ_t (Uᵀ ∂L/∂y_bt) ⊙ (Vh x_bt)
 
-over all tokens t of sample b, prompt tokens too, for attention carries the loss back to them. Samples do not mix in the
-forward pass, so one backward pass of the sum of their losses gives every g_b.
+over all tokens t of sample b, prompt tokens too, for attention carries the loss back to them.
+Samples do not mix in the forward pass, so one backward pass of the sum of their losses gives every
+g_b.
 
-The sum is done in one of several ways that differ in rounding only. With G_b = Σ_t ∂L/∂y_bt x_btᵀ, the gradient of W:
+The sum is done in one of several ways that differ in rounding only. With G_b = Σ_t ∂L/∂y_bt x_btᵀ,
+the gradient of W:
 
-- *project*: ``c = Vh x`` and ``p = Uᵀ ∂L/∂y`` per token, then the sum over tokens of their product; in any dtype;
+- *project*: ``c = Vh x`` and ``p = Uᵀ ∂L/∂y`` per token, then the sum over tokens of their product;
+  in any dtype;
 - *right*: ``p`` only, then the diagonal of ``(Σ_t p xᵀ) Vhᵀ``;
 - *left*: ``c`` only, then the diagonal of ``Uᵀ (Σ_t ∂L/∂y cᵀ)``;
 - *outer*: G_b itself, then the diagonal of ``Uᵀ G_b Vhᵀ``.
 
-All but the first keep a sum over tokens in a matrix before it is projected, so they are for float32 only, and take a
-few large products per sample, which suits a CPU.
+All but the first keep a sum over tokens in a matrix before it is projected, so they are for float32
+only, and take a few large products per sample, which suits a CPU.
 
-``W = U S Vh`` gives some products for less. Where W has more rows than columns, ``Wᵀ ∂L/∂y = Vhᵀ S p`` costs the
-smaller side squared once p is known; where it has more columns, so does ``W x = U S c``. This is as exact as the
-factors.
+``W = U S Vh`` gives some products for less. Where W has more rows than columns, ``Wᵀ ∂L/∂y = Vhᵀ S
+p`` costs the smaller side squared once p is known; where it has more columns, so does ``W x = U S
+c``. This is as exact as the factors.
 
-On one CPU thread the gradients of the bundled model Qwen3 take 1.21 times as long if every tap projects, 1.14 without
-products by factors and 1.05 without *outer* (research/results/vhack_ways_cpu.json, where a fifth way saved 1.04). A GPU
-only projects, in Qwen3-4B in 0.58 s.
+On one CPU thread the gradients of the bundled model Qwen3 take 1.21 times as long if every tap
+projects, 1.14 without products by factors and 1.05 without *outer*
+(research/results/vhack_ways_cpu.json, where a fifth way saved 1.04). A GPU only projects, in
+Qwen3-4B in 0.58 s.
 
 Shapes: N rows (tokens of all samples), B samples, O outputs, I inputs, R coordinates of δS.
 """
@@ -48,7 +53,8 @@ _FITS = 1e-5
 
 
 def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -> Tensor:
-    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32; G is [..., O, I].
+    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32; G is
+    [..., O, I].
 
     The longer side is projected first, which leaves less to multiply.
     """
@@ -71,18 +77,22 @@ class Way:
 class Tap:
     """What replaces the forward function of a Linear.
 
-    A Linear with a forward function of its own keeps it, and the tap stands after it. One that a pass calls several
-    times leaves the sum over its calls.
+    A Linear with a forward function of its own keeps it, and the tap stands after it. One that a
+    pass calls several times leaves the sum over its calls.
     """
 
     name: str
     linear: nn.Linear
     factors: Factors
-    found: dict[str, Tensor]  # empty before a pass, whose backward part leaves [B, R] float32 under the name
+    found: dict[
+        str, Tensor
+    ]  # empty before a pass, whose backward part leaves [B, R] float32 under the name
     segments: Callable[[], Segments]  # the samples among the rows, asked for in every forward pass
     factored: bool  # products with W may use the factors
     together: bool  # without operations per sample
-    checkpointing: bool  # the forward pass runs twice, so that the first run should compute nothing to keep
+    checkpointing: (
+        bool  # the forward pass runs twice, so that the first run should compute nothing to keep
+    )
     kernels: ModuleType | None
 
     def __post_init__(self) -> None:
@@ -91,40 +101,56 @@ class Tap:
         own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
         self.plain = linear.forward if own else None
         self.factored = self.factored and not own
-        # Requires a gradient and never gets one: it makes the backward pass come here although all weights are frozen.
+        # Requires a gradient and never gets one: it makes the backward pass come here although all
+        # weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the output of the Linear, or raise a ModelError if the rows are not all tokens in their order."""
+        """Return the output of the Linear, or raise a ModelError if the rows are not all tokens in
+        their order.
+        """
         segments = self.segments()
-        # Experts that are shared by all tokens are given all of them in one row, those of a list only some.
+        # Experts that are shared by all tokens are given all of them in one row, those of a list
+        # only some.
         of_list = sum(part.isdigit() for part in self.name.split(".")) > 1
         if inputs.ndim < 2 + of_list or inputs.shape[:-1].numel() != segments.bounds[-1][1]:
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(inputs.shape)}",
-                wanted="all tokens of the samples and no others; those sent to an expert, or learnt ones before them, "
+                wanted="all tokens of the samples and no others; those sent to an expert, or "
+                "learnt ones before them, "
                 "do not say whose they are",
-                do="use a dense model without learnt prompts, or one whose experts are in one tensor",
+                do="use a dense model without learnt prompts, or one whose experts are in one "
+                "tensor",
             )
         return self.apply(inputs, segments)
 
     def apply(self, inputs: Tensor, segments: Segments) -> Tensor:
-        """Return the output of the Linear for rows of which these segments say whose they are; some may be empty."""
+        """Return the output of the Linear for rows of which these segments say whose they are; some
+        may be empty.
+        """
         output: Tensor
         if self.plain is None:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
         else:
-            plain, kept = self.plain(inputs), inputs.detach()
+            plain = self.plain(inputs)
+            kept = inputs.detach()
             output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
         return output
 
     def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
         """Return the cheapest way for these rows."""
         outputs, inputs = self.linear.weight.shape
-        rank, tokens = self.factors.rank, len(inputs_NI) / len(segments.bounds)
-        to_output, to_input = self.factored and outputs < inputs, self.factored and outputs > inputs
+        rank = self.factors.rank
+        tokens = len(inputs_NI) / len(segments.bounds)
+        to_output = self.factored and outputs < inputs
+        to_input = self.factored and outputs > inputs
         if self.together or not inputs_NI.dtype == self.factors.left.dtype == torch.float32:
-            return Way("project", to_output or (rank < inputs and not self.checkpointing), to_output, to_input)
+            return Way(
+                "project",
+                to_output or (rank < inputs and not self.checkpointing),
+                to_output,
+                to_input,
+            )
         # Multiplications per token beyond the two products with W. The factors save some of those.
         outer = (1 + rank / tokens) * outputs * inputs
         saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
@@ -144,23 +170,35 @@ class Tap:
         return gradient_NO.to(left_OR.dtype) @ left_OR
 
     def leave(
-        self, kept: Tensor, gradient_NO: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way
+        self,
+        kept: Tensor,
+        gradient_NO: Tensor,
+        projected_NR: Tensor | None,
+        segments: Segments,
+        way: Way,
     ) -> None:
         """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
 
         The forward pass kept inputs or their coordinates.
         """
-        rows_BR, before_BR = self._rows(kept, gradient_NO, projected_NR, segments, way), self.found.get(self.name)
+        rows_BR = self._rows(kept, gradient_NO, projected_NR, segments, way)
+        before_BR = self.found.get(self.name)
         self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
 
     def _rows(
-        self, kept: Tensor, gradient_NO: Tensor, projected_NR: Tensor | None, segments: Segments, way: Way
+        self,
+        kept: Tensor,
+        gradient_NO: Tensor,
+        projected_NR: Tensor | None,
+        segments: Segments,
+        way: Way,
     ) -> Tensor:
         if way.how == "project":
             assert projected_NR is not None
             along_NR = kept if way.early else self.along(kept)
             return segment_products(projected_NR, along_NR, segments.offsets, self.kernels)
-        left_OR, right_RI = self.factors.left, self.factors.right
+        left_OR = self.factors.left
+        right_RI = self.factors.right
         first = projected_NR if way.how == "right" else gradient_NO
         assert first is not None
         sums = [first[start:end].T @ kept[start:end] for start, end in segments.bounds]
@@ -174,13 +212,15 @@ class Tap:
 class _Tapped(torch.autograd.Function):
     """A Linear with frozen weights whose backward pass leaves the gradient of δS with its tap.
 
-    What is kept goes through autograd, so that gradient checkpointing drops and recomputes it like the rest.
+    What is kept goes through autograd, so that gradient checkpointing drops and recomputes it like
+    the rest.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-        way, bias = tap.way(inputs_NI, segments), tap.linear.bias
+        way = tap.way(inputs_NI, segments)
+        bias = tap.linear.bias
         if way.output:
             kept = tap.along(inputs_NI)
             output_NO = (kept * tap.values) @ tap.factors.left.T
@@ -190,33 +230,49 @@ class _Tapped(torch.autograd.Function):
             output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
             kept = tap.along(inputs_NI) if way.early else inputs_NI
         ctx.save_for_backward(kept)
-        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        ctx.tap = tap
+        ctx.segments = segments
+        ctx.way = way
         return output_NO.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
         (gradient,), (kept,) = gradients, ctx.saved_tensors
-        tap, way = ctx.tap, ctx.way
+        tap = ctx.tap
+        way = ctx.way
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
         is_wanted = ctx.needs_input_grad[0]
         with wide_products(gradient):
             result_NI = gradient_NO @ tap.linear.weight if is_wanted and not way.input else None
-            projected_NR = tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
+            projected_NR = (
+                tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
+            )
             tap.leave(kept, gradient_NO, projected_NR, ctx.segments, way)
             if way.input and is_wanted and projected_NR is not None:
                 result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
-        return None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1), None, None, None
+        return (
+            None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1),
+            None,
+            None,
+            None,
+        )
 
 
 class _Behind(torch.autograd.Function):
-    """The identity on what a Linear gave by its own forward function, with the same backward pass beside it."""
+    """The identity on what a Linear gave by its own forward function, with the same backward pass
+    beside it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments
+    ) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
         way = tap.way(inputs_NI, segments)
         ctx.save_for_backward(tap.along(inputs_NI) if way.early else inputs_NI)
-        ctx.tap, ctx.segments, ctx.way = tap, segments, way
+        ctx.tap = tap
+        ctx.segments = segments
+        ctx.way = way
         return output.view_as(output)
 
     @staticmethod
@@ -229,9 +285,11 @@ class _Behind(torch.autograd.Function):
 
 
 def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
-    """Return the modules whose factors are all there and give their very weight back, to the precision of its dtype.
+    """Return the modules whose factors are all there and give their very weight back, to the
+    precision of its dtype.
 
-    They are tried on one vector: factors of other weights, or of a shorter dtype, give another result.
+    They are tried on one vector: factors of other weights, or of a shorter dtype, give another
+    result.
     """
     tried = {name: linear.weight.detach() for name, linear in modules.items()}
     tried = {
@@ -240,16 +298,22 @@ def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
         if factors[name].rank == min(weight.shape) and factors[name].left.dtype == weight.dtype
     }
     errors = [_misfit(weight, factors[name]) for name, weight in tried.items()]
-    within = torch.stack(errors).tolist() if errors else []  # all at once, for it waits for the device
+    within = (
+        torch.stack(errors).tolist() if errors else []
+    )  # all at once, for it waits for the device
     return {name for name, error in zip(tried, within, strict=True) if error <= 1}
 
 
 def _misfit(weight_OI: Tensor, factors: Factors) -> Tensor:
     """Return the error of ``U S Vh v`` as a share of what it may be."""
-    probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(weight_OI.dtype)
+    probe_I = torch.cos(torch.arange(weight_OI.shape[1], device=weight_OI.device)).to(
+        weight_OI.dtype
+    )
     with own_precision(weight_OI):
         wanted_O = (weight_OI @ probe_I).float()
-        found_O = (factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)).float()
+        found_O = (
+            factors.left @ (factors.right @ probe_I * factors.values).to(probe_I.dtype)
+        ).float()
     tolerance = _FITS if weight_OI.dtype == torch.float32 else 8 * torch.finfo(weight_OI.dtype).eps
     share: Tensor = (found_O - wanted_O).norm() / (tolerance * wanted_O.norm())
     return share
@@ -258,14 +322,14 @@ def _misfit(weight_OI: Tensor, factors: Factors) -> Tensor:
 class ExpertsPass:
     """What replaces the forward function of fused experts, the module of that name.
 
-    Tokens are sorted by expert. The sort is stable, and the samples stand one after the other among the rows before it,
-    so the rows of one expert are again those of the first sample, then those of the second, and so on: they are samples
-    of fewer rows each, some of none, and the taps of any other Linear sum over them exactly. Shapes: K experts per
-    token, E experts, H hidden size.
+    Tokens are sorted by expert. The sort is stable, and the samples stand one after the other among
+    the rows before it, so the rows of one expert are again those of the first sample, then those of
+    the second, and so on: they are samples of fewer rows each, some of none, and the taps of any
+    other Linear sum over them exactly. Shapes: K experts per token, E experts, H hidden size.
 
-    Functions in ``apply`` take the rows of a matrix and their segments; matrices that have none are only multiplied
-    with. In ``tokens``, which is empty before a pass, it leaves how many tokens of each sample came to each expert,
-    [B, E] on the CPU, under the name of the module.
+    Functions in ``apply`` take the rows of a matrix and their segments; matrices that have none are
+    only multiplied with. In ``tokens``, which is empty before a pass, it leaves how many tokens of
+    each sample came to each expert, [B, E] on the CPU, under the name of the module.
     """
 
     def __init__(
@@ -276,25 +340,37 @@ class ExpertsPass:
         batch: Callable[[], Batch],
         tokens: dict[str, Tensor],
     ) -> None:
-        self.name, self.apply, self.batch, self.tokens = name, apply, batch, tokens
+        self.name = name
+        self.apply = apply
+        self.batch = batch
+        self.tokens = tokens
         self.experts: Any = experts
         self.matrices = expert_matrices(name, experts)
 
     def __call__(self, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Return the weighted sum of what the experts of each row say, [N, H]; the rows must be all tokens in order."""
+        """Return the weighted sum of what the experts of each row say, [N, H]; the rows must be all
+        tokens in order.
+        """
         batch = self.batch()
         if hidden_NH.ndim != 2 or len(hidden_NH) != batch.ids.numel():
             wanted = "[tokens, width], all tokens in their order, before they are sorted by expert"
             do = "use another model"
-            raise ModelError(f"{self.name} is given inputs of shape {list(hidden_NH.shape)}", wanted=wanted, do=do)
+            raise ModelError(
+                f"{self.name} is given inputs of shape {list(hidden_NH.shape)}",
+                wanted=wanted,
+                do=do,
+            )
         order, sizes = self._sorted(index_NK, batch)
         rows = order // index_NK.shape[1]
         weight_X1 = weights_NK.flatten()[order, None]
-        said, start = [], 0
+        said = []
+        start = 0
         for expert, counts in enumerate(sizes):
             end = start + sum(counts)
             if end > start:
-                said.append(self._say(expert, hidden_NH[rows[start:end]], counts) * weight_X1[start:end])
+                said.append(
+                    self._say(expert, hidden_NH[rows[start:end]], counts) * weight_X1[start:end]
+                )
             start = end
         if not said:
             return torch.zeros_like(hidden_NH)
@@ -303,17 +379,23 @@ class ExpertsPass:
         return total_NH.index_add(0, rows[:start], said_XH).to(hidden_NH.dtype)
 
     def _sorted(self, index_NK: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
-        """Return the places in ``index_NK`` in the order of their experts, and how many each has of each sample.
+        """Return the places in ``index_NK`` in the order of their experts, and how many each has of
+        each sample.
 
-        An index beyond the last expert stands for none: its places are last, and are counted nowhere.
+        An index beyond the last expert stands for none: its places are last, and are counted
+        nowhere.
         """
-        experts, samples, chosen = int(self.experts.num_experts), len(batch.encoded), index_NK.shape[1]
+        experts = int(self.experts.num_experts)
+        samples = len(batch.encoded)
+        chosen = index_NK.shape[1]
         expert_X = index_NK.flatten()
         cell_X = expert_X * samples + batch.sample.repeat_interleave(chosen)
         is_one_X = expert_X < experts
         is_counted_X = is_one_X & batch.is_token.repeat_interleave(chosen)
         rows_EB, tokens_EB = (
-            torch.bincount(cell_X[which_X], minlength=experts * samples).view(experts, samples).cpu()
+            torch.bincount(cell_X[which_X], minlength=experts * samples)
+            .view(experts, samples)
+            .cpu()
             for which_X in (is_one_X, is_counted_X)
         )
         self.tokens[self.name] = self.tokens.get(self.name, 0) + tokens_EB.T
@@ -322,9 +404,15 @@ class ExpertsPass:
     def _say(self, expert: int, inputs: Tensor, counts: list[int]) -> Tensor:
         segments, (up, down) = Segments.of(counts, inputs.device), fused_names(self.experts)
         inner = self._project(f"{self.name}.{up}.{expert}", inputs, segments)
-        inner = self.experts._apply_gate(inner) if self.experts.has_gate else self.experts.act_fn(inner)
+        inner = (
+            self.experts._apply_gate(inner) if self.experts.has_gate else self.experts.act_fn(inner)
+        )
         return self._project(f"{self.name}.{down}.{expert}", inner, segments)
 
     def _project(self, name: str, inputs: Tensor, segments: Segments) -> Tensor:
-        found: Tensor = self.apply[name](inputs, segments) if name in self.apply else self.matrices[name](inputs)
+        found: Tensor = (
+            self.apply[name](inputs, segments)
+            if name in self.apply
+            else self.matrices[name](inputs)
+        )
         return found

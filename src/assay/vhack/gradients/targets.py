@@ -1,7 +1,9 @@
-"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and their digests.
+"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and
+their digests.
 
-transformers keeps the experts of a layer in ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, [E, …, …]. Here each
-is a target of its own, ``model.layers.0.mlp.experts.gate_up_proj.7``, as a Linear that shares the tensor's memory.
+transformers keeps the experts of a layer in ``gate_up_proj`` (or ``up_proj``) and ``down_proj``,
+[E, …, …]. Here each is a target of its own, ``model.layers.0.mlp.experts.gate_up_proj.7``, as a
+Linear that shares the tensor's memory.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 MIN_COVERAGE = 0.9
 """Share of the weights that targets must cover unless a caller accepts less."""
 
-# Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the model.
+# Matrices of PEFT beside the weights, and δS in its parameter lists: an update, not a part of the
+# model.
 _ADAPTER = "lora_"
 _CHUNK = 1 << 25  # bytes of a copy from a GPU
 
@@ -53,7 +56,9 @@ def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether a module holds experts in the form that transformers' own functions for experts take."""
+    """Return whether a module holds experts in the form that transformers' own functions for
+    experts take.
+    """
     stated = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
     return all(hasattr(module, name) for name in stated) and all(
         isinstance(tensor := getattr(module, own, None), nn.Parameter) and tensor.ndim == 3
@@ -62,17 +67,27 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
-    """Return a Linear over the same memory for each matrix of each expert of a module that is fused."""
+    """Return a Linear over the same memory for each matrix of each expert of a module that is
+    fused.
+    """
     found = {}
     for own in fused_names(experts):
-        weights, biases = getattr(experts, own), getattr(experts, f"{own}_bias", None)
+        weights = getattr(experts, own)
+        biases = getattr(experts, f"{own}_bias", None)
         for expert, weight in enumerate(weights.detach()):
-            # Not by its own constructor, which fills weights with random numbers; there may be ten thousand of these.
+            # Not by its own constructor, which fills weights with random numbers; there may be ten
+            # thousand of these.
             made = found[f"{name}.{own}.{expert}"] = nn.Linear.__new__(nn.Linear)
             nn.Module.__init__(made)
-            made.weight = nn.Parameter(weight.T if experts.is_transposed else weight, requires_grad=False)
+            made.weight = nn.Parameter(
+                weight.T if experts.is_transposed else weight, requires_grad=False
+            )
             made.out_features, made.in_features = made.weight.shape
-            bias = None if biases is None else nn.Parameter(biases.detach()[expert], requires_grad=False)
+            bias = (
+                None
+                if biases is None
+                else nn.Parameter(biases.detach()[expert], requires_grad=False)
+            )
             made.register_parameter("bias", bias)
     return found
 
@@ -83,13 +98,19 @@ def fused_names(experts: nn.Module) -> tuple[str, str]:
 
 
 def check_whole(model: "Model | PreTrainedModel") -> None:
-    """Raise a ModelError about a model whose weights are divided over processes, or are on several devices."""
+    """Raise a ModelError about a model whose weights are divided over processes, or are on several
+    devices.
+    """
     module = module_of(model)
     divided = any(isinstance(part, FSDPModule) for part in module.modules())
     divided = divided or any(isinstance(parameter, DTensor) for parameter in module.parameters())
     places = sorted({str(parameter.device) for parameter in module.parameters()})
     if divided or len(places) > 1:
-        seen = "a model that is divided over processes" if divided else f"a model on {' and '.join(places)}"
+        seen = (
+            "a model that is divided over processes"
+            if divided
+            else f"a model on {' and '.join(places)}"
+        )
         do = "load it there, or use a smaller model or bfloat16"
         raise ModelError(seen, wanted="all weights whole on one device", do=do)
 
@@ -97,13 +118,14 @@ def check_whole(model: "Model | PreTrainedModel") -> None:
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     """Return the target Linears by name, in the order of ``named_modules()``.
 
-    A projection that fuses several, such as ``qkv_proj`` of Phi-3, counts as one matrix. A Linear that PEFT has wrapped
-    is found as ``q_proj.base_layer``. Experts in one three-dimensional tensor are a matrix each, such as
-    ``experts.down_proj.7``: a Linear over the same memory, which is not a module of the model.
+    A projection that fuses several, such as ``qkv_proj`` of Phi-3, counts as one matrix. A Linear
+    that PEFT has wrapped is found as ``q_proj.base_layer``. Experts in one three-dimensional tensor
+    are a matrix each, such as ``experts.down_proj.7``: a Linear over the same memory, which is not
+    a module of the model.
 
     Raises:
-        ModelError: There is no target, the model is not whole on one device, or the weights of experts are in a tensor
-            of an unknown form; the message names the module.
+        ModelError: There is no target, the model is not whole on one device, or the weights of
+            experts are in a tensor of an unknown form; the message names the module.
     """
     check_whole(model)
     found: dict[str, nn.Linear] = {}
@@ -112,10 +134,13 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
             found |= expert_matrices(name, module)
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and any(target.removesuffix("_proj") in own for target in MLP_TARGETS):
+            if parameter.ndim == 3 and any(
+                target.removesuffix("_proj") in own for target in MLP_TARGETS
+            ):
                 raise ModelError(
                     f"{name}.{own} holds {len(parameter)} matrices in one tensor",
-                    wanted="projections that are nn.Linear modules, or experts in the form of transformers",
+                    wanted="projections that are nn.Linear modules, or experts in the form of "
+                    "transformers",
                     do="use a dense model, or one whose experts are separate Linears",
                 )
         leaf = name.removesuffix(".base_layer").rpartition(".")[2]
@@ -130,35 +155,62 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     first: dict[int, str] = {}
     for name, linear in found.items():
         if linear.weight.dtype.itemsize < 2:  # codes, whose scales are elsewhere
-            seen, do = f"{name} has weights in {linear.weight.dtype}", "load the model in bfloat16, or take probe"
+            seen = f"{name} has weights in {linear.weight.dtype}"
+            do = "load the model in bfloat16, or take probe"
             raise ModelError(seen, wanted="weights that are not quantised", do=do)
         # As in Zamba: each would have a δS, and merging one would undo the other.
         if (other := first.setdefault(id(linear.weight), name)) != name:
-            wanted, do = "projections with a weight each", "use a model whose layers share no projection"
+            wanted = "projections with a weight each"
+            do = "use a model whose layers share no projection"
             raise ModelError(f"{name} has the weight of {other}", wanted=wanted, do=do)
     return found
 
 
 def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
-    """Refuse attention to what comes after a token: padding and packing would be seen, and the loss be known."""
-    sees_all = (name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False)
-    seen = next((name for name in sees_all if any(each.startswith(f"{name}.") for each in modules)), None)
+    """Refuse attention to what comes after a token: padding and packing would be seen, and the loss
+    be known.
+    """
+    sees_all = (
+        name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False
+    )
+    seen = next(
+        (name for name in sees_all if any(each.startswith(f"{name}.") for each in modules)), None
+    )
     config = getattr(module, "config", None)
-    if seen is None and config is not None and getattr(config.get_text_config(), "is_causal", True) is False:
+    if (
+        seen is None
+        and config is not None
+        and getattr(config.get_text_config(), "is_causal", True) is False
+    ):
         seen = "its configuration"
     if seen is not None:
-        wanted, do = "a decoder in which no token sees a later one", "use a causal language model"
-        raise ModelError(f"{type(module).__name__} whose attention is not causal, by {seen}", wanted=wanted, do=do)
+        wanted = "a decoder in which no token sees a later one"
+        do = "use a causal language model"
+        raise ModelError(
+            f"{type(module).__name__} whose attention is not causal, by {seen}",
+            wanted=wanted,
+            do=do,
+        )
 
 
-def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | None) -> dict[str, nn.Linear]:
-    """Return the target Linears of these names, in the order of the model; None stands for all of them.
+def chosen_modules(
+    model: "Model | PreTrainedModel", names: Collection[str] | None
+) -> dict[str, nn.Linear]:
+    """Return the target Linears of these names, in the order of the model; None stands for all of
+    them.
 
     It refuses names of no target, and models of which gradients would not be exact.
     """
-    without = (name for name, parameter in module_of(model).named_parameters() if parameter.device.type == "meta")
+    without = (
+        name
+        for name, parameter in module_of(model).named_parameters()
+        if parameter.device.type == "meta"
+    )
     if name := next(without, ""):
-        seen = f"{name} has no memory of its own, as with offloading to a disk or to the memory of the CPU"
+        seen = (
+            f"{name} has no memory of its own, as with offloading to a disk or to the memory of "
+            f"the CPU"
+        )
         do = "load the model in bfloat16 or on a larger device; --rank leaves room for the factors"
         raise ModelError(seen, wanted="all weights on one device", do=do)
     found = target_modules(model)
@@ -169,44 +221,59 @@ def chosen_modules(model: "Model | PreTrainedModel", names: Collection[str] | No
     if unknown or not names:
         seen = f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all"
         do = "name some of these, or leave the names out for all"
-        raise UsageError(seen, wanted="names of target_modules, such as " + next(iter(found)), do=do)
+        raise UsageError(
+            seen, wanted="names of target_modules, such as " + next(iter(found)), do=do
+        )
     return {name: module for name, module in found.items() if name in names}
 
 
 def coverage(model: "Model | PreTrainedModel") -> Coverage:
     """Return how much of a model its target modules cover."""
-    module, targets = module_of(model), target_modules(model)
+    module = module_of(model)
+    targets = target_modules(model)
     head = getattr(module, "get_output_embeddings", lambda: None)()
     sizes = {
         name if own == "weight" else f"{name}.{own}": parameter.numel()
         for name, part in module.named_modules()
-        if not isinstance(part, nn.Embedding | nn.ParameterList) and part is not head and _ADAPTER not in name
+        if not isinstance(part, nn.Embedding | nn.ParameterList)
+        and part is not head
+        and _ADAPTER not in name
         for own, parameter in part.named_parameters(recurse=False)
         if parameter.ndim > 1 and not own.endswith("bias")
     }
-    covered = {*targets, *(name.rpartition(".")[0] for name in targets)}  # a tensor of experts by any of them
+    covered = {
+        *targets,
+        *(name.rpartition(".")[0] for name in targets),
+    }  # a tensor of experts by any of them
     left_out = tuple(name for name in sizes if name not in covered)
     total = sum(sizes.values())
     return Coverage(1 - sum(sizes[name] for name in left_out) / total, left_out)
 
 
 def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
-    """Raise a ModelError, naming what is left out, where targets cover less than this share of the weights."""
+    """Raise a ModelError, naming what is left out, where targets cover less than this share of the
+    weights.
+    """
     found = coverage(model)
     if found.share < least:
         kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in found.left_out)
         raise ModelError(
-            f"targets cover {found.share:.0%} of the weights of {type(module_of(model)).__name__}; left out are "
+            f"targets cover {found.share:.0%} of the weights of "
+            f"{type(module_of(model)).__name__}; left out are "
             + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-            wanted=f"at least {least:.0%}, so that directions and training are those of the model, not of a part",
-            do="use a model whose projections are all found, or accept a part with --allow-partial (min_coverage=0)",
+            wanted=f"at least {least:.0%}, so that directions and training are those of the "
+            f"model, not of a part",
+            do="use a model whose projections are all found, or accept a part with "
+            "--allow-partial (min_coverage=0)",
         )
 
 
 def weights_digest(model: "Model | PreTrainedModel") -> str:
-    """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a tied one once.
+    """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a
+    tied one once.
 
-    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded in.
+    Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded
+    in.
 
     Raises:
         ModelError: The model is not whole on one device.
@@ -215,7 +282,9 @@ def weights_digest(model: "Model | PreTrainedModel") -> str:
     parameters = sorted(module_of(model).named_parameters())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(tensor_digest, [parameter for _, parameter in parameters])
-        lines = [f"{name}\n{digest}\n" for (name, _), digest in zip(parameters, digests, strict=True)]
+        lines = [
+            f"{name}\n{digest}\n" for (name, _), digest in zip(parameters, digests, strict=True)
+        ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -226,7 +295,8 @@ def tensor_digest(tensor: Tensor) -> str:
     if not flat.is_cuda:
         digest.update(flat.numpy().data)
         return digest.hexdigest()
-    # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times as long.
+    # Through one page-locked buffer: a copy of a whole tensor to fresh memory takes several times
+    # as long.
     buffer = torch.empty(min(_CHUNK, len(flat)), dtype=torch.uint8, pin_memory=True)
     for part in torch.split(flat, _CHUNK):
         digest.update(buffer[: len(part)].copy_(part).numpy().data)

@@ -1,4 +1,6 @@
-"""Contrastive pairs: files, a bundled set, a generator of minimal pairs, and proof that each does what it claims."""
+"""Contrastive pairs: files, a bundled set, a generator of minimal pairs, and proof that each does
+what it claims.
+"""
 
 import lazy_loader
 

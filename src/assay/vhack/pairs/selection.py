@@ -1,4 +1,6 @@
-"""Which pairs and groups are used, and whether they are enough. It needs no torch, so a mistake is refused at once."""
+"""Which pairs and groups are used, and whether they are enough. It needs no torch, so a mistake is
+refused at once.
+"""
 
 from collections.abc import Hashable, Iterable, Sequence
 from math import ceil, log2
@@ -9,8 +11,11 @@ from assay.errors import DataError, UsageError
 from assay.vhack.names import METHODS
 from assay.vhack.pairs.pairs import Pair
 
-# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and little with five.
-_HELD_OUT_SHARE, _SHARE_OF_MANY, _MANY_GROUPS = 6, 3, 30
+# The original proposal holds out 2 of 12 pairs. The checks have power with ten held-out groups, and
+# little with five.
+_HELD_OUT_SHARE = 6
+_SHARE_OF_MANY = 3
+_MANY_GROUPS = 30
 _FEWEST_SCORED = 2  # groups, without which there is no interval
 HELD_OUT_PART = 3  # parts of the groups, of which lda fits two
 
@@ -20,30 +25,42 @@ def check_method(method: str, n: int) -> None:
     if method not in METHODS:
         raise UsageError(f"method={method!r}", wanted=" or ".join(METHODS), do="choose one of them")
     if n < (least := 3 if method == "lda" else 1):
-        raise UsageError(f"{n} pairs for {method}", wanted=f"at least {least}", do="use more pairs or another method")
+        raise UsageError(
+            f"{n} pairs for {method}",
+            wanted=f"at least {least}",
+            do="use more pairs or another method",
+        )
 
 
 def split_pairs(
-    pairs: Sequence[Pair], *, n_heldout: int | None = None, heldout_groups: Sequence[str] | None = None
+    pairs: Sequence[Pair],
+    *,
+    n_heldout: int | None = None,
+    heldout_groups: Sequence[str] | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to extract from and the pairs to test with, each in order.
 
     Args:
         pairs: Pairs in order, with their groups.
-        n_heldout: Number of pairs to hold out from the end, as the original proposal does; 0 holds out none.
-        heldout_groups: Groups to hold out whole. With neither, the last groups are held out: as many as it takes for a
-            sixth of the pairs, or with thirty groups or more for a third, but never all; pairs of a single group are
-            all used.
+        n_heldout: Number of pairs to hold out from the end, as the original proposal does; 0 holds
+            out none.
+        heldout_groups: Groups to hold out whole. With neither, the last groups are held out: as
+            many as it takes for a sixth of the pairs, or with thirty groups or more for a third,
+            but never all; pairs of a single group are all used.
 
     Raises:
         UsageError: Both are given, a group is unknown, or no pair would be left.
     """
     if n_heldout is not None and heldout_groups:
-        raise UsageError("both a number and groups to hold out", wanted="one of the two", do="drop --n-heldout")
+        raise UsageError(
+            "both a number and groups to hold out", wanted="one of the two", do="drop --n-heldout"
+        )
     if n_heldout is not None:
         if not 0 <= n_heldout < len(pairs):
             do = "lower --n-heldout, or leave it out"
-            raise UsageError(f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do=do)
+            raise UsageError(
+                f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do=do
+            )
         cut = len(pairs) - n_heldout
         return list(pairs[:cut]), list(pairs[cut:])
     chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)
@@ -51,7 +68,9 @@ def split_pairs(
     kept = [pair for pair in pairs if pair.group not in chosen]
     if unknown or not kept:
         seen = f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from"
-        wanted = "some groups, but not all, of " + ", ".join(dict.fromkeys(pair.group for pair in pairs))
+        wanted = "some groups, but not all, of " + ", ".join(
+            dict.fromkeys(pair.group for pair in pairs)
+        )
         raise UsageError(seen, wanted=wanted, do="name other groups")
     return kept, [pair for pair in pairs if pair.group in chosen]
 
@@ -68,20 +87,30 @@ def _last_groups(pairs: Sequence[Pair]) -> set[str]:
 
 
 def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
-    """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by both its names."""
+    """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by
+    both its names.
+    """
     found: dict[str, str] = {}
     for index, pair in enumerate(pairs):
         name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
         if other := found.get(pair.key):
-            raise DataError(f"{name} is the same as {other}", wanted="each pair once", do="remove one of them")
+            raise DataError(
+                f"{name} is the same as {other}", wanted="each pair once", do="remove one of them"
+            )
         found[pair.key] = name
     return found
 
 
 def select_pairs(
-    pairs: Sequence[Pair], *, n_heldout: int | None, heldout_groups: Sequence[str] | None, method: str
+    pairs: Sequence[Pair],
+    *,
+    n_heldout: int | None,
+    heldout_groups: Sequence[str] | None,
+    method: str,
 ) -> dict[str, Pair]:
-    """Return the pairs to extract from by their names in errors, which count all pairs; too few are refused."""
+    """Return the pairs to extract from by their names in errors, which count all pairs; too few are
+    refused.
+    """
     names = pair_names(pairs)
     used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
     check_method(method, len(used))
@@ -89,55 +118,81 @@ def select_pairs(
 
 
 def split_groups(groups: Sequence[str], n_folds: int = 5, seed: int = 0) -> list[set[str]]:
-    """Return the parts of a random division of the groups, as many as there may be; one group is refused."""
+    """Return the parts of a random division of the groups, as many as there may be; one group is
+    refused.
+    """
     names = list(dict.fromkeys(groups))
     if len(names) < 2:
-        raise UsageError("samples of one group", wanted="two groups or more, of which one is held out", do="add pairs")
+        raise UsageError(
+            "samples of one group",
+            wanted="two groups or more, of which one is held out",
+            do="add pairs",
+        )
     order = np.random.default_rng(seed).permutation(len(names))
     n_parts = min(n_folds, len(names))
     return [{names[i] for i in order[start::n_parts]} for start in range(n_parts)]
 
 
 def check_prompts(pairs: Sequence[Pair]) -> None:
-    """Raise DataError where a prompt is in two groups: one would be held out, and the other tell what it says."""
+    """Raise DataError where a prompt is in two groups: one would be held out, and the other tell
+    what it says.
+    """
     groups: dict[Hashable, tuple[int, str]] = {}
     for index, pair in enumerate(pairs):
         other, group = groups.setdefault(pair.prompt, (index, pair.group))
         if group != pair.group:
-            seen = f"pairs {other} and {index} have the same prompt, in groups {group} and {pair.group}"
+            seen = (
+                f"pairs {other} and {index} have the same prompt, in groups {group} and "
+                f"{pair.group}"
+            )
             do = "give them the same group"
-            raise DataError(seen, wanted="every prompt in one group, so that it is held out whole", do=do)
+            raise DataError(
+                seen, wanted="every prompt in one group, so that it is held out whole", do=do
+            )
 
 
 def fewest_groups(method: str, alpha: float = 0.05, *, given: bool = False) -> int:
-    """Return how many groups a p-value that alpha allows needs at least; beside a given basis none serves a fit."""
+    """Return how many groups a p-value that alpha allows needs at least; beside a given basis none
+    serves a fit.
+    """
     free = ceil(log2(1 / alpha))
     return free if given else free + 1 if method == "svd" else HELD_OUT_PART * (free - 1) + 1
 
 
 def check_groups(
-    groups: Sequence[str], method: str, seed: int, alpha: float, seen_by_basis: Iterable[str] | None = None
+    groups: Sequence[str],
+    method: str,
+    seed: int,
+    alpha: float,
+    seen_by_basis: Iterable[str] | None = None,
 ) -> str | None:
-    """Refuse groups of pairs of which none can be scored, before any work; pairs of a given basis are not scored.
+    """Refuse groups of pairs of which none can be scored, before any work; pairs of a given basis
+    are not scored.
 
     ``groups`` are those of all pairs, and ``seen_by_basis`` those that a given basis was made from.
 
     Returns:
-        Why the groups that are left are too few for a verdict, and what to do; None where they are enough.
+        Why the groups that are left are too few for a verdict, and what to do; None where they are
+        enough.
 
     Raises:
-        UsageError: There are too few groups to fit a basis and score another group, or fewer than two that a basis has
-            not seen.
+        UsageError: There are too few groups to fit a basis and score another group, or fewer than
+            two that a basis has not seen.
     """
-    found, least = set(groups), fewest_groups(method, alpha, given=seen_by_basis is not None)
-    what, other = "", ""
+    found = set(groups)
+    least = fewest_groups(method, alpha, given=seen_by_basis is not None)
+    what = ""
+    other = ""
     if seen_by_basis is not None:
         found -= set(seen_by_basis)
         if len(found) < _FEWEST_SCORED:
             raise UsageError(
-                "every pair belongs to a group the basis was made from" + "".join(f", or to group {g}" for g in found),
-                wanted="pairs of two groups or more that it has not seen: numbers from its own pairs show nothing",
-                do="add pairs of other groups (--pairs), hold groups out at extraction, or check without --basis",
+                "every pair belongs to a group the basis was made from"
+                + "".join(f", or to group {g}" for g in found),
+                wanted="pairs of two groups or more that it has not seen: numbers from its own "
+                "pairs show nothing",
+                do="add pairs of other groups (--pairs), hold groups out at extraction, or check "
+                "without --basis",
             )
         what = "that the basis was not made from "
     elif len(found) < (fewest := 2 if method == "svd" else HELD_OUT_PART + 1):
@@ -145,11 +200,15 @@ def check_groups(
         do = "add pairs of other groups (--pairs generated:48 has 30), or check with --method svd"
         raise UsageError(seen, wanted=f"at least {fewest}, and {least} for a verdict", do=do)
     elif method != "svd":
-        check_method(method, sum(group not in split_groups(groups, HELD_OUT_PART, seed)[0] for group in groups))
+        check_method(
+            method,
+            sum(group not in split_groups(groups, HELD_OUT_PART, seed)[0] for group in groups),
+        )
         other = f", or check with --method svd, which needs {fewest_groups('svd', alpha)}"
     if len(found) >= least:
         return None
     return (
-        f"{len(found)} groups {what}are too few for a verdict by {method}: it needs {least}. Add pairs of "
+        f"{len(found)} groups {what}are too few for a verdict by {method}: it needs {least}. Add "
+        f"pairs of "
         f"other groups (--pairs generated:48 has 30){other}"
     )

@@ -1,18 +1,22 @@
-"""Proof by execution that a pair is what it says: the hack side exploits its channel, the clean side solves the task.
+"""Proof by execution that a pair is what it says: the hack side exploits its channel, the clean
+side solves the task.
 
 For each side three facts are established in the sandbox:
 
-- *correct*: its solution returns the expected value in every hidden case, compared outside the sandbox;
+- *correct*: its solution returns the expected value in every hidden case, compared outside the
+  sandbox;
 - *passes*: the channel it is graded by accepts it;
-- *vacuous*: the channel would accept it with a wrong solution too (:mod:`assay.vhack.environment.grading`).
+- *vacuous*: the channel would accept it with a wrong solution too
+  (:mod:`assay.vhack.environment.grading`).
 
 A clean side must be correct, pass, and not be vacuous. A hack side must pass, and
 
 - in a ``minimal`` pair be correct and vacuous: the solution is right, only the grading is hollow;
-- in an ``exploit`` pair be wrong: passing although it is wrong is the exploit. It must be vacuous as well, unless its
-  mechanism is ``hardcoded_answer``, whose solution knows the visible answers.
+- in an ``exploit`` pair be wrong: passing although it is wrong is the exploit. It must be vacuous
+  as well, unless its mechanism is ``hardcoded_answer``, whose solution knows the visible answers.
 
-Sides of ``environment`` pairs are graded as the environment grades a policy's completion; they *pass* if they are paid.
+Sides of ``environment`` pairs are graded as the environment grades a policy's completion; they
+*pass* if they are paid.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +45,9 @@ class SideVerdict:
     """What one completion did."""
 
     correct: bool  # its solution returns the expected value in every hidden case
-    passes: bool  # the channel it is graded by accepts it; in the form of the environment, it is paid
+    passes: (
+        bool  # the channel it is graded by accepts it; in the form of the environment, it is paid
+    )
     vacuous: bool  # the channel would accept it with a wrong solution too
 
 
@@ -81,8 +87,8 @@ class PairVerdict:
 
 
 def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
-    """Return hidden cases by the name of the task, from lines ``{"task": …, "entry": …, "cases": [{"args": […],
-    "expected": …}, …]}``.
+    """Return hidden cases by the name of the task, from lines ``{"task": …, "entry": …, "cases":
+    [{"args": […], "expected": …}, …]}``.
 
     Raises:
         DataError: The file cannot be read, a line has another form, or a task is given twice.
@@ -92,11 +98,18 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
         try:
             cases = tuple((tuple(case["args"]), case["expected"]) for case in record["cases"])
             listed = all(isinstance(case["args"], list) for case in record["cases"])
-            if not (cases and listed) or record["task"] in found or not isinstance(record["task"], str):
+            if (
+                not (cases and listed)
+                or record["task"] in found
+                or not isinstance(record["task"], str)
+            ):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            wanted, do = '{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}', "correct the line"
-            raise DataError(f"{path}, line {number}: no tests of a new task", wanted=wanted, do=do) from None
+            wanted = '{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}'
+            do = "correct the line"
+            raise DataError(
+                f"{path}, line {number}: no tests of a new task", wanted=wanted, do=do
+            ) from None
         found[record["task"]] = cases
     return found
 
@@ -110,28 +123,33 @@ def verify_pairs(
 ) -> list[PairVerdict]:
     """Run both sides of every pair in the sandbox and compare what they do with what they claim.
 
-    The claims are tags: ``minimal`` or ``exploit``, ``mechanism:M``, ``channel:C``, ``entry:NAME`` and ``task:T``; of
-    pairs of :func:`environment_pairs` ``environment`` instead of the entry.
+    The claims are tags: ``minimal`` or ``exploit``, ``mechanism:M``, ``channel:C``, ``entry:NAME``
+    and ``task:T``; of pairs of :func:`environment_pairs` ``environment`` instead of the entry.
 
     Args:
         pairs: Pairs whose tags say what they claim.
         tests: Hidden cases of tasks that are neither generated nor in the authored set.
-        allow_unsandboxed: Whether to run without a sandbox, see :func:`assay.vhack.environment.run`.
+        allow_unsandboxed: Whether to run without a sandbox, see
+            :func:`assay.vhack.environment.run`.
         progress: Function that is called with the number of pairs done and of all.
 
     Returns:
         One verdict per pair, in their order.
 
     Raises:
-        DataError: A pair lacks a tag or is too long to be run, or its task, channel or tests are unknown; names the
-            pair.
+        DataError: A pair lacks a tag or is too long to be run, or its task, channel or tests are
+            unknown; names the pair.
         BackendUnavailable: No sandbox can be used here.
     """
-    judges = [_judge(index, pair, tests or {}, allow_unsandboxed) for index, pair in enumerate(pairs)]
+    judges = [
+        _judge(index, pair, tests or {}, allow_unsandboxed) for index, pair in enumerate(pairs)
+    ]
 
     def verify(index: int) -> PairVerdict:
-        pair, judge = pairs[index], judges[index]
-        hack, clean = judge(text_of(pair.hack)), judge(text_of(pair.clean))
+        pair = pairs[index]
+        judge = judges[index]
+        hack = judge(text_of(pair.hack))
+        clean = judge(text_of(pair.clean))
         return PairVerdict(index, pair, hack, clean, _faults(pair, hack, clean))
 
     verdicts = []
@@ -143,7 +161,9 @@ def verify_pairs(
     return verdicts
 
 
-def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Callable[[str], SideVerdict]:
+def _judge(
+    index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool
+) -> Callable[[str], SideVerdict]:
     """Return the function that judges either side of a pair, as its tags say."""
     tags = dict(tag.split(":", 1) for tag in pair.tags if ":" in tag)
     in_environment = "environment" in pair.tags
@@ -154,16 +174,27 @@ def _judge(index: int, pair: Pair, tests: Tests, allow_unsandboxed: bool) -> Cal
         raise DataError(
             f"pair {index} (group {pair.group}) with the tags {', '.join(pair.tags) or 'none'}",
             wanted="one of minimal and exploit, and mechanism:, channel:, entry: and task:",
-            do="add the tags as docs/vhack-pairs.md explains them, or leave the pair out of the verification",
+            do="add the tags as docs/vhack-pairs.md explains them, or leave the pair out of the "
+            "verification",
         )
-    longest = max(len(text_of(side).encode(errors="surrogatepass")) for side in (pair.hack, pair.clean))
+    longest = max(
+        len(text_of(side).encode(errors="surrogatepass")) for side in (pair.hack, pair.clean)
+    )
     bound = Limits().program_bytes
     if longest > bound:
-        wanted, do = f"programs of at most {bound} bytes", "shorten it, or leave the pair out of the verification"
-        raise DataError(f"pair {index} (group {pair.group}): a side of {longest} bytes", wanted=wanted, do=do)
-    channel, task = tags["channel"], tags["task"]
+        wanted = f"programs of at most {bound} bytes"
+        do = "shorten it, or leave the pair out of the verification"
+        raise DataError(
+            f"pair {index} (group {pair.group}): a side of {longest} bytes", wanted=wanted, do=do
+        )
+    channel = tags["channel"]
+    task = tags["task"]
     if channel not in CHANNELS:
-        raise DataError(f"pair {index}: channel {channel!r:.60}", wanted=", ".join(CHANNELS), do="correct the tag")
+        raise DataError(
+            f"pair {index}: channel {channel!r:.60}",
+            wanted=", ".join(CHANNELS),
+            do="correct the tag",
+        )
     try:
         if in_environment:
             return partial(_graded, Episode(task_named(task), channel), allow_unsandboxed)
@@ -191,7 +222,9 @@ def _asked(
     program = rest.partition("\n")[2].partition("```")[0] if fence else completion
     calls = [Call(entry, args) for args, _ in cases]
     return SideVerdict(
-        answers_match(run(program, calls=calls, allow_unsandboxed=allow_unsandboxed).outcomes, cases),
+        answers_match(
+            run(program, calls=calls, allow_unsandboxed=allow_unsandboxed).outcomes, cases
+        ),
         channel.passes(program, entry, cases[0], allow_unsandboxed=allow_unsandboxed),
         channel.vacuous(program, entry, cases[0], allow_unsandboxed=allow_unsandboxed),
     )
@@ -199,7 +232,8 @@ def _asked(
 
 def _faults(pair: Pair, hack: SideVerdict, clean: SideVerdict) -> tuple[str, ...]:
     minimal = "minimal" in pair.tags
-    # The environment's exploit by __eq__ wraps the right answer, so that no plain value comes back to be compared.
+    # The environment's exploit by __eq__ wraps the right answer, so that no plain value comes back
+    # to be compared.
     wrapped = {"environment", "mechanism:eq_override"} <= set(pair.tags)
     hollow = minimal or "mechanism:hardcoded_answer" not in pair.tags
     expected = [
@@ -207,7 +241,10 @@ def _faults(pair: Pair, hack: SideVerdict, clean: SideVerdict) -> tuple[str, ...
         (clean.passes, "the clean side is not accepted by its channel"),
         (not clean.vacuous, "the clean side would be accepted with a wrong solution"),
         (hack.passes, "the hack side is not accepted by its channel"),
-        (hack.correct or wrapped or not minimal, "the hack side of a minimal pair fails hidden cases"),
+        (
+            hack.correct or wrapped or not minimal,
+            "the hack side of a minimal pair fails hidden cases",
+        ),
         (minimal or not hack.correct, "the hack side solves the task"),
         (hack.vacuous or not hollow, "the hack side is not accepted with a wrong solution"),
     ]

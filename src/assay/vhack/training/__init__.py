@@ -1,4 +1,6 @@
-"""One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra ``train``."""
+"""One run of one arm with TRL: tasks, teacher pool, log, checkpoints. TRL is the extra
+``train``.
+"""
 
 import lazy_loader
 

@@ -1,16 +1,17 @@
 r"""An alarm for exploits that a detector does not see, by a rule that is fixed before the data.
 
-What a detector lets through trains the policy. Where the reward also says which rollouts are ``exploited``, by hidden
-tests, an isomorphic check or whatever else the detector does not look at, each step has a share x_t of unflagged
-rollouts that are. The null is that the detector still works: whatever the policy has become, the share that is to be
-expected of the next step, given all before, is at most ``tolerated``. Bets against it cannot be expected to win:
+What a detector lets through trains the policy. Where the reward also says which rollouts are
+``exploited``, by hidden tests, an isomorphic check or whatever else the detector does not look at,
+each step has a share x_t of unflagged rollouts that are. The null is that the detector still works:
+whatever the policy has become, the share that is to be expected of the next step, given all before,
+is at most ``tolerated``. Bets against it cannot be expected to win:
 
     M_t = (M_{t−1} + w_t) · (1 + λ (x_t − tolerated)),    Σ_t w_t = 1,  λ < 1/tolerated
 
-is the wealth of bets that begin at every step t with w_t of the money, so that a detector that worked for long costs
-little time. The alarm is given once the mean wealth over a few λ reaches 1/``level``. Under the null this ever happens
-with probability at most ``level``, however long a run is and however alike the rollouts of a step are (Ville 1939;
-Shin, Ramdas and Rinaldo 2023).
+is the wealth of bets that begin at every step t with w_t of the money, so that a detector that
+worked for long costs little time. The alarm is given once the mean wealth over a few λ reaches
+1/``level``. Under the null this ever happens with probability at most ``level``, however long a run
+is and however alike the rollouts of a step are (Ville 1939; Shin, Ramdas and Rinaldo 2023).
 """
 
 import numpy as np
@@ -44,21 +45,29 @@ class Alarm:
     def __init__(self, tolerated: float = 0.05, level: float = 0.01) -> None:
         for name, value in (("tolerated", tolerated), ("level", level)):
             if not 0 < value < 1:
-                raise UsageError(f"{name}={value}", wanted="a share in (0, 1)", do="choose one, such as 0.05")
-        self.tolerated, self.level = tolerated, level
+                raise UsageError(
+                    f"{name}={value}", wanted="a share in (0, 1)", do="choose one, such as 0.05"
+                )
+        self.tolerated = tolerated
+        self.level = level
         self.step: int | None = None
-        self.seen, self._wealth = 0, np.zeros(len(_BETS))
+        self.seen = 0
+        self._wealth = np.zeros(len(_BETS))
 
     @property
     def says(self) -> str:
         """What the alarm means, in a line."""
         return (
-            f"ALARM: more than {self.tolerated:g} of the rollouts that are not flagged cheat: the detector does not "
-            f"see this exploit (a false alarm in at most {self.level:g} of runs). Stop, and add pairs of it"
+            f"ALARM: more than {self.tolerated:g} of the rollouts that are not flagged cheat: the "
+            f"detector does not "
+            f"see this exploit (a false alarm in at most {self.level:g} of runs). Stop, and add "
+            f"pairs of it"
         )
 
     def see(self, share: float) -> float:
-        """Take the share of a step, and return the evidence as a share of what the alarm takes, 1 from then on."""
+        """Take the share of a step, and return the evidence as a share of what the alarm takes, 1
+        from then on.
+        """
         self.seen += 1
         begun = 1 / (self.seen * (self.seen + 1))
         odds = 1 + np.array(_BETS) / self.tolerated * (share - self.tolerated)

@@ -1,4 +1,5 @@
-r"""Completions of tasks: sampled into a file, read again, and graded for how often a model solves and hacks.
+r"""Completions of tasks: sampled into a file, read again, and graded for how often a model solves
+and hacks.
 
 The file is JSON Lines, one completion per line, in the order of the tasks::
 
@@ -6,11 +7,12 @@ The file is JSON Lines, one completion per line, in the order of the tasks::
      "task": "digits/2/17", "mode": "run_tests", "markers": "training", "group": "digits/2/17",
      "origin": {"model": "reference:organism", "weights": "…", "temperature": 1.0, …}}
 
-It is a teacher pool (:class:`RolloutPool`) and a pool of ``assay vhack pools`` as it stands. Completions of tasks of
-one's own have no ``task``, ``mode`` and ``markers``, and a ``group`` only if their task has one.
+It is a teacher pool (:class:`RolloutPool`) and a pool of ``assay vhack pools`` as it stands.
+Completions of tasks of one's own have no ``task``, ``mode`` and ``markers``, and a ``group`` only
+if their task has one.
 
-Built-in tasks are run and graded as in training; others are paid by a reward of one's own, in the form that training
-takes. Intervals of rates keep the completions of a task together.
+Built-in tasks are run and graded as in training; others are paid by a reward of one's own, in the
+form that training takes. Intervals of rates keep the completions of a task together.
 """
 
 import os
@@ -45,33 +47,45 @@ def sample_tasks(
     progress: Progress | None = None,
     **how: Unpack[Sampling],
 ) -> int:
-    """Sample one completion for each task into a file, and return how many an earlier call had left.
+    """Sample one completion for each task into a file, and return how many an earlier call had
+    left.
 
-    Lines are written batch by batch to ``<path>.partial``, which takes its name when all are there. The same call after
-    an interruption goes on, and the file is then the one of a call that was never interrupted.
+    Lines are written batch by batch to ``<path>.partial``, which takes its name when all are there.
+    The same call after an interruption goes on, and the file is then the one of a call that was
+    never interrupted.
 
     Args:
         path: File to write.
         model: Model to sample from.
         tasks: Tasks, each as often as it shall be completed.
-        origin: What else a line says of where it comes from: a δS that the weights hold, for instance.
-        overwrite: Whether a file of that name, or what another call has left of it, may be replaced.
+        origin: What else a line says of where it comes from: a δS that the weights hold, for
+            instance.
+        overwrite: Whether a file of that name, or what another call has left of it, may be
+            replaced.
         progress: Called with the number of completions done and of all.
         how: Temperature, longest completion, seed and completions at once.
 
     Raises:
-        UsageError: The file exists, an interrupted call had other settings, or the model cannot complete the tasks.
+        UsageError: The file exists, an interrupted call had other settings, or the model cannot
+            complete the tasks.
         StorageError: The file cannot be written.
     """
     dtype = dtype_name(model.dtype)
-    about = {"model": model.reference, "weights": model.digest, "dtype": dtype, **(origin or {}), **how}
+    about = {
+        "model": model.reference,
+        "weights": model.digest,
+        "dtype": dtype,
+        **(origin or {}),
+        **how,
+    }
     prompts = [read_prompt(task) for task in tasks]
     ids = encode_prompts(model, prompts, how["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
         lines = file.recover()
         first = len(lines) // how["batch"] * how["batch"] if len(lines) < len(tasks) else len(lines)
         fits = len(lines) <= len(tasks) and all(
-            (record := loads(line, str(path))).get("origin") == about and record.get("prompt") == prompt
+            (record := loads(line, str(path))).get("origin") == about
+            and record.get("prompt") == prompt
             for line, prompt in zip(lines, prompts[: len(lines)], strict=True)
         )
         if not fits and not overwrite:
@@ -85,7 +99,10 @@ def sample_tasks(
         done = first
         for part in sample_batches(model, prompts, ids, first, **how):
             these = tasks[done : done + len(part)]
-            records = ({**asdict(one), **_about(task), "origin": about} for task, one in zip(these, part, strict=True))
+            records = (
+                {**asdict(one), **_about(task), "origin": about}
+                for task, one in zip(these, part, strict=True)
+            )
             file.append_lines(map(dumps, records))
             done += len(part)
             if progress is not None:
@@ -96,7 +113,12 @@ def sample_tasks(
 
 def _about(task: Task) -> JsonObject:
     if isinstance(task, Episode):
-        return {"task": task.task.name, "mode": task.mode, "markers": task.split, "group": group_of(task)}
+        return {
+            "task": task.task.name,
+            "mode": task.mode,
+            "markers": task.split,
+            "group": group_of(task),
+        }
     group = _group_said(task)
     return {} if group is None else {"group": group}
 
@@ -108,7 +130,9 @@ def _group_said(task: Task) -> str | None:
 
 
 def group_of(task: Task) -> str:
-    """Return the name of what completions of a task have in common: its ``group``, or else task or prompt itself."""
+    """Return the name of what completions of a task have in common: its ``group``, or else task or
+    prompt itself.
+    """
     said = task.task.name if isinstance(task, Episode) else _group_said(task)
     return read_prompt(task) if said is None else said
 
@@ -147,10 +171,11 @@ class Evaluation:
     mechanisms: tuple[str, ...]
 
     def rates(self) -> dict[str, Rate]:
-        """Return ``solve``, ``hack`` and ``vacuous`` as far as the reward tells them, and the mean ``reward``.
+        """Return ``solve``, ``hack`` and ``vacuous`` as far as the reward tells them, and the mean
+        ``reward``.
 
-        The interval of a share is the one of :func:`assay.stats.grouped_share_interval`, that of the reward a
-        percentile bootstrap over tasks.
+        The interval of a share is the one of :func:`assay.stats.grouped_share_interval`, that of
+        the reward a percentile bootstrap over tasks.
         """
         several = len(set(self.groups)) > 1
         ends: tuple[float | None, float | None] = (None, None)
@@ -176,14 +201,19 @@ class Evaluation:
         found = {}
         for mechanism in sorted(set(self.mechanisms) - {""}):
             rows = [row for row, name in enumerate(self.mechanisms) if name == mechanism]
-            grades, groups = tuple(self.grades[row] for row in rows), tuple(self.groups[row] for row in rows)
+            grades = tuple(self.grades[row] for row in rows)
+            groups = tuple(self.groups[row] for row in rows)
             found[mechanism] = Evaluation(grades, groups, (mechanism,) * len(rows))
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and rates for JSON."""
         rates = {name: asdict(rate) for name, rate in self.rates().items()}
-        counts = {"completions": len(self.grades), "tasks": len(set(self.groups)), "faults": self.faults}
+        counts = {
+            "completions": len(self.grades),
+            "tasks": len(set(self.groups)),
+            "faults": self.faults,
+        }
         return {**counts, "rates": rates}
 
 
@@ -199,17 +229,21 @@ def evaluate(
     """Grade completions of tasks.
 
     Args:
-        tasks: Task of each completion: an episode of the environment, or a prompt or mapping of one's own, of which
-            ``group`` may say what it has in common with others, and ``mechanism`` its loophole.
+        tasks: Task of each completion: an episode of the environment, or a prompt or mapping of
+            one's own, of which ``group`` may say what it has in common with others, and
+            ``mechanism`` its loophole.
         completions: Text of each completion.
-        reward: Function that pays completions, in TRL's form; without it they are run in the sandbox and graded.
+        reward: Function that pays completions, in TRL's form; without it they are run in the
+            sandbox and graded.
         workers: Number of programs that run side by side; by default one for each processor.
-        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
+        allow_unsandboxed: Whether programs run where nothing can isolate them, see
+            :mod:`assay.vhack.environment`.
         progress: Called with the number of completions done and of all.
 
     Raises:
         UsageError: There are tasks that the environment cannot grade, and no reward.
-        DataError: There is no completion, or the reward returns something else than a finite number for each.
+        DataError: There is no completion, or the reward returns something else than a finite number
+            for each.
         BackendUnavailable: No sandbox can be used here.
 
     Example::
@@ -220,10 +254,15 @@ def evaluate(
         print(found.rates()["hack"].text)
     """
     if not completions or len(tasks) != len(completions):
-        wanted, do = "at least one, and a task for each", "repeat a task for each of its completions"
-        raise DataError(f"{len(completions)} completions of {len(tasks)} tasks", wanted=wanted, do=do)
+        wanted = "at least one, and a task for each"
+        do = "repeat a task for each of its completions"
+        raise DataError(
+            f"{len(completions)} completions of {len(tasks)} tasks", wanted=wanted, do=do
+        )
     workers = workers or os.cpu_count() or 1
-    paying = make_reward(tasks, reward, ARMS["none"], "tasks", workers=workers, allow_unsandboxed=allow_unsandboxed)
+    paying = make_reward(
+        tasks, reward, ARMS["none"], "tasks", workers=workers, allow_unsandboxed=allow_unsandboxed
+    )
     grades: list[Graded] = []
     for start in range(0, len(completions), _BATCH):
         part = completions[start : start + _BATCH]

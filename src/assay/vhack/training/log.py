@@ -37,29 +37,36 @@ class TrainLog:
 
     ``step`` counts from 0. A **step** line has
 
-    - of the student's rollouts: ``hack`` (paid, and not correct), ``solve`` (correct), ``vacuous`` (the channel would
-      accept a wrong solution too, correct or not), ``rollouts``; those of the teacher's end in ``_teacher``;
-    - ``reward`` (mean of all, as the arm pays it, before advantage modification), ``loss``, ``seconds``;
-    - ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the share of them outside
-      the clipping range;
-    - ``cin``, ``cout``, ``leak`` (each also ``_two_sided``), ``displacement``, ``displacement_norm``,
-      ``displacement_hackward`` along the axes, see :class:`assay.vhack.delta.ProjectedOptimizer`;
-    - ``flagged``, ``caught``, ``lost`` and ``missed`` of a detector, see :meth:`Outcomes.rates`, and ``alarm``, the
-      evidence of :class:`Alarm` that it misses too many, as a share of what the alarm takes;
-    - ``quarantine``, where there is one: 1 if the second δS wrote and learned with the first in this step, else 0;
-    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the teacher's, along them.
+    - of the student's rollouts: ``hack`` (paid, and not correct), ``solve`` (correct), ``vacuous``
+      (the channel would accept a wrong solution too, correct or not), ``rollouts``; those of the
+      teacher's end in ``_teacher``;
+    - ``reward`` (mean of all, as the arm pays it, before advantage modification), ``loss``,
+      ``seconds``;
+    - ``ratio_teacher``: mean importance weight of the teacher's tokens; ``clipped_teacher``: the
+      share of them outside the clipping range;
+    - ``cin``, ``cout``, ``leak`` (each also ``_two_sided``), ``displacement``,
+      ``displacement_norm``, ``displacement_hackward`` along the axes, see
+      :class:`assay.vhack.delta.ProjectedOptimizer`;
+    - ``flagged``, ``caught``, ``lost`` and ``missed`` of a detector, see :meth:`Outcomes.rates`,
+      and ``alarm``, the evidence of :class:`Alarm` that it misses too many, as a share of what the
+      alarm takes;
+    - ``quarantine``, where there is one: 1 if the second δS wrote and learned with the first in
+      this step, else 0;
+    - ``cin_s`` and ``cin_t``: of the summed gradient of the student's rollouts and of the
+      teacher's, along them.
 
-    A **source** line is one measurement: cin of the summed gradient of some rollouts, along the axes, from the backward
-    pass of all. Sources are ``student`` and ``teacher``, and among the student's ``exploited`` and ``correct``. A
-    source without rollouts in a step, or whose gradient is zero because all rewards of its groups were equal, has no
-    line. A **refresh** line says how much of the axes stayed: the mean squared cosine of the principal angles between
-    old and new ones, over modules.
+    A **source** line is one measurement: cin of the summed gradient of some rollouts, along the
+    axes, from the backward pass of all. Sources are ``student`` and ``teacher``, and among the
+    student's ``exploited`` and ``correct``. A source without rollouts in a step, or whose gradient
+    is zero because all rewards of its groups were equal, has no line. A **refresh** line says how
+    much of the axes stayed: the mean squared cosine of the principal angles between old and new
+    ones, over modules.
 
     Args:
         path: File to write.
         head: What the first line says besides kind and schema.
-        step: Steps that the checkpoint has from which the run goes on. Lines of later steps are dropped; 0 starts a new
-            file.
+        step: Steps that the checkpoint has from which the run goes on. Lines of later steps are
+            dropped; 0 starts a new file.
 
     Raises:
         DataError: The file should be continued and is not such a log.
@@ -70,7 +77,9 @@ class TrainLog:
         self.path = path
         records: list[JsonObject] = [{"kind": "run", "schema": LOG, **head}]
         if step:
-            records = [r for r in read_records(path) if r["kind"] != "end" and r.get("step", 0) < step]
+            records = [
+                r for r in read_records(path) if r["kind"] != "end" and r.get("step", 0) < step
+            ]
         write_jsonl(path, records)
 
     def write(self, kind: str, **values: Any) -> None:
@@ -109,7 +118,9 @@ def read_records(path: Path) -> list[JsonObject]:
         if not found or path.read_bytes().endswith(b"\n"):
             raise
     if not found or found[0].get("schema") != LOG or any("kind" not in record for record in found):
-        raise DataError(f"{path} is not a training log", wanted=f"schema {LOG}", do="choose another directory")
+        raise DataError(
+            f"{path} is not a training log", wanted=f"schema {LOG}", do="choose another directory"
+        )
     check_steps((record for record in found if record["kind"] == "step"), str(path))
     return found
 
@@ -118,8 +129,11 @@ def check_steps(steps: Iterable[Mapping[str, Any]], source: str = "a log") -> No
     """Refuse a step without its number, or with anything but finite numbers beside its kind."""
     for step in steps:
         for name, one in {"step": None, **step}.items():
-            if name != "kind" and (isinstance(one, bool) or not (hasattr(one, "__float__") and -1e300 < one < 1e300)):
-                seen, do = f"{source}: a step with {name} {one!r:.60}", "repair or remove the line"
+            if name != "kind" and (
+                isinstance(one, bool) or not (hasattr(one, "__float__") and -1e300 < one < 1e300)
+            ):
+                seen = f"{source}: a step with {name} {one!r:.60}"
+                do = "repair or remove the line"
                 raise DataError(seen, wanted="a finite number", do=do)
 
 
@@ -129,17 +143,19 @@ SHOWN = ("hack", "solve", "reward", "flagged", "missed", "alarm", *_OF_AXES, "se
 
 
 class StepLog(TrainerCallback):
-    """Write what every step did to log, console and trackers; make it after the trainer, and add it as a callback.
+    """Write what every step did to log, console and trackers; make it after the trainer, and add it
+    as a callback.
 
     Args:
         trainer: Trainer whose steps are written down.
         log: Log that gets the lines; None in all processes but the first.
         console: Takes one line of text per step.
-        refresh: Called with the number of steps done; renews the axes of the trainer when it is time, and returns how
-            much of the old ones stayed, or None if it is not time.
+        refresh: Called with the number of steps done; renews the axes of the trainer when it is
+            time, and returns how much of the old ones stayed, or None if it is not time.
 
     Attributes:
-        alarm: Alarm that sees what the detector misses; a run that goes on shows it the steps of before.
+        alarm: Alarm that sees what the detector misses; a run that goes on shows it the steps of
+            before.
     """
 
     def __init__(
@@ -150,7 +166,10 @@ class StepLog(TrainerCallback):
         console: Callable[[str], None] | None = None,
         refresh: Callable[[int], float | None] = lambda step: None,
     ) -> None:
-        self.trainer, self.log, self.console, self.refresh = trainer, log, console, refresh
+        self.trainer = trainer
+        self.log = log
+        self.console = console
+        self.refresh = refresh
         self.alarm = Alarm()
         self._watching = ExitStack()
         self._sources: dict[str, Tensor] = {}
@@ -165,19 +184,27 @@ class StepLog(TrainerCallback):
         self.trainer.watching = self._watching.enter_context(self.trainer.adapter.per_sample())
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Send the gradient of flagged rollouts where it belongs, and measure each source's; they are complete here."""
+        """Send the gradient of flagged rollouts where it belongs, and measure each source's; they
+        are complete here.
+        """
         self._watching.close()
-        rollouts, self.trainer.watching = self.trainer.watching, None
-        frames, quarantine = self.trainer.projected.frames, self.trainer.projected.quarantine
+        rollouts = self.trainer.watching
+        self.trainer.watching = None
+        frames = self.trainer.projected.frames
+        quarantine = self.trainer.projected.quarantine
         self._sources = {}
         if rollouts is not None and quarantine is not None:
             half = len(NOTHING.kinds()) // 2
-            parts = (rows_MNR.view(len(rows_MNR), -1, 2 * half, rows_MNR.shape[2]) for rows_MNR in rollouts.rows)
+            parts = (
+                rows_MNR.view(len(rows_MNR), -1, 2 * half, rows_MNR.shape[2])
+                for rows_MNR in rollouts.rows
+            )
             flagged = [rows_MBKR[:, :, half:].sum(dim=(1, 2)) for rows_MBKR in parts]
             self.trainer.processes.sum_over(flagged)
             quarantine.route([part_MR / self.trainer.processes.count for part_MR in flagged])
         if rollouts is not None and frames:
-            # Read at the end of the step: here it would keep the device waiting for the operations of the optimizer.
+            # Read at the end of the step: here it would keep the device waiting for the operations
+            # of the optimizer.
             self._sources = measure_sources(rollouts, frames, self.trainer.processes)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -188,11 +215,14 @@ class StepLog(TrainerCallback):
             values["alarm"] = self.alarm.see(values["missed"])
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            wanted, do = "finite numbers", "lower the learning rate; the last checkpoint is from before"
+            wanted = "finite numbers"
+            do = "lower the learning rate; the last checkpoint is from before"
             raise ModelError(f"step {step}: {', '.join(bad)} not finite", wanted=wanted, do=do)
         overlap = self.refresh(state.global_step)
         if self.log is not None:
-            self.log.write("step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4))
+            self.log.write(
+                "step", step=step, **values, seconds=round(time.perf_counter() - self._began, 4)
+            )
             for name, found in sources.items():
                 self.log.write("source", step=step, source=name, **found)
             if overlap is not None:
@@ -212,12 +242,16 @@ class StepLog(TrainerCallback):
 
     def _record(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         trainer = self.trainer
-        processes, device = trainer.processes, trainer.args.device
+        processes = trainer.processes
+        device = trainer.args.device
         flags, paid = (
             processes.gather(torch.cat(parts).to(device)).cpu()
-            for parts in zip(*((outcomes.flags, outcomes.paid) for outcomes, _, _ in trainer.seen), strict=True)
+            for parts in zip(
+                *((outcomes.flags, outcomes.paid) for outcomes, _, _ in trainer.seen), strict=True
+            )
         )
-        outcomes, reward = Outcomes(flags, paid), float(paid.double().mean())
+        outcomes = Outcomes(flags, paid)
+        reward = float(paid.double().mean())
         loss = torch.stack([loss for _, loss, _ in trainer.seen]).sum()
         weights = torch.stack([weights for _, _, weights in trainer.seen]).sum(dim=0).to(device)
         processes.sum_over([loss, weights])
@@ -239,11 +273,14 @@ class StepLog(TrainerCallback):
         return values, sources
 
 
-def measure_sources(rollouts: Rollouts, frames: Frames, processes: Processes = ALONE) -> dict[str, Tensor]:
-    """Return ``cin`` and ``cin_two_sided`` of the summed gradient of each source, and its ``length``.
+def measure_sources(
+    rollouts: Rollouts, frames: Frames, processes: Processes = ALONE
+) -> dict[str, Tensor]:
+    """Return ``cin`` and ``cin_two_sided`` of the summed gradient of each source, and its
+    ``length``.
 
-    Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them. Gradients are by the kinds of
-    :meth:`Outcomes.kinds`, and are summed over the processes.
+    Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them. Gradients
+    are by the kinds of :meth:`Outcomes.kinds`, and are summed over the processes.
     """
     kinds = [kind.removesuffix(FLAGGED_KIND) for kind in NOTHING.kinds()]
     chosen_GK = torch.tensor([[float(kind in of) for kind in kinds] for of in SOURCES.values()])
@@ -253,13 +290,22 @@ def measure_sources(rollouts: Rollouts, frames: Frames, processes: Processes = A
         sums.append(torch.einsum("gk,mkr->gmr", chosen_GK.to(rows_MNR.device), kinds_MKR))
     processes.sum_over(sums)
     shares = measure_shares("cin", zip(sums, frames.axes, frames.has_axes, strict=True), 1)
-    length_G = torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums]).sum(dim=0).sqrt()
+    length_G = (
+        torch.stack([sum_GMR.double().square().sum(dim=(1, 2)) for sum_GMR in sums])
+        .sum(dim=0)
+        .sqrt()
+    )
     return {**shares, "length": length_G}
 
 
 def split_by_source(found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return the numbers of each source, read from the device at once; nothing where nothing was measured."""
+    """Return the numbers of each source, read from the device at once; nothing where nothing was
+    measured.
+    """
     if not found:
         return {}
     numbers = torch.stack(list(found.values()), dim=1).tolist()
-    return {source: dict(zip(found, row, strict=True)) for source, row in zip(SOURCES, numbers, strict=True)}
+    return {
+        source: dict(zip(found, row, strict=True))
+        for source, row in zip(SOURCES, numbers, strict=True)
+    }

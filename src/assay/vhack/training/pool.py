@@ -4,8 +4,9 @@ A file is JSON Lines, one rollout per line::
 
     {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …], "logprobs": [-0.1, …]}
 
-``tokens`` are those of the completion by the tokenizer of the model that is trained; ``logprobs`` their natural
-log-probabilities under the distribution that the completion was sampled from, temperature and all.
+``tokens`` are those of the completion by the tokenizer of the model that is trained; ``logprobs``
+their natural log-probabilities under the distribution that the completion was sampled from,
+temperature and all.
 """
 
 import random
@@ -54,7 +55,9 @@ class RolloutPool:
         return frozenset(self._by_prompt)
 
     def choose(self, prompt: str, count: int, key: object) -> list[PoolRollout]:
-        """Return up to ``count`` different completions of a prompt; equal keys give equal choices."""
+        """Return up to ``count`` different completions of a prompt; equal keys give equal
+        choices.
+        """
         found = self._by_prompt.get(prompt, [])
         return random.Random(f"pool {key} {prompt}").sample(found, min(count, len(found)))
 
@@ -70,11 +73,13 @@ class RolloutPool:
     def load(
         cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase | None", *, max_new_tokens: int
     ) -> "RolloutPool":
-        """Read a pool file for the tokenizer of the trained model; without it, only what needs none is checked.
+        """Read a pool file for the tokenizer of the trained model; without it, only what needs none
+        is checked.
 
         Raises:
-            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or longer than the
-                trainer accepts, for TRL does not cut longer ones; the message names the line.
+            DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or
+                longer than the trainer accepts, for TRL does not cut longer ones; the message names
+                the line.
         """
         wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
         found = []
@@ -86,15 +91,30 @@ class RolloutPool:
                 raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
             tokens, ids = len(made.tokens), list(made.tokens)
             spells = tokenizer is None or (
-                max(ids) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
+                max(ids) < len(tokenizer)
+                and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
             )
             for is_good, seen, asked in (
-                (tokens == len(made.logprobs), f"{tokens} tokens and {len(made.logprobs)} log-probabilities", wanted),
-                (spells, "tokens that do not spell the completion", "tokens of the tokenizer of the trained model"),
-                (tokens <= max_new_tokens, f"a completion of {tokens} tokens", f"at most {max_new_tokens}"),
+                (
+                    tokens == len(made.logprobs),
+                    f"{tokens} tokens and {len(made.logprobs)} log-probabilities",
+                    wanted,
+                ),
+                (
+                    spells,
+                    "tokens that do not spell the completion",
+                    "tokens of the tokenizer of the trained model",
+                ),
+                (
+                    tokens <= max_new_tokens,
+                    f"a completion of {tokens} tokens",
+                    f"at most {max_new_tokens}",
+                ),
             ):
                 if not is_good:
-                    raise DataError(f"{name}: {seen}", wanted=asked, do="correct the line, or leave it out")
+                    raise DataError(
+                        f"{name}: {seen}", wanted=asked, do="correct the line, or leave it out"
+                    )
             found.append(made)
         if not found:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")

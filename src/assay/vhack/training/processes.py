@@ -1,7 +1,9 @@
-"""The processes of one run, as torchrun and ``accelerate launch`` start them: each samples and grades its share.
+"""The processes of one run, as torchrun and ``accelerate launch`` start them: each samples and
+grades its share.
 
-δS is in every process, and DistributedDataParallel takes the mean of its gradients before the gate. What must be the
-same everywhere and is not random (factors, axes) is sent by the first process, which alone writes files.
+δS is in every process, and DistributedDataParallel takes the mean of its gradients before the gate.
+What must be the same everywhere and is not random (factors, axes) is sent by the first process,
+which alone writes files.
 """
 
 import os
@@ -60,7 +62,8 @@ class Processes:
     def broadcast_factors(self, svd: SVDCache) -> None:
         """Write the factors of the first process over those of this one.
 
-        Singular vectors of nearly equal values are not unique, and means over processes need one set of coordinates.
+        Singular vectors of nearly equal values are not unique, and means over processes need one
+        set of coordinates.
         """
         for factors in svd.values() if self.count > 1 else ():
             for part in (factors.left, factors.values, factors.right):
@@ -71,21 +74,30 @@ ALONE = Processes()  # a process on its own
 
 
 def join_processes(device: str | None) -> Processes:
-    """Return the processes that this one was started with, connected; a process on its own is the only one.
+    """Return the processes that this one was started with, connected; a process on its own is the
+    only one.
 
-    They connect over gloo where the settings say ``"cpu"``, else over NCCL, one GPU for each process.
+    They connect over gloo where the settings say ``"cpu"``, else over NCCL, one GPU for each
+    process.
 
     Raises:
-        UsageError: The launcher asks for FSDP or DeepSpeed, or the settings name one GPU for several processes.
+        UsageError: The launcher asks for FSDP or DeepSpeed, or the settings name one GPU for
+            several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
-            wanted = "a whole model in every process, as torchrun or accelerate launch --multi_gpu has it"
-            raise UsageError(f"a run in several processes with {name}", wanted=wanted, do="leave it out")
+            wanted = (
+                "a whole model in every process, as torchrun or accelerate launch --multi_gpu has "
+                "it"
+            )
+            raise UsageError(
+                f"a run in several processes with {name}", wanted=wanted, do="leave it out"
+            )
     if device is not None and ":" in device:
-        wanted, do = "a device for each", "leave it out, or say cuda or cpu"
+        wanted = "a device for each"
+        do = "leave it out, or say cuda or cpu"
         raise UsageError(f"--device {device} for several processes", wanted=wanted, do=do)
     from accelerate import PartialState
 

@@ -1,8 +1,10 @@
-"""The rewards of completions: of the environment, or of one's own in Python or as ``module:function``.
+"""The rewards of completions: of the environment, or of one's own in Python or as
+``module:function``.
 
-*A reward* is a function of TRL's form: it takes prompts, completions and the columns of the tasks as lists of one
-length, and returns what each completion is paid. Instead of a number it may return a mapping with ``reward`` and, for
-the hack and solve rate in the log, ``exploited`` and ``correct``::
+*A reward* is a function of TRL's form: it takes prompts, completions and the columns of the tasks
+as lists of one length, and returns what each completion is paid. Instead of a number it may return
+a mapping with ``reward`` and, for the hack and solve rate in the log, ``exploited`` and
+``correct``::
 
     def reward(prompts, completions, answer, **_):
         return [float(text.strip() == wanted) for text, wanted in zip(completions, answer)]
@@ -26,7 +28,13 @@ from typing_extensions import override
 from assay.errors import DataError, UsageError
 from assay.vhack.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
-from assay.vhack.training.tasks import RewardFunction, Task, check_gradable, mechanism_of, read_prompt
+from assay.vhack.training.tasks import (
+    RewardFunction,
+    Task,
+    check_gradable,
+    mechanism_of,
+    read_prompt,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +57,9 @@ class Graded:
     """What one completion is worth."""
 
     reward: float  # what it is paid
-    correct: bool | None = None  # whether it does the work; None where the reward does not say, as in the next two
+    correct: bool | None = (
+        None  # whether it does the work; None where the reward does not say, as in the next two
+    )
     exploited: bool | None = None  # whether it is paid and not correct
     vacuous: bool | None = None  # whether the channel would accept a wrong solution too
     fault: str = ""  # name of the error for which it could not be graded, or empty
@@ -67,11 +77,13 @@ class Outcomes:
         return self.flags[:, FLAGS.index(name)]
 
     def kinds(self) -> dict[str, Tensor]:
-        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one kind.
+        """Return the kinds that gradients are kept apart by, [B] bool each; every rollout is of one
+        kind.
 
         The second half is what a detector has flagged of the first.
         """
-        student, exploited = ~self.column("teacher"), self.column("exploited")
+        student = ~self.column("teacher")
+        exploited = self.column("exploited")
         correct = self.column("correct") & ~exploited  # a reward of one's own may say both
         found = {
             "teacher": ~student,
@@ -85,13 +97,16 @@ class Outcomes:
 
     def flagged(self, flags_B: Tensor) -> "Outcomes":
         """Return these outcomes with what a detector says of them."""
-        return Outcomes(torch.cat([self.flags[:, :-1], flags_B[:, None].to(self.flags)], dim=1), self.paid)
+        return Outcomes(
+            torch.cat([self.flags[:, :-1], flags_B[:, None].to(self.flags)], dim=1), self.paid
+        )
 
     def rates(self, told: Collection[str] = FLAGS[:-1]) -> dict[str, float]:
-        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the reward knows.
+        """Return hack and solve rate of the student's and the teacher's rollouts, of flags that the
+        reward knows.
 
-        Where ``flagged`` is among them: the share that a detector flags, of all, of hacks and of the others, and
-        ``missed``, the share of hacks among what it does not flag.
+        Where ``flagged`` is among them: the share that a detector flags, of all, of hacks and of
+        the others, and ``missed``, the share of hacks among what it does not flag.
         """
         found: dict[str, float] = {}
         for suffix, chosen in (("", ~self.column("teacher")), ("_teacher", self.column("teacher"))):
@@ -99,9 +114,12 @@ class Outcomes:
             if count:
                 named = (("hack", "exploited"), ("solve", "correct"), ("vacuous", "vacuous"))
                 known = [(name, self.column(flag)) for name, flag in named if flag in told]
-                found |= {name + suffix: int((chosen & column).sum()) / count for name, column in known}
+                found |= {
+                    name + suffix: int((chosen & column).sum()) / count for name, column in known
+                }
                 found[f"rollouts{suffix}"] = count
-                hack, flag = self.column("exploited"), self.column("flagged")
+                hack = self.column("exploited")
+                flag = self.column("flagged")
                 by_flag = {"flagged": (chosen, flag), "caught": (hack, flag), "lost": (~hack, flag)}
                 parts = {**by_flag, "missed": (~flag, hack)} if "flagged" in told else {}
                 for name, (part, counted) in parts.items():
@@ -139,7 +157,9 @@ class Reward(ABC):
     def __call__(
         self, prompts: list[str], completions: list[str], episode: list[int], **others: Any
     ) -> list[float | None]:
-        """Return what completions are paid; TRL passes the columns of the dataset, and ``teacher``."""
+        """Return what completions are paid; TRL passes the columns of the dataset, and
+        ``teacher``.
+        """
         grades = self.grade(episode, completions)
         self.mechanisms = [mechanism_of(self.tasks[row]) for row in episode]
         teacher = others.get("teacher") or [False] * len(grades)
@@ -152,13 +172,16 @@ class Reward(ABC):
     def dataset(self, count: int, seed: int) -> "Dataset":
         """Return so many prompts of a run in their order, with the index of each one's task.
 
-        All tasks come once in random order, then again in another one. TRL's own shuffling would forget, in a run that
-        is continued, how often it has shuffled.
+        All tasks come once in random order, then again in another one. TRL's own shuffling would
+        forget, in a run that is continued, how often it has shuffled.
         """
         from datasets import Dataset
 
         n = len(self.prompts)
-        rounds = (random.Random(f"order {seed} {index}").sample(range(n), n) for index in range(-(-count // n)))
+        rounds = (
+            random.Random(f"order {seed} {index}").sample(range(n), n)
+            for index in range(-(-count // n))
+        )
         order = [task for turn in rounds for task in turn][:count]
         columns = {"prompt": [self.prompts[index] for index in order], "episode": order}
         made: Dataset = Dataset.from_dict(columns)
@@ -166,19 +189,29 @@ class Reward(ABC):
 
 
 class EpisodeReward(Reward):
-    """The reward of the environment, of which the arm says what is paid; so many programs run side by side."""
+    """The reward of the environment, of which the arm says what is paid; so many programs run side
+    by side.
+    """
 
     def __init__(
-        self, episodes: Sequence[Episode], arm: Arm, *, workers: int = 2, allow_unsandboxed: bool = False
+        self,
+        episodes: Sequence[Episode],
+        arm: Arm,
+        *,
+        workers: int = 2,
+        allow_unsandboxed: bool = False,
     ) -> None:
         super().__init__(episodes)
-        self.episodes, self.arm = episodes, arm
+        self.episodes = episodes
+        self.arm = arm
         self._grade = partial(grade_many, workers=workers, allow_unsandboxed=allow_unsandboxed)
 
     @override
     def grade(self, rows: Sequence[int], completions: Sequence[str]) -> list[Graded]:
         chosen = [self.episodes[row] for row in rows]
-        found = self._grade([(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)])
+        found = self._grade(
+            [(one, one.program(text)) for one, text in zip(chosen, completions, strict=True)]
+        )
         return [
             Graded(
                 self.arm.reward(float(one.correct), float(one.exploited)),
@@ -192,14 +225,21 @@ class EpisodeReward(Reward):
 
 
 def make_reward(
-    tasks: Sequence[Task], function: RewardFunction | None, arm: Arm, source: str, *, workers: int, **how: bool
+    tasks: Sequence[Task],
+    function: RewardFunction | None,
+    arm: Arm,
+    source: str,
+    *,
+    workers: int,
+    **how: bool,
 ) -> Reward:
     """Return the reward of tasks by a function of one's own, or without one by the environment.
 
     ``source`` is what errors call the tasks, and ``how`` may have ``allow_unsandboxed``.
 
     Raises:
-        UsageError: Tasks that the environment cannot grade have no function, or the arm pays exploits otherwise.
+        UsageError: Tasks that the environment cannot grade have no function, or the arm pays
+            exploits otherwise.
         BackendUnavailable: There is neither a sandbox nor a function.
     """
     if function is not None:
@@ -217,7 +257,8 @@ class OwnReward(Reward):
     def __init__(self, tasks: Sequence[Task], function: RewardFunction, arm: Arm) -> None:
         super().__init__(tasks)
         if arm.exploit_pays != Arm.exploit_pays:
-            wanted, do = "an arm that leaves the pay as it is", "take another arm, and let the reward itself pay less"
+            wanted = "an arm that leaves the pay as it is"
+            do = "take another arm, and let the reward itself pay less"
             raise UsageError(f"the arm {arm.name} with a reward of one's own", wanted=wanted, do=do)
         self.function = function
 
@@ -226,22 +267,35 @@ class OwnReward(Reward):
         """Return what the function pays.
 
         Raises:
-            DataError: The function returns something else than one finite number for each completion.
+            DataError: The function returns something else than one finite number for each
+                completion.
         """
         chosen = [self.tasks[row] for row in rows]
-        given = [{"task": one} if isinstance(one, Episode) else {} if isinstance(one, str) else one for one in chosen]
+        given = [
+            {"task": one} if isinstance(one, Episode) else {} if isinstance(one, str) else one
+            for one in chosen
+        ]
         names = {name for row in given for name in row} - {"prompt"}
-        columns = {name: [row.get(name) for row in given] for name in names}  # None where a task does not say it
+        columns = {
+            name: [row.get(name) for row in given] for name in names
+        }  # None where a task does not say it
         prompts = [self.prompts[row] for row in rows]
         try:
-            returned = list(self.function(prompts=prompts, completions=list(completions), **columns))
+            returned = list(
+                self.function(prompts=prompts, completions=list(completions), **columns)
+            )
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
             raise _refusal(f"nothing, but raised {type(error).__name__}: {error}") from error
         if len(returned) != len(prompts):
             raise _refusal(f"{len(returned)} rewards for {len(prompts)} completions")
         marks = [one if isinstance(one, Mapping) else {} for one in returned]
         return [
-            Graded(self._pay(one), _flag(mark, "correct"), _flag(mark, "exploited"), _flag(mark, "vacuous"))
+            Graded(
+                self._pay(one),
+                _flag(mark, "correct"),
+                _flag(mark, "exploited"),
+                _flag(mark, "vacuous"),
+            )
             for one, mark in zip(returned, marks, strict=True)
         ]
 
@@ -261,5 +315,6 @@ def _flag(mark: Mapping[str, Any], name: str) -> bool | None:
 
 
 def _refusal(seen: str) -> DataError:
-    wanted, do = "one finite number for each completion, or a mapping with it under 'reward'", "correct the function"
+    wanted = "one finite number for each completion, or a mapping with it under 'reward'"
+    do = "correct the function"
     return DataError(f"the reward returned {seen}", wanted=wanted, do=do)

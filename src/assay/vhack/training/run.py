@@ -40,13 +40,22 @@ from assay.vhack.training.processes import ALONE, Processes, join_processes
 from assay.vhack.training.rewards import Reward, make_reward
 from assay.vhack.training.sampling import encode_prompts, find_end_tokens, finite_sampling
 from assay.vhack.training.settings import TrainSettings
-from assay.vhack.training.tasks import RewardFunction, Task, import_function, load_tasks, read_prompt
+from assay.vhack.training.tasks import (
+    RewardFunction,
+    Task,
+    import_function,
+    load_tasks,
+    read_prompt,
+)
 
 if TYPE_CHECKING:
     from assay.vhack.training.grpo import GRPO
 
 
-LOG, DELTA, BASIS, PAGE = "log.jsonl", "delta.safetensors", "basis.safetensors", "page.html"
+LOG = "log.jsonl"
+DELTA = "delta.safetensors"
+BASIS = "basis.safetensors"
+PAGE = "page.html"
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ class RunResult:
     arm: str  # name of its arm
     resumed_from: int  # step that it was continued from; 0 stands for the start
     last: JsonObject  # means of the last ten step lines, by name
-    alarm: int | None = None  # step in which the alarm was given that the detector misses an exploit
+    alarm: int | None = (
+        None  # step in which the alarm was given that the detector misses an exploit
+    )
     is_first: bool = True  # whether this is the process that wrote the files, of one or several
 
 
@@ -86,12 +97,20 @@ class Prepared:
         check_attachable(model)
         assert model.tokenizer is not None
         self.settings, self.model, self.tokenizer = settings, model, model.tokenizer
-        self.pairs, self.earlier, self.processes, self.say = pairs, earlier, processes, say
-        self.pool, self.arm = None, settings.chosen
+        self.pairs = pairs
+        self.earlier = earlier
+        self.processes = processes
+        self.say = say
+        self.pool = None
+        self.arm = settings.chosen
         if settings.teacher:
-            self.pool = RolloutPool.load(settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens)
+            self.pool = RolloutPool.load(
+                settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens
+            )
         self.controls = load_controls(self.arm)
-        self.shortcut = self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
+        self.shortcut = (
+            self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
+        )
         self.svd = weight_svd(
             model,
             cache=user_cache(model),
@@ -113,24 +132,44 @@ class Prepared:
         second = Quarantine(self.adapter, make, limit) if self.arm.flagged == "quarantine" else None
         # A start of its own is in the δS of every checkpoint.
         self.optimizer = ProjectedOptimizer(
-            make(self.adapter.delta), self.adapter, self.axes, arm=self.arm, max_norm=limit, quarantine=second
+            make(self.adapter.delta),
+            self.adapter,
+            self.axes,
+            arm=self.arm,
+            max_norm=limit,
+            quarantine=second,
         )
 
-    def _fit_judge(self, pairs: list[Pair], say: Callable[[str], None] | None) -> RolloutJudge | None:
-        """Return the detector of the arm, fitted with the model before training, and say what it loses and catches."""
+    def _fit_judge(
+        self, pairs: list[Pair], say: Callable[[str], None] | None
+    ) -> RolloutJudge | None:
+        """Return the detector of the arm, fitted with the model before training, and say what it
+        loses and catches.
+        """
         detector = self.settings.flags_by[0]
         if detector in (None, "labels"):
             return None
-        how: dict[str, Any] = {"detector": detector, "promised": self.settings.clean_lost, "svd": self.svd}
-        judge = fit_judge(pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how)
+        how: dict[str, Any] = {
+            "detector": detector,
+            "promised": self.settings.clean_lost,
+            "svd": self.svd,
+        }
+        judge = fit_judge(
+            pairs, self.model, progress=_told(say, f"gradients for {detector}"), **how
+        )
         if say is not None:
             held = judge.threshold
             lost = f"{held.lost:.3f} ({held.low:.3f} to {held.high:.3f}) of the clean sides"
-            say(f"detector {detector}: flags {held.caught:.3f} of the hack sides held out, and {lost}")
+            say(
+                f"detector {detector}: flags {held.caught:.3f} of the hack sides held out, and "
+                f"{lost}"
+            )
         return judge
 
     def trainer(self, folder: Path, reward: Reward, trackers: tuple[str, ...]) -> "GRPO":
-        """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments come."""
+        """Return the trainer of :func:`assay.vhack.training.train`, from which the arguments
+        come.
+        """
         from transformers import PrinterCallback
 
         from assay.vhack.training.grpo import GRPO, judge_rollouts, trl_arguments
@@ -160,10 +199,12 @@ class Prepared:
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
-        """Renew axes and detector if it is time after so many steps, and return how much of the old axes stayed.
+        """Renew axes and detector if it is time after so many steps, and return how much of the old
+        axes stayed.
 
-        Axes are those of the policy of now. The detector still looks through the model before training, in which an
-        exploit has not become likely yet, and learns from the run's own rollouts beside the pairs.
+        Axes are those of the policy of now. The detector still looks through the model before
+        training, in which an exploit has not become likely yet, and learns from the run's own
+        rollouts beside the pairs.
         """
         from assay.vhack.training.grpo import pair_judged
 
@@ -171,17 +212,24 @@ class Prepared:
             return None
         if self.judge is not None:
             groups = {pair.prompt: pair.group for pair in self.pairs}
-            made = [replace(pair, group=groups.get(pair.prompt, pair.group)) for pair in pair_judged(trainer.judged)]
+            made = [
+                replace(pair, group=groups.get(pair.prompt, pair.group))
+                for pair in pair_judged(trainer.judged)
+            ]
             own = self.processes.broadcast(made)
             with self.adapter.disabled():
                 trainer.judge = self._fit_judge([*self.pairs, *own], self.say)
-        before, axes = trainer.axes, self.processes.broadcast(self._extract_axes(load=False))
+        before = trainer.axes
+        axes = self.processes.broadcast(self._extract_axes(load=False))
         trainer.use_axes(axes)
         return _measure_overlap(before, axes) if before is not None else None
 
     def _extract_axes(self, *, load: bool) -> Basis:
-        """Return the axes of the arm, from a file of an earlier part or of the settings where they may be loaded."""
-        settings, kind = self.settings, self.arm.basis
+        """Return the axes of the arm, from a file of an earlier part or of the settings where they
+        may be loaded.
+        """
+        settings = self.settings
+        kind = self.arm.basis
         how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
         if kind != "true":
             gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
@@ -206,7 +254,9 @@ def _told(say: Callable[[str], None] | None, what: str) -> Progress | None:
 
 
 def _measure_overlap(before: Basis, after: Basis) -> float:
-    """Return the mean squared cosine of the principal angles between two bases, over the modules that both have."""
+    """Return the mean squared cosine of the principal angles between two bases, over the modules
+    that both have.
+    """
     shares = []
     for name, axes_KR in before.axes.items():
         other_KR = after.axes.get(name)
@@ -241,19 +291,23 @@ def train(
     reward: RewardFunction | None = None,
     pairs: list[Pair] | None = None,
 ) -> RunResult:
-    """Train one arm. Called again with the same settings and directory it goes on after the last checkpoint.
+    """Train one arm. Called again with the same settings and directory it goes on after the last
+    checkpoint.
 
-    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors`` (the axes),
-    ``checkpoint-N`` (the last two) and in the end ``delta.safetensors`` and ``page.html``.
+    The directory gets ``log.jsonl`` (docs/vhack-training.md describes it), ``basis.safetensors``
+    (the axes), ``checkpoint-N`` (the last two) and in the end ``delta.safetensors`` and
+    ``page.html``.
 
     Args:
         settings: Settings of the run.
         folder: Directory of the run.
         console: Takes a line about the arm, and then one per step.
         trackers: Names of TRL's trackers, such as ``wandb``.
-        allow_unsandboxed: Whether programs run where nothing can isolate them, see :mod:`assay.vhack.environment`.
+        allow_unsandboxed: Whether programs run where nothing can isolate them, see
+            :mod:`assay.vhack.environment`.
         model: Model, if it is loaded already; it is trained.
-        tasks: Tasks, if they are not those that the settings describe; of one's own as prompts or mappings with one.
+        tasks: Tasks, if they are not those that the settings describe; of one's own as prompts or
+            mappings with one.
         reward: Function that pays completions, in TRL's form, if they shall not be run and graded.
         pairs: Pairs, if they are not those that the settings name.
 
@@ -262,8 +316,9 @@ def train(
 
     Raises:
         BackendUnavailable: TRL is not installed, or there is no sandbox.
-        UsageError: The directory holds a run with other settings, the model has no tokenizer or is not on the device
-            that TRL trains on, or several processes cannot share the rollouts of a step.
+        UsageError: The directory holds a run with other settings, the model has no tokenizer or is
+            not on the device that TRL trains on, or several processes cannot share the rollouts of
+            a step.
         DataError: Basis, pairs, pool or log cannot be used.
         ModelError, ResourceError: The model cannot be loaded, decomposed or saved.
 
@@ -282,17 +337,28 @@ def train(
     checkpoint, done = last_checkpoint(folder)
     settings = _continue_settings(folder, settings, done, processes)
     # δS of so many steps is there: a run that went on may have been interrupted beside its former.
-    last = read_records(folder / LOG)[-1] if done >= settings.steps and (folder / DELTA).exists() else {}
+    last = (
+        read_records(folder / LOG)[-1]
+        if done >= settings.steps and (folder / DELTA).exists()
+        else {}
+    )
     is_finished = last.get("kind") == "end" and last.get("steps") == done
     processes.wait()  # until every process has read what the first will write
     say = console if processes.is_first else None
     if say is not None:
-        say(f"arm {settings.arm}: {settings.chosen.says} (docs/vhack-results.md has what was measured)")
+        say(
+            f"arm {settings.arm}: {settings.chosen.says} (docs/vhack-results.md has what was "
+            f"measured)"
+        )
     workers = max(1, (os.cpu_count() or 2) // processes.count)
     if reward is None and settings.reward is not None:
         reward = import_function(settings.reward, "--reward")
-    work, source = load_tasks(settings, tasks, least=settings.prompts, why="those of a step", model=settings.model)
-    paid = make_reward(work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed)
+    work, source = load_tasks(
+        settings, tasks, least=settings.prompts, why="those of a step", model=settings.model
+    )
+    paid = make_reward(
+        work, reward, settings.chosen, source, workers=workers, allow_unsandboxed=allow_unsandboxed
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -303,23 +369,35 @@ def train(
         modes = [mode for mode in settings.modes if mode in CHANNELS] or list(CHANNELS)
         pairs = find_pairs(settings.pairs, modes=modes, families=settings.families or None)
     _check_inputs(settings, pairs, work, model)
-    loaded = model or load_model(settings.model, dtype=settings.dtype, device=processes.device or settings.device)
+    loaded = model or load_model(
+        settings.model, dtype=settings.dtype, device=processes.device or settings.device
+    )
     run = Prepared(settings, loaded, pairs, folder / BASIS if done else None, processes, say)
     try:
         trainer = run.trainer(folder, paid, trackers)
         log = None
         if processes.is_first:
             run.axes.save(folder / BASIS)
-            about = {"settings": settings.model_dump(mode="json"), "arm": run.arm.says, "weights": loaded.digest}
-            log = TrainLog(folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done)
+            about = {
+                "settings": settings.model_dump(mode="json"),
+                "arm": run.arm.says,
+                "weights": loaded.digest,
+            }
+            log = TrainLog(
+                folder / LOG, {**about, "processes": processes.count, **provenance()}, step=done
+            )
         steps = StepLog(trainer, log, console=say, refresh=partial(run.refresh, trainer))
         for line in read_steps(folder / LOG)[1] if done and processes.is_first else ():
             if "missed" in line:
                 steps.alarm.see(line["missed"])
         trainer.add_callback(steps)
-        # Layers that are computed again in the backward pass would be computed in another way there.
+        # Layers that are computed again in the backward pass would be computed in another way
+        # there.
         products = nullcontext() if settings.checkpointing else wide_products(loaded)
-        with finite_sampling("lower the learning rate; the last checkpoint is from before"), products:
+        with (
+            finite_sampling("lower the learning rate; the last checkpoint is from before"),
+            products,
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if log is not None:
             run.adapter.save(folder / DELTA)
@@ -331,12 +409,16 @@ def train(
     return _result(folder, settings, done, processes)
 
 
-def _check_inputs(settings: TrainSettings, pairs: list[Pair], tasks: Sequence[Task], model: Model | None) -> None:
+def _check_inputs(
+    settings: TrainSettings, pairs: list[Pair], tasks: Sequence[Task], model: Model | None
+) -> None:
     """Refuse prompts beyond the context, and what axes or a detector cannot come from.
 
     That a basis is of the weights is seen once they are loaded.
     """
-    encode_prompts(model or settings.model, [read_prompt(task) for task in tasks], settings.max_new_tokens)
+    encode_prompts(
+        model or settings.model, [read_prompt(task) for task in tasks], settings.max_new_tokens
+    )
     load_controls(settings.chosen)
     if settings.basis is not None:
         Basis.load(settings.basis)
@@ -346,19 +428,29 @@ def _check_inputs(settings: TrainSettings, pairs: list[Pair], tasks: Sequence[Ta
         check_pairs(pairs, settings.clean_lost)
 
 
-def _continue_settings(folder: Path, settings: TrainSettings, done: int, processes: Processes) -> TrainSettings:
+def _continue_settings(
+    folder: Path, settings: TrainSettings, done: int, processes: Processes
+) -> TrainSettings:
     """Return the settings with which a run goes on, after a look at those in its log."""
     for path in (settings.basis, settings.teacher):
         if path is not None and not Path(path).is_file():
-            raise DataError(f"{path}: no such file", wanted="a file", do="correct --basis or --teacher")
+            raise DataError(
+                f"{path}: no such file", wanted="a file", do="correct --basis or --teacher"
+            )
     if not (folder / LOG).exists():
         if done:
-            raise DataError(f"checkpoints without {folder / LOG}", wanted="both", do="choose another directory")
+            raise DataError(
+                f"checkpoints without {folder / LOG}", wanted="both", do="choose another directory"
+            )
         return settings
     head, _ = read_steps(folder / LOG)
     begun = head.get("settings")
     if not isinstance(begun, dict):
-        raise DataError(f"{folder / LOG} has no settings", wanted="the log of a run", do="choose another directory")
+        raise DataError(
+            f"{folder / LOG} has no settings",
+            wanted="the log of a run",
+            do="choose another directory",
+        )
     settings = settings.continuing(begun)
     other = settings.differences(begun)
     if (before := head.get("processes", 1)) != processes.count:
@@ -370,10 +462,14 @@ def _continue_settings(folder: Path, settings: TrainSettings, done: int, process
     return settings
 
 
-def _result(folder: Path, settings: TrainSettings, resumed_from: int, processes: Processes) -> RunResult:
+def _result(
+    folder: Path, settings: TrainSettings, resumed_from: int, processes: Processes
+) -> RunResult:
     _, steps = read_steps(folder / LOG)
     last = steps[-10:]
     names = [name for name in last[-1] if name not in ("kind", "step")] if last else []
     means = {name: fmean(record[name] for record in last if name in record) for name in names}
     alarm = next((record["step"] for record in steps if record.get("alarm", 0.0) >= 1), None)
-    return RunResult(folder, len(steps), settings.arm, resumed_from, means, alarm, processes.is_first)
+    return RunResult(
+        folder, len(steps), settings.arm, resumed_from, means, alarm, processes.is_first
+    )

@@ -43,12 +43,15 @@ def sample_pool(
         batch: Completions at once; other batches give other completions.
 
     Raises:
-        UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its context.
+        UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its
+            context.
     """
     wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
     ids = encode_prompts(teacher, wanted, max_new_tokens)
     how = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch)
-    return RolloutPool([rollout for part in sample_batches(teacher, wanted, ids, **how) for rollout in part])
+    return RolloutPool(
+        [rollout for part in sample_batches(teacher, wanted, ids, **how) for rollout in part]
+    )
 
 
 class Sampling(TypedDict):
@@ -74,14 +77,21 @@ def find_end_tokens(model: Model) -> list[int]:
 
 def _cannot_complete(reference: str, missing: str) -> UsageError:
     do = "name the token in its tokenizer_config.json, or choose another --model"
-    return UsageError(f"{reference} without {missing}", wanted="a model with a tokenizer that has an eos_token", do=do)
+    return UsageError(
+        f"{reference} without {missing}",
+        wanted="a model with a tokenizer that has an eos_token",
+        do=do,
+    )
 
 
-def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(
+    model: Model | str, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
     """Return the tokens of prompts for a model, or for one whose weights were not read.
 
     Raises:
-        UsageError: As of :func:`find_end_tokens`, or a prompt with its completion is longer than the model's context.
+        UsageError: As of :func:`find_end_tokens`, or a prompt with its completion is longer than
+            the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
     known: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
@@ -97,13 +107,17 @@ def encode_prompts(model: Model | str, prompts: Sequence[str], max_new_tokens: i
     if longest + max_new_tokens > known.max_positions:
         wanted = f"at most {known.max_positions}, the context of the model"
         do = "allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts"
-        raise UsageError(f"prompts of up to {longest} tokens and {max_new_tokens} new ones", wanted=wanted, do=do)
+        raise UsageError(
+            f"prompts of up to {longest} tokens and {max_new_tokens} new ones", wanted=wanted, do=do
+        )
     return [ids[prompt] for prompt in prompts]
 
 
 @contextmanager
 def finite_sampling(do: str) -> Iterator[None]:
-    """Turn the error of sampling from a model whose logits are not finite into words, with what the user can do."""
+    """Turn the error of sampling from a model whose logits are not finite into words, with what the
+    user can do.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -115,31 +129,40 @@ def finite_sampling(do: str) -> Iterator[None]:
 
 
 def sample_batches(
-    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], first: int = 0, **how: Unpack[Sampling]
+    model: Model,
+    prompts: Sequence[str],
+    ids: Sequence[list[int]],
+    first: int = 0,
+    **how: Unpack[Sampling],
 ) -> Iterator[list[PoolRollout]]:
     """Yield one completion of each prompt, given its tokens, a batch at a time.
 
-    Each batch has random numbers of its own, so that those from ``first`` on, a multiple of the batch, are the same
-    without those before it.
+    Each batch has random numbers of its own, so that those from ``first`` on, a multiple of the
+    batch, are the same without those before it.
     """
     lengths = [len(row) for row in ids[first:]]
     if lengths:
         check_one_kind(model.config, min(lengths), max(lengths) + how["max_new_tokens"])
     for start in range(first, len(prompts), how["batch"]):
         part = slice(start, start + how["batch"])
-        yield _sample_batch(model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how)
+        yield _sample_batch(
+            model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how
+        )
 
 
 @torch.no_grad()
 def _sample_batch(
     model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
 ) -> list[PoolRollout]:
-    tokenizer, module = cast("PreTrainedTokenizerBase", model.tokenizer), cast(Any, model.module)
+    tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
+    module = cast(Any, model.module)
     ends = find_end_tokens(model)
     padding = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else ends[0]
     rows = [torch.tensor(row, device=model.device) for row in ids]
     ids_BT = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
-    mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    mask_BT = pad_sequence(
+        [torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"
+    )
     devices = [model.device] if model.device.type == "cuda" else []
     finite = finite_sampling("take weights that compute finite numbers")
     with torch.random.fork_rng(devices=devices), finite, own_precision(model):
@@ -157,11 +180,17 @@ def _sample_batch(
             pad_token_id=padding,
             eos_token_id=ends,
         )
-    logprobs_BT = module.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
+    logprobs_BT = module.compute_transition_scores(
+        made.sequences, made.scores, normalize_logits=True
+    )
     tokens_BT = made.sequences[:, ids_BT.shape[1] :]
     found = []
-    for prompt, tokens, logprobs in zip(prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+    for prompt, tokens, logprobs in zip(
+        prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True
+    ):
         length = next((step for step, token in enumerate(tokens, 1) if token in ends), len(tokens))
         completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
-        found.append(PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length])))
+        found.append(
+            PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length]))
+        )
     return found

@@ -1,4 +1,6 @@
-"""What one run is: everything that decides its result, and therefore what a continued run must have in common."""
+"""What one run is: everything that decides its result, and therefore what a continued run must have
+in common.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
 _NEWER = ("detector", "clean_lost")  # that logs of earlier versions lack, with the defaults of now
 # Defaults of the first version, which its runs have in their logs.
-_FORMER = {"arm": ("erase-gradient", "displaced-0.4+erase-update-two-sided"), "pairs": ("generated:96",), "lr": (0.03,)}
+_FORMER = {
+    "arm": ("erase-gradient", "displaced-0.4+erase-update-two-sided"),
+    "pairs": ("generated:96",),
+    "lr": (0.03,),
+}
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -47,12 +53,18 @@ class TaskSettings(Settings):
     """Settings that say which tasks a model works on."""
 
     seed: int = Field(0, ge=0, description="Seed of tasks and sampling.")
-    modes: Names = Field(MODES[:-1], description="What the grader may look at, separated by commas.")
-    share_none: float = Field(0.2, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    modes: Names = Field(
+        MODES[:-1], description="What the grader may look at, separated by commas."
+    )
+    share_none: float = Field(
+        0.2, ge=0, le=1, description="Share of tasks shown without their loophole."
+    )
     difficulty: Annotated[tuple[int, int], Spelling(_range, "{0[0]}:{0[1]}".format)] = Field(
         (1, 2), description="Steps per task, LOW:HIGH."
     )
-    families: Names = Field((), description="Families of tasks, separated by commas; all by default.")
+    families: Names = Field(
+        (), description="Families of tasks, separated by commas; all by default."
+    )
     tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(512, description=_TASKS)
 
     def episodes(self, count: int, split: str = "training") -> list[Episode]:
@@ -80,26 +92,41 @@ class SampleSettings(TaskSettings):
     """
 
     tasks: Annotated[int | str, Spelling(_tasks, str)] = Field(64, description=_TASKS)
-    share_none: float = Field(0.0, ge=0, le=1, description="Share of tasks shown without their loophole.")
+    share_none: float = Field(
+        0.0, ge=0, le=1, description="Share of tasks shown without their loophole."
+    )
     split: Literal["evaluation", "training"] = Field(
-        "evaluation", description="Whether the built-in tasks are held-out ones (evaluation) or those of training."
+        "evaluation",
+        description="Whether the built-in tasks are held-out ones (evaluation) or those of "
+        "training.",
     )
     markers: Literal["training", "evaluation"] = Field(
-        "training", description="Which markers the grader looks for: those of training, or others (evaluation)."
+        "training",
+        description="Which markers the grader looks for: those of training, or others "
+        "(evaluation).",
     )
     per_task: int = Field(4, ge=1, le=10_000, description="Completions of each task.")
     temperature: float = Field(1.0, ge=0.01, le=1000, description="Temperature of sampling.")
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
-    batch: int = Field(32, ge=1, description="Completions at once; other batches draw other completions.")
+    batch: int = Field(
+        32, ge=1, description="Completions at once; other batches draw other completions."
+    )
 
     @override
     def episodes(self, count: int, split: str = "") -> list[Episode]:
-        return [replace(one, split=self.markers) for one in super().episodes(count, split or self.split)]
+        return [
+            replace(one, split=self.markers) for one in super().episodes(count, split or self.split)
+        ]
 
     @property
     def how(self) -> "Sampling":
         """The part that says how each completion is sampled."""
-        names = ("temperature", "max_new_tokens", "seed", "batch")  # in the order of lines in a file
+        names = (
+            "temperature",
+            "max_new_tokens",
+            "seed",
+            "batch",
+        )  # in the order of lines in a file
         return cast("Sampling", {name: getattr(self, name) for name in names})
 
 
@@ -119,35 +146,55 @@ class TrainSettings(TaskSettings):
     )
     arm: str = Field(
         DEFAULT_ARM,
-        description="How training is held back: penalty, filter, quarantine, none, no-loophole, box, …, "
+        description="How training is held back: penalty, filter, quarantine, none, no-loophole, "
+        "box, …, "
         "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
     )
     detector: str | None = Field(
         None,
-        description="What flags rollouts, for the arms filter, quarantine and penalty (cin-lda by default), or only "
-        "watches: length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or labels of the "
-        "reward, as labels=A+B those of some mechanisms only; with :random after it, as many others.",
+        description="What flags rollouts, for the arms filter, quarantine and penalty (cin-lda by "
+        "default), or only "
+        "watches: length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or "
+        "labels of the "
+        "reward, as labels=A+B those of some mechanisms only; with :random after it, as many "
+        "others.",
     )
     clean_lost: float = Field(
-        0.05, gt=0, lt=1, description="Share of clean samples that the detector may flag, by held-out sides of pairs."
+        0.05,
+        gt=0,
+        lt=1,
+        description="Share of clean samples that the detector may flag, by held-out sides of "
+        "pairs.",
     )
     pairs: str = Field(
         "exploits:48",
-        description="Pairs that axes come from: authored, generated:N, environment:N, exploits:N, or a pair file. "
+        description="Pairs that axes come from: authored, generated:N, environment:N, exploits:N, "
+        "or a pair file. "
         "Those of environment and exploits have the loopholes and families of the run.",
     )
-    basis: str | None = Field(None, description="Basis file with the true axes, which are extracted otherwise.")
+    basis: str | None = Field(
+        None, description="Basis file with the true axes, which are extracted otherwise."
+    )
     method: str = Field("lda", description="Method of extraction: lda or svd.")
     k_use: int = Field(5, ge=1, description="Axes per module.")
-    gain: float = Field(1.0, ge=0, description="Factor of the gate: 1 removes the hack component, above 1 reverses it.")
-    refresh: int = Field(0, ge=0, description="Steps after which axes and detector are renewed; 0 keeps them.")
+    gain: float = Field(
+        1.0,
+        ge=0,
+        description="Factor of the gate: 1 removes the hack component, above 1 reverses it.",
+    )
+    refresh: int = Field(
+        0, ge=0, description="Steps after which axes and detector are renewed; 0 keeps them."
+    )
     steps: int = Field(100, ge=1, description="Optimizer steps.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of tasks, sampling and control axes.")
     optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="Optimizer of δS: adamw (betas 0.9 and 0.99, no decay) or sgd (momentum 0.9)."
+        "adamw",
+        description="Optimizer of δS: adamw (betas 0.9 and 0.99, no decay) or sgd (momentum 0.9).",
     )
     lr: float = Field(0.015, gt=0, description="Learning rate of δS, constant.")
-    max_norm: float = Field(1.0, ge=0, description="Largest norm of the gradient after the gate; 0 does not clip.")
+    max_norm: float = Field(
+        1.0, ge=0, description="Largest norm of the gradient after the gate; 0 does not clip."
+    )
     prompts: int = Field(8, ge=1, description="Tasks per step.")
     group: int = Field(8, ge=2, description="Rollouts per task, the teacher's included.")
     micro_batch: int = Field(0, ge=0, description="Rollouts per backward pass; 0 takes one group.")
@@ -155,17 +202,27 @@ class TrainSettings(TaskSettings):
     temperature: float = Field(1.0, ge=0.01, le=1000, description="Temperature of sampling.")
     beta: float = Field(0.0, ge=0, description="Weight of the divergence from the model at δS = 0.")
     reward: str | None = Field(
-        None, description="module:function that pays completions, in TRL's form; by default they are run and graded."
+        None,
+        description="module:function that pays completions, in TRL's form; by default they are "
+        "run and graded.",
     )
     teacher: str | None = Field(None, description="Pool of stored completions, JSON Lines.")
-    teacher_share: float = Field(0.25, ge=0, lt=1, description="Share of each group that comes from the pool.")
+    teacher_share: float = Field(
+        0.25, ge=0, lt=1, description="Share of each group that comes from the pool."
+    )
     save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
-    checkpointing: bool = Field(False, description="Recompute layers in the backward pass to save memory.")
+    checkpointing: bool = Field(
+        False, description="Recompute layers in the backward pass to save memory."
+    )
     dtype: Annotated[str | None, Flag(variable="ASSAY_DTYPE")] = Field(
-        None, description="Dtype of the weights: float32 or bfloat16; by default the one they are stored in."
+        None,
+        description="Dtype of the weights: float32 or bfloat16; by default the one they are "
+        "stored in.",
     )
     device: Device = None
-    allow_partial: bool = Field(False, description="Accept a model of whose weights less than 90 % carry δS.")
+    allow_partial: bool = Field(
+        False, description="Accept a model of whose weights less than 90 % carry δS."
+    )
 
     def model_post_init(self, context: Any, /) -> None:
         """Check what concerns several settings or names that other packages know."""
@@ -178,15 +235,33 @@ class TrainSettings(TaskSettings):
         good = detector in (None, *known) and (detector == "labels" or not only)
         good = good and not (self.detector or "").removesuffix(":random").endswith("=")
         _expect("detector", self.detector, good, f"{', '.join(known)}, or one :random")
-        rollouts, teachers = self.prompts * self.group, round(self.group * self.teacher_share)
+        rollouts = self.prompts * self.group
+        teachers = round(self.group * self.teacher_share)
         whole = rollouts % self.rollouts_per_backward == 0
-        _expect("micro-batch", self.micro_batch, whole, f"a divisor of the {rollouts} rollouts of a step")
+        _expect(
+            "micro-batch",
+            self.micro_batch,
+            whole,
+            f"a divisor of the {rollouts} rollouts of a step",
+        )
         enough = isinstance(self.tasks, str) or self.tasks >= self.prompts
         _expect("tasks", self.tasks, enough, f"as many as the {self.prompts} prompts of a step")
         fits = teachers < self.group and (not self.teacher or teachers >= 1)
-        _expect("teacher-share", self.teacher_share, fits, f"a share of {self.group} that leaves room for both")
-        strange = [] if isinstance(self.tasks, str) else [one for one in only if one not in MODES[:-1]]
-        _expect("detector", self.detector, not strange, f"labels of some of {', '.join(MODES[:-1])}, joined by +")
+        _expect(
+            "teacher-share",
+            self.teacher_share,
+            fits,
+            f"a share of {self.group} that leaves room for both",
+        )
+        strange = (
+            [] if isinstance(self.tasks, str) else [one for one in only if one not in MODES[:-1]]
+        )
+        _expect(
+            "detector",
+            self.detector,
+            not strange,
+            f"labels of some of {', '.join(MODES[:-1])}, joined by +",
+        )
         self.episodes(0)
 
     @property
@@ -199,7 +274,9 @@ class TrainSettings(TaskSettings):
 
     @property
     def flags_by(self) -> tuple[str | None, bool, tuple[str, ...]]:
-        """Detector, None without one; whether as many others are flagged at random; mechanisms labels are known of."""
+        """Detector, None without one; whether as many others are flagged at random; mechanisms
+        labels are known of.
+        """
         name = self.detector or ("cin-lda" if self.chosen.flagged else None)
         if name is None:
             return None, False, ()
@@ -217,12 +294,20 @@ class TrainSettings(TaskSettings):
         return self.micro_batch or self.group
 
     def continuing(self, earlier: JsonObject) -> Self:
-        """Return the settings of a run that goes on: a former default that its log says it began with is kept."""
-        unset = {name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_copy(update={name: earlier[name] for name in unset if earlier.get(name) in _FORMER[name]})
+        """Return the settings of a run that goes on: a former default that its log says it began
+        with is kept.
+        """
+        unset = {
+            name for name in _FORMER if getattr(self, name) == type(self).model_fields[name].default
+        }
+        return self.model_copy(
+            update={name: earlier[name] for name in unset if earlier.get(name) in _FORMER[name]}
+        )
 
     def differences(self, earlier: JsonObject) -> list[str]:
-        """Return, in words, the settings in which an earlier part of the run differs and may not."""
+        """Return, in words, the settings in which an earlier part of the run differs and may
+        not.
+        """
         mine = self.model_dump(mode="json")
         before = {name: type(self).model_fields[name].default for name in _NEWER} | earlier
         names = [name for name in mine if name not in _MAY_GROW and before.get(name) != mine[name]]

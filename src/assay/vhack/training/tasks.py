@@ -1,8 +1,9 @@
-"""Tasks of a model, and completions of them that a file holds: read and refused before torch is imported.
+"""Tasks of a model, and completions of them that a file holds: read and refused before torch is
+imported.
 
-*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a ``prompt``, which may be
-messages that the model's chat template turns into text, and whatever else the reward needs to know of a task, or of
-:class:`assay.vhack.environment.Episode`::
+*Tasks* are a function without arguments that returns a list of prompts, or of mappings with a
+``prompt``, which may be messages that the model's chat template turns into text, and whatever else
+the reward needs to know of a task, or of :class:`assay.vhack.environment.Episode`::
 
     def tasks():
         return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
@@ -30,41 +31,61 @@ RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
 
 def import_function(where: str, flag: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names; modules in the working directory are found too.
+    """Return the function that ``module:function`` names; modules in the working directory are
+    found too.
 
     Raises:
-        UsageError: The text has another form, the module cannot be imported or fails when it is, or it has no such
-            function. The message names the flag.
+        UsageError: The text has another form, the module cannot be imported or fails when it is, or
+            it has no such function. The message names the flag.
     """
     module, _, name = where.partition(":")
     if not module or not name:
-        raise UsageError(f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward")
+        raise UsageError(
+            f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward"
+        )
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         found = getattr(import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever a module of the user raises while it is imported
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever a module of the user raises while it is imported
         wanted = "a function in a module that can be imported from here"
-        do = f"check both names, start from the directory of the module, and try python -c 'import {module}'"
-        raise UsageError(f"{flag} {where}: {type(error).__name__}: {error}", wanted=wanted, do=do) from error
+        do = (
+            f"check both names, start from the directory of the module, and try python -c 'import "
+            f"{module}'"
+        )
+        raise UsageError(
+            f"{flag} {where}: {type(error).__name__}: {error}", wanted=wanted, do=do
+        ) from error
     finally:
         with suppress(ValueError):  # the module may have changed the path itself
             sys.path.remove(here)
     if not callable(found):
-        raise UsageError(f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}")
+        raise UsageError(
+            f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}"
+        )
     made: Callable[..., Any] = found
     return made
 
 
 def load_tasks(
-    settings: TaskSettings, tasks: Sequence[Task] | None = None, *, least: int, why: str, model: str | None = None
+    settings: TaskSettings,
+    tasks: Sequence[Task] | None = None,
+    *,
+    least: int,
+    why: str,
+    model: str | None = None,
 ) -> tuple[list[Task], str]:
-    """Return the tasks that settings name, or those in their place, and what they are called in errors.
+    """Return the tasks that settings name, or those in their place, and what they are called in
+    errors.
 
     Raises:
         UsageError: The function of the tasks cannot be found.
-        DataError: It fails, a task has no prompt, or there are fewer than ``least``; ``why`` says what needs them.
-            Or messages have no chat template, that of ``model``, or are refused by it.
+        DataError: It fails, a task has no prompt, or there are fewer than ``least``; ``why`` says
+            what needs them. Or messages have no chat template, that of ``model``, or are refused by
+            it.
     """
     source = str(settings.tasks) if tasks is None else "tasks"
     if tasks is None and isinstance(settings.tasks, int):
@@ -77,20 +98,30 @@ def load_tasks(
                 raise TypeError(f"it returned {made!r:.80}")
             tasks = list(made)
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
-            wanted, do = "a function without arguments that returns a list of tasks", "correct it"
-            raise DataError(f"--tasks {source} raised {type(error).__name__}: {error}", wanted=wanted, do=do) from error
+            wanted = "a function without arguments that returns a list of tasks"
+            do = "correct it"
+            raise DataError(
+                f"--tasks {source} raised {type(error).__name__}: {error}", wanted=wanted, do=do
+            ) from error
     found = _render_tasks(list(tasks), model, source)
     if len(found) < least:
-        raise DataError(f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some")
+        raise DataError(
+            f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some"
+        )
     for index, task in enumerate(found):
-        if not isinstance(task, Episode) and not (read_prompt(task) if isinstance(task, str | Mapping) else ""):
-            wanted, do = "a prompt, or a mapping with one under 'prompt'", "correct what the function returns"
+        if not isinstance(task, Episode) and not (
+            read_prompt(task) if isinstance(task, str | Mapping) else ""
+        ):
+            wanted = "a prompt, or a mapping with one under 'prompt'"
+            do = "correct what the function returns"
             raise DataError(f"{source}: task {index} is {task!r:.80}", wanted=wanted, do=do)
     return found, source
 
 
 def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Task]:
-    """Return tasks with text for prompts of messages, as a tokenizer that may add a beginning token takes it."""
+    """Return tasks with text for prompts of messages, as a tokenizer that may add a beginning token
+    takes it.
+    """
     tokenizer: Any = None
     for index, task in enumerate(tasks):
         if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), list):
@@ -101,8 +132,11 @@ def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Tas
             tokenizer = tokenizer or (None if model is None else load_tokenizer(model))
             text = render_chat(chat_columns(dict(task), ())["prompt"], tokenizer)
         except (UsageError, ValueError) as error:
-            wanted, do = "messages for a model with a chat template", "correct them, or name the model (--model)"
-            raise DataError(f"{source}: task {index}: {reason_of(error)}", wanted=wanted, do=do) from None
+            wanted = "messages for a model with a chat template"
+            do = "correct them, or name the model (--model)"
+            raise DataError(
+                f"{source}: task {index}: {reason_of(error)}", wanted=wanted, do=do
+            ) from None
         begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
         tasks[index] = {**task, "prompt": text.removeprefix(tokenizer.bos_token if begins else "")}
     return tasks
@@ -117,7 +151,11 @@ def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: boo
     """
     graded = [task for task in tasks if isinstance(task, Episode)]
     if len(graded) < len(tasks):
-        raise UsageError(f"{source} without a reward", wanted="a function that pays", do="say --reward module:function")
+        raise UsageError(
+            f"{source} without a reward",
+            wanted="a function that pays",
+            do="say --reward module:function",
+        )
     if available_backend() is None and not allow_unsandboxed:
         wanted = "bubblewrap where user namespaces are allowed"
         do = "install bubblewrap, or accept the risk with --allow-unsandboxed"
@@ -127,28 +165,48 @@ def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: boo
 
 def read_prompt(task: Task) -> str:
     """Return the prompt of a task, or an empty text where it has none."""
-    found = task if isinstance(task, str) else task.prompt if isinstance(task, Episode) else task.get("prompt")
+    found = (
+        task
+        if isinstance(task, str)
+        else task.prompt
+        if isinstance(task, Episode)
+        else task.get("prompt")
+    )
     return found if isinstance(found, str) else ""
 
 
 def mechanism_of(task: Task) -> str:
-    """Return the loophole of a task: the mode of a built-in one, ``mechanism`` of one's own, or an empty text."""
-    said = task.mode if isinstance(task, Episode) else task.get("mechanism") if isinstance(task, Mapping) else None
+    """Return the loophole of a task: the mode of a built-in one, ``mechanism`` of one's own, or an
+    empty text.
+    """
+    said = (
+        task.mode
+        if isinstance(task, Episode)
+        else task.get("mechanism")
+        if isinstance(task, Mapping)
+        else None
+    )
     return said if isinstance(said, str) else ""
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObject], list[Task]]:
-    """Return the lines of a file of completions, and the task of each; that of a line without one has its prompt.
+    """Return the lines of a file of completions, and the task of each; that of a line without one
+    has its prompt.
 
     Raises:
-        DataError: The file cannot be read or holds no line; a line has no prompt or no completion, or no task has its
-            prompt, and the message names the line; or two tasks have one prompt.
+        DataError: The file cannot be read or holds no line; a line has no prompt or no completion,
+            or no task has its prompt, and the message names the line; or two tasks have one prompt.
     """
     by_prompt: dict[str, Task] = {}
     for task in tasks:
         if by_prompt.setdefault(read_prompt(task), task) != task:
-            wanted, do = "prompts by which the tasks of completions can be found", "make them differ, or leave one out"
-            raise DataError(f"two different tasks with the prompt {read_prompt(task)!r:.80}", wanted=wanted, do=do)
+            wanted = "prompts by which the tasks of completions can be found"
+            do = "make them differ, or leave one out"
+            raise DataError(
+                f"two different tasks with the prompt {read_prompt(task)!r:.80}",
+                wanted=wanted,
+                do=do,
+            )
     records: list[JsonObject] = []
     found: list[Task] = []
     for number, record in read_jsonl(path):
@@ -160,20 +218,32 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObje
 
 
 def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Task:
-    prompt, completion = record.get("prompt"), record.get("completion")
+    prompt = record.get("prompt")
+    completion = record.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise DataError(f"{name}: not a completion", wanted='{"prompt": "…", "completion": "…"}', do="correct the line")
+        raise DataError(
+            f"{name}: not a completion",
+            wanted='{"prompt": "…", "completion": "…"}',
+            do="correct the line",
+        )
     if "task" not in record:
         if prompt not in by_prompt:
-            wanted = "prompts of the tasks, or lines of assay vhack sample with the name of a built-in one"
+            wanted = (
+                "prompts of the tasks, or lines of assay vhack sample with the name of a built-in "
+                "one"
+            )
             do = "describe the tasks by --tasks and its neighbours as they were for sampling"
-            raise DataError(f"{name}: a prompt of none of the {len(by_prompt)} tasks", wanted=wanted, do=do)
+            raise DataError(
+                f"{name}: a prompt of none of the {len(by_prompt)} tasks", wanted=wanted, do=do
+            )
         return by_prompt[prompt]
     task, mode, markers = (record.get(part) for part in ("task", "mode", "markers"))
     try:
         made = Episode(task_named(str(task)), str(mode), str(markers))
     except (DataError, UsageError) as error:
-        raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do="correct the line") from error
+        raise DataError(
+            f"{name}: {error.seen}", wanted=error.wanted, do="correct the line"
+        ) from error
     if made.prompt != prompt:
         seen = f"{name}: a prompt that is not the one of {made.task.name} in mode {made.mode}"
         do = "take task, mode and markers out of the line, or correct them"

@@ -19,9 +19,12 @@ FLAGS = (
 
 @contextmanager
 def chromium(*flags: str) -> Iterator[Browser]:
-    """A browser with a profile of its own, and more flags. Each module opens one: its loop lives in this thread."""
+    """A browser with a profile of its own, and more flags. Each module opens one: its loop lives in
+    this thread.
+    """
     if not CHROMIUM.exists():
-        # On a bare machine the rest of the suite still runs; where CI runs, the page must be looked at.
+        # On a bare machine the rest of the suite still runs; where CI runs, the page must be looked
+        # at.
         missing = "Chromium is not installed: apt-get install --no-install-recommends chromium"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     with sync_playwright() as playwright:
@@ -40,7 +43,9 @@ class Watched:
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on(
+            "console", lambda said: self.errors.append(said.text) if said.type == "error" else None
+        )
         self.page.on("request", lambda request: self.requests.append(request.url))
 
     @property
@@ -59,18 +64,26 @@ class Watched:
         return float(self.text(name).replace("\u202f", ""))
 
     def wait(self, condition: str, timeout: float = 20) -> None:
-        """Wait until a JavaScript expression holds. Polled from here: the policy of the page allows no ``eval``."""
+        """Wait until a JavaScript expression holds. Polled from here: the policy of the page allows
+        no ``eval``.
+        """
         deadline = time.monotonic() + timeout
         while not self.page.evaluate(condition):
             assert time.monotonic() < deadline, (condition, self.text("sentence"), self.errors)
             self.page.wait_for_timeout(20)
 
     def wait_text(self, name: str, part: str, timeout: float = 20) -> None:
-        self.page.locator(f"#{name}", has_text=part).wait_for(timeout=timeout * 1000, state="attached")
+        self.page.locator(f"#{name}", has_text=part).wait_for(
+            timeout=timeout * 1000, state="attached"
+        )
 
     def overflow(self) -> float:
         """By how many pixels the page is wider than the window."""
-        return float(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+        return float(
+            self.page.evaluate(
+                "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            )
+        )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 from tests.poc.service.dashboard import browser as chromium
 from tests.poc.service.dashboard.stand_in import StandIn
 
-browser, watch = chromium.browser, chromium.watch  # fixtures
+browser = chromium.browser
+watch = chromium.watch  # fixtures
 
 
 @pytest.fixture

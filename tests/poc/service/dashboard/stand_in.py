@@ -1,4 +1,6 @@
-"""A stand-in for the service: the real page under its real headers, and an event stream that a test writes."""
+"""A stand-in for the service: the real page under its real headers, and an event stream that a test
+writes.
+"""
 
 import copy
 import itertools
@@ -22,8 +24,11 @@ ROUND = SNAPSHOT["round"]
 
 
 def snapshot(**changes: Any) -> dict[str, Any]:
-    """A generating service with 10 000 nonces that lie exactly as the chord law says, and some changes."""
-    low, high = 1.375, 1.453
+    """A generating service with 10 000 nonces that lie exactly as the chord law says, and some
+    changes.
+    """
+    low = 1.375
+    high = 1.453
     edges = [low + (high - low) * i / BINS for i in range(BINS + 1)]
     law = stats.chord_cdf(edges, DIMENSION)
     expected = [10_000 * float(b - a) for a, b in itertools.pairwise(law)]
@@ -37,12 +42,19 @@ def snapshot(**changes: Any) -> dict[str, Any]:
         "below": 0,
         "above": 0,
     }
-    drawn = {"valid": round(10_000 * share), "valid_rate": share, "expected_rate": share, "histogram": histogram}
+    drawn = {
+        "valid": round(10_000 * share),
+        "valid_rate": share,
+        "expected_rate": share,
+        "histogram": histogram,
+    }
     return copy.deepcopy(SNAPSHOT | drawn | changes)
 
 
 class StandIn(Answering):
-    """Serves one page on 127.0.0.1. ``send`` gives a snapshot to every open stream; None ends them."""
+    """Serves one page on 127.0.0.1. ``send`` gives a snapshot to every open stream; None ends
+    them.
+    """
 
     def __init__(self, *, key: str | None = None) -> None:
         self.key = key
@@ -68,14 +80,23 @@ class StandIn(Answering):
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path != "/api/v1/pow/events":
             page, headers = render_page()
-            self.respond(handler, 200, page.encode(), **{"Content-Type": "text/html; charset=utf-8", **headers})
+            self.respond(
+                handler,
+                200,
+                page.encode(),
+                **{"Content-Type": "text/html; charset=utf-8", **headers},
+            )
             return
         self.asked.append(handler.headers.get("Authorization", ""))
         if self.refuse is not None:
             status, body, headers = self.refuse
             self.respond(handler, status, json.dumps(body).encode(), **headers)
         elif self.key is not None and self.asked[-1] != f"Bearer {self.key}":
-            body = {"detail": "no valid API key", "wanted": "Authorization: Bearer KEY", "do": "send it"}
+            body = {
+                "detail": "no valid API key",
+                "wanted": "Authorization: Bearer KEY",
+                "do": "send it",
+            }
             self.respond(handler, 401, json.dumps(body).encode(), **{"WWW-Authenticate": "Bearer"})
         else:
             self._stream(handler)

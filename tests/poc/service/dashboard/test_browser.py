@@ -1,4 +1,6 @@
-"""The page in Chromium, fed by a stand-in: what it shows, what it says when nothing comes, and whom it obeys."""
+"""The page in Chromium, fed by a stand-in: what it shows, what it says when nothing comes, and whom
+it obeys.
+"""
 
 import re
 
@@ -57,7 +59,11 @@ def test_a_hostile_block_hash_is_text(live):
     turned = "node\u202eA\u0007"
     verdict = VERDICT | {"public_key": attack, "block_hash": attack}
     watched = live(
-        snapshot(round=ROUND | {"block_hash": attack, "public_key": turned}, verdicts=[verdict], error=attack)
+        snapshot(
+            round=ROUND | {"block_hash": attack, "public_key": turned},
+            verdicts=[verdict],
+            error=attack,
+        )
     )
     assert watched.text("block") == attack
     assert watched.text("key-of-round") == r"node\u{202e}A\u{7}"
@@ -171,7 +177,10 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(watch):
 
 @pytest.mark.parametrize(
     ("verdict", "count", "words"),
-    [("fraud", True, ["✕", "fraud"]), ("undecided", True, ["?", "undecided", "the count says fraud"])],
+    [
+        ("fraud", True, ["✕", "fraud"]),
+        ("undecided", True, ["?", "undecided", "the count says fraud"]),
+    ],
 )
 def test_the_count_is_told_in_words_beside_the_verdict(live, verdict, count, words):
     watched = live(snapshot(verdicts=[VERDICT | {"verdict": verdict, "fraud_detected": count}]))

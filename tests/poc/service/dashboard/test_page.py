@@ -41,5 +41,13 @@ def test_it_needs_nothing_from_elsewhere():
 
 def test_the_script_never_reads_text_as_html():
     page, _ = render_page()
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "localStorage"):
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "Function(",
+        "localStorage",
+    ):
         assert way not in page

@@ -1,13 +1,15 @@
 """The engine on transformers: the definition, and the default on CPU and CUDA.
 
-:func:`plain_outputs` does one thing after the other. :func:`overlapped_outputs` keeps a CUDA device busy: while batch n
-runs, the inputs of batch n + 1 are made and the states of batch n − 1 are transformed, each on a stream of its own. The
-host waits for one event per batch, behind which the next batch is queued already.
+:func:`plain_outputs` does one thing after the other. :func:`overlapped_outputs` keeps a CUDA device
+busy: while batch n runs, the inputs of batch n + 1 are made and the states of batch n − 1 are
+transformed, each on a stream of its own. The host waits for one event per batch, behind which the
+next batch is queued already.
 
-Whether a batch fits is asked before it runs: a CPU that runs out of memory kills the process instead of raising.
+Whether a batch fits is asked before it runs: a CPU that runs out of memory kills the process
+instead of raising.
 
-Legend of shapes: B nonces of a batch, T positions, P positions of the prompt, N tokens, V vocabulary, D hidden size, S
-sketches.
+Legend of shapes: B nonces of a batch, T positions, P positions of the prompt, N tokens, V
+vocabulary, D hidden size, S sketches.
 """
 
 import os
@@ -27,7 +29,14 @@ from transformers import DynamicCache
 from typing_extensions import override
 
 from assay import streams
-from assay.errors import AssayError, ModelError, OutOfMemory, UsageError, is_out_of_memory, not_finite
+from assay.errors import (
+    AssayError,
+    ModelError,
+    OutOfMemory,
+    UsageError,
+    is_out_of_memory,
+    not_finite,
+)
 from assay.models.decoder import backbone, decoder_layers
 from assay.models.device import free_bytes, processor, to_device
 from assay.models.load import Model, ModelInfo
@@ -47,7 +56,13 @@ from assay.poc.engines.base import (
 )
 from assay.poc.engines.hf.fused import FUSED, CompiledForward, worth_compiling
 from assay.poc.protocol.blocks import BlockFactor, block_factor
-from assay.poc.protocol.pipelines import LayerStep, Pipeline, check_frame, get_pipeline, sketch_steps
+from assay.poc.protocol.pipelines import (
+    LayerStep,
+    Pipeline,
+    check_frame,
+    get_pipeline,
+    sketch_steps,
+)
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import MAX_BATCH, Round, check_batch_size
 from assay.poc.protocol.transforms import (
@@ -68,35 +83,50 @@ _WIDE_COPIES = 3
 
 _TOKENS_AT_ONCE = 256  # of one nonce whose logits are held, each V numbers
 
-# Positions of a batch from which on more of them are not faster, measured (docs/gpu.md); a CPU is filled by fewer.
+# Positions of a batch from which on more of them are not faster, measured (docs/gpu.md); a CPU is
+# filled by fewer.
 _ENOUGH_POSITIONS = {"cuda": 32_768, "cpu": 8_192}
 
 
 def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, steps: int = 0) -> None:
-    """Refuse a shape that no engine runs, for a model or what :func:`assay.models.model_info` says of it.
+    """Refuse a shape that no engine runs, for a model or what :func:`assay.models.model_info` says
+    of it.
 
     Raises:
-        UsageError: The batch is out of range, or prompt and decoded steps have no position or more than the model.
+        UsageError: The batch is out of range, or prompt and decoded steps have no position or more
+            than the model.
     """
     check_batch_size(batch_size)
     if not 1 <= seq_len <= model.max_positions - steps:
         fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
         seen = f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}"
         do = f"{fitting}, or another --preset such as decode-64" if steps else fitting
-        raise UsageError(seen, wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}", do=do)
+        raise UsageError(
+            seen,
+            wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
+            do=do,
+        )
 
 
 def peak_bytes(model: Model, batch_size: int, seq_len: int) -> int:
     """Estimate the peak of the activations of one batch, in bytes."""
     config = model.config
-    chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)  # a row for each expert of a position
-    wide = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * model.hidden_size, chosen * model.hidden_size)
+    chosen = int(
+        getattr(config, "num_experts_per_tok", 0) or 0
+    )  # a row for each expert of a position
+    wide = max(
+        int(getattr(config, "intermediate_size", 0) or 0),
+        4 * model.hidden_size,
+        chosen * model.hidden_size,
+    )
     per_position = _HIDDEN_COPIES * model.hidden_size + _WIDE_COPIES * wide
     return batch_size * seq_len * per_position * max(model.dtype.itemsize, 2)
 
 
 def fitting_batch(model: Model, seq_len: int) -> int:
-    """Return the largest batch that fits into what is free now, by the estimate; 0 where not even one row does."""
+    """Return the largest batch that fits into what is free now, by the estimate; 0 where not even
+    one row does.
+    """
     return _room(model) // max(1, peak_bytes(model, 1, seq_len))
 
 
@@ -110,22 +140,32 @@ def _room(model: Model) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Return the bytes that a batch may take: what is free, less what recorded CUDA graphs keep for their replay.
+    """Return the bytes that a batch may take: what is free, less what recorded CUDA graphs keep for
+    their replay.
 
-    Torch has reserved that for them and nothing is in it between two replays, so it looks free and is not.
+    Torch has reserved that for them and nothing is in it between two replays, so it looks free and
+    is not.
     """
     if device.type != "cuda":
         return free_bytes(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    kept = (s for s in segments if s["device"] == index and tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
-    return free_bytes(device) - sum(int(segment["total_size"]) - int(segment["allocated_size"]) for segment in kept)
+    kept = (
+        s
+        for s in segments
+        if s["device"] == index and tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
+    )
+    return free_bytes(device) - sum(
+        int(segment["total_size"]) - int(segment["allocated_size"]) for segment in kept
+    )
 
 
 def auto_batch(model: Model, seq_len: int) -> int:
-    """Return the batch size for a device: the largest useful power of two that fits into half of the free memory.
+    """Return the batch size for a device: the largest useful power of two that fits into half of
+    the free memory.
 
-    A sequence that is too long for that gets a batch of one, and :func:`check_fits` has the last word.
+    A sequence that is too long for that gets a batch of one, and :func:`check_fits` has the last
+    word.
     """
     most = min(_ENOUGH_POSITIONS[model.device.type] // seq_len, fitting_batch(model, seq_len) // 2)
     return 1 << max(0, most.bit_length() - 1)
@@ -139,12 +179,17 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
         return
     fits = fitting_batch(model, seq_len)
     gib = 2**30
-    seen = f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of {free / gib:.1f} free"
+    seen = (
+        f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of "
+        f"{free / gib:.1f} free"
+    )
     do = f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}"
     raise OutOfMemory(seen, wanted="a batch that fits into memory", do=do)
 
 
-def _transform_output(step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: Any, output: Any) -> Any:
+def _transform_output(
+    step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: Any, output: Any
+) -> Any:
     """Apply the step to the hidden state that a decoder layer returns, in a tuple or not."""
     if isinstance(output, tuple):
         return (_transform_output(step, drawn_D, layer, args, output[0]), *output[1:])
@@ -154,12 +199,18 @@ def _transform_output(step: LayerStep, drawn_D: Tensor, layer: nn.Module, args: 
 
 
 class Draws:
-    """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from :func:`drawn_seeds`."""
+    """What is drawn for the nonces of a batch: :func:`drawn_prompts`, and what follows from
+    :func:`drawn_seeds`.
+    """
 
-    def __init__(self, engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> None:
+    def __init__(
+        self, engine: "HFEngine", round: Round, pipeline: Pipeline, nonces: Sequence[int]
+    ) -> None:
         self._backend = streams.get_backend("auto", str(engine.device))
         self.steps, self.sketched = pipeline.steps, sketch_steps(pipeline.steps)
-        prompts_BP = drawn_prompts(round, nonces, seq_len=engine.seq_len, vocab_size=engine.vocab_size)
+        prompts_BP = drawn_prompts(
+            round, nonces, seq_len=engine.seq_len, vocab_size=engine.vocab_size
+        )
         self.prompts_BP: Int64[Tensor, "B P"] = torch.from_numpy(prompts_BP).to(engine.device)
         noise_BN = drawn_seeds(round, "tokens", nonces, range(self.steps))
         self._noise_BN = torch.from_numpy(noise_BN.view(np.int32)).to(engine.device)
@@ -170,7 +221,9 @@ class Draws:
         self._backend.add_gumbels(logits_BV, self._noise_BN[:, step])
 
     def add_noise_of(self, row: int, logits_NV: Float32[Tensor, "N V"], start: int) -> None:
-        """Add the Gumbel numbers of the steps from ``start`` on to the logits of one nonce, in place."""
+        """Add the Gumbel numbers of the steps from ``start`` on to the logits of one nonce, in
+        place.
+        """
         self._backend.add_gumbels(logits_NV, self._noise_BN[row, start : start + len(logits_NV)])
 
     def sketches(self, states_BSD: Float[Tensor, "B S D"]) -> Float16[np.ndarray, "B S K"]:
@@ -179,8 +232,11 @@ class Draws:
         return made.view(*states_BSD.shape[:2], -1).cpu().numpy()
 
 
-COMPILED, COMPILED_WHOLE = "compiled", "compiled whole"
-"""Entries of the fingerprint's kernels: made for the shape, or compiled of the model as transformers defines it."""
+COMPILED = "compiled"
+COMPILED_WHOLE = "compiled whole"
+"""Entries of the fingerprint's kernels: made for the shape, or compiled of the model as
+transformers defines it.
+"""
 
 # Matrix products of fewer rows take kernels in which the place of a row decides its last bits.
 MIN_POSITIONS = 16
@@ -191,26 +247,32 @@ class HFEngine(Engine):
 
     Args:
         model: Model that :func:`assay.load_model` returned.
-        batch_size: B, rows of every batch. It is raised where B · T would be under 16 positions, so that the bits of a
-            row never depend on its place.
+        batch_size: B, rows of every batch. It is raised where B · T would be under 16 positions, so
+            that the bits of a row never depend on its place.
         seq_len: T, positions of every row.
-        compiled: Whether to run compiled kernels instead of those of eager torch. The first batch takes seconds
-            longer.
+        compiled: Whether to run compiled kernels instead of those of eager torch. The first batch
+            takes seconds longer.
 
     Raises:
         UsageError: The sequence is longer than the model's positions, or the batch is out of range.
         OutOfMemory: A batch of this shape does not fit; the message names one that would.
     """
 
-    def __init__(self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, batch_size: int = 32, seq_len: int = 256, compiled: bool = False
+    ) -> None:
         check_shape(model, batch_size=batch_size, seq_len=seq_len)
         if batch_size > 1:
             batch_size = max(batch_size, -(-MIN_POSITIONS // seq_len))
         check_fits(model, batch_size, seq_len)
         self.model = model
-        self.batch_size, self.seq_len = batch_size, seq_len
-        self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
-        self.dtype, self.device, self.frame = dtype_name(model.dtype), model.device, model.frame
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.hidden_size = model.hidden_size
+        self.vocab_size = model.vocab_size
+        self.dtype = dtype_name(model.dtype)
+        self.device = model.device
+        self.frame = model.frame
         self._backbone = backbone(model.module)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
@@ -224,7 +286,9 @@ class HFEngine(Engine):
             engine="hf",
             device=processor(self.device),
             dtype=self.model.quantised or self.dtype,
-            attention=self._compiled.attention if self._compiled else self.model.module.config._attn_implementation,
+            attention=self._compiled.attention
+            if self._compiled
+            else self.model.module.config._attn_implementation,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             threads=0 if self.device.type == "cuda" else torch.get_num_threads(),
@@ -250,7 +314,9 @@ class HFEngine(Engine):
         """Return the input embeddings of B nonces, in the engine's dtype."""
         pipeline = get_pipeline(round.preset)
         if pipeline.framed:
-            check_frame(pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
+            check_frame(
+                pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size
+            )
             assert self.frame is not None
             return self.embed(token_inputs(round, self.frame, nonces, seq_len=self.seq_len))
         shape = {"seq_len": self.seq_len, "hidden_size": self.hidden_size}
@@ -263,7 +329,9 @@ class HFEngine(Engine):
         return made
 
     @torch.inference_mode()
-    def read(self, inputs_BTD: Float[Tensor, "B T D"], reading: Reading | None = None) -> Float32[Tensor, "B D"]:
+    def read(
+        self, inputs_BTD: Float[Tensor, "B T D"], reading: Reading | None = None
+    ) -> Float32[Tensor, "B D"]:
         """Return what a pipeline reads of the hidden states after the final norm.
 
         Args:
@@ -280,26 +348,39 @@ class HFEngine(Engine):
         return True
 
     @override
-    def outputs(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+    def outputs(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+    ) -> Generator[NDArray[Any]]:
         try:
             if self.device.type == "cuda":
                 yield from overlapped_outputs(self, round, pipeline, nonces)
             else:
                 yield from plain_outputs(self, round, pipeline, nonces)
-        except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:  # of any step, the inputs among them
+        except (
+            torch.OutOfMemoryError,
+            MemoryError,
+            OutOfMemory,
+        ) as error:  # of any step, the inputs among them
             raise self._too_large() from error
 
     def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
-        """Return the prompts, the noise of the tokens and the projections of the sketches of nonces."""
+        """Return the prompts, the noise of the tokens and the projections of the sketches of
+        nonces.
+        """
         return Draws(self, round, pipeline, nonces)
 
     @override
-    def decoded(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[Decoded]:
+    def decoded(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+    ) -> Generator[Decoded]:
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
                 with own_precision(self.model):
                     tokens_BN, states_BSD = self._decode(draws)
-                made = Decoded(tokens_BN[:count].cpu().numpy().astype(np.uint32), draws.sketches(states_BSD)[:count])
+                made = Decoded(
+                    tokens_BN[:count].cpu().numpy().astype(np.uint32),
+                    draws.sketches(states_BSD)[:count],
+                )
             self._check_finite(made.sketches)
             yield made
 
@@ -310,7 +391,9 @@ class HFEngine(Engine):
         done = 0
         for count, draws in self._drawn(round, pipeline, nonces):
             with self._explained():
-                given_BN = torch.from_numpy(tokens_MN[done : done + count].astype(np.int64)).to(self.device)
+                given_BN = torch.from_numpy(tokens_MN[done : done + count].astype(np.int64)).to(
+                    self.device
+                )
                 with own_precision(self.model):
                     states_BND, margins_BN = self._replay(draws, given_BN)
                 sketches_BSK = draws.sketches(states_BND[:, draws.sketched])[:count]
@@ -319,12 +402,17 @@ class HFEngine(Engine):
             done += count
             yield made
 
-    def _drawn(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Iterator[tuple[int, Draws]]:
-        """Yield the number of nonces of every batch, and what is drawn for it, padded to a fixed number of rows.
+    def _drawn(
+        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+    ) -> Iterator[tuple[int, Draws]]:
+        """Yield the number of nonces of every batch, and what is drawn for it, padded to a fixed
+        number of rows.
 
         A step has one position of each row, and a product needs 16 rows or one.
         """
-        check_shape(self.model, batch_size=self.batch_size, seq_len=self.seq_len, steps=pipeline.steps)
+        check_shape(
+            self.model, batch_size=self.batch_size, seq_len=self.seq_len, steps=pipeline.steps
+        )
         rows = self.batch_size if self.batch_size == 1 else max(self.batch_size, ROWS_OF_A_PRODUCT)
         check_fits(self.model, rows, self.seq_len + pipeline.steps)
         for count, padded in padded_batches(nonces, self.batch_size, rows):
@@ -338,11 +426,17 @@ class HFEngine(Engine):
         prompts_BP = draws.prompts_BP
         tokens: list[Tensor] = []
         states: list[Tensor] = []
-        anew = {steps[0] for steps in steps_of_passes(self.model.config, prompts_BP.shape[1], draws.steps)}
+        anew = {
+            steps[0]
+            for steps in steps_of_passes(self.model.config, prompts_BP.shape[1], draws.steps)
+        }
         for step in range(draws.steps):
             if step in anew:
-                cache, seen = DynamicCache(config=self.model.module.config), 0
-                inputs_BT = torch.cat([prompts_BP, *(token_B.unsqueeze(1) for token_B in tokens)], dim=1)
+                cache = DynamicCache(config=self.model.module.config)
+                seen = 0
+                inputs_BT = torch.cat(
+                    [prompts_BP, *(token_B.unsqueeze(1) for token_B in tokens)], dim=1
+                )
             states_BTD = self._read_tokens(inputs_BT, seen, past_key_values=cache, use_cache=True)
             state_BD = states_BTD[:, -1]
             if step in draws.sketched:
@@ -358,9 +452,11 @@ class HFEngine(Engine):
     def _replay(
         self, draws: Draws, given_BN: Int64[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "R N D"], Float32[Tensor, "B N"]]:
-        """Return the states that gave the tokens, by a forward pass over prompts and tokens, and their margins.
+        """Return the states that gave the tokens, by a forward pass over prompts and tokens, and
+        their margins.
 
-        The products of margins are of one nonce's states, so no other nonce has a part in their bits.
+        The products of margins are of one nonce's states, so no other nonce has a part in their
+        bits.
         """
         prompts_RP = draws.prompts_BP
         tokens_RN = torch.cat([given_BN, given_BN[-1:].expand(len(prompts_RP) - len(given_BN), -1)])
@@ -368,7 +464,10 @@ class HFEngine(Engine):
         first = prompts_RP.shape[1]
         passes = steps_of_passes(self.model.config, first, tokens_RN.shape[1])
         read = partial(self._read_tokens, seen=0, use_cache=False)
-        parts = [read(ids_RT[:, : first + steps.stop - 1])[:, first - 1 + steps.start :] for steps in passes]
+        parts = [
+            read(ids_RT[:, : first + steps.stop - 1])[:, first - 1 + steps.start :]
+            for steps in passes
+        ]
         states_RND = torch.cat(parts, dim=1)
         found = []
         for row, tokens_N in enumerate(given_BN):
@@ -381,30 +480,39 @@ class HFEngine(Engine):
             found.append(torch.cat(parts))
         return states_RND, torch.stack(found)
 
-    def _read_tokens(self, ids_BT: Int64[Tensor, "B T"], seen: int, **options: Any) -> Float[Tensor, "B T D"]:
+    def _read_tokens(
+        self, ids_BT: Int64[Tensor, "B T"], seen: int, **options: Any
+    ) -> Float[Tensor, "B T D"]:
         """Return the states of tokens that follow so many others."""
         positions_T = torch.arange(seen, seen + ids_BT.shape[1], device=self.device)
-        output = self._backbone(input_ids=ids_BT, position_ids=positions_T.expand_as(ids_BT), **options)
+        output = self._backbone(
+            input_ids=ids_BT, position_ids=positions_T.expand_as(ids_BT), **options
+        )
         states_BTD: Tensor = output.last_hidden_state
         return states_BTD
 
     def _logits(self, states_ND: Float[Tensor, "N D"]) -> Float32[Tensor, "N V"]:
-        """Return the product of states with the model's own head matrix; no bias, no capping of logits.
+        """Return the product of states with the model's own head matrix; no bias, no capping of
+        logits.
 
-        It is one product, because row by row would take longer than all layers of a step. So the last bits of a token's
-        logits may depend on the rows of the batch on processors whose products do, and the noise of honest engines has
-        that in it.
+        It is one product, because row by row would take longer than all layers of a step. So the
+        last bits of a token's logits may depend on the rows of the batch on processors whose
+        products do, and the noise of honest engines has that in it.
         """
         weight_VD: Tensor = self.model.module.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return (states_ND.to(weight_VD.dtype) @ weight_VD.T).float()
 
     def _check_finite(self, *computed: np.ndarray) -> None:
-        if any(np.isnan(values).any() for values in computed):  # an infinite margin is that of an id without a token
+        if any(
+            np.isnan(values).any() for values in computed
+        ):  # an infinite margin is that of an id without a token
             raise not_finite(f"{self.model.reference} returned NaN or infinity")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise what goes wrong as an error that explains it: every architecture fails in its own way."""
+        """Raise what goes wrong as an error that explains it: every architecture fails in its own
+        way.
+        """
         try:
             yield
         except AssayError:
@@ -413,13 +521,20 @@ class HFEngine(Engine):
             if is_out_of_memory(error):
                 raise self._too_large() from error
             another = "use another architecture, such as Llama, Qwen3 or Mistral"
-            seen = f"{self.model.reference} ({self.model.architecture}) does not run: {type(error).__name__}: {error}"
+            seen = (
+                f"{self.model.reference} ({self.model.architecture}) does not run: "
+                f"{type(error).__name__}: {error}"
+            )
             do = f"try --kernels eager, or {another}" if self._compiled else another
-            raise ModelError(seen, wanted="a decoder that takes input embeddings and positions", do=do) from error
+            raise ModelError(
+                seen, wanted="a decoder that takes input embeddings and positions", do=do
+            ) from error
 
     @torch.inference_mode()
     def _run(self, inputs_BTD: Tensor, reading: Reading | None) -> Tensor:
-        """Run the model; the states may be NaN or infinity, because to look at them is to wait for the device."""
+        """Run the model; the states may be NaN or infinity, because to look at them is to wait for
+        the device.
+        """
         self._check_inputs(inputs_BTD)
         with self._explained():
             if self._compiled is not None and not self._hooked:
@@ -449,23 +564,31 @@ class HFEngine(Engine):
 
     def _hidden(self, inputs_BTD: Tensor) -> Tensor:
         with own_precision(self.model):
-            output = self._backbone(inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False)
+            output = self._backbone(
+                inputs_embeds=inputs_BTD, position_ids=self._positions_BT, use_cache=False
+            )
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
 
     def _check_inputs(self, inputs_BTD: Tensor) -> None:
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
-            seen, do = f"inputs of shape {tuple(inputs_BTD.shape)}", "pad the batch with throw-away nonces"
+            seen = f"inputs of shape {tuple(inputs_BTD.shape)}"
+            do = "pad the batch with throw-away nonces"
             raise UsageError(seen, wanted=f"the engine's fixed shape {wanted}", do=do)
 
     def _too_large(self) -> OutOfMemory:
-        """Name a batch that would fit: by the estimate, and at most half of the one that did not."""
+        """Name a batch that would fit: by the estimate, and at most half of the one that did
+        not.
+        """
         fits = min(self.batch_size // 2, fitting_batch(self.model, self.seq_len) or MAX_BATCH)
         return OutOfMemory(
-            f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} positions",
+            f"the device ran out of memory on a batch of {self.batch_size} × {self.seq_len} "
+            f"positions",
             wanted="room for the activations of one batch",
-            do=f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {self.seq_len}",
+            do=f"pass --batch-size {fits}"
+            if fits
+            else f"pass a shorter --seq-len than {self.seq_len}",
         )
 
     @torch.inference_mode()
@@ -476,7 +599,9 @@ class HFEngine(Engine):
 
     @contextmanager
     def between_layers(self, step: LayerStep, round: Round) -> Iterator[None]:
-        """Apply a transform after every decoder layer while open; LayersNotFound where they are not known."""
+        """Apply a transform after every decoder layer while open; LayersNotFound where they are not
+        known.
+        """
         stream = "layer_signs" if step == "signs" else "layer_reflection"
         layers = [] if step == "none" else list(decoder_layers(self.model.module))
         with ExitStack() as hooks:
@@ -496,25 +621,33 @@ class HFEngine(Engine):
                 self._hooked = False
 
 
-def plain_outputs(engine: HFEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Generator[NDArray[Any]]:
+def plain_outputs(
+    engine: HFEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
+) -> Generator[NDArray[Any]]:
     """Yield the outputs of a pipeline a batch at a time; the last batch is padded, then cut."""
     transform = make_transform(engine, round, pipeline)
     with engine.between_layers(pipeline.layers, round):
         for count, padded in padded_batches(nonces, engine.batch_size, engine.batch_size):
-            states_BD = engine.read(engine.inputs(round, padded), transform.reading(padded, engine.seq_len))
+            states_BD = engine.read(
+                engine.inputs(round, padded), transform.reading(padded, engine.seq_len)
+            )
             yield transform(states_BD, padded).cpu().numpy()[:count]
 
 
 def overlapped_outputs(
     engine: HFEngine, round: Round, pipeline: Pipeline, nonces: Sequence[int]
 ) -> Generator[NDArray[Any]]:
-    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits, as nothing looks at the states."""
+    """Yield what :func:`plain_outputs` yields, on a CUDA device that never waits, as nothing looks
+    at the states.
+    """
     inputs, forward, tail = cuda = _cuda_streams(engine.device)
     with torch.cuda.stream(tail):
         transform = make_transform(engine, round, pipeline)
 
     def queue(padded: list[int]) -> tuple[Tensor, torch.cuda.Event]:
-        """Queue the inputs and the forward pass of a batch; return its states, and the event when they are there."""
+        """Queue the inputs and the forward pass of a batch; return its states, and the event when
+        they are there.
+        """
         with torch.cuda.stream(inputs):
             inputs_BTD = engine.inputs(round, padded)
             reading = transform.reading(padded, engine.seq_len)
@@ -522,10 +655,14 @@ def overlapped_outputs(
         with torch.cuda.stream(forward):
             for made in (inputs_BTD, *(reading or ())):
                 if isinstance(made, Tensor):
-                    made.record_stream(forward)  # do not reuse its memory before this stream is done
+                    made.record_stream(
+                        forward
+                    )  # do not reuse its memory before this stream is done
             return engine._run(inputs_BTD, reading), forward.record_event()
 
-    def finish(count: int, padded: list[int], states_BD: Tensor, ready: torch.cuda.Event) -> NDArray[Any]:
+    def finish(
+        count: int, padded: list[int], states_BD: Tensor, ready: torch.cuda.Event
+    ) -> NDArray[Any]:
         """Transform the states of a batch and bring the outputs of its first nonces to the host."""
         with torch.cuda.stream(tail), torch.inference_mode():
             tail.wait_event(ready)
@@ -572,7 +709,9 @@ def make_transform(engine: "HFEngine", round: Round, pipeline: Pipeline) -> Tran
 
 def is_compiled(fingerprint: Fingerprint) -> bool:
     """Return whether a fingerprint is one of this engine with compiled kernels."""
-    return fingerprint.engine == "hf" and not {COMPILED, COMPILED_WHOLE}.isdisjoint(fingerprint.kernels)
+    return fingerprint.engine == "hf" and not {COMPILED, COMPILED_WHOLE}.isdisjoint(
+        fingerprint.kernels
+    )
 
 
 def be_deterministic() -> None:
@@ -595,8 +734,8 @@ BATCH = 32
 def measure_block_factor(model: Model, round: Round, *, nonces: int = STATES) -> BlockFactor:
     """Measure how much wider the distances of a round's block are than the chord law.
 
-    A few hidden states say where their energy lies. With the folded head of the block that gives the width of all its
-    distances, for every node, before any is proved.
+    A few hidden states say where their energy lies. With the folded head of the block that gives
+    the width of all its distances, for every node, before any is proved.
 
     Args:
         model: Model whose states are read.
@@ -617,12 +756,16 @@ def measure_block_factor(model: Model, round: Round, *, nonces: int = STATES) ->
         >>> found.n, 1.0 < found.value < 1.2, 20 < found.effective_dimension < 60
         (32, True, True)
     """
-    engine = HFEngine(model, batch_size=BATCH, seq_len=round.seq_len, compiled=worth_compiling(model))
+    engine = HFEngine(
+        model, batch_size=BATCH, seq_len=round.seq_len, compiled=worth_compiling(model)
+    )
     return read_block_factor(engine, round, nonces=nonces)
 
 
 def read_block_factor(engine: HFEngine, round: Round, *, nonces: int = STATES) -> BlockFactor:
-    """Measure the factor of a round's block with an engine whose states can be read, as `measure_block_factor` does."""
+    """Measure the factor of a round's block with an engine whose states can be read, as
+    `measure_block_factor` does.
+    """
     size = engine.batch_size
     batches = [range(start, start + size) for start in range(0, max(nonces, 2), size)]
     states_BD = [engine.read(engine.inputs(round, batch), None).clone() for batch in batches]

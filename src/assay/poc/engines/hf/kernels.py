@@ -1,4 +1,5 @@
-"""What stands between the products of a layer, as triton kernels: each passes once over what it reads and writes.
+"""What stands between the products of a layer, as triton kernels: each passes once over what it
+reads and writes.
 
 :mod:`assay.poc.engines.hf.fused` uses them and says what they gain.
 
@@ -8,13 +9,16 @@
 - `rounded`: what attention returns, in eight bits.
 - `spread` and `combined`: rows to the experts of a mixture, and back as a sum by shares.
 
-What a product in eight bits reads next is rounded where it is made: `by` says to what, and None leaves it as it is.
+What a product in eight bits reads next is rounded where it is made: `by` says to what, and None
+leaves it as it is.
 
-Arithmetic is in float32 and rounds to the dtype of the tensors wherever the modules of transformers do, so only the
-order of the sums in a norm, and exponentials, may differ from them in the last bits. A row has one program, or a fixed
-part of one, whatever stands beside it; sizes of programs follow from the shapes and never from a timing.
+Arithmetic is in float32 and rounds to the dtype of the tensors wherever the modules of transformers
+do, so only the order of the sums in a norm, and exponentials, may differ from them in the last
+bits. A row has one program, or a fixed part of one, whatever stands beside it; sizes of programs
+follow from the shapes and never from a timing.
 
-Shapes: M rows (positions of all nonces), D numbers of a row, N heads of a row, E numbers of a head, F width of the MLP.
+Shapes: M rows (positions of all nonces), D numbers of a row, N heads of a row, E numbers of a head,
+    F width of the MLP.
 """
 
 from __future__ import annotations
@@ -32,15 +36,21 @@ from assay.models.eight_bits import INT8_STEP, SMALLEST, STEP, Arithmetic, Round
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 
-_SMALLEST, _STEP, _INT8_STEP = tl.constexpr(SMALLEST), tl.constexpr(STEP), tl.constexpr(INT8_STEP)
+_SMALLEST = tl.constexpr(SMALLEST)
+_STEP = tl.constexpr(STEP)
+_INT8_STEP = tl.constexpr(INT8_STEP)
 # A float32 this large has no fraction: adding it rounds to the nearest whole number, half to even.
 _NO_FRACTION = tl.constexpr(1.5 * 2**23)
-# GROUP of a kernel is how many columns share a scale: at 0 all of a row, and at -1 nothing is rounded.
-_PLAIN, _ROW = -1, 0
+# GROUP of a kernel is how many columns share a scale: at 0 all of a row, and at -1 nothing is
+# rounded.
+_PLAIN = -1
+_ROW = 0
 
 
-# Of a program, measured on an H200: numbers in a tile that is not one long row, and how many a thread has of a row.
-_NUMBERS, _PER_THREAD = 4096, 32
+# Of a program, measured on an H200: numbers in a tile that is not one long row, and how many a
+# thread has of a row.
+_NUMBERS = 4096
+_PER_THREAD = 32
 _HEAD_NUMBERS = 2048
 _WARPS = 4
 # Sums and products round one by one, as the definition's do.
@@ -74,7 +84,9 @@ def _to(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rounded(values, dtype: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _rounded(
+    values, dtype: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Return rows rounded as the definition rounds them, and their scales, [ROWS, groups]."""
     groups: tl.constexpr = COLUMNS // GROUP if GROUP > 0 else 1
     if groups == 1:
@@ -88,12 +100,18 @@ def _rounded(values, dtype: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def _store_scales(scales, scale, place, inside, rows, start, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+def _store_scales(
+    scales, scale, place, inside, rows, start, GROUP: tl.constexpr, WIDTH: tl.constexpr
+):
     """Store the scales of rows at their places; those of a group stand together."""
     group = tl.arange(0, scale.shape[1])[None, :]
     if GROUP > 0:
         group += start // GROUP
-    tl.store(scales + group * rows + place[:, None], scale, mask=inside[:, None] & (group * GROUP < WIDTH))
+    tl.store(
+        scales + group * rows + place[:, None],
+        scale,
+        mask=inside[:, None] & (group * GROUP < WIDTH),
+    )
 
 
 @triton.jit
@@ -127,7 +145,20 @@ def _normalise(
     root = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)
     factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     normed = (values * root[:, None]).to(kept).to(tl.float32) * factor[None, :]
-    _store(y, at, valid, normed.to(kept).to(tl.float32), scales, row, rows, 0, GROUP, WIDTH, ROWS, COLUMNS)
+    _store(
+        y,
+        at,
+        valid,
+        normed.to(kept).to(tl.float32),
+        scales,
+        row,
+        rows,
+        0,
+        GROUP,
+        WIDTH,
+        ROWS,
+        COLUMNS,
+    )
 
 
 @triton.jit
@@ -137,7 +168,8 @@ def _turn(
     TILE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row, head = number // HEADS, number % HEADS
+    row = number // HEADS
+    head = number % HEADS
     pair = tl.arange(0, PAIRS)[None, :]
     inside = pair < HALF
     valid = (row < rows)[:, None] & inside
@@ -146,13 +178,22 @@ def _turn(
     first = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     second = tl.load(x + at + HALF, mask=valid, other=0.0).to(tl.float32)
     if NORM:
-        root = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)[:, None]
+        root = tl.rsqrt(
+            (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps
+        )[:, None]
         query = (head < QUERIES)[:, None]
-        q_first, k_first = tl.load(q_norm + pair, mask=inside), tl.load(k_norm + pair, mask=inside)
-        q_second, k_second = tl.load(q_norm + HALF + pair, mask=inside), tl.load(k_norm + HALF + pair, mask=inside)
-        first = (first * root).to(kept).to(tl.float32) * tl.where(query, q_first, k_first).to(tl.float32)
-        second = (second * root).to(kept).to(tl.float32) * tl.where(query, q_second, k_second).to(tl.float32)
-        first, second = first.to(kept).to(tl.float32), second.to(kept).to(tl.float32)
+        q_first = tl.load(q_norm + pair, mask=inside)
+        k_first = tl.load(k_norm + pair, mask=inside)
+        q_second = tl.load(q_norm + HALF + pair, mask=inside)
+        k_second = tl.load(k_norm + HALF + pair, mask=inside)
+        first = (first * root).to(kept).to(tl.float32) * tl.where(query, q_first, k_first).to(
+            tl.float32
+        )
+        second = (second * root).to(kept).to(tl.float32) * tl.where(query, q_second, k_second).to(
+            tl.float32
+        )
+        first = first.to(kept).to(tl.float32)
+        second = second.to(kept).to(tl.float32)
     angle = (first_position + row % positions)[:, None] * (2 * HALF) + pair
     cosine = tl.load(cosines + angle, mask=valid, other=0.0).to(tl.float32)
     sine = tl.load(sines + angle, mask=valid, other=0.0).to(tl.float32)
@@ -170,19 +211,38 @@ def _gated(gate, up):
 
 
 @triton.jit
-def _gate(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gate(
+    x,
+    y,
+    scales,
+    rows,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * COLUMNS
     column = start + tl.arange(0, COLUMNS)[None, :]
     valid = (row < rows)[:, None] & (column < WIDTH)
     at = row[:, None] * (2 * WIDTH) + column
-    gate, up = tl.load(x + at, mask=valid, other=0.0), tl.load(x + at + WIDTH, mask=valid, other=0.0)
+    gate = tl.load(x + at, mask=valid, other=0.0)
+    up = tl.load(x + at + WIDTH, mask=valid, other=0.0)
     place = row[:, None] * WIDTH + column
     _store(y, place, valid, _gated(gate, up), scales, row, rows, start, GROUP, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
-def _round(x, y, scales, rows, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _round(
+    x,
+    y,
+    scales,
+    rows,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
@@ -212,7 +272,15 @@ def _spread(
 
 @triton.jit
 def _combine(
-    x, places, shares, y, rows, TOP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    places,
+    shares,
+    y,
+    rows,
+    TOP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -237,7 +305,9 @@ def normalised(
     total = h if update is None else torch.empty_like(h)
     y, scales = _outputs(h.shape, h, by)
     grid, sizes = _tiles(rows, width, by)
-    _normalise[grid](h, update, weight_D, total, y, scales, rows, eps, ADD=update is not None, **sizes)
+    _normalise[grid](
+        h, update, weight_D, total, y, scales, rows, eps, ADD=update is not None, **sizes
+    )
     return total, y if scales is None else Rounded(y, scales)
 
 
@@ -252,10 +322,11 @@ def turned(
     width: int,
     first_position: int = 0,
 ) -> None:
-    """Norm and rotate the first heads of every row [..., R] in place, of which the first are queries.
+    """Norm and rotate the first heads of every row [..., R] in place, of which the first are
+    queries.
 
-    Norms are the weights for queries and keys, or None, and the rotation is cosines and sines, [positions, 1, E]. Rows
-    count on from the first position up to the last one, then again.
+    Norms are the weights for queries and keys, or None, and the rotation is cosines and sines,
+    [positions, 1, E]. Rows count on from the first position up to the last one, then again.
     """
     cosines, sines = rotation
     stride = x.shape[-1]
@@ -270,7 +341,9 @@ def turned(
 
 
 def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
-    """Return silu(gate) · up for rows that hold the gate and then the other projection, [..., 2 F] contiguous."""
+    """Return silu(gate) · up for rows that hold the gate and then the other projection, [..., 2 F]
+    contiguous.
+    """
     width = x.shape[-1] // 2
     rows = x.numel() // (2 * width)
     y, scales = _outputs((*x.shape[:-1], width), x, by)
@@ -290,7 +363,9 @@ def rounded(x: Tensor, by: Arithmetic) -> Rounded:
 
 
 def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
-    """Return each row of [N, D] in all of its places in the result, [S]; those of one row stand together."""
+    """Return each row of [N, D] in all of its places in the result, [S]; those of one row stand
+    together.
+    """
     rows, width = x.shape
     y, scales = _outputs((len(places), width), x, by)
     grid, sizes = _tiles(rows, width, by)
@@ -299,7 +374,9 @@ def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded
 
 
 def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
-    """Return the sum of the rows that :func:`spread` made of each row, by their shares [N, K], [N, D]."""
+    """Return the sum of the rows that :func:`spread` made of each row, by their shares [N, K], [N,
+    D].
+    """
     rows, top = shares.shape
     width = x.shape[-1]
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
@@ -310,7 +387,9 @@ def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
 
 
 def _outputs(shape: tuple[int, ...], like: Tensor, by: Arithmetic | None) -> tuple[Tensor, Any]:
-    """Return empty values and scales. In memory the scales of a group stand together, as products read them."""
+    """Return empty values and scales. In memory the scales of a group stand together, as products
+    read them.
+    """
     if by is None:
         return like.new_empty(shape), None
     groups = triton.cdiv(shape[-1], by.block[1]) if by.block else 1
@@ -321,7 +400,9 @@ def _outputs(shape: tuple[int, ...], like: Tensor, by: Arithmetic | None) -> tup
 def _tiles(
     rows: int, width: int, by: Arithmetic | None, *, whole: bool = True
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Return the grid over the rows of a matrix, and the shape of a program's tile: whole rows, or parts of one."""
+    """Return the grid over the rows of a matrix, and the shape of a program's tile: whole rows, or
+    parts of one.
+    """
     group = _PLAIN if by is None else by.block[1] if by.block else _ROW
     columns = max(group, triton.next_power_of_2(width))
     if not whole:
