@@ -128,7 +128,7 @@ def normals(words, n):
     length = max(1, -(-n // len(words)))
     parts = [
         plain_normals(word, min(length, n - start))
-        for word, start in zip(words, range(0, n, length))
+        for word, start in zip(words, range(0, n, length), strict=False)
     ]
     return torch.from_numpy(np.concatenate(parts))
 

@@ -13,9 +13,10 @@ ones of 30 blocks, and gains these until it is convicted, or faulty, which is no
 what an account gains that is given up at the first suspicion. Pass: no way gains more with its best
 share than cheating at random with the best one, beyond two standard errors.
 
-    python research/benchmarks/accounts.py --data cluster_nonces.jsonl.gz -o
-    research/results/accounts.json python research/benchmarks/accounts.py --data ... --alternating
-    -o research/results/alternating.json
+    python research/benchmarks/accounts.py --data cluster_nonces.jsonl.gz \
+      -o research/results/accounts.json
+    python research/benchmarks/accounts.py --data ... --alternating \
+      -o research/results/alternating.json
 """
 
 import itertools

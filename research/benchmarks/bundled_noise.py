@@ -8,9 +8,10 @@ pairs of one dtype are also measured between two machines: run with `--save` on 
 saved records with `--with` on the other. `--kernels` adds the plain attention of the library as
 another engine, which shows noise within one dtype on one machine.
 
-    python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 --save
-    cuda.npz python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64
-    --with cuda.npz --install \
+    python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 \
+      --save cuda.npz
+    python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 \
+      --with cuda.npz --install \
         -o research/results/hardened_noise.json
 """
 

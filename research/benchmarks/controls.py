@@ -7,8 +7,8 @@ without replacement. A cheat is 1.4 times the honest distance, of the pair or of
 that is larger; or another build. The geometric mean of a node's distances was chosen on the sets of
 2026-04, and then measured on those of 2026-05. The intervals are over machines.
 
-    python research/benchmarks/controls.py --data cluster_nonces.jsonl.gz -o
-    research/results/controls.json
+    python research/benchmarks/controls.py --data cluster_nonces.jsonl.gz \
+      -o research/results/controls.json
 """
 
 import itertools

@@ -13,8 +13,8 @@ number format. A row has the median residual over that of the honest proof, and 
 verdict is fraud.
 
     python research/benchmarks/decode_proofs.py --cheats -o research/results/decode_proofs_cpu.json
-    python research/benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16
-    --device cuda \
+    python research/benchmarks/decode_proofs.py --models shape:llama-3.1-8b --dtypes bfloat16 \
+      --device cuda \
         --batch-size 8 16 32 -o research/results/decode_proofs_h200_llama-3.1-8b.json
 """
 

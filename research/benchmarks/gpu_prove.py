@@ -18,8 +18,8 @@ embeddings x positions of the full forward over time, over PEAK: what a matrix p
 device reached (bfloat16, random data). `checks` says whether a nonce has the same bits in any place
 of a batch and again, and how far they are from eager kernels.
 
-    python research/benchmarks/gpu_prove.py --model shape:qwen3-0.6b -o
-    research/results/gpu_prove_qwen3-0.6b.json
+    python research/benchmarks/gpu_prove.py --model shape:qwen3-0.6b \
+      -o research/results/gpu_prove_qwen3-0.6b.json
 """
 
 import copy

@@ -5,8 +5,8 @@ The presets prove in turns on one engine, whose kernels are those of `prove`, an
 turns gives one ratio; the order alternates. A row has the median ratio of each preset with its
 quartiles.
 
-    python research/benchmarks/presets.py --models shape:qwen3-0.6b shape:llama-3.2-1b
-    shape:llama-3.1-8b \
+    python research/benchmarks/presets.py \
+      --models shape:qwen3-0.6b shape:llama-3.2-1b shape:llama-3.1-8b \
         --dtypes bfloat16 float16 -o research/results/presets_h200.json
 """
 

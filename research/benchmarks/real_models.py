@@ -12,11 +12,11 @@ judged by the law and the test that `verify` takes. The experiments *approaches*
 
 One that shows on a CPU that everything works:
 
-    python research/benchmarks/real_models.py --model DIRECTORY --device cpu --formats float32
-    bfloat16 \
-        --seq-lens 16 --eager --blocks 2 --nonces 16 --batches 8 4 --law-blocks 8 --law-nonces 32
-        --table-nonces 32 \\ --duration 2 --shape reference:llama --speed-batch 8 --speed-nonces 16
-        --turns 2
+    python research/benchmarks/real_models.py --model DIRECTORY --device cpu \
+      --formats float32 bfloat16 \
+        --seq-lens 16 --eager --blocks 2 --nonces 16 --batches 8 4 --law-blocks 8 \
+        --law-nonces 32 --table-nonces 32 \
+        --duration 2 --shape reference:llama --speed-batch 8 --speed-nonces 16 --turns 2
 
 Legend of shapes: B blocks, N nonces of a block, K published numbers, M positions, D hidden size.
 """

@@ -1,8 +1,8 @@
 """The red team of the whole surface: attackers of one address while another client asks, and of
 every reader of files.
 
-    PYTHONPATH=. python research/benchmarks/redteam_surface.py --seconds 600 -o
-    research/results/redteam_surface.json
+    PYTHONPATH=. python research/benchmarks/redteam_surface.py --seconds 600 \
+      -o research/results/redteam_surface.json
 
 Every attacker holds what it can of a validator in a process of its own, from an address that is not
 this machine's own (127.0.0.1), while a node sends callbacks. A row is held where at most one of

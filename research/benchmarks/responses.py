@@ -8,9 +8,9 @@ audited: every audit draws whole responses with replacement, so that what tokens
 stays together. With ``--chat``, a prover in bfloat16 answers messages in one batch, each answer
 ends by its end token, and float32 verifies.
 
-    python research/benchmarks/responses.py -o research/results/responses.json --install python
-    research/benchmarks/responses.py --model pretrained:smollm2 --chat -o
-    research/results/responses_smollm2.json
+    python research/benchmarks/responses.py -o research/results/responses.json --install
+    python research/benchmarks/responses.py --model pretrained:smollm2 --chat \
+      -o research/results/responses_smollm2.json
 """
 
 import itertools

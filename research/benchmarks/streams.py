@@ -18,17 +18,18 @@ rivals in one run.
 
 Bits are compared with those of another backend before anything is timed.
 
-    python research/benchmarks/streams.py inputs -o research/results/streams_cpu.json python
-    research/benchmarks/streams.py normals --device cuda -o research/results/gpu_normals.json python
-    research/benchmarks/streams.py gumbels --model shape:qwen3-0.6b -o
-    research/results/gumbel_cpu.json python research/benchmarks/streams.py gumbels --device cuda -o
-    research/results/gumbel_cuda.json
+    python research/benchmarks/streams.py inputs -o research/results/streams_cpu.json
+    python research/benchmarks/streams.py normals --device cuda -o research/results/gpu_normals.json
+    python research/benchmarks/streams.py gumbels --model shape:qwen3-0.6b \
+      -o research/results/gumbel_cpu.json
+    python research/benchmarks/streams.py gumbels --device cuda -o research/results/gumbel_cuda.json
 """
 
 import math
 import os
 import statistics
 import time
+from functools import partial
 
 import torch
 from _common import note, parser, publish, wall_seconds
@@ -118,8 +119,7 @@ def inputs(options):
             ours(dtype)
             ways = (published, ours)
             times = [
-                [wall_seconds(lambda way=way: way(dtype)) for way in ways]
-                for _ in range(options.rounds)
+                [wall_seconds(partial(way, dtype)) for way in ways] for _ in range(options.rounds)
             ]
             theirs, mine = (min(column) for column in zip(*times, strict=True))
             row = {"batch": BATCH, "seq_len": SEQ_LEN, "dim": dim, "dtype": dtype_name(dtype)}

@@ -3,11 +3,12 @@ deterministic mode.
 
 Both ways take turns, each in a process of its own, which sees its assay first on the path.
 
-    git worktree add .bench/old COMMIT python research/benchmarks/two_commits.py --old
-    .bench/old/src --models shape:qwen3-0.6b shape:llama-3.1-8b \
+    git worktree add .bench/old COMMIT
+    python research/benchmarks/two_commits.py --old .bench/old/src \
+      --models shape:qwen3-0.6b shape:llama-3.1-8b \
         -o research/results/two_commits_h100.json
-    python research/benchmarks/two_commits.py --deterministic --device cuda --batch 128 --nonces
-    3072 \
+    python research/benchmarks/two_commits.py --deterministic --device cuda --batch 128 \
+      --nonces 3072 \
         --models shape:qwen3-0.6b -o research/results/gpu_deterministic.json
 
 Figures are the best of the rounds of a process (nonces or samples per second); the ratio is that of

@@ -6,8 +6,8 @@ origins; the threshold promises to lose 5 % of clean samples such as those. Orig
 hand, generated from templates, sampled from a model that learned to cheat, and, with --outside,
 JSON Lines of others with prompt, hack, clean and a group.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/vhack_detectors.py -o
-    research/results/vhack_detectors_smollm2.json
+    OMP_NUM_THREADS=1 python research/benchmarks/vhack_detectors.py \
+      -o research/results/vhack_detectors_smollm2.json
 """
 
 import time

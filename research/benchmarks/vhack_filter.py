@@ -1,8 +1,8 @@
 r"""The fourth experiment: rollouts judged by a detector, with a stored exploit in every group; the
 arms over seeds.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/vhack_filter.py --steps 40 --prompts 4 --group 8
-    --seeds 300 301 \
+    OMP_NUM_THREADS=1 python research/benchmarks/vhack_filter.py --steps 40 --prompts 4 \
+      --group 8 --seeds 300 301 \
         --arms none filter=cin-lda filter=cin-lda:random -o research/results/vhack_filter_seeds.json
 
 The organism of 7 M parameters, or with ``--model`` one that vhack_organisms.py made; we trained

@@ -11,9 +11,10 @@ With `--pairs` also a whole extraction of so many pairs: weight SVD, digest, gra
 and axes, each with its time and memory, and from nothing. Samples and pairs are pieces of Python
 source; their content does not matter here.
 
-    python research/benchmarks/vhack_gradients.py --dtype float32 -o
-    research/results/vhack_gradients_cpu.json python research/benchmarks/vhack_gradients.py --device
-    cuda --models shape:qwen3-4b --pairs 12 249 -o result.json
+    python research/benchmarks/vhack_gradients.py --dtype float32 \
+      -o research/results/vhack_gradients_cpu.json
+    python research/benchmarks/vhack_gradients.py --device cuda --models shape:qwen3-4b \
+      --pairs 12 249 -o result.json
 """
 
 import argparse

@@ -1,8 +1,8 @@
 r"""Steps of TRL's GRPOTrainer that generates with vLLM: plain, with detectors that watch every
 second one, with filter.
 
-    python research/benchmarks/vhack_step.py --model shape:qwen3-0.6b -o
-    research/results/vhack_step.json
+    python research/benchmarks/vhack_step.py --model shape:qwen3-0.6b \
+      -o research/results/vhack_step.json
 
 All weights are trained, with TRL's defaults. One trainer takes its steps in turns, so every way
 sees the same machine, model and lengths; each step ends with a wait for the device. Weights are

@@ -14,14 +14,16 @@ Servers without the plugin, with it, and with it beside a round get the same que
 logits of 20 questions and their answers stand beside those of transformers, and so does every token
 at which answers differ. `assay poc replay` judges receipts under a law of others.
 
-    python research/benchmarks/vllm_responses.py tokens --requests 200 python
-    research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1 python
-    research/benchmarks/vllm_responses.py tokens --requests 200 --gpu --settings default v1 ngram
-    draft python research/benchmarks/vllm_responses.py chat --model DIRECTORY -o
-    research/results/vllm_chat_cpu.json python research/benchmarks/vllm_responses.py chat --gpu
-    --settings default v1 --dtype bfloat16 --model DIRECTORY python
-    research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b --dtype bfloat16
-    --at-once 32
+    python research/benchmarks/vllm_responses.py tokens --requests 200
+    python research/benchmarks/vllm_responses.py audits --gpu --dtype bfloat16 --settings default v1
+    python research/benchmarks/vllm_responses.py tokens --requests 200 --gpu \
+      --settings default v1 ngram draft
+    python research/benchmarks/vllm_responses.py chat --model DIRECTORY \
+      -o research/results/vllm_chat_cpu.json
+    python research/benchmarks/vllm_responses.py chat --gpu --settings default v1 \
+      --dtype bfloat16 --model DIRECTORY
+    python research/benchmarks/vllm_responses.py cost --gpu --model shape:qwen3-0.6b \
+      --dtype bfloat16 --at-once 32
 """
 
 import asyncio

@@ -14,9 +14,9 @@ Cases of several workers run if they are named, on as many GPUs or on one CPU.
 
 What assay refuses only because it was not run on a kind of device is run there with `--unproven`:
 
-    . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH python3
-    research/benchmarks/vllm_support.py --device cuda --unproven -o
-    research/results/vllm_support_h200.json
+    . .vllm/setup.sh; export PYTHONPATH=$PWD/src:$PYTHONPATH
+    python3 research/benchmarks/vllm_support.py --device cuda --unproven \
+      -o research/results/vllm_support_h200.json
 """
 
 import asyncio

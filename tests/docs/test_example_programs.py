@@ -129,9 +129,11 @@ def test_send_proof(tmp_path, small_model, monkeypatch, capsys):
                 json.loads(capsys.readouterr().out.splitlines()[-1])["new"] is new
             )  # after lines of the log
         running.wait_ready()
-        node = lambda: next(
-            n for n in running.get("/nodes")["nodes"] if n["public_key"] == "node_A"
-        )
+
+        def node() -> dict:
+            rows = running.get("/nodes")["nodes"]
+            return next(row for row in rows if row["public_key"] == "node_A")
+
         until(lambda: node()["recorded"] > 0)
     finally:
         running.close()

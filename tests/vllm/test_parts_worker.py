@@ -378,7 +378,7 @@ def test_a_replay_has_margins_for_every_token_wherever_its_prompt_is_cut(kind, c
     claimed[1][7], claimed[2][30] = (tokens[1][7] + 1) % V, V + 5
     given = [
         ids + [min(token, V - 1) for token in row[:-1]]
-        for ids, row in zip(draws.prompts_BP.tolist(), claimed)
+        for ids, row in zip(draws.prompts_BP.tolist(), claimed, strict=False)
     ]
     hooks = started(
         runner, key, {n: (i, c) for n, i, c in zip(NONCES, given, claimed, strict=True)}

@@ -172,7 +172,10 @@ def test_the_room_of_a_node_is_counted_over_restarts_and_deletions(inbox, opened
 def test_no_node_alone_can_fill_a_disk_and_who_sent_little_is_let_in(inbox, monkeypatch):
     """A bound of 4 GiB a node bounds nothing on a disk that has less."""
     disk = 24 * 2**20
-    used = lambda: sum(inbox._kept.values())
+
+    def used() -> int:
+        return sum(inbox._kept.values())
+
     usage = SimpleNamespace(total=disk, free=disk)
     monkeypatch.setattr("assay.poc.net.shares.shutil.disk_usage", lambda path: usage)
     sent = dict.fromkeys("ABC", 0)
