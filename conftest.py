@@ -1,10 +1,13 @@
 """Fixtures and markers that tests and research share: small real checkpoints, made on the spot."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests import programs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Workers share the cores: torch threads that wait busily for each other would slow all of them
@@ -43,6 +46,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         seconds = float(limit.args[0]) if limit else 60.0 if slow else 0.0
         longest[item.path] = max(seconds, longest.get(item.path, 0.0))
     items.sort(key=lambda item: -longest[item.path])
+
+
+def _require(item: pytest.Item, *names: str) -> None:
+    """Skip a test where a program is missing. CI installs them all, so there it fails."""
+    missing = [name for name in names if programs.place(name) is None]
+    if not missing:
+        return
+    item.user_properties.append(("needs", " ".join(missing)))
+    install = " ".join(programs.packages(missing))
+    reason = f"needs {', '.join(missing)}: apt-get install {install}"
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``needs`` or ``browser`` before its fixtures are set up."""
+    names = [name for mark in item.iter_markers("needs") for name in mark.args]
+    if item.get_closest_marker("browser"):
+        names.append("chromium")
+    _require(item, *names)
+
+
+@pytest.fixture
+def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Skip this test where one of the named programs is missing, once the test knows its names."""
+    return partial(_require, request.node)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print which packages would let the skipped tests run, and how many tests those are."""
+    found = [dict(report.user_properties) for report in terminalreporter.getreports("skipped")]
+    lists = [properties["needs"].split() for properties in found if "needs" in properties]
+    if lists:
+        install = " ".join(programs.packages(name for names in lists for name in names))
+        count = f"{len(lists)} tests were" if len(lists) > 1 else "1 test was"
+        terminalreporter.write_line(
+            f"{count} skipped for want of programs. To run them too: apt-get install "
+            f"--no-install-recommends {install}"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ def checkout(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.needs("curl", "git")
 @pytest.mark.skipif(
     not (ROOT / ".venv/.ready").exists(), reason="runs in the environment of `make setup`"
 )
@@ -56,6 +57,7 @@ def test_the_readme(checkout):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.needs("curl")
 @pytest.mark.usefixtures("warm")
 def test_the_tutorial(tmp_path):
     assert "honest" in held(script("tutorial"), tmp_path)

@@ -201,10 +201,8 @@ def test_ledger_sql(tmp_path):
     assert [tuple(row) for row in found] == [head]
 
 
+@pytest.mark.needs("node", "tsc")
 def test_receipts_in_typescript(tmp_path):
-    missing = [tool for tool in ("node", "tsc") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"no {' and no '.join(missing)}: apt-get install node-typescript")
     options = ("--strict", "--target", "es2022", "--module", "es2022", "--outDir", str(tmp_path))
     subprocess.run(
         ["tsc", *options, *(str(EXAMPLES / name) for name in ("receipts.ts", "node.d.ts"))],

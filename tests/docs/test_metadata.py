@@ -5,6 +5,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,7 @@ def test_the_citation_names_the_authors_and_the_licence():
     assert "version" not in citation  # it would have to be raised in two places
 
 
+@pytest.mark.needs("git")
 def test_placeholders_of_addresses_stand_in_one_place():
     assert {"Repository", "Documentation", "Changelog", "Security"} <= set(PROJECT["urls"])
     home = PROJECT["urls"]["Repository"].removeprefix("https://")

@@ -8,7 +8,6 @@ bundled ones; red teams have smaller ones, for they fine-tune and run dozens of 
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -120,7 +119,7 @@ class Page:
     )  # texts of files that the reader has, by name
     says: tuple[str, ...] = ()  # words that are printed
     makes: tuple[str, ...] = ()  # files that are there afterwards
-    needs: str = "sh"  # program without which the page is left out
+    needs: tuple[str, ...] = ()  # programs that its blocks call
 
 
 def lines(*rows):
@@ -149,7 +148,7 @@ PAGES = {
         AS_ROOT,
         AS_IS | {"/var/lib/assay": "$PLACE/state"},
         makes=("state/service.sqlite3", "etc/assay/api_key", "etc/systemd/system/assay.service"),
-        needs="sqlite3",
+        needs=("sqlite3",),
     ),
     "validator": Page(
         f"{AS_ROOT}{PROOF}assay poc pins new --model reference:qwen3 --from-proof proof.jsonl -o "
@@ -162,7 +161,7 @@ PAGES = {
         given={"nodes.toml": NODE_A},
         says=('"new":true', "whsec_"),
         makes=("judge/backup-validator.sqlite3", "judge/backup-ledger.sqlite3"),
-        needs="sqlite3",
+        needs=("sqlite3",),
     ),
     "pins": Page(
         PROOF.replace("-o", "--strength 256 -o") + "cp proof.jsonl honest.jsonl\n",
@@ -239,7 +238,7 @@ PAGES = {
         },
         says=("1 of 1 pairs",),
         makes=("pairs.jsonl",),
-        needs="jq",
+        needs=("jq",),
     ),
     "vhack-training": Page(
         instead={
@@ -323,10 +322,10 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_blocks_of_a_page_run(name, folder):
+@pytest.mark.needs("curl")
+def test_the_blocks_of_a_page_run(name, folder, needs):
     shown = PAGES[name]
-    if shutil.which(shown.needs) is None:
-        pytest.skip(f"needs {shown.needs}")
+    needs(*shown.needs)
     if name == "vhack-training":
         pytest.importorskip("trl")
     for file, text in shown.given.items():

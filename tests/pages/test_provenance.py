@@ -1,6 +1,5 @@
 import getpass
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ def test_it_is_json_without_names_of_hosts_users_or_paths():
     assert f'"{getpass.getuser()}"' not in text
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.needs("git")
 def test_a_file_unknown_to_git_has_no_commit(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
@@ -28,7 +27,7 @@ def test_a_file_unknown_to_git_has_no_commit(tmp_path, monkeypatch):
     assert module._checkout() == {"commit": None, "dirty": None}
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.needs("git")
 def test_commit_and_local_changes_are_told(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -3,9 +3,7 @@ them.
 """
 
 import getpass
-import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -20,12 +18,11 @@ from assay.poc.service import Settings
 from assay.poc.service.controller import Controller
 from tests.poc.service.conftest import PREFIX, Rig
 from tests.poc.service.listening import listening
+from tests.programs import place
 from tests.waiting import until
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 NAMES = ("node.example", "validator.example")
-NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-CADDY = shutil.which("caddy")
 KEY = "read-" + "x" * 20
 
 
@@ -142,7 +139,7 @@ def test_proxies_name_their_clients_and_keep_no_connection_longer_than_the_servi
 
 
 @pytest.mark.pages
-@pytest.mark.skipif(NGINX is None, reason="needs nginx: apt install nginx-light")
+@pytest.mark.needs("nginx", "openssl")
 def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
     secure, plain = ports(2)
     text = changed(
@@ -168,13 +165,13 @@ def test_nginx(certificates: Path, upstream: int, tmp_path: Path):
         f"http {{ access_log off; {kept} include {tmp_path}/assay.conf; }}\n"
     )
     with running(
-        [NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], tmp_path, secure
+        [place("nginx"), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], tmp_path, secure
     ):
         check_proxy(secure, plain, certificates / "node.example.pem")
 
 
 @pytest.mark.pages
-@pytest.mark.skipif(CADDY is None, reason="needs caddy: apt install caddy")
+@pytest.mark.needs("caddy", "openssl")
 def test_caddy(certificates: Path, upstream: int, tmp_path: Path):
     secure, plain = ports(2)
     sites = {
@@ -190,6 +187,13 @@ def test_caddy(certificates: Path, upstream: int, tmp_path: Path):
         sites | options | {"127.0.0.1:8100": f"127.0.0.1:{upstream}"},
     )
     (tmp_path / "Caddyfile").write_text(text)
-    command = [CADDY, "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
+    command = [
+        place("caddy"),
+        "run",
+        "--config",
+        str(tmp_path / "Caddyfile"),
+        "--adapter",
+        "caddyfile",
+    ]
     with running(command, tmp_path, secure):
         check_proxy(secure, plain, certificates / "node.example.pem")

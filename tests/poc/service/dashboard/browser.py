@@ -1,16 +1,15 @@
 """Chromium as the distribution packages it, and what a page does while a test looks at it."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM = Path("/usr/bin/chromium")
+from tests.programs import place
+
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -22,13 +21,10 @@ def chromium(*flags: str) -> Iterator[Browser]:
     """A browser with a profile of its own, and more flags. Each module opens one: its loop lives in
     this thread.
     """
-    if not CHROMIUM.exists():
-        # On a bare machine the rest of the suite still runs; where CI runs, the page must be looked
-        # at.
-        missing = "Chromium is not installed: apt-get install --no-install-recommends chromium"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
+        browser = playwright.chromium.launch(
+            executable_path=place("chromium"), args=[*FLAGS, *flags]
+        )
         try:
             yield browser
         finally:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from itertools import product
 from pathlib import Path
@@ -38,7 +37,7 @@ def test_every_series_that_is_asked_for_exists_before_anything_has_happened(serv
 
 
 @pytest.mark.pages
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.needs("systemd-analyze")
 @pytest.mark.parametrize(
     "name", ["assay.service", "assay@3.service", "assay-vllm.service", "assay-validator.service"]
 )
@@ -69,9 +68,7 @@ def test_no_unit_hides_the_gpu(unit):
 
 
 @pytest.mark.pages
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="needs promtool: apt install prometheus"
-)
+@pytest.mark.needs("promtool")
 def test_prometheus_accepts_its_configuration():
     command = ["promtool", "check", "config", "--syntax-only", "prometheus.yml"]
     done = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=False)
@@ -85,9 +82,7 @@ def test_prometheus_accepts_its_configuration():
 
 
 @pytest.mark.pages
-@pytest.mark.skipif(
-    shutil.which("amtool") is None, reason="needs amtool: apt install prometheus-alertmanager"
-)
+@pytest.mark.needs("amtool")
 def test_alertmanager_accepts_its_configuration_and_calls_for_what_is_critical():
     def amtool(*arguments: str) -> str:
         command = ["amtool", *arguments]
@@ -109,9 +104,7 @@ def test_alertmanager_accepts_its_configuration_and_calls_for_what_is_critical()
 
 
 @pytest.mark.pages
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="needs promtool: apt install prometheus"
-)
+@pytest.mark.needs("promtool")
 @pytest.mark.parametrize("rules", ["alerts", "validator-alerts"])
 def test_alerts_fire_for_the_first_event(rules):
     done = subprocess.run(

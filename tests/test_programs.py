@@ -1,0 +1,62 @@
+"""Tests that call a missing program are skipped, and the last lines say what to install."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TESTS = """
+import pytest
+
+pytestmark = pytest.mark.no_law
+
+@pytest.mark.needs("groff", "jq")
+def test_of_two():
+    raise AssertionError("it ran")
+
+@pytest.mark.browser
+def test_of_the_browser():
+    raise AssertionError("it ran")
+
+def test_of_one_that_it_names_itself(needs):
+    needs("jq")
+    raise AssertionError("it ran")
+
+def test_of_none(needs):
+    needs()
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Run pytest with options in a process that finds no program."""
+    (tmp_path / "test_bare.py").write_text(TESTS)
+
+    def run(*options, **variables):
+        settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "conftest"]
+        variables = {"PATH": str(tmp_path), "HOME": "/nonexistent"} | variables
+        command = [sys.executable, "-m", "pytest", *settings, *options, str(tmp_path)]
+        return subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
+def test_what_needs_a_missing_program_is_skipped_and_the_packages_are_named(bare, workers):
+    ended = bare(*workers)
+    *_, advice, counts = ended.stdout.splitlines()
+    assert ended.returncode == 0, ended.stdout
+    assert counts.startswith("1 passed, 3 skipped")
+    assert advice.startswith("3 tests")
+    assert advice.endswith("apt-get install --no-install-recommends chromium groff-base jq")
+
+
+def test_where_ci_runs_a_missing_program_is_a_failure(bare):
+    ended = bare(CI="1")
+    assert ended.returncode == 1
+    assert "1 passed" in ended.stdout
+    assert "skipped" not in ended.stdout
