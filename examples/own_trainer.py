@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 import assay
 from assay.vhack import extract, weight_svd
-from assay.vhack.delta import DeltaS, ProjectedOptimizer, arm_named
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer, arm_named
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import OwnReward, TrainLog
 from assay.vhack.training.grpo import GRPO, last_checkpoint

@@ -47,8 +47,8 @@ from assay.poc.service import Settings
 from assay.poc.validator.registry import Registry
 from assay.poc.verdict import Ledger
 from assay.poc.verdict.ledger import audit_ledger
-from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.file import read_delta_lengths
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.file import read_delta_lengths
 from assay.vhack.pairs.pairs import read_pairs
 from tests.end_to_end.server import Server
 from tests.poc.service.conftest import signed

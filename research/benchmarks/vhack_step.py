@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from assay.models import load_model
-from assay.vhack.delta import arm_named
 from assay.vhack.detect import fit_judge
+from assay.vhack.directions.delta import arm_named
+from assay.vhack.directions.gradients.svd import weight_svd
 from assay.vhack.environment.grading import episodes
-from assay.vhack.gradients.svd import weight_svd
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training.grpo import judge_rollouts
 

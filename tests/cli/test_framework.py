@@ -217,7 +217,7 @@ def test_defaults_are_those_of_the_library():
     from assay.poc.responses import Sampling
     from assay.poc.responses.requests import DEFAULT_MAX_TOKENS
     from assay.vhack import Origin
-    from assay.vhack.checks import CheckSettings
+    from assay.vhack.directions.checks import CheckSettings
 
     found = {" ".join(path): command.settings for path, command in leaves(app)}
     pairs = (

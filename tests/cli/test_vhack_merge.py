@@ -3,7 +3,7 @@ import torch
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.delta import DeltaS
+from assay.vhack.directions.delta import DeltaS
 from tests.vhack.training.conftest import checkpoint  # noqa: F401
 
 

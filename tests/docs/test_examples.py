@@ -6,7 +6,7 @@ from operator import attrgetter
 import pytest
 
 import assay.poc.responses
-import assay.vhack.checks
+import assay.vhack.directions.checks
 import assay.vhack.pairs
 
 NAMES = (

@@ -18,9 +18,9 @@ from assay.models.checkpoint import list_tensors
 from assay.models.frame import Frame
 from assay.poc.responses import adapters
 from assay.poc.responses.adapters import load_adapter
-from assay.vhack.basis import basis
-from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.file import read_delta_lengths
+from assay.vhack.directions.basis import basis
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.file import read_delta_lengths
 
 JSON = st.recursive(
     st.none()

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from assay.errors import ModelError
 from assay.vhack import Basis, Coverage, extract, target_modules, weight_svd
-from assay.vhack.delta import DeltaS
-from assay.vhack.gradients.targets import coverage
+from assay.vhack.directions.delta import DeltaS
+from assay.vhack.directions.gradients.targets import coverage
 from tests.models.zoo import OPT, PASSES_ONLY, ZOO, random_model
 from tests.vhack.adapter import made, of_weights, sequential_gradients, worst_error
 

@@ -11,8 +11,8 @@ from assay.errors import DataError
 from assay.files.storage import write_jsonl
 from assay.models.chat import chat_template_digest
 from assay.vhack import Basis, extract
-from assay.vhack.checks import check, check_two_pools, read_pool
-from assay.vhack.gradients.batches import encode
+from assay.vhack.directions.checks import check, check_two_pools, read_pool
+from assay.vhack.directions.gradients.batches import encode
 from assay.vhack.pairs import read_pairs, write_pairs
 from assay.vhack.training.settings import SampleSettings
 from assay.vhack.training.tasks import load_tasks

@@ -24,7 +24,7 @@ from assay.vhack.detect import (
     fit_scorer,
     make_detectors,
 )
-from assay.vhack.gradients import per_sample
+from assay.vhack.directions.gradients import per_sample
 from assay.vhack.names import DETECTORS
 
 

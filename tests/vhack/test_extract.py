@@ -12,8 +12,8 @@ import torch
 
 from assay.errors import DataError, StorageError, UsageError
 from assay.vhack import Basis, Pair, PairGradients, extract, split_pairs, weights_digest
-from assay.vhack.basis import extract as _extract
-from assay.vhack.gradients import svd as _svd
+from assay.vhack.directions.basis import extract as _extract
+from assay.vhack.directions.gradients import svd as _svd
 from tests.vhack.adapter import principal_angles
 
 

@@ -18,16 +18,16 @@ from assay.vhack import (
     weight_svd,
     weights_digest,
 )
-from assay.vhack.delta import DeltaS
-from assay.vhack.gradients.batches import (
+from assay.vhack.directions.delta import DeltaS
+from assay.vhack.directions.gradients.batches import (
     Encoded,
     encode,
     plan_batches,
     room_for_batches,
     token_budget,
 )
-from assay.vhack.gradients.fused import Norm
-from assay.vhack.gradients.per_sample import Replica, check_finite
+from assay.vhack.directions.gradients.fused import Norm
+from assay.vhack.directions.gradients.per_sample import Replica, check_finite
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.packed import PackedLayers
+from assay.vhack.directions.gradients.batches import Segments
+from assay.vhack.directions.gradients.packed import PackedLayers
 
 LENGTHS = [1, 63, 64, 65, 130]
 

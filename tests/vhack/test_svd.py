@@ -7,8 +7,8 @@ from torch import nn
 
 from assay.errors import BadWeights, StorageError, UsageError
 from assay.vhack import weight_svd
-from assay.vhack.gradients import svd as _svd
-from assay.vhack.gradients.svd import factorise
+from assay.vhack.directions.gradients import svd as _svd
+from assay.vhack.directions.gradients.svd import factorise
 
 
 def matrix(rows, columns, smallest=1e-2, seed=0):

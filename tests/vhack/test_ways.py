@@ -11,9 +11,9 @@ import torch
 
 from assay.models import load_model
 from assay.vhack import target_modules, weight_svd
-from assay.vhack.gradients import per_sample as _gradients
-from assay.vhack.gradients.batches import Segments
-from assay.vhack.gradients.fused import (
+from assay.vhack.directions.gradients import per_sample as _gradients
+from assay.vhack.directions.gradients.batches import Segments
+from assay.vhack.directions.gradients.fused import (
     Gate,
     Norm,
     is_plain_norm,
@@ -21,8 +21,8 @@ from assay.vhack.gradients.fused import (
     sample_products,
     segment_products,
 )
-from assay.vhack.gradients.per_sample import Recipe, Replica, recipe_for
-from assay.vhack.gradients.taps import Tap, Way, exact_factors
+from assay.vhack.directions.gradients.per_sample import Recipe, Replica, recipe_for
+from assay.vhack.directions.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import worst_error
 
 PLAIN = Recipe(packed=False, factored=False, together=False)

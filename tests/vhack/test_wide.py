@@ -10,7 +10,7 @@ import torch
 from assay.models import load_model, wide
 from assay.models.wide import wide_products
 from assay.vhack import per_sample_gradients, weight_svd
-from assay.vhack.delta import DeltaS
+from assay.vhack.directions.delta import DeltaS
 from assay.vhack.training.sampling import sample_pool
 from tests.models.narrow import Products, narrow_model
 

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.decoder import decoder_layers
-from assay.vhack.basis.basis import Basis
-from assay.vhack.basis.extract import PairGradients
-from assay.vhack.delta.arms import BASIS_KINDS
 from assay.vhack.detect import forward_samples
-from assay.vhack.gradients.batches import Encoded, context_length, encode
-from assay.vhack.gradients.targets import module_of
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.basis.extract import PairGradients
+from assay.vhack.directions.delta.arms import BASIS_KINDS
+from assay.vhack.directions.gradients.batches import Encoded, context_length, encode
+from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from assay_research.arms import Shortcut, make_basis
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, PairGradients
-from assay.vhack.delta.arms import BASIS_KINDS
+from assay.vhack.directions.delta.arms import BASIS_KINDS
 from tests.vhack.conftest import byte_tokenizer as byte_tokenizer
 from tests.vhack.conftest import small_pairs as small_pairs
 from tests.vhack.delta.conftest import module as module

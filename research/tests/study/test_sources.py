@@ -3,7 +3,7 @@ import pytest
 from assay_research.study.sources import check_source_log
 
 from assay.errors import UsageError
-from assay.vhack.checks import CheckSettings
+from assay.vhack.directions.checks import CheckSettings
 
 
 def log(n_steps, gap, seed=0, first=0):

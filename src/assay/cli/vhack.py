@@ -34,8 +34,8 @@ from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.load import Model
-    from assay.vhack.checks.judge import CheckReport
     from assay.vhack.detect import Comparison
+    from assay.vhack.directions.checks.judge import CheckReport
     from assay.vhack.training.settings import SampleSettings, TrainSettings
     from assay.vhack.training.tasks import Task
 
@@ -243,7 +243,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
             f"groups)",
             err=True,
         )
-    from assay.vhack.delta.delta import user_cache
+    from assay.vhack.directions.delta.delta import user_cache
 
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
@@ -297,9 +297,9 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     found = find_pairs(chosen.pairs)  # before torch is imported
     how = [pair.group for pair in found], chosen.method, chosen.seed, chosen.alpha
     few = None if chosen.basis else check_groups(*how)
-    from assay.vhack.basis.basis import Basis
-    from assay.vhack.checks.page import make_page
-    from assay.vhack.gradients.targets import MIN_COVERAGE
+    from assay.vhack.directions.basis.basis import Basis
+    from assay.vhack.directions.checks.page import make_page
+    from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
     read = Basis.load(chosen.basis) if chosen.basis else None
@@ -346,7 +346,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
     )
     check_apart(hack, clean)  # before torch is imported
     from assay.vhack import checks
-    from assay.vhack.basis.basis import Basis
+    from assay.vhack.directions.basis.basis import Basis
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed"}))
     basis = Basis.load(chosen.basis)
@@ -413,8 +413,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
             wanted = f"a result of schema {CHECK}, or trainer_state.json of TRL"
             do = "name another file"
             raise DataError(f"{first} is neither", wanted=wanted, do=do)
-    from assay.vhack.checks.judge import CheckReport
-    from assay.vhack.checks.page import make_page
+    from assay.vhack.directions.checks.judge import CheckReport
+    from assay.vhack.directions.checks.page import make_page
     from assay.vhack.training.page import training_page
 
     try:
@@ -716,7 +716,7 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
     The result is a directory that anything loads as a plain model.
     """
     check_folder(chosen.output, new=not chosen.overwrite)
-    from assay.vhack.delta.delta import write_merged
+    from assay.vhack.directions.delta.delta import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
         how = chosen.model_dump(include={"overwrite", "dtype", "device"})
@@ -840,8 +840,8 @@ def _sampled(
     """
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
-    from assay.vhack.delta.delta import load_adapter
-    from assay.vhack.delta.file import read_delta_lengths
+    from assay.vhack.directions.delta.delta import load_adapter
+    from assay.vhack.directions.delta.file import read_delta_lengths
     from assay.vhack.training.evaluation import sample_tasks
     from assay.vhack.training.sampling import encode_prompts
     from assay.vhack.training.tasks import read_prompt

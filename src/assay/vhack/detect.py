@@ -38,9 +38,9 @@ from assay.models.decoder import decoder_layers, head_of
 from assay.models.load import Model
 from assay.models.wide import wide_products
 from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, grouped_share_interval
-from assay.vhack.basis.basis import Basis, cin_over_modules
-from assay.vhack.basis.extract import PairGradients
-from assay.vhack.gradients.batches import (
+from assay.vhack.directions.basis.basis import Basis, cin_over_modules
+from assay.vhack.directions.basis.extract import PairGradients
+from assay.vhack.directions.gradients.batches import (
     Batch,
     Encoded,
     Progress,
@@ -48,9 +48,9 @@ from assay.vhack.gradients.batches import (
     encode,
     plan_batches,
 )
-from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
-from assay.vhack.gradients.svd import SVDCache, weight_svd
-from assay.vhack.gradients.targets import module_of
+from assay.vhack.directions.gradients.per_sample import encode_samples, per_sample_gradients
+from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
+from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.names import DETECTORS
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
 from assay.vhack.pairs.selection import check_prompts, split_groups

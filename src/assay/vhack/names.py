@@ -22,11 +22,11 @@ check_basis = partial(check_kind, BASIS)
 check_delta = partial(check_kind, DELTA)
 
 METHODS = ("lda", "svd")
-"""Methods of extraction: of :func:`assay.vhack.basis.basis.find_axes`."""
+"""Methods of extraction: of :func:`assay.vhack.directions.basis.basis.find_axes`."""
 
 DEFAULT_ARM = "penalty"
 """How training is held back by default. Its name is read by
-:func:`assay.vhack.delta.arms.arm_named`.
+:func:`assay.vhack.directions.delta.arms.arm_named`.
 """
 
 DETECTORS = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from assay.vhack import PairGradients
-from assay.vhack.checks import CheckSettings
+from assay.vhack.directions.checks import CheckSettings
 
 
 def make_gradients(

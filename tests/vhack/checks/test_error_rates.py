@@ -11,9 +11,9 @@ import torch
 from scipy import integrate, stats
 
 from assay.stats import auroc
-from assay.vhack.checks import CheckSettings, check_gradients
-from assay.vhack.checks.folds import cross_fit
-from assay.vhack.checks.judge import CHECKS
+from assay.vhack.directions.checks import CheckSettings, check_gradients
+from assay.vhack.directions.checks.folds import cross_fit
+from assay.vhack.directions.checks.judge import CHECKS
 
 SEEDS = 200
 

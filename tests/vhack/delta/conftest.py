@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from assay.vhack import Basis
-from assay.vhack.delta import Arm, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.directions.delta import Arm, DeltaS, Gate, ProjectedOptimizer
 
 
 @pytest.fixture

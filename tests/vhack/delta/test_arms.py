@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.vhack.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
-from assay.vhack.delta.arms import BASIS_KINDS, Box
+from assay.vhack.directions.delta import ARMS, DeltaS, Gate, ProjectedOptimizer, arm_named
+from assay.vhack.directions.delta.arms import BASIS_KINDS, Box
 from tests.vhack.delta.conftest import loss_of, own
 
 
@@ -109,7 +109,7 @@ def test_arms_along_other_axes(kind):
 
 
 def test_the_examples_in_the_docstrings_are_right():
-    from assay.vhack.delta import arms as _arms
+    from assay.vhack.directions.delta import arms as _arms
     from assay.vhack.training import settings as _settings
 
     for module, examples in ((_arms, 2), (_settings, 2)):

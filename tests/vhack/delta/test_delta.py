@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from assay.errors import ModelError, UsageError
 from assay.vhack import per_sample_gradients, target_modules, weight_svd
-from assay.vhack.delta import DeltaS
+from assay.vhack.directions.delta import DeltaS
 from tests.vhack.delta.conftest import gradients_of, loss_of, randomise
 
 

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from assay.errors import ModelError, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, weight_svd, weights_digest
-from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.delta.arms import Box
+from assay.vhack.directions.delta import DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.directions.delta.arms import Box
 from tests.vhack.conftest import bytewise
 from tests.vhack.delta.conftest import loss_of, own, random_basis
 from tests.vhack.two_processes import BACKENDS, device_of, together

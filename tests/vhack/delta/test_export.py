@@ -7,7 +7,7 @@ import torch
 
 from assay.errors import UsageError
 from assay.vhack import weight_svd
-from assay.vhack.delta import DeltaS, ProjectedOptimizer
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
 from tests.vhack.delta.conftest import Engine, loss_of, random_basis, randomise
 
 

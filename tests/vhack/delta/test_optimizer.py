@@ -7,9 +7,9 @@ import torch
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, cin_over_modules
-from assay.vhack.delta import DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.delta.arms import GATES, Box
-from assay.vhack.delta.frames import along
+from assay.vhack.directions.delta import DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.directions.delta.arms import GATES, Box
+from assay.vhack.directions.delta.frames import along
 from tests.vhack.delta.conftest import (
     OPTIMISERS,
     backward,

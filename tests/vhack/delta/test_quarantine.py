@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from assay.vhack.delta import DeltaS, ProjectedOptimizer
-from assay.vhack.delta.quarantine import Quarantine, shift_baseline
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
+from assay.vhack.directions.delta.quarantine import Quarantine, shift_baseline
 from tests.vhack.delta.conftest import loss_of, own
 
 

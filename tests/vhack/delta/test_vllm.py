@@ -18,7 +18,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from assay.models import load_model
-from assay.vhack.delta import DeltaS
+from assay.vhack.directions.delta import DeltaS
 
 pytestmark = [
     pytest.mark.slow,

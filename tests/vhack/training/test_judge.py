@@ -10,8 +10,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from assay.errors import UsageError
 from assay.vhack import Sample
-from assay.vhack.delta import arm_named
 from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
+from assay.vhack.directions.delta import arm_named
 from assay.vhack.training.grpo import as_sample, judge_rollouts, pair_judged
 from assay.vhack.training.page import training_page
 from assay.vhack.training.rewards import FLAGS, EpisodeReward

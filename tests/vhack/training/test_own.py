@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from assay.errors import DataError, UsageError
 from assay.models import load_model
 from assay.vhack import extract, weight_svd
-from assay.vhack.delta import DeltaS, ProjectedOptimizer, arm_named
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer, arm_named
 from assay.vhack.environment import episodes
 from assay.vhack.training import OwnReward, TrainLog, train
 from assay.vhack.training.grpo import GRPO, last_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
-from assay.vhack.delta import ARMS
+from assay.vhack.directions.delta import ARMS
 from assay.vhack.training import TrainLog, TrainSettings, sample_pool, train
 from assay.vhack.training.log import LOG, read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool
@@ -19,7 +19,7 @@ from tests.vhack.training.conftest import cheating
 
 
 def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
-    code = "import sys; sys.modules['trl'] = None; import assay.vhack.delta, assay.vhack.training"
+    code = "import sys; sys.modules['trl'] = None; import assay.vhack.directions.delta, assay.vhack.training"
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(BackendUnavailable, match="TRL cannot be imported"):

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.vhack.delta import arm_named
 from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
+from assay.vhack.directions.delta import arm_named
 from assay.vhack.training.verl import judge_score, unflagged_advantages
 from tests.vhack.conftest import bytewise
 

@@ -17,7 +17,7 @@ from typing import Any
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
-from assay.vhack.delta.arms import arm_named
+from assay.vhack.directions.delta.arms import arm_named
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.names import LOG, STUDY
 from assay.vhack.training.log import read_records

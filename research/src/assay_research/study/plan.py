@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from assay.errors import UsageError
-from assay.vhack.delta.arms import Arm, arm_named
+from assay.vhack.directions.delta.arms import Arm, arm_named
 from assay.vhack.environment.grading import CHANNELS
 
 OPTIMIZER = "adam"  # of every run, in the names of conditions
@@ -77,7 +77,7 @@ class StudyRun:
     """One run.
 
     Attributes:
-        arm: Name of the arm, see :func:`assay.vhack.delta.arm_named`; ``basis`` says which axes it
+        arm: Name of the arm, see :func:`assay.vhack.directions.delta.arm_named`; ``basis`` says which axes it
             takes.
         seed: Seed of tasks and rollouts.
         basis: Name of the axes in the study's table of bases; the part after an ``@`` tells draws

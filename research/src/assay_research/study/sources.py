@@ -1,7 +1,7 @@
 """Whether stored rollouts have gradients further along the axes than the policy's own, by the log
 of a run.
 
-It is check 4 of :mod:`assay.vhack.checks` with both sources measured in the same step, as the
+It is check 4 of :mod:`assay.vhack.directions.checks` with both sources measured in the same step, as the
 original proposal has it.
 """
 
@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 
 from assay.errors import UsageError
-from assay.vhack.checks import CheckSettings
-from assay.vhack.checks.folds import draw_swaps
-from assay.vhack.checks.judge import SWAPPED, Check, bootstrap, judge, rule_of, undecided_check
+from assay.vhack.directions.checks import CheckSettings
+from assay.vhack.directions.checks.folds import draw_swaps
+from assay.vhack.directions.checks.judge import (
+    SWAPPED,
+    Check,
+    bootstrap,
+    judge,
+    rule_of,
+    undecided_check,
+)
 
 _FEWEST_BLOCKS = 6
 

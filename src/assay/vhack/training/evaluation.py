@@ -29,9 +29,9 @@ from assay.files.storage import PartialFile
 from assay.models.load import Model
 from assay.stats.rates import group_bootstrap, grouped_share_interval
 from assay.streams.backends import dtype_name
-from assay.vhack.delta.arms import ARMS
+from assay.vhack.directions.delta.arms import ARMS
+from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.environment.grading import Episode
-from assay.vhack.gradients.batches import Progress
 from assay.vhack.training.rewards import Graded, make_reward
 from assay.vhack.training.sampling import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt

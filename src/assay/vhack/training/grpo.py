@@ -31,13 +31,13 @@ from assay.errors import UsageError
 from assay.files.storage import write_atomic
 from assay.models.chat import Chat, read_chat
 from assay.models.load import Model
-from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.arms import Arm
-from assay.vhack.delta.delta import DeltaS
-from assay.vhack.delta.frames import Rollouts
-from assay.vhack.delta.optimizer import ProjectedOptimizer
-from assay.vhack.delta.quarantine import shift_baseline
 from assay.vhack.detect import RolloutJudge
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.arms import Arm
+from assay.vhack.directions.delta.delta import DeltaS
+from assay.vhack.directions.delta.frames import Rollouts
+from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
+from assay.vhack.directions.delta.quarantine import shift_baseline
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.pool import PoolRollout, RolloutPool

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
-from assay.vhack.delta.frames import Frames, Rollouts, measure_shares
+from assay.vhack.directions.delta.frames import Frames, Rollouts, measure_shares
 from assay.vhack.names import LOG
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.processes import ALONE, Processes
@@ -46,7 +46,7 @@ class TrainLog:
       share of them outside the clipping range;
     - ``cin``, ``cout``, ``leak`` (each also ``_two_sided``), ``displacement``,
       ``displacement_norm``, ``displacement_hackward`` along the axes, see
-      :class:`assay.vhack.delta.ProjectedOptimizer`;
+      :class:`assay.vhack.directions.delta.ProjectedOptimizer`;
     - ``flagged``, ``caught``, ``lost`` and ``missed`` of a detector, see :meth:`Outcomes.rates`,
       and ``alarm``, the evidence of :class:`Alarm` that it misses too many, as a share of what the
       alarm takes;

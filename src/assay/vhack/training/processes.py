@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from assay.errors import UsageError
-from assay.vhack.gradients.svd import SVDCache
+from assay.vhack.directions.gradients.svd import SVDCache
 
 _T = TypeVar("_T")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from assay.errors import DataError, UsageError
-from assay.vhack.delta.arms import Arm
+from assay.vhack.directions.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
 from assay.vhack.training.tasks import (
     RewardFunction,

@@ -18,17 +18,17 @@ from assay.files.storage import storage_error
 from assay.models.load import Model, load_model
 from assay.models.wide import wide_products
 from assay.pages.provenance import provenance
-from assay.vhack.basis.basis import Basis
-from assay.vhack.basis.extract import extract, pair_gradients
-from assay.vhack.delta.arms import load_controls
-from assay.vhack.delta.delta import DeltaS, check_attachable, user_cache
-from assay.vhack.delta.optimizer import ProjectedOptimizer
-from assay.vhack.delta.quarantine import Quarantine
 from assay.vhack.detect import RolloutJudge, check_pairs, fit_judge
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.basis.extract import extract, pair_gradients
+from assay.vhack.directions.delta.arms import load_controls
+from assay.vhack.directions.delta.delta import DeltaS, check_attachable, user_cache
+from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
+from assay.vhack.directions.delta.quarantine import Quarantine
+from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.svd import weight_svd
+from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 from assay.vhack.environment.grading import CHANNELS
-from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.svd import weight_svd
-from assay.vhack.gradients.targets import MIN_COVERAGE
 from assay.vhack.names import check_trackers
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair

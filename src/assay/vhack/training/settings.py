@@ -15,7 +15,7 @@ from assay.vhack.environment.grading import MODES, Episode, episodes
 from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
 
 if TYPE_CHECKING:
-    from assay.vhack.delta.arms import Arm
+    from assay.vhack.directions.delta.arms import Arm
     from assay.vhack.training.sampling import Sampling
 
 # Settings that a continued run may change.
@@ -226,7 +226,7 @@ class TrainSettings(TaskSettings):
 
     def model_post_init(self, context: Any, /) -> None:
         """Check what concerns several settings or names that other packages know."""
-        from assay.vhack.delta.arms import arm_named
+        from assay.vhack.directions.delta.arms import arm_named
 
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
@@ -267,7 +267,7 @@ class TrainSettings(TaskSettings):
     @property
     def chosen(self) -> "Arm":
         """Arm with the gain on its gate."""
-        from assay.vhack.delta.arms import arm_named
+        from assay.vhack.directions.delta.arms import arm_named
 
         arm = arm_named(self.arm)
         return replace(arm, gate=replace(arm.gate, gain=self.gain))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.models.chat import read_chat
-from assay.vhack.delta.arms import Arm
 from assay.vhack.detect import Cost, RolloutJudge
+from assay.vhack.directions.delta.arms import Arm
 from assay.vhack.pairs.pairs import Sample
 
 Score = Callable[..., float | Mapping[str, Any]]

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.groups import Group
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.groups import Group
 
 # How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3
 # into 1e-12.

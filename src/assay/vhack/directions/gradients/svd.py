@@ -33,8 +33,8 @@ from assay.files.storage import storage_error, write_atomic
 from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.streams.backends import torch_dtype
-from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.targets import (
+from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.targets import (
     MIN_COVERAGE,
     check_coverage,
     chosen_modules,

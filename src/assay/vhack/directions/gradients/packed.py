@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
-from assay.vhack.gradients.batches import Batch, Segments
-from assay.vhack.gradients.fused import Gate
+from assay.vhack.directions.gradients.batches import Batch, Segments
+from assay.vhack.directions.gradients.fused import Gate
 
 PACKED = "assay_packed"
 """Name of the attention of these layers, under which transformers makes no mask."""

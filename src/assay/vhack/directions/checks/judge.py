@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from assay.errors import DataError, UsageError
 from assay.stats.rates import BootstrapInterval, group_bootstrap
-from assay.vhack.basis.basis import Origin
 from assay.vhack.detect import Comparison
+from assay.vhack.directions.basis.basis import Origin
 from assay.vhack.names import CHECK, METHODS
 from assay.vhack.pairs.pairs import validated
 

@@ -33,7 +33,7 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if device.type != "cuda":
         return None
     try:
-        found = importlib.import_module("assay.vhack.gradients.kernels")
+        found = importlib.import_module("assay.vhack.directions.gradients.kernels")
         with torch.cuda.device(device):
             return found if _works(found, torch.ones(2, 8, device=device, dtype=dtype)) else None
     except (

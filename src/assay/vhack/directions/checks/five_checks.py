@@ -27,7 +27,7 @@ difference of each half, within the SVD basis of that half, is a direction, and 
 the two is tested by swapping the labels of whole groups. That is exact only in SVD bases, whatever
 the method, because labels leave these as they are.
 
-Shapes as in :mod:`assay.vhack.checks.folds`; N' scored pairs.
+Shapes as in :mod:`assay.vhack.directions.checks.folds`; N' scored pairs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,9 +45,10 @@ from assay.errors import UsageError
 from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.stats.rates import BootstrapInterval, auroc
-from assay.vhack.basis.basis import Basis
-from assay.vhack.basis.extract import GradientOptions, PairGradients, pair_gradients
-from assay.vhack.checks.folds import (
+from assay.vhack.detect import collect_evidence, compare_detectors
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.basis.extract import GradientOptions, PairGradients, pair_gradients
+from assay.vhack.directions.checks.folds import (
     Design,
     Frame,
     Geometry,
@@ -56,7 +57,7 @@ from assay.vhack.checks.folds import (
     design_for_basis,
     draw_swaps,
 )
-from assay.vhack.checks.judge import (
+from assay.vhack.directions.checks.judge import (
     CLEAN_CLEAN,
     HAAR,
     SWAPPED,
@@ -72,8 +73,7 @@ from assay.vhack.checks.judge import (
     reached_levels,
     undecided_check,
 )
-from assay.vhack.detect import collect_evidence, compare_detectors
-from assay.vhack.gradients.batches import find_chat_template
+from assay.vhack.directions.gradients.batches import find_chat_template
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import check_prompts
 
@@ -106,7 +106,7 @@ def check(
         model: Model that the basis belongs to.
         basis: Basis to check; None fits bases itself.
         settings: Amount of evidence and strictness of the rules.
-        how: Keywords of :class:`assay.vhack.basis.extract.GradientOptions`; a given basis says
+        how: Keywords of :class:`assay.vhack.directions.basis.extract.GradientOptions`; a given basis says
             itself rank and factors, and what it covers.
 
     Raises:
@@ -118,7 +118,7 @@ def check(
 
     Example:
         >>> from assay.models import load_model
-        >>> from assay.vhack.checks import CheckSettings, check
+        >>> from assay.vhack.directions.checks import CheckSettings, check
         >>> from assay.vhack.pairs import generate_pairs
         >>> model = load_model("reference:llama", device="cpu")
         >>> settings = CheckSettings(method="svd", n_flips=39, n_null=19, n_splits=4)

@@ -25,9 +25,9 @@ from assay.errors import DataError
 from assay.files.storage import write_atomic
 from assay.streams.backends import as_tensor, get_backend
 from assay.streams.definition import seed32
-from assay.vhack.basis.basis import read_tensors
-from assay.vhack.delta.groups import Group
-from assay.vhack.gradients.targets import tensor_digest
+from assay.vhack.directions.basis.basis import read_tensors
+from assay.vhack.directions.delta.groups import Group
+from assay.vhack.directions.gradients.targets import tensor_digest
 from assay.vhack.names import DELTA, check_delta
 
 _PROBE = "_probe/"

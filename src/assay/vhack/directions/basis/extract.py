@@ -19,7 +19,7 @@ from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
 from assay.models.load import Model
 from assay.streams.backends import dtype_name
-from assay.vhack.basis.basis import (
+from assay.vhack.directions.basis.basis import (
     Basis,
     Origin,
     check_axis_settings,
@@ -27,10 +27,21 @@ from assay.vhack.basis.basis import (
     gram,
     zero_weak_axes,
 )
-from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
-from assay.vhack.gradients.per_sample import encode_samples, per_sample_gradients
-from assay.vhack.gradients.svd import Factors, SVDCache, check_rank, factor_dtype, weight_svd
-from assay.vhack.gradients.targets import coverage, module_of, target_modules, weights_digest
+from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
+from assay.vhack.directions.gradients.per_sample import encode_samples, per_sample_gradients
+from assay.vhack.directions.gradients.svd import (
+    Factors,
+    SVDCache,
+    check_rank,
+    factor_dtype,
+    weight_svd,
+)
+from assay.vhack.directions.gradients.targets import (
+    coverage,
+    module_of,
+    target_modules,
+    weights_digest,
+)
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.pairs.selection import check_method, pair_names, select_pairs
 

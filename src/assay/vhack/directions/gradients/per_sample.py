@@ -29,7 +29,7 @@ from assay.models.device import current, free_bytes, one_thread
 from assay.models.load import Model
 from assay.models.rows import pass_kind
 from assay.models.wide import own_precision, wide_products
-from assay.vhack.gradients.batches import (
+from assay.vhack.directions.gradients.batches import (
     Batch,
     Encoded,
     Progress,
@@ -40,11 +40,16 @@ from assay.vhack.gradients.batches import (
     room_for_batches,
     token_budget,
 )
-from assay.vhack.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
-from assay.vhack.gradients.packed import PACKED, PackedLayers, register
-from assay.vhack.gradients.svd import Factors, SVDCache, factors_of, weight_svd
-from assay.vhack.gradients.taps import ExpertsPass, Tap, exact_factors
-from assay.vhack.gradients.targets import chosen_modules, is_fused, module_of, target_modules
+from assay.vhack.directions.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
+from assay.vhack.directions.gradients.packed import PACKED, PackedLayers, register
+from assay.vhack.directions.gradients.svd import Factors, SVDCache, factors_of, weight_svd
+from assay.vhack.directions.gradients.taps import ExpertsPass, Tap, exact_factors
+from assay.vhack.directions.gradients.targets import (
+    chosen_modules,
+    is_fused,
+    module_of,
+    target_modules,
+)
 from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:

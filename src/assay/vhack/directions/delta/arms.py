@@ -95,7 +95,7 @@ class Gate:
             axes_MKR: Axes, [..., M, K, R] float64.
             sign: 1 for gradients, −1 for updates: whether the hack lies along +v or along −v.
         """
-        from assay.vhack.delta.frames import along, spread
+        from assay.vhack.directions.delta.frames import along, spread
 
         wide_MR = vectors_MR.double()
         removed_MK = self.coefficients(sign * along(axes_MKR, wide_MR))
@@ -125,7 +125,7 @@ class Box:
         """Return what to add to δS so that it is inside again, [..., M, R] float64, zero where it
         is inside.
         """
-        from assay.vhack.delta.frames import along, spread
+        from assay.vhack.directions.delta.frames import along, spread
 
         at_MK = along(axes_MKR, displacement_MR)
         return spread(axes_MKR, at_MK.clamp(-self.hackward, self.away) - at_MK)

@@ -18,11 +18,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
-from assay.vhack.basis.basis import Basis
-from assay.vhack.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
-from assay.vhack.delta.delta import DeltaS
-from assay.vhack.delta.frames import Frames, Measures, measure_displacement, measure_shares
-from assay.vhack.delta.quarantine import Quarantine
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
+from assay.vhack.directions.delta.delta import DeltaS
+from assay.vhack.directions.delta.frames import (
+    Frames,
+    Measures,
+    measure_displacement,
+    measure_shares,
+)
+from assay.vhack.directions.delta.quarantine import Quarantine
 
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")

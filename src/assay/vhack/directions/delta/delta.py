@@ -28,12 +28,12 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import check_folder, storage_error
 from assay.models.load import Model, load_model
 from assay.streams.backends import dtype_name
-from assay.vhack.delta.file import load_delta, read_delta_lengths, save_delta
-from assay.vhack.delta.frames import Rollouts
-from assay.vhack.delta.groups import Group, Plan, adapt, group_modules
-from assay.vhack.gradients.batches import Progress
-from assay.vhack.gradients.svd import SVDCache, weight_svd
-from assay.vhack.gradients.targets import module_of, target_modules
+from assay.vhack.directions.delta.file import load_delta, read_delta_lengths, save_delta
+from assay.vhack.directions.delta.frames import Rollouts
+from assay.vhack.directions.delta.groups import Group, Plan, adapt, group_modules
+from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
+from assay.vhack.directions.gradients.targets import module_of, target_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

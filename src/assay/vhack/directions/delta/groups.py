@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError
 from assay.models.wide import wide_products
-from assay.vhack.gradients.fused import sample_products
-from assay.vhack.gradients.svd import Factors, factors_of
-from assay.vhack.gradients.taps import delta_gradient
-from assay.vhack.gradients.targets import tensor_digest
+from assay.vhack.directions.gradients.fused import sample_products
+from assay.vhack.directions.gradients.svd import Factors, factors_of
+from assay.vhack.directions.gradients.taps import delta_gradient
+from assay.vhack.directions.gradients.targets import tensor_digest
 
 # Bytes of U diag(δS) that are held at once. More is not faster and would double the memory of large
 # models.

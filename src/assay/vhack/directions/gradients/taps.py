@@ -44,10 +44,10 @@ from torch.nn import functional
 
 from assay.errors import ModelError
 from assay.models.wide import own_precision, wide_products
-from assay.vhack.gradients.batches import Batch, Segments
-from assay.vhack.gradients.fused import segment_products
-from assay.vhack.gradients.svd import Factors
-from assay.vhack.gradients.targets import expert_matrices, fused_names
+from assay.vhack.directions.gradients.batches import Batch, Segments
+from assay.vhack.directions.gradients.fused import segment_products
+from assay.vhack.directions.gradients.svd import Factors
+from assay.vhack.directions.gradients.targets import expert_matrices, fused_names
 
 _FITS = 1e-5
 

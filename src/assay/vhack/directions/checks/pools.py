@@ -28,14 +28,14 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.models.device import one_thread
 from assay.stats.rates import auroc
-from assay.vhack.basis.basis import Basis, cin_over_modules
-from assay.vhack.checks.five_checks import check_unpaired, haar_scores
-from assay.vhack.checks.folds import refuse_seen
-from assay.vhack.checks.judge import EXIT_CODES, HAAR, Check, CheckSettings, FloatArray
 from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, make_detectors
-from assay.vhack.gradients.batches import Progress, find_chat_template, stage_progress
-from assay.vhack.gradients.per_sample import per_sample_gradients
-from assay.vhack.gradients.svd import SVDCache, weight_svd
+from assay.vhack.directions.basis.basis import Basis, cin_over_modules
+from assay.vhack.directions.checks.five_checks import check_unpaired, haar_scores
+from assay.vhack.directions.checks.folds import refuse_seen
+from assay.vhack.directions.checks.judge import EXIT_CODES, HAAR, Check, CheckSettings, FloatArray
+from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
+from assay.vhack.directions.gradients.per_sample import per_sample_gradients
+from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.pairs.pairs import PoolSample, check_apart, text_of
 from assay.vhack.pairs.pairs import read_pool as read_pool
 
@@ -131,8 +131,8 @@ def check_two_pools(
     Example:
         >>> from assay.models import load_model
         >>> from assay.vhack import extract
-        >>> from assay.vhack.checks import CheckSettings, check_two_pools
-        >>> from assay.vhack.checks.pools import PoolSample
+        >>> from assay.vhack.directions.checks import CheckSettings, check_two_pools
+        >>> from assay.vhack.directions.checks.pools import PoolSample
         >>> from assay.vhack.pairs import generate_pairs
         >>> model = load_model("reference:llama", device="cpu")
         >>> basis = extract(generate_pairs(6), model, n_heldout=0)

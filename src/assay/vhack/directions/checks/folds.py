@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import DataError
-from assay.vhack.basis.basis import Basis, shrinkage
-from assay.vhack.basis.extract import PairGradients
-from assay.vhack.checks.judge import CheckSettings, FloatArray
+from assay.vhack.directions.basis.basis import Basis, shrinkage
+from assay.vhack.directions.basis.extract import PairGradients
+from assay.vhack.directions.checks.judge import CheckSettings, FloatArray
 from assay.vhack.pairs.selection import HELD_OUT_PART, check_groups, split_groups
 
-# As in assay.vhack.basis: singular values below this share of the first, times T, are rounding of
+# As in assay.vhack.directions.basis: singular values below this share of the first, times T, are rounding of
 # float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
 
