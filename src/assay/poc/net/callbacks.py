@@ -195,12 +195,13 @@ def _is_public(address: Address) -> bool:
 
 
 def _refusal(seen: str) -> Refusal:
-    wanted = "an http or https URL to a public address, without credentials"
-    do = (
-        "correct the URL; for a private network give --allow-private-callbacks, or set "
-        "ASSAY_ALLOW_PRIVATE_CALLBACKS=1"
+    return Refusal(
+        422,
+        seen,
+        wanted="an http or https URL to a public address, without credentials",
+        do="correct the URL; for a private network give --allow-private-callbacks, or set "
+        "ASSAY_ALLOW_PRIVATE_CALLBACKS=1",
     )
-    return Refusal(422, seen, wanted=wanted, do=do)
 
 
 LONGEST_ID = 128
@@ -251,12 +252,13 @@ def _check_clock(stated: str) -> None:
     except ValueError:  # the standard's own words are better
         return
     if math.isfinite(ahead) and abs(ahead) > TOLERANCE:
-        seen = (
+        raise Refusal(
+            401,
             f"a callback that was signed {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'ago'} by "
-            f"the clock here"
+            f"the clock here",
+            wanted=f"clocks that differ by {TOLERANCE:.0f} s at most",
+            do="set both clocks by NTP, and send again",
         )
-        wanted = f"clocks that differ by {TOLERANCE:.0f} s at most"
-        raise Refusal(401, seen, wanted=wanted, do="set both clocks by NTP, and send again")
 
 
 def parsed(raw: bytes) -> tuple[str, JsonObject]:
@@ -268,9 +270,13 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
         return text, loads(text, "body")
     except (DataError, UnicodeDecodeError) as error:
         seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
-        wanted = "the body of a callback of assay"
-        do = "send it as assay does"
-        raise Refusal(400, seen, wanted=wanted, do=do, fields={"fields": ["body"]}) from None
+        raise Refusal(
+            400,
+            seen,
+            wanted="the body of a callback of assay",
+            do="send it as assay does",
+            fields={"fields": ["body"]},
+        ) from None
 
 
 def message_id(headers: Mapping[str, str]) -> str:

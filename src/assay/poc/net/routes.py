@@ -339,10 +339,12 @@ class Bodies:
                             held = len(body) + len(chunk)
                             if not room.fits(client, held):
                                 body.clear()
-                                seen = "too many large bodies at the same time"
-                                do = "send it again"
                                 raise Refusal(
-                                    503, seen, wanted="fewer at a time", do=do, retry_after=1
+                                    503,
+                                    "too many large bodies at the same time",
+                                    wanted="fewer at a time",
+                                    do="send it again",
+                                    retry_after=1,
                                 )
                             room.take(client, held)
                             body += chunk
@@ -359,14 +361,18 @@ class Bodies:
                         )
             except TimeoutError:
                 if size <= self._most:
-                    wanted = f"{BODY_FLOOR} bytes a second, and all of it in {BODY_SECONDS:g} s"
                     raise Refusal(
-                        408, "a body that does not come to its end", wanted=wanted, do="resend"
+                        408,
+                        "a body that does not come to its end",
+                        wanted=f"{BODY_FLOOR} bytes a second, and all of it in {BODY_SECONDS:g} s",
+                        do="resend",
                     ) from None
             if size > self._most:
-                wanted = f"at most {self._most} bytes"
                 raise Refusal(
-                    413, "a body that is too large", wanted=wanted, do="split the request"
+                    413,
+                    "a body that is too large",
+                    wanted=f"at most {self._most} bytes",
+                    do="split the request",
                 )
             yield bytes(body)
         finally:

@@ -236,9 +236,11 @@ def run_app(
     if (
         "PROMETHEUS_MULTIPROC_DIR" in os.environ
     ):  # whose files outlive a restart, and mix two servers' counters
-        seen = "PROMETHEUS_MULTIPROC_DIR in the environment"
-        wanted = "metrics of this process alone"
-        raise UsageError(seen, wanted=wanted, do="start assay without it")
+        raise UsageError(
+            "PROMETHEUS_MULTIPROC_DIR in the environment",
+            wanted="metrics of this process alone",
+            do="start assay without it",
+        )
     server = _Server(
         bounded_config(app, settings), runtime.closing if runtime else threading.Event()
     )
@@ -295,9 +297,11 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
             wanted, flag = ("a free port", "--port") if of_port else ("an address", "--host")
-            seen = f"{host}:{port}: {error.strerror}"
-            do = f"pass another {flag}"
-            raise UsageError(seen, wanted=f"{wanted} of this machine", do=do) from None
+            raise UsageError(
+                f"{host}:{port}: {error.strerror}",
+                wanted=f"{wanted} of this machine",
+                do=f"pass another {flag}",
+            ) from None
         yield listener
 
 

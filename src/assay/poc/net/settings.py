@@ -149,13 +149,12 @@ class ServerSettings(assay.settings.Settings):
             not key.isascii() or len(key) < 16
             for key in self.api_keys + self.validate_keys + self.read_keys
         ):
-            seen = "an API key of fewer than 16 ASCII characters"
-            wanted = "a key that cannot be guessed"
-            do = (
-                "choose another; make one: python -c 'import secrets; "
-                "print(secrets.token_urlsafe(32))'"
+            raise UsageError(
+                "an API key of fewer than 16 ASCII characters",
+                wanted="a key that cannot be guessed",
+                do="choose another; make one: python -c 'import secrets; "
+                "print(secrets.token_urlsafe(32))'",
             )
-            raise UsageError(seen, wanted=wanted, do=do)
 
     @field_validator("api_keys", mode="after")
     @classmethod
@@ -167,12 +166,17 @@ class ServerSettings(assay.settings.Settings):
             found = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
         except (DataError, UnicodeDecodeError) as error:
             fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
-            do = "correct --api-key-file or ASSAY_API_KEY_FILE"
-            raise UsageError(f"the key file {fault}", wanted="a text file", do=do) from None
+            raise UsageError(
+                f"the key file {fault}",
+                wanted="a text file",
+                do="correct --api-key-file or ASSAY_API_KEY_FILE",
+            ) from None
         if not found:  # its owner believes that the service has one
-            seen = f"the key file {path} without a key"
-            do = "write one into it, or leave --api-key-file out"
-            raise UsageError(seen, wanted="a key on each line", do=do)
+            raise UsageError(
+                f"the key file {path} without a key",
+                wanted="a key on each line",
+                do="write one into it, or leave --api-key-file out",
+            )
         return keys + found
 
     @property
@@ -192,9 +196,11 @@ def is_loopback(host: str) -> bool:
 def check_host(host: str, settings: ServerSettings) -> None:
     """Refuse an address that others reach while requests need no key."""
     if not is_loopback(host) and not settings.has_keys:
-        wanted = "an API key where others reach the port"
-        do = "pass --api-key-file, set ASSAY_API_KEY, or leave --host out"
-        raise UsageError(f"--host {host} without a key", wanted=wanted, do=do)
+        raise UsageError(
+            f"--host {host} without a key",
+            wanted="an API key where others reach the port",
+            do="pass --api-key-file, set ASSAY_API_KEY, or leave --host out",
+        )
 
 
 def check_secrets(secrets: Sequence[str]) -> list[bytes]:
@@ -215,10 +221,11 @@ def check_secrets(secrets: Sequence[str]) -> list[bytes]:
             seen = "a callback secret that cannot be used"
             wanted = "whsec_ and the base64 of 24 to 64 random bytes"
             code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
-            do = (
-                f"choose another, in the alphabet with + and / and not with - and _; make one: "
-                f"python -c '{code}'"
+            raise UsageError(
+                seen,
+                wanted=wanted,
+                do=f"choose another, in the alphabet with + and / and not with - and _; make one: "
+                f"python -c '{code}'",
             )
-            raise UsageError(seen, wanted=wanted, do=do)
         found.append(key)
     return found

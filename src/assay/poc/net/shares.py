@@ -58,11 +58,14 @@ class Shares:
         of.
         """
         if not self.fits(client):
-            seen = (
-                f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
-            )
             raise Refusal(
-                429, seen, wanted="fewer at the same time", do=do, retry_after=retry_after
+                429,
+                (
+                    f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
+                ),
+                wanted="fewer at the same time",
+                do=do,
+                retry_after=retry_after,
             )
         self.take(client)
         try:

@@ -113,15 +113,20 @@ def load_adapter(path: str | Path) -> Lora:
         alpha = float(config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except Exception as error:
-        seen = f"the adapter in {path}: {type(error).__name__}: {error}"[:300]
-        raise ModelError(seen, wanted="an adapter as peft writes it", do="write it again") from None
+        raise ModelError(
+            f"the adapter in {path}: {type(error).__name__}: {error}"[:300],
+            wanted="an adapter as peft writes it",
+            do="write it again",
+        ) from None
     for name, value in ({name: values[-1] for name, values in _READ.items()} | config).items():
         if name not in _FREE and (
             value not in _READ[name] if name in _READ else value not in (None, False, {}, [])
         ):
-            seen = f"an adapter with {name} {value!r:.60}"
-            wanted = "a LoRA adapter that adds only products B A x"
-            raise UsageError(seen, wanted=wanted, do="replay the responses of another adapter")
+            raise UsageError(
+                f"an adapter with {name} {value!r:.60}",
+                wanted="a LoRA adapter that adds only products B A x",
+                do="replay the responses of another adapter",
+            )
     return Lora(digest, Path(path), scale, _products(tensors))
 
 
@@ -141,11 +146,10 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     ]
     if not names or odd:
         seen = f"an adapter with {odd[0]}" if odd else "an adapter without weights"
-        do = "replay the responses of another adapter"
         raise UsageError(
             seen,
             wanted="two matrices for each linear layer that it changes, and nothing else",
-            do=do,
+            do="replay the responses of another adapter",
         )
     return {
         name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"])
@@ -164,12 +168,10 @@ def _layer(model: Model, name: str, a_RI: Tensor, b_OR: Tensor) -> nn.Linear:
         or tuple(layer.weight.shape) != shape
         or len(a_RI) != b_OR.shape[1]
     ):
-        wanted = f"linear layers of {model.reference}"
-        do = "pass an adapter that was made for this model"
         raise ModelError(
             f"an adapter of {name} with {shape[1]} inputs and {shape[0]} outputs",
-            wanted=wanted,
-            do=do,
+            wanted=f"linear layers of {model.reference}",
+            do="pass an adapter that was made for this model",
         )
     return layer
 

@@ -110,9 +110,11 @@ def respond(
     )
     seeds = [header.seed(request, block_hash) for request in requests]
     if len({seed.text for seed in seeds}) < len(seeds):
-        wanted = "a seed of its own for every response"
-        do = "give one of them another request_id"
-        raise UsageError("two requests of one id, seed and index", wanted=wanted, do=do)
+        raise UsageError(
+            "two requests of one id, seed and index",
+            wanted="a seed of its own for every response",
+            do="give one of them another request_id",
+        )
     head_of(model.module)  # refuses a model without one before a file is begun
     ends = model.end_tokens if end_tokens is None else frozenset(end_tokens)
 
@@ -128,11 +130,9 @@ def respond(
         request = requests[number - 2]
         made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
         if receipt.line() != receipt_of(request, **made).line():
-            seen = f"a partial file with the answer to request {receipt.request_id!r:.80}"
-            wanted = f"that to request {request.request_id!r:.80}, as the interrupted command asked"
             raise UsageError(
-                seen,
-                wanted=wanted,
+                f"a partial file with the answer to request {receipt.request_id!r:.80}",
+                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
                 do="repeat that command, or remove the partial file to start again",
             )
         return receipt
@@ -216,9 +216,10 @@ def _request(
 ) -> Request:
     if isinstance(prompt, Request):
         if prompt.adapter:
-            seen = f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}"
             raise UsageError(
-                seen, wanted="requests for the model itself", do="serve adapters with vLLM"
+                f"request {prompt.request_id!r:.80} for the adapter {prompt.adapter!r:.80}",
+                wanted="requests for the model itself",
+                do="serve adapters with vLLM",
             )
         return prompt
     whole = prompt if isinstance(prompt, str | Chat) else tuple(prompt)

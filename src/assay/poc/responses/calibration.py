@@ -143,10 +143,10 @@ class ResponseCalibration:
                 raise ValueError("another kind or schema")
             return read_as(cls, dumps(values).encode())
         except (ValueError, TypeError, KeyError, AttributeError, AssayError) as error:
-            seen = reason_of(error)
-            wanted = f"a calibration of responses, schema {SCHEMA}"
             raise CalibrationError(
-                seen, wanted=wanted, do="write one with `assay poc calibrate-responses`"
+                reason_of(error),
+                wanted=f"a calibration of responses, schema {SCHEMA}",
+                do="write one with `assay poc calibrate-responses`",
             ) from None
 
 
@@ -192,16 +192,19 @@ def check_one_checkpoint(headers: Sequence[ReceiptHeader]) -> str:
     """
     formats = sorted({header.fingerprint.dtype for header in headers})
     if len(formats) > 1:
-        seen = f"receipts in {' and '.join(formats)}"
-        do = "calibrate each by itself"
         raise UsageError(
-            seen, wanted="one number format: a law of several judges all by the coarsest", do=do
+            f"receipts in {' and '.join(formats)}",
+            wanted="one number format: a law of several judges all by the coarsest",
+            do="calibrate each by itself",
         )
     digests = {header.digest for header in headers}
     if len(digests) != 1:
         names = ", ".join(digest[:12] for digest in sorted(digests))
-        seen = f"receipts of {len(digests)} checkpoints: {names}"
-        raise UsageError(seen, wanted="honest receipts of one", do="calibrate each by itself")
+        raise UsageError(
+            f"receipts of {len(digests)} checkpoints: {names}",
+            wanted="honest receipts of one",
+            do="calibrate each by itself",
+        )
     return digests.pop()
 
 
@@ -224,9 +227,11 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
     usable = [receipt for receipt in answers if receipt.seeded]
     tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))
     if tokens < min(FEWEST_TOKENS, total):
-        seen = f"{tokens} of {total} tokens that were sampled with a seed and without a mask"
-        do = "replay receipts of more honest responses with seeded sampling (RECEIPTS)"
-        raise UsageError(seen, wanted=f"at least {FEWEST_TOKENS}", do=do)
+        raise UsageError(
+            f"{tokens} of {total} tokens that were sampled with a seed and without a mask",
+            wanted=f"at least {FEWEST_TOKENS}",
+            do="replay receipts of more honest responses with seeded sampling (RECEIPTS)",
+        )
     check_number_of_tokens(tokens, len(usable))
     _check_enough_sketches(sum(len(receipt.sketches) for receipt in answers), len(answers))
 
@@ -329,10 +334,9 @@ def _told_apart(law: stats.TokenNoise, profiles_NG: np.ndarray) -> float:
 
 
 def _other(what: str, measured: Any, stated: Any) -> CalibrationError:
-    do = (
-        "measure it with `assay poc calibrate-responses` on honest receipts, or leave "
-        "--calibration out"
-    )
     return CalibrationError(
-        f"a calibration of responses with another {what}: {measured}", wanted=str(stated), do=do
+        f"a calibration of responses with another {what}: {measured}",
+        wanted=str(stated),
+        do="measure it with `assay poc calibrate-responses` on honest receipts, or leave "
+        "--calibration out",
     )

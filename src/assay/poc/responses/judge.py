@@ -145,9 +145,10 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
 
 
 def _mismatch(owner: str, name: str, stated: object, wanted: object) -> ProofMismatch:
-    do = "ask the node for the receipts of these requests"
     return ProofMismatch(
-        f"{owner} with {name} {stated!r:.60}", wanted=f"{name} {wanted!s:.80}", do=do
+        f"{owner} with {name} {stated!r:.60}",
+        wanted=f"{name} {wanted!s:.80}",
+        do="ask the node for the receipts of these requests",
     )
 
 

@@ -209,18 +209,16 @@ def _run_model(
         hidden_ND = states[-1].float()
     except Exception as error:  # every architecture fails in its own way
         if is_out_of_memory(error):
-            wanted = "room for the activations and the keys and values of one batch"
-            do = "use a smaller --batch-size, shorter prompts or a smaller dtype"
             raise OutOfMemory(
-                f"the device ran out of memory on {on}", wanted=wanted, do=do
+                f"the device ran out of memory on {on}",
+                wanted="room for the activations and the keys and values of one batch",
+                do="use a smaller --batch-size, shorter prompts or a smaller dtype",
             ) from error
-        seen = (
-            f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: "
-            f"{error}"
-        )
-        wanted = "a decoder that takes tokens, and a cache of keys and values"
         raise ModelError(
-            seen, wanted=wanted, do="use another architecture, such as Llama, Qwen3 or Mistral"
+            f"{model.reference} ({model.architecture}) does not run: {type(error).__name__}: "
+            f"{error}",
+            wanted="a decoder that takes tokens, and a cache of keys and values",
+            do="use another architecture, such as Llama, Qwen3 or Mistral",
         ) from error
     finally:
         hook.remove()
@@ -234,8 +232,10 @@ def check_finite(model: Model, hidden_ND: Tensor, logits_NV: Tensor) -> None:
     """
     bad_NV = torch.isnan(logits_NV) | (logits_NV == torch.inf)
     if not bool(torch.isfinite(hidden_ND).all()) or bool(bad_NV.any()):
-        seen = f"{model.reference} gives NaN or infinity in {model.dtype}"
-        raise not_finite(seen, wanted="finite hidden states and logits")
+        raise not_finite(
+            f"{model.reference} gives NaN or infinity in {model.dtype}",
+            wanted="finite hidden states and logits",
+        )
 
 
 def sketch_response(

@@ -100,9 +100,11 @@ def digest_adapter(path: str | Path) -> str:
                 parts.append(hashlib.file_digest(file, "sha256").digest())
     except (OSError, DataError) as error:
         reason = error.seen if isinstance(error, DataError) else error.strerror
-        seen = f"no adapter in {path}: {reason}"
-        wanted = f"a directory with {CONFIG} and {WEIGHTS}"
-        raise ModelError(seen, wanted=wanted, do="pass the directory of a LoRA adapter") from None
+        raise ModelError(
+            f"no adapter in {path}: {reason}",
+            wanted=f"a directory with {CONFIG} and {WEIGHTS}",
+            do="pass the directory of a LoRA adapter",
+        ) from None
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -197,10 +199,10 @@ class Receipt(ResponseName):
         if given.size == 0:
             return given.reshape(0, SKETCH_SIZE)
         if given.shape != wanted or not np.isfinite(given).all():
-            seen = f"sketches for {len(self.output)} tokens, of shape {given.shape}"
-            do = f"sketch the state of every {SKETCH_EVERY}nd token, from the first"
             raise UsageError(
-                seen, wanted=f"finite numbers of shape {wanted}, or no sketches", do=do
+                f"sketches for {len(self.output)} tokens, of shape {given.shape}",
+                wanted=f"finite numbers of shape {wanted}, or no sketches",
+                do=f"sketch the state of every {SKETCH_EVERY}nd token, from the first",
             )
         return given
 
@@ -401,8 +403,12 @@ class Receipts(StrictFile):
                 if line.startswith(FOOTER):
                     footer = ReceiptFooter.read(path, number, line)
                     if footer != (counted := tally.footer(footer.seconds)):
-                        seen = f"a footer that does not fit the receipts: {line[:300]!r}"
-                        raise line_error(path, number, seen, counted.line())
+                        raise line_error(
+                            path,
+                            number,
+                            f"a footer that does not fit the receipts: {line[:300]!r}",
+                            counted.line(),
+                        )
                 else:
                     receipts.append(parse_receipt(line, source=path, number=number))
                     tally.add(receipts[-1], line[:-1].decode())
@@ -434,26 +440,26 @@ class Tally:
             receipt.block_hash,
         )  # what sets its seed apart from others of this node and model
         if seeded in self._seen:
-            seen = f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}"
             raise UsageError(
-                seen, wanted="one receipt for each response", do="leave one of them out"
+                f"a second receipt of request {receipt.request_id!r:.80}, index {receipt.index}",
+                wanted="one receipt for each response",
+                do="leave one of them out",
             )
         sketched = len(sketch_steps(len(receipt.output))) if self._header.sketched else 0
         if len(receipt.sketches) != sketched:
-            seen = f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens"
-            wanted = f"{sketched}, as the header says"
             raise UsageError(
-                seen,
-                wanted=wanted,
+                f"{len(receipt.sketches)} sketches for {len(receipt.output)} tokens",
+                wanted=f"{sketched}, as the header says",
                 do="write receipts with and without sketches into files of their own",
             )
         self._room -= len(receipt.output) + (
             receipt.prompt.tokens if receipt.prompt.ids is not None else 0
         )
         if self._room < 0 or len(self._seen) == MOST_RECEIPTS:
-            wanted = f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens"
             raise UsageError(
-                "too many receipts in one file", wanted=wanted, do="write several files"
+                "too many receipts in one file",
+                wanted=f"at most {MOST_RECEIPTS} receipts and {MOST_FILE_TOKENS} tokens",
+                do="write several files",
             )
         self._seen.add(seeded)
         self._tokens += len(receipt.output)

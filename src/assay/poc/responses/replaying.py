@@ -362,13 +362,11 @@ def check_runnable(
     # A prompt of which the client's record has the very ids needs no template.
     stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in prompts}
     for other in stated - {None, own}:
-        wanted = f"the chat template of {model.reference}, {own[:12] or 'which has none'}"
-        do = (
-            "replay with the tokenizer files that the network agreed on, or pass --requests with "
-            "token ids"
-        )
         raise ProofMismatch(
-            f"prompts that the chat template {other:.12} made", wanted=wanted, do=do
+            f"prompts that the chat template {other:.12} made",
+            wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
+            do="replay with the tokenizer files that the network agreed on, or pass --requests with "
+            "token ids",
         )
     return [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
 
@@ -387,29 +385,23 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
         early = output[:-_BESIDE]
         past = bool(early) and request.is_ended(early, ends, model.tokenizer)
         if past or not {*ends, *request.stop_token_ids}.isdisjoint(early):
-            seen = (
-                f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after its end"
-            )
-            do = (
-                "ask the node for the answer to this request, and list the stop and "
-                "stop_token_ids that were sent"
-            )
             raise ProofMismatch(
-                seen, wanted="an answer that ends by the first end token or stop", do=do
+                (
+                    f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after its end"
+                ),
+                wanted="an answer that ends by the first end token or stop",
+                do="ask the node for the answer to this request, and list the stop and "
+                "stop_token_ids that were sent",
             )
         if receipt.finish != "stop":
             continue
         if not request.is_ended(output, ends, model.tokenizer):
-            seen = (
-                f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, "
-                f"the last {output[-1]}"
-            )
-            do = (
-                "ask the node for the whole answer, and list the stop and stop_token_ids that "
-                "were sent"
-            )
             raise ProofMismatch(
-                seen, wanted=f"an end token of {model.reference}, or a stop of the request", do=do
+                f"request {receipt.request_id!r:.80} ended by stop after {len(output)} tokens, "
+                f"the last {output[-1]}",
+                wanted=f"an end token of {model.reference}, or a stop of the request",
+                do="ask the node for the whole answer, and list the stop and stop_token_ids that "
+                "were sent",
             )
 
 
@@ -418,11 +410,9 @@ def check_model(header: ReceiptHeader, model: Model) -> None:
     both.
     """
     if (header.digest, header.weights) != (model.digest, model.weights):
-        seen = f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})"
-        wanted = f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})"
         raise ProofMismatch(
-            seen,
-            wanted=wanted,
+            f"receipts of {header.reference:.80} ({header.weights}, {header.digest[:12]})",
+            wanted=f"receipts of {model.reference} ({model.weights}, {model.digest[:12]})",
             do="replay with the checkpoint that the network agreed on (--model)",
         )
 
@@ -474,20 +464,22 @@ def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Pro
     """Return a response with the ids of its prompt; refuse one that the model cannot run."""
     known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
     if known is None or known.ids is None:
-        seen = (
+        raise ProofMismatch(
             f"request {receipt.request_id!r:.80} with the hash of a prompt, "
-            f"{receipt.prompt.sha256[:12]}"
+            f"{receipt.prompt.sha256[:12]}",
+            wanted="its token ids: a prefill begins with them",
+            do="pass --requests with the prompt that was sent",
         )
-        wanted = "its token ids: a prefill begins with them"
-        raise ProofMismatch(seen, wanted=wanted, do="pass --requests with the prompt that was sent")
     ids = (*known.ids, *receipt.output)
     biased = () if receipt.sampling is None else receipt.sampling.logit_bias
     vocabulary = model.vocab_size
     positions = model.max_positions
     if (highest := max((*ids, *biased))) >= vocabulary or len(ids) > positions:
-        seen = f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions"
-        wanted = (
-            f"tokens below {vocabulary} and at most {positions} positions, as the model has them"
+        raise ProofMismatch(
+            f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions",
+            wanted=(
+                f"tokens below {vocabulary} and at most {positions} positions, as the model has them"
+            ),
+            do="ask the node for receipts of this model",
         )
-        raise ProofMismatch(seen, wanted=wanted, do="ask the node for receipts of this model")
     return PromptAndOutput(known.ids, receipt.output)

@@ -72,8 +72,11 @@ class Request(ResponseName):
             object.__setattr__(self, "prompt", check_ids("the prompt", self.prompt, fewest=1))
         fits = all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in self.stop)
         if not fits or len(self.stop) > MOST_STOPS:
-            wanted = f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters"
-            raise UsageError(f"stop is {self.stop!r:.60}", wanted=wanted, do="correct stop")
+            raise UsageError(
+                f"stop is {self.stop!r:.60}",
+                wanted=f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters",
+                do="correct stop",
+            )
         object.__setattr__(
             self, "stop_token_ids", check_ids("stop_token_ids", self.stop_token_ids, fewest=0)
         )
@@ -156,12 +159,11 @@ def read_requests(
             ) from None
         name = (made[0].user_seed, made[0].request_id)
         if name in names:
-            seen = (
-                f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line "
-                f"{names[name]}"
-            )
             raise DataError(
-                seen, wanted="an id of its own for every prompt", do="change one of them"
+                f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line "
+                f"{names[name]}",
+                wanted="an id of its own for every prompt",
+                do="change one of them",
             )
         names[name] = number
         found += made
@@ -189,9 +191,10 @@ def _requests(
     unknown = sorted(line.keys() - {"prompt", "messages"} - options.keys() - _OPTIONAL - _SAMPLED)
     if unknown or ("prompt" in line) == ("messages" in line):
         seen = "both prompt and messages" if "prompt" in line else "no prompt and no messages"
-        wanted = ", ".join(["prompt or messages", *sorted(_OPTIONAL), *sorted(_SAMPLED)])
         raise UsageError(
-            f"a field {unknown[0]!r:.60}" if unknown else seen, wanted=wanted, do="correct the line"
+            f"a field {unknown[0]!r:.60}" if unknown else seen,
+            wanted=", ".join(["prompt or messages", *sorted(_OPTIONAL), *sorted(_SAMPLED)]),
+            do="correct the line",
         )
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
@@ -217,9 +220,10 @@ def _requests(
     )
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not isinstance(tokens, list):
-        seen = f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}"
         raise UsageError(
-            seen, wanted="a text or a list of texts, and a list of token ids", do="correct them"
+            f"stop is {texts!r:.60}, stop_token_ids {tokens!r:.60}",
+            wanted="a text or a list of texts, and a list of token ids",
+            do="correct them",
         )
     first = Request(
         **(common | {name: line[name] for name in ("user_seed", "max_tokens") if name in line}),
@@ -263,12 +267,10 @@ def encode_requests(
             raise UsageError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
         check_tokens(name, made.ids, vocab_size)
         if any(token >= vocab_size for token in made.sampling.logit_bias):
-            wanted = f"tokens below {vocab_size}"
-            do = "leave it out of logit_bias"
             raise UsageError(
                 f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}",
-                wanted=wanted,
-                do=do,
+                wanted=f"tokens below {vocab_size}",
+                do="leave it out of logit_bias",
             )
         room = max_positions - len(made.ids)
         if made.max_tokens > room:
@@ -292,9 +294,11 @@ def _with_ids(request: Request, tokenizer: Any, reference: str) -> Request:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return replace(request, prompt=tuple(ids), chat_template=chat_template_digest(tokenizer))
     if tokenizer is None and (isinstance(prompt, str) or request.stop):
-        wanted = "prompts and stops of token ids"
-        do = 'write {"prompt": [1, 2, 3], "stop_token_ids": [4]}'
-        raise UsageError(f"text for {reference}, which has no tokenizer", wanted=wanted, do=do)
+        raise UsageError(
+            f"text for {reference}, which has no tokenizer",
+            wanted="prompts and stops of token ids",
+            do='write {"prompt": [1, 2, 3], "stop_token_ids": [4]}',
+        )
     return (
         replace(request, prompt=tuple(tokenizer(prompt)["input_ids"]))
         if isinstance(prompt, str)

@@ -226,9 +226,10 @@ class Sampler:
         if (
             beyond := max((token for biases in given for token in biases), default=0)
         ) >= self.vocab_size:
-            wanted = f"a token below {self.vocab_size}, the size of the vocabulary"
             raise UsageError(
-                f"a logit_bias of token {beyond}", wanted=wanted, do="leave it out of logit_bias"
+                f"a logit_bias of token {beyond}",
+                wanted=f"a token below {self.vocab_size}, the size of the vocabulary",
+                do="leave it out of logit_bias",
             )
         most = max(map(len, given), default=0)
         if not most:
@@ -244,7 +245,8 @@ class Sampler:
 def _check_rows(shape: tuple[int, ...], seeds: int) -> None:
     """Refuse logits that are not [N, V] with a row for each of N seeds."""
     if len(shape) != 2 or shape[0] != seeds:
-        seen = f"logits of shape {tuple(shape)} with {seeds} seeds"
         raise UsageError(
-            seen, wanted="a row of logits for every seed", do="pass logits [N, V] and seeds [N]"
+            f"logits of shape {tuple(shape)} with {seeds} seeds",
+            wanted="a row of logits for every seed",
+            do="pass logits [N, V] and seeds [N]",
         )

@@ -74,9 +74,10 @@ class Sampling:
             )
         check_number("top_k", self.top_k, 0, HIGHEST_TOKEN + 1)
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
-            seen = f"logit_bias is {self.logit_bias!r:.60}"
             raise UsageError(
-                seen, wanted=f"numbers by token id, at most {MOST_BIASES}", do="correct logit_bias"
+                f"logit_bias is {self.logit_bias!r:.60}",
+                wanted=f"numbers by token id, at most {MOST_BIASES}",
+                do="correct logit_bias",
             )
         for token in self.logit_bias:
             check_number("a token of logit_bias", token, 0, HIGHEST_TOKEN)
@@ -133,10 +134,11 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     if plain and (low <= value <= high or (zero and value == 0)):
         return float(value) + 0.0  # no negative zero
-    wanted = f"{'0, or ' if zero else ''}a number in [{low:g}, {high:g}]"
     do = f"correct {name}, which is --{name.replace('_', '-')} on the command line"
     raise UsageError(
-        f"{name} is {value!r:.60}", wanted=wanted, do=f"correct {name}" if " " in name else do
+        f"{name} is {value!r:.60}",
+        wanted=f"{'0, or ' if zero else ''}a number in [{low:g}, {high:g}]",
+        do=f"correct {name}" if " " in name else do,
     )
 
 

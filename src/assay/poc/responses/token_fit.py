@@ -84,12 +84,10 @@ def fit_token_noise(clusters: Sequence[npt.ArrayLike]) -> TokenFit:
 def check_number_of_tokens(tokens: int, clusters: int) -> None:
     """Refuse fewer honest tokens than :func:`fit_token_noise` fits a law to, with a UsageError."""
     if tokens < FEWEST_TOKENS:
-        wanted = f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each"
-        do = "replay receipts of more honest responses (RECEIPTS)"
         raise UsageError(
             f"{tokens} honest tokens in {clusters} response{'s' * (clusters != 1)}",
-            wanted=wanted,
-            do=do,
+            wanted=f"at least {FEWEST_TOKENS} tokens with {COLUMNS} log-probabilities each",
+            do="replay receipts of more honest responses (RECEIPTS)",
         )
 
 

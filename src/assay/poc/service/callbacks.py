@@ -299,9 +299,11 @@ class Outbox:
 def open_outbox(data_dir: Path) -> Iterator[Outbox]:
     """Open the outbox of a service, which may be running."""
     if not (data_dir / FILE).is_file():
-        seen = f"no database in {data_dir}"
-        wanted = "the data directory of a service"
-        raise UsageError(seen, wanted=wanted, do="pass its --data-dir")
+        raise UsageError(
+            f"no database in {data_dir}",
+            wanted="the data directory of a service",
+            do="pass its --data-dir",
+        )
     with closing(open_database(data_dir, exclusive=False)) as database:
         yield Outbox(database)
 

@@ -86,9 +86,11 @@ class Controller(Runtime):
             self.outbox.retry_now()
             self.state, stored = self.rounds.current()
             if stored and stored.under_pins and settings.pins is None:
-                seen = "a round that was begun under pins, and no --pins"
-                do = "pass --pins, or another --data-dir"
-                raise UsageError(seen, wanted="the pins that the network agreed on", do=do)
+                raise UsageError(
+                    "a round that was begun under pins, and no --pins",
+                    wanted="the pins that the network agreed on",
+                    do="pass --pins, or another --data-dir",
+                )
             self.progress = Progress(stored, self.rounds) if stored else None
             self._files = opened.pop_all()
         self.writer = Writer(
@@ -435,10 +437,13 @@ class Controller(Runtime):
         engine = deployment.engine(stored.seq_len, stored.batch_size)
         for batch in deployment.compute(round, stored.batch_size, request.nonces):
             if epoch != self._epoch or self.closing.is_set():
-                seen = f"the round changed while this validation ran, and the state is {self.state}"
-                wanted = "VALIDATING until the answer"
-                do = "send it again in the round that you mean"
-                raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(self.state)})
+                raise Refusal(
+                    409,
+                    f"the round changed while this validation ran, and the state is {self.state}",
+                    wanted="VALIDATING until the answer",
+                    do="send it again in the round that you mean",
+                    fields={"state": str(self.state)},
+                )
             computed.extend(
                 record.distance for record in batch if isinstance(record, DistanceRecord)
             )

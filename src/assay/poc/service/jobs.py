@@ -90,20 +90,25 @@ class Jobs:
             )
             room = room_of(client, settings.max_queued_nonces, waiting, mine)
             if len(request.nonces) > room:
-                seen = f"{waiting} nonces are queued, {mine} of them of this client"
-                wanted = f"{max(0, room)} more at most"
-                raise Refusal(429, seen, wanted=wanted, do="send it again later", retry_after=10)
+                raise Refusal(
+                    429,
+                    f"{waiting} nonces are queued, {mine} of them of this client",
+                    wanted=f"{max(0, room)} more at most",
+                    do="send it again later",
+                    retry_after=10,
+                )
             undelivered = announced + self._outbox.owed(connection, None)
             my_calls += self._outbox.owed(connection, None, client=client)
             room = room_of(client, settings.max_pending_jobs, undelivered, my_calls)
             if request.url is not None and room < 1:
-                seen = (
+                raise Refusal(
+                    429,
                     f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of "
-                    f"them of this client"
+                    f"them of this client",
+                    wanted=f"fewer than {settings.max_pending_jobs}, half of what the others leave",
+                    do="repair their receivers, or send the job without a url and ask for its result",
+                    retry_after=10,
                 )
-                wanted = f"fewer than {settings.max_pending_jobs}, half of what the others leave"
-                do = "repair their receivers, or send the job without a url and ask for its result"
-                raise Refusal(429, seen, wanted=wanted, do=do, retry_after=10)
             row = {
                 "id": job_id,
                 "seq": sa.select(
@@ -140,8 +145,12 @@ class Jobs:
         if not rows or (
             rows[0].finished_at and settled_time() - rows[0].finished_at > self._settings.job_ttl
         ):
-            wanted = f"the id of a request that finished less than {self._settings.job_ttl:g} s ago"
-            raise Refusal(404, "no such request", wanted=wanted, do="send the request again")
+            raise Refusal(
+                404,
+                "no such request",
+                wanted=f"the id of a request that finished less than {self._settings.job_ttl:g} s ago",
+                do="send the request again",
+            )
         return _state(rows[0])
 
     def cancel(self, job_id: str) -> JsonObject:

@@ -109,9 +109,11 @@ def check_calibration(calibration: Calibration | None, deployment: Deployment) -
     digests = [build.digest for build in calibration.builds]
     if deployment.digest not in digests:
         measured = ", ".join(digest[:12] for digest in digests if digest) or "that it does not name"
-        wanted = f"one of {deployment.reference} ({deployment.digest[:12]})"
-        do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
-        raise CalibrationError(f"a calibration of a checkpoint {measured}", wanted=wanted, do=do)
+        raise CalibrationError(
+            f"a calibration of a checkpoint {measured}",
+            wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
+            do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
+        )
 
 
 # sequential tests kept in memory; others are rebuilt from the records when they are needed

@@ -240,10 +240,12 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
             if not count:
                 raise _unknown()
             if size > MOST_BYTES:
-                seen = f"{count} receipts of {size} bytes"
-                wanted = f"at most {MOST_BYTES} bytes in one answer"
-                do = "ask for one choice with ?index=, or fetch /api/v1/receipts.jsonl?request_id="
-                raise Refusal(413, seen, wanted=wanted, do=do)
+                raise Refusal(
+                    413,
+                    f"{count} receipts of {size} bytes",
+                    wanted=f"at most {MOST_BYTES} bytes in one answer",
+                    do="ask for one choice with ?index=, or fetch /api/v1/receipts.jsonl?request_id=",
+                )
             return [
                 f'{{"seq":{seq},"stored_at":{at!r},"sha256":"{sha256.hex()}","header":{header},"receipt":{line}}}'
                 for seq, at, sha256, header, line in connection.execute(query)
@@ -374,9 +376,12 @@ def _name(request_id: str) -> bytes:
 
 
 def _unknown() -> Refusal:
-    wanted = "the id of a request whose receipts are kept"
-    do = "ask GET /api/v1/receipts for what is kept"
-    return Refusal(404, "no such receipt", wanted=wanted, do=do)
+    return Refusal(
+        404,
+        "no such receipt",
+        wanted="the id of a request whose receipts are kept",
+        do="ask GET /api/v1/receipts for what is kept",
+    )
 
 
 class ReceiptSink:

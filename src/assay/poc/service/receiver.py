@@ -121,9 +121,11 @@ def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> 
         StorageError: The file cannot be written.
     """
     if not (settings.callback_secrets or is_loopback(host)):
-        seen = f"--host {host} without a secret"
-        do = "pass --callback-secret, the same as to the service"
-        raise UsageError(seen, wanted="a secret where others reach the port", do=do)
+        raise UsageError(
+            f"--host {host} without a secret",
+            wanted="a secret where others reach the port",
+            do="pass --callback-secret, the same as to the service",
+        )
     settings = settings.model_copy(update={"max_body": max(LEAST_BODY, settings.max_body)})
     with listen(host, port) as listener:
         run_app(create_receiver(Received(output), settings), settings, listener)

@@ -230,10 +230,12 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
         ("seq_len", "--seq-len", length, [pins.round.seq_len]),
     ):
         if deployed not in agreed:
-            seen = f"a service with {name} {deployed}, which its pins do not allow"
             wanted = " or ".join(map(str, agreed))
-            do = f"start it with {flag}, or with the pins of this network"
-            raise UsageError(seen, wanted=f"{name} {wanted}", do=do)
+            raise UsageError(
+                f"a service with {name} {deployed}, which its pins do not allow",
+                wanted=f"{name} {wanted}",
+                do=f"start it with {flag}, or with the pins of this network",
+            )
 
 
 def check_round(round: Round, settings: Settings, *, share: bool) -> None:
@@ -314,15 +316,20 @@ def round_values(
         hooks = request.use_layer_hooks
         flips = request.use_sign_flips
         if hooks == flips:
-            seen = f"use_layer_hooks {hooks} with use_sign_flips {flips}"
-            do = "leave both out: sign flips are the recommendation"
-            raise UsageError(seen, wanted="exactly one of the two", do=do)
+            raise UsageError(
+                f"use_layer_hooks {hooks} with use_sign_flips {flips}",
+                wanted="exactly one of the two",
+                do="leave both out: sign flips are the recommendation",
+            )
         own["preset"] = "layer-normalize" if hooks else "poc-2.0"
         if -1 in share.values():
             if needs_share:
-                seen = "Node ID and node count must be set"
-                wanted = "node_id and node_count"
-                raise Refusal(400, seen, wanted=wanted, do="send 0 and 1 for one node")
+                raise Refusal(
+                    400,
+                    "Node ID and node count must be set",
+                    wanted="node_id and node_count",
+                    do="send 0 and 1 for one node",
+                )
             share = {"node_id": 0, "node_count": 1}
     check_url(own["callback_url"], allow_private=settings.allow_private_callbacks)
     same = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
@@ -352,14 +359,21 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
         if getattr(request, name) != getattr(stored, name)
     ]
     if other:
-        seen = f"a proof with another {' and '.join(other)} than the round's"
-        wanted = f"block_hash {stored.block_hash!r} at height {stored.block_height}"
-        do = "send /init/validate for that block first"
-        raise Refusal(409, seen, wanted=wanted, do=do, fields=fields | {"fields": other})
+        raise Refusal(
+            409,
+            f"a proof with another {' and '.join(other)} than the round's",
+            wanted=f"block_hash {stored.block_hash!r} at height {stored.block_height}",
+            do="send /init/validate for that block first",
+            fields=fields | {"fields": other},
+        )
     if get_pipeline(stored.preset).output != "distance":
-        wanted = "a round that was begun with r_target"
-        do = "check vectors with /generate and its field validation"
-        raise Refusal(409, "distances for a round of vectors", wanted=wanted, do=do, fields=fields)
+        raise Refusal(
+            409,
+            "distances for a round of vectors",
+            wanted="a round that was begun with r_target",
+            do="check vectors with /generate and its field validation",
+            fields=fields,
+        )
     pins = settings.pins
     if pins is not None and pins.nodes:
         names = pins.foreign(request.public_key, request.node_id, stored.node_count)
@@ -368,22 +382,25 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
         _check_agreed(names, {**vars(request), "node_count": stored.node_count}, {})
     different = len(set(_limited(request.nonces, settings)))
     if not len(request.nonces) == len(request.dist) == different:
-        seen = f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances"
-        wanted = "one distance per nonce, every nonce once"
-        do = "send both lists in the same order"
-        raise Refusal(422, seen, wanted=wanted, do=do)
+        raise Refusal(
+            422,
+            f"{len(request.nonces)} nonces, {different} different, {len(request.dist)} distances",
+            wanted="one distance per nonce, every nonce once",
+            do="send both lists in the same order",
+        )
     foreign = [
         n
         for n in request.nonces
         if request.node_id >= 0 and n % stored.node_count != request.node_id
     ]
     if foreign and stored.node_count > 1:
-        wanted = (
-            f"nonces of its share: every one leaves {request.node_id} when divided by "
-            f"{stored.node_count}"
+        raise Refusal(
+            422,
+            f"nonce {foreign[0]} of node {request.node_id}",
+            wanted=f"nonces of its share: every one leaves {request.node_id} when divided by "
+            f"{stored.node_count}",
+            do="send the node_id that proved, to a round with the network's node_count",
         )
-        do = "send the node_id that proved, to a round with the network's node_count"
-        raise Refusal(422, f"nonce {foreign[0]} of node {request.node_id}", wanted=wanted, do=do)
     check_distinct_seeds(replace(stored.round, public_key=request.public_key), request.nonces)
 
 
@@ -401,21 +418,26 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
         check_distinct_seeds(round, request.nonces)
         sent = [artifact.nonce for artifact in request.validation.artifacts]
         if sorted(sent) != sorted(request.nonces):
-            seen = "artifacts of other nonces than asked"
-            raise Refusal(400, seen, wanted="one artifact per nonce", do="send both lists alike")
+            raise Refusal(
+                400,
+                "artifacts of other nonces than asked",
+                wanted="one artifact per nonce",
+                do="send both lists alike",
+            )
 
 
 def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
     requested = params.model_dump(exclude={"preset"})
     pipeline = get_pipeline(params.preset)
     if pipeline.steps and not deployment.decodes:
-        seen = f"preset {pipeline.name} on an engine that does not decode proofs"
-        wanted = "a preset of one forward pass, such as artifact or hardened"
-        do = (
-            "prove it with `assay poc prove` or `assay poc serve`, which run the model on "
-            "transformers"
+        raise Refusal(
+            409,
+            f"preset {pipeline.name} on an engine that does not decode proofs",
+            wanted="a preset of one forward pass, such as artifact or hardened",
+            do="prove it with `assay poc prove` or `assay poc serve`, which run the model on "
+            "transformers",
+            fields={"fields": ["preset"]},
         )
-        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
     deployed = {
         "model": deployment.reference,
         "seq_len": settings.seq_len,
@@ -442,19 +464,22 @@ def _check_work(
     """
     pipeline = get_pipeline(round.preset)
     if pipeline.framed and not deployment.framed:
-        seen = f"preset {pipeline.name} on a service without a frame"
-        wanted = "the frame of its checkpoint"
-        do = "pin the file of `assay poc frame` in pins.toml, and start the service with --pins"
-        raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": ["preset"]})
+        raise Refusal(
+            409,
+            f"preset {pipeline.name} on a service without a frame",
+            wanted="the frame of its checkpoint",
+            do="pin the file of `assay poc frame` in pins.toml, and start the service with --pins",
+            fields={"fields": ["preset"]},
+        )
     positions = round.seq_len + pipeline.steps
     if batch_size * positions > settings.max_positions or positions > deployment.max_positions:
-        seen = f"batch_size {batch_size} × seq_len {positions}"
-        do = "lower batch_size or seq_len"
-        wanted = (
-            f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a "
-            f"sequence"
+        raise Refusal(
+            422,
+            f"batch_size {batch_size} × seq_len {positions}",
+            wanted=f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a "
+            f"sequence",
+            do="lower batch_size or seq_len",
         )
-        raise Refusal(422, seen, wanted=wanted, do=do)
     check_round(round, settings, share=share)
     builds = _builds(deployment, settings)
     if builds and not any(build.allows("batch_size", batch_size) for build in builds):

@@ -76,9 +76,13 @@ def after(call: str, state: State, *, has_round: bool) -> State:
         if has_round or call not in NEEDS_ROUND
         else f"{call} before any init"
     )
-    wanted = "one of " + ", ".join(choices)
-    do = "ask /status, then make an allowed call"
-    raise Refusal(409, seen, wanted=wanted, do=do, fields={"state": str(state), "allowed": choices})
+    raise Refusal(
+        409,
+        seen,
+        wanted="one of " + ", ".join(choices),
+        do="ask /status, then make an allowed call",
+        fields={"state": str(state), "allowed": choices},
+    )
 
 
 RECENT = 256
@@ -124,9 +128,12 @@ class RoundValues:
             value = getattr(self, name)
             count = getattr(self, high)
             if not 0 <= value < count:
-                seen = f"{name} {value} with {high} {count}"
-                wanted = f"0 <= {name} < {high}"
-                raise Refusal(422, seen, wanted=wanted, do=f"set both {name} and {high}")
+                raise Refusal(
+                    422,
+                    f"{name} {value} with {high} {count}",
+                    wanted=f"0 <= {name} < {high}",
+                    do=f"set both {name} and {high}",
+                )
 
     @property
     def round(self) -> Round:
@@ -254,13 +261,14 @@ class Rounds:
             if other := sorted(
                 name for name, value in vars(values).items() if value != getattr(stored, name)
             ):
-                seen = "this block and key have a round with another " + ", ".join(other)
-                wanted = ", ".join(f"{name} {getattr(stored, name)!r}" for name in other)
-                do = (
-                    "repeat the values of the first request under the same pins, or use a new "
-                    "block or key"
+                raise Refusal(
+                    409,
+                    "this block and key have a round with another " + ", ".join(other),
+                    wanted=", ".join(f"{name} {getattr(stored, name)!r}" for name in other),
+                    do="repeat the values of the first request under the same pins, or use a new "
+                    "block or key",
+                    fields={"fields": other},
                 )
-                raise Refusal(409, seen, wanted=wanted, do=do, fields={"fields": other})
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
 

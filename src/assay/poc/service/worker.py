@@ -129,12 +129,11 @@ class Worker(EngineThread):
             started = time.perf_counter()
             records = next(self._stream, None)
             if records is None:
-                seen = (
-                    f"the share is done: node {stored.round.node_id} of {stored.round.node_count} "
-                    f"has no nonce left"
-                )
                 raise ShareDone(
-                    seen, wanted="a round that has nonces left", do="begin another round"
+                    f"the share is done: node {stored.round.node_id} of {stored.round.node_count} "
+                    f"has no nonce left",
+                    wanted="a round that has nonces left",
+                    do="begin another round",
                 )
             wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
             if first and wanted:
@@ -167,9 +166,11 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
         r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)
     ]
     if broken:
-        seen = f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}"
-        do = "check the checkpoint and the device, then start the phase again"
-        raise BadWeights(seen, wanted="finite distances in [0, 2]", do=do)
+        raise BadWeights(
+            f"the engine returned NaN or an out-of-range distance for nonce {broken[0]}",
+            wanted="finite distances in [0, 2]",
+            do="check the checkpoint and the device, then start the phase again",
+        )
     following = records[-1].nonce + stored.round.node_count
     return Batch(epoch, stored.id, records, valid, following, seconds)
 

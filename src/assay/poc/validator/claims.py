@@ -112,9 +112,12 @@ class Claim:
 def refused(name: str, seen: object, wanted: object, *, status: int = 422) -> Refusal:
     """Return the refusal of a value that contradicts the pins, by its name."""
     agreed = wanted if isinstance(wanted, str) else f"{wanted!r:.80}"
-    do = "send what the network agreed on; GET /api/v1/validator/status shows it"
     return Refusal(
-        status, f"{name} {seen!r:.80}", wanted=f"{name} {agreed}", do=do, fields={"fields": [name]}
+        status,
+        f"{name} {seen!r:.80}",
+        wanted=f"{name} {agreed}",
+        do="send what the network agreed on; GET /api/v1/validator/status shows it",
+        fields={"fields": [name]},
     )
 
 

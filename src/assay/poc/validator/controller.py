@@ -107,12 +107,12 @@ class ValidatorController(Runtime):
     def _check_model(self, deployment: Deployment) -> None:
         pinned = self.registry.model
         if (pinned.digest, pinned.weights) != (deployment.digest, deployment.weights):
-            seen = f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})"
-            wanted = (
-                f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, "
-                f"{pinned.digest[:12]})"
+            raise UsageError(
+                f"{deployment.reference} ({deployment.weights}, {deployment.digest[:12]})",
+                wanted=f"the model of the pins, {pinned.reference:.80} ({pinned.weights}, "
+                f"{pinned.digest[:12]})",
+                do="pass the --model that the network agreed on",
             )
-            raise UsageError(seen, wanted=wanted, do="pass the --model that the network agreed on")
         self.registry.check_length(deployment)
 
     def _laws(self, registry: Registry, deployment: Deployment) -> Noises:
@@ -133,9 +133,11 @@ class ValidatorController(Runtime):
             self.settings.pins, self.settings.nodes, self.server, model=self._reference
         )
         if self._signed and not all(sender.signatures for sender in found.senders.values()):
-            wanted = "a secret of every node where others reach the port"
-            do = "write it into the file of --nodes"
-            raise UsageError("nodes that sign nothing", wanted=wanted, do=do)
+            raise UsageError(
+                "nodes that sign nothing",
+                wanted="a secret of every node where others reach the port",
+                do="write it into the file of --nodes",
+            )
         return found
 
     def _modified(self) -> list[int]:
@@ -161,8 +163,11 @@ class ValidatorController(Runtime):
                 self.registry.model.digest,
                 self.registry.alpha,
             ):
-                seen = "pins of another model or with another alpha"
-                raise UsageError(seen, wanted="those of the start", do="restart the validator")
+                raise UsageError(
+                    "pins of another model or with another alpha",
+                    wanted="those of the start",
+                    do="restart the validator",
+                )
             if self.deployment is not None:
                 self._noises = self._laws(fresh, self.deployment)
         except AssayError as error:
@@ -190,9 +195,10 @@ class ValidatorController(Runtime):
         """Open a block, and close the oldest one beyond the bound; return whether it is new."""
         check_name("block_hash", block_hash, do="announce the block hash as the chain prints it")
         if self.registry.network.round.block_hash is not None:
-            do = "leave block_hash out of the pins to announce blocks"
             raise UsageError(
-                "a block beside pins that name one", wanted="blocks from one place", do=do
+                "a block beside pins that name one",
+                wanted="blocks from one place",
+                do="leave block_hash out of the pins to announce blocks",
             )
         new = self.inbox.announce(block_hash, block_height)
         self._blocks = self.inbox.blocks(self.settings.open_blocks)
@@ -224,10 +230,9 @@ class ValidatorController(Runtime):
     def check_ready(self) -> None:
         # Messages are taken before that.
         if self.error is not None or self.deployment is None:
-            seen = self.error or "the model is being loaded"
             raise Refusal(
                 503,
-                seen,
+                self.error or "the model is being loaded",
                 wanted="a loaded model, and no failure",
                 do="wait, or see the log",
                 retry_after=5,

@@ -382,18 +382,12 @@ class Inbox:
         """
         for row in self._rows("SELECT count AS entries, hash FROM ledger_heads"):
             if not ledger.contains(row.entries, row.hash):
-                seen = (
-                    f"{ledger.path} without the {row.entries} entries that {self.database.path} "
-                    f"knows of"
-                )
-                do = (
-                    "restore both files from one backup, or move both away to begin again, which "
-                    "forgets all accounts"
-                )
                 raise StorageError(
-                    seen,
+                    f"{ledger.path} without the {row.entries} entries that {self.database.path} "
+                    f"knows of",
                     wanted="the ledger that was written beside it, with nothing missing",
-                    do=do,
+                    do="restore both files from one backup, or move both away to begin again, which "
+                    "forgets all accounts",
                 )
         self.finish((), head=ledger.head)
 
@@ -464,14 +458,14 @@ class InboxWriter(GroupCommit[Message, bool]):
         be written now.
         """
         if self._inbox.is_full(message.public_key, message.size):
-            seen = "so many bytes of this node are kept that there is no room for more"
-            wanted = (
-                "the room of one node (--max-kept of the validator, and half of what its disk has "
-                "free)"
-            )
-            do = "send it again later: what is older than --keep is deleted"
             raise Refusal(
-                429, seen, wanted=wanted, do=do, retry_after=60, fields={"fields": ["room"]}
+                429,
+                "so many bytes of this node are kept that there is no room for more",
+                wanted="the room of one node (--max-kept of the validator, and half of what its disk has "
+                "free)",
+                do="send it again later: what is older than --keep is deleted",
+                retry_after=60,
+                fields={"fields": ["room"]},
             )
         return await self.put(message, size=message.size, client=message.public_key)
 

@@ -133,10 +133,11 @@ class Registry:
         self.hash = hashlib.sha256(claimed.encode()).hexdigest()
         """Hash of all that claims are held against, the open blocks aside."""
         if not self.senders:
-            seen = "pins and nodes files that list no node"
-            wanted = "the keys of the nodes that may send"
-            do = "add them under [[nodes]] of the pins file, or of the file of --nodes"
-            raise UsageError(seen, wanted=wanted, do=do)
+            raise UsageError(
+                "pins and nodes files that list no node",
+                wanted="the keys of the nodes that may send",
+                do="add them under [[nodes]] of the pins file, or of the file of --nodes",
+            )
 
     @classmethod
     def load(
@@ -155,21 +156,21 @@ class Registry:
         weights.
         """
         if self.network.round.seq_len > model.max_positions:
-            seen = f"seq_len {self.network.round.seq_len} with {model.reference}"
             wanted = model.max_positions
-            do = "correct seq_len in the file of --pins"
-            raise UsageError(seen, wanted=f"at most its {wanted} positions", do=do)
+            raise UsageError(
+                f"seq_len {self.network.round.seq_len} with {model.reference}",
+                wanted=f"at most its {wanted} positions",
+                do="correct seq_len in the file of --pins",
+            )
 
     def _sender(self, entry: NodeEntry, shared: Signatures, settings: ServerSettings) -> Sender:
         check_url(entry.url, allow_private=settings.allow_private_callbacks)
         if entry.url is not None and self.pipeline.output != "distance":
-            seen = f"the url {entry.url!r:.80} with preset {self.pipeline.name}"
-            wanted = (
-                "nodes that are polled only where they publish distances: /status does not hold "
-                "vectors"
-            )
             raise UsageError(
-                seen, wanted=wanted, do="leave the url out, and let the node send callbacks"
+                f"the url {entry.url!r:.80} with preset {self.pipeline.name}",
+                wanted="nodes that are polled only where they publish distances: /status does not hold "
+                "vectors",
+                do="leave the url out, and let the node send callbacks",
             )
         own = self._pinned.get(entry.public_key)
         return Sender(
@@ -187,19 +188,18 @@ class Registry:
         names = sorted(stated - {None}, key=str)
         found = [build for build in self.model.builds if not names or build.name == names[0]]
         if len(names) > 1 or len(found) != 1:
-            seen = (
-                f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
+            raise UsageError(
+                (
+                    f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
+                ),
+                wanted=(
+                    "one of "
+                    + ", ".join(repr(build.name) for build in self.model.builds)
+                    + " for all its machines"
+                ),
+                do="name the node's build in the pins, and give machines of another build a key of "
+                "their own",
             )
-            wanted = (
-                "one of "
-                + ", ".join(repr(build.name) for build in self.model.builds)
-                + " for all its machines"
-            )
-            do = (
-                "name the node's build in the pins, and give machines of another build a key of "
-                "their own"
-            )
-            raise UsageError(seen, wanted=wanted, do=do)
         return found[0]
 
 
@@ -210,11 +210,9 @@ def _check_names(keys: Iterable[str]) -> None:
     found: dict[str, str] = {}
     for key in keys:
         if (other := found.setdefault(normalize("NFKC", _UNSEEN.sub("", key)), key)) != key:
-            seen = f"the keys {other!a:.80} and {key!a:.80}"
-            wanted = "keys that can be told apart"
             raise UsageError(
-                seen,
-                wanted=wanted,
+                f"the keys {other!a:.80} and {key!a:.80}",
+                wanted="keys that can be told apart",
                 do="write both in the normal form NFKC, or remove one of the two",
             )
 
@@ -230,15 +228,14 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
         for secret in check_secrets(shared if entry.secrets is None else entry.secrets):
             other = owners.setdefault(secret, entry)
             if other is not entry and (entry.relay is None or entry.relay != other.relay):
-                seen = (
-                    f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
+                raise UsageError(
+                    (
+                        f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
+                    ),
+                    wanted="a secret of its own for every node: who has it can sign for each of them",
+                    do="write secrets for each in the file of --nodes, or the relay that signs for "
+                    "both",
                 )
-                wanted = "a secret of its own for every node: who has it can sign for each of them"
-                do = (
-                    "write secrets for each in the file of --nodes, or the relay that signs for "
-                    "both"
-                )
-                raise UsageError(seen, wanted=wanted, do=do)
 
 
 def _latest(read: Callable[[Path], T], path: Path) -> T:
@@ -262,8 +259,11 @@ def _entries(path: Path) -> tuple[NodeEntry, ...]:
         fault: Any = error.errors(include_url=False, include_input=False)[
             0
         ]  # the input may be a secret
-        seen = f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']:.200}"
-        raise DataError(seen, wanted="tables [[nodes]]", do="see docs/validator.md") from None
+        raise DataError(
+            f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']:.200}",
+            wanted="tables [[nodes]]",
+            do="see docs/validator.md",
+        ) from None
     for key, count in Counter(entry.public_key for entry in found).items():
         if count > 1:
             raise DataError(
@@ -342,13 +342,11 @@ class Noises:
         registry = self._registry
         preset = self._registry.pipeline.name
         if len(build.dtype) > 1:
-            seen = f"the build {build.name!r} of {' and '.join(build.dtype)}"
-            wanted = (
-                "one number format for each build: callbacks do not say in which they were computed"
-            )
             raise CalibrationError(
-                seen,
-                wanted=wanted,
+                f"the build {build.name!r} of {' and '.join(build.dtype)}",
+                wanted=(
+                    "one number format for each build: callbacks do not say in which they were computed"
+                ),
                 do="list the build once for each format, and name it for each node",
             )
         formats = build.dtype[0], self._deployment.dtype

@@ -225,12 +225,16 @@ async def call_workers(llm: Any, method: str, *args: Any, engines: int = 1) -> l
             )
             return [reply for of_engine in replies for reply in of_engine]
     except TimeoutError:
-        seen = f"vLLM's workers did not answer {method} in {TIMEOUT:g} s"
-        raise ModelError(seen, wanted="workers that run", do="see the log of vLLM") from None
+        raise ModelError(
+            f"vLLM's workers did not answer {method} in {TIMEOUT:g} s",
+            wanted="workers that run",
+            do="see the log of vLLM",
+        ) from None
     except Exception as error:  # of vLLM, and of any kind
-        seen = f"vLLM's workers did not run {method}: {reason_of(error)}"[:400]
         raise _failure(error)(
-            seen, wanted="an engine that runs", do="see the log of vLLM"
+            f"vLLM's workers did not run {method}: {reason_of(error)}"[:400],
+            wanted="an engine that runs",
+            do="see the log of vLLM",
         ) from error
 
 
@@ -414,11 +418,12 @@ class NonceStream:
             values |= {nonce: found[nonce] for nonce in left if nonce in found and nonce in whole}
             left = {nonce: task for nonce, task in left.items() if nonce not in values}
         if left:
-            seen = (
+            raise ModelError(
                 f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in "
-                f"{ATTEMPTS} attempts"
+                f"{ATTEMPTS} attempts",
+                wanted="requests that are not aborted",
+                do="see the log of vLLM",
             )
-            raise ModelError(seen, wanted="requests that are not aborted", do="see the log of vLLM")
         return np.stack([values[nonce] for nonce in wanted])
 
 

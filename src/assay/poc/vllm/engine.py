@@ -101,13 +101,17 @@ def explain_start() -> Iterator[None]:
     except AssayError:
         raise
     except (TypeError, ValueError) as error:
-        seen = f"options of vLLM: {error}"[:500]
         raise UsageError(
-            seen, wanted="its engine arguments", do="see `vllm serve --help`"
+            f"options of vLLM: {error}"[:500],
+            wanted="its engine arguments",
+            do="see `vllm serve --help`",
         ) from None
     except Exception as error:  # vLLM fails to start in many ways
-        seen = f"vLLM does not start: {reason_of(error)}"[:500]
-        raise ModelError(seen, wanted="an engine", do="see its log above") from error
+        raise ModelError(
+            f"vLLM does not start: {reason_of(error)}"[:500],
+            wanted="an engine",
+            do="see its log above",
+        ) from error
 
 
 OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
@@ -392,9 +396,11 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         self._dtype = dtype
         if taken := sorted(set(options) & set(FIXED)):
             flag = "--" + taken[0].replace("_", "-")
-            wanted = "options that do not say what is computed: the command and the checkpoint do"
-            do = f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options"
-            raise UsageError(f"{flag} for a replay on vLLM", wanted=wanted, do=do)
+            raise UsageError(
+                f"{flag} for a replay on vLLM",
+                wanted="options that do not say what is computed: the command and the checkpoint do",
+                do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options",
+            )
         options = fit_machine(dtype, options) | options
         self.model = replace(identify(reference, dtype=dtype), tokenizer=load_tokenizer(reference))
         for header in receipts:
@@ -481,16 +487,22 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         wanted = len(sketch_steps(len(response.output)))
         states_SD = np.frombuffer(data, np.float32).reshape(-1, self.model.hidden_size)[:wanted]
         if len(states_SD) != wanted:
-            seen = f"vLLM with {len(states_SD)} states of {len(response.output)} tokens"
-            raise ModelError(seen, wanted=f"{wanted}", do="see its log")
+            raise ModelError(
+                f"vLLM with {len(states_SD)} states of {len(response.output)} tokens",
+                wanted=f"{wanted}",
+                do="see its log",
+            )
         return torch.from_numpy(states_SD.copy())
 
     def _logits(self, response: PromptAndOutput, found: Any) -> torch.Tensor:
         """Return the logits [N, V] that vLLM gave, -inf for those that it did not."""
         rows = [] if found is None else list(found)[-len(response.output) :]
         if len(rows) != len(response.output) or any(not row for row in rows):
-            seen = "vLLM without the logits of a prompt"
-            raise ModelError(seen, wanted="those of every position", do="use another version")
+            raise ModelError(
+                "vLLM without the logits of a prompt",
+                wanted="those of every position",
+                do="use another version",
+            )
         logits_NV = torch.full((len(rows), self.model.vocab_size), float("-inf"))
         for logits_V, row in zip(logits_NV, rows, strict=True):
             logits_V[list(row)] = torch.tensor([one.logprob for one in row.values()])

@@ -196,11 +196,12 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
         UsageError: The operator has a worker extension of another kind.
     """
     if arguments.worker_extension_cls not in (EXTENSION, OLD_EXTENSION, RESPONSE_EXTENSION):
-        seen = (
-            f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
-        )
         raise UsageError(
-            seen, wanted=EXTENSION, do="leave the other extension out, or ASSAY_RESPONSES=off"
+            (
+                f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
+            ),
+            wanted=EXTENSION,
+            do="leave the other extension out, or ASSAY_RESPONSES=off",
         )
     words = ["--worker-extension-cls", RESPONSE_EXTENSION]
     if mode != "seeded":
@@ -226,12 +227,12 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
     """
     longest = most_positions(config)
     if longest < pins.round.seq_len:
-        wanted = f"at least {pins.round.seq_len}, which the pins agree on, and one to generate"
-        do = (
-            f"pass --max-model-len {pins.round.seq_len + 1} or more, or no "
-            f"--max-num-batched-tokens below that"
+        raise UsageError(
+            f"a server that takes {longest} positions",
+            wanted=f"at least {pins.round.seq_len}, which the pins agree on, and one to generate",
+            do=f"pass --max-model-len {pins.round.seq_len + 1} or more, or no "
+            f"--max-num-batched-tokens below that",
         )
-        raise UsageError(f"a server that takes {longest} positions", wanted=wanted, do=do)
     dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
     known = {

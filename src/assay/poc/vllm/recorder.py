@@ -112,8 +112,11 @@ class Choice:
         steps = self.due
         sketches = np.frombuffer(self.found, np.float16).reshape(-1, SKETCH_SIZE)
         if len(sketches) < steps:
-            seen = f"{len(sketches)} sketches of {len(self.output)} tokens"
-            raise ModelError(seen, wanted=f"{steps}", do="see the log of vLLM's workers")
+            raise ModelError(
+                f"{len(sketches)} sketches of {len(self.output)} tokens",
+                wanted=f"{steps}",
+                do="see the log of vLLM's workers",
+            )
         return Receipt(
             **{
                 name: getattr(self.seed, name)

@@ -113,9 +113,10 @@ class WorkerExtension:
             made = None if frame is None else Frame.from_bytes(frame)
             embeds = self.vllm_config.model_config
             if made is None and not get_pipeline(preset).steps and not embeds.enable_prompt_embeds:
-                do = "serve with --enable-prompt-embeds, or agree on tokens-1"
                 raise UsageError(
-                    f"{preset} without --enable-prompt-embeds", wanted="input embeddings", do=do
+                    f"{preset} without --enable-prompt-embeds",
+                    wanted="input embeddings",
+                    do="serve with --enable-prompt-embeds, or agree on tokens-1",
                 )
             self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset), made))
         except Exception as error:
