@@ -1,26 +1,15 @@
 import gzip
 import json
 import math
-import random
-import tomllib
-from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.errors import AssayError, DataError, UsageError
+from assay.errors import DataError, UsageError
 from assay.files import jsonl
 from assay.files.jsonl import dumps, is_deep, loads, read_json, read_jsonl
-from assay.models import checkpoint
-from assay.models.checkpoint import list_tensors
-from assay.models.frame import Frame
-from assay.poc.responses import adapters
-from assay.poc.responses.adapters import load_adapter
-from assay.vhack.directions.basis import basis
-from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.delta.file import read_delta_lengths
 
 JSON = st.recursive(
     st.none()
@@ -66,14 +55,14 @@ def test_numpy_scalars_are_written_as_numbers():
     ],
 )
 def test_refuses_values_without_a_json_form(bad):
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(UsageError):
         dumps(bad)
 
 
 def test_refuses_a_value_that_holds_itself():
     endless = []
     endless.append(endless)
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(UsageError):
         dumps(endless)
 
 
@@ -101,10 +90,11 @@ BAD_LINES = {
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "records.jsonl"
     path.write_text('{"ok":1}\n' + line + "\n", encoding="utf-8")
-    read = read_jsonl(path)
-    assert next(read) == (1, {"ok": 1})
-    with pytest.raises(DataError, match=r"records\.jsonl, line 2: "):
-        next(read)
+    lines = read_jsonl(path)
+    assert next(lines) == (1, {"ok": 1})
+    with pytest.raises(DataError) as refusal:
+        next(lines)
+    assert refusal.value.seen.startswith(f"{path}, line 2: ")
 
 
 def test_a_long_list_is_not_a_deep_one():
@@ -117,13 +107,14 @@ def test_a_long_list_is_not_a_deep_one():
 def test_bytes_that_are_not_text_are_named(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'{"x":"\xff"}\n')
-    with pytest.raises(DataError, match="line 1"):
+    with pytest.raises(DataError) as refusal:
         list(read_jsonl(path))
+    assert refusal.value.seen.startswith(f"{path}, line 1: ")
 
 
 def test_a_path_that_no_file_can_have_is_refused():
     """A file of TOML can hold one."""
-    with pytest.raises(DataError, match="Invalid argument"):
+    with pytest.raises(DataError):
         list(read_jsonl("a\0b"))
 
 
@@ -138,38 +129,46 @@ def test_empty_lines_at_the_end_are_passed_over_and_others_are_named(tmp_path):
     path.write_text('{"a":1}\n\n  \r\n')
     assert list(read_jsonl(path)) == [(1, {"a": 1})]
     path.write_text('{"a":1}\n\n  \n{"b":2}\n')
-    with pytest.raises(DataError, match="line 2: empty"):
+    with pytest.raises(DataError) as refusal:
         list(read_jsonl(path))
+    assert refusal.value.seen.startswith(f"{path}, line 2: ")
 
 
 @pytest.mark.parametrize(
-    ("content", "shape"),
+    ("content", "name"),
     [
-        (b'[\n{"a":1}]', "JSON array"), (b'{\r\n"a":1}', "several lines"), (gzip.compress(b"{}", mtime=0), "gzip"),
-        (b"PK\x03\x04", "zip"), (b"PAR1\0\n", "parquet"), ("{}".encode("utf-16"), "UTF-16"),
+        (b'[\n{"a":1}]', "JSON array"),
+        (b'{\r\n"a":1}', "several lines"),
+        (gzip.compress(b"{}", mtime=0), "gzip"),
+        (b"PK\x03\x04", "zip"),
+        (b"PAR1\0\n", "parquet"),
+        ("{}".encode("utf-16"), "UTF-16"),
     ],
-)  # fmt: skip
-def test_a_file_of_another_shape_is_named(tmp_path, content, shape):
-    (tmp_path / "records.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=f"line 1: this is .*{shape}") as error:
-        list(read_jsonl(tmp_path / "records.jsonl"))
-    assert error.value.do
+)
+def test_a_file_in_another_format_is_named(tmp_path, content, name):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as refusal:
+        list(read_jsonl(path))
+    assert refusal.value.seen.startswith(f"{path}, line 1: ")
+    assert name in refusal.value.seen
 
 
 def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("assay.files.jsonl.LONGEST_LINE", 10)
     path = tmp_path / "records.jsonl"
     path.write_text('{"a":1}\n{"a":"' + "x" * 100, encoding="utf-8")
-    with pytest.raises(DataError, match="line 2: longer than 10 bytes"):
+    with pytest.raises(DataError) as refusal:
         list(read_jsonl(path))
+    assert refusal.value.seen.startswith(f"{path}, line 2: ")
 
 
 @pytest.mark.parametrize("read", [lambda p: list(read_jsonl(p)), read_json])
 def test_a_missing_file_or_directory_is_a_data_error(tmp_path, read):
-    with pytest.raises(DataError, match="No such file"):
-        read(tmp_path / "none")
-    with pytest.raises(DataError, match="directory"):
-        read(tmp_path)
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError) as refusal:
+            read(path)
+        assert refusal.value.seen.startswith(f"{path}: ")
 
 
 def test_read_json_reads_one_document_over_several_lines(tmp_path):
@@ -177,72 +176,15 @@ def test_read_json_reads_one_document_over_several_lines(tmp_path):
     path.write_text(json.dumps({"sigma": 1e-5}, indent=2))
     assert read_json(path) == {"sigma": 1e-5}
     path.write_text("{} {}")
-    with pytest.raises(DataError, match="calibration"):
+    with pytest.raises(DataError) as refusal:
         read_json(path)
-
-
-PLAIN = ["# pins", "[round]", "length = 8", "[[nodes]]", "key = 'a'", "id = 1", "id = [\n1,"]
-ODD = (
-    "[[nodes]]| [[nodes]]|[nodes.of]|  [nodes.of]|[nodes]|nodes = 1|[[nodes.of]]|]|x = "
-    "[|[1],|[[nodes]] # a|"
-)
-ODD += (
-    f"[[nodes]]\r||t = {3 * chr(34)}|{3 * chr(34)}|u = {3 * chr(39)}|{3 * chr(39)}|y = 0x{'f' * 16}"
-)
-
-
-def test_tables_of_nodes_that_are_known_are_read_as_the_parser_reads_the_whole(tmp_path):
-    chance = random.Random(0)
-    counts = Counter[bool]()
-    for _ in range(4000):
-        pieces = chance.choices(PLAIN, k=chance.randrange(12)) + chance.choices(
-            ODD.split("|"), k=chance.randrange(3)
-        )
-        chance.shuffle(pieces)
-        text = "\n".join(pieces)
-        (tmp_path / "pins.toml").write_bytes(text.encode())
-        try:
-            wanted = tomllib.loads(text)
-            error = ""
-        except ValueError as fault:
-            wanted = {}
-            error = str(fault)
-        try:
-            found = jsonl.read_toml(tmp_path / "pins.toml")
-            refused = ""
-        except DataError as fault:
-            found = wanted
-            refused = fault.seen
-        assert (found, error in refused) == (wanted, True)
-        counts[not refused and str(found.get("nodes")).count("{") > 1] += 1
-    assert counts[True] > 50
-
-
-def test_a_change_of_one_node_parses_that_node(tmp_path, monkeypatch):
-    """Parsing ten thousand of them held every message up for half a second."""
-    parsed = []
-    loads = tomllib.loads
-    path = tmp_path / "pins.toml"
-    monkeypatch.setattr(jsonl.tomllib, "loads", lambda text: parsed.append(text) or loads(text))
-    tables = [f'[[nodes]]\nkey = "changed_{i}"\n' for i in range(1000)]
-    path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 8\n")
-    jsonl.read_toml(path)
-    del parsed[:]
-    tables[7] = '[[nodes]]\nkey = "another"\n'
-    path.write_text("schema = 1\n" + "".join(tables) + "[round]\nseq_len = 9\n")
-    found = jsonl.read_toml(path)
-    assert (found["round"], found["nodes"][7], len(found["nodes"])) == (
-        {"seq_len": 9},
-        {"key": "another"},
-        1000,
-    )
-    assert sum(map(len, parsed)) < 200
+    assert refusal.value.seen.startswith(f"{path}: ")
 
 
 def test_a_value_that_would_take_all_memory_never_reaches_the_parser(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "MOST_PARTS", 1000)
     assert len(loads('{"a":[' + "0," * 990 + "0]}", "here")["a"]) == 991
-    monkeypatch.setattr(jsonl.json, "loads", lambda *given, **how: pytest.fail("it was parsed"))
+    monkeypatch.setattr(json, "loads", lambda *_, **options: pytest.fail("it was parsed"))
     for text in (
         '{"a":[' + "[]," * 500 + "[]]}",
         '{"a":' + "[" * 1001,
@@ -250,42 +192,5 @@ def test_a_value_that_would_take_all_memory_never_reaches_the_parser(tmp_path, m
     ):
         (tmp_path / "a.json").write_text(text)
         for read in (read_json, lambda path: list(read_jsonl(path))):
-            with pytest.raises(DataError, match="more than 1000"):
+            with pytest.raises(DataError):
                 read(tmp_path / "a.json")
-
-
-def _adapter(path):
-    (path.parent / "adapter_config.json").write_text("{}")
-    return load_adapter(path.parent)
-
-
-@pytest.mark.parametrize(
-    "read", [Basis.load, read_delta_lengths, Frame.load, list_tensors, _adapter]
-)
-def test_tensors_with_a_header_that_takes_all_memory_never_reach_the_library(
-    tmp_path, monkeypatch, read
-):
-    for module in (basis, checkpoint):
-        monkeypatch.setattr(
-            module, "safe_open", lambda *given, **how: pytest.fail("the library was called")
-        )
-    monkeypatch.setattr(adapters, "load_file", lambda *given: pytest.fail("the library was called"))
-    name = "adapter_model.safetensors" if read is _adapter else "model.safetensors"
-    for header, size in ((2**26, 2**27), (2**62, 100), (0, 0)):
-        with (tmp_path / name).open("wb") as file:  # as a sparse file it takes no disk
-            file.write(header.to_bytes(8, "little"))
-            file.truncate(size or 2**33)
-        if size or read is not list_tensors:  # of which a checkpoint may be as large
-            with pytest.raises(AssayError):
-                read(tmp_path if read is list_tensors else tmp_path / name)
-
-
-def test_a_key_of_many_parts_never_reaches_the_parser():
-    for text in (
-        "a" + ".a" * 50_000 + " = 1",
-        '"="' + ".a" * 50_000 + " = 1",
-        "[a" + " . a" * 50_000 + "]",
-    ):
-        with pytest.raises(ValueError, match="a key of more than 64 parts"):
-            jsonl._parse(text)
-    assert jsonl._parse("x = [" + "{a = 0.5}, " * 100 + "]")["x"][99] == {"a": 0.5}

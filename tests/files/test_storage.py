@@ -38,9 +38,9 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path, torn):
     path = tmp_path / "proof.jsonl"
     path.with_name("proof.jsonl.partial").write_text('{"nonce":0}\n{"nonce":1}\n' + torn)
     with PartialFile(path) as file:
-        done = file.recover()
-        assert done == ['{"nonce":0}', '{"nonce":1}']
-        for nonce in range(len(done), 4):
+        intact = file.recover()
+        assert intact == ['{"nonce":0}', '{"nonce":1}']
+        for nonce in range(len(intact), 4):
             file.append({"nonce": nonce})
         file.commit()
     assert [record["nonce"] for _, record in read_jsonl(path)] == [0, 1, 2, 3]
@@ -62,10 +62,7 @@ def test_a_record_is_on_file_as_soon_as_it_is_appended(tmp_path):
 def test_what_is_no_partial_file_is_left_as_it_is(tmp_path):
     other = tmp_path / "proof.jsonl.partial"
     other.write_text("my notes\nand more\n")
-    with (
-        PartialFile(tmp_path / "proof.jsonl") as file,
-        pytest.raises(StorageError, match="is not what an earlier run"),
-    ):
+    with PartialFile(tmp_path / "proof.jsonl") as file, pytest.raises(StorageError):
         file.recover()
     assert other.read_text() == "my notes\nand more\n"
     other.write_text('{"half')  # a line that a crash tore
@@ -81,7 +78,7 @@ def test_no_file_takes_the_place_of_a_pipe_or_a_device(tmp_path):
         lambda: check_new_file(pipe, overwrite=True),
         lambda: PartialFile(pipe, overwrite=True),
     ):
-        with pytest.raises(StorageError, match="pipe is a pipe or a device"):
+        with pytest.raises(StorageError):
             write()
     assert pipe.is_fifo()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
@@ -95,13 +92,13 @@ def test_two_writers_of_one_file(tmp_path):
         from assay.files.storage import PartialFile
         try:
             PartialFile(sys.argv[1])
-        except StorageError as error:
-            print(error)
+        except StorageError:
+            print("refused")
     """
     with PartialFile(path) as file:
         file.append({"nonce": 0})
-        assert "being written by another process" in run_python(code, str(path)).stdout
-        with pytest.raises(StorageError, match="another process"):
+        assert run_python(code, str(path)).stdout == "refused\n"
+        with pytest.raises(StorageError):
             PartialFile(path)
         file.append({"nonce": 1})
     assert run_python(code, str(path)).stdout == ""
@@ -110,7 +107,7 @@ def test_two_writers_of_one_file(tmp_path):
 def test_an_existing_file_is_not_overwritten_unless_allowed(tmp_path):
     path = tmp_path / "proof.jsonl"
     path.write_text("old")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError):
         PartialFile(path)
     with PartialFile(path, overwrite=True) as file:
         file.append({})
@@ -124,7 +121,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
     with PartialFile(path) as file:
         file.append({})
         path.write_text("theirs")
-        with pytest.raises(UsageError, match="exists"):
+        with pytest.raises(UsageError):
             file.commit()
     assert path.read_text() == "theirs"
     assert path.with_name("proof.jsonl.partial").exists()
@@ -139,14 +136,11 @@ def test_whole_json_lines_are_written_in_one_step_or_not_at_all(tmp_path):
 
 
 def test_a_missing_directory_and_a_directory_in_the_way(tmp_path):
-    with pytest.raises(StorageError, match="No such file") as missing:
-        PartialFile(tmp_path / "none" / "x")
-    assert "create the directory" in missing.value.do
-    with pytest.raises(StorageError, match="directory"):
-        PartialFile(tmp_path)
     (tmp_path / "x.partial").mkdir()
-    with pytest.raises(StorageError, match="directory"):
-        PartialFile(tmp_path / "x")
+    for path in (tmp_path / "none" / "x", tmp_path, tmp_path / "x"):
+        with pytest.raises(StorageError) as refusal:
+            PartialFile(path)
+        assert refusal.value.seen.startswith(str(path))
 
 
 def test_write_atomic_replaces_in_one_step_and_leaves_nothing_behind_when_it_fails(tmp_path):

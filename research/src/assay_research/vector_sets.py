@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.errors import DataError
-from assay.files.jsonl import JsonObject, loads, read_lines, read_whole
+from assay.files.jsonl import JsonObject, loads, read_lines
+from assay.files.reading import read_whole
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.verdict.calibration import Calibration, Machine, check_compared, fit_build
 

@@ -480,7 +480,7 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
     """
     if path is None:
         return {}
-    from assay.files.jsonl import read_toml
+    from assay.files.toml import read_toml
 
     try:
         tables = read_toml(path)

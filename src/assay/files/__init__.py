@@ -1,3 +1,1 @@
-"""Results in and out: strict JSON Lines, crash-safe files, self-contained HTML, and where a result
-comes from.
-"""
+"""Files that people and programs write: strict JSON, TOML, tensors, and one SQLite database."""

@@ -1,4 +1,4 @@
-"""Files that are either complete under their name or not there.
+"""Files that are either complete under their name or do not exist.
 
 `PartialFile` grows line by line under ``<name>.partial`` and can be resumed after a crash;
 `write_atomic` writes a small file at once. Both take the final name in one rename.
@@ -34,7 +34,7 @@ _ADVICE = {
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """Return the three-part form of an error of the operating system about a file or directory."""
+    """Return an operating system's error about a file as a StorageError with advice."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     advice = _ADVICE.get(error.errno or 0, "choose another path, or repair this one")
     if error.errno == errno.ENOENT and path.parent.is_dir():
@@ -66,29 +66,26 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
 
 
 def _check_place(path: Path, *, overwrite: bool) -> None:
-    """Refuse a path with something that is not to be replaced: a rename would put a file in the
-    place of /dev/null.
-    """
+    """Refuse a path whose present content is not to be replaced."""
     with _storing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "")
         exists = path.exists()
     if exists and not path.is_file():
+        # A rename would put a regular file in the place of /dev/null.
+        seen = f"{path} is a pipe or a device"
         do = "write to a file, and copy it from there"
-        raise StorageError(
-            f"{path} is a pipe or a device", wanted="a file that can be written", do=do
-        )
+        raise StorageError(seen, wanted="a file that can be written", do=do)
     if exists and not overwrite:
         do = "choose another one, or pass --overwrite (in Python overwrite=True)"
         raise UsageError(f"{path} exists", wanted="a new file name", do=do)
 
 
 def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a path at which no new file can be written, before the work whose result it is for;
-    writes nothing.
+    """Refuse a path at which no file can be written, before the work that it is for.
 
-    A file that exists and is not to be replaced is a UsageError. A StorageError is a directory, a
-    pipe or a device in its place, or a folder that is not there or takes no file.
+    An existing file without ``overwrite`` is a UsageError. A directory, a pipe or a device in its
+    place is a StorageError, and so is a folder that does not exist or takes no file.
     """
     path = Path(path)
     _check_place(path, overwrite=overwrite)
@@ -99,33 +96,32 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def check_folder(path: Path, *, new: bool = False) -> None:
-    """Refuse a path at which there is no directory but something else, or one that must be ``new``
-    and holds files.
+    """Refuse a path that is no directory and cannot become one, or with ``new`` one that has files.
 
-    A StorageError is a directory that takes no file, or cannot be made.
+    A directory that takes no file, or cannot be made, is a StorageError.
     """
-    if file := next((one for one in path.parents if one.exists() and not one.is_dir()), None):
-        raise UsageError(
-            f"{path}, of which {file} is a file", wanted="a directory", do="choose another"
-        )
-    if path.exists() and not (path.is_dir() and not (new and any(path.iterdir()))):
-        wanted, do = (
-            ("a new or empty directory", ", or --overwrite") if new else ("a directory", "")
-        )
-        raise UsageError(f"{path}, which exists", wanted=wanted, do=f"choose another{do}")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            seen = f"{path}, of which {parent} is a file"
+            raise UsageError(seen, wanted="a directory", do="choose another")
+    if path.exists() and not path.is_dir():
+        wanted = "a new or empty directory" if new else "a directory"
+        raise UsageError(f"{path}, which exists", wanted=wanted, do="choose another")
+    if new and path.exists() and any(path.iterdir()):
+        do = "choose another, or --overwrite"
+        raise UsageError(f"{path}, which exists", wanted="a new or empty directory", do=do)
     with _storing(path):
-        _try_file(next(one for one in (path, *path.parents) if one.exists()))
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        _try_file(nearest)
 
 
 def _try_file(folder: Path) -> None:
-    """Make and remove a file in a folder: permissions do not tell root that /proc takes none."""
+    # Permissions do not tell root that /proc takes no file.
     TemporaryFile(dir=folder).close()
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file, replacing an older one in one step; on a StorageError the older one is
-    untouched.
-    """
+    """Write a whole file in one step; on a StorageError an older file is untouched."""
     path = Path(path)
     _check_place(path, overwrite=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -141,32 +137,30 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 def write_lines(path: str | Path, lines: Iterable[str], *, overwrite: bool = False) -> None:
-    """Write a whole file of lines of canonical JSON, as :func:`write_atomic`; replace one only if
-    it may be.
-    """
+    """Write a whole file of lines in one step; an existing one needs ``overwrite``."""
     _check_place(Path(path), overwrite=overwrite)
     write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
-    """Write a whole JSON Lines file, one record per line, in place of one that is there."""
+    """Write a whole JSON Lines file in one step, one record per line, and replace an older one."""
     write_lines(path, map(dumps, records), overwrite=True)
 
 
 class PartialFile:
-    """A JSON Lines file written as it grows, crash-safe and resumable, by one writer at a time.
+    """A JSON Lines file that grows line by line, crash-safe and resumable, with one writer.
 
     Lines go to ``<path>.partial``; `commit` gives the file its final name. Without it the partial
     file stays, and the next `PartialFile` of the same path goes on after `recover`::
 
         with PartialFile(path) as file:
-            done = file.recover()
+            lines = file.recover()
             file.append({"nonce": 7})
             file.commit()
 
     Args:
         path: Final name.
-        overwrite: Whether a file that has the final name already may be replaced.
+        overwrite: Whether an existing file of that name may be replaced.
 
     Raises:
         UsageError: The final file exists and ``overwrite`` is not set.
@@ -179,9 +173,8 @@ class PartialFile:
         _check_place(self.path, overwrite=overwrite)
         self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
-            self._file = io.FileIO(
-                os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+"
-            )
+            descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._file = io.FileIO(descriptor, "r+")
         try:
             self._lock()
         except AssayError:
@@ -200,40 +193,38 @@ class PartialFile:
             except BlockingIOError:
                 is_ours = False
         if not is_ours:
-            wanted = "one writer per file"
+            seen = f"{self.partial} is being written by another process"
             do = "wait for it to end, or choose another file name"
-            raise StorageError(
-                f"{self.partial} is being written by another process", wanted=wanted, do=do
-            )
+            raise StorageError(seen, wanted="one writer per file", do=do)
 
     def recover(self) -> list[str]:
-        """Return the intact lines that an earlier writer left, without line ends; whatever follows
-        them is cut off.
+        """Return the intact lines of an earlier writer, without line ends, and cut off the rest.
 
-        A line is intact when it ends with a newline and is a strict JSON object. The first one that
-        is not, and all after it, are lost: a crash tears the end of a file. A file whose first line
-        is not intact is something else.
+        A line is intact when it ends with a newline and is a strict JSON object. A crash tears the
+        end of a file, so the first line that is not intact and all after it are lost. A file whose
+        first line is not intact is something else, and a StorageError.
         """
         with _storing(self.partial):
             self._file.seek(0)
             *complete, _torn = self._file.readall().split(b"\n")
             intact = list(takewhile(_is_intact, complete))
             if complete and not intact:
-                wanted = "lines of JSON, or no such file"
+                seen = f"{self.partial} is not what an earlier run left"
                 do = "move it away, or choose another file name"
-                raise StorageError(
-                    f"{self.partial} is not what an earlier run left", wanted=wanted, do=do
-                )
-            self._file.truncate(sum(len(raw) + 1 for raw in intact))
-        return [raw.decode() for raw in intact]
+                raise StorageError(seen, wanted="lines of JSON, or no such file", do=do)
+            self._file.truncate(sum(len(line) + 1 for line in intact))
+        return [line.decode() for line in intact]
 
     def resume(self, first: str, most: int, read: Callable[[int, bytes], T]) -> list[T]:
-        """Return what an earlier run left after the first line; a file without lines begins with
-        it.
+        """Return what an earlier run wrote after its first line; an empty file gets that line.
 
-        A file that begins with another line is of another run, and refused. One that died between
-        its last line and the final name left more than ``most`` lines after the first; those are
-        cut off. Every line is read by a function of its number, from 2, and its bytes.
+        A run that died between its last line and the final name may have written too many lines;
+        those are cut off.
+
+        Args:
+            first: First line of this run. A file that begins with another one is a UsageError.
+            most: Number of lines after the first that this run writes at most.
+            read: Function of the number of a line, from 2, and its bytes.
         """
         lines = self.recover()
         if not lines:
@@ -241,33 +232,31 @@ class PartialFile:
             return []
         if lines[0] != first:
             seen = f"{self.partial} was begun with other arguments, another model or another engine"
+            wanted = "the same command as the interrupted one"
             do = "repeat that command with all its flags, or remove the partial file to start again"
-            raise UsageError(seen, wanted="the same command as the interrupted one", do=do)
-        kept = lines[: most + 1]
-        values = [
-            read(number, f"{line}\n".encode()) for number, line in enumerate(kept[1:], start=2)
-        ]
-        if len(lines) > len(kept):
+            raise UsageError(seen, wanted=wanted, do=do)
+        usable = lines[: most + 1]
+        values = []
+        for number, line in enumerate(usable[1:], start=2):
+            values.append(read(number, f"{line}\n".encode()))
+        if len(lines) > len(usable):
             self.restart()
-            self.append_lines(kept)
+            self.append_lines(usable)
         return values
 
     def restart(self) -> None:
-        """Drop what an earlier writer left."""
+        """Delete all lines of the partial file."""
         with _storing(self.partial):
             self._file.truncate(0)
 
     def append(self, record: object) -> str:
-        """Write one record as a line of its own, handed to the system before this returns; gives
-        the line back.
-        """
+        """Write one record as a line, handed to the system before this returns; return the line."""
         line = dumps(record)
         self.append_lines([line])
         return line
 
     def append_lines(self, lines: Iterable[str]) -> None:
-        """Write a batch of lines (canonical JSON without line ends) in one go, after what an
-        earlier writer left.
+        """Write lines of canonical JSON, without line ends, in one go after the earlier ones.
 
         On a StorageError the lines that were written stay in the partial file.
         """
@@ -275,11 +264,10 @@ class PartialFile:
             _write_all(self._file, "".join(line + "\n" for line in lines).encode())
 
     def commit(self) -> None:
-        """Put all lines on disk and give the file its final name, in one step; nothing can be
-        appended after.
+        """Put all lines on disk, give the file its final name in one step, and close it.
 
-        The partial file stays where that fails, or a file of this name that is not to be replaced
-        has appeared.
+        The partial file stays where that fails, or where a file of this name has appeared that is
+        not to be replaced.
         """
         _check_place(self.path, overwrite=self._overwrite)
         with _storing(self.path):
@@ -289,9 +277,7 @@ class PartialFile:
         self.close()
 
     def close(self) -> None:
-        """Release the file; without `commit` the partial file stays for a later run. Closing twice
-        is fine.
-        """
+        """Close the file; without `commit` the partial file stays for a later run. Idempotent."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -301,9 +287,9 @@ class PartialFile:
         self.close()
 
 
-def _is_intact(raw: bytes) -> bool:
+def _is_intact(line: bytes) -> bool:
     try:
-        loads(raw, "partial file")
+        loads(line, "partial file")
     except DataError:
         return False
     return True

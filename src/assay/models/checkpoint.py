@@ -50,24 +50,19 @@ from assay.errors import (
     UsageError,
     is_out_of_memory,
 )
-from assay.files.jsonl import (
-    LONGEST_FILE,
-    LONGEST_LINE,
-    check_tensors,
-    parse,
-    parts,
-    read_json,
-    read_whole,
-)
+from assay.files.jsonl import LONGEST_LINE, parse, parts, read_json
+from assay.files.reading import read_whole
 from assay.files.references import (
+    ADAPTER_CONFIG,
     CATALOGUE,
-    CONFIG,
     check_bundled,
     check_config,
     check_hub_id,
     find_path,
     is_bundled,
 )
+from assay.files.tensors import check_tensors
+from assay.files.toml import LONGEST_TOML
 from assay.models import gguf
 from assay.streams.backends import DTYPES, torch_dtype
 from assay.waiting import tell
@@ -171,7 +166,7 @@ def resolve(reference: str | Path, *, with_weights: bool = True) -> Source:
         directory = None if name.startswith("shape:") else path
     else:
         directory = path = _locate(reference)
-        if (path / CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
             seen = f"{path} holds an adapter"
             do = "merge the adapter into its model and save the result"
             raise ModelError(
@@ -202,7 +197,7 @@ def _locate(reference: str | Path) -> Path:
 def _read_config(path: Path) -> dict[str, Any]:
     check_config(path)
     try:
-        published = json.loads(read_whole(path, LONGEST_FILE), object_hook=_plain_number)
+        published = json.loads(read_whole(path, LONGEST_TOML), object_hook=_plain_number)
     except (DataError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{path} cannot be read: {error}", wanted="a JSON object", do="save it again"

@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import dumps, parse, read_whole
+from assay.files.jsonl import dumps, parse
+from assay.files.reading import read_whole
 from assay.files.storage import write_atomic
 
 SEQUENCES = 64

@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from assay.errors import UsageError
-from assay.files.jsonl import check_kind
+from assay.files.tensors import check_schema
 
 BASIS = "v2_with_sv"
 DELTA = "assay.delta_s/1"
@@ -18,8 +18,8 @@ LOG = "assay.vhack.train/1"
 STUDY = "assay.vhack.study/1"
 """Schemas that the first line of the log of a run, and of a run of a study, names."""
 
-check_basis = partial(check_kind, BASIS)
-check_delta = partial(check_kind, DELTA)
+check_basis = partial(check_schema, BASIS)
+check_delta = partial(check_schema, DELTA)
 
 METHODS = ("lda", "svd")
 """Methods of extraction: of :func:`assay.vhack.directions.basis.basis.find_axes`."""

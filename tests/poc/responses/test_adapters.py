@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import ModelError, ProofFormatError, ProofMismatch, UsageError
-from assay.files.references import CONFIG, WEIGHTS
+from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from assay.models import Model
 from assay.poc.responses import Receipt, ReceiptPins, Receipts, replay, respond
 from assay.poc.responses.adapters import Adapter, digest_adapter, load_adapter
@@ -69,7 +69,7 @@ def test_a_receipt_names_its_adapter_and_one_without_is_the_same_line_as_before(
 
 
 def test_the_digest_is_that_of_both_files(directory: Path, tmp_path: Path):
-    parts = [(directory / name).read_bytes() for name in (CONFIG, WEIGHTS)]
+    parts = [(directory / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     assert (
         digest_adapter(directory)
         == hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
@@ -179,9 +179,9 @@ def test_an_adapter_as_peft_writes_it_today_is_read(small_model: Model, tmp_path
 
 def test_factors_that_are_no_matrices_are_refused_by_name(directory: Path, tmp_path: Path):
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
     name = min(tensors)
-    save_file(tensors | {name: tensors[name][0].clone()}, tmp_path / WEIGHTS)
+    save_file(tensors | {name: tensors[name][0].clone()}, tmp_path / ADAPTER_WEIGHTS)
     with pytest.raises(UsageError, match=name):
         load_adapter(tmp_path)
 

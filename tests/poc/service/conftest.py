@@ -17,7 +17,7 @@ import torch
 from standardwebhooks import Webhook
 
 from assay.errors import StorageError
-from assay.files.database import Database
+from assay.files.sqlite import Database
 from assay.poc import Fingerprint, Pipeline
 from assay.poc.engines.hf.engine import plain_outputs
 from assay.poc.net.deployment import Deployment

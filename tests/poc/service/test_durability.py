@@ -5,7 +5,7 @@ import fcntl
 import pytest
 
 from assay.errors import StorageError
-from assay.files.database import Database
+from assay.files.sqlite import Database
 from assay.poc.service.database import open_database
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, cap, execute, failing
 from tests.waiting import until

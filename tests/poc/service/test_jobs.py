@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from assay.files.database import Database
+from assay.files.sqlite import Database
 from assay.poc.protocol.proof import decode_vector, encode_vector
 from assay.poc.service.callbacks import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver

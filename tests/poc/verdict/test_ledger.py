@@ -348,7 +348,7 @@ def test_a_view_without_an_end_in_the_place_of_a_table_is_refused(tmp_path, tabl
 
 
 def test_a_ledger_that_is_being_written_can_be_read_and_says_when_it_is_busy(tmp_path, monkeypatch):
-    monkeypatch.setattr("assay.files.database.BUSY_TIMEOUT_MS", 10)
+    monkeypatch.setattr("assay.files.sqlite_connections.BUSY_TIMEOUT_MS", 10)
     path = filled(tmp_path / "l.sqlite3", 3)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -25,7 +25,8 @@ from pydantic import Field
 from scipy import special
 
 from assay import stats
-from assay.files.jsonl import JsonObject, read_whole
+from assay.files.jsonl import JsonObject
+from assay.files.reading import read_whole
 from assay.pages.report import Cell
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.verdict.calibration import MachineNoise, fit_machines, leave_out

@@ -18,7 +18,7 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 import assay.settings
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import read_whole
+from assay.files.reading import read_whole
 from assay.settings import Flag
 
 if TYPE_CHECKING:

@@ -27,7 +27,9 @@ from pydantic import (
 )
 
 from assay.errors import AssayError, DataError, UsageError
-from assay.files.jsonl import JsonObject, read_toml, read_whole
+from assay.files.jsonl import JsonObject
+from assay.files.reading import read_whole
+from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Text
@@ -241,7 +243,7 @@ class NetworkPins(Table):
         Raises:
             DataError: The file cannot be read, is larger than 4 MiB, or is no pins file; names the key.
         """
-        return cls.of(read_toml(path), path)
+        return cls.of(read_node_tables(path), path)
 
     @classmethod
     def of(cls, tables: JsonObject, path: str | Path) -> Self:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
 from assay.files.jsonl import read_json
-from assay.files.references import CONFIG, WEIGHTS
+from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from assay.models.checkpoint import FACTORS, PREFIX
 from assay.models.load import Model
 from assay.poc.responses.receipts import Adapter as Adapter
@@ -107,8 +107,8 @@ def load_adapter(path: str | Path) -> Lora:
     """
     digest = digest_adapter(path)
     try:
-        config = read_json(Path(path) / CONFIG)
-        tensors = load_file(Path(path) / WEIGHTS)
+        config = read_json(Path(path) / ADAPTER_CONFIG)
+        tensors = load_file(Path(path) / ADAPTER_WEIGHTS)
         rank = int(config["r"])
         alpha = float(config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -22,8 +22,9 @@ from pydantic import PlainValidator
 from typing_extensions import override
 
 from assay.errors import DataError, ModelError, UsageError
-from assay.files.jsonl import LONGEST_TENSORS, check_tensors, dumps
-from assay.files.references import CONFIG, WEIGHTS
+from assay.files.jsonl import dumps
+from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from assay.files.tensors import LONGEST_TENSORS, check_tensors
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.protocol.proof import (
     FOOTER,
@@ -94,15 +95,15 @@ def digest_adapter(path: str | Path) -> str:
     """
     parts = []
     try:
-        check_tensors(Path(path) / WEIGHTS, LONGEST_TENSORS)
-        for name in (CONFIG, WEIGHTS):
+        check_tensors(Path(path) / ADAPTER_WEIGHTS, LONGEST_TENSORS)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             with (Path(path) / name).open("rb") as file:
                 parts.append(hashlib.file_digest(file, "sha256").digest())
     except (OSError, DataError) as error:
         reason = error.seen if isinstance(error, DataError) else error.strerror
         raise ModelError(
             f"no adapter in {path}: {reason}",
-            wanted=f"a directory with {CONFIG} and {WEIGHTS}",
+            wanted=f"a directory with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
             do="pass the directory of a LoRA adapter",
         ) from None
     return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -25,8 +25,8 @@ import structlog
 from standardwebhooks import Webhook
 
 from assay.errors import StorageError, UsageError, visible
-from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.files.sqlite import Database
 from assay.poc.net.callbacks import Blocked, call, new_client
 from assay.poc.net.runtime import Runtime, settled_time
 from assay.poc.protocol.pipelines import get_pipeline

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from assay.files.database import Database
+from assay.files.sqlite import Database
 
 # The tables, as the list of steps that lead to them. A step, once released, is never edited.
 #
@@ -121,4 +121,4 @@ FILE = "service.sqlite3"
 
 
 open_database = partial(Database, name=FILE, migrations=MIGRATIONS, secure_delete=True)
-"""Opens the file of a service; :class:`assay.files.database.Database` says how."""
+"""Opens the file of a service; :class:`assay.files.sqlite.Database` says how."""

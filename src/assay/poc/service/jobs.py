@@ -14,8 +14,8 @@ import structlog
 from pydantic import ValidationError
 
 from assay.errors import StorageError
-from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.files.sqlite import Database
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import settled_time

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from assay import stats
 from assay.errors import CalibrationError
-from assay.files.database import Database
 from assay.files.jsonl import JsonObject, dumps, loads
+from assay.files.sqlite import Database
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline

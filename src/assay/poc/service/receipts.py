@@ -19,8 +19,8 @@ from fastapi.routing import APIRoute
 from typing_extensions import override
 
 from assay.errors import AssayError, StorageError
-from assay.files.database import Database
 from assay.files.jsonl import JsonObject
+from assay.files.sqlite import Database
 from assay.poc.net.callbacks import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import HEAD, Scope, needs, problems

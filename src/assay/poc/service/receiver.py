@@ -16,8 +16,9 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from assay.errors import UsageError
-from assay.files.database import damaged, tables
 from assay.files.jsonl import JsonObject, loads
+from assay.files.sqlite_connections import damaged
+from assay.files.sqlite_schema import table_names
 from assay.poc.net.app import new_app
 from assay.poc.net.callbacks import Signatures, message_id, parsed, unsigned
 from assay.poc.net.logs import LogBudget
@@ -42,7 +43,7 @@ class Received:
     """
 
     def __init__(self, path: Path) -> None:
-        found = tables(path, flag="--output") if path.is_file() else set()
+        found = table_names(path, flag="--output") if path.is_file() else set()
         if found and "received" not in found:
             raise damaged(
                 path,

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from sqlalchemy.dialects.sqlite import insert
 
 from assay import stats
-from assay.files.database import Database, damaged
+from assay.files.sqlite import Database
+from assay.files.sqlite_connections import damaged
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import settled_time
 from assay.poc.protocol.blocks import BlockFactor, has_block_factor

@@ -18,8 +18,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import StorageError
-from assay.files.database import Database
 from assay.files.jsonl import JsonObject
+from assay.files.sqlite import Database
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import GroupCommit, settled_time
 from assay.poc.net.shares import disk_room, fair_share

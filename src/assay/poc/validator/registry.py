@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import CalibrationError, DataError, UsageError
-from assay.files.jsonl import JsonObject, dumps, read_toml
+from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.callbacks import Signatures, check_url
 from assay.poc.net.settings import ServerSettings, check_secrets
+from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
@@ -254,7 +255,7 @@ def _kept(read: Callable[[Path], Any], path: Path, now: tuple[int, ...] | None) 
 
 def _entries(path: Path) -> tuple[NodeEntry, ...]:
     try:
-        found = _NodesFile.model_validate(read_toml(path)).nodes
+        found = _NodesFile.model_validate(read_node_tables(path)).nodes
     except ValidationError as error:
         fault: Any = error.errors(include_url=False, include_input=False)[
             0

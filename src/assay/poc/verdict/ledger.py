@@ -25,8 +25,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from assay.errors import AssayError, DataError, UsageError
-from assay.files.database import SCHEMA, Database, damaged, schema_changes, tables
 from assay.files.jsonl import dumps, loads, read_lines
+from assay.files.sqlite import Database
+from assay.files.sqlite_connections import damaged
+from assay.files.sqlite_schema import SCHEMA, schema_changes, table_names
 from assay.files.storage import PartialFile
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.life import (
@@ -710,7 +712,7 @@ def check_ledger(
     """
     regular = path.is_file()
     flag = FLAG[read_only]  # SQLite waits without end for a pipe
-    found = tables(path, flag=flag) if regular else set()
+    found = table_names(path, flag=flag) if regular else set()
     if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
         do = (
             "pass its path"
@@ -803,7 +805,7 @@ def open_source(path: Path) -> Iterator[Source]:
     neither.
     """
     is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
-    if is_ledger and LEDGER.name not in tables(path, flag="ledger"):
+    if is_ledger and LEDGER.name not in table_names(path, flag="ledger"):
         raise _bad(str(path), "a database without a ledger")
     with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
         database = _open(path, read_only=True) if is_ledger else _open(Path(folder, "copy.sqlite3"))

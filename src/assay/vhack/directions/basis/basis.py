@@ -37,8 +37,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from assay.errors import DataError, UsageError
-from assay.files.jsonl import LONGEST_TENSORS, check_tensors, parse
+from assay.files.jsonl import parse
 from assay.files.storage import write_atomic
+from assay.files.tensors import LONGEST_TENSORS, check_tensors
 from assay.models.load import Model
 from assay.vhack.directions.gradients.targets import Coverage, target_modules, weights_digest
 from assay.vhack.names import BASIS

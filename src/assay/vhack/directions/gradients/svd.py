@@ -28,8 +28,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from assay.errors import BadWeights, DataError, UsageError
-from assay.files.jsonl import check_tensors
 from assay.files.storage import storage_error, write_atomic
+from assay.files.tensors import check_tensors
 from assay.models.device import one_thread
 from assay.models.load import Model
 from assay.streams.backends import torch_dtype

@@ -1,0 +1,49 @@
+"""Regular files, opened without waiting and read with a bound."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from assay.errors import DataError
+
+
+def malformed(source: str | Path, reason: str, wanted: str) -> DataError:
+    """Return the error of a file whose content is not of its format."""
+    do = "repair or remove it, or write the file again"
+    return DataError(f"{source}: {reason}", wanted=wanted, do=do)
+
+
+@contextmanager
+def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a regular file to read; a pipe, a device and an unreadable file are a DataError."""
+    try:
+        if "\0" in str(path):  # open would raise a ValueError
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        # Without O_NONBLOCK, opening a pipe waits for its writer, perhaps for ever.
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                seen = f"{path} is a pipe or a device"
+                raise DataError(seen, wanted="a regular file", do="copy it to a file first")
+            yield file
+    except OSError as error:
+        wanted = "a file that can be read"
+        do = "check its path and permissions"
+        raise DataError(f"{path}: {error.strerror}", wanted=wanted, do=do) from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_whole(path: str | Path, longest: int) -> bytes:
+    """Return the bytes of a regular file; more than ``longest`` of them are a DataError."""
+    with open_regular(path) as file:
+        content = file.read(longest + 1)
+    if len(content) > longest:
+        seen = f"{path}: longer than {longest} bytes"
+        raise DataError(seen, wanted="a smaller file", do="pass another one")
+    return content

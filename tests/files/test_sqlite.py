@@ -1,0 +1,86 @@
+"""A database: the file of its name and no other, on a local disk."""
+
+import sqlite3
+import stat
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from assay.errors import StorageError
+from assay.files import sqlite
+from assay.files.sqlite import Database
+from assay.files.sqlite_schema import table_names
+
+MIGRATIONS = (("CREATE TABLE notes (text TEXT)",),)
+CHARACTERS = st.sampled_from("?#%&=:;+@ 'aé漢\N{COMBINING ACUTE ACCENT}") | st.characters(
+    exclude_characters="/\0", exclude_categories=["Cs"]
+)
+NAMES = st.text(CHARACTERS, min_size=1, max_size=20).filter(lambda name: name not in (".", ".."))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(folder=NAMES, name=NAMES)
+def test_the_file_of_its_path_is_written_and_no_other(tmp_path_factory, folder, name):
+    root = tmp_path_factory.mktemp("databases")
+    data_dir = root / folder
+    database = Database(data_dir, name=name, migrations=MIGRATIONS)
+    try:
+        database.change(sa.insert(database["notes"]).values(text="a note"))
+        beside = {path.name for path in data_dir.iterdir()}
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in data_dir.iterdir()}
+    finally:
+        database.close()
+    assert [path.name for path in root.iterdir()] == [folder]
+    assert beside == {name, f"{name}-wal", f"{name}-shm"}
+    assert modes == {0o600}
+    assert table_names(data_dir / name) == {"migrations", "notes"}
+    reader = Database(data_dir, name=name, migrations=MIGRATIONS, read_only=True)
+    with reader.read() as connection:
+        assert connection.execute(sa.text("SELECT text FROM notes")).scalar_one() == "a note"
+    reader.close()
+
+
+def test_two_services_of_names_that_share_a_beginning_have_files_of_their_own(tmp_path):
+    first = Database(tmp_path, name="rounds?1", migrations=MIGRATIONS)
+    second = Database(tmp_path, name="rounds?2", migrations=MIGRATIONS)
+    with pytest.raises(StorageError):
+        Database(tmp_path, name="rounds?1", migrations=MIGRATIONS)
+    first.change(sa.insert(first["notes"]).values(text="first"))
+    assert second.scalar(sa.select(second["notes"])) is None
+    first.close()
+    second.close()
+
+
+def test_a_directory_on_a_network_is_refused_before_a_file_is_made(tmp_path, monkeypatch):
+    """The journal is shared memory, which no network keeps in step: a client that is killed may
+    leave no database.
+    """
+    assert sqlite.file_system(tmp_path) not in (0, *sqlite.NETWORK_FILE_SYSTEMS)
+    monkeypatch.setattr(sqlite, "file_system", lambda path: 0x6969)
+    with pytest.raises(StorageError) as refusal:
+        Database(tmp_path / "data", name="d.sqlite3", migrations=())
+    assert "NFS" in refusal.value.seen
+    assert not (tmp_path / "data" / "d.sqlite3").exists()
+
+
+def test_a_schema_of_a_later_version_is_refused(tmp_path):
+    later = (*MIGRATIONS, ("CREATE TABLE later (text TEXT)",))
+    Database(tmp_path, name="d.sqlite3", migrations=later).close()
+    with pytest.raises(StorageError):
+        Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS)
+    Database(tmp_path, name="d.sqlite3", migrations=later).close()
+
+
+@pytest.mark.parametrize("version", [-1, 2, "one", 1.5])
+def test_a_file_that_states_an_impossible_version_is_refused(tmp_path, version):
+    Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS).close()
+    with sqlite3.connect(tmp_path / "d.sqlite3") as connection:
+        connection.execute("DROP TABLE migrations")
+        connection.execute("CREATE TABLE migrations (version, applied_at REAL)")
+        connection.execute("INSERT INTO migrations VALUES (?, 0)", (version,))
+    connection.close()
+    for read_only in (False, True):
+        with pytest.raises(StorageError):
+            Database(tmp_path, name="d.sqlite3", migrations=MIGRATIONS, read_only=read_only)
