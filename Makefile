@@ -89,7 +89,7 @@ lock: $(READY)  ## write requirements.lock: exact versions and hashes of all ext
 
 docs: $(READY)  ## write the generated pages and tables of the documentation
 	$(BIN)/python scripts/reference.py
-	$(BIN)/python -m cogapp -P -I scripts -I research/scripts -r $$(grep -rl "\[\[\[cog" docs)
+	$(BIN)/python -m cogapp -P -I scripts -I research/scripts -r $$(grep -rl "\[\[\[cog" docs research/pages)
 
 man: $(READY)  ## write a man page for every command to build/man
 	$(BIN)/python scripts/man_pages.py

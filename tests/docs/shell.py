@@ -23,6 +23,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import page_blocks  # noqa: E402
 
+FOLDERS = ("docs", "research/pages", "tests/docs")
+"""Where pages are: for users, of studies, and the list of what no test runs."""
+
+PAGES = {path.stem: path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))}
 PORTS = ("8100", "8081", "8082", "8090")
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -69,7 +73,7 @@ ahead = ""
 
 @cache
 def not_run() -> dict[str, dict[str, tuple[str, str]]]:
-    """Return the lines that docs/blocks.md lists, by page: what they begin with, and why they do
+    """Return the lines that blocks.md lists, by page: what they begin with, and why they do
     not run, or what does instead."""
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for name, begins, why, instead in ROW.findall(page("blocks")):
@@ -116,13 +120,14 @@ def fork_server() -> Iterator[tuple[str, ...]]:
 
 
 def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    """Return the text of a page by its name; those of research and of tests lie beside them."""
+    return PAGES[name].read_text(encoding="utf-8")
 
 
 def script(
     name: str, *, before: str = "", instead: Mapping[str, str] = {}, small: Mapping[str, str] = {}
 ) -> str:
-    """Return all blocks of a page, but for the lines that docs/blocks.md lists, as a script after
+    """Return all blocks of a page, but for the lines that blocks.md lists, as a script after
     the lines ``before``.
 
     ``instead`` of its words others stand there, and ``small`` has flags that are added after

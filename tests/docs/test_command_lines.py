@@ -18,7 +18,7 @@ from tests.poc.validator.conftest import pins_text
 
 PAGES = sorted(
     path
-    for folder in (".", "docs", "examples", "deploy")
+    for folder in (".", "docs", "research/pages", "examples", "deploy")
     for path in (ROOT / folder).glob("*.md")
     if any(shown(path.read_text(encoding="utf-8")))
 )

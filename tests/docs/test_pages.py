@@ -15,6 +15,7 @@ import pytest
 
 from assay.vhack.pairs import generate_pairs, write_pairs
 from research.tests import published
+from tests.docs.shell import PAGES as TEXTS
 from tests.docs.shell import ROOT, held, page, script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("warm")]
@@ -138,7 +139,7 @@ REQUESTS = "".join(
 )  # of one a verdict is open
 NODE_A = '[[nodes]]\npublic_key = "node_A"\n'
 KEY_ALONE = '[[nodes]]\npublic_key = "KEY"\n'
-PAGES = {
+RUNS = {
     "service": Page(
         instead={"/var/lib/assay": "$PLACE/state"},
         says=('"GENERATING"', '"STOPPED"', '"VALIDATING"', '"residual_test"'),
@@ -321,10 +322,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.needs("curl")
 def test_the_blocks_of_a_page_run(name, folder, needs):
-    shown = PAGES[name]
+    shown = RUNS[name]
     needs(*shown.needs)
     if name == "vhack-training":
         pytest.importorskip("trl")
@@ -340,7 +341,7 @@ def test_every_page_with_blocks_is_run():
     """The tutorial is in test_blocks.py, and two pages have a test of their own."""
     with_blocks = {
         path.stem
-        for path in (ROOT / "docs").rglob("*.md")
+        for path in TEXTS.values()
         if re.search(r"^```(sh|python)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
-    assert with_blocks == PAGES.keys() | {"tutorial", "vhack-quickstart", "calibration"}
+    assert with_blocks == RUNS.keys() | {"tutorial", "vhack-quickstart", "calibration"}
