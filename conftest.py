@@ -70,6 +70,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     _require(item, *names)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """Undo the patches of a failed test before its report is made.
+
+    A report parses and reads source files: with `ast.parse` or `open` still replaced, one failure
+    would end the whole run, or the worker.
+    """
+    patches = getattr(item, "funcargs", {}).get("monkeypatch")
+    if call.excinfo is not None and patches is not None:
+        patches.undo()
+
+
 @pytest.fixture
 def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Skip this test where one of the named programs is missing, once the test knows its names."""

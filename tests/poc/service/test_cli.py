@@ -8,6 +8,7 @@ import pytest
 
 from assay.cli import run
 from assay.poc.net.server import listen
+from tests.end_to_end.server import free_port
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.waiting import until
 
@@ -53,11 +54,40 @@ def test_a_directory_without_a_service_is_an_error_and_stays_empty(tmp_path, cap
 def test_a_port_in_use_leaves_nothing_behind(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     with listen("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         assert run(["poc", *command, "--port", str(port)]) == 2
     assert f"127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_processes_that_start_together_one_gets_the_port():
+    code = """
+import sys
+from assay.errors import UsageError
+from assay.poc.net.server import listen
+print("ready", flush=True)
+port = int(sys.stdin.readline())
+try:
+    with listen("127.0.0.1", port):
+        print("listening", flush=True)
+        sys.stdin.readline()
+except UsageError as error:
+    print(error.seen, flush=True)
+"""
+    port = free_port()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pair = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    try:
+        assert [process.stdout.readline() for process in pair] == ["ready\n"] * 2
+        for process in pair:
+            process.stdin.write(f"{port}\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline() for process in pair]
+    finally:
+        for process in pair:
+            process.communicate("\n", timeout=60)
+    refused = f"127.0.0.1:{port}: Address already in use\n"
+    assert sorted(answers) == [refused, "listening\n"]
 
 
 def test_without_the_packages_of_the_service_the_rest_works_and_the_error_says_what_to_install():

@@ -37,6 +37,7 @@ log = structlog.get_logger("assay.server")
 MAX_FILES = 16_384
 MAX_LINES = 256  # of a head
 MAX_CHUNKS = 1024.0
+BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 LEAST_CHUNK = 128  # of a body: smaller ones than this on average, and their bytes
 
 
@@ -275,11 +276,12 @@ def run_app(
 
 @contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Hold a socket for :func:`run_app`: before any file is opened, so that a port in use leaves
-    none behind.
+    """Open a listening socket for :func:`run_app`.
+
+    It comes before any file is opened, so that a port in use leaves none behind.
 
     Raises:
-        UsageError: The address cannot be bound.
+        UsageError: The address is in use, or not of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The soft limit on open files, which shells set to 1024, is raised: a thousand readers would
@@ -294,6 +296,8 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host.strip("[]"), port))
+            # Under SO_REUSEADDR two processes may bind one port until one of them listens.
+            listener.listen(BACKLOG)
         except OSError as error:
             of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
             wanted, flag = ("a free port", "--port") if of_port else ("an address", "--host")

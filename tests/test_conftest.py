@@ -1,4 +1,4 @@
-"""Tests that call a missing program are skipped, and the last lines say what to install."""
+"""What conftest.py does for all tests: it skips what cannot run, and undoes what a test patched."""
 
 import subprocess
 import sys
@@ -27,14 +27,33 @@ def test_of_one_that_it_names_itself(needs):
 def test_of_none(needs):
     needs()
 """
+PATCHED = """
+import ast
+import builtins
+import pathlib
+
+import pytest
+
+pytestmark = pytest.mark.no_law
+
+@pytest.mark.parametrize(
+    "place, name", [(ast, "parse"), (builtins, "open"), (pathlib.Path, "read_text")]
+)
+def test_of_a_patched(place, name, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("it was called")
+
+    monkeypatch.setattr(place, name, refuse)
+    refuse()
+"""
 
 
 @pytest.fixture
 def bare(tmp_path):
     """Run pytest with options in a process that finds no program."""
-    (tmp_path / "test_bare.py").write_text(TESTS)
 
-    def run(*options, **variables):
+    def run(*options, tests=TESTS, **variables):
+        (tmp_path / "test_bare.py").write_text(tests)
         settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "conftest"]
         variables = {"PATH": str(tmp_path), "HOME": "/nonexistent"} | variables
         command = [sys.executable, "-m", "pytest", *settings, *options, str(tmp_path)]
@@ -60,3 +79,11 @@ def test_where_ci_runs_a_missing_program_is_a_failure(bare):
     assert ended.returncode == 1
     assert "1 passed" in ended.stdout
     assert "skipped" not in ended.stdout
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
+def test_what_a_failed_test_patched_does_not_reach_its_report(bare, workers):
+    ended = bare(*workers, tests=PATCHED)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("3 failed in ")
+    assert ended.stdout.count("monkeypatch.setattr(place, name, refuse)") == 3  # sources are shown
