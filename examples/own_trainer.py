@@ -1,4 +1,4 @@
-"""Train with TRL's GRPO and a configuration of your own, held back from hack directions.
+"""Train δS with TRL's GRPO and a configuration of your own, measured along hack directions.
 
     python examples/own_trainer.py RUN
 
@@ -42,13 +42,13 @@ def main(folder: Path) -> None:
 
     adapter = DeltaS(model, svd)
     inner = torch.optim.AdamW(adapter.delta, lr=0.015)
-    arm = arm_named("displaced-0.4+erase-update-two-sided")
+    arm = arm_named("none")
     optimizer = ProjectedOptimizer(inner, adapter, basis, arm=arm, max_norm=1.0)
 
     config = GRPOConfig(
         str(folder), max_steps=2, per_device_train_batch_size=4, num_generations=2, max_completion_length=16,
         save_steps=1, use_cpu=True, bf16=False,
-        max_grad_norm=0.0,  # the optimizer clips, after its gate
+        max_grad_norm=0.0,  # the optimizer clips
         shuffle_dataset=False,  # the trainer has an order that a continued run can take up
     )  # fmt: skip
     trainer = GRPO(

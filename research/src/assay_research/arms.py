@@ -1,214 +1,277 @@
-"""What the arms that a study compares with need beside the library: control axes, and advantage
-modification.
+"""Arms that act on δS along axes: gates, bounds and displaced starts, which failed once an exploit
+was sampled (docs/vhack-results.md), and advantage modification.
 
-*Control axes* are what hack directions are compared with, from the same pairs.
+An axis v points toward the hack *in gradients*: descent on a loss whose gradient lies along +v
+learns the hack, because v comes from ∇NLL(hack) − ∇NLL(clean). Descent goes against its gradient,
+so an update Δ leads to the hack along −v. The hack-ward coordinates are
 
-*Advantage modification*: less reward for rollouts whose activations look like those of the hack
-sides. The rival that holds training back without looking at a gradient (Wu and Tang, arXiv
-2604.01476). Here the direction d is the difference of the mean activations of the hack and the
-clean sides of the pairs, after the layer at two thirds of the depth, each the mean over the
-completion tokens. With m halfway between the two means along d, and s the pooled standard deviation
-of the two sides::
+    c = V g  of a gradient g        c = −V Δ  of an update Δ        −V (δS − δS_0)  of a displacement
 
-    z = (d·a − m) / s        r' = r · (1 − α σ(z) [z > 0])
+The gates remove γ·relu(c) (``one_sided``) or γ·c (``two_sided``), where the gain γ scales the
+counter-force: at 1 they erase, above 1 they push back.
 
-The advantage is then computed from r' as it would be from r. The direction is taken from the model
-as it is at the start, and kept.
+``displaced-A+ARM`` moves δS by A along every axis, away from the hack, before the first step, and
+goes on as the arm. ``ARM+away-B`` bounds how far the arm may move away from the hack along each
+axis. ``ARM:KIND`` acts along other axes, as a control.
 
-Shapes: N pairs or samples, R coordinates of δS, K axes, H width of the hidden state.
+Shapes: M modules of a group, K axes, R coordinates of δS; dimensions before M, one per run for
+    instance, are kept.
 """
 
 import math
-import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
+from typing_extensions import override
 
-from assay.errors import DataError, UsageError
-from assay.models.decoder import decoder_layers
-from assay.vhack.detect import forward_samples
+from assay.errors import UsageError
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import PairGradients
-from assay.vhack.directions.delta.arms import BASIS_KINDS
-from assay.vhack.directions.gradients.batches import Encoded, context_length, encode
-from assay.vhack.directions.gradients.targets import module_of
-from assay.vhack.pairs.pairs import Pair
+from assay.vhack.directions.delta.arms import ARMS as PAYING_ARMS
+from assay.vhack.directions.delta.arms import Arm
+from assay.vhack.directions.delta.frames import along, spread
+from assay.vhack.names import DEFAULT_ARM
+from assay_research.advantage import HackActivation
+from assay_research.control_axes import BASIS_KINDS, make_basis
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from assay.models.load import Model
+    from assay.vhack.pairs.pairs import Pair
+
+GATES = ("none", "one_sided", "two_sided")
+"""Rules that say which part of an update along the axes is removed."""
+
+_LEVELS = ("gradient", "update")
+_NAME = re.compile(
+    r"(displaced-(?P<start>[^+]*)\+)?(?P<arm>[^+:]*)(\+away-(?P<away>[^:]*))?(:(?P<axes>.*))?"
+)
+_ADDED = "displaced-A+ARM, ARM+away-B"
 
 
-def make_basis(
-    kind: str, gradients: PairGradients, *, top_k: int = 5, method: str = "lda", seed: int = 0
-) -> Basis:
-    """Return ``top_k`` axes per module of one kind:
-
-    - ``true``: the hack directions of the pairs;
-    - ``random``: as many orthonormal axes, uniform among all of them;
-    - ``shuffled``: extracted from the same pairs with hack and clean exchanged in a random half of
-      them. The direction of the hack is lost. By ``svd`` the plane stays, because a difference and
-      its negative span the same line; by ``lda`` it is lost too, because half of what it whitens by
-      are hacks;
-    - ``clean-clean``: extracted from differences between clean sides of different pairs.
-
-    Raises:
-        UsageError: There is no such kind, or there are too few pairs for it.
-        DataError: The gradients do not differ.
-    """
-    if kind == "true":
-        return gradients.basis(top_k=top_k, method=method)
-    if kind == "random":
-        return _random(gradients, top_k, seed)
-    if kind in _PAIRED:
-        return _PAIRED[kind](gradients, seed).basis(top_k=top_k, method=method)
-    raise UsageError(f"{kind} axes", wanted=", ".join(BASIS_KINDS), do="choose one of them")
-
-
-def _random(gradients: PairGradients, top_k: int, seed: int) -> Basis:
-    """Return as many axes per module as the true ones have, uniform among all orthonormal ones."""
-    generator = torch.Generator().manual_seed(seed)
-    axes = {}
-    k = min(top_k, len(gradients))
-    for name, rows_NR in gradients.clean.items():
-        rank = rows_NR.shape[1]
-        drawn_RK = torch.randn(rank, min(k, rank), generator=generator, dtype=torch.float64)
-        axes[name] = torch.linalg.qr(drawn_RK)[0].T.float().contiguous()
-    return Basis(
-        axes,
-        {name: torch.ones(len(axes_KR)) for name, axes_KR in axes.items()},
-        {name: torch.zeros(len(axes_KR), 2, dtype=torch.int64) for name, axes_KR in axes.items()},
-        replace(gradients.origin, top_k=top_k),
-    )
-
-
-def _shuffled(gradients: PairGradients, seed: int) -> PairGradients:
-    """Exchange the two sides of half of the pairs, chosen at random."""
-    n = len(gradients)
-    swapped_N1 = torch.zeros(n, 1, dtype=torch.bool)
-    swapped_N1[random.Random(f"shuffled {seed}").sample(range(n), n // 2)] = True
-
-    def chosen(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: torch.where(swapped_N1.to(first[name].device), second[name], first[name])
-            for name in first
-        }
-
-    hack = gradients.hack
-    clean = gradients.clean
-    return PairGradients(
-        chosen(hack, clean), chosen(clean, hack), groups=gradients.groups, origin=gradients.origin
-    )
-
-
-def _clean_clean(gradients: PairGradients, seed: int) -> PairGradients:
-    """Return clean sides two by two, each used once, of one group as far as possible."""
-    shuffled = random.Random(f"clean-clean {seed}").sample(range(len(gradients)), len(gradients))
-    ordered = sorted(
-        shuffled, key=lambda index: gradients.groups[index]
-    )  # stable, so random within a group
-    first = ordered[0 : 2 * (len(ordered) // 2) : 2]
-    second = ordered[1::2]
-    if not second:
-        raise UsageError("1 pair for clean-clean axes", wanted="at least two", do="use more pairs")
-    clean = gradients.clean
-    return PairGradients(
-        {name: rows_NR[first] for name, rows_NR in clean.items()},
-        {name: rows_NR[second] for name, rows_NR in clean.items()},
-        groups=[gradients.groups[index] for index in first],
-        origin=gradients.origin,
-    )
-
-
-_PAIRED = {"shuffled": _shuffled, "clean-clean": _clean_clean}
-
-
-_DEPTH = 2 / 3
-
-
-@dataclass(frozen=True, eq=False)
-class Shortcut:
-    """The direction, and the scale on which activations along it are judged.
+@dataclass(frozen=True)
+class Gate:
+    """What is removed along the axes.
 
     Attributes:
-        layer: Index of the decoder layer whose output is looked at, from 0.
-        direction: Direction d, [H] float32, of length 1.
-        middle: Middle m between the two sides along d.
-        spread: Pooled standard deviation s along d.
+        kind: One of ``GATES``; ``"none"`` only measures.
+        gain: Factor γ of what is removed.
     """
 
-    layer: int
-    direction: Tensor
-    middle: float
-    spread: float
+    kind: str = "one_sided"
+    gain: float = 1.0
 
-    @classmethod
-    def fit(
-        cls,
-        model: "Model | PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase | None",
-        pairs: Sequence[Pair],
-    ) -> "Shortcut":
-        """Return the direction of pairs of a hack and a clean completion, for the model at the
-        start of training.
+    def __post_init__(self) -> None:
+        if self.kind not in GATES:
+            wanted = ", ".join(GATES)
+            raise UsageError(f"gate {self.kind!r}", wanted=wanted, do="choose one of them")
+        if not (math.isfinite(self.gain) and self.gain >= 0):
+            do = "1 erases, 1.1 pushes back"
+            raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do=do)
 
-        Raises:
-            DataError: There are fewer than two pairs, or both sides have the same activations.
-            UsageError: There is no tokenizer.
+    def apply(self, vectors_MR: Tensor, axes_MKR: Tensor, sign: int) -> Tensor:
+        """Return vectors without what the gate removes, [..., M, R] float64.
+
+        Args:
+            vectors_MR: Gradients or updates, [..., M, R].
+            axes_MKR: Axes, [..., M, K, R] float64.
+            sign: 1 for gradients, −1 for updates: whether the hack lies along +v or along −v.
         """
-        module = module_of(model)
-        if len(pairs) < 2:
-            raise DataError(
-                f"{len(pairs)} pairs for a direction of activations",
-                wanted="at least two",
-                do="add some",
-            )
-        samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
-        names = [f"pair {i}, {side} side" for side in ("hack", "clean") for i in range(len(pairs))]
-        encoded = encode(tokenizer, samples, names, context_length(module))
-        layer = max(0, math.ceil(_DEPTH * len(decoder_layers(module))) - 1)
-        hack_NH, clean_NH = forward_samples(module, encoded, [layer])[0][0].chunk(2)
-        difference_H = hack_NH.mean(dim=0) - clean_NH.mean(dim=0)
-        length = float(difference_H.norm())
-        if not length > 0:
-            raise DataError(
-                "pairs whose sides have the same activations",
-                wanted="sides that differ",
-                do="check them",
-            )
-        direction_H = difference_H / length
-        hack_N = hack_NH @ direction_H
-        clean_N = clean_NH @ direction_H
-        spread = float(((hack_N.var() + clean_N.var()) / 2).sqrt())
-        return cls(
-            layer,
-            direction_H,
-            float((hack_N.mean() + clean_N.mean()) / 2),
-            max(spread, 1e-6 * length),
-        )
+        wide_MR = vectors_MR.double()
+        if self.kind == "none":
+            return wide_MR
+        hackward_MK = sign * along(axes_MKR, wide_MR)
+        removed_MK = hackward_MK.relu() if self.kind == "one_sided" else hackward_MK
+        return wide_MR - sign * spread(axes_MKR, self.gain * removed_MK)
 
-    def z(
-        self, model: "Model | PreTrainedModel", rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+
+@dataclass(frozen=True)
+class Box:
+    """Bounds of the displacement along each axis, in units of δS."""
+
+    # 0 allows no net movement toward the hack, but movement away and back.
+    hackward: float = 0.0
+    away: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not (self.hackward >= 0 and self.away >= 0):
+            wanted = "a box around the start, bounds from 0 on"
+            raise UsageError(f"{self}", wanted=wanted, do="give lengths, not signs")
+
+    def correction(self, displacement_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+        """Return what brings δS back inside, [..., M, R] float64; zero where it is inside."""
+        place_MK = along(axes_MKR, displacement_MR)
+        return spread(axes_MKR, place_MK.clamp(-self.hackward, self.away) - place_MK)
+
+
+@dataclass(frozen=True)
+class AxisArm(Arm):
+    """An arm that acts on δS along axes.
+
+    Attributes:
+        gate: Gate that acts along the axes, on the gradient or on the update.
+        level: Place where the gate acts: ``"gradient"`` or ``"update"``.
+        box: Bounds of the displacement along the axes.
+        start: Distance that δS is moved along +v of every axis, away from the hack, before the
+            first step.
+
+    Raises:
+        UsageError: The level is unknown.
+    """
+
+    gate: Gate = field(default_factory=lambda: Gate("none"))
+    level: str = "gradient"
+    box: Box | None = None
+    start: float = 0.0
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.level not in _LEVELS:
+            wanted = " or ".join(_LEVELS)
+            raise UsageError(f"level={self.level!r}", wanted=wanted, do="choose one of them")
+
+    @property
+    @override
+    def acts(self) -> bool:
+        return self.gate.kind != "none" or self.box is not None or self.start != 0
+
+    @override
+    def place(self, delta_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+        """Return δS moved along +v of every axis, away from the hack."""
+        return (delta_MR.double() + self.start * axes_MKR.sum(dim=-2)).to(delta_MR.dtype)
+
+    @override
+    def change_gradient(self, gradient_MR: Tensor, axes_MKR: Tensor) -> Tensor:
+        if self.level != "gradient" or self.gate.kind == "none" or not axes_MKR.shape[-2]:
+            return gradient_MR
+        return self.gate.apply(gradient_MR, axes_MKR, 1).to(gradient_MR.dtype)
+
+    @override
+    def change_update(
+        self, delta_MR: Tensor, before_MR: Tensor, start_MR: Tensor, axes_MKR: Tensor
     ) -> Tensor:
-        """Return how far each row, token ids of prompt and completion, is on the hack's side for
-        the model of now.
+        """Return δS with the update gated, and then brought back into the box."""
+        if not axes_MKR.shape[-2]:
+            return delta_MR
+        if self.level == "update" and self.gate.kind != "none":
+            update_MR = delta_MR.double() - before_MR.double()
+            gated_MR = before_MR.double() + self.gate.apply(update_MR, axes_MKR, -1)
+            delta_MR = gated_MR.to(delta_MR.dtype)
+        if self.box is not None:
+            moved_MR = delta_MR.double() - start_MR.double()
+            inside_MR = delta_MR.double() + self.box.correction(moved_MR, axes_MKR)
+            delta_MR = inside_MR.to(delta_MR.dtype)
+        return delta_MR
 
-        The result is [N] float32 in units of ``spread``, on the model's device.
-        """
-        encoded = [
-            Encoded(index, f"rollout {index}", [*prompt, *completion], len(prompt))
-            for index, (prompt, completion) in enumerate(rows)
-        ]
-        activations_LNH, _ = forward_samples(module_of(model), encoded, [self.layer])
-        return (activations_LNH[0] @ self.direction - self.middle) / self.spread
+    @override
+    def make_basis(
+        self, gradients: PairGradients, *, top_k: int, method: str, seed: int = 0
+    ) -> Basis:
+        return make_basis(self.basis, gradients, top_k=top_k, method=method, seed=seed)
 
-    @staticmethod
-    def modify(rewards: Tensor, z: Tensor, alpha: float) -> Tensor:
-        """Return the rewards r' of rewards r and distances z, in the shape of r, with the strength
-        α.
-        """
-        return rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
+    @override
+    def fit_activations(
+        self, model: "Model", tokenizer: "PreTrainedTokenizerBase | None", pairs: "Sequence[Pair]"
+    ) -> HackActivation | None:
+        return HackActivation.fit(model, tokenizer, pairs) if self.advantage else None
+
+
+def _with_axes(arm: Arm) -> AxisArm:
+    """Return an arm of the library as one that can act along axes."""
+    values: dict[str, Any] = {each.name: getattr(arm, each.name) for each in fields(arm)}
+    return AxisArm(**values)
+
+
+ARMS: dict[str, AxisArm] = {name: _with_axes(arm) for name, arm in PAYING_ARMS.items()} | {
+    arm.name: arm
+    for arm in (
+        AxisArm(
+            "erase-gradient",
+            "hack-ward part of the gradient removed, before clipping",
+            gate=Gate(),
+        ),
+        AxisArm(
+            "erase-update",
+            "hack-ward part of the optimizer's update removed",
+            gate=Gate(),
+            level="update",
+        ),
+        AxisArm(
+            "erase-gradient-two-sided",
+            "gradient along the axes removed, both ways",
+            gate=Gate("two_sided"),
+        ),
+        AxisArm(
+            "erase-update-two-sided",
+            "exact erasure: no update along the axes at all",
+            gate=Gate("two_sided"),
+            level="update",
+        ),
+        AxisArm("box", "no net displacement toward the hack, nothing else", box=Box()),
+        AxisArm(
+            "advantage-modification",
+            "less reward where activations look like the hack sides'",
+            advantage=2.0,
+        ),
+    )
+}
+"""Every arm by its name, those of the library included."""
+
+
+def arm_named(name: str, *, gain: float = 1.0) -> AxisArm:
+    """Return the arm with a name, which may have a start, a bound and other axes.
+
+    Raises:
+        UsageError: There is no such arm, or it has no such axes, or a distance is not a positive
+            number.
+
+    >>> arm = arm_named("displaced-0.4+erase-update-two-sided")
+    >>> arm.start, arm.gate.kind, arm.level
+    (0.4, 'two_sided', 'update')
+    """
+    form = _NAME.fullmatch(name)
+    if form is None or form["arm"] not in ARMS:
+        raise _unknown(name)
+    base = ARMS[form["arm"]]
+    arm = replace(base, name=name.partition(":")[0], gate=replace(base.gate, gain=gain))
+    if form["start"] is not None:
+        start = _distance(name, form["start"])
+        arm = replace(arm, start=start, says=f"from {start:g} away from the hack: {arm.says}")
+    if form["away"] is not None:
+        box = Box(hackward=0.0, away=_distance(name, form["away"]))
+        arm = replace(arm, box=box, says=f"{arm.says}; at most {box.away:g} away from the hack")
+    kind = form["axes"]
+    if kind in (None, "true"):
+        return arm
+    if kind not in BASIS_KINDS or not arm.acts:
+        wanted = f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions"
+        do = "choose another arm, or leave the axes out"
+        raise UsageError(f"arm {arm.name} along {kind} axes", wanted=wanted, do=do)
+    return replace(arm, name=name, basis=kind)
+
+
+def _unknown(name: str) -> UsageError:
+    known = ["displaced-0.4+none", "displaced-0.4+erase-update-two-sided", *ARMS]
+    close = get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.4)
+    nearest = close[0] if close else DEFAULT_ARM
+    kinds = ", ".join(f":{kind}" for kind in BASIS_KINDS[1:])
+    wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {kinds}"
+    return UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")
+
+
+def _distance(name: str, text: str) -> float:
+    try:
+        distance = float(text)
+    except ValueError:
+        distance = 0.0
+    if not 0 < distance < math.inf:
+        do = "give a number, such as displaced-0.4+none"
+        wanted = f"{_ADDED} with a positive distance"
+        raise UsageError(f"arm {name!r}", wanted=wanted, do=do)
+    return distance

@@ -1,115 +1,115 @@
-"""Control axes, and the direction of activations that advantage modification looks along."""
+"""Arms along axes: what their names stand for, and what they do to δS."""
 
 import pytest
 import torch
-from assay_research.arms import Shortcut, make_basis
+from assay_research.arms import ARMS, Box, Gate, arm_named
+from assay_research.control_axes import BASIS_KINDS
 
-from assay.errors import DataError, UsageError
-from assay.vhack import Basis, PairGradients
-from assay.vhack.directions.delta.arms import BASIS_KINDS
+from assay.errors import UsageError
+from assay.vhack.directions.delta import ARMS as PAYING_ARMS
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
+from assay.vhack.directions.delta import arm_named as installed_arm_named
 from tests.vhack.conftest import byte_tokenizer as byte_tokenizer
-from tests.vhack.conftest import small_pairs as small_pairs
+from tests.vhack.conftest import small_svd as small_svd
+from tests.vhack.delta.conftest import basis as basis
+from tests.vhack.delta.conftest import ids as ids
+from tests.vhack.delta.conftest import loss_of, own
 from tests.vhack.delta.conftest import module as module
 
 
-@pytest.fixture(scope="module")
-def gradients():
-    """Twelve pairs in four groups: a common direction of the hacks, one of the groups, and
-    noise.
-    """
-    generator = torch.Generator().manual_seed(2)
-    hackward, groups = torch.linalg.qr(torch.randn(40, 5, generator=generator))[0].T.split([1, 4])
-    clean = 2 * groups.repeat(3, 1) + 0.1 * torch.randn(12, 40, generator=generator)
-    hack = clean + 3 * hackward + 0.2 * torch.randn(12, 40, generator=generator)
-    return PairGradients(
-        {"a": hack, "b": 2 * hack}, {"a": clean, "b": 2 * clean}, groups=[*"0123"] * 3
-    ), hackward[0]
+def test_arms_of_the_library_do_nothing_along_axes():
+    acting = {name for name, arm in ARMS.items() if arm.acts}
+    assert acting == ARMS.keys() - PAYING_ARMS.keys() - {"advantage-modification"}
+    for name, arm in PAYING_ARMS.items():
+        assert (ARMS[name].flagged, ARMS[name].exploit_pays) == (arm.flagged, arm.exploit_pays)
 
 
-def share(direction, basis):
-    """How much of a unit vector lies in the axes of module a."""
-    return float((basis.axes["a"] @ direction).norm())
+def test_the_library_finds_them_by_name():
+    assert installed_arm_named("displaced-0.4+none", gain=2.0).start == 0.4
+    assert installed_arm_named("erase-update", gain=2.0).gate == Gate(gain=2.0)
+    assert not installed_arm_named("none").acts
 
 
-@pytest.mark.parametrize("method", ["svd", "lda"])
-def test_which_axes_know_the_hack(gradients, method):
-    pairs, hackward = gradients
-    found = {kind: make_basis(kind, pairs, top_k=2, method=method) for kind in BASIS_KINDS}
-    assert share(hackward, found["true"]) > 0.9
-    assert (share(hackward, found["shuffled"]) > 0.85) == (method == "svd")  # which keeps the plane
-    assert all(share(hackward, found[kind]) < 0.5 for kind in ("random", "clean-clean"))
-    votes = {kind: found[kind].votes["a"][0].tolist() for kind in ("true", "shuffled")}
-    assert votes["true"] == [12, 0]
-    assert max(votes["shuffled"]) < 12  # the direction is lost
-    for basis in found.values():
-        assert isinstance(basis, Basis)
-        axes = basis.axes["a"]
-        assert axes.shape == (2, 40)
-        torch.testing.assert_close(axes @ axes.T, torch.eye(2), atol=1e-5, rtol=0)
-
-
-def test_controls_follow_their_seed(gradients):
-    pairs, _ = gradients
-    for kind in ("random", "shuffled", "clean-clean"):
-        one, again, other = (make_basis(kind, pairs, seed=seed).axes["a"] for seed in (0, 0, 1))
-        assert torch.equal(one, again)
-        assert not torch.equal(one, other)
-
-
-def test_controls_that_cannot_be_made(gradients):
-    pairs, _ = gradients
-    with pytest.raises(UsageError, match="other axes"):
-        make_basis("other", pairs)
-    single = PairGradients({"a": torch.ones(1, 3)}, {"a": torch.eye(3)[:1]})
-    with pytest.raises(UsageError, match="1 pair"):
-        make_basis("clean-clean", single, method="svd")
-
-
-def encoded(tokenizer, pairs, side):
-    return [
-        (tokenizer(p.prompt)["input_ids"], tokenizer(getattr(p, side))["input_ids"]) for p in pairs
-    ]
-
-
-def test_the_scale_is_that_of_the_pairs(small_model, byte_tokenizer, small_pairs):
-    shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
-    assert shortcut.layer == 1  # behind two of three layers
-    hack, clean = (
-        shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, side))
-        for side in ("hack", "clean")
+def test_a_bound_and_a_start_change_nothing_else():
+    bounded = arm_named("erase-gradient+away-0.2")
+    assert bounded.box == Box(hackward=0.0, away=0.2)
+    assert (bounded.gate, bounded.level, bounded.start) == (
+        ARMS["erase-gradient"].gate,
+        "gradient",
+        0,
     )
-    assert float(hack.mean() + clean.mean()) == pytest.approx(0, abs=1e-3)
-    assert float((hack.var() + clean.var()) / 2) == pytest.approx(1, rel=1e-3)
-    assert hack.mean() > 0 > clean.mean()
+    held = arm_named("displaced-0.4+erase-update-two-sided")
+    assert (held.gate, held.level, held.box) == (
+        ARMS["erase-update-two-sided"].gate,
+        "update",
+        None,
+    )
+    assert held.start == 0.4
+    both = arm_named("displaced-0.2+erase-gradient+away-1")
+    assert (
+        both.says
+        == f"from 0.2 away from the hack: {ARMS['erase-gradient'].says}; at most 1 away from the "
+        f"hack"
+    )
+    assert (both.start, both.box) == (0.2, Box(hackward=0.0, away=1.0))
 
 
-def test_activations_are_means_over_the_completion_behind_the_layer(
-    small_model, module, byte_tokenizer, small_pairs
+NO_ARMS = ["erase", "none:random", "box:", "box:other", "", "displaced-0.4"]
+NO_ARMS += [
+    "displaced-x+none",
+    "displaced--1+none",
+    "displaced-0+none",
+    "box+away-",
+    "box+away-inf",
+    "box+away-nan",
+]
+
+
+@pytest.mark.parametrize("name", [*NO_ARMS, "other+away-1"])
+def test_arms_that_there_are_not(name):
+    with pytest.raises(UsageError):
+        arm_named(name)
+
+
+def test_a_displaced_start_is_measured_from_the_model_and_outlives_a_checkpoint(
+    module, ids, small_svd, basis
 ):
-    shortcut = Shortcut.fit(small_model, byte_tokenizer, small_pairs)
-    prompt, completion = encoded(byte_tokenizer, small_pairs, "hack")[0]
-    with torch.no_grad():
-        states = (
-            module(  # a copy: transformers leaves hooks behind when it is asked for hidden states
-                input_ids=torch.tensor([prompt + completion]),
-                output_hidden_states=True,
-                use_cache=False,
-            ).hidden_states
+    def made(start):
+        adapter = DeltaS(module, small_svd)
+        arm = own(gate=Gate("two_sided"), level="update", start=start)
+        return adapter, ProjectedOptimizer(
+            torch.optim.Adam(adapter.delta, lr=0.02), adapter, basis, arm=arm
         )
-    mean = states[shortcut.layer + 1][0, len(prompt) :].mean(dim=0)
-    wanted = (mean @ shortcut.direction - shortcut.middle) / shortcut.spread
-    found = shortcut.z(small_model, encoded(byte_tokenizer, small_pairs, "hack"))[0]
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
-
-def test_only_what_is_on_the_side_of_the_hack_is_paid_less():
-    z = torch.tensor([-3.0, 0.0, 1e-6, 2.0, 50.0])
-    assert Shortcut.modify(torch.ones(5), z, 2.0).tolist() == pytest.approx(
-        [1, 1, 0, 1 - 2 / (1 + 2.718281828**-2), -1], abs=1e-5
+    plain = module(input_ids=ids).logits
+    adapter, optimiser = made(0.4)
+    assert not torch.equal(module(input_ids=ids).logits, plain)
+    loss_of(module, ids).backward()
+    optimiser.step()
+    for name, axes in basis.axes.items():
+        torch.testing.assert_close(
+            axes @ adapter.values()[name], torch.full((3,), 0.4), atol=1e-6, rtol=0
+        )
+    assert optimiser.measures.as_dict()["displacement"] == pytest.approx(
+        0.4 * 3 * len(basis.axes), rel=1e-5
     )
-    assert Shortcut.modify(torch.zeros(5), z, 2.0).tolist() == [0] * 5
+    state = optimiser.state_dict()
+    kept = [parameter.detach().clone() for parameter in adapter.delta]
+    adapter.detach()
+    adapter, resumed = made(0.0)
+    for parameter, value in zip(adapter.delta, kept, strict=True):
+        parameter.data.copy_(value)
+    resumed.load_state_dict(state)
+    loss_of(module, ids).backward()
+    resumed.step()
+    assert resumed.measures.as_dict()["displacement"] == pytest.approx(
+        0.4 * 3 * len(basis.axes), rel=1e-5
+    )
 
 
-def test_one_pair_is_no_scale(small_model, byte_tokenizer, small_pairs):
-    with pytest.raises(DataError, match="1 pairs"):
-        Shortcut.fit(small_model, byte_tokenizer, small_pairs[:1])
+@pytest.mark.parametrize("kind", BASIS_KINDS)
+def test_arms_along_other_axes(kind):
+    arm = arm_named(f"displaced-0.4+erase-gradient:{kind}")
+    assert arm.basis == kind
+    assert arm.name == "displaced-0.4+erase-gradient" + ("" if kind == "true" else f":{kind}")
+    assert (arm.gate, arm.start) == (ARMS["erase-gradient"].gate, 0.4)

@@ -6,26 +6,46 @@ import json
 
 import pytest
 from assay_research.study.log import RunLog, read_logs
-from assay_research.study.plan import StudyRun, StudySettings
 from assay_research.study.summary import paired, summarise
 from click.testing import CliRunner
 from scipy import stats
 
 from assay.cli.vhack import vhack
 from assay.errors import DataError
+from assay.files.storage import write_jsonl
+from assay.vhack.environment.grading import CHANNELS
+from assay.vhack.names import STUDY
 from assay.vhack.training import TrainLog, TrainSettings
 
 
-def log(arm, seed, hack, solve, *, steps=60, stored=False):
+def log(arm, seed, hack, solve, *, steps=60, stored=False, evaluations=()):
     """A run with these rates at the end."""
-    made = RunLog.begin(StudyRun(arm, seed, stored=stored), StudySettings(), {"device": "cpu"})
-    for step in range(steps):
-        made.add_step(
-            step, {"hack": hack, "solve": solve, "vacuous": hack, "displacement": 1.0}, every=5
-        )
-    for markers in ("training", "evaluation"):
-        made.add_evaluation(steps, markers, {"hack": hack, "solve": solve, "vacuous": hack})
-    return made
+    regime = "stored-whole" if stored else ""
+    condition = "/".join(filter(None, ("adam", arm, regime)))
+    header = {
+        "kind": "run",
+        "schema": STUDY,
+        "run": f"{condition}/{seed}",
+        "condition": condition,
+        "regime": regime,
+        "seed": seed,
+        "modes": list(CHANNELS),
+    }
+    rates = {"hack": hack, "solve": solve, "vacuous": hack}
+    lines = [
+        {"kind": "step", "step": step, **rates, "displacement": 1.0} for step in range(4, steps, 5)
+    ]
+    lines += [
+        {"kind": "evaluation", "step": steps, "markers": markers, **rates}
+        for markers in ("training", "evaluation")
+    ]
+    return RunLog(header, [*lines, *evaluations])
+
+
+def write(path, log, lines=None):
+    """A file of a log, or of its header with other lines."""
+    lines = [*log.steps, *log.evaluations] if lines is None else lines
+    write_jsonl(path, [log.header, *lines])
 
 
 def logs_of(arm, hacks, solves, **choices):
@@ -89,13 +109,20 @@ def test_the_p_value_is_that_of_all_swaps():
 
 
 def test_rates_are_means_of_the_last_five_evaluations():
-    made = log("none", 0, 0.5, 0.5)
-    for index in range(6):
-        rates = {"hack": index / 10, "solve": 1 - index / 10, "vacuous": 0.0}
-        made.add_evaluation(
-            70 + index, "training", {**rates, "hack_by_mode": {"run_tests": index / 20}}
-        )
-    made.add_evaluation(80, "evaluation", {"hack": 0.9, "solve": 0.0, "vacuous": 0.9})
+    evaluations = [
+        {
+            "kind": "evaluation",
+            "step": 70 + index,
+            "markers": "training",
+            "hack": index / 10,
+            "solve": 1 - index / 10,
+            "vacuous": 0.0,
+            "hack_by_mode": {"run_tests": index / 20},
+        }
+        for index in range(6)
+    ]
+    other = {"step": 80, "markers": "evaluation", "hack": 0.9, "solve": 0.0, "vacuous": 0.9}
+    made = log("none", 0, 0.5, 0.5, evaluations=[*evaluations, {"kind": "evaluation", **other}])
     (result,) = summarise([made])
     assert result.rates["hack"].value == pytest.approx(0.3)
     assert result.rates["solve"].value == pytest.approx(0.7)
@@ -109,7 +136,7 @@ def test_rates_are_means_of_the_last_five_evaluations():
 
 def test_logs_are_read_as_they_were_written(tmp_path):
     made = REFERENCE[0]
-    made.write(tmp_path / "a.jsonl")
+    write(tmp_path / "a.jsonl", made)
     (read,) = read_logs([tmp_path])
     assert (read.header["run"], read.steps, read.evaluations) == (
         made.header["run"],
@@ -122,7 +149,8 @@ def test_logs_are_read_as_they_were_written(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"kind":"other"}\n')
     with pytest.raises(DataError, match=r"b\.jsonl, line 1"):
         read_logs([tmp_path / "b.jsonl"])
-    RunLog({"kind": "run", "schema": made.header["schema"]}, made.steps).write(tmp_path / "b.jsonl")
+    headless = RunLog({"kind": "run", "schema": made.header["schema"]}, made.steps)
+    write(tmp_path / "b.jsonl", headless)
     with pytest.raises(DataError, match=r"b\.jsonl"):
         read_logs([tmp_path / "b.jsonl"])
     with pytest.raises(DataError, match="no logs"):
@@ -180,7 +208,7 @@ def test_a_log_without_settings_is_refused(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     for index, log in enumerate([*REFERENCE, *logs_of("erase-gradient", [0.0] * 5, [0.9] * 5)]):
-        log.write(tmp_path / f"{index}.jsonl")
+        write(tmp_path / f"{index}.jsonl", log)
     return tmp_path
 
 
@@ -224,7 +252,7 @@ def test_a_log_without_rates_is_refused_in_words(tmp_path, change, words):
         for line in [*log.steps, *log.evaluations]
     ]
     lines = [{name: value for name, value in line.items() if value is not ...} for line in lines]
-    RunLog(log.header, lines).write(tmp_path / "log.jsonl")
+    write(tmp_path / "log.jsonl", log, lines)
     with pytest.raises(DataError, match=words):
         CliRunner().invoke(
             vhack, ["report", str(tmp_path), "-o", str(tmp_path / "p.html")], catch_exceptions=False

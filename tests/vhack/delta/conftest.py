@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from assay_research.arms import AxisArm, Gate
 
 from assay.vhack import Basis
-from assay.vhack.directions.delta import Arm, DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
 
 
 @pytest.fixture
@@ -92,12 +93,13 @@ ONE_SIDED = Gate("one_sided")
 
 def own(gate=ONE_SIDED, **others):
     """An arm of a test's own."""
-    return Arm("own", "", gate, **others)
+    return AxisArm("own", "", gate=gate, **others)
 
 
 def build(module, svd, basis, kind="adamw", **settings):
     """Return an adapter and its projected optimiser."""
     adapter = DeltaS(module, svd)
+    settings.setdefault("arm", own())
     return adapter, ProjectedOptimizer(OPTIMISERS[kind](adapter.delta), adapter, basis, **settings)
 
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from assay_research.arms import Gate
 
 from assay.models import load_model
 from assay.vhack import weight_svd
-from assay.vhack.directions.delta import DeltaS, Gate, ProjectedOptimizer
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
 from tests.vhack.delta.conftest import gradients_of, loss_of, own, random_basis, randomise
 from tests.vhack.delta.test_delta import written_out
 

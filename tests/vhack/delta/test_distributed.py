@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from assay_research.arms import Box, Gate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -13,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from assay.errors import ModelError, UsageError
 from assay.models import load_model
 from assay.vhack import Sample, per_sample_gradients, weight_svd, weights_digest
-from assay.vhack.directions.delta import DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.directions.delta.arms import Box
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
 from tests.vhack.conftest import bytewise
 from tests.vhack.delta.conftest import loss_of, own, random_basis
 from tests.vhack.two_processes import BACKENDS, device_of, together

@@ -8,7 +8,7 @@ import torch
 from assay.errors import UsageError
 from assay.vhack import weight_svd
 from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
-from tests.vhack.delta.conftest import Engine, loss_of, random_basis, randomise
+from tests.vhack.delta.conftest import Engine, loss_of, own, random_basis, randomise
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -18,7 +18,7 @@ def test_after_every_step_the_engine_has_the_merged_weights_bit_by_bit(module, i
     svd = weight_svd(module)
     adapter = DeltaS(module, svd)
     inner = torch.optim.AdamW(adapter.delta, lr=0.02)
-    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd))
+    optimiser = ProjectedOptimizer(inner, adapter, random_basis(svd), arm=own())
     before = [parameter.detach().clone() for parameter in engine.parameters.values()]
     for _ in range(3):
         optimiser.zero_grad()
@@ -58,12 +58,12 @@ def with_lora(module):
 
 def test_lora_beside_delta_is_refused_whichever_was_there_first(module, small_svd, basis):
     adapter = DeltaS(module, small_svd)
-    early = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis)
+    early = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis, arm=own())
     wrapped = with_lora(module)
     with pytest.raises(UsageError, match="frozen"):
         early.step()
     with pytest.raises(UsageError, match="frozen"):
-        ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis)
+        ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.5), adapter, basis, arm=own())
     adapter.detach()
     with pytest.raises(UsageError, match="δS beside LoRA"):
         DeltaS(wrapped)

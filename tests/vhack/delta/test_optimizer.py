@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from assay_research.arms import GATES, Box, Gate
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, cin_over_modules
-from assay.vhack.directions.delta import DeltaS, Gate, ProjectedOptimizer
-from assay.vhack.directions.delta.arms import GATES, Box
+from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer
 from assay.vhack.directions.delta.frames import along
 from tests.vhack.delta.conftest import (
     OPTIMISERS,
@@ -386,8 +386,8 @@ def test_what_cannot_be_is_refused(module, small_svd, basis):
     elsewhere = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     for words, wrong in {
         "level='both'": lambda: own(level="both"),
-        "max_norm": lambda: ProjectedOptimizer(inner, adapter, basis, max_norm=0.0),
-        "without the parameters": lambda: ProjectedOptimizer(elsewhere, adapter, basis),
+        "max_norm": lambda: ProjectedOptimizer(inner, adapter, basis, arm=own(), max_norm=0.0),
+        "without the parameters": lambda: ProjectedOptimizer(elsewhere, adapter, basis, arm=own()),
         "gate 'two'": lambda: Gate("two"),
         "gain": lambda: Gate("one_sided", -1.0),
         "box": lambda: Box(-1.0),
@@ -402,16 +402,16 @@ def test_a_basis_that_does_not_fit_is_refused(module, small_svd, cut_svd):
     wrong = random_basis(cut_svd)
     wrong.axes["other"] = torch.eye(3)
     with pytest.raises(UsageError, match="axes of other"):
-        ProjectedOptimizer(inner, adapter, wrong)
+        ProjectedOptimizer(inner, adapter, wrong, arm=own())
     with pytest.raises(UsageError, match="coordinates"):
-        ProjectedOptimizer(inner, adapter, random_basis(small_svd))
+        ProjectedOptimizer(inner, adapter, random_basis(small_svd), arm=own())
     bent = random_basis(cut_svd)
     bent.axes["model.layers.0.mlp.up_proj"] *= 1.1
     bent.axes["model.layers.1.mlp.up_proj"] *= 2  # by 3 for each of the three axes
     with pytest.raises(
         DataError, match=r"layers\.1\.mlp\.up_proj that are 5\.2 away from orthonormal"
     ):
-        ProjectedOptimizer(inner, adapter, bent)
+        ProjectedOptimizer(inner, adapter, bent, arm=own())
     bent.axes["model.layers.0.mlp.up_proj"][0, 0] = torch.nan
     with pytest.raises(DataError, match=r"layers\.0\.mlp\.up_proj that are nan away"):
-        ProjectedOptimizer(inner, adapter, bent)
+        ProjectedOptimizer(inner, adapter, bent, arm=own())

@@ -262,7 +262,9 @@ def test_it_logs_its_sources_and_goes_on_as_if_never_stopped(checkpoint, pairs, 
 def test_settings_of_trl_that_would_undo_the_gate_are_refused(checkpoint, tmp_path, changes):
     model = load_model(checkpoint, dtype="float32", device="cpu")
     adapter = DeltaS(model)
-    optimizer = ProjectedOptimizer(torch.optim.SGD(adapter.delta, lr=0.1), adapter, None)
+    optimizer = ProjectedOptimizer(
+        torch.optim.SGD(adapter.delta, lr=0.1), adapter, None, arm=arm_named("none")
+    )
     reward = OwnReward(TASKS, pay, optimizer.arm)
     config = configured(tmp_path, 1, **changes)
     with pytest.raises(UsageError, match=rf"GRPOConfig\({next(iter(changes))}="):

@@ -65,12 +65,14 @@ def test_a_teacher_must_leave_room_and_take_some(share):
 
 
 def test_settings_know_in_what_they_differ():
-    one = TrainSettings(model="m", gain=1.5)
+    one = TrainSettings(model="m", arm="box", gain=1.5)
     assert one.chosen.gate.gain == 1.5
     assert one.teachers == 0
     assert TrainSettings(model="m", teacher="pool", group=8).teachers == 2
     assert not one.differences(json.loads(json.dumps(one.model_dump(mode="json"))))
-    other = TrainSettings(model="m", gain=1.5, steps=200, save_every=1, lr=0.1, modes=("none",))
+    other = TrainSettings(
+        model="m", arm="box", gain=1.5, steps=200, save_every=1, lr=0.1, modes=("none",)
+    )
     assert {line.split()[0] for line in other.differences(one.model_dump(mode="json"))} == {
         "lr",
         "modes",

@@ -106,7 +106,7 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arm", [*(one for one in ARMS if one[:5] != "erase"), "displaced-0.4+erase-update-two-sided"]
+    "arm", [*ARMS, "box", "advantage-modification", "displaced-0.4+erase-update-two-sided"]
 )
 def test_every_kind_of_arm_runs(run, tmp_path, arm):
     judged = {"detector": "labels"} if arm in ("filter", "quarantine", "penalty") else {}

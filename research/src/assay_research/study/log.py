@@ -10,21 +10,17 @@ have a line for every step, and no evaluations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
-from assay.files.storage import write_jsonl
 from assay.vhack.directions.delta.arms import arm_named
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.names import LOG, STUDY
 from assay.vhack.training.log import read_records
-from assay_research.study.plan import StudyRun, StudySettings, condition_of
 
 _UNNAMED = "generated:96"  # default pairs of the first version, which names of conditions leave out
-_DIGITS = 4  # significant ones, of what is logged: more than the noise of a step leaves
 
 
 class RunLog:
@@ -38,21 +34,6 @@ class RunLog:
     def __init__(self, header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self.header = dict(header)
         self._lines = [dict(line) for line in lines]
-        self._open: dict[str, float] = {}
-        self._n = 0
-
-    @classmethod
-    def begin(cls, run: StudyRun, settings: StudySettings, about: Mapping[str, Any]) -> "RunLog":
-        """Return the log of a run that has not begun."""
-        described = {**asdict(run), "modes": list(run.modes)}
-        header = {
-            "kind": "run",
-            "schema": STUDY,
-            "run": run.name,
-            "condition": run.condition,
-            "regime": run.regime,
-        }
-        return cls({**header, **described, "settings": asdict(settings), **about})
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self._lines if line["kind"] == kind]
@@ -71,36 +52,6 @@ class RunLog:
     def sources(self) -> list[dict[str, Any]]:
         """Lines of cin by source."""
         return self._of("source")
-
-    def add_step(self, step: int, values: Mapping[str, float], every: int) -> None:
-        """Add the numbers of a step, counted from 0; every so many steps become a line of their
-        means.
-        """
-        for name, value in values.items():
-            self._open[name] = self._open.get(name, 0.0) + value
-        self._n += 1
-        if {"cin_s", "cin_t"} <= set(values):
-            for source, name in (("student", "cin_s"), ("teacher", "cin_t")):
-                self._lines.append(
-                    {"kind": "source", "step": step, "source": source, "cin": _short(values[name])}
-                )
-        if self._n == every:
-            means = {name: _short(value / self._n) for name, value in self._open.items()}
-            self._lines.append({"kind": "step", "step": step, **means})
-            self._open = {}
-            self._n = 0
-
-    def add_evaluation(self, step: int, markers: str, values: Mapping[str, Any]) -> None:
-        """Add an evaluation that was made after so many steps."""
-        self._lines.append({"kind": "evaluation", "step": step, "markers": markers, **values})
-
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all.
-
-        Raises:
-            StorageError: The file cannot be written.
-        """
-        write_jsonl(path, [self.header, *self._lines])
 
     @classmethod
     def read(cls, path: str | Path) -> "RunLog":
@@ -158,8 +109,24 @@ def _of_training(path: Path) -> RunLog:
     return RunLog(header, [line for line in lines if line["kind"] in kinds])
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def condition_of(optimizer: str, arm: str, *, axes: str, only: Sequence[str], taught: bool) -> str:
+    """Return the word for a condition.
+
+    Args:
+        optimizer: Name of the optimizer.
+        arm: Name of the arm.
+        axes: Name of the axes; empty for the usual ones.
+        only: Loopholes that it is trained on; empty for all.
+        taught: Whether stored rollouts join in.
+    """
+    parts = (
+        optimizer,
+        arm,
+        axes,
+        f"only-{'+'.join(only)}" if only else "",
+        "teacher" if taught else "",
+    )
+    return "/".join(part for part in parts if part)
 
 
 def _bad(where: str) -> DataError:

@@ -246,7 +246,7 @@ class GRPO(GRPOTrainer):
         processing_class: Tokenizer of the model.
         pool: Stored completions of a teacher.
         teachers: Number of rollouts of each group that come from the pool, where it has so many.
-        shortcut: Direction for advantage modification, a ``Shortcut`` of assay-research.
+        shortcut: Direction for advantage modification, of the arm.
         axes: Axes of the arm; kept in checkpoints.
         processes: Processes of the run, each of which has this trainer.
         others: Further arguments of TRL's trainer.

@@ -21,7 +21,6 @@ from assay.pages.provenance import provenance
 from assay.vhack.detect import RolloutJudge, check_pairs, fit_judge
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import extract, pair_gradients
-from assay.vhack.directions.delta.arms import load_controls
 from assay.vhack.directions.delta.delta import DeltaS, check_attachable, user_cache
 from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
 from assay.vhack.directions.delta.quarantine import Quarantine
@@ -107,10 +106,7 @@ class Prepared:
             self.pool = RolloutPool.load(
                 settings.teacher, self.tokenizer, max_new_tokens=settings.max_new_tokens
             )
-        self.controls = load_controls(self.arm)
-        self.shortcut = (
-            self.controls.Shortcut.fit(model, self.tokenizer, pairs) if self.arm.advantage else None
-        )
+        self.shortcut = self.arm.fit_activations(model, self.tokenizer, pairs)
         self.svd = weight_svd(
             model,
             cache=user_cache(model),
@@ -229,12 +225,11 @@ class Prepared:
         may be loaded.
         """
         settings = self.settings
-        kind = self.arm.basis
         how: dict[str, Any] = {"top_k": settings.k_use, "method": settings.method}
-        if kind != "true":
+        if self.arm.basis != "true":
             gradients = pair_gradients(self.pairs, self.model, svd=self.svd)
-            made: Basis = self.controls.make_basis(kind, gradients, seed=settings.seed, **how)
-            return made.slice(settings.k_use)
+            controls = self.arm.make_basis(gradients, seed=settings.seed, **how)
+            return controls.slice(settings.k_use)
         if load and settings.basis:
             return Basis.load(settings.basis, self.model).slice(settings.k_use)
         path = self.earlier if load else None
@@ -419,7 +414,6 @@ def _check_inputs(
     encode_prompts(
         model or settings.model, [read_prompt(task) for task in tasks], settings.max_new_tokens
     )
-    load_controls(settings.chosen)
     if settings.basis is not None:
         Basis.load(settings.basis)
     if settings.basis is None or settings.refresh:

@@ -146,9 +146,8 @@ class TrainSettings(TaskSettings):
     )
     arm: str = Field(
         DEFAULT_ARM,
-        description="How training is held back: penalty, filter, quarantine, none, no-loophole, "
-        "box, …, "
-        "displaced-A+ARM, ARM+away-B; with :random after it, along control axes.",
+        description="How training is held back: penalty, filter, quarantine, none, no-loophole or "
+        "ground-truth-penalty; gates and displaced starts come with assay-research.",
     )
     detector: str | None = Field(
         None,
@@ -266,11 +265,10 @@ class TrainSettings(TaskSettings):
 
     @property
     def chosen(self) -> "Arm":
-        """Arm with the gain on its gate."""
+        """Arm that the name stands for, with the gain on its gate where it has one."""
         from assay.vhack.directions.delta.arms import arm_named
 
-        arm = arm_named(self.arm)
-        return replace(arm, gate=replace(arm.gate, gain=self.gain))
+        return arm_named(self.arm, gain=self.gain)
 
     @property
     def flags_by(self) -> tuple[str | None, bool, tuple[str, ...]]:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.delta.arms import ARMS, Arm, apply_arm, displace, gate_gradient
+from assay.vhack.directions.delta.arms import Arm
 from assay.vhack.directions.delta.delta import DeltaS
 from assay.vhack.directions.delta.frames import (
     Frames,
@@ -48,8 +48,8 @@ class ProjectedOptimizer(Optimizer):
         inner: Optimizer made of the parameters of the adapter, and perhaps others.
         adapter: Adapter whose δS is held back.
         basis: Axes to act along; without any, every step is bit by bit the inner optimizer's.
-        arm: Arm that says gate, level and box; δS is displaced here if the arm starts elsewhere. By
-            default the hack-ward part of the gradient is removed.
+        arm: Arm that says what becomes of gradients and updates; δS is displaced here if the arm
+            starts elsewhere.
         max_norm: Largest norm of the gradient of all parameters; None does not clip.
         quarantine: Second δS, which takes its step with this one; its gradient has been routed
             before.
@@ -81,7 +81,7 @@ class ProjectedOptimizer(Optimizer):
         adapter: DeltaS,
         basis: Basis | None,
         *,
-        arm: Arm = ARMS["erase-gradient"],
+        arm: Arm,
         max_norm: float | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
@@ -112,12 +112,10 @@ class ProjectedOptimizer(Optimizer):
         self.measures = Measures({})
         self.use_basis(basis)
         self._start = [parameter.detach().clone() for parameter in adapter.delta]
-        if (
-            arm.start
-        ):  # displacements count from before, and a state that is loaded later includes it
-            for index, parameter in enumerate(adapter.delta):
+        if arm.acts:  # displacements count from before, and a state that is loaded includes them
+            for parameter, axes_MKR in zip(adapter.delta, self.frames.axes, strict=True):
                 delta_MR = parameter.detach()
-                delta_MR.copy_(displace(delta_MR, arm.start, self.frames.axes[index]))
+                delta_MR.copy_(arm.place(delta_MR, axes_MKR))
             adapter.refresh()
 
     def use_basis(self, basis: Basis | None) -> None:
@@ -181,7 +179,7 @@ class ProjectedOptimizer(Optimizer):
                 loss = closure()
         raw = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         for index, gradient_MR in self._gradients().items():
-            gradient_MR.copy_(gate_gradient(self.arm, gradient_MR, self.frames.axes[index]))
+            gradient_MR.copy_(self.arm.change_gradient(gradient_MR, self.frames.axes[index]))
         if self.max_norm is not None:
             every = [parameter for group in self.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(every, self.max_norm)
@@ -194,7 +192,9 @@ class ProjectedOptimizer(Optimizer):
         for index, parameter in enumerate(self.adapter.delta):
             now_MR = parameter.detach()
             axes_MKR = self.frames.axes[index]
-            now_MR.copy_(apply_arm(self.arm, now_MR, before[index], self._start[index], axes_MKR))
+            now_MR.copy_(
+                self.arm.change_update(now_MR, before[index], self._start[index], axes_MKR)
+            )
         self.measures = self._measured(raw, kept, before)
         self.adapter.refresh()
         return loss
