@@ -158,9 +158,9 @@ def smollm2():
 @pytest.fixture
 def without_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without fast products of 16-bit numbers, whatever this machine has."""
-    from assay.models import wide
+    from assay.models import precision
 
-    monkeypatch.setattr(wide, "_is_fast", lambda dtype: False)
+    monkeypatch.setattr(precision, "has_fast_products", lambda dtype: False)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from assay import poc
 from assay.errors import AssayError
 from assay.models import load_model
-from assay.models.checkpoint import resolve
+from assay.models.resolve import resolve
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
 from tests.models.storing import make_hybrid, make_mixture, make_wrapper, store
@@ -186,7 +186,7 @@ def main():
 
 def allow(device):
     """Take every format, cache and kind of layer on a device, whether it was run there or not."""
-    from assay.models.quantized import NUMBER_FORMATS
+    from assay.models.number_formats import NUMBER_FORMATS
     from assay.poc.vllm import compatibility
 
     dtypes = ("bfloat16", "float16", "float32")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from assay.models.checkpoint import find_bundled
+from assay.models.resolve import find_bundled
 from assay.poc import Proof
 
 
@@ -73,7 +73,7 @@ def test_demo_takes_the_real_model_where_its_packages_are(assay, tmp_path, monke
         asked.append(name)
         raise FileNotFoundError(2, "stop", name)
 
-    monkeypatch.setattr("assay.models.load.model_info", stop)
+    monkeypatch.setattr("assay.models.catalogue.model_info", stop)
     for found in (True, False):
         monkeypatch.setattr(
             "assay.cli.demo.find_spec", lambda name, found=found: found or name != "gguf" or None

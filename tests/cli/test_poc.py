@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from assay.models import wide
+from assay.models import precision
 from assay.poc import Proof, calibrate, cheats
 
 PINS = (
@@ -103,7 +103,7 @@ def test_a_proof_in_another_number_format_is_refused(
 
 def test_calibrate_from_two_proofs_and_use_it(prove, told, small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        wide, "_is_fast", lambda dtype: True
+        precision, "has_fast_products", lambda dtype: True
     )  # else some CPUs differ in their products as well
     assert prove("a.jsonl", nonces="0:32").code == 0
     assert prove("b.jsonl", nonces="0:32", dtype="bfloat16").code == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from assay.errors import ModelError
-from assay.models.rows import steps_of_passes
+from assay.models.shared_passes import steps_of_passes
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.responses import replay, respond
 from assay.poc.responses.prefill import HFPrefill, PromptAndOutput

@@ -8,7 +8,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from assay.models.checkpoint import silence_transformers
+from assay.models.configuration import silence_transformers
 
 SIZES = {
     "hidden_size": 32,

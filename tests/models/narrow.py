@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from assay.models import Model, load_model, wide
+from assay.models import Model, load_model, precision
 
 _NARROW = (torch.bfloat16, torch.float16)
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear)
@@ -29,7 +29,7 @@ class Products(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function.overloadpacket in _PRODUCTS:
-            few = args[0].shape[:-1].numel() < wide._ROWS
+            few = args[0].shape[:-1].numel() < precision.LEAST_ROWS
             found = (self.few if few else self.narrow) if args[0].dtype in _NARROW else self.wide
             found.append(f"{function} of {[tuple(each.shape) for each in args[:2]]}")
         return function(*args, **(kwargs or {}))

@@ -18,7 +18,7 @@ from assay.models.eight_bits import (
     Rounded,
     float8_blocks,
 )
-from assay.models.quantized import AWQ_PLACES, OF_A_WORD
+from assay.models.four_bits import AWQ_PLACES, NUMBERS_OF_A_WORD
 
 FORMATS = ("tensor", "channel", "channel-tensors", "block", "block-tensors", "int8")
 FOUR_BITS = ("packed", "packed-zeros", "awq", "gptq")
@@ -306,11 +306,13 @@ def _compressed(
 
 
 def packed(
-    numbers: torch.Tensor, places: tuple[int, ...] = tuple(range(OF_A_WORD))
+    numbers: torch.Tensor, places: tuple[int, ...] = tuple(range(NUMBERS_OF_A_WORD))
 ) -> torch.Tensor:
     """The words [..., P] int32 of numbers [..., 8 P] from 0 to 15; the inverse of ``unpacked``."""
     shifts = torch.tensor([4 * place for place in places], device=numbers.device)
-    words = (numbers.long().reshape(*numbers.shape[:-1], -1, OF_A_WORD) << shifts).sum(dim=-1)
+    words = (numbers.long().reshape(*numbers.shape[:-1], -1, NUMBERS_OF_A_WORD) << shifts).sum(
+        dim=-1
+    )
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 

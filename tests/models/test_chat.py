@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from assay.errors import ModelError, UsageError
 from assay.models import Chat, load_model, read_chat
 from assay.models.chat import LONGEST_TEXT, render_chat
-from assay.models.checkpoint import read_tokenizer
 from assay.models.load import identify
+from assay.models.tokenizer_files import read_tokenizer
 from tests.vhack.conftest import bytewise
 
 TEMPLATE = (

@@ -7,7 +7,7 @@ from transformers.utils import logging as hf_logging
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, OutOfMemory, UsageError
 from assay.models import load_model
-from assay.models.checkpoint import silence_transformers
+from assay.models.configuration import silence_transformers
 from tests.models.storing import configure, rewrite
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: run make test-vll
 INTERPRETED = """
 import json
 import torch
-from assay.models.products import multiply
+from assay.models.triton_products import multiply
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
 from tests.models.storing import rounded_weight
 

@@ -4,18 +4,17 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, ModelError
-from assay.models import load_model
-from assay.models import quantized as _quantise
+from assay.models import load_model, rounding
 from assay.models.eight_bits import round_rows
-from assay.models.quantized import check_quantisation
+from assay.models.number_formats import check_rounding
 from assay.poc import HFEngine, Round, prove, verify
 
 
 def test_float8_needs_a_device_that_has_it(small_checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(BackendUnavailable, match="float8 on cuda"):
-        check_quantisation("float8", torch.device("cuda"))
-    check_quantisation("float8", torch.device("cpu"))
+        check_rounding("float8", torch.device("cuda"))
+    check_rounding("float8", torch.device("cpu"))
 
 
 def test_a_row_is_rounded_by_its_own_largest_magnitude():
@@ -40,10 +39,10 @@ def test_a_row_is_rounded_by_its_own_largest_magnitude():
 
 def test_a_width_that_float8_cannot_multiply_on_cuda_is_refused(small_checkpoint, monkeypatch):
     model = load_model(small_checkpoint, device="cpu")
-    monkeypatch.setattr(_quantise, "WIDTHS", 48)
+    monkeypatch.setattr(rounding, "WIDTHS", 48)
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
     with pytest.raises(ModelError, match="q_proj has 64 rows of 64 numbers") as refused:
-        _quantise.quantise(model.module)
+        rounding.quantise(model.module)
     assert "multiples of 48" in refused.value.wanted
 
 

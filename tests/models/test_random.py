@@ -8,9 +8,9 @@ import torch
 
 from assay import streams
 from assay.errors import StorageError, UsageError
-from assay.models import checkpoint as _resolve
 from assay.models import load as _save
 from assay.models import load_model, save_random
+from assay.models import resolve as resolving
 
 
 def bits(model):
@@ -24,8 +24,8 @@ def bits(model):
 @pytest.fixture
 def small_shape(checkpoint, monkeypatch):
     """A shape of the catalogue that is small enough to be made in a test."""
-    monkeypatch.setitem(_resolve.CATALOGUE, "shape:small", {})
-    monkeypatch.setattr(_resolve, "_HERE", checkpoint)
+    monkeypatch.setitem(resolving.CATALOGUE, "shape:small", {})
+    monkeypatch.setattr(resolving, "BUNDLED", checkpoint)
     (checkpoint / "shapes").mkdir()
     (checkpoint / "config.json").rename(checkpoint / "shapes" / "small.json")
     return "shape:small"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.models import load_model
-from assay.models.checkpoint import find_bundled
+from assay.models.resolve import find_bundled
 
 NAMES = ["reference:qwen3", "reference:llama"]
 DIGESTS = {

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from assay.errors import ModelError, ModelNotFound, UnsafeCheckpoint, UsageError
-from assay.models import checkpoint as _resolve
 from assay.models import list_models, load_model, model_info
-from assay.models.checkpoint import resolve
+from assay.models import resolve as resolving
 from assay.models.load import identify
+from assay.models.resolve import resolve
 from tests.models.storing import configure
 
 
 @pytest.fixture
 def no_cache(monkeypatch):
-    monkeypatch.setattr(_resolve, "_cached", lambda hub_id: None)
+    monkeypatch.setattr(resolving, "find_cached", lambda hub_id: None)
 
 
 def answer(monkeypatch, names):
@@ -31,7 +31,7 @@ def answer(monkeypatch, names):
             raise names
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
-    monkeypatch.setattr(_resolve.HfApi, "model_info", model_info)
+    monkeypatch.setattr(resolving.HfApi, "model_info", model_info)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +184,14 @@ def test_an_adapter_is_refused(checkpoint):
 @pytest.mark.usefixtures("no_cache")
 def test_a_hub_model_that_is_a_pickle_is_refused_before_the_download(monkeypatch):
     answer(monkeypatch, ["config.json", "pytorch_model.bin"])
-    monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
+    monkeypatch.setattr(resolving, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(UnsafeCheckpoint, match=r"pytorch_model\.bin"):
         load_model("owner/name")
 
 
 def test_a_whole_copy_in_the_cache_needs_no_network(monkeypatch, checkpoint):
     answer(monkeypatch, AssertionError("the hub was asked"))
-    monkeypatch.setattr(_resolve, "snapshot_download", lambda *a, **k: str(checkpoint))
+    monkeypatch.setattr(resolving, "snapshot_download", lambda *a, **k: str(checkpoint))
     assert (
         load_model("owner/name", device="cpu").digest == load_model(checkpoint, device="cpu").digest
     )
@@ -205,7 +205,7 @@ def test_half_a_copy_in_the_cache_is_completed(monkeypatch, checkpoint):
         return str(checkpoint.parent if local_files_only else checkpoint)
 
     answer(monkeypatch, ["config.json", "model.safetensors"])
-    monkeypatch.setattr(_resolve, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(resolving, "snapshot_download", snapshot_download)
     assert model_info("owner/name").reference == "owner/name"
     assert calls == [True, False]
 

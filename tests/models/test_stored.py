@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import BackendUnavailable, BadWeights, ModelError, UsageError
-from assay.models import load_model
-from assay.models import quantized as _formats
+from assay.models import load_model, number_formats
 from assay.models.eight_bits import EightBitExperts, EightBitLinear
 from assay.models.load import identify
-from assay.models.quantized import check_device, read_format
+from assay.models.number_formats import check_format, read_format
 from assay.poc import HFEngine, Round, calibrate, prove, verify
 from tests.models.storing import (
     FORMATS,
@@ -325,7 +324,7 @@ def test_a_stored_format_is_not_rounded_again_nor_asked_of_other_checkpoints(
 def cuda(monkeypatch, *capability):
     """A CUDA device of that capability, where triton is installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(_formats, "find_spec", lambda name: object())
+    monkeypatch.setattr(number_formats, "find_spec", lambda name: object())
     return torch.device("cuda")
 
 
@@ -339,17 +338,17 @@ def form_of(name, **more):
     "form", [form_of("block", block=128), form_of("int8")], ids=lambda form: form.name
 )
 def test_a_format_is_refused_where_it_was_not_tested(form, monkeypatch):
-    check_device(form, cuda(monkeypatch, 9, 0))
+    check_format(form, cuda(monkeypatch, 9, 0))
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):
-        check_device(form, cuda(monkeypatch, 10, 0))
+        check_format(form, cuda(monkeypatch, 10, 0))
     device = cuda(monkeypatch, 9, 0)
-    monkeypatch.setattr(_formats, "find_spec", lambda name: None)
+    monkeypatch.setattr(number_formats, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match=f"{form.name} on cuda"):
-        check_device(form, device)
-    check_device(form, torch.device("cpu"))
+        check_format(form, device)
+    check_format(form, torch.device("cpu"))
 
 
 def test_blocks_of_another_size_are_refused_on_cuda(monkeypatch):
     with pytest.raises(BackendUnavailable, match="a scale for 64 x 64 numbers, on cuda") as refused:
-        check_device(form_of("block", block=64), cuda(monkeypatch, 9, 0))
+        check_format(form_of("block", block=64), cuda(monkeypatch, 9, 0))
     assert "128 x 128" in refused.value.wanted

@@ -10,7 +10,7 @@ import pytest
 
 from assay.errors import ResourceError, UsageError
 from assay.models import chat, read_chat
-from assay.models.checkpoint import load_tokenizer
+from assay.models.load import load_tokenizer
 from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer, rendered
 
 NINES = "{% for b in range(99999) %}{% for a in range(99999) %}BODY{% endfor %}{% endfor %}"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from assay.models import wide
-from assay.models.wide import is_wide, own_precision, wide_products
+from assay.models import precision
+from assay.models.precision import is_wide, own_precision, wide_products
 from tests.models.narrow import Products
 
 ENDS = torch.tensor([20, 48], dtype=torch.int32)
@@ -78,9 +78,9 @@ def test_other_numbers_multiply_as_before():
 
 
 def test_only_a_cpu_without_fast_products_takes_them(monkeypatch):
-    monkeypatch.setattr(wide.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(precision.platform, "machine", lambda: "aarch64")
     assert not is_wide(CPU, torch.bfloat16)
-    monkeypatch.setattr(wide, "_is_fast", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(precision, "has_fast_products", lambda dtype: dtype == torch.bfloat16)
     assert not is_wide(CPU, torch.bfloat16)
     assert is_wide(CPU, torch.float16)
     assert not is_wide(CPU, torch.float32)

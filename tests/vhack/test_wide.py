@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from assay.models import load_model, wide
-from assay.models.wide import wide_products
+from assay.models import load_model, precision
+from assay.models.precision import wide_products
 from assay.vhack import per_sample_gradients, weight_svd
 from assay.vhack.directions.delta import DeltaS
 from assay.vhack.training.sampling import sample_pool
@@ -32,7 +32,7 @@ def test_gradients_are_taken_without_a_narrow_product(
         found = per_sample_gradients(samples, model, **how)
     assert products.narrow == []
     assert products.wide
-    monkeypatch.setattr(wide, "_is_fast", lambda dtype: True)
+    monkeypatch.setattr(precision, "has_fast_products", lambda dtype: True)
     plain = per_sample_gradients(samples, model, **how)
     for name, rows_NR in plain.items():
         assert (found[name] - rows_NR).norm() < 0.02 * rows_NR.norm()

@@ -8,7 +8,7 @@ import pytest
 from _vllm import ForkedServer
 
 from assay.models import load_tokenizer
-from assay.models.checkpoint import resolve
+from assay.models.resolve import resolve
 from tests.vllm.chatting import of_transformers, prompts_of, questions, tokens_of
 from tests.vllm.conftest import SEQ_LEN, SMALL
 

@@ -31,7 +31,7 @@ from assay.vhack.pairs.pairs import Pair
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from assay.models.load import Model
+    from assay.models.model import Model
 
 _DEPTH = 2 / 3
 

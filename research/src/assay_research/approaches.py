@@ -31,7 +31,8 @@ from scipy.stats import chi2, studentized_range
 
 from assay import stats
 from assay.files.jsonl import JsonObject
-from assay.models.load import Model, load_model
+from assay.models.load import load_model
+from assay.models.model import Model
 from assay.poc import cheats
 from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.measurement import distances_to_target

@@ -41,7 +41,7 @@ from assay_research.control_axes import BASIS_KINDS, make_basis
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from assay.models.load import Model
+    from assay.models.model import Model
     from assay.vhack.pairs.pairs import Pair
 
 GATES = ("none", "one_sided", "two_sided")

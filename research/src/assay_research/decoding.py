@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.engines.hf.engine import Draws, HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.poc.protocol.proof import Proof, TokenRecord

@@ -27,7 +27,8 @@ from assay import stats
 from assay.errors import ResourceError
 from assay.files.jsonl import JsonObject
 from assay.files.storage import write_atomic, write_jsonl
-from assay.models.load import load_model, model_info
+from assay.models.catalogue import model_info
+from assay.models.load import load_model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline

@@ -21,7 +21,7 @@ from assay.models.eight_bits import (
     Rounded,
     multiply_rows,
 )
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.cheats import changed, weight_of
 
 

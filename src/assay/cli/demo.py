@@ -23,7 +23,7 @@ from assay.cli.vhack import check_tokenizer
 from assay.settings import Settings
 
 if TYPE_CHECKING:
-    from assay.models.load import Model
+    from assay.models.model import Model
     from assay.pages.report import BadgeKind, Cell, Report
     from assay.poc.protocol.proof import Proof
     from assay.poc.protocol.round import Round
@@ -256,7 +256,8 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     from assay.files.storage import check_folder, write_atomic
 
     check_folder(chosen.output)
-    from assay.models.load import load_model, model_info
+    from assay.models.catalogue import model_info
+    from assay.models.load import load_model
     from assay.pages.report import Report
 
     name = chosen.model or (

@@ -103,7 +103,7 @@ def path_(chosen: InfoSettings, as_json: bool) -> None:
     A server such as vLLM reads that directory. The one of a GGUF file is made first; its digest is
     that of the file.
     """
-    from assay.models.checkpoint import resolve
+    from assay.models.resolve import resolve
 
     path = str(resolve(chosen.reference).checkpoint)
     if as_json:

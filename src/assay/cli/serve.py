@@ -124,7 +124,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
         )
     check_host(chosen.host, service)
     check_port(chosen.host, chosen.port)
-    from assay.models.load import model_info
+    from assay.models.catalogue import model_info
     from assay.poc.engines.hf.engine import check_shape
     from assay.poc.service.app import serve
 
@@ -231,7 +231,7 @@ def validator(
     registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
     check_host(chosen.host, service)
     check_port(chosen.host, chosen.port)
-    from assay.models.load import model_info
+    from assay.models.catalogue import model_info
     from assay.poc.validator.app import validate
     from assay.poc.validator.controller import LEDGER
 

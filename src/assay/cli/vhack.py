@@ -33,7 +33,7 @@ from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
-    from assay.models.load import Model
+    from assay.models.model import Model
     from assay.vhack.detect import Comparison
     from assay.vhack.directions.checks.judge import CheckReport
     from assay.vhack.training.settings import SampleSettings, TrainSettings
@@ -621,7 +621,7 @@ def _load(chosen: WeightSettings) -> "Model":
 
 def check_tokenizer(model: str) -> None:
     """Refuse a model that cannot read texts, before its weights are read."""
-    from assay.models.checkpoint import load_tokenizer
+    from assay.models.load import load_tokenizer
 
     if load_tokenizer(model) is None:
         do = "save its tokenizer beside its weights, or pass another --model"

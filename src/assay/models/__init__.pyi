@@ -1,10 +1,10 @@
+from .catalogue import ModelInfo as ModelInfo
+from .catalogue import list_models as list_models
+from .catalogue import model_info as model_info
 from .chat import Chat as Chat
 from .chat import read_chat as read_chat
-from .checkpoint import load_tokenizer as load_tokenizer
-from .load import Model as Model
-from .load import ModelInfo as ModelInfo
-from .load import list_models as list_models
 from .load import load_model as load_model
-from .load import model_info as model_info
+from .load import load_tokenizer as load_tokenizer
 from .load import save_random as save_random
-from .quantized import NUMBER_FORMATS as NUMBER_FORMATS
+from .model import Model as Model
+from .number_formats import NUMBER_FORMATS as NUMBER_FORMATS

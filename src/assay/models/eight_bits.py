@@ -11,7 +11,7 @@ is divided by its largest magnitude.
 - ``float8-block``: e4m3 with one scale for some columns of a row. On CUDA, blocks of 128 x 128 are
   torch's product.
 - ``int8-rows``: int8 with one scale for a row; the sums are exact. On CUDA these products, and
-  those of experts in blocks, are a kernel of assay's own (:mod:`assay.models.products`).
+  those of experts in blocks, are a kernel of assay's own (:mod:`assay.models.triton_products`).
 """
 
 from collections.abc import Callable
@@ -246,8 +246,8 @@ def _own_product(
     ends: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the product of :mod:`assay.models.products`, which imports triton."""
-    from assay.models.products import multiply
+    """Return the product of :mod:`assay.models.triton_products`, which imports triton."""
+    from assay.models.triton_products import multiply
 
     return multiply(x, x_scales, weights, weight_scales, ends, dtype)
 

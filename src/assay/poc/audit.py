@@ -307,8 +307,8 @@ def with_token_ids(requests: Sequence[Request], model: str) -> list[Request]:
     """Return requests with token ids for prompts; one that does not fit is refused before the
     weights are read.
     """
-    from assay.models.checkpoint import load_tokenizer
-    from assay.models.load import model_info
+    from assay.models.catalogue import model_info
+    from assay.models.load import load_tokenizer
 
     info = model_info(model)
     has_text = any(request.stop or not isinstance(request.prompt, tuple) for request in requests)

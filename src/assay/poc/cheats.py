@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
 from assay.models.eight_bits import EightBitLinear
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.protocol.proof import DistanceRecord, Proof
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from assay import streams
 from assay.errors import UsageError
 from assay.models.frame import POSITIONS, SEQUENCES, Frame
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import Positions
 from assay.poc.protocol.round import VERSION, join_prefixed

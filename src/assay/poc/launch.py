@@ -31,7 +31,7 @@ from assay.poc.vllm.compatibility import check_installed
 from assay.settings import NUMBER_FORMATS
 
 if TYPE_CHECKING:
-    from assay.models.load import Model
+    from assay.models.model import Model
     from assay.poc.engines.base import Engine
     from assay.poc.responses.adapters import Lora
     from assay.poc.responses.prefill import Prefill
@@ -160,7 +160,7 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     size = 1 if chosen.batch_size == "auto" else chosen.batch_size
     chosen.check(pipeline)
     frame = chosen.read_frame(pipeline)
-    from assay.models.load import model_info
+    from assay.models.catalogue import model_info
     from assay.poc.engines.hf.engine import HFEngine, be_deterministic, check_shape
 
     check_shape(
@@ -190,7 +190,7 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
         calibration.check_kind(header, chosen.engine)
     chosen.check_engine(header.pipeline)
     chosen.check_loadable(of_weights(header.fingerprint.dtype))
-    from assay.models.load import model_info
+    from assay.models.catalogue import model_info
 
     info = model_info(chosen.model)
     positions = header.round.seq_len + header.pipeline.steps
@@ -278,17 +278,15 @@ def open_prefill(
 def load(model: str, dtype: str | None, device: str | None) -> "Model":
     """Load a model in the dtype or the eight-bit number format that a name stands for."""
     from assay.models.load import load_model
-    from assay.models.quantized import in_format
 
-    return load_model(model, **in_format(dtype), device=device)
+    return load_model(model, dtype=dtype, device=device)
 
 
 def check_loadable(model: str, dtype: str | None, device: str | None) -> None:
     """Refuse what :func:`load` refuses, as far as no weights must be read for it."""
     from assay.models.load import check_loadable as check_model
-    from assay.models.quantized import in_format
 
-    check_model(model, quantise=in_format(dtype)["quantise"], device=device)
+    check_model(model, dtype=dtype, device=device)
 
 
 def compiles(model: "Model", kernels: Kernels) -> bool:

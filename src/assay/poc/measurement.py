@@ -23,7 +23,8 @@ import scipy
 
 from assay import stats
 from assay.errors import ProofMismatch, UsageError
-from assay.models.load import load_model, model_info
+from assay.models.catalogue import model_info
+from assay.models.load import load_model
 from assay.poc.engines.hf.engine import measure_block_factor
 from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round

@@ -27,7 +27,7 @@ from assay.poc.protocol.round import Round, check_name
 from assay.poc.verdict.calibration import Calibration
 
 if TYPE_CHECKING:
-    from assay.models.load import Model
+    from assay.models.model import Model
     from assay.poc.engines.base import Engine
 
 

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from assay.files.storage import check_new_file
-from assay.models.load import Model, model_info
+from assay.models.catalogue import model_info
+from assay.models.model import Model
 from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
 from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from assay.errors import ModelError, UsageError, not_finite
 from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.engines.base import Engine, check_supported
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.engines.hf.fused import worth_compiling

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from assay.errors import CalibrationError, ProofMismatch
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
 from assay.poc.engines.hf.fused import worth_compiling

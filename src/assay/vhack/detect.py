@@ -35,8 +35,8 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.decoder import decoder_layers, head_of
-from assay.models.load import Model
-from assay.models.wide import wide_products
+from assay.models.model import Model
+from assay.models.precision import wide_products
 from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, grouped_share_interval
 from assay.vhack.directions.basis.basis import Basis, cin_over_modules
 from assay.vhack.directions.basis.extract import PairGradients

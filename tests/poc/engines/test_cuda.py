@@ -18,10 +18,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from assay.errors import BadWeights, CalibrationError, OutOfMemory
 from assay.models import Model, load_model
-from assay.models.checkpoint import resolve
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, INT8, float8_blocks
-from assay.models.quantized import quantise as round_weights
+from assay.models.resolve import resolve
+from assay.models.rounding import quantise as round_weights
 from assay.poc import HFEngine, Proof, Round, bundled_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
 from assay.poc.engines.hf.fused import worth_compiling

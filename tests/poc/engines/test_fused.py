@@ -25,7 +25,7 @@ from assay.errors import ModelError
 from assay.models import Model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, Rounded, float8_blocks
-from assay.models.quantized import quantise
+from assay.models.rounding import quantise
 from assay.poc.engines.hf import fused as _fused
 from assay.poc.engines.hf.fused import LeanDecoder, fusible, is_lean
 from tests.models.storing import in_eight_bits, rounded_weight

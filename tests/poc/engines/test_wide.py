@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from assay.models import wide
+from assay.models import precision
 from assay.models.decoder import decoder_layers
-from assay.models.wide import WIDE
+from assay.models.precision import WIDE
 from assay.poc import HFEngine, Round, get_pipeline
 from assay.poc.engines.hf import engine as _memory
 from tests.models.narrow import Products, narrow_model
@@ -35,7 +35,7 @@ class Defined(nn.Module):
 def test_an_engine_computes_what_the_definition_says_and_names_it(
     small_checkpoint: Path, round_: Round, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(wide, "_is_fast", lambda dtype: True)
+    monkeypatch.setattr(precision, "has_fast_products", lambda dtype: True)
     defined = narrow_model(small_checkpoint)
     for layer in decoder_layers(defined.module):
         for part in (layer.self_attn, layer.mlp):
@@ -47,7 +47,7 @@ def test_an_engine_computes_what_the_definition_says_and_names_it(
     wanted = by_definition.read(inputs)
     assert WIDE not in by_definition.fingerprint.kernels
 
-    monkeypatch.setattr(wide, "_is_fast", lambda dtype: False)
+    monkeypatch.setattr(precision, "has_fast_products", lambda dtype: False)
     engine = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16)
     with Products() as products:
         assert torch.equal(engine.read(inputs), wanted)

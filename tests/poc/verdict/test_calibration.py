@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from assay.errors import CalibrationError, ProofMismatch
-from assay.models import load_model, wide
+from assay.models import load_model, precision
 from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
 from assay.poc.verdict.calibration import find_build_noise
 from assay.poc.verdict.life import round_identity
@@ -22,7 +22,7 @@ def with_fast_products() -> Iterator[None]:
     dtype alone.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wide, "_is_fast", lambda dtype: True)
+        patch.setattr(precision, "has_fast_products", lambda dtype: True)
         yield
 
 

@@ -40,7 +40,7 @@ def add_measurement(name: str, plan: str, example: str, unit: str, text: str) ->
         plan = plan.model_copy(update={"network": network[0]}) if network else plan
         folder = run_folder(run.output, run.run_name)
         if hasattr(plan, "seq_len") and not folder.exists():
-            from assay.models.load import model_info
+            from assay.models.catalogue import model_info
             from assay.poc.engines.hf.engine import check_shape
 
             for model in plan.models:

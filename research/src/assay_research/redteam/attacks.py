@@ -29,8 +29,9 @@ from assay.models.decoder import (
     decoder_layers,
 )
 from assay.models.eight_bits import EightBitLinear
-from assay.models.load import Model, load_model
-from assay.models.wide import wide_products
+from assay.models.load import load_model
+from assay.models.model import Model
+from assay.models.precision import wide_products
 from assay.poc import cheats
 from assay.poc.cheats import weight_of
 from assay.poc.engines.hf.engine import HFEngine

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from assay import stats
 from assay.models.frame import Frame
-from assay.models.load import Model, load_model
-from assay.models.quantized import in_format
+from assay.models.load import load_model
+from assay.models.model import Model
+from assay.models.number_formats import NUMBER_FORMATS
 from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
@@ -307,9 +308,9 @@ class Field:
 
     def load(self) -> Model:
         """Load the model in the provers' number format; eight bits leave the rest in bfloat16."""
-        model = load_model(
-            self.reference, **in_format(self.dtype, rest="bfloat16"), device=self.device
-        )
+        quantise = self.dtype if self.dtype in NUMBER_FORMATS else None
+        dtype = "bfloat16" if quantise else self.dtype
+        model = load_model(self.reference, dtype=dtype, quantise=quantise, device=self.device)
         return model.with_frame(self.frame)
 
     @cached_property

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc import cheats
 from assay_research import model_cheats
 from assay_research.responses.provers import (

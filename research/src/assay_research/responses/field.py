@@ -21,7 +21,7 @@ from torch import Tensor
 
 from assay import stats
 from assay.files.jsonl import JsonObject
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import Fingerprint

@@ -27,10 +27,11 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from assay.errors import UsageError
-from assay.models.checkpoint import load_tokenizer, silence_transformers
+from assay.models.configuration import silence_transformers
 from assay.models.decoder import backbone, decoder_layers, head_of
-from assay.models.load import Model, load_model
-from assay.models.wide import wide_products
+from assay.models.load import load_model, load_tokenizer
+from assay.models.model import Model
+from assay.models.precision import wide_products
 from assay.poc.responses.prefill import HFPrefill, PromptAndOutput
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling

@@ -19,7 +19,7 @@ from assay.poc.prover import compute, frame_name, recompute
 from assay.streams.backends import dtype_name
 
 if TYPE_CHECKING:
-    from assay.models.load import Model
+    from assay.models.model import Model
 
 
 log = structlog.get_logger("assay.engine")

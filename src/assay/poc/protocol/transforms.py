@@ -19,7 +19,7 @@ from torch import Tensor
 from assay import streams
 from assay.errors import UsageError
 from assay.models.frame import Frame
-from assay.models.wide import own_precision
+from assay.models.precision import own_precision
 from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step, check_frame
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS

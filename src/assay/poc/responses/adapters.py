@@ -22,10 +22,15 @@ from torch import Tensor, nn
 from assay.errors import ModelError, UsageError
 from assay.files.jsonl import read_json
 from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from assay.models.checkpoint import FACTORS, PREFIX
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.responses.receipts import Adapter as Adapter
 from assay.poc.responses.receipts import digest_adapter as digest_adapter
+
+_PREFIX = "base_model.model."
+"""What stands before the name that a module has in the model."""
+
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+"""What follows that name for A [R, I] and B [O, R] of the product B A."""
 
 _READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -135,12 +140,12 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     pair.
     """
     names = {
-        name.removeprefix(PREFIX).removesuffix(end)
+        name.removeprefix(_PREFIX).removesuffix(end)
         for name in tensors
-        for end in FACTORS
+        for end in _FACTORS
         if name.endswith(end)
     }
-    wanted = {f"{PREFIX}{name}{end}" for name in names for end in FACTORS}
+    wanted = {f"{_PREFIX}{name}{end}" for name in names for end in _FACTORS}
     odd = sorted(wanted ^ tensors.keys()) or [
         name for name, tensor in tensors.items() if tensor.ndim != 2
     ]
@@ -152,7 +157,7 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
             do="replay the responses of another adapter",
         )
     return {
-        name: (tensors[f"{PREFIX}{name}{FACTORS[0]}"], tensors[f"{PREFIX}{name}{FACTORS[1]}"])
+        name: (tensors[f"{_PREFIX}{name}{_FACTORS[0]}"], tensors[f"{_PREFIX}{name}{_FACTORS[1]}"])
         for name in names
     }
 

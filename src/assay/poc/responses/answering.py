@@ -13,8 +13,8 @@ from assay.errors import UsageError
 from assay.files.storage import PartialFile
 from assay.models.chat import Chat
 from assay.models.decoder import head_of
-from assay.models.load import Model
-from assay.models.rows import steps_of_passes
+from assay.models.model import Model
+from assay.models.shared_passes import steps_of_passes
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, sketch_steps
 from assay.poc.responses.prefill import read_on, sketch_response

@@ -22,9 +22,9 @@ from typing_extensions import override
 
 from assay.errors import ModelError, OutOfMemory, is_out_of_memory, not_finite
 from assay.models.decoder import head_of
-from assay.models.load import Model
-from assay.models.rows import pass_kind, steps_of_passes
-from assay.models.wide import own_precision
+from assay.models.model import Model
+from assay.models.precision import own_precision
+from assay.models.shared_passes import pass_kind, steps_of_passes
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.protocol.proof import Fingerprint

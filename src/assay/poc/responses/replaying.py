@@ -33,7 +33,7 @@ from torch import Tensor
 
 from assay.errors import ProofMismatch, UsageError
 from assay.models.chat import chat_template_digest
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import (

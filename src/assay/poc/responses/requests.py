@@ -256,7 +256,7 @@ def encode_requests(
             refuses them, a token is not in the vocabulary, or prompt and ``max_tokens`` together
             are longer than the model's positions.
     """
-    from assay.models.checkpoint import check_tokens
+    from assay.models.tokenizer_files import check_tokens
 
     found = []
     for request in requests:

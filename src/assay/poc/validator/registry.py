@@ -40,7 +40,7 @@ from assay.poc.verdict.noise import (
 )
 
 if TYPE_CHECKING:
-    from assay.models.load import ModelInfo
+    from assay.models.catalogue import ModelInfo
     from assay.poc.net.deployment import Deployment
 
 T = TypeVar("T")

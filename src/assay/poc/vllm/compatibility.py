@@ -12,12 +12,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.models.rows import rotary_limits
+from assay.models.shared_passes import rotary_limits
 from assay.poc.protocol.pins import CACHES
 from assay.streams.backends import dtype_name
 
 if TYPE_CHECKING:
-    from assay.models.quantized import StoredFormat
+    from assay.models.number_formats import StoredFormat
 
 EXTENSION = "assay.poc.vllm.WorkerExtension"  # what `--worker-extension-cls` names for nonces
 OLD_EXTENSION = (
@@ -191,7 +191,7 @@ def stored_as(config: Any) -> str:
 
 
 def _stored_form(config: Any) -> "StoredFormat | None":
-    from assay.models.quantized import read_format
+    from assay.models.number_formats import read_format
 
     model = config.model_config
     return read_format(

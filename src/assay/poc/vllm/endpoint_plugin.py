@@ -29,8 +29,7 @@ from starlette.types import Scope as Connection
 
 from assay.errors import AssayError
 from assay.models.chat import chat_template_digest
-from assay.models.checkpoint import load_tokenizer
-from assay.models.load import identify
+from assay.models.load import identify, load_tokenizer
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from assay.errors import AssayError, EngineEnded, ModelError, UsageError, reason_of
-from assay.models.checkpoint import load_tokenizer, resolve
 from assay.models.device import processor
 from assay.models.frame import Frame
-from assay.models.load import identify
+from assay.models.load import identify, load_tokenizer
+from assay.models.resolve import resolve
 from assay.poc.engines.base import Decoded, Engine, Replayed, check_supported
 from assay.poc.protocol.pipelines import Pipeline, check_frame, runs_on_vllm, sketch_steps
 from assay.poc.protocol.proof import Fingerprint

@@ -26,7 +26,7 @@ import numpy as np
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.storage import PartialFile
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.stats.rates import group_bootstrap, grouped_share_interval
 from assay.streams.backends import dtype_name
 from assay.vhack.directions.delta.arms import ARMS

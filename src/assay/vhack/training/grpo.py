@@ -30,7 +30,7 @@ from typing_extensions import override
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
 from assay.models.chat import Chat, read_chat
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.vhack.detect import RolloutJudge
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.arms import Arm

@@ -15,8 +15,9 @@ import torch
 from assay.errors import BackendUnavailable, DataError, UsageError, how_to_install
 from assay.files.jsonl import JsonObject
 from assay.files.storage import storage_error
-from assay.models.load import Model, load_model
-from assay.models.wide import wide_products
+from assay.models.load import load_model
+from assay.models.model import Model
+from assay.models.precision import wide_products
 from assay.pages.provenance import provenance
 from assay.vhack.detect import RolloutJudge, check_pairs, fit_judge
 from assay.vhack.directions.basis.basis import Basis

@@ -8,10 +8,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from assay.errors import ModelError, UsageError
-from assay.models.checkpoint import check_tokens, load_tokenizer
-from assay.models.load import Model, ModelInfo, model_info
-from assay.models.rows import check_one_kind
-from assay.models.wide import own_precision
+from assay.models.catalogue import ModelInfo, model_info
+from assay.models.load import load_tokenizer
+from assay.models.model import Model
+from assay.models.precision import own_precision
+from assay.models.shared_passes import check_one_kind
+from assay.models.tokenizer_files import check_tokens
 from assay.streams.definition import seed32
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 

@@ -126,7 +126,7 @@ def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Tas
     for index, task in enumerate(tasks):
         if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), list):
             continue
-        from assay.models.checkpoint import load_tokenizer
+        from assay.models.load import load_tokenizer
 
         try:
             tokenizer = tokenizer or (None if model is None else load_tokenizer(model))

@@ -37,11 +37,12 @@ from assay.errors import (
     is_out_of_memory,
     not_finite,
 )
+from assay.models.catalogue import ModelInfo
 from assay.models.decoder import backbone, decoder_layers
 from assay.models.device import free_bytes, processor, to_device
-from assay.models.load import Model, ModelInfo
-from assay.models.rows import steps_of_passes
-from assay.models.wide import WIDE, is_wide, own_precision
+from assay.models.model import Model
+from assay.models.precision import WIDE, is_wide, own_precision
+from assay.models.shared_passes import steps_of_passes
 from assay.poc.engines.base import (
     Decoded,
     Engine,

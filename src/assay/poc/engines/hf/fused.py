@@ -57,8 +57,8 @@ from assay.models.eight_bits import (
     Rounded,
     sort_by_expert,
 )
-from assay.models.load import Model
-from assay.models.wide import own_precision
+from assay.models.model import Model
+from assay.models.precision import own_precision
 from assay.poc.protocol.transforms import ROWS_OF_A_PRODUCT
 
 # entry of a fingerprint's kernels: what stands between the products is assay's own, not Inductor's

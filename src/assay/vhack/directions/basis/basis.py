@@ -40,7 +40,7 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import parse
 from assay.files.storage import write_atomic
 from assay.files.tensors import LONGEST_TENSORS, check_tensors
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.vhack.directions.gradients.targets import Coverage, target_modules, weights_digest
 from assay.vhack.names import BASIS
 from assay.vhack.pairs.pairs import validated

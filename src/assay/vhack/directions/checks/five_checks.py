@@ -43,7 +43,7 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.models.device import one_thread
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.stats.rates import BootstrapInterval, auroc
 from assay.vhack.detect import collect_evidence, compare_detectors
 from assay.vhack.directions.basis.basis import Basis

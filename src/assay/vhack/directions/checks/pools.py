@@ -42,7 +42,7 @@ from assay.vhack.pairs.pairs import read_pool as read_pool
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from assay.models.load import Model
+    from assay.models.model import Model
 
 
 _SCHEMA = "assay.vhack.pools/1"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from assay.models.load import Model
+    from assay.models.model import Model
     from assay.vhack.directions.basis.basis import Basis
     from assay.vhack.directions.basis.extract import PairGradients
     from assay.vhack.pairs.pairs import Pair

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import check_folder, storage_error
-from assay.models.load import Model, load_model
+from assay.models.load import load_model
+from assay.models.model import Model
 from assay.streams.backends import dtype_name
 from assay.vhack.directions.delta.file import load_delta, read_delta_lengths, save_delta
 from assay.vhack.directions.delta.frames import Rollouts

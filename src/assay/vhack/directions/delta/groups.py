@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError
-from assay.models.wide import wide_products
+from assay.models.precision import wide_products
 from assay.vhack.directions.gradients.fused import sample_products
 from assay.vhack.directions.gradients.svd import Factors, factors_of
 from assay.vhack.directions.gradients.taps import delta_gradient

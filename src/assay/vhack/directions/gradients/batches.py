@@ -12,13 +12,13 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
-from assay.models.checkpoint import check_tokens
+from assay.models.tokenizer_files import check_tokens
 from assay.vhack.pairs.pairs import Pair, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from assay.models.load import Model
+    from assay.models.model import Model
 
 
 # Larger batches than this are no faster on an H200, and slower on a CPU, whose caches they leave.
@@ -262,7 +262,7 @@ def plan_batches(
     Padding counts as tokens, unless the samples will be packed. The longest samples come first.
     Packed samples for several workers are dealt out, so that all batches are about as large and
     every worker has as many. The samples of a batch have lengths of one ``kind``, as
-    :func:`assay.models.rows.pass_kind` tells them apart; by default all have.
+    :func:`assay.models.shared_passes.pass_kind` tells them apart; by default all have.
     """
     ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
     batches: list[list[Encoded]] = []

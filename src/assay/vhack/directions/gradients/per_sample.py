@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
 from assay.models.decoder import attention_window, decoder_layers, family_of, has_hooks, head_of
 from assay.models.device import current, free_bytes, one_thread
-from assay.models.load import Model
-from assay.models.rows import pass_kind
-from assay.models.wide import own_precision, wide_products
+from assay.models.model import Model
+from assay.models.precision import own_precision, wide_products
+from assay.models.shared_passes import pass_kind
 from assay.vhack.directions.gradients.batches import (
     Batch,
     Encoded,

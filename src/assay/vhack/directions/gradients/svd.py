@@ -31,7 +31,7 @@ from assay.errors import BadWeights, DataError, UsageError
 from assay.files.storage import storage_error, write_atomic
 from assay.files.tensors import check_tensors
 from assay.models.device import one_thread
-from assay.models.load import Model
+from assay.models.model import Model
 from assay.streams.backends import torch_dtype
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.directions.gradients.targets import (

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.errors import ModelError
-from assay.models.wide import own_precision, wide_products
+from assay.models.precision import own_precision, wide_products
 from assay.vhack.directions.gradients.batches import Batch, Segments
 from assay.vhack.directions.gradients.fused import segment_products
 from assay.vhack.directions.gradients.svd import Factors

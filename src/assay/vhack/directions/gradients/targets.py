@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from assay.errors import ModelError, UsageError
 from assay.models.decoder import FUSED_TARGETS, MLP_TARGETS, TARGETS
-from assay.models.load import Model
+from assay.models.model import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -40,7 +40,7 @@ _PRODUCTS = (
 )
 # from which the product is worth a copy of the weight: one of a single row takes 2.6 times as long
 # with it
-_ROWS = 8
+LEAST_ROWS = 8
 _NARROW = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -102,7 +102,7 @@ def own_precision(model: Any) -> Iterator[None]:
 
 def is_wide(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of this dtype are taken in float32 on this device."""
-    return device.type == "cpu" and dtype in _NARROW and not _is_fast(dtype)
+    return device.type == "cpu" and dtype in _NARROW and not has_fast_products(dtype)
 
 
 def wide_products(model: Any) -> AbstractContextManager[object]:
@@ -121,7 +121,7 @@ def wide_products(model: Any) -> AbstractContextManager[object]:
     return _InFloat32() if is_wide(model.device, model.dtype) else nullcontext()
 
 
-def _is_fast(dtype: torch.dtype) -> bool:
+def has_fast_products(dtype: torch.dtype) -> bool:
     """Return whether torch has a fast product of this dtype for this machine's CPU."""
     if platform.machine() not in _X86:
         return True  # other processors have kernels of their own
@@ -152,7 +152,7 @@ class _InFloat32(TorchFunctionMode):
 
 
 def _gains(x: Any, weight: Any) -> bool:
-    return _is_narrow(x) and _is_narrow(weight) and x.shape[:-1].numel() >= _ROWS
+    return _is_narrow(x) and _is_narrow(weight) and x.shape[:-1].numel() >= LEAST_ROWS
 
 
 def _is_narrow(value: Any) -> bool:
