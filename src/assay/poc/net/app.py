@@ -195,12 +195,12 @@ def assemble_page(package: str, *, brand: str, name: str, mark: str) -> tuple[st
         mark: Attributes of the path in its icon.
     """
     files = sorted(file.name for file in resources.files(package).iterdir())
-    own = {
+    files_by_kind = {
         kind: [part(file, package) for file in files if file.endswith(kind)]
         for kind in (".css", ".js")
     }
-    style = part("report.css", "assay.pages") + part("page.css") + "".join(own[".css"])
-    script = "".join([*map(part, SHARED), *own[".js"]])
+    style = part("report.css", "assay.pages") + part("page.css") + "".join(files_by_kind[".css"])
+    script = "".join([*map(part, SHARED), *files_by_kind[".js"]])
     page = Template(part("frame.html")).substitute(
         body=part("page.html", package),
         brand=brand,

@@ -143,8 +143,12 @@ async def call(
     # Nobody but the owner of a URL decodes it: a slash that is written as %2F does not part two
     # names.
     written, mark, query = host.raw_path.partition(b"?")
-    asked = b"&".join(filter(None, (query, urlencode(params or {}).encode())))
-    below = written.removesuffix(b"/") + path.encode() + (b"?" + asked if mark or asked else b"")
+    query_string = b"&".join(filter(None, (query, urlencode(params or {}).encode())))
+    below = (
+        written.removesuffix(b"/")
+        + path.encode()
+        + (b"?" + query_string if mark or query_string else b"")
+    )
     request = client.build_request(
         method,
         host.copy_with(host=address, raw_path=below),
@@ -167,10 +171,10 @@ async def resolve(url: str, *, allow_private: bool) -> str:
     # As it is asked for: Python's own form of an international name can be that of another host.
     look_up = partial(socket.getaddrinfo, parsed.raw_host.decode(), port, type=socket.SOCK_STREAM)
     try:
-        found = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
+        entries = await asyncio.get_running_loop().run_in_executor(_DNS, look_up)
     except UnicodeError as error:
         raise OSError(f"host name: {error}") from None
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = [str(entry[4][0]) for entry in entries]
     if not allow_private:
         for address in addresses:
             if not _is_public(_address(address)):
@@ -194,10 +198,10 @@ def _is_public(address: Address) -> bool:
     return not any(address in network for network in PRIVATE)
 
 
-def _refusal(seen: str) -> Refusal:
+def _refusal(fault: str) -> Refusal:
     return Refusal(
         422,
-        seen,
+        fault,
         wanted="an http or https URL to a public address, without credentials",
         do="correct the URL; for a private network give --allow-private-callbacks, or set "
         "ASSAY_ALLOW_PRIVATE_CALLBACKS=1",
@@ -269,10 +273,10 @@ def parsed(raw: bytes) -> tuple[str, JsonObject]:
         text = raw.decode()
         return text, loads(text, "body")
     except (DataError, UnicodeDecodeError) as error:
-        seen = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
+        fault = error.seen if isinstance(error, DataError) else "body: it is not UTF-8"
         raise Refusal(
             400,
-            seen,
+            fault,
             wanted="the body of a callback of assay",
             do="send it as assay does",
             fields={"fields": ["body"]},
@@ -283,17 +287,17 @@ def message_id(headers: Mapping[str, str]) -> str:
     """Return the id under which a callback is kept once; refuse with 400 none, or one of more than
     128 characters.
     """
-    found = headers.get("webhook-id", "")
-    if not 0 < len(found) <= LONGEST_ID:
+    identifier = headers.get("webhook-id", "")
+    if not 0 < len(identifier) <= LONGEST_ID:
         raise unsigned(400, "no webhook-id")
-    return found
+    return identifier
 
 
-def unsigned(status: int, seen: str) -> Refusal:
+def unsigned(status: int, fault: str) -> Refusal:
     """Return the refusal of a callback that is not one of assay, or not signed."""
     return Refusal(
         status,
-        seen,
+        fault,
         wanted="a signed callback of assay",
         do="give both sides the same --callback-secret",
     )

@@ -62,12 +62,12 @@ class Deployment:
         # The latest engines are kept, with the kernels and graphs that were made for them. Every
         # stream of batches asks for its engine, and requests ask whether a shape fits, in threads
         # of their own.
-        kept = lru_cache(KEPT)(self.engine)
+        cached_engine = lru_cache(KEPT)(self.engine)
         lock = threading.Lock()
 
         def engine(seq_len: int, batch_size: int) -> Engine:
             with lock:
-                return kept(seq_len, batch_size)
+                return cached_engine(seq_len, batch_size)
 
         object.__setattr__(self, "engine", engine)
 
@@ -134,10 +134,10 @@ def _hf_engines(model: "Model", *, compiled: bool) -> MakeEngine:
     compiled_shapes: set[tuple[int, int]] = set()
 
     def make(seq_len: int, batch_size: int) -> HFEngine:
-        known = (seq_len, batch_size) in compiled_shapes
-        compiles = compiled and (known or len(compiled_shapes) < COMPILED_SHAPES)
+        is_compiled = (seq_len, batch_size) in compiled_shapes
+        compiles = compiled and (is_compiled or len(compiled_shapes) < COMPILED_SHAPES)
         engine = HFEngine(model, batch_size=batch_size, seq_len=seq_len, compiled=compiles)
-        if compiles and not known:
+        if compiles and not is_compiled:
             compiled_shapes.add((seq_len, batch_size))
             log.info("the first batch compiles its kernels", seq_len=seq_len, batch_size=batch_size)
         return engine

@@ -50,12 +50,12 @@ class Exported:
 
         ``labels`` has the values that each label is known to have.
         """
-        made = Counter(
+        metric = Counter(
             name, help, list(labels or ()), namespace=self._namespace, registry=self.registry
         )
-        for known in product(*labels.values()) if labels else ():
-            made.labels(*known)
-        return made
+        for combination in product(*labels.values()) if labels else ():
+            metric.labels(*combination)
+        return metric
 
     def shown(
         self, name: str, help: str, read: Callable[[JsonObject], Any], label: str = ""
@@ -70,8 +70,8 @@ class Exported:
         None there is NaN.
         """
         for gauge, label, read in self._shown if snapshot else ():
-            found = read(snapshot)
-            for value, number in found.items() if label else [("", found)]:
+            reading = read(snapshot)
+            for value, number in reading.items() if label else [("", reading)]:
                 (gauge.labels(value) if label else gauge).set(
                     math.nan if number is None else number
                 )

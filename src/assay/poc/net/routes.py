@@ -97,10 +97,12 @@ class Keys:
         if not (self._digests or self._needed):
             return None
         kind, _, key = (authorization or "").partition(" ")
-        given = _digest(key.strip()) if kind.lower() == "bearer" else b""
+        digest_of_key = _digest(key.strip()) if kind.lower() == "bearer" else b""
         # Every key is compared, in constant time, so that the time says nothing about which one was
         # close.
-        granted = [scopes for digest, scopes in self._digests if hmac.compare_digest(digest, given)]
+        granted = [
+            scopes for digest, scopes in self._digests if hmac.compare_digest(digest, digest_of_key)
+        ]
         if not granted:
             raise Refusal(
                 401,
@@ -115,7 +117,7 @@ class Keys:
                 wanted=f"one that may {scope}",
                 do="ask for such a key",
             )
-        return given.hex()[:16]
+        return digest_of_key.hex()[:16]
 
 
 def route_path(scope: Connection) -> str:
@@ -336,8 +338,8 @@ class Bodies:
                         if size <= self._most:
                             room.give(client, len(body))
                             room = self._small if size <= SMALL else self._large
-                            held = len(body) + len(chunk)
-                            if not room.fits(client, held):
+                            size_with_chunk = len(body) + len(chunk)
+                            if not room.fits(client, size_with_chunk):
                                 body.clear()
                                 raise Refusal(
                                     503,
@@ -346,7 +348,7 @@ class Bodies:
                                     do="send it again",
                                     retry_after=1,
                                 )
-                            room.take(client, held)
+                            room.take(client, size_with_chunk)
                             body += chunk
                         elif come > DISCARDED * self._most:
                             break
@@ -437,14 +439,14 @@ def _parsed(body: bytes) -> Any:
 
 def _malformed(error: RequestValidationError, request: Request) -> Refusal:
     # Without the offending input: it may be long, secret, or NaN, which has no form in JSON.
-    found = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
-    first = found[0] if found else {"loc": [], "msg": "malformed"}
-    where = ".".join(str(part) for part in first["loc"])
+    faults = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
+    first_fault = faults[0] if faults else {"loc": [], "msg": "malformed"}
+    where = ".".join(str(part) for part in first_fault["loc"])
     wanted = "a body as in /docs"
     do = "correct it"
-    if first["loc"][:1] == ["body"] and not _says_json(request):
+    if first_fault["loc"][:1] == ["body"] and not _says_json(request):
         wanted = "a JSON body that is announced as one"
         do = "send the header Content-Type: application/json"
     return Refusal(
-        422, f"{where}: {first['msg']}", wanted=wanted, do=do, fields={"errors": found[:20]}
+        422, f"{where}: {first_fault['msg']}", wanted=wanted, do=do, fields={"errors": faults[:20]}
     )

@@ -296,26 +296,26 @@ class GroupCommit(LoopThread, Generic[Item, Kept]):
                 if self._closed and not self._queue:
                     return
                 self._waking = False
-                taken = [self._queue.popleft() for _ in range(min(AT_ONCE, len(self._queue)))]
-                for _, size, client, _ in taken:
+                entries = [self._queue.popleft() for _ in range(min(AT_ONCE, len(self._queue)))]
+                for _, size, client, _ in entries:
                     self._places.give(client)
                     self._bytes.give(client, size)
-            if not taken or self._put_on_disk(taken):
-                self._try(partial(self._rest, bool(taken)))
+            if not entries or self._put_on_disk(entries):
+                self._try(partial(self._rest, bool(entries)))
 
     def _put_on_disk(
-        self, taken: "list[tuple[Item, int, str | None, asyncio.Future[Kept]]]"
+        self, entries: "list[tuple[Item, int, str | None, asyncio.Future[Kept]]]"
     ) -> bool:
         """Write items in one transaction and tell who waits for them; return whether they were
         written.
         """
-        kept: list[Kept] = []
-        fault = self._try(lambda: kept.extend(self._write([item for item, *_ in taken])))
-        told: Sequence[Kept | Refusal] = (
-            kept if fault is None else [self._refusal(fault) for _ in taken]
+        results: list[Kept] = []
+        fault = self._try(lambda: results.extend(self._write([item for item, *_ in entries])))
+        answers: Sequence[Kept | Refusal] = (
+            results if fault is None else [self._refusal(fault) for _ in entries]
         )
         waiting = defaultdict(list)  # one call into each loop
-        for (*_, future), result in zip(taken, told, strict=True):
+        for (*_, future), result in zip(entries, answers, strict=True):
             waiting[future.get_loop()].append((future, result))
         for loop, pairs in waiting.items():
             with suppress(RuntimeError):  # the loop has ended, and with it everyone who waited

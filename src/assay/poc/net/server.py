@@ -71,9 +71,11 @@ class ClientLimit:
                 )
             )
             app.headers["connection"] = "close"  # what follows may be a part of the body
-        with ExitStack() as held:
+        with ExitStack() as open_request:
             try:
-                held.enter_context(self._open.held(client, "requests", do="wait for some of yours"))
+                open_request.enter_context(
+                    self._open.held(client, "requests", do="wait for some of yours")
+                )
             except Refusal as refusal:
                 app = answer(refusal)
             await app(scope, receive, send)
@@ -184,8 +186,8 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        wanted = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self.handle_exit) for number in wanted}
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
             yield
         finally:

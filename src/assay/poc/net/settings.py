@@ -41,10 +41,10 @@ def loaded_by(module: str, name: str, value: Any) -> Any:
     """
     if value is None:
         return None
-    wanted = getattr(importlib.import_module(module), name)
+    kind = getattr(importlib.import_module(module), name)
     if isinstance(value, (str, Path)):
-        return wanted.load(value)
-    if not isinstance(value, wanted):
+        return kind.load(value)
+    if not isinstance(value, kind):
         raise ValueError(f"a {name}, or the path of its file")
     return value
 
@@ -163,7 +163,7 @@ class ServerSettings(assay.settings.Settings):
         if path is None:
             return keys
         try:
-            found = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
+            keys_of_file = tuple(read_whole(path, LONGEST_KEY_FILE).decode().split())
         except (DataError, UnicodeDecodeError) as error:
             fault = error.seen if isinstance(error, DataError) else f"{path}: {error}"
             raise UsageError(
@@ -171,13 +171,13 @@ class ServerSettings(assay.settings.Settings):
                 wanted="a text file",
                 do="correct --api-key-file or ASSAY_API_KEY_FILE",
             ) from None
-        if not found:  # its owner believes that the service has one
+        if not keys_of_file:  # its owner believes that the service has one
             raise UsageError(
                 f"the key file {path} without a key",
                 wanted="a key on each line",
                 do="write one into it, or leave --api-key-file out",
             )
-        return keys + found
+        return keys + keys_of_file
 
     @property
     def has_keys(self) -> bool:
@@ -210,7 +210,7 @@ def check_secrets(secrets: Sequence[str]) -> list[bytes]:
     Standard Webhooks drops characters of another alphabet, such as those of base64url, so that two
     sides that decode differently would have two secrets. Here they are refused.
     """
-    found = []
+    keys = []
     for secret in secrets:
         text = secret.removeprefix("whsec_").rstrip("=")
         try:
@@ -227,5 +227,5 @@ def check_secrets(secrets: Sequence[str]) -> list[bytes]:
                 do=f"choose another, in the alphabet with + and / and not with - and _; make one: "
                 f"python -c '{code}'",
             )
-        found.append(key)
-    return found
+        keys.append(key)
+    return keys

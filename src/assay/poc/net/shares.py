@@ -30,10 +30,10 @@ class Shares:
 
     def fits(self, client: str | None, amount: int = 1) -> bool:
         """Return whether a client may hold so much more."""
-        held = 0 if client is None else self._held[client]
+        held_by_client = 0 if client is None else self._held[client]
         if client is None or self._share is None:
-            return amount <= room_of(client, self.most, self._all, held)
-        return self._all + amount <= self.most and held + amount <= self._share
+            return amount <= room_of(client, self.most, self._all, held_by_client)
+        return self._all + amount <= self.most and held_by_client + amount <= self._share
 
     def take(self, client: str | None, amount: int = 1) -> None:
         """Count what a client holds from now on."""
@@ -85,8 +85,8 @@ def disk_room(folder: Path) -> int:
     """Return the bytes that clients may fill of a disk; a sixteenth, 256 MiB at most, is for what
     the server writes.
     """
-    found = shutil.disk_usage(folder)
-    return max(0, found.free - min(found.total // 16, 2**28))
+    usage = shutil.disk_usage(folder)
+    return max(0, usage.free - min(usage.total // 16, 2**28))
 
 
 def room_of(client: str | None, most: int, held: int, own: int) -> int:
@@ -104,15 +104,15 @@ def client_of(address: str) -> str | None:
     ``X-Forwarded-For``, which the server reads from there only.
     """
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:  # a socket without addresses, or what a proxy passed on unread
         return address or None
-    if isinstance(found, ipaddress.IPv6Address):
-        found = found.ipv4_mapped or found
-    if found.is_loopback:
+    if isinstance(parsed, ipaddress.IPv6Address):
+        parsed = parsed.ipv4_mapped or parsed
+    if parsed.is_loopback:
         return None
     return (
-        str(found)
-        if found.version == 4
-        else str(ipaddress.ip_network((int(found), 64), strict=False))
+        str(parsed)
+        if parsed.version == 4
+        else str(ipaddress.ip_network((int(parsed), 64), strict=False))
     )

@@ -145,8 +145,8 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         for end in _FACTORS
         if name.endswith(end)
     }
-    wanted = {f"{_PREFIX}{name}{end}" for name in names for end in _FACTORS}
-    odd = sorted(wanted ^ tensors.keys()) or [
+    expected = {f"{_PREFIX}{name}{end}" for name in names for end in _FACTORS}
+    odd = sorted(expected ^ tensors.keys()) or [
         name for name, tensor in tensors.items() if tensor.ndim != 2
     ]
     if not names or odd:

@@ -118,18 +118,18 @@ def respond(
     head_of(model.module)  # refuses a model without one before a file is begun
     ends = model.end_tokens if end_tokens is None else frozenset(end_tokens)
 
-    def receipt_of(request: Request, **made: Any) -> Receipt:
+    def receipt_of(request: Request, **answer: Any) -> Receipt:
         stated = ("user_seed", "request_id", "index", "chosen_by", "sampling", "chat_template")
         names = {name: getattr(request, name) for name in stated}
-        receipt = Receipt(block_hash=block_hash, prompt=Prompt.of(request.ids), **names, **made)
+        receipt = Receipt(block_hash=block_hash, prompt=Prompt.of(request.ids), **names, **answer)
         return receipt.without_prompt() if hash_prompts else receipt
 
     def read_left(number: int, line: bytes) -> Receipt:
         """Read a receipt that an interrupted run left; refuse one of another request."""
         receipt = parse_receipt(line, source=str(output), number=number)
         request = requests[number - 2]
-        made = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
-        if receipt.line() != receipt_of(request, **made).line():
+        answer = {name: getattr(receipt, name) for name in ("output", "sketches", "finish")}
+        if receipt.line() != receipt_of(request, **answer).line():
             raise UsageError(
                 f"a partial file with the answer to request {receipt.request_id!r:.80}",
                 wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
@@ -155,11 +155,11 @@ def respond(
             )
             if out:
                 out.append_lines([receipts[-1].line()])
-        made = Receipts.build(header, receipts, float(f"{time.perf_counter() - started:.3f}"))
+        answers = Receipts.build(header, receipts, float(f"{time.perf_counter() - started:.3f}"))
         if out:
-            out.append_lines([made.footer.line()])
+            out.append_lines([answers.footer.line()])
             out.commit()
-    return made
+    return answers
 
 
 def _response(
@@ -222,5 +222,5 @@ def _request(
                 do="serve adapters with vLLM",
             )
         return prompt
-    whole = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
-    return Request(prompt=whole, request_id=name, **common)
+    content = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
+    return Request(prompt=content, request_id=name, **common)

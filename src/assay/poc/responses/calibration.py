@@ -109,13 +109,17 @@ class ResponseCalibration:
             engines.append(((self.verifier,), verifier, "verifier's"))
         for measured, engine, whose in engines:
             differing = [
-                [name for name in OF_BUILD if getattr(one, name) != getattr(engine, name)]
-                for one in measured
+                [name for name in OF_BUILD if getattr(candidate, name) != getattr(engine, name)]
+                for candidate in measured
             ]
-            known, odd = min(zip(measured, differing, strict=True), key=lambda pair: len(pair[1]))
+            measured_engine, odd = min(
+                zip(measured, differing, strict=True), key=lambda pair: len(pair[1])
+            )
             if odd:
                 raise _other(
-                    f"{odd[0]} than the {whose}", getattr(known, odd[0]), getattr(engine, odd[0])
+                    f"{odd[0]} than the {whose}",
+                    getattr(measured_engine, odd[0]),
+                    getattr(engine, odd[0]),
                 )
 
     def save(self, path: str | Path) -> None:
@@ -125,12 +129,12 @@ class ResponseCalibration:
             StorageError: The file cannot be written.
         """
         engines = {
-            "provers": [one.as_dict() for one in self.provers],
+            "provers": [prover.as_dict() for prover in self.provers],
             "verifier": self.verifier.as_dict(),
         }
         counts = {name: getattr(self, name) for name in ("responses", "tokens", "matches")}
-        whole = {"kind": FILE_KIND, "schema": SCHEMA, "digest": self.digest, **engines, **counts}
-        write_jsonl(path, [whole | {"noise": self.noise.as_dict()}])
+        fields = {"kind": FILE_KIND, "schema": SCHEMA, "digest": self.digest, **engines, **counts}
+        write_jsonl(path, [fields | {"noise": self.noise.as_dict()}])
 
     @classmethod
     def load(cls, path: str | Path) -> "ResponseCalibration":
@@ -170,10 +174,15 @@ def calibrate_responses(
     digest = check_one_checkpoint(headers)
     provers = tuple(dict.fromkeys(header.fingerprint for header in headers))
     by_prover = [
-        [one for header, replayed in measured if header.public_key == key for one in replayed]
+        [
+            response
+            for header, replayed in measured
+            if header.public_key == key
+            for response in replayed
+        ]
         for key in dict.fromkeys(header.public_key for header in headers)
     ]
-    everything = [one for replayed in by_prover for one in replayed]
+    everything = [response for replayed in by_prover for response in replayed]
     source = f"calibration on {len(everything)} responses of {len(by_prover)} machines"
     return ResponseCalibration(
         digest=digest,
@@ -181,8 +190,8 @@ def calibrate_responses(
         verifier=verifier,
         noise=fit_response_noise(by_prover, source),
         responses=len(everything),
-        tokens=sum(len(one.margins) for one in everything),
-        matches=sum(one.matches for one in everything),
+        tokens=sum(len(response.margins) for response in everything),
+        matches=sum(response.matches for response in everything),
     )
 
 
@@ -225,7 +234,7 @@ def check_enough_tokens(files: Sequence[Receipts]) -> None:
         )
     answers = [receipt for read in files for receipt in read.receipts if receipt.output]
     usable = [receipt for receipt in answers if receipt.seeded]
-    tokens, total = (sum(len(receipt.output) for receipt in some) for some in (usable, answers))
+    tokens, total = (sum(len(receipt.output) for receipt in part) for part in (usable, answers))
     if tokens < min(FEWEST_TOKENS, total):
         raise UsageError(
             f"{tokens} of {total} tokens that were sampled with a seed and without a mask",
@@ -249,26 +258,34 @@ def _check_enough_sketches(count: int, responses: int) -> None:
 
 def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -> ResponseNoise:
     """Fit the noise of honest responses to what the replay of every machine gave."""
-    everything = [one for replayed in by_prover for one in replayed]
-    profiles = [one.profiles for one in everything if len(one.profiles)]
-    found = fit_token_noise(profiles)
-    of_tokens = [_scale_of_tokens(found, some) for some in by_prover]
+    everything = [response for replayed in by_prover for response in replayed]
+    profiles = [response.profiles for response in everything if len(response.profiles)]
+    token_fit = fit_token_noise(profiles)
+    of_tokens = [_scale_of_tokens(token_fit, responses) for responses in by_prover]
     tokens = PartNoise(
-        law=found.law,
-        spread=spread_of_new(of_tokens, len(of_tokens), found.error, _ERROR_OF_PAIR),
-        between=found.between,
-        effect=_told_apart(found.law, np.concatenate(profiles)),
+        law=token_fit.law,
+        spread=spread_of_new(of_tokens, len(of_tokens), token_fit.error, _ERROR_OF_PAIR),
+        between=token_fit.between,
+        effect=_told_apart(token_fit.law, np.concatenate(profiles)),
     )
-    sketches = [one.residuals for one in everything if len(one.residuals)]
+    sketches = [response.residuals for response in everything if len(response.residuals)]
     _check_enough_sketches(sum(map(len, sketches)), len(everything))
     law, error = fit_log_noise(
         np.concatenate(sketches), dimension=SKETCH_SIZE, floor=SKETCH_FLOOR, tail=SKETCH_TAIL
     )
-    of_provers = [np.concatenate([one.residuals for one in some]) for some in by_prover if some]
-    scales = [
-        float(np.median(np.log(law.magnitudes(some)))) - law.mu for some in of_provers if len(some)
+    of_provers = [
+        np.concatenate([response.residuals for response in responses])
+        for responses in by_prover
+        if responses
     ]
-    between = max(_between([np.log(law.magnitudes(one)) for one in sketches]), LEAST_BETWEEN)
+    scales = [
+        float(np.median(np.log(law.magnitudes(responses)))) - law.mu
+        for responses in of_provers
+        if len(responses)
+    ]
+    between = max(
+        _between([np.log(law.magnitudes(response)) for response in sketches]), LEAST_BETWEEN
+    )
     spread = spread_of_new(scales, len(scales), error, _ERROR_OF_PAIR)
     part = PartNoise(law=law, spread=spread, between=between)
     return ResponseNoise(tokens=tokens, sketches=part, source=source)
@@ -298,7 +315,7 @@ def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[Replayed]") -> float:
     """Return the likeliest ln scale of the tokens of a machine over that of the law; 0 where they
     do not say.
     """
-    profiles = [one.profiles for one in replayed if len(one.profiles)]
+    profiles = [response.profiles for response in replayed if len(response.profiles)]
     if not profiles:
         return 0.0
     logs = np.linspace(-1, 1, 33)
@@ -308,13 +325,13 @@ def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[Replayed]") -> float:
 
 def _between(logs: Sequence[np.ndarray]) -> float:
     """Return the spread of the means of clusters beyond that of their values."""
-    several = [one for one in logs if len(one) > 1]
+    several = [values for values in logs if len(values) > 1]
     if len(several) < 2:
-        return float(np.std([float(one.mean()) for one in logs]))
-    within = float(np.mean([one.var(ddof=1) for one in several])) * float(
-        np.mean([1 / len(one) for one in several])
+        return float(np.std([float(values.mean()) for values in logs]))
+    within = float(np.mean([values.var(ddof=1) for values in several])) * float(
+        np.mean([1 / len(values) for values in several])
     )
-    of_means = float(np.var([float(one.mean()) for one in several], ddof=1))
+    of_means = float(np.var([float(values.mean()) for values in several], ddof=1))
     return min(math.sqrt(max(0.0, of_means - within)), 1.0)
 
 
@@ -333,9 +350,9 @@ def _told_apart(law: stats.TokenNoise, profiles_NG: np.ndarray) -> float:
     )
 
 
-def _other(what: str, measured: Any, stated: Any) -> CalibrationError:
+def _other(property_name: str, measured: Any, stated: Any) -> CalibrationError:
     return CalibrationError(
-        f"a calibration of responses with another {what}: {measured}",
+        f"a calibration of responses with another {property_name}: {measured}",
         wanted=str(stated),
         do="measure it with `assay poc calibrate-responses` on honest receipts, or leave "
         "--calibration out",

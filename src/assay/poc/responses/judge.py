@@ -50,18 +50,22 @@ class ReceiptPins:
 
     @classmethod
     def of_network(
-        cls, network: NetworkPins | None, given: Pins, header: ReceiptHeader, **more: Any
+        cls, network: NetworkPins | None, pins_of_flags: Pins, header: ReceiptHeader, **more: Any
     ) -> "ReceiptPins":
         """Return what a network's file and flags pin together; a UsageError where they disagree or
         do not suffice.
         """
-        known = given
+        pins = pins_of_flags
         if network is not None:
-            shares = [node.node_id for node in network.nodes if node.public_key == given.public_key]
-            known = network.for_round(
-                model=header.digest, also=given, node_id=shares[0] if shares else None
+            shares = [
+                node.node_id
+                for node in network.nodes
+                if node.public_key == pins_of_flags.public_key
+            ]
+            pins = network.for_round(
+                model=header.digest, also=pins_of_flags, node_id=shares[0] if shares else None
             )
-        return cls(known=known, **more)
+        return cls(known=pins, **more)
 
     def check(self, receipts: Receipts) -> None:
         """Refuse receipts that contradict a pin.
@@ -73,46 +77,48 @@ class ReceiptPins:
             ProofMismatch: Names the value, stated and wanted.
         """
         header = receipts.header
-        known = self.known
+        pins = self.known
         stated = {
             "public_key": header.public_key,
             "digest": header.digest,
             "weights": header.weights,
         }
         for name, value in stated.items():
-            wanted = getattr(known, name)
-            if wanted is not None and wanted != value:
-                raise _mismatch("receipts", name, value, wanted)
-        known.check_engine(header.fingerprint, "receipts")
-        asked = {one.name: one for one in self.requests or ()}
+            pinned = getattr(pins, name)
+            if pinned is not None and pinned != value:
+                raise _mismatch("receipts", name, value, pinned)
+        pins.check_engine(header.fingerprint, "receipts")
+        requests_by_name = {request.name: request for request in self.requests or ()}
         for receipt in receipts.receipts:
-            if known.block_hash is not None and receipt.block_hash != known.block_hash:
+            if pins.block_hash is not None and receipt.block_hash != pins.block_hash:
                 owner = f"the receipt of request {receipt.request_id!r:.80}"
-                raise _mismatch(owner, "block_hash", receipt.block_hash, known.block_hash)
+                raise _mismatch(owner, "block_hash", receipt.block_hash, pins.block_hash)
             if self.requests is not None:
-                _check_request(receipt, asked)
+                _check_request(receipt, requests_by_name)
 
     def unpinned(self, receipts: Receipts) -> tuple[str, ...]:
         """Return the names of the values that are taken on the node's word."""
         header = receipts.header
-        known = self.known
+        pins = self.known
         unseen = [receipt for receipt in receipts.receipts if not receipt.seeded]
-        given = {
-            "block_hash": known.block_hash is not None,
-            "public_key": known.public_key is not None,
+        is_pinned = {
+            "block_hash": pins.block_hash is not None,
+            "public_key": pins.public_key is not None,
             # Texts and messages are not compared: a caller encodes them before it pins them.
             "requests": self.requests is not None
-            and all(isinstance(one.prompt, tuple) for one in self.requests),
-            "prover_dtype": bool(known.formats) or header.fingerprint.dtype in streams.DTYPES,
+            and all(isinstance(request.prompt, tuple) for request in self.requests),
+            "prover_dtype": bool(pins.formats) or header.fingerprint.dtype in streams.DTYPES,
             "tokens": self.evidence == "sketches" or not unseen,
             "sketches": self.evidence == "tokens" or header.sketched,
         }
-        return tuple(name for name, pinned in given.items() if not pinned)
+        return tuple(name for name, pinned in is_pinned.items() if not pinned)
 
 
-def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Request]) -> None:
+def _check_request(
+    receipt: Receipt, requests_by_name: Mapping[tuple[str, str, int], Request]
+) -> None:
     """Refuse a receipt that answers no request, or another one than was asked."""
-    request = asked.get(receipt.name)
+    request = requests_by_name.get(receipt.name)
     owner = f"the receipt of request {receipt.request_id!r:.80}"
     if request is None:
         raise _mismatch(
@@ -127,8 +133,10 @@ def _check_request(receipt: Receipt, asked: Mapping[tuple[str, str, int], Reques
     if request.chosen_by == "client":
         pairs["chosen_by"] = receipt.chosen_by, "client"
     if receipt.sampling is not None:
-        own = request.sampling.as_dict()
-        pairs |= {name: (value, own[name]) for name, value in receipt.sampling.as_dict().items()}
+        requested = request.sampling.as_dict()
+        pairs |= {
+            name: (value, requested[name]) for name, value in receipt.sampling.as_dict().items()
+        }
     if receipt.chat_template is not None and request.chat_template is not None:
         pairs["chat_template"] = (
             receipt.chat_template,
@@ -193,8 +201,12 @@ class ResponseVerdict:
         A node chooses which answers it shows: those that it would rather not have replayed may be
         among these. Every whole answer has the token that ended it.
         """
-        whole = {one.name for one in self.receipts.receipts if one.finish != "abort" and one.output}
-        return len({request.name for request in self.pins.requests or ()} - whole)
+        answered = {
+            receipt.name
+            for receipt in self.receipts.receipts
+            if receipt.finish != "abort" and receipt.output
+        }
+        return len({request.name for request in self.pins.requests or ()} - answered)
 
     @property
     def exit_code(self) -> int:
@@ -207,12 +219,12 @@ class ResponseVerdict:
     @property
     def tokens(self) -> int:
         """Number of the tokens that were compared."""
-        return sum(len(one.margins) for one in self.replayed)
+        return sum(len(response.margins) for response in self.replayed)
 
     @property
     def matches(self) -> int:
         """Number of these that are the verifier's own."""
-        return sum(one.matches for one in self.replayed)
+        return sum(response.matches for response in self.replayed)
 
     def updates(self) -> list[Update]:
         """Return what a ledger records: one entry for every response, whose nonces are its blocks
@@ -230,8 +242,8 @@ class ResponseVerdict:
         return [
             Update(
                 account=account,
-                round=response_identity(header.seed(one.receipt).text),
-                block_hash=one.receipt.block_hash,
+                round=response_identity(header.seed(response.receipt).text),
+                block_hash=response.receipt.block_hash,
                 noise=self.noise,
                 nonces=range(len(blocks)),
                 residuals=blocks.distances.tolist(),
@@ -239,8 +251,8 @@ class ResponseVerdict:
                 proof=self.receipts.footer.sha256,
                 sample_seed=self.sample_seed,
             )
-            for one in self.replayed
-            if len(blocks := one.blocks)
+            for response in self.replayed
+            if len(blocks := response.blocks)
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -248,15 +260,15 @@ class ResponseVerdict:
         header = self.receipts.header
         rows = [
             {
-                "request_id": one.receipt.request_id,
-                "index": one.receipt.index,
-                "tokens": len(one.receipt.output),
-                "compared": len(one.margins),
-                "matches": one.matches,
-                "margins": [float(x) if math.isfinite(x) else None for x in one.margins],
-                "residuals": one.residuals.tolist(),
+                "request_id": response.receipt.request_id,
+                "index": response.receipt.index,
+                "tokens": len(response.receipt.output),
+                "compared": len(response.margins),
+                "matches": response.matches,
+                "margins": [float(x) if math.isfinite(x) else None for x in response.margins],
+                "residuals": response.residuals.tolist(),
             }
-            for one in self.replayed
+            for response in self.replayed
         ]
         return {
             "schema": "assay.poc.replay/1",
@@ -306,8 +318,8 @@ def judge_responses(
     reason = missing_response_law(receipts.header)
     if noise is not None:
         test = ResponseTest(noise, alpha=alpha)
-        for one in replayed:
-            test.update(one.blocks)
+        for response in replayed:
+            test.update(response.blocks)
         result = test.result
         reason = _reason(result, alpha, noise)
     return ResponseVerdict(
@@ -355,31 +367,35 @@ def sample_receipts(receipts: Receipts, sample: int | None, seed: int) -> Receip
     Raises:
         UsageError: The file has no response with a token, or the sample is larger than the file.
     """
-    whole = [receipt for receipt in receipts.receipts if receipt.output]
-    size = len(whole) if sample is None else sample
-    if not whole or type(size) is not int or not 1 <= size <= len(whole):
-        seen = f"a sample of {size} receipts" if whole else "receipts without a token"
+    answered = [receipt for receipt in receipts.receipts if receipt.output]
+    size = len(answered) if sample is None else sample
+    if not answered or type(size) is not int or not 1 <= size <= len(answered):
+        seen = f"a sample of {size} receipts" if answered else "receipts without a token"
         wanted = (
-            f"1 to {len(whole)}, the responses of this file" if whole else "one response or more"
+            f"1 to {len(answered)}, the responses of this file"
+            if answered
+            else "one response or more"
         )
         raise UsageError(
-            seen, wanted=wanted, do="change --sample" if whole else "ask the node for its receipts"
+            seen,
+            wanted=wanted,
+            do="change --sample" if answered else "ask the node for its receipts",
         )
     if sample is None:
         return receipts
     chosen = sorted(
-        np.random.default_rng(seed).choice(len(whole), size=size, replace=False).tolist()
+        np.random.default_rng(seed).choice(len(answered), size=size, replace=False).tolist()
     )
-    return replace(receipts, receipts=tuple(whole[index] for index in chosen))
+    return replace(receipts, receipts=tuple(answered[index] for index in chosen))
 
 
 def _reason(result: ResponseResult, alpha: float, noise: ResponseNoise) -> str:
     parts = {"tokens": result.tokens, "sketches": result.sketches}
-    seen = {name: part for name, part in parts.items() if part.n}
+    measured = {name: part for name, part in parts.items() if part.n}
     if result.verdict == "fraud":
-        loudest = max(seen, key=lambda name: seen[name].log_e_max)
+        loudest = max(measured, key=lambda name: measured[name].log_e_max)
         return f"e-value e^{result.log_e_max:.1f} passes 1/{alpha:g}, most of it by the {loudest}"
-    weakest = min(seen, key=lambda name: seen[name].log_evidence_honest, default="tokens")
+    weakest = min(measured, key=lambda name: measured[name].log_evidence_honest, default="tokens")
     part = parts[weakest]
     against = f"evidence e^{part.log_evidence_honest:.1f} against {part.weakest} in the {weakest}"
     if result.verdict == "honest":

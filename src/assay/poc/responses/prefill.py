@@ -114,14 +114,14 @@ class HFPrefill(Prefill):
         while order:
             alike = [index for index in order[: self.batch_size] if kinds[index] == kinds[order[0]]]
             batch = alike[: self._fitting([responses[index] for index in alike])]
-            taken = set(batch)
-            order = [index for index in order if index not in taken]
+            in_batch = set(batch)
+            order = [index for index in order if index not in in_batch]
             with nullcontext() if adapter is None else adapter.on(self.model):
-                made = [
+                outputs = [
                     self._run(rows)
                     for rows in zip(*(passes[index] for index in batch), strict=True)
                 ]
-            for index, parts in zip(batch, zip(*made, strict=True), strict=True):
+            for index, parts in zip(batch, zip(*outputs, strict=True), strict=True):
                 logits, hidden = (
                     part[0] if len(part) == 1 else torch.cat(part)
                     for part in zip(*parts, strict=True)

@@ -61,10 +61,10 @@ Chooser = Literal["client", "server"]
 Finish = Literal["stop", "length", "abort"]
 
 
-def _listed(given: Any) -> tuple[Any, ...]:
-    if not isinstance(given, list):
+def _listed(ids: Any) -> tuple[Any, ...]:
+    if not isinstance(ids, list):
         raise ValueError("a list of token ids")
-    return tuple(given)
+    return tuple(ids)
 
 
 Ids = Annotated[tuple[int, ...], PlainValidator(_listed)]  # whose values check_ids() looks at
@@ -144,10 +144,10 @@ class Prompt:
         return cls(ids=tuple(ids))
 
 
-def _read_sketches(given: Any) -> NDArray[np.float16]:
-    if not isinstance(given, list):
-        raise format_error(f"sketches of {type(given).__name__}", "a list")
-    return np.array([decode_vector(sketch, SKETCH_SIZE) for sketch in given], dtype=np.float16)
+def _read_sketches(encoded: Any) -> NDArray[np.float16]:
+    if not isinstance(encoded, list):
+        raise format_error(f"sketches of {type(encoded).__name__}", "a list")
+    return np.array([decode_vector(sketch, SKETCH_SIZE) for sketch in encoded], dtype=np.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,17 +195,17 @@ class Receipt(ResponseName):
         object.__setattr__(self, "sketches", self._checked_sketches())
 
     def _checked_sketches(self) -> NDArray[np.float16]:
-        given = np.asarray(self.sketches, dtype=np.float16)
-        wanted = (len(sketch_steps(len(self.output))), SKETCH_SIZE)
-        if given.size == 0:
-            return given.reshape(0, SKETCH_SIZE)
-        if given.shape != wanted or not np.isfinite(given).all():
+        numbers = np.asarray(self.sketches, dtype=np.float16)
+        expected_shape = (len(sketch_steps(len(self.output))), SKETCH_SIZE)
+        if numbers.size == 0:
+            return numbers.reshape(0, SKETCH_SIZE)
+        if numbers.shape != expected_shape or not np.isfinite(numbers).all():
             raise UsageError(
-                f"sketches for {len(self.output)} tokens, of shape {given.shape}",
-                wanted=f"finite numbers of shape {wanted}, or no sketches",
+                f"sketches for {len(self.output)} tokens, of shape {numbers.shape}",
+                wanted=f"finite numbers of shape {expected_shape}, or no sketches",
                 do=f"sketch the state of every {SKETCH_EVERY}nd token, from the first",
             )
-        return given
+        return numbers
 
     @property
     def seeded(self) -> bool:
@@ -216,16 +216,16 @@ class Receipt(ResponseName):
         """Return the receipt with the hash of the prompt in place of its ids."""
         if self.prompt.ids is None:
             return self
-        other = copy.copy(self)  # unlike a new one, it is not checked again
-        object.__setattr__(other, "prompt", replace(self.prompt, ids=None))
-        return other
+        receipt = copy.copy(self)  # unlike a new one, it is not checked again
+        object.__setattr__(receipt, "prompt", replace(self.prompt, ids=None))
+        return receipt
 
     def line(self) -> str:
         """Return the canonical line of the file, without its newline; no field stands for no
         adapter or template.
         """
         prompt = self.prompt
-        known = (
+        prompt_fields = (
             {"sha256": prompt.sha256, "tokens": prompt.tokens}
             if prompt.ids is None
             else {"ids": list(prompt.ids)}
@@ -236,7 +236,7 @@ class Receipt(ResponseName):
             "chat_template": self.chat_template,
         }
         values = {name: getattr(self, name) for name in names.split()}
-        values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": known}
+        values |= {"sampling": self.sampling and self.sampling.as_dict(), "prompt": prompt_fields}
         values |= {name: value for name, value in optional.items() if value is not None}
         return dumps(values | {"sketches": [encode_vector(sketch) for sketch in self.sketches]})
 
@@ -312,7 +312,7 @@ class ReceiptFooter(LastLine):
     sha256: str
 
 
-def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
+def check_ids(name: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
     """Return token ids as a tuple of Python numbers; a UsageError names a count or an id that is
     out of range.
     """
@@ -324,13 +324,13 @@ def check_ids(what: str, ids: Iterable[int], *, fewest: int) -> tuple[int, ...]:
         listed = tuple(int(token) if isinstance(token, np.integer) else token for token in listed)
     if not fewest <= len(listed) <= MOST_TOKENS:
         raise UsageError(
-            f"{what} of {len(listed)} tokens",
+            f"{name} of {len(listed)} tokens",
             wanted=f"{fewest} to {MOST_TOKENS}",
-            do=f"give {what} in token ids",
+            do=f"give {name} in token ids",
         )
     if not plain or not 0 <= min(listed, default=0) <= max(listed, default=0) <= HIGHEST_TOKEN:
         for token in listed:
-            check_number(f"a token of {what}", token, 0, HIGHEST_TOKEN)
+            check_number(f"a token of {name}", token, 0, HIGHEST_TOKEN)
     return listed
 
 
@@ -338,10 +338,10 @@ def check_word(name: str, value: object, words: Any) -> None:
     """Refuse what is not one of the words of a ``Literal``; a UsageError names the value and the
     words.
     """
-    wanted = get_args(words)
-    if type(value) is not type(wanted[0]) or value not in wanted:
+    choices = get_args(words)
+    if type(value) is not type(choices[0]) or value not in choices:
         raise UsageError(
-            f"{name} is {value!r:.60}", wanted=" or ".join(map(str, wanted)), do=f"correct {name}"
+            f"{name} is {value!r:.60}", wanted=" or ".join(map(str, choices)), do=f"correct {name}"
         )
 
 

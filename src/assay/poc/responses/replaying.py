@@ -328,19 +328,21 @@ def replay(
     check_ends(receipts, model, requests)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
     engine = engine or HFPrefill(model)
-    found: dict[int, Replayed] = {}
+    results: dict[int, Replayed] = {}
     for used in (None, adapter) if adapter is not None else (None,):
         places = [
-            place for place, one in enumerate(chosen) if (one.adapter is None) == (used is None)
+            place
+            for place, answer in enumerate(chosen)
+            if (answer.adapter is None) == (used is None)
         ]
         for index, prefilled in (
             engine.run([wholes[place] for place in places], used) if places else ()
         ):
             place = places[index]
-            found[place] = _compare(receipts.header, chosen[place], wholes[place], prefilled)
+            results[place] = _compare(receipts.header, chosen[place], wholes[place], prefilled)
             if progress:
-                progress(len(found), len(chosen))
-    return [found[place] for place in range(len(chosen))]
+                progress(len(results), len(chosen))
+    return [results[place] for place in range(len(chosen))]
 
 
 def check_runnable(
@@ -356,15 +358,17 @@ def check_runnable(
         ProofMismatch: As :func:`replay`, but for answers that were cut short.
     """
     check_model(receipts.header, model)
-    known = [Prompt.of(one.ids) for one in requests or () if isinstance(one.prompt, tuple)]
-    prompts = {prompt.sha256: prompt for prompt in known}
-    own = chat_template_digest(model.tokenizer)
+    pinned_prompts = [
+        Prompt.of(item.ids) for item in requests or () if isinstance(item.prompt, tuple)
+    ]
+    prompts = {prompt.sha256: prompt for prompt in pinned_prompts}
+    own_template = chat_template_digest(model.tokenizer)
     # A prompt of which the client's record has the very ids needs no template.
-    stated = {one.chat_template for one in receipts.receipts if one.prompt.sha256 not in prompts}
-    for other in stated - {None, own}:
+    stated = {item.chat_template for item in receipts.receipts if item.prompt.sha256 not in prompts}
+    for template in stated - {None, own_template}:
         raise ProofMismatch(
-            f"prompts that the chat template {other:.12} made",
-            wanted=f"the chat template of {model.reference}, {own[:12] or 'which has none'}",
+            f"prompts that the chat template {template:.12} made",
+            wanted=f"the chat template of {model.reference}, {own_template[:12] or 'which has none'}",
             do="replay with the tokenizer files that the network agreed on, or pass --requests with "
             "token ids",
         )
@@ -375,10 +379,12 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
     """Refuse an answer to one of the requests that says ``stop`` and was cut short, or that ran on
     past its end.
     """
-    asked = {one.name: one for one in requests or () if isinstance(one.prompt, tuple)}
+    requests_by_name = {
+        sent.name: sent for sent in requests or () if isinstance(sent.prompt, tuple)
+    }
     ends = model.end_tokens
     for receipt in receipts.receipts:
-        request = asked.get(receipt.name)
+        request = requests_by_name.get(receipt.name)
         output = receipt.output
         if request is None or not output:
             continue
@@ -435,42 +441,44 @@ def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
 
 
 def _compare(
-    header: ReceiptHeader, receipt: Receipt, whole: PromptAndOutput, prefilled: Prefilled
+    header: ReceiptHeader, receipt: Receipt, tokens: PromptAndOutput, prefilled: Prefilled
 ) -> Replayed:
     seed = header.seed(receipt)
     margins = np.zeros(0, np.float32)
     profiles = np.zeros((0, COLUMNS))
     if receipt.sampling is not None and receipt.seeded:
-        seeds_N = seed.step_seeds(range(len(whole.output)))
+        seeds_N = seed.step_seeds(range(len(tokens.output)))
         margins, profiles = measure_margins(
             prefilled.logits,
-            whole.output,
+            tokens.output,
             receipt.sampling,
             seeds_N,
-            prompt=whole.prompt,
+            prompt=tokens.prompt,
             whole=prefilled.whole,
         )
     residuals = np.zeros(0)
     if len(receipt.sketches):
-        steps = sketch_steps(len(whole.output))
-        own = sketch_response(prefilled.sketched, seed.words("sketch"), steps).cpu().numpy()
+        steps = sketch_steps(len(tokens.output))
+        recomputed = sketch_response(prefilled.sketched, seed.words("sketch"), steps).cpu().numpy()
         residuals = np.linalg.norm(
-            receipt.sketches.astype(np.float64) - own.astype(np.float64), axis=1
+            receipt.sketches.astype(np.float64) - recomputed.astype(np.float64), axis=1
         )
     return Replayed(receipt, margins, profiles, residuals)
 
 
 def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> PromptAndOutput:
     """Return a response with the ids of its prompt; refuse one that the model cannot run."""
-    known = receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
-    if known is None or known.ids is None:
+    known_prompt = (
+        receipt.prompt if receipt.prompt.ids is not None else prompts.get(receipt.prompt.sha256)
+    )
+    if known_prompt is None or known_prompt.ids is None:
         raise ProofMismatch(
             f"request {receipt.request_id!r:.80} with the hash of a prompt, "
             f"{receipt.prompt.sha256[:12]}",
             wanted="its token ids: a prefill begins with them",
             do="pass --requests with the prompt that was sent",
         )
-    ids = (*known.ids, *receipt.output)
+    ids = (*known_prompt.ids, *receipt.output)
     biased = () if receipt.sampling is None else receipt.sampling.logit_bias
     vocabulary = model.vocab_size
     positions = model.max_positions
@@ -482,4 +490,4 @@ def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Pro
             ),
             do="ask the node for receipts of this model",
         )
-    return PromptAndOutput(known.ids, receipt.output)
+    return PromptAndOutput(known_prompt.ids, receipt.output)

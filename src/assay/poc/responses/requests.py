@@ -107,15 +107,17 @@ class Request(ResponseName):
         """
         if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
             return True
-        whole = [*self.ids, *output]
+        all_ids = [*self.ids, *output]
         longest = max(map(len, self.stop), default=0)
-        start = len(whole) - (min(len(output), _TOKENS * longest + _NEAR) if grows else len(output))
-        before = whole[max(0, start - _NEAR) : start]
+        start = len(all_ids) - (
+            min(len(output), _TOKENS * longest + _NEAR) if grows else len(output)
+        )
+        before = all_ids[max(0, start - _NEAR) : start]
         for skips in (False, True) if self.stop else ():
             decode = partial(
                 tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False
             )
-            text = decode([*before, *whole[start:]])[len(decode(before)) :]
+            text = decode([*before, *all_ids[start:]])[len(decode(before)) :]
             if any(stop in text for stop in self.stop):
                 return True
         return False
@@ -148,36 +150,36 @@ def read_requests(
     """
     common = {"user_seed": user_seed, "max_tokens": max_tokens}
     base = sampling or Sampling()
-    found: list[Request] = []
+    requests: list[Request] = []
     names: dict[tuple[str, str], int] = {}
     for number, line in read_jsonl(path):
         try:
-            made = _requests(line, number, common, base)
+            answers = _requests(line, number, common, base)
         except AssayError as error:
             raise DataError(
                 f"{path}, line {number}: {error.seen}", wanted=error.wanted, do=error.do
             ) from None
-        name = (made[0].user_seed, made[0].request_id)
+        name = (answers[0].user_seed, answers[0].request_id)
         if name in names:
             raise DataError(
-                f"{path}, line {number}: the request id {made[0].request_id!r:.80} of line "
+                f"{path}, line {number}: the request id {answers[0].request_id!r:.80} of line "
                 f"{names[name]}",
                 wanted="an id of its own for every prompt",
                 do="change one of them",
             )
         names[name] = number
-        found += made
-        if len(found) > MOST_RECEIPTS:
+        requests += answers
+        if len(requests) > MOST_RECEIPTS:
             raise DataError(
                 f"{path}: more than {MOST_RECEIPTS} answers",
                 wanted="fewer in one file",
                 do="cut the file in parts",
             )
-    if not found:
+    if not requests:
         raise DataError(
             f"{path} is empty", wanted="JSON Lines with a prompt each", do='write {"prompt": "…"}'
         )
-    return found
+    return requests
 
 
 _OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "stop_token_ids"}
@@ -198,16 +200,16 @@ def _requests(
         )
     values = {name: line[name] for name in _SAMPLED & line.keys()}
     if "logit_bias" in values:
-        given = values["logit_bias"]
-        if not isinstance(given, dict) or not all(
-            t.isascii() and t.isdigit() and len(t) < 10 for t in given
+        biases = values["logit_bias"]
+        if not isinstance(biases, dict) or not all(
+            t.isascii() and t.isdigit() and len(t) < 10 for t in biases
         ):
             raise UsageError(
-                f"logit_bias is {given!r:.60}",
+                f"logit_bias is {biases!r:.60}",
                 wanted="numbers by token id",
                 do="correct logit_bias",
             )
-        values["logit_bias"] = {int(token): bias for token, bias in given.items()}
+        values["logit_bias"] = {int(token): bias for token, bias in biases.items()}
     prompt = read_chat(line["messages"], **options) if "messages" in line else line["prompt"]
     if not isinstance(prompt, str | list | Chat):
         raise UsageError(
@@ -258,31 +260,31 @@ def encode_requests(
     """
     from assay.models.tokenizer_files import check_tokens
 
-    found = []
+    encoded = []
     for request in requests:
         name = f"request {request.request_id!r:.80}"
         try:
-            made = _with_ids(request, tokenizer, reference)
+            with_ids = _with_ids(request, tokenizer, reference)
         except UsageError as error:
             raise UsageError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
-        check_tokens(name, made.ids, vocab_size)
-        if any(token >= vocab_size for token in made.sampling.logit_bias):
+        check_tokens(name, with_ids.ids, vocab_size)
+        if any(token >= vocab_size for token in with_ids.sampling.logit_bias):
             raise UsageError(
-                f"{name} has a logit_bias of token {max(made.sampling.logit_bias)}",
+                f"{name} has a logit_bias of token {max(with_ids.sampling.logit_bias)}",
                 wanted=f"tokens below {vocab_size}",
                 do="leave it out of logit_bias",
             )
-        room = max_positions - len(made.ids)
-        if made.max_tokens > room:
+        room = max_positions - len(with_ids.ids)
+        if with_ids.max_tokens > room:
             raise UsageError(
-                f"{name} has {len(made.ids)} tokens and asks for {made.max_tokens}",
+                f"{name} has {len(with_ids.ids)} tokens and asks for {with_ids.max_tokens}",
                 wanted=f"at most {max_positions} together, the positions of {reference}",
                 do=f"pass --max-tokens {room}, or a shorter prompt"
                 if room > 0
                 else "give it a shorter prompt (--prompts or --requests)",
             )
-        found.append(made)
-    return found
+        encoded.append(with_ids)
+    return encoded
 
 
 def _with_ids(request: Request, tokenizer: Any, reference: str) -> Request:

@@ -71,9 +71,9 @@ class Sampler:
     def __init__(
         self, samplings: Sequence[Sampling], vocab_size: int, device: torch.device | str
     ) -> None:
-        numbers_N8 = np.array([_numbers_of(one) for one in samplings], np.float64).reshape(
-            -1, _GREEDY + 1
-        )
+        numbers_N8 = np.array(
+            [_numbers_of(sampling) for sampling in samplings], np.float64
+        ).reshape(-1, _GREEDY + 1)
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self._streams = streams.get_backend("auto", str(self.device))
@@ -92,7 +92,7 @@ class Sampler:
         # One copy to the device for all: columns of float32 are rounded there, once.
         self._numbers_N8 = to_device(numbers_N8, self.device)
         self._floats_N8 = self._numbers_N8.float()
-        self._biases = self._bias_columns([one.logit_bias for one in samplings])
+        self._biases = self._bias_columns([sampling.logit_bias for sampling in samplings])
 
     def _column(self, which: int) -> Tensor:
         """Return a parameter of every row as float32, [N, 1]."""
@@ -141,10 +141,10 @@ class Sampler:
             else counts_NV.to(torch.float32)
         )
         used = counts > 0
-        seen = used if prompt_NV is None else used | prompt_NV
+        penalised = used if prompt_NV is None else used | prompt_NV
         repetition_N1 = self._column(_REPETITION)
         penalty = torch.where(l_NV > 0, l_NV / repetition_N1, l_NV * repetition_N1)
-        l_NV = torch.where(seen, penalty, l_NV)
+        l_NV = torch.where(penalised, penalty, l_NV)
         # Eager operations, so that no product and difference are fused into one rounding.
         l_NV = l_NV - self._column(_FREQUENCY) * counts
         return l_NV - self._column(_PRESENCE) * used.to(torch.float32)
@@ -209,32 +209,34 @@ class Sampler:
         The indices may be known on the device only, as those of an engine with drafts are: nothing
         waits for them.
         """
-        other = copy.copy(self)
-        other._count = len(index_R)
-        other._numbers_N8, other._floats_N8 = (
+        sampler = copy.copy(self)
+        sampler._count = len(index_R)
+        sampler._numbers_N8, sampler._floats_N8 = (
             values.index_select(0, index_R) for values in (self._numbers_N8, self._floats_N8)
         )
         if self._biases is not None:
             tokens_NK, biases_NK = self._biases
-            other._biases = tokens_NK.index_select(0, index_R), biases_NK.index_select(0, index_R)
-        return other
+            sampler._biases = tokens_NK.index_select(0, index_R), biases_NK.index_select(0, index_R)
+        return sampler
 
-    def _bias_columns(self, given: Sequence[Mapping[int, float]]) -> tuple[Tensor, Tensor] | None:
+    def _bias_columns(
+        self, biases_by_row: Sequence[Mapping[int, float]]
+    ) -> tuple[Tensor, Tensor] | None:
         """Return biased tokens [N, K] and their biases; a row with fewer than K adds 0 to the first
         token.
         """
         if (
-            beyond := max((token for biases in given for token in biases), default=0)
+            beyond := max((token for biases in biases_by_row for token in biases), default=0)
         ) >= self.vocab_size:
             raise UsageError(
                 f"a logit_bias of token {beyond}",
                 wanted=f"a token below {self.vocab_size}, the size of the vocabulary",
                 do="leave it out of logit_bias",
             )
-        most = max(map(len, given), default=0)
+        most = max(map(len, biases_by_row), default=0)
         if not most:
             return None
-        padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in given]
+        padded = [[*biases.items(), *[(0, 0.0)] * most][:most] for biases in biases_by_row]
         tokens = [[token for token, _ in row] for row in padded]
         values = [[bias for _, bias in row] for row in padded]
         return to_device(tokens, self.device), to_device(

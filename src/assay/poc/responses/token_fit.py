@@ -104,24 +104,24 @@ def _likeliest(
     moved = [chances_NG @ shift_matrix(step * STEP) for step in steps]
     sizes = np.diff([*starts, len(chances_NG)])
 
-    def improved(given: FloatArray) -> tuple[FloatArray, float]:
+    def improved(current: FloatArray) -> tuple[FloatArray, float]:
         """Return the weights after one round of EM, and the logarithm of the likelihood before
         it.
         """
-        each = [one @ given for one in moved]
-        logs_LU = np.stack([np.add.reduceat(np.log(one), starts) for one in each], axis=1) + np.log(
-            weight_U
-        )
+        mixtures = [mixture @ current for mixture in moved]
+        logs_LU = np.stack(
+            [np.add.reduceat(np.log(mixture), starts) for mixture in mixtures], axis=1
+        ) + np.log(weight_U)
         totals_L = scipy.special.logsumexp(logs_LU, axis=1)
         posterior_LU = np.exp(logs_LU - totals_L[:, None])
         gained = sum(
-            (np.repeat(posterior, sizes) / one) @ part
-            for posterior, one, part in zip(posterior_LU.T, each, moved, strict=True)
+            (np.repeat(posterior, sizes) / mixture) @ part
+            for posterior, mixture, part in zip(posterior_LU.T, mixtures, moved, strict=True)
         )
-        return given * gained / len(chances_NG), float(totals_L.sum())
+        return current * gained / len(chances_NG), float(totals_L.sum())
 
     weights = (weights + 1e-3) / (weights + 1e-3).sum()
-    found = -math.inf
+    best = -math.inf
     for _round in range(_ROUNDS):
         once, _ = improved(weights)
         twice, before = improved(once)
@@ -132,11 +132,11 @@ def _likeliest(
         weights, reached = improved(far / far.sum())
         if reached < before:  # too far
             weights, reached = improved(twice)
-        gain = reached - found
-        found = reached
+        gain = reached - best
+        best = reached
         if gain < _CONVERGED:
             break
-    return weights, found
+    return weights, best
 
 
 def _error(

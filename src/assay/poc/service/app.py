@@ -71,12 +71,12 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     progress = controller.progress
     state = str(controller.state)
     if progress is None:
-        found = []
+        latest_nonces = []
         config = None
     else:
         rounds = controller.rounds
         stored = progress.stored
-        found = (
+        latest_nonces = (
             progress.latest()
             if after is None
             else rounds.recent_valid(stored.id, after=after, limit=limit)
@@ -87,8 +87,8 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     has_distances = progress is not None and not progress.publishes_vectors
     return {
         "state": state,
-        "valid_nonces": [nonce for nonce, _ in found],
-        "valid_distances": [distance for _, distance in found] if has_distances else [],
+        "valid_nonces": [nonce for nonce, _ in latest_nonces],
+        "valid_distances": [distance for _, distance in latest_nonces] if has_distances else [],
         "total_checked": progress.checked if progress else 0,
         "total_valid": progress.valid if progress else 0,
         "elapsed_seconds": progress.seconds if progress else 0.0,
@@ -157,8 +157,8 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
     change["responses"] = problems(400, 409, 413, 422, 503)
     of_job: dict[str, Any] = {"response_model": requests.JobReply, "openapi_extra": VALIDATE}
 
-    def moved(call: Callable[..., None], *given: object) -> Response:
-        call(*given)
+    def moved(call: Callable[..., None], *arguments: object) -> Response:
+        call(*arguments)
         return JSONResponse({"status": "OK", "pow_status": describe_status(controller)})
 
     @router.post("/init", **change)

@@ -124,8 +124,8 @@ class Outbox:
         """Owe no callback for receipts that were all deleted."""
         receipts = self._db["receipts"].c
         c = self._c
-        left = sa.exists().where(receipts.seq.between(c.first_nonce, c.last_nonce))
-        connection.execute(self._table.delete().where(c.kind == RECEIPTS, ~left))
+        has_receipts = sa.exists().where(receipts.seq.between(c.first_nonce, c.last_nonce))
+        connection.execute(self._table.delete().where(c.kind == RECEIPTS, ~has_receipts))
 
     def add(
         self,
@@ -170,7 +170,7 @@ class Outbox:
         with their bodies.
         """
         c = self._c
-        found = list[tuple[Callback, str]]()
+        callbacks = list[tuple[Callback, str]]()
         now = time.time()  # where the clock was set back, a pause may be longer than any
         is_due = (c.next_attempt_at <= now) | (c.next_attempt_at > now + LONGEST_PAUSE)
         ready = (c.status == "pending") & is_due & c.id.not_in(list(besides))
@@ -180,8 +180,8 @@ class Outbox:
             query = query.order_by(c.client.is_not(None), c.next_attempt_at, c.seq)
             for row in connection.execute(query.limit(limit)).all():
                 make = self._receipts if row.kind == RECEIPTS else self._generated
-                found.append((row, row.body or dumps(make(connection, row))))
-        return found
+                callbacks.append((row, row.body or dumps(make(connection, row))))
+        return callbacks
 
     def _receipts(self, connection: sa.Connection, callback: Callback) -> JsonObject:
         """Return what a receiver has to know of receipts in order to fetch them, and to see that
@@ -219,21 +219,22 @@ class Outbox:
         query = sa.select(records).where(
             records.c.round_id == callback.round_id, run, records.c.valid == 1
         )
-        found = connection.execute(query.order_by(records.c.nonce)).all()
+        records_of_run = connection.execute(query.order_by(records.c.nonce)).all()
         body = {
             name: getattr(round, name)
             for name in ("public_key", "block_hash", "block_height", "node_id")
         }
-        if found and found[0].vector is not None:
+        if records_of_run and records_of_run[0].vector is not None:
             artifacts = [
-                {"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()} for r in found
+                {"nonce": r.nonce, "vector_b64": base64.b64encode(r.vector).decode()}
+                for r in records_of_run
             ]
             return body | {
                 "artifacts": artifacts,
                 "encoding": describe_packing(get_pipeline(round.preset)),
             }
-        nonces = [r.nonce for r in found]
-        distances = [r.distance for r in found]
+        nonces = [r.nonce for r in records_of_run]
+        distances = [r.distance for r in records_of_run]
         return body | {"nonces": nonces, "dist": distances, "r_target": round.r_target}
 
     def attempted(self, callback_id: str, error: str | None, *, retry_in: float | None) -> None:
@@ -441,11 +442,11 @@ async def _first_words(response: httpx.Response) -> str:
     """Return the first words of a refusal, with control characters written out, and what to do if
     no retry helps.
     """
-    found = b""
+    body = b""
     with suppress(httpx.HTTPError, TimeoutError):
         async with asyncio.timeout(1.0):
-            found = await anext(response.aiter_raw(LONGEST_WORDS), b"")
-    words = visible(" ".join(found.decode(errors="replace").split()))
+            body = await anext(response.aiter_raw(LONGEST_WORDS), b"")
+    words = visible(" ".join(body.decode(errors="replace").split()))
     do = "correct that, or the callback URL, then run assay poc callbacks replay"
     is_final = response.is_client_error and response.status_code not in (408, 429)
     return (f": {words}" if words else "") + (f"; to do: {do}" if is_final else "")

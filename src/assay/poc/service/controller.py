@@ -260,8 +260,8 @@ class Controller(Runtime):
             return Progress(stored, self.rounds)
         engine = self.deployment.engine(stored.seq_len, stored.batch_size)
         sizes = {"hidden_size": engine.hidden_size, "vocab_size": engine.vocab_size}
-        known = self._noise.effective_dimension(stored.digest, stored.preset)
-        return Progress(stored, self.rounds, **sizes, effective_dimension=known)
+        dimension = self._noise.effective_dimension(stored.digest, stored.preset)
+        return Progress(stored, self.rounds, **sizes, effective_dimension=dimension)
 
     def _measure_block(self, deployment: Deployment, stored: StoredRound) -> None:
         """Measure once how wide the distances of a round's block are, where no calibration says
@@ -350,12 +350,12 @@ class Controller(Runtime):
             self._end_epoch()
             self.state = state
             self.error = reason_of(error)
-            said = (
+            event = (
                 "the engine ended, and the next start continues the round"
                 if continues
                 else "the round ended"
             )
-            log.error(said, error=self.error, state=str(state))
+            log.error(event, error=self.error, state=str(state))
             self._persist(state)
             if self.jobs.has_open():
                 self.worker.wake()

@@ -80,10 +80,13 @@ class Jobs:
         with self._db.write() as connection:
             has_url = sa.func.json_extract(self._c.request, "$.url").is_not(None)
             nonces = sa.func.sum(self._c.nonces)
-            own = self._c.client == client
+            is_of_client = self._c.client == client
             calls = sa.func.count().filter(has_url)
             counts = sa.select(
-                nonces, nonces.filter(own), calls, sa.func.count().filter(has_url & own)
+                nonces,
+                nonces.filter(is_of_client),
+                calls,
+                sa.func.count().filter(has_url & is_of_client),
             )
             waiting, mine, announced, my_calls = (
                 n or 0 for n in connection.execute(counts.where(self._is_open)).one()

@@ -52,25 +52,26 @@ class HonestNoise:
         builds: Sequence[Build | None]
         if self._given is not None:
             mine = [
-                one
-                for one in self._given.builds
-                if (one.digest, one.preset) == (digest, pipeline.name)
+                measured_build
+                for measured_build in self._given.builds
+                if (measured_build.digest, measured_build.preset) == (digest, pipeline.name)
             ]
             fitting = (
-                one
-                for one in mine
-                if not one.engines or dtype in {known.dtype for known in one.engines}
+                measured_build
+                for measured_build in mine
+                if not measured_build.engines
+                or dtype in {is_measured.dtype for is_measured in measured_build.engines}
             )
-            known, builds, measured = (
+            is_measured, builds, measured = (
                 bool(mine),
                 [None],
-                [Calibration(builds=(one,)) for one in fitting],
+                [Calibration(builds=(measured_build,)) for measured_build in fitting],
             )
         else:
             pinned, measured = self._pinned.get(digest, ((), []))
-            known = bool(measured)
+            is_measured = bool(measured)
             builds = [build for build in pinned if dtype in build.dtype]
-        if not known:
+        if not is_measured:
             return bundled_noise(digest, pipeline.noise, dtype, dtype)
         of: dict[str, Any] = {
             "digest": digest,
@@ -79,9 +80,9 @@ class HonestNoise:
             "round": round,
         }
         of["validator"] = validator
-        found = (find_build_noise(measured, one, **of) for one in builds)
+        laws = (find_build_noise(measured, measured_build, **of) for measured_build in builds)
         return next(
-            (noise for noise in found if noise is not None), None
+            (noise for noise in laws if noise is not None), None
         )  # of the first build that was measured
 
     def effective_dimension(self, digest: str, preset: str) -> float | None:
@@ -92,12 +93,14 @@ class HonestNoise:
             [self._given] if self._given is not None else self._pinned.get(digest, ((), []))[1]
         )
         mine = [
-            one
-            for known in measured
-            for one in known.builds
-            if (one.digest, one.preset) == (digest, preset)
+            build
+            for calibration in measured
+            for build in calibration.builds
+            if (build.digest, build.preset) == (digest, preset)
         ]
-        return next((one.effective_dimension for one in mine if one.effective_dimension), None)
+        return next(
+            (build.effective_dimension for build in mine if build.effective_dimension), None
+        )
 
 
 def check_calibration(calibration: Calibration | None, deployment: Deployment) -> None:
@@ -161,8 +164,8 @@ class Judge:
         received = request.dist
         count = published_rule(received, computed, stored.r_target)
         test = self._test(stored, validator, public_key)
-        seen = self._seen(stored.id, public_key, nonces)
-        new = [i for i, nonce in enumerate(nonces) if nonce not in seen]
+        known_nonces = self._seen(stored.id, public_key, nonces)
+        new = [i for i, nonce in enumerate(nonces) if nonce not in known_nonces]
         if test is not None:
             test.update([received[i] - computed[i] for i in new])
         result: JsonObject = {

@@ -141,10 +141,10 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                 if text not in headers:
                     new = "INSERT INTO receipt_headers (text) VALUES (?) ON CONFLICT DO NOTHING"
                     connection.exec_driver_sql(new, (text,))
-                    found = connection.exec_driver_sql(
+                    header_id = connection.exec_driver_sql(
                         "SELECT id FROM receipt_headers WHERE text = ?", (text,)
                     )
-                    headers[text] = int(found.scalar_one())
+                    headers[text] = int(header_id.scalar_one())
                 header = headers[text]
                 name = _name(receipt.request_id)
                 encoded = line.encode()
@@ -286,22 +286,26 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
         last = None
         header = None
         more = False
-        seen: set[tuple[bytes, int]] = set()
+        responses: set[tuple[bytes, int]] = set()
         total = part = 0
         with self.database.read() as connection:
             for seq, header_id, name, choice, size in connection.execute(
                 query.order_by(c.seq).limit(limit + 1)
             ):
                 total += size
-                other = header not in (None, header_id) or (name, choice) in seen
-                if len(seen) == limit or other or (last is not None and total > MOST_BYTES):
+                begins_new_file = header not in (None, header_id) or (name, choice) in responses
+                if (
+                    len(responses) == limit
+                    or begins_new_file
+                    or (last is not None and total > MOST_BYTES)
+                ):
                     more = True
                     break
                 if last is not None and part + size > _CHUNK_BYTES:
                     chunks.append(last)
                     part = 0
                 part += size
-                seen.add((name, choice))
+                responses.add((name, choice))
                 last = seq
                 header = header_id
             line = connection.execute(sa.select(headers.text).where(headers.id == header)).scalar()
@@ -408,12 +412,12 @@ class ReceiptSink:
                 ending.
             UsageError: It cannot stand under this header in a file.
         """
-        kept = receipt if self._keeper.settings.receipt_prompts else receipt.without_prompt()
-        line = kept.line()
-        Tally(self._header).add(kept, line)
+        stored = receipt if self._keeper.settings.receipt_prompts else receipt.without_prompt()
+        line = stored.line()
+        Tally(self._header).add(stored, line)
         try:
             await self._keeper.put(
-                NewReceipt(self._header_line, kept, line, client), size=len(line), client=client
+                NewReceipt(self._header_line, stored, line, client), size=len(line), client=client
             )
         except Refusal:
             self._keeper.metrics.receipts_refused.inc()
@@ -427,7 +431,7 @@ def receipts_router(
     in threads.
     """
     router = APIRouter(prefix=RECEIPTS_PREFIX, tags=["receipts"], route_class=kind_of_route)
-    one = "/{request_id:path}"  # a request id may hold slashes
+    path_of_request = "/{request_id:path}"  # a request id may hold slashes
     export: dict[int | str, dict[str, Any]] = {
         200: {"content": {"application/jsonl": {}}, "description": "A complete file of receipts."},
         204: {"description": "No receipt follows."},
@@ -439,9 +443,9 @@ def receipts_router(
         """Return what is stored after a sequence number, oldest first, without the receipts
         themselves.
         """
-        found = receipts.listed(after, limit + 1)
-        following = found[limit - 1]["seq"] if len(found) > limit else None
-        return JSONResponse({"receipts": found[:limit], "next": following})
+        listed_receipts = receipts.listed(after, limit + 1)
+        following = listed_receipts[limit - 1]["seq"] if len(listed_receipts) > limit else None
+        return JSONResponse({"receipts": listed_receipts[:limit], "next": following})
 
     @router.get(
         ".jsonl",
@@ -486,31 +490,36 @@ def receipts_router(
             yield f"{page.header}\n"
             for low, high in pairwise(page.chunks):
                 try:
-                    found = await runtime.call(receipts.lines, low, high, request_id=request_id)
+                    numbered_lines = await runtime.call(
+                        receipts.lines, low, high, request_id=request_id
+                    )
                 except AssayError as error:
                     log.warning("file of receipts not finished", reason=error.seen)
                     return
-                text = "".join(f"{line}\n" for _, line in found)
+                text = "".join(f"{line}\n" for _, line in numbered_lines)
                 digest.update(text.encode())
-                count = count + len(found)
-                tokens = tokens + sum(number for number, _ in found)
+                count = count + len(numbered_lines)
+                tokens = tokens + sum(number for number, _ in numbered_lines)
                 yield text
             # How long the responses took is not stored.
             yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
 
     @router.get(
-        one,
+        path_of_request,
         response_model=dict[str, list[StoredReceipt]],
         responses=problems(404, 413, 422, 503),
         openapi_extra=READ,
     )
     def of_request(request_id: str, index: Index = None) -> Response:
         """Return the receipts of a request: of each of its choices, or of one."""
-        found = receipts.of_request(request_id, index)
-        return Response(f'{{"receipts":[{",".join(found)}]}}', media_type="application/json")
+        lines = receipts.of_request(request_id, index)
+        return Response(f'{{"receipts":[{",".join(lines)}]}}', media_type="application/json")
 
     @router.delete(
-        one, response_model=dict[str, int], responses=problems(404, 422, 503), openapi_extra=CONTROL
+        path_of_request,
+        response_model=dict[str, int],
+        responses=problems(404, 422, 503),
+        openapi_extra=CONTROL,
     )
     def delete(request_id: str, index: Index = None) -> Response:
         """Delete the receipts of a request: of each of its choices, or of one."""

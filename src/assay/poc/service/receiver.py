@@ -43,11 +43,11 @@ class Received:
     """
 
     def __init__(self, path: Path) -> None:
-        found = table_names(path, flag="--output") if path.is_file() else set()
-        if found and "received" not in found:
+        tables = table_names(path, flag="--output") if path.is_file() else set()
+        if tables and "received" not in tables:
             raise damaged(
                 path,
-                f"a database of something else, with a table {min(found)!r:.60}",
+                f"a database of something else, with a table {min(tables)!r:.60}",
                 flag="--output",
             )
         self._db = open_database(
@@ -84,7 +84,7 @@ class Received:
         are large.
         """
         received = self._received
-        found = list[JsonObject]()
+        callbacks = list[JsonObject]()
         size = 0
         query = (
             sa.select(received).where(received.c.seq > after).order_by(received.c.seq).limit(limit)
@@ -92,10 +92,10 @@ class Received:
         with self._db.read() as connection:
             for row in connection.execute(query, execution_options={"yield_per": 16}):
                 size += len(row.body)
-                if found and size > MOST_LISTED:
+                if callbacks and size > MOST_LISTED:
                     break
-                found.append({**row._mapping, "body": loads(row.body, "callback")})
-        return found
+                callbacks.append({**row._mapping, "body": loads(row.body, "callback")})
+        return callbacks
 
     def stats(self) -> dict[str, int]:
         """Return how many callbacks and nonces there are, and how many copies came more than
@@ -161,8 +161,10 @@ def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
         body, values = parsed(await request.body())
         signatures.check(body, request.headers)
         # The path is not signed. The body is, and tells the kinds apart.
-        said = next((told for name, told in _TOLD_BY.items() if name in values), "generated")
-        if values and kind != said:
+        kind_of_body = next(
+            (kind_of_name for name, kind_of_name in _TOLD_BY.items() if name in values), "generated"
+        )
+        if values and kind != kind_of_body:
             raise unsigned(400, f"the body of another callback under /{kind}")
         known_as = message_id(request.headers)
         new = await run_in_threadpool(store.add, known_as, kind, body)

@@ -184,9 +184,9 @@ class GenerateRequest(_Block):
 
     def round(self, model: str) -> Round:
         """Return the round of the job, of a model by its name."""
-        same = ("block_hash", "public_key", "block_height", "node_id", "node_count")
+        shared = ("block_hash", "public_key", "block_height", "node_id", "node_count")
         return Round(
-            **{name: getattr(self, name) for name in same},
+            **{name: getattr(self, name) for name in shared},
             model=model,
             preset=self.params.preset,
             seq_len=self.params.seq_len,
@@ -230,10 +230,10 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
         ("seq_len", "--seq-len", length, [pins.round.seq_len]),
     ):
         if deployed not in agreed:
-            wanted = " or ".join(map(str, agreed))
+            alternatives = " or ".join(map(str, agreed))
             raise UsageError(
                 f"a service with {name} {deployed}, which its pins do not allow",
-                wanted=f"{name} {wanted}",
+                wanted=f"{name} {alternatives}",
                 do=f"start it with {flag}, or with the pins of this network",
             )
 
@@ -278,12 +278,14 @@ def _check_agreed(
         name: value if isinstance(value, (list, tuple)) else [value]
         for name, value in pinned.items()
     }
-    wanted = [f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()]
+    alternatives = [
+        f"{name} {' or '.join(map(str, values)) or 'none'}" for name, values in lists.items()
+    ]
     requested = {name: stated[name] for name in names}
     raise Refusal(
         409,
         f"{MISMATCH}: {', '.join(names)}",
-        wanted=", ".join(wanted + ["a node of the network"] * bool(listed)),
+        wanted=", ".join(alternatives + ["a node of the network"] * bool(listed)),
         do="ask for what the network agreed on, or start the service with the pins that hold now",
         fields={"error": MISMATCH, "requested": requested, "pinned": pinned, "fields": list(names)},
     )
@@ -302,14 +304,14 @@ def round_values(
     share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
         _check_params(request.params, deployment, settings)
-        own: dict[str, Any] = {
+        kind_values: dict[str, Any] = {
             "r_target": 2.0,
             "fraud_threshold": 0.01,
             "callback_url": request.url,
         }
-        own |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
+        kind_values |= {"seq_len": request.params.seq_len, "preset": str(request.params.preset)}
     else:
-        own = {
+        kind_values = {
             name: getattr(request, name)
             for name in ("r_target", "fraud_threshold", "callback_url", "seq_len")
         }
@@ -321,7 +323,7 @@ def round_values(
                 wanted="exactly one of the two",
                 do="leave both out: sign flips are the recommendation",
             )
-        own["preset"] = "layer-normalize" if hooks else "poc-2.0"
+        kind_values["preset"] = "layer-normalize" if hooks else "poc-2.0"
         if -1 in share.values():
             if needs_share:
                 raise Refusal(
@@ -331,12 +333,12 @@ def round_values(
                     do="send 0 and 1 for one node",
                 )
             share = {"node_id": 0, "node_count": 1}
-    check_url(own["callback_url"], allow_private=settings.allow_private_callbacks)
-    same = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
+    check_url(kind_values["callback_url"], allow_private=settings.allow_private_callbacks)
+    shared = ("block_hash", "public_key", "block_height", "group_id", "n_groups", "batch_size")
     asked = RoundValues(
-        **{name: getattr(request, name) for name in same},
+        **{name: getattr(request, name) for name in shared},
         **share,
-        **own,
+        **kind_values,
         strength=256 if request.poc_stronger_rng else 32,
         reference=deployment.reference,
         digest=deployment.digest,
@@ -353,18 +355,18 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
     forward pass would serve several.
     """
     fields: dict[str, Any] = {"state": "VALIDATING"}
-    other = [
+    different_fields = [
         name
         for name in ("block_hash", "block_height")
         if getattr(request, name) != getattr(stored, name)
     ]
-    if other:
+    if different_fields:
         raise Refusal(
             409,
-            f"a proof with another {' and '.join(other)} than the round's",
+            f"a proof with another {' and '.join(different_fields)} than the round's",
             wanted=f"block_hash {stored.block_hash!r} at height {stored.block_height}",
             do="send /init/validate for that block first",
-            fields=fields | {"fields": other},
+            fields=fields | {"fields": different_fields},
         )
     if get_pipeline(stored.preset).output != "distance":
         raise Refusal(
@@ -443,15 +445,15 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
         "seq_len": settings.seq_len,
         "k_dim": pipeline.vector_size,
     }
-    other = sorted(name for name, value in deployed.items() if requested[name] != value)
-    if other:
-        seen = "params mismatch: " + ", ".join(other)
-        wanted = ", ".join(f"{name} {deployed[name]}" for name in other)
+    different_fields = sorted(name for name, value in deployed.items() if requested[name] != value)
+    if different_fields:
+        seen = "params mismatch: " + ", ".join(different_fields)
+        wanted = ", ".join(f"{name} {deployed[name]}" for name in different_fields)
         fields = {
             "error": "params mismatch",
             "requested": requested,
             "deployed": deployed,
-            "fields": other,
+            "fields": different_fields,
         }
         raise Refusal(409, seen, wanted=wanted, do="ask for what is deployed", fields=fields)
 

@@ -66,9 +66,11 @@ def after(call: str, state: State, *, has_round: bool) -> State:
     those that are.
     """
     choices = [
-        each
-        for each, row in TRANSITIONS.items()
-        if state in row and each != "engine failure" and (has_round or each not in NEEDS_ROUND)
+        candidate
+        for candidate, row in TRANSITIONS.items()
+        if state in row
+        and candidate != "engine failure"
+        and (has_round or candidate not in NEEDS_ROUND)
     ]
     if call in choices or call == "engine failure":
         return TRANSITIONS[call][state]
@@ -218,14 +220,15 @@ class Rounds:
     def current(self) -> tuple[State, StoredRound | None]:
         """Return the state and round in which the service was left."""
         with self._db.read() as connection:
-            left = connection.execute(sa.select(self._service)).one_or_none()
-            if left is None or left.state not in State.__members__:
+            service_row = connection.execute(sa.select(self._service)).one_or_none()
+            if service_row is None or service_row.state not in State.__members__:
                 raise damaged(
-                    self._db.path, f"the state {left.state!r}" if left else "the state is missing"
+                    self._db.path,
+                    f"the state {service_row.state!r}" if service_row else "the state is missing",
                 )
-            query = sa.select(self._rounds).where(self._rounds.c.id == left.round_id)
+            query = sa.select(self._rounds).where(self._rounds.c.id == service_row.round_id)
             row = connection.execute(query).mappings().first()
-        return State(left.state), StoredRound(**row) if row else None
+        return State(service_row.state), StoredRound(**row) if row else None
 
     def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
         """Write a state, with the round of ``values`` where they are given; return that round.
@@ -259,16 +262,16 @@ class Rounds:
             )
             stored = StoredRound(**connection.execute(begin.values(fresh)).mappings().one())
             # One nonce must not have two results.
-            if other := sorted(
+            if different := sorted(
                 name for name, value in vars(values).items() if value != getattr(stored, name)
             ):
                 raise Refusal(
                     409,
-                    "this block and key have a round with another " + ", ".join(other),
-                    wanted=", ".join(f"{name} {getattr(stored, name)!r}" for name in other),
+                    "this block and key have a round with another " + ", ".join(different),
+                    wanted=", ".join(f"{name} {getattr(stored, name)!r}" for name in different),
                     do="repeat the values of the first request under the same pins, or use a new "
                     "block or key",
-                    fields={"fields": other},
+                    fields={"fields": different},
                 )
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
@@ -318,13 +321,13 @@ class Rounds:
         ones after it.
         """
         records = self._records
-        wanted = (records.c.round_id == round_id) & (records.c.valid == 1)
+        condition = (records.c.round_id == round_id) & (records.c.valid == 1)
         order = records.c.nonce.desc() if after is None else records.c.nonce
         if after is not None:
-            wanted &= records.c.nonce > after
+            condition &= records.c.nonce > after
         query = (
             sa.select(records.c.nonce, records.c.distance)
-            .where(wanted)
+            .where(condition)
             .order_by(order)
             .limit(limit)
         )
@@ -489,15 +492,15 @@ class Progress:
         """Return valid rate, what this block's law expects, and the standard errors of both."""
         checked = self.checked
         r_target = self.stored.r_target
-        found = dict[str, Any].fromkeys(EXPECTED)
+        expected = dict[str, Any].fromkeys(EXPECTED)
         if checked:
             rate = self.valid / checked
-            found |= {"valid_rate": rate, "valid_rate_error": rate_standard_error(rate, checked)}
+            expected |= {"valid_rate": rate, "valid_rate_error": rate_standard_error(rate, checked)}
         if (law := self.law) is not None and self._dimension:
             error = law.rate_error(r_target, checked) if checked else None
-            found |= {"expected_rate": law.valid_rate(r_target), "expected_rate_error": error}
-            found |= {"block_factor": law.scale, "block_factor_error": law.factor_error}
-        return found
+            expected |= {"expected_rate": law.valid_rate(r_target), "expected_rate_error": error}
+            expected |= {"block_factor": law.scale, "block_factor_error": law.factor_error}
+        return expected
 
     def histogram(self) -> dict[str, Any] | None:
         """Return the bins of the distances beside what this block, or the average one, expects;

@@ -135,8 +135,8 @@ class Worker(EngineThread):
                     wanted="a round that has nonces left",
                     do="begin another round",
                 )
-            wanted = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
-            if first and wanted:
+            is_current = self._put(_batch(stored, epoch, records, time.perf_counter() - started))
+            if first and is_current:
                 self._begun(deployment, stored)
         except Exception as error:
             self._drop_stream()
@@ -147,7 +147,7 @@ class Worker(EngineThread):
             if current:
                 self._failed(error)
             return
-        if not wanted:
+        if not is_current:
             self._drop_stream()
 
     def _drop_stream(self) -> None:
@@ -243,8 +243,8 @@ class Writer(LoopThread):
                 if not self._queue:
                     return
                 self._busy, batches = True, list(self._queue)
-                wanted = batches[0].epoch == self._epoch
-            error = self._write(batches, wanted=wanted)
+                is_current = batches[0].epoch == self._epoch
+            error = self._write(batches, is_current=is_current)
             with self._state:
                 self._busy = False
             self._notify()
@@ -252,13 +252,13 @@ class Writer(LoopThread):
                 # Only now: the receiver of the error may wait for this thread to be idle.
                 self._failed(error)
 
-    def _write(self, batches: list[Batch], *, wanted: bool) -> Exception | None:
+    def _write(self, batches: list[Batch], *, is_current: bool) -> Exception | None:
         """Commit what is queued, or wait a moment if that is not possible now; return what waiting
         does not cure.
         """
         failure: Exception | None = None
         try:
-            if wanted and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
+            if is_current and self._rounds.owed(batches[0].round_id) >= self._settings.max_pending:
                 self._pause("callbacks", CALLBACK_PAUSE)
                 return None
             started = time.perf_counter()

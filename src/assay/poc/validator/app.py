@@ -193,9 +193,9 @@ class Poller:
         ) as client:
             while True:
                 polled = [
-                    each
-                    for each in self._controller.registry.senders.values()
-                    if each.entry.url is not None
+                    candidate
+                    for candidate in self._controller.registry.senders.values()
+                    if candidate.entry.url is not None
                 ]
                 await asyncio.gather(*(self._poll(client, sender) for sender in polled))
                 await asyncio.sleep(self._controller.settings.poll_interval)
@@ -227,22 +227,22 @@ class Poller:
             return "empty"  # another key's round: nothing of this node
         block = state["block_hash"]
         node_id = state["node_id"]
-        known = node_id if type(node_id) is int and 0 <= node_id <= MAX_NONCE else -1
+        machine = node_id if type(node_id) is int and 0 <= node_id <= MAX_NONCE else -1
         after = await asyncio.to_thread(
-            self._controller.inbox.pulled, sender.public_key, str(block), known
+            self._controller.inbox.pulled, sender.public_key, str(block), machine
         )
         values = await self._ask(client, sender, {"after": after, "limit": LIMIT})
-        found = _state(values)
-        if found is None or (found["block_hash"], found["node_id"]) != (block, node_id):
+        round_now = _state(values)
+        if round_now is None or (round_now["block_hash"], round_now["node_id"]) != (block, node_id):
             return "empty"  # another round began between the two questions
         reader = self._controller.reader
         seq_len = reader.registry.network.round.seq_len
         for name, wanted in (("node_count", sender.node_count), ("seq_len", seq_len)):
-            if found.get(name) != wanted:
-                raise refused(name, found.get(name), wanted)
+            if round_now.get(name) != wanted:
+                raise refused(name, round_now.get(name), wanted)
         if not values.get("valid_nonces"):
             return "empty"
-        body = {name: found[name] for name in _SHARE} | {"nonces": values["valid_nonces"]}
+        body = {name: round_now[name] for name in _SHARE} | {"nonces": values["valid_nonces"]}
         body |= {"dist": values.get("valid_distances"), "r_target": values.get("r_target")}
         claim = reader.claim(body, sender)
         text = dumps(body).encode()
@@ -356,8 +356,8 @@ def _validator_router(
         """Return nodes, those with the strongest evidence of anything wrong first; ``after`` skips
         so many.
         """
-        found = controller.nodes()
-        return JSONResponse({"total": len(found), "nodes": found[after : after + limit]})
+        listed = controller.nodes()
+        return JSONResponse({"total": len(listed), "nodes": listed[after : after + limit]})
 
     @router.get("/verdicts", response_model=None, openapi_extra=READ)
     def verdicts(after: After = 0, limit: Limit = 100) -> Response:
@@ -370,22 +370,28 @@ def _validator_router(
         oldest first.
         """
         present = (standing.account for standing in controller.worker.standings.values())
-        known = chain(
+        known_accounts = chain(
             present, controller.ledger.accounts()
         )  # also those of builds that the pins no longer name
-        found = next((each for each in known if account_id(each) == account), None)
-        if found is None:
+        matching = next(
+            (candidate for candidate in known_accounts if account_id(candidate) == account), None
+        )
+        if matching is None:
             raise Refusal(
                 404,
                 "no such account",
                 wanted="an account of /nodes",
                 do="ask /api/v1/validator/nodes",
             )
-        entries = islice(controller.ledger.entries(found), after, after + limit)
+        entries = islice(controller.ledger.entries(matching), after, after + limit)
         count, head = controller.ledger.head
         shown = [entry.model_dump() | {"hash": entry.hash} for entry in entries]
         return JSONResponse(
-            {"account": vars(found), "ledger": {"entries": count, "head": head}, "entries": shown}
+            {
+                "account": vars(matching),
+                "ledger": {"entries": count, "head": head},
+                "entries": shown,
+            }
         )
 
     @router.get("/commitments", response_model=None)

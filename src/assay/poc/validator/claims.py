@@ -94,16 +94,16 @@ class Claim:
         return head + np.asarray(self.values, "<f8").tobytes()
 
     @classmethod
-    def decode(cls, kept: bytes, count: int, pipeline: Pipeline) -> "Claim":
+    def decode(cls, encoded: bytes, count: int, pipeline: Pipeline) -> "Claim":
         """Return the claim of ``count`` nonces that :meth:`encode` made."""
-        head, _, rest = kept.partition(b"\n")
+        head, _, values = encoded.partition(b"\n")
         round = Round(**loads(head, "claim"))
-        nonces = np.frombuffer(rest, "<i8", count).tolist()
-        rest = rest[8 * count :]
+        nonces = np.frombuffer(values, "<i8", count).tolist()
+        values = values[8 * count :]
         if pipeline.output == "distance":
-            return cls(round, nonces, np.frombuffer(rest, "<f8", count).tolist())
-        text = rest.decode()
-        size = len(rest) // count
+            return cls(round, nonces, np.frombuffer(values, "<f8", count).tolist())
+        text = values.decode()
+        size = len(values) // count
         return cls(
             round, nonces, [text[size * place : size * (place + 1)] for place in range(count)]
         )
@@ -128,12 +128,12 @@ def _named(name: str, error: AssayError) -> Refusal:
 def sender_of(values: JsonObject, registry: Registry) -> Sender:
     """Return the node that a body names; refuse with 403 a key that is not pinned."""
     key = values.get("public_key")
-    found = registry.senders.get(key) if isinstance(key, str) else None
-    if found is None:
+    sender = registry.senders.get(key) if isinstance(key, str) else None
+    if sender is None:
         raise refused(
             "public_key", key, "of a node that the pins or the nodes file list", status=403
         )
-    return found
+    return sender
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,10 @@ class Reader:
         return nonces, distances
 
     def _vectors(self, values: JsonObject) -> tuple[list[int], list[str]]:
-        wanted = describe_packing(self.registry.pipeline)
+        packing = describe_packing(self.registry.pipeline)
         size = packed_size(self.registry.pipeline)
-        if values.get("encoding") != wanted:
-            raise refused("encoding", values.get("encoding"), wanted)
+        if values.get("encoding") != packing:
+            raise refused("encoding", values.get("encoding"), packing)
         artifacts = values["artifacts"]
         length = 4 * -(-size // 3)
         if not isinstance(artifacts, list):
@@ -232,7 +232,7 @@ class Reader:
             artifact["vector_b64"] for artifact in artifacts
         ]
 
-    def _check_nonces(self, nonces: Sequence[Any], own: int, count: int) -> None:
+    def _check_nonces(self, nonces: Sequence[Any], node_id: int, count: int) -> None:
         """Refuse nonces of another share, those that do not ascend, and far ones where seeds may
         collide.
 
@@ -244,8 +244,8 @@ class Reader:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
         last = -1
         for nonce in nonces:
-            if type(nonce) is not int or nonce <= last or nonce % count != own:
-                raise refused("nonces", nonce, f"ascending ones that are {own} modulo {count}")
+            if type(nonce) is not int or nonce <= last or nonce % count != node_id:
+                raise refused("nonces", nonce, f"ascending ones that are {node_id} modulo {count}")
             last = nonce
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")

@@ -119,44 +119,44 @@ class ValidatorController(Runtime):
         """Read the laws, and say what they need and which are missing: nodes of such a build stay
         undecided.
         """
-        found = Noises(self.server, registry, deployment, self.settings.batch_size)
-        for law in found.laws:
+        noises = Noises(self.server, registry, deployment, self.settings.batch_size)
+        for law in noises.laws:
             (log.info if law["missing"] is None else log.warning)("law", **law)
-        return found
+        return noises
 
     def _noise(self, build: Build, round: Round | None = None) -> Noise | None:
         assert self._noises is not None  # made before anything is recomputed
         return self._noises.of(build, round)
 
     def _read(self) -> Registry:
-        found = Registry.load(
+        registry = Registry.load(
             self.settings.pins, self.settings.nodes, self.server, model=self._reference
         )
-        if self._signed and not all(sender.signatures for sender in found.senders.values()):
+        if self._signed and not all(sender.signatures for sender in registry.senders.values()):
             raise UsageError(
                 "nodes that sign nothing",
                 wanted="a secret of every node where others reach the port",
                 do="write it into the file of --nodes",
             )
-        return found
+        return registry
 
     def _modified(self) -> list[int]:
         """Return numbers that change when the files do."""
-        found = [
+        files = [
             path
             for path in (self.settings.pins, self.settings.nodes)
             if path is not None and path.is_file()
         ]
-        return [path.stat().st_mtime_ns for path in found]
+        return [path.stat().st_mtime_ns for path in files]
 
     @override
     def tend(self) -> None:
         # Pins and nodes are read again where a file has changed; the old ones hold where the new
         # are wrong.
-        found = self._modified()
-        if found == self._read_at:
+        modified = self._modified()
+        if modified == self._read_at:
             return
-        self._read_at = found
+        self._read_at = modified
         try:
             fresh = self._read()
             if (fresh.model.digest, fresh.alpha) != (
@@ -188,8 +188,8 @@ class ValidatorController(Runtime):
 
     def is_open(self, block_hash: str, block_height: int) -> bool:
         """Return whether messages of a block are accepted."""
-        found = self.open_blocks
-        return block_hash in found and found[block_hash] in (None, block_height)
+        heights = self.open_blocks
+        return block_hash in heights and heights[block_hash] in (None, block_height)
 
     def announce(self, block_hash: str, block_height: int) -> bool:
         """Open a block, and close the oldest one beyond the bound; return whether it is new."""
@@ -246,9 +246,9 @@ class ValidatorController(Runtime):
         standings = self.worker.standings
         decided = {row["account"]: row for row in reversed(self.inbox.verdicts(10_000))}
         keys = dict.fromkeys([*self.registry.senders, *senders])
-        found = [_node(key, senders.get(key, {}), standings.get(key), decided) for key in keys]
+        listed = [_node(key, senders.get(key, {}), standings.get(key), decided) for key in keys]
         return sorted(
-            found,
+            listed,
             key=lambda node: (_RANKS[node["verdict"]], -node["log_e_value"], node["public_key"]),
         )
 

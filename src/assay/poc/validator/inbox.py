@@ -156,10 +156,10 @@ class Inbox:
             self._roll(connection, time.time())
             for number, key in connection.exec_driver_sql("SELECT id, public_key FROM senders"):
                 self._senders[key] = number
-            kept = connection.exec_driver_sql(
+            sizes = connection.exec_driver_sql(
                 f"SELECT sender, sum({_SIZE}) FROM inbox GROUP BY sender"
             )
-            self._kept: Counter[int] = Counter(dict(map(tuple, kept)))  # bytes by sender
+            self._kept: Counter[int] = Counter(dict(map(tuple, sizes)))  # bytes by sender
         self._free = disk_room(data_dir)
 
     def close(self) -> None:
@@ -170,8 +170,8 @@ class Inbox:
         """Return whether a node's messages leave no room for one of so many bytes, of its own or of
         the disk's.
         """
-        kept = self._kept[self._senders.get(public_key, 0)]
-        return kept + size > min(self._most, fair_share(self._free + kept, 0))
+        stored_bytes = self._kept[self._senders.get(public_key, 0)]
+        return stored_bytes + size > min(self._most, fair_share(self._free + stored_bytes, 0))
 
     def add(self, messages: Sequence[Message]) -> list[bool]:
         """Keep messages in one transaction; return of each whether it is new. They are on disk when
@@ -187,19 +187,19 @@ class Inbox:
                 row = (key, now, now)
                 insert = "INSERT INTO senders VALUES (NULL, ?, ?, ?, 0, 0, 0) RETURNING id"
                 senders[key] = connection.exec_driver_sql(insert, row).scalar_one()
-            known = f"SELECT sender, id FROM inbox WHERE id IN ({','.join('?' * len(messages))})"
-            rows = connection.exec_driver_sql(known, tuple(message.id for message in messages))
-            seen = {(sender, name) for sender, name in rows}
+            query = f"SELECT sender, id FROM inbox WHERE id IN ({','.join('?' * len(messages))})"
+            rows = connection.exec_driver_sql(query, tuple(message.id for message in messages))
+            stored = {(sender, name) for sender, name in rows}
             fresh: list[bool] = []
             added: list[tuple[Any, ...]] = []
             changes: list[tuple[float, int, int, int, int]] = []
             for message in messages:
                 sender = senders[message.public_key]
-                new = (sender, message.id) not in seen
+                new = (sender, message.id) not in stored
                 fresh.append(new)
                 changes.append((now, int(new), message.nonces if new else 0, int(not new), sender))
                 if new:
-                    seen.add((sender, message.id))
+                    stored.add((sender, message.id))
                     digest = hashlib.sha256(message.body).digest()
                     seed = message_seed(epoch.secret, message.public_key, message.id, digest)
                     about = (sender, message.id, message.kind, now, epoch.number, seed, digest)
@@ -233,8 +233,8 @@ class Inbox:
     def pulled(self, public_key: str, block_hash: str, node_id: int) -> int:
         """Return the highest nonce that was pulled of a machine in a block; −1 before the first."""
         query = "SELECT after FROM pulls WHERE public_key = ? AND block_hash = ? AND node_id = ?"
-        found = self._rows(query, public_key, block_hash, node_id)
-        return int(found[0].after) if found else -1
+        rows = self._rows(query, public_key, block_hash, node_id)
+        return int(rows[0].after) if rows else -1
 
     def roll(self) -> None:
         """End the epoch if its time has passed. Call it where :meth:`add` is called."""

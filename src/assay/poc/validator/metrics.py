@@ -15,8 +15,8 @@ class ValidatorMetrics(Exported):
         super().__init__("assay_validator")
         counter = self.counter
         shown = self.shown
-        kept = "Messages on disk, by kind; repeated ones were there already."
-        self.messages = counter("messages", kept, {"kind": KINDS, "as": ("new", "repeated")})
+        help_text = "Messages on disk, by kind; repeated ones were there already."
+        self.messages = counter("messages", help_text, {"kind": KINDS, "as": ("new", "repeated")})
         self.refused = counter(
             "refused", "Messages refused, by the value that was not as pinned.", {"value": REASONS}
         )

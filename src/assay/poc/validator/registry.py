@@ -122,11 +122,15 @@ class Registry:
         self._pinned = defaultdict[str, list[NodePins]](list)
         for node in network.nodes:
             self._pinned[node.public_key].append(node)
-        given = {entry.public_key: entry for entry in entries}
-        known = {key: given.get(key) or NodeEntry(public_key=key) for key in self._pinned} | given
-        _check_names(known)
-        _check_owners(known.values(), settings.callback_secrets)
-        self.senders = {key: self._sender(entry, shared, settings) for key, entry in known.items()}
+        entry_by_key = {entry.public_key: entry for entry in entries}
+        entries_of_nodes = {
+            key: entry_by_key.get(key) or NodeEntry(public_key=key) for key in self._pinned
+        } | entry_by_key
+        _check_names(entries_of_nodes)
+        _check_owners(entries_of_nodes.values(), settings.callback_secrets)
+        self.senders = {
+            key: self._sender(entry, shared, settings) for key, entry in entries_of_nodes.items()
+        }
         """Nodes that may send, by key."""
         of = {build: str(place) for place, build in enumerate(self.model.builds)}
         builds = [(key, of[sender.build]) for key, sender in self.senders.items()]
@@ -157,10 +161,10 @@ class Registry:
         weights.
         """
         if self.network.round.seq_len > model.max_positions:
-            wanted = model.max_positions
+            most = model.max_positions
             raise UsageError(
                 f"seq_len {self.network.round.seq_len} with {model.reference}",
-                wanted=f"at most its {wanted} positions",
+                wanted=f"at most its {most} positions",
                 do="correct seq_len in the file of --pins",
             )
 
@@ -173,13 +177,15 @@ class Registry:
                 "vectors",
                 do="leave the url out, and let the node send callbacks",
             )
-        own = self._pinned.get(entry.public_key)
+        pinned = self._pinned.get(entry.public_key)
         return Sender(
             entry=entry,
             signatures=shared if entry.secrets is None else Signatures(entry.secrets),
-            build=self._build(entry.public_key, {node.build for node in own or ()} | {entry.build}),
-            node_count=(own[0].node_count if own else None) or self.network.round.node_count,
-            machines=frozenset(node.node_id for node in own) if own else None,
+            build=self._build(
+                entry.public_key, {node.build for node in pinned or ()} | {entry.build}
+            ),
+            node_count=(pinned[0].node_count if pinned else None) or self.network.round.node_count,
+            machines=frozenset(node.node_id for node in pinned) if pinned else None,
         )
 
     def _build(self, public_key: str, stated: set[str | None]) -> Build:
@@ -187,8 +193,8 @@ class Registry:
         model.
         """
         names = sorted(stated - {None}, key=str)
-        found = [build for build in self.model.builds if not names or build.name == names[0]]
-        if len(names) > 1 or len(found) != 1:
+        matching = [build for build in self.model.builds if not names or build.name == names[0]]
+        if len(names) > 1 or len(matching) != 1:
             raise UsageError(
                 (
                     f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
@@ -201,18 +207,20 @@ class Registry:
                 do="name the node's build in the pins, and give machines of another build a key of "
                 "their own",
             )
-        return found[0]
+        return matching[0]
 
 
 def _check_names(keys: Iterable[str]) -> None:
     """Refuse keys that look alike: those of one normal form (NFKC) of Unicode once what is not
     drawn is left out.
     """
-    found: dict[str, str] = {}
+    key_by_form: dict[str, str] = {}
     for key in keys:
-        if (other := found.setdefault(normalize("NFKC", _UNSEEN.sub("", key)), key)) != key:
+        if (
+            first_key := key_by_form.setdefault(normalize("NFKC", _UNSEEN.sub("", key)), key)
+        ) != key:
             raise UsageError(
-                f"the keys {other!a:.80} and {key!a:.80}",
+                f"the keys {first_key!a:.80} and {key!a:.80}",
                 wanted="keys that can be told apart",
                 do="write both in the normal form NFKC, or remove one of the two",
             )
@@ -227,11 +235,11 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
     owners: dict[bytes, NodeEntry] = {}
     for entry in entries:
         for secret in check_secrets(shared if entry.secrets is None else entry.secrets):
-            other = owners.setdefault(secret, entry)
-            if other is not entry and (entry.relay is None or entry.relay != other.relay):
+            owner = owners.setdefault(secret, entry)
+            if owner is not entry and (entry.relay is None or entry.relay != owner.relay):
                 raise UsageError(
                     (
-                        f"one secret of the nodes {other.public_key!r:.60} and {entry.public_key!r:.60}"
+                        f"one secret of the nodes {owner.public_key!r:.60} and {entry.public_key!r:.60}"
                     ),
                     wanted="a secret of its own for every node: who has it can sign for each of them",
                     do="write secrets for each in the file of --nodes, or the relay that signs for "
@@ -244,8 +252,8 @@ def _latest(read: Callable[[Path], T], path: Path) -> T:
     change costs.
     """
     now = path.stat() if path.is_file() else None
-    found: T = _kept(read, path, now and (now.st_ino, now.st_mtime_ns, now.st_size))
-    return found
+    content: T = _kept(read, path, now and (now.st_ino, now.st_mtime_ns, now.st_size))
+    return content
 
 
 @lru_cache(maxsize=4)
@@ -255,7 +263,7 @@ def _kept(read: Callable[[Path], Any], path: Path, now: tuple[int, ...] | None) 
 
 def _entries(path: Path) -> tuple[NodeEntry, ...]:
     try:
-        found = _NodesFile.model_validate(read_node_tables(path)).nodes
+        entries = _NodesFile.model_validate(read_node_tables(path)).nodes
     except ValidationError as error:
         fault: Any = error.errors(include_url=False, include_input=False)[
             0
@@ -265,14 +273,14 @@ def _entries(path: Path) -> tuple[NodeEntry, ...]:
             wanted="tables [[nodes]]",
             do="see docs/validator.md",
         ) from None
-    for key, count in Counter(entry.public_key for entry in found).items():
+    for key, count in Counter(entry.public_key for entry in entries).items():
         if count > 1:
             raise DataError(
                 f"{path}: the key {key!r:.80} twice",
                 wanted="every key once",
                 do="remove one of the two",
             )
-    return found
+    return entries
 
 
 _UNSEEN = re.compile(
@@ -298,11 +306,11 @@ class Noises:
     ) -> None:
         self._registry = registry
         self._deployment = deployment
-        given = settings.calibration
+        chosen = settings.calibration
         # of the engine that recomputes, so that none is made for its description alone
         self._batch_size = batch_size
-        pinned = registry.network.calibrations(registry.model) if given is None else ()
-        self._measured = [Calibration.load(path) for path in pinned] if given is None else [given]
+        pinned = registry.network.calibrations(registry.model) if chosen is None else ()
+        self._measured = [Calibration.load(path) for path in pinned] if chosen is None else [chosen]
         self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
         self.laws = [self._law(build, settings) for build in registry.model.builds]
         """For every build the nonces that its law needs, and their power; or which command measures
@@ -354,7 +362,7 @@ class Noises:
         if not self._measured:
             return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
         of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
-        of |= {"controls": [one.dtype for one in self._deployment.controls]}
+        of |= {"controls": [control.dtype for control in self._deployment.controls]}
         seq_len = (registry.network.round if round is None else round).seq_len
         of["validator"] = self._deployment.engine(seq_len, self._batch_size).fingerprint
         return find_build_noise(self._measured, build, **of, formats=formats, round=round)

@@ -168,7 +168,7 @@ def other_cache(config: Any) -> list[str]:
     The state of a Mamba layer may be float32, the format that vLLM itself chooses for some models.
     """
     cache = config.cache_config
-    own = dtype_name(config.model_config.dtype)
+    model_dtype = dtype_name(config.model_config.dtype)
     departs = [
         f"{name} {dtype}"
         for name, field, further in (
@@ -176,7 +176,7 @@ def other_cache(config: Any) -> list[str]:
             ("mamba", "mamba_cache_dtype", ()),
             ("mamba state", "mamba_ssm_cache_dtype", ("float32",)),
         )
-        if (dtype := str(getattr(cache, field, "auto"))) not in {"auto", own, *further}
+        if (dtype := str(getattr(cache, field, "auto"))) not in {"auto", model_dtype, *further}
     ]
     set_too = {"kv scales": "calculate_kv_scales", "skipped layers": "kv_cache_dtype_skip_layers"}
     return departs + [name for name, field in set_too.items() if getattr(cache, field, None)]
@@ -250,8 +250,8 @@ def check_numbers(config: Any) -> None:
             )
         else:
             seen = "dynamic NTK, which it scales at every length"
-            another = "prove with --engine hf"
-            rows.append((True, seen, "rotary embeddings as transformers has them", another))
+            prove_elsewhere = "prove with --engine hf"
+            rows.append((True, seen, "rotary embeddings as transformers has them", prove_elsewhere))
     refuse_first(rows, "vLLM with ")
 
 
@@ -309,7 +309,7 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     stages = parallel.pipeline_parallel_size > 1
     sharing = getattr(cache, "kv_sharing_fast_prefill", None)
     dealt = getattr(parallel, "enable_expert_parallel", None)
-    other = ", ".join(other_cache(config))
+    other_formats = ", ".join(other_cache(config))
     loaded = str(config.load_config.load_format)
     caches = (
         "--kv-cache-dtype, --kv-cache-dtype-skip-layers, --calculate-kv-scales and "
@@ -320,7 +320,7 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     omit = "leave it out"
     serve = "serve it as it is"
     adapted = getattr(config, "lora_config", None) is not None
-    whole = dtype_name(model.dtype) == "float32"
+    is_float32 = dtype_name(model.dtype) == "float32"
     yield (
         model.runner_type != "generate",
         f"--runner {model.runner_type}",
@@ -358,7 +358,12 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
         "use tensor or pipeline parallelism",
     )
     yield sharing, "--kv-sharing-fast-prefill", "every layer at every position", omit
-    yield other, f"a cache of another number format ({other})", own_or_fp8, f"leave {caches} out"
+    yield (
+        other_formats,
+        f"a cache of another number format ({other_formats})",
+        own_or_fp8,
+        f"leave {caches} out",
+    )
     if device == "cpu":
         yield (
             stages,
@@ -379,7 +384,7 @@ def _settings(config: Any, device: str) -> Iterator[Refusal]:
     # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it in the first step, without a word.
     float32 = "--enable-lora in float32 on a GPU, whose kernels for adapters do not multiply it"
     yield (
-        adapted and whole,
+        adapted and is_float32,
         float32,
         "a format of 16 bits",
         "set --dtype bfloat16, or leave --enable-lora out",
@@ -394,17 +399,23 @@ def _untested(config: Any, device: str) -> Iterator[Refusal]:
 
     model = config.model_config
     form = _stored_form(config)
-    another = "prove with --engine hf"
+    prove_elsewhere = "prove with --engine hf"
     has_state = model.is_hybrid or model.is_attention_free
     dtype = dtype_name(model.dtype)
     used: list[tuple[str, str, str, Tested, str]] = []
     if form is not None:
-        do = f"serve the checkpoint before quantisation, or {another}"
+        do = f"serve the checkpoint before quantisation, or {prove_elsewhere}"
         used.append((form.name, f"a checkpoint in {form.name}", "a format", STORED, do))
     if has_state:
         name = str(model.architecture)
         used.append(
-            (name, name, "a model with state", WITH_STATE, f"serve another model, or {another}")
+            (
+                name,
+                name,
+                "a model with state",
+                WITH_STATE,
+                f"serve another model, or {prove_elsewhere}",
+            )
         )
     if rounded_cache(config):
         used.append(
@@ -417,24 +428,24 @@ def _untested(config: Any, device: str) -> Iterator[Refusal]:
             )
         )
     cpu = processor(parse_device("cpu")) if device == "cpu" else ""
-    for name, what, kind, tested, do in used:
-        there = tested.get(device, {})
-        dtypes = there.get(name) or (dtype,)
+    for name, description, kind, tested, do in used:
+        tested_here = tested.get(device, {})
+        dtypes = tested_here.get(name) or (dtype,)
         slow = cpu in WITHOUT_AVX512 and tested is not WITH_STATE
         stateful = has_state and tested is EIGHT_BIT_CACHES
-        wanted = f"{kind} that was run there: {', '.join(there) or 'none yet'}"
+        wanted = f"{kind} that was run there: {', '.join(tested_here) or 'none yet'}"
         run_so = f"pass --dtype {dtypes[0]}"
-        yield name not in there, f"{what} on {device}", wanted, do
+        yield name not in tested_here, f"{description} on {device}", wanted, do
         yield (
             dtype not in dtypes,
-            f"{what} and --dtype {dtype} on {device}",
+            f"{description} and --dtype {dtype} on {device}",
             " or ".join(dtypes),
             run_so,
         )
-        yield slow, f"{what} on {cpu}", "a CPU with AVX-512, or a GPU", do
+        yield slow, f"{description} on {cpu}", "a CPU with AVX-512, or a GPU", do
         yield (
             stateful,
-            f"{what} and layers that keep a state",
+            f"{description} and layers that keep a state",
             "such a cache of attention alone",
             do,
         )
@@ -451,14 +462,14 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
     """
     model = config.model_config
     parallel = config.parallel_config
-    another = "prove with --engine hf"
+    prove_elsewhere = "prove with --engine hf"
     form = _stored_form(config)
     if form is not None and model.is_moe:
         wanted = (
             "a mixture that is not quantised, or a GPU: vLLM multiplies such experts on a CPU "
             "with AMX only"
         )
-        do = f"serve the checkpoint before quantisation, or {another}"
+        do = f"serve the checkpoint before quantisation, or {prove_elsewhere}"
         yield device not in SHARED_EXPERTS, f"experts in {form.name} on {device}", wanted, do
         if group := form.group:
             text: Any = model.hf_text_config
@@ -473,7 +484,9 @@ def _kernels(config: Any, device: str) -> Iterator[Refusal]:
                 f"scale for {group}",
                 f"more than {group} columns: with fewer, vLLM mixes up the scales of their first "
                 f"products",
-                another if shares == 1 else "pass --enable-expert-parallel, or use fewer workers",
+                prove_elsewhere
+                if shares == 1
+                else "pass --enable-expert-parallel, or use fewer workers",
             )
     name = getattr(model, "architecture", "")
     further = getattr(config, "additional_config", None)
@@ -524,8 +537,8 @@ def check_responses(config: Any, mode: ResponseMode) -> None:
     reported = str(getattr(model, "logprobs_mode", "raw_logprobs"))
     drafted = "with speculative decoding on the V1 runner, which takes no logits processor then"
     noisy = reported.startswith("processed")
-    held = "those of the model, without the noise"
-    other = f"with {', '.join(described)}, which describes another sampler"
+    plain_logits = "those of the model, without the noise"
+    describes_other = f"with {', '.join(described)}, which describes another sampler"
     rows = (
         (
             drafts and not v2,
@@ -533,7 +546,12 @@ def check_responses(config: Any, mode: ResponseMode) -> None:
             "the V2 runner, or no drafts",
             "leave it or ASSAY_RESPONSES out",
         ),
-        (seeded and noisy, f"with --logprobs-mode {reported}", held, "leave it out"),
-        (seeded and described, other, "one sampler", "leave it out, or ASSAY_RESPONSES=sketched"),
+        (seeded and noisy, f"with --logprobs-mode {reported}", plain_logits, "leave it out"),
+        (
+            seeded and described,
+            describes_other,
+            "one sampler",
+            "leave it out, or ASSAY_RESPONSES=sketched",
+        ),
     )
     refuse_first(rows, f"ASSAY_RESPONSES={mode} ")

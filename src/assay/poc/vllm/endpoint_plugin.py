@@ -99,12 +99,12 @@ class Responses:
         """
         await call_workers(llm, "assay_sketch")
         config = llm.vllm_config
-        known = await asyncio.to_thread(identify, model, dtype=client.description["dtype"])
+        checkpoint = await asyncio.to_thread(identify, model, dtype=client.description["dtype"])
         header = ReceiptHeader(
             public_key=self.settings.responses_public_key,
             reference=reference,
-            digest=known.digest,
-            weights=known.weights,
+            digest=checkpoint.digest,
+            weights=checkpoint.weights,
             fingerprint=client.fingerprint(
                 config.scheduler_config.max_num_seqs, config.model_config.max_model_len
             ),

@@ -129,22 +129,22 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
     """Refuse a server without plugins, keys, a round of its own or a digest of its model; a
     UsageError says which.
     """
-    given = partial(getattr, arguments)
+    value_of = partial(getattr, arguments)
     responses = settings.responses
-    engines = given("data_parallel_size", None) or 1
-    servers = given("api_server_count", None) or 1
+    engines = value_of("data_parallel_size", None) or 1
+    servers = value_of("api_server_count", None) or 1
     several = "start one server per engine, or leave ASSAY_RESPONSES out"
     recorded = f"ASSAY_RESPONSES={responses} with {engines} data-parallel engines"
-    balanced = given("data_parallel_multi_port_external_lb", False)
+    balanced = value_of("data_parallel_multi_port_external_lb", False)
     alone = "one server, which deals out the nonces"
-    each = (
+    per_engine = (
         "leave it out, or start one server per engine, each with its own node_id and data directory"
     )
-    revision = given("revision", None)
-    host = given("host", None)
+    revision = value_of("revision", None)
+    host = value_of("host", None)
     guarded = (
-        given("headless", False)
-        or given("uds", None)
+        value_of("headless", False)
+        or value_of("uds", None)
         or (host and is_loopback(host))
         or settings.has_keys
     )
@@ -161,7 +161,7 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             python,
             "unset VLLM_USE_RUST_FRONTEND",
         ),
-        (given("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
+        (value_of("grpc", False), "--grpc, a server without plugins", python, "leave --grpc out"),
         (responses != "off" and engines > 1, recorded, "one that has all answers", several),
         (
             servers > 1,
@@ -169,7 +169,7 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
             "one, which has the round and all chat",
             "pass --api-server-count 1",
         ),
-        (balanced, "--data-parallel-multi-port-external-lb", alone, each),
+        (balanced, "--data-parallel-multi-port-external-lb", alone, per_engine),
         (
             revision,
             f"--revision {revision}",
@@ -179,7 +179,7 @@ def check_arguments(arguments: Any, settings: PluginSettings) -> None:
         (not guarded, without, a_key, set_key),
     )
     refuse_first(rows)
-    if given("worker_extension_cls", None) == OLD_EXTENSION:
+    if value_of("worker_extension_cls", None) == OLD_EXTENSION:
         log.warning(
             "--worker-extension-cls %s ends with assay 0.4: name %s", OLD_EXTENSION, EXTENSION
         )
@@ -235,20 +235,21 @@ def check_pins(pins: NetworkPins, model: str, config: Any, version: str) -> None
         )
     dtype = dtype_name(config.model_config.dtype)
     served = identify(model, dtype=dtype)
-    known = {
+    build_fields = {
         "engine": "vllm",
         "dtype": with_cache(served.quantised or dtype, rounded_cache(config)),
     }
-    known |= {"torch": torch.__version__, "library": f"vllm {version}"}
+    build_fields |= {"torch": torch.__version__, "library": f"vllm {version}"}
     builds = pins.model(served.digest).builds
     differing = (
-        [name for name, value in known.items() if not build.allows(name, value)] for build in builds
+        [name for name, value in build_fields.items() if not build.allows(name, value)]
+        for build in builds
     )
     names, nearest = min(zip(differing, builds, strict=True), key=lambda pair: len(pair[0]))
     if names:
         raise UsageError(
             "a build that the pins do not allow: "
-            + ", ".join(f"{name} {known[name]}" for name in names),
+            + ", ".join(f"{name} {build_fields[name]}" for name in names),
             wanted=", ".join(
                 f"{name} {' or '.join(map(str, getattr(nearest, name)))}" for name in names
             ),

@@ -112,10 +112,10 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         if batch is None or batch.height != len(logits):
             batch = self._batch = self._made(*logits.shape)
         l_NV = logits if batch.places is None else logits.index_select(0, batch.places)
-        seen = {}
+        history = {}
         if batch.prompts is not None:
             outputs = [row.output for row in batch.rows]
-            seen = {
+            history = {
                 "prompt_NV": batch.prompts,
                 "counts_NV": count_tokens(outputs, logits.shape[1], self._device),
             }
@@ -123,7 +123,9 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
             self._device, non_blocking=True
         )
         seeds_N = self._streams.row_seeds(batch.words, steps_N)
-        s_NV = batch.sampler.add_noise(batch.sampler.penalise(l_NV, **seen), seeds_N, in_place=True)
+        s_NV = batch.sampler.add_noise(
+            batch.sampler.penalise(l_NV, **history), seeds_N, in_place=True
+        )
         return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
 
     def _made(self, height: int, vocab_size: int) -> BatchV1:
@@ -216,15 +218,15 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         else:
             seeds_R = self._by_length(batch, ctx.seq_lens_upper_bound_np[: len(slots_N)])
         sampler = batch.sampler
-        seen = self._seen(ctx, logits.shape[1]) if sampler.penalises else {}
+        history = self._seen(ctx, logits.shape[1]) if sampler.penalises else {}
         at_once = max(1, MOST_VALUES // logits.shape[1])
         if len(logits) <= at_once:
-            return sampler.add_noise(sampler.penalise(logits, **seen), seeds_R, in_place=True)
+            return sampler.add_noise(sampler.penalise(logits, **history), seeds_R, in_place=True)
         for start in range(0, len(logits), at_once):
             rows = slice(start, start + at_once)
             part = sampler.rows(torch.arange(len(logits), device=self._device)[rows])
             l_RV = part.penalise(
-                logits[rows], **{name: values[rows] for name, values in seen.items()}
+                logits[rows], **{name: values[rows] for name, values in history.items()}
             )
             logits[rows] = part.add_noise(l_RV, seeds_R[rows])
         return logits
@@ -281,17 +283,17 @@ class ProcessorV2(LogitsProcessorV2):  # type: ignore[misc]
         states = self._states
         slots_R = ctx.expanded_idx_mapping.long()
         longest = int(ctx.seq_lens_upper_bound_np[: len(ctx.idx_mapping_np)].max())
-        given = states.all_token_ids.gpu[slots_R, :longest].long()
-        ids = given.clamp(0, vocab_size - 1)
-        known = given == ids  # a prompt may have ids that no logit stands for
+        all_ids = states.all_token_ids.gpu[slots_R, :longest].long()
+        ids = all_ids.clamp(0, vocab_size - 1)
+        is_token = all_ids == ids  # a prompt may have ids that no logit stands for
         places = torch.arange(ids.shape[1], device=self._device)
         in_prompt = places < states.prompt_len.gpu[slots_R].unsqueeze(1)
         committed = places < states.total_len.gpu[slots_R].unsqueeze(1)
         shape = (len(slots_R), vocab_size)
         prompt_RV = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        prompt_RV.scatter_add_(1, ids, (in_prompt & known).int())
+        prompt_RV.scatter_add_(1, ids, (in_prompt & is_token).int())
         counts_RV = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        counts_RV.scatter_add_(1, ids, (committed & ~in_prompt & known).int())
+        counts_RV.scatter_add_(1, ids, (committed & ~in_prompt & is_token).int())
         drafts = len(slots_R) - len(ctx.idx_mapping_np)
         # The rows of a request lie one after the other, its drafts in the rows behind the first.
         for back in range(drafts):

@@ -217,14 +217,14 @@ class Collector:
             self._due = {}
             forgotten = self._forgotten
             self._forgotten = []
-            wanted = {name: [choice.taken, choice.due] for name, choice in self._called.items()}
+            ranges = {name: [choice.taken, choice.due] for name, choice in self._called.items()}
             try:
-                replies = await call_workers(self._llm, "assay_sketches", wanted, forgotten)
+                replies = await call_workers(self._llm, "assay_sketches", ranges, forgotten)
                 for name, data in (item for reply in replies for item in reply.items()):
                     self._called[name].found += data
                 for name, choice in self._called.items():
                     if (
-                        wanted[name][1] == choice.due
+                        ranges[name][1] == choice.due
                     ):  # one that ended since waits for the next call
                         choice.wake()
             except Exception as error:
@@ -391,13 +391,13 @@ class Recorder:
         if not _is_plain(request) or (adapter is None) != (lora is None):
             self.counts["unrecorded"] += 1
             return _with(params, None)
-        given = (parent.sampling_params if parent is not None else params).seed
+        seed_of_request = (parent.sampling_params if parent is not None else params).seed
         user_seed = (
             accepted.user_seed
             if accepted.user_seed is not None
             else ""
-            if given is None
-            else str(given)
+            if seed_of_request is None
+            else str(seed_of_request)
         )
         seed = ResponseSeed(
             user_seed=user_seed,
@@ -455,11 +455,11 @@ def _with(params: Any, carried: SeedArgument | None) -> Any:
     """Return a copy of parameters that carries something else, and has nothing left to sample if it
     is seeded.
     """
-    other = copy.copy(params)
-    other.__dict__.pop("sampling_type", None)  # vLLM caches it
+    changed = copy.copy(params)
+    changed.__dict__.pop("sampling_type", None)  # vLLM caches it
     kept = {key: value for key, value in (params.extra_args or {}).items() if key != ARGUMENT}
-    other.extra_args = kept | ({} if carried is None else {ARGUMENT: carried.as_argument()})
+    changed.extra_args = kept | ({} if carried is None else {ARGUMENT: carried.as_argument()})
     if carried is not None and carried.tokens is not None:
         for name, value in NEUTRAL.items():
-            setattr(other, name, value)
-    return other
+            setattr(changed, name, value)
+    return changed

@@ -99,24 +99,26 @@ class ResponseExtension(WorkerExtension):
             self.assay_capture = Capture(self.model_runner, self.vllm_config, raw=raw)
 
     def assay_sketches(
-        self, wanted: dict[str, list[int]], forgotten: list[str]
+        self, ranges: dict[str, list[int]], forgotten: list[str]
     ) -> dict[str, bytes]:
         """Hand out sketches by their numbers, from one on and before another, and drop requests
         that have ended.
 
         One worker of those that share layers returns, by request, the bytes of float16 [S, 12].
         """
-        found = self.assay_capture.read({name: range(*numbers) for name, numbers in wanted.items()})
+        sketches = self.assay_capture.read(
+            {name: range(*numbers) for name, numbers in ranges.items()}
+        )
         self.assay_capture.drop(forgotten)
-        return found if is_first_of_group() else {}
+        return sketches if is_first_of_group() else {}
 
     def assay_states(self) -> dict[str, bytes]:
         """Hand out the states of all requests, which have ended: the bytes of float32 [S, D] from
         token 0 on.
         """
-        found = self.assay_capture.read(self.assay_capture.there)
-        self.assay_capture.drop(list(found))
-        return found if is_first_of_group() else {}
+        states = self.assay_capture.read(self.assay_capture.there)
+        self.assay_capture.drop(list(states))
+        return states if is_first_of_group() else {}
 
 
 class KeptResponse(NamedTuple):
@@ -169,19 +171,19 @@ class Capture:
         their sketches.
         """
         self._flush()
-        return {name: range(len(kept.sketches)) for name, kept in self._kept.items()}
+        return {name: range(len(response.sketches)) for name, response in self._kept.items()}
 
-    def read(self, wanted: dict[str, range]) -> dict[str, bytes]:
+    def read(self, ranges: dict[str, range]) -> dict[str, bytes]:
         """Return sketches of requests by their numbers, without those behind the first that is
         missing.
         """
         self._flush()
-        found = {}
-        for name, numbers in wanted.items():
+        bytes_by_name = {}
+        for name, numbers in ranges.items():
             made = self._kept[name].sketches if name in self._kept else {}
             places = takewhile(made.__contains__, (SKETCH_EVERY * number for number in numbers))
-            found[name] = b"".join(made[place] for place in places)
-        return found
+            bytes_by_name[name] = b"".join(made[place] for place in places)
+        return bytes_by_name
 
     def drop(self, names: list[str]) -> None:
         """Forget requests that have ended, or whose clients have left."""
@@ -217,9 +219,11 @@ class Capture:
         states_ND, step = captured
         # The token that the first position of each request gives; a request that is not recorded
         # gives none.
-        known = map(self._kept.get, step.names)
+        responses = map(self._kept.get, step.names)
         first_N = (
-            step.computed + 1 - np.array([NEVER if kept is None else kept.prompt for kept in known])
+            step.computed
+            + 1
+            - np.array([NEVER if response is None else response.prompt for response in responses])
         )
         after_N = first_N + self._slack + step.lengths
         due_N = _next_sketched(first_N - self._slack) < after_N
@@ -232,17 +236,17 @@ class Capture:
             first = int(first_N[row])
             start = int(step.starts[row])
             length = int(step.lengths[row])
-            kept = self._kept[step.names[row]]
+            response = self._kept[step.names[row]]
             low = int(_next_sketched(first - self._slack))
             for token in range(low, first + self._slack + length, SKETCH_EVERY):
                 if self._slack:
                     state, state_1D = self._choose(
-                        states_ND[start : start + length], start, kept, token
+                        states_ND[start : start + length], start, response, token
                     )
                     step_rows.append(state_1D)
                 else:
                     places.append(start + token - first)
-                    state = State(kept, token)
+                    state = State(response, token)
                 step_states.append(state)
         if places:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
@@ -257,7 +261,7 @@ class Capture:
             self._flush()
 
     def _choose(
-        self, states_LD: Tensor, start: int, kept: KeptResponse, token: int
+        self, states_LD: Tensor, start: int, response: KeptResponse, token: int
     ) -> tuple[State, Tensor]:
         """Copy the state [1, D] at a position that only the device can find: with drafts the host's
         count is a bound.
@@ -268,22 +272,22 @@ class Capture:
         positions_L = self._runner.execute_model_state.input_batch.positions[
             start : start + len(states_LD)
         ]
-        hits_L = positions_L == kept.prompt - 1 + token
-        return State(kept, token, hits_L.any()), states_LD.index_select(
+        hits_L = positions_L == response.prompt - 1 + token
+        return State(response, token, hits_L.any()), states_LD.index_select(
             0, hits_L.to(torch.uint8).argmax().reshape(1)
         )
 
     @torch.inference_mode()
     def _flush(self) -> None:
         """Make sketches of the states of all steps that the device has done."""
-        done = []
+        ready = []
         while self._waiting and ((event := self._waiting[0][2]) is None or event.query()):
-            done.append(self._waiting.popleft())
-        states = [state for of_step, _, _ in done for state in of_step]
+            ready.append(self._waiting.popleft())
+        states = [state for of_step, _, _ in ready for state in of_step]
         if not states:
             return
         with torch.cuda.stream(self._aside):  # of None: nothing changes
-            states_SD = torch.cat([rows for _, of_step, _ in done for rows in of_step])
+            states_SD = torch.cat([rows for _, of_step, _ in ready for rows in of_step])
             if self._raw:
                 made_S = states_SD.float().cpu().numpy()
             else:
@@ -299,9 +303,9 @@ class Capture:
                     .cpu()
                     .numpy()
                 )
-            for state, made in zip(states, made_S, strict=True):
+            for state, sketch in zip(states, made_S, strict=True):
                 if state.there is None or bool(state.there):
-                    state.kept.sketches[state.token] = made.tobytes()
+                    state.kept.sketches[state.token] = sketch.tobytes()
 
 
 def _next_sketched(tokens: Any) -> Any:

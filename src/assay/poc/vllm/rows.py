@@ -50,8 +50,8 @@ def split_id(text: str) -> tuple[str, int] | None:
     """Return key and nonce of a request id as a worker sees it, with the suffix that vLLM appends;
     None for others.
     """
-    key, _, rest = text.rpartition(".")
-    digits = rest.partition("-")[0]
+    key, _, number = text.rpartition(".")
+    digits = number.partition("-")[0]
     if not key.startswith("assay-") or not (
         digits.isascii() and digits.isdigit() and len(digits) <= 16
     ):
@@ -148,8 +148,8 @@ class RowStream:
         for nonce in nonces:
             self.filled.pop(nonce, None)
             self._forget(nonce)
-        found = [nonce for nonce in nonces if nonce in self.rows]
-        return found, [self.rows.pop(nonce) for nonce in found]
+        present = [nonce for nonce in nonces if nonce in self.rows]
+        return present, [self.rows.pop(nonce) for nonce in present]
 
     def _forget(self, nonce: int) -> None:
         self.parts.pop(nonce, None)
@@ -358,7 +358,7 @@ def products(model: Any) -> list[str]:
 
     Such a layer has a ``quant_method``, with a kernel or with a scheme that has one.
     """
-    found = set()
+    names = set()
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
         owners = (getattr(layer, "scheme", None), method)
@@ -369,10 +369,10 @@ def products(model: Any) -> list[str]:
             method, "unquantized_backend", None
         )
         for kernel in filter(None, kernels):
-            way = getattr(getattr(kernel, "linear_method", None), "__name__", "").removeprefix(
+            variant = getattr(getattr(kernel, "linear_method", None), "__name__", "").removeprefix(
                 "_apply_weights_"
             )
-            found.add(" ".join(filter(None, (type(kernel).__name__, way))))
+            names.add(" ".join(filter(None, (type(kernel).__name__, variant))))
         if experts is not None:
-            found.add(f"experts {getattr(experts, '__name__', experts)}")
-    return sorted(found)
+            names.add(f"experts {getattr(experts, '__name__', experts)}")
+    return sorted(names)
