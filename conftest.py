@@ -90,7 +90,9 @@ def needs(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print which packages would let the skipped tests run, and how many tests those are."""
-    found = [dict(report.user_properties) for report in terminalreporter.getreports("skipped")]
+    # The report of a module that is skipped while it is collected has no properties.
+    skipped = terminalreporter.getreports("skipped")
+    found = [dict(getattr(report, "user_properties", ())) for report in skipped]
     lists = [properties["needs"].split() for properties in found if "needs" in properties]
     if lists:
         install = " ".join(programs.packages(name for names in lists for name in names))

@@ -35,7 +35,7 @@ import torch
 from _common import note, parser, publish, wall_seconds
 
 from assay.streams import get_backend, seed32, seeds
-from assay.streams.backends import as_tensor, digest, dtype_name
+from assay.streams.arrays import as_tensor, digest, dtype_name
 
 MASK = 0xFFFFFFFF
 BATCH = 32

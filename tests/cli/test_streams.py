@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from assay import streams
-from assay.streams.backends import digest
+from assay.streams.arrays import digest
 
 NUMPY = streams.get_backend("numpy")
 TEXT = "block_alpha_node_A_nonce0"

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from assay.streams import seeds
-from assay.streams import triton_backend as kernels
-from assay.streams.backends import as_tensor, digest
+from assay.streams import triton_kernels as kernels
+from assay.streams.arrays import as_tensor, digest
 
 from .inverse import dense_hashes, gumbel_hashes
 
@@ -35,14 +35,14 @@ def gumbel_kernel(hashes_N, out_N, n, BLOCK: tl.constexpr):
     """The Gumbel number of every hash."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(hashes_N + place, mask=place < n).to(tl.uint32, bitcast=True)
-    tl.store(out_N + place, kernels._gumbel(h), mask=place < n)
+    tl.store(out_N + place, kernels.gumbel(h), mask=place < n)
 
 
 @triton.jit
 def root_kernel(first_bits, out, BLOCK: tl.constexpr):
     """The root, as the streams take it, of every float32 from one on."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, kernels._root((first_bits + place).to(tl.float32, bitcast=True)))
+    tl.store(out + place, kernels.root((first_bits + place).to(tl.float32, bitcast=True)))
 
 
 def scores():
@@ -54,28 +54,26 @@ def results():
     """SHA-256 of the numbers of hashes, of scores with noise in every row and in some, and of seeds
     of steps.
     """
-    made = torch.empty(len(HASHES))
-    gumbel_kernel[(-(-len(HASHES) // 65_536),)](
-        as_tensor(HASHES.view(np.int32)), made, len(HASHES), BLOCK=65_536
-    )
-    found = {"gumbels": digest(made)}
+    gumbels = torch.empty(len(HASHES))
+    grid = (-(-len(HASHES) // 65_536),)
+    gumbel_kernel[grid](as_tensor(HASHES.view(np.int32)), gumbels, len(HASHES), BLOCK=65_536)
+    digests = {"gumbels": digest(gumbels)}
     for name, rows in (("every row", None), ("some rows", NUMBERS)):
         changed = scores()
-        words = as_tensor(seeds(TEXTS[: ROWS if rows is None else len(rows)]).view(np.int32))[
-            :, 0
-        ].contiguous()
+        count = ROWS if rows is None else len(rows)
+        words = as_tensor(seeds(TEXTS[:count]).view(np.int32))[:, 0].contiguous()
         numbers = words if rows is None else torch.tensor(rows)
         grid = (len(words) * -(-COLUMNS // BLOCK),)
         arguments = (words, numbers, changed, ROWS, COLUMNS, WIDTH)
         kernels.add_gumbels_kernel[grid](*arguments, HAS_ROWS=rows is not None, BLOCK=BLOCK)
-        found[name] = digest(changed)
-    made = torch.empty(len(TEXTS), dtype=torch.int32)
+        digests[name] = digest(changed)
+    step_seeds = torch.empty(len(TEXTS), dtype=torch.int32)
     words = as_tensor(seeds(TEXTS, strength=256).view(np.int32))
     grid = (-(-len(TEXTS) // 128),)
     kernels.row_seeds_kernel[grid](
-        words, as_tensor(STEPS.view(np.int32)), made, len(TEXTS), WORDS=8, BLOCK=128
+        words, as_tensor(STEPS.view(np.int32)), step_seeds, len(TEXTS), WORDS=8, BLOCK=128
     )
-    return found | {"seeds": digest(made)}
+    return digests | {"seeds": digest(step_seeds)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from assay.errors import OutOfMemory, UsageError
 from assay.streams import DTYPES, get_backend, seeds
-from assay.streams.backends import as_tensor, digest, tiles
+from assay.streams.arrays import as_tensor, digest
+from assay.streams.torch_backend import tiles
 
 from .inverse import dense_hashes, distinct_uniforms, seed_for, special_hashes
 

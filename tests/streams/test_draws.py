@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from assay.streams import DTYPES, seed32, seeds
-from assay.streams.backends import digest
+from assay.streams.arrays import digest
 
 from .inverse import VECTORS
 

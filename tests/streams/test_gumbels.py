@@ -7,7 +7,7 @@ import pytest
 
 from assay.streams import definition as _definition
 from assay.streams import get_backend, seeds
-from assay.streams.backends import as_tensor, digest
+from assay.streams.arrays import as_tensor, digest
 
 from .inverse import VECTORS, dense_hashes, distinct_uniforms, gumbel_hashes, seed_for
 from .test_definition import ulps

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from assay.streams import seed32
-from assay.streams.backends import as_tensor, digest
+from assay.streams.arrays import as_tensor, digest
 
 KNOWN = json.loads((Path(__file__).parents[1] / "vectors" / "poc_kat.json").read_text())
 

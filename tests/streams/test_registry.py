@@ -11,7 +11,8 @@ import torch
 from assay.errors import BackendUnavailable, UsageError
 from assay.streams import BACKENDS, get_backend, selftest
 from assay.streams import backends as _registry
-from assay.streams.backends import SELFTEST_EXPECTED, as_tensor, digest
+from assay.streams.arrays import as_tensor, digest
+from assay.streams.self_test import SELFTEST_EXPECTED
 
 
 def test_auto_is_torch_on_the_cpu():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from assay.errors import UsageError
 from assay.streams import get_backend, seeds, step_seeds
-from assay.streams.backends import as_tensor, digest
+from assay.streams.arrays import as_tensor, digest
 
 from .inverse import VECTORS
 from .test_definition import murmur_without_length

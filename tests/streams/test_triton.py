@@ -11,7 +11,7 @@ import torch
 from assay.errors import BackendUnavailable
 from assay.streams import definition as _definition
 from assay.streams import get_backend, seeds
-from assay.streams.backends import digest
+from assay.streams.arrays import digest
 
 pytestmark = pytest.mark.gpu
 
@@ -34,12 +34,14 @@ def triton_backend():
 @pytest.fixture
 def compiled(triton_backend, monkeypatch):
     """What the backend launched, kernel by kernel."""
-    made = []
-    launch = type(triton_backend)._launch
-    monkeypatch.setattr(
-        type(triton_backend), "_launch", lambda *a, **k: made.append(launch(*a, **k))
-    )
-    return made
+    kernels = []
+    launch = type(triton_backend).launch
+
+    def record(*arguments, **options):
+        kernels.append(launch(*arguments, **options))
+
+    monkeypatch.setattr(type(triton_backend), "launch", record)
+    return kernels
 
 
 def reflection_seeds(rows=ROWS):
@@ -219,9 +221,7 @@ def test_more_rows_than_a_grid_has(triton_backend, definition):
 
 def test_a_batch_in_many_grids(triton_backend, definition, monkeypatch):
     """Rows and sub-seeds both beyond the limit of a grid, which is made small for it."""
-    from assay.streams import triton_backend as _triton
-
-    monkeypatch.setattr(_triton, "_GRID", 3)
+    monkeypatch.setattr("assay.streams.triton_backend.LARGEST_GRID", 3)
     crafted = np.arange(50 * 8, dtype=np.uint32).reshape(50, 8) * 977
     for n in (100, 4096, 5000):
         assert digest(triton_backend.normals(crafted, n)) == digest(definition.normals(crafted, n))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from assay.streams import get_backend, seeds, step_seeds
-from assay.streams.backends import digest
+from assay.streams.arrays import digest
 
 from .inverse import seed_for
 
@@ -40,10 +40,10 @@ def compiled(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from assay.streams import triton_backend as _triton_kernels
+    from assay.streams import triton_kernels
 
     function, types, constants = KERNELS[name]
-    kernel = getattr(_triton_kernels, function)
+    kernel = getattr(triton_kernels, function)
     if function == "add_gumbels_kernel":
         types = SCORES | types
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}

@@ -155,7 +155,7 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
     KIND is hash, uniform, gumbel, signs, permutation or normal.
     """
     from assay import streams
-    from assay.streams.backends import as_tensor, digest
+    from assay.streams.arrays import as_tensor, digest
 
     of_normals = {"strength", "dtype"} if chosen.kind != "normal" else set()
     for flag in map(chosen.spelling, of_normals & chosen.model_fields_set):

@@ -22,7 +22,7 @@ from assay.errors import BadWeights, DataError, ModelNotFound, UnsafeCheckpoint
 from assay.files.jsonl import LONGEST_LINE, parse
 from assay.files.reading import read_whole
 from assay.files.tensors import check_tensors
-from assay.streams.backends import DTYPES, torch_dtype
+from assay.streams.arrays import DTYPES, torch_dtype
 from assay.waiting import tell
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

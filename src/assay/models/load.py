@@ -56,7 +56,7 @@ from assay.models.resolve import ModelSource, resolve
 from assay.models.rounding import quantise as round_weights
 from assay.models.stored_weights import load_stored
 from assay.models.tokenizer_files import read_tokenizer
-from assay.streams.backends import torch_dtype
+from assay.streams.arrays import torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

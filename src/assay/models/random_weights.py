@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from assay import streams
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 from assay.waiting import tell
 
 if TYPE_CHECKING:

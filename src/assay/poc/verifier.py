@@ -19,7 +19,7 @@ from assay.poc.verdict.calibration import Calibration, noise_for
 from assay.poc.verdict.judge import Verdict, judge
 from assay.poc.verdict.noise import Noise, plan_sample, sequential_test
 from assay.poc.verdict.proofs import check_proof, draw_records
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 
 # A header may claim any batch shape, and may have claimed it in a calibration; a validator follows
 # it so far, for equal bits, and no further.

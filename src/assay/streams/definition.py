@@ -23,8 +23,7 @@ machines), and no value on the way is subnormal, so flush-to-zero modes change n
 are evaluated by Horner's rule with a rounding after each multiply and after each add.
 
 Shapes: ``B`` streams of a batch, ``N`` elements of each, ``P`` pairs of uniforms, ``S`` sub-seeds
-    of a stream, ``W``
-words of its seed.
+of a stream, ``W`` words of its seed.
 """
 
 from __future__ import annotations
@@ -41,40 +40,38 @@ UInts = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 
 SIGN_THRESHOLD = np.uint32(0x80000081)
-"""Smallest hash whose uniform is above 0.5: 0x80000080 lies half way to the next float32 and rounds
-to even, to 0.5.
+"""Smallest hash whose uniform is above 0.5.
+
+0x80000080 lies half way to the next float32 and rounds to even, to 0.5.
 """
 
 MIN_U1 = np.float32(1e-10)
-"""Replaces a uniform of exactly 0 (hash 0) under the logarithm; every other uniform is at least
-2**-32 = 2.3e-10.
-"""
+"""Least uniform under the logarithm, in place of 0 (hash 0); the next one is 2**-32 = 2.3e-10."""
 
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
-"""Bits of float32 sqrt(1/2): splitting u = 2**-k * (1 + f) here keeps 1 + f in [sqrt(1/2),
-sqrt(2)), around 1.
+"""Bits of float32 sqrt(1/2), at which u is split as 2**-k * (1 + f).
+
+So 1 + f is in [sqrt(1/2), sqrt(2)), around 1.
 """
 
 MIDDLE = np.uint32(1 << 31)
-"""Hashes below it make the upper half of the Gumbel numbers, whose probability to be exceeded is
-the small number.
-"""
+"""Hashes below it make the upper half of the Gumbel numbers."""
 
 LOG1P_SPLIT = np.float32(0.29289323)
-"""1 - sqrt(1/2): above it 1 - x is split as 1/2 * (1 + f), so that 1 + f is in [sqrt(1/2), sqrt(2))
-here too.
+"""1 - sqrt(1/2): above it 1 - x is split as 1/2 * (1 + f).
+
+So 1 + f is in [sqrt(1/2), sqrt(2)) here too.
 """
 
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
-"""ln 2 in two parts. The high one has 9 significant bits, so k * LN2_HIGH is exact for every k
-there is, -5 to 33.
+"""ln 2 in two parts.
+
+The high one has 9 significant bits, so k * LN2_HIGH is exact for every k that occurs, -5 to 33.
 """
 
 ROUND_MAGIC = np.float32(12582912.0)
-"""1.5 * 2**23: adding it to a small float32 rounds that to an integer, which is then in the low
-bits of the sum.
-"""
+"""1.5 * 2**23: added to a small float32, it rounds that to an integer in its low bits."""
 
 # Polynomials, highest power first: Chebyshev fits made with 60 digits, each coefficient then
 # rounded to float32. tests/streams/test_coefficients.py derives them again and checks the error of
@@ -109,8 +106,7 @@ COS_POLY = tuple(
 
 
 def seed32(text: str) -> int:
-    """Return the 32-bit seed of a stream: the first 4 bytes of SHA-256 of the UTF-8 text, big
-    endian.
+    """Return the 32-bit seed of a text: the first 4 bytes of its SHA-256, big endian.
 
     Raises:
         UsageError: ``text`` is not a string.
@@ -142,18 +138,19 @@ def seeds(texts: Sequence[str], strength: int = 32) -> UInts:
 
 
 def hashes(seeds_B: UInts, start: int, stop: int) -> UInts:
-    """Return the hashes of elements ``start`` to ``stop`` (exclusive) of each stream, uint32 ``[B,
-    stop - start]``.
+    """Return the hashes of elements ``start`` to ``stop`` of each stream, uint32 ``[B, N]``.
+
+    ``stop`` is exclusive, so N is ``stop - start``.
     """
-    return _hash(seeds_B[:, None], np.arange(start, stop, dtype=np.int64).astype(np.uint32))
+    indices = np.arange(start, stop, dtype=np.int64).astype(np.uint32)
+    return _hash(seeds_B[:, None], indices)
 
 
 def step_seeds(words_BW: UInts, steps_BN: UInts) -> UInts:
-    """Return the seeds of steps, uint32 ``[B, N]``: a step hashed with one word of the stream after
-    the other as seed.
+    """Return the seeds of steps, uint32 ``[B, N]``; the steps are broadcast to the streams.
 
-    Every hash is a bijection of the index, so different steps of a stream have different seeds. The
-    steps are broadcast to the streams.
+    A step is hashed with one word of the stream after the other as seed. Every hash is a bijection
+    of the index, so different steps of a stream have different seeds.
     """
     seeds_BN = steps_BN
     for word in range(words_BW.shape[1]):
@@ -162,8 +159,9 @@ def step_seeds(words_BW: UInts, steps_BN: UInts) -> UInts:
 
 
 def uniforms(seeds_B: UInts, start: int, stop: int) -> Floats:
-    """Return uniforms in [0, 1]. The conversion rounds to nearest even; scaling by a power of two
-    is exact.
+    """Return uniforms in [0, 1], float32 ``[B, N]``.
+
+    The conversion rounds to nearest even; scaling by a power of two is exact.
     """
     return hashes(seeds_B, start, stop).astype(np.float32) * np.float32(2.0**-32)
 
@@ -174,22 +172,22 @@ def signs(seeds_B: UInts, n: int) -> npt.NDArray[np.int8]:
 
 
 def permutations(seeds_B: UInts, n: int) -> npt.NDArray[np.int64]:
-    """Return permutations of 0..n-1: the stable argsort of n hashes. They never tie: the hash is a
-    bijection.
+    """Return permutations of 0..n-1: the stable argsort of n hashes.
+
+    The hash is a bijection, so hashes never tie.
     """
     return np.argsort(hashes(seeds_B, 0, n), axis=1, kind="stable").astype(np.int64)
 
 
 def picks(seeds_B: UInts, n: int, k: int) -> npt.NDArray[np.int64]:
-    """Choose k different indices below n: those of the k smallest hashes, in ascending hash
-    order.
-    """
+    """Choose k different indices below n: those of the k smallest hashes, smallest first."""
     return permutations(seeds_B, n)[:, :k]
 
 
 def normals(seeds_BS: UInts, n: int) -> Floats:
-    """Return standard normals, float32 ``[B, n]``: each sub-seed makes ``ceil(n / S)``, the last
-    ones what is left.
+    """Return standard normals, float32 ``[B, n]``.
+
+    Each sub-seed makes ``ceil(n / S)`` of them, and the last ones the remainder.
     """
     length = segment_length(n, seeds_BS.shape[1])
     normals_BN = np.empty((len(seeds_BS), n), np.float32)
@@ -200,12 +198,11 @@ def normals(seeds_BS: UInts, n: int) -> Floats:
 
 
 def gumbels(seeds_B: UInts, start: int, stop: int) -> Floats:
-    """Return standard Gumbel numbers ``-ln E``, with E exponential; the smaller the hash, the
-    larger the number.
+    """Return standard Gumbel numbers ``-ln E``, with E exponential, float32 ``[B, N]``.
 
-    ``E = -ln(1 - (h + 1/2) / 2**32)`` is never 0 and never infinite. Its x is the smaller of the
-    two probabilities, (h + 1/2) / 2**32 and what is left of 1, so neither tail loses digits: -3.13
-    to 22.87, to the last of 2**32 values.
+    The smaller the hash, the larger the number. ``E = -ln(1 - (h + 1/2) / 2**32)`` is never 0 and
+    never infinite. x is the smaller of (h + 1/2) / 2**32 and its complement, so neither tail loses
+    digits: -3.13 to 22.87, to the last of 2**32 values.
     """
     h_BN = hashes(seeds_B, start, stop)
     doubled = np.uint32(2) * np.minimum(h_BN, ~h_BN) + np.uint32(1)
@@ -215,25 +212,22 @@ def gumbels(seeds_B: UInts, start: int, stop: int) -> Floats:
 
 
 def segment_length(n: int, sub_seeds: int) -> int:
-    """Return how many of n normals each sub-seed makes, the last ones fewer or none: at least 1, to
-    be a step.
+    """Return how many of n normals each sub-seed makes; the last ones make fewer or none.
+
+    It is at least 1, to be the step of a range.
     """
     return max(1, -(-n // sub_seeds))
 
 
 def box_muller(u1: Floats, u2: Floats) -> tuple[Floats, Floats]:
-    """Return two independent normals: ``sqrt(-2 ln u1)`` times the cosine and times the sine of
-    ``u2`` turns.
-    """
+    """Return two independent normals: ``sqrt(-2 ln u1)`` times cosine and sine of ``u2`` turns."""
     radius = np.sqrt(np.float32(2) * negative_log(np.maximum(u1, MIN_U1)))
     cosine, sine = cos_sin_turn(u2)
     return radius * cosine, radius * sine
 
 
 def negative_log(u: Floats) -> Floats:
-    """Return ``-ln u`` for positive u that are not subnormal: split as u = 2**-k (1 + f). +0 at u =
-    1.
-    """
+    """Return ``-ln u`` for normal positive u, split as u = 2**-k (1 + f); +0 at u = 1."""
     bits = u.view(np.int32)
     exponent = (bits - SQRT_HALF_BITS) >> np.int32(23)
     k = (-exponent).astype(np.float32)
@@ -247,9 +241,8 @@ def negative_log1p_minus(x: Floats) -> Floats:
     1 - x is 1 + f with f = -x, or (1 + f) / 2 with f = 1 - 2x, exactly.
     """
     halved = x > LOG1P_SPLIT
-    return _negative_log_of_parts(
-        halved.astype(np.float32), np.where(halved, np.float32(1) - np.float32(2) * x, -x)
-    )
+    f = np.where(halved, np.float32(1) - np.float32(2) * x, -x)
+    return _negative_log_of_parts(halved.astype(np.float32), f)
 
 
 def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
@@ -269,10 +262,9 @@ def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
     sin_negative = (quadrant & 2) == 2
     turned_cosine = np.where(odd, sine, cosine)
     turned_sine = np.where(odd, cosine, sine)
-    return (
-        np.where(cos_negative, -turned_cosine, turned_cosine),
-        np.where(sin_negative, -turned_sine, turned_sine),
-    )
+    turned_cosine = np.where(cos_negative, -turned_cosine, turned_cosine)
+    turned_sine = np.where(sin_negative, -turned_sine, turned_sine)
+    return turned_cosine, turned_sine
 
 
 def _sha256(text: str) -> bytes:
@@ -289,8 +281,9 @@ def _sha256(text: str) -> bytes:
 
 
 def _negative_log_of_parts(k: Floats, f: Floats) -> Floats:
-    """Return ``-ln(2**-k (1 + f)) = k ln 2 - f + f**2/2 - f**3 LN_POLY(f)`` for 1 + f in
-    [sqrt(1/2), sqrt(2)).
+    """Return ``-ln(2**-k (1 + f))`` for 1 + f in [sqrt(1/2), sqrt(2)).
+
+    It is ``k ln 2 - f + f**2/2 - f**3 LN_POLY(f)``.
     """
     square = f * f
     curve = np.float32(0.5) * square - f * square * _polynomial(LN_POLY, f)
@@ -299,7 +292,7 @@ def _negative_log_of_parts(k: Floats, f: Floats) -> Floats:
 
 
 def _hash(seeds: UInts, indices: UInts) -> UInts:
-    """Return the hash of each index with its seed as the seed; the two arrays are broadcast."""
+    """Return the hash of each index under each seed; the two arrays are broadcast."""
     k = indices * np.uint32(0xCC9E2D51)
     k = _rotate_left(k, 15)
     k = k * np.uint32(0x1B873593)
@@ -317,7 +310,8 @@ def _hash(seeds: UInts, indices: UInts) -> UInts:
 def _plain_normals(seeds_B: UInts, n: int) -> Floats:
     pairs = -(-n // 2)
     uniforms_BN = uniforms(seeds_B, 0, 2 * pairs)
-    return np.concatenate(box_muller(uniforms_BN[:, :pairs], uniforms_BN[:, pairs:]), axis=1)[:, :n]
+    halves = box_muller(uniforms_BN[:, :pairs], uniforms_BN[:, pairs:])
+    return np.concatenate(halves, axis=1)[:, :n]
 
 
 def _polynomial(coefficients: tuple[np.float32, ...], x: Floats) -> Floats:

@@ -1,5 +1,4 @@
-"""The torch backend, on the CPU and on CUDA: the formulas of :mod:`assay.streams.definition` over
-whole tensors.
+"""The torch backend, on CPU and CUDA: the formulas of the definition over whole tensors.
 
 Three habits keep the bits the same everywhere. Every multiply and every add is an eager operation
 of its own, so nothing is fused (``addcmul``, ``add(alpha=)`` and ``torch.compile`` do fuse, and are
@@ -17,17 +16,16 @@ import torch
 
 from assay.settings import check_device
 from assay.streams import definition
-from assay.streams.backends import Backend, tiles, torch_dtype
+from assay.streams.arrays import torch_dtype
+from assay.streams.backends import Backend
 from assay.streams.definition import UInts
 
+# Pairs computed at a time: temporaries stay in the cache of a CPU. On a GPU they take 400 MB, and
+# more is not faster.
 _TILE = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Pairs worked on at a time: temporaries stay in the cache of a CPU; on a GPU they take 400 MB,
-more is not faster.
-"""
-
 
 DTYPES_OF_KINDS = {"uniforms": torch.float32, "signs": torch.int8, "gumbels": torch.float32}
-"""Dtypes of what follows from a hash; hashes and their order are int32 with the same bits."""
+"""Dtypes of the numbers of a kind; hashes and their order are int32 with the same bits."""
 
 
 class TorchBackend(Backend):
@@ -44,12 +42,11 @@ class TorchBackend(Backend):
     def _generate(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
         if kind == "permutations":
             return torch.argsort(self._from_hashes("order", seeds_B, n), dim=1, stable=True)
-        made_BN = self._from_hashes(kind, seeds_B, n)
-        return made_BN.view(torch.uint32) if kind == "hashes" else made_BN
+        numbers_BN = self._from_hashes(kind, seeds_B, n)
+        return numbers_BN.view(torch.uint32) if kind == "hashes" else numbers_BN
 
     def _picks(self, seeds_B: UInts, n: int, k: int) -> torch.Tensor:
-        # The hashes of a stream never tie, so "the k smallest in ascending order" is one answer
-        # only.
+        # The hashes of a stream never tie, so the k smallest in ascending order are unique.
         order_BN = self._from_hashes("order", seeds_B, n)
         return torch.topk(order_BN, k, dim=1, largest=False, sorted=True).indices
 
@@ -72,50 +69,56 @@ class TorchBackend(Backend):
         return seeds_N
 
     def _from_hashes(self, kind: str, seeds_B: UInts, n: int) -> torch.Tensor:
-        """Return what follows from every hash, ``[B, n]``: one of the kinds of
-        :func:`_from_hash`.
-        """
+        """Return the numbers of a kind of :func:`_from_hash`, ``[B, n]``."""
         out_BN = torch.empty(
             (len(seeds_B), n), dtype=DTYPES_OF_KINDS.get(kind, torch.int32), device=self.device
         )
         signed_B = on_device(seeds_B, self.device)
         for row, row_stop, column, column_stop in tiles(len(seeds_B), n, self._tile):
-            h = _hash(signed_B[row:row_stop], column, column_stop)
-            out_BN[row:row_stop, column:column_stop] = _from_hash(kind, h)
+            hashes = _hash(signed_B[row:row_stop], column, column_stop)
+            out_BN[row:row_stop, column:column_stop] = _from_hash(kind, hashes)
         return out_BN
 
     def _normals(self, seeds_BS: UInts, n: int, dtype: str) -> torch.Tensor:
         out_BN = torch.empty((len(seeds_BS), n), dtype=torch_dtype(dtype), device=self.device)
         length = definition.segment_length(n, seeds_BS.shape[1])
         for sub_seed, start in enumerate(range(0, n, length)):
-            self._fill_normals(
-                on_device(seeds_BS[:, sub_seed], self.device), out_BN[:, start : start + length]
-            )
+            seeds_B = on_device(seeds_BS[:, sub_seed], self.device)
+            self._fill_normals(seeds_B, out_BN[:, start : start + length])
         return out_BN
 
     def _fill_normals(self, seeds_B: torch.Tensor, out_BN: torch.Tensor) -> None:
-        """Make one Box-Muller over the whole width of ``out_BN``, a tile of pairs at a time."""
+        """Fill ``out_BN`` with one Box-Muller over its width, a tile of pairs at a time."""
         rows, n = out_BN.shape
         pairs = -(-n // 2)
         for row, row_stop, pair, pair_stop in tiles(rows, pairs, self._tile):
             seeds = seeds_B[row:row_stop]
-            u1, u2 = (_uniform(_hash(seeds, at + pair, at + pair_stop)) for at in (0, pairs))
+            u1 = _uniform(_hash(seeds, pair, pair_stop))
+            u2 = _uniform(_hash(seeds, pairs + pair, pairs + pair_stop))
             cosines, sines = _box_muller(u1, u2)
             out_BN[row:row_stop, pair:pair_stop] = cosines
             sines_stop = min(pairs + pair_stop, n)  # an odd n: the last cosine has no sine
             out_BN[row:row_stop, pairs + pair : sines_stop] = sines[:, : sines_stop - pairs - pair]
 
 
-def on_device(seeds: UInts, device: str) -> torch.Tensor:
-    """Return seeds as int32 with the same bits; to a GPU on the current stream, without waiting for
-    what is queued.
+def tiles(rows: int, columns: int, size: int) -> list[tuple[int, int, int, int]]:
+    """Cut a grid into tiles of about ``size`` cells: ``(row, row_stop, column, column_stop)``."""
+    width = max(1, min(columns, size))
+    height = max(1, size // width)
+    return [
+        (row, min(row + height, rows), column, min(column + width, columns))
+        for row in range(0, rows, height)
+        for column in range(0, columns, width)
+    ]
 
-    From pageable memory CUDA has taken its own copy when the call returns; pinned memory would have
-    to be kept.
+
+def on_device(seeds: UInts, device: str) -> torch.Tensor:
+    """Copy seeds to a device, as int32 with the same bits, without waiting for queued work.
+
+    CUDA copies pageable memory before the call returns; pinned memory would have to be kept alive.
     """
-    return torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32)).to(
-        device, non_blocking=True
-    )
+    signed = torch.from_numpy(np.ascontiguousarray(seeds).view(np.int32))
+    return signed.to(device, non_blocking=True)
 
 
 def _int32(value: int) -> int:
@@ -132,16 +135,13 @@ def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _hash(seeds_B: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Return the hashes of elements ``start`` to ``stop`` of each stream, as the int32 with the
-    same bits.
-    """
-    return _hash_of(
-        seeds_B[:, None], torch.arange(start, stop, device=seeds_B.device).to(torch.int32)
-    )
+    """Return the hashes of elements ``start`` to ``stop`` of each stream, as int32."""
+    indices = torch.arange(start, stop, device=seeds_B.device).to(torch.int32)
+    return _hash_of(seeds_B[:, None], indices)
 
 
 def _hash_of(seeds: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return the hash of each index with its seed as the seed; all int32, and broadcast."""
+    """Return the hash of each index under each seed; all int32, and broadcast."""
     k = indices * _int32(0xCC9E2D51)
     k = _rotate_left(k, 15)
     k = k * 0x1B873593
@@ -161,9 +161,7 @@ def _uniform(h: torch.Tensor) -> torch.Tensor:
 
 
 def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
-    """Return the hash, its uniform, its sign, its Gumbel number, or the int32 with its place in the
-    order of all.
-    """
+    """Return the hash, its uniform, sign or Gumbel number, or the int32 of the same order."""
     match kind:
         case "gumbels":
             return _gumbel(h)
@@ -185,7 +183,7 @@ def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _square_root(x: torch.Tensor) -> torch.Tensor:
-    """Return the correctly rounded float32 square root, even where the float64 one is an ulp off.
+    """Return the correctly rounded float32 root, even where the float64 root is an ulp off.
 
     Let m be a midpoint between two float32 values: an odd integer M of 25 bits, times 2**k. Then
     m**2 needs 49 bits or more, so x (24 bits) differs from it, by at least 2**(2k); and sqrt(x)
@@ -197,10 +195,12 @@ def _square_root(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gumbel(h: torch.Tensor) -> torch.Tensor:
-    """Return the Gumbel numbers of hashes. Both logarithms of the definition are one, of a k and f
-    chosen before.
+    """Return the Gumbel numbers of hashes.
+
+    The definition takes one of two logarithms. Here k and f are selected first, and the logarithm
+    is taken once.
     """
-    smaller = h ^ (h >> 31)  # of h and ~h, as unsigned numbers
+    smaller = h ^ (h >> 31)  # the smaller of h and ~h, as unsigned numbers
     x = smaller.to(torch.int64).mul_(2).add_(1).to(torch.float32).mul_(2.0**-33)
     k, f = _split(x)
     halved = x > float(definition.LOG1P_SPLIT)

@@ -36,7 +36,7 @@ from assay.poc import cheats
 from assay.poc.cheats import weight_of
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.transforms import Reading, unit
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 from assay_research import model_cheats
 
 RIDGE = 1e-4  # of the mean square of an input coordinate

@@ -25,7 +25,7 @@ from assay.models.frame import Frame
 from assay.poc.protocol.pipelines import Pipeline, unsupported
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.round import Round
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 
 
 class Decoded(NamedTuple):

@@ -16,7 +16,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Header, Record
 from assay.poc.protocol.round import Round
 from assay.poc.prover import compute, frame_name, recompute
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 
 if TYPE_CHECKING:
     from assay.models.model import Model

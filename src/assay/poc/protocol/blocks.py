@@ -25,7 +25,7 @@ from assay.errors import UsageError
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 
 FloatArray = npt.NDArray[np.float64]
 

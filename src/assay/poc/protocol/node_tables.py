@@ -1,6 +1,6 @@
 """TOML files of ten thousand tables ``[[nodes]]``, of which only those that changed are parsed.
 
-Parsing all of them takes half a second, in which the validator answers nobody.
+Parsing all of them takes half a second, in which every request waits.
 """
 
 import re

@@ -23,7 +23,7 @@ from assay.models.precision import own_precision
 from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step, check_frame
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 
 _CPU = torch.device("cpu")
 _EPSILON = 1e-8  # added to norms, as published

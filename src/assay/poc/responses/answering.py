@@ -22,7 +22,7 @@ from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipt
 from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encode_requests
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling, mark_tokens
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 
 
 def respond(

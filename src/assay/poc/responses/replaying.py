@@ -49,7 +49,7 @@ from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling, counts_before, mark_tokens
 from assay.poc.verdict.noise import ResponseBlocks
 from assay.stats.tokens import COLUMNS, SCALES, round_profiles
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 
 RIVALS = 8  # number of larger scores that may have left the support
 

@@ -39,7 +39,7 @@ from assay import streams
 from assay.errors import UsageError
 from assay.models.device import to_device
 from assay.poc.responses.sampling import Sampling
-from assay.streams.backends import as_tensor
+from assay.streams.arrays import as_tensor
 
 _TEMPERATURE, _REPETITION, _FREQUENCY, _PRESENCE, _LOG_MIN_P, _TOP_P, _TOP_K, _GREEDY = range(8)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.models.shared_passes import rotary_limits
 from assay.poc.protocol.pins import CACHES
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 
 if TYPE_CHECKING:
     from assay.models.number_formats import StoredFormat

@@ -30,7 +30,7 @@ from assay.poc.engines.base import HostCopy, device_tokens, noise_inputs
 from assay.poc.protocol.transforms import Transform
 from assay.poc.vllm.rows import MAX_SUMMED, MAX_VALUES, Spec, is_first_of_group, unpack_values
 from assay.poc.vllm.throttle import Throttle
-from assay.streams.backends import dtype_name, torch_dtype
+from assay.streams.arrays import dtype_name, torch_dtype
 
 log = logging.getLogger("assay.vllm")
 

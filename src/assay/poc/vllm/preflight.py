@@ -33,7 +33,7 @@ from assay.poc.vllm.compatibility import (
 )
 from assay.poc.vllm.engine import multiply_exactly
 from assay.poc.vllm.throttle import OperatorsThrottle
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 
 log = logging.getLogger("assay.vllm")
 

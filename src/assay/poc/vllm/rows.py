@@ -26,7 +26,7 @@ from assay.models.frame import Frame
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.vllm.compatibility import rounded_cache, runner_kind, stored_as
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 
 MAX_STREAMS = 16
 # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up

@@ -57,7 +57,7 @@ from assay.poc.vllm.rows import (
     pack_values,
     spans,
 )
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 
 log = logging.getLogger("assay.vllm")
 

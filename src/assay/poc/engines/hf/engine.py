@@ -75,7 +75,7 @@ from assay.poc.protocol.transforms import (
     sketch_states,
     unit,
 )
-from assay.streams.backends import as_tensor, dtype_name
+from assay.streams.arrays import as_tensor, dtype_name
 
 # Live at once at the widest point of a layer: residual, normed input, two MLP branches and their
 # product, q, k, v and the attention output. Measured peaks stay under this.

@@ -18,7 +18,7 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
 from assay.models.model import Model
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 from assay.vhack.directions.basis.basis import (
     Basis,
     Origin,

@@ -28,7 +28,7 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.storage import check_folder, storage_error
 from assay.models.load import load_model
 from assay.models.model import Model
-from assay.streams.backends import dtype_name
+from assay.streams.arrays import dtype_name
 from assay.vhack.directions.delta.file import load_delta, read_delta_lengths, save_delta
 from assay.vhack.directions.delta.frames import Rollouts
 from assay.vhack.directions.delta.groups import Group, Plan, adapt, group_modules

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.files.storage import write_atomic
-from assay.streams.backends import as_tensor, get_backend
+from assay.streams.arrays import as_tensor
+from assay.streams.backends import get_backend
 from assay.streams.definition import seed32
 from assay.vhack.directions.basis.basis import read_tensors
 from assay.vhack.directions.delta.groups import Group

@@ -32,7 +32,7 @@ from assay.files.storage import storage_error, write_atomic
 from assay.files.tensors import check_tensors
 from assay.models.device import one_thread
 from assay.models.model import Model
-from assay.streams.backends import torch_dtype
+from assay.streams.arrays import torch_dtype
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.directions.gradients.targets import (
     MIN_COVERAGE,
