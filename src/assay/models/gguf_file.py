@@ -129,7 +129,7 @@ def read_header(file: Path) -> GGUFHeader:
             do=how_to_install("smollm2"),
         ) from error
 
-    class BoundedReader(GGUFReader):  # type: ignore[misc]
+    class BoundedReader(GGUFReader):
         """Reader that ends where the file does: counts and lengths are claims of its author."""
 
         reads = 0

@@ -222,7 +222,9 @@ def write_pins(
     )
     for path in calibrations:
         _check_calibration(path, headers)
-    from assay.models.load import identify, model_info  # when nothing can be refused without it
+    # Imported when nothing more can be refused without it.
+    from assay.models.catalogue import model_info
+    from assay.models.load import identify
     from assay.poc.engines.hf.engine import check_shape
 
     if asked["seq_len"] is not None:  # the default is one to be changed in the file
