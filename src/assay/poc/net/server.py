@@ -20,7 +20,6 @@ from typing import Any
 import h11
 import structlog
 import uvicorn
-from h11._receivebuffer import ReceiveBuffer
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import override
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -35,18 +34,30 @@ from assay.poc.net.shares import Shares, client_of
 log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384
-MAX_LINES = 256  # of a head
+MAX_HEADERS = 256
 MAX_CHUNKS = 1024.0
 BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 LEAST_CHUNK = 128  # of a body: smaller ones than this on average, and their bytes
 
+_CONTRADICTION = Refusal(
+    400,
+    "headers that contradict each other",
+    wanted="one authorization, and one of content-length and transfer-encoding",
+    do="send one of the two",
+)
+_TOO_MANY_HEADERS = Refusal(
+    431,
+    f"more than {MAX_HEADERS} headers",
+    wanted="fewer headers",
+    do="leave out what the service does not read",
+)
+
 
 class ClientLimit:
-    """Answers with 429 what one client asks beside as many open requests as it may have, event
-    streams among them.
+    """Limits the open requests of one client, event streams among them, and refuses odd heads.
 
-    With 400 it answers what another server on the way may read otherwise: a body of two lengths,
-    and two keys.
+    It answers 429 beyond the limit; 400 to a head that another server on the way may read
+    otherwise (two lengths of a body, two keys); 431 to a head of very many lines.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
@@ -58,18 +69,11 @@ class ClientLimit:
         client = client_of(scope["client"][0]) if scope.get("client") else None
         app = self._app
         names = [name for name, _ in scope.get("headers", ())]
-        if names.count(b"authorization") > 1 or (
+        is_ambiguous = names.count(b"authorization") > 1 or (
             b"content-length" in names and b"transfer-encoding" in names
-        ):
-            wanted = "one authorization, and one of content-length and transfer-encoding"
-            app = answer(
-                Refusal(
-                    400,
-                    "headers that contradict each other",
-                    wanted=wanted,
-                    do="send one of the two",
-                )
-            )
+        )
+        if is_ambiguous or len(names) > MAX_HEADERS:
+            app = answer(_CONTRADICTION if is_ambiguous else _TOO_MANY_HEADERS)
             app.headers["connection"] = "close"  # what follows may be a part of the body
         with ExitStack() as open_request:
             try:
@@ -81,25 +85,11 @@ class ClientLimit:
             await app(scope, receive, send)
 
 
-class _Lines(ReceiveBuffer):
-    """What came of a head or a trailer, of which h11 parses each line for itself."""
-
-    @override
-    def maybe_extract_lines(self) -> list[bytearray] | None:
-        lines = super().maybe_extract_lines()
-        if lines is not None and len(lines) > MAX_LINES:
-            raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
-        return lines
-
-
 class _Connection(h11.Connection):
-    """HTTP/1.1 in which no kilobyte takes much longer than another: with few headers, and no body
-    in tiny chunks.
-    """
+    """HTTP/1.1 without bodies in tiny chunks, which h11 parses one by one."""
 
     def __init__(self, most: int) -> None:
         super().__init__(h11.SERVER, most)
-        self._receive_buffer = _Lines()
         self._spare = 0.0
 
     @override
