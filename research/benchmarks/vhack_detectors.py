@@ -21,7 +21,7 @@ from assay.stats import auroc, group_bootstrap
 from assay.stats.rates import proportion_interval
 from assay.vhack import weight_svd
 from assay.vhack.detect import collect_evidence, compare_detectors, fit_scorer, make_detectors
-from assay.vhack.directions.delta.delta import user_cache
+from assay.vhack.directions.delta.delta_models import user_cache
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
 

@@ -7,7 +7,7 @@ import torch
 
 from assay.models import load_model
 from assay.vhack import Basis
-from assay.vhack.directions.delta.delta import user_cache
+from assay.vhack.directions.delta.delta_models import user_cache
 from assay.vhack.pairs import generate_pairs, write_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from assay.errors import DataError, UsageError
 from assay.vhack import Basis, Origin, PairGradients, cin, cin_over_modules
-from assay.vhack.directions.basis.basis import shrinkage
+from assay.vhack.directions.basis.axes import shrinkage
 from assay.vhack.names import METHODS
 
 N = 10

@@ -9,7 +9,7 @@ from assay.models import load_model
 from assay.vhack import extract, per_sample_gradients, weight_svd, weights_digest
 from assay.vhack.directions.gradients import per_sample as _gradients
 from assay.vhack.directions.gradients import targets as _targets
-from assay.vhack.directions.gradients.per_sample import recipe_for
+from assay.vhack.directions.gradients.replica import recipe_for
 from tests.vhack.adapter import sequential_gradients, worst_error
 from tests.vhack.test_svd import errors
 

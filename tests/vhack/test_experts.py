@@ -10,7 +10,7 @@ from assay.errors import ModelError
 from assay.vhack import Basis, extract, per_sample_gradients, target_modules, weight_svd
 from assay.vhack.directions.delta import DeltaS
 from assay.vhack.directions.gradients import per_sample as _per_sample
-from assay.vhack.directions.gradients.per_sample import recipe_for
+from assay.vhack.directions.gradients.replica import recipe_for
 from tests.vhack.adapter import SMALL, worst_error
 
 FAMILIES = {

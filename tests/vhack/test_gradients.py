@@ -27,7 +27,8 @@ from assay.vhack.directions.gradients.batches import (
     token_budget,
 )
 from assay.vhack.directions.gradients.fused import Norm
-from assay.vhack.directions.gradients.per_sample import Replica, check_finite
+from assay.vhack.directions.gradients.per_sample import check_finite
+from assay.vhack.directions.gradients.replica import Replica
 from tests.vhack.adapter import sequential_gradients, worst_error
 
 

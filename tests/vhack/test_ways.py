@@ -21,7 +21,7 @@ from assay.vhack.directions.gradients.fused import (
     sample_products,
     segment_products,
 )
-from assay.vhack.directions.gradients.per_sample import Recipe, Replica, recipe_for
+from assay.vhack.directions.gradients.replica import Recipe, Replica, recipe_for
 from assay.vhack.directions.gradients.taps import Tap, Way, exact_factors
 from tests.vhack.adapter import worst_error
 

@@ -33,7 +33,7 @@ from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.delta.arms import ARMS as PAYING_ARMS
 from assay.vhack.directions.delta.arms import Arm
-from assay.vhack.directions.delta.frames import along, spread
+from assay.vhack.directions.delta.stacked_axes import along, spread
 from assay.vhack.names import DEFAULT_ARM
 from assay_research.advantage import HackActivation
 from assay_research.control_axes import BASIS_KINDS, make_basis

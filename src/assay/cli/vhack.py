@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.model import Model
     from assay.vhack.detect import Comparison
-    from assay.vhack.directions.checks.judge import CheckReport
+    from assay.vhack.directions.checks.check_report import CheckReport
     from assay.vhack.training.settings import SampleSettings, TrainSettings
     from assay.vhack.training.tasks import Task
 
@@ -243,7 +243,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
             f"groups)",
             err=True,
         )
-    from assay.vhack.directions.delta.delta import user_cache
+    from assay.vhack.directions.delta.delta_models import user_cache
 
     loaded = _load(chosen)
     with progress_bar("decompositions and gradients", "steps") as progress:
@@ -413,7 +413,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
             wanted = f"a result of schema {CHECK}, or trainer_state.json of TRL"
             do = "name another file"
             raise DataError(f"{first} is neither", wanted=wanted, do=do)
-    from assay.vhack.directions.checks.judge import CheckReport
+    from assay.vhack.directions.checks.check_report import CheckReport
     from assay.vhack.directions.checks.page import make_page
     from assay.vhack.training.page import training_page
 
@@ -716,7 +716,7 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
     The result is a directory that anything loads as a plain model.
     """
     check_folder(chosen.output, new=not chosen.overwrite)
-    from assay.vhack.directions.delta.delta import write_merged
+    from assay.vhack.directions.delta.delta_models import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
         how = chosen.model_dump(include={"overwrite", "dtype", "device"})
@@ -840,7 +840,7 @@ def _sampled(
     """
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
-    from assay.vhack.directions.delta.delta import load_adapter
+    from assay.vhack.directions.delta.delta_models import load_adapter
     from assay.vhack.directions.delta.file import read_delta_lengths
     from assay.vhack.training.evaluation import sample_tasks
     from assay.vhack.training.sampling import encode_prompts

@@ -22,7 +22,7 @@ check_basis = partial(check_schema, BASIS)
 check_delta = partial(check_schema, DELTA)
 
 METHODS = ("lda", "svd")
-"""Methods of extraction: of :func:`assay.vhack.directions.basis.basis.find_axes`."""
+"""Methods of extraction: of :func:`assay.vhack.directions.basis.axes.find_axes`."""
 
 DEFAULT_ARM = "penalty"
 """How training is held back by default. Its name is read by

@@ -12,8 +12,8 @@ from scipy import integrate, stats
 
 from assay.stats import auroc
 from assay.vhack.directions.checks import CheckSettings, check_gradients
+from assay.vhack.directions.checks.check_report import CHECKS
 from assay.vhack.directions.checks.folds import cross_fit
-from assay.vhack.directions.checks.judge import CHECKS
 
 SEEDS = 200
 

@@ -7,7 +7,8 @@ import torch
 from assay.errors import DataError, UsageError
 from assay.vhack import Origin, PairGradients, cin_over_modules
 from assay.vhack.directions.checks import CheckSettings, check_gradients
-from assay.vhack.directions.checks.folds import Geometry, cin_per_module, cross_fit, draw_swaps
+from assay.vhack.directions.checks.folds import cross_fit, draw_swaps
+from assay.vhack.directions.checks.geometry import Geometry, cin_per_module
 from assay.vhack.names import METHODS
 from assay.vhack.pairs.selection import fewest_groups
 

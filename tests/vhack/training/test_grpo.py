@@ -13,7 +13,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from assay.errors import UsageError
 from assay.vhack import weight_svd
 from assay.vhack.directions.delta import DeltaS
-from assay.vhack.directions.delta.frames import Frames, measure_shares
+from assay.vhack.directions.delta.stacked_axes import Frames
+from assay.vhack.directions.delta.step_measures import measure_shares
 from assay.vhack.training import TrainLog
 from assay.vhack.training.grpo import sync_merged, trl_arguments
 from assay.vhack.training.log import StepLog, measure_sources, read_steps, split_by_source

@@ -252,7 +252,7 @@ def _is_chosen(one: "VectorSet", words: Sequence[str]) -> bool:
 def report_runs(chosen: "ReportSettings", as_json: bool) -> None:
     """Draw the page of training runs for ``assay vhack report``."""
     from assay.files.jsonl import read_json
-    from assay.vhack.directions.checks.judge import CheckReport
+    from assay.vhack.directions.checks.check_report import CheckReport
     from assay_research.study.log import read_logs
     from assay_research.study.summary import study_page, summarise
 

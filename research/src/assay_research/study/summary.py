@@ -30,7 +30,7 @@ from scipy import stats
 from assay.errors import UsageError
 from assay.pages.report import SERIES, Cell, Report
 from assay.stats.rates import proportion_interval
-from assay.vhack.directions.checks.judge import Check, CheckReport
+from assay.vhack.directions.checks.check_report import Check, CheckReport
 from assay.vhack.training.evaluation import Rate
 from assay_research.runs.report import Column, Curves, Section, Table, draw_section, table_of
 from assay_research.study.log import RunLog

@@ -33,11 +33,11 @@ from assay.models.chat import Chat, read_chat
 from assay.models.model import Model
 from assay.vhack.detect import RolloutJudge
 from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.adapter import DeltaS
 from assay.vhack.directions.delta.arms import Arm
-from assay.vhack.directions.delta.delta import DeltaS
-from assay.vhack.directions.delta.frames import Rollouts
 from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
 from assay.vhack.directions.delta.quarantine import shift_baseline
+from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.pool import PoolRollout, RolloutPool

@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
-from assay.vhack.directions.delta.frames import Frames, Rollouts, measure_shares
+from assay.vhack.directions.delta.rollout_gradients import Rollouts
+from assay.vhack.directions.delta.stacked_axes import Frames
+from assay.vhack.directions.delta.step_measures import measure_shares
 from assay.vhack.names import LOG
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.processes import ALONE, Processes

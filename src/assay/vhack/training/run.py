@@ -22,7 +22,8 @@ from assay.pages.provenance import provenance
 from assay.vhack.detect import RolloutJudge, check_pairs, fit_judge
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import extract, pair_gradients
-from assay.vhack.directions.delta.delta import DeltaS, check_attachable, user_cache
+from assay.vhack.directions.delta.adapter import DeltaS, check_attachable
+from assay.vhack.directions.delta.delta_models import user_cache
 from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
 from assay.vhack.directions.delta.quarantine import Quarantine
 from assay.vhack.directions.gradients.batches import Progress

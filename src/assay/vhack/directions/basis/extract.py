@@ -19,14 +19,9 @@ from assay.errors import DataError, UsageError
 from assay.files.storage import check_new_file
 from assay.models.model import Model
 from assay.streams.arrays import dtype_name
-from assay.vhack.directions.basis.basis import (
-    Basis,
-    Origin,
-    check_axis_settings,
-    find_axes,
-    gram,
-    zero_weak_axes,
-)
+from assay.vhack.directions.basis.axes import check_axis_settings, find_axes, gram, zero_weak_axes
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.basis.origin import Origin
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.directions.gradients.per_sample import encode_samples, per_sample_gradients
 from assay.vhack.directions.gradients.svd import (

@@ -3,7 +3,7 @@
 import numpy as np
 
 from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
-from assay.vhack.directions.checks.judge import CheckReport
+from assay.vhack.directions.checks.check_report import CheckReport
 
 _HACK = SERIES[1]
 _CLEAN = SERIES[0]

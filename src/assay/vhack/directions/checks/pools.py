@@ -29,10 +29,18 @@ from assay.errors import DataError, UsageError
 from assay.models.device import one_thread
 from assay.stats.rates import auroc
 from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, make_detectors
-from assay.vhack.directions.basis.basis import Basis, cin_over_modules
-from assay.vhack.directions.checks.five_checks import check_unpaired, haar_scores
+from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.basis.cin import cin_over_modules
+from assay.vhack.directions.checks.check_report import (
+    EXIT_CODES,
+    HAAR,
+    Check,
+    CheckSettings,
+    FloatArray,
+)
 from assay.vhack.directions.checks.folds import refuse_seen
-from assay.vhack.directions.checks.judge import EXIT_CODES, HAAR, Check, CheckSettings, FloatArray
+from assay.vhack.directions.checks.random_null import haar_scores
+from assay.vhack.directions.checks.unpaired import check_unpaired
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
 from assay.vhack.directions.gradients.per_sample import per_sample_gradients
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd

@@ -19,15 +19,15 @@ from torch.optim import Optimizer
 
 from assay.errors import DataError, UsageError
 from assay.vhack.directions.basis.basis import Basis
+from assay.vhack.directions.delta.adapter import DeltaS
 from assay.vhack.directions.delta.arms import Arm
-from assay.vhack.directions.delta.delta import DeltaS
-from assay.vhack.directions.delta.frames import (
-    Frames,
+from assay.vhack.directions.delta.quarantine import Quarantine
+from assay.vhack.directions.delta.stacked_axes import Frames
+from assay.vhack.directions.delta.step_measures import (
     Measures,
     measure_displacement,
     measure_shares,
 )
-from assay.vhack.directions.delta.quarantine import Quarantine
 
 _KEY = "vhack"
 _SHARES = ("cin", "cout", "leak")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from assay.vhack.directions.delta.delta import DeltaS
+from assay.vhack.directions.delta.adapter import DeltaS
 
 
 class Quarantine:

@@ -9,28 +9,22 @@ ways.
 Shapes: N rows of all tokens, M rows that predict a completion token, B samples.
 """
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from assay.errors import DataError, ModelError, OutOfMemory, UsageError, is_out_of_memory
-from assay.models.decoder import attention_window, decoder_layers, family_of, has_hooks, head_of
-from assay.models.device import current, free_bytes, one_thread
+from assay.models.decoder import has_hooks
+from assay.models.device import free_bytes, one_thread
 from assay.models.model import Model
-from assay.models.precision import own_precision, wide_products
 from assay.models.shared_passes import pass_kind
 from assay.vhack.directions.gradients.batches import (
-    Batch,
     Encoded,
     Progress,
     context_length,
@@ -40,281 +34,17 @@ from assay.vhack.directions.gradients.batches import (
     room_for_batches,
     token_budget,
 )
-from assay.vhack.directions.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
-from assay.vhack.directions.gradients.packed import PACKED, PackedLayers, register
-from assay.vhack.directions.gradients.svd import Factors, SVDCache, factors_of, weight_svd
-from assay.vhack.directions.gradients.taps import ExpertsPass, Tap, exact_factors
+from assay.vhack.directions.gradients.svd import SVDCache, factors_of, weight_svd
+from assay.vhack.directions.gradients.taps import exact_factors
 from assay.vhack.directions.gradients.targets import (
     chosen_modules,
-    is_fused,
     module_of,
-    target_modules,
 )
 from assay.vhack.pairs.pairs import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-# Modules of the last layer that act token by token and reach the loss only through completion
-# tokens; keys and values do not.
-_LABELS_ONLY = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Switches between ways that differ in time, memory and rounding only."""
-
-    # The layers are those of a listed family. Then samples stand end to end in one row, the last
-    # layer computes only completion tokens where only they matter, and norms, gated activations and
-    # sums over samples run in fused kernels where there are any. Otherwise samples are padded to
-    # one length.
-    packed: bool
-    factored: (
-        bool  # U, S and Vh stand for the weight where that saves a product that is needed anyway
-    )
-    # A batch takes few large operations, for a GPU; otherwise each sample takes several, whose
-    # numbers stay in the caches of a CPU.
-    together: bool
-
-
-def recipe_for(module: "PreTrainedModel") -> Recipe:
-    """Return the fastest recipe that is known to be exact for this kind of model."""
-    return Recipe(
-        packed=_is_listed(module),
-        factored=module.dtype == torch.float32,
-        together=module.device.type != "cpu",
-    )
-
-
-def _is_listed(module: "PreTrainedModel") -> bool:
-    """Return whether every layer computes what a listed family computes, with the whole sample in
-    sight.
-
-    Projections and norms are called as modules, so they may have hooks and forward functions of
-    their own.
-    """
-    config = module.config.get_text_config()
-    family = family_of(config)
-    # Virtual keys and values of PEFT, as prefix tuning has them, stand before those of every
-    # sample.
-    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
-        return False
-    if (
-        family is None
-        or config._attn_implementation not in ("sdpa", "eager")
-        or attention_window(config) is not None
-    ):
-        return False
-    layers: Any = decoder_layers(module)
-    if any(type(layer.self_attn).__name__ != f"{family.prefix}Attention" for layer in layers):
-        return False
-    replaced = [part for layer in layers for part in (layer.self_attn, layer.mlp)]
-    hooked = any(has_hooks(part) for part in replaced)
-    return not hooked and not any("forward" in vars(part) for part in (*layers, *replaced))
-
-
-class Computed(NamedTuple):
-    """The gradients of a batch, perhaps still on their way to the CPU."""
-
-    batch: Batch
-    together: Tensor  # [B, ΣR] float32, all modules side by side
-    losses: Tensor  # [M], of the completion tokens
-    arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
-    tokens: dict[str, Tensor]  # of each sample that came to each expert, [B, E] by module
-
-
-class Replica:
-    """A copy of a model that turns batches into δS gradients.
-
-    Modules ``factored`` may have their factors stand for the weight in products. The backward pass
-    computes the first ``recomputed`` layers again.
-    """
-
-    batch: Batch  # that is being computed
-
-    @torch.inference_mode(False)
-    def __init__(
-        self,
-        module: "PreTrainedModel",
-        factors: Mapping[str, Factors],
-        recipe: Recipe,
-        *,
-        factored: Collection[str] = (),
-        recomputed: int = 0,
-    ) -> None:
-        self.module = _shared_copy(module)
-        self.recipe = recipe
-        self.recomputed = recomputed
-        self.kernels = load_kernels(module.device, module.dtype) if recipe.packed else None
-        self._found: dict[str, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self._factors = factors
-        # The head sees only the hidden states that predict a completion token, [1, M, hidden]: with
-        # a large vocabulary it takes most of the memory. Whatever the model does with the logits
-        # afterwards (scaling, capping) still happens. It comes before the hooks that the head has.
-        head_of(self.module).register_forward_pre_hook(self._completions, prepend=True)
-        on_cpu = self.module.device.type == "cpu"
-        if recipe.packed and (self.kernels is not None or on_cpu):
-            for part in self.module.modules():
-                if is_plain_norm(part):
-                    vars(part)["forward"] = partial(_normalised, part, self.kernels)
-        self._tap(factors, factored)
-        if recipe.packed:
-            register()
-            self.module.config._attn_implementation = PACKED
-            *_, last = layers = decoder_layers(self.module)
-            packed = PackedLayers(lambda: self.batch, self.kernels)
-            for layer in layers:
-                vars(layer)["forward"] = packed.forward(layer, labels_only=layer is last)
-        for layer in decoder_layers(self.module)[:recomputed] if recomputed else ():
-            vars(layer)["forward"] = _recomputed(layer.forward, self.module)
-
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def gradients(self, encoded: list[Encoded]) -> Computed:
-        """Run one forward and one backward pass, or raise what torch does without memory. A GPU may
-        still be at it.
-        """
-        # In the dtype of the weights, also in a training loop that computes in another one.
-        with current(self.module.device), own_precision(self.module):
-            return self._computed(encoded)
-
-    def _computed(self, encoded: list[Encoded]) -> Computed:
-        self.batch = batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
-        self._found.clear()
-        self._tokens.clear()
-        places = {} if batch.positions is None else {"position_ids": batch.positions}
-        logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
-        losses_M = TokenLoss.apply(logits_MV, batch.labels)  # type: ignore[no-untyped-call]
-        del logits_MV
-        tokens = dict(
-            self._tokens
-        )  # before the backward pass, in which layers that are computed again count again
-        losses_M.backward(batch.loss_weights)
-        together_BR = torch.cat([self._rows(name) for name in self.names], dim=1)
-        arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
-        together_BR, losses_M = (
-            part.to("cpu", non_blocking=True) for part in (together_BR, losses_M.detach())
-        )
-        if arrived is not None:
-            arrived.record(torch.cuda.current_stream(self.module.device))
-        return Computed(batch, together_BR, losses_M, arrived, tokens)
-
-    def _rows(self, name: str) -> Tensor:
-        """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes
-        through it.
-        """
-        found_BR = self._found.get(name)
-        shape = len(self.batch.encoded), self._factors[name].rank
-        return (
-            torch.zeros(shape, dtype=torch.float32, device=self.module.device)
-            if found_BR is None
-            else found_BR
-        )
-
-    def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)
-
-    def _tap(self, factors: Mapping[str, Factors], factored: Collection[str]) -> None:
-        modules = {
-            name: linear for name, linear in target_modules(self.module).items() if name in factors
-        }
-        self.names = list(modules)
-        labels_only = (
-            _prefixes(self.module, decoder_layers(self.module)[-1:]) if self.recipe.packed else ()
-        )
-        labels_only = tuple(f"{layer}{part}" for layer in labels_only for part in _LABELS_ONLY)
-        again = (
-            _prefixes(self.module, decoder_layers(self.module)[: self.recomputed])
-            if self.recomputed
-            else ()
-        )
-        experts = {name: part for name, part in self.module.named_modules() if is_fused(part)}
-        taps: dict[str, Tap] = {}
-        for name, linear in modules.items():
-            is_expert = name.rsplit(".", 2)[0] in experts
-            only = name.startswith(labels_only)
-            taps[name] = Tap(
-                name,
-                linear,
-                factors[name],
-                self._found,
-                (lambda: self.batch.label_segments) if only else (lambda: self.batch.segments),
-                factored=name in factored,
-                together=self.recipe.together,
-                checkpointing=name.startswith(again),
-                kernels=None if is_expert else self.kernels,  # they want rows of every sample
-            )
-            if not is_expert:
-                vars(linear)["forward"] = taps[name]
-        for name, part in experts.items():
-            apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
-            vars(part)["forward"] = ExpertsPass(name, part, apply, lambda: self.batch, self._tokens)
-
-
-def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Return what the names of all modules inside of these parts begin with, a dot at its end."""
-    wanted = {id(part) for part in parts}
-    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted)
-
-
-def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":
-    """Return the tree of modules over the same memory, frozen, in evaluation mode, with a
-    configuration of its own.
-
-    By hand this takes 1.1 ms for the bundled models and 9 ms for Qwen3-4B; ``copy.deepcopy`` takes
-    14 and 55 ms, where the gradients of 24 samples take 38 and 585 ms on an H200
-    (research/results/vhack_gradients_h200_bfloat16.json). A module with a forward function of its
-    own needs the deep copy: the function is bound to the module.
-    """
-    memo: dict[int, Any] = {
-        id(part): nn.Parameter(part.detach(), requires_grad=False) for part in module.parameters()
-    }
-    memo |= {id(part): part for part in module.buffers()}
-    # A trainer such as TRL gives the model itself another forward function, which returns other
-    # things and would run the model instead of the copy. The copy computes by the function of the
-    # class.
-    trainers = vars(module).pop("forward", None)
-    try:
-        if any("forward" in vars(part) for part in module.modules()):
-            return cast("PreTrainedModel", copy.deepcopy(module, memo).eval())  # type: ignore[no-untyped-call]
-        memo[id(module.config)] = copy.deepcopy(module.config)
-        return cast("PreTrainedModel", _twin(module, memo))
-    finally:
-        if trainers is not None:
-            vars(module)["forward"] = trainers
-
-
-def _twin(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    if id(part) in memo:
-        return cast("nn.Module", memo[id(part)])
-    twin = memo[id(part)] = object.__new__(type(part))
-    for name, value in vars(part).items():
-        twin.__dict__[name] = memo.get(
-            id(value), value.copy() if isinstance(value, dict) else value
-        )
-    twin.__dict__["training"] = False
-    twin.__dict__["_parameters"] = {
-        name: memo.get(id(value)) for name, value in part._parameters.items()
-    }
-    twin.__dict__["_modules"] = {
-        name: None if child is None else _twin(child, memo) for name, child in part._modules.items()
-    }
-    return twin
-
-
-def _recomputed(plain: Callable[..., Any], module: "PreTrainedModel") -> Callable[..., Any]:
-    # The backward pass is outside of the contexts of the forward pass, and must compute the same.
-    contexts = lambda: (nullcontext(), wide_products(module))  # noqa: E731
-    # The first layer's input requires no gradient, which only the newer kind of checkpointing
-    # allows.
-    return partial(checkpoint, plain, use_reentrant=False, context_fn=contexts)
-
-
-def _normalised(norm: Any, kernels: ModuleType | None, hidden_states: Tensor) -> Tensor:
-    result: Tensor = Norm.apply(hidden_states, norm.weight, norm.variance_epsilon, kernels)  # type: ignore[no-untyped-call]
-    return result
+from assay.vhack.directions.gradients.replica import Computed, Replica, recipe_for
 
 
 class SampleGradients(dict[str, Tensor]):

@@ -13,7 +13,6 @@ finds its parameters.
 Shapes: M modules of a group, R coordinates of δS.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -24,23 +23,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from assay.errors import DataError, ModelError, UsageError
-from assay.files.storage import check_folder, storage_error
-from assay.models.load import load_model
+from assay.errors import ModelError, UsageError
 from assay.models.model import Model
-from assay.streams.arrays import dtype_name
-from assay.vhack.directions.delta.file import load_delta, read_delta_lengths, save_delta
-from assay.vhack.directions.delta.frames import Rollouts
+from assay.vhack.directions.delta.file import load_delta, save_delta
 from assay.vhack.directions.delta.groups import Group, Plan, adapt, group_modules
-from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.directions.gradients.targets import module_of, target_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _NAME = "delta_s"
+
 _LORA = "lora_"  # in the names of PEFT's modules
 
 
@@ -373,72 +368,3 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
         seen = f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor"
         wanted = "a dense model: δS of such experts is extracted and checked, but not trained"
         raise ModelError(seen, wanted=wanted, do="train a dense model")
-
-
-def user_cache(model: Model, asked: Path | None = None) -> Path | None:
-    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can
-    be written.
-    """
-    if asked is not None or model.device.type != "cpu":
-        return asked
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "assay"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-def load_adapter(
-    model: Model, path: Path, lengths: dict[str, int], *, progress: Progress | None = None
-) -> DeltaS:
-    """Return an adapter of the model with the δS of a file, of which :func:`read_delta_lengths` has
-    read the lengths.
-
-    Raises:
-        DataError: The δS is of other modules.
-    """
-    modules = target_modules(model)
-    if modules.keys() != lengths.keys():
-        raise DataError(
-            f"{path} has δS of other modules", wanted="those of this model", do="correct --model"
-        )
-    is_cut = any(length < min(modules[name].weight.shape) for name, length in lengths.items())
-    rank = max(lengths.values()) if is_cut else None
-    adapter = DeltaS(
-        model,
-        weight_svd(model, rank=rank, cache=user_cache(model), min_coverage=0.0, progress=progress),
-    )
-    adapter.load(path)
-    return adapter
-
-
-def write_merged(
-    folder: Path,
-    reference: str,
-    path: Path,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write a model with the δS of a file in its weights, and return what was written.
-
-    Raises:
-        UsageError: The directory is not empty, and ``overwrite`` is not set.
-        DataError: The δS is of other modules.
-        StorageError: The directory cannot be written.
-    """
-    check_folder(folder, new=not overwrite)
-    lengths = read_delta_lengths(path)
-    model = load_model(reference, dtype=dtype, device=device)
-    adapter = load_adapter(model, path, lengths, progress=progress)
-    about = {"form": "merged", "dtype": dtype_name(model.dtype)}
-    try:
-        adapter.merge().save_pretrained(folder)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise storage_error(folder, error) from error
-    return {"path": str(folder), "model": model.reference, "modules": len(lengths), **about}

@@ -1,25 +1,25 @@
-"""Settings and results of the checks, and how all five get from a value, its interval and its nulls
-to a verdict.
-"""
+"""Settings and results of the five checks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import ceil, log2
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from assay.errors import DataError, UsageError
-from assay.stats.rates import BootstrapInterval, group_bootstrap
+from assay.stats.rates import BootstrapInterval
 from assay.vhack.detect import Comparison
-from assay.vhack.directions.basis.basis import Origin
+from assay.vhack.directions.basis.origin import Origin
 from assay.vhack.names import CHECK, METHODS
 from assay.vhack.pairs.pairs import validated
 
 FloatArray = npt.NDArray[np.float64]
+
 CheckVerdict = Literal["pass", "fail", "undecided"]
+
 SCHEMA = CHECK
+
 TITLES = {
     "pools": "cin of hack against clean samples",
     "heldout": "Held-out pairs of held-out groups",
@@ -28,24 +28,20 @@ TITLES = {
     "stability": "Stability under a group bootstrap",
 }
 """What each of the five checks looks at, in the order of the design."""
+
 CHECKS = tuple(TITLES)
 """Names of the five checks."""
-# What the rule calls the value of each, and the bound that its interval must lie above.
-_VALUES = {
-    "pools": ("the AUROC", 0.5),
-    "heldout": ("the share", 0.5),
-    "random_null": ("the AUROC", 0.5),
-    "sources": ("the difference", 0.0),
-}
+
 # Names of nulls: the exact one, axes uniform among all orthonormal ones, axes of differences
 # between clean sides.
 SWAPPED = "labels swapped"
+
 HAAR = "Haar"
+
 CLEAN_CLEAN = "clean-clean"
+
 EXIT_CODES: dict[CheckVerdict, int] = {"pass": 0, "fail": 1, "undecided": 2}
 """What a command exits with, by verdict."""
-
-_TIE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,134 +193,3 @@ class CheckReport:
                 f"a check report that cannot be used: {error}", wanted=wanted, do=do
             ) from None
         return report
-
-
-def p_value(observed: float, draws: Sequence[float]) -> float:
-    """Return the share of draws that reach the observed value, which counts as a draw (Phipson and
-    Smyth 2010).
-    """
-    reached = sum(draw >= observed - _TIE for draw in draws)
-    return (1 + reached) / (1 + len(draws))
-
-
-def bootstrap(
-    statistic: Callable[..., float],
-    samples: Sequence[FloatArray],
-    groups: Sequence[Sequence[str]],
-    settings: CheckSettings,
-) -> BootstrapInterval:
-    """Return a statistic with its group-bootstrap interval."""
-    n = settings.n_resamples
-    seed = settings.seed
-    share = settings.confidence
-    return group_bootstrap(statistic, samples, groups, n_resamples=n, seed=seed, confidence=share)
-
-
-def judge(
-    name: str,
-    statistic: str,
-    measured: BootstrapInterval,
-    nulls: Mapping[str, Sequence[float]],
-    settings: CheckSettings,
-    smallest_p: float,
-    *,
-    details: Mapping[str, Any] | None = None,
-) -> Check:
-    """Return the check after applying the rule that checks 1 to 4 share.
-
-    It passes if the value is reached by at most a share alpha of every null, and the lower end of
-    its interval lies above the bound of the check and above the 1 − alpha quantile of every null.
-    The first part alone bounds the probability that noise passes. Where only the interval is too
-    wide, or the smallest p-value that the groups can give is above alpha, the verdict is
-    ``undecided``.
-    """
-    p_values = {null: p_value(measured.value, draws) for null, draws in nulls.items()}
-    if smallest_p > settings.alpha:
-        more = ceil(log2(smallest_p / settings.alpha))
-        verdict: CheckVerdict = "undecided"
-        reason = (
-            f"so few groups cannot give a p-value below {smallest_p:.3g}, and {settings.alpha:g} "
-            f"is needed: add pairs "
-            f"until at least {more} more group{'s are' if more > 1 else ' is'} scored"
-        )
-    else:
-        faults = [
-            f"p = {p:.3g} against {null}" for null, p in p_values.items() if p > settings.alpha
-        ]
-        wide = reached_levels(
-            "interval", measured, {**nulls, "chance": [_VALUES[name][1]]}, settings
-        )
-        verdict, reason = decide(faults, *wide)
-    rule = rule_of(name, nulls, settings)
-    draws = {null: tuple(map(float, values)) for null, values in nulls.items()}
-    return Check(
-        name,
-        TITLES[name],
-        statistic,
-        rule,
-        measured,
-        draws,
-        p_values,
-        verdict,
-        reason,
-        dict(details or {}),
-    )
-
-
-def reached_levels(
-    what: str,
-    measured: BootstrapInterval,
-    nulls: Mapping[str, Sequence[float]],
-    settings: CheckSettings,
-) -> tuple[list[str], list[str]]:
-    """Return the faults of an interval that does not lie above the 1 − alpha quantile of every
-    null.
-
-    First those where the value itself does not, then those where only the lower end does not.
-    """
-    levels = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
-    found = {
-        null: f"the {what} reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
-        for null, level in levels.items()
-        if measured.low <= level
-    }
-    below = [null for null in found if measured.value <= levels[null]]
-    return [found[null] for null in below], [found[null] for null in found if null not in below]
-
-
-def decide(
-    faults: Sequence[str], below: Sequence[str], wide: Sequence[str]
-) -> tuple[CheckVerdict, str]:
-    """Return the verdict of a rule, given its faults and both kinds of :func:`reached_levels`, and
-    the reason.
-    """
-    if faults or below:
-        return "fail", "; ".join([*faults, *below, *wide])
-    return (
-        ("undecided", "; ".join([*wide, "add pairs"]))
-        if wide
-        else ("pass", "every part of the rule holds")
-    )
-
-
-def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
-    """Return the rule of :func:`judge` in words."""
-    (what, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
-    interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
-    quantile = f"1 − {settings.alpha:g} quantile"
-    if len(others) > 1:
-        return (
-            f"Passes if of each null at most a share {settings.alpha:g} reaches {what}, and "
-            f"{interval} the {quantile} "
-            "of every null."
-        )
-    return (
-        f"Passes if, with the labels of whole groups swapped at random, at most a share "
-        f"{settings.alpha:g} reaches "
-        f"{what}, and {interval} {above:g} and above the null's {quantile}."
-    ) + "".join(f" So for {null} bases." for null in others)
-
-
-def undecided_check(name: str, statistic: str, rule: str, reason: str) -> Check:
-    """Return a check that could not be made."""
-    return Check(name, TITLES[name], statistic, rule, None, {}, {}, "undecided", reason)

@@ -1,0 +1,54 @@
+"""The δS gradient of every rollout of some backward passes.
+
+Shapes: M modules of a group, N rollouts of all passes, B of one pass, R coordinates of δS, G kinds.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from assay.errors import UsageError
+
+
+class Rollouts:
+    """The δS gradient of every rollout of some backward passes, in their order, scaled as they are
+    in the loss.
+
+    :meth:`DeltaS.per_sample` makes it, given the number of modules per group. Their sum is what
+    those passes have added to the gradient of δS.
+
+    Attributes:
+        kinds: 1 where a sample is of a kind, [G, B] float32; set before a forward pass, it keeps
+            one row per kind.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._parts: list[list[list[Tensor]]] = [[[] for _ in range(count)] for count in counts]
+        self.kinds: Tensor | None = None
+
+    def record(self, group: int, module: int, rows_BR: Tensor) -> None:
+        """Add the rollouts of one backward pass."""
+        self._parts[group][module].append(rows_BR)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Gradients per group, [M, N, R] float32.
+
+        Raises:
+            UsageError: There was no backward pass, or not every module took part in it.
+        """
+        counts = {sum(len(part) for part in parts) for modules in self._parts for parts in modules}
+        if len(counts) != 1 or counts == {0}:
+            wanted = "one number of rollouts for all of them, at least 1"
+            do = "run forward and backward of the whole model inside per_sample()"
+            raise UsageError(
+                f"gradients of {sorted(counts)} rollouts in different modules", wanted=wanted, do=do
+            )
+        found = []
+        for modules in self._parts:
+            rows = torch.cat(
+                [part for parts in modules for part in parts]
+            )  # one operation for all modules
+            found.append(rows.view(len(modules), -1, rows.shape[1]))
+        return found
