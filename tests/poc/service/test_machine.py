@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from assay.poc.service import Settings, State
-from assay.poc.service.rounds import NEEDS_ROUND, TRANSITIONS
+from assay.poc.service.states import NEEDS_ROUND, TRANSITIONS
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, Rig, Service
 from tests.waiting import until
 

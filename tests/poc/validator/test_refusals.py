@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from assay.poc import Proof, get_pipeline
-from assay.poc.net.callbacks import Signatures
+from assay.poc.net.signatures import Signatures
 from tests.poc.service.conftest import signed
 from tests.poc.validator.conftest import (
     API,

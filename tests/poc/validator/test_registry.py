@@ -11,7 +11,8 @@ from assay.poc import Calibration, NetworkPins
 from assay.poc.net.deployment import Deployment
 from assay.poc.network_pins import pinned_format
 from assay.poc.service import Settings
-from assay.poc.validator.registry import Noises, Registry
+from assay.poc.validator.laws import Noises
+from assay.poc.validator.registry import Registry
 from tests.poc.service.test_judge import noise_of
 from tests.poc.validator.conftest import (
     KEYS,

@@ -31,6 +31,8 @@ log = structlog.get_logger("assay.app")
 
 PERIOD = 1.0  # seconds between two snapshots
 PAUSE = 1.0  # seconds before a loop that failed begins again
+SHARED = ("stream.js", "words.js", "dom.js", "link.js")
+"""Scripts that every page of assay begins with, in the order of their dependence."""
 
 
 class Feed:
@@ -162,10 +164,6 @@ def operations_router(
         return Response(runtime.metrics.text(feed.values), media_type=CONTENT_TYPE)
 
     return router
-
-
-SHARED = ("stream.js", "words.js", "dom.js", "link.js")
-"""Scripts that every page of assay begins with, in the order of their dependence."""
 
 
 def page_router(page: str, headers: dict[str, str]) -> APIRouter:

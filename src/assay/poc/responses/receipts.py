@@ -59,6 +59,18 @@ MOST_TOKENS = 2**20  # tokens of a prompt, and of an output: the positions that 
 
 Chooser = Literal["client", "server"]
 Finish = Literal["stop", "length", "abort"]
+LONGEST_LINE = (
+    2**25
+)  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
+MOST_PARTS = {
+    b",": 2 * MOST_TOKENS + 2**16,
+    b"[": 2**13,
+    b"{": 2**13,
+}  # how often a character may be in a line
+MOST_RECEIPTS = 2**20
+MOST_FILE_TOKENS = (
+    2**24
+)  # tokens of all prompts and outputs of a file: what a reader has to have room for
 
 
 def _listed(ids: Any) -> tuple[Any, ...]:
@@ -343,22 +355,6 @@ def check_word(name: str, value: object, words: Any) -> None:
         raise UsageError(
             f"{name} is {value!r:.60}", wanted=" or ".join(map(str, choices)), do=f"correct {name}"
         )
-
-
-LONGEST_LINE = (
-    2**25
-)  # bytes of the longest line: prompt, output and sketches of the most tokens take 2**24 or less
-
-MOST_PARTS = {
-    b",": 2 * MOST_TOKENS + 2**16,
-    b"[": 2**13,
-    b"{": 2**13,
-}  # how often a character may be in a line
-
-MOST_RECEIPTS = 2**20
-MOST_FILE_TOKENS = (
-    2**24
-)  # tokens of all prompts and outputs of a file: what a reader has to have room for
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,8 @@ _TOKENS = 4  # of a character at most: each is a byte
 # last tokens of a prompt with which an output is decoded: a text after others may begin with a
 # space
 _NEAR = 8
+_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "stop_token_ids"}
+_SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +182,6 @@ def read_requests(
             f"{path} is empty", wanted="JSON Lines with a prompt each", do='write {"prompt": "…"}'
         )
     return requests
-
-
-_OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "stop_token_ids"}
-_SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
 
 def _requests(

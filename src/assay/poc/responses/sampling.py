@@ -30,6 +30,8 @@ RANGES = {
 greedy.
 """
 BIASES = (-100.0, 100.0)
+VERSION = "assay.responses/1"
+HIGHEST_INDEX = 2**16 - 1  # highest index of a choice of a request, far above what a server gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +143,6 @@ def _number(name: str, value: Any, low: float, high: float, *, zero: bool = Fals
         do=f"correct {name}" if " " in name else do,
     )
 
-
-VERSION = "assay.responses/1"
-HIGHEST_INDEX = 2**16 - 1  # highest index of a choice of a request, far above what a server gives
 
 Stream = Literal["tokens", "sketch"]
 

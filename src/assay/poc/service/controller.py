@@ -33,9 +33,11 @@ from assay.poc.service.database import open_database
 from assay.poc.service.jobs import Jobs
 from assay.poc.service.judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.metrics import Metrics
+from assay.poc.service.progress import EXPECTED, Progress
 from assay.poc.service.receipts import ReceiptKeeper
-from assay.poc.service.rounds import EXPECTED, Batch, Progress, Rounds, State, StoredRound, after
+from assay.poc.service.rounds import Batch, Rounds, StoredRound
 from assay.poc.service.settings import Settings
+from assay.poc.service.states import State, after
 from assay.poc.service.worker import ShareDone, Worker, Writer
 
 log = structlog.get_logger("assay.controller")

@@ -29,6 +29,9 @@ from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Update, round_identity
 from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, missing_law, sequential_test
 
+# sequential tests kept in memory; others are rebuilt from the records when they are needed
+MAX_TESTS = 4096
+
 
 class HonestNoise:
     """Finds the noise between nodes and this service: as given, or as the network pinned it."""
@@ -117,10 +120,6 @@ def check_calibration(calibration: Calibration | None, deployment: Deployment) -
             wanted=f"one of {deployment.reference} ({deployment.digest[:12]})",
             do="measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out",
         )
-
-
-# sequential tests kept in memory; others are rebuilt from the records when they are needed
-MAX_TESTS = 4096
 
 
 class Judge:

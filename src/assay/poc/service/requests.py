@@ -42,6 +42,10 @@ BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 StateName = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
+PRESET_PATTERN = (
+    "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
+)
+MISMATCH = "pins mismatch"
 
 
 def _distance(value: Any) -> Any:
@@ -57,11 +61,6 @@ def _distance(value: Any) -> Any:
 
 
 Distance = Annotated[float, BeforeValidator(_distance)]
-
-
-PRESET_PATTERN = (
-    "^(artifact|tokens-1|hardened|decode(-[1-9][0-9]{1,3})?)$"  # of jobs: those that publish bytes
-)
 
 
 class _Block(BaseModel):
@@ -202,9 +201,6 @@ class GenerateRequest(_Block):
             unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset))
             for nonce in self.nonces
         ]
-
-
-MISMATCH = "pins mismatch"
 
 
 def check_deployed(deployment: Deployment, settings: Settings) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from assay.errors import AssayError, ProofMismatch
 from assay.files.jsonl import JsonObject, dumps, loads
-from assay.poc.net.callbacks import parsed
 from assay.poc.net.refusals import Refusal
+from assay.poc.net.signatures import parsed
 from assay.poc.protocol.pipelines import Pipeline
 from assay.poc.protocol.proof import (
     DistanceRecord,

@@ -17,9 +17,11 @@ from assay.poc.net.settings import ServerSettings
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round, check_name
 from assay.poc.validator.claims import Reader
-from assay.poc.validator.inbox import Inbox, InboxWriter
+from assay.poc.validator.inbox import Inbox
+from assay.poc.validator.inbox_writer import InboxWriter
+from assay.poc.validator.laws import Noises
 from assay.poc.validator.metrics import ValidatorMetrics
-from assay.poc.validator.registry import Noises, Registry
+from assay.poc.validator.registry import Registry
 from assay.poc.validator.settings import ValidatorSettings
 from assay.poc.validator.worker import Recomputer, account_id, verdict_of
 from assay.poc.verdict.ledger import Ledger

@@ -20,11 +20,9 @@ import sqlalchemy as sa
 from assay.errors import StorageError
 from assay.files.jsonl import JsonObject
 from assay.files.sqlite import Database
-from assay.poc.net.refusals import Refusal
-from assay.poc.net.runtime import GroupCommit, settled_time
+from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import disk_room, fair_share
 from assay.poc.validator.epochs import SECRET_BYTES, Epoch, first_turn, message_seed
-from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.verdict.ledger import Ledger
 
 # The steps that lead to the tables. A step, once released, is never edited.
@@ -75,6 +73,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 NAME = "validator.sqlite3"
+SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
 _SIZE = "length(body) + coalesce(length(claim), 0)"
 
 
@@ -433,61 +432,3 @@ class Inbox:
         for sender, size in gone:
             self._kept[sender] -= size
         return len(gone)
-
-
-PRUNE_EVERY = 5.0
-SERVED_EVERY = 60.0  # seconds after which the time of an epoch is written down
-
-
-class InboxWriter(GroupCommit[Message, bool]):
-    """Keeps messages for ``keep`` seconds, in a thread of its own, which alone adds to the
-    inbox.
-    """
-
-    def __init__(self, inbox: Inbox, metrics: ValidatorMetrics, *, most: int, keep: float) -> None:
-        super().__init__("assay-inbox", most=most)
-        self._inbox = inbox
-        self._metrics = metrics
-        self._keep = keep
-        self._pruned = time.monotonic()
-
-    async def keep(self, message: Message) -> bool:
-        """Keep a message; return whether it is new. It is on disk when this returns.
-
-        It is refused with 429 where so much of this node is kept already, with 503 where it cannot
-        be written now.
-        """
-        if self._inbox.is_full(message.public_key, message.size):
-            raise Refusal(
-                429,
-                "so many bytes of this node are kept that there is no room for more",
-                wanted="the room of one node (--max-kept of the validator, and half of what its disk has "
-                "free)",
-                do="send it again later: what is older than --keep is deleted",
-                retry_after=60,
-                fields={"fields": ["room"]},
-            )
-        return await self.put(message, size=message.size, client=message.public_key)
-
-    def _write(self, messages: list[Message]) -> list[bool]:
-        fresh = self._inbox.add(messages)
-        for message, new in zip(messages, fresh, strict=True):
-            self._metrics.messages.labels(message.kind, "new" if new else "repeated").inc()
-        return fresh
-
-    def _refusal(self, seen: str) -> Refusal:
-        return Refusal(
-            503,
-            seen,
-            wanted="room for it",
-            do="send it again",
-            retry_after=1,
-            fields={"fields": ["busy"]},
-        )
-
-    def _rest(self, wrote: bool) -> None:
-        if not wrote:  # what adds messages ends epochs as well
-            self._inbox.roll()
-        if time.monotonic() - self._pruned > PRUNE_EVERY:
-            self._inbox.prune(self._keep)
-            self._pruned = time.monotonic()

@@ -4,7 +4,7 @@ and builds.
 
 import hashlib
 import re
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,28 +15,17 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from assay.errors import CalibrationError, DataError, UsageError
-from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.callbacks import Signatures, check_url
+from assay.errors import DataError, UsageError
+from assay.files.jsonl import dumps
+from assay.poc.net.callbacks import check_url
 from assay.poc.net.settings import ServerSettings, check_secrets
+from assay.poc.net.signatures import Signatures
 from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import (
-    Calibration,
     account_alpha,
-    describe_promise,
-    find_build_noise,
-)
-from assay.poc.verdict.noise import (
-    LARGEST_SAMPLE,
-    Noise,
-    bundled_noise,
-    missing_law,
-    plan_sample,
-    sequential_test,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Secrets = Annotated[tuple[str, ...], Field(min_length=1)]
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 class NodeEntry(BaseModel):
@@ -281,88 +273,3 @@ def _entries(path: Path) -> tuple[NodeEntry, ...]:
                 do="remove one of the two",
             )
     return entries
-
-
-_UNSEEN = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
-)
-KEPT = 256  # noises of builds and blocks
-
-
-class Noises:
-    """Finds the noise of a build: as it was given or pinned, else that of a bundled model.
-
-    Raises:
-        CalibrationError: A build of the pins has several number formats.
-        DataError: A pinned file cannot be read, or is another one.
-    """
-
-    def __init__(
-        self,
-        settings: ServerSettings,
-        registry: Registry,
-        deployment: "Deployment",
-        batch_size: int,
-    ) -> None:
-        self._registry = registry
-        self._deployment = deployment
-        chosen = settings.calibration
-        # of the engine that recomputes, so that none is made for its description alone
-        self._batch_size = batch_size
-        pinned = registry.network.calibrations(registry.model) if chosen is None else ()
-        self._measured = [Calibration.load(path) for path in pinned] if chosen is None else [chosen]
-        self._kept: OrderedDict[tuple[str, str], Noise | None] = OrderedDict()
-        self.laws = [self._law(build, settings) for build in registry.model.builds]
-        """For every build the nonces that its law needs, and their power; or which command measures
-        a law.
-        """
-        self.promise = describe_promise(registry.network, registry.alpha, self._measured)
-        """False convictions that the network accepts, and that are expected."""
-
-    def of(self, build: Build, round: Round | None = None) -> Noise | None:
-        """Return the noise of a node's residuals in a round, or of the usual scale; None where none
-        was measured.
-        """
-        key = (build.model_dump_json(), "" if round is None else round.block_hash)
-        if key not in self._kept:
-            self._kept[key] = self._find(build, round)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[key]
-
-    def _law(self, build: Build, settings: ServerSettings) -> JsonObject:
-        noise = self.of(build)
-        registry = self._registry
-        if noise is None:
-            seq_len = registry.network.round.seq_len
-            round = Round(
-                block_hash="any", public_key="any", preset=registry.pipeline.name, seq_len=seq_len
-            )
-            return {
-                "build": build.name,
-                "missing": missing_law(registry.model.reference, registry.model.digest, round),
-            }
-        nonces, power = plan_sample(
-            sequential_test(noise, alpha=registry.alpha, beta=settings.beta), LARGEST_SAMPLE
-        )
-        return {"build": build.name, "missing": None, "nonces": nonces, "power": power}
-
-    def _find(self, build: Build, round: Round | None) -> Noise | None:
-        registry = self._registry
-        preset = self._registry.pipeline.name
-        if len(build.dtype) > 1:
-            raise CalibrationError(
-                f"the build {build.name!r} of {' and '.join(build.dtype)}",
-                wanted=(
-                    "one number format for each build: callbacks do not say in which they were computed"
-                ),
-                do="list the build once for each format, and name it for each node",
-            )
-        formats = build.dtype[0], self._deployment.dtype
-        if not self._measured:
-            return bundled_noise(registry.model.digest, registry.pipeline.noise, *formats)
-        of: dict[str, Any] = {"digest": registry.model.digest, "preset": preset}
-        of |= {"controls": [control.dtype for control in self._deployment.controls]}
-        seq_len = (registry.network.round if round is None else round).seq_len
-        of["validator"] = self._deployment.engine(seq_len, self._batch_size).fingerprint
-        return find_build_noise(self._measured, build, **of, formats=formats, round=round)

@@ -49,6 +49,10 @@ from assay.poc.verdict.noise import Noise
 EXPECTED = 32.0
 """Nonces that a node without evidence is expected to need."""
 
+BATCHES = 4  # of one pass
+IDLE = 0.5  # seconds between two looks where no node has anything to draw from
+FAILURE_PAUSE = 5.0
+
 
 class Budget:
     """Nonces that may be spent: they come at an even rate, and at most an hour's are saved."""
@@ -130,10 +134,6 @@ def choose(
 
 
 log = structlog.get_logger("assay.validator.worker")
-
-BATCHES = 4  # of one pass
-IDLE = 0.5  # seconds between two looks where no node has anything to draw from
-FAILURE_PAUSE = 5.0
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,45 @@ Refusal = tuple[Any, str, str, str]
 and what to do.
 """
 
+TESTED = "0.32"
+"""The minor version on which the tests have run."""
+BFLOAT16 = ("bfloat16",)
+WITH_FLOAT16 = ("bfloat16", "float16")
+WITH_FLOAT32 = ("bfloat16", "float32")
+_HYBRID = (
+    "FalconH1ForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "Lfm2ForCausalLM",
+    "NemotronHForCausalLM",
+)
+SHARED_EXPERTS = ("cuda",)
+"""Kinds of device on which mixtures were run whose experts are quantised, and whose data-parallel
+engines wait for each other's experts in every step."""
+WITHOUT_AVX512 = ("x86_64 AVX2", "x86_64 DEFAULT")
+"""Processors for which vLLM's CPU build has neither products of four bits nor a cache in eight. Its
+products of int8 are so slow there that a batch of eight short nonces did not end in two minutes."""
+LOADED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+"""Formats in which vLLM loads the files that a digest covers; in the others it reads other files,
+or none.
+"""
+EXECUTORS = (None, "mp", "uni", "ray")
+"""Ways in which vLLM runs its workers that were run with nonces. The direct path relies on calls
+into a worker that run between two of its steps, in the thread of these."""
+EIGHT_BITS = dict.fromkeys(("fp8", "fp8_e4m3"), CACHES[0])
+"""Caches of keys and values that are builds with a law of their own, by what ``--kv-cache-dtype``
+says.
+
+The other format of eight bits, ``fp8_e5m2``, has a bit less: its honest noise came to 0.6 of the
+distance of four bits.
+"""
+ROTATION = "rotary_embedding"  # what vLLM calls its kernel for rotary embeddings
+
 
 def refuse_first(rows: Iterable[Refusal], of: str = "") -> None:
     """Raise the first refusal that applies as a UsageError; what was seen follows ``of``."""
     for applies, seen, wanted, do in rows:
         if applies:
             raise UsageError(of + seen, wanted=wanted, do=do)
-
-
-TESTED = "0.32"
-"""The minor version on which the tests have run."""
 
 
 def installed_version() -> str:
@@ -89,9 +118,6 @@ Tested = Mapping[str, Mapping[str, tuple[str, ...]]]
 them.
 """
 
-BFLOAT16 = ("bfloat16",)
-WITH_FLOAT16 = ("bfloat16", "float16")
-WITH_FLOAT32 = ("bfloat16", "float32")
 
 STORED: Tested = {
     "cpu": {"int8-rows": WITH_FLOAT32, "int4-groups": WITH_FLOAT16},
@@ -107,12 +133,6 @@ with AMX and leave the inputs as they are, which is another computation than tha
 transformers engine.
 """
 
-_HYBRID = (
-    "FalconH1ForCausalLM",
-    "GraniteMoeHybridForCausalLM",
-    "Lfm2ForCausalLM",
-    "NemotronHForCausalLM",
-)
 WITH_STATE: Tested = {
     "cpu": {**dict.fromkeys(_HYBRID, WITH_FLOAT32), "Qwen3NextForCausalLM": BFLOAT16},
     "cuda": dict.fromkeys((*_HYBRID, "Qwen3NextForCausalLM"), BFLOAT16),
@@ -125,33 +145,6 @@ bfloat16 only: where either is missing, the first request ends the engine.
 
 EIGHT_BIT_CACHES: Tested = {"cpu": {"fp8": ()}, "cuda": {"fp8": ()}}
 """Caches in eight bits, with layers of attention alone."""
-
-SHARED_EXPERTS = ("cuda",)
-"""Kinds of device on which mixtures were run whose experts are quantised, and whose data-parallel
-engines wait for each other's experts in every step."""
-
-WITHOUT_AVX512 = ("x86_64 AVX2", "x86_64 DEFAULT")
-"""Processors for which vLLM's CPU build has neither products of four bits nor a cache in eight. Its
-products of int8 are so slow there that a batch of eight short nonces did not end in two minutes."""
-
-LOADED = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
-"""Formats in which vLLM loads the files that a digest covers; in the others it reads other files,
-or none.
-"""
-
-EXECUTORS = (None, "mp", "uni", "ray")
-"""Ways in which vLLM runs its workers that were run with nonces. The direct path relies on calls
-into a worker that run between two of its steps, in the thread of these."""
-
-EIGHT_BITS = dict.fromkeys(("fp8", "fp8_e4m3"), CACHES[0])
-"""Caches of keys and values that are builds with a law of their own, by what ``--kv-cache-dtype``
-says.
-
-The other format of eight bits, ``fp8_e5m2``, has a bit less: its honest noise came to 0.6 of the
-distance of four bits.
-"""
-
-ROTATION = "rotary_embedding"  # what vLLM calls its kernel for rotary embeddings
 
 
 def rounded_cache(config: Any) -> str:

@@ -43,6 +43,19 @@ waits for both.
 FOLLOWS = 0.005
 MOST = 256  # nonces of a call for each engine
 FAILURES = 3  # calls that fail one after the other until all nonces are requests
+BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
+"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the
+runner.
+"""
+CACHE_SPECS = {"FullAttentionSpec"}
+"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from
+step to step.
+"""
+MAX_TABLES = 8  # shapes of passes whose metadata is kept
+MAX_GRAPH = 2**30  # bytes of activations that a recorded pass may keep from vLLM
+SPARE_BLOCKS = (
+    8  # columns of a block table behind the last block: tiles of a kernel may look past it
+)
 
 
 @dataclass(eq=False)
@@ -240,22 +253,6 @@ class DirectPath:
 # the private one for the time of a pass. Every other tensor is made anew: the persistent ones of a
 # model runner may still be read by a step. vLLM's CUDA graphs have its own cache in them, so passes
 # are recorded in others.
-
-BACKENDS = {"CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN"}
-"""Kernels of attention whose cache has the block as its first axis and needs no workspace of the
-runner.
-"""
-
-CACHE_SPECS = {"FullAttentionSpec"}
-"""Kinds of cache blocks that hold the keys and values of one layer, and nothing that lives from
-step to step.
-"""
-
-MAX_TABLES = 8  # shapes of passes whose metadata is kept
-MAX_GRAPH = 2**30  # bytes of activations that a recorded pass may keep from vLLM
-SPARE_BLOCKS = (
-    8  # columns of a block table behind the last block: tiles of a kernel may look past it
-)
 
 
 class DeviceTimer:

@@ -55,6 +55,9 @@ BLOCK = b"x-assay-block"
 REQUEST_ID = b"x-request-id"
 USER_SEED = b"x-assay-user-seed"
 NO_RECEIPT = [(RECEIPT, b"none")]
+PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
+MESSAGE = "Proof of Compute has this engine to itself for a while"
+BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 
 
 class Responses:
@@ -272,11 +275,6 @@ def _served_template(config: Any, args: Any) -> str | None:
     with suppress(AssayError):  # vLLM reads tokenizers that are not read here
         return chat_template_digest(load_tokenizer(config.model_config.tokenizer)) or None
     return None
-
-
-PATIENCE = 5.0  # seconds in which the nonces that run are given up before vLLM ends its engine
-MESSAGE = "Proof of Compute has this engine to itself for a while"
-BODY = {"error": {"message": MESSAGE, "type": "service_unavailable", "param": None, "code": 503}}
 
 
 class AssayPlugin:

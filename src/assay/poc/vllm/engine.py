@@ -49,6 +49,18 @@ from assay.poc.vllm.throttle import NoncePath, ThrottleSettings
 CPU_KV_BYTES = (
     2**30
 )  # vLLM would take most of the machine's memory; nonces and replays need a little
+OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
+T = TypeVar("T")
+LIKELIEST = 1024  # number of the largest logits that are asked for at every position
+FIXED = (
+    "model", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
+    "worker_extension_cls", "speculative_config", "spec_method", "spec_model", "spec_tokens", "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers", "calculate_kv_scales", "quantization", "quantization_config", "load_format",
+    "hf_overrides", "hf_config_path",
+)  # fmt: skip
+"""Engine arguments that a replay sets itself, or under which vLLM would compute something else than
+the checkpoint.
+"""
 
 
 def runs_on_cpu() -> bool:
@@ -112,11 +124,6 @@ def explain_start() -> Iterator[None]:
             wanted="an engine",
             do="see its log above",
         ) from error
-
-
-OWN_WAIT = 2.0  # seconds of nonces at once in an engine without chat
-
-T = TypeVar("T")
 
 
 class RequestEngine(Engine):
@@ -345,18 +352,6 @@ async def _started(config: Any) -> Any:
 
 async def _shutdown(llm: Any) -> None:
     llm.shutdown()  # in its loop, which goes on until what it cancels has ended
-
-
-LIKELIEST = 1024  # number of the largest logits that are asked for at every position
-FIXED = (
-    "model", "logprobs_mode", "max_logprobs", "enable_prefix_caching", "skip_tokenizer_init",
-    "worker_extension_cls", "speculative_config", "spec_method", "spec_model", "spec_tokens", "kv_cache_dtype",
-    "kv_cache_dtype_skip_layers", "calculate_kv_scales", "quantization", "quantization_config", "load_format",
-    "hf_overrides", "hf_config_path",
-)  # fmt: skip
-"""Engine arguments that a replay sets itself, or under which vLLM would compute something else than
-the checkpoint.
-"""
 
 
 class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):

@@ -32,6 +32,12 @@ MAX_STREAMS = 16
 # bound on the rows of a stream; above it the oldest are dropped, whose requests were given up
 MAX_ROWS = 4096
 LONGEST_REASON = 300  # characters of the reason for which a nonce or a call did not run
+MAX_VALUES = (
+    2**24
+)  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
+MAX_SUMMED = (
+    2**23
+)  # number of state values that are summed at once; they are held three times in float32
 
 
 def new_key() -> str:
@@ -204,14 +210,6 @@ class Rows:
             "dropped": self._dropped + sum(stream.dropped for stream in streams),
             "failed": sum(len(stream.failed) for stream in streams),
         }
-
-
-MAX_VALUES = (
-    2**24
-)  # number of input values that are made at once: vLLM leaves little of a GPU's memory free
-MAX_SUMMED = (
-    2**23
-)  # number of state values that are summed at once; they are held three times in float32
 
 
 class Chunk(NamedTuple):
