@@ -33,7 +33,7 @@ def test_a_model_that_was_not_measured_is_undecided(
         None,
         None,
     )
-    assert f"assay poc calibrate --model small --preset {preset}" in verdict.reason
+    assert f"assay poc calibrate --model MODEL --preset {preset}" in verdict.reason
     assert verdict.as_dict()["noise"] is None
 
 
@@ -98,3 +98,52 @@ def test_the_laws_that_come_with_assay_are_of_two_digests(proof: Proof):
         QWEN3, "distance", "bfloat16", "float32"
     )
     assert bundled_noise(QWEN3, "distance", "float8", "float8") is None
+
+
+def test_advice_has_the_flags_of_the_reader_and_no_word_of_the_prover(
+    proof: Proof, small_checkpoint, tmp_path, capsys
+):
+    """On 0944c8c1 the prover's name of the model stands behind --model."""
+    from assay.cli import run
+
+    header = replace(proof.header, round=replace(proof.round, model="m; touch pwned"))
+    Proof.build(header, proof.records, 1.0).save(tmp_path / "proof.jsonl")
+    known = ["--block-hash", "block_alpha", "--public-key", "node_A", "--seq-len", "16"]
+    reader = ["--model", str(small_checkpoint), "--dtype", "float32"]
+    assert run(["poc", "verify", str(tmp_path / "proof.jsonl"), *reader, *known]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    advice = said[said.index("assay poc calibrate") : said.index("-o calibration.json")]
+    assert f"--model {small_checkpoint}" in advice
+    assert "--dtype float32" in advice
+    assert "pwned" not in advice
+
+
+def test_a_node_is_told_at_its_start_that_nobody_can_judge_it(small_checkpoint, tmp_path, capsys):
+    from assay.cli import run
+
+    shape = ["--seq-len", "16", "--nonces", "8", "--device", "cpu", "-o", str(tmp_path / "p.jsonl")]
+    known = ["--block-hash", "b", "--public-key", "k"]
+    assert run(["poc", "prove", "--model", str(small_checkpoint), *known, *shape]) == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: no law of checkpoint")
+    assert f"assay poc calibrate --model {small_checkpoint} --quick" in first
+    bundled = ["--model", "reference:qwen3", *known, *shape, "--overwrite"]
+    assert run(["poc", "prove", *bundled]) == 0
+    assert "no law" not in capsys.readouterr().err
+
+
+def test_a_model_with_a_tokenizer_is_not_proved_without_what_its_network_agreed_on(
+    small_checkpoint, tmp_path, capsys
+):
+    from assay.cli import run
+
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for path in small_checkpoint.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "tokenizer.json").write_text("{}")
+    known = ["--block-hash", "b", "--public-key", "k", "-o", str(tmp_path / "p.jsonl")]
+    assert run(["poc", "prove", "--model", str(folder), *known]) == 2
+    said = capsys.readouterr().err
+    assert f"assay poc calibrate --model {folder} --quick --pins pins.toml" in said
+    assert "--preset poc-2.0" in said

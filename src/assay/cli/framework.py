@@ -2,7 +2,7 @@
 errors.
 
 A command is a function of objects of settings classes. Every field of a class is an option. At most
-ten of a command are in its help; the others belong into the configuration file and are still read
+fourteen of a command are in its help; the others belong into the configuration file and are still read
 as options for one release, with a warning. A value comes from the command line, else from the
 variable of its field, else from the file.
 """
@@ -49,6 +49,16 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         self.number = number
         self.resumable = False
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say of a signal inside that what was done is kept."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.resumable = True
+        raise
 
 
 class Setting:
@@ -325,7 +335,7 @@ class Command(click.Command):
             with loading_bar():
                 ctx.exit(self.function(*made, **options) or 0)
         except Stopped as stop:
-            stop.resumable = self.resumable
+            stop.resumable |= self.resumable
             raise
         except BrokenPipeError:
             raise

@@ -42,17 +42,33 @@ def emit_document(values: dict[str, Any]) -> None:
     click.echo(json.dumps(values, allow_nan=False))
 
 
-def show_values(schema: str, values: dict[str, Any], as_json: bool, **shown: object) -> None:
-    """Print named values as one JSON object, or as a table of two columns, some shown in another
-    way.
-    """
+def show_values(
+    schema: str, values: dict[str, Any], as_json: bool, *, title: str = "value"
+) -> None:
+    """Print named values as one JSON object, or as a table of those that are not empty."""
     if as_json:
         emit_json(schema, values)
-    else:
-        table(
-            ("", "value"),
-            [(name.replace("_", " "), value) for name, value in (values | shown).items()],
-        )
+        return
+    rows = [
+        (name.replace("_", " "), _short(value))
+        for name, value in values.items()
+        if value is not None and value not in ("", [], ())
+    ]
+    table(("", title), rows)
+
+
+def _short(value: object) -> object:
+    """Return a number with three digits as a person reads it, and other values as they are."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(_short(one)) for one in value)
+    return value
+
+
+def say_next(command: str) -> None:
+    """Print the command that comes next on stderr, to be pasted."""
+    click.echo(f"next: {command}", err=True)
 
 
 def errors(error: AssayError) -> None:

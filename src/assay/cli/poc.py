@@ -1,9 +1,10 @@
 """``assay poc``: prove, verify, calibrate, and the pins file that says what a network agreed on."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import join
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,18 +31,22 @@ from assay.cli.flags import (
     PinsFile,
     PublicKey,
 )
-from assay.cli.framework import Group, extension
-from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
+from assay.cli.framework import Group, extension, resumable
+from assay.cli.output import emit_document, emit_json, progress_bar, say_next, show_values, table
 from assay.errors import UsageError
-from assay.settings import Device, Names, Settings, Spelling
+from assay.settings import Device, Flag, Names, Settings, Spelling
 
 if TYPE_CHECKING:
+    from assay.poc.protocol.proof import Proof
+    from assay.poc.verdict.calibration import Calibration
     from assay.poc.verdict.judge import Verdict
     from assay.poc.verdict.life import Standing
 
 
 # public key of rounds that are proved to be published, and the beginning of their block hashes
 COLLECTED = "collect"
+
+POSITIONS = 256  # of a nonce of the published rounds
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.")
 
@@ -58,6 +63,13 @@ def _positions(text: str) -> tuple[int, int]:
 FrameFile = Annotated[
     FrameToRead,
     Field(description="Frame of the checkpoint, for tokens-1; else that of the pins file."),
+]
+PresetName = Annotated[
+    str | None,
+    "NAME",
+    Field(
+        description="Preset; else tokens-1, or poc-2.0 of a model of assay or without tokenizer."
+    ),
 ]
 RANGE = Spelling(_positions, "{0[0]}:{0[1]}".format, "FIRST:END")
 
@@ -83,9 +95,7 @@ class ProveSettings(Settings):
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that runs the model.")
     overwrite: Overwrite = False
-    preset: Annotated[str, "NAME"] = Field(
-        "poc-2.0", description="How a proof follows from the model."
-    )
+    preset: PresetName = None
     seq_len: Annotated[int, "POSITIONS"] = Field(
         256, description="Input positions of a nonce; with decode, its prompt."
     )
@@ -186,11 +196,12 @@ class CalibrateSettings(Settings):
     model: Annotated[str | None, "MODEL"] = Field(
         None, description="Model to measure on this machine; with proofs, their model."
     )
-    preset: Annotated[str, "NAME"] = Field(
-        "poc-2.0", description="Preset that --model is measured with."
+    quick: bool = Field(
+        False, description="Measure --model in minutes: 256 nonces of 16 positions in float32."
     )
+    preset: PresetName = None
     seq_len: Annotated[int, "POSITIONS"] = Field(
-        256, ge=1, description="Positions of a nonce of --model."
+        256, ge=1, description="Positions of a nonce of --model; 16 with --quick."
     )
     pins: Annotated[Path | None, FILE] = Field(
         None, description="Pins file to write beside the calibration of --model."
@@ -217,9 +228,9 @@ class CalibrateSettings(Settings):
     nonces: Annotated[int, "NUMBER"] = Field(
         64, ge=1, description="Nonces of each of these blocks."
     )
-    formats: Names = Field(
+    formats: Annotated[Names, Flag(("--formats", "--dtype"), unit="DTYPES")] = Field(
         ("bfloat16", "float16", "float32"),
-        description="Number formats that --model is measured in.",
+        description="Number formats that --model is measured in; float32 with --quick.",
     )
     controls: Names = Field(
         (), description="Number formats of PROOFS that are computed again by those who validate."
@@ -239,7 +250,8 @@ class CalibrateSettings(Settings):
     "prove",
     ProveSettings,
     panel="Node",
-    shown="model block_hash public_key output pins nonces batch_size engine device overwrite",
+    shown="model block_hash public_key output pins preset seq_len nonces batch_size dtype frame "
+    "engine device overwrite",
     example="assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o "
     "proof.jsonl",
     resumable=True,
@@ -251,7 +263,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     on is taken from its file.
     """
     from assay import poc
-    from assay.poc.launch import Proving, open_prover
+    from assay.poc.launch import Proving, open_prover, usual_preset
     from assay.poc.network_pins import asked
 
     names = (
@@ -268,39 +280,67 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
     known = asked(
         chosen.pins,
-        Proving(**how, preset=chosen.preset, seq_len=chosen.seq_len),
+        Proving(**how, preset=chosen.preset or usual_preset(how["model"]), seq_len=chosen.seq_len),
         given,
         chosen.nonces if "nonces" in given else None,
     )
     with open_prover(known.how) as made, progress_bar("proving") as progress:
         known.check_engine(*made)
+        if warning := known.missing_law(*made):
+            click.echo(f"warning: {warning}", err=True)
         pace = _Pace(progress)
         to = chosen.model_dump(include={"output", "overwrite"})
         proof = poc.prove(
             made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to
         )
-    footer, (resumed, first, rate) = proof.footer, pace.summary()
+    resumed, first, rate = pace.summary()
     values = {
         "path": str(chosen.output),
         "model": proof.round.model,
         "preset": proof.round.preset,
-        "records": footer.records,
-        "valid": footer.valid,
+        "records": proof.footer.records,
+        "valid": proof.footer.valid,
         "valid_rate": round(proof.valid_rate, 4),
         "resumed": resumed,
-        "seconds": footer.seconds,
+        "seconds": proof.footer.seconds,
         "first_batch_seconds": round(first, 3),
         "nonces_per_second": round(rate, 2),
-        "sha256": footer.sha256,
+        "sha256": proof.footer.sha256,
     }
+    if not as_json:
+        pipeline = proof.header.pipeline
+        empty = {"first_batch_seconds"}
+        empty |= set() if pipeline.output == "distance" else {"valid", "valid_rate"}
+        empty |= set() if resumed else {"resumed"}
+        values = {name: value for name, value in values.items() if name not in empty}
     show_values("assay.poc.prove/1", values, as_json)
+    if not as_json:
+        say_next(_verifying(chosen, proof, known.how.model))
+
+
+def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
+    """Return the command that judges a proof which was just made, of the values of its command."""
+    round = proof.round
+    words = ["assay", "poc", "verify", str(chosen.output), "--model", model]
+    words += ["--block-hash", round.block_hash, "--public-key", round.public_key]
+    if chosen.pins is not None:
+        words += ["--pins", str(chosen.pins)]
+    else:
+        if round.preset != "poc-2.0":
+            words += ["--preset", round.preset]
+        if round.seq_len != POSITIONS:
+            words += ["--seq-len", str(round.seq_len)]
+        if chosen.frame is not None:
+            words += ["--frame", str(chosen.frame)]
+    return join(words)
 
 
 @poc.add(
     "verify",
     VerifySettings,
     panel="Validator",
-    shown="model pins block_hash public_key sample calibration frame ledger engine device",
+    shown="model pins block_hash public_key preset seq_len nonces sample calibration frame ledger "
+    "dtype engine device",
     example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key "
     "KEY",
 )
@@ -444,6 +484,11 @@ CHEAT = "a tenth of the nonces at 5 times the honest noise"
 COLUMN = 90  # characters of a reason in a line
 
 
+def _in_column(text: str) -> str:
+    """Return a text in lines of a table, with every word of a command whole."""
+    return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
+
+
 def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
     noise = verdict.noise
     sequential = verdict.sequential
@@ -467,7 +512,7 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
     )
     rows = [
         ("verdict", f"{verdict.verdict}{condition}"),
-        ("why", fill(verdict.reason, COLUMN)),
+        ("why", _in_column(verdict.reason)),
         ("block hash", header.round.block_hash),
         ("public key", header.round.public_key),
         ("model", f"{header.round.model:.80} ({header.digest[:12]})"),
@@ -487,7 +532,7 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
             if sequential is None
             else f"{sequential.gross} above {sequential.gross_threshold:.2g}",
         ),
-        ("published rule", fill(rule, COLUMN)),
+        ("published rule", _in_column(rule)),
         *life_rows(standing),
     ]
     click.echo(f"{_sentence(verdict)}{condition}")
@@ -584,8 +629,9 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
     "calibrate",
     CalibrateSettings,
     panel="Noise",
-    shown="output model preset seq_len pins frame merge valid_rate calibration device",
-    example="assay poc calibrate --model reference:qwen3 -o calibration.json",
+    shown="output model quick preset seq_len formats pins frame merge valid_rate calibration "
+    "device",
+    example="assay poc calibrate --model reference:qwen3 --quick -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     """Measure honest noise, or give an r_target.
@@ -594,10 +640,11 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     with other kernels and batches, and the file for `verify --calibration` has a law for every pair
     of formats. --pins also writes a pins file that names it. tokens-1 reads the frame of the
     checkpoint, by default from calibration.frame.safetensors; a missing file is measured first and
-    written. A model of 135 million parameters takes minutes with --seq-len 16.
+    written. --quick measures float32 alone and marks the law. The time of the whole is estimated
+    first. A stopped measurement continues when the command is repeated.
 
-    Example: assay poc calibrate --model reference:qwen3 --preset tokens-1 -o calibration.json
-        --pins pins.toml
+    Example: assay poc calibrate --model reference:qwen3 --quick --preset tokens-1
+        -o calibration.json --pins pins.toml
 
     The second use takes honest proofs of one checkpoint and preset, two or more of every round,
     from several machines. Three machines and more also judge a machine that was not measured, and
@@ -613,14 +660,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate --valid-rate 0.1
     """
-    from dataclasses import asdict
-
-    from assay.files.jsonl import dumps
-    from assay.models.frame import Frame
-    from assay.poc.protocol.pins import check_extent
-    from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
-    from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import Calibration, check_one_checkpoint
+    from assay.poc.verdict.calibration import Calibration
 
     files = [
         path
@@ -628,79 +668,163 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])
     ]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
-    merging = (
-        bool(chosen.merge) and not chosen.proofs and chosen.vectors is None and chosen.model is None
-    )
+    no_source = not chosen.proofs and chosen.vectors is None
+    merging = bool(chosen.merge) and no_source and chosen.model is None
     _check_form(chosen, merging)
-    framed = get_pipeline(chosen.preset).framed
-    proofs = [*map(Proof.load, chosen.proofs)]  # before torch is imported
-    if len(
-        {dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs}
-    ) < len(proofs):
-        seen = "a proof that is given twice"
-        do = "leave one out of PROOFS, or pass that of another machine"
-        raise UsageError(
-            seen,
-            wanted="every proof once: a machine says nothing about its noise beside itself",
-            do=do,
-        )
-    check_one_checkpoint(proofs)
-    if not framed:
-        check_frame_file(get_pipeline(chosen.preset), chosen.frame)
+    proofs = _read_proofs(chosen.proofs)
     merged = [*map(Calibration.load, chosen.merge)]
-    check_extent(chosen.blocks, chosen.nonces, chosen.formats)
-    if framed and chosen.frame is not None and chosen.frame.exists():
-        Frame.load(chosen.frame)
-    if chosen.calibration is not None:
-        Calibration.load(chosen.calibration)
-    measured = None if chosen.vectors is None else extension("poc calibrate --vectors")(chosen)
-    from assay.poc.measurement import describe, measure, target_for
-    from assay.poc.one_machine import calibrate_model
-
     if chosen.valid_rate is not None:
-        how = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
-        show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **how), as_json)
+        _give_target(chosen, proofs, as_json)
         return
-    assert chosen.output is not None
-    frame = chosen.frame
     if merging:
         measured = merged.pop(0)
-    elif chosen.model is not None and not chosen.proofs:
-        if framed:
-            frame = frame or chosen.output.with_suffix(".frame.safetensors")
-        how = chosen.model_dump(
-            include={"preset", "seq_len", "blocks", "nonces", "formats", "device"}
-        )
-        with progress_bar("measuring") as progress:
-            measured = calibrate_model(chosen.model, frame=frame, progress=progress, **how)
-    elif measured is None:
-        with progress_bar("leaving out", "machines") as progress:
-            measured = measure(
-                proofs, model=chosen.model, controls=chosen.controls, progress=progress
-            )
+    elif chosen.model is not None and no_source:
+        measured = _measure_model(chosen)
+    elif chosen.vectors is not None:
+        measured = extension("poc calibrate --vectors")(chosen)
+    else:
+        measured = _measure_proofs(chosen, proofs)
     for one in merged:
         measured = measured.merged(one)
-    measured.save(chosen.output)
-    for build in measured.builds:
-        show_values(
-            "assay.poc.calibrate/1", {"path": str(chosen.output), **describe(build)}, as_json
-        )
-    if chosen.pins is not None and chosen.model is not None:
-        from assay.poc.network_pins import write_pins
+    _write_law(chosen, measured, as_json)
 
-        asked: dict[str, Any] = {
-            "preset": chosen.preset,
-            "seq_len": chosen.seq_len,
-            "r_target": None,
-        }
-        asked |= {"strength": 256, "node_count": 1, "fewest_nonces": 32}
-        how = {
-            "engine": measured.builds[0].engines[0],
-            "calibrations": [chosen.output],
-            "frame": frame,
-        }
-        written = write_pins(chosen.pins, chosen.model, asked=asked, **how)
-        show_values("assay.poc.pins.new/1", written, as_json)
+
+def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
+    """Return the proofs of files: every one once, and of one checkpoint."""
+    from dataclasses import asdict
+
+    from assay.files.jsonl import dumps
+    from assay.poc.protocol.proof import Proof
+    from assay.poc.verdict.calibration import check_one_checkpoint
+
+    proofs = [*map(Proof.load, paths)]  # before torch is imported
+    texts = {
+        dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs
+    }
+    if len(texts) < len(proofs):
+        wanted = "every proof once: a machine says nothing about its noise beside itself"
+        do = "leave one out of PROOFS, or pass that of another machine"
+        raise UsageError("a proof that is given twice", wanted=wanted, do=do)
+    check_one_checkpoint(proofs)
+    return proofs
+
+
+def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: bool) -> None:
+    """Print the r_target of a share of valid nonces."""
+    from assay.poc.verdict.calibration import Calibration
+
+    if chosen.calibration is not None:
+        Calibration.load(chosen.calibration)
+    from assay.poc.measurement import target_for
+
+    how = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
+    assert chosen.valid_rate is not None
+    show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **how), as_json)
+
+
+def _frame_file(chosen: CalibrateSettings, preset: str) -> Path | None:
+    """Return the file of the frame that a measurement reads or writes; None where it needs none."""
+    from assay.poc.protocol.pipelines import get_pipeline
+
+    assert chosen.output is not None
+    if not get_pipeline(preset).framed:
+        return chosen.frame
+    return chosen.frame or chosen.output.with_suffix(".frame.safetensors")
+
+
+def _measure_model(chosen: CalibrateSettings) -> "Calibration":
+    """Measure a model on this machine; a stopped measurement is continued."""
+    from assay.models.frame import Frame
+    from assay.poc.launch import usual_preset
+    from assay.poc.protocol.pins import check_extent
+    from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
+
+    assert chosen.output is not None
+    assert chosen.model is not None
+    preset = chosen.preset or usual_preset(chosen.model)
+    frame = _frame_file(chosen, preset)
+    if not get_pipeline(preset).framed:
+        check_frame_file(get_pipeline(preset), frame)
+    elif frame is not None and frame.exists():
+        Frame.load(frame)
+    check_extent(chosen.blocks, chosen.nonces, chosen.formats)
+    from assay.poc.one_machine import calibrate_model
+
+    names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set
+    how: dict[str, Any] = {name: getattr(chosen, name) for name in names}
+    how |= {"preset": preset, "quick": chosen.quick, "device": chosen.device, "frame": frame}
+    partial = _partial_folder(chosen.output)
+    with progress_bar("measuring") as progress, resumable():
+        return calibrate_model(
+            chosen.model,
+            partial=partial,
+            progress=progress,
+            announce=lambda text: click.echo(f"measuring: {text}", err=True),
+            **how,
+        )
+
+
+def _partial_folder(output: Path) -> Path:
+    """Return the folder beside a calibration in which an unfinished measurement lies."""
+    return output.with_name(f"{output.name}.part")
+
+
+def _measure_proofs(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "Calibration":
+    """Measure the noise between the machines of proofs."""
+    from assay.poc.measurement import measure
+
+    formats = list(dict.fromkeys(proof.header.fingerprint.dtype for proof in proofs))
+    machines = [name for name in formats if name not in chosen.controls]
+    if len(machines) > 1:
+        click.echo(
+            f"warning: proofs in {' and '.join(machines)}: two number formats are two builds, and "
+            f"one law over both is too wide for one of them; prove all with one --dtype",
+            err=True,
+        )
+    with progress_bar("leaving out", "machines") as progress:
+        return measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
+
+
+def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool) -> None:
+    """Write a calibration, and the pins file where one is named; say what was measured."""
+    from shutil import rmtree
+
+    from assay.poc.measurement import describe
+
+    assert chosen.output is not None
+    measured.save(chosen.output)
+    rmtree(_partial_folder(chosen.output), ignore_errors=True)
+    for build in measured.builds:
+        values = {"path": str(chosen.output), **describe(build)}
+        if not as_json:
+            values["limits"] = _in_column(build.limits)
+        show_values("assay.poc.calibrate/1", values, as_json, title="law")
+    if chosen.pins is None or chosen.model is None:
+        return
+    from assay.poc.network_pins import write_pins
+
+    first = measured.builds[0]
+    asked: dict[str, Any] = {
+        "preset": first.preset,
+        "seq_len": first.engines[0].seq_len,
+        "r_target": None,
+        "strength": 256,
+        "node_count": 1,
+        "fewest_nonces": 32,
+    }
+    written = write_pins(
+        chosen.pins,
+        chosen.model,
+        asked=asked,
+        engine=first.engines[0],
+        calibrations=[chosen.output],
+        frame=_frame_file(chosen, first.preset),
+    )
+    show_values("assay.poc.pins.new/1", written, as_json, title="pins")
+    say_next(
+        f"assay poc prove {join(['--pins', str(chosen.pins)])} --block-hash BLOCK --public-key KEY "
+        f"-o proof.jsonl"
+    )
 
 
 def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
@@ -721,7 +845,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
         (
             not alone,
-            ("pins", "preset", "frame", "seq_len", *shape),
+            ("pins", "preset", "frame", "seq_len", "quick", *shape),
             "no --model alone",
             "nothing is run",
         ),
@@ -888,7 +1012,7 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         held.check(header)
         measured = find_pinned_calibration(network, header)
         believed = held.unpinned(header)
-        missing = missing_law(header.round.model, header.digest, header.round)
+        missing = missing_law(network.model(header.digest).reference, header.digest, header.round)
         noise = missing if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:

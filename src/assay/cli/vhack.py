@@ -274,9 +274,7 @@ def extract(chosen: ExtractSettings, as_json: bool) -> None:
         "undecided_axes": len(basis.undecided),
         "captured_energy": round(origin.captured, 6),
     }
-    show_values(
-        "assay.vhack.extract/1", values, as_json, groups_held_out=", ".join(held_out) or "none"
-    )
+    show_values("assay.vhack.extract/1", values, as_json)
 
 
 @vhack.add(

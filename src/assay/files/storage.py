@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -21,6 +22,8 @@ from assay.errors import AssayError, DataError, StorageError, UsageError
 from assay.files.jsonl import dumps, loads
 
 T = TypeVar("T")
+
+_SYNC_EVERY = 30.0  # seconds of a growing file that a power cut may lose
 
 _ADVICE = {
     errno.ENOSPC: "free some space",
@@ -170,6 +173,7 @@ class PartialFile:
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
+        self._synced = time.monotonic()
         _check_place(self.path, overwrite=overwrite)
         self.partial = self.path.with_name(self.path.name + ".partial")
         with _storing(self.partial):
@@ -262,6 +266,9 @@ class PartialFile:
         """
         with _storing(self.partial):
             _write_all(self._file, "".join(line + "\n" for line in lines).encode())
+            if time.monotonic() - self._synced >= _SYNC_EVERY:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
 
     def commit(self) -> None:
         """Put all lines on disk, give the file its final name in one step, and close it.

@@ -89,6 +89,7 @@ class Auditor(Launch):
         proof = Proof.load(path)
         header = proof.header
         pins, measured = self._expected(header, given or Pins(), positions)
+        _check_round(pins, header)
         check_proof(
             proof, expect=pins, sample=self.sample, calibration=measured
         )  # before a model is loaded
@@ -99,7 +100,10 @@ class Auditor(Launch):
         self._check_ledger(pins.unpinned(header))
         formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
-        self._check_law(law, missing_law(self.model, header.digest, header.round))
+        advice = missing_law(
+            self.model, header.digest, header.round, dtype=self.dtype, frame=self.frame
+        )
+        self._check_law(law, advice)
         how.read_frame(header.pipeline)
         check_judge(how, header, measured)
         for name in again:
@@ -117,6 +121,8 @@ class Auditor(Launch):
                 verdict = verify(
                     proof, loaded, engine=engine, expect=pins, calibration=measured, **drawn
                 )
+                if verdict.noise is None:
+                    verdict = replace(verdict, reason=advice)
                 standing = (
                     None if ledger is None else ledger.record(verdict, proof=proof.footer.sha256)
                 )
@@ -173,7 +179,8 @@ class Auditor(Launch):
             check_runnable(sample, loaded, requests=asked)
             check_ends(read, loaded, asked)
             noise = noise_between(read.header, engine.fingerprint, measured)
-            self._check_law(noise, missing_response_law(read.header))
+            advice = missing_response_law(read.header, self.model)
+            self._check_law(noise, advice)
             with self._ledger() as ledger:
                 found = replay(
                     sample,
@@ -187,6 +194,8 @@ class Auditor(Launch):
                 verdict = judge_responses(
                     found, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn
                 )
+                if noise is None:
+                    verdict = replace(verdict, reason=advice)
                 standing = None if ledger is None else ledger.append(verdict.updates())[-1]
         return Audit(verdict, standing)
 
@@ -261,6 +270,15 @@ class Auditor(Launch):
         return (
             nullcontext() if self.ledger is None else Ledger(self.ledger, alpha=self._account_alpha)
         )
+
+
+def _check_round(pins: Pins, header: Header) -> None:
+    """Refuse to judge a proof whose block or key is the prover's word: any proof would do then."""
+    missing = [name for name in ("block_hash", "public_key") if name in pins.unpinned(header)]
+    if missing:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+        wanted = "the block and the key of the round, which are never taken on the prover's word"
+        raise UsageError(f"no {flags}", wanted=wanted, do=f"pass {flags}, or --pins with them")
 
 
 @dataclass(frozen=True)

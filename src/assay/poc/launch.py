@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from assay.errors import ProofMismatch, UsageError
+from assay.files.references import find_path
 from assay.models.frame import Frame
 from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import (
@@ -47,6 +48,9 @@ DO_INSTEAD = {
 }
 """Engine arguments that are not the operator's, and what to do instead: a proof names the model and
 the format that the command was given."""
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +277,19 @@ def open_prefill(
         chosen.model, dtype=dtype, batch_size=batch_size, receipts=headers, **options
     ) as made:
         yield made.model, made
+
+
+def usual_preset(reference: str) -> str:
+    """Return the preset of a model where none is chosen: ``tokens-1``, and the published one for a
+    reference model or shape of assay and for a model without a tokenizer.
+    """
+    if reference.startswith(("reference:", "shape:")):
+        return "poc-2.0"
+    path = find_path(reference)
+    if path is None or path.is_file() or any(path.glob("*.[gG][gG][uU][fF]")):
+        return "tokens-1"
+    has_tokenizer = any((path / name).is_file() for name in TOKENIZERS)
+    return "tokens-1" if has_tokenizer else "poc-2.0"
 
 
 def load(model: str, dtype: str | None, device: str | None) -> "Model":

@@ -30,7 +30,7 @@ from assay.poc.protocol.proof import Proof, VectorRecord
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
-from assay.poc.verdict.noise import FloatArray
+from assay.poc.verdict.noise import FloatArray, Law, law_as_dict
 from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
@@ -315,6 +315,13 @@ def measure(proofs: Sequence[Proof], *, model: str | None = None, **how: Any) ->
     return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, **how)
 
 
+def _in_words(law: Law) -> str:
+    """Return the parameters of a law, each with three digits."""
+    values = law_as_dict(law)
+    numbers = [f"{name} {value:.3g}" for name, value in values.items() if name != "kind"]
+    return f"{values['kind']} noise: {', '.join(numbers)}"
+
+
 def describe(build: BuildNoise) -> dict[str, Any]:
     """Return what a person asks of a measured build, by name."""
     engines = [fingerprint.as_dict() for fingerprint in build.engines]
@@ -330,7 +337,7 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     values |= {
         "formats": ", ".join(dict.fromkeys(" / ".join(pair) for pair in build.formats)) or None
     }
-    values |= {"machines": len(build.machines), "law": str(build.law)}
+    values |= {"machines": len(build.machines), "law": _in_words(build.law)}
     values |= {
         "typical_residual": build.sizes.typical,
         "between_machines": build.spread.sd,
@@ -346,4 +353,9 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     if (left := build.left_out) is not None:
         values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
         values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}
+        values["left_out_says"] = (
+            f"{left.accused:.1%} of audits accused an engine that was left out; with "
+            f"{len(build.machines)} engines, up to {left.high:.0%} of others may be accused"
+        )
+    values["limits"] = build.limits
     return values

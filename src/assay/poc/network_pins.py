@@ -4,6 +4,7 @@ one is written.
 Values that are given beside a file, by options or a configuration file, must agree with it.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Header, Proof
 from assay.poc.protocol.round import Round, check_name
 from assay.poc.verdict.calibration import Calibration
+from assay.poc.verdict.noise import bundled_noise
 
 if TYPE_CHECKING:
     from assay.models.model import Model
@@ -40,12 +42,14 @@ class Asked:
         nonces: Nonces of the proof.
         how: Model and engine.
         pins: What the network agreed on; None without a pins file.
+        has_law: Whether the pins file names a calibration of the model.
     """
 
     round: Round
     nonces: range
     how: Proving
     pins: Pins | None
+    has_law: bool = False
 
     def check_engine(self, model: "Model", engine: "Engine") -> None:
         """Refuse a checkpoint or a build that the network did not agree on, before anything is
@@ -73,6 +77,23 @@ class Asked:
                 field=odd[0],
             )
 
+    def missing_law(self, model: "Model", engine: "Engine") -> str:
+        """Return what a node should know whose proofs nobody can judge; empty where there is a
+        law.
+        """
+        dtype = engine.fingerprint.dtype
+        pipeline = get_pipeline(self.round.preset)
+        if self.has_law or bundled_noise(model.digest, pipeline.noise, dtype, dtype) is not None:
+            return ""
+        reference = shlex.quote(model.reference)
+        flags = f"--model {reference} --quick"
+        flags += f" --preset {self.round.preset} --seq-len {self.round.seq_len}"
+        return (
+            f"no law of checkpoint {model.digest[:12]} comes with assay or is pinned, so without "
+            f"one verdicts are undecided: `assay poc calibrate {flags} --dtype {dtype} --pins "
+            f"pins.toml -o law.json`"
+        )
+
 
 def asked(
     file: Path | None, how: Proving, given: Mapping[str, Any], positions: tuple[int, int] | None
@@ -96,8 +117,12 @@ def asked(
                     wanted=f"a {name.replace('_', ' ')}",
                     do=f"pass {_flag(name)}, or --pins",
                 )
+        values.setdefault("preset", how.preset)
+        if "preset" not in given and get_pipeline(how.preset).framed and how.frame is None:
+            raise _no_frame(how)
         round = Round(**values)
         pins = None
+        has_law = False
         positions = positions or (0, 256)
         formats = get_pipeline(round.preset).number_formats
         how = replace(how, dtype=how.dtype or next(iter(formats), None))
@@ -106,6 +131,7 @@ def asked(
         # Of a directory only its digest can say later which model of the file it is.
         named = any(how.model in (one.reference, one.digest) for one in network.models)
         entry = network.model(how.model if named else None)
+        has_law = bool(entry.calibrations)
         pins = network.for_round(model=entry.digest, also=Pins(**values))
         if pins.block_hash is None or pins.public_key is None:
             flag = _flag("block_hash" if pins.block_hash is None else "public_key")
@@ -129,7 +155,20 @@ def asked(
     if pins is not None and pins.nonces is None and len(nonces) < (pins.fewest_nonces or 0):
         raise _beside("nonces", f"{len(nonces)} in all", f"{pins.fewest_nonces} or more", file)
     how = replace(how, preset=get_pipeline(round.preset).name, seq_len=round.seq_len)
-    return Asked(round=replace(round, preset=how.preset), nonces=nonces, how=how, pins=pins)
+    round = replace(round, preset=how.preset)
+    return Asked(round=round, nonces=nonces, how=how, pins=pins, has_law=has_law)
+
+
+def _no_frame(how: Proving) -> UsageError:
+    """Return the error of a model that is proved without what its network agreed on."""
+    model = shlex.quote(how.model)
+    return UsageError(
+        f"{how.model} without --pins, --frame or --preset",
+        wanted=f"what the network of the model agreed on: {how.preset}, its usual preset, reads a "
+        f"frame",
+        do=f"measure a law once, `assay poc calibrate --model {model} --quick --pins pins.toml -o "
+        f"law.json`, and pass --pins pins.toml; or --preset poc-2.0 for the published preset",
+    )
 
 
 def _pinned_engine(

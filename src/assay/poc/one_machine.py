@@ -11,9 +11,12 @@ other batches and another number of threads. A build of another processor or lib
 measured with proofs of both (:func:`assay.poc.calibrate`).
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,26 +24,39 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from assay.files.storage import check_new_file
+from assay.files.jsonl import dumps, read_json
+from assay.files.storage import check_folder, check_new_file, write_atomic
 from assay.models.catalogue import model_info
+from assay.models.frame import POSITIONS, SEQUENCES
 from assay.models.model import Model
 from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
 from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
-from assay.poc.launch import check_loadable, load
+from assay.poc.launch import check_loadable, load, usual_preset
 from assay.poc.protocol.blocks import block_scale, has_block_factor
 from assay.poc.protocol.pins import check_extent
 from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Proof, Record
 from assay.poc.protocol.round import Round
-from assay.poc.prover import Progress, prove, recompute
+from assay.poc.prover import Progress, describe_proof, prove, recompute
 from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import Control, FloatArray
 
 FORMATS = ("bfloat16", "float16", "float32")
+POSITIONS_OF_FULL = 256
 BLOCKS = 16
 NONCES = 64
+QUICK_FORMATS = ("float32",)  # in which equal engines agree far better than a cheat does
+QUICK_POSITIONS = 16
+QUICK_BLOCKS = 4
+TIMED = 512  # positions of the pass by which the whole is estimated
+LONG = 600.0  # seconds from which on the estimate names the quick measurement
+LIMITS = (
+    "a quick law: it decides on {formats} engines of this processor and these libraries at "
+    "{positions} positions, and tells their proofs from those of int4 weights; proofs of another "
+    "format, machine or length are refused, and how machines differ was not measured"
+)
 
 
 class _Shape(NamedTuple):
@@ -56,32 +72,76 @@ class _Shape(NamedTuple):
 SHAPES = (_Shape(32), _Shape(8, fewer_threads=True), _Shape(16, plain=True))
 
 
-def calibrate_model(
-    reference: str,
-    *,
-    preset: str = "poc-2.0",
-    seq_len: int = 256,
-    blocks: int = BLOCKS,
-    nonces: int = NONCES,
-    formats: Sequence[str] = FORMATS,
-    device: str | None = None,
-    frame: Path | None = None,
-    progress: Progress | None = None,
-) -> Calibration:
-    """Measure the honest noise of a model between the engines of this machine.
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much of a model is measured.
 
     Args:
-        reference: Reference of the model.
         preset: Preset of the proofs.
         seq_len: Positions of a nonce. A law holds for the length that was measured.
         blocks: Number of blocks whose nonces are computed.
         nonces: Number of nonces of a block.
         formats: Number formats of the weights.
+        quick: Whether the law is marked as one of few nonces.
+    """
+
+    preset: str
+    seq_len: int = POSITIONS_OF_FULL
+    blocks: int = BLOCKS
+    nonces: int = NONCES
+    formats: Sequence[str] = FORMATS
+    quick: bool = False
+
+    @classmethod
+    def of(cls, reference: str, *, quick: bool = False, **given: Any) -> "Extent":
+        """Return the full or the quick extent for a model, with the values that are given."""
+        usual: dict[str, Any] = {"preset": usual_preset(reference), "quick": quick}
+        if quick:
+            usual |= {"seq_len": QUICK_POSITIONS, "blocks": QUICK_BLOCKS, "formats": QUICK_FORMATS}
+        return cls(**usual | given)
+
+    @property
+    def engines(self) -> int:
+        """Number of engines that compute every nonce."""
+        return len(self.formats) * len(SHAPES)
+
+    @property
+    def total(self) -> int:
+        """Number of nonces that are computed, by all engines."""
+        return self.engines * self.blocks * self.nonces
+
+    @property
+    def limits(self) -> str:
+        """What a quick law cannot decide, in words."""
+        words = {"formats": " and ".join(self.formats), "positions": self.seq_len}
+        return LIMITS.format(**words) if self.quick else ""
+
+
+def calibrate_model(
+    reference: str,
+    *,
+    quick: bool = False,
+    device: str | None = None,
+    frame: Path | None = None,
+    partial: Path | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+    **extent: Any,
+) -> Calibration:
+    """Measure the honest noise of a model between the engines of this machine.
+
+    Args:
+        reference: Reference of the model.
+        quick: Whether to measure 256 nonces of 16 positions in float32, which takes minutes, and
+            mark the law; the values of ``extent`` that are given stand.
         device: Device of the model; by default cuda where there is one.
         frame: File of the checkpoint's frame, for a preset that has one; measured and written where
             it is missing.
-        progress: Function that is called with (nonces done, nonces in all) after every block of an
-            engine.
+        partial: Folder that keeps what was measured: an interrupted call with the same folder
+            continues. Without one nothing is kept.
+        progress: Function that is called with (nonces done, nonces in all) after every batch.
+        announce: Function that is told before the measurement how long it will take.
+        extent: Fields of :class:`assay.poc.one_machine.Extent`.
 
     Returns:
         The calibration, with a build for every pair of number formats. A preset whose distances
@@ -92,67 +152,204 @@ def calibrate_model(
             frame of the preset.
         ModelError: The model cannot be loaded or run.
         BadWeights: The model gives NaN or infinity in a format.
+        StorageError: The folder or the frame cannot be written.
     """
-    pipeline = get_pipeline(preset)
-    check_extent(blocks, nonces, formats)
-    for name in formats:
+    chosen = Extent.of(reference, quick=quick, **extent)
+    pipeline = get_pipeline(chosen.preset)
+    check_extent(chosen.blocks, chosen.nonces, chosen.formats)
+    for name in chosen.formats:
         check_loadable(reference, name, device)
     info = model_info(reference)
     check_shape(
         info,
         batch_size=max(shape.batch_size for shape in SHAPES),
-        seq_len=seq_len,
+        seq_len=chosen.seq_len,
         steps=pipeline.steps,
     )
     check_frame_file(pipeline, frame)
-    if frame is not None and not frame.exists():
+    if partial is not None:
+        check_folder(partial)
+    lender = _Lender(reference, device)
+    is_new = frame is not None and not frame.exists()
+    if is_new and frame is not None:
         check_new_file(frame, overwrite=False)
-        measure_frame(load(reference, None, device), progress=progress).save(frame)
+    if announce and (partial is None or not partial.exists()):
+        announce(_estimate(lender, chosen, with_frame=is_new))
+    if is_new and frame is not None:
+        measure_frame(lender.model(chosen.formats[0])).save(frame)
+    store = _Store(partial)
     rounds = [
         Round(
             block_hash=f"calibration-{block}",
             public_key="calibration",
-            preset=preset,
-            seq_len=seq_len,
+            preset=chosen.preset,
+            seq_len=chosen.seq_len,
         )
-        for block in range(blocks)
+        for block in range(chosen.blocks)
     ]
     size = info.hidden_size if pipeline.output == "distance" and pipeline.head == "random" else 0
     scales = [block_scale(round, size) if size else 1.0 for round in rounds]
-    found: list[list[Proof]] = []
+    by_engine: list[list[Proof]] = []
     measured: dict[tuple[int, int], FloatArray] = {}
     effective: float | None = None
-    total = len(formats) * len(SHAPES) * blocks * nonces
-    for model, engine in _engines(
-        reference, formats, pipeline, seq_len=seq_len, device=device, frame=frame
-    ):
+    for model, engine in _engines(lender, chosen, frame if pipeline.framed else None):
         if effective is None and has_block_factor(pipeline):
-            effective = read_block_factor(engine, rounds[0]).effective_dimension
+            effective = store.effective_dimension(engine, model, rounds[0])
         own: list[Proof] = []
         for round in rounds:
-            own.append(prove(model, round, range(nonces), engine=engine))
-            if progress:
-                progress((len(found) * blocks + len(own)) * nonces, total)
-        for row, theirs in enumerate(found):
-            measured[row, len(found)] = np.concatenate(
+            before = (len(by_engine) * chosen.blocks + len(own)) * chosen.nonces
+            counted = progress and _counting(progress, before, chosen.total)
+            own.append(store.prove(model, round, chosen.nonces, engine, counted))
+        for row, theirs in enumerate(by_engine):
+            measured[row, len(by_engine)] = np.concatenate(
                 [
-                    residuals(proof.records, _again(proof, mine, engine)) / scale
+                    store.residuals(proof, mine, engine) / scale
                     for proof, mine, scale in zip(theirs, own, scales, strict=True)
                 ]
             )
-        found.append(own)
-    engines = [proofs[0].header.fingerprint for proofs in found]
-    digest = found[0][0].header.digest
-    return _fit(measured, engines, pipeline, digest, size, effective)
+        by_engine.append(own)
+    engines = [proofs[0].header.fingerprint for proofs in by_engine]
+    digest = by_engine[0][0].header.digest
+    law = _fit(measured, engines, pipeline, digest, size, effective)
+    return Calibration(builds=tuple(replace(one, limits=chosen.limits) for one in law.builds))
 
 
-def _again(proof: Proof, mine: Proof, engine: HFEngine) -> Sequence[Record]:
-    """Return what an engine computes of a proof; tokens part after the first that differs, so they
-    are replayed.
+def _counting(progress: Progress, before: int, total: int) -> Progress:
+    """Return a function that adds the nonces of earlier proofs to those of one."""
+    return lambda done, _: progress(before + done, total)
+
+
+class _Lender:
+    """Loads a model in one number format at a time, and keeps the last one."""
+
+    def __init__(self, reference: str, device: str | None) -> None:
+        self._reference = reference
+        self._device = device
+        self._last: dict[str, Model] = {}
+
+    def model(self, dtype: str) -> Model:
+        """Return the model in a number format; another format leaves the memory first."""
+        if dtype not in self._last:
+            self._last.clear()
+            self._last[dtype] = load(self._reference, dtype, self._device)
+        return self._last[dtype]
+
+
+def _estimate(lender: _Lender, extent: Extent, *, with_frame: bool) -> str:
+    """Return how long a measurement will take, by a pass of every number format on this machine.
+
+    A shape with half of the threads is counted at twice the time, and the rest in proportion to its
+    positions.
     """
-    if not proof.header.pipeline.steps:
-        return mine.records
-    return [record for batch in recompute(proof.header, engine, proof.records) for record in batch]
+    seconds = {
+        # The first format is the last one here, so that the measurement need not load it again.
+        name: _seconds_per_position(lender.model(name), extent.seq_len)
+        for name in reversed(extent.formats)
+    }
+    steps = get_pipeline(extent.preset).steps
+    positions = extent.blocks * extent.nonces * (extent.seq_len + steps)
+    fewer = 2 if lender.model(extent.formats[0]).device.type == "cpu" else 1
+    shapes = sum(fewer if shape.fewer_threads else 1 for shape in SHAPES)
+    lasts = sum(seconds.values()) * positions * shapes
+    if with_frame:
+        lasts += seconds[extent.formats[0]] * SEQUENCES * POSITIONS
+    said = (
+        f"{extent.total} nonces of {extent.seq_len} positions on {extent.engines} engines, "
+        f"about {say_time(lasts)} by a timing run on this machine"
+    )
+    if extent.quick or lasts < LONG:
+        return said
+    quick = QUICK_BLOCKS * NONCES * QUICK_POSITIONS * shapes + SEQUENCES * POSITIONS
+    return f"{said}; with --quick about {say_time(min(seconds.values()) * quick)}"
+
+
+def _seconds_per_position(model: Model, seq_len: int) -> float:
+    """Return the seconds of a forward pass over its positions: of a second pass, which is warm."""
+    positions = min(seq_len, model.max_positions)
+    rows = max(1, min(SHAPES[0].batch_size, math.ceil(TIMED / positions)))
+    engine = HFEngine(model, batch_size=rows, seq_len=positions)
+    inputs_BTD = engine.embed(np.ones((rows, positions), np.int64))
+    for _ in range(2):
+        began = time.perf_counter()
+        engine.states(inputs_BTD).cpu()
+    return (time.perf_counter() - began) / (rows * positions)
+
+
+def say_time(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    Example:
+        >>> say_time(9000), say_time(125), say_time(20)
+        ('2 h 30 min', '2 min', '20 s')
+    """
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+class _Store:
+    """Keeps what was measured in a folder, so that an interrupted measurement continues.
+
+    A proof is named by the hash of its header, which names checkpoint, round, frame and engine, so
+    files of other measurements are never taken for those of this one.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def prove(
+        self, model: Model, round: Round, nonces: int, engine: HFEngine, progress: Progress | None
+    ) -> Proof:
+        """Return the proof of an engine, of which an earlier run may have left a part."""
+        how: dict[str, Any] = {"engine": engine, "progress": progress}
+        if self._folder is None:
+            return prove(model, round, range(nonces), **how)
+        header = describe_proof(model, round, range(nonces), engine)
+        path = self._folder / f"{_hashed(header.as_dict())}.jsonl"
+        if not path.exists():
+            prove(model, round, range(nonces), output=path, **how)
+        return Proof.load(path)
+
+    def residuals(self, proof: Proof, own: Proof, engine: HFEngine) -> FloatArray:
+        """Return the residuals of a proof beside those of another engine; tokens part after the
+        first that differs, so they are replayed.
+        """
+        if not proof.header.pipeline.steps:
+            return residuals(proof.records, own.records)
+
+        def replayed() -> list[float]:
+            records: list[Record] = []
+            for batch in recompute(proof.header, engine, proof.records):
+                records.extend(batch)
+            return [float(value) for value in residuals(proof.records, records)]
+
+        headers = [proof.header.as_dict(), own.header.as_dict()]
+        return np.array(self._once(f"{_hashed(headers)}.json", replayed))
+
+    def effective_dimension(self, engine: HFEngine, model: Model, round: Round) -> float:
+        """Return the effective dimension of the states of an engine."""
+        header = describe_proof(model, round, range(1), engine)
+        found = self._once(
+            f"{_hashed(['states', header.as_dict()])}.json",
+            lambda: [read_block_factor(engine, round).effective_dimension],
+        )
+        return found[0]
+
+    def _once(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
+        """Return numbers of a file, which are measured where there is none."""
+        if self._folder is None:
+            return measure()
+        path = self._folder / name
+        if not path.exists():
+            write_atomic(path, dumps({"values": measure()}))
+        return [float(value) for value in read_json(path)["values"]]
+
+
+def _hashed(values: Any) -> str:
+    return hashlib.sha256(dumps(values).encode()).hexdigest()[:32]
 
 
 def _fit(
@@ -232,26 +429,24 @@ def _scores(
 
 
 def _engines(
-    reference: str,
-    formats: Sequence[str],
-    pipeline: Pipeline,
-    *,
-    seq_len: int,
-    device: str | None,
-    frame: Path | None,
+    lender: _Lender, extent: Extent, frame: Path | None
 ) -> Iterator[tuple[Model, HFEngine]]:
     """Yield every engine with its model, which is in memory alone."""
-    for name in formats:
-        model = load(reference, name, device).with_frame(frame if pipeline.framed else None)
+    steps = get_pipeline(extent.preset).steps
+    for name in extent.formats:
+        model = lender.model(name).with_frame(frame)
         usual = str(model.module.config._attn_implementation)
         for shape in SHAPES:
-            compiled = shape is SHAPES[0] and worth_compiling(model) and not pipeline.steps
+            compiled = shape is SHAPES[0] and worth_compiling(model) and not steps
             try:
                 if shape.plain:
                     model.module.set_attn_implementation("eager")
                 with _threads(fewer=shape.fewer_threads and model.device.type == "cpu"):
                     engine = HFEngine(
-                        model, batch_size=shape.batch_size, seq_len=seq_len, compiled=compiled
+                        model,
+                        batch_size=shape.batch_size,
+                        seq_len=extent.seq_len,
+                        compiled=compiled,
                     )
                     assert engine.fingerprint  # now, while its threads and attention are set
                     yield model, engine

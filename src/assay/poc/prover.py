@@ -109,17 +109,7 @@ def prove(
         )
     chosen = round.check_nonces(nonces)
     check_length(engine, round)
-    pipeline = get_pipeline(round.preset)
-    check_supported(engine, pipeline)
-    header = Header(
-        round=round.with_model(model.reference),
-        pipeline=pipeline,
-        digest=model.digest,
-        weights=model.weights,
-        frame=frame_name(pipeline, engine),
-        fingerprint=engine.fingerprint,
-        nonces=runs_of(chosen),
-    )
+    header = describe_proof(model, round, chosen, engine)
     started = time.perf_counter()
     with nullcontext() if output is None else PartialFile(output, overwrite=overwrite) as out:
         records: list[Record] = []
@@ -145,6 +135,25 @@ def prove(
             out.append_lines([proof.footer.line()])
             out.commit()
     return proof
+
+
+def describe_proof(model: Model, round: Round, nonces: Sequence[int], engine: Engine) -> Header:
+    """Return the header of a proof of nonces that an engine is to make.
+
+    Raises:
+        UsageError: The engine cannot run the preset, or has no frame for it.
+    """
+    pipeline = get_pipeline(round.preset)
+    check_supported(engine, pipeline)
+    return Header(
+        round=round.with_model(model.reference),
+        pipeline=pipeline,
+        digest=model.digest,
+        weights=model.weights,
+        frame=frame_name(pipeline, engine),
+        fingerprint=engine.fingerprint,
+        nonces=runs_of(nonces),
+    )
 
 
 def frame_name(pipeline: Pipeline, engine: Engine) -> str:

@@ -457,4 +457,4 @@ def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:
     if not formats or len(set(formats) & set(FORMATS)) < len(formats):
         seen = f"the number formats {', '.join(formats) or 'none'}"
         wanted = f"each once of {', '.join(FORMATS)}"
-        raise UsageError(seen, wanted=wanted, do="correct --formats, or leave it out")
+        raise UsageError(seen, wanted=wanted, do="correct --dtype, or leave it out")

@@ -345,17 +345,18 @@ def noise_between(
     return calibration.noise
 
 
-def missing_response_law(header: ReceiptHeader) -> str:
+def missing_response_law(header: ReceiptHeader, model: str = "MODEL") -> str:
     """Return the sentence that says that responses of a model have no law, and which commands
     measure one.
+
+    ``model`` is the reader's own reference: the node wrote the header.
     """
-    model = shlex.quote(header.reference[:200])  # the node may have chosen its words
     return (
         f"no law of honest noise of responses was measured for checkpoint {header.digest[:12]} "
         f"and these number "
         "formats: have honest nodes answer prompts with `assay poc respond`, measure their "
         "receipts with "
-        f"`assay poc calibrate-responses honest.jsonl --model {model} -o responses.json`, and "
+        f"`assay poc calibrate-responses honest.jsonl --model {shlex.quote(model)} -o responses.json`, and "
         f"pass --calibration"
     )
 

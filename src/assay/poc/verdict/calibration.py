@@ -254,6 +254,7 @@ class BuildNoise(MachineNoise):
     control: Control | None = (
         None  # other computations of every nonce, by which the residuals are scores
     )
+    limits: Name = ""  # what a law of few nonces cannot decide, in words; empty for a full one
 
     @property
     def engines(self) -> list[Fingerprint]:
@@ -296,7 +297,8 @@ class BuildNoise(MachineNoise):
             if self.control is not None
             else ""
         )
-        return f"calibration on {self.n} nonces{of_machines}{beside}"
+        quick = "quick " if self.limits else ""
+        return f"{quick}calibration on {self.n} nonces{of_machines}{beside}"
 
     def has_control(self, controls: Collection[str], own: str | None) -> bool:
         """Return whether a validator in its ``own`` format has what the law needs, with controls in
@@ -396,6 +398,7 @@ class BuildNoise(MachineNoise):
             else {"effective_dimension": self.effective_dimension}
         )
         told |= {} if self.control is None else {"control": asdict(self.control)}
+        told |= {"limits": self.limits} if self.limits else {}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
         engines = [one.fingerprint and one.fingerprint.as_dict() for one in self.machines]
         return told | {
@@ -717,14 +720,21 @@ def _kind(engine: Fingerprint) -> str:
 def _refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], than: str) -> None:
     """Refuse values that differ from what was measured; the error names them."""
     other = [name for name in measured if measured[name] != stated[name]]
-    if other:
-        seen = f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(
-            str(measured[n]) for n in other
-        )
-        do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
-        raise CalibrationError(
-            seen, wanted=", ".join(f"{name} {stated[name]}" for name in other), do=do
-        )
+    if not other:
+        return
+    seen = f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(
+        str(measured[n]) for n in other
+    )
+    do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
+    if "dtype" in other:
+        own = "validator" in than
+        command = "judge" if own else "ask for a proof that was made"
+        flag = f"--dtype {measured['dtype']}"
+        do = f"{command} with {flag}, or measure {stated['dtype']} beside it: `assay poc calibrate"
+        do += " --dtype` of both, or of two proofs in both"
+    raise CalibrationError(
+        seen, wanted=", ".join(f"{name} {stated[name]}" for name in other), do=do
+    )
 
 
 # Spread of ln size between machines of one build that is assumed before any was measured. It was

@@ -33,6 +33,7 @@ LARGEST_MARGIN = (
 Outcome = (
     sequential.Verdict | Literal["faulty"]
 )  # where residuals depend on the place, and are honest elsewhere
+YOUR_MODEL = "MODEL"  # in advice to a reader whose own flags are not known
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}
 """What a command exits with, by verdict."""
 
@@ -190,7 +191,7 @@ def judge(
         errors = scores(received, recomputed, again or {}, noise.control)
     nonces = tuple(record.nonce for record in received)
     outcome: Outcome = "undecided"
-    reason = missing_law(header.round.model, header.digest, header.round)
+    reason = missing_law(YOUR_MODEL, header.digest, header.round)
     result = None
     found = None
     if noise is not None:

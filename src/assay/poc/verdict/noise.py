@@ -29,7 +29,7 @@ from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 from assay import stats
 from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
-from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline, get_pipeline
+from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.poc.protocol.round import Round
 from assay.stats.noise import Spread, Strict, fit_log_noise, fit_scale_noise
 from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
@@ -314,16 +314,22 @@ def is_bundled(digest: str) -> bool:
     return digest in _bundled()["digests"]
 
 
-def missing_law(model: str, digest: str, round: Round) -> str:
-    """Return the sentence that says that a model has no law, and which command measures one."""
-    model = shlex.quote(model[:200])  # the node may have chosen its words
-    frame = " --frame frame.safetensors" if get_pipeline(round.preset).framed else ""
+def missing_law(
+    model: str, digest: str, round: Round, *, dtype: str | None = None, frame: Path | None = None
+) -> str:
+    """Return the sentence that says that a model has no law, and which command measures one.
+
+    ``model``, ``dtype`` and ``frame`` are the reader's own values: the prover writes the header,
+    and its words must not become a command.
+    """
+    flags = f" --frame {shlex.quote(str(frame))}" if frame is not None else ""
+    flags += f" --dtype {dtype}" if dtype is not None else ""
     return (
         f"no law of honest noise was measured for checkpoint {digest[:12]}, preset {round.preset} "
-        f"and these number "
-        f"formats: measure one with `assay poc calibrate --model {model} --preset "
-        f"{round.preset}{frame} "
-        f"--seq-len {round.seq_len} -o calibration.json`, and pass --calibration"
+        f"and these number formats: measure one with "
+        f"`assay poc calibrate --model {shlex.quote(model[:200])} --preset {round.preset}{flags} "
+        f"--seq-len {round.seq_len} -o calibration.json` (--quick takes minutes), and pass "
+        f"--calibration"
     )
 
 

@@ -1,0 +1,66 @@
+"""A measurement that is killed at random moments measures nothing twice, and gives the same law."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from assay.cli import run
+from tests.waiting import until
+
+KILLS = 10
+SHAPE = ("--preset", "poc-2.0", "--seq-len", "32", "--dtype", "bfloat16,float32", "--device", "cpu")
+
+
+def command(model: Path, output: Path) -> list[str]:
+    """Words that measure the small checkpoint in two formats, 6144 nonces in all."""
+    return ["poc", "calibrate", "--model", str(model), *SHAPE, "-o", str(output)]
+
+
+def kept(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a measurement: its inode and its whole lines."""
+    files = {}
+    for path in sorted(folder.glob("*.json*")):
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        files[path.name.removesuffix(".partial")] = (path.stat().st_ino, whole)
+    return files
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files of a measurement."""
+    return sum(len(content) for _, content in kept(folder).values())
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_kills_repeat_nothing_and_change_no_bit(tmp_path, small_checkpoint):
+    undisturbed = tmp_path / "undisturbed.json"
+    assert run(command(small_checkpoint, undisturbed)) == 0
+    rng = random.Random(5)
+    output = tmp_path / "law.json"
+    folder = tmp_path / "law.json.part"
+    words = [sys.executable, "-m", "assay", *command(small_checkpoint, output)]
+    before: dict[str, tuple[int, bytes]] = {}
+    for _ in range(KILLS):
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = size(folder)
+        until(lambda begun=begun: size(folder) > begun, 120, pause=0.01)
+        time.sleep(rng.uniform(0.0, 0.5))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, "it was still measuring"
+        after = kept(folder)
+        for name, (inode, lines) in before.items():
+            assert after[name][0] == inode, "a file was begun again"
+            assert after[name][1].startswith(lines), "lines were written again"
+        assert size(folder) > begun
+        before = after
+    last = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr
+    assert output.read_bytes() == undisturbed.read_bytes()
+    assert not folder.exists()
