@@ -48,7 +48,7 @@ from assay.poc.validator.registry import Registry
 from assay.poc.verdict import Ledger
 from assay.poc.verdict.ledger import audit_ledger
 from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.delta.file import read_delta_lengths
+from assay.vhack.directions.delta.delta_file import read_delta_lengths
 from assay.vhack.pairs.pairs import read_pairs
 from tests.end_to_end.server import Server
 from tests.poc.service.conftest import signed

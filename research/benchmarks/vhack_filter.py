@@ -44,8 +44,8 @@ from assay_research.study.summary import mean_of
 from assay.files.jsonl import read_json
 from assay.models import load_model
 from assay.stats.rates import grouped_share_interval
+from assay.vhack.directions.delta.delta_file import read_delta_lengths
 from assay.vhack.directions.delta.delta_models import load_adapter
-from assay.vhack.directions.delta.file import read_delta_lengths
 from assay.vhack.environment.grading import CHANNELS
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import TrainSettings, evaluate, train

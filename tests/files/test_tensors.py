@@ -10,7 +10,7 @@ from assay.poc.responses import adapters
 from assay.poc.responses.adapters import load_adapter
 from assay.vhack.directions.basis import basis
 from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.delta.file import read_delta_lengths
+from assay.vhack.directions.delta.delta_file import read_delta_lengths
 
 
 def _adapter(path):

@@ -26,7 +26,7 @@ from assay.vhack.directions.gradients.batches import (
     room_for_batches,
     token_budget,
 )
-from assay.vhack.directions.gradients.fused import Norm
+from assay.vhack.directions.gradients.gradient_operations import Norm
 from assay.vhack.directions.gradients.per_sample import check_finite
 from assay.vhack.directions.gradients.replica import Replica
 from tests.vhack.adapter import sequential_gradients, worst_error

@@ -13,8 +13,8 @@ from assay.models import load_model
 from assay.vhack import target_modules, weight_svd
 from assay.vhack.directions.gradients import per_sample as _gradients
 from assay.vhack.directions.gradients.batches import Segments
-from assay.vhack.directions.gradients.fused import (
-    Gate,
+from assay.vhack.directions.gradients.gradient_operations import (
+    GatedActivation,
     Norm,
     is_plain_norm,
     load_kernels,
@@ -22,7 +22,7 @@ from assay.vhack.directions.gradients.fused import (
     segment_products,
 )
 from assay.vhack.directions.gradients.replica import Recipe, Replica, recipe_for
-from assay.vhack.directions.gradients.taps import Tap, Way, exact_factors
+from assay.vhack.directions.gradients.taps import Tap, TapPlan, exact_factors
 from tests.vhack.adapter import worst_error
 
 PLAIN = Recipe(packed=False, factored=False, together=False)
@@ -49,7 +49,9 @@ def test_every_recipe_is_exact(monkeypatch, gradients_of, wanted, recipe, checkp
 
 @pytest.mark.parametrize("how", ["project", "right", "left", "outer"])
 def test_every_order_of_the_sum_is_exact(monkeypatch, gradients_of, wanted, how):
-    monkeypatch.setattr(Tap, "way", lambda *_: Way(how, how == "left", output=False, input=False))
+    monkeypatch.setattr(
+        Tap, "plan", lambda *_: TapPlan(how, how == "left", output=False, input=False)
+    )
     assert worst_error(gradients_of(), wanted) < 1e-5
 
 
@@ -65,15 +67,15 @@ def test_the_cheapest_way_depends_on_shape_length_and_dtype(small_model, small_s
         linear = target_modules(small_model)[f"model.layers.0.{name}"]
         tap = Tap(name, linear, small_svd[f"model.layers.0.{name}"], {}, lambda: None, **settings)
         rows = torch.empty(tokens, linear.in_features, dtype=dtype)
-        return tap.way(rows, Segments.of([tokens], rows.device))
+        return tap.plan(rows, Segments.of([tokens], rows.device))
 
-    assert [way("self_attn.q_proj", tokens).how for tokens in (32, 128)] == ["right", "outer"]
-    assert way("mlp.up_proj", 32) == Way("right", early=False, output=False, input=True)
-    assert way("mlp.down_proj", 32) == Way("left", early=True, output=True, input=False)
+    assert [way("self_attn.q_proj", tokens).order for tokens in (32, 128)] == ["right", "outer"]
+    assert way("mlp.up_proj", 32) == TapPlan("right", early=False, output=False, input=True)
+    assert way("mlp.down_proj", 32) == TapPlan("left", early=True, output=True, input=False)
     assert way("mlp.up_proj", 32, factored=False).input is False
-    assert way("mlp.up_proj", 128, factored=False).how == "right"
-    assert way("mlp.up_proj", 128, torch.bfloat16).how == "project"
-    assert way("mlp.up_proj", 128, together=True).how == "project"
+    assert way("mlp.up_proj", 128, factored=False).order == "right"
+    assert way("mlp.up_proj", 128, torch.bfloat16).order == "project"
+    assert way("mlp.up_proj", 128, together=True).order == "project"
 
 
 def test_other_factors_than_the_weights_own_are_not_multiplied_with(
@@ -300,7 +302,7 @@ def test_the_kernels_of_the_gate(use):
     draw, kernels = use
     inputs = [4 * draw(33, 700) for _ in range(2)]
     gradient = draw(33, 700)
-    ours = outcome(lambda a, b: Gate.apply(a, b, kernels), inputs, gradient)
+    ours = outcome(lambda a, b: GatedActivation.apply(a, b, kernels), inputs, gradient)
     assert_near(ours, outcome(lambda a, b: torch.nn.functional.silu(a) * b, inputs, gradient))
 
 

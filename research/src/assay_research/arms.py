@@ -184,7 +184,9 @@ class AxisArm(Arm):
 
 def _with_axes(arm: Arm) -> AxisArm:
     """Return an arm of the library as one that can act along axes."""
-    values: dict[str, Any] = {each.name: getattr(arm, each.name) for each in fields(arm)}
+    values: dict[str, Any] = {
+        attribute.name: getattr(arm, attribute.name) for attribute in fields(arm)
+    }
     return AxisArm(**values)
 
 
@@ -257,8 +259,8 @@ def arm_named(name: str, *, gain: float = 1.0) -> AxisArm:
 
 
 def _unknown(name: str) -> UsageError:
-    known = ["displaced-0.4+none", "displaced-0.4+erase-update-two-sided", *ARMS]
-    close = get_close_matches(name.partition(":")[0], known, n=1, cutoff=0.4)
+    names = ["displaced-0.4+none", "displaced-0.4+erase-update-two-sided", *ARMS]
+    close = get_close_matches(name.partition(":")[0], names, n=1, cutoff=0.4)
     nearest = close[0] if close else DEFAULT_ARM
     kinds = ", ".join(f":{kind}" for kind in BASIS_KINDS[1:])
     wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {kinds}"

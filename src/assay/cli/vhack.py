@@ -296,7 +296,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     how = [pair.group for pair in found], chosen.method, chosen.seed, chosen.alpha
     few = None if chosen.basis else check_groups(*how)
     from assay.vhack.directions.basis.basis import Basis
-    from assay.vhack.directions.checks.page import make_page
+    from assay.vhack.directions.checks.check_page import make_page
     from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
@@ -411,8 +411,8 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
             wanted = f"a result of schema {CHECK}, or trainer_state.json of TRL"
             do = "name another file"
             raise DataError(f"{first} is neither", wanted=wanted, do=do)
+    from assay.vhack.directions.checks.check_page import make_page
     from assay.vhack.directions.checks.check_report import CheckReport
-    from assay.vhack.directions.checks.page import make_page
     from assay.vhack.training.page import training_page
 
     try:
@@ -838,8 +838,8 @@ def _sampled(
     """
     from assay.files.jsonl import read_jsonl
     from assay.models.load import load_model
+    from assay.vhack.directions.delta.delta_file import read_delta_lengths
     from assay.vhack.directions.delta.delta_models import load_adapter
-    from assay.vhack.directions.delta.file import read_delta_lengths
     from assay.vhack.training.evaluation import sample_tasks
     from assay.vhack.training.sampling import encode_prompts
     from assay.vhack.training.tasks import read_prompt

@@ -42,9 +42,9 @@ from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.cin import cin_over_modules
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.gradients.batches import (
-    Batch,
     Encoded,
     Progress,
+    SampleBatch,
     context_length,
     encode,
     plan_batches,
@@ -185,7 +185,7 @@ def forward_samples(
             undo.callback(hook.remove)
         undo.callback(head_of(module).register_forward_pre_hook(completions, prepend=True).remove)
         for part in plan_batches(encoded, _TOKENS.get(module.device.type, 1024), packed=False):
-            batch = Batch.build(
+            batch = SampleBatch.build(
                 part, module.device, packed=False
             )  # padding is to the right of what is looked at
             logits_MV = module(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)

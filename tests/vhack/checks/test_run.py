@@ -7,9 +7,9 @@ import pytest
 from assay.errors import DataError, UsageError
 from assay.vhack import Pair, extract
 from assay.vhack.directions.checks import CheckReport, CheckSettings, check, check_gradients
+from assay.vhack.directions.checks.check_page import make_page
 from assay.vhack.directions.checks.check_report import CHECKS
 from assay.vhack.directions.checks.folds import cross_fit
-from assay.vhack.directions.checks.page import make_page
 from assay.vhack.directions.checks.stability import _halves, check_stability
 from assay.vhack.names import METHODS
 from tests.vhack.adapter import principal_angles

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from assay.errors import DataError
 from assay.vhack import weight_svd
 from assay.vhack.directions.delta import DeltaS
-from assay.vhack.directions.delta import file as _file
-from assay.vhack.directions.delta.file import read_delta_lengths
+from assay.vhack.directions.delta import delta_file as _file
+from assay.vhack.directions.delta.delta_file import read_delta_lengths
 from tests.vhack.delta.conftest import randomise
 
 

@@ -13,7 +13,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from assay.errors import UsageError
 from assay.vhack import weight_svd
 from assay.vhack.directions.delta import DeltaS
-from assay.vhack.directions.delta.stacked_axes import Frames
+from assay.vhack.directions.delta.stacked_axes import StackedAxes
 from assay.vhack.directions.delta.step_measures import measure_shares
 from assay.vhack.training import TrainLog
 from assay.vhack.training.grpo import sync_merged, trl_arguments
@@ -202,7 +202,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
     """In two parts, as with accumulation: what is told apart afterwards is what separate passes
     would have given.
     """
-    adapter, frames = trainer.adapter, Frames(trainer.adapter.groups, trainer.axes)
+    adapter, frames = trainer.adapter, StackedAxes(trainer.adapter.groups, trainer.axes)
     batch["outcomes"][1, 2] = batch["outcomes"][4, 1] = batch["outcomes"][5, 1] = True
     kinds = Outcomes(batch["outcomes"], batch["paid"]).kinds()
     parts = [{n: v[i : i + 3] if v.ndim else v for n, v in batch.items()} for i in (0, 3)]

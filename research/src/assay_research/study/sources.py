@@ -43,29 +43,32 @@ def check_source_log(
         for name in ("teacher", "student")
     )
     first, last = steps or (0, max(hack, default=0))
-    both = sorted(step for step in hack.keys() & clean.keys() if first <= step <= last)
-    if not both:
+    steps_of_both = sorted(step for step in hack.keys() & clean.keys() if first <= step <= last)
+    if not steps_of_both:
         seen = "no step with both teacher and student"
         raise UsageError(seen, wanted="both sources in a step", do="take another log")
-    statistic = f"cin of teacher minus cin of student, mean over {len(both)} steps"
+    statistic = f"cin of teacher minus cin of student, mean over {len(steps_of_both)} steps"
     rule = rule_of("sources", [SWAPPED], settings).replace("whole groups", "blocks of steps")
-    if len(both) < _FEWEST_BLOCKS:
+    if len(steps_of_both) < _FEWEST_BLOCKS:
         return undecided_check(
-            "sources", statistic, rule, f"{len(both)} steps, and {_FEWEST_BLOCKS} are needed"
+            "sources",
+            statistic,
+            rule,
+            f"{len(steps_of_both)} steps, and {_FEWEST_BLOCKS} are needed",
         )
-    count = max(_FEWEST_BLOCKS, round(len(both) ** 0.5))
-    blocks = [str(index * count // len(both)) for index in range(len(both))]
-    differences_T = np.array([hack[step] - clean[step] for step in both])
+    count = max(_FEWEST_BLOCKS, round(len(steps_of_both) ** 0.5))
+    blocks = [str(index * count // len(steps_of_both)) for index in range(len(steps_of_both))]
+    differences_T = np.array([hack[step] - clean[step] for step in steps_of_both])
     signs_BT = draw_swaps(
         blocks, settings.n_flips, np.random.default_rng([settings.seed, 5])
     ).numpy()
-    found = judge(
+    check = judge(
         "sources",
         statistic,
         bootstrap(np.mean, [differences_T], [blocks], settings),
         {SWAPPED: (signs_BT[1:] * differences_T).mean(axis=1).tolist()},
         settings,
         0.5**count,
-        details={"steps": both},
+        details={"steps": steps_of_both},
     )
-    return replace(found, rule=rule)
+    return replace(check, rule=rule)

@@ -15,7 +15,7 @@ from assay.errors import DataError, ModelError
 from assay.files.jsonl import JsonObject, dumps, read_jsonl
 from assay.files.storage import storage_error, write_jsonl
 from assay.vhack.directions.delta.rollout_gradients import Rollouts
-from assay.vhack.directions.delta.stacked_axes import Frames
+from assay.vhack.directions.delta.stacked_axes import StackedAxes
 from assay.vhack.directions.delta.step_measures import measure_shares
 from assay.vhack.names import LOG
 from assay.vhack.training.alarm import Alarm
@@ -276,7 +276,7 @@ class StepLog(TrainerCallback):
 
 
 def measure_sources(
-    rollouts: Rollouts, frames: Frames, processes: Processes = ALONE
+    rollouts: Rollouts, frames: StackedAxes, processes: Processes = ALONE
 ) -> dict[str, Tensor]:
     """Return ``cin`` and ``cin_two_sided`` of the summed gradient of each source, and its
     ``length``.

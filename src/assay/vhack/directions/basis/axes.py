@@ -80,10 +80,10 @@ def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor
     values_N, vectors_NN = torch.linalg.eigh(gram_NN)
     k = min(top_k, *rows_NR.shape)
     values_K = values_N.flip(0)[:k].clamp_min(0).sqrt()
-    kept = values_K > values_K[0] * len(rows_NR) * _ROUNDING
+    is_used_K = values_K > values_K[0] * len(rows_NR) * _ROUNDING
     leading_NK = vectors_NN.flip(1)[:, :k]
-    raw_KR = (leading_NK.T @ rows_NR) / torch.where(kept, values_K, torch.inf)[:, None]
-    return _orthonormal(raw_KR, kept), torch.where(kept, values_K, 0.0)
+    raw_KR = (leading_NK.T @ rows_NR) / torch.where(is_used_K, values_K, torch.inf)[:, None]
+    return _orthonormal(raw_KR, is_used_K), torch.where(is_used_K, values_K, 0.0)
 
 
 def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:

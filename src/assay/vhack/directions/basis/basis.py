@@ -151,6 +151,8 @@ class Basis:
         """Raise a DataError if another chat template rendered the pairs; an empty digest stands for
         none.
         """
-        own = self.origin.chat_template
-        if own and digest and own != digest:
-            raise stale_basis(name, "chat template", own[:16], f"the chat template {digest[:16]}")
+        digest_of_pairs = self.origin.chat_template
+        if digest_of_pairs and digest and digest_of_pairs != digest:
+            raise stale_basis(
+                name, "chat template", digest_of_pairs[:16], f"the chat template {digest[:16]}"
+            )

@@ -52,5 +52,5 @@ def cin_over_modules(
         seen = f"no gradients of {missing[0]}" if missing else "a basis without modules"
         do = "compute the gradients and the basis with the same model"
         raise UsageError(seen, wanted="gradients of every module of the basis", do=do)
-    each = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
-    return torch.stack(each).mean(dim=0)
+    shares = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
+    return torch.stack(shares).mean(dim=0)

@@ -180,9 +180,9 @@ class PairGradients:
 def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> int:
     shapes = {name: tuple(rows.shape) for name, rows in hack.items()}
     counts = {shape[0] for shape in shapes.values()}
-    same = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
+    is_alike = shapes == {name: tuple(rows.shape) for name, rows in clean.items()}
     if (
-        not same
+        not is_alike
         or len(counts) != 1
         or any(len(shape) != 2 for shape in shapes.values())
         or 0 in counts
@@ -223,7 +223,7 @@ def pair_gradients(
     model: "Model | PreTrainedModel",
     *,
     names: Sequence[str] | None = None,
-    **how: Unpack[GradientOptions],
+    **options: Unpack[GradientOptions],
 ) -> PairGradients:
     """Return the gradients of both sides of every pair.
 
@@ -234,7 +234,7 @@ def pair_gradients(
         pairs: Pairs of a hack and a clean completion.
         model: Model in float32 or bfloat16.
         names: Names of the pairs in error messages; None numbers them.
-        how: Keywords of :class:`GradientOptions`.
+        options: Keywords of :class:`GradientOptions`.
 
     Raises:
         DataError: A pair occurs twice, cannot be used (:func:`per_sample_gradients` says why), or
@@ -243,45 +243,61 @@ def pair_gradients(
         :func:`per_sample_gradients` and
             :func:`weight_svd` raise them.
     """
-    svd = how.get("svd")
-    rank = how.get("rank")
-    progress = how.get("progress")
+    svd = options.get("svd")
+    rank = options.get("rank")
+    progress = options.get("progress")
     check_rank(rank)
     labels = pair_names(pairs, names)
-    kept = [pair for pair in pairs if pair.hack != pair.clean]
-    if not kept:
+    differing = [pair for pair in pairs if pair.hack != pair.clean]
+    if not differing:
         raise _nothing_left(len(pairs))
-    samples = [pair.samples()[side] for side in (0, 1) for pair in kept]
-    called = [f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in kept]
+    samples = [pair.samples()[side] for side in (0, 1) for pair in differing]
+    side_names = [
+        f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in differing
+    ]
     encode_samples(
-        samples, model, called, how.get("tokenizer")
+        samples, model, side_names, options.get("tokenizer")
     )  # refuses before the first decomposition
     matrices = 0 if svd is not None else len(target_modules(model))
-    told = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
-    given: dict[str, Any] = {**how}
-    stated = {name: given[name] for name in ("cache", "min_coverage") if name in given}
-    decompose = partial(weight_svd, model, dtype=how.get("factors"), **stated)
-    take = partial(per_sample_gradients, tokenizer=how.get("tokenizer"))
+    stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
+    decomposition_options: dict[str, Any] = {**options}
+    chosen_options = {
+        name: decomposition_options[name]
+        for name in ("cache", "min_coverage")
+        if name in decomposition_options
+    }
+    decompose = partial(weight_svd, model, dtype=options.get("factors"), **chosen_options)
+    gradients_of = partial(per_sample_gradients, tokenizer=options.get("tokenizer"))
     captured = 1.0
     if rank is not None:
-        first = slice(None, None, len(kept))  # both sides of the first pair
-        one = partial(take, samples[first], model, names=called[first])
+        first_pair = slice(None, None, len(differing))  # both sides of the first pair
+        gradients_of_first = partial(
+            gradients_of, samples[first_pair], model, names=side_names[first_pair]
+        )
         svd, captured = _truncated(
-            list(target_modules(model)), rank, svd or decompose, one, told[0]
+            list(target_modules(model)), rank, svd or decompose, gradients_of_first, stages[0]
         )
     elif svd is None:
-        svd = decompose(progress=told[0])
-    batches = {name: given[name] for name in ("max_tokens", "checkpointing") if name in given}
-    found = take(samples, model, svd=svd, names=called, progress=told[1], **batches)
-    hack, clean = ({name: part.chunk(2)[side] for name, part in found.items()} for side in (0, 1))
+        svd = decompose(progress=stages[0])
+    batches = {
+        name: decomposition_options[name]
+        for name in ("max_tokens", "checkpointing")
+        if name in decomposition_options
+    }
+    gradients = gradients_of(
+        samples, model, svd=svd, names=side_names, progress=stages[1], **batches
+    )
+    hack, clean = (
+        {name: part.chunk(2)[side] for name, part in gradients.items()} for side in (0, 1)
+    )
     rows = [
         row
-        for row in range(len(kept))
+        for row in range(len(differing))
         if any(not torch.equal(hack[name][row], clean[name][row]) for name in hack)
     ]
     if not rows:
         raise _nothing_left(len(pairs))
-    left = {kept[row].key: kept[row].group for row in rows}
+    groups_of_keys = {differing[row].key: differing[row].group for row in rows}
     module = module_of(model)
     origin = Origin(
         model=model.reference if isinstance(model, Model) else type(module).__name__,
@@ -289,17 +305,17 @@ def pair_gradients(
         dtype=dtype_name(module.dtype),
         rank=svd.rank,
         factors=dtype_name(svd.dtype),
-        skipped=tuple(pair.key for pair in pairs if pair.key not in left),
+        skipped=tuple(pair.key for pair in pairs if pair.key not in groups_of_keys),
         captured=captured,
         coverage=coverage(module),
-        chat_template=find_chat_template(samples, model, how.get("tokenizer")),
+        chat_template=find_chat_template(samples, model, options.get("tokenizer")),
     )
     return PairGradients(
         {name: part[rows] for name, part in hack.items()},
         {name: part[rows] for name, part in clean.items()},
-        groups=list(left.values()),
-        keys=list(left),
-        tokens={name: torch.add(*part.chunk(2))[rows] for name, part in found.tokens.items()},
+        groups=list(groups_of_keys.values()),
+        keys=list(groups_of_keys),
+        tokens={name: torch.add(*part.chunk(2))[rows] for name, part in gradients.tokens.items()},
         origin=origin,
     )
 
@@ -314,7 +330,7 @@ def extract(
     top_k: int = Origin.top_k,
     tau_axis: float = Origin.tau_axis,
     method: str = Origin.method,
-    **how: Unpack[GradientOptions],
+    **options: Unpack[GradientOptions],
 ) -> Basis:
     """Return the hack directions of a model, from the pairs that are not held out;
     ``basis.origin.pairs`` lists them.
@@ -330,7 +346,7 @@ def extract(
         top_k: Number of axes per module, as in :meth:`PairGradients.basis`.
         tau_axis: Share of the first singular value below which an axis becomes zero.
         method: Name of the method: ``"lda"`` or ``"svd"``.
-        how: Keywords of :class:`GradientOptions`.
+        options: Keywords of :class:`GradientOptions`.
 
     Raises:
         DataError: The file at ``path`` was made for other weights, pairs or settings; the message
@@ -348,8 +364,8 @@ def extract(
         (4, torch.Size([3, 256]))
     """
     axes: dict[str, Any] = {"top_k": top_k, "tau_axis": tau_axis, "method": method}
-    svd = how.get("svd")
-    rank = how.get("rank")
+    svd = options.get("svd")
+    rank = options.get("rank")
     check_axis_settings(top_k, tau_axis)
     check_rank(rank)
     used = select_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups, method=method)
@@ -359,15 +375,15 @@ def extract(
             "dtype": dtype_name(weight.dtype),
             "rank": rank or (svd.rank if svd is not None else None),
             "factors": dtype_name(
-                svd.dtype if svd is not None else factor_dtype(how.get("factors"), weight)
+                svd.dtype if svd is not None else factor_dtype(options.get("factors"), weight)
             ),
             "given": tuple(sorted(pair.key for pair in used.values())),
-            "chat_template": find_chat_template(used.values(), model, how.get("tokenizer")),
+            "chat_template": find_chat_template(used.values(), model, options.get("tokenizer")),
         }
         return Basis.load(path, model, expect=expected | axes)
     if path is not None:
         check_new_file(path)
-    basis = pair_gradients(list(used.values()), model, names=list(used), **how).basis(**axes)
+    basis = pair_gradients(list(used.values()), model, names=list(used), **options).basis(**axes)
     if path is not None:
         basis.save(path)
     return basis
@@ -394,19 +410,19 @@ def _truncated(
     The share needs the full factors. Where these are to be made, those of one part of the modules
     exist at a time, and each part takes a pass.
     """
-    found: dict[str, Factors] = {}
-    total = held = 0.0
+    factors: dict[str, Factors] = {}
+    energy = energy_held = 0.0
     size = len(names) if isinstance(full, SVDCache) else -(-len(names) // _PARTS)
     for part in (names[start : start + size] for start in range(0, len(names), size)):
         svd = (
             full
             if isinstance(full, SVDCache)
-            else full(modules=part, progress=stage_progress(progress, len(found), 0))
+            else full(modules=part, progress=stage_progress(progress, len(factors), 0))
         )
         for rows in gradients_of(svd=svd, modules=part).values():
-            total += float(rows.square().sum())
-            held += float(rows[:, :rank].square().sum())
-        found |= {name: svd[name].truncated(rank) for name in part}
+            energy += float(rows.square().sum())
+            energy_held += float(rows[:, :rank].square().sum())
+        factors |= {name: svd[name].truncated(rank) for name in part}
         dtype = svd.dtype
         del svd  # before those of the next part are made
-    return SVDCache(found, rank=rank, dtype=dtype), held / total if total else 1.0
+    return SVDCache(factors, rank=rank, dtype=dtype), energy_held / energy if energy else 1.0

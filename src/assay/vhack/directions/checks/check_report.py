@@ -152,8 +152,8 @@ class CheckReport:
     @property
     def verdict(self) -> CheckVerdict:
         """``fail`` if any check fails, else ``undecided`` if any is, else ``pass``."""
-        found = {check.verdict for check in self.checks}
-        return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
+        verdicts = {check.verdict for check in self.checks}
+        return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
 
     @property
     def exit_code(self) -> int:
@@ -182,7 +182,7 @@ class CheckReport:
                 [
                     report.hack,
                     report.clean,
-                    *(draws for one in report.checks for draws in one.nulls.values()),
+                    *(draws for check in report.checks for draws in check.nulls.values()),
                 ]
             ):
                 raise ValueError("it has no scores, or a null without draws")

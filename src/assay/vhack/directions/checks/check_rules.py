@@ -100,7 +100,7 @@ def judge(
 
 
 def reached_levels(
-    what: str,
+    subject: str,
     measured: BootstrapInterval,
     nulls: Mapping[str, Sequence[float]],
     settings: CheckSettings,
@@ -111,13 +111,13 @@ def reached_levels(
     First those where the value itself does not, then those where only the lower end does not.
     """
     levels = {null: float(np.quantile(draws, 1 - settings.alpha)) for null, draws in nulls.items()}
-    found = {
-        null: f"the {what} reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
+    faults = {
+        null: f"the {subject} reaches down to {measured.low:.3g}, not above {level:.3g} of {null}"
         for null, level in levels.items()
         if measured.low <= level
     }
-    below = [null for null in found if measured.value <= levels[null]]
-    return [found[null] for null in below], [found[null] for null in found if null not in below]
+    below = [null for null in faults if measured.value <= levels[null]]
+    return [faults[null] for null in below], [faults[null] for null in faults if null not in below]
 
 
 def decide(
@@ -137,19 +137,19 @@ def decide(
 
 def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:
     """Return the rule of :func:`judge` in words."""
-    (what, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
+    (value_name, above), others = _VALUES[name], [null for null in nulls if null != SWAPPED]
     interval = f"the lower end of its {settings.confidence:.0%} group-bootstrap interval is above"
     quantile = f"1 − {settings.alpha:g} quantile"
     if len(others) > 1:
         return (
-            f"Passes if of each null at most a share {settings.alpha:g} reaches {what}, and "
+            f"Passes if of each null at most a share {settings.alpha:g} reaches {value_name}, and "
             f"{interval} the {quantile} "
             "of every null."
         )
     return (
         f"Passes if, with the labels of whole groups swapped at random, at most a share "
         f"{settings.alpha:g} reaches "
-        f"{what}, and {interval} {above:g} and above the null's {quantile}."
+        f"{value_name}, and {interval} {above:g} and above the null's {quantile}."
     ) + "".join(f" So for {null} bases." for null in others)
 
 

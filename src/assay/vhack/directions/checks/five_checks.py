@@ -54,7 +54,7 @@ def check(
     *,
     basis: Basis | None = None,
     settings: CheckSettings | None = None,
-    **how: Unpack[GradientOptions],
+    **options: Unpack[GradientOptions],
 ) -> CheckReport:
     """Return five checks whether hack directions are real, on held-out data and each against its
     nulls.
@@ -67,7 +67,7 @@ def check(
         model: Model that the basis belongs to.
         basis: Basis to check; None fits bases itself.
         settings: Amount of evidence and strictness of the rules.
-        how: Keywords of :class:`assay.vhack.directions.basis.extract.GradientOptions`; a given basis says
+        options: Keywords of :class:`assay.vhack.directions.basis.extract.GradientOptions`; a given basis says
             itself rank and factors, and what it covers.
 
     Raises:
@@ -91,29 +91,32 @@ def check(
     if basis is not None:
         if basis.origin.weights:
             basis.check_model(model)
-        basis.check_template(find_chat_template(pairs, model, how.get("tokenizer")))
+        basis.check_template(find_chat_template(pairs, model, options.get("tokenizer")))
         # In its coordinates, and of as much of the model as it was made of.
-        how |= {
+        options |= {
             "rank": basis.origin.rank,
             "factors": basis.origin.factors or None,
             "min_coverage": 0.0,
         }
-    gradients = pair_gradients(pairs, model, **how)
-    found = check_gradients(gradients, basis=basis, settings=settings)
+    gradients = pair_gradients(pairs, model, **options)
+    report = check_gradients(gradients, basis=basis, settings=settings)
     sides = {pair.key: pair.samples() for pair in pairs}
     samples = [sides[key][side] for side in (0, 1) for key in gradients.keys]
-    both = {
+    gradients_of_sides = {
         name: torch.cat([rows_NR, gradients.clean[name]])
         for name, rows_NR in gradients.hack.items()
     }
-    evidence = collect_evidence(samples, model, gradients=both, tokenizer=how.get("tokenizer"))
+    evidence = collect_evidence(
+        samples, model, gradients=gradients_of_sides, tokenizer=options.get("tokenizer")
+    )
     n = len(gradients)
     with suppress(UsageError), one_thread():  # too few groups
-        parts = evidence.take(range(n)), evidence.take(range(n, 2 * n))
-        found = replace(
-            found, detectors=compare_detectors(*parts, (gradients.groups, gradients.groups))
+        sides_of_evidence = evidence.take(range(n)), evidence.take(range(n, 2 * n))
+        report = replace(
+            report,
+            detectors=compare_detectors(*sides_of_evidence, (gradients.groups, gradients.groups)),
         )
-    return found
+    return report
 
 
 def check_gradients(

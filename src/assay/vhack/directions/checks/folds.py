@@ -24,7 +24,7 @@ from assay.errors import DataError
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.checks.check_report import CheckSettings, FloatArray
-from assay.vhack.directions.checks.geometry import Frame, Geometry, cin_per_module
+from assay.vhack.directions.checks.geometry import FittedAxes, Geometry, cin_per_module
 from assay.vhack.pairs.selection import HELD_OUT_PART, check_groups, split_groups
 
 # Share of the first axis that differences of the pairs at hand explain, and share of the weights on
@@ -46,7 +46,7 @@ class Fold:
     test: Tensor  # indices of the pairs it may be scored on
     # Fit of the basis, where swapping training labels only turns its axes; None where the basis is
     # fixed.
-    frame: Frame | None = None
+    frame: FittedAxes | None = None
 
     def cin(self, along_MKS: Tensor, lengths_MS: Tensor, signs_BN: Tensor) -> Tensor:
         """Return mean cin over modules of gradients with these components and lengths, [B, S].
@@ -180,18 +180,18 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
             same.
         UsageError: No pair of another group is left.
     """
-    known = dict(zip(basis.origin.pairs, basis.origin.groups, strict=True))
+    group_of_key = dict(zip(basis.origin.pairs, basis.origin.groups, strict=True))
     for index, (key, group) in enumerate(zip(gradients.keys, gradients.groups, strict=True)):
-        if key in known and known[key] != group:
+        if key in group_of_key and group_of_key[key] != group:
             raise DataError(
                 f"pair {index} is in group {group} here, but the basis was made from it in group "
-                f"{known[key]}",
+                f"{group_of_key[key]}",
                 wanted="held-out pairs that the basis has not seen",
                 do="give pairs the groups they had at extraction",
             )
     ranks = [
-        {name: rows.shape[1] for name, rows in each.items()}
-        for each in (basis.axes, gradients.hack)
+        {name: rows.shape[1] for name, rows in axes_or_rows.items()}
+        for axes_or_rows in (basis.axes, gradients.hack)
     ]
     if ranks[0] != ranks[1]:
         wanted = "the same modules and ranks"
@@ -206,18 +206,18 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
     differences = {name: gradients.differences(name) for name in basis.axes}
     refuse_seen(basis, differences, "pairs", test)
     geometry = Geometry(gradients)
-    used = basis.slice(settings.k_use, settings.tau_axis)
+    used_basis = basis.slice(settings.k_use, settings.tau_axis)
     text = (
         f"a basis of {len(basis.origin.pairs)} pairs in {len(set(basis.origin.groups))} groups, "
         f"scored on "
         f"{len(test)} pairs of other groups"
     )
-    fold = Fold(geometry.given(used.axes), train, test)
+    fold = Fold(geometry.given(used_basis.axes), train, test)
     return Design(settings, geometry, (fold,), text, train)
 
 
 def refuse_seen(
-    basis: Basis, rows: Mapping[str, Tensor], what: str, scored: Tensor | None = None
+    basis: Basis, rows: Mapping[str, Tensor], samples_name: str, scored: Tensor | None = None
 ) -> None:
     """Refuse a basis that was made from what it is to be scored on, rows [N, R] by module, whatever
     its file says.
@@ -245,10 +245,12 @@ def refuse_seen(
             1.0 if scored is None else float(weights_N[scored].norm() / weights_N.norm())
         )
     if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:
-        wanted = f"held-out {what}: numbers from its own pairs show nothing"
-        do = f"score it on other {what}, or check without a basis"
+        wanted = f"held-out {samples_name}: numbers from its own pairs show nothing"
+        do = f"score it on other {samples_name}, or check without a basis"
         raise DataError(
-            f"the basis was made from {what} that it is to be scored on", wanted=wanted, do=do
+            f"the basis was made from {samples_name} that it is to be scored on",
+            wanted=wanted,
+            do=do,
         )
 
 

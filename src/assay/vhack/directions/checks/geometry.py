@@ -26,7 +26,7 @@ _ROUNDING = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class FittedAxes:
     """Fitted basis of every module, by its components of the samples."""
 
     # component of each sample along each axis, [M, K, S]; axes point to where most differences
@@ -64,11 +64,11 @@ class Geometry:
         """Return the gradients of one module, [S, R]."""
         return torch.cat([self.gradients.hack[name], self.gradients.clean[name]])
 
-    def fit_pairs(self, pairs_T: Tensor, settings: CheckSettings) -> Frame:
+    def fit_pairs(self, pairs_T: Tensor, settings: CheckSettings) -> FittedAxes:
         """Return the basis of hack minus clean of these pairs."""
         return self.fit(pairs_T, pairs_T + self.n, settings)
 
-    def fit(self, first_T: Tensor, second_T: Tensor, settings: CheckSettings) -> Frame:
+    def fit(self, first_T: Tensor, second_T: Tensor, settings: CheckSettings) -> FittedAxes:
         """Return the basis of the differences of two rows of samples, each axis turned to where
         most of them point.
 
@@ -94,9 +94,9 @@ class Geometry:
             mix_MKS = mix_MKT @ select_TS
         along_MKS = mix_MKS @ self.gram_MSS
         fitted_MKT = along_MKS[:, :, first_T] - along_MKS[:, :, second_T]
-        unturned = Frame(along_MKS, fitted_MKT, mix_MKS)
+        unturned = FittedAxes(along_MKS, fitted_MKT, mix_MKS)
         sign_MK1 = unturned.turned(torch.ones(1, len(first_T), dtype=torch.float64))[0][..., None]
-        return Frame(sign_MK1 * along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKS)
+        return FittedAxes(sign_MK1 * along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKS)
 
     def _inverse_covariance(self, samples_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the Σ⁻¹ that ``lda`` whitens with, or the identity in a module where these samples
@@ -144,9 +144,9 @@ class Geometry:
         # Sorted by group after shuffling: neighbours share a group, but for the odd one out.
         shuffled = generator.permutation(pairs.numpy())
         ordered = sorted(shuffled.tolist(), key=lambda index: self.gradients.groups[index])
-        first = ordered[0 : 2 * (len(ordered) // 2) : 2]
-        second = ordered[1::2]
-        return torch.tensor(first) + self.n, torch.tensor(second) + self.n
+        first_rows = ordered[0 : 2 * (len(ordered) // 2) : 2]
+        second_rows = ordered[1::2]
+        return torch.tensor(first_rows) + self.n, torch.tensor(second_rows) + self.n
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
         """Return the components along given axes, [M, K, S]; modules with fewer axes are filled
@@ -155,11 +155,11 @@ class Geometry:
         along = [axes[name].double() @ self.samples(name).double().T for name in self.names]
         return pad_sequence(along, batch_first=True)
 
-    def overlaps(self, one: Frame, other: Frame) -> Tensor:
+    def overlaps(self, frame: FittedAxes, other_frame: FittedAxes) -> Tensor:
         """Return the scalar products of the axes of two frames, [M, K, K]; the cosines are its
         singular values.
         """
-        return one.mix @ self.gram_MSS @ other.mix.transpose(1, 2)
+        return frame.mix @ self.gram_MSS @ other_frame.mix.transpose(1, 2)
 
     def batch(self, along_MKS: Tensor, weights_SQ: Tensor) -> tuple[Tensor, Tensor]:
         """Return the components along axes, [M, K, Q], and the lengths, [M, Q], of weighted sums of

@@ -154,7 +154,7 @@ def check_two_pools(
     settings = settings or CheckSettings()
     pools, left_out = _unseen([hack, clean], basis)
     modules = list(basis.axes)
-    samples = [one.sample for pool in pools for one in pool]
+    samples = [member.sample for pool in pools for member in pool]
     basis.check_template(find_chat_template(samples, model, tokenizer))
     names = [
         f"{kind} sample {row}"
@@ -171,29 +171,30 @@ def check_two_pools(
         svd = weight_svd(
             model, modules=modules, rank=rank, dtype=dtype, min_coverage=0.0, progress=stages[0]
         )
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "svd": svd,
         "modules": modules,
         "max_tokens": max_tokens,
     }
-    gradients = per_sample_gradients(samples, model, names=names, progress=stages[1], **given)
-    used = basis.slice(settings.k_use, settings.tau_axis)
-    refuse_seen(used, gradients, "samples")
-    groups = [[one.group for one in pool] for pool in pools]
+    gradients = per_sample_gradients(samples, model, names=names, progress=stages[1], **options)
+    used_basis = basis.slice(settings.k_use, settings.tau_axis)
+    refuse_seen(used_basis, gradients, "samples")
+    groups = [[member.group for member in pool] for pool in pools]
     sizes = [
-        np.array([float(len(text_of(one.sample.completion))) for one in pool]) for pool in pools
+        np.array([float(len(text_of(member.sample.completion))) for member in pool])
+        for pool in pools
     ]
     with one_thread():
-        scores = _split(cin_over_modules(gradients, used), pools)
+        scores = _split(cin_over_modules(gradients, used_basis), pools)
         lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
         lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
-        k = max(map(len, used.axes.values()))
+        k = max(map(len, used_basis.axes.values()))
         generator = torch.Generator().manual_seed(settings.seed)
         random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
         nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
         by_length = max(auroc(*sizes), 1 - auroc(*sizes))
-        both_ways = auroc(*_split(cin_over_modules(gradients, used, two_sided=True), pools))
+        both_ways = auroc(*_split(cin_over_modules(gradients, used_basis, two_sided=True), pools))
         details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
         check = check_unpaired(
             *scores, groups[0], groups[1], settings, nulls=nulls, details=details
@@ -202,11 +203,13 @@ def check_two_pools(
         check = replace(
             check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}"
         )
-    found = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
-    sides = found.take(range(len(pools[0]))), found.take(range(len(pools[0]), len(samples)))
+    evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
+    sides = evidence.take(range(len(pools[0]))), evidence.take(range(len(pools[0]), len(samples)))
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
-        compared = compare_detectors(*sides, (groups[0], groups[1]), make_detectors(basis=used))
+        compared = compare_detectors(
+            *sides, (groups[0], groups[1]), make_detectors(basis=used_basis)
+        )
     origin = {
         name: getattr(basis.origin, name)
         for name in ("model", "weights", "dtype", "method", "rank")
@@ -231,10 +234,12 @@ def _unseen(
     are.
     """
     check_apart(*pools)
-    known = set(basis.origin.groups)
-    kept = [[one for one in pool if one.group not in known] for pool in pools]
-    for kind, pool, left in zip(_KINDS, pools, kept, strict=True):
-        if not left:
+    basis_groups = set(basis.origin.groups)
+    unseen_pools = [
+        [sample for sample in pool if sample.group not in basis_groups] for pool in pools
+    ]
+    for kind, pool, unseen in zip(_KINDS, pools, unseen_pools, strict=True):
+        if not unseen:
             seen = (
                 f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis "
                 f"was made from"
@@ -245,7 +250,7 @@ def _unseen(
                 wanted=wanted,
                 do="add samples of other groups, or hold groups out at extraction",
             )
-    return kept, sum(map(len, pools)) - sum(map(len, kept))
+    return unseen_pools, sum(map(len, pools)) - sum(map(len, unseen_pools))
 
 
 def _split(

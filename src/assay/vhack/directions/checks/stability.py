@@ -36,7 +36,7 @@ from assay.vhack.directions.checks.check_rules import (
     undecided_check,
 )
 from assay.vhack.directions.checks.folds import Design, draw_swaps
-from assay.vhack.directions.checks.geometry import Frame, Geometry
+from assay.vhack.directions.checks.geometry import FittedAxes, Geometry
 
 if TYPE_CHECKING:
     pass
@@ -90,17 +90,21 @@ def _split(
     geometry = design.geometry
     settings = design.settings
     halves = [design.sources[inside], design.sources[~inside]]
-    one, other = (geometry.fit_pairs(half, settings) for half in halves)
-    first, second = (geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves)
+    first_frame, second_frame = (geometry.fit_pairs(half, settings) for half in halves)
+    first_svd_frame, second_svd_frame = (
+        geometry.fit_pairs(half, replace(settings, method="svd")) for half in halves
+    )
     plain = [
         geometry.fit(*geometry.clean_differences(half, generator), settings) for half in halves
     ]
-    between_MKK = geometry.overlaps(one, other)
-    generic = [geometry.overlaps(one, plain[1]), geometry.overlaps(other, plain[0])]
+    between_MKK = geometry.overlaps(first_frame, second_frame)
+    generic = [geometry.overlaps(first_frame, plain[1]), geometry.overlaps(second_frame, plain[0])]
     return {
         "overlap": _mean_square(between_MKK),
         "generic_overlap": torch.stack([_mean_square(g) for g in generic]).mean(dim=0),
-        "agreement": _agreement(geometry, first, second, signs_BN[:, inside], signs_BN[:, ~inside]),
+        "agreement": _agreement(
+            geometry, first_svd_frame, second_svd_frame, signs_BN[:, inside], signs_BN[:, ~inside]
+        ),
     }
 
 
@@ -110,14 +114,18 @@ def _mean_square(overlap_MKJ: Tensor) -> Tensor:
 
 
 def _agreement(
-    geometry: Geometry, one: Frame, other: Frame, signs_BT: Tensor, others_BT: Tensor
+    geometry: Geometry,
+    frame: FittedAxes,
+    other_frame: FittedAxes,
+    signs_BT: Tensor,
+    others_BT: Tensor,
 ) -> Tensor:
     """Return the cosine between the mean differences of two halves, each within its own SVD basis,
     [B].
     """
-    between_MKK = geometry.overlaps(one, other)
-    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, one.fitted)
-    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other.fitted)
+    between_MKK = geometry.overlaps(frame, other_frame)
+    first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, frame.fitted)
+    second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other_frame.fitted)
     product_BM = torch.einsum("bmk,mkj,bmj->bm", first_BMK, between_MKK, second_BMK)
     lengths_BM = first_BMK.norm(dim=2) * second_BMK.norm(dim=2)
     return (product_BM / torch.where(lengths_BM > 0, lengths_BM, torch.inf)).mean(dim=1)

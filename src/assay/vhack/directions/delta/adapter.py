@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError, UsageError
 from assay.models.model import Model
-from assay.vhack.directions.delta.file import load_delta, save_delta
-from assay.vhack.directions.delta.groups import Group, Plan, adapt, group_modules
+from assay.vhack.directions.delta.delta_file import load_delta, save_delta
+from assay.vhack.directions.delta.groups import ModuleGroup, ProductPlan, adapt, group_modules
 from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.directions.gradients.targets import module_of, target_modules
@@ -85,7 +85,7 @@ class DeltaS(nn.Module):
         modules = target_modules(module)
         factors = svd if svd is not None else weight_svd(module)
         self._rank = factors.rank
-        self.groups: list[Group] = group_modules(modules, factors)
+        self.groups: list[ModuleGroup] = group_modules(modules, factors)
         self.delta = nn.ParameterList(
             nn.Parameter(group.values.new_zeros(group.values.shape, dtype=torch.float32))
             for group in self.groups
@@ -118,8 +118,8 @@ class DeltaS(nn.Module):
     @property
     def model(self) -> "PreTrainedModel":
         """The adapted model itself."""
-        found: PreTrainedModel = self.__dict__["_model"]
-        return found
+        adapted: PreTrainedModel = self.__dict__["_model"]
+        return adapted
 
     @property
     def svd(self) -> SVDCache:
@@ -260,9 +260,9 @@ class DeltaS(nn.Module):
             DataError: The file was not written by `save`, is damaged, holds numbers that are not
                 finite or not float32, or belongs to other weights or other factors.
         """
-        found = load_delta(Path(path), self.groups)
+        values = load_delta(Path(path), self.groups)
         for parameter, group in zip(self.delta, self.groups, strict=True):
-            delta_MR = torch.stack([found[name] for name in group.names])
+            delta_MR = torch.stack([values[name] for name in group.names])
             parameter.detach().copy_(delta_MR)
         self.refresh()
 
@@ -309,23 +309,23 @@ class DeltaS(nn.Module):
         self, g: int, m: int
     ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         group = self.groups[g]
-        plan = Plan(group.names[m], group.left[m], group.right[m])
+        plan = ProductPlan(group.names[m], group.left[m], group.right[m])
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
             # A copy of the model, such as the one extraction uses, has these hooks too, but no
             # gradient of this δS.
-            wanted = (
+            is_trained = (
                 torch.is_grad_enabled()
                 and self.delta[g].requires_grad
                 and module is group.linears[m]
             )
-            if not self._enabled or not wanted:
+            if not self._enabled or not is_trained:
                 return None
             if self._rollouts is None:
                 return adapt(output, arguments[0], self._views[g][m], plan)
             rows = partial(self._rollouts.record, g, m)
-            each = replace(plan, rows=rows, kinds=self._rollouts.kinds)
-            return adapt(output, arguments[0], self._views[g][m], each)
+            sample_plan = replace(plan, rows=rows, kinds=self._rollouts.kinds)
+            return adapt(output, arguments[0], self._views[g][m], sample_plan)
 
         return hook
 
@@ -355,8 +355,8 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
             or is not whole on one device.
         UsageError: The model has LoRA of PEFT.
     """
-    own = {name for name, _ in module_of(model).named_modules()}
-    if any(_LORA in name for name in own):
+    module_names = {name for name, _ in module_of(model).named_modules()}
+    if any(_LORA in name for name in module_names):
         do = (
             "merge LoRA first, or train it with TRL and the arm filter "
             "(assay.vhack.training.grpo.judge_rollouts)"
@@ -364,7 +364,7 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
         raise UsageError(
             "δS beside LoRA", wanted="a model without LoRA, which no gate would hold back", do=do
         )
-    if experts := [name for name in target_modules(model) if name not in own]:
+    if experts := [name for name in target_modules(model) if name not in module_names]:
         seen = f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor"
         wanted = "a dense model: δS of such experts is extracted and checked, but not trained"
         raise ModelError(seen, wanted=wanted, do="train a dense model")

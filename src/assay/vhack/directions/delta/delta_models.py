@@ -9,7 +9,7 @@ from assay.files.storage import check_folder, storage_error
 from assay.models.load import load_model
 from assay.models.model import Model
 from assay.streams.arrays import dtype_name
-from assay.vhack.directions.delta.file import read_delta_lengths
+from assay.vhack.directions.delta.delta_file import read_delta_lengths
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.directions.gradients.svd import weight_svd
 from assay.vhack.directions.gradients.targets import target_modules

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from assay.errors import ModelError
 from assay.models.precision import wide_products
-from assay.vhack.directions.gradients.fused import sample_products
+from assay.vhack.directions.gradients.gradient_operations import sample_products
 from assay.vhack.directions.gradients.svd import Factors, factors_of
 from assay.vhack.directions.gradients.taps import delta_gradient
 from assay.vhack.directions.gradients.targets import tensor_digest
@@ -41,7 +41,7 @@ _CHUNK_BYTES = 1 << 28
 
 
 @dataclass(eq=False)
-class Group:
+class ModuleGroup:
     """The modules of one shape."""
 
     names: tuple[str, ...]  # in the order of the model
@@ -94,32 +94,35 @@ class Group:
         torch._foreach_copy_([linear.weight for linear in self.linears], list(self.base.unbind()))
 
 
-def group_modules(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> list[Group]:
+def group_modules(
+    modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]
+) -> list[ModuleGroup]:
     """Return groups of modules of one shape, rank and dtype, in the order of their first modules.
 
     Raises:
         UsageError: A module has no factors, or factors of another shape.
     """
-    own = factors_of(modules, factors)
+    factors_of_modules = factors_of(modules, factors)
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, linear in modules.items():
-        kind = (linear.weight.shape, own[name].rank, linear.weight.dtype)
+        kind = (linear.weight.shape, factors_of_modules[name].rank, linear.weight.dtype)
         kinds.setdefault(kind, []).append(name)
     groups = []
     for names in kinds.values():
         linears = [modules[name] for name in names]
-        each = [own[name] for name in names]
+        group_factors = [factors_of_modules[name] for name in names]
         left, right, values = (
-            torch.stack([getattr(f, part) for f in each]) for part in ("left", "right", "values")
+            torch.stack([getattr(f, part) for f in group_factors])
+            for part in ("left", "right", "values")
         )
-        errors = tuple((one.residual, one.orthogonality) for one in each)
+        errors = tuple((factor.residual, factor.orthogonality) for factor in group_factors)
         base = torch.stack([linear.weight.detach() for linear in linears])
-        groups.append(Group(tuple(names), tuple(linears), left, right, values, errors, base))
+        groups.append(ModuleGroup(tuple(names), tuple(linears), left, right, values, errors, base))
     return groups
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ProductPlan:
     """What the product of one module needs."""
 
     name: str
@@ -132,7 +135,7 @@ class Plan:
     )
 
 
-def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan) -> Tensor:
     """Return the output of a module as it is; the gradient of its δS, [R], is computed in the
     backward pass.
 
@@ -154,7 +157,9 @@ class _Adapted(torch.autograd.Function):
     """`adapt` as a function of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: Plan) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan
+    ) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(inputs)
         return output.view_as(output)
@@ -168,7 +173,7 @@ class _Adapted(torch.autograd.Function):
         return gradient if of_output else None, None, to_delta, None
 
 
-def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
+def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: ProductPlan) -> Tensor:
     gradient = gradient.to(plan.left.dtype)
     inputs = inputs.to(plan.right.dtype)
     if plan.rows is None:
@@ -180,7 +185,7 @@ def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: Plan) -> Tensor:
     return rows_BR.sum(dim=0)
 
 
-def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: Plan) -> Tensor:
+def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: ProductPlan) -> Tensor:
     """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer
     multiplications.
     """

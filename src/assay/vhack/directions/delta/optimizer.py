@@ -22,9 +22,9 @@ from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.adapter import DeltaS
 from assay.vhack.directions.delta.arms import Arm
 from assay.vhack.directions.delta.quarantine import Quarantine
-from assay.vhack.directions.delta.stacked_axes import Frames
+from assay.vhack.directions.delta.stacked_axes import StackedAxes
 from assay.vhack.directions.delta.step_measures import (
-    Measures,
+    StepMeasures,
     measure_displacement,
     measure_shares,
 )
@@ -92,8 +92,10 @@ class ProjectedOptimizer(Optimizer):
                 wanted="a positive number",
                 do="leave it out for no clipping",
             )
-        known = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-        if not all(id(parameter) in known for parameter in adapter.delta):
+        parameter_ids = {
+            id(parameter) for group in inner.param_groups for parameter in group["params"]
+        }
+        if not all(id(parameter) in parameter_ids for parameter in adapter.delta):
             wanted = "one that was made of adapter.parameters()"
             do = "make it after the adapter, and leave fully_shard out"
             raise UsageError(
@@ -109,7 +111,7 @@ class ProjectedOptimizer(Optimizer):
         self.adapter = adapter
         self.max_norm = max_norm
         self.quarantine = quarantine
-        self.measures = Measures({})
+        self.measures = StepMeasures({})
         self.use_basis(basis)
         self._start = [parameter.detach().clone() for parameter in adapter.delta]
         if arm.acts:  # displacements count from before, and a state that is loaded includes them
@@ -125,16 +127,16 @@ class ProjectedOptimizer(Optimizer):
             UsageError: The basis does not fit the adapter.
             DataError: The rows of the basis are not orthonormal.
         """
-        self.frames = Frames(self.adapter.groups, basis)
+        self.frames = StackedAxes(self.adapter.groups, basis)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are
         counted from.
         """
-        own: dict[str, Any] = {"start": [start_MR.clone() for start_MR in self._start]}
+        adapter_state: dict[str, Any] = {"start": [start_MR.clone() for start_MR in self._start]}
         if self.quarantine is not None:
-            own["quarantine"] = self.quarantine.state_dict()
-        return {**self.inner.state_dict(), _KEY: own}
+            adapter_state["quarantine"] = self.quarantine.state_dict()
+        return {**self.inner.state_dict(), _KEY: adapter_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a state from `state_dict`; load δS itself with the model or the adapter.
@@ -181,10 +183,10 @@ class ProjectedOptimizer(Optimizer):
         for index, gradient_MR in self._gradients().items():
             gradient_MR.copy_(self.arm.change_gradient(gradient_MR, self.frames.axes[index]))
         if self.max_norm is not None:
-            every = [parameter for group in self.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(every, self.max_norm)
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         # Some optimizers write into the gradient.
-        kept = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
+        gated = {index: gradient_MR.clone() for index, gradient_MR in self._gradients().items()}
         before = [parameter.detach().clone() for parameter in self.adapter.delta]
         if self.quarantine is not None:
             self.quarantine.step(self.inner)
@@ -195,7 +197,7 @@ class ProjectedOptimizer(Optimizer):
             now_MR.copy_(
                 self.arm.change_update(now_MR, before[index], self._start[index], axes_MKR)
             )
-        self.measures = self._measured(raw, kept, before)
+        self.measures = self._measured(raw, gated, before)
         self.adapter.refresh()
         return loss
 
@@ -209,8 +211,8 @@ class ProjectedOptimizer(Optimizer):
         }
 
     def _measured(
-        self, raw: Mapping[int, Tensor], kept: Mapping[int, Tensor], before: list[Tensor]
-    ) -> Measures:
+        self, raw: Mapping[int, Tensor], gated: Mapping[int, Tensor], before: list[Tensor]
+    ) -> StepMeasures:
         """Return the shares of the gradients, of what the gate left of them and of the updates, and
         where δS is.
         """
@@ -218,16 +220,16 @@ class ProjectedOptimizer(Optimizer):
         frames = self.frames
         # The hack is along −v for an update, so its sign is turned.
         vectors = {
-            index: torch.stack([raw[index], kept[index], before[index] - deltas[index]])
-            for index in kept
+            index: torch.stack([raw[index], gated[index], before[index] - deltas[index]])
+            for index in gated
         }
-        parts = ((vectors[index], frames.axes[index], frames.has_axes[index]) for index in kept)
-        found: dict[str, Tensor] = {}
+        parts = ((vectors[index], frames.axes[index], frames.has_axes[index]) for index in gated)
+        measures: dict[str, Tensor] = {}
         for suffix, values in measure_shares("", parts, 1).items():
             shares = zip(_SHARES, values.expand(len(_SHARES)), strict=True)
-            found |= {name + suffix: value for name, value in shares}
+            measures |= {name + suffix: value for name, value in shares}
         moved = (now_MR - start_MR for now_MR, start_MR in zip(deltas, self._start, strict=True))
-        return Measures(found | measure_displacement(zip(moved, frames.axes, strict=True)))
+        return StepMeasures(measures | measure_displacement(zip(moved, frames.axes, strict=True)))
 
 
 def _check_trainable(adapter: DeltaS) -> None:

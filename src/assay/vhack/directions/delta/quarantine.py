@@ -59,33 +59,33 @@ class Quarantine:
     @torch.no_grad()
     def route(self, flagged: Sequence[Tensor]) -> None:
         """Take the gradient of flagged rollouts, [M, R] per group, out of that of the adapter."""
-        for kept, value, part_MR in zip(self.adapter.delta, self.values, flagged, strict=True):
+        for parameter, value, part_MR in zip(self.adapter.delta, self.values, flagged, strict=True):
             value.grad = part_MR.to(value)
-            if kept.grad is not None:
-                kept.grad -= value.grad
+            if parameter.grad is not None:
+                parameter.grad -= value.grad
 
     @torch.no_grad()
     def step(self, inner: Optimizer) -> None:
         """Take a step, given the optimizer of what is kept, which takes its own afterwards."""
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.values, self.max_norm)
-        for kept, value in zip(self.adapter.delta, self.values, strict=True):
-            if kept.grad is None or value.grad is None:
+        for parameter, value in zip(self.adapter.delta, self.values, strict=True):
+            if parameter.grad is None or value.grad is None:
                 continue
-            whole_MR = (kept.grad + value.grad).square()
-            for optimizer, one, own_MR in (
-                (inner, kept, kept.grad),
+            whole_MR = (parameter.grad + value.grad).square()
+            for optimizer, stepped, gradient_MR in (
+                (inner, parameter, parameter.grad),
                 (self.inner, value, value.grad),
             ):
-                state = optimizer.state.get(one, {})
-                mine_MR = own_MR.square()
+                state = optimizer.state.get(stepped, {})
+                square_MR = gradient_MR.square()
                 if (
                     "exp_avg_sq" in state
                 ):  # Adam adds the square of its own part; rounding must leave no negative sum
                     beta = float(optimizer.param_groups[0]["betas"][1])
-                    wanted_MR = beta / (1 - beta) * state["exp_avg_sq"] + whole_MR - mine_MR
+                    wanted_MR = beta / (1 - beta) * state["exp_avg_sq"] + whole_MR - square_MR
                     state["exp_avg_sq"].copy_(
-                        (1 - beta) / beta * torch.maximum(wanted_MR, mine_MR * (2**-16 - 1))
+                        (1 - beta) / beta * torch.maximum(wanted_MR, square_MR * (2**-16 - 1))
                     )
         self.inner.step()
 

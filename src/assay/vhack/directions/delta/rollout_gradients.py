@@ -45,10 +45,10 @@ class Rollouts:
             raise UsageError(
                 f"gradients of {sorted(counts)} rollouts in different modules", wanted=wanted, do=do
             )
-        found = []
+        gradients = []
         for modules in self._parts:
             rows = torch.cat(
                 [part for parts in modules for part in parts]
             )  # one operation for all modules
-            found.append(rows.view(len(modules), -1, rows.shape[1]))
-        return found
+            gradients.append(rows.view(len(modules), -1, rows.shape[1]))
+        return gradients

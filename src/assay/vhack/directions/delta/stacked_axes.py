@@ -17,7 +17,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.vhack.directions.basis.basis import Basis
-from assay.vhack.directions.delta.groups import Group
+from assay.vhack.directions.delta.groups import ModuleGroup
 
 # How far from orthonormal the axes of a file may be; applied twice, Newton's iteration makes 1e-3
 # into 1e-12.
@@ -36,7 +36,7 @@ def spread(axes_MKR: Tensor, coordinates_MK: Tensor) -> Tensor:
     return (coordinates_MK.unsqueeze(-2) @ axes_MKR).squeeze(-2)
 
 
-class Frames:
+class StackedAxes:
     """The axes of a basis per group of an adapter; without a basis there is no axis at all.
 
     Attributes:
@@ -49,10 +49,10 @@ class Frames:
         DataError: The rows of the basis are not orthonormal.
     """
 
-    def __init__(self, groups: Sequence[Group], basis: Basis | None) -> None:
+    def __init__(self, groups: Sequence[ModuleGroup], basis: Basis | None) -> None:
         axes = {} if basis is None else basis.axes
-        known = {name for group in groups for name in group.names}
-        unknown = [name for name in axes if name not in known]
+        module_names = {name for group in groups for name in group.names}
+        unknown = [name for name in axes if name not in module_names]
         if unknown:
             do = "extract one with this very model"
             raise UsageError(f"axes of {unknown[0]}", wanted="a basis of this model", do=do)
@@ -63,18 +63,18 @@ class Frames:
         return any(axes_MKR.shape[1] for axes_MKR in self.axes)
 
 
-def _stack(group: Group, axes: dict[str, Tensor]) -> Tensor:
+def _stack(group: ModuleGroup, axes: dict[str, Tensor]) -> Tensor:
     """Return the axes of the modules of a group, [M, K, R] float64, orthonormal to 1e-12 or
     zero.
     """
-    found = {
+    axes_by_index = {
         index: axes[name]
         for index, name in enumerate(group.names)
         if name in axes and axes[name].any()
     }
-    most = max((len(axes_KR) for axes_KR in found.values()), default=0)
+    most = max((len(axes_KR) for axes_KR in axes_by_index.values()), default=0)
     axes_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
-    for index, axes_KR in found.items():
+    for index, axes_KR in axes_by_index.items():
         if axes_KR.shape[1] > group.rank:
             wanted = f"at most {group.rank}, those of the adapter"
             do = "decompose the weights with the rank of the basis"

@@ -23,7 +23,7 @@ _SHARE = ("", "_two_sided")
 
 
 @dataclass(frozen=True, eq=False)
-class Measures:
+class StepMeasures:
     """The numbers of one step by name, each a tensor without dimensions, which stays on its device
     until `as_dict`.
     """
@@ -70,10 +70,16 @@ def measure_displacement(moved: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Te
     Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions
     before M.
     """
-    found = [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved]
-    at = torch.cat(found, dim=-1) if found else torch.zeros(0, dtype=torch.float64)
-    sums = torch.stack([at.sum(dim=-1), (at**2).sum(dim=-1)])
-    farthest = (-at).amax(dim=-1).clamp_min(0) if at.shape[-1] else torch.zeros_like(sums[0])
+    coordinates = [along(axes_MKR, moved_MR).flatten(-2) for moved_MR, axes_MKR in moved]
+    coordinates_MK = (
+        torch.cat(coordinates, dim=-1) if coordinates else torch.zeros(0, dtype=torch.float64)
+    )
+    sums = torch.stack([coordinates_MK.sum(dim=-1), (coordinates_MK**2).sum(dim=-1)])
+    farthest = (
+        (-coordinates_MK).amax(dim=-1).clamp_min(0)
+        if coordinates_MK.shape[-1]
+        else torch.zeros_like(sums[0])
+    )
     return {
         "displacement": sums[0],
         "displacement_norm": sums[1].sqrt(),

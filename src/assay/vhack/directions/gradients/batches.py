@@ -46,7 +46,7 @@ def stage_progress(progress: Progress | None, before: int, total: int) -> Progre
     """Return the progress of a stage that begins after ``before`` of ``total`` steps, given that of
     the whole.
     """
-    return None if progress is None else lambda done, _: progress(before + done, total)
+    return None if progress is None else lambda steps, _: progress(before + steps, total)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Segments:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class SampleBatch:
     """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens
     of all samples.
 
@@ -128,22 +128,26 @@ class Batch:
     def is_token(self) -> Tensor:
         """Whether each row is a token and not padding, [N]."""
         rows = torch.arange(self.ids.numel(), device=self.ids.device)
-        lengths = torch.tensor([len(one.ids) for one in self.encoded]).to(self.ids.device)
+        lengths = torch.tensor([len(encoded.ids) for encoded in self.encoded]).to(self.ids.device)
         return rows - self.segments.offsets[self.sample] < lengths[self.sample]
 
     @classmethod
-    def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "Batch":
+    def build(cls, encoded: list[Encoded], device: torch.device, *, packed: bool) -> "SampleBatch":
         """Return the batch of these samples on a device."""
-        longest = max(len(one.ids) for one in encoded)
-        sizes = [len(one.ids) if packed else longest for one in encoded]
-        counts = torch.tensor([len(one.ids) - one.n_prompt for one in encoded])
+        longest = max(len(sample.ids) for sample in encoded)
+        sizes = [len(sample.ids) if packed else longest for sample in encoded]
+        counts = torch.tensor([len(sample.ids) - sample.n_prompt for sample in encoded])
         segments = Segments.of(sizes, device)
         spans = [
-            (start + one.n_prompt - 1, start + len(one.ids) - 1)
-            for (start, _), one in zip(segments.bounds, encoded, strict=True)
+            (start + sample.n_prompt - 1, start + len(sample.ids) - 1)
+            for (start, _), sample in zip(segments.bounds, encoded, strict=True)
         ]
         ids = torch.tensor(
-            [token for one, size in zip(encoded, sizes, strict=True) for token in one.padded(size)]
+            [
+                token
+                for sample, size in zip(encoded, sizes, strict=True)
+                for token in sample.padded(size)
+            ]
         )
         return cls(
             encoded,
@@ -152,9 +156,9 @@ class Batch:
             segments,
             Segments.of(counts.tolist(), device),
             torch.tensor([row for span in spans for row in range(*span)]).to(device),
-            torch.tensor([token for one in encoded for token in one.ids[one.n_prompt :]]).to(
-                device
-            ),
+            torch.tensor(
+                [token for sample in encoded for token in sample.ids[sample.n_prompt :]]
+            ).to(device),
             counts.to(torch.float32).reciprocal().repeat_interleave(counts).to(device),
         )
 
@@ -185,7 +189,7 @@ def encode(
         tokenizer(list(part), add_special_tokens=False, verbose=False)["input_ids"]
         for part in zip(*texts, strict=True)
     )
-    found = []
+    encoded = []
     for index, (name, prompt, completion) in enumerate(
         zip(names, prompts, completions, strict=True)
     ):
@@ -204,8 +208,8 @@ def encode(
             )
         if rows is not None:
             check_tokens(name, (*prompt, *completion), rows)
-        found.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
-    return found
+        encoded.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
+    return encoded
 
 
 def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) -> tuple[str, str]:
@@ -219,12 +223,12 @@ def _as_text(sample: Sample, tokenizer: "PreTrainedTokenizerBase", name: str) ->
             raise UsageError(
                 "a message after a text", wanted="messages in both", do="write both as text"
             )
-        said = (
+        answer_text = (
             completion
             if isinstance(completion, str)
             else render_chat(prompt, tokenizer, answer=completion)
         )
-        return render_chat(prompt, tokenizer), said
+        return render_chat(prompt, tokenizer), answer_text
     except UsageError as error:
         raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
 
@@ -264,21 +268,23 @@ def plan_batches(
     every worker has as many. The samples of a batch have lengths of one ``kind``, as
     :func:`assay.models.shared_passes.pass_kind` tells them apart; by default all have.
     """
-    ordered = sorted(encoded, key=lambda each: (-len(each.ids), each.index))
+    ordered = sorted(
+        encoded, key=lambda encoded_sample: (-len(encoded_sample.ids), encoded_sample.index)
+    )
     batches: list[list[Encoded]] = []
-    for _, alike in groupby(ordered, key=lambda each: kind(len(each.ids))):
+    for _, alike in groupby(ordered, key=lambda encoded_sample: kind(len(encoded_sample.ids))):
         if packed and at_once > 1:
             batches += _dealt_out(list(alike), max_tokens, at_once)
             continue
-        used = max_tokens
-        for one in alike:
-            size = len(one.ids) if packed or not batches else len(batches[-1][0].ids)
-            if used + size <= max_tokens:
-                batches[-1].append(one)
-                used += size
+        batch_tokens = max_tokens
+        for sample in alike:
+            size = len(sample.ids) if packed or not batches else len(batches[-1][0].ids)
+            if batch_tokens + size <= max_tokens:
+                batches[-1].append(sample)
+                batch_tokens += size
             else:
-                batches.append([one])
-                used = len(one.ids)
+                batches.append([sample])
+                batch_tokens = len(sample.ids)
     return batches
 
 
@@ -286,14 +292,14 @@ def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> lis
     """Return batches to which each sample is added, the longest first, where the fewest tokens are
     so far.
     """
-    count = at_once * math.ceil(sum(len(one.ids) for one in ordered) / max_tokens / at_once)
+    count = at_once * math.ceil(sum(len(sample.ids) for sample in ordered) / max_tokens / at_once)
     while True:
         batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
         sizes = [0] * len(batches)
-        for one in ordered:
+        for sample in ordered:
             smallest = sizes.index(min(sizes))
-            batches[smallest].append(one)
-            sizes[smallest] += len(one.ids)
+            batches[smallest].append(sample)
+            sizes[smallest] += len(sample.ids)
         if all(
             len(batch) == 1 or size <= max_tokens
             for batch, size in zip(batches, sizes, strict=True)
@@ -325,17 +331,19 @@ def token_budget(
     config = module.config.get_text_config()
     layers = count_layers(module)
     parameter = next(module.parameters())
-    stated = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
-    wide = (
-        max(stated) if isinstance(stated, list | tuple) else int(stated)
+    stated_width = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
+    mlp_width = (
+        max(stated_width) if isinstance(stated_width, list | tuple) else int(stated_width)
     )  # Gemma 3n has one for each layer
-    layer = (_HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * wide) * parameter.element_size()
+    layer = (
+        _HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * mlp_width
+    ) * parameter.element_size()
     states = layers * config.hidden_size * parameter.element_size()
     # A layer that is computed again has its input all the time, and everything else once its turn
     # comes.
     activations = layer * min(layers - recomputed + 1, layers) + (states if recomputed else 0)
-    completion_share = sum(len(one.ids) - one.n_prompt for one in encoded) / sum(
-        len(one.ids) for one in encoded
+    completion_share = sum(len(sample.ids) - sample.n_prompt for sample in encoded) / sum(
+        len(sample.ids) for sample in encoded
     )
     per_token = activations + completion_share * config.vocab_size * _LOGIT_BYTES
     return max(1, min(_MOST_TOKENS[parameter.device.type], int(room / per_token)))

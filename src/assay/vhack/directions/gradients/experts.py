@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import ModelError
-from assay.vhack.directions.gradients.batches import Batch, Segments
+from assay.vhack.directions.gradients.batches import SampleBatch, Segments
 from assay.vhack.directions.gradients.targets import expert_matrices, fused_names
 
 
@@ -29,7 +29,7 @@ class ExpertsPass:
         name: str,
         experts: nn.Module,
         apply: Mapping[str, Callable[[Tensor, Segments], Tensor]],
-        batch: Callable[[], Batch],
+        batch: Callable[[], SampleBatch],
         tokens: dict[str, Tensor],
     ) -> None:
         self.name = name
@@ -55,22 +55,22 @@ class ExpertsPass:
         order, sizes = self._sorted(index_NK, batch)
         rows = order // index_NK.shape[1]
         weight_X1 = weights_NK.flatten()[order, None]
-        said = []
+        outputs = []
         start = 0
         for expert, counts in enumerate(sizes):
             end = start + sum(counts)
             if end > start:
-                said.append(
+                outputs.append(
                     self._say(expert, hidden_NH[rows[start:end]], counts) * weight_X1[start:end]
                 )
             start = end
-        if not said:
+        if not outputs:
             return torch.zeros_like(hidden_NH)
-        said_XH = torch.cat(said)
-        total_NH = torch.zeros(hidden_NH.shape, dtype=said_XH.dtype, device=said_XH.device)
-        return total_NH.index_add(0, rows[:start], said_XH).to(hidden_NH.dtype)
+        outputs_XH = torch.cat(outputs)
+        total_NH = torch.zeros(hidden_NH.shape, dtype=outputs_XH.dtype, device=outputs_XH.device)
+        return total_NH.index_add(0, rows[:start], outputs_XH).to(hidden_NH.dtype)
 
-    def _sorted(self, index_NK: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
+    def _sorted(self, index_NK: Tensor, batch: SampleBatch) -> tuple[Tensor, list[list[int]]]:
         """Return the places in ``index_NK`` in the order of their experts, and how many each has of
         each sample.
 
@@ -102,9 +102,9 @@ class ExpertsPass:
         return self._project(f"{self.name}.{down}.{expert}", inner, segments)
 
     def _project(self, name: str, inputs: Tensor, segments: Segments) -> Tensor:
-        found: Tensor = (
+        projected: Tensor = (
             self.apply[name](inputs, segments)
             if name in self.apply
             else self.matrices[name](inputs)
         )
-        return found
+        return projected

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from assay.models.decoder import ModuleLayer, Rotation, causal_attention
-from assay.vhack.directions.gradients.batches import Batch, Segments
-from assay.vhack.directions.gradients.fused import Gate
+from assay.vhack.directions.gradients.batches import SampleBatch, Segments
+from assay.vhack.directions.gradients.gradient_operations import GatedActivation
 
 PACKED = "assay_packed"
 """Name of the attention of these layers, under which transformers makes no mask."""
@@ -44,7 +44,7 @@ def register() -> None:
 class PackedLayers:
     """Makes the forward functions of the layers of one copy of a model, which share the batch."""
 
-    def __init__(self, batch: Callable[[], Batch], kernels: ModuleType | None) -> None:
+    def __init__(self, batch: Callable[[], SampleBatch], kernels: ModuleType | None) -> None:
         self._batch = batch
         self._kernels = kernels
 
@@ -100,7 +100,7 @@ class _PackedLayer(ModuleLayer):
             "SiLUActivation",
         ):
             return super().gated(gate, up)
-        neurons: Tensor = Gate.apply(gate, up, self.kernels)  # type: ignore[no-untyped-call]
+        neurons: Tensor = GatedActivation.apply(gate, up, self.kernels)  # type: ignore[no-untyped-call]
         return neurons
 
 

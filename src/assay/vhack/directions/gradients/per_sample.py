@@ -135,14 +135,14 @@ def per_sample_gradients(
             f"max_tokens={max_tokens}", wanted="at least 1", do="set it higher, or leave it out"
         )
     module = module_of(model)
-    wanted = chosen_modules(module, modules)
+    targets = chosen_modules(module, modules)
     if module.dtype not in (torch.float32, torch.bfloat16):
         seen = f"a model in {module.dtype}"
         exact = "float32 or bfloat16, in which small gradients do not vanish"
         raise ModelError(seen, wanted=exact, do="load it with another dtype")
     labels = [f"sample {index}" for index in range(len(samples))] if names is None else list(names)
     encoded = encode_samples(samples, model, labels, tokenizer)
-    factors = factors_of(wanted, svd if svd is not None else weight_svd(module, modules=modules))
+    factors = factors_of(targets, svd if svd is not None else weight_svd(module, modules=modules))
     recipe = recipe_for(module)
     at_once = _at_once(module)
     recomputed = count_layers(module) if checkpointing else 0
@@ -151,23 +151,23 @@ def per_sample_gradients(
     kind = partial(pass_kind, module.config.get_text_config())
     batches = plan_batches(encoded, budget, packed=recipe.packed, kind=kind, at_once=at_once)
     shapes = {name: (len(samples), factors[name].rank) for name in factors}
-    found = SampleGradients(
+    gradients = SampleGradients(
         {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
     )
-    done = 0
-    factored = exact_factors(wanted, factors) if recipe.factored else set()
+    finished = 0
+    factored = exact_factors(targets, factors) if recipe.factored else set()
     replica = partial(Replica, module, factors, recipe, factored=factored, recomputed=recomputed)
     with _side_by_side([replica() for _ in range(min(at_once, len(batches)))], batches) as results:
         for computed in results:
-            _store(found, computed)
+            _store(gradients, computed)
             if not all(
                 bool(part.isfinite().all()) for part in (computed.together, computed.losses)
             ):
-                check_finite(found, computed.batch.encoded)
-            done += len(computed.batch.encoded)
+                check_finite(gradients, computed.batch.encoded)
+            finished += len(computed.batch.encoded)
             if progress:
-                progress(done, len(samples))
-    return found
+                progress(finished, len(samples))
+    return gradients
 
 
 def _at_once(module: "PreTrainedModel") -> int:
@@ -206,7 +206,7 @@ def _side_by_side(
     with one_thread():
         try:
             waiting = [pool.submit(work, batch) for batch in batches]
-            yield (one for future in as_completed(waiting) for one in future.result())
+            yield (batch for future in as_completed(waiting) for batch in future.result())
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -235,45 +235,56 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
             raise OutOfMemory(seen, wanted="room for one sample", do=do) from error
     # Outside the except block: inside, the exception keeps the memory of the failed attempt.
     middle = len(batch) // 2
-    return [done for half in (batch[:middle], batch[middle:]) for done in _attempt(replica, half)]
+    return [
+        computed
+        for half in (batch[:middle], batch[middle:])
+        for computed in _attempt(replica, half)
+    ]
 
 
-def check_finite(found: SampleGradients, encoded: list[Encoded]) -> None:
+def check_finite(gradients: SampleGradients, encoded: list[Encoded]) -> None:
     """Raise a DataError of the first of these samples with a number that is not finite; look at
     each module once.
     """
     # NaN and infinities are among the least or the largest numbers of a row.
     fine_MN = [
         torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0)
-        for rows_NR in found.values()
+        for rows_NR in gradients.values()
     ]
-    for one in encoded if not torch.stack(fine_MN).all() else ():
+    for sample in encoded if not torch.stack(fine_MN).all() else ():
         if bad := next(
-            (name for name, fine_N in zip(found, fine_MN, strict=True) if not fine_N[one.index]), ""
+            (
+                name
+                for name, fine_N in zip(gradients, fine_MN, strict=True)
+                if not fine_N[sample.index]
+            ),
+            "",
         ):
             wanted = "finite numbers"
             do = "leave the sample out, or load the model in float32"
             raise DataError(
-                f"the loss or the gradient of {one.name} in {bad} is not finite",
+                f"the loss or the gradient of {sample.name} in {bad} is not finite",
                 wanted=wanted,
                 do=do,
             )
 
 
-def _store(found: SampleGradients, computed: Computed) -> None:
+def _store(gradients: SampleGradients, computed: Computed) -> None:
     """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite
     row.
     """
     batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()
-    index = torch.tensor([one.index for one in batch.encoded])
-    by_module = torch.split(together_BR, [rows_NR.shape[1] for rows_NR in found.values()], dim=1)
-    for rows_NR, part_BR in zip(found.values(), by_module, strict=True):
+    index = torch.tensor([sample.index for sample in batch.encoded])
+    by_module = torch.split(
+        together_BR, [rows_NR.shape[1] for rows_NR in gradients.values()], dim=1
+    )
+    for rows_NR, part_BR in zip(gradients.values(), by_module, strict=True):
         rows_NR[index] = part_BR
     for name, tokens_BE in tokens.items():
-        empty_NE = tokens_BE.new_zeros(len(next(iter(found.values()))), tokens_BE.shape[1])
-        found.tokens.setdefault(name, empty_NE)[index] = tokens_BE
-    for one, (start, end) in zip(batch.encoded, batch.label_segments.bounds, strict=True):
+        empty_NE = tokens_BE.new_zeros(len(next(iter(gradients.values()))), tokens_BE.shape[1])
+        gradients.tokens.setdefault(name, empty_NE)[index] = tokens_BE
+    for sample, (start, end) in zip(batch.encoded, batch.label_segments.bounds, strict=True):
         if not torch.isfinite(losses_M[start:end]).all():
-            next(iter(found.values()))[one.index] = torch.nan
+            next(iter(gradients.values()))[sample.index] = torch.nan

@@ -23,11 +23,16 @@ from assay.models.decoder import attention_window, decoder_layers, family_of, ha
 from assay.models.device import current
 from assay.models.precision import own_precision, wide_products
 from assay.vhack.directions.gradients.batches import (
-    Batch,
     Encoded,
+    SampleBatch,
 )
 from assay.vhack.directions.gradients.experts import ExpertsPass
-from assay.vhack.directions.gradients.fused import Norm, TokenLoss, is_plain_norm, load_kernels
+from assay.vhack.directions.gradients.gradient_operations import (
+    Norm,
+    TokenLoss,
+    is_plain_norm,
+    load_kernels,
+)
 from assay.vhack.directions.gradients.packed import PACKED, PackedLayers, register
 from assay.vhack.directions.gradients.svd import Factors
 from assay.vhack.directions.gradients.taps import Tap
@@ -100,7 +105,7 @@ def _is_listed(module: "PreTrainedModel") -> bool:
 class Computed(NamedTuple):
     """The gradients of a batch, perhaps still on their way to the CPU."""
 
-    batch: Batch
+    batch: SampleBatch
     together: Tensor  # [B, ΣR] float32, all modules side by side
     losses: Tensor  # [M], of the completion tokens
     arrived: torch.cuda.Event | None  # after which the tensors may be read; None if they are there
@@ -114,7 +119,7 @@ class Replica:
     computes the first ``recomputed`` layers again.
     """
 
-    batch: Batch  # that is being computed
+    batch: SampleBatch  # that is being computed
 
     @torch.inference_mode(False)
     def __init__(
@@ -164,7 +169,9 @@ class Replica:
             return self._computed(encoded)
 
     def _computed(self, encoded: list[Encoded]) -> Computed:
-        self.batch = batch = Batch.build(encoded, self.module.device, packed=self.recipe.packed)
+        self.batch = batch = SampleBatch.build(
+            encoded, self.module.device, packed=self.recipe.packed
+        )
         self._found.clear()
         self._tokens.clear()
         places = {} if batch.positions is None else {"position_ids": batch.positions}
@@ -188,12 +195,12 @@ class Replica:
         """Return what the pass left of a target, [B, R]: zeros where the loss of no sample goes
         through it.
         """
-        found_BR = self._found.get(name)
+        rows_BR = self._found.get(name)
         shape = len(self.batch.encoded), self._factors[name].rank
         return (
             torch.zeros(shape, dtype=torch.float32, device=self.module.device)
-            if found_BR is None
-            else found_BR
+            if rows_BR is None
+            else rows_BR
         )
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -232,14 +239,18 @@ class Replica:
             if not is_expert:
                 vars(linear)["forward"] = taps[name]
         for name, part in experts.items():
-            apply = {each: tap.apply for each, tap in taps.items() if each.startswith(f"{name}.")}
+            apply = {
+                expert_name: tap.apply
+                for expert_name, tap in taps.items()
+                if expert_name.startswith(f"{name}.")
+            }
             vars(part)["forward"] = ExpertsPass(name, part, apply, lambda: self.batch, self._tokens)
 
 
 def _prefixes(module: nn.Module, parts: Iterable[nn.Module]) -> tuple[str, ...]:
     """Return what the names of all modules inside of these parts begin with, a dot at its end."""
-    wanted = {id(part) for part in parts}
-    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted)
+    wanted_ids = {id(part) for part in parts}
+    return tuple(f"{name}." for name, part in module.named_modules() if id(part) in wanted_ids)
 
 
 def _shared_copy(module: "PreTrainedModel") -> "PreTrainedModel":

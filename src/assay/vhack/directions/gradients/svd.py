@@ -85,10 +85,10 @@ class Factors:
         """Return the ``rank`` strongest directions, in memory of their own."""
         if rank >= self.rank:
             return self
-        left = self.left[:, :rank].clone()
-        values = self.values[:rank].clone()
-        right = self.right[:rank].clone()
-        return replace(self, left=left, values=values, right=right)
+        left_OR = self.left[:, :rank].clone()
+        values_R = self.values[:rank].clone()
+        right_RI = self.right[:rank].clone()
+        return replace(self, left=left_OR, values=values_R, right=right_RI)
 
 
 def factorise(
@@ -111,9 +111,13 @@ def factorise(
     parts = _by_gram(tall) if by_gram else None
     if parts is None:
         parts = _measured(tall, *torch.linalg.svd(tall, full_matrices=False))
-    left, right = (parts.left, parts.right) if is_tall else (parts.right.T, parts.left.T)
-    left, right = (part.to(dtype).contiguous() for part in (left, right))
-    return replace(parts, left=left, values=parts.values.float(), right=right)
+    left_factor, right_factor = (
+        (parts.left, parts.right) if is_tall else (parts.right.T, parts.left.T)
+    )
+    left_factor, right_factor = (
+        part.to(dtype).contiguous() for part in (left_factor, right_factor)
+    )
+    return replace(parts, left=left_factor, values=parts.values.float(), right=right_factor)
 
 
 def _by_gram(tall: Tensor) -> Factors | None:
@@ -123,22 +127,24 @@ def _by_gram(tall: Tensor) -> Factors | None:
     vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
     scaled = tall @ vectors
     values = scaled.norm(dim=0)
-    found = _measured(
+    parts = _measured(
         tall, scaled / values.clamp_min(torch.finfo(values.dtype).tiny), values, vectors.T
     )
-    if found.orthogonality > TOLERANCE:
-        left, upper = torch.linalg.qr(scaled)
+    if parts.orthogonality > TOLERANCE:
+        left_columns, upper = torch.linalg.qr(scaled)
         signs = torch.where(upper.diagonal() < 0, -1.0, 1.0)
-        found = _measured(tall, left * signs, upper.diagonal().abs(), vectors.T)
-    accurate = found.orthogonality <= TOLERANCE and found.residual <= TOLERANCE
-    return found if accurate and bool((found.values.diff() <= 0).all()) else None
+        parts = _measured(tall, left_columns * signs, upper.diagonal().abs(), vectors.T)
+    accurate = parts.orthogonality <= TOLERANCE and parts.residual <= TOLERANCE
+    return parts if accurate and bool((parts.values.diff() <= 0).all()) else None
 
 
-def _measured(weight: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Factors:
+def _measured(weight: Tensor, left_factor: Tensor, values: Tensor, right: Tensor) -> Factors:
     size = weight.norm()
-    error = ((left * values) @ right).sub_(weight).norm()
+    error = ((left_factor * values) @ right).sub_(weight).norm()
     residual = error / size if size > 0 else error
-    return Factors(left, values, right, float(residual), max(_skew(left), _skew(right.T)))
+    return Factors(
+        left_factor, values, right, float(residual), max(_skew(left_factor), _skew(right.T))
+    )
 
 
 def _skew(columns: Tensor) -> float:
@@ -164,22 +170,32 @@ class SVDCache(dict[str, Factors]):
 
 
 def factors_of(
-    modules: Mapping[str, nn.Linear], given: Mapping[str, Factors]
+    modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]
 ) -> dict[str, Factors]:
     """Return the factors of these modules, or raise a UsageError about one that has none or those
     of another shape.
     """
-    found = {name: given.get(name, given.get(name.removesuffix(".base_layer"))) for name in modules}
+    factors_by_name = {
+        name: factors.get(name, factors.get(name.removesuffix(".base_layer"))) for name in modules
+    }
     for name, linear in modules.items():
-        of = found[name]  # of a matrix that PEFT has wrapped since then, too
-        shape = None if of is None else (of.left.shape[0], of.right.shape[1])
+        module_factors = factors_by_name[name]  # of a matrix that PEFT has wrapped since then, too
+        shape = (
+            None
+            if module_factors is None
+            else (module_factors.left.shape[0], module_factors.right.shape[1])
+        )
         if shape != tuple(linear.weight.shape):
             seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
             do = "compute them with weight_svd of this very model"
             raise UsageError(
                 seen, wanted=f"factors of its weight, {list(linear.weight.shape)}", do=do
             )
-    return {name: of for name, of in found.items() if of is not None}
+    return {
+        name: module_factors
+        for name, module_factors in factors_by_name.items()
+        if module_factors is not None
+    }
 
 
 def weight_svd(
@@ -217,8 +233,8 @@ def weight_svd(
         BadWeights: A matrix is not finite; the message names it.
         StorageError: A file cannot be written.
     """
-    wanted = chosen_modules(model, modules)
-    chosen = factor_dtype(dtype, next(iter(wanted.values())).weight)
+    targets = chosen_modules(model, modules)
+    chosen = factor_dtype(dtype, next(iter(targets.values())).weight)
     if method not in ("auto", "exact", "gram"):
         raise UsageError(
             f"method={method!r} of the SVD", wanted="auto, exact or gram", do="choose one of them"
@@ -226,7 +242,7 @@ def weight_svd(
     check_rank(rank)
     check_coverage(model, min_coverage)
 
-    def one(name: str, weight: Tensor) -> Factors:
+    def decompose(name: str, weight: Tensor) -> Factors:
         factors = _load_or_make(
             name, weight, chosen, method, None if cache is None else Path(cache)
         )
@@ -234,18 +250,18 @@ def weight_svd(
             torch.cuda.current_stream(weight.device).synchronize()
         return factors if rank is None else factors.truncated(rank)
 
-    found: dict[str, Factors] = {}
+    decomposed: dict[str, Factors] = {}
     for name, factors in _side_by_side(
-        one, {name: module.weight for name, module in wanted.items()}
+        decompose, {name: module.weight for name, module in targets.items()}
     ):
-        found[name] = factors
+        decomposed[name] = factors
         if progress:
-            progress(len(found), len(wanted))
-    return SVDCache(found, rank=rank, dtype=chosen)
+            progress(len(decomposed), len(targets))
+    return SVDCache(decomposed, rank=rank, dtype=chosen)
 
 
 def _side_by_side(
-    one: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
+    decompose: Callable[[str, Tensor], Factors], weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Factors]]:
     """Decompose several matrices of one device at once, in the order of the matrices."""
     device = next(iter(weights.values())).device
@@ -261,7 +277,7 @@ def _side_by_side(
             # One matrix per core: threads that share a small matrix mostly wait for each other.
             pool = ThreadPoolExecutor(stack.enter_context(one_thread()))
         stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun is dropped
-        waiting = {name: pool.submit(one, name, weight) for name, weight in weights.items()}
+        waiting = {name: pool.submit(decompose, name, weight) for name, weight in weights.items()}
         for name, factors in waiting.items():
             yield name, factors.result()
 
@@ -325,22 +341,26 @@ def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
         check_tensors(path)
         with safe_open(path, framework="pt") as reader:
             metadata = reader.metadata() or {}
-            left, values, right = (
+            left_factor, values, right_factor = (
                 reader.get_tensor(name).to(weight.device) for name in ("left", "values", "right")
             )
-            found = Factors(
-                left, values, right, float(metadata["residual"]), float(metadata["orthogonality"])
+            factors = Factors(
+                left_factor,
+                values,
+                right_factor,
+                float(metadata["residual"]),
+                float(metadata["orthogonality"]),
             )
     except (OSError, SafetensorError, KeyError, ValueError, DataError):
         return None
     rank = min(weight.shape)
-    fits = (left.shape, values.shape, right.shape) == (
+    fits = (left_factor.shape, values.shape, right_factor.shape) == (
         (weight.shape[0], rank),
         (rank,),
         (rank, weight.shape[1]),
     )
-    finite = all(bool(torch.isfinite(part).all()) for part in (left, values, right))
-    return found if fits and finite and left.dtype == right.dtype == dtype else None
+    finite = all(bool(torch.isfinite(part).all()) for part in (left_factor, values, right_factor))
+    return factors if fits and finite and left_factor.dtype == right_factor.dtype == dtype else None
 
 
 def _write(path: Path, factors: Factors) -> None:

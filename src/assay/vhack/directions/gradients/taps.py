@@ -45,7 +45,7 @@ from torch.nn import functional
 from assay.errors import ModelError
 from assay.models.precision import own_precision, wide_products
 from assay.vhack.directions.gradients.batches import Segments
-from assay.vhack.directions.gradients.fused import segment_products
+from assay.vhack.directions.gradients.gradient_operations import segment_products
 from assay.vhack.directions.gradients.svd import Factors
 
 _FITS = 1e-5
@@ -63,10 +63,10 @@ def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one tap computes what it has to."""
+class TapPlan:
+    """How a tap computes its output and the sum over tokens."""
 
-    how: str  # "project", "right", "left" or "outer"
+    order: str  # "project", "right", "left" or "outer"
     early: bool  # Vh x is computed in the forward pass and kept, and x is not
     output: bool  # W x comes from the factors
     input: bool  # Wᵀ ∂L/∂y comes from the factors
@@ -83,7 +83,7 @@ class Tap:
     name: str
     linear: nn.Linear
     factors: Factors
-    found: dict[
+    gradients: dict[
         str, Tensor
     ]  # empty before a pass, whose backward part leaves [B, R] float32 under the name
     segments: Callable[[], Segments]  # the samples among the rows, asked for in every forward pass
@@ -97,9 +97,9 @@ class Tap:
     def __post_init__(self) -> None:
         linear = self.linear
         self.values = self.factors.values.to(self.factors.left.dtype)
-        own = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
-        self.plain = linear.forward if own else None
-        self.factored = self.factored and not own
+        has_own_forward = "forward" in vars(linear) or type(linear).forward is not nn.Linear.forward
+        self.plain = linear.forward if has_own_forward else None
+        self.factored = self.factored and not has_own_forward
         # Requires a gradient and never gets one: it makes the backward pass come here although all
         # weights are frozen.
         self.trigger = torch.zeros((), requires_grad=True)
@@ -132,19 +132,19 @@ class Tap:
             output = _Tapped.apply(inputs, self.trigger, self, segments)  # type: ignore[no-untyped-call]
         else:
             plain = self.plain(inputs)
-            kept = inputs.detach()
-            output = _Behind.apply(plain, self.trigger, kept, self, segments)  # type: ignore[no-untyped-call]
+            saved = inputs.detach()
+            output = _Behind.apply(plain, self.trigger, saved, self, segments)  # type: ignore[no-untyped-call]
         return output
 
-    def way(self, inputs_NI: Tensor, segments: Segments) -> Way:
-        """Return the cheapest way for these rows."""
+    def plan(self, inputs_NI: Tensor, segments: Segments) -> TapPlan:
+        """Return the cheapest plan for these rows."""
         outputs, inputs = self.linear.weight.shape
         rank = self.factors.rank
         tokens = len(inputs_NI) / len(segments.bounds)
         to_output = self.factored and outputs < inputs
         to_input = self.factored and outputs > inputs
         if self.together or not inputs_NI.dtype == self.factors.left.dtype == torch.float32:
-            return Way(
+            return TapPlan(
                 "project",
                 to_output or (rank < inputs and not self.checkpointing),
                 to_output,
@@ -155,8 +155,10 @@ class Tap:
         saved = max(outputs, inputs) - min(outputs, inputs) if to_output or to_input else 0
         sided = rank * (outputs + inputs - saved)
         if outer < sided:
-            return Way("outer", early=False, output=False, input=False)
-        return Way("left" if outputs < inputs else "right", outputs < inputs, to_output, to_input)
+            return TapPlan("outer", early=False, output=False, input=False)
+        return TapPlan(
+            "left" if outputs < inputs else "right", outputs < inputs, to_output, to_input
+        )
 
     def along(self, inputs_NI: Tensor) -> Tensor:
         """Return the coordinates ``Vh x`` of inputs, [N, R]."""
@@ -170,42 +172,42 @@ class Tap:
 
     def leave(
         self,
-        kept: Tensor,
+        saved: Tensor,
         gradient_NO: Tensor,
         projected_NR: Tensor | None,
         segments: Segments,
-        way: Way,
+        plan: TapPlan,
     ) -> None:
         """Leave the gradient of every sample, [B, R] float32, or add it to that of another call.
 
         The forward pass kept inputs or their coordinates.
         """
-        rows_BR = self._rows(kept, gradient_NO, projected_NR, segments, way)
-        before_BR = self.found.get(self.name)
-        self.found[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
+        rows_BR = self._rows(saved, gradient_NO, projected_NR, segments, plan)
+        before_BR = self.gradients.get(self.name)
+        self.gradients[self.name] = rows_BR if before_BR is None else before_BR + rows_BR
 
     def _rows(
         self,
-        kept: Tensor,
+        saved: Tensor,
         gradient_NO: Tensor,
         projected_NR: Tensor | None,
         segments: Segments,
-        way: Way,
+        plan: TapPlan,
     ) -> Tensor:
-        if way.how == "project":
+        if plan.order == "project":
             assert projected_NR is not None
-            along_NR = kept if way.early else self.along(kept)
+            along_NR = saved if plan.early else self.along(saved)
             return segment_products(projected_NR, along_NR, segments.offsets, self.kernels)
         left_OR = self.factors.left
         right_RI = self.factors.right
-        first = projected_NR if way.how == "right" else gradient_NO
+        first = projected_NR if plan.order == "right" else gradient_NO
         assert first is not None
-        sums = [first[start:end].T @ kept[start:end] for start, end in segments.bounds]
-        if way.how == "outer":
-            return torch.stack([delta_gradient(each, left_OR, right_RI) for each in sums])
-        if way.how == "left":
-            return torch.stack([torch.linalg.vecdot(each, left_OR, dim=0) for each in sums])
-        return torch.stack([torch.linalg.vecdot(each, right_RI) for each in sums])
+        sums = [first[start:end].T @ saved[start:end] for start, end in segments.bounds]
+        if plan.order == "outer":
+            return torch.stack([delta_gradient(matrix, left_OR, right_RI) for matrix in sums])
+        if plan.order == "left":
+            return torch.stack([torch.linalg.vecdot(matrix, left_OR, dim=0) for matrix in sums])
+        return torch.stack([torch.linalg.vecdot(matrix, right_RI) for matrix in sums])
 
 
 class _Tapped(torch.autograd.Function):
@@ -218,36 +220,38 @@ class _Tapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, trigger: Tensor, tap: Tap, segments: Segments) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-        way = tap.way(inputs_NI, segments)
+        plan = tap.plan(inputs_NI, segments)
         bias = tap.linear.bias
-        if way.output:
-            kept = tap.along(inputs_NI)
-            output_NO = (kept * tap.values) @ tap.factors.left.T
+        if plan.output:
+            saved = tap.along(inputs_NI)
+            output_NO = (saved * tap.values) @ tap.factors.left.T
             if bias is not None:
                 output_NO += bias
         else:
             output_NO = functional.linear(inputs_NI, tap.linear.weight, bias)
-            kept = tap.along(inputs_NI) if way.early else inputs_NI
-        ctx.save_for_backward(kept)
+            saved = tap.along(inputs_NI) if plan.early else inputs_NI
+        ctx.save_for_backward(saved)
         ctx.tap = tap
         ctx.segments = segments
-        ctx.way = way
+        ctx.plan = plan
         return output_NO.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None, None]:
-        (gradient,), (kept,) = gradients, ctx.saved_tensors
+        (gradient,), (saved,) = gradients, ctx.saved_tensors
         tap = ctx.tap
-        way = ctx.way
+        plan = ctx.plan
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
         is_wanted = ctx.needs_input_grad[0]
         with wide_products(gradient):
-            result_NI = gradient_NO @ tap.linear.weight if is_wanted and not way.input else None
+            result_NI = gradient_NO @ tap.linear.weight if is_wanted and not plan.input else None
             projected_NR = (
-                tap.projected(gradient_NO) if way.how in ("project", "right") or way.input else None
+                tap.projected(gradient_NO)
+                if plan.order in ("project", "right") or plan.input
+                else None
             )
-            tap.leave(kept, gradient_NO, projected_NR, ctx.segments, way)
-            if way.input and is_wanted and projected_NR is not None:
+            tap.leave(saved, gradient_NO, projected_NR, ctx.segments, plan)
+            if plan.input and is_wanted and projected_NR is not None:
                 result_NI = projected_NR.mul_(tap.values) @ tap.factors.right
         return (
             None if result_NI is None else result_NI.view(*gradient.shape[:-1], -1),
@@ -267,19 +271,21 @@ class _Behind(torch.autograd.Function):
         ctx: Any, output: Tensor, trigger: Tensor, inputs: Tensor, tap: Tap, segments: Segments
     ) -> Tensor:
         inputs_NI = inputs.reshape(-1, inputs.shape[-1])
-        way = tap.way(inputs_NI, segments)
-        ctx.save_for_backward(tap.along(inputs_NI) if way.early else inputs_NI)
+        plan = tap.plan(inputs_NI, segments)
+        ctx.save_for_backward(tap.along(inputs_NI) if plan.early else inputs_NI)
         ctx.tap = tap
         ctx.segments = segments
-        ctx.way = way
+        ctx.plan = plan
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
-        (gradient,), (kept,) = gradients, ctx.saved_tensors
+        (gradient,), (saved,) = gradients, ctx.saved_tensors
         gradient_NO = gradient.reshape(-1, gradient.shape[-1])
         with wide_products(gradient_NO):
-            ctx.tap.leave(kept, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.way)
+            ctx.tap.leave(
+                saved, gradient_NO, ctx.tap.projected(gradient_NO), ctx.segments, ctx.plan
+            )
         return gradient, None, None, None, None
 
 

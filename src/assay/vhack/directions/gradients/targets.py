@@ -61,8 +61,9 @@ def is_fused(module: nn.Module) -> bool:
     """
     stated = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
     return all(hasattr(module, name) for name in stated) and all(
-        isinstance(tensor := getattr(module, own, None), nn.Parameter) and tensor.ndim == 3
-        for own in fused_names(module)
+        isinstance(tensor := getattr(module, parameter_name, None), nn.Parameter)
+        and tensor.ndim == 3
+        for parameter_name in fused_names(module)
     )
 
 
@@ -70,26 +71,26 @@ def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
     """Return a Linear over the same memory for each matrix of each expert of a module that is
     fused.
     """
-    found = {}
-    for own in fused_names(experts):
-        weights = getattr(experts, own)
-        biases = getattr(experts, f"{own}_bias", None)
+    matrices = {}
+    for parameter_name in fused_names(experts):
+        weights = getattr(experts, parameter_name)
+        biases = getattr(experts, f"{parameter_name}_bias", None)
         for expert, weight in enumerate(weights.detach()):
             # Not by its own constructor, which fills weights with random numbers; there may be ten
             # thousand of these.
-            made = found[f"{name}.{own}.{expert}"] = nn.Linear.__new__(nn.Linear)
-            nn.Module.__init__(made)
-            made.weight = nn.Parameter(
+            matrix = matrices[f"{name}.{parameter_name}.{expert}"] = nn.Linear.__new__(nn.Linear)
+            nn.Module.__init__(matrix)
+            matrix.weight = nn.Parameter(
                 weight.T if experts.is_transposed else weight, requires_grad=False
             )
-            made.out_features, made.in_features = made.weight.shape
+            matrix.out_features, matrix.in_features = matrix.weight.shape
             bias = (
                 None
                 if biases is None
                 else nn.Parameter(biases.detach()[expert], requires_grad=False)
             )
-            made.register_parameter("bias", bias)
-    return found
+            matrix.register_parameter("bias", bias)
+    return matrices
 
 
 def fused_names(experts: nn.Module) -> tuple[str, str]:
@@ -128,42 +129,42 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
             experts are in a tensor of an unknown form; the message names the module.
     """
     check_whole(model)
-    found: dict[str, nn.Linear] = {}
+    targets: dict[str, nn.Linear] = {}
     for name, module in module_of(model).named_modules():
         if is_fused(module):
-            found |= expert_matrices(name, module)
+            targets |= expert_matrices(name, module)
             continue
-        for own, parameter in module.named_parameters(recurse=False):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and any(
-                target.removesuffix("_proj") in own for target in MLP_TARGETS
+                target.removesuffix("_proj") in parameter_name for target in MLP_TARGETS
             ):
                 raise ModelError(
-                    f"{name}.{own} holds {len(parameter)} matrices in one tensor",
+                    f"{name}.{parameter_name} holds {len(parameter)} matrices in one tensor",
                     wanted="projections that are nn.Linear modules, or experts in the form of "
                     "transformers",
                     do="use a dense model, or one whose experts are separate Linears",
                 )
         leaf = name.removesuffix(".base_layer").rpartition(".")[2]
         if isinstance(module, nn.Linear) and leaf in (*TARGETS, *FUSED_TARGETS):
-            found[name] = module
-    if not found:
+            targets[name] = module
+    if not targets:
         raise ModelError(
             f"{type(module_of(model)).__name__} has no target projection",
             wanted="nn.Linear modules named " + ", ".join((*TARGETS, *FUSED_TARGETS)),
             do="use a model of the Llama or Qwen family",
         )
     first: dict[int, str] = {}
-    for name, linear in found.items():
+    for name, linear in targets.items():
         if linear.weight.dtype.itemsize < 2:  # codes, whose scales are elsewhere
             seen = f"{name} has weights in {linear.weight.dtype}"
             do = "load the model in bfloat16, or take probe"
             raise ModelError(seen, wanted="weights that are not quantised", do=do)
         # As in Zamba: each would have a δS, and merging one would undo the other.
-        if (other := first.setdefault(id(linear.weight), name)) != name:
+        if (shared_with := first.setdefault(id(linear.weight), name)) != name:
             wanted = "projections with a weight each"
             do = "use a model whose layers share no projection"
-            raise ModelError(f"{name} has the weight of {other}", wanted=wanted, do=do)
-    return found
+            raise ModelError(f"{name} has the weight of {shared_with}", wanted=wanted, do=do)
+    return targets
 
 
 def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
@@ -174,7 +175,8 @@ def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
         name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False
     )
     seen = next(
-        (name for name in sees_all if any(each.startswith(f"{name}.") for each in modules)), None
+        (name for name in sees_all if any(target.startswith(f"{name}.") for target in modules)),
+        None,
     )
     config = getattr(module, "config", None)
     if (
@@ -213,18 +215,18 @@ def chosen_modules(
         )
         do = "load the model in bfloat16 or on a larger device; --rank leaves room for the factors"
         raise ModelError(seen, wanted="all weights on one device", do=do)
-    found = target_modules(model)
-    _check_causal(module_of(model), found)
+    targets = target_modules(model)
+    _check_causal(module_of(model), targets)
     if names is None:
-        return found
-    unknown = sorted(set(names) - set(found))
+        return targets
+    unknown = sorted(set(names) - set(targets))
     if unknown or not names:
         seen = f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all"
         do = "name some of these, or leave the names out for all"
         raise UsageError(
-            seen, wanted="names of target_modules, such as " + next(iter(found)), do=do
+            seen, wanted="names of target_modules, such as " + next(iter(targets)), do=do
         )
-    return {name: module for name, module in found.items() if name in names}
+    return {name: module for name, module in targets.items() if name in names}
 
 
 def coverage(model: "Model | PreTrainedModel") -> Coverage:
@@ -233,13 +235,13 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
     targets = target_modules(model)
     head = getattr(module, "get_output_embeddings", lambda: None)()
     sizes = {
-        name if own == "weight" else f"{name}.{own}": parameter.numel()
+        name if parameter_name == "weight" else f"{name}.{parameter_name}": parameter.numel()
         for name, part in module.named_modules()
         if not isinstance(part, nn.Embedding | nn.ParameterList)
         and part is not head
         and _ADAPTER not in name
-        for own, parameter in part.named_parameters(recurse=False)
-        if parameter.ndim > 1 and not own.endswith("bias")
+        for parameter_name, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim > 1 and not parameter_name.endswith("bias")
     }
     covered = {
         *targets,
@@ -254,11 +256,11 @@ def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
     """Raise a ModelError, naming what is left out, where targets cover less than this share of the
     weights.
     """
-    found = coverage(model)
-    if found.share < least:
-        kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in found.left_out)
+    covered = coverage(model)
+    if covered.share < least:
+        kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in covered.left_out)
         raise ModelError(
-            f"targets cover {found.share:.0%} of the weights of "
+            f"targets cover {covered.share:.0%} of the weights of "
             f"{type(module_of(model)).__name__}; left out are "
             + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
             wanted=f"at least {least:.0%}, so that directions and training are those of the "

@@ -101,7 +101,7 @@ def _gate_backward(dy, a, b, da, db, count, ELEMENTS: tl.constexpr):
 
 
 def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor) -> Tensor:
-    """Return what `fused.segment_products` returns, of contiguous tensors."""
+    """Return what `segment_products` of gradient_operations returns, of contiguous tensors."""
     columns = left_NR.shape[1]
     out_BR = torch.empty(len(offsets) - 1, columns, dtype=torch.float32, device=left_NR.device)
     grid = (len(out_BR), triton.cdiv(columns, _COLUMNS))

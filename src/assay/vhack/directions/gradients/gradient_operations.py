@@ -33,9 +33,11 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if device.type != "cuda":
         return None
     try:
-        found = importlib.import_module("assay.vhack.directions.gradients.kernels")
+        kernels = importlib.import_module("assay.vhack.directions.gradients.gradient_kernels")
         with torch.cuda.device(device):
-            return found if _works(found, torch.ones(2, 8, device=device, dtype=dtype)) else None
+            return (
+                kernels if _works(kernels, torch.ones(2, 8, device=device, dtype=dtype)) else None
+            )
     except (
         Exception
     ):  # whatever a missing compiler, driver or header makes of it, torch can do the same
@@ -68,10 +70,10 @@ def segment_products(
     device.
     """
     if kernels is not None:
-        found: Tensor = kernels.segment_products(
+        product: Tensor = kernels.segment_products(
             left_NR.contiguous(), right_NR.contiguous(), offsets
         )
-        return found
+        return product
     summed: Tensor = torch.segment_reduce(
         left_NR.float() * right_NR, "sum", offsets=offsets, axis=0, unsafe=True
     )
@@ -138,7 +140,7 @@ class Norm(torch.autograd.Function):
         )
 
 
-class Gate(torch.autograd.Function):
+class GatedActivation(torch.autograd.Function):
     """``silu(a) · b`` by the kernels."""
 
     @staticmethod

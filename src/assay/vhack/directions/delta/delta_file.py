@@ -27,7 +27,7 @@ from assay.streams.arrays import as_tensor
 from assay.streams.backends import get_backend
 from assay.streams.definition import seed32
 from assay.vhack.directions.basis.basis_file import read_tensors
-from assay.vhack.directions.delta.groups import Group
+from assay.vhack.directions.delta.groups import ModuleGroup
 from assay.vhack.directions.gradients.targets import tensor_digest
 from assay.vhack.names import DELTA, check_delta
 
@@ -39,7 +39,7 @@ _REDO = (
 )
 
 
-def save_delta(path: Path, groups: Sequence[Group], delta: Mapping[str, Tensor]) -> None:
+def save_delta(path: Path, groups: Sequence[ModuleGroup], delta: Mapping[str, Tensor]) -> None:
     """Write δS by module name; :meth:`DeltaS.save` calls it."""
     values = {name: delta_R.cpu().contiguous() for name, delta_R in delta.items()}
     probes = {_PROBE + name: rows for name, rows in _probes(groups, values).items()}
@@ -76,11 +76,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict[str, Tens
     return metadata, tensors, probes
 
 
-def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
+def load_delta(path: Path, groups: Sequence[ModuleGroup]) -> dict[str, Tensor]:
     """Return the δS in a file by module name, after all checks; :meth:`DeltaS.load` calls it."""
-    metadata, values, theirs = _read(path)
+    metadata, values, stored_probes = _read(path)
     shapes = {name: (group.rank,) for group in groups for name in group.names}
-    others = {name: tuple(tensor.shape) for name, tensor in values.items()} != shapes
+    is_of_other_modules = {name: tuple(tensor.shape) for name, tensor in values.items()} != shapes
     odd = [
         n
         for n, delta_R in values.items()
@@ -89,7 +89,7 @@ def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
     digest = metadata.get("delta_sha256")
     weights = metadata.get("weights_sha256")
     for is_wrong, seen, wanted in (
-        (others, "has δS of other modules or ranks", "those of this adapter"),
+        (is_of_other_modules, "has δS of other modules or ranks", "those of this adapter"),
         (
             odd,
             f"has δS of {next(iter(odd), '')} that are not finite or not float32",
@@ -105,12 +105,13 @@ def load_delta(path: Path, groups: Sequence[Group]) -> dict[str, Tensor]:
         if is_wrong:
             raise DataError(f"{path} {seen}", wanted=wanted, do=_REDO)
     for name, probe in _probes(groups, values).items():
-        other = theirs.get(name, torch.full_like(probe, torch.nan))
+        stored_probe = stored_probes.get(name, torch.full_like(probe, torch.nan))
         # A δS that is far too large has an infinite probe.
-        known = (other.dtype, other.shape) == (probe.dtype, probe.shape) and bool(
-            probe.isfinite().all()
-        )
-        if not (known and (other - probe).norm() <= _TOLERANCE * probe[0]):
+        is_comparable = (stored_probe.dtype, stored_probe.shape) == (
+            probe.dtype,
+            probe.shape,
+        ) and bool(probe.isfinite().all())
+        if not (is_comparable and (stored_probe - probe).norm() <= _TOLERANCE * probe[0]):
             raise DataError(
                 f"{path}: δS of {name} means something else here",
                 wanted="the same factors",
@@ -124,16 +125,16 @@ def _digest(values: dict[str, Tensor]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _weights(groups: Sequence[Group]) -> str:
+def _weights(groups: Sequence[ModuleGroup]) -> str:
     lines = sorted(
         f"{name}\n{digest}\n" for group in groups for name, digest in group.digests.items()
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _probes(groups: Sequence[ModuleGroup], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return ``(‖δW z‖, s·δW z)`` of every module; z and s are portable signs."""
-    found: dict[str, Tensor] = {}
+    probes: dict[str, Tensor] = {}
     for group in groups:
         z_I = _signs("z", group.right.shape[2], group.left)
         s_O = _signs("s", group.left.shape[1], group.left)
@@ -143,13 +144,13 @@ def _probes(groups: Sequence[Group], values: dict[str, Tensor]) -> dict[str, Ten
         probe_M2 = torch.stack(
             [change_MO.norm(dim=1), change_MO @ s_O / len(s_O) ** 0.5], dim=1
         ).cpu()
-        found |= {name: probe_M2[index].clone() for index, name in enumerate(group.names)}
-    return found
+        probes |= {name: probe_M2[index].clone() for index, name in enumerate(group.names)}
+    return probes
 
 
-def _signs(text: str, size: int, like: Tensor) -> Tensor:
+def _signs(text: str, size: int, device_of: Tensor) -> Tensor:
     return (
         as_tensor(get_backend("numpy").signs([seed32(f"assay.delta_s {text}")], size))[0]
         .float()
-        .to(like.device)
+        .to(device_of.device)
     )

@@ -15,34 +15,34 @@ def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Rep
     """
     model = report.origin.get("model") or "Gradients at hand"
     subtitle = f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}"
-    made = Report("Are these hack directions real?", subtitle, command=command)
-    _verdicts(made, report)
-    _distributions(made, report)
-    _settings(made, report)
-    return made
+    page = Report("Are these hack directions real?", subtitle, command=command)
+    _verdicts(page, report)
+    _distributions(page, report)
+    _settings(page, report)
+    return page
 
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _verdicts(made: Report, report: CheckReport) -> None:
+def _verdicts(page: Report, report: CheckReport) -> None:
     passed = sum(check.verdict == "pass" for check in report.checks)
-    made.section("Verdict")
-    made.paragraph(
+    page.section("Verdict")
+    page.paragraph(
         Badge(report.verdict, report.verdict), f"  {passed} of {len(report.checks)} checks pass."
     )
     rows: list[list[Cell]] = []
     for check in report.checks:
-        found = check.measured
+        interval = check.measured
         largest = max(check.p_values.values(), default=None)
         nulls = [draws for name, draws in check.nulls.items() if not name.startswith("agreement")]
         level = max(
             (np.quantile(draws, 1 - report.settings.alpha) for draws in nulls), default=None
         )
         shown: list[Cell] = (
-            [f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}"]
-            if found
+            [f"{interval.value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
+            if interval
             else [None, None]
         )
         shown += [
@@ -50,7 +50,7 @@ def _verdicts(made: Report, report: CheckReport) -> None:
             None if largest is None else f"{largest:.2g}",
         ]
         rows.append([check.title, *shown, Badge(check.verdict, check.verdict)])
-    made.table(
+    page.table(
         (
             "check",
             "value",
@@ -63,18 +63,18 @@ def _verdicts(made: Report, report: CheckReport) -> None:
         caption=f"Highest null: the largest 1 − {report.settings.alpha:g} quantile among the "
         f"nulls of that statistic.",
     )
-    with made.details("What each check asks, and what decided"):
+    with page.details("What each check asks, and what decided"):
         for check in report.checks:
             badge = Badge(check.verdict, check.verdict)
-            made.paragraph(badge, f"  {check.title}. Value: {check.statistic}. {check.rule}")
-            made.paragraph(_sentence(check.reason))
+            page.paragraph(badge, f"  {check.title}. Value: {check.statistic}. {check.rule}")
+            page.paragraph(_sentence(check.reason))
 
 
-def _distributions(made: Report, report: CheckReport) -> None:
-    made.section("cin of held-out samples")
+def _distributions(page: Report, report: CheckReport) -> None:
+    page.section("cin of held-out samples")
     fig, ax = figure(height=2.9)
-    both = [*report.hack, *report.clean]
-    bins = np.linspace(min(both), max(both), 36).tolist()
+    scores = [*report.hack, *report.clean]
+    bins = np.linspace(min(scores), max(scores), 36).tolist()
     for values, colour, label in ((report.clean, _CLEAN, "clean"), (report.hack, _HACK, "hack")):
         ax.hist(
             values, bins, histtype="stepfilled", color=colour, alpha=0.5, linewidth=0, label=label
@@ -85,17 +85,17 @@ def _distributions(made: Report, report: CheckReport) -> None:
         ylabel="samples",
     )
     legend(ax)
-    made.figure(
+    page.figure(
         fig,
         "Both sides of every held-out pair, scored by a basis that has not seen its group. Lines: "
         "means.",
     )
     if report.detectors is not None:
-        made.table(*report.detectors.table, caption=_sentence(report.detectors.says))
+        page.table(*report.detectors.table, caption=_sentence(report.detectors.says))
 
 
-def _settings(made: Report, report: CheckReport) -> None:
-    made.section("Data and settings")
+def _settings(page: Report, report: CheckReport) -> None:
+    page.section("Data and settings")
     settings = report.settings
     origin = report.origin
     items: dict[str, Cell] = {
@@ -109,4 +109,4 @@ def _settings(made: Report, report: CheckReport) -> None:
         "bases per null": settings.n_null,
         "seed": settings.seed,
     }
-    made.definitions({name: value for name, value in items.items() if value not in ("", None)})
+    page.definitions({name: value for name, value in items.items() if value not in ("", None)})
