@@ -16,8 +16,11 @@ from pydantic import Field
 
 from assay.cli import app
 from assay.cli.framework import Command, leaves
+from assay.cli.variables import NAMES
 from assay.errors import UsageError
 from assay.settings import Device, Flag, Names, Settings, Spelling
+
+ROOT = Path(__file__).parents[2]
 
 
 class Sample(Settings):
@@ -137,8 +140,23 @@ def test_what_is_no_option_any_more_is_read_with_a_warning(sample, monkeypatch):
 
 def test_a_misspelt_variable_draws_a_warning_and_that_of_another_command_none(sample):
     found = sample("--model", "m", ASSAY_MODLE="x").err
-    assert "ASSAY_MODLE is set and read by nothing here: did you mean ASSAY_MODEL?" in found
+    assert "ASSAY_MODLE is set, but no command reads it: did you mean ASSAY_MODEL?" in found
     assert sample("--model", "m", ASSAY_PINS="x").err.count("did you mean") == 1
+
+
+def test_a_variable_that_no_command_reads_draws_a_warning(sample):
+    """`prove` has a --batch-size without a variable, so an operator may take this for one."""
+    assert "ASSAY_BATCH_SIZE" in sample("--model", "m", ASSAY_BATCH_SIZE="lots").err
+
+
+@pytest.mark.parametrize("name", ["ASSAY_SERVICE_HOST", "ASSAY_PORT_8100_TCP", "ASSAY_VLLM_SHARE"])
+def test_a_variable_of_kubernetes_or_the_plugin_draws_no_warning(sample, name):
+    assert "warning" not in sample("--model", "m", **{name: "1"}).err
+
+
+def test_the_known_variables_are_those_of_the_page():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bASSAY_([A-Z_0-9]+)", page)) == NAMES
 
 
 def test_settings_are_strict_in_python_too(monkeypatch):

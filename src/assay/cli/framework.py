@@ -26,6 +26,7 @@ from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
 from assay.cli.output import loading_bar
+from assay.cli.variables import unknown
 from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
 from assay.files.references import check_reference
 from assay.settings import NEAR, Settings, Spelling, check_device, words_of
@@ -378,11 +379,9 @@ class Command(click.Command):
         """Say of options of earlier releases, and of secrets, where their values belong, and of
         misspelt variables.
         """
-        for name in sorted(os.environ.keys() - set(own)):
-            if name.startswith("ASSAY_") and (
-                near := get_close_matches(name, own, n=1, cutoff=0.9)
-            ):
-                _say(f"{name} is set and read by nothing here: did you mean {near[0]}?")
+        for name, near in unknown(own).items():
+            hint = f"did you mean {near}?" if near else "docs/configuration.md has all names"
+            _say(f"{name} is set, but no command reads it: {hint}")
         place = f"under [{'.'.join(words)}] in a file for --config"
         for one in (self.settings[name] for name in given):
             if one.flag.secret:
