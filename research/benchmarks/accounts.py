@@ -33,7 +33,7 @@ from assay import stats
 from assay.poc import Noise, get_pipeline
 from assay.poc.verdict import Life, fit_machines
 from assay.poc.verdict.noise import fit_noise, pack_scores, sequential_test
-from assay.stats.noise import Spread
+from assay.stats.noise_laws import Spread
 
 CHECKED = 16
 LIVES = 60

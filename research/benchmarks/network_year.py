@@ -23,7 +23,7 @@ from assay.poc import Noise, get_pipeline
 from assay.poc.verdict import Life
 from assay.poc.verdict.life import error_share
 from assay.poc.verdict.noise import fit_noise, pack_scores, sequential_test
-from assay.stats.noise import Spread
+from assay.stats.noise_laws import Spread
 from assay.stats.sequential import SHARES
 
 WEEKS = 52

@@ -10,7 +10,7 @@ import _common  # noqa: F401  puts the checkout on the path
 import numpy as np
 
 from assay.stats import ScaleNoise
-from assay.stats.noise import JUNK_SIGMA
+from assay.stats.noise_laws import JUNK_SIGMA
 from tests.stats.simulate import SCALE, SIGMA, nonces_to_decide, normal, share_accused, student
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import ClusterTest, LogNoise
-from assay.stats.noise import Spread
+from assay.stats.noise_laws import Spread
 from tests.stats.tokens import drawn, law_at
 
 LAW = law_at(0.0625)

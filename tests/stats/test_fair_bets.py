@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from assay.stats import LogNoise, SequentialTest
-from assay.stats.noise import Spread, fair_bets, fit_log_noise
-from assay.stats.sequential import grid_of_multiples
+from assay.stats.e_values import grid_of_multiples
+from assay.stats.fair_bets import fair_bets
+from assay.stats.law_fits import fit_log_noise
+from assay.stats.noise_laws import Spread
 
 NARROW = LogNoise(-3.2, 0.28)  # as wide as the law of tokens-1
 

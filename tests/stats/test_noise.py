@@ -8,7 +8,7 @@ from scipy import integrate
 
 from assay.errors import UsageError
 from assay.stats import LogNoise, ScaleNoise
-from assay.stats.noise import GROSS_PROBABILITY, RESOLUTION
+from assay.stats.noise_laws import GROSS_PROBABILITY, RESOLUTION
 
 SCALE = ScaleNoise(1e-4)
 LOG = LogNoise(math.log(0.07), 0.5)

@@ -7,7 +7,7 @@ import pytest
 
 from assay.errors import UsageError
 from assay.stats import TokenNoise
-from assay.stats.tokens import COLUMNS, SCALES, round_profiles
+from assay.stats.token_law import COLUMNS, SCALES, round_profiles
 from tests.stats.tokens import law_at, token_profile
 
 

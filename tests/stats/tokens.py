@@ -8,7 +8,7 @@ from scipy import special
 
 from assay.stats import TokenNoise
 from assay.stats.chord import FloatArray
-from assay.stats.tokens import COLUMNS, SCALES, round_profiles
+from assay.stats.token_law import COLUMNS, SCALES, round_profiles
 
 VOCABULARY = 48
 

@@ -41,7 +41,7 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import unit
 from assay.settings import Names
 from assay.stats.chord import chord_mean, chord_std
-from assay.stats.noise import RESOLUTION
+from assay.stats.noise_laws import RESOLUTION
 from assay_research.matrix import PUBLISHED_LIMIT
 from assay_research.runs.report import Column, Section, Table, table_of
 from assay_research.runs.runs import BLOCKS, Blocks, Dtype, ExperimentPlan, Measurement, RunRecords

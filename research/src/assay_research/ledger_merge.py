@@ -37,7 +37,7 @@ import sqlalchemy as sa
 from assay.errors import DataError, UsageError
 from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Source, open_source, read_noise
 from assay.poc.verdict.life import Account, Entry, Genesis, Life, log_average
-from assay.stats.sequential import Verdict, decide
+from assay.stats.e_values import Decision, decide
 
 MOST_LEDGERS = 1000
 MOST_ACCOUNTS = 100_000  # of one ledger, of which every account is held in memory
@@ -56,7 +56,7 @@ class LedgerShare:
     """
 
     ledger: str
-    verdict: Verdict = "undecided"
+    verdict: Decision = "undecided"
     n: int = 0
     log_e_value: float = 0.0
     log_evidence_honest: float = 0.0
@@ -79,7 +79,7 @@ class MergedStanding:
     """
 
     account: Account
-    verdict: Verdict
+    verdict: Decision
     log_e_value: float
     log_evidence_honest: float
     rests_on: tuple[str, ...]
@@ -238,7 +238,7 @@ def _decide(
 ) -> MergedStanding:
     shares = tuple(found.get(ledger, LedgerShare(ledger=ledger)) for ledger in ledgers)
 
-    def decided(some: Sequence[LedgerShare]) -> tuple[Verdict, float, float]:
+    def decided(some: Sequence[LedgerShare]) -> tuple[Decision, float, float]:
         log_e = log_mean([share.log_e_value for share in some], without=liars)
         log_honest = log_mean([share.log_evidence_honest for share in some], without=liars)
         return decide(log_e, log_honest, **rates), log_e, log_honest

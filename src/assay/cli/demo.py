@@ -181,7 +181,7 @@ def draw(
     filter did.
     """
     from assay.pages.report import SERIES, Badge, figure, legend
-    from assay.stats.noise import RESOLUTION
+    from assay.stats.noise_laws import RESOLUTION
 
     report.section("Proof of Compute: who computed what the network asked for?")
     report.paragraph(

@@ -31,7 +31,8 @@ from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
 from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
 from assay.poc.verdict.noise import FloatArray, Law, law_as_dict
-from assay.stats.chord import RANDOM_HEAD_ROWS, BlockLaw
+from assay.stats.block_law import BlockLaw
+from assay.stats.chord import RANDOM_HEAD_ROWS
 
 MIN_NONCES = 30  # of all blocks together, for quantiles
 CONFIDENCE = 0.95  # of the interval of a quantile

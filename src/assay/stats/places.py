@@ -26,34 +26,23 @@ from assay.stats.chord import FloatArray
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-PLACE_ALPHA = (
-    1e-4  # bound on the chance that residuals that do not depend on the place are called faulty
-)
-# least factor between the medians at bad places and elsewhere; a smaller one may be no fault
-MATERIAL_RATIO = 1.5
-# largest p-value at which more nonces must be checked before large residuals are called fraud
-SUSPICION = 0.05
+PLACE_ALPHA = 1e-4
+"""Bound on the false-positive rate: that residuals independent of the place are called faulty."""
 
-# Once a dependence is shown, further places only change what is set aside, and one that is left may
-# look like fraud.
+MATERIAL_RATIO = 1.5
+"""Least factor between the medians at bad places and elsewhere; a smaller one may be no fault."""
+
+SUSPICION = 0.05
+"""Largest p-value at which more nonces must be checked before large residuals are called fraud."""
+
+# Once a dependence is shown, more places only change what is set aside, and a missed one may look
+# like fraud. So they need less evidence.
 _EXTENSION_ALPHA = 0.01
 _EXTENSIONS = 8
 
-_POWERS = (
-    2,
-    4,
-    8,
-    16,
-    32,
-    64,
-)  # usual batch sizes and numbers of ranks, tried whatever the proof states
-_MULTIPLES = (
-    1,
-    2,
-    3,
-    4,
-    8,
-)  # of the stated batch size: ranks that take turns, batches that the engine joined
+_POWERS = (2, 4, 8, 16, 32, 64)  # usual batch sizes and numbers of ranks, tried in every proof
+# Multiples of the stated batch size: ranks that take turns, batches that the engine joined.
+_MULTIPLES = (1, 2, 3, 4, 8)
 _LARGEST_MODULUS = 256  # a header may state any batch size
 _MOST_STARTS = 64
 
@@ -64,7 +53,7 @@ class Places:
 
     modulus: int
     places: frozenset[int]
-    log_p: float = 0.0  # logarithm of the p-value that residuals do not depend on these places
+    log_p: float = 0.0  # logarithm of the p-value of independence from these places
 
     @property
     def p_value(self) -> float:
@@ -72,7 +61,7 @@ class Places:
         return max(math.exp(self.log_p), sys.float_info.min)
 
     def contain(self, positions_N: IntArray) -> BoolArray:
-        """Return which positions are among them, [N]."""
+        """Return whether each position is at one of the places, [N]."""
         return np.isin(positions_N % self.modulus, list(self.places))
 
     def at_multiple(self, modulus: int) -> frozenset[int]:
@@ -84,7 +73,9 @@ class Places:
     def __str__(self) -> str:
         firsts = [place for place in sorted(self.places) if place - 1 not in self.places]
         lasts = [place for place in sorted(self.places) if place + 1 not in self.places]
-        runs = (f"{a}" if a == b else f"{a} to {b}" for a, b in zip(firsts, lasts, strict=True))
+        runs = []
+        for first, last in zip(firsts, lasts, strict=True):
+            runs.append(f"{first}" if first == last else f"{first} to {last}")
         return f"position mod {self.modulus} in {', '.join(runs)}"
 
 
@@ -98,7 +89,7 @@ class PlaceTest:
             more nonces before large residuals are called fraud. Never true together with
             ``faulty``.
         p_value: Upper bound of the probability that residuals which do not depend on the place show
-            a pattern as clear as the one named, for all patterns that were tried together.
+            a pattern as clear as this one, for all patterns that were tried together.
         pattern: Bad places in words, such as "position mod 16 in 0 to 5"; the clearest pattern if
             nothing is faulty.
         modulus: Number of places; None with fewer than two residuals.
@@ -152,128 +143,133 @@ def place_test(
             0, or ``batch_size`` or ``honest_size`` is out of range.
 
     Example:
-        >>> test = place_test([0.9 if n % 8 == 0 else 0.1 for n in range(64)], range(64), batch_size=8)
+        >>> residuals = [0.9 if n % 8 == 0 else 0.1 for n in range(64)]
+        >>> test = place_test(residuals, range(64), batch_size=8)
         >>> test.faulty, test.pattern, test.share
         (True, 'position mod 8 in 0', 0.125)
     """
     values_N = np.asarray(magnitudes, dtype=np.float64)
     positions_N = np.asarray(positions)
-    alike = values_N.ndim == 1 and values_N.shape == positions_N.shape
-    if not alike or (
-        values_N.size
-        and (not np.issubdtype(positions_N.dtype, np.integer) or positions_N.min() < 0)
-    ):
-        seen = (
-            f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape "
-            f"{positions_N.shape}"
-        )
-        do = "pass the index of each nonce in the prover's own sequence"
-        raise UsageError(seen, wanted="one whole number from 0 for each residual", do=do)
-    if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
-        wanted = "a batch of at least 1, a finite size of at least 0"
-        do = "pass the batch size of the proof's header, or None"
-        raise UsageError(
-            f"batch_size {batch_size}, honest_size {honest_size}", wanted=wanted, do=do
-        )
+    _check_arguments(values_N, positions_N, batch_size, honest_size)
     if values_N.size < 2:
-        return PlaceTest(
-            False, False, 1.0, "", None, (), 0.0, 1.0, np.zeros(values_N.size, dtype=np.bool_)
-        )
+        set_aside_N = np.zeros(values_N.size, dtype=np.bool_)
+        return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, set_aside_N)
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
     size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
     sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
-    found = sorted(sample.find_runs(sample.moduli), key=lambda places: places.log_p)
-    ratios = [
-        inside / base if base else math.inf if inside else 1.0
-        for inside, base in map(sample.medians, found)
-    ]
-    guilty = [
-        p.p_value <= PLACE_ALPHA and ratio >= MATERIAL_RATIO
-        for p, ratio in zip(found, ratios, strict=True)
-    ]
-    faulty = any(guilty)
-    best = guilty.index(True) if any(guilty) else 0
-    named = found[best]
-    dependent = faulty or named.p_value <= SUSPICION
-    if dependent:
-        named = sample.extend_run(named)
-    bad_N = named.contain(sample.positions)
+    candidates = sorted(sample.find_runs(sample.moduli), key=lambda places: places.log_p)
+    clearest = candidates[0]
+    ratio = sample.ratio(clearest)
+    faulty = False
+    for places in candidates:
+        if places.p_value <= PLACE_ALPHA and sample.ratio(places) >= MATERIAL_RATIO:
+            clearest = places
+            ratio = sample.ratio(places)
+            faulty = True
+            break
+    dependent = faulty or clearest.p_value <= SUSPICION
+    bad = sample.extend_run(clearest) if dependent else clearest
     return PlaceTest(
         faulty=faulty,
         suspected=dependent and not faulty,
-        p_value=found[best].p_value,
-        pattern=str(named),
-        modulus=named.modulus,
-        places=tuple(sorted(named.places)),
-        share=len(named.places) / named.modulus,
-        ratio=ratios[best],
-        set_aside=bad_N & dependent,
+        p_value=clearest.p_value,
+        pattern=str(bad),
+        modulus=bad.modulus,
+        places=tuple(sorted(bad.places)),
+        share=len(bad.places) / bad.modulus,
+        ratio=ratio,
+        set_aside=bad.contain(sample.positions) & dependent,
     )
+
+
+def _check_arguments(
+    values_N: FloatArray,
+    positions_N: npt.NDArray[np.generic],
+    batch_size: int | None,
+    honest_size: float,
+) -> None:
+    alike = values_N.ndim == 1 and values_N.shape == positions_N.shape
+    if alike and values_N.size:
+        alike = np.issubdtype(positions_N.dtype, np.integer) and bool(positions_N.min() >= 0)
+    if not alike:
+        raise UsageError(
+            f"residuals of shape {values_N.shape} at positions {positions_N!s:.60} of shape "
+            f"{positions_N.shape}",
+            wanted="one whole number from 0 for each residual",
+            do="pass the index of each nonce in the prover's own sequence",
+            field="positions",
+        )
+    if not (batch_size is None or batch_size >= 1) or not 0 <= honest_size < math.inf:
+        raise UsageError(
+            f"batch_size {batch_size}, honest_size {honest_size}",
+            wanted="a batch of at least 1, a finite size of at least 0",
+            do="pass the batch size of the proof's header, or None",
+        )
 
 
 def choose_moduli(batch_size: int | None) -> tuple[int, ...]:
     """Return every modulus that is tried, in ascending order."""
-    chosen = set(_POWERS)
-    if batch_size is not None:
-        chosen |= {
-            divisor for divisor in range(2, _LARGEST_MODULUS + 1) if batch_size % divisor == 0
-        }
-        chosen |= {batch_size * factor for factor in _MULTIPLES}
-    return tuple(sorted(modulus for modulus in chosen if 2 <= modulus <= _LARGEST_MODULUS))
+    moduli = set(_POWERS)
+    for modulus in range(2, _LARGEST_MODULUS + 1):
+        if batch_size is not None and (
+            batch_size % modulus == 0 or modulus in [batch_size * factor for factor in _MULTIPLES]
+        ):
+            moduli.add(modulus)
+    return tuple(sorted(moduli))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Sizes of residuals and their positions, [N] each, with the moduli to try and the size of an
-    honest residual.
-    """
+    """Sizes and positions of residuals, [N] each, the moduli to try, and the honest size."""
 
     sizes: FloatArray
     positions: IntArray
     moduli: tuple[int, ...]
     honest_size: float
 
-    def medians(self, places: Places) -> tuple[float, float]:
-        """Return the median residual at the places, and the larger of the median elsewhere and the
-        honest size.
+    def ratio(self, places: Places) -> float:
+        """Return the median residual at the places over that elsewhere, or over the honest size.
+
+        The larger of the two is the base. Places that have all residuals or none have ratio 1.
         """
         inside_N = places.contain(self.positions)
         if inside_N.all() or not inside_N.any():
-            return self.honest_size, self.honest_size
-        elsewhere = float(np.median(self.sizes[~inside_N]))
-        return float(np.median(self.sizes[inside_N])), max(elsewhere, self.honest_size)
+            return 1.0
+        inside = float(np.median(self.sizes[inside_N]))
+        base = max(float(np.median(self.sizes[~inside_N])), self.honest_size)
+        if base:
+            return inside / base
+        return math.inf if inside else 1.0
 
     def find_runs(self, moduli: tuple[int, ...]) -> list[Places]:
         """Return the clearest run of every modulus, with p-values for all that were tried."""
-        found = map(self._find_run, moduli)
-        tried = math.log(len(moduli))
-        return [replace(run, log_p=min(0.0, run.log_p + tried)) for run in found]
+        runs = map(self._find_run, moduli)
+        log_count = math.log(len(moduli))
+        return [replace(run, log_p=min(0.0, run.log_p + log_count)) for run in runs]
 
     def _find_run(self, modulus: int) -> Places:
-        """Return the clearest run of places of a modulus: any start (of 64 at most), any length up
-        to half.
+        """Return the clearest run of places of a modulus, of any length up to half.
+
+        At most 64 starts are tried.
         """
         place_N = self.positions % modulus
         lengths_L = np.arange(1, modulus // 2 + 1)
         starts_S = np.arange(0, modulus, -(-modulus // _MOST_STARTS))
-        wanted_L = [
-            round(self.sizes.size * length / modulus) for length in lengths_L.tolist()
-        ]  # at most half of all
-        # Of the wanted largest residuals, those above the next one: fewer where equal ones straddle
-        # the end.
-        least_L = np.sort(self.sizes)[[-1 - wanted for wanted in wanted_L]]
+        # As many of the largest residuals as stand at the places, were they spread evenly; at most
+        # half of all.
+        expected_L = [round(self.sizes.size * length / modulus) for length in lengths_L.tolist()]
+        # Those above the next one are large: fewer where equal ones straddle the end.
+        least_L = np.sort(self.sizes)[[-1 - expected for expected in expected_L]]
         large_LM = np.stack(
             [np.bincount(place_N[self.sizes > least], minlength=modulus) for least in least_L]
         )
-        held_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
-        hits_LS, held_LS = (
-            _sum_runs(counts_LM, lengths_L, starts_S) for counts_LM in (large_LM, held_LM)
-        )
-        log_p_LS = log_fisher(
-            hits_LS, held_LS, large_LM.sum(axis=1, keepdims=True), self.sizes.size
-        )
-        # Half of the share is for runs from place 0, the first column, where faults of real
-        # machines were found.
+        count_LM = np.tile(np.bincount(place_N, minlength=modulus), (lengths_L.size, 1))
+        hits_LS = _sum_runs(large_LM, lengths_L, starts_S)
+        count_LS = _sum_runs(count_LM, lengths_L, starts_S)
+        large_L1 = large_LM.sum(axis=1, keepdims=True)
+        log_p_LS = log_fisher(hits_LS, count_LS, large_L1, self.sizes.size)
+        # Half of alpha is for runs from place 0, the first column, where faults of real machines
+        # were found.
         runs_S = np.full(starts_S.size, 2.0 * lengths_L.size * (starts_S.size - 1))
         runs_S[0] = 2.0 * lengths_L.size
         log_p_LS += np.log(runs_S)
@@ -284,28 +280,28 @@ class _Sample:
         return Places(modulus, places, log_p=float(log_p_LS[row, column]))
 
     def extend_run(self, run: Places) -> Places:
-        """Return the run with further places where the others are large: two machines may each have
-        a fault.
-        """
+        """Return the run with further places of large residuals: two machines may have faults."""
         for _ in range(_EXTENSIONS):
-            own = run.modulus
-            rest_N = ~run.contain(self.positions)
             # Places of the same modulus, its divisors and its multiples, up to half of all.
             related = tuple(
-                modulus for modulus in self.moduli if modulus % own == 0 or own % modulus == 0
+                modulus
+                for modulus in self.moduli
+                if modulus % run.modulus == 0 or run.modulus % modulus == 0
             )
-            if not related or np.count_nonzero(rest_N) < 2:
+            outside_N = ~run.contain(self.positions)
+            if not related or np.count_nonzero(outside_N) < 2:
                 break
-            rest = replace(self, sizes=self.sizes[rest_N], positions=self.positions[rest_N])
-            more = min(rest.find_runs(related), key=lambda tried: tried.log_p)
-            modulus = max(own, more.modulus)
-            places = run.at_multiple(modulus) | more.at_multiple(modulus)
-            if more.p_value > _EXTENSION_ALPHA or 2 * len(places) > modulus:
+            outside = replace(
+                self, sizes=self.sizes[outside_N], positions=self.positions[outside_N]
+            )
+            extension = min(outside.find_runs(related), key=lambda places: places.log_p)
+            modulus = max(run.modulus, extension.modulus)
+            places = run.at_multiple(modulus) | extension.at_multiple(modulus)
+            if extension.p_value > _EXTENSION_ALPHA or 2 * len(places) > modulus:
                 break
             run = Places(modulus, places)
-        for (
-            modulus
-        ) in self.moduli:  # ascending: the first modulus that names the same places is the smallest
+        # Moduli ascend, so the first that names the same places is the smallest.
+        for modulus in self.moduli:
             if run.modulus % modulus == 0:
                 shorter = Places(modulus, frozenset(place % modulus for place in run.places))
                 if shorter.at_multiple(run.modulus) == run.places:
@@ -314,32 +310,28 @@ class _Sample:
 
 
 def _sum_runs(counts_LM: IntArray, lengths_L: IntArray, starts_S: IntArray) -> IntArray:
-    """Return the sum of the counts in each run, [L, S]; runs go on at place 0 after the last
-    place.
-    """
+    """Return the sum of the counts in each run, [L, S]; place 0 follows the last place."""
     before = np.pad(np.cumsum(np.tile(counts_LM, 2), axis=1), ((0, 0), (1, 0)))
-    last_LS = starts_S[None, :] + lengths_L[:, None]
-    return np.asarray(
-        np.take_along_axis(before, last_LS, axis=1) - before[:, starts_S], dtype=np.int64
-    )
+    end_LS = starts_S[None, :] + lengths_L[:, None]
+    sums_LS = np.take_along_axis(before, end_LS, axis=1) - before[:, starts_S]
+    return np.asarray(sums_LS, dtype=np.int64)
 
 
-def log_fisher(hits: IntArray, held: IntArray, large: IntArray, n: int) -> FloatArray:
+def log_fisher(hits: IntArray, count: IntArray, large: IntArray, n: int) -> FloatArray:
     """Return an upper bound of the logarithm of Fisher's one-sided p-value, elementwise.
 
-    H is the number of the ``large`` residuals among the ``held`` at the places. P(H ≥ h) ≤ P(H =
+    H is how many of the ``large`` residuals are among the ``count`` at the places. P(H ≥ h) ≤ P(H =
     h)/(1 − r) with r = P(H = h + 1)/P(H = h): these ratios fall with h, so the sum lies below a
     geometric series. Far in the tail the bound is close.
     """
     log_factorial = scipy.special.gammaln(np.arange(n + 1) + 1.0)
 
     def log_choose(total: IntArray | int, chosen: IntArray) -> FloatArray:
-        return np.asarray(
-            log_factorial[total] - log_factorial[chosen] - log_factorial[total - chosen]
-        )
+        log_ways = log_factorial[total] - log_factorial[chosen] - log_factorial[total - chosen]
+        return np.asarray(log_ways)
 
-    log_mass = log_choose(large, hits) + log_choose(n - large, held - hits) - log_choose(n, held)
-    ratio = (large - hits) * (held - hits) / ((hits + 1.0) * (n - large - held + hits + 1.0))
+    log_mass = log_choose(large, hits) + log_choose(n - large, count - hits) - log_choose(n, count)
+    ratio = (large - hits) * (count - hits) / ((hits + 1.0) * (n - large - count + hits + 1.0))
     falling = ratio < 1
     bound = log_mass - np.log1p(-np.where(falling, ratio, 0.0))
     return np.where(falling, np.minimum(bound, 0.0), 0.0)

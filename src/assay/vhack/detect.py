@@ -37,7 +37,9 @@ from assay.errors import DataError, UsageError
 from assay.models.decoder import decoder_layers, head_of
 from assay.models.model import Model
 from assay.models.precision import wide_products
-from assay.stats.rates import BootstrapInterval, auroc, group_bootstrap, grouped_share_interval
+from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
+from assay.stats.ranks import auroc
+from assay.stats.rates import grouped_share_interval
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.cin import cin_over_modules
 from assay.vhack.directions.basis.extract import PairGradients

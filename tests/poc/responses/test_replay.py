@@ -31,7 +31,7 @@ from assay.poc.responses.judge import noise_between, sample_receipts
 from assay.poc.responses.replaying import compute_gaps, measure_margins
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.token_fit import fit_token_noise
-from assay.stats.tokens import COLUMNS, SCALES
+from assay.stats.token_law import COLUMNS, SCALES
 from tests.laws import QWEN3
 from tests.poc.responses.conftest import REQUESTS
 from tests.stats.tokens import drawn, law_at, token_profile

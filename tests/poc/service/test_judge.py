@@ -12,7 +12,7 @@ from assay.poc.service import Settings
 from assay.poc.service.judge import HonestNoise, check_calibration
 from assay.poc.verdict.calibration import BuildNoise, Sizes, describe_machines
 from assay.poc.verdict.noise import sequential_test
-from assay.stats.noise import Spread
+from assay.stats.noise_laws import Spread
 from tests.laws import QWEN3
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
 from tests.poc.service.test_pins import pins

@@ -13,7 +13,7 @@ from assay.poc.verdict import Life
 from assay.poc.verdict.life import EPOCH, error_share
 from assay.poc.verdict.noise import pack_scores, sequential_test
 from assay.stats import LogNoise
-from assay.stats.noise import Spread
+from assay.stats.noise_laws import Spread
 from tests.poc.verdict.ledgers import NOISE, OTHER, honest
 
 PLAIN = Noise(LogNoise(-3.0, 0.5, 12), "vectors")

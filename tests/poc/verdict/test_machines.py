@@ -17,7 +17,8 @@ from assay.poc.verdict import fit_machines, noise_for
 from assay.poc.verdict.calibration import PRIOR, LeftOut, Sizes, leave_out
 from assay.poc.verdict.noise import sequential_test
 from assay.stats import LogNoise
-from assay.stats.noise import Spread, fit_log_noise
+from assay.stats.law_fits import fit_log_noise
+from assay.stats.noise_laws import Spread
 
 
 def pairs(machines: int, nonces: int = 400, *, sd: float = 0.0, noisy: float = 1.0, seed: int = 0):

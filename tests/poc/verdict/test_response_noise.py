@@ -13,8 +13,8 @@ from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
 from assay.poc.verdict.life import RESPONSES, Update, response_identity
 from assay.poc.verdict.noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
 from assay.stats import LogNoise
-from assay.stats.noise import Spread
-from assay.stats.tokens import COLUMNS
+from assay.stats.noise_laws import Spread
+from assay.stats.token_law import COLUMNS
 from tests.poc.verdict.ledgers import by_hand
 from tests.poc.verdict.ledgers import update as of_nonces
 from tests.stats.tokens import drawn, law_at

@@ -33,7 +33,7 @@ from assay.poc.verdict.calibration import PAIR_SPREAD
 from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
 from assay.poc.verdict.noise import Noise, fit_noise, sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
-from assay.stats.noise import Spread
+from assay.stats.noise_laws import Spread
 from assay_research.redteam.attacks import Guesses, OnEngine, Program, Scene
 from assay_research.runs.spread import first_reached
 

@@ -32,7 +32,7 @@ from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipt
 from assay.poc.responses.replaying import Replayed, replay
 from assay.poc.responses.sampling import Sampling
 from assay.poc.verdict.noise import ResponseNoise, ResponseTest
-from assay.stats.tokens import COLUMNS
+from assay.stats.token_law import COLUMNS
 from assay_research.responses.cheats import Scene, honest
 from assay_research.responses.provers import Requests, Served, make_requests, open_model
 from assay_research.responses.rivals import CHUNK, RIVALS, FloatArray, Reply, logit_spread

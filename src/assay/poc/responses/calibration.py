@@ -35,7 +35,7 @@ from assay.poc.responses.token_fit import (
 )
 from assay.poc.verdict.calibration import spread_of_new
 from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
-from assay.stats.noise import FEWEST_RESIDUALS, fit_log_noise
+from assay.stats.law_fits import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:
     from assay.poc.responses.replaying import Replayed

@@ -48,7 +48,7 @@ from assay.poc.responses.requests import Request
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling, counts_before, mark_tokens
 from assay.poc.verdict.noise import ResponseBlocks
-from assay.stats.tokens import COLUMNS, SCALES, round_profiles
+from assay.stats.token_law import COLUMNS, SCALES, round_profiles
 from assay.streams.arrays import as_tensor
 
 RIVALS = 8  # number of larger scores that may have left the support
@@ -228,7 +228,7 @@ def _check_top_p(l_NV: Float32[Tensor, "N V"], sampling: Sampling) -> None:
 
 
 def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor, "N G"]:
-    """Return the profiles of claimed tokens: the law of `assay.stats.tokens`, for devices.
+    """Return the profiles of claimed tokens: the law of `assay.stats.token_law`, for devices.
 
     At small scales only the smallest gaps count. At large ones exp(−gap/σ) is the square of that at
     2σ.

@@ -14,7 +14,8 @@ import scipy
 
 from assay.errors import UsageError
 from assay.stats.chord import FloatArray
-from assay.stats.tokens import COLUMNS, LEAST_STRAY, STEP, TokenNoise, cluster_scales, shift_matrix
+from assay.stats.cluster_test import STEP, cluster_scales
+from assay.stats.token_law import COLUMNS, LEAST_STRAY, TokenNoise, shift_matrix
 
 # loss of log-likelihood, a natural logarithm, up to which a wider law replaces the likeliest one
 INDIFFERENT = 0.5

@@ -55,7 +55,7 @@ from assay.poc.verdict.noise import (
     pack_scores,
     sequential_test,
 )
-from assay.stats.noise import Spread, Strict
+from assay.stats.noise_laws import Spread, StrictLaw
 
 Pair = tuple[int, int]
 
@@ -134,7 +134,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut(Strict):
+class LeftOut(StrictLaw):
     """How often honest machines were accused that were left out of the measurement.
 
     The upper end of the interval is at least that of as many machines without an accusation,
@@ -168,7 +168,7 @@ def _check_name(text: str) -> str:
 def _read_pairs(values: Any) -> Sizes:
     """Read sizes; the kinds of the machines stand elsewhere in the file."""
     sizes = TypeAdapter(
-        list[tuple[Index, Index, Size]], config=Strict.__pydantic_config__
+        list[tuple[Index, Index, Size]], config=StrictLaw.__pydantic_config__
     ).validate_json(dumps(values))
     if not sizes or any(i >= j for i, j, _ in sizes):
         raise ValueError("sizes that are not of pairs of machines")
@@ -185,7 +185,7 @@ Size = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Strict):
+class Machine(StrictLaw):
     """A machine that was measured.
 
     Args:
@@ -203,7 +203,7 @@ class Machine(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineNoise(Strict):
+class MachineNoise(StrictLaw):
     """Noise of one build, fitted to pairs of machines.
 
     Args:

@@ -21,7 +21,7 @@ from assay.poc.protocol.proof import (
     VectorRecord,
 )
 from assay.poc.verdict.noise import Control, Noise, missing_law, sequential_test
-from assay.stats import sequential
+from assay.stats.e_values import Decision
 
 P_FLIP = 5e-4  # honest mismatch rate of distances that the published rule assumes
 COUNT_ALPHA = 0.01  # level of the published count test
@@ -31,7 +31,7 @@ LARGEST_MARGIN = (
     4.0  # largest margin that a token counts with: the largest squared distance of two unit vectors
 )
 Outcome = (
-    sequential.Verdict | Literal["faulty"]
+    Decision | Literal["faulty"]
 )  # where residuals depend on the place, and are honest elsewhere
 YOUR_MODEL = "MODEL"  # in advice to a reader whose own flags are not known
 EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faulty": 2}

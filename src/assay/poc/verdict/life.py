@@ -46,7 +46,8 @@ from assay.poc.verdict.noise import (
     ResponseTest,
     sequential_test,
 )
-from assay.stats.sequential import SHARES, Verdict, decide
+from assay.stats.e_values import Decision, decide
+from assay.stats.sequential import SHARES
 
 Residuals = Sequence[float] | npt.NDArray[np.float64] | ResponseBlocks
 
@@ -136,7 +137,7 @@ class Evidence(_Model):
         audits: Number of entries of the account, this one included; a life outside a ledger counts
             none.
         recorded: Number of nonces in them, those that do not count included.
-        verdict: Verdict by :func:`verdict_on_life`.
+        verdict: Decision by :func:`verdict_on_life`.
         n: Number of residuals that count.
         tests: Number of tests that have begun.
         log_e_value: Natural logarithm of the e-value: the weighted average over the tests.
@@ -155,7 +156,7 @@ class Evidence(_Model):
 
     audits: Count = 0
     recorded: Count = 0
-    verdict: Verdict = "undecided"
+    verdict: Decision = "undecided"
     n: Count = 0
     tests: Count = 0
     log_e_value: float = 0.0
@@ -166,7 +167,7 @@ class Evidence(_Model):
     faulty_places: Annotated[Text | None, Field(exclude=True)] = None
 
 
-def verdict_on_life(found: Evidence, *, alpha: float, beta: float) -> Verdict:
+def verdict_on_life(found: Evidence, *, alpha: float, beta: float) -> Decision:
     """Return the verdict that follows from the numbers of a life."""
     if found.log_e_held is None or found.share is None:
         return decide(found.log_e_max, found.log_evidence_honest, alpha=alpha, beta=beta)
@@ -605,8 +606,8 @@ class Standing:
     )  # places of the batch at which the residuals of its last audits together are large
 
     @property
-    def verdict(self) -> Verdict:
-        """Verdict over the whole life."""
+    def verdict(self) -> Decision:
+        """Decision over the whole life."""
         return self.evidence.verdict
 
     def as_dict(self) -> dict[str, Any]:

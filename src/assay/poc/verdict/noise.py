@@ -31,9 +31,12 @@ from assay.errors import CalibrationError, UsageError
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
 from assay.poc.protocol.round import Round
-from assay.stats.noise import Spread, Strict, fit_log_noise, fit_scale_noise
-from assay.stats.sequential import CHEAP, EXCLUDED, Result, decide
-from assay.stats.tokens import COLUMNS, LEAST_LOG, ClusterResult
+from assay.stats.cluster_test import ClusterResult
+from assay.stats.e_values import CHEAP, EValueResult, decide
+from assay.stats.law_fits import fit_log_noise, fit_scale_noise
+from assay.stats.noise_laws import Spread, StrictLaw
+from assay.stats.sequential import EXCLUDED
+from assay.stats.token_law import COLUMNS, LEAST_LOG
 
 FloatArray = npt.NDArray[np.float64]
 Law = stats.NoiseLaw  # law of honest residuals
@@ -129,7 +132,7 @@ _Typical = tuple[Annotated[float, Field(ge=1e-12, le=2.0)], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control(Strict):
+class Control(StrictLaw):
     """One or two more honest computations of every nonce, which say how hard the nonce is for any
     machine.
 
@@ -226,7 +229,7 @@ class Control(Strict):
 
 
 @dataclass(frozen=True)
-class Noise(Strict):
+class Noise(StrictLaw):
     """The honest law, its source, and what an honest verdict must exclude.
 
     Args:
@@ -521,7 +524,7 @@ def _read_part_law(values: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartNoise(Strict):
+class PartNoise(StrictLaw):
     """Honest noise of the tokens or of the sketches of responses: arguments of
     :class:`assay.stats.ClusterTest`.
     """
@@ -543,7 +546,7 @@ class PartNoise(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResponseNoise(Strict):
+class ResponseNoise(StrictLaw):
     """Honest noise of claimed tokens, in units of the logits, and of sketches, as L2 distances; its
     source in words.
     """
@@ -582,7 +585,7 @@ class ResponseNoise(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseResult(Result):
+class ResponseResult(EValueResult):
     """All numbers behind a verdict on responses, by the average of the e-values of tokens and
     sketches.
     """

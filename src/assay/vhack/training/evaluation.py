@@ -27,7 +27,8 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.storage import PartialFile
 from assay.models.model import Model
-from assay.stats.rates import group_bootstrap, grouped_share_interval
+from assay.stats.bootstrap import group_bootstrap
+from assay.stats.rates import grouped_share_interval
 from assay.streams.arrays import dtype_name
 from assay.vhack.directions.delta.arms import ARMS
 from assay.vhack.directions.gradients.batches import Progress

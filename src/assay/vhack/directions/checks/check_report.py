@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from assay.errors import DataError, UsageError
-from assay.stats.rates import BootstrapInterval
+from assay.stats.bootstrap import BootstrapInterval
 from assay.vhack.detect import Comparison
 from assay.vhack.directions.basis.origin import Origin
 from assay.vhack.names import CHECK, METHODS

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from assay.stats.rates import BootstrapInterval, group_bootstrap
+from assay.stats.bootstrap import BootstrapInterval, group_bootstrap
 from assay.vhack.directions.checks.check_report import (
     SWAPPED,
     TITLES,

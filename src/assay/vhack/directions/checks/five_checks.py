@@ -26,7 +26,7 @@ import torch
 from assay.errors import UsageError
 from assay.models.device import one_thread
 from assay.models.model import Model
-from assay.stats.rates import auroc
+from assay.stats.ranks import auroc
 from assay.vhack.detect import collect_evidence, compare_detectors
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import GradientOptions, PairGradients, pair_gradients

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.device import one_thread
-from assay.stats.rates import auroc
+from assay.stats.ranks import auroc
 from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, make_detectors
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.cin import cin_over_modules

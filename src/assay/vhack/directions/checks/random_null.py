@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assay.stats.rates import BootstrapInterval, auroc
+from assay.stats.bootstrap import BootstrapInterval
+from assay.stats.ranks import auroc
 from assay.vhack.directions.checks.check_report import CLEAN_CLEAN, HAAR, SWAPPED, Check
 from assay.vhack.directions.checks.check_rules import judge
 from assay.vhack.directions.checks.folds import Design

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assay.stats.rates import BootstrapInterval
+from assay.stats.bootstrap import BootstrapInterval
 from assay.vhack.directions.checks.check_report import (
     CLEAN_CLEAN,
     SWAPPED,

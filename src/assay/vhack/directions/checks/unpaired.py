@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from assay.stats.rates import auroc
+from assay.stats.ranks import auroc
 from assay.vhack.directions.checks.check_report import (
     SWAPPED,
     Check,
