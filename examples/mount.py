@@ -14,8 +14,8 @@ from fastapi import FastAPI
 
 import assay
 from assay.poc.net.deployment import Deployment
-from assay.poc.service import Settings, attach
-from assay.poc.service.controller import Controller
+from assay.poc.service import ServiceSettings, attach
+from assay.poc.service.service_controller import Controller
 
 
 def load() -> Deployment:
@@ -32,4 +32,4 @@ def hello() -> dict[str, str]:
     return {"hello": "world"}
 
 
-attach(app, Controller(load, Settings()), operations=True, under="/api/v1/pow")
+attach(app, Controller(load, ServiceSettings()), operations=True, under="/api/v1/pow")

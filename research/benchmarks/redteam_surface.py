@@ -43,7 +43,7 @@ from assay.poc import Calibration, NetworkPins, Proof
 from assay.poc.responses import Receipts
 from assay.poc.responses.adapters import load_adapter
 from assay.poc.responses.requests import read_requests
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator.registry import Registry
 from assay.poc.verdict import Ledger
 from assay.poc.verdict.ledger import audit_ledger
@@ -279,7 +279,7 @@ def readers(directory: Path) -> dict[str, Callable[[Path], object]]:
         "proof.jsonl": Proof.load,
         "receipts.jsonl": Receipts.load,
         "pins.toml": NetworkPins.load,
-        "nodes.toml": lambda path: Registry.load(directory / "pins.toml", path, Settings()),
+        "nodes.toml": lambda path: Registry.load(directory / "pins.toml", path, ServiceSettings()),
         "calibration.json": Calibration.load,
         "requests.jsonl": read_requests,
         "pairs.jsonl": read_pairs,

@@ -29,7 +29,7 @@ from assay.models import read_chat
 from assay.models.chat import chat_template_digest, render_chat
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Sampling, replay
-from assay.poc.responses.calibration import BUNDLED_LAWS, MARGIN, fit_response_noise
+from assay.poc.responses.response_calibration import BUNDLED_LAWS, MARGIN, fit_response_noise
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "bfloat16")

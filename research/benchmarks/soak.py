@@ -27,11 +27,11 @@ import numpy as np
 from _common import note, parser, publish, save_small_checkpoint
 
 from assay.models import load_model
-from assay.poc.service import Settings
-from assay.poc.service.callbacks import Outbox
+from assay.poc.service import ServiceSettings
 from assay.poc.service.database import open_database
-from assay.poc.service.metrics import Metrics
-from assay.poc.service.receipts import ReceiptKeeper
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.service_metrics import Metrics
 from tests.end_to_end import killing as service_kills
 from tests.end_to_end import storing as receipt_kills
 from tests.poc.service.receipts import header, receipt
@@ -84,7 +84,7 @@ def stored(folder, together, seconds):
     note(f"{together} responses at the same time")
     database = open_database(folder)
     waits = []
-    keeper = ReceiptKeeper(database, Outbox(database), Settings(data_dir=folder), Metrics())
+    keeper = ReceiptKeeper(database, Outbox(database), ServiceSettings(data_dir=folder), Metrics())
     keeper.start()
     sink = keeper.sink(header())
     started = time.perf_counter()

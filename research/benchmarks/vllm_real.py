@@ -15,7 +15,7 @@ from assay.models import load_model
 from assay.poc import HFEngine, Round, calibrate, measure_frame
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import sequential_test
-from assay.poc.vllm.engine import VLLMEngine
+from assay.poc.vllm.vllm_engine import VLLMEngine
 
 OPTIONS = {
     "max_num_batched_tokens": 16384,

@@ -63,7 +63,7 @@ from assay import stats
 from assay.models import load_model, load_tokenizer, save_random
 from assay.poc.protocol.pipelines import SKETCH_EVERY
 from assay.poc.responses import Receipts, Request, Sampling, replay, respond
-from assay.poc.responses.calibration import bundled_response_noise
+from assay.poc.responses.response_calibration import bundled_response_noise
 from tests.vllm import chatting
 
 DRAFTS = "--speculative-config"

@@ -29,7 +29,7 @@ import psutil
 from _common import note, parser, publish
 from _vllm import ForkedServer
 
-from assay.poc.service.callbacks import open_outbox
+from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.waiting import until
 

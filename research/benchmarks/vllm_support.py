@@ -242,7 +242,7 @@ def without_torchvision(folder):
 
 def measure(path, kind, dtype, nonces=range(NONCES), device="cpu", folder=None):
     """Run one case; what it needs besides the checkpoint is made in the folder."""
-    from assay.poc.vllm.engine import VLLMEngine
+    from assay.poc.vllm.vllm_engine import VLLMEngine
 
     shape = {"batch_size": 8, "seq_len": SEQ_LEN, "dtype": dtype}
     options = {

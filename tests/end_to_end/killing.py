@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from assay.poc.service.callbacks import open_outbox
+from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.end_to_end.server import Server
 from tests.waiting import until

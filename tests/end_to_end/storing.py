@@ -53,14 +53,14 @@ def _serve(data_dir: str, port: int, url: str, log: str) -> None:
     from fastapi import Request
 
     from assay.poc.net.server import listen, run_app
-    from assay.poc.service import Settings, create_app
-    from assay.poc.service.controller import Controller
+    from assay.poc.service import ServiceSettings, create_app
+    from assay.poc.service.service_controller import Controller
     from tests.poc.service.conftest import Rig
     from tests.poc.service.receipts import header, receipt
 
     quick = {"callback_interval": 0.05, "callback_timeout": 0.5, "callback_attempts": 1000}
     quick |= {"callback_backoff": 0.02, "callback_backoff_max": 0.2, "receipt_callback_url": url}
-    settings = Settings(data_dir=Path(data_dir), allow_private_callbacks=True, **quick)
+    settings = ServiceSettings(data_dir=Path(data_dir), allow_private_callbacks=True, **quick)
     controller = Controller(Rig().deployment, settings)
     app = create_app(controller)
     sink = controller.receipts.sink(header())

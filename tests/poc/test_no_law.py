@@ -7,8 +7,8 @@ import pytest
 from assay.errors import ProofMismatch, UsageError
 from assay.poc import Proof, Round, bundled_noise, cheats, prove, verify
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.service.judge import HonestNoise
-from assay.poc.service.settings import Settings
+from assay.poc.service.distance_judge import HonestNoise
+from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.verdict import Ledger, noise_for
 from tests.laws import QWEN3
 
@@ -86,7 +86,7 @@ def test_the_command_says_what_to_measure(proof: Proof, small_checkpoint, tmp_pa
 def test_the_service_knows_no_noise_of_a_model_that_was_not_measured(
     proof: Proof, small_model, round_: Round
 ):
-    noise = HonestNoise(Settings())
+    noise = HonestNoise(ServiceSettings())
     own = proof.header.fingerprint
     assert noise.of(get_pipeline("poc-2.0"), own, small_model.digest, round_) is None
     assert noise.of(get_pipeline("poc-2.0"), own, QWEN3, round_) is not None

@@ -18,7 +18,7 @@ from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
 from assay.poc.protocol.proof import pack_record
-from assay.poc.vllm.engine import VLLMEngine
+from assay.poc.vllm.vllm_engine import VLLMEngine
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, check_idle, make_round
 
 pytestmark = pytest.mark.usefixtures("forked_engines")

@@ -17,7 +17,7 @@ from _vllm import Server, talk
 from assay import poc
 from assay.models import load_model
 from assay.poc import measure_frame
-from assay.poc.vllm.engine import VLLMEngine
+from assay.poc.vllm.vllm_engine import VLLMEngine
 from tests.vllm.conftest import (
     ON_GPU,
     ONE_GPU,

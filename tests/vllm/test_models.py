@@ -11,7 +11,7 @@ from vllm_support import CASES, PRESETS, checkpoint, measure
 from assay.models import load_model
 from assay.models.device import processor
 from assay.poc.vllm import compatibility
-from assay.poc.vllm.engine import VLLMEngine
+from assay.poc.vllm.vllm_engine import VLLMEngine
 from tests.models.storing import make_hybrid
 from tests.vllm.conftest import ON_GPU, make_round
 from tests.vllm.test_inprocess import check_agreement

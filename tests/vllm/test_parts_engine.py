@@ -15,11 +15,11 @@ import pytest
 from assay.errors import ModelError, UsageError
 from assay.poc import Round, get_pipeline
 from assay.poc.vllm import client as _client
-from assay.poc.vllm import engine as _engine
 from assay.poc.vllm import rows as _rows
-from assay.poc.vllm.engine import RequestEngine, VLLMEngine, VLLMPrefill
+from assay.poc.vllm import vllm_engine as _engine
 from assay.poc.vllm.rows import Spec
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
+from assay.poc.vllm.vllm_engine import RequestEngine, VLLMEngine, VLLMPrefill
 from tests.vllm.conftest import settings_of_vllm
 from tests.waiting import until
 

@@ -25,7 +25,7 @@ from assay.settings import Device, Flag, Settings
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
 RequestFile = Annotated[Path | None, REQUESTS]
 NoiseFile = Annotated[
-    Path | None, Flag(reads="assay.poc.responses.calibration:ResponseCalibration.load")
+    Path | None, Flag(reads="assay.poc.responses.response_calibration:ResponseCalibration.load")
 ]
 LoraFolder = Annotated[Path | None, Flag(reads="assay.poc.responses.receipts:digest_adapter")]
 Batch = Annotated[
@@ -258,7 +258,7 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     from assay.poc import responses
     from assay.poc.audit import requests_of
     from assay.poc.launch import Launch, open_prefill
-    from assay.poc.responses.calibration import check_enough_tokens, check_one_checkpoint
+    from assay.poc.responses.response_calibration import check_enough_tokens, check_one_checkpoint
 
     files = [responses.Receipts.load(path) for path in chosen.receipts]  # first what needs no torch
     check_one_checkpoint([read.header for read in files])

@@ -19,11 +19,11 @@ from assay.settings import Device, Flag, Settings
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment
     from assay.poc.protocol.pins_file import NetworkPins
-    from assay.poc.service.settings import Settings as ServiceSettings
-    from assay.poc.validator.settings import ValidatorSettings
+    from assay.poc.service.service_settings import ServiceSettings
+    from assay.poc.validator.validator_settings import ValidatorSettings
 
 
-SERVICE = "assay.poc.service.settings:Settings"
+SERVICE = "assay.poc.service.service_settings:ServiceSettings"
 Host = Annotated[
     str, "ADDRESS", Field(description="Address to listen on; one that others reach needs a key.")
 ]
@@ -112,7 +112,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
     from assay.poc.net.server import check_port
-    from assay.poc.net.settings import check_host
+    from assay.poc.net.server_settings import check_host
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration import account_alpha
     from assay.poc.verdict.ledger import check_ledger
@@ -126,7 +126,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     check_port(chosen.host, chosen.port)
     from assay.models.catalogue import model_info
     from assay.poc.engines.hf.engine import check_shape
-    from assay.poc.service.app import serve
+    from assay.poc.service.service_api import serve
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here
     # must fit.
@@ -161,7 +161,7 @@ def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
 @callbacks.add("list", ListSettings, example="assay poc callbacks list --all")
 def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
     """List pending and dead callbacks."""
-    from assay.poc.service.callbacks import open_outbox
+    from assay.poc.service.outbox import open_outbox
 
     statuses = ["open", "pending", "dead"] + (["delivered"] if chosen.every else [])
     with open_outbox(chosen.data_dir) as outbox:
@@ -180,7 +180,7 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
 
     A running service delivers them, and so does the next start.
     """
-    from assay.poc.service.callbacks import open_outbox
+    from assay.poc.service.outbox import open_outbox
 
     with open_outbox(chosen.data_dir) as outbox:
         count = outbox.replay(list(chosen.ids) or None)
@@ -204,7 +204,7 @@ class ValidatorRunSettings(RunSettings):
     "validator",
     ValidatorRunSettings,
     SERVICE,
-    "assay.poc.validator.settings:ValidatorSettings",
+    "assay.poc.validator.validator_settings:ValidatorSettings",
     panel="Validator",
     shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port log_format",
     example="assay poc validator --model reference:qwen3 --pins pins.toml",
@@ -221,7 +221,7 @@ def validator(
     from assay.poc.launch import check_loadable
     from assay.poc.net.logs import configure_logs
     from assay.poc.net.server import check_port
-    from assay.poc.net.settings import check_host
+    from assay.poc.net.server_settings import check_host
     from assay.poc.network_pins import pinned_format
     from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.validator.registry import Registry
@@ -232,8 +232,8 @@ def validator(
     check_host(chosen.host, service)
     check_port(chosen.host, chosen.port)
     from assay.models.catalogue import model_info
-    from assay.poc.validator.app import validate
-    from assay.poc.validator.controller import LEDGER
+    from assay.poc.validator.validator_api import validate
+    from assay.poc.validator.validator_controller import LEDGER
 
     registry.check_length(model_info(chosen.model))  # before there is a database
     dtype = chosen.dtype or pinned_format(own.pins, chosen.model)

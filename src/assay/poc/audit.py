@@ -21,8 +21,10 @@ from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Header, Proof
 from assay.poc.protocol.round import Round
-from assay.poc.responses.calibration import ResponseCalibration
-from assay.poc.responses.judge import (
+from assay.poc.responses.receipts import Receipts
+from assay.poc.responses.requests import Request, encode_requests, read_requests
+from assay.poc.responses.response_calibration import ResponseCalibration
+from assay.poc.responses.response_verdict import (
     Evidence,
     ReceiptPins,
     ResponseVerdict,
@@ -31,8 +33,6 @@ from assay.poc.responses.judge import (
     noise_between,
     sample_receipts,
 )
-from assay.poc.responses.receipts import Receipts
-from assay.poc.responses.requests import Request, encode_requests, read_requests
 from assay.poc.verdict.calibration import Calibration, account_alpha
 from assay.poc.verdict.judge import Verdict
 from assay.poc.verdict.ledger import Ledger, check_ledger

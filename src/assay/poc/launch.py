@@ -267,7 +267,7 @@ def open_prefill(
         yield loaded, HFPrefill(loaded, batch_size=batch_size)
         return
     _refuse_for_vllm(dtype, chosen.device)
-    from assay.poc.vllm.engine import VLLMPrefill, refuse_adapter
+    from assay.poc.vllm.vllm_engine import VLLMPrefill, refuse_adapter
 
     if adapter is not None:
         raise refuse_adapter()
@@ -321,7 +321,7 @@ def vllm_engine(
     :func:`open_prover` raises.
     """
     options = _prepare_vllm(chosen.device)
-    from assay.poc.vllm.engine import VLLMEngine
+    from assay.poc.vllm.vllm_engine import VLLMEngine
 
     shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len}
     with VLLMEngine(chosen.model, dtype=dtype, frame=frame, **shape, **options) as engine:

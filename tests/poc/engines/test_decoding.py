@@ -6,7 +6,7 @@ import pytest
 from assay.errors import UsageError
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported
-from assay.poc.vllm.engine import VLLMEngine
+from assay.poc.vllm.vllm_engine import VLLMEngine
 
 STEPS = 64
 PROMPT = 16

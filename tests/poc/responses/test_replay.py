@@ -26,9 +26,9 @@ from assay.poc.responses import (
     replay,
     respond,
 )
-from assay.poc.responses.calibration import bundled_response_noise, check_enough_tokens
-from assay.poc.responses.judge import noise_between, sample_receipts
 from assay.poc.responses.replaying import compute_gaps, measure_margins
+from assay.poc.responses.response_calibration import bundled_response_noise, check_enough_tokens
+from assay.poc.responses.response_verdict import noise_between, sample_receipts
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.token_fit import fit_token_noise
 from assay.stats.token_law import COLUMNS, SCALES

@@ -22,8 +22,8 @@ from assay.poc import Fingerprint, Pipeline
 from assay.poc.engines.hf.engine import plain_outputs
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.transforms import Reading
-from assay.poc.service import Settings, create_app
-from assay.poc.service.controller import Controller
+from assay.poc.service import ServiceSettings, create_app
+from assay.poc.service.service_controller import Controller
 from tests.waiting import until
 
 with warnings.catch_warnings():
@@ -135,7 +135,7 @@ class Rig:
 class Service:
     """A running service with a client, which can be closed and started again on the same data."""
 
-    def __init__(self, rig: Rig, settings: Settings) -> None:
+    def __init__(self, rig: Rig, settings: ServiceSettings) -> None:
         self.rig = rig
         self.settings = settings
         self.start()
@@ -200,7 +200,7 @@ def serving(rig: Rig, tmp_path: Path):
             "callback_timeout": 2.0,
             "max_positions": 4096,
         }
-        service = Service(rig, Settings(**(values | changes)))
+        service = Service(rig, ServiceSettings(**(values | changes)))
         try:
             service.wait_ready()
             yield service

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from assay.poc.service import create_app
-from assay.poc.service.controller import Controller
+from assay.poc.service.service_controller import Controller
 from tests.waiting import until
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from assay.errors import UsageError
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from tests.poc.service.conftest import PREFIX, ROUND
 
 ALL = "all-" + "x" * 20
@@ -97,5 +97,5 @@ def test_weak_keys_and_secrets_are_refused(name, weak):
     with pytest.raises(
         UsageError, match=r"an API key of fewer|a callback secret that cannot be used"
     ) as error:
-        Settings(**{name: (weak,)})
+        ServiceSettings(**{name: (weak,)})
     assert name == "callback_secrets" or weak not in str(error.value)

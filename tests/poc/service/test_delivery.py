@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 from standardwebhooks import Webhook
 
-from assay.poc.net import callbacks
-from assay.poc.service.callbacks import backoff, open_outbox, retry_after
+from assay.poc.net import callback_urls as callbacks
+from assay.poc.service.outbox import backoff, open_outbox, retry_after
 from tests.end_to_end.receiver import Answering
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, Service
 from tests.waiting import until

@@ -8,7 +8,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from assay.poc.net.app import Feed
+from assay.poc.net.application import Feed
 from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import Refusal
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND
@@ -50,7 +50,7 @@ def test_a_snapshot_follows_the_round(service):
 
 
 def test_snapshots_go_on_after_an_error_that_nobody_thought_of(service, monkeypatch):
-    monkeypatch.setattr("assay.poc.net.app.PAUSE", 0.0)
+    monkeypatch.setattr("assay.poc.net.application.PAUSE", 0.0)
     counts = service.controller.outbox.counts
     failed = []
 

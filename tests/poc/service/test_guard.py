@@ -8,7 +8,7 @@ import socket
 import httpx
 import pytest
 
-from assay.poc.net.callbacks import Blocked, call, check_url, new_client, resolve
+from assay.poc.net.callback_urls import Blocked, call, check_url, new_client, resolve
 from assay.poc.net.refusals import Refusal
 from tests.end_to_end.receiver import Answering
 

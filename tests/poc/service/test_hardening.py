@@ -9,13 +9,13 @@ import time
 import pytest
 
 from assay.errors import EngineEnded, ProofMismatch, StorageError
-from assay.poc.net import callbacks as _callback_guard
-from assay.poc.service import Settings
-from assay.poc.service import requests as _checks
+from assay.poc.net import callback_urls as _callback_guard
+from assay.poc.service import ServiceSettings
+from assay.poc.service import request_bodies as _checks
 from assay.poc.service import rounds as _rounds
-from assay.poc.service.callbacks import open_outbox
-from assay.poc.service.controller import Controller
 from assay.poc.service.database import open_database
+from assay.poc.service.outbox import open_outbox
+from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, execute
 from tests.poc.service.test_durability import nonces_on_disk
 from tests.waiting import until
@@ -148,7 +148,7 @@ def test_a_damaged_database_is_an_error_in_three_parts(rig, tmp_path, damage):
     path = tmp_path / "service.sqlite3"
     path.write_bytes(damage * 1000) if isinstance(damage, bytes) else execute(path, damage)
     with pytest.raises(StorageError, match=r"service\.sqlite3") as error:
-        Controller(rig.deployment, Settings(data_dir=tmp_path))
+        Controller(rig.deployment, ServiceSettings(data_dir=tmp_path))
     assert "restore" in error.value.do
 
 

@@ -23,7 +23,7 @@ from assay.poc.net import server as _server
 from assay.poc.net.logs import LogBudget, configure_logs
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import ClientLimit, bounded_config, listen, run_app
-from assay.poc.service import Settings, create_receiver
+from assay.poc.service import ServiceSettings, create_receiver
 from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import BLOCK, PREFIX, ROUND, TestClient
 from tests.poc.service.listening import on_port
@@ -52,7 +52,7 @@ def listening(**changes: float) -> Iterator[tuple[tuple[str, int], ClientLimit]]
         await request.body()
         await asyncio.sleep(0.01)
 
-    config = bounded_config(app, Settings(**(LIMITS | changes)))
+    config = bounded_config(app, ServiceSettings(**(LIMITS | changes)))
     with on_port(config) as port:
         yield ("127.0.0.1", port), config.app
 
@@ -147,7 +147,7 @@ def test_a_body_that_goes_wrong_after_the_answer_began_leaves_no_traceback(caplo
         )
         await send({"type": "http.response.body", "body": b""})
 
-    config = bounded_config(answer, Settings(**LIMITS))
+    config = bounded_config(answer, ServiceSettings(**LIMITS))
     config.lifespan = "off"
     with (
         on_port(config) as port,
@@ -307,7 +307,7 @@ def test_a_collection_of_garbage_does_not_walk_the_libraries(monkeypatch):
     monkeypatch.setattr(_server._Server, "run", run)
     gc.unfreeze()
     with listen("127.0.0.1", 0) as listener:
-        run_app(FastAPI(), Settings(), listener, runtime=runtime)
+        run_app(FastAPI(), ServiceSettings(), listener, runtime=runtime)
     assert gc.get_freeze_count() > 10_000
     gc.unfreeze()
 
@@ -462,7 +462,8 @@ def test_head_is_answered_as_get_without_the_body(service, tmp_path):
         assert service.client.head(f"{PREFIX}/events").status_code == 200
     assert service.client.head(f"{PREFIX}/stop").status_code == 405
     receiver = TestClient(
-        create_receiver(Received(tmp_path / "r.sqlite3"), Settings()), base_url="http://127.0.0.1"
+        create_receiver(Received(tmp_path / "r.sqlite3"), ServiceSettings()),
+        base_url="http://127.0.0.1",
     )
     assert receiver.head("/stats").status_code == receiver.head("/health").status_code == 200
 

@@ -8,8 +8,8 @@ import pytest
 from assay import stats
 from assay.errors import CalibrationError
 from assay.poc import Calibration, bundled_noise
-from assay.poc.service import Settings
-from assay.poc.service.judge import HonestNoise, check_calibration
+from assay.poc.service import ServiceSettings
+from assay.poc.service.distance_judge import HonestNoise, check_calibration
 from assay.poc.verdict.calibration import BuildNoise, Sizes, describe_machines
 from assay.poc.verdict.noise import sequential_test
 from assay.stats.noise_laws import Spread
@@ -175,7 +175,7 @@ def test_the_calibration_of_another_format_is_not_taken(proof, small_model):
         noise_of(replace(known, dtype=dtype), small_model.digest, sigma)
         for dtype, sigma in sigmas.items()
     ]
-    noise = HonestNoise(Settings(calibration=Calibration(builds=tuple(builds))))
+    noise = HonestNoise(ServiceSettings(calibration=Calibration(builds=tuple(builds))))
     for dtype, sigma in sigmas.items():
         found = noise.of(
             proof.header.pipeline,

@@ -6,8 +6,8 @@ import pytest
 
 from assay.errors import UsageError
 from assay.poc.protocol.pins_file import Accepted
-from assay.poc.service import Settings
-from assay.poc.service.controller import Controller
+from assay.poc.service import ServiceSettings
+from assay.poc.service.service_controller import Controller
 from assay.poc.verdict import Account, Ledger, audit_ledger
 from tests.poc.service.conftest import BLOCK, FULL, PREFIX, ROUND, failing
 from tests.poc.service.test_judge import CLAIM, ask, truth
@@ -90,4 +90,4 @@ def test_a_ledger_that_cannot_be_written_is_an_answer_that_can_be_repeated(
 def test_a_ledger_of_other_error_rates_is_refused_at_the_start(rig, tmp_path, path):
     Ledger(path, alpha=1e-6).close()
     with pytest.raises(UsageError, match="for the ledger"):
-        Controller(rig.deployment, Settings(data_dir=tmp_path / "data", ledger=path))
+        Controller(rig.deployment, ServiceSettings(data_dir=tmp_path / "data", ledger=path))

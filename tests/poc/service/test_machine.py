@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from assay.poc.service import Settings, State
+from assay.poc.service import ServiceSettings, State
 from assay.poc.service.states import NEEDS_ROUND, TRANSITIONS
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PREFIX, ROUND, Rig, Service
 from tests.waiting import until
@@ -30,7 +30,7 @@ class ServiceMachine(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         self.service = Service(
             self.rig,
-            Settings(
+            ServiceSettings(
                 data_dir=Path(self.directory.name), seq_len=4, max_queued_nonces=64, job_ttl=600
             ),
         )

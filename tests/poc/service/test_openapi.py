@@ -11,8 +11,8 @@ import schemathesis
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from assay.poc.service import Settings, create_app
-from assay.poc.service.controller import Controller
+from assay.poc.service import ServiceSettings, create_app
+from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import Rig
 from tests.poc.service.listening import listening
 
@@ -24,7 +24,7 @@ def address(tmp_path_factory):
     """The address of a service on a fake engine, with every route that a client may call."""
     rig = Rig()
     rig.pause = 0
-    settings = Settings(
+    settings = ServiceSettings(
         data_dir=tmp_path_factory.mktemp("openapi"), seq_len=4, wait=0.05, max_positions=4096
     )
     controller = Controller(rig.deployment, settings)
@@ -35,7 +35,7 @@ def address(tmp_path_factory):
 def operations() -> list[schemathesis.APIOperation]:
     """Every operation of the document but the stream of events, which has no end."""
     with tempfile.TemporaryDirectory() as directory:
-        controller = Controller(Rig().deployment, Settings(data_dir=Path(directory)))
+        controller = Controller(Rig().deployment, ServiceSettings(data_dir=Path(directory)))
         app = create_app(controller)
         controller.close()
     schema = schemathesis.openapi.from_dict(app.openapi()).exclude(path_regex="/events$")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from assay.poc import NetworkPins
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from tests.poc.service import conftest
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, PARAMS, PREFIX, ROUND, Service
 from tests.waiting import until
@@ -136,7 +136,7 @@ def test_an_engine_of_no_agreed_build_runs_no_round(serving):
     ],
 )
 def test_a_model_that_is_not_pinned_is_not_served(rig, tmp_path: Path, wrong, seen: str):
-    settings = Settings(data_dir=tmp_path / "data", seq_len=4, pins=pins(**wrong))
+    settings = ServiceSettings(data_dir=tmp_path / "data", seq_len=4, pins=pins(**wrong))
     service = Service(rig, settings)
     try:
         with pytest.raises(Exception, match="pins"):
@@ -171,5 +171,5 @@ def test_a_file_is_read_when_the_settings_are_made(tmp_path: Path, monkeypatch):
     model = f'[[models]]\nreference = "fake"\ndigest = "{"0" * 64}"\n[[models.builds]]\n{build}'
     path.write_text(f"schema = 1\n[round]\n{round}{model}")
     monkeypatch.setenv("ASSAY_PINS", str(path))
-    read = Settings().pins
+    read = ServiceSettings().pins
     assert (read.round, read.models) == (pins().round, pins().models)

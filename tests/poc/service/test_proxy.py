@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from assay.poc.service import Settings
-from assay.poc.service.controller import Controller
+from assay.poc.service import ServiceSettings
+from assay.poc.service.service_controller import Controller
 from tests.poc.service.conftest import PREFIX, Rig
 from tests.poc.service.listening import listening
 from tests.programs import place
@@ -43,7 +43,8 @@ def certificates(tmp_path_factory) -> Path:
 def upstream(tmp_path_factory) -> Iterator[int]:
     """The port of a service with a key."""
     controller = Controller(
-        Rig().deployment, Settings(data_dir=tmp_path_factory.mktemp("proxied"), api_keys=(KEY,))
+        Rig().deployment,
+        ServiceSettings(data_dir=tmp_path_factory.mktemp("proxied"), api_keys=(KEY,)),
     )
     with listening(controller) as port:
         yield port
@@ -135,7 +136,7 @@ def test_proxies_name_their_clients_and_keep_no_connection_longer_than_the_servi
     )
     kept = re.findall(r"keepalive (\d+)s", caddy)
     assert len(kept) == caddy.count("reverse_proxy") == 2
-    assert all(int(seconds) < Settings().header_timeout for seconds in kept)
+    assert all(int(seconds) < ServiceSettings().header_timeout for seconds in kept)
 
 
 @pytest.mark.pages

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from assay.poc.net.refusals import Refusal
-from assay.poc.service import Settings
-from assay.poc.service.callbacks import Outbox
+from assay.poc.service import ServiceSettings
 from assay.poc.service.database import open_database
-from assay.poc.service.metrics import Metrics
-from assay.poc.service.receipts import NewReceipt, ReceiptKeeper
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.receipt_keeper import NewReceipt, ReceiptKeeper
+from assay.poc.service.service_metrics import Metrics
 from tests.poc.service.conftest import cap
 from tests.poc.service.receipts import get, header, receipt, store
 from tests.waiting import until
@@ -51,7 +51,7 @@ def test_a_full_disk_refuses_responses_until_there_is_room(service):
 @pytest.fixture
 def held(tmp_path, monkeypatch):
     """A keeper whose disk is slow until the event is set."""
-    settings = Settings(data_dir=tmp_path, max_receipts=3)
+    settings = ServiceSettings(data_dir=tmp_path, max_receipts=3)
     database = open_database(tmp_path)
     keeper = ReceiptKeeper(database, Outbox(database), settings, Metrics())
     go = threading.Event()
@@ -133,7 +133,9 @@ def test_what_one_client_has_stored_leaves_room_on_the_disk_for_another(tmp_path
     database = open_database(tmp_path)
 
     def keeper() -> ReceiptKeeper:
-        return ReceiptKeeper(database, Outbox(database), Settings(data_dir=tmp_path), Metrics())
+        return ReceiptKeeper(
+            database, Outbox(database), ServiceSettings(data_dir=tmp_path), Metrics()
+        )
 
     def put(keeper: ReceiptKeeper, name: str, client: str | None) -> None:
         line = receipt(name).line() + " " * 3000
@@ -161,7 +163,7 @@ def test_what_one_client_has_waiting_leaves_room_for_another(service):
     """In places, and in bytes where anything waits."""
     controller = service.controller
     keeper = ReceiptKeeper(
-        controller.database, controller.outbox, Settings(max_receipts=6), Metrics()
+        controller.database, controller.outbox, ServiceSettings(max_receipts=6), Metrics()
     )
     sink = keeper.sink(header())
 

@@ -20,11 +20,11 @@ from assay.errors import StorageError, UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import LocalOnly
 from assay.poc.responses import Prompt, Receipts
-from assay.poc.service import Settings, attach
-from assay.poc.service import receipts as _receipts
-from assay.poc.service.app import PREFIXES
-from assay.poc.service.controller import Controller
+from assay.poc.service import ServiceSettings, attach
+from assay.poc.service import receipt_keeper as _receipts
 from assay.poc.service.database import MIGRATIONS
+from assay.poc.service.service_api import PREFIXES
+from assay.poc.service.service_controller import Controller
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, PREFIX, TestClient, execute
 from tests.poc.service.receipts import RECEIPTS, files, get, header, on_disk, receipt, store
@@ -159,7 +159,7 @@ def test_keys_read_and_only_some_delete(serving):
 def test_without_keys_other_hosts_get_no_receipts_from_another_application_either(rig, tmp_path):
     host = FastAPI()
     host.get("/v1/models")(lambda: {"data": ["theirs"]})
-    attach(host, Controller(rig.deployment, Settings(data_dir=tmp_path)))
+    attach(host, Controller(rig.deployment, ServiceSettings(data_dir=tmp_path)))
     host.add_middleware(LocalOnly, prefix=PREFIXES)
     with TestClient(host, base_url="http://evil.example") as client:
         for path in ("", ".jsonl", "/chat"):
@@ -201,10 +201,10 @@ def test_a_callback_url_that_cannot_be_called_is_refused_at_the_start(rig, tmp_p
     with pytest.raises(Refusal, match=r"169\.254"):
         Controller(
             rig.deployment,
-            Settings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"),
+            ServiceSettings(data_dir=tmp_path, receipt_callback_url="http://169.254.169.254/"),
         )
     controller = Controller(
-        rig.deployment, Settings(data_dir=tmp_path)
+        rig.deployment, ServiceSettings(data_dir=tmp_path)
     )  # the directory is free again
     controller.start()
     assert controller.loaded.result(30)
@@ -304,7 +304,7 @@ def test_a_file_lacks_what_is_deleted_while_it_is_sent_and_has_no_footer_where_r
 
 
 def test_files_that_are_asked_for_at_once_are_counted(serving, monkeypatch):
-    monkeypatch.setattr("assay.poc.service.receipts.OWN_FILES", 1)
+    monkeypatch.setattr("assay.poc.service.receipt_keeper.OWN_FILES", 1)
     with serving() as service:
         ask_twice(service, monkeypatch)
 

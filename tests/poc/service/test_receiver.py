@@ -13,7 +13,7 @@ from assay.errors import StorageError
 from assay.poc.net import routes as _route
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Bodies
-from assay.poc.service import Settings, create_receiver
+from assay.poc.service import ServiceSettings, create_receiver
 from assay.poc.service import receiver as _receiver
 from assay.poc.service.receiver import Received
 from tests.poc.service.conftest import TestClient, execute, signed
@@ -36,7 +36,7 @@ def client(store):
     """A client that has the key; posts need a signature from every sender."""
     receiver = create_receiver(
         store,
-        Settings(
+        ServiceSettings(
             callback_secrets=(OTHER, SECRET), api_keys=(KEY,), read_keys=(READ,), max_body=10_000
         ),
     )
@@ -71,7 +71,7 @@ def test_a_callback_is_kept_once(client, tmp_path):
     assert (batch["kind"], batch["copies"], batch["body"]["nonces"]) == ("generated", 3, [1, 2, 3])
     again = TestClient(
         create_receiver(
-            Received(tmp_path / "received.sqlite3"), Settings(callback_secrets=(SECRET,))
+            Received(tmp_path / "received.sqlite3"), ServiceSettings(callback_secrets=(SECRET,))
         )
     )
     assert (
@@ -101,7 +101,7 @@ def test_what_nobody_signed_is_refused(client, headers):
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"{"])
 def test_what_is_no_object_is_refused(store, body):
-    open_client = TestClient(create_receiver(store, Settings()), base_url=HERE)
+    open_client = TestClient(create_receiver(store, ServiceSettings()), base_url=HERE)
     assert (
         open_client.post("/validated", content=body, headers={"webhook-id": "msg_1"}).status_code
         == 400
@@ -116,7 +116,8 @@ def test_what_is_no_object_is_refused(store, body):
 def test_everything_but_signed_posts_needs_a_key(store, keys, method, path):
     """Anyone who reaches the port could erase, or read, what a node was told."""
     stranger = TestClient(
-        create_receiver(store, Settings(callback_secrets=(SECRET,), api_keys=keys)), base_url=HERE
+        create_receiver(store, ServiceSettings(callback_secrets=(SECRET,), api_keys=keys)),
+        base_url=HERE,
     )
     assert (
         stranger.post("/generated", content=BODY, headers=signed(SECRET, BODY)).status_code == 200
@@ -144,7 +145,7 @@ def test_a_read_key_does_not_clear(client):
     ],
 )
 def test_without_a_secret_only_this_machine_is_answered(store, headers):
-    receiver = TestClient(create_receiver(store, Settings()), base_url=HERE)
+    receiver = TestClient(create_receiver(store, ServiceSettings()), base_url=HERE)
     assert receiver.get("/stats").status_code == 200
     for method, path in (
         ("GET", "/batches"),
@@ -190,7 +191,7 @@ def test_a_file_of_the_first_version_opens(tmp_path):
         path, f"CREATE TABLE received ({columns})"
     )  # as the first version made it: no migrations
     execute(path, "INSERT INTO received VALUES (NULL, 'msg_0', 'generated', 0, 3, 1, ?)", (BODY,))
-    receiver = TestClient(create_receiver(Received(path), Settings()), base_url=HERE)
+    receiver = TestClient(create_receiver(Received(path), ServiceSettings()), base_url=HERE)
     (sound,) = receiver.get("/batches").json()["batches"]
     assert sound["body"]["nonces"] == [1, 2, 3]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

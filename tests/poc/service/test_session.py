@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from assay.poc.service.requests import ArtifactInit, GenerateRequest, InitRequest, ValidateRequest
+from assay.poc.service.request_bodies import (
+    ArtifactInit,
+    GenerateRequest,
+    InitRequest,
+    ValidateRequest,
+)
 from tests.poc.service.conftest import BLOCK, ROUND
 from tests.poc.service.session import PATH, replay
 from tests.waiting import until

@@ -3,7 +3,7 @@
 import pytest
 
 from assay.errors import AssayError, UsageError
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 
 KEY = "k" * 20
 OTHER = "o" * 20
@@ -12,8 +12,8 @@ OTHER = "o" * 20
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     """No setting comes from the machine that runs the tests."""
-    for name in Settings.model_fields:
-        monkeypatch.delenv(Settings.environment_name(name), raising=False)
+    for name in ServiceSettings.model_fields:
+        monkeypatch.delenv(ServiceSettings.environment_name(name), raising=False)
 
 
 def test_the_environment_is_read(monkeypatch, tmp_path):
@@ -26,7 +26,7 @@ def test_the_environment_is_read(monkeypatch, tmp_path):
     }
     for name, value in values.items():
         monkeypatch.setenv(f"ASSAY_{name}", value)
-    read = Settings()
+    read = ServiceSettings()
     assert (read.api_keys, read.drain, read.allow_private_callbacks) == ((KEY, OTHER), 3.0, True)
     assert (read.max_body, read.data_dir) == (77, tmp_path)
 
@@ -34,13 +34,17 @@ def test_the_environment_is_read(monkeypatch, tmp_path):
 def test_the_keys_of_a_file_are_added(tmp_path):
     path = tmp_path / "keys"
     path.write_text(f"{KEY}\n\n{OTHER}\n")
-    assert Settings(api_keys=("x" * 16,), api_key_file=path).api_keys == ("x" * 16, KEY, OTHER)
+    assert ServiceSettings(api_keys=("x" * 16,), api_key_file=path).api_keys == (
+        "x" * 16,
+        KEY,
+        OTHER,
+    )
     path.write_text("short")
     with pytest.raises(UsageError, match="fewer than 16"):
-        Settings(api_key_file=path)
+        ServiceSettings(api_key_file=path)
     path.write_text("\n")
     with pytest.raises(UsageError, match="without a key"):
-        Settings(api_key_file=path)
+        ServiceSettings(api_key_file=path)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_the_keys_of_a_file_are_added(tmp_path):
 )
 def test_a_wrong_value_is_an_error_in_three_parts(values):
     with pytest.raises(AssayError) as error:
-        Settings(**values)
+        ServiceSettings(**values)
     assert error.value.seen
     assert error.value.wanted
     assert error.value.do
@@ -65,7 +69,7 @@ def test_a_wrong_value_is_an_error_in_three_parts(values):
 
 def test_an_option_is_stronger_than_the_environment_and_that_than_the_file(monkeypatch, tmp_path):
     from assay.cli import run
-    from assay.poc.service import app
+    from assay.poc.service import service_api as app
 
     seen = []
     monkeypatch.setattr(app, "serve", lambda load, settings, **kwargs: seen.append(settings))

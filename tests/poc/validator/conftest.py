@@ -13,9 +13,9 @@ import pytest
 from assay.poc import Proof, Round, get_pipeline, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.proof import describe_packing, pack_record
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, create_app
-from assay.poc.validator.controller import ValidatorController
+from assay.poc.validator.validator_controller import ValidatorController
 from tests.poc.service.conftest import TestClient, signed
 from tests.waiting import until
 
@@ -143,7 +143,7 @@ class Running:
 
     def start(self) -> None:
         self.controller = ValidatorController(
-            self.load, ValidatorSettings(**self.settings), Settings(**self.service)
+            self.load, ValidatorSettings(**self.settings), ServiceSettings(**self.service)
         )
         keys = self.service.get("api_keys", ())
         self.headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}

@@ -16,7 +16,7 @@ from typing import Any
 from assay.poc import Round
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.proof import is_valid
-from assay.poc.validator.worker import recompute
+from assay.poc.validator.recomputer import recompute
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import BLOCKS, NODE_COUNT, R_TARGET, SEQ_LEN, secret_of
 from tests.poc.validator.senders import ValidatorServer, dumps, keys_of, write_network

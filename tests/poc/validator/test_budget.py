@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from assay.poc.validator.worker import Budget, choose, expected_nonces, verdict_of
+from assay.poc.validator.recomputer import Budget, choose, expected_nonces, verdict_of
 from assay.poc.verdict import Account, Evidence
 from assay.poc.verdict.life import Standing
 
@@ -115,7 +115,7 @@ def test_a_fault_is_shown_beside_honest_evidence_and_never_hides_fraud():
 
 def test_nonces_come_at_an_even_rate_and_are_saved_for_an_hour(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("assay.poc.validator.worker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("assay.poc.validator.recomputer.time.monotonic", lambda: now[0])
     budget = Budget(3600)
     assert budget.left() == 0
     assert budget.seconds_until(32) == pytest.approx(32)

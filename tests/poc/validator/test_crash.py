@@ -9,12 +9,12 @@ from contextlib import closing
 import pytest
 
 from assay.errors import BadWeights, StorageError, UsageError
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings
 from assay.poc.validator.claims import read_claim
-from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Inbox
-from assay.poc.validator.worker import Recomputer, recompute
+from assay.poc.validator.recomputer import Recomputer, recompute
+from assay.poc.validator.validator_controller import ValidatorController
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import KEYS, Running, body_of, nodes_text, pins_text, proof_of
 from tests.waiting import until
@@ -79,7 +79,7 @@ def test_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(
         return result
 
     if kind is None:
-        monkeypatch.setattr("assay.poc.validator.worker.recompute", dies)
+        monkeypatch.setattr("assay.poc.validator.recomputer.recompute", dies)
     else:
         monkeypatch.setattr(kind, name, dies)
     with pytest.raises(Killed):
@@ -125,7 +125,7 @@ def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(
             raise BadWeights("a value that is NaN", wanted="finite ones", do="take another format")
         return recompute(deployment, batch_size, wanted, *received)
 
-    monkeypatch.setattr("assay.poc.validator.worker.recompute", overflow)
+    monkeypatch.setattr("assay.poc.validator.recomputer.recompute", overflow)
     worker = stopped.controller.worker
     for _ in range(100):
         try:
@@ -144,7 +144,7 @@ def test_a_message_is_read_once_and_again_where_the_pins_have_changed(
 ):
     read = []
     monkeypatch.setattr(
-        "assay.poc.validator.worker.read_claim",
+        "assay.poc.validator.recomputer.read_claim",
         lambda *args: read.append(args) or read_claim(*args),
     )
     controller = stopped.controller
@@ -238,7 +238,7 @@ def test_a_changed_file_of_nodes_without_secrets_is_refused_where_others_reach_t
 def test_a_start_without_secrets_is_refused_where_others_reach_the_port(small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model))
     settings = ValidatorSettings(pins=tmp_path / "pins.toml")
-    server = Settings(data_dir=tmp_path / "data")
+    server = ServiceSettings(data_dir=tmp_path / "data")
     with pytest.raises(UsageError, match="nodes that sign nothing"):
         ValidatorController(lambda: pytest.fail("loaded"), settings, server, signed=True)
     assert not (tmp_path / "data").exists()

@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 
 from assay.poc.net.deployment import Deployment
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, create_app
-from assay.poc.validator.controller import ValidatorController
+from assay.poc.validator.validator_controller import ValidatorController
 from tests.poc.service.dashboard import browser as chromium
 from tests.poc.service.listening import on_port
 from tests.poc.validator.conftest import pins_text
@@ -48,7 +48,7 @@ def running(small_model, tmp_path_factory) -> Iterator[Shown]:
     (directory / "pins.toml").write_text(pins_text(small_model))
     settings = ValidatorSettings(pins=directory / "pins.toml")
     load = lambda: Deployment.of(small_model, compiled=False)  # noqa: E731
-    controller = ValidatorController(load, settings, Settings(data_dir=directory / "data"))
+    controller = ValidatorController(load, settings, ServiceSettings(data_dir=directory / "data"))
     made = Shown(controller)
     app = create_app(controller)
     with on_port(

@@ -12,7 +12,7 @@ import pytest
 from assay.errors import UsageError
 from assay.poc import NetworkPins
 from assay.poc.net.refusals import Refusal
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator.registry import NodeEntry, Registry, Sender
 from tests.end_to_end.receiver import Answering
 from tests.poc.service.conftest import PREFIX, ROUND, rig, serving  # noqa: F401  # the last two are fixtures
@@ -194,7 +194,7 @@ def test_a_private_address_needs_permission(small_model, tmp_path):
         "http://user:password@example.com",
     ):
         with pytest.raises(Refusal):
-            Registry(network, None, [NodeEntry(public_key="node_A", url=url)], Settings())
+            Registry(network, None, [NodeEntry(public_key="node_A", url=url)], ServiceSettings())
 
 
 def test_nodes_that_publish_vectors_are_not_polled(small_model, tmp_path):
@@ -202,4 +202,4 @@ def test_nodes_that_publish_vectors_are_not_polled(small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model, preset="artifact"))
     entry = NodeEntry(public_key="node_A", url="https://example.com")
     with pytest.raises(UsageError, match="url"):
-        Registry(NetworkPins.load(tmp_path / "pins.toml"), None, [entry], Settings())
+        Registry(NetworkPins.load(tmp_path / "pins.toml"), None, [entry], ServiceSettings())

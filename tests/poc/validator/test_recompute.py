@@ -12,8 +12,8 @@ from assay.models import load_model
 from assay.poc import NetworkPins, Proof, Round, TokenRecord, calibrate_model, cheats, measure_frame
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pins_file import PinnedFile
-from assay.poc.service import Settings
-from assay.poc.validator.worker import recompute
+from assay.poc.service import ServiceSettings
+from assay.poc.validator.recomputer import recompute
 from assay.poc.verdict.judge import residuals
 from tests.poc.service.conftest import Rig, Service
 from tests.poc.validator.conftest import (
@@ -165,7 +165,7 @@ def artifacts_of(model, key, pins, folder, block, height):
     """
     node = Rig()
     node.deployment = lambda: Deployment.of(model, compiled=False)
-    service = Service(node, Settings(data_dir=folder, seq_len=SEQ_LEN, pins=pins))
+    service = Service(node, ServiceSettings(data_dir=folder, seq_len=SEQ_LEN, pins=pins))
     try:
         service.wait_ready()
         params = {"model": model.reference, "seq_len": SEQ_LEN, "k_dim": 32, "preset": "tokens-1"}

@@ -10,7 +10,7 @@ from assay.errors import AssayError, CalibrationError, UsageError
 from assay.poc import Calibration, NetworkPins
 from assay.poc.net.deployment import Deployment
 from assay.poc.network_pins import pinned_format
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator.laws import Noises
 from assay.poc.validator.registry import Registry
 from tests.poc.service.test_judge import noise_of
@@ -46,7 +46,9 @@ def files(small_model, tmp_path):
     def run(pins: str | None = None, nodes: str | None = None, **service) -> Registry:
         (tmp_path / "pins.toml").write_text(pins or pins_text(small_model))
         (tmp_path / "nodes.toml").write_text(nodes or nodes_text())
-        return Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings(**service))
+        return Registry.load(
+            tmp_path / "pins.toml", tmp_path / "nodes.toml", ServiceSettings(**service)
+        )
 
     return run
 
@@ -122,7 +124,7 @@ def test_ten_thousand_nodes_are_looked_up_and_not_searched(small_model):
 
     for node in network.nodes:
         object.__setattr__(node, "public_key", Key(node.public_key))
-    assert len(Registry(network, None, (), Settings()).senders) == 300
+    assert len(Registry(network, None, (), ServiceSettings()).senders) == 300
     assert looks["=="] < 20 * 300
 
 
@@ -132,9 +134,9 @@ def test_of_two_files_only_the_one_that_changed_is_read_again(files, tmp_path):
     """
     first, again = (files(nodes=_nodes("", keys=keys)) for keys in ("A", "AB"))
     assert again.network is not first.network  # the test writes both
-    before = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings())
+    before = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", ServiceSettings())
     (tmp_path / "nodes.toml").write_text(_nodes("", keys="C"))
-    after = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", Settings())
+    after = Registry.load(tmp_path / "pins.toml", tmp_path / "nodes.toml", ServiceSettings())
     assert after.network is before.network is again.network
     assert after.hash == before.hash
 
@@ -206,7 +208,7 @@ def test_a_secret_that_cannot_be_used_is_refused_without_showing_it(files, secre
 def test_without_any_node_nothing_could_be_accepted(files, small_model, tmp_path):
     (tmp_path / "pins.toml").write_text(pins_text(small_model, keys=()))
     with pytest.raises(UsageError, match="list no node"):
-        Registry.load(tmp_path / "pins.toml", None, Settings())
+        Registry.load(tmp_path / "pins.toml", None, ServiceSettings())
 
 
 @pytest.mark.parametrize("formats", ['["float32", "bfloat16"]', '["bfloat16", "float32"]'])
@@ -216,7 +218,7 @@ def test_a_build_of_two_formats_is_refused_by_a_validator(small_model, files, fo
     """
     registry = files(pins=pins_text(small_model).replace('dtype = "float32"', f"dtype = {formats}"))
     with pytest.raises(CalibrationError, match=r"the build 'cpu' of (float32|bfloat16) and"):
-        Noises(Settings(), registry, Deployment.of(small_model, compiled=False), 32)
+        Noises(ServiceSettings(), registry, Deployment.of(small_model, compiled=False), 32)
 
 
 @pytest.mark.parametrize(

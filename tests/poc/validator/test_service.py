@@ -11,12 +11,12 @@ import yaml
 
 from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
-from assay.poc.service import Settings
+from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, validate
-from assay.poc.validator import app as _app
-from assay.poc.validator import worker as _worker
-from assay.poc.validator.controller import ValidatorController
+from assay.poc.validator import recomputer as _worker
+from assay.poc.validator import validator_api as _app
 from assay.poc.validator.inbox import Inbox
+from assay.poc.validator.validator_controller import ValidatorController
 from tests.poc.service.conftest import FULL, failing, signed
 from tests.poc.service.series import absent_series
 from tests.poc.validator.conftest import API, body_of, nodes_text, pins_text, proof_of, secret_of
@@ -68,7 +68,7 @@ def test_others_reach_a_validator_only_with_keys_and_secrets(small_model, tmp_pa
     settings = ValidatorSettings(pins=tmp_path / "pins.toml")
     load = lambda: Deployment.of(small_model, compiled=False)  # noqa: E731
     for service, seen in (({}, "without a key"), ({"api_keys": (KEY,)}, "sign nothing")):
-        made = Settings(data_dir=tmp_path / "data", **service)
+        made = ServiceSettings(data_dir=tmp_path / "data", **service)
         with pytest.raises(UsageError, match=seen):
             validate(load, settings, made, reference="m", host="0.0.0.0", port=0)
     assert not (tmp_path / "data").exists()
@@ -161,7 +161,7 @@ def begun(small_model, tmp_path):
 
         (tmp_path / "pins.toml").write_text(pins or pins_text(small_model))
         settings = ValidatorSettings(pins=tmp_path / "pins.toml")
-        service = Settings(data_dir=tmp_path / "data")
+        service = ServiceSettings(data_dir=tmp_path / "data")
         controller = ValidatorController(load, settings, service)
         controller.start()
         return controller
@@ -323,7 +323,7 @@ def test_an_engine_that_fails_is_said_and_messages_are_still_taken(
 ):
     with validating() as running:
         running.wait_ready()
-        monkeypatch.setattr("assay.poc.validator.worker.FAILURE_PAUSE", 0.05)
+        monkeypatch.setattr("assay.poc.validator.recomputer.FAILURE_PAUSE", 0.05)
         broken = failing(monkeypatch, _worker, "recompute", RuntimeError("the device has gone"))
         running.send(body_of(proof_of(small_model, "node_A", range(60))))
         until(lambda: running.client.get("/ready").status_code == 503)

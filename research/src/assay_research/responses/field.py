@@ -26,10 +26,10 @@ from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
 from assay.poc.protocol.proof import Fingerprint
 from assay.poc.responses.adapters import Lora
-from assay.poc.responses.calibration import fit_response_noise
 from assay.poc.responses.prefill import HFPrefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
-from assay.poc.responses.replaying import Replayed, replay
+from assay.poc.responses.replaying import ReplayedResponse, replay
+from assay.poc.responses.response_calibration import fit_response_noise
 from assay.poc.responses.sampling import Sampling
 from assay.poc.verdict.noise import ResponseNoise, ResponseTest
 from assay.stats.token_law import COLUMNS
@@ -178,7 +178,7 @@ class Checked:
         reply: What the rivals score.
     """
 
-    replayed: Replayed
+    replayed: ReplayedResponse
     reply: Reply
 
 
@@ -258,7 +258,7 @@ class _Keeping:
             self._kept[row] = own_NK, prefilled.hidden
             yield row, prefilled
 
-    def reply(self, row: int, replayed: Replayed) -> Reply:
+    def reply(self, row: int, replayed: ReplayedResponse) -> Reply:
         """Return what the rivals score of a response."""
         own_NK, own_ND = self._kept[row]
         sampling = replayed.receipt.sampling
@@ -316,7 +316,7 @@ class Ours:
         test = ResponseTest(self.noise, alpha=ALPHA, beta=BETA)
         return test.tokens, test.sketches
 
-    def scores(self, one: Replayed) -> dict[str, FloatArray]:
+    def scores(self, one: ReplayedResponse) -> dict[str, FloatArray]:
         """Return our scores of the tokens of a response, [N]: ln of the likelihood ratio of larger
         noise.
         """
@@ -336,7 +336,7 @@ class Ours:
             "both": ratio_N + np.nan_to_num(sketched_N),
         }
 
-    def looks(self, one: Replayed) -> Looks:
+    def looks(self, one: ReplayedResponse) -> Looks:
         """Return what a response adds to the sums of both tests at the end of every block of 32
         tokens.
         """
@@ -368,7 +368,7 @@ class Ours:
         }
 
     def audited(
-        self, replays: Sequence[Replayed], audits: int, *, seed: int = 0
+        self, replays: Sequence[ReplayedResponse], audits: int, *, seed: int = 0
     ) -> dict[str, FloatArray]:
         """Return the tokens after which each test accuses audits of whole responses, [A], by
         test.

@@ -34,7 +34,7 @@ from assay.files.jsonl import unique_keys
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.settings import ServerSettings, is_loopback
+from assay.poc.net.server_settings import ServerSettings, is_loopback
 from assay.poc.net.shares import PARTS, Shares, client_of
 
 log = structlog.get_logger("assay.http")

@@ -21,7 +21,7 @@ from assay.errors import StorageError, reason_of
 from assay.files.jsonl import JsonObject
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal
-from assay.poc.net.settings import ServerSettings
+from assay.poc.net.server_settings import ServerSettings
 from assay.poc.net.shares import Shares
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from assay.errors import UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import answer
 from assay.poc.net.runtime import Runtime
-from assay.poc.net.settings import ServerSettings
+from assay.poc.net.server_settings import ServerSettings
 from assay.poc.net.shares import Shares, client_of
 
 log = structlog.get_logger("assay.server")

@@ -497,7 +497,7 @@ def parse_header(line: bytes, *, source: str | Path = "receipts", number: int = 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HeaderLine:
+class _ReceiptHeaderLine:
     __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["assay.poc.receipts"]
@@ -509,7 +509,7 @@ class _HeaderLine:
 
 
 def _read_header(line: bytes) -> ReceiptHeader:
-    read = read_as(_HeaderLine, line)
+    read = read_as(_ReceiptHeaderLine, line)
     for name in ("batch_size", "seq_len"):
         check_number(name, getattr(read.fingerprint, name), 1, LARGEST_SIZE)
     if read.sketch not in (None, SKETCH):

@@ -252,7 +252,7 @@ def _profiles(gaps_NV: Float[Tensor, "N V"], tokens_N: Tensor) -> Float64[Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Replayed:
+class ReplayedResponse:
     """A receipt beside what a prefill of it gives.
 
     Args:
@@ -291,7 +291,7 @@ def replay(
     adapter: Lora | None = None,
     engine: Prefill | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Replayed]:
+) -> list[ReplayedResponse]:
     """Run the responses of receipts again, each by one prefill.
 
     Args:
@@ -328,7 +328,7 @@ def replay(
     check_ends(receipts, model, requests)
     chosen = [receipt for receipt in receipts.receipts if receipt.output]
     engine = engine or HFPrefill(model)
-    results: dict[int, Replayed] = {}
+    results: dict[int, ReplayedResponse] = {}
     for used in (None, adapter) if adapter is not None else (None,):
         places = [
             place
@@ -442,7 +442,7 @@ def check_adapter(receipts: Receipts, adapter: Lora | None) -> None:
 
 def _compare(
     header: ReceiptHeader, receipt: Receipt, tokens: PromptAndOutput, prefilled: Prefilled
-) -> Replayed:
+) -> ReplayedResponse:
     seed = header.seed(receipt)
     margins = np.zeros(0, np.float32)
     profiles = np.zeros((0, COLUMNS))
@@ -463,7 +463,7 @@ def _compare(
         residuals = np.linalg.norm(
             receipt.sketches.astype(np.float64) - recomputed.astype(np.float64), axis=1
         )
-    return Replayed(receipt, margins, profiles, residuals)
+    return ReplayedResponse(receipt, margins, profiles, residuals)
 
 
 def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> PromptAndOutput:

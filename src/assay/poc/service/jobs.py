@@ -22,10 +22,10 @@ from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import room_of
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Record, describe_packing, pack_record
-from assay.poc.service.callbacks import Outbox
-from assay.poc.service.judge import HonestNoise, judge_vectors
-from assay.poc.service.requests import GenerateRequest
-from assay.poc.service.settings import Settings
+from assay.poc.service.distance_judge import HonestNoise, judge_vectors
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.request_bodies import GenerateRequest
+from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.verdict.judge import residuals
 from assay.poc.verdict.noise import missing_law
 
@@ -51,7 +51,7 @@ class Jobs:
         self,
         database: Database,
         outbox: Outbox,
-        settings: Settings,
+        settings: ServiceSettings,
         noise: HonestNoise,
         closing: threading.Event,
     ) -> None:

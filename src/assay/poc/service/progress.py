@@ -12,7 +12,7 @@ from assay import stats
 from assay.poc.protocol.blocks import BlockFactor, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord
-from assay.poc.service.rounds import RECENT, Batch, Rounds, StoredRound, bin_counts
+from assay.poc.service.rounds import RECENT, ComputedBatch, Rounds, StoredRound, bin_counts
 from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
 WINDOW = 30.0  # seconds over which the current rate is measured
@@ -81,7 +81,7 @@ class Progress:
         """
         return self._of_calibration if self.factor is None else self.factor.law
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: ComputedBatch) -> None:
         """Count a batch that is on disk."""
         with self._lock:
             self.next_nonce = batch.next_nonce

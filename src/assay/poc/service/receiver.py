@@ -19,11 +19,11 @@ from assay.errors import UsageError
 from assay.files.jsonl import JsonObject, loads
 from assay.files.sqlite_connections import damaged
 from assay.files.sqlite_schema import table_names
-from assay.poc.net.app import new_app
+from assay.poc.net.application import new_app
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.net.server import listen, run_app
-from assay.poc.net.settings import ServerSettings, is_loopback
+from assay.poc.net.server_settings import ServerSettings, is_loopback
 from assay.poc.net.signatures import Signatures, message_id, parsed, unsigned
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.database import RECEIVED, open_database

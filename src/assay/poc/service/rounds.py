@@ -20,7 +20,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import settled_time
 from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
 from assay.poc.protocol.round import Round
-from assay.poc.service.callbacks import Outbox
+from assay.poc.service.outbox import Outbox
 from assay.poc.service.states import State
 
 RECENT = 256
@@ -124,7 +124,7 @@ class StoredRound(RoundValues):
 
 
 @dataclass(frozen=True)
-class Batch:
+class ComputedBatch:
     """Results of one batch on their way to disk."""
 
     epoch: int
@@ -209,7 +209,7 @@ class Rounds:
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
 
-    def commit(self, batches: Sequence[Batch], *, interval: float, most: int) -> None:
+    def commit(self, batches: Sequence[ComputedBatch], *, interval: float, most: int) -> None:
         """Write batches of one round, their counts, and the callback that announces them, in one
         transaction.
         """

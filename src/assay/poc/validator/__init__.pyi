@@ -1,3 +1,3 @@
-from .app import create_app as create_app
-from .app import validate as validate
-from .settings import ValidatorSettings as ValidatorSettings
+from .validator_api import create_app as create_app
+from .validator_api import validate as validate
+from .validator_settings import ValidatorSettings as ValidatorSettings

@@ -5,7 +5,7 @@ import time
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import GroupCommit
 from assay.poc.validator.inbox import Inbox, Message
-from assay.poc.validator.metrics import ValidatorMetrics
+from assay.poc.validator.validator_metrics import ValidatorMetrics
 
 PRUNE_EVERY = 5.0
 

@@ -17,8 +17,8 @@ from assay.poc.net.routes import Bodies, observed
 from assay.poc.net.shares import PARTS
 from assay.poc.net.signatures import message_id, parsed
 from assay.poc.validator.claims import Claim, Reader, read_claim, refused, sender_of
-from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Message
+from assay.poc.validator.validator_controller import ValidatorController
 
 PREFIX = "/api/v1/validator"
 

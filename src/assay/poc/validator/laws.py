@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from assay.errors import CalibrationError
 from assay.files.jsonl import JsonObject
-from assay.poc.net.settings import ServerSettings
+from assay.poc.net.server_settings import ServerSettings
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
 from assay.poc.verdict.calibration import (

@@ -9,16 +9,16 @@ import structlog
 
 from assay.errors import AssayError
 from assay.files.jsonl import JsonObject, dumps
-from assay.poc.net.callbacks import Blocked, call, new_client
+from assay.poc.net.callback_urls import Blocked, call, new_client
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import LEAST_CHUNK, MAX_CHUNKS
 from assay.poc.net.signatures import parsed
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.validator.claims import refused
-from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.inbox import Message
 from assay.poc.validator.intake import claimed_message
 from assay.poc.validator.registry import Sender
+from assay.poc.validator.validator_controller import ValidatorController
 
 log = structlog.get_logger("assay.validator")
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps
-from assay.poc.net.callbacks import check_url
-from assay.poc.net.settings import ServerSettings, check_secrets
+from assay.poc.net.callback_urls import check_url
+from assay.poc.net.server_settings import ServerSettings, check_secrets
 from assay.poc.net.signatures import Signatures
 from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import Build

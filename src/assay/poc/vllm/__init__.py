@@ -18,7 +18,7 @@ import lazy_loader  # type: ignore[import-untyped]
 
 _PLACES = {
     "endpoint_plugin": ["plugin"],
-    "engine": ["VLLMEngine"],
+    "vllm_engine": ["VLLMEngine"],
     "preflight": ["PluginSettings"],
     "processors": ["ProcessorV1", "ProcessorV2"],
     "response_worker": ["ResponseExtension"],

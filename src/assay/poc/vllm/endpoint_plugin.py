@@ -38,15 +38,15 @@ from assay.poc.net.shares import client_of
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader
-from assay.poc.service.app import PREFIX, PREFIXES, attach, dashboard_router
-from assay.poc.service.controller import Controller
-from assay.poc.service.receipts import ReceiptKeeper, ReceiptSink
+from assay.poc.service.receipt_keeper import ReceiptKeeper, ReceiptSink
+from assay.poc.service.service_api import PREFIX, PREFIXES, attach, dashboard_router
+from assay.poc.service.service_controller import Controller
 from assay.poc.vllm.client import Client, call_workers, connect
 from assay.poc.vllm.compatibility import check_config, check_installed, check_responses
-from assay.poc.vllm.engine import RequestEngine
 from assay.poc.vllm.preflight import PluginSettings, check_arguments
 from assay.poc.vllm.recorder import ACCEPTED, AcceptedRequest, Recorder
 from assay.poc.vllm.throttle import OperatorsThrottle
+from assay.poc.vllm.vllm_engine import RequestEngine
 
 WITHOUT_ENGINE = "/tokenize", "/detokenize"  # POST routes that need no engine
 

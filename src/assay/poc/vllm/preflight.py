@@ -13,11 +13,11 @@ from pydantic import Field
 
 from assay.errors import UsageError
 from assay.models.load import identify
-from assay.poc.net.settings import Seconds, is_loopback
+from assay.poc.net.server_settings import Seconds, is_loopback
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.round import check_name
-from assay.poc.service.settings import Settings
+from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.vllm.client import most_positions
 from assay.poc.vllm.compatibility import (
     EXTENSION,
@@ -31,19 +31,19 @@ from assay.poc.vllm.compatibility import (
     refuse_first,
     rounded_cache,
 )
-from assay.poc.vllm.engine import multiply_exactly
 from assay.poc.vllm.throttle import OperatorsThrottle
+from assay.poc.vllm.vllm_engine import multiply_exactly
 from assay.streams.arrays import dtype_name
 
 log = logging.getLogger("assay.vllm")
 
 
-class PluginSettings(Settings):
+class PluginSettings(ServiceSettings):
     """The settings of ``assay poc serve`` under their names in the environment, and those of the
     vLLM engine.
 
     Raises:
-        AssayError: As of :class:`assay.poc.service.Settings`.
+        AssayError: As of :class:`assay.poc.service.ServiceSettings`.
     """
 
     has_flags = False

@@ -29,7 +29,7 @@ from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
 from assay.poc.responses.adapters import Adapter, digest_adapter
 from assay.poc.responses.receipts import Prompt, Receipt
 from assay.poc.responses.sampling import ResponseSeed, Sampling
-from assay.poc.service.receipts import ReceiptSink
+from assay.poc.service.receipt_keeper import ReceiptSink
 from assay.poc.vllm.client import call_workers
 from assay.poc.vllm.response_worker import ARGUMENT, SeedArgument
 
@@ -239,7 +239,7 @@ class Collector:
 
 
 @dataclass
-class Call:
+class ChatCall:
     """One call of ``generate``, which makes one or more choices of an answer."""
 
     first: int
@@ -275,13 +275,13 @@ class AcceptedRequest:
     refused: AssayError | None = None  # for which a receipt could not be stored
     stored: int = 0  # number of its receipts
     count: int = 0  # of its choices
-    calls: dict[str, Call] = field(default_factory=dict)
+    calls: dict[str, ChatCall] = field(default_factory=dict)
 
-    def expect(self, engine_id: str, params: Any) -> Call:
+    def expect(self, engine_id: str, params: Any) -> ChatCall:
         """Count the choices of a call: they are numbered through all prompts of the request, as in
         the answer.
         """
-        call = self.calls[engine_id] = Call(self.count, params.output_kind.name == "DELTA")
+        call = self.calls[engine_id] = ChatCall(self.count, params.output_kind.name == "DELTA")
         self.count += params.n
         return call
 
@@ -325,7 +325,7 @@ class Recorder:
         return self._recorded(outputs, accepted, accepted.expect(request_id, sampling_params), lora)
 
     async def _recorded(
-        self, outputs: Any, accepted: AcceptedRequest, call: Call, lora: Any
+        self, outputs: Any, accepted: AcceptedRequest, call: ChatCall, lora: Any
     ) -> AsyncGenerator[Any]:
         if lora is not None and ((key := _key(lora)) not in self._adapters or lora.load_inplace):
             with suppress(
@@ -382,7 +382,7 @@ class Recorder:
         request.sampling_params = params
 
     def _seed(
-        self, accepted: AcceptedRequest, call: Call, request: Any, parent: Any, index: int
+        self, accepted: AcceptedRequest, call: ChatCall, request: Any, parent: Any, index: int
     ) -> Any:
         """Return the parameters with which the engine runs a choice, and expect its outputs."""
         params = request.sampling_params

@@ -131,7 +131,7 @@ class KeptResponse(NamedTuple):
     sketches: dict[int, bytes]
 
 
-class State(NamedTuple):
+class SketchedState(NamedTuple):
     """A hidden state that is not sketched yet; ``there`` is a tensor where only the device knows
     whether it is.
     """
@@ -152,7 +152,7 @@ class Capture:
         self._scheduled: dict[str, int] = {}  # requests of the step before, and their tokens in it
         self._idle = 0  # steps that need no look, if the requests stay the same
         # The states of each step, and on a GPU the event after which they are there.
-        self._waiting: deque[tuple[list[State], list[Tensor], Any]] = deque()
+        self._waiting: deque[tuple[list[SketchedState], list[Tensor], Any]] = deque()
         speculative = getattr(config, "speculative_config", None)
         drafts = int(speculative.num_speculative_tokens or 0) if speculative is not None else 0
         self._slack = STEPS_AHEAD * drafts if runner_kind(runner) == "v2" else 0
@@ -246,7 +246,7 @@ class Capture:
                     step_rows.append(state_1D)
                 else:
                     places.append(start + token - first)
-                    state = State(response, token)
+                    state = SketchedState(response, token)
                 step_states.append(state)
         if places:
             step_rows.append(states_ND.index_select(0, to_device(places, self._device)))
@@ -262,7 +262,7 @@ class Capture:
 
     def _choose(
         self, states_LD: Tensor, start: int, response: KeptResponse, token: int
-    ) -> tuple[State, Tensor]:
+    ) -> tuple[SketchedState, Tensor]:
         """Copy the state [1, D] at a position that only the device can find: with drafts the host's
         count is a bound.
 
@@ -273,7 +273,7 @@ class Capture:
             start : start + len(states_LD)
         ]
         hits_L = positions_L == response.prompt - 1 + token
-        return State(response, token, hits_L.any()), states_LD.index_select(
+        return SketchedState(response, token, hits_L.any()), states_LD.index_select(
             0, hits_L.to(torch.uint8).argmax().reshape(1)
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import stats
-from assay.poc.service.app import render_page
+from assay.poc.service.service_api import render_page
 from tests.end_to_end.receiver import Answering
 
 KEY = "read-key-of-the-test"

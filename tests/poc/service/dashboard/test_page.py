@@ -4,7 +4,7 @@ import base64
 import hashlib
 import re
 
-from assay.poc.service.app import render_page
+from assay.poc.service.service_api import render_page
 
 
 def test_it_is_served_at_the_root_of_the_service_without_a_key(serving):

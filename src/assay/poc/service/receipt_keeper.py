@@ -21,7 +21,7 @@ from typing_extensions import override
 from assay.errors import AssayError, StorageError
 from assay.files.jsonl import JsonObject
 from assay.files.sqlite import Database
-from assay.poc.net.callbacks import check_url
+from assay.poc.net.callback_urls import check_url
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import HEAD, Scope, needs, problems
 from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
@@ -29,10 +29,10 @@ from assay.poc.net.shares import Shares, disk_room, fair_share
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
-from assay.poc.service.callbacks import Outbox
-from assay.poc.service.metrics import Metrics
-from assay.poc.service.requests import ReceiptList, StoredReceipt
-from assay.poc.service.settings import Settings
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.request_bodies import ReceiptList, StoredReceipt
+from assay.poc.service.service_metrics import Metrics
+from assay.poc.service.service_settings import ServiceSettings
 
 log = structlog.get_logger("assay.receipts")
 
@@ -88,7 +88,7 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
     """
 
     def __init__(
-        self, database: Database, outbox: Outbox, settings: Settings, metrics: Metrics
+        self, database: Database, outbox: Outbox, settings: ServiceSettings, metrics: Metrics
     ) -> None:
         super().__init__("assay-receipts", most=settings.max_receipts)
         self.database = database

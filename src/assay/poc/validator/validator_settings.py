@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from assay.poc.net.settings import Bytes, Count
+from assay.poc.net.server_settings import Bytes, Count
 from assay.settings import Flag, Names, Settings
 
 Seconds = Annotated[float, "SECONDS", Field(gt=0, allow_inf_nan=False)]

@@ -27,18 +27,18 @@ from assay.poc.net.shares import Shares
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import DistanceRecord
-from assay.poc.service import requests
-from assay.poc.service.callbacks import Outbox
+from assay.poc.service import request_bodies as requests
 from assay.poc.service.database import open_database
+from assay.poc.service.distance_judge import HonestNoise, Judge, check_calibration
 from assay.poc.service.jobs import Jobs
-from assay.poc.service.judge import HonestNoise, Judge, check_calibration
-from assay.poc.service.metrics import Metrics
+from assay.poc.service.outbox import Outbox
 from assay.poc.service.progress import EXPECTED, Progress
-from assay.poc.service.receipts import ReceiptKeeper
-from assay.poc.service.rounds import Batch, Rounds, StoredRound
-from assay.poc.service.settings import Settings
+from assay.poc.service.receipt_keeper import ReceiptKeeper
+from assay.poc.service.round_worker import ShareDone, Worker, Writer
+from assay.poc.service.rounds import ComputedBatch, Rounds, StoredRound
+from assay.poc.service.service_metrics import Metrics
+from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.service.states import State, after
-from assay.poc.service.worker import ShareDone, Worker, Writer
 
 log = structlog.get_logger("assay.controller")
 
@@ -63,7 +63,7 @@ class Controller(Runtime):
     metrics: Metrics
     worker: Worker
 
-    def __init__(self, load: Callable[[], Deployment], settings: Settings) -> None:
+    def __init__(self, load: Callable[[], Deployment], settings: ServiceSettings) -> None:
         super().__init__(settings, Metrics())
         self.settings = settings
         self.error: str | None = None
@@ -412,7 +412,7 @@ class Controller(Runtime):
             "verdicts": self.judge.last(),
         }
 
-    def _committed(self, batches: list[Batch], seconds: float) -> None:
+    def _committed(self, batches: list[ComputedBatch], seconds: float) -> None:
         self.metrics.commit_seconds.observe(seconds)
         progress = self.progress
         self._computed = True

@@ -15,15 +15,15 @@ from assay.errors import ProofMismatch, UsageError
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
 from assay.poc.protocol.proof import Fingerprint
-from assay.poc.responses.calibration import ResponseCalibration, bundled_response_noise
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.requests import Request
+from assay.poc.responses.response_calibration import ResponseCalibration, bundled_response_noise
 from assay.poc.verdict.judge import EXIT_CODES, Outcome
 from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
 from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
 
 if TYPE_CHECKING:
-    from assay.poc.responses.replaying import Replayed
+    from assay.poc.responses.replaying import ReplayedResponse
 
 Evidence = Literal["both", "tokens", "sketches"]
 """What receipts must have: tokens that were sampled with seeds, sketches, or both."""
@@ -178,7 +178,7 @@ class ResponseVerdict:
     result: ResponseResult | None
     reason: str
     noise: ResponseNoise | None
-    replayed: "tuple[Replayed, ...]"
+    replayed: "tuple[ReplayedResponse, ...]"
     receipts: Receipts
     pins: ReceiptPins
     sample_seed: int | None
@@ -292,7 +292,7 @@ class ResponseVerdict:
 
 @np.errstate(under="ignore")
 def judge_responses(
-    replayed: "Sequence[Replayed]",
+    replayed: "Sequence[ReplayedResponse]",
     receipts: Receipts,
     noise: ResponseNoise | None,
     *,

@@ -38,9 +38,9 @@ from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
 from assay.stats.law_fits import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:
-    from assay.poc.responses.replaying import Replayed
+    from assay.poc.responses.replaying import ReplayedResponse
 
-FILE_KIND = "assay.poc.responses.calibration"
+FILE_KIND = "assay.poc.responses.response_calibration"
 SCHEMA = 1
 
 MARGIN = 2.0
@@ -155,7 +155,7 @@ class ResponseCalibration:
 
 
 def calibrate_responses(
-    measured: "Sequence[tuple[ReceiptHeader, Sequence[Replayed]]]", verifier: Fingerprint
+    measured: "Sequence[tuple[ReceiptHeader, Sequence[ReplayedResponse]]]", verifier: Fingerprint
 ) -> ResponseCalibration:
     """Measure the noise of honest receipts that were replayed.
 
@@ -256,7 +256,9 @@ def _check_enough_sketches(count: int, responses: int) -> None:
         )
 
 
-def fit_response_noise(by_prover: "Sequence[Sequence[Replayed]]", source: str) -> ResponseNoise:
+def fit_response_noise(
+    by_prover: "Sequence[Sequence[ReplayedResponse]]", source: str
+) -> ResponseNoise:
     """Fit the noise of honest responses to what the replay of every machine gave."""
     everything = [response for replayed in by_prover for response in replayed]
     profiles = [response.profiles for response in everything if len(response.profiles)]
@@ -311,7 +313,7 @@ def _bundled() -> JsonObject:
     return read_json(BUNDLED_LAWS)
 
 
-def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[Replayed]") -> float:
+def _scale_of_tokens(fit: TokenFit, replayed: "Sequence[ReplayedResponse]") -> float:
     """Return the likeliest ln scale of the tokens of a machine over that of the law; 0 where they
     do not say.
     """

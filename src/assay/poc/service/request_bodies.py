@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from assay.errors import UsageError
-from assay.poc.net.callbacks import check_url
+from assay.poc.net.callback_urls import check_url
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.protocol.pins import Build, describe_build, nearest_build
@@ -29,7 +29,7 @@ from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Fingerprint, Record, check_distinct_seeds, unpack_or_nan
 from assay.poc.protocol.round import MAX_NONCE, Round
 from assay.poc.service.rounds import RoundValues, StoredRound
-from assay.poc.service.settings import Settings
+from assay.poc.service.service_settings import ServiceSettings
 
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")
@@ -203,7 +203,7 @@ class GenerateRequest(_Block):
         ]
 
 
-def check_deployed(deployment: Deployment, settings: Settings) -> None:
+def check_deployed(deployment: Deployment, settings: ServiceSettings) -> None:
     """Refuse a deployed model that the network did not agree on.
 
     Raises:
@@ -234,7 +234,7 @@ def check_deployed(deployment: Deployment, settings: Settings) -> None:
             )
 
 
-def check_round(round: Round, settings: Settings, *, share: bool) -> None:
+def check_round(round: Round, settings: ServiceSettings, *, share: bool) -> None:
     """Refuse with 409 a round that the network did not agree on; names all values that contradict.
 
     ``share`` says that the round is generated, so that its key and share must be of a node where
@@ -248,7 +248,9 @@ def check_round(round: Round, settings: Settings, *, share: bool) -> None:
         _check_agreed(names, vars(round), vars(pins.round))
 
 
-def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Settings) -> None:
+def check_build(
+    fingerprint: Fingerprint, deployment: Deployment, settings: ServiceSettings
+) -> None:
     """Refuse with 409 an engine that is of no build that the network allows; names what the nearest
     one has else.
     """
@@ -256,7 +258,7 @@ def check_build(fingerprint: Fingerprint, deployment: Deployment, settings: Sett
     _check_agreed(names, describe_build(fingerprint), vars(build) if build is not None else {})
 
 
-def _builds(deployment: Deployment, settings: Settings) -> tuple[Build, ...]:
+def _builds(deployment: Deployment, settings: ServiceSettings) -> tuple[Build, ...]:
     return () if settings.pins is None else settings.pins.model(deployment.digest).builds
 
 
@@ -290,7 +292,7 @@ def _check_agreed(
 def round_values(
     request: InitRequest | ArtifactInit,
     deployment: Deployment,
-    settings: Settings,
+    settings: ServiceSettings,
     *,
     needs_share: bool,
 ) -> RoundValues:
@@ -345,7 +347,9 @@ def round_values(
     return asked
 
 
-def check_validation(request: ValidateRequest, stored: StoredRound, settings: Settings) -> None:
+def check_validation(
+    request: ValidateRequest, stored: StoredRound, settings: ServiceSettings
+) -> None:
     """Refuse distances that cannot be of this round: of another block, of vectors or of a key of no
     node (409), lists that do not fit or nonces of another node (422), and nonces of which one
     forward pass would serve several.
@@ -402,7 +406,7 @@ def check_validation(request: ValidateRequest, stored: StoredRound, settings: Se
     check_distinct_seeds(replace(stored.round, public_key=request.public_key), request.nonces)
 
 
-def check_job(request: GenerateRequest, deployment: Deployment, settings: Settings) -> None:
+def check_job(request: GenerateRequest, deployment: Deployment, settings: ServiceSettings) -> None:
     """Refuse an artifact job that cannot be done: artifacts of other nonces (400), other parameters
     than deployed or agreed on (409), and nonces that one forward pass would serve where artifacts
     are to be checked.
@@ -424,7 +428,7 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Settin
             )
 
 
-def _check_params(params: Params, deployment: Deployment, settings: Settings) -> None:
+def _check_params(params: Params, deployment: Deployment, settings: ServiceSettings) -> None:
     requested = params.model_dump(exclude={"preset"})
     pipeline = get_pipeline(params.preset)
     if pipeline.steps and not deployment.decodes:
@@ -455,7 +459,7 @@ def _check_params(params: Params, deployment: Deployment, settings: Settings) ->
 
 
 def _check_work(
-    round: Round, batch_size: int, deployment: Deployment, settings: Settings, *, share: bool
+    round: Round, batch_size: int, deployment: Deployment, settings: ServiceSettings, *, share: bool
 ) -> None:
     """Refuse batches outside the bounds of the service (422), and rounds and batches outside the
     pins (409).
@@ -485,7 +489,7 @@ def _check_work(
         _check_agreed(("batch_size",), {"batch_size": batch_size}, {"batch_size": agreed})
 
 
-def _limited(nonces: Sequence[int], settings: Settings) -> Sequence[int]:
+def _limited(nonces: Sequence[int], settings: ServiceSettings) -> Sequence[int]:
     if len(nonces) > settings.max_nonces:
         raise Refusal(
             422,

@@ -27,13 +27,13 @@ from standardwebhooks import Webhook
 from assay.errors import StorageError, UsageError, visible
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.sqlite import Database
-from assay.poc.net.callbacks import Blocked, call, new_client
+from assay.poc.net.callback_urls import Blocked, call, new_client
 from assay.poc.net.runtime import Runtime, settled_time
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import describe_packing
 from assay.poc.service.database import FILE, open_database
-from assay.poc.service.metrics import Metrics
-from assay.poc.service.settings import Settings
+from assay.poc.service.service_metrics import Metrics
+from assay.poc.service.service_settings import ServiceSettings
 
 log = structlog.get_logger("assay.callbacks")
 
@@ -313,7 +313,7 @@ class Delivery:
     """Sends the callbacks that an outbox owes, until ``runtime`` ends."""
 
     def __init__(
-        self, outbox: Outbox, runtime: Runtime, settings: Settings, metrics: Metrics
+        self, outbox: Outbox, runtime: Runtime, settings: ServiceSettings, metrics: Metrics
     ) -> None:
         self._outbox = outbox
         self._runtime = runtime

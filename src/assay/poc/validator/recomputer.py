@@ -38,9 +38,9 @@ from assay.poc.protocol.round import Round, group_rows
 from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
-from assay.poc.validator.metrics import ValidatorMetrics
 from assay.poc.validator.registry import Registry
-from assay.poc.validator.settings import ValidatorSettings
+from assay.poc.validator.validator_metrics import ValidatorMetrics
+from assay.poc.validator.validator_settings import ValidatorSettings
 from assay.poc.verdict.judge import residuals, scores
 from assay.poc.verdict.ledger import Ledger
 from assay.poc.verdict.life import Account, Standing, Update, round_identity

@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 
 from assay.files.jsonl import JsonObject
-from assay.poc.net.app import (
+from assay.poc.net.application import (
     Feed,
     assemble_page,
     new_app,
@@ -23,14 +23,14 @@ from assay.poc.net.app import (
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
 from assay.poc.net.server import listen, run_app
-from assay.poc.net.settings import check_host
+from assay.poc.net.server_settings import check_host
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.service import requests
-from assay.poc.service.callbacks import Delivery
-from assay.poc.service.controller import Controller
-from assay.poc.service.receipts import RECEIPTS_PREFIX, receipts_router
-from assay.poc.service.settings import Settings
+from assay.poc.service import request_bodies as requests
+from assay.poc.service.outbox import Delivery
+from assay.poc.service.receipt_keeper import RECEIPTS_PREFIX, receipts_router
+from assay.poc.service.service_controller import Controller
+from assay.poc.service.service_settings import ServiceSettings
 
 PREFIX = "/api/v1/pow"
 """Path of the published API."""
@@ -268,7 +268,9 @@ def render_page() -> tuple[str, dict[str, str]]:
     )
 
 
-def serve(load: Callable[[], Deployment], settings: Settings, *, host: str, port: int) -> None:
+def serve(
+    load: Callable[[], Deployment], settings: ServiceSettings, *, host: str, port: int
+) -> None:
     """Serve until SIGTERM or SIGINT; port 0 takes a free one, which the log names.
 
     Raises:

@@ -16,18 +16,25 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from assay.poc.net.app import Feed, assemble_page, new_app, operations_router, page_router, run_with
+from assay.poc.net.application import (
+    Feed,
+    assemble_page,
+    new_app,
+    operations_router,
+    page_router,
+    run_with,
+)
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.net.server import listen, run_app
-from assay.poc.net.settings import ServerSettings, check_host, is_loopback
+from assay.poc.net.server_settings import ServerSettings, check_host, is_loopback
 from assay.poc.protocol.round import MAX_NONCE
-from assay.poc.validator.controller import ValidatorController
 from assay.poc.validator.intake import PREFIX, Intake
 from assay.poc.validator.poller import Poller
-from assay.poc.validator.settings import ValidatorSettings
-from assay.poc.validator.worker import account_id
+from assay.poc.validator.recomputer import account_id
+from assay.poc.validator.validator_controller import ValidatorController
+from assay.poc.validator.validator_settings import ValidatorSettings
 
 log = structlog.get_logger("assay.validator")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from assay.poc.net.settings import Count, Seconds, ServerSettings, loaded_by
+from assay.poc.net.server_settings import Count, Seconds, ServerSettings, loaded_by
 
 if TYPE_CHECKING:
     from assay.poc.protocol.pins_file import NetworkPins
@@ -18,7 +18,7 @@ else:
 _read_pins = BeforeValidator(partial(loaded_by, "assay.poc.protocol.pins_file", "NetworkPins"))
 
 
-class Settings(ServerSettings):
+class ServiceSettings(ServerSettings):
     """How the service runs. Times are in seconds, sizes in bytes.
 
     Raises:

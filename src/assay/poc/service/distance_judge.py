@@ -19,10 +19,10 @@ from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.proof import Fingerprint, is_valid
 from assay.poc.protocol.round import Round
-from assay.poc.service.callbacks import Outbox
-from assay.poc.service.requests import GenerateRequest, StatTest, ValidateRequest
+from assay.poc.service.outbox import Outbox
+from assay.poc.service.request_bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
-from assay.poc.service.settings import Settings
+from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.verdict.calibration import Calibration, account_alpha, find_build_noise
 from assay.poc.verdict.judge import count_mismatches, published_rule
 from assay.poc.verdict.ledger import Ledger
@@ -36,7 +36,7 @@ MAX_TESTS = 4096
 class HonestNoise:
     """Finds the noise between nodes and this service: as given, or as the network pinned it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         self._given = settings.calibration
         pins = settings.pins
         self._pinned: dict[str, tuple[tuple[Build, ...], list[Calibration]]] = {}
@@ -132,7 +132,7 @@ class Judge:
     """
 
     def __init__(
-        self, database: Database, outbox: Outbox, settings: Settings, noise: HonestNoise
+        self, database: Database, outbox: Outbox, settings: ServiceSettings, noise: HonestNoise
     ) -> None:
         self._db = database
         self._outbox = outbox
@@ -307,7 +307,7 @@ def judge_vectors(
     request: GenerateRequest,
     errors: FloatArray,
     noise: Noise | None,
-    settings: Settings,
+    settings: ServiceSettings,
     *,
     missing: str,
 ) -> JsonObject:

@@ -22,8 +22,8 @@ from assay.poc.net.runtime import EngineThread, LoopThread
 from assay.poc.protocol.proof import DistanceRecord, Record, is_distance, is_valid
 from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service.jobs import STORAGE_PAUSE, Jobs
-from assay.poc.service.rounds import Batch, Rounds, StoredRound
-from assay.poc.service.settings import Settings
+from assay.poc.service.rounds import ComputedBatch, Rounds, StoredRound
+from assay.poc.service.service_settings import ServiceSettings
 
 log = structlog.get_logger("assay.controller")
 
@@ -157,7 +157,7 @@ class Worker(EngineThread):
             self._stream = None
 
 
-def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> Batch:
+def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> ComputedBatch:
     valid = [
         not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target)
         for record in records
@@ -172,7 +172,7 @@ def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: floa
             do="check the checkpoint and the device, then start the phase again",
         )
     following = records[-1].nonce + stored.round.node_count
-    return Batch(epoch, stored.id, records, valid, following, seconds)
+    return ComputedBatch(epoch, stored.id, records, valid, following, seconds)
 
 
 class Writer(LoopThread):
@@ -185,9 +185,9 @@ class Writer(LoopThread):
     def __init__(
         self,
         rounds: Rounds,
-        settings: Settings,
+        settings: ServiceSettings,
         *,
-        committed: Callable[[list[Batch], float], None],
+        committed: Callable[[list[ComputedBatch], float], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__("assay-writer")
@@ -195,12 +195,12 @@ class Writer(LoopThread):
         self._settings = settings
         self._committed = committed
         self._failed = failed
-        self._queue: deque[Batch] = deque()
+        self._queue: deque[ComputedBatch] = deque()
         self._epoch = 0
         self._busy = False
         self.paused: Paused | None = None
 
-    def put(self, batch: Batch) -> bool:
+    def put(self, batch: ComputedBatch) -> bool:
         """Queue a batch, waiting for room; return False if its epoch has ended and it is no longer
         wanted.
         """
@@ -252,7 +252,7 @@ class Writer(LoopThread):
                 # Only now: the receiver of the error may wait for this thread to be idle.
                 self._failed(error)
 
-    def _write(self, batches: list[Batch], *, is_current: bool) -> Exception | None:
+    def _write(self, batches: list[ComputedBatch], *, is_current: bool) -> Exception | None:
         """Commit what is queued, or wait a moment if that is not possible now; return what waiting
         does not cure.
         """
