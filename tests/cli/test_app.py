@@ -13,6 +13,7 @@ import pytest
 import assay as package
 from assay.cli import app, run
 from assay.cli.framework import leaves
+from assay.vhack.environment.backends import available_backend
 
 FROZEN = (
     *(
@@ -170,6 +171,10 @@ def test_doctor_reports_exact_backends(assay, told):
         row["backend"] for row in report["backends"] if row["device"] == "cpu" and row["exact"]
     }
     assert exact == {"numpy", "torch"}
+    sandboxes = {row["backend"]: row for row in report["sandboxes"]}
+    assert sandboxes.keys() == {"bwrap", "landlock"}
+    assert sum(row["in_use"] for row in sandboxes.values()) == (available_backend() is not None)
+    assert not any(row["in_use"] and row["why_not"] for row in sandboxes.values())
     assert report["versions"]["torch"]
     assert assay("doctor").code == 0
 

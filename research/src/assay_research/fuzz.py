@@ -13,7 +13,8 @@ from typing import Any
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.vhack.environment.grading import MODES, Episode, Grade, grade_many
-from assay.vhack.environment.sandbox import Limits, run
+from assay.vhack.environment.runs import Limits
+from assay.vhack.environment.sandbox import run
 from assay.vhack.environment.tasks import Task, tasks
 from assay_research.hostile import HOSTILE_KINDS, hostile_case
 

@@ -194,17 +194,22 @@ OPTIONAL = {
     "trl": ("assay vhack train", how_to_install("train")),
     "vllm": ("--engine vllm", how_to_install("vllm")),
 }
-PROGRAMS = {"bwrap": ("isolation of untrusted code", "apt-get install bubblewrap")}
+PROGRAMS = {"bwrap": ("the stronger sandbox for programs", "apt-get install bubblewrap")}
 
 
 def doctor(as_json: bool) -> int:
     """Report versions, devices, and exact streams.
 
-    Every backend must give the same bits. Exit code 1 if one does not.
+    It also names the sandbox for programs of models. Every backend must give the same bits. Exit code 1 if one does not.
     """
     from assay.pages.provenance import provenance
+    from assay.vhack.environment.backends import BACKENDS, available_backend, unusable
 
     backends = _backends()
+    in_use = available_backend()
+    sandboxes = [
+        {"backend": name, "in_use": name == in_use, "why_not": unusable(name)} for name in BACKENDS
+    ]
     found = provenance()
     absent = [
         (name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None
@@ -215,9 +220,8 @@ def doctor(as_json: bool) -> int:
     ]
     exact = all(row["exact"] for row in backends if row["available"])
     if as_json:
-        emit_json(
-            "assay.doctor/1", {"exact": exact, "backends": backends, "missing": missing, **found}
-        )
+        state = {"exact": exact, "backends": backends, "sandboxes": sandboxes, "missing": missing}
+        emit_json("assay.doctor/1", state | found)
         return 0 if exact else 1
     versions: Any = found.pop("versions")
     here = versions | {name: "none" if value is None else value for name, value in found.items()}
@@ -232,6 +236,11 @@ def doctor(as_json: bool) -> int:
         )
         rows.append((row["backend"], row["device"], state, of_all))
     table(("streams", "device", "state", "SHA-256"), rows, title="Bit-exactness")
+    states = [
+        (row["backend"], "in use" if row["in_use"] else row["why_not"] or "works, not in use")
+        for row in sandboxes
+    ]
+    table(("sandbox", "state"), states, title="Isolation of programs")
     if missing:
         table(("missing", "needed for", "how to get it"), absent)
     click.echo(

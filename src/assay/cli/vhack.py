@@ -572,7 +572,7 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
 
     Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
     """
-    from assay.vhack.environment.sandbox import available_backend
+    from assay.vhack.environment.backends import available_backend
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.verify import read_tests, verify_pairs
 

@@ -2,20 +2,31 @@
 
 import pytest
 
-from assay.vhack.environment import sandbox
+from assay.vhack.environment import backends, server
 
 
 @pytest.fixture
-def shut_in(request, monkeypatch):
-    """Run jobs by the fork server (bwrap), in a sandbox for each (bwrap once), or in none
-    (unsandboxed).
-    """
+def isolated(needs):
+    """A function that skips the test where this machine lacks a backend."""
+
+    def check(backend):
+        if backend == "bwrap":
+            needs("bwrap")
+        if backend in backends.BACKENDS and (reason := backends.unusable(backend)):
+            pytest.skip(reason)
+
+    return check
+
+
+@pytest.fixture
+def shut_in(request, monkeypatch, isolated):
+    """Run jobs by the fork server of a backend, or (once) in a sandbox for each."""
     name, _, once = request.param.partition(" ")
-    if name == "bwrap" and not sandbox.working():
-        pytest.skip("bubblewrap does not work on this machine")
+    isolated(name)
     if once:
-        monkeypatch.setattr(sandbox, "server", lambda: None)
-    elif name == "bwrap":
-        assert sandbox.server() is not None
-    monkeypatch.setattr(sandbox, "available_backend", lambda: "bwrap" if name == "bwrap" else None)
+        monkeypatch.setattr(server, "server", lambda backend: None)
+    else:
+        assert server.server(name) is not None
+    available = None if name == backends.UNSANDBOXED else name
+    monkeypatch.setattr(backends, "available_backend", lambda: available)
     return name

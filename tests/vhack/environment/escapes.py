@@ -78,13 +78,34 @@ attempt(lambda _: [mmap.mmap(-1, 64 << 20) for _ in range(12)], error=(OSError, 
     "disk": """
 written = 0
 try:
-    for i in range(32):
+    for i in range(256):
         with open(f"f{i}", "wb") as file:
             written += file.write(b"x" * (1 << 20))
+    print("ESCAPED", written)
 except OSError:
     pass
-if written > 16 << 20:
-    print("ESCAPED", written)
+""",
+    "deleted_files": """
+held = []
+try:
+    for i in range(48):
+        held.append(open("gone", "wb"))
+        os.unlink("gone")
+    for file in held:
+        file.write(b"x" * (6 << 20))
+        file.flush()
+    print("ESCAPED")
+except OSError:
+    pass
+""",
+    "deep_folders": """
+try:
+    for _ in range(3000):
+        os.mkdir("d", 0o300)
+        os.chdir("d")
+    print("ESCAPED")
+except OSError:
+    pass
 """,
     "files": """
 made = 0
@@ -272,6 +293,81 @@ calls((202, (ctypes.c_uint32 * 4)(), 1, 1, None, None, 0))
 """,
     "files_in_memory": """
 attempt(os.memfd_create, "more")
+""",
+    "own_process": """
+for process in ("self", "thread-self", str(os.getppid())):
+    names = "environ", "cmdline", "maps", "mem", "status", "root/etc/passwd", "attr/current"
+    attempt(lambda name: os.open(f"/proc/{{process}}/{{name}}", os.O_RDONLY), *names)
+    attempt(lambda name: os.listdir(f"/proc/{{process}}/{{name}}"), "fd", "task", "root")
+""",
+    "starters": """
+attempt(lambda target: os.kill(target, 0), os.getppid() or -1)
+attempt(lambda target: os.sched_setaffinity(target, {{0}}), 0, os.getppid())
+attempt(lambda target: os.setpriority(os.PRIO_PROCESS, target, 5), os.getppid())
+calls((302, os.getppid() or 1, 7, None, (ctypes.c_uint64 * 2)()))
+""",
+    "socket_pairs": """
+attempt(lambda kind: socket.socketpair(socket.AF_UNIX, kind), socket.SOCK_STREAM, socket.SOCK_DGRAM)
+attempt(lambda _: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"x", "\\0{socket}"))
+""",
+    "shared_folders": """
+for folder in ("/dev/shm", "/tmp", "/var/tmp", "/run", "/home", os.path.dirname("{canary}")):
+    attempt(os.listdir, folder)
+    attempt(lambda path: os.mkdir(path), folder + "/assay-escape")
+    attempt(lambda path: os.open(path, os.O_TMPFILE | os.O_RDWR), folder)
+""",
+    "neighbours": """
+for place in ("..", "../..", "/"):
+    try:
+        names = set(os.listdir(place))
+    except OSError:
+        continue
+    if names & {{"boot", "home", "var"}} or any("assay" in name for name in names):
+        print("ESCAPED", names)
+attempt(lambda path: os.mkdir(path), "../assay-escape")
+attempt(lambda path: os.rename(os.getcwd(), path), os.getcwd() + "-moved")
+""",
+    "links_and_renames": """
+open("mine", "w").write("forged")
+attempt(lambda path: os.link(path, "linked"), "{canary}", "{secret}", os.__file__, "/etc/passwd")
+attempt(lambda path: os.rename(path, "moved"), "{canary}", "{secret}")
+attempt(lambda path: os.replace("mine", path), "{canary}", "/tmp/assay-escape", "/dev/shm/assay-escape")
+attempt(lambda path: os.link("mine", path), "/tmp/assay-escape", "{canary}-linked")
+attempt(lambda path: os.symlink("mine", path), "/tmp/assay-escape", "{canary}-linked")
+attempt(os.remove, "{canary}", "{secret}")
+""",
+    "truncation": """
+attempt(lambda path: os.truncate(path, 0), "{canary}", "{secret}")
+attempt(lambda path: os.open(path, os.O_RDONLY | os.O_TRUNC), "{canary}", "{secret}")
+attempt(lambda path: os.truncate(path, os.path.getsize(path)), os.__file__, sys.executable)
+""",
+    "metadata": """
+paths = "{canary}", "{secret}", os.path.dirname("{canary}"), os.__file__, "/etc/passwd"
+attempt(lambda path: os.chmod(path, os.stat(path).st_mode), *paths)
+attempt(lambda path: os.fchmod(os.open(path, os.O_RDONLY), 0o644), os.__file__)
+attempt(lambda path: os.utime(path), *paths)
+attempt(lambda path: os.setxattr(path, "user.x", b"x"), *paths)
+attempt(lambda path: os.chown(path, os.getuid(), -1), *paths)
+""",
+    "devices_and_terminals": """
+attempt(lambda request: fcntl.ioctl(os.open("/dev/urandom", os.O_RDONLY), request, bytes(8)), 0x80045200, 0x5413 + 1)
+attempt(lambda request: fcntl.ioctl(1, request, bytes(8)), 0x5412, 0x5410, 0x540E)
+""",
+    "rings": """
+calls((425, 8, (ctypes.c_uint64 * 16)()), (426, 0, 1, 0, 0, 0, 0), (427, 0, 0, 0, 0))
+""",
+    "new_rules": """
+attributes = (ctypes.c_uint64 * 3)(1 << 2, 0, 0)
+calls((444, attributes, 8, 0), (445, 3, 1, attributes, 0), (446, 3, 0))
+""",
+    "installed_packages": """
+import sysconfig
+for folder, _, names in os.walk("/usr"):
+    if folder.endswith("-packages") and names:
+        print("ESCAPED", folder)
+places = glob.glob(sysconfig.get_path("stdlib") + "/*-packages/*")
+library = os.path.dirname(os.__file__)
+attempt(lambda path: os.open(path, os.O_RDONLY), *places, library + "/site-packages/README.txt")
 """,
 }
 ESCAPES = {name: MEANS + program for name, program in _PROGRAMS.items()}

@@ -5,13 +5,14 @@ behind.
 import contextlib
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from assay.vhack.environment import Call, Episode, Limits, grade, run, tasks
-from tests.vhack.environment.escapes import ESCAPES
+from assay.vhack.environment import Call, Episode, Limits, grade, run, server, tasks
+from tests.vhack.environment.escapes import ESCAPES, MEANS
 from tests.vhack.environment.forgeries import FORGERIES
 from tests.waiting import until
 
@@ -23,7 +24,7 @@ SLOW = {"huge_values", "recursion", "stopped_group"}
 """Those that end by themselves or are stopped, whichever comes first."""
 
 TOKEN = "s3cr3t-5f1c"
-BACKENDS = ["bwrap", "bwrap once"]
+BACKENDS = ["bwrap", "bwrap once", "landlock", "landlock once"]
 # A wrong solution for those that bring none of their own, so that the tests have something to ask.
 WRONG = "def solve(x):\n    return x\n"
 EPISODE = Episode(tasks(1, seed=2, families=["arithmetic"], difficulty=2)[0], "none")
@@ -52,7 +53,7 @@ CASES = [
     (b, n)
     for b in BACKENDS
     for n in PROGRAMS
-    if b != "bwrap once" or n not in ENDLESS | SLOW | {"files"}
+    if not b.endswith("once") or n not in ENDLESS | SLOW | {"files", "deep_folders"}
 ]
 
 
@@ -114,26 +115,60 @@ def test_there_are_at_least_twenty_five_programs_and_all_are_python():
 def test_one_job_finds_nothing_of_another(shut_in):
     writes = (
         "open('left.txt', 'w').write('x')\nimport os, sys\nos.environ['LEFT'] = 'x'\nsys.left = 1\n"
-        "import json\njson.left = 1\n"
+        "import json\njson.left = 1\nprint(os.getcwd())\n"
     )
     looks = (
         "import json, os, sys\n"
-        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, "
-        "'left'), os.getcwd())\n"
+        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, 'left'))\n"
     )
-    assert run(writes).returncode == 0
-    assert run(looks).stdout == "[] None False False /work\n"
+    before = run(writes)
+    assert before.returncode == 0
+    assert run(looks).stdout == "[] None False False\n"
+    assert not Path(before.stdout.strip(), "left.txt").exists()
 
 
 @pytest.mark.parametrize("shut_in", BACKENDS, indirect=True)
 def test_jobs_at_the_same_time_do_not_see_each_other(shut_in):
-    from concurrent.futures import ThreadPoolExecutor
-
     program = (
-        "import os, time\nopen('mine', 'w').write('x')\ntime.sleep(0.3)\n"
-        "def solve(x):\n    others = [p for p in os.listdir('/proc') if p.isdigit()]\n"
-        "    return [os.listdir('.'), len(others) > 2]\n"
+        "import os, time\nopen('mine', 'w').write('x')\ntime.sleep(0.3)\nothers = ()\n"
+        "try:\n    others = [p for p in os.listdir('/proc') if p.isdigit()]\n"
+        "except PermissionError:\n    pass\n"
+        "def solve(x):\n    return [os.listdir('.'), len(others) > 2]\n"
     )
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: run(program, calls=[Call("solve", (1,))]), range(3)))
     assert [result.outcomes[0].value for result in results] == [[["mine"], False]] * 3
+
+
+@pytest.mark.parametrize("shut_in", ["landlock"], indirect=True)
+def test_a_job_cannot_reach_the_directory_of_another_whose_name_it_knows(shut_in, tmp_path):
+    waits = (
+        "import os, time\nopen('mine', 'w').write('x')\nprint(os.getcwd(), flush=True)\n"
+        "while os.path.exists('mine') and not os.path.exists({stop!r}):\n    time.sleep(0.02)\n"
+        "print(os.listdir('.'), open('mine').read())\n"
+    )
+    stop = tmp_path / "stop"
+    root = Path(server.server("landlock").root)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(run, waits.format(stop=str(stop)), limits=Limits(seconds=60))
+        until(lambda: [path for path in root.glob("*/mine") if path.read_text()])
+        folder = next(root.glob("*/mine")).parent
+        reaches = MEANS + (
+            f"place = {str(folder)!r}\n"
+            "attempt(os.listdir, place)\n"
+            "attempt(lambda path: os.open(path, os.O_RDONLY), place + '/mine')\n"
+            "attempt(lambda path: os.open(path, os.O_WRONLY | os.O_CREAT), place + '/mine', place + '/new')\n"
+            "attempt(os.remove, place + '/mine')\n"
+            "open('forged', 'w').close()\n"
+            "attempt(lambda path: os.rename('forged', path), place + '/forged', place + '/mine')\n"
+            "attempt(lambda path: os.link(path, 'linked'), place + '/mine')\n"
+            "os.chdir(place)\n"
+            "attempt(lambda path: os.open(path, os.O_RDONLY), 'mine')\n"
+            "print('tried')\n"
+        )
+        found = run(reaches, limits=Limits(seconds=60))
+        stop.touch()
+        untouched = waiting.result()
+    assert (found.stdout, found.stderr) == ("tried\n", "")
+    assert untouched.stdout == f"{folder}\n['mine'] x\n"
+    assert not folder.exists()

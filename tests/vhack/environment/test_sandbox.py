@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import socket
 import tempfile
 import time
@@ -7,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from assay.errors import BackendUnavailable, UsageError
-from assay.vhack.environment import Call, Limits, run, sandbox
+from assay.vhack.environment import Call, Limits, backends, bubblewrap, confinement, run
 
 every_backend = pytest.mark.parametrize(
-    "shut_in", ["bwrap", "bwrap once", "unsandboxed"], indirect=True
+    "shut_in", ["bwrap", "bwrap once", "landlock", "landlock once", "unsandboxed"], indirect=True
 )
 
 
@@ -149,6 +151,64 @@ def test_its_directory_is_small_and_leaves_nothing_behind(shut_in, tmp_path, mon
     assert not list(Path("/mnt").glob("work"))
 
 
+FILLS = {
+    "bytes": "open(f'f{i}', 'wb').write(b'x' * (1 << 20))",
+    "a hole": "open(f'f{i}', 'wb').truncate(5 << 20)",
+    "files": "open(f'f{i}', 'w').close()",
+    "folders": "os.mkdir('d', 0o300)\n    os.chdir('d')",
+    "links": "os.symlink('x', f'f{i}')",
+    "deleted files": (
+        "open_files = globals().get('open_files', [])\n    open_files.append(open('f', 'wb'))\n"
+        "    open_files[-1].write(b'x' * (1 << 20))\n    os.unlink('f')"
+    ),
+    "an unreadable folder": "os.mkdir('d', 0)\n    time.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("shut_in", ["landlock once"], indirect=True)
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_directory_on_disk_is_bounded_and_leaves_nothing_behind(
+    shut_in, fill, tmp_path, monkeypatch
+):
+    """It ends the job, where a directory in memory only refuses to grow."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = f"import os, time\nfor i in range(10**9):\n    {FILLS[fill]}\n"
+    if fill == "a hole":  # the bound of one file
+        assert started(program, limits=Limits(disk_mib=4)).raised == "OSError"
+    elif fill == "an unreadable folder" and os.geteuid() == 0:
+        limits = Limits(seconds=1.0)
+        assert started(program, limits=limits).timed_out  # root reads it, and it is empty
+    else:
+        result = started(program, limits=Limits(disk_mib=4, seconds=60.0))
+        assert result.overflowed
+        assert result.returncode is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shut_in", ["landlock", "landlock once"], indirect=True)
+def test_files_of_a_directory_on_disk_are_read_and_removed(shut_in):
+    program = (
+        "import os, shutil, tempfile\nopen('result.txt', 'w').write('PASS')\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    open(folder + '/x', 'w').write('y')\n"
+        "    os.rename(folder + '/x', 'moved')\n"
+        "shutil.copyfile('moved', 'copied')\nos.link('copied', 'linked')\nos.remove('moved')\n"
+        "print(os.getcwd(), sorted(os.listdir('.')))\n"
+    )
+    result = started(program, files=["result.txt", "absent"])
+    folder, _, names = result.stdout.partition(" ")
+    assert result.files == {"result.txt": "PASS"}
+    assert names == "['copied', 'linked', 'result.txt']\n"
+    assert not Path(folder).exists()
+
+
+@every_backend
+def test_modules_of_the_standard_library_can_be_imported(shut_in):
+    names = "asyncio collections csv decimal email sqlite3 ssl unittest xml.dom zoneinfo"
+    program = "import importlib\nfor name in NAMES.split():\n    importlib.import_module(name)\n"
+    assert started(f"NAMES = {names!r}\n{program}").stderr == ""
+
+
 def test_writing_on_the_report_descriptor_without_the_nonce_answers_nothing():
     forged = {
         "nonce": "00",
@@ -182,19 +242,51 @@ def test_values_are_those_of_the_builtin_type_whatever_is_overridden():
     assert run(program, calls=[Call("nan", ())]).outcomes[0].kind == "opaque"
 
 
-def test_a_run_without_a_sandbox_is_refused_unless_allowed(monkeypatch):
-    """Where bubblewrap is not installed."""
-    known = (sandbox.unusable, sandbox.working)
-    monkeypatch.setattr(sandbox, "_bwrap", lambda disk_mib: ["assay-no-such-command"])
-    for each in known:
-        each.cache_clear()
-    try:
-        with pytest.raises(BackendUnavailable, match="bubblewrap does not work"):
-            run("print(1)")
-        assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
-    finally:
-        for each in known:
-            each.cache_clear()
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine where no backend works."""
+    monkeypatch.setattr(shutil, "which", lambda name, **options: None)
+    monkeypatch.setattr(confinement, "landlock_version", lambda: 2)
+    forget = (backends.unusable, bubblewrap.unusable)
+    for known in forget:
+        known.cache_clear()
+    yield
+    monkeypatch.undo()
+    for known in forget:
+        known.cache_clear()
+
+
+def test_a_run_without_a_sandbox_is_refused_unless_allowed(bare):
+    with pytest.raises(BackendUnavailable) as refusal:
+        run("print(1)")
+    assert "not installed" in refusal.value.seen
+    assert "version 2" in refusal.value.seen
+    assert "--allow-unsandboxed" in refusal.value.do
+    assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
+
+
+@pytest.mark.parametrize("backend", ["bwrap", "landlock"])
+def test_a_backend_that_is_named_and_does_not_work_is_refused_by_name(backend, bare):
+    with pytest.raises(BackendUnavailable) as refusal:
+        run("print(1)", backend=backend, allow_unsandboxed=True)
+    assert {"bwrap": "bubblewrap", "landlock": "Landlock"}[backend] in refusal.value.seen
+
+
+def test_a_kernel_without_landlock_is_named(bare, monkeypatch):
+    monkeypatch.setattr(confinement, "landlock_version", lambda: 0)
+    with pytest.raises(BackendUnavailable) as refusal:
+        run("print(1)", backend="landlock")
+    assert "no Landlock" in refusal.value.seen
+
+
+def test_a_run_without_a_sandbox_that_is_named_must_be_allowed_too():
+    with pytest.raises(BackendUnavailable):
+        run("print(1)", backend="unsandboxed")
+
+
+def test_a_backend_of_another_name_is_refused():
+    with pytest.raises(UsageError):
+        run("print(1)", backend="docker")
 
 
 def test_limits_must_be_positive():

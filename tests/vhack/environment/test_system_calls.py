@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from assay.errors import BackendUnavailable
-from assay.vhack.environment import sandbox
-from assay.vhack.environment.sandbox import ALLOWED, ARCHITECTURES, RESTRICTED, seccomp_filter
+from assay.vhack.environment import backends
+from assay.vhack.environment.system_calls import (
+    ALLOWED,
+    ARCHITECTURES,
+    RESTRICTED,
+    seccomp_filter,
+)
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -143,8 +148,8 @@ def test_a_machine_without_a_table_has_no_sandbox(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(BackendUnavailable, match="riscv64"):
         seccomp_filter(platform.machine())
-    sandbox.unusable.cache_clear()
+    backends.unusable.cache_clear()
     try:
-        assert sandbox.available_backend() is None
+        assert backends.available_backend() is None
     finally:
-        sandbox.unusable.cache_clear()
+        backends.unusable.cache_clear()

@@ -6,17 +6,32 @@ import ast
 import json
 import logging
 import random
+from pathlib import Path
 
 import pytest
 from assay_research.hostile import UNREADABLE, hostile_report
 
 from assay.errors import BackendUnavailable
-from assay.vhack.environment import Call, Episode, Limits, grade, run, sandbox, tasks
+from assay.vhack.environment import (
+    Call,
+    Episode,
+    Limits,
+    Outcome,
+    backends,
+    grade,
+    run,
+    sandbox,
+    server,
+    tasks,
+    visible,
+)
 from assay.vhack.environment import grading as _grade
 from assay.vhack.environment.grading import CHANNELS, grade_many
 
 TASKS = tasks(8, seed=5, difficulty=(1, 2))
 MARKED = ("run_tests", "sentinel", "stdout_marker", "file_marker")
+HERE = Path(visible.__file__).parent
+LIBRARY = visible.standard_library()
 LONG = "#" * (1 << 16) + "\n"
 
 
@@ -80,9 +95,7 @@ def test_a_kind_of_any_type_says_nothing(kind):
         "files": {},
         "outcomes": [{"kind": kind, "value": 1}],
     }
-    assert sandbox._parse(json.dumps(line).encode(), "n", 1)["outcomes"] == (
-        sandbox.Outcome("none"),
-    )
+    assert sandbox.parse_report(json.dumps(line).encode(), "n", 1)["outcomes"] == (Outcome("none"),)
     forged = (
         "import json, os, sys\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals:\n    "
         "frame = frame.f_back\n"
@@ -93,11 +106,30 @@ def test_a_kind_of_any_type_says_nothing(kind):
     assert run(forged, calls=[Call("solve", (1,))]).outcomes[0].kind == "none"
 
 
+@pytest.mark.parametrize("mode", CHANNELS)
+def test_a_program_that_reads_its_whole_job_finds_no_expected_answer(mode):
+    """It shares a process with the harness, so it can know the nonce and the questions."""
+    prints = (
+        "import sys\nframe = sys._getframe()\nwhile 'job' not in frame.f_locals:\n"
+        "    frame = frame.f_back\njob = frame.f_locals['job']\n"
+        "print(job['nonce'], [call for call in job['calls'] if set(call) - {'target', 'args'}])\n"
+    )
+    episode = Episode(TASKS[0], mode)
+    found = grade(episode, prints + episode.honest())
+    nonce, compared = found.result.stdout.split("\n")[0].split(" ", 1)
+    assert len(nonce) == 32
+    # A channel may ask for the program's own ``==``; what a task expects is never among that.
+    expected = [json.dumps(answer) for _, answer in TASKS[0].hidden]
+    assert not [
+        call for call in ast.literal_eval(compared) if json.dumps(call["equals"]) in expected
+    ]
+
+
 def test_a_report_of_any_shape_is_read():
     for seed in range(500):
         n_calls = seed % 10
         line = hostile_report(random.Random(seed)).replace(b"NONCE", b"n")
-        found = sandbox._parse(line, "n", n_calls)
+        found = sandbox.parse_report(line, "n", n_calls)
         assert len(found["outcomes"]) == n_calls
         assert all(
             outcome.kind in ("value", "error", "opaque", "none") for outcome in found["outcomes"]
@@ -114,7 +146,7 @@ def test_a_value_that_can_be_read_but_not_written_answers_nothing():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    assert not _grade.answers_match([sandbox.Outcome("value", deep)], [((1,), 1)])
+    assert not _grade.answers_match([Outcome("value", deep)], [((1,), 1)])
 
 
 def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monkeypatch, caplog):
@@ -142,24 +174,22 @@ def test_an_error_on_the_way_is_an_unpaid_grade_that_is_logged_and_counted(monke
 
 
 def test_a_machine_without_a_sandbox_is_no_unpaid_grade(monkeypatch):
-    monkeypatch.setattr(sandbox, "available_backend", lambda: None)
+    monkeypatch.setattr(backends, "available_backend", lambda: None)
     with pytest.raises(BackendUnavailable):
         grade(Episode(TASKS[0], "none"), TASKS[0].source())
 
 
 def forget():
     """Look again at what the sandbox has to show."""
-    for known in (sandbox._shown, sandbox._hidden, sandbox.unusable):
+    for known in (visible.shown, visible.hidden, backends.unusable):
         known.cache_clear()
 
 
 @pytest.fixture
-def prefix(monkeypatch, tmp_path):
+def prefix(monkeypatch, tmp_path, isolated):
     """A second prefix that the sandbox shows, with this package among its installed packages."""
-    if not sandbox.working():
-        pytest.skip("bubblewrap does not work on this machine")
-    here = sandbox.Path(sandbox.__file__).parent
-    real = sandbox._prefixes()
+    isolated("bwrap")
+    real = visible.prefixes()
     for packages in (
         "lib/python3.11/site-packages",
         "lib/python3/dist-packages",
@@ -167,12 +197,11 @@ def prefix(monkeypatch, tmp_path):
     ):
         copy = tmp_path / packages / "zz_copy"
         copy.mkdir(parents=True)
-        for path in here.glob("*.py"):
+        for path in HERE.glob("*.py"):
             (copy / path.name).write_text(path.read_text())
     (tmp_path / "lib" / "shown.txt").write_text("shown")
-    monkeypatch.setattr(sandbox, "_prefixes", lambda: [*real, str(tmp_path)])
-    monkeypatch.setattr(sandbox, "available_backend", lambda: "bwrap")
-    monkeypatch.setattr(sandbox, "server", lambda: None)
+    monkeypatch.setattr(visible, "prefixes", lambda: [*real, str(tmp_path)])
+    monkeypatch.setattr(server, "server", lambda backend: None)
     forget()
     yield tmp_path
     forget()
@@ -186,17 +215,41 @@ def test_a_program_cannot_import_the_tasks_it_is_graded_with(prefix):
         "for folder, _, files in os.walk('/usr'):\n"
         "    if folder.endswith('-packages'):\n        print(*os.listdir(folder), *files)\n"
     )
-    assert run(program).stdout.split() == ["shown"]
+    assert run(program, backend="bwrap").stdout.split() == ["shown"]
+
+
+def test_a_program_cannot_read_the_tasks_it_is_graded_with_where_they_lie(isolated):
+    isolated("landlock")
+    program = (
+        f"import os\nfor path in {[str(path) for path in HERE.iterdir()]!r}:\n"
+        "    try:\n        print(open(path).read(10))\n    except OSError:\n        pass\n"
+        "print('tried')\n"
+    )
+    assert run(program, backend="landlock").stdout == "tried\n"
 
 
 def test_a_package_among_what_is_shown_is_refused(monkeypatch):
-    here = sandbox.Path(sandbox.__file__).parent
-    monkeypatch.setattr(sandbox, "_prefixes", lambda: ["/usr", str(here.parents[3])])
-    monkeypatch.setattr(sandbox, "_PARTS", (*sandbox._PARTS, here.parents[2].name))
+    monkeypatch.setattr(visible, "prefixes", lambda: ["/usr", str(HERE.parents[3])])
+    monkeypatch.setattr(visible, "_PARTS", (*visible._PARTS, HERE.parents[2].name))
     forget()
     try:
-        with pytest.raises(BackendUnavailable, match="the sandbox has to show"):
-            run("print(1)")
-        assert run("print(1)", allow_unsandboxed=True).backend == "unsandboxed"
+        with pytest.raises(BackendUnavailable) as refusal:
+            run("print(1)", backend="bwrap")
+        assert str(HERE.parents[3]) in refusal.value.seen
     finally:
+        monkeypatch.undo()
+        forget()
+
+
+def test_a_package_in_the_standard_library_is_refused(monkeypatch, isolated):
+    """Where a trial program of the fork server reads the source text of the tasks."""
+    isolated("landlock")
+    monkeypatch.setattr(visible, "standard_library", lambda: [*LIBRARY, str(HERE)])
+    monkeypatch.setattr(server, "_servers", {})
+    forget()
+    try:
+        with pytest.raises(BackendUnavailable):
+            run("print(1)", backend="landlock")
+    finally:
+        monkeypatch.undo()
         forget()

@@ -5,8 +5,8 @@ import ast
 import pytest
 
 from assay.errors import UsageError
+from assay.vhack.environment.backends import available_backend
 from assay.vhack.environment.grading import CHANNELS
-from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.pairs import find_pairs, verify_pairs
 from assay.vhack.pairs.generate import environment_pairs
 

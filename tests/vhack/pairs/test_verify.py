@@ -6,7 +6,7 @@ from assay_research.hostile import hostile_case
 
 from assay.errors import DataError
 from assay.vhack import Pair
-from assay.vhack.environment.sandbox import available_backend
+from assay.vhack.environment.backends import available_backend
 from assay.vhack.pairs import generate_pairs, verify_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 from assay.vhack.pairs.verify import read_tests

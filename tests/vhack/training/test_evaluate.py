@@ -107,6 +107,6 @@ def test_what_cannot_be_graded_is_refused(mixed, monkeypatch):
         evaluate(["a"], ["b", "c"])
     with pytest.raises(UsageError, match="without a reward"):
         evaluate(["a"], ["b"])
-    monkeypatch.setattr("assay.vhack.training.tasks.available_backend", lambda: None)
+    monkeypatch.setattr("assay.vhack.environment.backends.available_backend", lambda: None)
     with pytest.raises(BackendUnavailable, match="no sandbox"):
         evaluate(*mixed)

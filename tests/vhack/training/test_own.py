@@ -65,7 +65,7 @@ def run(own, settings, pairs):
 
 
 def test_a_run_on_them_logs_what_they_say(run, own, monkeypatch):
-    monkeypatch.setattr("assay.vhack.training.tasks.available_backend", lambda: None)
+    monkeypatch.setattr("assay.vhack.environment.backends.available_backend", lambda: None)
     result = run()
     head, steps = read_steps(own / "run" / "log.jsonl")
     assert (head["settings"]["tasks"], head["settings"]["reward"]) == (

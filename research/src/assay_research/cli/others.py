@@ -117,7 +117,8 @@ def run_fuzz(chosen: FuzzSettings, as_json: bool) -> int:
     from assay.files.jsonl import dumps
     from assay.files.storage import write_atomic
     from assay.pages.provenance import provenance
-    from assay.vhack.environment.sandbox import Limits, available_backend
+    from assay.vhack.environment.backends import available_backend
+    from assay.vhack.environment.runs import Limits
     from assay_research.fuzz import fuzz
     from assay_research.hostile import HOSTILE_KINDS
 

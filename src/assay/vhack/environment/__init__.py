@@ -1,7 +1,8 @@
 """Tasks whose grader can be told lies, and the sandbox in which model-written programs run."""
 
 from assay.vhack.environment.grading import Channel, Episode, Grade, episodes, grade
-from assay.vhack.environment.sandbox import Call, Limits, Outcome, Result, run
+from assay.vhack.environment.runs import Call, Limits, Outcome, Result
+from assay.vhack.environment.sandbox import run
 from assay.vhack.environment.tasks import Task, tasks
 
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any, Unpack
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.files.jsonl import dumps, read_jsonl
-from assay.vhack.environment.sandbox import Bounds, Call, Case, Outcome, Result, run
+from assay.vhack.environment.runs import Bounds, Call, Case, Outcome, Result
+from assay.vhack.environment.sandbox import run
 from assay.vhack.environment.tasks import ENTRY, SPLITS, Task, choose_names, tasks
 
 # Channels: the ways in which a grader can be told that a solution is right, each of which can be

@@ -1,122 +1,173 @@
 """What runs inside the sandbox: ``once`` for a job on stdin, or ``serve`` as the fork server of
 many jobs.
 
-The parent passes this file as text to a bare interpreter; it imports the standard library only. A
-job is JSON, and its report is one line of JSON on a descriptor of its own. Program and harness
-share one process, so a program can say whatever it likes about itself. The parent therefore never
-sends what it will compare the answers with.
+The parent passes this file as text to a bare interpreter; it imports the standard library and two
+more files that are passed with it. A job is JSON, and its report is one line of JSON on a
+descriptor of its own. Program and harness share one process, so a program can say whatever it likes
+about itself, and can look at the job. The parent therefore never sends what it will compare the
+answers with.
 
 The fork server starts a process for a job in about a millisecond. It never reads a byte that an
-untrusted program has written. Per job there are two processes. The *keeper* makes a new process and
-mount namespace, waits for the program's process, and writes how it ended to a socket, the status;
-if that is shut at its other end, the keeper kills it. The *runner* is process 1 of that namespace:
-it mounts a directory in memory of its own, closes every other descriptor, gives up every
-capability, and performs the job. It sees neither the keeper nor another job, and when it ends the
-kernel ends whatever it left.
+untrusted program has written. Per job there are two processes. The *keeper* waits for the program's
+process, and writes how it ended to a socket, the status; if that is shut at its other end, or the
+server ends, the keeper kills it. The *runner* closes every other descriptor, gives up every
+capability, and performs the job. With bubblewrap the keeper makes a new process and mount
+namespace, and the runner mounts a directory in memory. With Landlock the runner can reach a
+directory that the keeper measures and empties. A runner starts no process, and ends with its
+keeper.
 """
 
 import ast
-import ctypes
 import gc
 import json
 import os
-import resource
 import select
 import signal
 import socket
 import sys
 import traceback
 import types
+from contextlib import suppress
 from typing import Any
+
+# The parent has made modules of these in the bare interpreter, where their packages are absent.
+from assay.vhack.environment.confinement import (
+    drop_capabilities,
+    end_with,
+    enter_namespaces,
+    filter_system_calls,
+    forbid_new_privileges,
+    limit_resources,
+    mount_folder,
+    restrict_files,
+)
+from assay.vhack.environment.scratch import FILES, make_folder, overflows, remove_folder
 
 _OPAQUE_DEPTH = 12
 _FILE_CHARACTERS = 4096
-
-_NEW_MOUNTS = 0x00020000
-_NEW_PROCESSES = 0x20000000
-_PRIVATE = 0x44000
-_NO_SETUID = 2
-_NO_DEVICES = 4  # MS_REC | MS_PRIVATE, MS_NOSUID, MS_NODEV
 _DESCRIPTORS = 5
-_FILES = 1024  # in the directory of a job: files cost memory even when they are empty
+_MESSAGE = 16
+_MEASURE_MILLISECONDS = 5
 
 
 def main() -> None:
-    """Serve jobs on the socket, or perform one that reports to the pipe, whose descriptor is the
-    second argument.
+    """Serve jobs on the socket, or perform one that reports to a pipe; both are descriptors.
+
+    The third argument is the descriptor of a pidfd of the parent.
     """
+    given = json.loads(sys.stdin.buffer.read())
+    descriptor = int(sys.argv[2])
+    parent = int(sys.argv[3])
     if sys.argv[1] == "serve":
-        _serve(socket.socket(fileno=int(sys.argv[2])))
-    else:
-        _perform(json.loads(sys.stdin.buffer.read()), int(sys.argv[2]))
+        _serve(given, socket.socket(fileno=descriptor), parent)
+    # Bubblewrap asks to be ended with its parent, which may have ended before it could ask.
+    elif not select.select([parent], [], [], 0)[0]:
+        os.close(parent)
+        _perform(given, descriptor)
 
 
-def _serve(control: socket.socket) -> None:
-    """Serve jobs until the socket is closed at its other end.
+def _serve(setup: dict[str, Any], control: socket.socket, parent: int) -> None:
+    """Serve jobs until the socket is closed at its other end, or the parent, a pidfd, ends.
 
-    Every message carries the descriptors of one job: the job, stdout, stderr, the report and the
-    status.
+    Every message has the room for files in MiB, and carries the descriptors of one job: the job,
+    stdout, stderr, the report and the status.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers need not be waited for
+    if setup["backend"] == "landlock":
+        # Programs cannot list the directories of the standard library: the names are looked up now.
+        sys.meta_path[-1].find_spec("absent", None)
+        forbid_new_privileges()
+        restrict_files(setup["readable"], setup["root"])
     # What is there now is never collected, so a collection in a runner does not copy its memory.
     gc.collect()
     gc.freeze()
+    # Keepers see by its other end that the server has ended.
+    server_end, held_open = os.pipe()
     control.send(b"ready")
-    while descriptors := socket.recv_fds(control, 1, _DESCRIPTORS)[1]:
+    waiting = select.poll()
+    waiting.register(control, select.POLLIN)
+    waiting.register(parent, select.POLLIN)
+    while parent not in dict(waiting.poll()):
+        message, descriptors, _, _ = socket.recv_fds(control, _MESSAGE, _DESCRIPTORS)
+        if not descriptors:
+            break
         if os.fork() == 0:
             control.close()
-            _keep(*descriptors)
+            os.close(held_open)
+            _keep(setup, server_end, int(message) << 20, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+    os.close(held_open)
+    with suppress(OSError):
+        os.waitpid(-1, 0)  # fails when all keepers have ended
+    with suppress(OSError):
+        os.rmdir(setup["root"])  # noqa: PTH106
 
 
-def _keep(job: int, out: int, err: int, report: int, status: int) -> None:
+def _keep(
+    setup: dict[str, Any],
+    server_end: int,
+    room: int,
+    job: int,
+    out: int,
+    err: int,
+    report: int,
+    status: int,
+) -> None:
     """Start the runner, wait for it, tell how it ended, and leave."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.unshare(_NEW_MOUNTS | _NEW_PROCESSES), "unshare")
+    in_memory = setup["backend"] == "bwrap"
+    folder = "/work"
+    if in_memory:
+        enter_namespaces()
+    else:
+        folder = make_folder(setup["root"])
+    keeper = os.getpid()
     runner = os.fork()
     if runner == 0:
-        os.close(status)
         try:
-            _be_runner(libc, job, out, err, report)
+            end_with(keeper)
+            if in_memory:
+                mount_folder(folder, room, FILES)
+            os.chdir(folder)
+            _be_runner(setup, folder, job, out, err, report)
         finally:
             os._exit(125)
     for descriptor in (job, out, err, report):
         os.close(descriptor)
     handle = os.pidfd_open(runner)
     waiting = select.poll()
-    waiting.register(handle, select.POLLIN)
-    waiting.register(status, select.POLLIN)  # there is nothing to read but the end
-    if handle not in dict(waiting.poll()):
+    for descriptor in (handle, status, server_end):  # there is nothing to read but the end
+        waiting.register(descriptor, select.POLLIN)
+    pause = None if in_memory else _MEASURE_MILLISECONDS
+    full = False
+    while not (ends := dict(waiting.poll(pause))) and not full:
+        full = overflows(folder, runner, room)
+    if handle not in ends:
         os.kill(runner, signal.SIGKILL)
     _, ended = os.waitpid(runner, 0)
-    os.write(status, str(os.waitstatus_to_exitcode(ended)).encode())
+    if not in_memory:
+        remove_folder(folder)
+    os.write(status, b"full" if full else str(os.waitstatus_to_exitcode(ended)).encode())
     os._exit(0)
 
 
-def _be_runner(libc: ctypes.CDLL, job: int, out: int, err: int, report: int) -> None:
+def _be_runner(
+    setup: dict[str, Any], folder: str, job: int, out: int, err: int, report: int
+) -> None:
     with open(job, "rb") as file:
         asked = json.loads(file.read())
-    _check(libc.mount(None, b"/", None, _PRIVATE, None), "mount")
-    size = f"size={asked['disk_mib'] << 20},nr_inodes={_FILES},mode=777".encode()
-    _check(libc.mount(b"none", b"/work", b"tmpfs", _NO_SETUID | _NO_DEVICES, size), "mount")
-    os.chdir("/work")
     os.dup2(out, 1)
     os.dup2(err, 2)
     # Descriptor 3 may be that of the report itself, or of what is not needed any more, for 1 and 2
     # have been copied.
     os.dup2(report, 3)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    # All sets of capabilities become empty, and no_new_privs, which `_limit` sets, keeps them so.
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    _check(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+    if setup["backend"] == "landlock":
+        # What the server shows besides is the directories of other jobs.
+        restrict_files(setup["folders"], folder)
+    drop_capabilities()
     _perform(asked, 3)
-
-
-def _check(result: int, name: str) -> None:
-    if result:
-        raise OSError(ctypes.get_errno(), name)
 
 
 def _perform(job: dict[str, Any], report_descriptor: int) -> None:
@@ -131,38 +182,16 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     os.dup2(descriptor, 0)
     os.close(descriptor)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    _limit(job)
+    forbid_new_privileges()
+    limit_resources(
+        memory=job["memory_mib"] << 20, disk=job["disk_mib"] << 20, seconds=job["seconds"]
+    )
+    filter_system_calls(bytes.fromhex(job["filter"]))
     namespace, report, code = _run(job)
     if report["finished"]:
         report["outcomes"] = [_answer(namespace, asked) for asked in job["calls"]]
     report["files"] = {name: text for name in job["files"] if (text := _read(name)) is not None}
     _leave(report_descriptor, {"nonce": job["nonce"], **report}, code)
-
-
-def _limit(job: dict[str, Any]) -> None:
-    memory = job["memory_mib"] << 20
-    disk = job["disk_mib"] << 20
-    cpu = int(job["seconds"]) + 1
-    for kind, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, disk),
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_NPROC, 1),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (value, value))
-    libc = ctypes.CDLL(None, use_errno=True)
-    _check(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")  # PR_SET_NO_NEW_PRIVS
-    instructions = bytes.fromhex(job["filter"])
-
-    class Filter(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
-
-    given = Filter(len(instructions) // 8, instructions)
-    _check(
-        libc.prctl(22, 2, ctypes.byref(given), 0, 0), "seccomp"
-    )  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def _run(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:

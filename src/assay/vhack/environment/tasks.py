@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps, read_jsonl
-from assay.vhack.environment.sandbox import Case
+from assay.vhack.environment.runs import Case
 
 Step = tuple[str, str]
 """What a step says, and its code: templates with places for numbers and letters, drawn anew

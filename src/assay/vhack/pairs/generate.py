@@ -23,7 +23,7 @@ from typing import Any
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.vhack.environment.grading import CHANNELS, Episode
-from assay.vhack.environment.sandbox import Case
+from assay.vhack.environment.runs import Case
 from assay.vhack.environment.tasks import Shown, choose_names, tasks
 from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 

@@ -29,7 +29,8 @@ from typing import Any
 from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.vhack.environment.grading import CHANNELS, Channel, Episode, answers_match, grade
-from assay.vhack.environment.sandbox import Call, Case, Limits, run
+from assay.vhack.environment.runs import Call, Case, Limits
+from assay.vhack.environment.sandbox import run
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.pairs.generate import pair_task_named
 from assay.vhack.pairs.pairs import DATA, Pair, text_of

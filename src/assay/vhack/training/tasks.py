@@ -16,11 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from assay.errors import BackendUnavailable, DataError, UsageError, reason_of
+from assay.errors import DataError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.models.chat import render_chat
+from assay.vhack.environment.backends import choose_backend
 from assay.vhack.environment.grading import Episode
-from assay.vhack.environment.sandbox import available_backend
 from assay.vhack.environment.tasks import task_named
 from assay.vhack.pairs.pairs import chat_columns
 from assay.vhack.training.settings import TaskSettings
@@ -156,10 +156,7 @@ def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: boo
             wanted="a function that pays",
             do="say --reward module:function",
         )
-    if available_backend() is None and not allow_unsandboxed:
-        wanted = "bubblewrap where user namespaces are allowed"
-        do = "install bubblewrap, or accept the risk with --allow-unsandboxed"
-        raise BackendUnavailable("no sandbox for the programs of the model", wanted=wanted, do=do)
+    choose_backend(allow_unsandboxed=allow_unsandboxed)
     return graded
 
 

@@ -1,0 +1,185 @@
+"""The fork servers of this process: each starts a process for a job in about a millisecond.
+
+A server is started once for a process and backend, takes jobs from any thread, and ends with the
+process, even where that is killed. Where it cannot run, or dies under a job, the job has a sandbox
+of its own.
+"""
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from assay.vhack.environment import landlock
+from assay.vhack.environment.bubblewrap import command_line
+from assay.vhack.environment.jobs import Ended, descriptors, job_text, perform_once, pump
+from assay.vhack.environment.runs import Limits
+from assay.vhack.environment.visible import PATH, inside, python
+
+_START_SECONDS = 20
+_END_SECONDS = 10
+_STATUS_BYTES = 64
+_FULL = b"full"  # a status: the job kept more than it may
+# A sandbox that works keeps a program from the source text of the tasks, beside this file.
+_SECRET = str(Path(__file__).with_name("tasks.py"))
+_TRIAL = f"""
+try:
+    open({_SECRET!r})
+except OSError:
+    print(1)
+"""
+
+
+class Server:
+    """A running fork server in a sandbox. It raises OSError if it or its jobs do not start.
+
+    Attributes:
+        backend: What isolates its jobs.
+        root: Where its jobs have their directories; empty for bubblewrap, where they are in memory.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._lock = threading.Lock()
+        setup: dict[str, object] = {"backend": backend, "root": ""}
+        line = []
+        environment = {}
+        if backend == "bwrap":
+            line = command_line(1, server=True)
+            environment = {"PATH": PATH}
+        elif backend == "landlock":
+            setup |= landlock.setup()
+        if not line:
+            setup["root"] = str(Path(tempfile.mkdtemp(prefix="assay-sandbox-")).resolve())
+        self.root = str(setup["root"])
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A child that this process has forked keeps the socket open, but not the process alive.
+        parent = os.pidfd_open(os.getpid())
+        with theirs:
+            numbers = (str(theirs.fileno()), str(parent))
+            self._process = subprocess.Popen(
+                [*line, *python("-c", inside(), "serve", *numbers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                cwd="/",
+                pass_fds=(theirs.fileno(), parent),
+                start_new_session=True,
+            )
+        os.close(parent)
+        try:
+            self._begin(setup)
+        except OSError:
+            self.close()
+            raise
+
+    def _begin(self, setup: dict[str, object]) -> None:
+        assert self._process.stdin is not None
+        with self._process.stdin as pipe:
+            pipe.write(json.dumps(setup).encode())
+        self._control.settimeout(_START_SECONDS)
+        if self._control.recv(16) != b"ready":
+            raise OSError("the fork server did not start")
+        self._control.settimeout(None)
+        limits = Limits(seconds=_START_SECONDS)
+        program = "print(1)" if self.backend == "unsandboxed" else _TRIAL
+        ended = self.perform(job_text(program, limits, backend=self.backend), limits)
+        if ended.returncode != 0 or not ended.output["stdout"]:
+            raise OSError("the fork server does not run programs")
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, or of the bubblewrap around it."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server still runs."""
+        return self._process.poll() is None
+
+    def perform(self, job: bytes, limits: Limits) -> Ended:
+        """Run a job as `job_text` writes it, or raise an OSError if the server is gone; its socket
+        tells its end.
+        """
+        deadline = time.monotonic() + limits.seconds
+        with ExitStack() as ours:
+            with ExitStack() as theirs:
+                readers, given = descriptors(job, limits, ours, theirs)
+                status, inside = socket.socketpair()
+                ours.enter_context(status)
+                theirs.enter_context(inside)
+                with self._lock:
+                    socket.send_fds(
+                        self._control, [str(limits.disk_mib).encode()], [*given, inside.fileno()]
+                    )
+            watched = {"status": (status.fileno(), _STATUS_BYTES)}
+            ended = pump(readers | watched, deadline)
+            code = ended.output["status"]
+            if ended.killed:
+                status.shutdown(socket.SHUT_WR)
+                code += pump(watched, time.monotonic() + _END_SECONDS).output["status"]
+            if not code:
+                self._process.kill()  # whatever has become of it, it is replaced
+                raise OSError("the fork server is gone")
+        ended.overflowed |= code == _FULL
+        ended.returncode = None if ended.killed else int(code)
+        return ended
+
+    def close(self) -> None:
+        """End the server, and with it every job."""
+        self._control.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        self._process.kill()
+        self._process.wait()
+        if self.root:
+            with suppress(OSError):
+                os.rmdir(self.root)  # noqa: PTH106
+
+
+_servers: dict[tuple[int, str], Server | None] = {}  # by process and backend
+_starting = threading.Lock()
+
+
+def server(backend: str) -> Server | None:
+    """Return the fork server of this process, or None if none can run; the first call starts it."""
+    key = (os.getpid(), backend)
+    with _starting:
+        running = _servers.get(key)
+        if running is not None and not running.alive:
+            running.close()
+            del _servers[key]
+        if key not in _servers:
+            _servers[key] = None
+            with suppress(OSError):
+                _servers[key] = Server(backend)
+        return _servers[key]
+
+
+def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
+    """Run a job by the fork server, or if that cannot, in a sandbox of its own."""
+    running = server(backend)
+    if running is not None:
+        with suppress(OSError):  # a server that dies under a job does not lose it
+            return running.perform(job, limits)
+    if backend == "bwrap":  # where bubblewrap works, namespaces within its own may not
+        return perform_once(job, limits)
+    own = Server(backend)
+    try:
+        return own.perform(job, limits)
+    finally:
+        own.close()
+
+
+@atexit.register
+def _close_servers() -> None:
+    for (process, _), running in _servers.items():
+        if running is not None and process == os.getpid():
+            running.close()
