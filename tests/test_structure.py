@@ -46,7 +46,7 @@ def imports(name: str) -> list[tuple[str, str]]:
 
 def test_the_walk_sees_the_house():
     assert len(MODULES) > 150
-    assert ("assay.errors", "BadWeights") in imports("assay.models.load")
+    assert ("assay.errors", "BadWeights") in imports("assay.models.checkpoint")
 
 
 def test_there_is_no_circle():

@@ -16,7 +16,7 @@ from _common import note, parser, publish, round_to, wall_seconds
 
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf.fused import worth_compiling
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 
 FIRST = "poc-2.0"
 

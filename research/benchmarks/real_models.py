@@ -45,7 +45,7 @@ from assay import stats
 from assay.errors import AssayError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, measure_frame, prove
-from assay.poc.engines.hf.fused import worth_compiling
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.launch import check_loadable, load
 from assay.poc.measurement import distances_to_target
 from assay.poc.one_machine import calibrate_model

@@ -7,8 +7,9 @@ from tokenizers.processors import TemplateProcessing
 
 from assay.errors import ModelError, UsageError
 from assay.models import Chat, load_model, read_chat
-from assay.models.chat import LONGEST_TEXT, render_chat
+from assay.models.chat import render_chat
 from assay.models.load import identify
+from assay.models.template_process import LONGEST_TEXT
 from assay.models.tokenizer_files import read_tokenizer
 from tests.vhack.conftest import bytewise
 

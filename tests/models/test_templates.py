@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from assay.errors import ResourceError, UsageError
-from assay.models import chat, read_chat
+from assay.models import chat, read_chat, template_process
 from assay.models.load import load_tokenizer
+from assay.models.template_process import TEMPLATE_PROCESS
 from tests.models.test_chat import TEMPLATE, USER, chat_tokenizer, rendered
 
 NINES = "{% for b in range(99999) %}{% for a in range(99999) %}BODY{% endfor %}{% endfor %}"
@@ -76,20 +77,23 @@ LARGE = [
 
 @pytest.mark.parametrize(
     ("template", "bound"),
-    [*((one, {"_SECONDS": 0.2}) for one in SLOW), *((one, {"_MEMORY": 2**27}) for one in LARGE)],
+    [
+        *((one, {"CPU_SECONDS": 0.2}) for one in SLOW),
+        *((one, {"MEMORY_BYTES": 2**27}) for one in LARGE),
+    ],
 )
 def test_a_template_without_end_is_refused_by_name_and_the_next_is_rendered(
     monkeypatch, template, bound
 ):
-    chat._TEMPLATES.end()
+    TEMPLATE_PROCESS.end()
     ((name, value),) = bound.items()
-    monkeypatch.setattr(chat, name, value)
+    monkeypatch.setattr(template_process, name, value)
     with pytest.raises(
-        UsageError, match=f"of a model, .* {'0.2 s' if name == '_SECONDS' else '128 MiB'}"
+        UsageError, match=f"of a model, .* {'0.2 s' if name == 'CPU_SECONDS' else '128 MiB'}"
     ):
         rendered(template)
     assert rendered(TEMPLATE).endswith("<user>Hi;<assistant>")
-    chat._TEMPLATES.end()
+    TEMPLATE_PROCESS.end()
 
 
 @pytest.mark.parametrize(
@@ -179,39 +183,39 @@ def test_threads_share_the_process_and_forks_interrupts_and_signals_never_mix_it
     expected = [one.fields["messages"][0]["content"] for one in ask]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda one: chat.render_chat(one, tokenizer), ask)) == expected
-    shared = chat._TEMPLATES._process
+    shared = TEMPLATE_PROCESS.process
     if (child := os.fork()) == 0:
         same = (
             chat.render_chat(ask[1], tokenizer) == expected[1]
-            and chat._TEMPLATES._process.pid != shared.pid
+            and TEMPLATE_PROCESS.process.pid != shared.pid
         )
-        chat._TEMPLATES.end()
+        TEMPLATE_PROCESS.end()
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert chat.render_chat(ask[2], tokenizer) == expected[2]
-    assert chat._TEMPLATES._process is shared
+    assert TEMPLATE_PROCESS.process is shared
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat._TEMPLATES._connection, "poll", interrupted)
+    monkeypatch.setattr(TEMPLATE_PROCESS.connection, "poll", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.render_chat(ask[3], tokenizer)
     assert shared.returncode == -signal.SIGKILL
     assert chat.render_chat(ask[4], tokenizer) == expected[4]
-    own = chat._TEMPLATES._process
+    own = TEMPLATE_PROCESS.process
     own.kill()  # as an operator or the kernel may, between two requests
     own.wait()
     assert chat.render_chat(ask[5], tokenizer) == expected[5]
-    own = chat._TEMPLATES._process
-    chat._TEMPLATES._connection.close()  # as where this process ends without a word
+    own = TEMPLATE_PROCESS.process
+    TEMPLATE_PROCESS.connection.close()  # as where this process ends without a word
     assert own.wait(10) == 0
-    chat._TEMPLATES.end()
+    TEMPLATE_PROCESS.end()
 
 
 def test_no_process_is_an_error_of_the_machine_and_not_of_the_template(monkeypatch):
-    chat._TEMPLATES.end()
+    TEMPLATE_PROCESS.end()
     for program in ("/bin/false", "/nothing"):
-        monkeypatch.setattr(chat.sys, "executable", program)
+        monkeypatch.setattr(template_process.sys, "executable", program)
         with pytest.raises(ResourceError, match="no process that renders"):
             rendered(TEMPLATE)

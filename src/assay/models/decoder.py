@@ -39,8 +39,16 @@ FUSED_TARGETS = ("qkv_proj", "gate_up_proj")
 """
 
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of positions, each pair's in both places; they broadcast with the heads."""
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LISTS_OF_LAYERS = ("layers", "h", "blocks")
+_RECORDERS = "transformers.utils.output_capturing"
+
+
 @dataclass(frozen=True)
-class Family:
+class DecoderFamily:
     """One architecture.
 
     Attributes:
@@ -55,76 +63,58 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family("Llama"),
-    "mistral": Family("Mistral"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3"),
-    "granite": Family("Granite", plain=False),
+    "llama": DecoderFamily("Llama"),
+    "mistral": DecoderFamily("Mistral"),
+    "qwen2": DecoderFamily("Qwen2"),
+    "qwen3": DecoderFamily("Qwen3"),
+    "granite": DecoderFamily("Granite", plain=False),
 }
 """The families by model type, as ``config.json`` names it."""
 
-MIXTURES = {"qwen3_moe": Family("Qwen3Moe")}
+MIXTURES = {"qwen3_moe": DecoderFamily("Qwen3Moe")}
 """Architectures whose layers have a mixture of experts in place of the MLP, by model type. Only the
 engine asks.
 """
 
 
-def family_of(config: Any) -> Family | None:
-    """Return the family of a configuration, or of the text decoder that it wraps; None for one that
-    is not listed.
-    """
+def family_of(config: Any) -> DecoderFamily | None:
+    """Return the family of a configuration or of its text decoder; None for one not listed."""
     return FAMILIES.get(config.get_text_config().model_type)
 
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
 def expert_count(config: Any) -> int:
-    """Return how many experts a layer chooses among, by what configurations call them; 0 without a
-    mixture.
-    """
-    text = config.get_text_config(decoder=True)
-    counts = [value for name in _EXPERTS if type(value := getattr(text, name, None)) is int]
-    return count if (count := max(counts, default=0)) > 1 else 0
+    """Return how many experts a layer chooses among; 0 without a mixture."""
+    text_config = config.get_text_config(decoder=True)
+    values = [getattr(text_config, name, None) for name in _EXPERT_COUNTS]
+    count = max((value for value in values if type(value) is int), default=0)
+    return count if count > 1 else 0
 
 
 def attention_window(config: Any) -> int | None:
-    """Return how many positions the layer with the shortest view looks back, or None if all layers
-    see everything.
+    """Return how many positions the shortest attention window spans; None if all layers see all.
 
     Layers of another kind than full or sliding attention count as a view of no positions.
     """
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ())
+    text_config = config.get_text_config()
+    kinds = set(getattr(text_config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         return 0
     if kinds == {"full_attention"}:
         return None
-    window = getattr(text, "sliding_window", None)
+    window = getattr(text_config, "sliding_window", None)
     return None if window is None else int(window)
 
 
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of the angles of positions, each pair's in both of its places; they broadcast
-with the heads.
-"""
-
-_LISTS_OF_LAYERS = ("layers", "h", "blocks")
-_RECORDERS = "transformers.utils.output_capturing"
-
-
 def backbone(module: nn.Module) -> nn.Module:
-    """Return the decoder without its head; its ``last_hidden_state`` [B, T, D] is taken after the
-    final norm.
-    """
+    """Return the decoder without its head; it returns states after the final norm, [B, T, D]."""
     get_decoder = getattr(module, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if isinstance(decoder, nn.Module) and decoder is not module:
         return decoder
-    wanted = "a causal language model of transformers (get_decoder() returns its backbone)"
-    do = "load the model with assay.models.load_model"
     raise LayersNotFound(
-        f"{type(module).__name__} has no decoder below its head", wanted=wanted, do=do
+        f"{type(module).__name__} has no decoder below its head",
+        wanted="a causal language model of transformers (get_decoder() returns its backbone)",
+        do="load the model with assay.models.load_model",
     )
 
 
@@ -133,15 +123,15 @@ def head_of(module: nn.Module) -> nn.Module:
     head = module.get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, nn.Module):
         return head
-    do = "use another architecture, such as Llama, Qwen3 or Mistral"
     raise LayersNotFound(
-        f"{type(module).__name__} has no output embeddings", wanted="a decoder with a head", do=do
+        f"{type(module).__name__} has no output embeddings",
+        wanted="a decoder with a head",
+        do="use another architecture, such as Llama, Qwen3 or Mistral",
     )
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Return whether something runs before or after the forward pass of a module, apart from those
-    inside it.
+    """Return whether a module has forward hooks of its own; its submodules do not count.
 
     The hooks that transformers leaves behind after one call with ``output_hidden_states`` do
     nothing in a call without, so they do not count.
@@ -154,29 +144,25 @@ def decoder_layers(module: nn.Module) -> nn.ModuleList:
     """Return the decoder layers in order, exactly ``config.num_hidden_layers`` of them."""
     decoder = backbone(module)
     lists = [getattr(decoder, name, None) for name in _LISTS_OF_LAYERS]
-    layers = next((found for found in lists if isinstance(found, nn.ModuleList)), None)
+    layers = next((entry for entry in lists if isinstance(entry, nn.ModuleList)), None)
     config: Any = getattr(module, "config", None)
-    expected = (
-        None
-        if config is None
-        else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    )
+    expected = None
+    if config is not None:
+        expected = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if layers is not None and len(layers) == expected:
         return layers
-    seen = (
+    count = (
         "no list of layers"
         if layers is None
         else f"{len(layers)} layers where the configuration says {expected}"
     )
-    wanted = (
-        f"an nn.ModuleList named {', '.join(_LISTS_OF_LAYERS)} with config.num_hidden_layers "
-        f"entries"
+    raise LayersNotFound(
+        f"{type(decoder).__name__} has {count}",
+        wanted=f"an nn.ModuleList named {', '.join(_LISTS_OF_LAYERS)} with "
+        f"config.num_hidden_layers entries",
+        do="use a model whose decoder layers can be found; hooks on a guess would measure "
+        "something else",
     )
-    do = (
-        "use a model whose decoder layers can be found; hooks on a guess would measure something "
-        "else"
-    )
-    raise LayersNotFound(f"{type(decoder).__name__} has {seen}", wanted=wanted, do=do)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -222,8 +208,7 @@ def causal_attention(
 
 
 class DecoderLayer(ABC):
-    """One layer of a listed family: attention and a gated MLP, each after a norm, added to the
-    residual stream.
+    """One layer of a listed family: attention and a gated MLP, each after a norm.
 
     The order of a layer is written here and nowhere else. Every use is a subclass that says how the
     steps are computed: projections, norms, attention and the gate. A layer may update only some of
@@ -254,9 +239,7 @@ class DecoderLayer(ABC):
         return self.add(h, self.mlp(self.norm("post_attention_layernorm", h)))
 
     def attention(self, x: Tensor) -> Tensor:
-        """Return what attention adds to the residual stream, from the normed input of all
-        positions.
-        """
+        """Return what attention adds to the residual stream, from the normed input."""
         return self.project("o_proj", self.attend(*self.heads(x)))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,9 +262,7 @@ class DecoderLayer(ABC):
 
     @abstractmethod
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Return x after ``post_attention_layernorm``, ``q_norm`` or ``k_norm``; without such a
-        norm it is x.
-        """
+        """Return x after ``post_attention_layernorm``, ``q_norm`` or ``k_norm``, where there is one."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -292,9 +273,7 @@ class DecoderLayer(ABC):
         """Return the activated gate times the other projection into the MLP, [..., F]."""
 
     def qkv(self, x: Tensor) -> Iterable[Tensor]:
-        """Return the outputs of the projections into attention; queries only of the updated
-        positions.
-        """
+        """Return queries of the updated positions, and keys and values of all, unnormed."""
         return (
             self.project("q_proj", self.updated(x)),
             self.project("k_proj", x),
@@ -315,8 +294,7 @@ class DecoderLayer(ABC):
 
 
 class ModuleLayer(DecoderLayer):
-    """A layer whose steps are the modules of transformers, with their hooks and forward functions;
-    ``attend`` is open.
+    """A layer whose steps are the modules of transformers, with their hooks; ``attend`` is open.
 
     Args:
         layer: Decoder layer of transformers, of a listed family.
@@ -332,9 +310,8 @@ class ModuleLayer(DecoderLayer):
 
     def project(self, name: str, x: Tensor) -> Tensor:
         """Return the output of a projection."""
-        output: Tensor = getattr(
-            self.layer.self_attn if name in ATTENTION_TARGETS else self.layer.mlp, name
-        )(x)
+        owner = self.layer.self_attn if name in ATTENTION_TARGETS else self.layer.mlp
+        output: Tensor = getattr(owner, name)(x)
         return output
 
     def norm(self, name: str, x: Tensor) -> Tensor:

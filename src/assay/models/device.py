@@ -16,8 +16,7 @@ from assay.settings import DEVICE_NAME, check_device
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of that name: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None is cuda where
-    there is one, else cpu.
+    """Return the device of a name: cpu, cuda or cuda:N; None is cuda where there is one, else cpu.
 
     Raises:
         UsageError: The name is not one of these.
@@ -25,57 +24,52 @@ def parse_device(name: str | torch.device | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = (name := str(name)).partition(":")
+    name = str(name)
     if not DEVICE_NAME.fullmatch(name):
         raise UsageError(
             f"device={name!r}",
             wanted="cpu, cuda or cuda:N",
             do="choose one of them, or leave it out",
+            field="device",
         )
-    if kind == "cuda":
-        check_device(name, torch.cuda.device_count())
-    return torch.device(kind, int(index)) if kind == "cuda" and index else torch.device(kind)
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    check_device(name, torch.cuda.device_count())
+    return torch.device("cuda", int(index)) if index else torch.device("cuda")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on the device for this process, in bytes; what torch keeps for
-    itself counts.
-    """
+    """Return the free memory of a device in bytes; what torch's allocator reserves counts."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserved
     return int(psutil.virtual_memory().available) + kept_bytes()
 
 
 def processor(device: torch.device) -> str:
-    """Return the name of a CUDA device, or the architecture of this machine's CPU and its vector
-    instructions.
-    """
+    """Return the name of a CUDA device, or the CPU's architecture and vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a CUDA device is the current one: triton launches there, wherever
-    its tensors are.
-    """
+    """Return a context in which a CUDA device is current: triton launches kernels there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: Tensor | NDArray[Any] | Sequence[Any], device: torch.device) -> Tensor:
-    """Copy values to a device without waiting for it. Unpinned, CUDA makes the host wait from 64
-    KiB on.
-    """
-    made = torch.as_tensor(values)
-    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+    """Copy values to a device without waiting for it."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda":  # of unpinned memory from 64 KiB on, the host would wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """Have torch use one thread for a product, and yield how many it had: small matrices gain
-    nothing from sharing.
-    """
+    """Have torch use one thread, best for small matrices, and yield how many it had."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

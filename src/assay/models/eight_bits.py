@@ -1,5 +1,4 @@
-"""Linear layers and experts over weights in eight bits, and the three ways in which such a product
-is computed.
+"""Linear layers and experts over weights in eight bits, and how their products are computed.
 
 This is the definition. Each way rounds its input as its weight was rounded, with scales for every
 position, so that the bits of a position do not depend on the others: a row, or some of its columns,
@@ -38,6 +37,22 @@ SMALLEST = 1e-12
 WIDTHS = 16
 """What rows and columns of a weight must be multiples of on CUDA."""
 
+_INT8_LARGEST = 127
+
+INT8_STEP = 1 / _INT8_LARGEST
+"""The scale of a row in int8 is this times its largest magnitude, which becomes 127."""
+
+CUDA_BLOCK = (128, 128)
+"""Rows and columns of a weight that share a scale, of which products exist on CUDA."""
+
+# torch's product by blocks reads the scales of rows, and of a weight's columns, in vectors of this
+# many.
+_SCALES_OF_A_VECTOR = 4
+
+# Sums of so many rows at a time stay in a core's cache until they are scaled: 1.6 to 3 times as
+# fast as all at once.
+_ROWS_IN_CACHE = 256
+
 
 class Rounded(NamedTuple):
     """A tensor in eight bits."""
@@ -47,8 +62,7 @@ class Rounded(NamedTuple):
 
 
 def round_rows(x: Tensor) -> Rounded:
-    """Round every row of the last axis to e4m3, by a scale that takes its largest magnitude to the
-    format's largest.
+    """Round rows of the last axis to e4m3, so that the largest magnitude becomes the format's.
 
     A row with NaN or infinity has NaN after it.
     """
@@ -80,9 +94,7 @@ def multiply_rows(
 
 
 def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ on CUDA of rows [S, C] and weights [E, R, C], the rows of each of which end at
-    ``ends`` [E] int32.
-    """
+    """Return x Wᵀ on CUDA of rows [S, C] sorted by weight [E, R, C]; those of each end at ``ends``."""
     y = torch._scaled_grouped_mm(
         x.values,
         weights.values.transpose(-2, -1),
@@ -96,30 +108,11 @@ def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dty
 
 
 def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return the order of all choices by their expert, and where the choices of each expert end,
-    [E] int32.
-    """
+    """Return all choices sorted by expert, and where those of each expert end, [E] int32."""
     keys = chosen.flatten().to(torch.uint8 if experts <= 256 else torch.int32)
     keys, order = torch.sort(keys, stable=True)
     numbers = torch.arange(experts, dtype=torch.int32, device=keys.device)
     return order, torch.searchsorted(keys.int(), numbers, right=True, out_int32=True)
-
-
-_INT8_LARGEST = 127
-
-INT8_STEP = 1 / _INT8_LARGEST
-"""The scale of a row in int8 is this times its largest magnitude, which becomes 127."""
-
-CUDA_BLOCK = (128, 128)
-"""Rows and columns of a weight that share a scale, of which products exist on CUDA."""
-
-# torch's product by blocks reads the scales of rows, and of a weight's columns, in vectors of this
-# many.
-_SCALES_OF_A_VECTOR = 4
-
-# Sums of so many rows at a time stay in a core's cache until they are scaled: 1.6 to 3 times as
-# fast as all at once.
-_ROWS_IN_CACHE = 256
 
 
 @dataclass(frozen=True)
@@ -147,9 +140,7 @@ class Arithmetic:
     def product(
         self, x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """Return x Wᵀ [..., R] of an input [..., C] and a weight [R, C], and the bias [R] where
-        there is one.
-        """
+        """Return x Wᵀ + b [..., R] of an input [..., C], a weight [R, C] and a bias [R] or None."""
         y = self.multiply(Rounded(x.values.flatten(0, -2), x.scales.flatten(0, -2)), weight, dtype)
         y = y.view(*x.values.shape[:-1], len(weight.values))
         return y if bias is None else y + bias
@@ -157,25 +148,19 @@ class Arithmetic:
     def grouped_product(
         self, x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return x Wᵀ of rows [S, C] and weights [E, R, C], the rows of each of which end at
-        ``ends`` [E] int32.
-        """
+        """Return x Wᵀ of rows [S, C] sorted by weight [E, R, C]; those of each end at ``ends``."""
         if x.values.is_cuda:
             return self.grouped(x, weights, ends, dtype)
-        spans = [slice(*span) for span in pairwise([0, *ends.tolist()])]
-        parts = [
-            self.multiply(
-                Rounded(*(t[span] for t in x)), Rounded(*(t[expert] for t in weights)), dtype
-            )
-            for expert, span in enumerate(spans)
-        ]
-        return torch.cat(parts)
+        products = []
+        for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+            rows = Rounded(*(part[start:end] for part in x))
+            weight = Rounded(*(part[expert] for part in weights))
+            products.append(self.multiply(rows, weight, dtype))
+        return torch.cat(products)
 
 
 def _round_groups(x: Tensor, columns: int) -> Rounded:
-    """Round every group of so many columns of a row to e4m3 by a scale of its own, [...,
-    groups].
-    """
+    """Round every group of columns of a row to e4m3, each by a scale, [..., groups]."""
     groups = torch.split(x, columns, dim=-1)
     largest = torch.stack([group.abs().amax(dim=-1) for group in groups], dim=-1)
     scales = largest.float().clamp_min(SMALLEST) * STEP
@@ -186,26 +171,23 @@ def _round_groups(x: Tensor, columns: int) -> Rounded:
 def _multiply_blocks(
     x: Rounded, weight: Rounded, dtype: torch.dtype, *, block: tuple[int, int]
 ) -> Tensor:
-    """Return x Wᵀ: the products of each group of columns, times both its scales, summed in the
-    order of the columns.
-    """
+    """Return x Wᵀ: products of each group of columns, scaled, summed in the order of columns."""
     if x.values.is_cuda:
         y: Tensor = _library_block_product(*x, *weight)
     else:
         rows, columns = block
-        of_rows = weight.scales.repeat_interleave(rows, dim=0)[: len(weight.values)]
+        weight_scales = weight.scales.repeat_interleave(rows, dim=0)[: len(weight.values)]
         y = torch.zeros(len(x.values), len(weight.values))
         for group, start in enumerate(range(0, x.values.shape[1], columns)):
             part = slice(start, start + columns)
-            of_group = x.values[:, part].float() @ weight.values[:, part].float().t()
-            y += of_group * (x.scales[:, group, None] * of_rows[None, :, group])
+            product = x.values[:, part].float() @ weight.values[:, part].float().t()
+            y += product * (x.scales[:, group, None] * weight_scales[None, :, group])
         y = y.to(torch.bfloat16)
     return y.to(dtype)
 
 
-@torch.library.custom_op(
-    "assay::product_of_blocks", mutates_args=()
-)  # one operation for those who trace a model
+# One operation for those who trace a model.
+@torch.library.custom_op("assay::product_of_blocks", mutates_args=())
 def _library_block_product(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor
 ) -> Tensor:
@@ -215,11 +197,11 @@ def _library_block_product(
     groups].
     """
     rows, groups = x_scales.shape
-    more = -rows % _SCALES_OF_A_VECTOR
-    if more:
-        x = functional.pad(x.view(torch.uint8), (0, 0, 0, more)).view(x.dtype)
-        x_scales = functional.pad(x_scales, (0, 0, 0, more))
-    y = functional.scaled_mm(
+    padding = -rows % _SCALES_OF_A_VECTOR
+    if padding:
+        x = functional.pad(x.view(torch.uint8), (0, 0, 0, padding)).view(x.dtype)
+        x_scales = functional.pad(x_scales, (0, 0, 0, padding))
+    y: Tensor = functional.scaled_mm(
         x,
         weight.t(),
         scale_a=x_scales.t().contiguous().t(),  # no copy for scales that the engine's kernels wrote
@@ -228,8 +210,7 @@ def _library_block_product(
         scale_recipe_b=functional.ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )
-    of_rows: Tensor = y[:rows]
-    return of_rows
+    return y[:rows]
 
 
 @_library_block_product.register_fake
@@ -265,26 +246,22 @@ def _(
 
 
 def _round_to_int8(x: Tensor) -> Rounded:
-    """Round every row of the last axis to whole numbers from -127 to 127; one with NaN or infinity
-    has such a scale.
-    """
+    """Round rows of the last axis to integers from -127 to 127; NaN or infinity makes the scale so."""
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST) * INT8_STEP
-    whole = (x * scales.reciprocal()).round_().clamp_(-_INT8_LARGEST, _INT8_LARGEST)
-    return Rounded(whole.to(torch.int8), scales)
+    values = (x * scales.reciprocal()).round_().clamp_(-_INT8_LARGEST, _INT8_LARGEST)
+    return Rounded(values.to(torch.int8), scales)
 
 
 def _multiply_int8(x: Rounded, weight: Rounded, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ. The sums of products are whole numbers and exact; each is rounded once, and once
-    by every scale.
-    """
+    """Return x Wᵀ. The sums of products are integers and exact, and rounded once by each scale."""
     if x.values.is_cuda:
-        made: Tensor = _own_product(*x, *weight, None, dtype)
-        return made
+        product: Tensor = _own_product(*x, *weight, None, dtype)
+        return product
     y = torch.empty(len(x.values), len(weight.values), dtype=dtype)
-    for part, own, result in zip(*(torch.split(t, _ROWS_IN_CACHE) for t in (*x, y)), strict=True):
-        result.copy_(
-            torch._int_mm(part, weight.values.t()).float().mul_(own).mul_(weight.scales.t())
-        )
+    for start in range(0, len(y), _ROWS_IN_CACHE):
+        rows = slice(start, start + _ROWS_IN_CACHE)
+        sums = torch._int_mm(x.values[rows], weight.values.t()).float()
+        y[rows] = sums.mul_(x.scales[rows]).mul_(weight.scales.t())
     return y
 
 
@@ -301,9 +278,7 @@ INT8 = Arithmetic("int8-rows", _round_to_int8, _multiply_int8, _grouped, dtype=t
 
 @cache
 def float8_blocks(rows: int, columns: int) -> Arithmetic:
-    """Return the arithmetic of weights that have a scale for every block of so many rows and
-    columns.
-    """
+    """Return the arithmetic of weights with a scale for every block of rows and columns."""
     return Arithmetic(
         "float8-block",
         partial(_round_groups, columns=columns),
@@ -314,9 +289,7 @@ def float8_blocks(rows: int, columns: int) -> Arithmetic:
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer that rounds its input and multiplies it by a weight in eight bits; the bias is
-    not rounded.
-    """
+    """A linear layer over a weight in eight bits: it rounds its input, and not its bias."""
 
     def __init__(
         self, weight: Rounded, bias: nn.Parameter | None, arithmetic: Arithmetic = FLOAT8
@@ -335,8 +308,7 @@ class EightBitLinear(nn.Module):
 
 
 class EightBitExperts(nn.Module):
-    """The experts of a mixture, over weights in eight bits; called as the module of transformers
-    that is given.
+    """The experts of a mixture over weights in eight bits, called as transformers' own module is.
 
     Weights of gate and up are [E, 2 F, D], those of down [E, D, F].
     """

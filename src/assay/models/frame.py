@@ -1,5 +1,4 @@
-"""The frame of a checkpoint: which tokens its nonces are drawn from, and what centres and scales
-its states.
+"""The frame of a checkpoint: the tokens of its nonces, and the mean and scale of its states.
 
 A state h after the final norm becomes (h − mean) / scale, coordinate by coordinate. A trained model
 has most of the energy of its states in a few coordinates and in one common direction; in the frame
@@ -26,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt32
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from assay.errors import DataError, UsageError
@@ -35,16 +33,23 @@ from assay.files.reading import read_whole
 from assay.files.storage import write_atomic
 
 SEQUENCES = 64
-POSITIONS = 64  # sequences that a frame is measured on, and their length where the model takes it
-MOST_ROWS = 2**24  # largest vocabulary
+"""Sequences that a frame is measured on."""
+
+POSITIONS = 64
+"""Length of these sequences, where the model takes it."""
+
+MOST_ROWS = 2**24
+"""Rows of the largest vocabulary."""
+
 LARGEST_FILE = 2**25  # bytes
+_LARGEST_HEADER = 2**12  # bytes
 _DIGEST = re.compile("[0-9a-f]{64}")
 _KIND = "assay.poc.frame"
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What ``tokens-1`` knows of a checkpoint beside its weights.
+    """What the preset ``tokens-1`` needs of a checkpoint beside its weights.
 
     Args:
         digest: SHA-256 of the checkpoint.
@@ -73,43 +78,42 @@ class Frame:
     sha256: str = field(init=False, default="")  # of the file
 
     def __post_init__(self) -> None:
-        known = type(self.rows) is int and 1 <= self.drawn <= self.rows <= MOST_ROWS
-        ends = self.left_out.ravel()[[0, -1]] if self.left_out.size else [0, 0]
-        ordered = bool((np.diff(self.left_out) > 0).all()) and 0 <= ends[0] <= ends[1] < max(
-            1, self.rows
-        )
-        alike = self.left_out.ndim == self.mean.ndim == 1 and self.mean.shape == self.scale.shape
-        moments = np.stack([self.mean, self.scale]) if alike else np.full((2, 1), np.nan)
-        for holds, seen, wanted in (
+        left_out = self.left_out.ravel()
+        first, last = left_out[[0, -1]] if left_out.size else (0, 0)
+        is_sorted = bool((np.diff(left_out) > 0).all())
+        are_rows = self.left_out.ndim == self.mean.ndim == 1 and self.mean.shape == self.scale.shape
+        for holds, fault, wanted in (
             (
-                bool(_DIGEST.fullmatch(str(self.digest))),
+                _DIGEST.fullmatch(str(self.digest)),
                 f"the digest {self.digest!r:.80}",
                 "64 hexadecimal digits",
             ),
             (
-                known,
+                type(self.rows) is int and 1 <= self.drawn <= self.rows <= MOST_ROWS,
                 f"{self.drawn} of {self.rows!r:.20} rows",
                 f"1 to {MOST_ROWS} rows, some of which are drawn",
             ),
             (
-                ordered,
+                is_sorted and 0 <= first <= last < max(1, self.rows),
                 "ids in another order, twice, or without a row",
                 "ascending ids below the number of rows",
             ),
             (
-                bool(np.isfinite(moments).all()),
+                are_rows and np.isfinite(self.mean).all() and np.isfinite(self.scale).all(),
                 "a mean or a scale that is not finite",
                 "finite rows of one length",
             ),
             (
-                bool((moments[1] > 1e-37).all()),
+                (self.scale > 1e-37).all(),
                 "a scale of 0 or less, or next to it",
                 "scales above 0",
             ),
         ):
             if not holds:
                 raise UsageError(
-                    f"a frame with {seen}", wanted=wanted, do="make it again with `assay poc frame`"
+                    f"a frame with {fault}",
+                    wanted=wanted,
+                    do="make it again with `assay poc frame`",
                 )
         object.__setattr__(self, "sha256", hashlib.sha256(self.to_bytes()).hexdigest())
 
@@ -120,9 +124,7 @@ class Frame:
         return hash(self.sha256)
 
     def tokens(self, seeds_BT: UInt32[np.ndarray, "B T"]) -> Int64[np.ndarray, "B T"]:
-        """Return the token of every 32-bit seed s: number ⌊s·(V − E)/2³²⌋ of the ids that are not
-        left out.
-        """
+        """Return the token of every 32-bit seed s: number ⌊s·(V − E)/2³²⌋ of the drawn ids."""
         places_BT = (seeds_BT.astype(np.uint64) * np.uint64(self.drawn)) >> np.uint64(32)
         return places_BT.astype(np.int64) + np.searchsorted(
             self.before, places_BT.astype(np.int64), side="right"
@@ -135,17 +137,17 @@ class Frame:
 
     @property
     def before(self) -> Int64[np.ndarray, " E"]:
-        """Number of ids below each one that is left out that are drawn: id left_out[e] has e others
-        below it.
-        """
+        """For each excluded token id, how many allowed ids are smaller."""
         return self.left_out.astype(np.int64) - np.arange(len(self.left_out))
 
     def to_bytes(self) -> bytes:
         """Return the content of the file."""
         arrays = {
-            "left_out": self.left_out.astype("<i4"), "mean": self.mean.astype("<f4"), "scale": self.scale.astype("<f4")
-        }  # fmt: skip
-        said = {
+            "left_out": self.left_out.astype("<i4"),
+            "mean": self.mean.astype("<f4"),
+            "scale": self.scale.astype("<f4"),
+        }
+        facts = {
             "kind": _KIND,
             "schema": 1,
             "digest": self.digest,
@@ -153,55 +155,63 @@ class Frame:
             "rows": self.rows,
         }
         # One entry of metadata: the order of several is not fixed.
-        return save(arrays, metadata={_KIND: dumps(said)})
+        return save(arrays, metadata={_KIND: dumps(facts)})
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str | Path = "a frame") -> "Frame":
-        """Return the frame that :meth:`to_bytes` wrote. Raises DataError: the bytes are something
-        else.
+        """Return the frame that :meth:`to_bytes` wrote.
+
+        Raises:
+            DataError: The bytes are something else, or written in another way.
         """
         try:
-            size = min(
-                int.from_bytes(content[:8], "little"), 2**12
-            )  # a header of more tensors is cut, and no JSON
-            said: dict[str, Any] = parse(
-                parse(content[8 : 8 + size].decode())["__metadata__"][_KIND]
-            )
-            arrays = load(content)
-            made = cls(
-                said["digest"],
-                said["weights"],
-                said["rows"],
-                *(arrays[n] for n in ("left_out", "mean", "scale")),
-            )
-        except (
-            SafetensorError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            RecursionError,
-        ) as error:
-            seen = f"{source}: {type(error).__name__}: {error}"[:200]
-            raise DataError(
-                seen, wanted="a frame", do="make it with `assay poc frame`, or fetch it again"
-            ) from None
+            frame = cls._parse(content)
         except UsageError as error:
             raise DataError(f"{source}: {error.seen}", wanted=error.wanted, do=error.do) from None
-        if made.to_bytes() != content:
-            seen = f"{source} in another form than it is written in"
-            do = "fetch the file again"
-            raise DataError(seen, wanted="the bytes that `assay poc frame` wrote", do=do)
-        return made
+        # The library and the JSON of a hostile file fail with exceptions of many kinds.
+        except Exception as error:
+            raise DataError(
+                f"{source}: {type(error).__name__}: {error}"[:200],
+                wanted="a frame",
+                do="make it with `assay poc frame`, or fetch it again",
+            ) from None
+        if frame.to_bytes() != content:
+            raise DataError(
+                f"{source} in another form than it is written in",
+                wanted="the bytes that `assay poc frame` wrote",
+                do="fetch the file again",
+            )
+        return frame
+
+    @classmethod
+    def _parse(cls, content: bytes) -> "Frame":
+        # A header of more tensors is cut, and then it is no JSON.
+        size = min(int.from_bytes(content[:8], "little"), _LARGEST_HEADER)
+        metadata = parse(content[8 : 8 + size].decode())["__metadata__"]
+        facts: dict[str, Any] = parse(metadata[_KIND])
+        arrays = load(content)
+        return cls(
+            facts["digest"],
+            facts["weights"],
+            facts["rows"],
+            arrays["left_out"],
+            arrays["mean"],
+            arrays["scale"],
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Frame":
-        """Read a file. Raises DataError: it cannot be read, is larger than 32 MiB, or is no
-        frame.
+        """Read a file of at most 32 MiB.
+
+        Raises:
+            DataError: It cannot be read, is larger, or is no frame.
         """
         return cls.from_bytes(read_whole(path, LARGEST_FILE), path)
 
     def save(self, path: str | Path) -> None:
-        """Write the file. Raises StorageError: it cannot be written."""
+        """Write the file.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
         write_atomic(path, self.to_bytes())

@@ -1,5 +1,4 @@
-"""The precision in which a pass multiplies: that of its own numbers, whatever the program around it
-has set.
+"""The precision of products in a forward pass, whatever the program around it has set.
 
 A process may let torch take products of float32 in bfloat16 or TF32, or have autocast on. Every
 pass of assay is inside of :func:`own_precision`, which forces full products and puts back what was
@@ -38,25 +37,23 @@ _PRODUCTS = (
     torch.mm,
     Tensor.mm,
 )
-# from which the product is worth a copy of the weight: one of a single row takes 2.6 times as long
-# with it
 LEAST_ROWS = 8
+"""Rows from which a product is worth a copy of the weight: with it, one row takes 2.6 times as
+long."""
+
 _NARROW = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
 
-
-# Per kind of device since torch 2.9; what is set for all products sets these, and they may be set
-# by themselves.
 _SWITCHES: list[Any] = [
     backend.matmul
     for backend in (torch.backends.mkldnn, torch.backends.cuda)
     if hasattr(getattr(backend, "matmul", None), "fp32_precision")
 ]
+"""Modes per kind of device, since torch 2.9; the mode of all products sets these too."""
 
 
 class _FullProducts:
-    """A context in which float32 products are in full float32, on every device and in every thread
-    of the process.
+    """A context in which float32 products are in full float32, on every device and thread.
 
     The modes are those of the process: threads share the context, and the last one to leave it puts
     them back.
@@ -71,7 +68,7 @@ class _FullProducts:
             if not self._inside:
                 try:
                     self._before = torch.get_float32_matmul_precision()
-                except RuntimeError:  # the switches say other things, and no one word says them all
+                except RuntimeError:  # the switches differ, and no one word says them all
                     self._before = "highest"
                 self._switches = [switch.fp32_precision for switch in _SWITCHES]
                 torch.set_float32_matmul_precision("highest")
@@ -91,8 +88,7 @@ _full_products = _FullProducts()
 
 @contextmanager
 def own_precision(model: Any) -> Iterator[None]:
-    """Multiply in the precision of the numbers themselves: float32 in full, and without autocast in
-    this thread.
+    """Multiply float32 in full and without autocast in this thread; restore the modes at the end.
 
     It includes :func:`wide_products`, and takes the same argument.
     """
@@ -106,8 +102,7 @@ def is_wide(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def wide_products(model: Any) -> AbstractContextManager[object]:
-    """Return a context in which products are taken in float32 where that is faster; elsewhere it
-    changes nothing.
+    """Return a context that takes products in float32 where that is faster, and else does nothing.
 
     It holds for this thread. In the backward pass, the products that autograd makes of those in the
     context are in float32 as well; an ``autograd.Function`` with products of its own enters the

@@ -1,4 +1,4 @@
-"""Which rows may share a forward pass, so that the numbers of a row are those of that row alone.
+"""Which rows may share a forward pass, so that each row computes as if it were alone.
 
 The definition: what gives a token is a pass of that row alone, over its own tokens so far. Some
 configurations say that what a pass computes follows its longest position, once that is beyond a
@@ -18,12 +18,11 @@ training.
 """
 
 from collections.abc import Hashable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from assay.errors import ModelError
 
-# Of DeepSeek-V3.2, MiniMax-M3, Qwen4, and Doge, whose mask hides no later token (transformers
-# 5.17).
 _CHOSEN_KEYS = {
     "index_topk": True,
     "index_topk_blocks": True,
@@ -31,7 +30,8 @@ _CHOSEN_KEYS = {
     "keep_window_size": False,
 }
 """Fields of configurations whose attention sees only the keys that score best; whether the value is
-a limit.
+a limit. They are of DeepSeek-V3.2, MiniMax-M3, Qwen4, and Doge, whose mask hides no later token
+(transformers 5.17).
 """
 
 
@@ -43,10 +43,9 @@ def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
     knows them.
     """
     stated = getattr(config, "rope_parameters", None) or {}
-    by_layer = [
-        each for each in stated.values() if isinstance(each, dict)
-    ]  # of kinds of layers, each with its own
-    for parameters in by_layer or [stated]:
+    # Some models have one rotation for each kind of layer.
+    by_kind = [parameters for parameters in stated.values() if isinstance(parameters, dict)]
+    for parameters in by_kind or [stated]:
         kind = str(parameters.get("rope_type", ""))
         if kind == "longrope":
             yield kind, int(parameters["original_max_position_embeddings"])
@@ -55,48 +54,40 @@ def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def pass_kind(config: Any, length: int) -> Hashable:
-    """Return what is equal for two lengths of rows that may share a pass, padded to the longer one
-    or packed.
-    """
-    stated = {name: getattr(config, name, None) for name in _CHOSEN_KEYS}
-    keys = [
-        int(value) if _CHOSEN_KEYS[name] else 0
-        for name, value in stated.items()
-        if value is not None
-    ]
-    factors = (
-        length > limit if kind == "longrope" else max(length, limit)
-        for kind, limit in rotary_limits(config)
-    )
-    return *factors, *(max(length, limit) for limit in keys)
+    """Return a key that is equal for two lengths of rows that may share a pass, padded or packed."""
+    kind: list[Hashable] = []
+    for rotation, limit in rotary_limits(config):
+        kind.append(length > limit if rotation == "longrope" else max(length, limit))
+    for name, is_limit in _CHOSEN_KEYS.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            kind.append(max(length, int(value) if is_limit else 0))
+    return tuple(kind)
 
 
 def steps_of_passes(config: Any, first: int, count: int) -> list[range]:
-    """Return the steps of an answer in the order in which passes serve them: one range where
-    nothing follows a length.
+    """Return the steps of an answer as ranges that one pass serves; one range is the common case.
 
     Step i follows ``first + i`` tokens. The pass of a range is over all tokens before its last
     step.
     """
-    kinds = (
-        [pass_kind(config, first + step) for step in range(count)]
-        if pass_kind(config, first)
-        else [()] * count
-    )
+    if not pass_kind(config, first):  # nothing follows the length
+        return [range(count)] if count else []
+    kinds = [pass_kind(config, first + step) for step in range(count)]
     starts = [step for step in range(count) if not step or kinds[step] != kinds[step - 1]]
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    return [range(*span) for span in pairwise([*starts, count])]
 
 
 def check_one_kind(config: Any, shortest: int, longest: int) -> None:
-    """Refuse rows of several kinds that are to grow side by side, with one cache; a ModelError
-    names their lengths.
+    """Refuse rows that grow side by side with one KV cache, if they may not share a pass.
+
+    Raises:
+        ModelError: The shortest and the longest row are of different kinds.
     """
     if pass_kind(config, shortest) != pass_kind(config, longest):
-        seen = (
-            f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow "
-            f"the longest"
-        )
-        wanted = "rows on one side of the limit, or of one length"
         raise ModelError(
-            seen, wanted=wanted, do="take shorter prompts and fewer new tokens, or another model"
+            f"rows of {shortest} to {longest} tokens side by side of a model whose numbers follow "
+            f"the longest",
+            wanted="rows on one side of the limit, or of one length",
+            do="take shorter prompts and fewer new tokens, or another model",
         )

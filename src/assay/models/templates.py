@@ -1,5 +1,4 @@
-"""What runs in the process that renders chat templates, so that a template without end costs one
-request.
+"""The program that renders chat templates, in a process that a template without end may lose.
 
 :mod:`assay.models.chat` starts this file as a program. It imports nothing of assay, so that it is
 there in a tenth of a second. Its environment of jinja is that of transformers (the tests compare
@@ -30,9 +29,9 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
-    def _said(self, caller: Macro) -> Any:
+    def _body(self, caller: Macro) -> Any:
         return caller()
 
 
@@ -54,12 +53,12 @@ def _as_json(
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> Template:
-    made = ImmutableSandboxedEnvironment(
+    environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    made.filters["tojson"] = _as_json
-    made.globals["raise_exception"] = _refuse
-    return made.from_string(template)
+    environment.filters["tojson"] = _as_json
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
 
 
 def _answer(request: bytes, longest: int) -> bytes:
@@ -79,22 +78,22 @@ def _answer(request: bytes, longest: int) -> bytes:
 
 
 def main(descriptor: int, seconds: float, memory: int, longest: int) -> None:
-    """Answer requests until there are no more.
+    """Answer requests until the connection closes.
 
     What takes longer, or more memory, ends this process: no template can catch the timer of the
     kernel.
     """
-    asked = Connection(descriptor)
+    connection = Connection(descriptor)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with suppress(ValueError):  # a lower bound is there already
+    with suppress(ValueError):  # a lower bound holds already
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    asked.send_bytes(b"+")
+    connection.send_bytes(b"+")
     with suppress(EOFError):
-        while request := asked.recv_bytes():
+        while request := connection.recv_bytes():
             signal.setitimer(signal.ITIMER_PROF, seconds)
             answer = _answer(request, longest)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            asked.send_bytes(answer)
+            connection.send_bytes(answer)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # weight at a time.
 _INT8_TILE = {"ROWS": 128, "COLUMNS": 256, "DEPTH": 128, "num_warps": 8, "num_stages": 4}
 _BLOCK_TILE = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 128, "num_warps": 8, "num_stages": 4}
-_TILES_TOGETHER = (
-    8  # rows of tiles that run at the same time and share what they read of the weight
-)
+_TILES_TOGETHER = 8
+"""Rows of tiles that run at the same time and share what they read of the weight."""
 
 
 @triton.jit
 def _rows_of_tile(
     tile, ends, rows, EXPERTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return the first row of a tile of rows, where the rows of its weight end, and which weight; E
-    past the last.
-    """
+    """Return a tile's first row, where the rows of its weight end, and its weight; E past the last."""
     if EXPERTS == 1:
         first = tile * ROWS
         last = rows
@@ -49,12 +46,12 @@ def _rows_of_tile(
         start = tl.load(ends + number - 1, mask=(number > 0) & (number < EXPERTS), other=0)
         tiles = tl.where(number < EXPERTS, (end - start + ROWS - 1) // ROWS, 0)
         tiles_before = tl.cumsum(tiles, 0) - tiles
-        own = (tiles_before <= tile) & (tile < tiles_before + tiles)
-        expert = tl.sum(tl.where(own, number, 0), 0) + tl.where(
-            tl.sum(own.to(tl.int32), 0) == 0, EXPERTS, 0
+        serves = (tiles_before <= tile) & (tile < tiles_before + tiles)
+        expert = tl.sum(tl.where(serves, number, 0), 0) + tl.where(
+            tl.sum(serves.to(tl.int32), 0) == 0, EXPERTS, 0
         )
-        first = tl.sum(tl.where(own, start + (tile - tiles_before) * ROWS, 0), 0)
-        last = tl.sum(tl.where(own, end, 0), 0)
+        first = tl.sum(tl.where(serves, start + (tile - tiles_before) * ROWS, 0), 0)
+        last = tl.sum(tl.where(serves, end, 0), 0)
     return first, last, expert
 
 
@@ -87,16 +84,16 @@ def _multiply(
                 of_group = tl.load(of_rows + group * group_stride, mask=row < last, other=0.0)
                 sums += part * (of_group * tl.load(of_columns + group))[:, None]
         else:
-            whole = tl.zeros((ROWS, COLUMNS), tl.int32)
+            exact = tl.zeros((ROWS, COLUMNS), tl.int32)
             for start in range(0, WIDTH, DEPTH):
-                whole = tl.dot(
-                    x.load([first, start]), weights.load([top, start]).T, whole, out_dtype=tl.int32
+                exact = tl.dot(
+                    x.load([first, start]), weights.load([top, start]).T, exact, out_dtype=tl.int32
                 )
             of_rows = tl.load(x_scales + row, mask=row < last, other=0.0)
             of_columns = tl.load(
                 weight_scales + expert * OUTPUTS + output, mask=output < OUTPUTS, other=0.0
             )
-            sums = whole.to(tl.float32) * of_rows[:, None] * of_columns[None, :]
+            sums = exact.to(tl.float32) * of_rows[:, None] * of_columns[None, :]
         at = row.to(tl.int64)[:, None] * OUTPUTS + output[None, :]
         tl.store(
             y + at,

@@ -308,7 +308,7 @@ def check_loadable(model: str, dtype: str | None, device: str | None) -> None:
 
 def compiles(model: "Model", kernels: Kernels) -> bool:
     """Return whether compiled kernels are asked for, or are the faster ones of a model."""
-    from assay.poc.engines.hf.fused import worth_compiling
+    from assay.poc.engines.hf.compiled_forward import worth_compiling
 
     return worth_compiling(model) if kernels == "auto" else kernels == "compiled"
 

@@ -29,8 +29,8 @@ from assay.files.storage import check_folder, check_new_file, write_atomic
 from assay.models.catalogue import model_info
 from assay.models.frame import POSITIONS, SEQUENCES
 from assay.models.model import Model
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
 from assay.poc.launch import check_loadable, load, usual_preset
 from assay.poc.protocol.blocks import block_scale, has_block_factor

@@ -16,8 +16,8 @@ from assay.files.jsonl import dumps
 from assay.files.storage import PartialFile
 from assay.models.model import Model
 from assay.poc.engines.base import Engine, check_supported
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
 from assay.poc.protocol.proof import (
     DistanceRecord,

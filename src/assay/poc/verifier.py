@@ -9,8 +9,8 @@ import numpy as np
 from assay.errors import CalibrationError, ProofMismatch
 from assay.models.model import Model
 from assay.poc.engines.base import Engine
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.pins import Build, Pins
 from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record
 from assay.poc.protocol.round import Round

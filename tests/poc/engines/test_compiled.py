@@ -20,9 +20,9 @@ from assay.errors import CalibrationError, ModelError
 from assay.models import load_model
 from assay.poc import HFEngine, Proof, Round, calibrate, judging_setup, prove, verify
 from assay.poc import verifier as _verifier
-from assay.poc.engines.hf import fused as _compiled
+from assay.poc.engines.hf import compiled_forward
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import be_deterministic, is_compiled
-from assay.poc.engines.hf.fused import worth_compiling
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(
     def traced(graph, inputs, inner_compile=uncompiled_inner, **options):
         return compile_fx(graph, inputs, inner_compile=inner_compile, **options)
 
-    now = {name: partial(attrgetter(name), inductor) for name in _compiled._KERNELS}
-    theirs = {name: not value for name, value in _compiled._KERNELS.items()}
+    now = {name: partial(attrgetter(name), inductor) for name in compiled_forward.INDUCTOR_OPTIONS}
+    theirs = {name: not value for name, value in compiled_forward.INDUCTOR_OPTIONS.items()}
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", traced)
     with inductor.patch(theirs):
         prove(
@@ -158,7 +158,7 @@ def test_no_setting_of_the_process_chooses_kernels_by_timing(
             engine=HFEngine(small_model, batch_size=8, seq_len=16, compiled=True),
         )
     assert seen
-    assert all(settings == _compiled._KERNELS for settings in seen)
+    assert all(settings == compiled_forward.INDUCTOR_OPTIONS for settings in seen)
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_every_graph_is_recorded_on_a_stream_of_its_own_of_the_device_of_its_inp
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
     for _ in range(2):
-        graph = _compiled._Graph(lambda x: 2 * x)
+        graph = compiled_forward.RecordedGraph(lambda x: 2 * x)
         for _ in range(2):
             assert graph(torch.ones(3, device="meta")).device.type == "meta"
     one, other = streams

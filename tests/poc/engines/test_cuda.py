@@ -24,7 +24,7 @@ from assay.models.resolve import resolve
 from assay.models.rounding import quantise as round_weights
 from assay.poc import HFEngine, Proof, Round, bundled_noise, prove, verify
 from assay.poc.engines.hf import engine as _hf
-from assay.poc.engines.hf.fused import worth_compiling
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from tests.laws import QWEN3
 from tests.models.storing import in_eight_bits, store
 

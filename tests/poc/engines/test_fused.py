@@ -26,8 +26,8 @@ from assay.models import Model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import FLOAT8, INT8, Arithmetic, Rounded, float8_blocks
 from assay.models.rounding import quantise
-from assay.poc.engines.hf import fused as _fused
-from assay.poc.engines.hf.fused import LeanDecoder, fusible, is_lean
+from assay.poc.engines.hf import lean_decoder
+from assay.poc.engines.hf.lean_decoder import LeanDecoder, fusible, is_lean
 from tests.models.storing import in_eight_bits, rounded_weight
 from tests.poc.engines import plain_kernels
 
@@ -84,7 +84,7 @@ def plain(model: Model) -> torch.Tensor:
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way through the decoder, with what the kernels compute in torch."""
-    monkeypatch.setattr(_fused, "kernels", lambda: plain_kernels)
+    monkeypatch.setattr(lean_decoder, "kernels", lambda: plain_kernels)
 
 
 def states(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +142,7 @@ def test_it_is_chosen_where_its_kernels_run(small_model, monkeypatch: pytest.Mon
     assert not fusible(small_model, LENGTH)  # on a CPU
     monkeypatch.setattr(Model, "device", torch.device("cuda"))
     for found in (object(), None):
-        monkeypatch.setattr(_fused, "find_spec", lambda name, found=found: found)
+        monkeypatch.setattr(lean_decoder, "find_spec", lambda name, found=found: found)
         assert fusible(small_model, LENGTH) is (found is not None)
     monkeypatch.setattr(small_model.module.config, "hidden_act", "gelu")
     assert not is_lean(small_model, LENGTH)
@@ -210,7 +210,7 @@ def on_cuda(*shape: int, seed: int) -> torch.Tensor:
 
 
 def kernels() -> ModuleType:
-    return _fused.kernels()
+    return lean_decoder.kernels()
 
 
 def share_that_differs(ours: torch.Tensor, theirs: torch.Tensor) -> float:

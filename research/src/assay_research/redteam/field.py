@@ -22,8 +22,8 @@ from assay.models.frame import Frame
 from assay.models.load import load_model
 from assay.models.model import Model
 from assay.models.number_formats import NUMBER_FORMATS
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, make_transform
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.frames import measure_frame
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round

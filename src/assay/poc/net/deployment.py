@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from assay.poc.engines.base import Engine
+from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, read_block_factor
-from assay.poc.engines.hf.fused import worth_compiling
 from assay.poc.protocol.blocks import BlockFactor
 from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.protocol.proof import Header, Record

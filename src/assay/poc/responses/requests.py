@@ -10,12 +10,12 @@ from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import read_jsonl
 from assay.models.chat import (
     CHAT_OPTIONS,
-    LONGEST_TEXT,
     Chat,
     chat_template_digest,
     read_chat,
     render_chat,
 )
+from assay.models.template_process import LONGEST_TEXT
 from assay.poc.protocol.round import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling

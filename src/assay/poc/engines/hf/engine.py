@@ -55,7 +55,7 @@ from assay.poc.engines.base import (
     padded_batches,
     token_inputs,
 )
-from assay.poc.engines.hf.fused import FUSED, CompiledForward, worth_compiling
+from assay.poc.engines.hf.compiled_forward import FUSED, CompiledForward, worth_compiling
 from assay.poc.protocol.blocks import BlockFactor, block_factor
 from assay.poc.protocol.pipelines import (
     LayerStep,

@@ -1,7 +1,7 @@
 """What stands between the products of a layer, as triton kernels: each passes once over what it
 reads and writes.
 
-:mod:`assay.poc.engines.hf.fused` uses them and says what they gain.
+:mod:`assay.poc.engines.hf.lean_decoder` uses them and says what they gain.
 
 - `normalised`: the residual stream plus an update, and its norm.
 - `turned`: queries and keys after their norms and the rotation, written over what they were.
