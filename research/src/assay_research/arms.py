@@ -68,11 +68,15 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.kind not in GATES:
-            wanted = ", ".join(GATES)
-            raise UsageError(f"gate {self.kind!r}", wanted=wanted, do="choose one of them")
+            raise UsageError(
+                f"gate {self.kind!r}", wanted=", ".join(GATES), do="choose one of them"
+            )
         if not (math.isfinite(self.gain) and self.gain >= 0):
-            do = "1 erases, 1.1 pushes back"
-            raise UsageError(f"a gain of {self.gain}", wanted="a number from 0 on", do=do)
+            raise UsageError(
+                f"a gain of {self.gain}",
+                wanted="a number from 0 on",
+                do="1 erases, 1.1 pushes back",
+            )
 
     def apply(self, vectors_MR: Tensor, axes_MKR: Tensor, sign: int) -> Tensor:
         """Return vectors without what the gate removes, [..., M, R] float64.
@@ -100,8 +104,11 @@ class Box:
 
     def __post_init__(self) -> None:
         if not (self.hackward >= 0 and self.away >= 0):
-            wanted = "a box around the start, bounds from 0 on"
-            raise UsageError(f"{self}", wanted=wanted, do="give lengths, not signs")
+            raise UsageError(
+                f"{self}",
+                wanted="a box around the start, bounds from 0 on",
+                do="give lengths, not signs",
+            )
 
     def correction(self, displacement_MR: Tensor, axes_MKR: Tensor) -> Tensor:
         """Return what brings δS back inside, [..., M, R] float64; zero where it is inside."""
@@ -133,8 +140,9 @@ class AxisArm(Arm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.level not in _LEVELS:
-            wanted = " or ".join(_LEVELS)
-            raise UsageError(f"level={self.level!r}", wanted=wanted, do="choose one of them")
+            raise UsageError(
+                f"level={self.level!r}", wanted=" or ".join(_LEVELS), do="choose one of them"
+            )
 
     @property
     @override
@@ -252,9 +260,11 @@ def arm_named(name: str, *, gain: float = 1.0) -> AxisArm:
     if kind in (None, "true"):
         return arm
     if kind not in BASIS_KINDS or not arm.acts:
-        wanted = f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions"
-        do = "choose another arm, or leave the axes out"
-        raise UsageError(f"arm {arm.name} along {kind} axes", wanted=wanted, do=do)
+        raise UsageError(
+            f"arm {arm.name} along {kind} axes",
+            wanted=f"one of {', '.join(BASIS_KINDS)}, for an arm that acts along hack directions",
+            do="choose another arm, or leave the axes out",
+        )
     return replace(arm, name=name, basis=kind)
 
 
@@ -263,8 +273,11 @@ def _unknown(name: str) -> UsageError:
     close = get_close_matches(name.partition(":")[0], names, n=1, cutoff=0.4)
     nearest = close[0] if close else DEFAULT_ARM
     kinds = ", ".join(f":{kind}" for kind in BASIS_KINDS[1:])
-    wanted = f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {kinds}"
-    return UsageError(f"arm {name!r}", wanted=wanted, do=f"perhaps --arm {nearest}")
+    return UsageError(
+        f"arm {name!r}",
+        wanted=f"{', '.join(ARMS)}, {_ADDED}, each perhaps with {kinds}",
+        do=f"perhaps --arm {nearest}",
+    )
 
 
 def _distance(name: str, text: str) -> float:
@@ -273,7 +286,9 @@ def _distance(name: str, text: str) -> float:
     except ValueError:
         distance = 0.0
     if not 0 < distance < math.inf:
-        do = "give a number, such as displaced-0.4+none"
-        wanted = f"{_ADDED} with a positive distance"
-        raise UsageError(f"arm {name!r}", wanted=wanted, do=do)
+        raise UsageError(
+            f"arm {name!r}",
+            wanted=f"{_ADDED} with a positive distance",
+            do="give a number, such as displaced-0.4+none",
+        )
     return distance

@@ -45,8 +45,11 @@ def check_source_log(
     first, last = steps or (0, max(hack, default=0))
     steps_of_both = sorted(step for step in hack.keys() & clean.keys() if first <= step <= last)
     if not steps_of_both:
-        seen = "no step with both teacher and student"
-        raise UsageError(seen, wanted="both sources in a step", do="take another log")
+        raise UsageError(
+            "no step with both teacher and student",
+            wanted="both sources in a step",
+            do="take another log",
+        )
     statistic = f"cin of teacher minus cin of student, mean over {len(steps_of_both)} steps"
     rule = rule_of("sources", [SWAPPED], settings).replace("whole groups", "blocks of steps")
     if len(steps_of_both) < _FEWEST_BLOCKS:

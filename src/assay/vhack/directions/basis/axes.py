@@ -87,9 +87,7 @@ def _singular_rows(rows_NR: Tensor, gram_NN: Tensor, top_k: int) -> tuple[Tensor
 
 
 def _orthonormal(raw_KR: Tensor, kept_K: Tensor) -> Tensor:
-    """Return the rows made exactly orthonormal in their order, without turning any; rows not kept
-    become zero.
-    """
+    """Return the rows made orthonormal in their order; rows that are not used become zero."""
     axes_KR = torch.zeros_like(raw_KR)
     if kept_K.any():
         basis_RJ, upper_JJ = torch.linalg.qr(raw_KR[kept_K].T)
@@ -128,8 +126,7 @@ def _discriminants(
 
 
 def shrinkage(gram_NN: Tensor, r: int) -> float:
-    """Return how far to shrink a covariance towards a multiple of the identity (Ledoit and Wolf
-    2004).
+    """Return the Ledoit-Wolf shrinkage of a covariance towards the identity (2004).
 
     With S = XᵀX/n for the centred rows X and μ = tr S/r it is ``min(1, b²/d²)``, where ``d² = ‖S −
     μI‖²`` and ``b² = Σ‖x xᵀ − S‖²/n²`` in Frobenius norms. Never below 0.001, so that the result is
@@ -143,8 +140,9 @@ def shrinkage(gram_NN: Tensor, r: int) -> float:
 
 
 def _oriented(rows_NR: Tensor, axes_KR: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each axis so that most pairs have a positive component; the mean decides a tie, which
-    its votes show.
+    """Turn each axis to the side of most pairs.
+
+    The mean decides a tie, which its votes show.
     """
     along_NK = rows_NR @ axes_KR.T
     for_K = (along_NK > 0).sum(dim=0)

@@ -51,9 +51,7 @@ class Basis:
 
     @property
     def undecided(self) -> list[tuple[str, int]]:
-        """Module and index of every axis whose vote is a tie, so that its orientation is
-        arbitrary.
-        """
+        """Module and index of every axis whose vote is a tie, so that its sign is arbitrary."""
         return [
             (name, index)
             for name, votes_K2 in self.votes.items()
@@ -126,8 +124,7 @@ class Basis:
         return basis
 
     def check_model(self, model: "Model | PreTrainedModel", *, name: str = "the basis") -> None:
-        """Refuse a model that this basis was not made for, by its modules and the digest of its
-        weights.
+        """Refuse a model with other modules, or another digest of its weights.
 
         Args:
             model: Model to check.
@@ -139,8 +136,12 @@ class Basis:
         modules = target_modules(model)
         for module, axes_KR in self.axes.items():
             if module not in modules or axes_KR.shape[1] > min(modules[module].weight.shape):
-                seen = f"axes of {module} with {axes_KR.shape[1]} coordinates"
-                raise stale_basis(name, "model", seen, "the model's modules")
+                raise stale_basis(
+                    name,
+                    "model",
+                    f"axes of {module} with {axes_KR.shape[1]} coordinates",
+                    "the model's modules",
+                )
         digest = weights_digest(model)
         if self.origin.weights != digest:
             raise stale_basis(
@@ -148,8 +149,9 @@ class Basis:
             )
 
     def check_template(self, digest: str, *, name: str = "the basis") -> None:
-        """Raise a DataError if another chat template rendered the pairs; an empty digest stands for
-        none.
+        """Raise a DataError if another chat template rendered the pairs.
+
+        An empty digest stands for no template, and is never refused.
         """
         digest_of_pairs = self.origin.chat_template
         if digest_of_pairs and digest and digest_of_pairs != digest:

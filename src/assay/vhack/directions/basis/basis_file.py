@@ -73,8 +73,9 @@ def basis_metadata(votes: Tensors, origin: Origin) -> dict[str, str]:
 
 
 def read_tensors(path: str | Path, do: str) -> tuple[dict[str, str], Tensors]:
-    """Return metadata and tensors of a safetensors file, or raise a DataError that says what to
-    do.
+    """Return metadata and tensors of a safetensors file.
+
+    An unreadable file is a DataError, whose advice is ``do``.
     """
     try:
         check_tensors(path, LONGEST_TENSORS)

@@ -50,7 +50,10 @@ def cin_over_modules(
     missing = [name for name in basis.axes if name not in gradients]
     if missing or not basis.axes:
         seen = f"no gradients of {missing[0]}" if missing else "a basis without modules"
-        do = "compute the gradients and the basis with the same model"
-        raise UsageError(seen, wanted="gradients of every module of the basis", do=do)
+        raise UsageError(
+            seen,
+            wanted="gradients of every module of the basis",
+            do="compute the gradients and the basis with the same model",
+        )
     shares = [cin(gradients[name], axes_KR, two_sided) for name, axes_KR in basis.axes.items()]
     return torch.stack(shares).mean(dim=0)

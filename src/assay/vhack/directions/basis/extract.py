@@ -81,12 +81,10 @@ class PairGradients:
         self.keys = tuple(str(index) for index in range(n)) if keys is None else tuple(keys)
         self.groups = self.keys if groups is None else tuple(groups)
         if not len(self.keys) == len(self.groups) == n:
-            wanted = "one of each per pair"
-            do = "pass lists as long as the gradients"
             raise UsageError(
                 f"{len(self.keys)} keys and {len(self.groups)} groups for {n} pairs",
-                wanted=wanted,
-                do=do,
+                wanted="one of each per pair",
+                do="pass lists as long as the gradients",
             )
         self.origin = replace(origin or Origin(), pairs=self.keys, groups=self.groups)
         sides = (("hack", self.hack), ("clean", self.clean))
@@ -157,10 +155,10 @@ class PairGradients:
             )
             axes[name] = zero_weak_axes(axes_KR, values[name], tau_axis)
         if not any(values_K.any() for values_K in values.values()):
-            wanted = "pairs whose two sides differ"
-            do = "check the pairs: the two completions must not be the same"
             raise DataError(
-                "hack and clean have the same gradients in every module", wanted=wanted, do=do
+                "hack and clean have the same gradients in every module",
+                wanted="pairs whose two sides differ",
+                do="check the pairs: the two completions must not be the same",
             )
         origin = replace(
             self.origin,
@@ -187,18 +185,16 @@ def _check_shapes(hack: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> in
         or any(len(shape) != 2 for shape in shapes.values())
         or 0 in counts
     ):
-        wanted = "the same modules on both sides, each [N, R] with one N of at least 1"
-        do = "compute both sides from the same pairs with the same model"
         raise UsageError(
-            "hack and clean gradients of different modules, numbers or shapes", wanted=wanted, do=do
+            "hack and clean gradients of different modules, numbers or shapes",
+            wanted="the same modules on both sides, each [N, R] with one N of at least 1",
+            do="compute both sides from the same pairs with the same model",
         )
     return counts.pop()
 
 
 class GradientOptions(TypedDict, total=False):
-    """How the gradients of pairs are computed: keywords of :func:`pair_gradients` and
-    :func:`extract`.
-    """
+    """Keywords of :func:`pair_gradients` and :func:`extract`."""
 
     # None takes the one that was loaded with an assay.models.Model
     tokenizer: "PreTrainedTokenizerBase | None"
@@ -332,8 +328,9 @@ def extract(
     method: str = Origin.method,
     **options: Unpack[GradientOptions],
 ) -> Basis:
-    """Return the hack directions of a model, from the pairs that are not held out;
-    ``basis.origin.pairs`` lists them.
+    """Return the hack directions of a model, from the pairs that are not held out.
+
+    ``basis.origin.pairs`` lists the pairs that were used.
 
     Args:
         pairs: Pairs of a hack and a clean completion.
@@ -404,8 +401,7 @@ def _truncated(
     gradients_of: Callable[..., dict[str, torch.Tensor]],
     progress: Progress | None,
 ) -> tuple[SVDCache, float]:
-    """Return the factors of all modules cut to ``rank``, and the share of some gradients' energy
-    that they hold.
+    """Return all factors cut to ``rank``, and the share of the gradients' energy they hold.
 
     The share needs the full factors. Where these are to be made, those of one part of the modules
     exist at a time, and each part takes a pass.

@@ -1,6 +1,4 @@
-"""Five checks whether hack directions are real: held-out data, groups kept together, exact or
-matched nulls.
-"""
+"""Five checks whether hack directions are real, by held-out groups and exact or matched nulls."""
 
 import lazy_loader
 

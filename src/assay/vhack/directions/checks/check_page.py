@@ -10,9 +10,7 @@ _CLEAN = SERIES[0]
 
 
 def make_page(report: CheckReport, *, command: str = "assay vhack check") -> Report:
-    """Return the page of the five verdicts with the evidence for each; the footer names the
-    command.
-    """
+    """Return the page of the five verdicts and their evidence; its footer names the command."""
     model = report.origin.get("model") or "Gradients at hand"
     subtitle = f"{model}: {report.origin.get('pairs')} pairs. {_sentence(report.design)}"
     page = Report("Are these hack directions real?", subtitle, command=command)

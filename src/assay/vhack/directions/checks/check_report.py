@@ -96,8 +96,11 @@ class CheckSettings:
             ((1 + min(self.n_flips, self.n_null)) * self.alpha >= 1, str(enough)),
         ):
             if not is_good:
-                do = "correct the one that is out of range, or leave it out"
-                raise UsageError(f"method={self.method!r} in {self}", wanted=wanted, do=do)
+                raise UsageError(
+                    f"method={self.method!r} in {self}",
+                    wanted=wanted,
+                    do="correct the one that is out of range, or leave it out",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +190,9 @@ class CheckReport:
             ):
                 raise ValueError("it has no scores, or a null without draws")
         except ValueError as error:
-            wanted = f"what `assay vhack check --json` prints, schema {SCHEMA}"
-            do = "run the checks again"
             raise DataError(
-                f"a check report that cannot be used: {error}", wanted=wanted, do=do
+                f"a check report that cannot be used: {error}",
+                wanted=f"what `assay vhack check --json` prints, schema {SCHEMA}",
+                do="run the checks again",
             ) from None
         return report

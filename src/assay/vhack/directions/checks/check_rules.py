@@ -28,9 +28,7 @@ _TIE = 1e-12
 
 
 def p_value(observed: float, draws: Sequence[float]) -> float:
-    """Return the share of draws that reach the observed value, which counts as a draw (Phipson and
-    Smyth 2010).
-    """
+    """Return the p-value of an observation, which counts as a draw (Phipson and Smyth 2010)."""
     reached = sum(draw >= observed - _TIE for draw in draws)
     return (1 + reached) / (1 + len(draws))
 
@@ -105,8 +103,7 @@ def reached_levels(
     nulls: Mapping[str, Sequence[float]],
     settings: CheckSettings,
 ) -> tuple[list[str], list[str]]:
-    """Return the faults of an interval that does not lie above the 1 − alpha quantile of every
-    null.
+    """Return in words each null whose 1 − alpha quantile the interval does not lie above.
 
     First those where the value itself does not, then those where only the lower end does not.
     """
@@ -123,9 +120,7 @@ def reached_levels(
 def decide(
     faults: Sequence[str], below: Sequence[str], wide: Sequence[str]
 ) -> tuple[CheckVerdict, str]:
-    """Return the verdict of a rule, given its faults and both kinds of :func:`reached_levels`, and
-    the reason.
-    """
+    """Return verdict and reason of a rule, from its faults and its :func:`reached_levels`."""
     if faults or below:
         return "fail", "; ".join([*faults, *below, *wide])
     return (

@@ -56,8 +56,7 @@ def check(
     settings: CheckSettings | None = None,
     **options: Unpack[GradientOptions],
 ) -> CheckReport:
-    """Return five checks whether hack directions are real, on held-out data and each against its
-    nulls.
+    """Return five checks of hack directions, on held-out data and each against its nulls.
 
     With a basis, only pairs of groups that it was not made from are scored, and check 5 uses those
     it was made from. Without one, groups are scored by bases of other groups.
@@ -122,8 +121,9 @@ def check(
 def check_gradients(
     gradients: PairGradients, *, basis: Basis | None = None, settings: CheckSettings | None = None
 ) -> CheckReport:
-    """Return the five checks of gradients that are at hand; :func:`check` describes the arguments
-    and errors.
+    """Return the five checks of gradients that were computed before.
+
+    :func:`check` describes the arguments and errors.
     """
     settings = settings or CheckSettings()
     if basis is not None:  # checked by its own method, and with no more axes than it has
@@ -177,9 +177,7 @@ def _judge_held_out(
     score: Callable[..., float],
     details: Mapping[str, Any],
 ) -> Check:
-    """Return a check that compares the cin of both sides of held-out pairs, and swaps the labels of
-    whole groups.
-    """
+    """Return a check of the cin of both sides of held-out pairs, by swaps of whole groups."""
     hack_BN, clean_BN = design.held_out
     measured = bootstrap(
         score, (hack_BN[0], clean_BN[0]), [design.tested_groups] * 2, design.settings

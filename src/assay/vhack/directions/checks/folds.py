@@ -99,16 +99,13 @@ class Design:
 
     @cached_property
     def held_out(self) -> tuple[FloatArray, FloatArray]:
-        """Scores of both sides of every scored pair, [1 + B, N'] each: as labelled, then with
-        swapped labels.
-        """
+        """Scores of both sides of scored pairs, [1 + B, N'] each: as labelled, then swapped."""
         generator = np.random.default_rng([self.settings.seed, 1])
         hack_BN, clean_BN = self.scores(draw_swaps(self.groups, self.settings.n_flips, generator))
         return hack_BN.numpy(), clean_BN.numpy()
 
     def scores(self, signs_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean cin over modules of both sides of every scored pair under swapped labels, [B,
-        N'] each.
+        """Return mean cin over modules of both sides under swapped labels, [B, N'] each.
 
         A row of signs swaps the sides of the pairs where it is −1, in training and in scoring.
         """
@@ -130,8 +127,9 @@ class Design:
 
 
 def draw_swaps(groups: Sequence[str], n: int, generator: np.random.Generator) -> Tensor:
-    """Return signs per pair, [1 + n, N]: the first row swaps nothing, the others each group with
-    probability 1/2.
+    """Return random signs per pair, equal within a group, [1 + n, N].
+
+    The first row swaps nothing, and the others each group with probability 1/2.
     """
     names = list(dict.fromkeys(groups))
     index_N = np.array([names.index(group) for group in groups])
@@ -194,10 +192,10 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
         for axes_or_rows in (basis.axes, gradients.hack)
     ]
     if ranks[0] != ranks[1]:
-        wanted = "the same modules and ranks"
-        do = "use the same model, and factors of the rank of the basis"
         raise DataError(
-            "gradients of other modules or ranks than the basis has", wanted=wanted, do=do
+            "gradients of other modules or ranks than the basis has",
+            wanted="the same modules and ranks",
+            do="use the same model, and factors of the rank of the basis",
         )
     check_groups(
         gradients.groups, settings.method, settings.seed, settings.alpha, basis.origin.groups
@@ -219,8 +217,7 @@ def design_for_basis(basis: Basis, gradients: PairGradients, settings: CheckSett
 def refuse_seen(
     basis: Basis, rows: Mapping[str, Tensor], samples_name: str, scored: Tensor | None = None
 ) -> None:
-    """Refuse a basis that was made from what it is to be scored on, rows [N, R] by module, whatever
-    its file says.
+    """Refuse a basis that was made from the rows it is to be scored on, whatever its file says.
 
     An axis is a sum of rows that the basis was made from, differences of pairs or gradients of
     their samples. Where these are at hand, the nearest sum gives the axis back without a remainder,
@@ -245,12 +242,10 @@ def refuse_seen(
             1.0 if scored is None else float(weights_N[scored].norm() / weights_N.norm())
         )
     if explained and np.median(explained) > _EXPLAINED and np.median(on_scored) > _ON_SCORED:
-        wanted = f"held-out {samples_name}: numbers from its own pairs show nothing"
-        do = f"score it on other {samples_name}, or check without a basis"
         raise DataError(
             f"the basis was made from {samples_name} that it is to be scored on",
-            wanted=wanted,
-            do=do,
+            wanted=f"held-out {samples_name}: numbers from its own pairs show nothing",
+            do=f"score it on other {samples_name}, or check without a basis",
         )
 
 

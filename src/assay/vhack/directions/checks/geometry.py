@@ -69,8 +69,7 @@ class Geometry:
         return self.fit(pairs_T, pairs_T + self.n, settings)
 
     def fit(self, first_T: Tensor, second_T: Tensor, settings: CheckSettings) -> FittedAxes:
-        """Return the basis of the differences of two rows of samples, each axis turned to where
-        most of them point.
+        """Return the basis of the differences of two rows of samples, each axis oriented.
 
         It is that of :meth:`assay.vhack.PairGradients.basis`; ``lda`` whitens with the second row,
         the clean sides.
@@ -99,8 +98,9 @@ class Geometry:
         return FittedAxes(sign_MK1 * along_MKS, sign_MK1 * fitted_MKT, sign_MK1 * mix_MKS)
 
     def _inverse_covariance(self, samples_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the Σ⁻¹ that ``lda`` whitens with, or the identity in a module where these samples
-        do not vary.
+        """Return the Σ⁻¹ that ``lda`` whitens with.
+
+        It is the identity in a module where these samples do not vary.
 
         It has three parts: the orthonormal directions in which the samples vary, as sums of
         samples, [M, N, S]; the factor outside their span, [M, 1, 1]; and the factor along each
@@ -126,9 +126,7 @@ class Geometry:
         return torch.nn.functional.one_hot(samples_T, 2 * self.n).double()
 
     def _orthonormal(self, mix_MKS: Tensor) -> Tensor:
-        """Return axes made orthonormal in their order; rows that have no length stay as they
-        are.
-        """
+        """Return axes made orthonormal in their order; zero rows stay zero."""
         gram_MKK = mix_MKS @ self.gram_MSS @ mix_MKS.transpose(1, 2)
         empty_MK = (gram_MKK.diagonal(dim1=1, dim2=2) <= 0).double()
         lower_MKK = torch.linalg.cholesky(gram_MKK + torch.diag_embed(empty_MK))
@@ -138,9 +136,7 @@ class Geometry:
     def clean_differences(
         self, pairs: Tensor, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return the clean sides of these pairs two by two, drawn at random, of the same group as
-        far as possible.
-        """
+        """Return clean sides in random couples, of one group as far as possible."""
         # Sorted by group after shuffling: neighbours share a group, but for the odd one out.
         shuffled = generator.permutation(pairs.numpy())
         ordered = sorted(shuffled.tolist(), key=lambda index: self.gradients.groups[index])
@@ -149,30 +145,28 @@ class Geometry:
         return torch.tensor(first_rows) + self.n, torch.tensor(second_rows) + self.n
 
     def given(self, axes: dict[str, Tensor]) -> Tensor:
-        """Return the components along given axes, [M, K, S]; modules with fewer axes are filled
-        with zeros.
-        """
+        """Return the components along given axes, [M, K, S], zero where a module has fewer axes."""
         along = [axes[name].double() @ self.samples(name).double().T for name in self.names]
         return pad_sequence(along, batch_first=True)
 
     def overlaps(self, frame: FittedAxes, other_frame: FittedAxes) -> Tensor:
-        """Return the scalar products of the axes of two frames, [M, K, K]; the cosines are its
-        singular values.
+        """Return the scalar products of the axes of two bases, [M, K, K].
+
+        Their singular values are the cosines of the principal angles.
         """
         return frame.mix @ self.gram_MSS @ other_frame.mix.transpose(1, 2)
 
     def batch(self, along_MKS: Tensor, weights_SQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the components along axes, [M, K, Q], and the lengths, [M, Q], of weighted sums of
-        samples.
-        """
+        """Return components along axes, [M, K, Q], and lengths, [M, Q], of weighted sums of samples."""
         squares_MQ = torch.einsum("sq,mst,tq->mq", weights_SQ, self.gram_MSS, weights_SQ)
         lengths_MQ = squares_MQ.clamp_min(0).sqrt()
         return along_MKS @ weights_SQ, torch.where(lengths_MQ > 0, lengths_MQ, torch.inf)
 
 
 def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor]:
-    """Return singular vectors as sums of the rows with this Gram matrix, [M, K, T], and singular
-    values, [M, K].
+    """Return singular vectors, [M, K, T], and values, [M, K], of rows by their Gram matrix.
+
+    The vectors are weights of sums of the rows.
     """
     squares_MT, vectors_MTT = torch.linalg.eigh(gram_MTT)
     values_MK = squares_MT.flip(1)[:, :k].clamp_min(0).sqrt()
@@ -186,9 +180,7 @@ def _singular(gram_MTT: Tensor, k: int, tau_axis: float) -> tuple[Tensor, Tensor
 
 
 def cin_per_module(along_MKS: Tensor, lengths_MS: Tensor, turn_BMK: Tensor | None = None) -> Tensor:
-    """Return cin per module, ``‖relu(V g)‖ / ‖g‖``: [M, S], or [B, M, S] for axes turned in B
-    ways.
-    """
+    """Return ``‖relu(V g)‖ / ‖g‖`` per module, [M, S], or [B, M, S] for B turns of the axes."""
     ahead_MKS = along_MKS.clamp_min(0).square()
     back_MKS = along_MKS.clamp_max(0).square()
     if turn_BMK is None:

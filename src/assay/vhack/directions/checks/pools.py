@@ -1,4 +1,4 @@
-r"""Check 1 on two pools of samples that are not paired: the first test of the original proposal.
+r"""Check 1 on two pools of unpaired samples: the first test of the original proposal.
 
 A pool is a JSON Lines file, one sample per line; other fields are passed over, so that a teacher
 pool is one as well::
@@ -108,8 +108,7 @@ def check_two_pools(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> PoolReport:
-    """Return whether the samples of one pool lie further along the axes of a basis than those of
-    another.
+    """Return whether samples of one pool lie further along the axes than those of another.
 
     It passes by the rule of check 1, where random bases of the same size do not reach the value
     either, and where the length of the completion alone has a lower AUROC. The score is cin,
@@ -230,9 +229,7 @@ def check_two_pools(
 def _unseen(
     pools: Sequence[Sequence[PoolSample]], basis: Basis
 ) -> tuple[list[list[PoolSample]], int]:
-    """Return the samples of groups that the basis was not made from, and how many others there
-    are.
-    """
+    """Return the samples of groups that the basis was not made from, and the number left out."""
     check_apart(*pools)
     basis_groups = set(basis.origin.groups)
     unseen_pools = [
@@ -240,14 +237,10 @@ def _unseen(
     ]
     for kind, pool, unseen in zip(_KINDS, pools, unseen_pools, strict=True):
         if not unseen:
-            seen = (
-                f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis "
-                f"was made from"
-            )
-            wanted = "samples of groups it has not seen: numbers from its own groups show nothing"
             raise DataError(
-                seen,
-                wanted=wanted,
+                f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis "
+                f"was made from",
+                wanted="samples of groups it has not seen: numbers from its own groups show nothing",
                 do="add samples of other groups, or hold groups out at extraction",
             )
     return unseen_pools, sum(map(len, pools)) - sum(map(len, unseen_pools))

@@ -1,4 +1,4 @@
-"""Check 3: do other bases of the same size rank held-out hack samples above clean ones as well?
+"""Check 3: do other bases of the same size rank held-out hack samples as high?
 
 There are three nulls, from the weakest to the strongest:
 

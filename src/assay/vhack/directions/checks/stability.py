@@ -120,9 +120,7 @@ def _agreement(
     signs_BT: Tensor,
     others_BT: Tensor,
 ) -> Tensor:
-    """Return the cosine between the mean differences of two halves, each within its own SVD basis,
-    [B].
-    """
+    """Return the cosine of the mean differences of two halves, each in its SVD basis, [B]."""
     between_MKK = geometry.overlaps(frame, other_frame)
     first_BMK = torch.einsum("bt,mkt->bmk", signs_BT, frame.fitted)
     second_BMK = torch.einsum("bt,mkt->bmk", others_BT, other_frame.fitted)

@@ -35,8 +35,7 @@ def check_unpaired(
     nulls: Mapping[str, Sequence[float]] | None = None,
     details: Mapping[str, float] | None = None,
 ) -> Check:
-    """Return check 1 for two pools of samples that are not paired, each with the group of its
-    samples.
+    """Return check 1 for two pools of unpaired samples, each with the group of its samples.
 
     Labels are swapped in whole groups that have both kinds, and exchanged among groups that have
     one kind. Further nulls are draws of the AUROC by name.

@@ -123,9 +123,7 @@ class DeltaS(nn.Module):
 
     @property
     def svd(self) -> SVDCache:
-        """Factors of the weights as they were at the start, as views: for gradients in the same
-        coordinates.
-        """
+        """Factors of the weights before training, as views, for gradients in the same coordinates."""
         factors = {
             name: group.factors(index)
             for group in self.groups
@@ -158,9 +156,7 @@ class DeltaS(nn.Module):
         self._merged_at = self._versions()
 
     def scale_added(self, scale: float) -> None:
-        """Merge ``added`` with this factor from now on: 0 is what is kept of the model, 1 what
-        trains.
-        """
+        """Merge ``added`` with this factor from now on: 0 is the model that is kept, 1 trains."""
         self._scale = scale
         self.refresh()
 
@@ -194,8 +190,7 @@ class DeltaS(nn.Module):
 
     @contextmanager
     def per_sample(self) -> Iterator[Rollouts]:
-        """Keep the gradient of every sample of the backward passes in this block; see
-        :class:`Rollouts`.
+        """Keep the gradient of every sample of backward passes in this block: :class:`Rollouts`.
 
         Raises:
             ModelError: Samples are packed into one row; raised by the forward pass.
@@ -208,8 +203,7 @@ class DeltaS(nn.Module):
             self._rollouts = before
 
     def detach(self) -> "PreTrainedModel":
-        """Remove the adapter and return the model as it was before, bit by bit, its
-        ``requires_grad`` included.
+        """Remove the adapter, restore weights and ``requires_grad`` bit by bit, return the model.
 
         Raises:
             UsageError: In a block of :meth:`disabled`, which puts the merged weights back at its
@@ -223,8 +217,7 @@ class DeltaS(nn.Module):
         return self.model
 
     def merge(self) -> "PreTrainedModel":
-        """Make δS part of the weights for good, remove the adapter and return the plain model, to
-        be saved or served.
+        """Make δS part of the weights for good, and return the plain model without the adapter.
 
         δS itself stays readable in `delta`.
 
@@ -245,8 +238,7 @@ class DeltaS(nn.Module):
             )
 
     def save(self, path: str | Path) -> None:
-        """Write δS as one safetensors file, [R] float32 by module name, with hashes of δS and of
-        the weights.
+        """Write δS, [R] float32 by module name, as safetensors, with hashes of δS and weights.
 
         Raises:
             StorageError: The file cannot be written.
@@ -267,8 +259,7 @@ class DeltaS(nn.Module):
         self.refresh()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of the model of now as a plain one has them: for an inference engine
-        after a step.
+        """Yield the merged weights as a plain model has them, for an inference engine.
 
         Names are those of the model without δS, and tied weights come once.
         """
@@ -357,14 +348,15 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
     """
     module_names = {name for name, _ in module_of(model).named_modules()}
     if any(_LORA in name for name in module_names):
-        do = (
-            "merge LoRA first, or train it with TRL and the arm filter "
-            "(assay.vhack.training.grpo.judge_rollouts)"
-        )
         raise UsageError(
-            "δS beside LoRA", wanted="a model without LoRA, which no gate would hold back", do=do
+            "δS beside LoRA",
+            wanted="a model without LoRA, which no gate would hold back",
+            do="merge LoRA first, or train it with TRL and the arm filter "
+            "(assay.vhack.training.grpo.judge_rollouts)",
         )
     if experts := [name for name in target_modules(model) if name not in module_names]:
-        seen = f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor"
-        wanted = "a dense model: δS of such experts is extracted and checked, but not trained"
-        raise ModelError(seen, wanted=wanted, do="train a dense model")
+        raise ModelError(
+            f"{experts[0]} and {len(experts) - 1} more matrices of experts in one tensor",
+            wanted="a dense model: δS of such experts is extracted and checked, but not trained",
+            do="train a dense model",
+        )

@@ -64,12 +64,14 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.flagged not in FLAGGED:
-            wanted = " or ".join(map(repr, FLAGGED))
-            raise UsageError(f"flagged={self.flagged!r}", wanted=wanted, do="choose one of them")
+            raise UsageError(
+                f"flagged={self.flagged!r}",
+                wanted=" or ".join(map(repr, FLAGGED)),
+                do="choose one of them",
+            )
 
     def judge(self, rewards_BF: "Tensor", flags_B: "Tensor", weights_F: "Tensor") -> "Tensor":
-        """Return what rollouts are paid by F reward functions, of these weights, after a detector
-        has flagged some.
+        """Return what F reward functions of these weights pay, given which rollouts are flagged.
 
         ``penalty`` takes 1 in all, from the functions that count for a rollout. ``filter`` pays
         nothing that is a number: TRL leaves such rollouts out of the mean and the spread of their
@@ -180,5 +182,8 @@ def arm_named(name: str, *, gain: float = 1.0) -> Arm:
         return arm
     close = get_close_matches(name, ARMS, n=1, cutoff=0.4)
     nearest = close[0] if close else DEFAULT_ARM
-    do = f"perhaps --arm {nearest}; gates and displaced starts come with assay-research (research/)"
-    raise UsageError(f"arm {name!r}", wanted=", ".join(ARMS), do=do)
+    raise UsageError(
+        f"arm {name!r}",
+        wanted=", ".join(ARMS),
+        do=f"perhaps --arm {nearest}; gates and displaced starts come with assay-research (research/)",
+    )

@@ -59,8 +59,11 @@ def read_delta_lengths(path: str | Path) -> dict[str, int]:
     """
     _, values, _ = _read(Path(path))
     if odd := next((name for name, tensor in values.items() if tensor.ndim != 1), None):
-        seen = f"{path}: δS of {odd} of shape {list(values[odd].shape)}"
-        raise DataError(seen, wanted="one number for each coordinate", do=_REDO)
+        raise DataError(
+            f"{path}: δS of {odd} of shape {list(values[odd].shape)}",
+            wanted="one number for each coordinate",
+            do=_REDO,
+        )
     return {name: len(tensor) for name, tensor in values.items()}
 
 

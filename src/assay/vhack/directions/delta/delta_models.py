@@ -20,8 +20,9 @@ from assay.vhack.directions.delta.adapter import DeltaS
 
 
 def user_cache(model: Model, asked: Path | None = None) -> Path | None:
-    """Return the directory of decompositions that was asked for, or on a CPU the user's, if it can
-    be written.
+    """Return the directory of decompositions: the one asked for, or on a CPU the user's cache.
+
+    It is None where that cannot be written.
     """
     if asked is not None or model.device.type != "cpu":
         return asked
@@ -36,8 +37,7 @@ def user_cache(model: Model, asked: Path | None = None) -> Path | None:
 def load_adapter(
     model: Model, path: Path, lengths: dict[str, int], *, progress: Progress | None = None
 ) -> DeltaS:
-    """Return an adapter of the model with the δS of a file, of which :func:`read_delta_lengths` has
-    read the lengths.
+    """Return an adapter with the δS of a file, given :func:`read_delta_lengths` of it.
 
     Raises:
         DataError: The δS is of other modules.

@@ -136,18 +136,17 @@ class ProductPlan:
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan) -> Tensor:
-    """Return the output of a module as it is; the gradient of its δS, [R], is computed in the
-    backward pass.
+    """Return a module's output unchanged; its backward pass computes the gradient of δS, [R].
 
     Raises:
         ModelError: Gradients of samples are wanted, and the inputs are not [samples, tokens,
             width].
     """
     if plan.rows is not None and inputs.ndim != 3:
-        wanted = "[samples, tokens, width] for gradients of single samples"
-        do = "do not pack samples into one row, or do without per_sample"
         raise ModelError(
-            f"{plan.name} is given inputs of shape {list(inputs.shape)}", wanted=wanted, do=do
+            f"{plan.name} is given inputs of shape {list(inputs.shape)}",
+            wanted="[samples, tokens, width] for gradients of single samples",
+            do="do not pack samples into one row, or do without per_sample",
         )
     result: Tensor = _Adapted.apply(output, inputs, delta_R, plan)  # type: ignore[no-untyped-call]
     return result
@@ -186,9 +185,7 @@ def _gradient_of_delta(gradient: Tensor, inputs: Tensor, plan: ProductPlan) -> T
 
 
 def _sum_products(gradient_BTO: Tensor, inputs_BTI: Tensor, plan: ProductPlan) -> Tensor:
-    """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) for every b, [B, R] float32, in the order with fewer
-    multiplications.
-    """
+    """Return Σ_t (Uᵀ g_t) ⊙ (Vh x_t) per sample, [B, R] float32, in the cheaper order."""
     (outputs, rank), (tokens, width) = plan.left.shape, inputs_BTI.shape[1:]
     if tokens * rank * (outputs + width) > (tokens + rank) * outputs * width:
         return delta_gradient(gradient_BTO.transpose(1, 2) @ inputs_BTI, plan.left, plan.right)

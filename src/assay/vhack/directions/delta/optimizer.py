@@ -34,8 +34,9 @@ _SHARES = ("cin", "cout", "leak")
 
 
 class ProjectedOptimizer(Optimizer):
-    """An optimizer around another one; schedulers, GradScaler and trainers treat it like any other
-    optimizer.
+    """An optimizer around another one, which measures its steps along axes and lets an arm act.
+
+    Schedulers, GradScaler and trainers treat it like any other optimizer.
 
     A step is: measure, gate the gradient, clip, step of the inner optimizer, gate the update, box,
     measure, merge δS into the weights. Parameters that do not belong to the adapter are stepped and
@@ -96,10 +97,10 @@ class ProjectedOptimizer(Optimizer):
             id(parameter) for group in inner.param_groups for parameter in group["params"]
         }
         if not all(id(parameter) in parameter_ids for parameter in adapter.delta):
-            wanted = "one that was made of adapter.parameters()"
-            do = "make it after the adapter, and leave fully_shard out"
             raise UsageError(
-                "an optimizer without the parameters of the adapter", wanted=wanted, do=do
+                "an optimizer without the parameters of the adapter",
+                wanted="one that was made of adapter.parameters()",
+                do="make it after the adapter, and leave fully_shard out",
             )
         _check_trainable(adapter)
         super().__init__(inner.param_groups, inner.defaults)
@@ -130,9 +131,7 @@ class ProjectedOptimizer(Optimizer):
         self.frames = StackedAxes(self.adapter.groups, basis)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state, and under ``"vhack"`` the δS_0 that displacements are
-        counted from.
-        """
+        """Return the inner optimizer's state, with the reference δS_0 under ``"vhack"``."""
         adapter_state: dict[str, Any] = {"start": [start_MR.clone() for start_MR in self._start]}
         if self.quarantine is not None:
             adapter_state["quarantine"] = self.quarantine.state_dict()
@@ -160,16 +159,17 @@ class ProjectedOptimizer(Optimizer):
             if self.quarantine is not None:
                 self.quarantine.load_state_dict(state_dict[_KEY]["quarantine"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            wanted = "one of the same kind around the same adapter, from state_dict"
-            do = "build optimizer and adapter as they were when it was saved"
             raise DataError(
-                f"the state of an optimizer that does not fit: {error}", wanted=wanted, do=do
+                f"the state of an optimizer that does not fit: {error}",
+                wanted="one of the same kind around the same adapter, from state_dict",
+                do="build optimizer and adapter as they were when it was saved",
             ) from error
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step in the order that the class describes; a closure runs once, before the
-        gradient is looked at.
+        """Take one step in the order that the class describes.
+
+        A closure runs once, before the gradient is looked at.
 
         Raises:
             UsageError: The δS of the adapter is frozen, as `peft.get_peft_model` leaves it.
@@ -213,9 +213,7 @@ class ProjectedOptimizer(Optimizer):
     def _measured(
         self, raw: Mapping[int, Tensor], gated: Mapping[int, Tensor], before: list[Tensor]
     ) -> StepMeasures:
-        """Return the shares of the gradients, of what the gate left of them and of the updates, and
-        where δS is.
-        """
+        """Return the shares along the axes of gradients, gated gradients and updates, and where δS is."""
         deltas = [parameter.detach() for parameter in self.adapter.delta]
         frames = self.frames
         # The hack is along −v for an update, so its sign is turned.
@@ -233,17 +231,18 @@ class ProjectedOptimizer(Optimizer):
 
 
 def _check_trainable(adapter: DeltaS) -> None:
-    """Refuse a δS that something has frozen, whose gradient would be missing, or divided over
-    processes.
-    """
+    """Refuse a δS that is frozen, or divided over processes."""
     if any(isinstance(parameter, DTensor) for parameter in adapter.delta):
-        do = "share rollouts by DDP, or train LoRA or the weights and judge rollouts"
-        raise UsageError("δS after fully_shard", wanted="whole weights in every process", do=do)
+        raise UsageError(
+            "δS after fully_shard",
+            wanted="whole weights in every process",
+            do="share rollouts by DDP, or train LoRA or the weights and judge rollouts",
+        )
     frozen = sum(not parameter.requires_grad for parameter in adapter.delta)
     if frozen:
-        seen = (
+        raise UsageError(
             f"{frozen} of the {len(adapter.delta)} parameters of δS are frozen (get_peft_model "
-            f"freezes all it finds)"
+            f"freezes all it finds)",
+            wanted="a δS that is trained",
+            do="leave LoRA out, or call adapter.delta.requires_grad_(True)",
         )
-        do = "leave LoRA out, or call adapter.delta.requires_grad_(True)"
-        raise UsageError(seen, wanted="a δS that is trained", do=do)

@@ -1,5 +1,4 @@
-"""A second δS for what flagged rollouts teach: it is in the weights while a model trains, and in no
-file.
+"""A second δS that learns from flagged rollouts: in the weights during training, in no file.
 
 The model with both writes and learns the exploit there, so that the first δS, which is kept, is not
 paid for it. In every second step the first one writes alone; otherwise honest rollouts would stop
@@ -50,9 +49,7 @@ class Quarantine:
         adapter.added = self.values
 
     def begin(self, step: int) -> None:
-        """Let both write and learn in even steps, counted from 0, and what is kept alone in odd
-        ones.
-        """
+        """Merge both δS in even steps, counted from 0, and the kept one alone in odd steps."""
         self.scale = 1.0 - step % 2
         self.adapter.scale_added(self.scale)
 
@@ -106,8 +103,9 @@ class Quarantine:
 
 
 def shift_baseline(rewards_B: Tensor, flags_B: Tensor, group: int) -> Tensor:
-    """Return what to add to the advantages of neighbouring groups so that flagged rollouts are in
-    no baseline, [B].
+    """Return the correction of advantages that leaves flagged rollouts out of baselines, [B].
+
+    Neighbouring rollouts are a group.
 
     Advantages are rewards less the mean of their group. A group in which all are flagged keeps that
     mean.

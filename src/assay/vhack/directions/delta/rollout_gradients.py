@@ -12,8 +12,7 @@ from assay.errors import UsageError
 
 
 class Rollouts:
-    """The δS gradient of every rollout of some backward passes, in their order, scaled as they are
-    in the loss.
+    """The δS gradient of every rollout of some backward passes, scaled as in the loss.
 
     :meth:`DeltaS.per_sample` makes it, given the number of modules per group. Their sum is what
     those passes have added to the gradient of δS.
@@ -40,10 +39,10 @@ class Rollouts:
         """
         counts = {sum(len(part) for part in parts) for modules in self._parts for parts in modules}
         if len(counts) != 1 or counts == {0}:
-            wanted = "one number of rollouts for all of them, at least 1"
-            do = "run forward and backward of the whole model inside per_sample()"
             raise UsageError(
-                f"gradients of {sorted(counts)} rollouts in different modules", wanted=wanted, do=do
+                f"gradients of {sorted(counts)} rollouts in different modules",
+                wanted="one number of rollouts for all of them, at least 1",
+                do="run forward and backward of the whole model inside per_sample()",
             )
         gradients = []
         for modules in self._parts:

@@ -54,8 +54,11 @@ class StackedAxes:
         module_names = {name for group in groups for name in group.names}
         unknown = [name for name in axes if name not in module_names]
         if unknown:
-            do = "extract one with this very model"
-            raise UsageError(f"axes of {unknown[0]}", wanted="a basis of this model", do=do)
+            raise UsageError(
+                f"axes of {unknown[0]}",
+                wanted="a basis of this model",
+                do="extract one with this very model",
+            )
         self.axes = tuple(_stack(group, axes) for group in groups)
         self.has_axes = tuple(axes_MKR.any(dim=2).any(dim=1) for axes_MKR in self.axes)
 
@@ -64,9 +67,7 @@ class StackedAxes:
 
 
 def _stack(group: ModuleGroup, axes: dict[str, Tensor]) -> Tensor:
-    """Return the axes of the modules of a group, [M, K, R] float64, orthonormal to 1e-12 or
-    zero.
-    """
+    """Return the axes of a group, [M, K, R] float64, orthonormal to 1e-12 or zero."""
     axes_by_index = {
         index: axes[name]
         for index, name in enumerate(group.names)
@@ -76,12 +77,10 @@ def _stack(group: ModuleGroup, axes: dict[str, Tensor]) -> Tensor:
     axes_MKR = group.left.new_zeros(len(group.names), most, group.rank, dtype=torch.float64)
     for index, axes_KR in axes_by_index.items():
         if axes_KR.shape[1] > group.rank:
-            wanted = f"at most {group.rank}, those of the adapter"
-            do = "decompose the weights with the rank of the basis"
             raise UsageError(
                 f"axes of {group.names[index]} with {axes_KR.shape[1]} coordinates",
-                wanted=wanted,
-                do=do,
+                wanted=f"at most {group.rank}, those of the adapter",
+                do="decompose the weights with the rank of the basis",
             )
         axes_MKR[index, : len(axes_KR), : axes_KR.shape[1]] = axes_KR
     ones_MK = axes_MKR.any(dim=2).double()
@@ -90,11 +89,12 @@ def _stack(group: ModuleGroup, axes: dict[str, Tensor]) -> Tensor:
     )
     if not bool((skew_M <= _SKEW).all()):  # NaN is not smaller either
         worst = int(skew_M.nan_to_num(torch.inf).argmax())
-        seen = (
+        raise DataError(
             f"axes of {group.names[worst]} that are {float(skew_M[worst]):.2g} away from "
-            f"orthonormal"
+            f"orthonormal",
+            wanted="orthonormal rows, or zero ones",
+            do="extract the basis again",
         )
-        raise DataError(seen, wanted="orthonormal rows, or zero ones", do="extract the basis again")
     for _ in range(_ITERATIONS):
         axes_MKR = 1.5 * axes_MKR - 0.5 * (axes_MKR @ axes_MKR.transpose(1, 2)) @ axes_MKR
     return axes_MKR

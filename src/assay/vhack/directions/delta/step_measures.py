@@ -24,9 +24,7 @@ _SHARE = ("", "_two_sided")
 
 @dataclass(frozen=True, eq=False)
 class StepMeasures:
-    """The numbers of one step by name, each a tensor without dimensions, which stays on its device
-    until `as_dict`.
-    """
+    """The numbers of one step by name, as scalar tensors that stay on their device."""
 
     tensors: dict[str, Tensor]
 
@@ -39,8 +37,7 @@ class StepMeasures:
 def measure_shares(
     name: str, vectors: Iterable[tuple[Tensor, Tensor, Tensor]], sign: int
 ) -> dict[str, Tensor]:
-    """Return the shares of gradients (sign 1) or updates (sign −1) along the axes by name, also
-    two-sided.
+    """Return one- and two-sided shares of gradients (sign 1) or updates (−1) along the axes.
 
     Each group gives vectors [..., M, R], axes [..., M, K, R] and whether a module has axes, [...,
     M]; shares have the dimensions before M.
@@ -64,8 +61,7 @@ def measure_shares(
 
 
 def measure_displacement(moved: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return where δS is along the axes: the sum over all of them, the norm, and the farthest
-    toward the hack.
+    """Return sum, norm and farthest hack-ward place of δS along the axes.
 
     Each group gives δS − δS_0 [..., M, R] and axes [..., M, K, R]; the numbers have the dimensions
     before M.

@@ -43,17 +43,13 @@ Progress = Callable[[int, int], None]
 
 
 def stage_progress(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return the progress of a stage that begins after ``before`` of ``total`` steps, given that of
-    the whole.
-    """
+    """Return the progress of a stage that begins after ``before`` of ``total`` steps."""
     return None if progress is None else lambda steps, _: progress(before + steps, total)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added or
-    merged.
-    """
+    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added."""
 
     index: int  # in the list of samples
     name: str  # in errors
@@ -72,8 +68,9 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``, and there are
-    no others.
+    """Samples end to end: sample b has the rows ``bounds[b][0]`` to ``bounds[b][1]``.
+
+    There are no other rows.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -101,8 +98,9 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
-    """Samples in one forward pass. Shapes: N rows in all, B samples, T tokens, M completion tokens
-    of all samples.
+    """Samples in one forward pass.
+
+    Shapes: N rows in all, B samples, T tokens, M completion tokens of all samples.
 
     Packed, they stand end to end in one row, each with its own positions. Otherwise they are padded
     on the right to one length. With causal attention no token sees what stands to its right, so
@@ -170,8 +168,7 @@ def encode(
     longest: int | None,
     rows: int | None = None,
 ) -> list[Encoded]:
-    """Tokenise every sample, and refuse by name what has no prompt, no completion or more tokens
-    than ``longest``.
+    """Tokenise samples; refuse by name empty ones and those of more than ``longest`` tokens.
 
     A token that the embeddings, of so many ``rows``, do not have is refused too.
     """
@@ -201,10 +198,10 @@ def encode(
                     do="leave it out",
                 )
         if longest is not None and len(prompt) + len(completion) > longest:
-            seen = f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion"
-            do = "shorten or leave it out; a cut sample would measure something else"
             raise DataError(
-                seen, wanted=f"at most {longest} tokens together, the context of the model", do=do
+                f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion",
+                wanted=f"at most {longest} tokens together, the context of the model",
+                do="shorten or leave it out; a cut sample would measure something else",
             )
         if rows is not None:
             check_tokens(name, (*prompt, *completion), rows)
@@ -238,9 +235,7 @@ def find_chat_template(
     model: "Model | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
 ) -> str:
-    """Return the digest of the template that renders samples, or an empty text where none of them
-    has messages.
-    """
+    """Return the digest of the template that renders samples; empty if none has messages."""
     chats = any(isinstance(sample.prompt, Chat) for sample in samples)
     return chat_template_digest(tokenizer or getattr(model, "tokenizer", None)) if chats else ""
 
@@ -260,8 +255,9 @@ def plan_batches(
     kind: Callable[[int], Hashable] = bool,
     at_once: int = 1,
 ) -> list[list[Encoded]]:
-    """Return the samples in batches of at most ``max_tokens``; a sample longer than that has a
-    batch of its own.
+    """Return the samples in batches of at most ``max_tokens``.
+
+    A sample longer than that has a batch of its own.
 
     Padding counts as tokens, unless the samples will be packed. The longest samples come first.
     Packed samples for several workers are dealt out, so that all batches are about as large and
@@ -289,9 +285,7 @@ def plan_batches(
 
 
 def _dealt_out(ordered: Sequence[Encoded], max_tokens: int, at_once: int) -> list[list[Encoded]]:
-    """Return batches to which each sample is added, the longest first, where the fewest tokens are
-    so far.
-    """
+    """Return batches filled longest sample first, each sample into the smallest batch."""
     count = at_once * math.ceil(sum(len(sample.ids) for sample in ordered) / max_tokens / at_once)
     while True:
         batches: list[list[Encoded]] = [[] for _ in range(min(count, len(ordered)))]
@@ -314,17 +308,14 @@ def count_layers(module: "PreTrainedModel") -> int:
 
 
 def room_for_batches(free: float, device: str) -> float:
-    """Return how many bytes the batches that a type of device computes at once may take together,
-    of so many free.
-    """
+    """Return the bytes that concurrent batches may take together, of so many free."""
     return min(_MOST_BYTES[device], free / 2)
 
 
 def token_budget(
     module: "PreTrainedModel", encoded: Sequence[Encoded], room: float, *, recomputed: int
 ) -> int:
-    """Return how many tokens a batch may have, padding included, so that all of it fits into its
-    room in bytes.
+    """Return how many tokens a batch may have, padding included, to fit into its bytes.
 
     ``recomputed`` layers are computed again in the backward pass.
     """

@@ -40,17 +40,16 @@ class ExpertsPass:
         self.matrices = expert_matrices(name, experts)
 
     def __call__(self, hidden_NH: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Return the weighted sum of what the experts of each row say, [N, H]; the rows must be all
-        tokens in order.
+        """Return the weighted sum of the experts' outputs for each row, [N, H].
+
+        The rows must be all tokens in their order.
         """
         batch = self.batch()
         if hidden_NH.ndim != 2 or len(hidden_NH) != batch.ids.numel():
-            wanted = "[tokens, width], all tokens in their order, before they are sorted by expert"
-            do = "use another model"
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(hidden_NH.shape)}",
-                wanted=wanted,
-                do=do,
+                wanted="[tokens, width], all tokens in their order, before they are sorted by expert",
+                do="use another model",
             )
         order, sizes = self._sorted(index_NK, batch)
         rows = order // index_NK.shape[1]
@@ -71,8 +70,7 @@ class ExpertsPass:
         return total_NH.index_add(0, rows[:start], outputs_XH).to(hidden_NH.dtype)
 
     def _sorted(self, index_NK: Tensor, batch: SampleBatch) -> tuple[Tensor, list[list[int]]]:
-        """Return the places in ``index_NK`` in the order of their experts, and how many each has of
-        each sample.
+        """Return the order of places by expert, and the rows per expert and sample.
 
         An index beyond the last expert stands for none: its places are last, and are counted
         nowhere.

@@ -112,9 +112,7 @@ def segment_products(left_NR: Tensor, right_NR: Tensor, offsets: Tensor) -> Tens
 
 
 def normalise(x_MH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``x / √(mean x² + eps) · weight``, and the factor ``1 / √…`` of every row, [M]
-    float32.
-    """
+    """Return the norm's output, and its factor ``1 / √(mean x² + eps)`` per row, [M] float32."""
     rows, width = x_MH.shape
     y_MH = torch.empty_like(x_MH)
     scale_M = torch.empty(rows, dtype=torch.float32, device=x_MH.device)

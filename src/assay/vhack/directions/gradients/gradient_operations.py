@@ -1,4 +1,4 @@
-"""Norms, gated activations and sums over samples in as few passes over memory as the device allows.
+"""Norms, gated activations and sums over samples in few passes over memory.
 
 On a GPU they are triton kernels. Where triton is missing or cannot build them, and on a CPU, they
 are torch; a CPU gains from a norm whose backward pass is written out, and nothing from the rest.
@@ -27,9 +27,7 @@ _ENOUGH_SAMPLES = 8  # for a kernel that goes through the tokens of a sample one
 
 @cache
 def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Return the triton kernels, or None unless they can be built on this device and give what
-    torch gives.
-    """
+    """Return the triton kernels, or None where they cannot be built or differ from torch."""
     if device.type != "cuda":
         return None
     try:
@@ -161,9 +159,7 @@ class GatedActivation(torch.autograd.Function):
 
 
 class TokenLoss(torch.autograd.Function):
-    """The negative log-likelihood of every row's target, in float32; its backward pass runs once,
-    over what is kept.
-    """
+    """The negative log-likelihood of every row's target in float32; one backward pass only."""
 
     @staticmethod
     @override

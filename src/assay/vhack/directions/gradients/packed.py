@@ -1,5 +1,4 @@
-"""Decoder layers of the listed families over samples that stand end to end in one row: each sample
-sees itself only.
+"""Decoder layers of the listed families over samples end to end, each seeing itself only.
 
 :class:`PackedLayers` makes forward functions that take the place of those of transformers.
 Embeddings, rotary tables, the final norm and the head stay with transformers. The projections are
@@ -33,9 +32,7 @@ PACKED = "assay_packed"
 
 
 def register() -> None:
-    """Make the name known to transformers, which makes masks only for attention that has a mask
-    function.
-    """
+    """Register the attention with transformers, which then makes no mask for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, attend)
@@ -130,9 +127,7 @@ def attend(q_NHD: Tensor, k_NJD: Tensor, v_NJD: Tensor, segments: Segments, scal
 
 
 class _Gather(torch.autograd.Function):
-    """The rows at some places; the gradient of the others is zero, which needs no sum over
-    places.
-    """
+    """The rows at some places; the gradient of the others is zero, without a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""The gradient of every sample with respect to δS, at δS = 0, of every target module: one pass over
-a model per batch.
+"""The δS gradient of every sample, at δS = 0, of every target: one pass per batch.
 
 The pass runs on a copy of the model. It shares the memory of all parameters and buffers, so it
 takes milliseconds, several may run at the same time, and the model itself is never touched. Weights
@@ -66,9 +65,7 @@ def encode_samples(
     names: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> list[Encoded]:
-    """Tokenise samples for a model, and refuse by name what it cannot be given, as :func:`encode`
-    does.
-    """
+    """Tokenise samples for a model, and refuse by name what :func:`encode` refuses."""
     if tokenizer is None and isinstance(model, Model):
         tokenizer = model.tokenizer
     module = module_of(model)
@@ -171,9 +168,7 @@ def per_sample_gradients(
 
 
 def _at_once(module: "PreTrainedModel") -> int:
-    """Return how many batches run side by side: one where a user's hooks may keep something between
-    calls.
-    """
+    """Return the number of concurrent batches: one where hooks may keep state between calls."""
     alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
     return 1 if alone else torch.get_num_threads()
 
@@ -212,9 +207,7 @@ def _side_by_side(
 
 
 def _one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
-    """Yield item n after item n + 1 has been launched, so that the GPU is always one batch
-    ahead.
-    """
+    """Yield item n once item n + 1 is launched, so that the GPU is one batch ahead."""
     before = next(items)
     for item in items:
         yield before
@@ -230,9 +223,11 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
         if not is_out_of_memory(error):
             raise
         if len(batch) == 1:
-            seen = f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}"
-            do = "turn checkpointing on, use bfloat16, or leave the sample out"
-            raise OutOfMemory(seen, wanted="room for one sample", do=do) from error
+            raise OutOfMemory(
+                f"{batch[0].name} with {len(batch[0].ids)} tokens does not fit: {error}",
+                wanted="room for one sample",
+                do="turn checkpointing on, use bfloat16, or leave the sample out",
+            ) from error
     # Outside the except block: inside, the exception keeps the memory of the failed attempt.
     middle = len(batch) // 2
     return [
@@ -243,9 +238,7 @@ def _attempt(replica: Replica, batch: list[Encoded]) -> list[Computed]:
 
 
 def check_finite(gradients: SampleGradients, encoded: list[Encoded]) -> None:
-    """Raise a DataError of the first of these samples with a number that is not finite; look at
-    each module once.
-    """
+    """Raise a DataError for the first of these samples with a number that is not finite."""
     # NaN and infinities are among the least or the largest numbers of a row.
     fine_MN = [
         torch.stack(torch.aminmax(rows_NR, dim=1)).isfinite().all(dim=0)
@@ -260,19 +253,15 @@ def check_finite(gradients: SampleGradients, encoded: list[Encoded]) -> None:
             ),
             "",
         ):
-            wanted = "finite numbers"
-            do = "leave the sample out, or load the model in float32"
             raise DataError(
                 f"the loss or the gradient of {sample.name} in {bad} is not finite",
-                wanted=wanted,
-                do=do,
+                wanted="finite numbers",
+                do="leave the sample out, or load the model in float32",
             )
 
 
 def _store(gradients: SampleGradients, computed: Computed) -> None:
-    """Put the gradients of a batch into their rows; a loss that is not finite leaves no finite
-    row.
-    """
+    """Write the gradients of a batch into their rows; a loss that is not finite makes its row NaN."""
     batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()

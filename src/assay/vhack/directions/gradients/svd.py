@@ -1,5 +1,4 @@
-"""The singular value decompositions of target matrices, in float64, by two algorithms that give the
-same factors.
+"""Singular value decompositions of target matrices, in float64, by LAPACK or Gram matrices.
 
 ``exact`` calls LAPACK. ``gram`` takes the eigenvectors of the smaller of ``WᵀW`` and ``W Wᵀ``,
 which on a GPU is some ten times faster; squaring costs digits where singular values are small, so
@@ -100,10 +99,10 @@ def factorise(
     """
     wide_OI = weight_OI.detach().double()
     if not torch.isfinite(wide_OI).all():
-        wanted = "finite weights"
-        do = "load the checkpoint again"
         raise BadWeights(
-            f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity", wanted=wanted, do=do
+            f"a weight matrix {list(weight_OI.shape)} holds NaN or infinity",
+            wanted="finite weights",
+            do="load the checkpoint again",
         )
     is_tall = wide_OI.shape[0] >= wide_OI.shape[1]
     tall = wide_OI if is_tall else wide_OI.T
@@ -121,9 +120,7 @@ def factorise(
 
 
 def _by_gram(tall: Tensor) -> Factors | None:
-    """Return the factors of a tall matrix from its Gram matrix, or None if they are not accurate
-    enough.
-    """
+    """Return the factors of a tall matrix from its Gram matrix, or None if inaccurate."""
     vectors = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
     scaled = tall @ vectors
     values = scaled.norm(dim=0)
@@ -172,9 +169,7 @@ class SVDCache(dict[str, Factors]):
 def factors_of(
     modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]
 ) -> dict[str, Factors]:
-    """Return the factors of these modules, or raise a UsageError about one that has none or those
-    of another shape.
-    """
+    """Return the factors of these modules; missing or misshapen ones are a UsageError."""
     factors_by_name = {
         name: factors.get(name, factors.get(name.removesuffix(".base_layer"))) for name in modules
     }
@@ -187,9 +182,10 @@ def factors_of(
         )
         if shape != tuple(linear.weight.shape):
             seen = f"factors of {name} for a matrix {shape}" if shape else f"no factors of {name}"
-            do = "compute them with weight_svd of this very model"
             raise UsageError(
-                seen, wanted=f"factors of its weight, {list(linear.weight.shape)}", do=do
+                seen,
+                wanted=f"factors of its weight, {list(linear.weight.shape)}",
+                do="compute them with weight_svd of this very model",
             )
     return {
         name: module_factors
@@ -288,9 +284,7 @@ def _with_stream(device: torch.device) -> None:
 
 
 def factor_dtype(name: str | None, weight: Tensor) -> torch.dtype:
-    """Return the dtype of the factors of a weight: the one that is named, or the default of
-    :func:`weight_svd`.
-    """
+    """Return the named dtype of factors, or the default of :func:`weight_svd` for a weight."""
     if name is None:
         return (
             torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
@@ -334,9 +328,7 @@ def _load_or_make(
 
 
 def _read(path: Path, weight: Tensor, dtype: torch.dtype) -> Factors | None:
-    """Return the factors in a file, or None where there is no whole file of this matrix; it is then
-    written again.
-    """
+    """Return the factors in a file, or None where it is missing, damaged or of another shape."""
     try:
         check_tensors(path)
         with safe_open(path, framework="pt") as reader:

@@ -1,5 +1,4 @@
-"""Linears that leave the δS gradient of every sample behind when the backward pass goes through
-them.
+"""Linears whose backward pass leaves the δS gradient of every sample.
 
 With ``y = W x`` replaced by ``(W + U diag(δS) Vh) x`` the gradient at δS = 0 of a loss L is
 
@@ -52,8 +51,7 @@ _FITS = 1e-5
 
 
 def delta_gradient(weight_gradient: Tensor, left_OR: Tensor, right_RI: Tensor) -> Tensor:
-    """Return the gradient of δS from that of the weight, ``diag(Uᵀ G Vhᵀ)``, [..., R] float32; G is
-    [..., O, I].
+    """Return the δS gradient ``diag(Uᵀ G Vhᵀ)``, [..., R] float32, of weight gradients G.
 
     The longer side is projected first, which leaves less to multiply.
     """
@@ -105,9 +103,7 @@ class Tap:
         self.trigger = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the output of the Linear, or raise a ModelError if the rows are not all tokens in
-        their order.
-        """
+        """Return the output of the Linear; rows that are not all tokens in order are a ModelError."""
         segments = self.segments()
         # Experts that are shared by all tokens are given all of them in one row, those of a list
         # only some.
@@ -124,8 +120,9 @@ class Tap:
         return self.apply(inputs, segments)
 
     def apply(self, inputs: Tensor, segments: Segments) -> Tensor:
-        """Return the output of the Linear for rows of which these segments say whose they are; some
-        may be empty.
+        """Return the output of the Linear for rows whose samples these segments give.
+
+        Some segments may be empty.
         """
         output: Tensor
         if self.plain is None:
@@ -262,9 +259,7 @@ class _Tapped(torch.autograd.Function):
 
 
 class _Behind(torch.autograd.Function):
-    """The identity on what a Linear gave by its own forward function, with the same backward pass
-    beside it.
-    """
+    """The identity behind a Linear with its own forward function, with the tap's backward pass."""
 
     @staticmethod
     def forward(
@@ -290,8 +285,7 @@ class _Behind(torch.autograd.Function):
 
 
 def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factors]) -> set[str]:
-    """Return the modules whose factors are all there and give their very weight back, to the
-    precision of its dtype.
+    """Return the modules whose full factors give their weight back to its precision.
 
     They are tried on one vector: factors of other weights, or of a shorter dtype, give another
     result.

@@ -1,5 +1,4 @@
-"""Which weight matrices carry δS (attention and MLP projections, never embeddings or the head), and
-their digests.
+"""The weight matrices that carry δS (attention and MLP projections), and their digests.
 
 transformers keeps the experts of a layer in ``gate_up_proj`` (or ``up_proj``) and ``down_proj``,
 [E, …, …]. Here each is a target of its own, ``model.layers.0.mlp.experts.gate_up_proj.7``, as a
@@ -56,9 +55,7 @@ def module_of(model: "Model | PreTrainedModel") -> "PreTrainedModel":
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether a module holds experts in the form that transformers' own functions for
-    experts take.
-    """
+    """Return whether a module holds experts in the form of transformers' expert functions."""
     stated = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
     return all(hasattr(module, name) for name in stated) and all(
         isinstance(tensor := getattr(module, parameter_name, None), nn.Parameter)
@@ -68,9 +65,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def expert_matrices(name: str, experts: nn.Module) -> dict[str, nn.Linear]:
-    """Return a Linear over the same memory for each matrix of each expert of a module that is
-    fused.
-    """
+    """Return a Linear over the same memory for each matrix of each fused expert."""
     matrices = {}
     for parameter_name in fused_names(experts):
         weights = getattr(experts, parameter_name)
@@ -99,9 +94,7 @@ def fused_names(experts: nn.Module) -> tuple[str, str]:
 
 
 def check_whole(model: "Model | PreTrainedModel") -> None:
-    """Raise a ModelError about a model whose weights are divided over processes, or are on several
-    devices.
-    """
+    """Refuse a model whose weights are divided over processes, or on several devices."""
     module = module_of(model)
     divided = any(isinstance(part, FSDPModule) for part in module.modules())
     divided = divided or any(isinstance(parameter, DTensor) for parameter in module.parameters())
@@ -112,8 +105,11 @@ def check_whole(model: "Model | PreTrainedModel") -> None:
             if divided
             else f"a model on {' and '.join(places)}"
         )
-        do = "load it there, or use a smaller model or bfloat16"
-        raise ModelError(seen, wanted="all weights whole on one device", do=do)
+        raise ModelError(
+            seen,
+            wanted="all weights whole on one device",
+            do="load it there, or use a smaller model or bfloat16",
+        )
 
 
 def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
@@ -156,20 +152,25 @@ def target_modules(model: "Model | PreTrainedModel") -> dict[str, nn.Linear]:
     first: dict[int, str] = {}
     for name, linear in targets.items():
         if linear.weight.dtype.itemsize < 2:  # codes, whose scales are elsewhere
-            seen = f"{name} has weights in {linear.weight.dtype}"
-            do = "load the model in bfloat16, or take probe"
-            raise ModelError(seen, wanted="weights that are not quantised", do=do)
+            raise ModelError(
+                f"{name} has weights in {linear.weight.dtype}",
+                wanted="weights that are not quantised",
+                do="load the model in bfloat16, or take probe",
+            )
         # As in Zamba: each would have a δS, and merging one would undo the other.
         if (shared_with := first.setdefault(id(linear.weight), name)) != name:
-            wanted = "projections with a weight each"
-            do = "use a model whose layers share no projection"
-            raise ModelError(f"{name} has the weight of {shared_with}", wanted=wanted, do=do)
+            raise ModelError(
+                f"{name} has the weight of {shared_with}",
+                wanted="projections with a weight each",
+                do="use a model whose layers share no projection",
+            )
     return targets
 
 
 def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
-    """Refuse attention to what comes after a token: padding and packing would be seen, and the loss
-    be known.
+    """Refuse attention that sees later tokens.
+
+    Padding and packing would be seen, and the loss be known.
     """
     sees_all = (
         name for name, part in module.named_modules() if getattr(part, "is_causal", True) is False
@@ -186,20 +187,17 @@ def _check_causal(module: "PreTrainedModel", modules: Collection[str]) -> None:
     ):
         seen = "its configuration"
     if seen is not None:
-        wanted = "a decoder in which no token sees a later one"
-        do = "use a causal language model"
         raise ModelError(
             f"{type(module).__name__} whose attention is not causal, by {seen}",
-            wanted=wanted,
-            do=do,
+            wanted="a decoder in which no token sees a later one",
+            do="use a causal language model",
         )
 
 
 def chosen_modules(
     model: "Model | PreTrainedModel", names: Collection[str] | None
 ) -> dict[str, nn.Linear]:
-    """Return the target Linears of these names, in the order of the model; None stands for all of
-    them.
+    """Return the target Linears of these names, or all, in the order of the model.
 
     It refuses names of no target, and models of which gradients would not be exact.
     """
@@ -209,12 +207,12 @@ def chosen_modules(
         if parameter.device.type == "meta"
     )
     if name := next(without, ""):
-        seen = (
+        raise ModelError(
             f"{name} has no memory of its own, as with offloading to a disk or to the memory of "
-            f"the CPU"
+            f"the CPU",
+            wanted="all weights on one device",
+            do="load the model in bfloat16 or on a larger device; --rank leaves room for the factors",
         )
-        do = "load the model in bfloat16 or on a larger device; --rank leaves room for the factors"
-        raise ModelError(seen, wanted="all weights on one device", do=do)
     targets = target_modules(model)
     _check_causal(module_of(model), targets)
     if names is None:
@@ -222,9 +220,10 @@ def chosen_modules(
     unknown = sorted(set(names) - set(targets))
     if unknown or not names:
         seen = f"{unknown[0]!r}, which carries no δS" if unknown else "no module at all"
-        do = "name some of these, or leave the names out for all"
         raise UsageError(
-            seen, wanted="names of target_modules, such as " + next(iter(targets)), do=do
+            seen,
+            wanted="names of target_modules, such as " + next(iter(targets)),
+            do="name some of these, or leave the names out for all",
         )
     return {name: module for name, module in targets.items() if name in names}
 
@@ -253,8 +252,9 @@ def coverage(model: "Model | PreTrainedModel") -> Coverage:
 
 
 def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
-    """Raise a ModelError, naming what is left out, where targets cover less than this share of the
-    weights.
+    """Refuse a model whose targets cover less than this share of the weights.
+
+    The error names what is left out.
     """
     covered = coverage(model)
     if covered.share < least:
@@ -271,8 +271,9 @@ def check_coverage(model: "Model | PreTrainedModel", least: float) -> None:
 
 
 def weights_digest(model: "Model | PreTrainedModel") -> str:
-    """Return the SHA-256 in hex over every parameter in memory: names, dtypes, shapes and bytes, a
-    tied one once.
+    """Return the SHA-256 of all parameters in memory: names, dtypes, shapes and bytes.
+
+    Tied parameters count once.
 
     Unlike ``Model.digest`` it changes when the model is trained, and with the dtype it was loaded
     in.
