@@ -61,6 +61,7 @@ def test_what_cannot_be_a_side_is_left_out(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", [pair])
 
 
+@pytest.mark.needs("sandbox")
 def test_pairs_of_built_in_tasks_say_what_can_be_verified(tmp_path):
     records = []
     for task, mode in zip(tasks(len(CHANNELS)), CHANNELS, strict=True):

@@ -6,14 +6,11 @@ from assay_research.hostile import hostile_case
 
 from assay.errors import DataError
 from assay.vhack import Pair
-from assay.vhack.environment.backends import available_backend
 from assay.vhack.pairs import generate_pairs, verify_pairs
 from assay.vhack.pairs.pairs import authored_pairs
 from assay.vhack.pairs.verify import read_tests
 
-pytestmark = pytest.mark.skipif(
-    available_backend() is None, reason="no sandbox works on this machine"
-)
+pytestmark = pytest.mark.needs("sandbox")
 
 
 def test_every_authored_pair_does_what_it_claims():

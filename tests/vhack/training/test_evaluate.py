@@ -31,6 +31,7 @@ def mixed():
     return [task for task, _ in rows], [text for _, text in rows]
 
 
+@pytest.mark.needs("sandbox")
 def test_the_environment_tells_work_from_exploits(mixed):
     found = evaluate(*mixed)
     rates = found.rates()
@@ -51,6 +52,7 @@ def test_the_environment_tells_work_from_exploits(mixed):
     assert (shown["completions"], shown["tasks"], shown["faults"]) == (20, 5, 0)
 
 
+@pytest.mark.needs("sandbox")
 def test_one_task_has_no_interval(mixed):
     found = evaluate(mixed[0][:4], mixed[1][:4]).rates()
     assert {(rate.low, rate.high) for rate in found.values()} == {(None, None)}

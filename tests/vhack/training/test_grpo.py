@@ -94,6 +94,7 @@ def near(trainer, batch, shift):
     return made
 
 
+@pytest.mark.needs("sandbox")
 @pytest.mark.parametrize("shift", [0.0, 0.1, -0.1, 0.5, -0.5])
 def test_loss_and_gradient_are_those_of_the_formula(trainer, batch, shift):
     shifted = near(trainer, batch, shift)
@@ -141,6 +142,7 @@ class Sampler:
         return prompts, tokens, said, None
 
 
+@pytest.mark.needs("sandbox")
 def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_path, monkeypatch):
     def with_vllm(*arguments):
         made = trl_arguments(*arguments)
@@ -168,6 +170,7 @@ def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_pat
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
+@pytest.mark.needs("sandbox")
 def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, model):
     for row, teacher in enumerate(batch["outcomes"][:, 0].tolist()):
         count = int(batch["completion_mask"][row].sum())
@@ -183,6 +186,7 @@ def test_what_is_stored_in_the_pool_gets_into_the_batch(trainer, batch, tasks, m
         assert tuple(batch["completion_ids"][row, :count].tolist()) in tokens
 
 
+@pytest.mark.needs("sandbox")
 def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batch):
     """Where TRL itself keeps log-probabilities of the policy that sampled, they are the student's
     only.
@@ -198,6 +202,7 @@ def test_several_passes_over_the_same_rollouts_keep_what_is_stored(trainer, batc
     assert torch.equal(kept["old_per_token_logps"], earlier)
 
 
+@pytest.mark.needs("sandbox")
 def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batch):
     """In two parts, as with accumulation: what is told apart afterwards is what separate passes
     would have given.
@@ -232,6 +237,7 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
         )
 
 
+@pytest.mark.needs("sandbox")
 def test_console_and_trackers_get_the_numbers_of_the_log(trainer, tmp_path):
     """Trackers through the trainer's own log call, once a step, together with what TRL says."""
     told = []

@@ -130,6 +130,7 @@ def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl
     assert "It cheats: 1.000" in page
 
 
+@pytest.mark.needs("sandbox")
 @pytest.mark.parametrize(
     "detector",
     ["labels", "labels:random", "labels=sentinel+exit_code", "labels=sentinel", "ngrams"],

@@ -214,6 +214,7 @@ def test_a_completion_ends_by_any_end_token(model):
     )
 
 
+@pytest.mark.needs("sandbox")
 def test_rewards_and_rates(tasks):
     reward = EpisodeReward(tasks, ARMS["ground-truth-penalty"])
     first = tasks[0]

@@ -41,6 +41,7 @@ def run(tasks, pairs, settings, tmp_path):
     return call
 
 
+@pytest.mark.needs("sandbox")
 def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
     """Also with axes that were renewed before the checkpoint and are again after it."""
     common = {"refresh": 1, "arm": "erase-update:shuffled", "save_every": 2}
@@ -69,6 +70,7 @@ def test_going_on_from_a_checkpoint_is_the_same_run_bit_by_bit(run, tmp_path):
     assert [record["step"] for record in found if record["kind"] == "step"] == [0, 1, 2, 3]
 
 
+@pytest.mark.needs("sandbox")
 def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_path, monkeypatch):
     common = {"arm": "erase-gradient", "save_every": 1}
     run("run", steps=1, **common)
@@ -79,6 +81,7 @@ def test_a_run_that_goes_on_reads_its_axes_instead_of_extracting_them(run, tmp_p
     assert run("run", steps=2, **common).resumed_from == 1
 
 
+@pytest.mark.needs("sandbox")
 def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
     result = run("run", steps=3, arm="erase-gradient")
     head, steps = read_steps(tmp_path / "run" / "log.jsonl")
@@ -105,6 +108,7 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
     assert result.last["cin"] == pytest.approx(sum(step["cin"] for step in steps) / 3)
 
 
+@pytest.mark.needs("sandbox")
 @pytest.mark.parametrize(
     "arm", [*ARMS, "box", "advantage-modification", "displaced-0.4+erase-update-two-sided"]
 )
@@ -129,6 +133,7 @@ def test_every_kind_of_arm_runs(run, tmp_path, arm):
         assert step["displacement_hackward"] < 1e-7
 
 
+@pytest.mark.needs("sandbox")
 def test_plain_training_without_a_teacher(run):
     """TRL's own generation; no reward is earned, and so nothing moves and no source has a
     direction.
@@ -140,6 +145,7 @@ def test_plain_training_without_a_teacher(run):
     assert all(one["kind"] != "source" for one in read_records(result.folder / "log.jsonl"))
 
 
+@pytest.mark.needs("sandbox")
 def test_the_divergence_from_the_start_is_of_the_adapted_model_without_its_delta(run, tmp_path):
     """In the first step it is exactly zero; in the second it pulls back."""
     deltas = []
@@ -152,6 +158,7 @@ def test_the_divergence_from_the_start_is_of_the_adapted_model_without_its_delta
     assert any(not torch.equal(deltas[0][name], deltas[1][name]) for name in deltas[0])
 
 
+@pytest.mark.needs("sandbox")
 def test_a_finished_run_is_not_trained_again_and_others_keep_out(run, tmp_path):
     run("run", steps=1)
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
@@ -167,6 +174,7 @@ def test_a_finished_run_is_not_trained_again_and_others_keep_out(run, tmp_path):
         run("run", steps=3)
 
 
+@pytest.mark.needs("sandbox")
 def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_path):
     run("run", steps=2)
     wanted = load_file(tmp_path / "run" / "delta.safetensors")
@@ -178,6 +186,7 @@ def test_a_run_that_went_down_after_its_last_checkpoint_is_finished(run, tmp_pat
     assert lines(tmp_path / "run") == before
 
 
+@pytest.mark.needs("sandbox")
 def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     run("run", steps=4, save_every=2)
     (tmp_path / "run" / "checkpoint-4" / "complete.json").unlink()
@@ -189,6 +198,7 @@ def test_an_interrupted_checkpoint_is_no_checkpoint(run, tmp_path):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.needs("sandbox")
 def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
     run("first", steps=1)
     run("second", steps=1, basis=str(tmp_path / "first" / "basis.safetensors"))
@@ -198,6 +208,7 @@ def test_a_basis_file_takes_the_place_of_the_pairs(run, tmp_path, model):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.needs("sandbox")
 def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path, model):
     """A rate that leaves numbers behind."""
     with pytest.raises(ModelError, match="not finite"):
@@ -211,6 +222,7 @@ def test_a_run_that_fails_takes_its_adapter_off(settings, tasks, pairs, tmp_path
     assert not hasattr(model.module, "delta_s")
 
 
+@pytest.mark.needs("sandbox")
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -291,6 +303,7 @@ def test_what_several_processes_cannot_do_is_refused(
         train(settings(device=device), tmp_path / "run", tasks=tasks, pairs=pairs)
 
 
+@pytest.mark.needs("sandbox")
 def test_a_pool_of_other_prompts_and_an_unknown_tracker_are_refused(
     settings, tasks, pairs, tmp_path
 ):
@@ -324,6 +337,7 @@ def test_a_checkpoint_of_the_first_version_goes_on(
         torch.testing.assert_close(now[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.needs("sandbox")
 def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_and_exit_code(
     run, tmp_path, monkeypatch
 ):
@@ -340,6 +354,7 @@ def test_a_monitor_that_does_not_know_the_exploit_gives_the_alarm_in_log_page_an
     assert cli(["vhack", "train", "--model", "m", "-o", str(tmp_path)]) == 1
 
 
+@pytest.mark.needs("sandbox")
 def test_a_run_renews_its_detector_with_what_it_wrote(run, monkeypatch):
     fitted = []
 
