@@ -14,7 +14,8 @@ from PIL import Image
 
 from assay.cli import run
 from assay.files.jsonl import read_json
-from assay.pages.report import SERIES, Report, figure, legend
+from assay.pages.figures import SERIES, figure, legend
+from assay.pages.report import Report
 from tests.poc.service.dashboard.browser import Watched, chromium
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

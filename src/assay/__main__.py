@@ -7,9 +7,7 @@ from assay.memory import keep_freed_memory
 
 
 def main() -> None:
-    """Run the command line and exit with its code: 2 for a fault of assay itself, because 1 means
-    fraud.
-    """
+    """Run the command line and exit with its code; a fault of assay itself is 2, as 1 is fraud."""
     keep_freed_memory()
     try:
         from assay.cli.app import run
@@ -20,7 +18,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         code = 2
-    # else the end of Python walks all of torch and transformers, for about a second of CPU
+    # Otherwise the end of Python walks all of torch and transformers, for about a second of CPU.
     gc.freeze()
     raise SystemExit(code)
 

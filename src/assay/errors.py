@@ -1,4 +1,4 @@
-"""Every exception of assay: each class stands below the kind that it is of.
+"""Every exception of assay, each class below its kind.
 
 Every message has three parts: what was seen, what was wanted, and what to do next. A part may quote
 a file or a request, so a long one is cut, and characters that a terminal would obey are escaped.
@@ -14,10 +14,10 @@ class AssayError(Exception):
     """Base of all errors that assay raises on purpose.
 
     Args:
-        seen: Fault that was found, with the offending value.
+        seen: Fault, with the offending value.
         wanted: Description of what would have been right.
         do: Next action for the person who reads it.
-        field: Parameter that the fault is about, where one alone is; a command line names its flag.
+        field: Parameter of the fault, where it is only one; a command line names its flag.
     """
 
     def __init__(self, seen: str, *, wanted: str, do: str, field: str = "") -> None:
@@ -58,9 +58,7 @@ class LayersNotFound(ModelError):
 
 
 class EngineEnded(ModelError):
-    """The engine that ran a model is no longer there. What it did not compute can be computed by
-    the next one.
-    """
+    """The engine that ran a model has ended; the next one can compute the rest."""
 
 
 class ProofError(AssayError):
@@ -72,9 +70,7 @@ class ProofFormatError(ProofError):
 
 
 class ProofMismatch(ProofError):
-    """A proof made for another model, round or pipeline. ``field`` is the name under which the
-    value is pinned.
-    """
+    """A proof made for another model, round or pipeline; ``field`` is the name of the pin."""
 
 
 class CalibrationError(ProofError):
@@ -102,32 +98,34 @@ class BackendUnavailable(AssayError):
 
 
 def visible(text: str, most: int = LONGEST_PART) -> str:
-    """Return a text cut to its bound, with control characters written out.
+    """Return a text cut to ``most`` characters, with control characters written out.
 
-    What others wrote must neither steer a terminal nor fill it.
+    Text from outside must neither steer a terminal nor fill it.
     """
     if len(text) > most:
         text = f"{text[:most]}…"
     if text.isprintable():
         return text
-    return "".join(
-        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
-    )
+    return "".join(map(_escaped, text))
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() or char == "\n" else ascii(char)[1:-1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception of Python, torch or a device library means that memory ran out.
-
-    On a CPU torch raises a plain RuntimeError, so the words have to be read.
-    """
+    """Return whether an exception of Python, torch or a device library means out of memory."""
     if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
         return True
+    # On a CPU torch raises a plain RuntimeError, so only its words tell.
     return any(phrase in str(error) for phrase in ("out of memory", "can't allocate memory"))
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what a person reads of an error of any kind, in one line."""
-    return error.seen if isinstance(error, AssayError) else f"{type(error).__name__}: {error}"
+    """Return an error of any kind in one line, for a person."""
+    if isinstance(error, AssayError):
+        return error.seen
+    return f"{type(error).__name__}: {error}"
 
 
 def not_finite(seen: str, *, wanted: str = "finite hidden states") -> BadWeights:
@@ -140,7 +138,7 @@ def not_finite(seen: str, *, wanted: str = "finite hidden states") -> BadWeights
 
 
 def how_to_install(extra: str) -> str:
-    """Return what to do where the packages of an extra are missing. No public index has assay."""
+    """Return how to install the packages of an extra; no public index has assay."""
     return (
         f"install assay with its extra {extra}: pip install '.[{extra}]' in its checkout, or "
         f"'FILE.whl[{extra}]'"

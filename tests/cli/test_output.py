@@ -2,7 +2,7 @@
 
 from assay.cli import output as _output
 from assay.errors import UsageError
-from assay.waiting import tell
+from assay.progress import report_progress
 
 
 def test_a_pipe_gets_tables_without_boxes_or_folds(capsys):
@@ -46,8 +46,8 @@ def test_loading_that_takes_a_moment_is_told_until_it_is_done(capsys, monkeypatc
     monkeypatch.setattr(_output.time, "monotonic", lambda: next(clock))
     with _output.loading_bar():
         for done in (10, 40, 70, 100):
-            tell("reading weights", done * 10**6, 100 * 10**6)
-    tell("reading weights", 1, 2)  # no listener
+            report_progress("reading weights", done * 10**6, 100 * 10**6)
+    report_progress("reading weights", 1, 2)  # no listener
     assert capsys.readouterr().err.splitlines() == [
         "reading weights: 70 of 100 million, 5.0 million/s, 6 s left"
     ]

@@ -2,7 +2,7 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
-from assay.pages.report import INK, MUTED, PAPER, RULE, SERIES, figure, legend, to_svg
+from assay.pages.figures import INK, MUTED, PAPER, RULE, SERIES, figure, legend, to_svg
 
 
 def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
@@ -21,19 +21,18 @@ def test_a_figure_is_well_formed_described_and_refers_to_nothing_outside():
     assert root.get("aria-label") == 'a "quoted" <plot> \\1'
     assert root.get("width") is None
     assert [float(x) for x in root.get("viewBox").split()][:2] == [0, 0]
-    known = {e.get("id") for e in root.iter()}
-    links = [v[1:] for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+    ids = {element.get("id") for element in root.iter()}
+    attributes = [pair for element in root.iter() for pair in element.attrib.items()]
+    links = {target.removeprefix("#") for name, target in attributes if name.endswith("href")}
     assert links
-    assert set(links) <= known
+    assert links <= ids
 
 
 def test_pyplot_is_never_loaded():
     code = (
-        "import sys; from assay.pages.report import figure, to_svg;"
+        "import sys; from assay.pages.figures import figure, to_svg;"
         "to_svg(figure()[0], prefix='f', description='d'); print('matplotlib.pyplot' in "
         "sys.modules)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "False"
-    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "False\n"

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 import pytest
 
 from assay.errors import StorageError
-from assay.pages.report import Badge, Report, figure
+from assay.pages.figures import figure
+from assay.pages.report import Badge, Report
 from tests.poc.service.dashboard import browser as chromium
 
 browser = chromium.browser
@@ -83,7 +84,10 @@ def test_write_is_complete_or_an_error(tmp_path):
         sample().write(tmp_path / "none" / "r.html")
 
 
-HOSTILE = "<img src=x onerror='document.title=1'></svg></style><script>document.title=2</script>\u202etxt.`\u2066\x07&amp;"
+HOSTILE = (
+    "<img src=x onerror='document.title=1'></svg></style><script>document.title=2</script>"
+    "\u202etxt.`\u2066\x07&amp;"
+)
 
 
 @pytest.mark.browser

@@ -7,28 +7,26 @@ from pathlib import Path
 import pytest
 
 from assay.files.jsonl import dumps
-from assay.pages import provenance as module
-from assay.pages.provenance import provenance
+from assay.pages.provenance import checkout, provenance
 
 
 def test_it_is_json_without_names_of_hosts_users_or_paths():
     text = dumps(provenance())
     assert str(Path.home()) not in text or str(Path.home()) == "/"
-    assert str(Path(module.__file__).parent) not in text
+    assert str(Path(__file__).parents[2]) not in text
     assert f'"{platform.node()}"' not in text
     assert f'"{getpass.getuser()}"' not in text
 
 
 @pytest.mark.needs("git")
-def test_a_file_unknown_to_git_has_no_commit(tmp_path, monkeypatch):
+def test_a_file_unknown_to_git_has_no_commit(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
     (tmp_path / "module.py").touch()
-    assert module._checkout() == {"commit": None, "dirty": None}
+    assert checkout(tmp_path / "module.py") == {"commit": None, "dirty": None}
 
 
 @pytest.mark.needs("git")
-def test_commit_and_local_changes_are_told(tmp_path, monkeypatch):
+def test_commit_and_local_changes_are_stated(tmp_path):
     def git(*arguments):
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
         return subprocess.run(
@@ -39,11 +37,10 @@ def test_commit_and_local_changes_are_told(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", "module.py")
     git("commit", "-q", "-m", "first")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
     commit = git("rev-parse", "HEAD").stdout.strip()
-    assert module._checkout() == {"commit": commit, "dirty": False}
+    assert checkout(tmp_path / "module.py") == {"commit": commit, "dirty": False}
     (tmp_path / "module.py").write_text("two")
-    assert module._checkout() == {"commit": commit, "dirty": True}
+    assert checkout(tmp_path / "module.py") == {"commit": commit, "dirty": True}
 
 
 def test_neither_torch_nor_matplotlib_is_imported():
@@ -51,7 +48,5 @@ def test_neither_torch_nor_matplotlib_is_imported():
         "import sys; from assay.pages.provenance import provenance; provenance();"
         "print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "[]"
-    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "[]\n"

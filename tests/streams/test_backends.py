@@ -138,38 +138,33 @@ NO_SEEDS = (
     *([-1], [2**32], [2**80], [1.0], [True], ["1"], [None], 7),
     *([[]], [[[1]]], [[1], [2, 3]], np.zeros((2, 0), np.uint32)),
 )
+NO_COUNTS = (-1, 2**32, 1.5, "4", None)
+NO_DTYPES = ("float64", "fp16", None, np.float32)
+STRONG = seeds(TEXTS, strength=256)  # whose sub-seeds are for normals only
 REFUSED = [
-    *(("integers from 0 to 4294967295", "normals", (wrong, 4)) for wrong in NO_SEEDS),
+    *(("seeds", "normals", (wrong, 4)) for wrong in NO_SEEDS),
+    *(("n", kind, ([1], n)) for kind in (*KINDS, "normals") for n in NO_COUNTS),
+    *(("k", "picks", ([1], 4, k)) for k in (-1, 5, 1.5)),
+    *(("dtype", "normals", ([1], 4, dtype)) for dtype in NO_DTYPES),
+    *(("strength", kind, (STRONG, 4)) for kind in KINDS),
     *(
-        ("n = ", kind, ([1], n))
-        for kind in (*KINDS, "normals")
-        for n in (-1, 2**32, 1.5, "4", None)
-    ),
-    *(("k = ", "picks", ([1], 4, k)) for k in (-1, 5, 1.5)),
-    *(
-        ("float32, float16, bfloat16", "normals", ([1], 4, dtype))
-        for dtype in ("float64", "fp16", None, np.float32)
-    ),
-    *(
-        ("strength=32", kind, (seeds(TEXTS, strength=256), 4)) for kind in KINDS
-    ),  # sub-seeds are for normals only
-    *(
-        ("seeds of 5 rows", "reflected", (torch.zeros(shape), seeds(TEXTS)))
+        ("seeds", "reflected", (torch.zeros(shape), seeds(TEXTS)))
         for shape in ((16,), (4, 16), (5, 4, 4))
     ),
 ]
 
 
-@pytest.mark.parametrize(("words", "kind", "arguments"), REFUSED)
-def test_bad_arguments(backend, words, kind, arguments):
-    with pytest.raises(UsageError, match=words):
+@pytest.mark.parametrize(("field", "kind", "arguments"), REFUSED)
+def test_bad_arguments_are_named(backend, field, kind, arguments):
+    with pytest.raises(UsageError) as refusal:
         getattr(backend, kind)(*arguments)
+    assert refusal.value.field == field
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_no_room_is_one_clear_error(name):
     many = np.zeros(1 << 22, np.uint32)  # 2**22 streams of 2**32 - 1 normals are 64 petabytes
-    with pytest.raises(OutOfMemory, match="fewer streams"):
+    with pytest.raises(OutOfMemory):
         get_backend(name).normals(many, 2**32 - 1)
 
 

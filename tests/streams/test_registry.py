@@ -10,7 +10,6 @@ import torch
 
 from assay.errors import BackendUnavailable, UsageError
 from assay.streams import BACKENDS, get_backend, selftest
-from assay.streams import backends as _registry
 from assay.streams.arrays import as_tensor, digest
 from assay.streams.self_test import SELFTEST_EXPECTED
 
@@ -22,33 +21,29 @@ def test_auto_is_torch_on_the_cpu():
 
 DEVICES = ("gpu", "cuda:", "cuda:x", "cuda:007", "cuda:٣", "cuda:128", "cuda:99999999999", "")
 REFUSED = [
-    *(
-        (UsageError, "numpy, torch, triton", (name,))
-        for name in ("Torch", "cuda", "", "murmur", "numba")
-    ),
-    *((UsageError, "cpu, cuda or cuda:<number>", ("torch", device)) for device in DEVICES),
-    (UsageError, "device cpu", ("numpy", "cuda")),  # the definition stays there
-    *((BackendUnavailable, "cuda:99", (name, "cuda:99")) for name in ("torch", "auto")),
+    *((UsageError, "name", (name,)) for name in ("Torch", "cuda", "", "murmur", "numba")),
+    *((UsageError, "device", ("torch", device)) for device in DEVICES),
+    (UsageError, "device", ("numpy", "cuda")),  # the definition stays on the CPU
+    *((BackendUnavailable, "", (name, "cuda:99")) for name in ("torch", "auto")),
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "arguments"), REFUSED)
-def test_unknown_names_and_absent_devices(error, words, arguments):
-    with pytest.raises(error, match=words):
+@pytest.mark.parametrize(("error", "field", "arguments"), REFUSED)
+def test_unknown_names_and_absent_devices(error, field, arguments):
+    with pytest.raises(error) as refusal:
         get_backend(*arguments)
+    assert refusal.value.field == field
 
 
 def test_a_backend_whose_packages_are_absent(monkeypatch):
     def absent(name):
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(_registry.importlib, "import_module", absent)
+    monkeypatch.setattr("importlib.import_module", absent)
     for name in set(BACKENDS) - {"numpy"}:
-        with pytest.raises(BackendUnavailable) as caught:
+        with pytest.raises(BackendUnavailable) as refusal:
             get_backend(name)
-        assert caught.value.seen == f"backend {name}: No module named 'triton'"
-        assert caught.value.wanted
-        assert "auto" in caught.value.do
+        assert "No module named 'triton'" in refusal.value.seen
 
 
 def test_auto_on_cuda_takes_triton_where_it_runs(monkeypatch):

@@ -180,7 +180,8 @@ def draw(
     """Add what was proved, who was caught and how far off, what the detectors found, and what the
     filter did.
     """
-    from assay.pages.report import SERIES, Badge, figure, legend
+    from assay.pages.figures import SERIES, figure, legend
+    from assay.pages.report import Badge
     from assay.stats.noise_laws import RESOLUTION
 
     report.section("Proof of Compute: who computed what the network asked for?")

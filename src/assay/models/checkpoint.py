@@ -22,8 +22,8 @@ from assay.errors import BadWeights, DataError, ModelNotFound, UnsafeCheckpoint
 from assay.files.jsonl import LONGEST_LINE, parse
 from assay.files.reading import read_whole
 from assay.files.tensors import check_tensors
+from assay.progress import report_progress
 from assay.streams.arrays import DTYPES, torch_dtype
-from assay.waiting import tell
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 """Suffixes of files that would execute code when they are read."""
@@ -216,7 +216,7 @@ def digest_tensors(tensors: list[StoredTensor], quantisation: object = None) -> 
         for part, tensor in zip(pool.map(_digest_tensor, tensors), tensors, strict=True):
             digest.update(part)
             hashed += math.prod(tensor.shape)
-            tell("reading weights", hashed, total)
+            report_progress("reading weights", hashed, total)
     if quantisation is not None:
         digest.update(json.dumps(quantisation, sort_keys=True).encode())
     return digest.hexdigest()

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from assay import streams
+from assay.progress import report_progress
 from assay.streams.arrays import as_tensor
-from assay.waiting import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def randomise(module: nn.Module, block: str, device: torch.device, *, unit_norms
         else:
             _draw(name, parameter, block, device)
         drawn += parameter.numel()
-        tell("drawing weights", drawn, total)
+        report_progress("drawing weights", drawn, total)
 
 
 def randomise_embeddings(module: "PreTrainedModel", block: str) -> None:

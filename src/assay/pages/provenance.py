@@ -21,45 +21,48 @@ def provenance() -> dict[str, object]:
         and ``gpu`` (name; None unless torch is already imported and sees one). No host name and no
         path.
     """
+    has_affinity = hasattr(os, "sched_getaffinity")
     return {
         "versions": {"python": platform.python_version(), **_versions()},
-        **_checkout(),
+        **checkout(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "gpu": _gpu_name(),
     }
 
 
 @cache
 def _versions() -> dict[str, str]:
-    # The first distribution of a name is the one that is imported.
-    return {
-        name: found.version
-        for name in _PACKAGES
-        for found in [*metadata.distributions(name=name)][:1]
-    }
+    versions = {}
+    for name in _PACKAGES:
+        # The first distribution of a name is the one that is imported.
+        for distribution in [*metadata.distributions(name=name)][:1]:
+            versions[name] = distribution.version
+    return versions
 
 
-def _checkout() -> dict[str, object]:
-    # A package installed inside some other checkout would report that one's commit, so git must
-    # know this very file.
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+def checkout(file: Path = Path(__file__)) -> dict[str, object]:
+    """Return the ``commit`` of a file's checkout, and whether it is ``dirty``.
+
+    Both are None for a file that git does not know: a package installed inside some other checkout
+    would report that one's commit.
+    """
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return {"commit": None, "dirty": None}
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git(file.parent, "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
     }
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, or None where it fails."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", *arguments],
-            cwd=Path(__file__).parent,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=_GIT_SECONDS,
@@ -67,7 +70,7 @@ def _git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 @cache

@@ -54,6 +54,7 @@ def check_seeds(seeds: Seeds) -> UInts:
             f"seeds {seeds!r:.80}",
             wanted="integers from 0 to 4294967295, of shape [B] or [B, S]",
             do="make them with assay.streams.seeds(texts)",
+            field="seeds",
         )
     return np.ascontiguousarray(array, dtype=np.uint32)
 
@@ -66,6 +67,7 @@ def check_plain_seeds(seeds: Seeds) -> UInts:
             f"{seeds_BS.shape[1]} sub-seeds for each stream",
             wanted="one seed for each stream: only normals take more",
             do="make the seeds with strength=32",
+            field="strength",
         )
     return np.ascontiguousarray(seeds_BS[:, 0])
 
@@ -76,13 +78,14 @@ def check_count(value: int, name: str = "n") -> int:
         count = operator.index(value)
     except TypeError as error:
         raise UsageError(
-            f"{name} = {value!r}", wanted="an integer", do=f"pass {name} as int"
+            f"{name} = {value!r}", wanted="an integer", do=f"pass {name} as int", field=name
         ) from error
     if not 0 <= count <= LARGEST_N:
         raise UsageError(
             f"{name} = {count}",
             wanted=f"{name} from 0 to {LARGEST_N}",
             do="use several seed texts for more elements",
+            field=name,
         )
     return count
 
@@ -104,6 +107,7 @@ def check_tensor(
             f"{name} of dtype {dtype} and shape {tuple(tensor.shape)} on {tensor.device}",
             wanted=f"{' or '.join(dtypes)} with {axes} {unit} on {device}",
             do="convert it, or take the backend of its device",
+            field=name,
         )
 
 
@@ -121,6 +125,7 @@ def check_scores(
             f"scores of shape {tuple(scores.shape)} and strides {scores.stride()}",
             wanted="rows that are contiguous and do not overlap",
             do="call .contiguous() on the scores and add the noise to that",
+            field="scores",
         )
     check_tensor("seeds", seeds, device, SEED_DTYPES, 1)
     if rows is not None:
@@ -133,6 +138,7 @@ def check_scores(
                     f"rows from {first} to {last} of {count}",
                     wanted=f"rows from 0 to {count - 1}",
                     do="number the rows of the scores from 0",
+                    field="rows",
                 )
         count = len(rows)
     if len(seeds) != count:
@@ -140,4 +146,5 @@ def check_scores(
             f"{len(seeds)} seeds for {count} rows",
             wanted="one seed for each row",
             do="name the rows that get noise in rows_N",
+            field="seeds",
         )

@@ -91,6 +91,7 @@ class Backend:
                 f"k = {k} of n = {n}",
                 wanted="k from 0 to n",
                 do="pick at most as many as there are",
+                field="k",
             )
         with self._memory_for(n):
             return self._picks(check_plain_seeds(seeds_B), n, k)
@@ -110,6 +111,7 @@ class Backend:
                 f"dtype {dtype!r}",
                 wanted=f"one of {', '.join(DTYPES)}",
                 do="name the dtype as a string",
+                field="dtype",
             )
         with self._memory_for(n):
             return self._normals(check_seeds(seeds_BS), check_count(n), dtype)
@@ -172,6 +174,7 @@ class Backend:
                 f"words of shape {tuple(words.shape)} for {len(steps)} steps",
                 wanted=f"{WORDS} words for each step",
                 do="repeat the words of a stream for each of its steps",
+                field="words",
             )
         return self._row_seeds(_as_int32(words), _as_int32(steps)).view(torch_dtype("uint32"))
 
@@ -199,6 +202,7 @@ class Backend:
                 f"an array of shape {tuple(x_BD.shape)} and seeds of {len(checked_BR)} rows",
                 wanted="rows [B, D] and seeds [B, R]",
                 do="give every row its own seeds",
+                field="seeds",
             )
         with self._memory_for(x_BD.shape[1]):
             return self._reflected(x_BD, checked_BR)
@@ -285,6 +289,7 @@ def step_seeds(words_B8: Seeds, steps_N: Seeds) -> UInts:
             f"words of shape {words.shape} and steps of shape {np.shape(steps_N)}",
             wanted=f"{WORDS} words for each stream [B, {WORDS}], and steps [N]",
             do="make the words with assay.streams.seeds(texts, strength=256)",
+            field="words",
         )
     return definition.step_seeds(words, steps.T)
 
@@ -305,12 +310,16 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
             f"backend {name!r}",
             wanted=f"auto or one of {', '.join(BACKENDS)}",
             do="choose one of these",
+            field="name",
         )
     device = str(device)
     # Torch reads a number that it cannot hold as another one, or not at all.
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", device):
         raise UsageError(
-            f"device {device!r}", wanted="cpu, cuda or cuda:<number>", do="choose one of these"
+            f"device {device!r}",
+            wanted="cpu, cuda or cuda:<number>",
+            do="choose one of these",
+            field="device",
         )
     if name == "numpy":
         if device != "cpu":
@@ -318,6 +327,7 @@ def get_backend(name: str = "auto", device: str = "cpu") -> Backend:
                 f"backend numpy on device {device!r}",
                 wanted="device cpu",
                 do="use backend auto there",
+                field="device",
             )
         return Backend(device)
     if name == "auto":

@@ -126,11 +126,17 @@ def seeds(texts: Sequence[str], strength: int = 32) -> UInts:
     """
     if isinstance(texts, str):
         raise UsageError(
-            f"one seed text {texts!r}", wanted="a sequence of seed texts", do="write seeds([text])"
+            f"one seed text {texts!r}",
+            wanted="a sequence of seed texts",
+            do="write seeds([text])",
+            field="texts",
         )
     if strength not in (32, 256):
         raise UsageError(
-            f"strength {strength!r}", wanted="32 or 256", do="use 32, the published format, or 256"
+            f"strength {strength!r}",
+            wanted="32 or 256",
+            do="use 32, the published format, or 256",
+            field="strength",
         )
     digests = b"".join(_sha256(text) for text in texts)
     words_BW = np.frombuffer(digests, dtype=">u4").reshape(-1, 8)
@@ -270,13 +276,19 @@ def cos_sin_turn(u: Floats) -> tuple[Floats, Floats]:
 def _sha256(text: str) -> bytes:
     if not isinstance(text, str):
         raise UsageError(
-            f"seed text {text!r}", wanted="a string", do="pass the seed text of the stream as str"
+            f"seed text {text!r}",
+            wanted="a string",
+            do="pass the seed text of the stream as str",
+            field="texts",
         )
     try:
         return hashlib.sha256(text.encode()).digest()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"seed text {text!r}", wanted="text that UTF-8 can encode", do="remove lone surrogates"
+            f"seed text {text!r}",
+            wanted="text that UTF-8 can encode",
+            do="remove lone surrogates",
+            field="texts",
         ) from error
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from assay import __version__
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject
-from assay.pages.report import SERIES, Badge, BadgeKind, Cell, Report, figure, legend
+from assay.pages.figures import SERIES, figure, legend
+from assay.pages.report import Badge, BadgeKind, Cell, Report
 from assay_research.runs.runs import RunRecords, read_run
 
 PAGE = "report.html"

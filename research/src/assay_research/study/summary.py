@@ -28,7 +28,8 @@ import numpy as np
 from scipy import stats
 
 from assay.errors import UsageError
-from assay.pages.report import SERIES, Cell, Report
+from assay.pages.figures import SERIES
+from assay.pages.report import Cell, Report
 from assay.stats.rates import proportion_interval
 from assay.vhack.directions.checks.check_report import Check, CheckReport
 from assay.vhack.training.evaluation import Rate

@@ -7,7 +7,8 @@ from typing import Any
 
 from assay.errors import DataError
 from assay.files.jsonl import JsonObject, read_json
-from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
+from assay.pages.figures import SERIES, figure, legend
+from assay.pages.report import Badge, Cell, Report
 from assay.vhack.training.log import check_steps, read_steps
 
 _RATES = {

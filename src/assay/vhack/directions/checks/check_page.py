@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from assay.pages.report import SERIES, Badge, Cell, Report, figure, legend
+from assay.pages.figures import SERIES, figure, legend
+from assay.pages.report import Badge, Cell, Report
 from assay.vhack.directions.checks.check_report import CheckReport
 
 _HACK = SERIES[1]
