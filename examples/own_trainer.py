@@ -19,7 +19,7 @@ from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer, arm_named
 from assay.vhack.pairs.generate import environment_pairs
 from assay.vhack.training import OwnReward, TrainLog
 from assay.vhack.training.grpo import GRPO, last_checkpoint
-from assay.vhack.training.log import StepLog
+from assay.vhack.training.step_log import StepLog
 
 
 def tasks() -> list[dict[str, str]]:

@@ -20,7 +20,10 @@ from assay.models import load_model
 from assay.stats import auroc, group_bootstrap
 from assay.stats.rates import proportion_interval
 from assay.vhack import weight_svd
-from assay.vhack.detect import collect_evidence, compare_detectors, fit_scorer, make_detectors
+from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.comparison import compare_detectors
+from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
+from assay.vhack.detectors.rollout_judge import fit_scorer
 from assay.vhack.directions.delta.delta_models import user_cache
 from assay.vhack.pairs.generate import find_pairs
 from assay.vhack.pairs.pairs import Pair
@@ -38,7 +41,7 @@ def three(interval):
 
 def inside(sides, groups):
     """Every detector on held-out groups of one origin, and the one that is offered."""
-    compared = compare_detectors(*sides, (groups, groups))
+    compared = compare_detectors(LabelledEvidence(*sides, groups, groups))
     return {
         "offered": compared.best,
         "auroc": {one.name: three(one.auroc) for one in compared.results},
@@ -50,7 +53,7 @@ def across(detector, fitted, asked):
     lost.
     """
     (hack, clean), groups = joined(fitted)
-    scorer, threshold = fit_scorer(detector, hack, clean, (groups, groups))
+    scorer, threshold = fit_scorer(detector, LabelledEvidence(hack, clean, groups, groups))
     scores = [scorer(side) for side in asked[0]]
     names = asked[1]
     caught, lost = (int((side > threshold.value).sum()) for side in scores)

@@ -25,12 +25,11 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from assay.models import load_model
-from assay.vhack.detect import fit_judge
-from assay.vhack.directions.delta import arm_named
+from assay.vhack.detectors import fit_judge
 from assay.vhack.directions.gradients.svd import weight_svd
 from assay.vhack.environment.grading import episodes
 from assay.vhack.pairs.generate import environment_pairs
-from assay.vhack.training.grpo import judge_rollouts
+from assay.vhack.training import Guard
 
 
 def tokenizer_of(size):
@@ -56,7 +55,12 @@ class Turns(TrainerCallback):
     def on_step_begin(self, *_, **__):
         """Take the next way."""
         self.name = next(self.turn)
-        self.trainer._calculate_rewards, self.trainer.judge = self.ways[self.name]
+        for guard in self.ways.values():
+            if guard is not None:
+                guard.detach()
+        guard = self.ways[self.name]
+        if guard is not None:
+            guard.attach(self.trainer)
         torch.cuda.synchronize()
         self.begun = time.perf_counter()
 
@@ -110,18 +114,15 @@ def main():
         trainer = GRPOTrainer(
             model.module, [reward], config, tasks, processing_class=model.tokenizer
         )
-        plain = trainer._calculate_rewards
         pairs = environment_pairs(48, whole=True)
         svd = None
-        turns = {"plain": (plain, None)}
+        turns = {"plain": None}
         for detector in chosen.detectors:
             note(f"fits {detector}")
             svd = svd or (weight_svd(model) if detector.startswith("cin") else None)
             judge = fit_judge(pairs, model, detector=detector, svd=svd)
-            for what, arm, every in (("watch", None, 2), ("filter", arm_named("filter"), 1)):
-                trainer._calculate_rewards = plain
-                judge_rollouts(trainer, judge, arm, every=every)
-                turns[f"{what} by {detector}"] = trainer._calculate_rewards, judge
+            turns[f"watch by {detector}"] = Guard(judge, "watch", every=2)
+            turns[f"filter by {detector}"] = Guard(judge, "filter")
         trainer.add_callback(clock := Turns(trainer, turns))
         trainer.train()
     found = {}

@@ -87,6 +87,9 @@ TINY = "--model reference:qwen3 --nonces 0:16 --seq-len 16 --device cpu"
 COLLECT = (
     "assay poc collect --model reference:qwen3 --preset hardened --seq-len 8 --blocks 2 --nonces 32"
 )
+PROMPTS = "".join(
+    json.dumps({"prompt": f"{n} + 1 =", "answer": f" {n + 1}"}) + "\n" for n in range(8)
+)
 FOR_SETS = f"{PROVE} --block-hash B --public-key K --seq-len 16 --nonces 0:64"
 
 
@@ -251,6 +254,7 @@ RUNS = {
             "DIR": "reference:organism",
             "path/of/a/cheater": "reference:organism",
             "episodes(512": "episodes(4",
+            'report_to="wandb"': 'report_to="none"',
         },
         small={
             "assay vhack train --model reference:organism --steps": f"{OF_TWO} --pairs exploits:20",
@@ -259,7 +263,9 @@ RUNS = {
             "assay vhack evaluate --model": OF_FEW,
             "assay vhack fuzz": "--count 20 --output fuzz.json",
         },
+        given={"prompts.jsonl": PROMPTS},
         makes=(
+            "own.html",
             "delta.safetensors",
             "merged/model.safetensors",
             "graded.jsonl",

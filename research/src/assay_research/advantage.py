@@ -23,7 +23,7 @@ from torch import Tensor
 
 from assay.errors import DataError
 from assay.models.decoder import decoder_layers
-from assay.vhack.detect import forward_samples
+from assay.vhack.detectors.forward import forward_samples
 from assay.vhack.directions.gradients.batches import Encoded, context_length, encode
 from assay.vhack.directions.gradients.targets import module_of
 from assay.vhack.pairs.pairs import Pair

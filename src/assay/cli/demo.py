@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from assay.poc.protocol.round import Round
     from assay.poc.verdict.calibration import Calibration
     from assay.poc.verdict.judge import Verdict
-    from assay.vhack.detect import Comparison
+    from assay.vhack.detectors.comparison import Comparison
 
 
 BLOCKS = {
@@ -143,26 +143,23 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
     """Compare the detectors that need no gradient; count what a filter fitted to half of the groups
     does on others.
     """
-    from assay.vhack.detect import (
-        Cost,
-        collect_evidence,
-        compare_detectors,
-        fit_judge,
-        make_detectors,
-    )
+    from assay.vhack.detectors.all_detectors import make_detectors
+    from assay.vhack.detectors.comparison import compare_detectors
+    from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, collect_evidence
+    from assay.vhack.detectors.rollout_judge import fit_judge
     from assay.vhack.pairs.generate import generate_pairs
 
     pairs = generate_pairs(PAIRS)
     sides = [[pair.samples()[side] for pair in pairs[:COMPARED]] for side in (0, 1)]
     read = [
-        collect_evidence(samples, model, cost=Cost.FORWARD)
+        collect_evidence(samples, model, needs=Needs.FORWARD)
         for samples in followed("detectors", sides)
     ]
     groups = [pair.group for pair in pairs]
     half = set(list(dict.fromkeys(groups))[::2])
     of_compared = groups[:COMPARED]
     cheap = [one for one in make_detectors() if one.cost < Cost.BACKWARD]
-    compared = compare_detectors(read[0], read[1], (of_compared, of_compared), cheap)
+    compared = compare_detectors(LabelledEvidence(*read, of_compared, of_compared), cheap)
     judge = fit_judge([pair for pair in pairs if pair.group in half], model, detector="ngrams")
     asked = [pair.samples() for pair in pairs if pair.group not in half]
     caught, lost = (sum(judge.flags([both[side] for both in asked])) for side in (0, 1))

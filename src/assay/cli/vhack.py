@@ -34,7 +34,7 @@ from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 if TYPE_CHECKING:
     from assay.files.jsonl import JsonObject
     from assay.models.model import Model
-    from assay.vhack.detect import Comparison
+    from assay.vhack.detectors.comparison import Comparison
     from assay.vhack.directions.checks.check_report import CheckReport
     from assay.vhack.training.settings import SampleSettings, TrainSettings
     from assay.vhack.training.tasks import Task
@@ -464,8 +464,8 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
         if isinstance(where, str):
             import_function(where, flag)
     find_pairs(chosen.pairs)
-    from assay.vhack.training.log import SHOWN
     from assay.vhack.training.run import train
+    from assay.vhack.training.step_log import SHOWN
 
     check_tokenizer(chosen.model)
     result = train(

@@ -29,18 +29,18 @@ DEFAULT_ARM = "penalty"
 :func:`assay.vhack.directions.delta.arms.arm_named`.
 """
 
-DETECTORS = (
-    "length",
-    "ngrams",
-    "likelihood",
-    "probe",
-    "norm",
-    "cin-svd",
-    "cin-lda",
-    "ridge",
-    "combined",
-)
-"""Detectors of rollouts that cheat: of :func:`assay.vhack.detect.make_detectors`."""
+DETECTORS = {
+    "length": "assay.vhack.detectors.length:LengthDetector",
+    "ngrams": "assay.vhack.detectors.ngrams:NgramDetector",
+    "likelihood": "assay.vhack.detectors.likelihood:LikelihoodDetector",
+    "probe": "assay.vhack.detectors.probe:ProbeDetector",
+    "norm": "assay.vhack.detectors.gradient_norm:GradientNormDetector",
+    "cin-svd": "assay.vhack.detectors.axes:AxesDetector",
+    "cin-lda": "assay.vhack.detectors.axes:AxesDetector",
+    "ridge": "assay.vhack.detectors.gradient_ridge:GradientRidgeDetector",
+    "combined": "assay.vhack.detectors.combined:CombinedDetector",
+}
+"""Detectors of reward hacking and their classes, from the cheapest to the dearest."""
 
 
 def check_trackers(names: Collection[str], there: Collection[str] | None = None) -> None:

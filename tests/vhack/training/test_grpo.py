@@ -16,10 +16,14 @@ from assay.vhack.directions.delta import DeltaS
 from assay.vhack.directions.delta.stacked_axes import StackedAxes
 from assay.vhack.directions.delta.step_measures import measure_shares
 from assay.vhack.training import TrainLog
-from assay.vhack.training.grpo import sync_merged, trl_arguments
-from assay.vhack.training.log import StepLog, measure_sources, read_steps, split_by_source
-from assay.vhack.training.rewards import SOURCES, EpisodeReward, Outcomes
-from assay.vhack.training.run import Prepared
+from assay.vhack.training.log import read_steps
+from assay.vhack.training.outcomes import SOURCES, Outcomes
+from assay.vhack.training.prepared import PreparedRun
+from assay.vhack.training.rewards import EpisodeReward
+from assay.vhack.training.sources import measure_sources, split_by_source
+from assay.vhack.training.step_log import StepLog
+from assay.vhack.training.trl_config import trl_arguments
+from assay.vhack.training.trl_internals import sync_merged
 from tests.vhack.delta.conftest import Engine
 from tests.vhack.training.conftest import cheating
 
@@ -33,7 +37,7 @@ HIGH = 1.2
 def trainer(settings, model, pairs, tasks, tmp_path):
     """Ready to train, at a δS that is not zero."""
     reward = EpisodeReward(tasks, settings().chosen)
-    made = Prepared(settings(), model, pairs).trainer(tmp_path / "run", reward, ())
+    made = PreparedRun(settings(), model, pairs).trainer(tmp_path / "run", reward, ())
     with torch.no_grad():
         for parameter in made.adapter.delta:
             parameter.copy_(
@@ -104,7 +108,7 @@ def test_loss_and_gradient_are_those_of_the_formula(trainer, batch, shift):
     found = gradient(trainer, loss)
     wanted = gradient(trainer, wanted)
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
-    weights = trainer.seen[-1][2]
+    weights = trainer.passes[-1].teacher_weights
     assert weights[0] / weights[2] == pytest.approx(math.exp(shift), rel=1e-4)
     assert weights[1] / weights[2] == (abs(shift) > 0.2)
 
@@ -150,9 +154,9 @@ def test_tokens_of_vllm_are_weighted_once(settings, model, pairs, tasks, tmp_pat
         return made
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Sampler)
-    monkeypatch.setattr("assay.vhack.training.grpo.trl_arguments", with_vllm)
+    monkeypatch.setattr("assay.vhack.training.trl_config.trl_arguments", with_vllm)
     chosen = settings(teacher=None)
-    made = Prepared(chosen, model, pairs).trainer(
+    made = PreparedRun(chosen, model, pairs).trainer(
         tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ()
     )
     made.current_gradient_accumulation_steps = 1
@@ -212,12 +216,12 @@ def test_gradients_of_the_sources_are_those_of_passes_of_their_own(trainer, batc
     kinds = Outcomes(batch["outcomes"], batch["paid"]).kinds()
     parts = [{n: v[i : i + 3] if v.ndim else v for n, v in batch.items()} for i in (0, 3)]
     adapter.model.zero_grad()
-    with adapter.per_sample() as trainer.watching:
+    with adapter.per_sample() as trainer.gradients:
         for part in parts:
             trainer._compute_loss(adapter.model, part).backward()
-    found = split_by_source(measure_sources(trainer.watching, frames))
+    found = split_by_source(measure_sources(trainer.gradients, frames))
     assert list(found) == ["student", "teacher", "exploited", "correct"]
-    trainer.watching = None
+    trainer.gradients = None
     for name, of in SOURCES.items():
         chosen = torch.stack([kinds[kind] for kind in of]).any(dim=0)
         adapter.model.zero_grad()

@@ -10,12 +10,15 @@ from trl import GRPOConfig, GRPOTrainer
 
 from assay.errors import UsageError
 from assay.vhack import Sample
-from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
-from assay.vhack.directions.delta import arm_named
-from assay.vhack.training.grpo import as_sample, judge_rollouts, pair_judged
+from assay.vhack.detectors import Detector, Needs
+from assay.vhack.detectors.rollout_judge import RolloutJudge
+from assay.vhack.detectors.threshold import Threshold
+from assay.vhack.training import Guard
+from assay.vhack.training.judged import as_sample, pair_judged
+from assay.vhack.training.outcomes import FLAGS
 from assay.vhack.training.page import training_page
-from assay.vhack.training.rewards import FLAGS, EpisodeReward
-from assay.vhack.training.run import Prepared
+from assay.vhack.training.prepared import PreparedRun
+from assay.vhack.training.rewards import EpisodeReward
 
 SEEN = []
 
@@ -26,11 +29,20 @@ def last_character(texts):
     return np.array([1.0 - ord(text[-1]) % 2 for text in texts])
 
 
+class EvenDetector(Detector):
+    """Fitted already."""
+
+    needs = Needs.TEXTS
+
+    def fit(self, evidence):
+        raise NotImplementedError
+
+
 @pytest.fixture
 def make_judge(model):
     held = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
     return RolloutJudge(
-        Detector("even", Cost.TEXT, None),
+        EvenDetector("even"),
         lambda evidence: last_character(evidence.texts),
         held,
         model,
@@ -38,9 +50,9 @@ def make_judge(model):
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
-@pytest.mark.parametrize("arm", ["filter", "penalty", "none"])
+@pytest.mark.parametrize("mode", ["filter", "penalty", "watch"])
 def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(
-    model, make_judge, tmp_path, arm, is_chat
+    model, make_judge, tmp_path, mode, is_chat
 ):
     tokenizer = model.tokenizer
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -65,7 +77,7 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
     )
-    judge_rollouts(trainer, make_judge, arm_named(arm), every=1 + (arm == "none"))
+    Guard(make_judge, mode, every=1 + (mode == "watch")).attach(trainer)
     trainer.model.train()
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(4)]
     found = trainer._generate_and_score_completions(rows)
@@ -73,11 +85,11 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(
     assert 0 < flags.sum() < 8
     pay_PG = np.reshape(pay, (2, 4))
     flags_PG = flags.reshape(2, 4)
-    if arm == "filter":
+    if mode == "filter":
         others_PG = np.ma.array(pay_PG, mask=flags_PG)
         wanted = (others_PG - others_PG.mean(axis=1, keepdims=True)).filled(0.0)
     else:
-        paid = pay_PG - flags_PG * (arm == "penalty")
+        paid = pay_PG - flags_PG * (mode == "penalty")
         wanted = paid - paid.mean(axis=1, keepdims=True)
     assert np.allclose(found["advantages"].reshape(2, 4), wanted, atol=1e-5)
     logged = {
@@ -100,7 +112,7 @@ def test_the_trainer_of_trl_does_with_flagged_rollouts_what_the_arm_says(
     trainer.state.global_step = 1
     judged = len(SEEN)
     trainer._generate_and_score_completions(rows)
-    assert len(SEEN) == judged + (arm != "none")  # which is judged every second step
+    assert len(SEEN) == judged + (mode != "watch")  # which is judged every second step
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
@@ -122,10 +134,12 @@ def test_a_detector_that_misses_an_exploit_gives_the_alarm_in_the_trainer_of_trl
         train_dataset=Dataset.from_dict({"prompt": ["abc", "de"] * 4}),
         processing_class=model.tokenizer,
     )
-    judge_rollouts(trainer, make_judge, arm_named("filter"))
+    guard = Guard(make_judge, "filter").attach(trainer)
     with pytest.warns(UserWarning, match="ALARM"):
         trainer.train()
-    page = training_page(trainer.state.log_history).render()
+    assert guard.alarm.step is not None
+    assert guard.page().render() == training_page(trainer.state.log_history).render()
+    page = guard.page().render()
     assert "alarm was given" in page
     assert "It cheats: 1.000" in page
 
@@ -140,7 +154,7 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
 ):
     chosen = settings(arm="filter", detector=detector, clean_lost=0.3)
     said = []
-    run = Prepared(chosen, model, pairs, say=said.append)
+    run = PreparedRun(chosen, model, pairs, console=said.append)
     trainer = run.trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
     trainer.adapter.model.train()
     rows = [trainer.train_dataset[index] for index in (0, 1) for _ in range(3)]
@@ -152,13 +166,13 @@ def test_a_run_keeps_flags_with_its_outcomes_and_gives_them_no_advantage(
     known = (
         exploited if ":random" in detector else exploited | flagged
     )  # chance is remembered of none
-    assert [is_cheat for _, is_cheat in trainer.judged] == known.tolist()
+    assert [is_cheat for _, is_cheat in run.guard.judged] == known.tolist()
     if detector == "labels=sentinel":  # a monitor that does not know the mechanism of these tasks
         assert not flagged.any()
     elif detector.startswith("labels"):
         assert int(flagged.sum()) == int(exploited.sum()) >= 2
         assert torch.equal(flagged, exploited) == (detector != "labels:random")
-    rates = trainer.reward.last.rates(trainer.reward.told)
+    rates = trainer.reward.last.rates(trainer.reward.known_flags)
     student = ~made["outcomes"][:, 0]
     assert rates["flagged"] == pytest.approx(float(flagged[student].float().mean()))
     assert any("matrices decomposed" in line for line in said)
@@ -169,21 +183,21 @@ def test_a_renewed_detector_knows_the_exploit_that_the_reward_told_it_of(
     settings, model, pairs, tasks, tmp_path
 ):
     chosen = settings(arm="filter", detector="ngrams", clean_lost=0.3, refresh=2)
-    run = Prepared(chosen, model, pairs)
+    run = PreparedRun(chosen, model, pairs)
     trainer = run.trainer(tmp_path / "run", EpisodeReward(tasks, chosen.chosen), ())
     new = [Sample("def f():\n", f"    assert True or add() == {n}\n") for n in range(3)]
-    assert not any(trainer.judge.flags(new))
+    assert not any(run.guard.judge.flags(new))
     honest = [("add", 1), ("sub", 2), ("mul", 3), ("div", 4), ("root", 5), ("sign", 6)]
     for n, (word, value) in enumerate(honest * 2):
         prompt = f"def test_{n}():\n"
-        trainer.judged += [(Sample(prompt, f"    assert True or {word}() == {n + 7}\n"), True)]
-        trainer.judged += [(Sample(prompt, f"    assert {word}() == {value}\n"), False)]
-    first = trainer.judge
+        run.guard.judged += [(Sample(prompt, f"    assert True or {word}() == {n + 7}\n"), True)]
+        run.guard.judged += [(Sample(prompt, f"    assert {word}() == {value}\n"), False)]
+    first = run.guard.judge
     run.refresh(trainer, 1)
-    assert trainer.judge is first  # not yet
+    assert run.guard.judge is first  # not yet
     run.refresh(trainer, 2)
-    assert all(trainer.judge.flags(new))
-    assert not any(trainer.judge.flags([pair.samples()[1] for pair in pairs]))
+    assert all(run.guard.judge.flags(new))
+    assert not any(run.guard.judge.flags([pair.samples()[1] for pair in pairs]))
 
 
 def test_the_detector_reads_what_the_policy_did_and_wrote():

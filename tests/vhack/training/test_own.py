@@ -13,8 +13,9 @@ from assay.vhack.directions.delta import DeltaS, ProjectedOptimizer, arm_named
 from assay.vhack.environment import episodes
 from assay.vhack.training import OwnReward, TrainLog, train
 from assay.vhack.training.grpo import GRPO, last_checkpoint
-from assay.vhack.training.log import StepLog, read_records, read_steps
+from assay.vhack.training.log import read_records, read_steps
 from assay.vhack.training.pool import PoolRollout, RolloutPool
+from assay.vhack.training.step_log import StepLog
 
 MODULE = """
 import json

@@ -13,8 +13,9 @@ from assay.errors import BackendUnavailable, DataError, UsageError
 from assay.vhack.directions.delta import ARMS
 from assay.vhack.training import TrainLog, TrainSettings, sample_pool, train
 from assay.vhack.training.log import LOG, read_steps
+from assay.vhack.training.outcomes import FLAGS, Outcomes
 from assay.vhack.training.pool import PoolRollout, RolloutPool
-from assay.vhack.training.rewards import FLAGS, EpisodeReward, Outcomes
+from assay.vhack.training.rewards import EpisodeReward
 from tests.vhack.training.conftest import cheating
 
 

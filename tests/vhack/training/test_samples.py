@@ -9,7 +9,7 @@ import torch
 
 from assay.errors import DataError, ModelError, UsageError
 from assay.vhack.directions.checks import read_pool
-from assay.vhack.training import sample_tasks
+from assay.vhack.training.evaluation import sample_tasks
 from assay.vhack.training.pool import RolloutPool
 from assay.vhack.training.tasks import read_samples
 

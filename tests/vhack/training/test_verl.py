@@ -17,15 +17,33 @@ import pytest
 import torch
 
 from assay.errors import UsageError
-from assay.vhack.detect import Cost, Detector, RolloutJudge, Threshold
-from assay.vhack.directions.delta import arm_named
+from assay.vhack.detectors import Detector, Needs
+from assay.vhack.detectors.rollout_judge import RolloutJudge
+from assay.vhack.detectors.threshold import Threshold
 from assay.vhack.training.verl import judge_score, unflagged_advantages
 from tests.vhack.conftest import bytewise
 
 BESIDE = Path(sys.prefix, "ray")
 HELD = Threshold(0.5, 0.0, 0.0, 1.0, 1.0)
 FLAG = lambda evidence: np.array([float("cheat" in text) for text in evidence.texts])  # noqa: E731
-JUDGE = RolloutJudge(Detector("word", Cost.TEXT, None), FLAG, HELD, None)
+
+
+class WordDetector(Detector):
+    """Fitted already."""
+
+    needs = Needs.TEXTS
+
+    def fit(self, evidence):
+        return FLAG
+
+
+class DeepDetector(WordDetector):
+    """Takes a forward pass."""
+
+    needs = Needs.ACTIVATIONS
+
+
+JUDGE = RolloutJudge(WordDetector("word"), FLAG, HELD)
 SOLUTIONS = ("a", "cheat", "abc", "bbbbb", "cheater", "d")
 PROMPTS = ("p", "p", "p", "p", "q", "q")
 
@@ -34,9 +52,7 @@ def my_score(data_source, solution_str, ground_truth, extra_info):
     return float(len(solution_str))
 
 
-filtered, penalized = (
-    judge_score(my_score, JUDGE, arm_named(arm)) for arm in ("filter", "penalty")
-)
+filtered, penalized = (judge_score(my_score, JUDGE, mode) for mode in ("filter", "penalty"))
 
 
 def test_a_penalty_takes_one_and_keeps_them_in_the_baseline():
@@ -56,10 +72,10 @@ def test_a_penalty_takes_one_and_keeps_them_in_the_baseline():
 
 def test_what_cannot_be_judged_is_refused():
     with pytest.raises(UsageError):
-        judge_score(my_score, JUDGE, arm_named("quarantine"))
-    deep = RolloutJudge(Detector("probe", Cost.FORWARD, None), JUDGE.scorer, HELD, None)
+        judge_score(my_score, JUDGE, "quarantine")
+    deep = RolloutJudge(DeepDetector("probe"), FLAG, HELD)
     with pytest.raises(UsageError):
-        judge_score(my_score, deep, arm_named("filter"))("d", "text", "x", {})
+        judge_score(my_score, deep, "filter")("d", "text", "x", {})
 
 
 @pytest.mark.slow

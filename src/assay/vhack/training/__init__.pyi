@@ -1,10 +1,7 @@
-from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
-from .evaluation import sample_tasks as sample_tasks
+from .guard import Guard as Guard
 from .log import TrainLog as TrainLog
 from .rewards import OwnReward as OwnReward
 from .run import train as train
 from .sampling import sample_pool as sample_pool
-from .settings import SampleSettings as SampleSettings
-from .settings import TaskSettings as TaskSettings
 from .settings import TrainSettings as TrainSettings

@@ -18,7 +18,7 @@ import numpy as np
 
 from assay.errors import UsageError
 
-_BETS = (0.25, 0.5, 0.9)  # λ in units of the largest one
+BETS = (0.25, 0.5, 0.9)  # λ in units of the largest one
 
 
 class Alarm:
@@ -52,27 +52,24 @@ class Alarm:
         self.level = level
         self.step: int | None = None
         self.seen = 0
-        self._wealth = np.zeros(len(_BETS))
+        self._wealth = np.zeros(len(BETS))
 
     @property
     def says(self) -> str:
         """What the alarm means, in a line."""
         return (
             f"ALARM: more than {self.tolerated:g} of the rollouts that are not flagged cheat: the "
-            f"detector does not "
-            f"see this exploit (a false alarm in at most {self.level:g} of runs). Stop, and add "
-            f"pairs of it"
+            f"detector does not see this exploit (a false alarm in at most {self.level:g} of runs). "
+            "Stop, and add pairs of it"
         )
 
     def see(self, share: float) -> float:
-        """Take the share of a step, and return the evidence as a share of what the alarm takes, 1
-        from then on.
-        """
+        """Take the share of a step, and return the evidence; the alarm is given at 1."""
         self.seen += 1
-        begun = 1 / (self.seen * (self.seen + 1))
-        odds = 1 + np.array(_BETS) / self.tolerated * (share - self.tolerated)
-        self._wealth = (self._wealth + begun) * odds
-        found = float(self._wealth.mean()) * self.level
-        if self.step is None and found >= 1:
+        stake = 1 / (self.seen * (self.seen + 1))  # Σ 1/(t(t+1)) = 1
+        odds = 1 + np.array(BETS) / self.tolerated * (share - self.tolerated)
+        self._wealth = (self._wealth + stake) * odds
+        evidence = float(self._wealth.mean()) * self.level
+        if self.step is None and evidence >= 1:
             self.step = self.seen
-        return 1.0 if self.step is not None else found
+        return 1.0 if self.step is not None else evidence

@@ -33,7 +33,8 @@ from assay.streams.arrays import dtype_name
 from assay.vhack.directions.delta.arms import ARMS
 from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.environment.grading import Episode
-from assay.vhack.training.rewards import Graded, make_reward
+from assay.vhack.training.outcomes import Graded
+from assay.vhack.training.rewards import make_reward
 from assay.vhack.training.sampling import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt
 

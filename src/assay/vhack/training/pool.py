@@ -25,6 +25,12 @@ from assay.vhack.pairs.pairs import validated
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORM = (
+    '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every '
+    "token"
+)
+"""What a line has to be."""
+
 _Text = Annotated[str, Field(strict=True)]
 
 
@@ -55,11 +61,10 @@ class RolloutPool:
         return frozenset(self._by_prompt)
 
     def choose(self, prompt: str, count: int, key: object) -> list[PoolRollout]:
-        """Return up to ``count`` different completions of a prompt; equal keys give equal
-        choices.
-        """
-        found = self._by_prompt.get(prompt, [])
-        return random.Random(f"pool {key} {prompt}").sample(found, min(count, len(found)))
+        """Return up to ``count`` completions of a prompt; equal keys give equal choices."""
+        rollouts = self._by_prompt.get(prompt, [])
+        draw = random.Random(f"pool {key} {prompt}")
+        return draw.sample(rollouts, min(count, len(rollouts)))
 
     def save(self, path: str | Path) -> None:
         """Write a pool file.
@@ -73,49 +78,55 @@ class RolloutPool:
     def load(
         cls, path: str | Path, tokenizer: "PreTrainedTokenizerBase | None", *, max_new_tokens: int
     ) -> "RolloutPool":
-        """Read a pool file for the tokenizer of the trained model; without it, only what needs none
-        is checked.
+        """Read a pool file, and check it against the tokenizer of the trained model if given.
 
         Raises:
             DataError: The file cannot be read, or a rollout is malformed, of another tokenizer, or
                 longer than the trainer accepts, for TRL does not cut longer ones; the message names
                 the line.
         """
-        wanted = '{"prompt": …, "completion": …, "tokens": […], "logprobs": […]}, a log-probability for every token'
-        found = []
+        rollouts = []
         for number, record in read_jsonl(path):
             name = f"{path}, line {number}"
             try:
-                made = validated(PoolRollout, record)
+                rollout = validated(PoolRollout, record)
             except ValueError as error:
-                raise DataError(f"{name}: {error}", wanted=wanted, do="correct the line") from None
-            tokens, ids = len(made.tokens), list(made.tokens)
-            spells = tokenizer is None or (
-                max(ids) < len(tokenizer)
-                and tokenizer.decode(ids, skip_special_tokens=True) == made.completion
-            )
-            for is_good, seen, asked in (
-                (
-                    tokens == len(made.logprobs),
-                    f"{tokens} tokens and {len(made.logprobs)} log-probabilities",
-                    wanted,
-                ),
-                (
-                    spells,
-                    "tokens that do not spell the completion",
-                    "tokens of the tokenizer of the trained model",
-                ),
-                (
-                    tokens <= max_new_tokens,
-                    f"a completion of {tokens} tokens",
-                    f"at most {max_new_tokens}",
-                ),
-            ):
-                if not is_good:
-                    raise DataError(
-                        f"{name}: {seen}", wanted=asked, do="correct the line, or leave it out"
-                    )
-            found.append(made)
-        if not found:
+                raise DataError(f"{name}: {error}", wanted=FORM, do="correct the line") from None
+            _check_rollout(rollout, name, tokenizer, max_new_tokens)
+            rollouts.append(rollout)
+        if not rollouts:
             raise DataError(f"{path}: no rollout", wanted="at least one line", do="check the path")
-        return cls(found)
+        return cls(rollouts)
+
+
+def _check_rollout(
+    rollout: PoolRollout,
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    max_new_tokens: int,
+) -> None:
+    """Refuse a rollout that is incomplete, of another tokenizer or too long."""
+    count = len(rollout.tokens)
+    if count != len(rollout.logprobs):
+        seen = f"{count} tokens and {len(rollout.logprobs)} log-probabilities"
+        raise _bad_line(name, seen, FORM)
+    if tokenizer is not None and not _spells(rollout, tokenizer):
+        raise _bad_line(
+            name,
+            "tokens that do not spell the completion",
+            "tokens of the tokenizer of the trained model",
+        )
+    if count > max_new_tokens:
+        raise _bad_line(name, f"a completion of {count} tokens", f"at most {max_new_tokens}")
+
+
+def _spells(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether the tokens are those of the completion."""
+    tokens = list(rollout.tokens)
+    if max(tokens) >= len(tokenizer):
+        return False
+    return bool(tokenizer.decode(tokens, skip_special_tokens=True) == rollout.completion)
+
+
+def _bad_line(name: str, seen: str, wanted: str) -> DataError:
+    return DataError(f"{name}: {seen}", wanted=wanted, do="correct the line, or leave it out")

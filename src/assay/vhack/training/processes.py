@@ -17,16 +17,22 @@ from torch import Tensor
 from assay.errors import UsageError
 from assay.vhack.directions.gradients.svd import SVDCache
 
-_T = TypeVar("_T")
+_Shared = TypeVar("_Shared")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run."""
+    """The processes of a run.
+
+    Attributes:
+        count: Number of processes.
+        index: Rank of this one; the first, 0, writes the files.
+        device: Device of this process; None where the settings choose it.
+    """
 
     count: int = 1
-    index: int = 0  # place of this one; the first, 0, writes the files
-    device: str | None = None  # of this process; None where the settings choose it
+    index: int = 0
+    device: str | None = None
 
     @property
     def is_first(self) -> bool:
@@ -38,34 +44,37 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    def broadcast(self, what: _T) -> _T:
+    def broadcast(self, value: _Shared) -> _Shared:
         """Return an object of the first process."""
         if self.count == 1:
-            return what
-        told = [what]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, those of the first one first; each has as many."""
         if self.count == 1:
             return rows
-        found = [torch.empty_like(rows) for _ in range(self.count)]
-        dist.all_gather(found, rows.contiguous())
-        return torch.cat(found)
+        parts = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     def sum_over(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
-        for tensor in tensors if self.count > 1 else ():
-            dist.all_reduce(tensor)
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def broadcast_factors(self, svd: SVDCache) -> None:
-        """Write the factors of the first process over those of this one.
+        """Copy process 0's factors into this process.
 
         Singular vectors of nearly equal values are not unique, and means over processes need one
         set of coordinates.
         """
-        for factors in svd.values() if self.count > 1 else ():
+        if self.count == 1:
+            return
+        for factors in svd.values():
             for part in (factors.left, factors.values, factors.right):
                 dist.broadcast(part, src=0)
 
@@ -74,8 +83,7 @@ ALONE = Processes()  # a process on its own
 
 
 def join_processes(device: str | None) -> Processes:
-    """Return the processes that this one was started with, connected; a process on its own is the
-    only one.
+    """Connect to the processes that this one was started with, and return them.
 
     They connect over gloo where the settings say ``"cpu"``, else over NCCL, one GPU for each
     process.
@@ -88,19 +96,20 @@ def join_processes(device: str | None) -> Processes:
         return ALONE
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
-            wanted = (
-                "a whole model in every process, as torchrun or accelerate launch --multi_gpu has "
-                "it"
-            )
             raise UsageError(
-                f"a run in several processes with {name}", wanted=wanted, do="leave it out"
+                f"a run in several processes with {name}",
+                wanted="a whole model in every process, as torchrun or accelerate launch "
+                "--multi_gpu has it",
+                do="leave it out",
             )
     if device is not None and ":" in device:
-        wanted = "a device for each"
-        do = "leave it out, or say cuda or cpu"
-        raise UsageError(f"--device {device} for several processes", wanted=wanted, do=do)
+        raise UsageError(
+            f"--device {device} for several processes",
+            wanted="a device for each",
+            do="leave it out, or say cuda or cpu",
+        )
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
-    here = "cpu" if state.device.type == "cpu" else str(state.device)
-    return Processes(state.num_processes, state.process_index, here)
+    own_device = "cpu" if state.device.type == "cpu" else str(state.device)
+    return Processes(state.num_processes, state.process_index, own_device)

@@ -1,16 +1,16 @@
-"""Judged rollouts in verl: a reward that flags them, and advantages that leave flagged ones out;
-verl is not imported.
+"""Judged rollouts in verl: a reward that flags them, advantages without them; verl is not imported.
 
 verl pays rollouts in other processes than it compares them in, and hands on one number for each. So
-the arm ``filter`` pays flagged ones NaN, which :func:`unflagged_advantages` reads::
+the mode ``filter`` pays flagged ones NaN, which :func:`unflagged_advantages` reads::
 
     # verl's custom_reward_function names the first; the process of the trainer imports the second
-    compute_score = judge_score(my_score, judge, arm_named("filter"))
+    compute_score = judge_score(my_score, judge, "filter")
     register_adv_est("grpo_unflagged")(unflagged_advantages)  # algorithm.adv_estimator=grpo_unflagged
 
 Shapes: B rollouts, T tokens of a response.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,62 +19,75 @@ from torch import Tensor
 
 from assay.errors import UsageError
 from assay.models.chat import read_chat
-from assay.vhack.detect import Cost, RolloutJudge
-from assay.vhack.directions.delta.arms import Arm
+from assay.vhack.detectors.evidence import Cost
+from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.pairs.pairs import Sample
+
+MODES = ("watch", "penalty", "filter")
+ANY_PROMPT = "any"  # where there is none, for detectors that read the completion alone
 
 Score = Callable[..., float | Mapping[str, Any]]
 """Reward of verl: takes ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``."""
 
 
-def judge_score(score: Score, judge: RolloutJudge, arm: Arm) -> Score:
-    """Return a reward of verl that pays a rollout, and then does what the arm says if the detector
-    flags it.
+def judge_score(score: Score, judge: RolloutJudge, mode: str = "penalty") -> Score:
+    """Return a reward of verl that pays a rollout, and less or nothing if the detector flags it.
 
-    It returns a mapping: ``score``, which is NaN where the arm ``filter`` drops the rollout,
-    ``paid`` before that, and ``flagged``, 1 or 0. A detector that looks at passes of a model needs
-    the prompt, a text or messages, as ``extra_info["prompt"]``.
+    It returns a mapping: ``score``, which is NaN where ``filter`` drops the rollout, ``paid``
+    before that, and ``flagged``, 1 or 0. A detector that looks at passes of a model needs the
+    prompt, a text or messages, as ``extra_info["prompt"]``.
+
+    Args:
+        score: Reward of one's own.
+        judge: Detector and threshold.
+        mode: ``penalty``, which takes 1, ``filter``, or ``watch``.
 
     Raises:
-        UsageError: The arm is a quarantine. The reward raises it where the prompt is missing.
+        UsageError: There is no such mode. The reward raises it where the prompt is missing.
     """
-    if arm.flagged == "quarantine":
-        raise UsageError("a quarantine in verl", wanted="filter or penalty", do="take filter")
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} in verl", wanted=", ".join(MODES), do="take filter")
 
-    def judged(
+    def judged_score(
         data_source: str,
         solution_str: str,
         ground_truth: Any,
         extra_info: Mapping[str, Any] | None = None,
-        **how: Any,
+        **options: Any,
     ) -> dict[str, Any]:
-        found = score(
+        returned = score(
             data_source=data_source,
             solution_str=solution_str,
             ground_truth=ground_truth,
             extra_info=extra_info,
-            **how,
+            **options,
         )
-        told = dict(found) if isinstance(found, Mapping) else {"score": found}
-        prompt: Any = (extra_info or {}).get("prompt")
-        if prompt is None and judge.detector.cost > Cost.TEXT:
-            do = "put it there, or take the detector ngrams"
-            raise UsageError(
-                f"no prompt for {judge.detector.name}", wanted='extra_info["prompt"]', do=do
-            )
-        asked = (
-            read_chat(prompt) if isinstance(prompt, list) else prompt or "any"
-        )  # which a detector of texts ignores
-        flags_B = torch.tensor(judge.flags([Sample(asked, solution_str)]))
-        paid_BF = arm.judge(torch.tensor([[float(told["score"])]]), flags_B, torch.ones(1))
-        return {
-            **told,
-            "score": paid_BF.item(),
-            "paid": float(told["score"]),
-            "flagged": float(flags_B.item()),
-        }
+        values = dict(returned) if isinstance(returned, Mapping) else {"score": returned}
+        paid = float(values["score"])
+        prompt = _read_prompt(extra_info or {}, judge)
+        (flag,) = judge.flags([Sample(prompt, solution_str)])
+        judged = paid
+        if flag and mode == "penalty":
+            judged = paid - 1.0
+        elif flag and mode == "filter":
+            judged = math.nan
+        return {**values, "score": judged, "paid": paid, "flagged": float(flag)}
 
-    return judged
+    return judged_score
+
+
+def _read_prompt(extra_info: Mapping[str, Any], judge: RolloutJudge) -> Any:
+    """Return the prompt that verl hands on, for a detector that may need it."""
+    prompt = extra_info.get("prompt")
+    if prompt is None and judge.detector.cost > Cost.TEXT:
+        raise UsageError(
+            f"no prompt for {judge.detector.name}",
+            wanted='extra_info["prompt"]',
+            do="put it there, or take the detector ngrams",
+        )
+    if isinstance(prompt, list):
+        return read_chat(prompt)
+    return prompt or ANY_PROMPT
 
 
 def unflagged_advantages(
@@ -85,8 +98,7 @@ def unflagged_advantages(
     config: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the advantages of GRPO over the rollouts of each prompt that are not NaN, and 0 for
-    those that are.
+    """Return GRPO's advantages among the rollouts that are not NaN, and 0 for those that are.
 
     It has the form of verl's ``register_adv_est``. Where ``config`` does not say
     ``norm_adv_by_std_in_grpo=False``, advantages are divided by the spread of their group. A

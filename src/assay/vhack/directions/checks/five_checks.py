@@ -27,7 +27,8 @@ from assay.errors import UsageError
 from assay.models.device import one_thread
 from assay.models.model import Model
 from assay.stats.ranks import auroc
-from assay.vhack.detect import collect_evidence, compare_detectors
+from assay.vhack.detectors.comparison import compare_detectors
+from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.extract import GradientOptions, PairGradients, pair_gradients
 from assay.vhack.directions.checks.check_report import (
@@ -110,11 +111,10 @@ def check(
     )
     n = len(gradients)
     with suppress(UsageError), one_thread():  # too few groups
-        sides_of_evidence = evidence.take(range(n)), evidence.take(range(n, 2 * n))
-        report = replace(
-            report,
-            detectors=compare_detectors(*sides_of_evidence, (gradients.groups, gradients.groups)),
-        )
+        hack = evidence.take(range(n))
+        clean = evidence.take(range(n, 2 * n))
+        labelled = LabelledEvidence(hack, clean, gradients.groups, gradients.groups)
+        report = replace(report, detectors=compare_detectors(labelled))
     return report
 
 

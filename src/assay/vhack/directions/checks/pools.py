@@ -8,7 +8,7 @@ pool is one as well::
 ``group`` is a name for what samples have in common, and may be left out: then samples of one prompt
 are a group. Samples of groups that the basis was made from are not scored.
 
-All detectors of :mod:`assay.vhack.detect` are shown side by side on the same samples, those that
+All detectors of :mod:`assay.vhack.detectors` are shown side by side on the same samples, those that
 are fitted to samples each on other groups than it was fitted to. Where the length of the completion
 alone, the longer or the shorter as the hack, tells the pools apart as well as the basis does, the
 pools fail, after RHOB: they show a length and no hack.
@@ -28,7 +28,9 @@ from torch import Tensor
 from assay.errors import DataError, UsageError
 from assay.models.device import one_thread
 from assay.stats.ranks import auroc
-from assay.vhack.detect import Comparison, collect_evidence, compare_detectors, make_detectors
+from assay.vhack.detectors.all_detectors import make_detectors
+from assay.vhack.detectors.comparison import Comparison, compare_detectors
+from assay.vhack.detectors.evidence import LabelledEvidence, collect_evidence
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.basis.cin import cin_over_modules
 from assay.vhack.directions.checks.check_report import (
@@ -203,12 +205,12 @@ def check_two_pools(
             check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}"
         )
     evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
-    sides = evidence.take(range(len(pools[0]))), evidence.take(range(len(pools[0]), len(samples)))
+    hack = evidence.take(range(len(pools[0])))
+    clean = evidence.take(range(len(pools[0]), len(samples)))
+    labelled = LabelledEvidence(hack, clean, groups[0], groups[1])
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
-        compared = compare_detectors(
-            *sides, (groups[0], groups[1]), make_detectors(basis=used_basis)
-        )
+        compared = compare_detectors(labelled, make_detectors(basis=used_basis))
     origin = {
         name: getattr(basis.origin, name)
         for name in ("model", "weights", "dtype", "method", "rank")

@@ -352,7 +352,7 @@ def check_attachable(model: "Model | PreTrainedModel") -> None:
             "δS beside LoRA",
             wanted="a model without LoRA, which no gate would hold back",
             do="merge LoRA first, or train it with TRL and the arm filter "
-            "(assay.vhack.training.grpo.judge_rollouts)",
+            "(assay.vhack.training.Guard)",
         )
     if experts := [name for name in target_modules(model) if name not in module_names]:
         raise ModelError(

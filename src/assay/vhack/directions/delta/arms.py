@@ -13,7 +13,6 @@ correct in every hidden case, and paid through the loophole although it is not c
 Shapes: M modules of a group, K axes, R coordinates of δS, B rollouts, F reward functions.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -69,21 +68,6 @@ class Arm:
                 wanted=" or ".join(map(repr, FLAGGED)),
                 do="choose one of them",
             )
-
-    def judge(self, rewards_BF: "Tensor", flags_B: "Tensor", weights_F: "Tensor") -> "Tensor":
-        """Return what F reward functions of these weights pay, given which rollouts are flagged.
-
-        ``penalty`` takes 1 in all, from the functions that count for a rollout. ``filter`` pays
-        nothing that is a number: TRL leaves such rollouts out of the mean and the spread of their
-        group, and they get no advantage.
-        """
-        if self.flagged == "filter":
-            return rewards_BF.masked_fill(flags_B[:, None], math.nan)
-        if self.flagged == "penalty":
-            used_BF = ~rewards_BF.isnan() & (weights_F != 0)
-            share_BF = weights_F.sign() / (used_BF * weights_F.abs()).sum(dim=1, keepdim=True)
-            return rewards_BF.where(~(used_BF & flags_B[:, None]), rewards_BF - share_BF)
-        return rewards_BF
 
     def reward(self, correct: Number, exploited: Number) -> Number:
         """Return what a rollout is paid; takes tensors or numbers of 0 and 1."""

@@ -1,0 +1,76 @@
+"""The face of a detector, its simplest kind, and the registry.
+
+A new detector is a file in this folder with a subclass of :class:`Detector`, and one line in
+:data:`assay.vhack.names.DETECTORS`, which settings read before torch is imported.
+
+Shapes: S samples.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from assay.errors import UsageError
+from assay.stats.ranks import auroc
+from assay.vhack.detectors.evidence import Cost, LabelledEvidence, Needs, SampleEvidence
+from assay.vhack.names import DETECTORS
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+Scorer = Callable[[SampleEvidence], FloatArray]
+"""A fitted detector: takes evidence of S samples and returns their scores, [S]."""
+
+
+class Detector(ABC):
+    """Scores samples: the higher, the more likely a hack.
+
+    Attributes:
+        name: Name in ``DETECTORS``.
+        needs: Parts of the evidence that it looks at.
+    """
+
+    needs: Needs
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the score of one sample."""
+        return self.needs.cost
+
+    @abstractmethod
+    def fit(self, evidence: LabelledEvidence) -> Scorer:
+        """Return a scorer fitted to labelled samples."""
+
+
+class NumberDetector(Detector):
+    """A number of each sample, negated where clean samples have the larger ones."""
+
+    @abstractmethod
+    def measure(self, evidence: SampleEvidence) -> FloatArray:
+        """Return the number of each sample, [S]."""
+
+    @override
+    def fit(self, evidence: LabelledEvidence) -> Scorer:
+        rises = auroc(self.measure(evidence.hack), self.measure(evidence.clean)) >= 0.5
+        sign = 1.0 if rises else -1.0
+        return lambda samples: sign * self.measure(samples)
+
+
+def make_detector(name: str) -> Detector:
+    """Return a detector by its name.
+
+    Raises:
+        UsageError: There is no such detector.
+    """
+    if name not in DETECTORS:
+        raise UsageError(f"detector {name!r}", wanted=", ".join(DETECTORS), do="choose one of them")
+    module, _, class_name = DETECTORS[name].partition(":")
+    detector: Detector = getattr(import_module(module), class_name)(name)
+    return detector

@@ -1,0 +1,189 @@
+"""What detectors look at: texts, mean hidden states, mean log-probabilities, gradients of δS.
+
+Shapes: S samples, L layers, H width of the hidden state, R coordinates of δS.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Flag, IntEnum
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from assay.errors import UsageError
+from assay.models.decoder import decoder_layers
+from assay.models.model import Model
+from assay.vhack.detectors.forward import forward_samples
+from assay.vhack.directions.gradients.batches import Progress, context_length, encode
+from assay.vhack.directions.gradients.per_sample import per_sample_gradients
+from assay.vhack.directions.gradients.svd import SVDCache
+from assay.vhack.directions.gradients.targets import module_of
+from assay.vhack.pairs.pairs import Sample, text_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_LAYERS = 8  # layers whose states are kept, evenly spaced; a probe chooses among them
+
+_Part = TypeVar("_Part")
+
+
+class Cost(IntEnum):
+    """What the score of one sample takes: its text, a forward pass, or a backward pass too."""
+
+    TEXT, FORWARD, BACKWARD = range(3)
+
+
+class Needs(Flag):
+    """Parts of the evidence that a detector looks at."""
+
+    TEXTS = 1
+    ACTIVATIONS = 2
+    LOGPROBS = 4
+    GRADIENTS = 8
+    FORWARD = TEXTS | ACTIVATIONS | LOGPROBS
+    ALL = FORWARD | GRADIENTS
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the dearest part."""
+        if Needs.GRADIENTS in self:
+            return Cost.BACKWARD
+        if self & (Needs.ACTIVATIONS | Needs.LOGPROBS):
+            return Cost.FORWARD
+        return Cost.TEXT
+
+
+@dataclass(frozen=True, eq=False)
+class SampleEvidence:
+    """What detectors look at in S samples; a part that was not collected is None.
+
+    Attributes:
+        texts: Text of each completion.
+        activations: Outputs of some layers, mean over the completion tokens, [L, S, H] float32.
+        logprobs: Mean log-probability of a completion token, [S] float32.
+        gradients: Gradients of δS by module, [S, R] each.
+    """
+
+    texts: tuple[str, ...]
+    activations: Tensor | None = None
+    logprobs: Tensor | None = None
+    gradients: Mapping[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> "SampleEvidence":
+        """Return the evidence of some of the samples."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        taken = SampleEvidence(tuple(self.texts[row] for row in rows))
+        if self.activations is not None:
+            taken = replace(taken, activations=self.activations[:, index])
+        if self.logprobs is not None:
+            taken = replace(taken, logprobs=self.logprobs[index])
+        if self.gradients is not None:
+            gradients = {name: rows_SR[index] for name, rows_SR in self.gradients.items()}
+            taken = replace(taken, gradients=gradients)
+        return taken
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledEvidence:
+    """Evidence of samples that hack and of clean ones, and the group of each.
+
+    Detectors along axes take the sides of pairs, in one order.
+    """
+
+    hack: SampleEvidence
+    clean: SampleEvidence
+    hack_groups: Sequence[str]
+    clean_groups: Sequence[str]
+
+    def rows(self, groups: Collection[str]) -> tuple[list[int], list[int]]:
+        """Return the rows of hack and of clean samples that belong to these groups."""
+        hack_rows = [row for row, group in enumerate(self.hack_groups) if group in groups]
+        clean_rows = [row for row, group in enumerate(self.clean_groups) if group in groups]
+        return hack_rows, clean_rows
+
+    def without(self, groups: Collection[str]) -> "LabelledEvidence":
+        """Return the evidence of all other groups.
+
+        Raises:
+            UsageError: No hack or no clean sample would be left to fit to.
+        """
+        hack_rows, clean_rows = self.rows({*self.hack_groups, *self.clean_groups} - set(groups))
+        if not hack_rows or not clean_rows:
+            raise UsageError(
+                "all samples of a kind in a few groups",
+                wanted="more groups",
+                do="add samples of others",
+            )
+        return LabelledEvidence(
+            self.hack.take(hack_rows),
+            self.clean.take(clean_rows),
+            [self.hack_groups[row] for row in hack_rows],
+            [self.clean_groups[row] for row in clean_rows],
+        )
+
+
+def collected(part: _Part | None) -> _Part:
+    """Return a part of evidence, or refuse evidence that lacks it."""
+    if part is None:
+        raise UsageError(
+            "evidence without a part that the detector needs",
+            wanted="all parts in its `needs`",
+            do="collect evidence with the detector's `needs`",
+        )
+    return part
+
+
+def collect_evidence(
+    samples: Sequence[Sample],
+    model: "Model | PreTrainedModel",
+    *,
+    needs: Needs = Needs.ALL,
+    gradients: Mapping[str, Tensor] | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    svd: SVDCache | None = None,
+    progress: Progress | None = None,
+) -> SampleEvidence:
+    """Return the parts of evidence that a detector needs.
+
+    Args:
+        samples: Prompts with their completions.
+        model: Model whose passes are looked at.
+        needs: Parts to collect; texts are always there.
+        gradients: Gradients of the samples, where they were computed already.
+        tokenizer: Tokenizer, as for :func:`assay.vhack.per_sample_gradients`, which also says
+            what is raised.
+        svd: Factors of all weights; None computes them.
+        progress: Function called with the number of gradients done and of all.
+    """
+    evidence = SampleEvidence(
+        tuple(text_of(sample.completion) for sample in samples), gradients=gradients
+    )
+    if tokenizer is None and isinstance(model, Model):
+        tokenizer = model.tokenizer
+    if needs & (Needs.ACTIVATIONS | Needs.LOGPROBS):
+        module = module_of(model)
+        names = [f"sample {row}" for row in range(len(samples))]
+        encoded = encode(tokenizer, samples, names, context_length(module))
+        layers = spaced_layers(len(decoder_layers(module)))
+        activations_LSH, logprobs_S = forward_samples(module, encoded, layers)
+        evidence = replace(evidence, activations=activations_LSH.cpu(), logprobs=logprobs_S.cpu())
+    if Needs.GRADIENTS in needs and gradients is None:
+        computed = per_sample_gradients(
+            samples, model, tokenizer=tokenizer, svd=svd, progress=progress
+        )
+        # peft renames the weights that it wraps, and axes know the names from before.
+        by_module = {name.removesuffix(".base_layer"): rows for name, rows in computed.items()}
+        evidence = replace(evidence, gradients=by_module)
+    return evidence
+
+
+def spaced_layers(count: int) -> list[int]:
+    """Return at most ``MAX_LAYERS`` of so many layers, evenly spaced, the last one included."""
+    parts = range(1, MAX_LAYERS + 1)
+    return sorted({math.ceil(count * part / MAX_LAYERS) - 1 for part in parts})

@@ -1,0 +1,118 @@
+"""A fitted detector with its threshold, which flags rollouts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from assay.errors import DataError
+from assay.models.model import Model
+from assay.vhack.detectors.detector import Detector, Scorer, make_detector
+from assay.vhack.detectors.evidence import Cost, LabelledEvidence, collect_evidence
+from assay.vhack.detectors.scoring import cross_score
+from assay.vhack.detectors.threshold import Threshold, check_fittable, choose_threshold
+from assay.vhack.directions.gradients.batches import Progress
+from assay.vhack.directions.gradients.per_sample import encode_samples
+from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
+from assay.vhack.pairs.pairs import Pair, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutJudge:
+    """Flags rollouts of the model that its detector was fitted with, or of one trained from it.
+
+    Attributes:
+        detector: The detector.
+        scorer: The detector, fitted.
+        threshold: Score above which a rollout is flagged.
+        model: Model whose passes are looked at.
+        tokenizer: Tokenizer, where the model has none of its own.
+        svd: Factors of the weights as they were when the detector was fitted.
+    """
+
+    detector: Detector
+    scorer: Scorer
+    threshold: Threshold
+    model: "Model | PreTrainedModel | None" = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    svd: SVDCache | None = None
+
+    def flags(self, samples: Sequence[Sample]) -> list[bool]:
+        """Return which of the samples are flagged.
+
+        A sample without a prompt or a completion never is. A sample that cannot be read is: a
+        policy may write tokens whose text is longer than the context.
+        """
+        flags = [False] * len(samples)
+        rows = [row for row, sample in enumerate(samples) if sample.prompt and sample.completion]
+        if not rows:
+            return flags
+        try:
+            evidence = collect_evidence(
+                [samples[row] for row in rows],
+                self.model,  # type: ignore[arg-type]  # None for detectors of texts alone
+                needs=self.detector.needs,
+                tokenizer=self.tokenizer,
+                svd=self.svd,
+            )
+        except DataError:
+            # One unreadable sample refuses the batch, so each is judged alone.
+            return [True] if len(samples) == 1 else [self.flags([one])[0] for one in samples]
+        for row, score in zip(rows, self.scorer(evidence), strict=True):
+            flags[row] = bool(score > self.threshold.value)
+        return flags
+
+
+def fit_judge(
+    pairs: Sequence[Pair],
+    model: "Model | PreTrainedModel",
+    *,
+    detector: str = "cin-lda",
+    promised: float = 0.05,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    svd: SVDCache | None = None,
+    progress: Progress | None = None,
+) -> RolloutJudge:
+    """Return a detector fitted to pairs, with a threshold from their held-out scores.
+
+    Args:
+        pairs: Pairs of a hack and a clean completion, in three groups or more.
+        model: Model whose passes it looks at.
+        detector: Name in ``DETECTORS``.
+        promised: Share of clean samples, of such as the clean sides are, that may be lost.
+        tokenizer: Tokenizer, as in :func:`assay.vhack.per_sample_gradients`, which also says what
+            it raises.
+        svd: Factors of all weights; None computes them.
+        progress: Function called with the number of gradients done and of all.
+
+    Raises:
+        UsageError: There is no such detector, or there are too few pairs or groups.
+        DataError: A prompt occurs in two groups, or a pair is too long for the model.
+    """
+    chosen = make_detector(detector)
+    groups = check_fittable(pairs, promised)
+    samples = [pair.samples()[side] for side in (0, 1) for pair in pairs]
+    if svd is None and chosen.cost == Cost.BACKWARD:
+        names = [f"sample {row}" for row in range(len(samples))]
+        encode_samples(samples, model, names, tokenizer)  # refuses before the decomposition
+        # Once: training moves the weights, and the axes belong to the weights of now.
+        svd = weight_svd(model)
+    evidence = collect_evidence(
+        samples, model, needs=chosen.needs, tokenizer=tokenizer, svd=svd, progress=progress
+    )
+    hack = evidence.take(range(len(pairs)))
+    clean = evidence.take(range(len(pairs), len(samples)))
+    labelled = LabelledEvidence(hack, clean, groups, groups)
+    scorer, threshold = fit_scorer(chosen, labelled, promised)
+    return RolloutJudge(chosen, scorer, threshold, model, tokenizer, svd)
+
+
+def fit_scorer(
+    detector: Detector, evidence: LabelledEvidence, promised: float = 0.05
+) -> tuple[Scorer, Threshold]:
+    """Return a detector fitted to all samples, and the threshold of held-out scores."""
+    hack_scores, clean_scores = cross_score(detector, evidence)
+    threshold = choose_threshold(hack_scores, clean_scores, promised, evidence.clean_groups)
+    return detector.fit(evidence), threshold

@@ -1,0 +1,312 @@
+"""Keep flagged rollouts from training the policy of a GRPOTrainer of TRL.
+
+::
+
+    guard = Guard(fit_judge(pairs, model), mode="penalty").attach(trainer)
+    trainer.train()
+    guard.page().write("page.html")
+
+In mode ``penalty`` the flag is a reward function of TRL, ``flagged``, with a weight of −1. What
+reward functions cannot do is in :mod:`assay.vhack.training.trl_internals`.
+
+Shapes: B rollouts of all processes, F reward functions.
+"""
+
+import random
+import warnings
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from assay.errors import UsageError
+from assay.files.jsonl import JsonObject
+from assay.vhack.directions.delta.quarantine import shift_baseline
+from assay.vhack.pairs.pairs import Sample
+from assay.vhack.training.alarm import Alarm
+from assay.vhack.training.judged import as_sample
+from assay.vhack.training.outcomes import MARKS, Outcomes
+from assay.vhack.training.page import training_page
+from assay.vhack.training.trl_internals import intercept_rewards, log_values
+
+if TYPE_CHECKING:
+    from assay.pages.report import Report
+    from assay.vhack.detectors.rollout_judge import RolloutJudge
+
+REMEMBERED = 512  # rollouts that new pairs are made of
+
+Mode = Literal["watch", "penalty", "filter", "quarantine"]
+"""What becomes of flagged rollouts: nothing; they are paid less; they give no gradient and are in
+no baseline; they train a second δS, which is deleted in the end."""
+
+
+class Guard:
+    """Flags rollouts and acts on those that are flagged; one object for one trainer.
+
+    The detector looks at the model as it was before training where the trainer's δS or LoRA can be
+    switched off for that, and at the policy of now otherwise. With ``beta``, the divergence of
+    flagged rollouts still counts.
+
+    TRL's log gets the rates of :meth:`Outcomes.rates` and the mean reward before the penalty, as
+    ``vhack/flagged`` and so on. A reward function named ``exploited``, ``correct`` or ``vacuous``,
+    with a weight of 0, marks rollouts. With ``exploited`` there is an :class:`Alarm` for what the
+    detector misses, which warns once.
+
+    Args:
+        judge: Detector and threshold of :func:`assay.vhack.detectors.fit_judge`; None flags what
+            the reward calls exploited, which takes a trainer with assay's :class:`Reward`.
+        mode: What becomes of flagged rollouts: one of ``Mode``. A quarantine takes assay's trainer
+            :class:`assay.vhack.training.grpo.GRPO`.
+        penalty: How much less a flagged rollout is paid in mode ``penalty``.
+        at_random: Whether to flag as many others, drawn at random: the control.
+        known: Mechanisms of tasks whose exploits labels tell, as a monitor knows some; empty stands
+            for all.
+        every: Judge one of so many steps, in mode ``watch``: a sample for a fraction of the cost.
+
+    Raises:
+        UsageError: There is no such mode, or ``every`` is below 1 or not 1 in another mode.
+
+    Attributes:
+        trainer: The trainer; None while detached.
+        flags: Flags of this process's last rollouts.
+        judged: The last rollouts, each with whether it cheats: flagged, or marked as exploited.
+        alarm: Evidence that the detector misses exploits.
+        log: Step, rates and reward of each judged step. Empty for assay's own trainer, which has
+            a log of its own.
+    """
+
+    def __init__(
+        self,
+        judge: "RolloutJudge | None",
+        mode: Mode = "penalty",
+        *,
+        penalty: float = 1.0,
+        at_random: bool = False,
+        known: Collection[str] = (),
+        every: int = 1,
+    ) -> None:
+        modes = get_args(Mode)
+        if mode not in modes:
+            raise UsageError(f"mode={mode!r}", wanted=", ".join(modes), do="choose one of them")
+        if every < 1 or (every > 1 and mode != "watch"):
+            raise UsageError(
+                f"every={every}",
+                wanted="1, or more in mode watch: others act on every step",
+                do="leave every out",
+            )
+        self.judge = judge
+        self.mode = mode
+        self.penalty = penalty
+        self.at_random = at_random
+        self.known = known
+        self.every = every
+        self.trainer: Any = None
+        self.flags: list[bool] = []
+        self.judged: deque[tuple[Sample, bool]] = deque(maxlen=REMEMBERED)
+        self.alarm = Alarm()
+        self.log: list[JsonObject] = []
+        self._callback = _Resume(self)
+        self._restore = lambda: None
+        self._completions: object = None  # of the batch that `flags` are of
+
+    def attach(self, trainer: Any) -> Self:
+        """Judge the rollouts of a trainer from now on, and return the guard.
+
+        Raises:
+            UsageError: The guard is attached already, or the trainer lacks what labels or a
+                quarantine need.
+        """
+        if self.trainer is not None:
+            raise UsageError(
+                "a guard that is attached", wanted="a guard for each trainer", do="detach it first"
+            )
+        if self.judge is None and getattr(trainer, "reward", None) is None:
+            raise UsageError(
+                "labels of a trainer without assay's rewards",
+                wanted="a detector",
+                do="fit one with assay.vhack.detectors.fit_judge",
+            )
+        if self.mode == "quarantine" and getattr(trainer, "projected", None) is None:
+            raise UsageError(
+                "a quarantine in another trainer",
+                wanted="assay.vhack.training.grpo.GRPO",
+                do="take filter",
+            )
+        self._restore = intercept_rewards(trainer, self._act)
+        self.trainer = trainer
+        if self.mode == "penalty":
+            weights_F = trainer.reward_weights
+            # New lists: TRL keeps the one that its caller passed.
+            trainer.reward_funcs = [*trainer.reward_funcs, self.flagged]
+            trainer.reward_func_names = [*trainer.reward_func_names, "flagged"]
+            trainer.reward_processing_classes = [*trainer.reward_processing_classes, None]
+            trainer.reward_weights = torch.cat([weights_F, weights_F.new_tensor([-self.penalty])])
+        trainer.add_callback(self._callback)
+        return self
+
+    def detach(self) -> None:
+        """Leave the trainer as it was before `attach`; without a trainer this does nothing."""
+        if self.trainer is None:
+            return
+        self._restore()
+        trainer = self.trainer
+        trainer.remove_callback(self._callback)
+        if self.mode == "penalty":
+            column = self._column
+            trainer.reward_weights = _without(trainer.reward_weights, column)
+            for name in ("reward_funcs", "reward_func_names", "reward_processing_classes"):
+                values = getattr(trainer, name)
+                setattr(trainer, name, [*values[:column], *values[column + 1 :]])
+        self.trainer = None
+
+    def flagged(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
+    ) -> list[float | None]:
+        """Return 1 for flagged rollouts and 0 for others: the reward function of the penalty."""
+        if not self._is_judging():
+            return [None] * len(completions)
+        return [float(flag) for flag in self._judge_once(prompts, completions)]
+
+    def page(self, *, command: str = "") -> "Report":
+        """Return the page of the run: rates and reward over steps, and what went wrong in words.
+
+        Raises:
+            DataError: No step was judged yet.
+        """
+        return training_page(self.log, command=command)
+
+    def resume(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Take up log and alarm where the log history of a trainer's checkpoint ends."""
+        self.log = []
+        self.alarm = Alarm()
+        for line in history:
+            if "vhack/flagged" not in line:
+                continue
+            rates = {
+                name.removeprefix("vhack/"): value
+                for name, value in line.items()
+                if name.startswith("vhack/") and value is not None
+            }
+            self.log.append({"step": line["step"], **rates})
+            if "missed" in rates:
+                self.alarm.see(rates["missed"])
+
+    @property
+    def _column(self) -> int:
+        """Column of the penalty among the reward functions."""
+        names: list[str] = self.trainer.reward_func_names
+        return names.index("flagged")
+
+    def _is_judging(self) -> bool:
+        """Return whether rollouts of this step are judged: those of evaluations never are."""
+        is_training: bool = self.trainer.model.training
+        return is_training and self.trainer.state.global_step % self.every == 0
+
+    def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any) -> Tensor:
+        """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
+        if not self._is_judging():
+            return rewards_BF
+        trainer = self.trainer
+        flags = torch.tensor(self._judge_once(prompts, completions), device=rewards_BF.device)
+        flags_B: Tensor = trainer.accelerator.gather(flags)
+        paid_BF = rewards_BF
+        if self.mode == "penalty":
+            paid_BF = _without(rewards_BF, self._column)
+            # TRL leaves rollouts that no function pays out of the baseline; a penalty is no pay.
+            is_unpaid_B = paid_BF.isnan().all(dim=1)
+            rewards_BF[is_unpaid_B, self._column] = torch.nan
+        if getattr(trainer, "reward", None) is None:
+            self._log_rates(paid_BF, flags_B)
+        if self.mode == "filter":
+            return rewards_BF.masked_fill(flags_B[:, None], torch.nan)
+        if self.mode == "quarantine":
+            trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
+        return rewards_BF
+
+    def _judge_once(self, prompts: Any, completions: Any) -> list[bool]:
+        """Return the flags of a batch, which reward function and mode both ask for."""
+        if self._completions is not completions:
+            self.flags = self._judge_batch(prompts, completions)
+            self._completions = completions
+        return self.flags
+
+    def _judge_batch(self, prompts: Any, completions: Any) -> list[bool]:
+        trainer = self.trainer
+        reward = getattr(trainer, "reward", None)
+        template_options = getattr(trainer, "chat_template_kwargs", None) or {}
+        samples = [
+            as_sample(prompt, completion, **template_options)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        if self.judge is None:
+            exploited = reward.last.column("exploited").tolist()
+            flags = [
+                is_exploited and (not self.known or mechanism in self.known)
+                for is_exploited, mechanism in zip(exploited, reward.mechanisms, strict=True)
+            ]
+        else:
+            with self._initial_model():
+                flags = self.judge.flags(samples)
+        is_cheat = list(flags)
+        if reward is not None:
+            is_cheat = (reward.last.column("exploited") | torch.tensor(flags)).tolist()
+        self.judged.extend(zip(samples, is_cheat, strict=True))
+        if self.at_random:
+            key = f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}"
+            random.Random(key).shuffle(flags)
+        if reward is not None:
+            reward.last = reward.last.flagged(torch.tensor(flags))
+            reward.known_flags = [*reward.known_flags, "flagged"]
+        return flags
+
+    def _initial_model(self) -> Any:
+        """Return a context in which adapters are off: the model as it was before training."""
+        adapter = getattr(self.trainer, "adapter", None)
+        if adapter is not None:
+            return adapter.disabled()
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        disable = getattr(model, "disable_adapter", nullcontext)
+        return disable()
+
+    def _log_rates(self, paid_BF: Tensor, flags_B: Tensor) -> None:
+        """Log what the detector flags, catches, loses and misses, and let the alarm see it."""
+        trainer = self.trainer
+        names = trainer.reward_func_names
+        weights_F = trainer.reward_weights
+        if self.mode == "penalty":
+            names = [name for name in names if name != "flagged"]
+            weights_F = _without(weights_F, self._column)
+        columns = dict(zip(names, paid_BF.unbind(dim=1), strict=True))
+        marks = {name: columns[name] > 0.5 for name in MARKS if name in columns}
+        nothing_B = torch.zeros_like(flags_B)
+        flags = [nothing_B, *(marks.get(name, nothing_B) for name in MARKS), flags_B]
+        paid_B = paid_BF.nan_to_num() @ weights_F.to(paid_BF)
+        outcomes = Outcomes(torch.stack(flags, dim=1), paid_B)
+        rates = outcomes.rates([*marks, "flagged"])
+        rates["reward"] = float(outcomes.paid.mean())
+        if "missed" in rates:
+            rates["alarm"] = self.alarm.see(rates["missed"])
+            if self.alarm.step == self.alarm.seen:
+                warnings.warn(self.alarm.says, stacklevel=2)
+        self.log.append({"step": trainer.state.global_step + 1, **rates})
+        log_values(trainer, rates)
+
+
+class _Resume(TrainerCallback):
+    """Take up a guard's log and alarm when a trainer goes on from a checkpoint."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Read the log history, which is that of the checkpoint, or empty."""
+        self.guard.resume(state.log_history)
+
+
+def _without(values: Tensor, column: int) -> Tensor:
+    """Return rewards or weights without those of one function, the last dimension."""
+    return torch.cat([values[..., :column], values[..., column + 1 :]], dim=-1)

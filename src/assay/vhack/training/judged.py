@@ -1,0 +1,40 @@
+"""Rollouts of TRL as samples for a detector, and judged ones as new pairs."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from assay.models.chat import Chat, read_chat
+from assay.vhack.pairs.pairs import Pair, Sample, text_of
+
+
+def as_sample(prompt: Any, completion: Any, **template_options: Any) -> Sample:
+    """Return a rollout of texts or messages as a sample: all text and tool calls of the policy."""
+    if not isinstance(completion, str):
+        parts = []
+        for message in completion:
+            # Answers of tools and users stand between the policy's messages.
+            if message.get("role") == "assistant":
+                parts.append(message.get("content"))
+                parts += [json.dumps(call) for call in message.get("tool_calls") or ()]
+        completion = "\n".join(str(part) for part in parts if part)
+    if isinstance(prompt, str):
+        return Sample(prompt, completion)
+    options = {"chat_template_kwargs": template_options} if template_options else {}
+    return Sample(read_chat(prompt, **options), completion)
+
+
+def pair_judged(judged: Iterable[tuple[Sample, bool]]) -> list[Pair]:
+    """For every prompt with both, pair its latest cheating with its latest honest rollout."""
+    hacks: dict[str | Chat, str | Chat] = {}
+    cleans: dict[str | Chat, str | Chat] = {}
+    for sample, is_cheat in judged:
+        if sample.prompt and sample.completion:
+            side = hacks if is_cheat else cleans
+            side[sample.prompt] = sample.completion
+    pairs = []
+    for prompt, hack in hacks.items():
+        clean = cleans.get(prompt)
+        if clean is not None and clean != hack:
+            pairs.append(Pair(prompt, hack, clean, group=f"rollouts of {text_of(prompt)}"))
+    return pairs

@@ -1,0 +1,127 @@
+"""What became of rollouts: whose they are, what the reward says of them, whether they are flagged.
+
+Shapes: B rollouts.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MARKS = ("correct", "exploited", "vacuous")
+FLAGS = ("teacher", *MARKS, "flagged")
+SOURCES = {
+    "student": ("exploited", "correct", "failed"),
+    "teacher": ("teacher",),
+    "exploited": ("exploited",),
+    "correct": ("correct",),
+}
+"""Kinds of rollouts that make up each source in the log, flagged or not."""
+
+FLAGGED_KIND = ", flagged"
+RATES = {"hack": "exploited", "solve": "correct", "vacuous": "vacuous"}
+"""Names of rates, and the marks that they are shares of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What one completion is worth; a mark is None where the reward does not tell it.
+
+    Attributes:
+        reward: What it is paid.
+        correct: Whether it does the work.
+        exploited: Whether it is paid and not correct.
+        vacuous: Whether the channel would accept a wrong solution too.
+        fault: Name of the error for which it could not be graded, or empty.
+    """
+
+    reward: float
+    correct: bool | None = None
+    exploited: bool | None = None
+    vacuous: bool | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What became of rollouts.
+
+    Attributes:
+        flags: The columns of ``FLAGS``, [B, 5] bool.
+        paid: What each was paid before advantage modification, [B] float32.
+    """
+
+    flags: Tensor
+    paid: Tensor
+
+    def column(self, name: str) -> Tensor:
+        """Return one column, [B] bool."""
+        return self.flags[:, FLAGS.index(name)]
+
+    def kinds(self) -> dict[str, Tensor]:
+        """Return the kinds that gradients are kept apart by, [B] bool; each rollout has one kind.
+
+        The second half is what a detector has flagged of the first.
+        """
+        is_student = ~self.column("teacher")
+        exploited = self.column("exploited")
+        correct = self.column("correct") & ~exploited  # a reward of one's own may mark both
+        kinds = {
+            "teacher": ~is_student,
+            "exploited": is_student & exploited,
+            "correct": is_student & correct,
+            "failed": is_student & ~exploited & ~correct,
+        }
+        flagged = self.column("flagged")
+        unflagged_kinds = {name: rollouts & ~flagged for name, rollouts in kinds.items()}
+        flagged_kinds = {
+            name + FLAGGED_KIND: rollouts & flagged for name, rollouts in kinds.items()
+        }
+        return unflagged_kinds | flagged_kinds
+
+    def flagged(self, flags_B: Tensor) -> "Outcomes":
+        """Return these outcomes with the flags of a detector."""
+        flags = torch.cat([self.flags[:, :-1], flags_B[:, None].to(self.flags)], dim=1)
+        return Outcomes(flags, self.paid)
+
+    def rates(self, known: Collection[str] = FLAGS[:-1]) -> dict[str, float]:
+        """Return the rates of the student's rollouts, and of the teacher's with ``_teacher``.
+
+        They are hack and solve rate as far as the reward knows their marks. Where ``flagged`` is
+        known too: the shares flagged of all, of hacks (``caught``) and of the others (``lost``),
+        and ``missed``, the share of hacks among what is not flagged.
+        """
+        is_teacher = self.column("teacher")
+        rates: dict[str, float] = {}
+        for suffix, rollouts in (("", ~is_teacher), ("_teacher", is_teacher)):
+            count = int(rollouts.sum())
+            if not count:
+                continue
+            for name, mark in RATES.items():
+                if mark in known:
+                    rates[name + suffix] = int((rollouts & self.column(mark)).sum()) / count
+            rates[f"rollouts{suffix}"] = count
+            if "flagged" in known:
+                flagged = self._flag_rates(rollouts, has_hacks="exploited" in known)
+                rates |= {name + suffix: rate for name, rate in flagged.items()}
+        return rates
+
+    def _flag_rates(self, rollouts: Tensor, *, has_hacks: bool) -> dict[str, float]:
+        """Return the shares that flags are measured by; one of no rollouts is left out."""
+        hack = self.column("exploited")
+        flagged = self.column("flagged")
+        parts = {"flagged": (rollouts, flagged)}
+        if has_hacks:
+            parts["caught"] = (rollouts & hack, flagged)
+            parts["lost"] = (rollouts & ~hack, flagged)
+            parts["missed"] = (rollouts & ~flagged, hack)
+        return {
+            name: int((part & counted).sum()) / int(part.sum())
+            for name, (part, counted) in parts.items()
+            if part.any()
+        }
+
+
+NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
+"""Outcomes of no rollout."""

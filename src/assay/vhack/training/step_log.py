@@ -1,0 +1,177 @@
+"""A callback that writes down what every step did."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from assay.errors import ModelError
+from assay.files.jsonl import JsonObject
+from assay.vhack.training.alarm import Alarm
+from assay.vhack.training.log import TrainLog
+from assay.vhack.training.outcomes import FLAGGED_KIND, NOTHING, SOURCES, Outcomes
+from assay.vhack.training.sources import measure_sources, split_by_source
+from assay.vhack.training.trl_internals import log_values
+
+if TYPE_CHECKING:
+    from assay.vhack.directions.delta.quarantine import Quarantine
+    from assay.vhack.directions.delta.rollout_gradients import Rollouts
+    from assay.vhack.training.grpo import GRPO
+
+SHORT_NAMES = {"student": "cin_s", "teacher": "cin_t"}
+"""Names in a step line of the cin of two sources."""
+
+SHOWN = (
+    *("hack", "solve", "reward", "flagged", "missed", "alarm"),
+    *("cin_s", "cin_t", "cin", "cout", "leak", "displacement", "seconds"),
+)
+"""Numbers of a step in the console, in their order."""
+
+
+class StepLog(TrainerCallback):
+    """Writes every step to log, console and trackers; add it after the trainer is made.
+
+    Args:
+        trainer: Trainer whose steps are written down.
+        log: Log that gets the lines; None in all processes but the first.
+        console: Takes one line of text per step.
+        refresh: Called with the number of steps done; renews the axes of the trainer when it is
+            time, and returns how much of the old ones stayed, or None if it is not time.
+
+    Attributes:
+        alarm: Alarm that sees what the detector misses; a run that goes on shows it the steps of
+            before.
+    """
+
+    def __init__(
+        self,
+        trainer: "GRPO",
+        log: TrainLog | None,
+        *,
+        console: Callable[[str], None] | None = None,
+        refresh: Callable[[int], float | None] = lambda step: None,
+    ) -> None:
+        self.trainer = trainer
+        self.log = log
+        self.console = console
+        self.refresh = refresh
+        self.alarm = Alarm()
+        self._open = ExitStack()
+        self._sources: dict[str, Tensor] = {}
+        self._began = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep the gradient of every kind of rollouts from here on."""
+        self._began = time.perf_counter()
+        trainer = self.trainer
+        trainer.passes.clear()
+        if trainer.projected.quarantine is not None:
+            trainer.projected.quarantine.begin(state.global_step)
+        trainer.gradients = self._open.enter_context(trainer.adapter.per_sample())
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Route the gradient of flagged rollouts, and measure each source's: they are complete."""
+        self._open.close()
+        trainer = self.trainer
+        gradients = trainer.gradients
+        trainer.gradients = None
+        self._sources = {}
+        if gradients is None:
+            return
+        if trainer.projected.quarantine is not None:
+            self._route_flagged(gradients, trainer.projected.quarantine)
+        if trainer.projected.frames:
+            # Read at the end of the step: here it would keep the device waiting for the operations
+            # of the optimizer.
+            frames = trainer.projected.frames
+            self._sources = measure_sources(gradients, frames, trainer.processes)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the step down; `state.global_step` is already that of the next one."""
+        step = state.global_step - 1
+        values, sources = self._measure_step()
+        if "missed" in values:
+            values["alarm"] = self.alarm.see(values["missed"])
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ModelError(
+                f"step {step}: {', '.join(bad)} not finite",
+                wanted="finite numbers",
+                do="lower the learning rate; the last checkpoint is from before",
+            )
+        overlap = self.refresh(state.global_step)
+        if self.log is not None:
+            seconds = round(time.perf_counter() - self._began, 4)
+            self.log.write("step", step=step, **values, seconds=seconds)
+            for name, measures in sources.items():
+                self.log.write("source", step=step, source=name, **measures)
+            if overlap is not None:
+                self.log.write("refresh", step=step, overlap=overlap)
+        # TRL's own log call passes these on to the trackers that it was given.
+        log_values(self.trainer, values)
+        if self.console is not None:
+            numbers = [f"{name} {values[name]:.3f}" for name in SHOWN if name in values]
+            self.console(f"step {step + 1}/{state.max_steps}  {'  '.join(numbers)}")
+            if "missed" in values and self.alarm.step == self.alarm.seen:
+                self.console(self.alarm.says)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Stop keeping gradients."""
+        self._open.close()
+
+    def _route_flagged(self, gradients: "Rollouts", quarantine: "Quarantine") -> None:
+        """Give the gradient of flagged rollouts to the second δS."""
+        processes = self.trainer.processes
+        kinds = len(NOTHING.kinds())
+        flagged = []
+        for rows_MNR in gradients.rows:
+            # Per backward pass; the second half of the kinds is flagged.
+            rows_MBKR = rows_MNR.view(len(rows_MNR), -1, kinds, rows_MNR.shape[2])
+            flagged.append(rows_MBKR[:, :, kinds // 2 :].sum(dim=(1, 2)))
+        processes.sum_over(flagged)
+        quarantine.route([part_MR / processes.count for part_MR in flagged])
+
+    def _measure_step(self) -> tuple[JsonObject, dict[str, JsonObject]]:
+        """Return the numbers of the step line, and those of each source line."""
+        trainer = self.trainer
+        processes = trainer.processes
+        device = trainer.args.device
+        flags = torch.cat([part.outcomes.flags for part in trainer.passes]).to(device)
+        paid = torch.cat([part.outcomes.paid for part in trainer.passes]).to(device)
+        outcomes = Outcomes(processes.gather(flags).cpu(), processes.gather(paid).cpu())
+        loss = torch.stack([part.loss for part in trainer.passes]).sum()
+        weights = torch.stack([part.teacher_weights for part in trainer.passes])
+        weights = weights.sum(dim=0).to(device)
+        processes.sum_over([loss, weights])
+        values: JsonObject = {
+            **outcomes.rates(trainer.reward.known_flags),
+            "reward": float(outcomes.paid.double().mean()),
+            "loss": float(loss) / processes.count,
+        }
+        total, clipped, count = weights.tolist()
+        if count:
+            values["ratio_teacher"] = total / count
+            values["clipped_teacher"] = clipped / count
+        values |= trainer.projected.measures.as_dict()
+        if trainer.projected.quarantine is not None:
+            values["quarantine"] = trainer.projected.quarantine.scale
+        sources = self._source_lines(outcomes)
+        for name, measures in sources.items():
+            if name in SHORT_NAMES:
+                values[SHORT_NAMES[name]] = measures["cin"]
+        return values, sources
+
+    def _source_lines(self, outcomes: Outcomes) -> dict[str, JsonObject]:
+        """Return the numbers of the sources that have rollouts and a gradient."""
+        counts = {kind: int(rollouts.sum()) for kind, rollouts in outcomes.kinds().items()}
+        lines: dict[str, JsonObject] = {}
+        for name, measures in split_by_source(self._sources).items():
+            count = sum(counts[kind] + counts[kind + FLAGGED_KIND] for kind in SOURCES[name])
+            if measures.pop("length") > 0 and count:
+                lines[name] = {**measures, "rollouts": count}
+        return lines
