@@ -176,7 +176,9 @@ def test_doctor_reports_exact_backends(assay, told):
     assert sum(row["in_use"] for row in sandboxes.values()) == (available_backend() is not None)
     assert not any(row["in_use"] and row["why_not"] for row in sandboxes.values())
     assert report["versions"]["torch"]
-    assert assay("doctor").code == 0
+    result = assay("doctor")
+    assert result.code == 0
+    assert result.out.splitlines()[-1].startswith("all good")
 
 
 def test_doctor_says_when_bits_differ(assay, monkeypatch):
@@ -191,6 +193,7 @@ def test_doctor_says_when_bits_differ(assay, monkeypatch):
     result = assay("doctor")
     assert result.code == 1
     assert "DIFFERENT" in result.out
+    assert result.out.splitlines()[-1].startswith("not good")
 
 
 def test_models(assay, told, tmp_path):
