@@ -1,6 +1,4 @@
-"""Causal language models: load a checkpoint, weight modes, shape presets, the bundled reference
-models.
-"""
+"""Causal language models: checkpoints, weight modes, shapes and bundled reference models."""
 
 import lazy_loader
 

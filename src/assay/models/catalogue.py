@@ -1,4 +1,4 @@
-"""Facts of models that their configuration alone shows: the bundled ones, and those of any model."""
+"""Facts of bundled and other models, as far as their configuration shows them."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -69,7 +69,7 @@ def bad_weights(seen: str, wanted: str) -> BadWeights:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a checkpoint, sorted; refuse pickles and two sets of weights.
+    """Return the safetensors files of a checkpoint, sorted; refuse two sets of weights.
 
     Raises:
         BadWeights: There is a second set of weights, or a file of the index is missing.
@@ -119,9 +119,9 @@ def _written(directory: Path) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _second_set(directory: Path, name: str, other: str) -> BadWeights:
+def _second_set(directory: Path, name: str, second: str) -> BadWeights:
     return BadWeights(
-        f"{directory} holds {name} and {other}",
+        f"{directory} holds {name} and {second}",
         wanted="one set of weights: loaders choose differently",
         do="move the other file elsewhere",
     )

@@ -1,6 +1,4 @@
-"""The configuration of a model: read with bounds, refused where it makes no causal decoder, and
-built into an empty module.
-"""
+"""Configurations of models: read with bounds, checked, and built into an empty module."""
 
 import json
 import logging

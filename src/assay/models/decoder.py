@@ -1,5 +1,4 @@
-"""The decoder of a causal language model: the families that assay knows layer by layer, and what a
-layer computes.
+"""The decoder of a causal language model: known families, and what one layer computes.
 
 A family is listed when its layers are attention with rotary positions and a gated MLP, each after
 an RMS norm that multiplies by its weight. Every other architecture runs as transformers defines it.
@@ -166,8 +165,7 @@ def decoder_layers(module: nn.Module) -> nn.ModuleList:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) of the last axis by the angles of their positions (Su et al.
-    2021).
+    """Rotate the pairs (i, i + E/2) of the last axis by angles of positions (Su et al. 2021).
 
     Args:
         x: Queries or keys, [..., E].
@@ -262,7 +260,7 @@ class DecoderLayer(ABC):
 
     @abstractmethod
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """Return x after ``post_attention_layernorm``, ``q_norm`` or ``k_norm``, where there is one."""
+        """Return x after ``post_attention_layernorm``, ``q_norm`` or ``k_norm``, if it exists."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

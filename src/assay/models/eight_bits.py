@@ -94,7 +94,7 @@ def multiply_rows(
 
 
 def grouped_product(x: Rounded, weights: Rounded, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ on CUDA of rows [S, C] sorted by weight [E, R, C]; those of each end at ``ends``."""
+    """Return x Wᵀ on CUDA of rows [S, C] sorted by weight [E, R, C], whose ends are ``ends``."""
     y = torch._scaled_grouped_mm(
         x.values,
         weights.values.transpose(-2, -1),
@@ -246,7 +246,7 @@ def _(
 
 
 def _round_to_int8(x: Tensor) -> Rounded:
-    """Round rows of the last axis to integers from -127 to 127; NaN or infinity makes the scale so."""
+    """Round rows of the last axis to integers from -127 to 127; a scale may be NaN or infinity."""
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST) * INT8_STEP
     values = (x * scales.reciprocal()).round_().clamp_(-_INT8_LARGEST, _INT8_LARGEST)
     return Rounded(values.to(torch.int8), scales)

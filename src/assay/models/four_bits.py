@@ -1,4 +1,4 @@
-"""Weights in four bits: how they are packed into words of 32 bits, and the numbers they stand for.
+"""Weights in four bits: how words of 32 bits hold them, and the numbers they stand for.
 
 They are restored when they are loaded, and the model then multiplies in its own dtype, as the
 engines that run such checkpoints do: (q − z) · s, where q and z are whole numbers from 0 to 15, and

@@ -64,7 +64,8 @@ class Frame:
 
     Example:
         >>> ones = np.ones(4, np.float32)
-        >>> frame = Frame("0" * 64, "trained", rows=8, left_out=np.array([0, 1], np.int32), mean=0 * ones, scale=ones)
+        >>> left_out = np.array([0, 1], np.int32)
+        >>> frame = Frame("0" * 64, "trained", 8, left_out, mean=0 * ones, scale=ones)
         >>> frame.tokens(np.array([[0, 2**31, 2**32 - 1]], np.uint32)).tolist()
         [[2, 5, 7]]
     """

@@ -1,5 +1,4 @@
-"""Number formats of checkpoints in eight or four bits: what a configuration states, and where the
-format runs.
+"""Number formats in eight or four bits: what a configuration states, and where they run.
 
 What the configuration says decides how the inputs of such layers are rounded, so a configuration
 that says anything but what was tested is refused: a model that runs it in another way is another

@@ -36,8 +36,7 @@ a limit. They are of DeepSeek-V3.2, MiniMax-M3, Qwen4, and Doge, whose mask hide
 
 
 def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
-    """Yield the rotary types of a decoder's configuration that follow the length, each with its
-    limit.
+    """Yield the rotary types of a configuration that depend on the length, with their limits.
 
     A type is ``longrope`` or ``dynamic``, as `transformers.modeling_rope_utils.dynamic_rope_update`
     knows them.
@@ -54,7 +53,7 @@ def rotary_limits(config: Any) -> Iterator[tuple[str, int]]:
 
 
 def pass_kind(config: Any, length: int) -> Hashable:
-    """Return a key that is equal for two lengths of rows that may share a pass, padded or packed."""
+    """Return a key that is equal for two lengths of rows that may share a pass."""
     kind: list[Hashable] = []
     for rotation, limit in rotary_limits(config):
         kind.append(length > limit if rotation == "longrope" else max(length, limit))

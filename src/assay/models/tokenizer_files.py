@@ -1,6 +1,4 @@
-"""Tokenizers of checkpoints: files are bounded before the library reads them, and tokens must have
-a row in the embeddings.
-"""
+"""Tokenizers of checkpoints: bounded before the library reads them."""
 
 import base64
 from collections.abc import Iterable

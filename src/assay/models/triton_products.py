@@ -35,7 +35,7 @@ _TILES_TOGETHER = 8
 def _rows_of_tile(
     tile, ends, rows, EXPERTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return a tile's first row, where the rows of its weight end, and its weight; E past the last."""
+    """Return a tile's first row, the end of its weight's rows, and its weight; E past the last."""
     if EXPERTS == 1:
         first = tile * ROWS
         last = rows
@@ -58,7 +58,8 @@ def _rows_of_tile(
 @triton.jit
 def _multiply(
     x, weights, x_scales, weight_scales, ends, y, rows, row_tiles, row_stride, group_stride,
-    EXPERTS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr,
+    EXPERTS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TOGETHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     column_tiles: tl.constexpr = (OUTPUTS + COLUMNS - 1) // COLUMNS
@@ -133,7 +134,8 @@ def multiply(
         for values, side in ((x, "ROWS"), (weights.view(-1, width), "COLUMNS"))
     )
     _multiply[(row_tiles * triton.cdiv(outputs, tile["COLUMNS"]),)](
-        x_tiles, weight_tiles, x_scales, weight_scales, ends, y, rows, row_tiles, *x_scales.stride(),
+        x_tiles, weight_tiles, x_scales, weight_scales, ends, y, rows, row_tiles,
+        *x_scales.stride(),
         EXPERTS=experts, PADDED=triton.next_power_of_2(experts), WIDTH=width, OUTPUTS=outputs,
         BLOCKS=x.dtype != torch.int8, TOGETHER=_TILES_TOGETHER, **tile,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Forwards of one fixed shape: a lean decoder replayed as one CUDA graph, or Inductor's kernels.
+"""Forward passes of one fixed shape: a lean decoder as one CUDA graph, or Inductor's kernels.
 
 Inductor may not choose kernels by timing them: two processes with one fingerprint must return the
 same bits.
@@ -117,7 +117,7 @@ class CompiledForward:
             return self._last_hidden(inputs_BTD)
 
     def hidden(self, inputs_BTD: Tensor, first: int = 0) -> Tensor:
-        """Return the states after the final norm, in the model's dtype, from ``first`` on or all."""
+        """Return the states after the final norm from ``first`` on, or of all positions if few."""
         batch_size, seq_len, _ = inputs_BTD.shape
         rows = batch_size * (seq_len - first)
         forward = self._hidden(first if rows >= ROWS_OF_A_PRODUCT else 0)

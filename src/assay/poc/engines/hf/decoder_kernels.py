@@ -1,5 +1,4 @@
-"""What stands between the products of a layer, as triton kernels: each passes once over what it
-reads and writes.
+"""Triton kernels between the products of a layer, each one pass over memory.
 
 :mod:`assay.poc.engines.hf.lean_decoder` uses them and says what they gain.
 
@@ -47,14 +46,19 @@ _PLAIN = -1
 _ROW = 0
 
 
-# Of a program, measured on an H200: numbers in a tile that is not one long row, and how many a
-# thread has of a row.
 _NUMBERS = 4096
+"""Numbers in a tile that is not one long row; sizes of programs are measured on an H200."""
+
 _PER_THREAD = 32
+"""Numbers that a thread has of a row."""
+
 _HEAD_NUMBERS = 2048
+"""Numbers in a tile of heads."""
+
 _WARPS = 4
-# Sums and products round one by one, as the definition's do.
+
 _EXACT = {"enable_fp_fusion": False}
+"""Option under which sums and products round one by one, as the definition's do."""
 
 
 @triton.jit
@@ -120,36 +124,39 @@ def _store(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store columns of rows from a start on, rounded where GROUP is not negative."""
-    kept: tl.constexpr = y.dtype.element_ty
+    stored_dtype: tl.constexpr = y.dtype.element_ty
     if GROUP >= 0:
-        values, scale = _rounded(values, kept, GROUP, ROWS, COLUMNS)
+        values, scale = _rounded(values, stored_dtype, GROUP, ROWS, COLUMNS)
         _store_scales(scales, scale, row, row < rows, rows, start, GROUP, WIDTH)
-    tl.store(y + at, values.to(kept), mask=valid)
+    tl.store(y + at, values.to(stored_dtype), mask=valid)
 
 
 @triton.jit
 def _normalise(
     h, update, weight, total, y, scales, rows, eps,
-    ADD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * WIDTH + column[None, :]
     valid = (row < rows)[:, None] & (column < WIDTH)[None, :]
     values = tl.load(h + at, mask=valid, other=0.0).to(tl.float32)
-    kept = weight.dtype.element_ty
+    stored_dtype = weight.dtype.element_ty
     if ADD:
-        values = (values + tl.load(update + at, mask=valid, other=0.0).to(tl.float32)).to(kept)
+        values = (values + tl.load(update + at, mask=valid, other=0.0).to(tl.float32)).to(
+            stored_dtype
+        )
         tl.store(total + at, values, mask=valid)
         values = values.to(tl.float32)
     root = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)
     factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    normed = (values * root[:, None]).to(kept).to(tl.float32) * factor[None, :]
+    normed = (values * root[:, None]).to(stored_dtype).to(tl.float32) * factor[None, :]
     _store(
         y,
         at,
         valid,
-        normed.to(kept).to(tl.float32),
+        normed.to(stored_dtype).to(tl.float32),
         scales,
         row,
         rows,
@@ -174,7 +181,7 @@ def _turn(
     inside = pair < HALF
     valid = (row < rows)[:, None] & inside
     at = (row * stride + head * (2 * HALF))[:, None] + pair
-    kept = x.dtype.element_ty
+    stored_dtype = x.dtype.element_ty
     first = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     second = tl.load(x + at + HALF, mask=valid, other=0.0).to(tl.float32)
     if NORM:
@@ -186,21 +193,25 @@ def _turn(
         k_first = tl.load(k_norm + pair, mask=inside)
         q_second = tl.load(q_norm + HALF + pair, mask=inside)
         k_second = tl.load(k_norm + HALF + pair, mask=inside)
-        first = (first * root).to(kept).to(tl.float32) * tl.where(query, q_first, k_first).to(
-            tl.float32
-        )
-        second = (second * root).to(kept).to(tl.float32) * tl.where(query, q_second, k_second).to(
-            tl.float32
-        )
-        first = first.to(kept).to(tl.float32)
-        second = second.to(kept).to(tl.float32)
+        first = (first * root).to(stored_dtype).to(tl.float32) * tl.where(
+            query, q_first, k_first
+        ).to(tl.float32)
+        second = (second * root).to(stored_dtype).to(tl.float32) * tl.where(
+            query, q_second, k_second
+        ).to(tl.float32)
+        first = first.to(stored_dtype).to(tl.float32)
+        second = second.to(stored_dtype).to(tl.float32)
     angle = (first_position + row % positions)[:, None] * (2 * HALF) + pair
     cosine = tl.load(cosines + angle, mask=valid, other=0.0).to(tl.float32)
     sine = tl.load(sines + angle, mask=valid, other=0.0).to(tl.float32)
-    left = (first * cosine).to(kept).to(tl.float32) - (second * sine).to(kept).to(tl.float32)
-    right = (second * cosine).to(kept).to(tl.float32) + (first * sine).to(kept).to(tl.float32)
-    tl.store(x + at, left.to(kept), mask=valid)
-    tl.store(x + at + HALF, right.to(kept), mask=valid)
+    first_turned = (first * cosine).to(stored_dtype).to(tl.float32) - (second * sine).to(
+        stored_dtype
+    ).to(tl.float32)
+    second_turned = (second * cosine).to(stored_dtype).to(tl.float32) + (first * sine).to(
+        stored_dtype
+    ).to(tl.float32)
+    tl.store(x + at, first_turned.to(stored_dtype), mask=valid)
+    tl.store(x + at + HALF, second_turned.to(stored_dtype), mask=valid)
 
 
 @triton.jit
@@ -253,8 +264,8 @@ def _round(
 
 @triton.jit
 def _spread(
-    x, places, y, scales, rows, spread_rows, TOP: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, places, y, scales, rows, spread_rows, TOP: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -286,14 +297,14 @@ def _combine(
     column = tl.arange(0, COLUMNS)[None, :]
     inside = row < rows
     valid = inside[:, None] & (column < WIDTH)
-    kept = y.dtype.element_ty
+    stored_dtype = y.dtype.element_ty
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for number in tl.static_range(TOP):
         place = tl.load(places + row * TOP + number, mask=inside, other=0)
         share = tl.load(shares + row * TOP + number, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + place[:, None] * WIDTH + column, mask=valid, other=0.0).to(tl.float32)
-        total += (values * share[:, None]).to(kept).to(tl.float32)
-    tl.store(y + row[:, None] * WIDTH + column, total.to(kept), mask=valid)
+        total += (values * share[:, None]).to(stored_dtype).to(tl.float32)
+    tl.store(y + row[:, None] * WIDTH + column, total.to(stored_dtype), mask=valid)
 
 
 def normalised(
@@ -322,8 +333,7 @@ def turned(
     width: int,
     first_position: int = 0,
 ) -> None:
-    """Norm and rotate the first heads of every row [..., R] in place, of which the first are
-    queries.
+    """Norm and rotate the first heads of every row [..., R] in place; queries stand first.
 
     Norms are the weights for queries and keys, or None, and the rotation is cosines and sines,
     [positions, 1, E]. Rows count on from the first position up to the last one, then again.
@@ -341,13 +351,11 @@ def turned(
 
 
 def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
-    """Return silu(gate) · up for rows that hold the gate and then the other projection, [..., 2 F]
-    contiguous.
-    """
+    """Return silu(gate) · up of contiguous rows [..., 2 F], which hold the gate and then up."""
     width = x.shape[-1] // 2
     rows = x.numel() // (2 * width)
     y, scales = _outputs((*x.shape[:-1], width), x, by)
-    grid, sizes = _tiles(rows, width, by, whole=by is not None and by.block is None)
+    grid, sizes = _tiles(rows, width, by, full_rows=by is not None and by.block is None)
     _gate[grid](x, y, scales, rows, **sizes)
     return y if scales is None else Rounded(y, scales)
 
@@ -363,9 +371,7 @@ def rounded(x: Tensor, by: Arithmetic) -> Rounded:
 
 
 def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded:
-    """Return each row of [N, D] in all of its places in the result, [S]; those of one row stand
-    together.
-    """
+    """Copy each row of [N, D] to all of its places [S] in the result, which follow one another."""
     rows, width = x.shape
     y, scales = _outputs((len(places), width), x, by)
     grid, sizes = _tiles(rows, width, by)
@@ -374,9 +380,7 @@ def spread(x: Tensor, places: Tensor, by: Arithmetic | None) -> Tensor | Rounded
 
 
 def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
-    """Return the sum of the rows that :func:`spread` made of each row, by their shares [N, K], [N,
-    D].
-    """
+    """Return the sums [N, D] of the rows that :func:`spread` made of a row, by shares [N, K]."""
     rows, top = shares.shape
     width = x.shape[-1]
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
@@ -386,29 +390,27 @@ def combined(x: Tensor, places: Tensor, shares: Tensor) -> Tensor:
     return y
 
 
-def _outputs(shape: tuple[int, ...], like: Tensor, by: Arithmetic | None) -> tuple[Tensor, Any]:
-    """Return empty values and scales. In memory the scales of a group stand together, as products
-    read them.
-    """
+def _outputs(shape: tuple[int, ...], x: Tensor, by: Arithmetic | None) -> tuple[Tensor, Any]:
+    """Return empty values and scales; scales of a group are adjacent, as products read them."""
     if by is None:
-        return like.new_empty(shape), None
+        return x.new_empty(shape), None
     groups = triton.cdiv(shape[-1], by.block[1]) if by.block else 1
-    scales = like.new_empty((groups, *shape[:-1]), dtype=torch.float32)
-    return like.new_empty(shape, dtype=by.dtype), scales.movedim(0, -1)
+    scales = x.new_empty((groups, *shape[:-1]), dtype=torch.float32)
+    return x.new_empty(shape, dtype=by.dtype), scales.movedim(0, -1)
 
 
 def _tiles(
-    rows: int, width: int, by: Arithmetic | None, *, whole: bool = True
+    rows: int, width: int, by: Arithmetic | None, *, full_rows: bool = True
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Return the grid over the rows of a matrix, and the shape of a program's tile: whole rows, or
-    parts of one.
-    """
-    group = _PLAIN if by is None else by.block[1] if by.block else _ROW
+    """Return the grid over a matrix and the options of a program: full rows, or parts of one."""
+    group = _PLAIN
+    if by is not None:
+        group = by.block[1] if by.block else _ROW
     columns = max(group, triton.next_power_of_2(width))
-    if not whole:
+    if not full_rows:
         columns = min(columns, _NUMBERS)
     tile = max(1, _NUMBERS // columns)
     warps = min(32, max(_WARPS, tile * columns // (32 * _PER_THREAD)))
-    return (triton.cdiv(rows, tile), triton.cdiv(width, columns)), {
-        "GROUP": group, "WIDTH": width, "ROWS": tile, "COLUMNS": columns, "num_warps": warps, **_EXACT
-    }  # fmt: skip
+    grid = (triton.cdiv(rows, tile), triton.cdiv(width, columns))
+    sizes = {"GROUP": group, "WIDTH": width, "ROWS": tile, "COLUMNS": columns}
+    return grid, {**sizes, "num_warps": warps, **_EXACT}

@@ -1,4 +1,4 @@
-"""The layers of a listed family as functions of tensors, on CUDA between kernels of assay's own.
+"""The layers of a listed family as functions of tensors, between kernels of assay's own.
 
 All that stands between two products is one pass over memory. Queries, keys and values are one
 product, and gate and up another; norms and rotation of queries and keys are one kernel. An update
@@ -126,8 +126,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class LeanDecoder:
-    """The layers of a model for which :func:`is_lean` is true as functions of tensors, for inputs
-    of T positions.
+    """The decoder of a lean model (:func:`is_lean`) for inputs of T positions.
 
     The weights are the model's own: fused ones take their place in memory, and the model's
     parameters become views.
@@ -156,7 +155,7 @@ class LeanDecoder:
         return self._through(inputs_BTD, self._last).float()
 
     def hidden(self, inputs_BTD: Tensor, first: int = 0) -> Tensor:
-        """Return the states after the final norm from position ``first`` on, in the model's dtype."""
+        """Return the states after the final norm from ``first`` on, in the dtype of the weights."""
         return self._through(inputs_BTD, self._layer, first)
 
     def _through(self, inputs_BTD: Tensor, last: type["KernelLayer"], first: int = 0) -> Tensor:
@@ -207,7 +206,7 @@ class LayerWeights(NamedTuple):
 
 
 class ResidualStream:
-    """The residual stream [B, T, D] in memory of its own, and an update for the next norm to add."""
+    """The residual stream [B, T, D], and an update that the next norm adds to it."""
 
     def __init__(self, states: Tensor, update: Tensor | None = None) -> None:
         self.states = states
@@ -229,7 +228,7 @@ class PendingProduct(NamedTuple):
 
 
 class KernelLayer(DecoderLayer):
-    """A layer over a :class:`ResidualStream`; x is a tensor, or rounded for products in eight bits.
+    """A layer over a :class:`ResidualStream`; x is a tensor, or rounded to eight bits.
 
     It updates the positions from ``first`` on. All of them attend, because their mask is the fast
     one.
@@ -360,9 +359,7 @@ class MixtureLayer(KernelLayer):
         return sums_ND.view_as(x)
 
     def routed(self, x_ND: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts of every row and their shares, as the router of transformers chooses
-        them.
-        """
+        """Return the chosen experts of every row and their shares, as transformers' router does."""
         shares_NE = functional.linear(x_ND, router_ED).softmax(dim=-1, dtype=torch.float)
         shares_NK, chosen_NK = shares_NE.topk(self.shape.chosen, dim=-1)
         if self.shape.shares_of_chosen:
