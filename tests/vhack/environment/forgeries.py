@@ -66,7 +66,7 @@ def solve(x):
 import json, os, sys
 frame, nonce = sys._getframe(), None
 while frame:
-    job = frame.f_locals.get("job") or frame.f_locals.get("asked")
+    job = frame.f_locals.get("job") or frame.f_locals.get("description")
     if isinstance(job, dict) and "nonce" in job:
         nonce = job["nonce"]
     frame = frame.f_back
@@ -115,8 +115,8 @@ sys.modules["json"] = Fake()
     "traced_harness": """
 import sys
 def trace(frame, event, argument):
-    if "found" in frame.f_locals:
-        frame.f_locals["found"] = True
+    if "answer" in frame.f_locals:
+        frame.f_locals["answer"] = True
     return trace
 sys.settrace(trace)
 sys.setprofile(lambda *a: None)

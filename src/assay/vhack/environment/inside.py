@@ -55,15 +55,15 @@ def main() -> None:
 
     The third argument is the descriptor of a pidfd of the parent.
     """
-    given = json.loads(sys.stdin.buffer.read())
+    message = json.loads(sys.stdin.buffer.read())
     descriptor = int(sys.argv[2])
     parent = int(sys.argv[3])
     if sys.argv[1] == "serve":
-        _serve(given, socket.socket(fileno=descriptor), parent)
+        _serve(message, socket.socket(fileno=descriptor), parent)
     # Bubblewrap asks to be ended with its parent, which may have ended before it could ask.
     elif not select.select([parent], [], [], 0)[0]:
         os.close(parent)
-        _perform(given, descriptor)
+        _perform(message, descriptor)
 
 
 def _serve(setup: dict[str, Any], control: socket.socket, parent: int) -> None:
@@ -156,7 +156,7 @@ def _be_runner(
     setup: dict[str, Any], folder: str, job: int, out: int, err: int, report: int
 ) -> None:
     with open(job, "rb") as file:
-        asked = json.loads(file.read())
+        description = json.loads(file.read())
     os.dup2(out, 1)
     os.dup2(err, 2)
     # Descriptor 3 may be that of the report itself, or of what is not needed any more, for 1 and 2
@@ -167,7 +167,7 @@ def _be_runner(
         # What the server shows besides is the directories of other jobs.
         restrict_files(setup["folders"], folder)
     drop_capabilities()
-    _perform(asked, 3)
+    _perform(description, 3)
 
 
 def _perform(job: dict[str, Any], report_descriptor: int) -> None:
@@ -189,7 +189,7 @@ def _perform(job: dict[str, Any], report_descriptor: int) -> None:
     filter_system_calls(bytes.fromhex(job["filter"]))
     namespace, report, code = _run(job)
     if report["finished"]:
-        report["outcomes"] = [_answer(namespace, asked) for asked in job["calls"]]
+        report["outcomes"] = [_answer(namespace, question) for question in job["calls"]]
     report["files"] = {name: text for name in job["files"] if (text := _read(name)) is not None}
     _leave(report_descriptor, {"nonce": job["nonce"], **report}, code)
 
@@ -224,29 +224,29 @@ def _compiled(program: str, stub: list[Any] | None) -> types.CodeType:
     return compile(ast.fix_missing_locations(tree), "program.py", "exec")
 
 
-def _answer(namespace: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def _answer(namespace: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = _resolve(namespace, asked["target"])
-        if asked["args"] is not None:
-            found = found(*asked["args"])
-        if "equals" in asked:
-            found = bool(found == asked["equals"])
+        answer = _resolve(namespace, question["target"])
+        if question["args"] is not None:
+            answer = answer(*question["args"])
+        if "equals" in question:
+            answer = bool(answer == question["equals"])
     except BaseException as error:
         return {"kind": "error", "name": type(error).__name__}
     try:
-        return {"kind": "value", "value": _plain(found, 0)}
+        return {"kind": "value", "value": _plain(answer, 0)}
     except Exception:
-        return {"kind": "opaque", "name": type(found).__name__}
+        return {"kind": "opaque", "name": type(answer).__name__}
 
 
 def _resolve(namespace: dict[str, Any], target: str) -> Any:
-    first, *rest = target.split(".")
-    found = namespace[first]
-    if rest and type(found) is type and not hasattr(type(found), rest[0]):
-        found = found()
-    for name in rest:
-        found = getattr(found, name)
-    return found
+    first, *attributes = target.split(".")
+    value = namespace[first]
+    if attributes and type(value) is type and not hasattr(type(value), attributes[0]):
+        value = value()
+    for name in attributes:
+        value = getattr(value, name)
+    return value
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -286,9 +286,9 @@ def _leave(descriptor: int, report: dict[str, Any], code: int) -> None:
     except ValueError:
         report["outcomes"] = [{"kind": "opaque", "name": "not JSON"} for _ in report["outcomes"]]
         line = json.dumps(report)
-    rest = line.encode()
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+    unsent = line.encode()
+    while unsent:
+        unsent = unsent[os.write(descriptor, unsent) :]
     try:
         sys.stdout.flush()
         sys.stderr.flush()

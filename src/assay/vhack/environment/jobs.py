@@ -36,12 +36,12 @@ class Ended:
         return self.timed_out or self.overflowed
 
 
-def job_text(program: str, limits: Limits, *, backend: str, **asked: object) -> bytes:
+def job_text(program: str, limits: Limits, *, backend: str, **details: object) -> bytes:
     """Return a job as JSON; the report has to repeat the nonce, and the rest is what `run` takes."""
     nothing: dict[str, object] = {"nonce": "", "stdin": "", "calls": [], "files": [], "stub": None}
     without = METADATA if backend == "landlock" else ()
     code = seccomp_filter(platform.machine(), without=without).hex()
-    return dumps(nothing | asked | {"program": program, "filter": code} | asdict(limits)).encode()
+    return dumps(nothing | details | {"program": program, "filter": code} | asdict(limits)).encode()
 
 
 def descriptors(
@@ -58,7 +58,7 @@ def descriptors(
         file.write(job)
     os.lseek(text, 0, os.SEEK_SET)
     readers = {}
-    given = [text]
+    passed = [text]
     bounds = {
         "stdout": limits.output_bytes,
         "stderr": limits.output_bytes,
@@ -69,8 +69,8 @@ def descriptors(
         ours.callback(os.close, reader)
         theirs.callback(os.close, writer)
         readers[name] = (reader, bound)
-        given.append(writer)
-    return readers, given
+        passed.append(writer)
+    return readers, passed
 
 
 def pump(pipes: Mapping[str, tuple[int, int]], deadline: float) -> Ended:

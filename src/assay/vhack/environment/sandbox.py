@@ -105,21 +105,21 @@ def parse_report(line: bytes, nonce: str, n_calls: int) -> dict[str, Any]:
     """Return what a report says; a program can write any bytes there, and malformed ones say
     nothing.
     """
-    said: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     with suppress(DataError, RecursionError, MemoryError):
-        said = loads(line, "report of the sandbox")
-    if said.get("nonce") != nonce:
-        said = {}
-    answers = said.get("outcomes")
-    raised = said.get("raised")
-    files = said.get("files")
+        parsed = loads(line, "report of the sandbox")
+    if parsed.get("nonce") != nonce:
+        parsed = {}
+    answers = parsed.get("outcomes")
+    raised = parsed.get("raised")
+    files = parsed.get("files")
     outcomes = (
         [_outcome(answer) for answer in answers[:n_calls]] if isinstance(answers, list) else []
     )
     outcomes += [Outcome("none")] * (n_calls - len(outcomes))
     texts = files.items() if isinstance(files, dict) else ()
     return {
-        "finished": said.get("finished") is True,
+        "finished": parsed.get("finished") is True,
         "raised": raised[:_NAME] if isinstance(raised, str) else "",
         "outcomes": tuple(outcomes),
         "files": {name: text for name, text in texts if isinstance(text, str)},

@@ -111,13 +111,13 @@ class Server:
         deadline = time.monotonic() + limits.seconds
         with ExitStack() as ours:
             with ExitStack() as theirs:
-                readers, given = descriptors(job, limits, ours, theirs)
+                readers, passed = descriptors(job, limits, ours, theirs)
                 status, inside = socket.socketpair()
                 ours.enter_context(status)
                 theirs.enter_context(inside)
                 with self._lock:
                     socket.send_fds(
-                        self._control, [str(limits.disk_mib).encode()], [*given, inside.fileno()]
+                        self._control, [str(limits.disk_mib).encode()], [*passed, inside.fileno()]
                     )
             watched = {"status": (status.fileno(), _STATUS_BYTES)}
             ended = pump(readers | watched, deadline)
@@ -171,11 +171,11 @@ def perform(job: bytes, limits: Limits, *, backend: str) -> Ended:
             return running.perform(job, limits)
     if backend == "bwrap":  # where bubblewrap works, namespaces within its own may not
         return perform_once(job, limits)
-    own = Server(backend)
+    fresh = Server(backend)
     try:
-        return own.perform(job, limits)
+        return fresh.perform(job, limits)
     finally:
-        own.close()
+        fresh.close()
 
 
 @atexit.register
