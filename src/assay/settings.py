@@ -8,22 +8,16 @@ docs/configuration.md is generated from it::
         blocks: Names = Field(("a", "b"), description="Block hashes.")          # --blocks a,b
 """
 
-import re
-import sys
 from collections.abc import Callable
-from contextlib import suppress
-from ctypes.util import find_library
 from dataclasses import dataclass
 from difflib import get_close_matches
-from glob import glob
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from assay.errors import BackendUnavailable, UsageError
+from assay.errors import UsageError
 
 NUMBER_FORMATS = ("float8", "float8-block", "int8-rows", "int4-groups")
 """Formats in eight or four bits that the weights of a model may have: as they are stored, or
@@ -31,6 +25,16 @@ rounded to ``float8``.
 """
 NEAR = 0.72
 """Similarity from which on a word may be the one that was meant."""
+
+
+IN_WORDS = {
+    "int_parsing": "a whole number such as 64",
+    "int_from_float": "a whole number such as 64",
+    "int_parsing_size": "a smaller whole number",
+    "float_parsing": "a number such as 0.1, without a sign for percent",
+    "bool_parsing": "true or false",
+}
+"""What is wanted instead of values that cannot be read, by pydantic's names of errors."""
 
 
 @dataclass(frozen=True)
@@ -87,53 +91,6 @@ def _split(text: str) -> tuple[str, ...]:
 
 Names = Annotated[tuple[str, ...], Spelling(_split, ",".join)]
 """Words that are separated by commas where they are written as text."""
-
-
-def device_name(name: str | None) -> str | None:
-    """Return the name of a device, as a validator of a field; a ValueError says that there is no
-    such one.
-    """
-    if name is not None and not DEVICE_NAME.fullmatch(name):
-        raise ValueError("cpu, cuda or cuda:N")
-    return name
-
-
-def check_device(name: str, count: int | None = None) -> None:
-    """Refuse a CUDA device that is not among so many; without a count, one where torch could find
-    none.
-    """
-    kind, _, index = name.partition(":")
-    if kind != "cuda":
-        return
-    if count is None:
-        count = 0 if _has_no_cuda() else sys.maxsize
-    if int(index or 0) >= count:
-        seen = f"device {name}, and torch finds {count} CUDA devices here"
-        do = "use --device cpu, or install a torch with CUDA on a machine that has one"
-        raise BackendUnavailable(seen, wanted="a device that is there", do=do)
-
-
-def _has_no_cuda() -> bool:
-    """Return whether torch is built for CPUs, or there is neither device nor driver; False where
-    only torch knows.
-    """
-    with suppress(PackageNotFoundError):
-        if version("torch").endswith("+cpu"):
-            return True
-    return not any(
-        map(glob, ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd"))
-    ) and not find_library("cuda")
-
-
-DEVICE_NAME = re.compile("cpu(:0)?|cuda(:[0-9]{1,4})?")
-Device = Annotated[
-    str | None,
-    AfterValidator(device_name),
-    Flag(variable="ASSAY_DEVICE", unit="DEVICE"),
-    Field(
-        description="Device that runs the model: cpu or cuda; by default cuda where there is one."
-    ),
-]
 
 
 class Settings(BaseSettings):
@@ -236,7 +193,8 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
         variable = None
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
-    wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = IN_WORDS.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
+    wanted = wanted.removeprefix("Value error, ")
     near = get_close_matches(
         str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR
     )

@@ -17,8 +17,9 @@ from pydantic import Field
 from assay.cli import app
 from assay.cli.framework import Command, leaves
 from assay.cli.variables import NAMES
+from assay.devices import Device
 from assay.errors import UsageError
-from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.settings import Flag, Names, Settings, Spelling
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,7 +243,7 @@ def test_defaults_are_those_of_the_library():
         (
             "poc prove",
             Round,
-            ("preset", "seq_len", "r_target", "strength", "node_id", "node_count", "block_height"),
+            ("seq_len", "r_target", "strength", "node_id", "node_count", "block_height"),
         ),
         ("poc respond", Sampling, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")),
         ("poc respond", Sampling, ("frequency_penalty", "presence_penalty")),
@@ -291,3 +292,26 @@ def test_a_result_does_not_replace_its_source(assay, refused, tmp_path):
         tmp_path / "c",
     )
     assert "No such file" in merged.err, "builds are added to a calibration file"
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (("ledger", "show"), "did you mean assay poc ledger?"),
+        (("poc", "calibrate", "--valid-rate", "10%"), "a number such as 0.1"),
+        (("poc", "prove", "--model", "reference:qwen3", "--node-count", "1e9"), "a whole number"),
+    ],
+)
+def test_a_mistake_is_answered_in_plain_words(words, advice, refused, tmp_path):
+    output = ("-o", tmp_path / "x") if words[1] == "prove" else ()
+    assert advice in refused(*words, *output)
+
+
+def test_advice_names_the_key_of_a_file_where_the_help_has_no_flag(refused, tmp_path):
+    """On 0944c8c1 it names a flag of which a warning says that it will go."""
+    config = tmp_path / "c.toml"
+    config.write_text('[poc.prove]\nkernels = "compiled"\npreset = "decode"\n')
+    known = ("--model", "reference:qwen3", "--block-hash", "b", "--public-key", "k")
+    said = refused("poc", "prove", *known, "--config", config, "-o", tmp_path / "p.jsonl")
+    assert "leave `kernels` out" in said
+    assert "[poc.prove] of --config" in said

@@ -72,6 +72,7 @@ def print_config(chosen: ConfigSettings) -> None:
 app = Group(
     "",
     "Measure what a language model really computed, and what its training really learns.",
+    elsewhere=("research",),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 click.version_option(__version__, message="assay %(version)s", help="Print the version and exit.")(

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from assay.settings import Device, Flag, Settings
+from assay.devices import Device
+from assay.settings import Flag, Settings
 
 ARGUMENT = Flag(argument=True)
 OUTPUT = Flag(("-o", "--output"), file=True)

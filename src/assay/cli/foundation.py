@@ -18,8 +18,9 @@ from pydantic import AfterValidator, Field
 from assay.cli.flags import ARGUMENT, FOLDER
 from assay.cli.framework import Group
 from assay.cli.output import emit_json, show_values, table
+from assay.devices import device_name
 from assay.errors import BackendUnavailable, UsageError, how_to_install
-from assay.settings import Flag, Settings, device_name
+from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
 

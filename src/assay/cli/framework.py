@@ -11,12 +11,13 @@ import errno
 import gc
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, requires
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -27,15 +28,17 @@ from pydantic.fields import FieldInfo
 
 from assay.cli.output import loading_bar
 from assay.cli.variables import unknown
+from assay.devices import check_device
 from assay.errors import AssayError, BackendUnavailable, StorageError, UsageError, how_to_install
 from assay.files.references import check_reference
-from assay.settings import NEAR, Settings, Spelling, check_device, words_of
+from assay.settings import NEAR, Settings, Spelling, words_of
 
 EXTENSIONS = "assay.commands"
 """Entry-point group of commands that other packages add, by the words that call them: ``poc
 experiment``.
 """
-OF_RESEARCH = ("research", "poc experiment", "poc ledger merge", "vhack fuzz")
+EXTRAS = ("serve", "train")  # in which the packages are that a command may miss
+REQUIREMENT = re.compile(r"[\w.-]+")  # name at the head of a requirement
 CONTINUES = "what is done is kept, and the same command continues it"
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -341,14 +344,13 @@ class Command(click.Command):
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:  # a command imports what it runs
-            raise _not_installed(
-                error, "train" if self.function.__module__.endswith("vhack") else "serve"
-            ) from error
+            raise _not_installed(error) from error
         except (OSError, AssayError) as error:
             found = in_assay_words(error) if isinstance(error, OSError) else error
             one = self.settings.get(found.field)
             if one is not None and one.spelling not in str(found):
                 found.do += f" ({one.spelling})"
+            self._name_keys(found, words, given)
             cause = found.__cause__ or error
             if (
                 self.resumable
@@ -359,6 +361,16 @@ class Command(click.Command):
             if found is error:
                 raise
             raise found from error
+
+    def _name_keys(self, error: AssayError, words: Sequence[str], given: Collection[str]) -> None:
+        """Name the key of the configuration file where advice has a flag that the help does not."""
+        for name, setting in self.settings.items():
+            if self.is_shown(name) or name in given or setting.flag.secret:
+                continue
+            flag = rf"{re.escape(setting.spelling)}(?![\w-])"
+            advice, count = re.subn(flag, f"`{name}`", error.do)
+            if count:
+                error.do = f"{advice}; `{name}` stands under [{'.'.join(words)}] of --config FILE"
 
     def _named(self, table: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Return the values of a configuration file by field; a key is the name of one, or of its
@@ -404,14 +416,24 @@ class Group(click.Group):
         path: Words that call the group, such as ``poc ledger``; empty for the root.
         help: What the commands are for.
         panel: Heading under which the help of the group above lists this one.
+        elsewhere: Names of commands that another package adds where it is installed.
     """
 
-    def __init__(self, path: str, help: str, *, panel: str = "Commands", **options: Any) -> None:
+    def __init__(
+        self,
+        path: str,
+        help: str,
+        *,
+        panel: str = "Commands",
+        elsewhere: Collection[str] = (),
+        **options: Any,
+    ) -> None:
         super().__init__(
             path.rpartition(" ")[2] or "assay", help=help, no_args_is_help=True, **options
         )
         self.path = path
         self.panel = panel
+        self.elsewhere = elsewhere
 
     def add(self, name: str, *kinds: type[Settings] | str, **options: Any) -> Callable[[F], F]:
         """Return a decorator that makes a function a command of the group; see :class:`Command`."""
@@ -422,9 +444,9 @@ class Group(click.Group):
 
         return decorate
 
-    def group_of(self, name: str, help: str, *, panel: str = "Commands") -> "Group":
+    def group_of(self, name: str, help: str, **options: Any) -> "Group":
         """Return a new group inside this one."""
-        made = Group(self._words(name), help, panel=panel)
+        made = Group(self._words(name), help, **options)
         self.add_command(made)
         return made
 
@@ -442,12 +464,10 @@ class Group(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, also one of another package."""
-        words = self._words(cmd_name)
-        if cmd_name in self.commands or not (
-            words in OF_RESEARCH or cmd_name in self.list_commands(ctx)
-        ):
+        is_elsewhere = cmd_name in self.elsewhere or cmd_name in self.list_commands(ctx)
+        if cmd_name in self.commands or not is_elsewhere:
             return self.commands.get(cmd_name)
-        found: click.Command = extension(words)
+        found: click.Command = extension(self._words(cmd_name))
         return found
 
     def resolve_command(
@@ -455,7 +475,12 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that is called; name the nearest one where there is no such."""
         if self.get_command(ctx, args[0]) is None:
-            do = _nearest(args[0], self.list_commands(ctx), f"see {ctx.command_path} --help")
+            places = _places(ctx.find_root().command, args[0])
+            do = f"see {ctx.command_path} --help"
+            if places:
+                do = f"did you mean assay {places[0]}? Else {do}"
+            else:
+                do = _nearest(args[0], self.list_commands(ctx), do)
             raise UsageError(args[0], wanted=f"a command of {ctx.command_path}", do=do)
         return super().resolve_command(ctx, args)
 
@@ -470,6 +495,15 @@ class Group(click.Group):
         for panel, rows in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(rows)
+
+
+def _places(command: click.Command, word: str, path: str = "") -> list[str]:
+    """Return the words that call the groups and commands of a name, below a command."""
+    found = []
+    for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
+        words = f"{path} {name}".strip()
+        found += [words] if name == word else _places(inner, word, words)
+    return found
 
 
 def extension(words: str) -> Any:
@@ -592,15 +626,28 @@ def _imported(where: str) -> Any:
         with without_collection():
             return attrgetter(name)(import_module(module))
     except ModuleNotFoundError as error:
-        raise _not_installed(error, "train" if ".training." in module else "serve") from error
+        raise _not_installed(error) from error
 
 
-def _not_installed(error: ModuleNotFoundError, extra: str) -> Exception:
-    if (error.name or "assay").partition(".")[0] == "assay":
+def _not_installed(error: ModuleNotFoundError) -> Exception:
+    """Return the error of a package that is missing, with the extra of assay that has it."""
+    package = (error.name or "assay").partition(".")[0]
+    if package == "assay":
         return error
     seen = f"the package {error.name} is not installed"
     wanted = "what the command needs beside assay itself"
-    return BackendUnavailable(seen, wanted=wanted, do=how_to_install(extra))
+    return BackendUnavailable(seen, wanted=wanted, do=how_to_install(_extra_of(package)))
+
+
+def _extra_of(package: str) -> str:
+    """Return the extra for users that has a package, by the metadata of assay."""
+    named = package.replace("_", "-")
+    for requirement in requires("assay") or ():
+        name = REQUIREMENT.match(requirement)
+        extra = requirement.rpartition("extra == ")[2].strip("'\"")
+        if name and name[0] == named and extra in EXTRAS:
+            return extra
+    return EXTRAS[0]
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from assay.settings import Settings
 if TYPE_CHECKING:
     from assay.poc.verdict.life import Account, Entry, Standing
 
-ledger = poc.group_of("ledger", "Look at ledgers of nodes' lives.", panel="Validator")
+ledger = poc.group_of(
+    "ledger", "Look at ledgers of nodes' lives.", panel="Validator", elsewhere=("merge",)
+)
 
 
 class ShowSettings(Settings):

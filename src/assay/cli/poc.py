@@ -33,8 +33,9 @@ from assay.cli.flags import (
 )
 from assay.cli.framework import Group, extension, resumable
 from assay.cli.output import emit_document, emit_json, progress_bar, say_next, show_values, table
+from assay.devices import Device
 from assay.errors import UsageError
-from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.settings import Flag, Names, Settings, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.protocol.proof import Proof
@@ -48,7 +49,7 @@ COLLECTED = "collect"
 
 POSITIONS = 256  # of a nonce of the published rounds
 
-poc = Group("poc", "Prove that a model ran, and check such proofs.")
+poc = Group("poc", "Prove that a model ran, and check such proofs.", elsewhere=("experiment",))
 
 
 def _positions(text: str) -> tuple[int, int]:
@@ -339,8 +340,8 @@ def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
     "verify",
     VerifySettings,
     panel="Validator",
-    shown="model pins block_hash public_key preset seq_len nonces sample calibration frame ledger "
-    "dtype engine device",
+    shown="model pins block_hash public_key preset seq_len nonces strength r_target node_id node_count "
+    "prover_dtype sample calibration frame ledger dtype engine device",
     example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key "
     "KEY",
 )

@@ -20,7 +20,8 @@ from assay.cli.flags import (
 )
 from assay.cli.output import emit_document, progress_bar, show_values, table
 from assay.cli.poc import auditor_values, life_rows, noting_new, poc
-from assay.settings import Device, Flag, Settings
+from assay.devices import Device
+from assay.settings import Flag, Settings
 
 REQUESTS = Flag(reads="assay.poc.responses.requests:read_requests")
 RequestFile = Annotated[Path | None, REQUESTS]

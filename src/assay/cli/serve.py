@@ -12,9 +12,10 @@ from pydantic import Field
 from assay.cli.flags import ARGUMENT, FOLDER, KernelName, ModelName, NumberFormat
 from assay.cli.output import emit_json, table
 from assay.cli.poc import poc
+from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.storage import check_folder
-from assay.settings import Device, Flag, Settings
+from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment

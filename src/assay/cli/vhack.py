@@ -26,9 +26,10 @@ from assay.cli.flags import (
 )
 from assay.cli.framework import Group, extension
 from assay.cli.output import emit_document, emit_json, progress_bar, show_values, table
+from assay.devices import Device
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.storage import check_folder
-from assay.settings import Device, Flag, Settings
+from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from assay.vhack.training.tasks import Task
 
 
-vhack = Group("vhack", "Directions along which training would cheat.")
+vhack = Group("vhack", "Directions along which training would cheat.", elsewhere=("fuzz",))
 pairs = vhack.group_of("pairs", "Pairs of a cheat and an honest answer.")
 
 Dtype = Literal["float32", "float16", "bfloat16"]

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from assay.devices import DEVICE_NAME, check_device
 from assay.errors import UsageError
 from assay.memory import kept_bytes
-from assay.settings import DEVICE_NAME, check_device
 
 
 def parse_device(name: str | torch.device | None) -> torch.device:

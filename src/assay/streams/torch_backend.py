@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from assay.settings import check_device
+from assay.devices import check_device
 from assay.streams import definition
 from assay.streams.arrays import torch_dtype
 from assay.streams.backends import Backend

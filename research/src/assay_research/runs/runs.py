@@ -22,11 +22,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from assay import streams
+from assay.devices import Device
 from assay.errors import DataError, UsageError
 from assay.files.jsonl import JsonObject, dumps, loads, read_lines
 from assay.files.storage import PartialFile, storage_error
 from assay.pages.provenance import provenance
-from assay.settings import Device, Flag, Names, Settings
+from assay.settings import Flag, Names, Settings
 
 KIND = "assay.poc.experiment"
 SCHEMA = 1

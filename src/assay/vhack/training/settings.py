@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 from pydantic import Field
 from typing_extensions import override
 
+from assay.devices import Device
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
-from assay.settings import Device, Flag, Names, Settings, Spelling
+from assay.settings import Flag, Names, Settings, Spelling
 from assay.vhack.environment.grading import MODES, Episode, episodes
 from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
 
