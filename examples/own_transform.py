@@ -31,7 +31,8 @@ def published(model: Model, pipeline: Pipeline, nonces: range) -> np.ndarray:
     """Return what a node with this model would publish, [N, K]."""
     engine = HFEngine(model, batch_size=16, seq_len=32)
     round = Round(block_hash="block_alpha", public_key="node_A", preset="artifact", seq_len=32)
-    return np.concatenate(list(engine.outputs(round, pipeline, nonces))).astype(np.float64)
+    batches = engine.run(round.inputs(nonces), pipeline)
+    return np.concatenate([values["vector"] for values in batches]).astype(np.float64)
 
 
 def main(count: int) -> None:

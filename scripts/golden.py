@@ -130,10 +130,12 @@ def tokens(frame: Path) -> dict[str, object]:
     round = Round(block_hash="block_alpha", public_key="node_A", seq_len=24, preset="tokens-1")
     engine = HFEngine(model, batch_size=4, seq_len=24)
     nonces = [0, 1, 31, 4096]
-    reading = make_transform(engine, round, get_pipeline("tokens-1")).reading(nonces, 24)
+    reading = make_transform(engine, round, get_pipeline("tokens-1")).reading(
+        round.inputs(nonces), 24
+    )
     seeds = streams.seeds(round.texts("projection", nonces, k=32))
     rows = zip(
-        token_inputs(round, model.frame, nonces, seq_len=24).tolist(),
+        token_inputs(round.inputs(nonces), model.frame, seq_len=24).tolist(),
         reading.weights.int().tolist(),
         seeds.ravel().tolist(),
         streams.get_backend("numpy").normals(seeds, 32 * model.hidden_size),

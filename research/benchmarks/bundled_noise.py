@@ -29,7 +29,9 @@ from assay.files.jsonl import dumps, read_json
 from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
-from assay.poc.verdict.noise import BUNDLED_LAWS, EFFECT, fit_noise, law_as_dict
+from assay.poc.verdict.honest_noise import BUNDLED_LAWS, fit_noise
+from assay.poc.verdict.laws import law_as_dict
+from assay.poc.verdict.sample_plan import EFFECT
 
 MODELS = ("reference:qwen3", "reference:llama")
 DTYPES = ("float32", "float16", "bfloat16")

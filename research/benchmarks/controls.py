@@ -22,7 +22,8 @@ from assay_research.vector_sets import read_vector_sets
 from assay import stats
 from assay.poc import Noise
 from assay.poc.verdict import fit_machines
-from assay.poc.verdict.noise import Control, sequential_test
+from assay.poc.verdict.control import Control
+from assay.poc.verdict.sample_plan import sequential_test
 
 AUDITS = 200
 CHECKED = 300

@@ -27,9 +27,9 @@ from assay_research.decoding import drafted, forgetful, recycled, repeated
 from assay.models import load_model
 from assay.poc import HFEngine, Round, bundled_noise, prove
 from assay.poc.cheats import rounded, without_last_layers
-from assay.poc.prover import recompute
-from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.prover import compute
+from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.sample_plan import sequential_test
 
 
 def cost(model, round, batch_size, options):
@@ -39,7 +39,11 @@ def cost(model, round, batch_size, options):
     for turn in range(options.turns + 1):
         nonces = range(turn * batch_size, (turn + 1) * batch_size)
         made, proof = timed(lambda: prove(model, round, nonces, engine=engine))  # noqa: B023
-        checked, _ = timed(lambda: list(recompute(proof.header, engine, proof.records)))  # noqa: B023
+        checked, _ = timed(
+            lambda: list(
+                compute(engine, proof.header.pipeline, round.inputs(nonces), proof.records)  # noqa: B023
+            )
+        )
         note(f"prover {made:.2f} s, verifier {checked:.2f} s")
         if turn:
             times["prover"].append(made)
@@ -80,9 +84,9 @@ def cheats(model, round, batch_size, options):
     base = None
     for name, make in made.items():
         proof = make()
-        records = [
-            record for batch in recompute(honest.header, engine, proof.records) for record in batch
-        ]
+        inputs = honest.round.inputs([record.nonce for record in proof.records])
+        batches = compute(engine, honest.header.pipeline, inputs, proof.records)
+        records = [record for batch in batches for record in batch]
         errors = residuals(proof.records, records)
         base = base or float(np.median(errors))
         margins = np.stack([record.margins for record in records])

@@ -31,8 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from assay.models import load_model
 from assay.models.decoder import causal_attention, decoder_layers
 from assay.models.eight_bits import FLOAT8, Rounded, grouped_product, round_rows
-from assay.poc.engines.hf.engine import auto_batch
 from assay.poc.engines.hf.lean_decoder import layer_shape, layer_weights, parted
+from assay.poc.engines.hf.shapes import auto_batch
 
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,

@@ -39,7 +39,7 @@ from assay.models import load_model
 from assay.models.decoder import backbone
 from assay.models.eight_bits import CUDA_BLOCK, FLOAT8, INT8, float8_blocks
 from assay.poc import HFEngine, Round, bundled_noise, prove
-from assay.poc.engines.hf.engine import auto_batch
+from assay.poc.engines.hf.shapes import auto_batch
 from assay.streams import seed32
 from tests.models.storing import in_eight_bits
 
@@ -171,7 +171,7 @@ def measure(options):
     }
     started = {}
     body = backbone(model.module)
-    inputs = engines["bfloat16"].inputs(round, range(batch))
+    inputs = engines["bfloat16"].embeddings(round.inputs(range(batch)))
     bare = {"eager": body}
     if not options.skip_whole:
         bare["compiled"] = torch.compile(body, dynamic=False)

@@ -29,10 +29,11 @@ from assay.models import load_model
 from assay.poc import Round, get_pipeline, measure_frame, prove
 from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import block_scale
-from assay.poc.protocol.proof import VectorRecord
 from assay.poc.verdict import Life
-from assay.poc.verdict.calibration import describe_machines, fit_build
-from assay.poc.verdict.noise import Control, sequential_test
+from assay.poc.verdict.build_noise import describe_machines
+from assay.poc.verdict.control import Control
+from assay.poc.verdict.machine_fit import fit_build
+from assay.poc.verdict.sample_plan import sequential_test
 
 MODELS = ("reference:qwen3", "reference:llama", "pretrained:smollm2")
 PRESETS = ("poc-2.0", "hardened", "tokens-1")
@@ -49,10 +50,7 @@ HONEST = (24, 16)  # audits of an honest life, and nonces of each
 def published(records):
     """Return what records publish, [N, K]."""
     return np.array(
-        [
-            np.atleast_1d(one.vector if isinstance(one, VectorRecord) else one.distance)
-            for one in records
-        ]
+        [np.atleast_1d(one.vector if one.vector is not None else one.distance) for one in records]
     )
 
 

@@ -21,8 +21,10 @@ from scipy.stats import chi2, poisson
 
 from assay.poc import Noise, get_pipeline
 from assay.poc.verdict import Life
+from assay.poc.verdict.honest_noise import fit_noise
+from assay.poc.verdict.laws import pack_scores
 from assay.poc.verdict.life import error_share
-from assay.poc.verdict.noise import fit_noise, pack_scores, sequential_test
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.noise_laws import Spread
 from assay.stats.sequential import SHARES
 

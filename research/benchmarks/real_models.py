@@ -49,9 +49,9 @@ from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.launch import check_loadable, load
 from assay.poc.measurement import distances_to_target
 from assay.poc.one_machine import calibrate_model
-from assay.poc.protocol.proof import Header
-from assay.poc.verdict.calibration import noise_for
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.protocol.header import Header
+from assay.poc.verdict.calibration_file import noise_for
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.chord import rate_standard_error
 
 PRESETS = ("poc-2.0", "artifact", "hardened", "tokens-1")

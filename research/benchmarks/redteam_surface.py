@@ -46,7 +46,7 @@ from assay.poc.responses.requests import read_requests
 from assay.poc.service import ServiceSettings
 from assay.poc.validator.registry import Registry
 from assay.poc.verdict import Ledger
-from assay.poc.verdict.ledger import audit_ledger
+from assay.poc.verdict.ledger_audit import audit_ledger
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.delta_file import read_delta_lengths
 from assay.vhack.pairs.pairs import read_pairs

@@ -23,9 +23,10 @@ from assay.models import load_model
 from assay.poc import HFEngine, Noise, Round, get_pipeline, prove
 from assay.poc.protocol.blocks import block_scale
 from assay.poc.verdict import fit_machines
-from assay.poc.verdict.calibration import PAIR_SPREAD, SCALED_SPREAD
-from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import fit_noise, sequential_test
+from assay.poc.verdict.honest_noise import fit_noise
+from assay.poc.verdict.machine_fit import PAIR_SPREAD, SCALED_SPREAD
+from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.sample_plan import sequential_test
 
 MODELS = (
     "reference:qwen3",

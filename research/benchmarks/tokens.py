@@ -32,8 +32,8 @@ from assay.models.decoder import decoder_layers
 from assay.poc import HFEngine, Round, calibrate, cheats, get_pipeline, measure_frame, prove
 from assay.poc.measurement import distances_to_target
 from assay.poc.protocol.transforms import unit
-from assay.poc.verdict.calibration import noise_for
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.calibration_file import noise_for
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.chord import chord_cdf, chord_mean
 
 ORDERS = 100
@@ -61,7 +61,7 @@ def dimension_of(model, round, nonces):
     """
     engine = HFEngine(model, batch_size=8, seq_len=round.seq_len)
     states = [
-        engine.states(engine.inputs(round, range(start, start + 8)))
+        engine.states(engine.embeddings(round.inputs(range(start, start + 8))))
         for start in range(0, nonces, 8)
     ]
     first = get_pipeline(round.preset).read.first(round.seq_len)
@@ -116,7 +116,7 @@ def distilled(model, steps, seq_len):
     )
 
     def loss_of(module, step):
-        inputs = teacher.inputs(attacker, range(8 * step, 8 * step + 8)).clone()
+        inputs = teacher.embeddings(attacker.inputs(range(8 * step, 8 * step + 8))).clone()
         wanted = unit((teacher.states(inputs).float() - mean) / scale).clone()
         seen = module.model(inputs_embeds=inputs.float(), use_cache=False).last_hidden_state
         return (unit((seen - mean) / scale) - wanted).square().sum(dim=-1).mean()

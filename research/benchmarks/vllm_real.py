@@ -13,8 +13,8 @@ from _common import parser, publish, round_to, wall_seconds
 from assay import poc, stats
 from assay.models import load_model
 from assay.poc import HFEngine, Round, calibrate, measure_frame
-from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.poc.vllm.vllm_engine import VLLMEngine
 
 OPTIONS = {

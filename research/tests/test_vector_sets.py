@@ -13,7 +13,7 @@ from assay_research.vector_sets import calibrate_vectors, machine_kind, read_vec
 
 from assay.errors import DataError, ProofMismatch
 from assay.poc import Calibration
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.sample_plan import sequential_test
 from research.tests import published
 
 

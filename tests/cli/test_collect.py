@@ -9,7 +9,8 @@ import pytest
 
 from assay.poc import Calibration, Proof
 from assay.poc.protocol.pins_file import Accepted
-from assay.poc.verdict.calibration import LeftOut, describe_promise
+from assay.poc.verdict.build_noise import LeftOut
+from assay.poc.verdict.calibration_file import describe_promise
 from tests.poc.service.test_pins import pins
 
 SMALL = ("--seq-len", 8, "--blocks", 3, "--nonces", 16, "--batch-size", 16, "--device", "cpu")

@@ -18,7 +18,7 @@ from assay.files.jsonl import read_json
 from assay.models.frame import Frame
 from assay.poc import Pins, Round, bundled_noise, measure_frame, prove, verify
 from assay.poc.protocol.pipelines import FORWARD
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.sample_plan import sequential_test
 from tests.laws import QWEN3
 from tests.streams.test_draws import DRAWS_PER_GROUP, Group
 

@@ -65,12 +65,11 @@ def test_what_gives_a_token_is_a_pass_over_the_tokens_so_far(model):
 def test_a_prefill_of_decoded_tokens_is_the_decoding(model):
     pipeline = get_pipeline("decode-64")
     round = Round(block_hash="B", public_key="K", seq_len=20, preset=pipeline.name, model="tiny")
-    (made_,) = HFEngine(model, batch_size=4, seq_len=20).decoded(round, pipeline, range(3))
-    (again,) = HFEngine(model, batch_size=4, seq_len=20).replayed(
-        round, pipeline, range(3), made_.tokens
-    )
-    assert again.margins.max() < CLOSE
-    assert np.abs(again.sketches.astype(float) - made_.sketches).max() < 10 * CLOSE
+    engine = HFEngine(model, batch_size=4, seq_len=20)
+    (decoded,) = engine.run(round.inputs(range(3)), pipeline)
+    (again,) = engine.run(round.inputs(range(3)), pipeline, decoded["tokens"])
+    assert again["margins"].max() < CLOSE
+    assert np.abs(again["sketches"].astype(float) - decoded["sketches"]).max() < 10 * CLOSE
 
 
 def test_a_cache_that_only_its_architecture_knows_is_refused():
@@ -130,9 +129,9 @@ def computed(model):
     """Everything that a program may ask of a model, as arrays."""
     read = HFEngine(model, batch_size=16, seq_len=16)
     for preset in ("poc-2.0", "hardened", "artifact"):
-        yield from read.outputs(
-            Round(block_hash="B", public_key="K", seq_len=16), get_pipeline(preset), range(16)
-        )
+        inputs = Round(block_hash="B", public_key="K", seq_len=16).inputs(range(16))
+        for values in read.run(inputs, get_pipeline(preset)):
+            yield from values.values()
     answers = respond(
         model, [tokens(20)], block_hash="B", public_key="K", max_tokens=40, end_tokens=[]
     )

@@ -17,21 +17,20 @@ from assay.poc import (
     Pins,
     Proof,
     Round,
-    TokenRecord,
     calibrate,
     get_pipeline,
     prove,
     verify,
 )
 from assay.poc.cheats import rounded, without_last_layers
-from assay.poc.protocol.proof import (
+from assay.poc.protocol.records import (
     describe_packing,
     pack_record,
     packed_size,
+    published_form,
     unpack_or_nan,
-    unpack_record,
 )
-from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.residuals import residuals
 from assay.streams import DTYPES
 
 ROUND = Round(
@@ -109,8 +108,8 @@ def test_records_travel_as_bytes(proof: Proof):
     record = proof.records[3]
     raw = pack_record(record)
     assert len(raw) == packed_size(SHORT) == 4 * 32 + 24
-    again = unpack_record(3, base64.b64encode(raw).decode(), SHORT)
-    assert isinstance(again, TokenRecord)
+    again = published_form(SHORT).unpack(3, base64.b64encode(raw).decode(), SHORT)
+    assert again.nonce == 3
     np.testing.assert_array_equal(again.tokens, record.tokens)
     np.testing.assert_array_equal(again.sketches, record.sketches)
     assert describe_packing(SHORT) == {
@@ -122,7 +121,7 @@ def test_records_travel_as_bytes(proof: Proof):
     assert describe_packing(PIPELINES["artifact"]) == {"dtype": "f16", "k_dim": 12, "endian": "le"}
     for text in ("", "AAAA", None, "?", base64.b64encode(raw[:-2] + b"\x00\x7c").decode()):
         with pytest.raises(ProofFormatError):
-            unpack_record(3, text, SHORT)
+            published_form(SHORT).unpack(3, text, SHORT)
         nothing = unpack_or_nan(3, text, SHORT)
         assert np.isnan(residuals([nothing], [replace(record, margins=np.zeros(32))])).all()
 
@@ -203,12 +202,11 @@ def test_sketches_do_not_excuse_tokens_nor_tokens_sketches(bundled: tuple[Model,
     model, honest = bundled
     guessed = drafted(honest, model, rounded(model, 4))
     engine = HFEngine(model, batch_size=16, seq_len=honest.round.seq_len)
-    (first, _) = engine.replayed(
-        honest.round, SHORT, range(32), np.stack([r.tokens for r in guessed.records])
-    )
+    tokens = np.stack([record.tokens for record in guessed.records])
+    first, _ = engine.run(honest.round.inputs(range(32)), SHORT, tokens)
     mine = np.stack([record.sketches for record in guessed.records[:16]])
-    assert np.abs(first.sketches.astype(float) - mine).max() < 2e-3
-    assert first.margins.mean() > 1e-3
+    assert np.abs(first["sketches"].astype(float) - mine).max() < 2e-3
+    assert first["margins"].mean() > 1e-3
     turned = [
         replace(record, sketches=record.sketches[..., ::-1].copy()) for record in honest.records
     ]

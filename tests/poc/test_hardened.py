@@ -39,7 +39,7 @@ def test_differences_of_scaled_neighbours_are_read(small_model, hardened: Round)
     engine = HFEngine(small_model, batch_size=4, seq_len=16)
     states_BTD = torch.randn(4, 16, engine.hidden_size, generator=torch.Generator().manual_seed(0))
     states_BTD[..., 5] += 1000
-    reading = make_transform(engine, hardened, HARDENED).reading(range(4), 16)
+    reading = make_transform(engine, hardened, HARDENED).reading(hardened.inputs(range(4)), 16)
     signs = get_backend("numpy").signs(seeds(hardened.texts("weights", range(4))), 16)
     for found, h_TD, s in zip(
         reading.sum(states_BTD), states_BTD.double().numpy()[:, 2:], signs, strict=True
@@ -63,9 +63,9 @@ def test_a_nonce_alone_has_the_bits_that_it_has_beside_others(small_model, harde
     )
     alone = [random_projection(x_BD[i : i + 1], normals_BN[i : i + 1], 32) for i in range(40)]
     assert torch.equal(torch.cat(alone), random_projection(x_BD, normals_BN, 32))
-    assert torch.equal(
-        torch.cat([transform(x_BD[i : i + 1], [i]) for i in range(40)]), transform(x_BD, range(40))
-    )
+    inputs = hardened.inputs(range(40))
+    apart = [transform(x_BD[i : i + 1], inputs[i : i + 1]) for i in range(40)]
+    assert torch.equal(torch.cat(apart), transform(x_BD, inputs))
 
 
 def test_an_overflow_of_float16_is_refused_in_words(small_checkpoint, hardened: Round, tmp_path):

@@ -48,15 +48,16 @@ def test_the_frame_is_that_of_random_tokens_without_special_ones(framed):
     frame = framed.frame
     tokenizer = framed.tokenizer
     assert set(tokenizer.all_special_ids) <= set(frame.left_out.tolist())
-    ids = device_tokens(streams.get_backend("auto", "cpu"), ROUND, frame, [3, 2**40], seq_len=64)
-    assert ids.tolist() == token_inputs(ROUND, frame, [3, 2**40], seq_len=64).ravel().tolist()
+    inputs = ROUND.inputs([3, 2**40])
+    ids = device_tokens(streams.get_backend("auto", "cpu"), inputs, frame, seq_len=64)
+    assert ids.tolist() == token_inputs(inputs, frame, seq_len=64).ravel().tolist()
     drawn = frame.tokens(np.random.default_rng(0).integers(0, 2**32, (1, 40_000), np.uint32))
     assert len(set(drawn.ravel().tolist())) > 0.99 * frame.rows
     assert not set(drawn.ravel().tolist()) & set(frame.left_out.tolist())
     engine = HFEngine(framed, batch_size=8, seq_len=64)
     fresh = replace(ROUND, seq_len=64, block_hash="another block")
     states = (
-        engine.states(engine.inputs(fresh, range(8)))[:, 8:]
+        engine.states(engine.embeddings(fresh.inputs(range(8))))[:, 8:]
         .double()
         .numpy()
         .reshape(-1, framed.hidden_size)

@@ -11,14 +11,13 @@ import pytest
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.jsonl import dumps
 from assay.poc import (
-    DistanceRecord,
     Header,
     HFEngine,
     Noise,
     Pins,
     Proof,
+    Record,
     Round,
-    VectorRecord,
     bundled_noise,
     calibrate,
     cheats,
@@ -27,7 +26,8 @@ from assay.poc import (
     verify,
 )
 from assay.poc.verdict import judge
-from assay.poc.verdict.judge import count_mismatches, published_rule, residuals
+from assay.poc.verdict.published_rule import count_mismatches, published_rule
+from assay.poc.verdict.residuals import residuals
 from assay.stats import LogNoise, ScaleNoise
 from tests.laws import QWEN3
 
@@ -175,7 +175,7 @@ def test_artifacts_are_verified_the_same_way(reference_model):
 
 def test_one_invented_value_among_honest_ones_shows(proof: Proof, small_model):
     records = list(proof.records)
-    records[7] = DistanceRecord(7, distance=proof.records[7].distance + 0.01)
+    records[7] = Record(7, distance=proof.records[7].distance + 0.01)
     verdict = verify(Proof.build(proof.header, records, 1.0), small_model)
     assert verdict.sequential.gross == 1
     assert verdict.fraud, verdict.reason
@@ -273,8 +273,8 @@ def test_count_rule_of_vectors():
 
 
 def test_missing_and_non_finite_values_never_match(proof: Proof):
-    received = [DistanceRecord(0, math.nan), DistanceRecord(1, math.inf)]
-    recomputed = [DistanceRecord(0, 1.4), DistanceRecord(1, 1.4)]
+    received = [Record(0, distance=math.nan), Record(1, distance=math.inf)]
+    recomputed = [Record(0, distance=1.4), Record(1, distance=1.4)]
     assert not np.isfinite(residuals(received, recomputed)).any()
     verdict = judge(proof, received, recomputed, Noise(ScaleNoise(1e-4), "test"))
     assert verdict.fraud
@@ -282,11 +282,11 @@ def test_missing_and_non_finite_values_never_match(proof: Proof):
     assert verdict.as_dict()["residuals"] == [None, None]
     vector = np.zeros(12, np.float16)
     odd = [
-        DistanceRecord(0, 1.4),
-        VectorRecord(1, vector[:5]),
-        VectorRecord(2, vector + np.float16(np.nan)),
+        Record(0, distance=1.4),
+        Record(1, vector=vector[:5]),
+        Record(2, vector=vector + np.float16(np.nan)),
     ]
-    errors = residuals(odd, [VectorRecord(n, vector) for n in range(3)])
+    errors = residuals(odd, [Record(n, vector=vector) for n in range(3)])
     assert not np.isfinite(errors).any()
     assert count_mismatches(errors).mismatches == 3
 
@@ -307,7 +307,7 @@ def test_a_machine_that_is_wrong_at_fixed_places_is_faulty_and_not_a_fraud(small
     def shifted(places: set[int]) -> Proof:
         """The proof of a node whose distances are off at these places of every batch of eight."""
         records = [
-            DistanceRecord(r.nonce, float(np.float32(r.distance + 2e-3))) if i % 8 in places else r
+            Record(r.nonce, distance=float(np.float32(r.distance + 2e-3))) if i % 8 in places else r
             for i, r in enumerate(honest.records)
         ]
         return Proof.build(honest.header, records, 1.0)

@@ -17,7 +17,7 @@ from assay.errors import UsageError
 from assay.models import load_model
 from assay.poc import HFEngine
 from assay.poc.cheats import rounded
-from assay.poc.protocol.proof import pack_record
+from assay.poc.protocol.records import pack_record
 from assay.poc.vllm.vllm_engine import VLLMEngine
 from tests.vllm.conftest import SMALL, SMALL_ENGINE, check_idle, make_round
 
@@ -105,17 +105,17 @@ def test_a_replay_gives_the_margins_of_transformers_for_any_tokens(engine, model
     tokens[1, 10], tokens[2, 20] = (tokens[1, 10] + 1) % 4096, 2**31
     found = {}
     for name, one in (("vllm", engine), ("hf", HFEngine(model, batch_size=8, seq_len=PROMPT))):
-        with closing(one.replayed(round, pipeline, range(4), tokens)) as batches:
+        with closing(one.run(round.inputs(range(4)), pipeline, tokens)) as batches:
             found[name] = next(batches)
     vllm = found["vllm"]
     hf = found["hf"]
-    assert np.isinf(vllm.margins[2, 20])
-    assert vllm.margins[1, 10] > 0
-    finite = np.isfinite(hf.margins)
-    assert (finite == np.isfinite(vllm.margins)).all()
+    assert np.isinf(vllm["margins"][2, 20])
+    assert vllm["margins"][1, 10] > 0
+    finite = np.isfinite(hf["margins"])
+    assert (finite == np.isfinite(vllm["margins"])).all()
     tight = 1e-3 if dtype == "float32" else 0.5
-    np.testing.assert_allclose(vllm.margins[finite], hf.margins[finite], atol=tight)
-    assert np.abs(vllm.sketches.astype(float) - hf.sketches).max() <= (
+    np.testing.assert_allclose(vllm["margins"][finite], hf["margins"][finite], atol=tight)
+    assert np.abs(vllm["sketches"].astype(float) - hf["sketches"]).max() <= (
         2e-3 if dtype == "float32" else 0.1
     )
 

@@ -94,7 +94,12 @@ def test_other_lengths_give_the_same_bits(engine, seq_len: int):
     for path in ("auto", "requests"):
         throttle.settings = throttle.settings.model_copy(update={"path": path})
         values.append(
-            np.concatenate(list(other.outputs(round, poc.get_pipeline("hardened"), range(20))))
+            np.concatenate(
+                [
+                    batch["vector"]
+                    for batch in other.run(round.inputs(range(20)), poc.get_pipeline("hardened"))
+                ]
+            )
         )
     throttle.settings = throttle.settings.model_copy(update={"path": "auto"})
     assert engine._client.direct.nonces - before == 20
@@ -114,8 +119,8 @@ def test_recorded_passes_give_the_same_bits():
         batch = made._client.direct._sizers[SEQ_LEN].batch
         shorter = replace_shape(made, seq_len=32, batch_size=8)
         list(
-            shorter.outputs(
-                make_round("hardened", seq_len=32), poc.get_pipeline("hardened"), range(256)
+            shorter.run(
+                make_round("hardened", seq_len=32).inputs(range(256)), poc.get_pipeline("hardened")
             )
         )
         before = made.counts()[0]["replayed"]  # the graph of the other length is held now

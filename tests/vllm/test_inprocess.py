@@ -149,14 +149,14 @@ def test_a_stream_that_a_worker_refuses_is_held_by_none(engine, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(engine._client, "call", refuse)
         with pytest.raises(UsageError, match="a reason"):
-            next(engine.outputs(make_round(), poc.get_pipeline("poc-2.0"), range(4)))
+            next(engine.run(make_round().inputs(range(4)), poc.get_pipeline("poc-2.0")))
     assert nothing_is_held(engine)
 
 
 def test_a_stream_that_is_closed_in_the_middle_leaves_nothing(engine):
     for _ in range(5):
-        outputs = engine.outputs(
-            make_round(key="closed"), poc.get_pipeline("poc-2.0"), range(2**40)
+        outputs = engine.run(
+            make_round(key="closed").inputs(range(2**40)), poc.get_pipeline("poc-2.0")
         )
         next(outputs)
         outputs.close()
@@ -204,12 +204,10 @@ def test_ten_thousand_nonces_leave_no_rows(engine):
     """
     small = replace_shape(engine, seq_len=4, batch_size=10_000)
     count = 0
-    outputs = small.outputs(
-        make_round(seq_len=4, key="soak"), poc.get_pipeline("artifact"), range(10_000)
-    )
-    for values in outputs:
-        count += len(values)
-        assert np.isfinite(values).all()
+    inputs = make_round(seq_len=4, key="soak").inputs(range(10_000))
+    for values in small.run(inputs, poc.get_pipeline("artifact")):
+        count += len(values["vector"])
+        assert np.isfinite(values["vector"]).all()
     assert count == 10_000
     assert nothing_is_held(engine)
 
@@ -223,9 +221,8 @@ def test_the_longest_sequence_is_refused_before_it_runs(engine):
     with pytest.raises(UsageError, match="max-model-len"):
         replace_shape(engine, seq_len=256, batch_size=1)
     longest = replace_shape(engine, seq_len=255, batch_size=1)
-    assert next(
-        longest.outputs(make_round(seq_len=255), poc.get_pipeline("artifact"), [0])
-    ).shape == (1, 12)
+    values = next(longest.run(make_round(seq_len=255).inputs([0]), poc.get_pipeline("artifact")))
+    assert values["vector"].shape == (1, 12)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_an_engine_that_dies_fails_its_nonces_in_words_and_logs_no_trace(
     made, logged = loop
     engine = engine_on(llm, made, monkeypatch)
     with pytest.raises(ModelError, match=words):
-        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+        next(engine.run(SPEC.round.inputs(range(64)), SPEC.pipeline))
     gc.collect()  # asyncio logs errors that were not looked at when their tasks are freed
     assert logged == []
     assert engine._client.throttle.in_flight == 0
@@ -135,7 +135,7 @@ def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(
     made, logged = loop
     llm = DyingLLM(None)
     engine = engine_on(llm, made, monkeypatch)
-    outputs = engine.outputs(SPEC.round, SPEC.pipeline, range(64))
+    outputs = engine.run(SPEC.round.inputs(range(64)), SPEC.pipeline)
     raised = []
 
     def work() -> None:
@@ -153,7 +153,7 @@ def test_an_engine_that_ends_gives_up_its_nonces_and_keeps_nobody_waiting(
     assert (llm.given_up, llm.called) == (4, ["assay_open", "assay_close"])
     assert engine._client.throttle.in_flight == 0
     with pytest.raises(ModelError, match="has ended"):
-        next(engine.outputs(SPEC.round, SPEC.pipeline, range(64)))
+        next(engine.run(SPEC.round.inputs(range(64)), SPEC.pipeline))
     gc.collect()
     assert logged == []
 

@@ -15,7 +15,7 @@ from assay.errors import UsageError
 from assay.models.frame import Frame
 from assay.poc import Round, get_pipeline
 from assay.poc.engines.base import noise_inputs, token_inputs
-from assay.poc.engines.hf.engine import Draws
+from assay.poc.engines.hf.decoding import Draws
 from assay.poc.protocol.pipelines import sketch_steps
 from assay.poc.vllm import rows as _rows
 from assay.poc.vllm import worker as _extension
@@ -133,7 +133,7 @@ def test_new_nonces_of_a_step_get_their_own_inputs_however_they_are_grouped(
         assert (nonce in hooks.rows.get(key).filled) == (nonce != 3)
         if nonce != 3:
             alone = noise_inputs(
-                backend, keys[key].round, [nonce], seq_len=8, hidden_size=16, dtype="float32"
+                backend, keys[key].round.inputs([nonce]), seq_len=8, hidden_size=16, dtype="float32"
             )[0]
             assert torch.equal(request.prompt_embeds, alone)
             assert request.prompt_is_token_ids == [False] * 8
@@ -146,7 +146,7 @@ def test_nonces_of_a_frame_are_kept_only_where_their_prompts_are_their_own_token
     hooks = hooks_on(runner)
     spec = Spec(round, get_pipeline("tokens-1"), FRAME)
     hooks.rows.open(key, spec)
-    own = token_inputs(round, FRAME, [1], seq_len=8)[0].tolist()
+    own = token_inputs(round.inputs([1]), FRAME, seq_len=8)[0].tolist()
     sent = {1: (own, None), 2: (own, None), 3: ([0] * 8, torch.zeros(8, D))}
     named = [
         {"req_id": request_id(key, n), "prompt_token_ids": i, "prompt_embeds": e}
@@ -186,7 +186,7 @@ def test_chunks_of_a_step_are_summed_each_for_itself_however_they_are_grouped(
     spec = Spec(round, get_pipeline(preset), FRAME if preset == "tokens-1" else None)
     hooks.rows.open(key, spec)
     states_BTD = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(0))
-    reading = hooks.transform(spec).reading(range(5), 8)
+    reading = hooks.transform(spec).reading(spec.round.inputs(range(5)), 8)
     steps = [[(0, 0, 8), (3, 0, 5), (1, 0, 8)], [(4, 0, 5), (2, 0, 8)], [(3, 5, 8), (4, 5, 8)]]
     for nonce in range(5):
         hooks.rows.get(key).fill(nonce)
@@ -305,7 +305,10 @@ def defined(rounded: bool) -> tuple[Draws, list[list[int]], np.ndarray]:
     float32.
     """
     draws = Draws(
-        SimpleNamespace(seq_len=P, vocab_size=V, device=torch.device("cpu")), *DECODING[:2], NONCES
+        DECODING.round.inputs(NONCES),
+        DECODING.pipeline,
+        seq_len=P,
+        model=SimpleNamespace(vocab_size=V, device=torch.device("cpu")),
     )
     texts = [list(ids) for ids in draws.prompts_BP.tolist()]
     states = []

@@ -308,7 +308,7 @@ def overheads(
 
     def plain() -> float:
         started = time.perf_counter()
-        engine.read(engine.inputs(round, nonces)).cpu()  # waits for the device
+        engine.read(engine.embeddings(round.inputs(nonces))).cpu()  # waits for the device
         return time.perf_counter() - started
 
     def randomised(name: str) -> float:
@@ -455,7 +455,7 @@ def _context_effect(engine: HFEngine, round: Round) -> float:
     Two unrelated states are √2 apart; where this is zero, the layers do nothing that depends on the
     sequence.
     """
-    inputs_BTD = engine.inputs(round, range(engine.batch_size))
+    inputs_BTD = engine.embeddings(round.inputs(range(engine.batch_size)))
     reversed_BTD = torch.cat([inputs_BTD[:, :-1].flip(1), inputs_BTD[:, -1:]], dim=1)
     before_BD, after_BD = (unit(engine.read(given)) for given in (inputs_BTD, reversed_BTD))
     return float(torch.linalg.vector_norm(before_BD - after_BD, dim=-1).mean())

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from assay.models.model import Model
-from assay.poc.engines.hf.engine import Draws, HFEngine
+from assay.poc.engines.hf.decoding import Draws
+from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, Pipeline
-from assay.poc.protocol.proof import Proof, TokenRecord
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.round import Input
 from assay.poc.prover import prove
 
 
@@ -33,17 +34,18 @@ def drafted(honest: Proof, model: Model, draft: Model, *, batch_size: int = 16) 
     nonces = [record.nonce for record in honest.records]
     guessed = prove(draft, honest.round, nonces, batch_size=batch_size)
     engine = HFEngine(model, batch_size=batch_size, seq_len=honest.round.seq_len)
-    tokens_MN = np.stack([record.tokens for record in _tokens(guessed)])
-    replayed = engine.replayed(honest.round, honest.header.pipeline, nonces, tokens_MN)
-    sketches_MSK = np.concatenate([batch.sketches for batch in replayed])
-    return _proof(honest, map(TokenRecord, nonces, tokens_MN, sketches_MSK))
+    tokens_MN = np.stack([record.tokens for record in guessed.records])
+    replayed = engine.run(honest.round.inputs(nonces), honest.header.pipeline, tokens_MN)
+    sketches_MSK = np.concatenate([values["sketches"] for values in replayed])
+    rows = zip(guessed.records, sketches_MSK, strict=True)
+    return _proof(honest, [replace(record, sketches=sketches) for record, sketches in rows])
 
 
 def forgetful(honest: Proof, model: Model, *, batch_size: int = 16) -> Proof:
     """Return what the model decodes where the first half of every prompt is left out."""
     engine = _Forgetful(model, batch_size=batch_size, seq_len=honest.round.seq_len)
     nonces = [record.nonce for record in honest.records]
-    return _proof(honest, _tokens(prove(model, honest.round, nonces, engine=engine)))
+    return _proof(honest, prove(model, honest.round, nonces, engine=engine).records)
 
 
 def repeated(honest: Proof) -> Proof:
@@ -62,7 +64,7 @@ def repeated(honest: Proof) -> Proof:
                     record.sketches[: -(-half // SKETCH_EVERY)], record.sketches.shape
                 ),
             )
-            for record in _tokens(honest)
+            for record in honest.records
         ),
     )
 
@@ -72,7 +74,7 @@ def recycled(honest: Proof, *, seed: int = 0) -> Proof:
 
     They are drawn because a machine that is wrong at fixed places of its batches counts as faulty.
     """
-    records = _tokens(honest)
+    records = honest.records
     chosen = np.random.default_rng(seed).permutation(len(records)) % 2 == 1
     return _proof(
         honest,
@@ -86,14 +88,10 @@ def recycled(honest: Proof, *, seed: int = 0) -> Proof:
 class _Forgetful(HFEngine):
     """An engine that drops the first half of every prompt."""
 
-    def draws(self, round: Round, pipeline: Pipeline, nonces: Sequence[int]) -> Draws:
-        made = super().draws(round, pipeline, nonces)
-        made.prompts_BP = made.prompts_BP[:, self.seq_len // 2 :]
-        return made
-
-
-def _tokens(proof: Proof) -> list[TokenRecord]:
-    return [record for record in proof.records if isinstance(record, TokenRecord)]
+    def draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> Draws:
+        draws = super().draws(inputs, pipeline)
+        draws.prompts_BP = draws.prompts_BP[:, self.seq_len // 2 :]
+        return draws
 
 
 def _proof(honest: Proof, records: Iterable[Any]) -> Proof:

@@ -35,8 +35,11 @@ import numpy as np
 import sqlalchemy as sa
 
 from assay.errors import DataError, UsageError
-from assay.poc.verdict.ledger import AT_ONCE, LEDGER, UPDATES, Source, open_source, read_noise
-from assay.poc.verdict.life import Account, Entry, Genesis, Life, log_average
+from assay.poc.verdict.entries import Account, Entry, Genesis
+from assay.poc.verdict.ledger import take_entry
+from assay.poc.verdict.ledger_audit import LedgerSource, open_source
+from assay.poc.verdict.ledger_tables import AT_ONCE, LEDGER, UPDATES, read_noise
+from assay.poc.verdict.life import Life, log_average
 from assay.stats.e_values import Decision, decide
 
 MOST_LEDGERS = 1000
@@ -142,7 +145,7 @@ def merge_ledgers(
     return [_decide(account, ids, shares[account], rates, liars) for account in sorted(shares)]
 
 
-def _checked(source: Source) -> Genesis:
+def _checked(source: LedgerSource) -> Genesis:
     """Audit a ledger and return its beginning."""
     found = source.audit()
     if found.faults:
@@ -186,7 +189,7 @@ def _rate(name: str, given: float | None, rates: Sequence[float]) -> float:
 
 
 def _stopped(
-    source: Source, genesis: Genesis, rates: dict[str, float], ledgers: int
+    source: LedgerSource, genesis: Genesis, rates: dict[str, float], ledgers: int
 ) -> Iterator[tuple[Account, LedgerShare]]:
     """Yield every account of a ledger with what it adds, from its evidence.
 
@@ -205,7 +208,7 @@ def _stopped(
             log_e = -math.inf
             log_honest = -math.inf
             for entry in entries:
-                found = entry.give(life, read_noise(connection, entry.law)).evidence
+                found = take_entry(life, entry, read_noise(connection, entry.law)).evidence
                 if log_e < needed_e <= found.log_e_value:
                     log_e = _standing(life)
                 if log_honest < needed_honest:

@@ -28,7 +28,10 @@ from assay.errors import DataError
 from assay.files.jsonl import JsonObject, loads, read_lines
 from assay.files.reading import read_whole
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibration import Calibration, Machine, check_compared, fit_build
+from assay.poc.verdict.build_noise import Machine
+from assay.poc.verdict.calibration_file import Calibration
+from assay.poc.verdict.machine_fit import fit_build
+from assay.poc.verdict.proof_calibration import check_compared
 
 LARGEST_FILE = 2**28  # bytes, as it is stored
 LARGEST_CONTENT = 2**29  # bytes, without gzip

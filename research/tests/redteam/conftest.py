@@ -15,17 +15,15 @@ T = 32
 @pytest.fixture(scope="session")
 def inputs_btd(small_model) -> torch.Tensor:
     engine = HFEngine(small_model, batch_size=4, seq_len=T)
-    return engine.inputs(
-        Round(block_hash="b", public_key="k", seq_len=T, preset="hardened"), range(4)
-    )
+    round = Round(block_hash="b", public_key="k", seq_len=T, preset="hardened")
+    return engine.embeddings(round.inputs(range(4)))
 
 
 @pytest.fixture(scope="session")
 def guesses(small_model) -> Guesses:
     engine = HFEngine(small_model, batch_size=64, seq_len=T)
-    return Guesses(
-        small_model, engine.inputs(Round(block_hash="own", public_key="k", seq_len=T), range(64))
-    )
+    round = Round(block_hash="own", public_key="k", seq_len=T)
+    return Guesses(small_model, engine.embeddings(round.inputs(range(64))))
 
 
 @pytest.fixture(scope="session")

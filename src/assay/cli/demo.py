@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from assay.pages.report import BadgeKind, Cell, Report
     from assay.poc.protocol.proof import Proof
     from assay.poc.protocol.round import Round
-    from assay.poc.verdict.calibration import Calibration
-    from assay.poc.verdict.judge import Verdict
+    from assay.poc.verdict.calibration_file import Calibration
+    from assay.poc.verdict.proof_judge import ProofVerdict
     from assay.vhack.detectors.comparison import Comparison
 
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
     name: str
     proof: "Proof"
-    verdict: "Verdict"
+    verdict: "ProofVerdict"
 
     def row(self) -> list[str]:
         """Return the cells of :data:`COLUMNS`."""
@@ -82,7 +82,7 @@ def measure_law(model: "Model") -> "Calibration | None":
     has the law.
     """
     from assay import poc
-    from assay.poc.verdict.noise import is_bundled
+    from assay.poc.verdict.honest_noise import is_bundled
 
     if is_bundled(model.digest):
         return None

@@ -39,7 +39,7 @@ PinsFile = Annotated[
     PINS,
     Field(description="What the network agreed on; other settings must agree with it."),
 ]
-_CALIBRATION = Flag(reads="assay.poc.verdict.calibration:Calibration.load")
+_CALIBRATION = Flag(reads="assay.poc.verdict.calibration_file:Calibration.load")
 CalibrationFile = Annotated[Path | None, _CALIBRATION]
 CalibrationFiles = Annotated[tuple[Path, ...], _CALIBRATION]
 FrameToRead = Annotated[Path | None, Flag(reads="assay.models.frame:Frame.load")]

@@ -19,7 +19,7 @@ from assay.errors import UsageError, visible
 from assay.settings import Settings
 
 if TYPE_CHECKING:
-    from assay.poc.verdict.life import Account, Entry, Standing
+    from assay.poc.verdict.entries import Account, Entry, Standing
 
 ledger = poc.group_of(
     "ledger", "Look at ledgers of nodes' lives.", panel="Validator", elsewhere=("merge",)
@@ -122,7 +122,7 @@ def audit(chosen: AuditSettings, as_json: bool) -> int:
     Exit code 0 clean, 1 tampered with, 2 bad input. Whoever rewrites the whole ledger, hashes
     included, can only be found by a head that was published before: give it with --head.
     """
-    from assay.poc.verdict.ledger import audit_ledger
+    from assay.poc.verdict.ledger_audit import audit_ledger
 
     found = audit_ledger(chosen.ledger, head=chosen.head)
     if as_json:

@@ -39,9 +39,9 @@ from assay.settings import Flag, Names, Settings, Spelling
 
 if TYPE_CHECKING:
     from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import Calibration
-    from assay.poc.verdict.judge import Verdict
-    from assay.poc.verdict.life import Standing
+    from assay.poc.verdict.calibration_file import Calibration
+    from assay.poc.verdict.entries import Standing
+    from assay.poc.verdict.proof_judge import ProofVerdict
 
 
 # public key of rounds that are proved to be published, and the beginning of their block hashes
@@ -490,7 +490,7 @@ def _in_column(text: str) -> str:
     return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
 
 
-def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
+def _print_verdict(verdict: "ProofVerdict", standing: "Standing | None") -> None:
     noise = verdict.noise
     sequential = verdict.sequential
     count = verdict.count
@@ -540,7 +540,7 @@ def _print_verdict(verdict: "Verdict", standing: "Standing | None") -> None:
     table(("", "result"), rows)
 
 
-def _sentence(verdict: "Verdict") -> str:
+def _sentence(verdict: "ProofVerdict") -> str:
     """Return what a verdict comes to, for a reader who knows no statistics."""
     checked = f"of {verdict.proved} nonces {verdict.checked} were recomputed"
     said = {
@@ -661,7 +661,7 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     Example: assay poc calibrate --valid-rate 0.1
     """
-    from assay.poc.verdict.calibration import Calibration
+    from assay.poc.verdict.calibration_file import Calibration
 
     files = [
         path
@@ -696,7 +696,7 @@ def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
 
     from assay.files.jsonl import dumps
     from assay.poc.protocol.proof import Proof
-    from assay.poc.verdict.calibration import check_one_checkpoint
+    from assay.poc.verdict.proof_calibration import check_one_checkpoint
 
     proofs = [*map(Proof.load, paths)]  # before torch is imported
     texts = {
@@ -712,7 +712,7 @@ def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
 
 def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: bool) -> None:
     """Print the r_target of a share of valid nonces."""
-    from assay.poc.verdict.calibration import Calibration
+    from assay.poc.verdict.calibration_file import Calibration
 
     if chosen.calibration is not None:
         Calibration.load(chosen.calibration)
@@ -984,8 +984,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     """
     from assay import poc
     from assay.poc.network_pins import find_pinned_calibration, list_open, list_pinned
-    from assay.poc.verdict.calibration import Calibration, account_alpha, describe_promise
-    from assay.poc.verdict.noise import missing_law
+    from assay.poc.verdict.calibration_file import Calibration, account_alpha, describe_promise
+    from assay.poc.verdict.honest_noise import missing_law
 
     known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
     if chosen.proof is None and any(value is not None for value in known.values()):

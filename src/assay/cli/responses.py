@@ -145,7 +145,7 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     from assay.poc import responses
     from assay.poc.audit import with_token_ids
     from assay.poc.launch import load
-    from assay.poc.protocol.round import check_name
+    from assay.poc.protocol.checks import check_name
 
     for name in ("block_hash", "public_key"):
         check_name(

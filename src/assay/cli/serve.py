@@ -115,7 +115,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     from assay.poc.net.server import check_port
     from assay.poc.net.server_settings import check_host
     from assay.poc.protocol.round import Round
-    from assay.poc.verdict.calibration import account_alpha
+    from assay.poc.verdict.calibration_file import account_alpha
     from assay.poc.verdict.ledger import check_ledger
 
     check_folder(service.data_dir)  # first what needs no torch
@@ -126,7 +126,7 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
     check_host(chosen.host, service)
     check_port(chosen.host, chosen.port)
     from assay.models.catalogue import model_info
-    from assay.poc.engines.hf.engine import check_shape
+    from assay.poc.engines.hf.shapes import check_shape
     from assay.poc.service.service_api import serve
 
     # Before there is a database. A round has a length of its own, so only one that was chosen here

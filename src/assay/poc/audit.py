@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 from assay.errors import CalibrationError, UsageError
 from assay.poc.launch import Launch, check_judge, check_loadable, load, open_judge, open_prefill
 from assay.poc.network_pins import find_pinned_calibration
+from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.proof import Header, Proof
+from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.round import Round
 from assay.poc.responses.receipts import Receipts
 from assay.poc.responses.requests import Request, encode_requests, read_requests
@@ -33,14 +34,14 @@ from assay.poc.responses.response_verdict import (
     noise_between,
     sample_receipts,
 )
-from assay.poc.verdict.calibration import Calibration, account_alpha
-from assay.poc.verdict.judge import Verdict
+from assay.poc.verdict.calibration_file import Calibration, account_alpha
+from assay.poc.verdict.entries import Standing
+from assay.poc.verdict.honest_noise import bundled_noise, missing_law
 from assay.poc.verdict.ledger import Ledger, check_ledger
-from assay.poc.verdict.life import Standing
-from assay.poc.verdict.noise import bundled_noise, missing_law
-from assay.poc.verdict.proofs import check_proof
+from assay.poc.verdict.proof_checks import check_proof
+from assay.poc.verdict.proof_judge import ProofVerdict
 
-V = TypeVar("V", Verdict, ResponseVerdict)
+V = TypeVar("V", ProofVerdict, ResponseVerdict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Auditor(Launch):
 
     def audit_proof(
         self, path: Path, *, given: Pins | None = None, positions: tuple[int, int] | None = None
-    ) -> "Audit[Verdict]":
+    ) -> "Audit[ProofVerdict]":
         """Recompute a sample of a proof and judge it.
 
         Args:

@@ -18,7 +18,8 @@ from assay.errors import UsageError
 from assay.models.decoder import decoder_layers
 from assay.models.eight_bits import EightBitLinear
 from assay.models.model import Model
-from assay.poc.protocol.proof import DistanceRecord, Proof
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
 from assay.stats.chord import RANDOM_HEAD_ROWS, chord_mean, chord_std
 
@@ -71,7 +72,7 @@ def invented(proof: Proof, seed: int = 0) -> Proof:
         chord_mean(RANDOM_HEAD_ROWS), chord_std(RANDOM_HEAD_ROWS), len(proof.records)
     )
     records = [
-        DistanceRecord(record.nonce, float(value))
+        Record(record.nonce, distance=float(value))
         for record, value in zip(proof.records, drawn, strict=True)
     ]
     return Proof.build(proof.header, records, proof.footer.seconds)

@@ -14,8 +14,9 @@ from assay.errors import UsageError
 from assay.models.frame import POSITIONS, SEQUENCES, Frame
 from assay.models.model import Model
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.checks import join_prefixed
 from assay.poc.protocol.pipelines import Positions
-from assay.poc.protocol.round import VERSION, join_prefixed
+from assay.poc.protocol.round import VERSION
 from assay.poc.prover import Progress
 
 _BATCH = 8
@@ -67,7 +68,7 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
     first = Positions().first(positions)
     found = []
     for start in range(0, SEQUENCES, _BATCH):
-        states_BTD = engine.states(engine.embed(ids_ST[start : start + _BATCH]))
+        states_BTD = engine.states(engine.embed_tokens(ids_ST[start : start + _BATCH]))
         found.append(states_BTD[:, first:].cpu().double().numpy().reshape(-1, model.hidden_size))
         if progress:
             progress(start + _BATCH, SEQUENCES)

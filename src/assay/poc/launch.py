@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from assay.errors import ProofMismatch, UsageError
 from assay.files.references import find_path
 from assay.models.frame import Frame
+from assay.poc.protocol.checks import check_batch_size
+from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import of_weights
 from assay.poc.protocol.pipelines import (
     Pipeline,
@@ -24,10 +26,8 @@ from assay.poc.protocol.pipelines import (
     runs_on_vllm,
     unsupported,
 )
-from assay.poc.protocol.proof import Header
-from assay.poc.protocol.round import check_batch_size
 from assay.poc.responses.receipts import Receipts
-from assay.poc.verdict.calibration import Calibration
+from assay.poc.verdict.calibration_file import Calibration
 from assay.poc.vllm.compatibility import check_installed
 from assay.settings import NUMBER_FORMATS
 
@@ -114,7 +114,7 @@ class Proving(Launch):
 
     def shape(self, model: "Model", pipeline: Pipeline) -> dict[str, Any]:
         """Return the arguments of an hf engine for a loaded model."""
-        from assay.poc.engines.hf.engine import auto_batch
+        from assay.poc.engines.hf.shapes import auto_batch
 
         size = (
             auto_batch(model, self.seq_len + pipeline.steps)
@@ -165,7 +165,8 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     chosen.check(pipeline)
     frame = chosen.read_frame(pipeline)
     from assay.models.catalogue import model_info
-    from assay.poc.engines.hf.engine import HFEngine, be_deterministic, check_shape
+    from assay.poc.engines.hf.engine import HFEngine, be_deterministic
+    from assay.poc.engines.hf.shapes import check_shape
 
     check_shape(
         model_info(chosen.model), batch_size=size, seq_len=chosen.seq_len, steps=pipeline.steps

@@ -25,12 +25,14 @@ from assay import stats
 from assay.errors import ProofMismatch, UsageError
 from assay.models.catalogue import model_info
 from assay.models.load import load_model
-from assay.poc.engines.hf.engine import measure_block_factor
-from assay.poc.protocol.proof import Proof, VectorRecord
+from assay.poc.engines.hf.block_factor import measure_block_factor
+from assay.poc.protocol.proof import Proof
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import block_target
-from assay.poc.verdict.calibration import BuildNoise, Calibration, calibrate
-from assay.poc.verdict.noise import FloatArray, Law, law_as_dict
+from assay.poc.verdict.build_noise import BuildNoise
+from assay.poc.verdict.calibration_file import Calibration
+from assay.poc.verdict.laws import FloatArray, Law, law_as_dict
+from assay.poc.verdict.proof_calibration import calibrate
 from assay.stats.block_law import BlockLaw
 from assay.stats.chord import RANDOM_HEAD_ROWS
 
@@ -129,7 +131,7 @@ def measure_r_target(
         )
     per_block: dict[str, list[FloatArray]] = {}
     for proof in given:
-        vectors = [record.vector for record in proof.records if isinstance(record, VectorRecord)]
+        vectors = [record.vector for record in proof.records if record.vector is not None]
         values = np.array(vectors) if vectors else proof.distances
         per_block.setdefault(proof.round.block_hash, []).append(
             distances_to_target(values, proof.round)

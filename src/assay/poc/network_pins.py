@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from assay.errors import CalibrationError, ProofMismatch, UsageError
 from assay.files.storage import write_atomic
 from assay.poc.launch import Proving
+from assay.poc.protocol.checks import check_name
+from assay.poc.protocol.fingerprint import Fingerprint
+from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Build, Pins, describe_build, nearest_build, of_weights
 from assay.poc.protocol.pins_file import (
     BUILD_FIELDS,
@@ -23,10 +26,10 @@ from assay.poc.protocol.pins_file import (
     pins_text,
 )
 from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
-from assay.poc.protocol.proof import Fingerprint, Header, Proof
-from assay.poc.protocol.round import Round, check_name
-from assay.poc.verdict.calibration import Calibration
-from assay.poc.verdict.noise import bundled_noise
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.round import Round
+from assay.poc.verdict.calibration_file import Calibration
+from assay.poc.verdict.honest_noise import bundled_noise
 
 if TYPE_CHECKING:
     from assay.models.model import Model
@@ -264,7 +267,7 @@ def write_pins(
     # Imported when nothing more can be refused without it.
     from assay.models.catalogue import model_info
     from assay.models.load import identify
-    from assay.poc.engines.hf.engine import check_shape
+    from assay.poc.engines.hf.shapes import check_shape
 
     if asked["seq_len"] is not None:  # the default is one to be changed in the file
         steps = get_pipeline(round["preset"]).steps

@@ -29,19 +29,26 @@ from assay.files.storage import check_folder, check_new_file, write_atomic
 from assay.models.catalogue import model_info
 from assay.models.frame import POSITIONS, SEQUENCES
 from assay.models.model import Model
+from assay.poc.engines.hf.block_factor import read_block_factor
 from assay.poc.engines.hf.compiled_forward import worth_compiling
-from assay.poc.engines.hf.engine import HFEngine, check_shape, read_block_factor
+from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.engines.hf.shapes import check_shape
 from assay.poc.frames import measure_frame
 from assay.poc.launch import check_loadable, load, usual_preset
 from assay.poc.protocol.blocks import block_scale, has_block_factor
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import check_extent
 from assay.poc.protocol.pipelines import Pipeline, check_frame_file, get_pipeline
-from assay.poc.protocol.proof import Fingerprint, Proof, Record
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
-from assay.poc.prover import Progress, describe_proof, prove, recompute
-from assay.poc.verdict.calibration import Calibration, Residuals, describe_machines, fit_build
-from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import Control, FloatArray
+from assay.poc.prover import Progress, compute, describe_proof, prove
+from assay.poc.verdict.build_noise import describe_machines
+from assay.poc.verdict.calibration_file import Calibration
+from assay.poc.verdict.control import Control
+from assay.poc.verdict.laws import FloatArray
+from assay.poc.verdict.machine_fit import Residuals, fit_build
+from assay.poc.verdict.residuals import residuals
 
 FORMATS = ("bfloat16", "float16", "float32")
 POSITIONS_OF_FULL = 256
@@ -268,7 +275,7 @@ def _seconds_per_position(model: Model, seq_len: int) -> float:
     positions = min(seq_len, model.max_positions)
     rows = max(1, min(SHAPES[0].batch_size, math.ceil(TIMED / positions)))
     engine = HFEngine(model, batch_size=rows, seq_len=positions)
-    inputs_BTD = engine.embed(np.ones((rows, positions), np.int64))
+    inputs_BTD = engine.embed_tokens(np.ones((rows, positions), np.int64))
     for _ in range(2):
         began = time.perf_counter()
         engine.states(inputs_BTD).cpu()
@@ -322,7 +329,8 @@ class _Store:
 
         def replayed() -> list[float]:
             records: list[Record] = []
-            for batch in recompute(proof.header, engine, proof.records):
+            inputs = proof.round.inputs([record.nonce for record in proof.records])
+            for batch in compute(engine, proof.header.pipeline, inputs, proof.records):
                 records.extend(batch)
             return [float(value) for value in residuals(proof.records, records)]
 

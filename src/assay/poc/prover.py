@@ -1,15 +1,12 @@
 """The prover: nonces in, records out, in batches of one fixed shape."""
 
-import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from assay.errors import ModelError, UsageError, not_finite
 from assay.files.jsonl import dumps
@@ -18,20 +15,12 @@ from assay.models.model import Model
 from assay.poc.engines.base import Engine, check_supported
 from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.header import Header, runs_of
 from assay.poc.protocol.pipelines import Pipeline, check_frame, get_pipeline
-from assay.poc.protocol.proof import (
-    DistanceRecord,
-    Header,
-    Proof,
-    Record,
-    TokenRecord,
-    VectorRecord,
-    parse_record_line,
-    runs_of,
-)
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.proof import Proof, parse_record_line
+from assay.poc.protocol.records import Record, published_form
+from assay.poc.protocol.round import Input, Round
 
-T = TypeVar("T")
 DEFAULT_BATCH = 32
 
 Progress = Callable[[int, int], None]
@@ -124,7 +113,7 @@ def prove(
             )
         if progress:
             progress(len(records), len(chosen))
-        for batch in compute(header, engine, chosen[len(records) :]):
+        for batch in compute(engine, header.pipeline, round.inputs(chosen[len(records) :])):
             records.extend(batch)
             if out:
                 out.append_lines(map(header.line, batch))
@@ -184,77 +173,58 @@ def check_length(engine: Engine, round: Round) -> None:
         )
 
 
-def compute(header: Header, engine: Engine, nonces: Sequence[int]) -> Iterator[list[Record]]:
-    """Compute the records of nonces, one list per batch.
+def compute(
+    engine: Engine,
+    pipeline: Pipeline,
+    inputs: Sequence[Input],
+    claimed: Sequence[Record] | None = None,
+) -> Iterator[list[Record]]:
+    """Compute the records of inputs, one list per batch of the engine.
+
+    Args:
+        engine: Engine that runs the model.
+        pipeline: Preset of the inputs.
+        inputs: Inputs that may share a batch, or those of one round.
+        claimed: Received records of the inputs, of which tokens are replayed and not decoded again.
+            Tokens that follow a wrong one are judged as what the model says after it, so one
+            forward pass judges them all.
 
     Raises:
-        ModelError: The engine gives fewer or more results than nonces.
+        BadWeights: The model gives a value that is NaN or infinite.
+        ModelError: The engine gives fewer or more results than inputs.
     """
-    round = header.round
-    pipeline = header.pipeline
     check_supported(engine, pipeline)
-    if pipeline.steps:
-        for batch, made in _in_batches(engine, nonces, engine.decoded(round, pipeline, nonces)):
-            yield [TokenRecord(*row) for row in zip(batch, *made, strict=True)]
-        return
-    for batch, (values,) in _in_batches(engine, nonces, engine.outputs(round, pipeline, nonces)):
-        if not np.isfinite(values).all():
-            raise not_finite(
-                f"{round.model} gives {round.preset} a value that is NaN or infinite in "
-                f"{engine.dtype}",
-                wanted="logits that are finite and not all zero",
-            )
-        yield [_record(nonce, value) for nonce, value in zip(batch, values, strict=True)]
-
-
-def recompute(header: Header, engine: Engine, received: Sequence[Record]) -> Iterator[list[Record]]:
-    """Recompute the nonces of received records, one list per batch; tokens are replayed and not
-    decoded again.
-
-    Tokens that follow a wrong one are judged as what the model says after it, so one forward pass
-    judges them all.
-
-    Raises:
-        ModelError: The engine gives fewer or more results than nonces.
-    """
-    nonces = [record.nonce for record in received]
-    check_supported(engine, header.pipeline)
-    if not header.pipeline.steps:
-        yield from compute(header, engine, nonces)
-        return
-    given = [record for record in received if isinstance(record, TokenRecord)]
-    tokens_MN = np.stack([record.tokens for record in given])
-    for batch, made in _in_batches(
-        engine, given, engine.replayed(header.round, header.pipeline, nonces, tokens_MN)
-    ):
-        yield [
-            replace(record, margins=margins, sketches=sketches)
-            for record, margins, sketches in zip(batch, *made, strict=True)
-        ]
-
-
-def _in_batches(
-    engine: Engine, items: Sequence[T], outputs: Generator[Any]
-) -> Iterator[tuple[Sequence[T], tuple[NDArray[Any], ...]]]:
-    """Yield every batch of items with the arrays that the engine made for it, of one row for each
-    item.
-    """
-    with closing(outputs):
-        for start, made in itertools.zip_longest(range(0, len(items), engine.batch_size), outputs):
-            batch = items[:0] if start is None else items[start : start + engine.batch_size]
-            arrays = made if isinstance(made, tuple) else () if made is None else (made,)
-            if {len(array) for array in arrays} != {len(batch)}:
-                seen = (
-                    f"an engine with {len(arrays[0]) if arrays else 0} results for a batch of "
-                    f"{len(batch)} nonces"
+    claimed_MN = None
+    if pipeline.steps and claimed is not None:
+        claimed_MN = np.stack([record.tokens for record in claimed if record.tokens is not None])
+    form = published_form(pipeline)
+    done = 0
+    with closing(engine.run(inputs, pipeline, claimed_MN)) as batches:
+        for values in batches:
+            batch = inputs[done : done + engine.batch_size]
+            _check_rows({len(rows) for rows in values.values()}, len(batch))
+            # An infinite margin is that of an id without a token.
+            if any(
+                not np.isfinite(rows).all() for name, rows in values.items() if name != "margins"
+            ):
+                raise not_finite(
+                    f"preset {pipeline.name} gives a value that is NaN or infinite in {engine.dtype}",
+                    wanted="logits that are finite and not all zero",
                 )
-                do = "start the engine again; if that does not help, use --engine hf"
-                raise ModelError(seen, wanted="one result for each nonce", do=do)
-            yield batch, arrays
+            records = form.records([nonce for _, nonce in batch], values)
+            if claimed is not None and pipeline.steps:
+                tokens = (record.tokens for record in claimed[done : done + len(batch)])
+                pairs = zip(records, tokens, strict=True)
+                records = [replace(record, tokens=ids) for record, ids in pairs]
+            yield records
+            done += len(batch)
+    if done < len(inputs):
+        _check_rows({0}, len(inputs[done : done + engine.batch_size]))
 
 
-def _record(nonce: int, value: np.ndarray) -> Record:
-    if value.ndim:
-        return VectorRecord(nonce, value)
-    # The shortest decimal that reads back to the same float32.
-    return DistanceRecord(nonce, float(str(np.float32(value))))
+def _check_rows(found: set[int], expected: int) -> None:
+    """Refuse a batch in which some array has another number of rows than there are inputs."""
+    if found != {expected} or not expected:
+        seen = f"an engine with {max(found, default=0)} results for a batch of {expected} nonces"
+        do = "start the engine again; if that does not help, use --engine hf"
+        raise ModelError(seen, wanted="one result for each nonce", do=do)

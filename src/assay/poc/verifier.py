@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,14 +10,18 @@ from assay.models.model import Model
 from assay.poc.engines.base import Engine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
 from assay.poc.engines.hf.engine import HFEngine, is_compiled
+from assay.poc.protocol.fingerprint import Fingerprint
+from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Build, Pins
-from assay.poc.protocol.proof import Fingerprint, Header, Proof, Record
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
-from assay.poc.prover import Progress, check_length, frame_name, recompute
-from assay.poc.verdict.calibration import Calibration, noise_for
-from assay.poc.verdict.judge import Verdict, judge
-from assay.poc.verdict.noise import Noise, plan_sample, sequential_test
-from assay.poc.verdict.proofs import check_proof, draw_records
+from assay.poc.prover import Progress, check_length, compute, frame_name
+from assay.poc.verdict.calibration_file import Calibration, noise_for
+from assay.poc.verdict.honest_noise import Noise
+from assay.poc.verdict.proof_checks import check_proof, draw_records
+from assay.poc.verdict.proof_judge import ProofVerdict, judge
+from assay.poc.verdict.sample_plan import plan_sample, sequential_test
 from assay.streams.arrays import dtype_name
 
 # A header may claim any batch shape, and may have claimed it in a calibration; a validator follows
@@ -41,12 +44,12 @@ def verify(
     alpha: float = 1e-3,
     beta: float = 1e-2,
     progress: Progress | None = None,
-) -> Verdict:
+) -> ProofVerdict:
     """Recompute a sample of a proof's nonces and judge the whole.
 
     The header of a proof is written by the prover. A proof that contradicts ``expect`` is refused.
     Whatever ``expect`` leaves open and is not at its published default is listed in
-    :attr:`Verdict.unpinned`, and the exit code of an honest verdict is then 2 instead of 0.
+    :attr:`ProofVerdict.unpinned`, and the exit code of an honest verdict is then 2 instead of 0.
 
     Args:
         proof: Complete proof.
@@ -100,24 +103,33 @@ def verify(
     """
     header = proof.header
     pins = check_proof(proof, expect=expect, sample=sample, calibration=calibration)
-    again = [one.quantised or dtype_name(one.dtype) for one in controls]
+    formats = [control.quantised or dtype_name(control.dtype) for control in controls]
     engine, noise = judging_setup(
-        header, model, engine=engine, calibration=calibration, builds=pins.builds, controls=again
+        header, model, engine=engine, calibration=calibration, builds=pins.builds, controls=formats
     )
     test = None if noise is None else sequential_test(noise, alpha=alpha, beta=beta)
     seed = secrets.randbits(53) if seed is None else seed  # exact in every JSON reader
     size, power = plan_sample(test, len(proof.records), sample)
-    chosen = draw_records(proof, size, seed)
-    engines = [engine, *(_controlling(header, one, model) for one in controls)]
-    found: list[list[Record]] = [[] for _ in engines]
-    for one, records in zip(engines, found, strict=True):
-        for batch in recompute(header, one, chosen):
+    drawn = draw_records(proof, size, seed)
+    inputs = header.round.inputs([record.nonce for record in drawn])
+    engines = [engine, *(_controlling(header, control, model) for control in controls)]
+    recomputed: list[list[Record]] = [[] for _ in engines]
+    for own_engine, records in zip(engines, recomputed, strict=True):
+        for batch in compute(own_engine, header.pipeline, inputs, drawn):
             records.extend(batch)
             if progress:
-                progress(sum(map(len, found)), len(chosen) * len(engines))
-    more: dict[str, Any] = {"pins": pins, "test": test, "seed": seed, "power": power}
+                progress(sum(map(len, recomputed)), len(drawn) * len(engines))
+    again, *others = recomputed
     return judge(
-        proof, chosen, found[0], noise, again=dict(zip(again, found[1:], strict=True)), **more
+        proof,
+        drawn,
+        again,
+        noise,
+        controls=dict(zip(formats, others, strict=True)),
+        pins=pins,
+        test=test,
+        seed=seed,
+        power=power,
     )
 
 

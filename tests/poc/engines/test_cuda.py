@@ -121,7 +121,7 @@ def test_overlapping_changes_no_bit_and_compiling_little(monkeypatch: pytest.Mon
     overlapped = prove(model, round, range(300), engine=fast)
     eager = prove(model, round, range(300), engine=HFEngine(model, batch_size=32, seq_len=64))
     assert set(verify(overlapped, model, seed=1).residuals) == {0.0}  # with the prover's kernels
-    monkeypatch.setattr(_hf, "overlapped_outputs", _hf.plain_outputs)
+    monkeypatch.setattr(_hf, "overlapped_batches", _hf.plain_batches)
     assert bits(prove(model, round, range(300), engine=fast)) == bits(overlapped)
     spread = np.std(overlapped.distances - eager.distances)
     assert 0 < spread < bundled_noise(QWEN3, "distance", "bfloat16", "bfloat16").size

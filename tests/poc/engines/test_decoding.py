@@ -6,7 +6,7 @@ import pytest
 from assay.errors import UsageError
 from assay.poc import PIPELINES, HFEngine, Round, get_pipeline
 from assay.poc.engines.base import check_supported
-from assay.poc.vllm.vllm_engine import VLLMEngine
+from assay.poc.protocol.pipelines import runs_on_vllm
 
 STEPS = 64
 PROMPT = 16
@@ -28,7 +28,7 @@ def engine(small_model) -> HFEngine:
 @pytest.fixture(scope="module")
 def honest(engine: HFEngine):
     """Tokens and sketches of nonces 0 to 15."""
-    (batch,) = engine.decoded(ROUND, PIPELINE, range(16))
+    (batch,) = engine.run(ROUND.inputs(range(16)), PIPELINE)
     return batch
 
 
@@ -47,11 +47,14 @@ def test_a_nonce_has_the_same_bits_wherever_it_stands(
     pipeline = get_pipeline("decode-32")
     found: dict[int, set[tuple[bytes, bytes]]] = {}
     for nonces in (range(8), [*range(5, 9), 3, 0], [7], [99, 7, 3]):
-        batches = list(engine.decoded(ROUND, pipeline, nonces))
+        batches = list(engine.run(ROUND.inputs(nonces), pipeline))
         rows = [
-            (t.tobytes(), s.tobytes()) for batch in batches for t, s in zip(*batch, strict=True)
+            (tokens.tobytes(), sketches.tobytes())
+            for values in batches
+            for tokens, sketches in zip(values["tokens"], values["sketches"], strict=True)
         ]
-        assert [len(batch.tokens) for batch in batches][:-1] == [batch_size] * (len(batches) - 1)
+        sizes = [len(values["tokens"]) for values in batches]
+        assert sizes[:-1] == [batch_size] * (len(batches) - 1)
         for nonce, bits in zip(nonces, rows, strict=True):
             found.setdefault(nonce, set()).add(bits)
     assert {len(bits) for bits in found.values()} == {1}
@@ -59,31 +62,30 @@ def test_a_nonce_has_the_same_bits_wherever_it_stands(
 
 
 def test_a_replay_says_what_the_model_gives_after_any_tokens(engine: HFEngine, honest):
-    (same,) = engine.replayed(ROUND, PIPELINE, range(16), honest.tokens)
-    assert (same.margins < 1e-4).all()
-    assert np.abs(same.sketches.astype(float) - honest.sketches).max() < 2e-3
-    changed = honest.tokens.copy()
+    (same,) = engine.run(ROUND.inputs(range(16)), PIPELINE, honest["tokens"])
+    assert (same["margins"] < 1e-4).all()
+    assert np.abs(same["sketches"].astype(float) - honest["sketches"]).max() < 2e-3
+    changed = honest["tokens"].copy()
     changed[4, 10] = (changed[4, 10] + 1) % engine.vocab_size
     changed[5, 20] = engine.vocab_size  # no token at all
-    (other,) = engine.replayed(ROUND, PIPELINE, range(16), changed)
-    assert other.margins[4, 10] > 0
-    assert other.margins[4, :10].max() < 1e-4
-    assert np.isinf(other.margins[5, 20])
-    assert np.isfinite(np.delete(other.margins, 5, axis=0)).all()
+    (other,) = engine.run(ROUND.inputs(range(16)), PIPELINE, changed)
+    assert other["margins"][4, 10] > 0
+    assert other["margins"][4, :10].max() < 1e-4
+    assert np.isinf(other["margins"][5, 20])
+    assert np.isfinite(np.delete(other["margins"], 5, axis=0)).all()
     untouched = [row for row in range(16) if row not in (4, 5)]
-    np.testing.assert_array_equal(other.margins[untouched], same.margins[untouched])
-    np.testing.assert_array_equal(other.sketches[untouched], same.sketches[untouched])
+    np.testing.assert_array_equal(other["margins"][untouched], same["margins"][untouched])
+    np.testing.assert_array_equal(other["sketches"][untouched], same["sketches"][untouched])
 
 
 def test_what_does_not_fit_the_model_is_refused_by_name(small_model):
     engine = HFEngine(small_model, batch_size=16, seq_len=100)
     with pytest.raises(UsageError, match="seq_len 100 and 64 tokens") as raised:
-        next(engine.decoded(ROUND, PIPELINE, range(1)))
+        next(engine.run(ROUND.inputs(range(1)), PIPELINE))
     assert "--seq-len 64" in raised.value.do
 
 
-def test_only_an_engine_that_decodes_takes_the_preset(engine: HFEngine):
+def test_vllm_takes_what_decodes_and_not_what_reads_the_trained_head_once(engine: HFEngine):
     check_supported(engine, PIPELINE)
-    engine_of_vllm = object.__new__(VLLMEngine)
-    assert engine_of_vllm.supports(PIPELINE)
-    assert not engine_of_vllm.supports(PIPELINES["permutation"])  # it reads the trained head once
+    assert runs_on_vllm(PIPELINE)
+    assert not runs_on_vllm(PIPELINES["permutation"])

@@ -7,8 +7,8 @@ import torch
 
 from assay.errors import OutOfMemory, UsageError
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf import engine as _hf
-from assay.poc.engines.hf.engine import auto_batch
+from assay.poc.engines.hf import shapes as _shapes
+from assay.poc.engines.hf.shapes import auto_batch
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +18,13 @@ def engine(small_model) -> HFEngine:
 
 def test_another_shape_is_refused(engine: HFEngine, round_: Round):
     with pytest.raises(UsageError, match="fixed shape"):
-        engine.read(engine.inputs(round_, range(3)))
+        engine.read(engine.embeddings(round_.inputs(range(3))))
 
 
 def test_hooks_between_layers_are_removed_in_the_end_and_after_an_error(
     engine: HFEngine, round_: Round
 ):
-    inputs = engine.inputs(round_, range(4))
+    inputs = engine.embeddings(round_.inputs(range(4)))
     before = engine.read(inputs)
     with engine.between_layers("signs", round_):
         assert not torch.allclose(engine.read(inputs), before, atol=1e-3)
@@ -37,7 +37,7 @@ def test_hooks_between_layers_are_removed_in_the_end_and_after_an_error(
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch):
     """Set the memory that seems free, in bytes."""
-    return lambda amount: monkeypatch.setattr(_hf, "free_bytes", lambda device: amount)
+    return lambda amount: monkeypatch.setattr(_shapes, "free_bytes", lambda device: amount)
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(1, 8192), (16, 512), (100, 64), (128, 64)])
@@ -49,7 +49,7 @@ def test_auto_takes_a_power_of_two_that_fills_the_device(
 
 
 def test_auto_takes_half_of_what_is_free(small_model, free):
-    one = _hf.peak_bytes(small_model, 1, 16)
+    one = _shapes.peak_bytes(small_model, 1, 16)
     for fitting, wanted in ((1000, 256), (64, 32), (63, 16), (2, 1), (1, 1)):
         free(fitting * one)
         assert auto_batch(small_model, 16) == wanted
@@ -59,7 +59,7 @@ def test_auto_takes_half_of_what_is_free(small_model, free):
 
 
 def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(small_model, free):
-    free(5 * _hf.peak_bytes(small_model, 1, 16))
+    free(5 * _shapes.peak_bytes(small_model, 1, 16))
     with pytest.raises(OutOfMemory) as refused:
         HFEngine(small_model, batch_size=6, seq_len=16)
     assert refused.value.do == "pass --batch-size 5"
@@ -87,7 +87,7 @@ def test_memory_that_runs_out_in_a_forward_pass_is_answered_too(
         (3, "pass --batch-size 3"),
         (0, "pass --batch-size 4"),
     ):
-        free(fitting * _hf.peak_bytes(small_model, 1, 16))
+        free(fitting * _shapes.peak_bytes(small_model, 1, 16))
         with pytest.raises(OutOfMemory, match="8 × 16 positions") as refused:
             prove(small_model, round_, range(8), engine=engine)
         assert refused.value.do == advice

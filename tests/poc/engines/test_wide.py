@@ -15,7 +15,7 @@ from assay.models import precision
 from assay.models.decoder import decoder_layers
 from assay.models.precision import WIDE
 from assay.poc import HFEngine, Round, get_pipeline
-from assay.poc.engines.hf import engine as _memory
+from assay.poc.engines.hf import shapes as _memory
 from tests.models.narrow import Products, narrow_model
 
 
@@ -43,7 +43,7 @@ def test_an_engine_computes_what_the_definition_says_and_names_it(
                 if isinstance(linear, nn.Linear):
                     setattr(part, name, Defined(linear))
     by_definition = HFEngine(defined, batch_size=16, seq_len=16)
-    inputs = by_definition.inputs(round_, range(16))
+    inputs = by_definition.embeddings(round_.inputs(range(16)))
     wanted = by_definition.read(inputs)
     assert WIDE not in by_definition.fingerprint.kernels
 
@@ -65,7 +65,7 @@ def test_a_compiled_engine_multiplies_in_float32_too(
 ):
     eager = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16)
     compiled = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=16, compiled=True)
-    inputs = eager.inputs(round_, range(16))
+    inputs = eager.embeddings(round_.inputs(range(16)))
     compiled.read(inputs)  # compiles
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         states = compiled.read(inputs)
@@ -93,11 +93,11 @@ def test_tokens_are_decoded_and_replayed_without_a_narrow_product(small_checkpoi
     )
     engine = HFEngine(narrow_model(small_checkpoint), batch_size=16, seq_len=8)
     with Products() as products:
-        (made,) = engine.decoded(round, pipeline, range(2))
-        (again,) = engine.replayed(round, pipeline, range(2), made.tokens)
+        (decoded,) = engine.run(round.inputs(range(2)), pipeline)
+        (again,) = engine.run(round.inputs(range(2)), pipeline, decoded["tokens"])
     assert products.narrow == []
     assert products.wide
-    assert again.margins.max() < 0.1
+    assert again["margins"].max() < 0.1
 
 
 @pytest.mark.usefixtures("without_fast_products")

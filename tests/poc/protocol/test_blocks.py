@@ -27,7 +27,7 @@ def test_the_cosine_of_a_nonce_is_a_product_with_the_folded_head(preset: str):
         round, pipeline, hidden_size=WIDTH, vocab_size=1, device=torch.device("cpu")
     )
     x_ND = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
-    cosines_N = 1 - transform(x_ND, range(64)).numpy().astype(float) ** 2 / 2
+    cosines_N = 1 - transform(x_ND, round.inputs(range(64))).numpy().astype(float) ** 2 / 2
     lengths_N = np.linalg.norm(transform._head(x_ND).numpy(), axis=1) / 0.02
     assert cosines_N * lengths_N == pytest.approx(
         x_ND.numpy() @ folded_head(round, WIDTH), abs=2e-3
@@ -73,7 +73,9 @@ def test_the_factor_of_a_block_is_the_width_of_its_cosines():
         round = round_of(block)
         found = block_factor(round, x_ND[:400])
         transform = Transform(round, get_pipeline("poc-2.0"), **shape)
-        distances_N = transform(torch.from_numpy(x_ND).float(), range(3000)).double().numpy()
+        distances_N = (
+            transform(torch.from_numpy(x_ND).float(), round.inputs(range(3000))).double().numpy()
+        )
         width = np.sqrt(np.mean((1 - distances_N**2 / 2) ** 2) * 8192)
         assert found.value == pytest.approx(width, abs=4 * found.error + 0.05)
         assert found.law.scale == found.value

@@ -10,8 +10,8 @@ import pytest
 from assay.errors import ProofFormatError, ProofMismatch, UsageError
 from assay.files.jsonl import dumps
 from assay.poc import Header, Pins, Proof, Round, judging_batch
+from assay.poc.protocol.header import parse_header
 from assay.poc.protocol.pins import CACHES, of_weights, with_cache
-from assay.poc.protocol.proof import parse_header
 from assay.poc.verdict import noise_for
 
 

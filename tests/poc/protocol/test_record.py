@@ -11,7 +11,8 @@ import pytest
 
 from assay.errors import ProofFormatError, ProofMismatch
 from assay.poc import Fingerprint, Round
-from assay.poc.protocol.proof import check_distinct_seeds, is_distance, is_valid
+from assay.poc.protocol.distinct_seeds import check_distinct_seeds
+from assay.poc.protocol.records import is_distance, is_valid
 
 COLLIDING = Round(block_hash="b", public_key="k")
 

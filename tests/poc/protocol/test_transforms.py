@@ -54,7 +54,7 @@ def test_distance_equals_the_known_answer(row, backend, monkeypatch):
         (PIPELINES["poc-2.0"], row["sign_flips"]),
         (NO_SIGNS, row["no_sign_flips"]),
     ):
-        distance = make(round, pipeline, dim)(torch.from_numpy(hidden), [nonce])
+        distance = make(round, pipeline, dim)(torch.from_numpy(hidden), round.inputs([nonce]))
         assert distance.item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -64,9 +64,9 @@ def test_a_state_that_is_not_finite_gives_nan_throughout_and_leaves_other_rows_a
 ):
     transform = make(round_, preset, 64)
     states = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    expected = transform(states, range(8))
+    expected = transform(states, round_.inputs(range(8)))
     states[[1, 3, 6], 5] = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    found = transform(states, range(8))
+    found = transform(states, round_.inputs(range(8)))
     assert found[[1, 3, 6]].isnan().all()
     others = [0, 2, 4, 5, 7]
     assert torch.equal(found[others], expected[others])
@@ -91,8 +91,9 @@ def test_cuda_and_cpu_agree(preset, round_):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     x_BD = torch.randn(32, 48, generator=torch.Generator().manual_seed(7)) * 4
-    expected = make(round_, preset, 48)(x_BD, range(32))
-    made = make(round_, preset, 48, device="cuda")(x_BD.cuda(), range(32))
+    inputs = round_.inputs(range(32))
+    expected = make(round_, preset, 48)(x_BD, inputs)
+    made = make(round_, preset, 48, device="cuda")(x_BD.cuda(), inputs)
     torch.testing.assert_close(
         made.cpu(), expected, rtol=0, atol=1e-5 if made.dtype == torch.float32 else 1e-3
     )

@@ -15,7 +15,7 @@ import torch
 
 from assay import streams
 from assay.poc import Fingerprint
-from assay.poc.protocol.proof import encode_vector
+from assay.poc.protocol.records import encode_vector
 from assay.poc.responses import Prompt, Receipt, ReceiptHeader, Receipts, ResponseSeed, Sampling
 from assay.poc.responses.prefill import sketch_response
 from assay.poc.responses.sampling import counts_before, mark_tokens

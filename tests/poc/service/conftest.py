@@ -18,8 +18,8 @@ from standardwebhooks import Webhook
 
 from assay.errors import StorageError
 from assay.files.sqlite import Database
-from assay.poc import Fingerprint, Pipeline
-from assay.poc.engines.hf.engine import plain_outputs
+from assay.poc import Fingerprint, Input, Pipeline
+from assay.poc.engines.hf.engine import plain_batches
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.transforms import Reading
 from assay.poc.service import ServiceSettings, create_app
@@ -67,11 +67,11 @@ class FakeEngine:
     def supports(self, pipeline: Pipeline) -> bool:
         return self.rig.supports(pipeline)
 
-    def outputs(self, round, pipeline: Pipeline, nonces: Sequence[int]):
-        return plain_outputs(self, round, pipeline, nonces)
+    def run(self, inputs: Sequence[Input], pipeline: Pipeline, claimed_MN=None):
+        return plain_batches(self, inputs, pipeline)
 
-    def inputs(self, round, nonces: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(nonces, dtype=torch.float64)
+    def embeddings(self, inputs: Sequence[Input]) -> torch.Tensor:
+        return torch.tensor([nonce for _, nonce in inputs], dtype=torch.float64)
 
     def read(self, nonces_B: torch.Tensor, reading: Reading | None) -> torch.Tensor:
         self.rig.batch(len(nonces_B))

@@ -10,7 +10,7 @@ import torch
 from assay.errors import OutOfMemory, UsageError
 from assay.models import load_model
 from assay.poc import HFEngine, Round, prove
-from assay.poc.engines.hf import engine as _memory
+from assay.poc.engines.hf import shapes as _memory
 from assay.poc.engines.hf.engine import is_compiled
 from assay.poc.net import deployment as _deployment
 from assay.poc.net.deployment import Deployment

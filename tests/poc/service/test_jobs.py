@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from assay.files.sqlite import Database
-from assay.poc.protocol.proof import decode_vector, encode_vector
+from assay.poc.protocol.records import decode_vector, encode_vector
 from assay.poc.service.outbox import open_outbox
 from tests.end_to_end.receiver import FlakyReceiver
 from tests.poc.service.conftest import ARTIFACTS, BLOCK, FULL, PREFIX, ROUND, failing

@@ -8,7 +8,7 @@ import pytest
 from assay.poc import Round, measure_frame, prove
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import describe_packing, pack_record
+from assay.poc.protocol.records import describe_packing, pack_record
 from tests.poc.service.conftest import ARTIFACTS, PARAMS
 
 T = 16

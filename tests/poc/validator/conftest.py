@@ -12,7 +12,7 @@ import pytest
 
 from assay.poc import Proof, Round, get_pipeline, prove
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.proof import describe_packing, pack_record
+from assay.poc.protocol.records import describe_packing, pack_record
 from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, create_app
 from assay.poc.validator.validator_controller import ValidatorController

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from assay.poc import Round
+from assay.poc import Input, Round
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.proof import is_valid
+from assay.poc.protocol.records import is_valid
 from assay.poc.validator.recomputer import recompute
 from assay.poc.verdict import Ledger
 from tests.poc.validator.conftest import BLOCKS, NODE_COUNT, R_TARGET, SEQ_LEN, secret_of
@@ -58,7 +58,10 @@ def write_messages(
             list(rounds[0].nonces(number * nonces, (number + 1) * nonces)) for number in range(each)
         ]
         wanted = [(rounds[number % len(rounds)], part) for number, part in enumerate(parts)]
-        for number, records in enumerate(recompute(deployment, 64, wanted)):
+        inputs = [Input(round, nonce) for round, part in wanted for nonce in part]
+        computed = iter(recompute(deployment, 64, inputs))
+        for number, part in enumerate(parts):
+            records = [next(computed) for _ in part]
             distances = [
                 (nonce, r.distance) for nonce, r in zip(parts[number], records, strict=True)
             ]

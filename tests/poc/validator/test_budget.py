@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from assay.poc.validator.recomputer import Budget, choose, expected_nonces, verdict_of
-from assay.poc.verdict import Account, Evidence
-from assay.poc.verdict.life import Standing
+from assay.poc.verdict import Account, AccountEvidence
+from assay.poc.verdict.entries import Standing
 
 RATES = {"alpha": 1e-3, "beta": 1e-2}
 
@@ -21,7 +21,7 @@ def standing(
     fraud: float = 0.0,
     fault=None,
 ):
-    names = Evidence.model_fields
+    names = AccountEvidence.model_fields
     values = {
         "verdict": verdict,
         "n": n,
@@ -30,7 +30,7 @@ def standing(
         "log_e_max": max(0.0, fraud),
     }
     values |= {"log_evidence_honest": honest, "audits": 1, "recorded": n}
-    made = Evidence(**{name: values[name] for name in names if name in values})
+    made = AccountEvidence(**{name: values[name] for name in names if name in values})
     account = Account(public_key=key, digest="0" * 64, build="b", preset="poc-2.0")
     return Standing(
         account=account, evidence=made, audits=1, recorded=n, begun=0.0, last=0.0, fault=fault

@@ -120,10 +120,10 @@ def test_a_draw_that_the_model_cannot_compute_stops_no_other_node(
     body = body_of(proof_of(small_model, "node_B", range(60)))
     stopped.send(body, id="m2")
 
-    def overflow(deployment, batch_size, wanted, *received):
-        if any(round.public_key == "node_A" for round, _ in wanted):
+    def overflow(deployment, batch_size, inputs, *received):
+        if any(round.public_key == "node_A" for round, _ in inputs):
             raise BadWeights("a value that is NaN", wanted="finite ones", do="take another format")
-        return recompute(deployment, batch_size, wanted, *received)
+        return recompute(deployment, batch_size, inputs, *received)
 
     monkeypatch.setattr("assay.poc.validator.recomputer.recompute", overflow)
     worker = stopped.controller.worker

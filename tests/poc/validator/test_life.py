@@ -8,9 +8,9 @@ import pytest
 from assay.models import load_model
 from assay.poc import PIPELINES, Calibration, calibrate_model, prove
 from assay.poc.net.deployment import Deployment
-from assay.poc.protocol.proof import encode_vector
-from assay.poc.verdict.judge import scores
-from assay.poc.verdict.noise import Control
+from assay.poc.protocol.records import encode_vector
+from assay.poc.verdict.control import Control
+from assay.poc.verdict.residuals import compare
 from tests.poc.validator.conftest import BATCH, BLOCK, KEYS, SEQ_LEN, body_of, pins_text, proof_of
 from tests.waiting import until
 
@@ -118,7 +118,7 @@ def test_residuals_count_over_the_control_that_a_validator_computes(
     claimed, own, others = (
         [side[nonce] for nonce in entry.nonces] for side in (received, first, second)
     )
-    wanted = scores(claimed, own, {"float16": others}, control)
+    wanted = control.scores(*compare(claimed, [own, others]))
     assert entry.residuals == pytest.approx(wanted.tolist(), rel=1e-3)
 
 

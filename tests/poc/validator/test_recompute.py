@@ -9,12 +9,12 @@ import pytest
 from assay.cli.serve import RunSettings
 from assay.errors import DataError, UsageError
 from assay.models import load_model
-from assay.poc import NetworkPins, Proof, Round, TokenRecord, calibrate_model, cheats, measure_frame
+from assay.poc import Input, NetworkPins, Proof, Round, calibrate_model, cheats, measure_frame
 from assay.poc.net.deployment import Deployment
 from assay.poc.protocol.pins_file import PinnedFile
 from assay.poc.service import ServiceSettings
 from assay.poc.validator.recomputer import recompute
-from assay.poc.verdict.judge import residuals
+from assay.poc.verdict.residuals import residuals
 from tests.poc.service.conftest import Rig, Service
 from tests.poc.validator.conftest import (
     BATCH,
@@ -28,6 +28,17 @@ from tests.poc.validator.conftest import (
     proof_of,
 )
 from tests.waiting import until
+
+
+def inputs_of(wanted) -> list[Input]:
+    """Every nonce of several rounds, one round after the other."""
+    return [Input(round, nonce) for round, nonces in wanted for nonce in nonces]
+
+
+def split(records, wanted) -> list[list]:
+    """The records of each round."""
+    rest = iter(records)
+    return [[next(rest) for _ in nonces] for _, nonces in wanted]
 
 
 @pytest.mark.parametrize("preset", ["poc-2.0", "artifact", "hardened"])
@@ -46,12 +57,12 @@ def test_records_are_those_of_prove_bit_for_bit(small_model, preset):
     batches = []
     deployment = Deployment.of(small_model, compiled=False)
     engine = deployment.engine(SEQ_LEN, BATCH)
-    real = engine.inputs
-    engine.inputs = lambda round, nonces: batches.append(len(nonces)) or real(round, nonces)
+    real = engine.embeddings
+    engine.embeddings = lambda inputs: batches.append(len(inputs)) or real(inputs)
     try:
-        found = recompute(deployment, BATCH, wanted)
+        found = split(recompute(deployment, BATCH, inputs_of(wanted)), wanted)
     finally:
-        del engine.inputs
+        del engine.embeddings
     for proof, (_, nonces), records in zip(proofs, wanted, found, strict=True):
         own = {record.nonce: record for record in proof.records}
         for nonce, record in zip(nonces, records, strict=True):
@@ -69,11 +80,9 @@ def test_one_round_may_stand_there_twice(small_model):
     proof = proof_of(small_model, "node_A", range(10))
     again = Round(**proof.round.as_dict())
     nonces = [record.nonce for record in proof.records]
-    one, two = recompute(
-        Deployment.of(small_model, compiled=False),
-        BATCH,
-        [(proof.round, nonces), (again, nonces[:3])],
-    )
+    wanted = [(proof.round, nonces), (again, nonces[:3])]
+    deployment = Deployment.of(small_model, compiled=False)
+    one, two = split(recompute(deployment, BATCH, inputs_of(wanted)), wanted)
     assert [r.distance for r in one] == [r.distance for r in proof.records]
     assert [r.distance for r in two] == [r.distance for r in proof.records][:3]
 
@@ -84,13 +93,11 @@ PRESET = "decode-32"
 def test_rows_of_many_nodes_are_replayed_together(small_model):
     proofs = [proof_of(small_model, key, range(10), preset=PRESET) for key in KEYS[:2]]
     wanted = [(proof.round, [record.nonce for record in proof.records]) for proof in proofs]
-    found = recompute(
-        Deployment.of(small_model, compiled=False), BATCH, wanted, [p.records for p in proofs]
-    )
+    received = [record for proof in proofs for record in proof.records]
+    deployment = Deployment.of(small_model, compiled=False)
+    found = split(recompute(deployment, BATCH, inputs_of(wanted), received), wanted)
     for proof, records in zip(proofs, found, strict=True):
-        assert all(
-            isinstance(record, TokenRecord) and record.margins is not None for record in records
-        )
+        assert all(record.tokens is not None and record.margins is not None for record in records)
         assert [r.tokens.tobytes() for r in records] == [r.tokens.tobytes() for r in proof.records]
         assert residuals(proof.records, records).max() < 2e-3
 

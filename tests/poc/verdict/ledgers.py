@@ -11,7 +11,7 @@ import numpy as np
 
 from assay.poc import Noise, bundled_noise
 from assay.poc.verdict import Account, Ledger
-from assay.poc.verdict.life import Update
+from assay.poc.verdict.entries import LedgerUpdate
 from tests.laws import QWEN3
 
 NOISE = bundled_noise(QWEN3, "vector", "bfloat16", "bfloat16")
@@ -47,7 +47,7 @@ def update(
         "sample_seed": seed,
         "proof": f"{seed:064x}",
     }
-    return Update(**given | values)
+    return LedgerUpdate(**given | values)
 
 
 def filled(path: Path, count: int = 9) -> Path:

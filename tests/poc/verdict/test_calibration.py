@@ -11,9 +11,9 @@ import pytest
 from assay.errors import CalibrationError, ProofMismatch
 from assay.models import load_model, precision
 from assay.poc import Calibration, Noise, Proof, calibrate, prove, verify
-from assay.poc.verdict.calibration import find_build_noise
-from assay.poc.verdict.life import round_identity
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.calibration_file import find_build_noise
+from assay.poc.verdict.entries import round_identity
+from assay.poc.verdict.sample_plan import sequential_test
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,8 +20,9 @@ from assay.poc import (
     verify,
 )
 from assay.poc.verdict import Ledger, audit_ledger
-from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import Control, sequential_test
+from assay.poc.verdict.control import Control
+from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.sample_plan import sequential_test
 
 ROUND = Round(block_hash="b", public_key="k", seq_len=16, preset="artifact")
 AGREED = {"expect": replace(Pins.of(ROUND), prover_dtype="float16"), "seed": 1}

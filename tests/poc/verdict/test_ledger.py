@@ -5,28 +5,22 @@ twice.
 import math
 import os
 import random
-import re
 import signal
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from assay.errors import DataError, StorageError, UsageError
-from assay.files.jsonl import dumps
 from assay.models import load_model
 from assay.poc import Build, Round, calibrate, prove, verify
 from assay.poc.service.database import open_database
 from assay.poc.verdict import Ledger, Life, audit_ledger
-from assay.poc.verdict import ledger as ledger_module
 from assay.poc.verdict.ledger import check_ledger
 from tests.poc.verdict.ledgers import NOISE, OTHER, account, by_hand, filled, forked, honest, update
-
-FORMER = Path(__file__).with_name("former.jsonl")
 
 
 @pytest.fixture
@@ -169,56 +163,6 @@ def test_audits_in_sixty_blocks_are_one_test_through_the_public_interface(
     assert (len(sizes), standing.evidence.tests, standing.evidence.n) == (60, 1, 480)
 
 
-def test_a_ledger_of_a_former_release_is_carried_over(path):
-    """Release 0.2 wrote it: eight blocks, each with a law and a test of its own, and a place that
-    it suspected.
-    """
-    database = ledger_module._open(path)
-    ledger_module._read_export(FORMER, database)
-    database.close()
-    noted = (
-        "entries of earlier releases, whose outcomes were not computed again: 16, from entry 1 on",
-    )
-    assert (audit_ledger(FORMER).clean, audit_ledger(FORMER).notes) == (True, noted)
-    with Ledger(path) as ledger:
-        before = list(ledger.standings())
-        assert [(one.verdict, one.evidence.tests, one.evidence.n) for one in before] == [
-            ("undecided", 8, 63),
-            ("fraud", 8, 63),
-        ]
-        for one, factor in zip(before, (1, 6), strict=True):
-            given = update(9, account=one.account, residuals=[factor * x for x in honest(80)])
-            standing = ledger.append([given])[0]
-            verdict = "honest" if factor == 1 else "fraud"
-            assert (standing.verdict, standing.evidence.tests, standing.evidence.n) == (
-                verdict,
-                1,
-                144,
-            )
-    assert (audit_ledger(path).clean, audit_ledger(path).notes, audit_ledger(path).entries) == (
-        True,
-        noted,
-        18,
-    )
-
-
-@pytest.mark.parametrize("part", ['"audits":2', '"verdict":"undecided"', '"residuals":[0.'])
-def test_an_entry_of_a_former_release_is_checked_all_the_same(tmp_path, part):
-    """Its form, chain and counts, and that its verdict follows from its numbers."""
-    lines = FORMER.read_text().splitlines()
-    number = next(number for number, line in enumerate(lines) if part in line)
-    changed = part.replace("2", "3").replace("undecided", "honest").replace("[0.", "[0.1,0.")
-    entry = lines[number].replace(part, changed)
-    (tmp_path / "l.jsonl").write_text(
-        "\n".join([*lines[:number], entry, dumps({"head": {"count": 1, "hash": ""}})])
-    )
-    try:
-        reason = audit_ledger(tmp_path / "l.jsonl").faults[0].reason
-    except DataError as error:
-        reason = error.seen
-    assert re.search("audits 3|verdict honest|residuals of", reason)
-
-
 def test_a_life_is_that_of_the_pinned_build(ledger, proof, small_model, round_):
     """Another version of torch in the header does not begin another life."""
     verdict = verify(proof, small_model, expect=round_)
@@ -282,7 +226,6 @@ def test_memory_is_bounded_by_rebuilding(ledger, path, monkeypatch):
     monkeypatch.setattr("assay.poc.verdict.ledger.LIVES", 1)
     for seed in range(8):
         standing = ledger.append([update(seed // 2, key=f"node_{seed % 2}")])[0]
-    assert len(ledger._states) == 1
     assert (standing.audits, standing.evidence.n) == (4, 32)
     assert audit_ledger(path).clean
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from assay.errors import DataError, StorageError, UsageError
 from assay.files.jsonl import dumps
 from assay.poc.verdict import Ledger, audit_ledger
-from assay.poc.verdict.life import Entry, sha256
+from assay.poc.verdict.entries import Entry, sha256
 from tests.poc.verdict.ledgers import by_hand, filled, honest, update
 
 COLUMNS = {

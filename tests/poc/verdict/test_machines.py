@@ -14,8 +14,10 @@ from assay import stats
 from assay.models import load_model
 from assay.poc import Build, Calibration, Noise, calibrate, prove
 from assay.poc.verdict import fit_machines, noise_for
-from assay.poc.verdict.calibration import PRIOR, LeftOut, Sizes, leave_out
-from assay.poc.verdict.noise import sequential_test
+from assay.poc.verdict.build_noise import LeftOut
+from assay.poc.verdict.machine_fit import PRIOR, leave_out
+from assay.poc.verdict.machine_sizes import Sizes
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats import LogNoise
 from assay.stats.law_fits import fit_log_noise
 from assay.stats.noise_laws import Spread
@@ -112,7 +114,7 @@ def test_honest_machines_left_out_are_not_accused():
 def test_a_machine_unlike_all_others_raises_the_effect(monkeypatch):
     far = pairs(4, noisy=1.7)
     with monkeypatch.context() as patch:
-        patch.setattr("assay.poc.verdict.calibration.EFFECTS", [1.25])
+        patch.setattr("assay.poc.verdict.machine_fit.EFFECTS", [1.25])
         _, at_least = leave_out(far, ["a"] * 4, fit_log_noise, audits=20)
     assert at_least is not None
     assert not at_least.holds

@@ -10,8 +10,13 @@ import pytest
 from assay.errors import CalibrationError, DataError, UsageError
 from assay.files.jsonl import dumps, loads
 from assay.poc.verdict import Account, Ledger, ResponseNoise, audit_ledger
-from assay.poc.verdict.life import RESPONSES, Update, response_identity
-from assay.poc.verdict.noise import PartNoise, ResponseBlocks, ResponseTest, noise_from_dict
+from assay.poc.verdict.entries import RESPONSES, LedgerUpdate, response_identity
+from assay.poc.verdict.response_noise import (
+    PartNoise,
+    ResponseBlocks,
+    ResponseTest,
+    noise_from_dict,
+)
 from assay.stats import LogNoise
 from assay.stats.noise_laws import Spread
 from assay.stats.token_law import COLUMNS
@@ -36,10 +41,10 @@ def response(seed: int, *, tokens: int = 80, multiple: float = 1.0) -> ResponseB
     )
 
 
-def update(seed: int, blocks: ResponseBlocks | None = None, *, key: str = "node_A") -> Update:
+def update(seed: int, blocks: ResponseBlocks | None = None, *, key: str = "node_A") -> LedgerUpdate:
     """The entry of a response."""
     found = response(seed) if blocks is None else blocks
-    return Update(
+    return LedgerUpdate(
         account=Account(public_key=key, digest="d" * 64, build="H100", preset=RESPONSES),
         round=response_identity(f"seed {seed}"),
         block_hash="block",

@@ -41,12 +41,14 @@ def honest_blocks(request):
     engine = HFEngine(model, batch_size=32, seq_len=16)
     rounds = [Round(block_hash=f"block {i}", public_key="k", seq_len=16) for i in range(BLOCKS)]
     batches = [range(start, start + 32) for start in range(0, NONCES, 32)]
-    h_ND = torch.cat([engine.read(engine.inputs(rounds[0], batch)).clone() for batch in batches])
+    h_ND = torch.cat(
+        [engine.read(engine.embeddings(rounds[0].inputs(batch))).clone() for batch in batches]
+    )
     distances = []
     factors = []
     for round in rounds:
         transform = make_transform(engine, round, get_pipeline("poc-2.0"))
-        distances.append(transform(h_ND, range(NONCES)).double().numpy())
+        distances.append(transform(h_ND, round.inputs(range(NONCES))).double().numpy())
         factors.append(block_factor(round, h_ND[:128].numpy()))
     return distances, factors
 

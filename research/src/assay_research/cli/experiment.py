@@ -41,7 +41,7 @@ def add_measurement(name: str, plan: str, example: str, unit: str, text: str) ->
         folder = run_folder(run.output, run.run_name)
         if hasattr(plan, "seq_len") and not folder.exists():
             from assay.models.catalogue import model_info
-            from assay.poc.engines.hf.engine import check_shape
+            from assay.poc.engines.hf.shapes import check_shape
 
             for model in plan.models:
                 check_shape(model_info(model), batch_size=plan.batch_size, seq_len=plan.seq_len)

@@ -20,7 +20,7 @@ from assay.settings import Flag, Settings
 if TYPE_CHECKING:
     from assay.cli.poc import CalibrateSettings
     from assay.cli.vhack import ReportSettings
-    from assay.poc.verdict.calibration import Calibration
+    from assay.poc.verdict.calibration_file import Calibration
     from assay_research.clusters.clusters import ClusterPlan
     from assay_research.vector_sets import VectorSet
 

@@ -29,9 +29,12 @@ from assay.files.jsonl import JsonObject
 from assay.files.reading import read_whole
 from assay.pages.report import Cell
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.verdict.calibration import MachineNoise, fit_machines, leave_out
-from assay.poc.verdict.judge import judge_residuals
-from assay.poc.verdict.noise import Noise, fit_noise, law_as_dict, sequential_test
+from assay.poc.verdict.build_noise import MachineNoise
+from assay.poc.verdict.honest_noise import Noise, fit_noise
+from assay.poc.verdict.laws import law_as_dict
+from assay.poc.verdict.machine_fit import fit_machines, leave_out
+from assay.poc.verdict.proof_judge import judge_residuals
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.settings import Flag
 from assay_research.clusters.builds import Build, FloatArray, Pair, builds_of, sound_builds
 from assay_research.runs.report import Column, Curves, Section, Table, or_never, table_of

@@ -29,9 +29,10 @@ from assay.poc.protocol.pipelines import Pipeline, get_pipeline
 from assay.poc.protocol.round import Round
 from assay.poc.protocol.transforms import Reading as TransformReading
 from assay.poc.protocol.transforms import unit
-from assay.poc.verdict.calibration import PAIR_SPREAD
-from assay.poc.verdict.judge import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
-from assay.poc.verdict.noise import Noise, fit_noise, sequential_test
+from assay.poc.verdict.honest_noise import Noise, fit_noise
+from assay.poc.verdict.machine_fit import PAIR_SPREAD
+from assay.poc.verdict.published_rule import COUNT_ALPHA, DIST_THRESHOLD, P_FLIP, P_MISMATCH
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.stats.noise_laws import Spread
 from assay_research.redteam.attacks import Guesses, OnEngine, Program, Scene
@@ -243,12 +244,12 @@ class Reading:
         for start in range(0, nonces, engine.batch_size):
             batch = range(start, start + engine.batch_size)
             reading = self.of(batch, engine.seq_len)
-            found.append(program.read(engine.inputs(self.round, batch), reading).cpu())
+            found.append(program.read(engine.embeddings(self.round.inputs(batch)), reading).cpu())
         return torch.cat(found)[:nonces]
 
     def of(self, nonces: Sequence[int], seq_len: int) -> TransformReading | None:
         """Return how the positions of nonces are read; None where only the last one is."""
-        return self._transforms[self.presets[0]].reading(nonces, seq_len)
+        return self._transforms[self.presets[0]].reading(self.round.inputs(nonces), seq_len)
 
     @property
     def last(self) -> bool:
@@ -279,7 +280,7 @@ class Reading:
     def published(self, preset: str, x_ND: Tensor) -> FloatArray:
         """Return what a preset publishes of states: distances [N] or vectors [N, K]."""
         device = self._validator.device
-        values = self._transforms[preset](x_ND.to(device), range(len(x_ND)))
+        values = self._transforms[preset](x_ND.to(device), self.round.inputs(range(len(x_ND))))
         return np.asarray(values.double().cpu())
 
 
@@ -361,7 +362,10 @@ class Field:
         round = Round(
             block_hash=TRAINING_BLOCK, public_key="attacker", seq_len=self.seq_len, preset=preset
         )
-        batches = [self.validator.inputs(round, range(start, start + size)) for start in (0, size)]
+        batches = [
+            self.validator.embeddings(round.inputs(range(start, start + size)))
+            for start in (0, size)
+        ]
         of = [one.of(range(size), self.seq_len) for one in self.readings]
         guesses = Guesses(self.validator.model, torch.cat(batches), of)
         return Scene(

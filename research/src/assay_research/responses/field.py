@@ -23,15 +23,15 @@ from assay import stats
 from assay.files.jsonl import JsonObject
 from assay.models.model import Model
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.proof import Fingerprint
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import HFPrefill, Prefilled, PromptAndOutput, sketch_response
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.replaying import ReplayedResponse, replay
 from assay.poc.responses.response_calibration import fit_response_noise
 from assay.poc.responses.sampling import Sampling
-from assay.poc.verdict.noise import ResponseNoise, ResponseTest
+from assay.poc.verdict.response_noise import ResponseNoise, ResponseTest
 from assay.stats.token_law import COLUMNS
 from assay_research.responses.cheats import Scene, honest
 from assay_research.responses.provers import Requests, Served, make_requests, open_model

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from assay.errors import UsageError
+from assay.poc.engines.base import padded_batches
 from assay.poc.engines.hf.engine import HFEngine, make_transform
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import Input, Round
 from assay.poc.protocol.transforms import Transform
 
 
@@ -27,18 +28,17 @@ def state_pipeline(pipeline: Pipeline) -> Pipeline:
 
 def states(
     engine: HFEngine, transform: Transform, nonces: Sequence[int]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
+) -> Iterator[tuple[list[Input], torch.Tensor]]:
     """Yield what a transform reads of the hidden states, [B, D] in float32, batch by batch, each
-    with its B nonces.
+    with its B inputs.
 
     The last batch is padded with its last nonce, as in a proof; the rows in excess are to be
     dropped. What happens between the layers is what the engine was set to before.
     """
-    for start in range(0, len(nonces), engine.batch_size):
-        wanted = list(nonces[start : start + engine.batch_size])
-        padded = wanted + wanted[-1:] * (engine.batch_size - len(wanted))
-        inputs_BTD = engine.inputs(transform.round, padded)
-        yield padded, engine.read(inputs_BTD, transform.reading(padded, engine.seq_len))
+    inputs = transform.round.inputs(nonces)
+    for _, padded in padded_batches(inputs, engine.batch_size, engine.batch_size):
+        reading = transform.reading(padded, engine.seq_len)
+        yield padded, engine.read(engine.embeddings(padded), reading)
 
 
 def published(

@@ -1,5 +1,4 @@
-"""What every engine does for the prover, the verifier and the service, and what is drawn for its
-nonces.
+"""What every engine does for prover, verifier and service, and what is drawn for its inputs.
 
 Presets that decode draw the prompt of a nonce, and every token is the one with the largest sum of
 logit and Gumbel number, which is a sample of the model's own distribution. The numbers of a token
@@ -10,46 +9,37 @@ Legend of shapes: B nonces of a batch, T positions, P positions of a prompt, N t
 size, V vocabulary, S sketches, K length of a vector or sketch.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int32, Int64, UInt32
+from jaxtyping import Float, Float32, Int32, Int64, UInt32
 from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import streams
 from assay.models.device import to_device
 from assay.models.frame import Frame
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import Pipeline, unsupported
-from assay.poc.protocol.proof import Fingerprint
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import Input, seed_texts
 from assay.streams.arrays import as_tensor
 
+Values = Mapping[str, NDArray[Any]]
+"""What a batch of B inputs gives, by name: one row of every array for each input.
 
-class Decoded(NamedTuple):
-    """What a batch of nonces publishes."""
-
-    tokens: UInt32[np.ndarray, "B N"]
-    sketches: Float16[np.ndarray, "B S K"]
-
-
-class Replayed(NamedTuple):
-    """What an engine says to tokens that another one decoded."""
-
-    margins: Float32[np.ndarray, "B N"]
-    """How far the score of each token is below the best one; infinite where the token is not of the
-    vocabulary.
-    """
-    sketches: Float16[np.ndarray, "B S K"]
+A preset publishes ``distance`` [B] in float32, ``vector`` [B, K] in float16, or ``tokens`` [B, N]
+in uint32 with ``sketches`` [B, S, K] in float16. A replay of claimed tokens gives ``margins``
+[B, N] in float32 and ``sketches``: how far the score of each claimed token is below the best one,
+infinite where the token is not of the vocabulary.
+"""
 
 
 class Engine(Protocol):
-    """A model that turns nonces into the values that a pipeline publishes, in batches of one fixed
-    shape.
+    """A model that computes what a preset publishes, in batches of one fixed shape.
 
-    A nonce's result must not depend on the other nonces of its batch or on its place among them.
+    The result of an input must not depend on the other inputs of its batch, or on its place.
     """
 
     hidden_size: int  # D
@@ -66,40 +56,33 @@ class Engine(Protocol):
     def supports(self, pipeline: Pipeline) -> bool:
         """Return whether this engine can take every step of a pipeline."""
 
-    def outputs(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
-    ) -> Generator[NDArray[np.floating[Any]]]:
-        """Yield what the pipeline publishes for the nonces, in their order, ``batch_size`` of them
-        at a time.
+    def run(
+        self,
+        inputs: Sequence[Input],
+        pipeline: Pipeline,
+        claimed_MN: NDArray[np.uint32] | None = None,
+    ) -> Generator[Values]:
+        """Yield what the pipeline publishes for the inputs, ``batch_size`` of them at a time.
 
-        Distances [B] in float32, or vectors [B, K] in float16; the last batch holds the rest.
-        ``nonces`` may be longer than will ever be computed: the caller closes the iterator, and the
-        engine drops what it has begun.
+        The last batch holds the rest. ``inputs`` may be longer than will ever be computed: the
+        caller closes the iterator, and the engine drops what it has begun. A pipeline that decodes
+        takes the kernels of eager torch on transformers, whether the engine was compiled or not.
+
+        Args:
+            inputs: Inputs that may share a batch, by :func:`group_inputs`; vLLM takes those of one
+                round only.
+            pipeline: Preset, or a pipeline of one's own.
+            claimed_MN: Tokens that another engine decoded for the M inputs. They are replayed by
+                one forward pass over prompt and tokens instead of being decoded again.
 
         Raises:
-            UsageError: The engine cannot take a step of the pipeline, or a nonce is longer than it
+            UsageError: The engine cannot take a step of the pipeline, or an input is longer than it
                 takes.
             BadWeights: The model returned NaN or infinity. On CUDA such a nonce is NaN instead.
             OutOfMemory: The device ran out of memory.
             ModelError: This architecture cannot be run on input embeddings, or vLLM did not run a
                 nonce.
             EngineEnded: The engine, or another process of it, has ended.
-        """
-
-    def decoded(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
-    ) -> Generator[Decoded]:
-        """Decode the tokens of nonces, ``batch_size`` of them at a time, as :meth:`outputs` does.
-
-        On transformers the kernels are those of eager torch, whether the engine was compiled or
-        not.
-        """
-
-    def replayed(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
-    ) -> Generator[Replayed]:
-        """Replay given tokens of nonces, [M, N], each by one forward pass over prompt and
-        tokens.
         """
 
 
@@ -113,19 +96,16 @@ def check_supported(engine: Engine, pipeline: Pipeline) -> None:
 
 def noise_inputs(
     backend: streams.Backend,
-    round: Round,
-    nonces: Sequence[int],
+    inputs: Sequence[Input],
     *,
     seq_len: int,
     hidden_size: int,
     dtype: str,
 ) -> Float[Tensor, "B T D"]:
-    """Return the input embeddings [B, T, D] of B nonces, N(0, 1) in the given dtype, on the device
-    of the backend.
-    """
-    seeds_BS = streams.seeds(round.texts("inputs", nonces), round.strength)
+    """Return the input embeddings [B, T, D], N(0, 1) in the given dtype, on the backend's device."""
+    seeds_BS = streams.seeds(seed_texts(inputs, "inputs"), inputs[0].round.strength)
     values = backend.normals(seeds_BS, seq_len * hidden_size, dtype)
-    return as_tensor(values).view(len(nonces), seq_len, hidden_size)
+    return as_tensor(values).view(len(inputs), seq_len, hidden_size)
 
 
 class HostCopy:
@@ -148,43 +128,37 @@ class HostCopy:
         return self._host.numpy().copy()  # other values will land in this memory
 
 
-def padded_batches(nonces: Sequence[int], size: int, rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield the number of nonces of every batch, and the batch padded to its fixed number of
-    rows.
-    """
-    for start in range(0, len(nonces), size):
-        wanted = list(nonces[start : start + size])
-        yield len(wanted), wanted + wanted[-1:] * (rows - len(wanted))
+def padded_batches(
+    inputs: Sequence[Input], size: int, rows: int
+) -> Iterator[tuple[int, list[Input]]]:
+    """Yield the number of inputs of every batch, and the batch padded to a fixed number of rows."""
+    for start in range(0, len(inputs), size):
+        batch = list(inputs[start : start + size])
+        yield len(batch), batch + batch[-1:] * (rows - len(batch))
 
 
 def drawn_seeds(
-    round: Round,
-    stream: Literal["prompt", "tokens", "sketch"],
-    nonces: Sequence[int],
-    indices: range,
+    inputs: Sequence[Input], stream: Literal["prompt", "tokens", "sketch"], indices: range
 ) -> UInt32[np.ndarray, "B I"]:
-    """Return the 32-bit seeds of indices of a stream of nonces, which has the 256 bits of its seed
-    text.
+    """Return the 32-bit seeds at indices of a stream, whose seed texts give 256 bits.
 
     The seed of index t of the stream ``tokens`` makes the Gumbel numbers of token t, and that of
     the stream ``sketch`` the projection of its state.
     """
-    words_B8 = streams.seeds(round.texts(stream, nonces), 256)
+    words_B8 = streams.seeds(seed_texts(inputs, stream), 256)
     return streams.step_seeds(words_B8, np.asarray(indices))
 
 
 def drawn_prompts(
-    round: Round, nonces: Sequence[int], *, seq_len: int, vocab_size: int
+    inputs: Sequence[Input], *, seq_len: int, vocab_size: int
 ) -> Int64[np.ndarray, "B P"]:
-    """Return the token ids of the prompts of nonces.
+    """Return the token ids of the prompts.
 
     The id at position i is ⌊s·V/2³²⌋ with s the seed of index i of the stream ``prompt``, in whole
     numbers of 64 bits.
     """
-    ids_BP = drawn_seeds(round, "prompt", nonces, range(seq_len)).astype(np.uint64) * np.uint64(
-        vocab_size
-    )
-    return (ids_BP >> np.uint64(32)).astype(np.int64)
+    seeds_BP = drawn_seeds(inputs, "prompt", range(seq_len)).astype(np.uint64)
+    return ((seeds_BP * np.uint64(vocab_size)) >> np.uint64(32)).astype(np.int64)
 
 
 def margins(
@@ -200,30 +174,26 @@ def margins(
 
 
 def token_inputs(
-    round: Round, frame: Frame, nonces: Sequence[int], *, seq_len: int
+    inputs: Sequence[Input], frame: Frame, *, seq_len: int
 ) -> Int64[np.ndarray, "B T"]:
-    """Return the token ids of nonces whose inputs are tokens, of the seeds of the stream
-    ``prompt``.
-    """
-    return frame.tokens(drawn_seeds(round, "prompt", nonces, range(seq_len)))
+    """Return the token ids that are the model's inputs, from the seeds of the stream ``prompt``."""
+    return frame.tokens(drawn_seeds(inputs, "prompt", range(seq_len)))
 
 
 def device_tokens(
-    backend: streams.Backend, round: Round, frame: Frame, nonces: Sequence[int], *, seq_len: int
+    backend: streams.Backend, inputs: Sequence[Input], frame: Frame, *, seq_len: int
 ) -> Int32[Tensor, " N"]:
-    """Return the ids of :func:`token_inputs` in one row, made on the device of the backend, without
-    waiting for it.
+    """Return the ids of :func:`token_inputs` in one row, made on the device without waiting for it.
 
     For 64 nonces of 256 positions numpy takes 1.2 ms on the host of an H100, 6 % of a pass of a
     small model.
     """
     device = torch.device(backend.device)
-    words_B8 = to_device(streams.seeds(round.texts("prompt", nonces), 256).view(np.int32), device)
-    steps_N = torch.arange(seq_len, device=device).repeat(len(nonces))
+    words_B8 = to_device(streams.seeds(seed_texts(inputs, "prompt"), 256).view(np.int32), device)
+    steps_N = torch.arange(seq_len, device=device).repeat(len(inputs))
     seeds_N = backend.row_seeds(words_B8.repeat_interleave(seq_len, dim=0), steps_N).view(
         torch.int32
     )
     places_N = ((seeds_N.long() & 0xFFFFFFFF) * frame.drawn) >> 32
-    return (
-        places_N + torch.searchsorted(to_device(frame.before, device), places_N, right=True)
-    ).int()
+    left_out_N = torch.searchsorted(to_device(frame.before, device), places_N, right=True)
+    return (places_N + left_out_N).int()

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import structlog
 
 from assay.poc.engines.base import Engine
+from assay.poc.engines.hf.block_factor import read_block_factor
 from assay.poc.engines.hf.compiled_forward import worth_compiling
-from assay.poc.engines.hf.engine import HFEngine, read_block_factor
+from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import BlockFactor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Header, Record
-from assay.poc.protocol.round import Round
-from assay.poc.prover import compute, frame_name, recompute
+from assay.poc.protocol.records import Record
+from assay.poc.protocol.round import Input, Round
+from assay.poc.prover import compute
 from assay.streams.arrays import dtype_name
 
 if TYPE_CHECKING:
@@ -90,34 +91,19 @@ class Deployment:
         )
 
     def compute(
-        self, round: Round, batch_size: int, nonces: Sequence[int]
+        self,
+        inputs: Sequence[Input],
+        batch_size: int,
+        claimed: Sequence[Record] | None = None,
     ) -> Generator[list[Record], None, None]:
-        """Compute the records of nonces in their order, one list per batch of ``batch_size`` rows.
+        """Compute the records of inputs in their order, one list per batch of ``batch_size`` rows.
 
-        Nothing is made, or fails, before the first is asked for.
+        Inputs of several rounds may stand together where they can share a batch. Tokens that were
+        ``claimed`` are replayed. Nothing is made, or fails, before the first is asked for.
         """
+        round = inputs[0].round
         engine = self.engine(round.seq_len, batch_size)
-        yield from compute(self._header(round, engine), engine, nonces)
-
-    def recompute(
-        self, round: Round, batch_size: int, received: Sequence[Record]
-    ) -> Generator[list[Record], None, None]:
-        """Recompute the nonces of received records as :meth:`compute` does; received tokens are
-        replayed.
-        """
-        engine = self.engine(round.seq_len, batch_size)
-        yield from recompute(self._header(round, engine), engine, received)
-
-    def _header(self, round: Round, engine: Engine) -> Header:
-        return Header(
-            round=round,
-            pipeline=get_pipeline(round.preset),
-            digest=self.digest,
-            weights=self.weights,
-            frame=frame_name(get_pipeline(round.preset), engine),
-            fingerprint=engine.fingerprint,
-            nonces=(),
-        )
+        yield from compute(engine, get_pipeline(round.preset), inputs, claimed)
 
     def block_factor(self, round: Round, batch_size: int) -> BlockFactor | None:
         """Measure how wide the distances of a round's block are; None where the engine's states

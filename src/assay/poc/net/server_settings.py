@@ -22,7 +22,7 @@ from assay.files.reading import read_whole
 from assay.settings import Flag
 
 if TYPE_CHECKING:
-    from assay.poc.verdict.calibration import Calibration
+    from assay.poc.verdict.calibration_file import Calibration
 else:  # its module imports torch, for which a usage error need not wait
     Calibration = Any
 
@@ -60,7 +60,7 @@ Bytes = Annotated[int, "BYTES", Field(ge=1)]
 Seconds = Annotated[float, "SECONDS", Field(ge=0, allow_inf_nan=False)]
 Chance = Annotated[float, "SHARE", Field(gt=0, lt=1)]
 _read_calibration = BeforeValidator(
-    partial(loaded_by, "assay.poc.verdict.calibration", "Calibration")
+    partial(loaded_by, "assay.poc.verdict.calibration_file", "Calibration")
 )
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 

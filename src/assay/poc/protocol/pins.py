@@ -12,9 +12,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
+from assay.poc.protocol.checks import MAX_NONCE, check_digest, check_number
+from assay.poc.protocol.fingerprint import SEPARATOR, Fingerprint
+from assay.poc.protocol.header import Header
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import SEPARATOR, Fingerprint, Header, Text
-from assay.poc.protocol.round import MAX_COUNT, MAX_NONCE, Round, check_digest, check_number
+from assay.poc.protocol.round import MAX_COUNT, Round
+from assay.poc.protocol.strict_file import Text
 from assay.settings import NUMBER_FORMATS
 
 CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the model's dtype has

@@ -29,11 +29,12 @@ from pydantic import (
 from assay.errors import AssayError, DataError, UsageError
 from assay.files.jsonl import JsonObject
 from assay.files.reading import read_whole
+from assay.poc.protocol.checks import DIGEST, MAX_NONCE, check_name, check_number
 from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import ANY, Build, Pins
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Text
-from assay.poc.protocol.round import DIGEST, MAX_COUNT, MAX_NONCE, Round, check_name, check_number
+from assay.poc.protocol.round import MAX_COUNT, Round
+from assay.poc.protocol.strict_file import Text
 
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes

@@ -131,6 +131,11 @@ class Pipeline:
         return self.inputs == "tokens"
 
     @property
+    def draws_for_block(self) -> bool:
+        """Whether anything is drawn for the block: the target, the random head, or a layer step."""
+        return self.output == "distance" or self.head == "random" or self.layers != "none"
+
+    @property
     def vector_size(self) -> int:
         """Length of a published vector; 0 where a distance is published."""
         return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)

@@ -1,4 +1,4 @@
-"""A round: who proves what, and the seed text of every stream that follows from it.
+"""A round, its inputs (a round and a nonce), and the seed text of every stream of them.
 
 The published texts are consensus. They have no length prefix and no version tag, because that is
 what the network runs (``("a_b", "c")`` and ``("a", "b_c")`` collide by construction). A preset with
@@ -6,25 +6,20 @@ versioned texts writes a version tag and then every field after its length, so t
 share a text.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
 from assay.errors import UsageError
+from assay.poc.protocol.checks import MAX_NONCE, check_name, check_number, join_prefixed
 from assay.poc.protocol.pipelines import Pipeline, Positions, find_pipeline, get_pipeline
 
-MAX_NONCE = (
-    2**53 - 1
-)  # largest nonce: exact in every JSON reader, and far beyond what a round can use
 MAX_COUNT = 2**24  # most nonces of one proof
 MAX_SEQ_LEN = 2**20
-MAX_BATCH = 65_536
-MAX_NAME = 1024
-DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
 
 NONCE_TEXTS = {
     "inputs": "{block}_{key}_nonce{nonce}",  # no underscore before the number: published so
@@ -44,6 +39,13 @@ BLOCK_TEXTS = {
     "target": "{block}_target",
 }
 VERSION = "assay.poc/2"
+
+
+class Input(NamedTuple):
+    """One nonce of one round: all that an engine needs to draw what the model reads."""
+
+    round: "Round"
+    nonce: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +194,15 @@ class Round:
         self.check_nonces(chosen)
         return chosen
 
+    def inputs(self, nonces: Sequence[int]) -> "RoundInputs":
+        """Return the inputs of nonces for :meth:`assay.poc.Engine.run`.
+
+        Example:
+            >>> Round(block_hash="block_alpha", public_key="node_A").inputs(range(8))[3].nonce
+            3
+        """
+        return RoundInputs(self, nonces)
+
     def check_nonces(self, nonces: Iterable[int]) -> Sequence[int]:
         """Return nonces of any kind, a generator or a numpy array too, as a range or a list.
 
@@ -246,116 +257,56 @@ class Round:
         return asdict(self)
 
 
-def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
-    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a
-    UsageError names it.
+@dataclass(frozen=True)
+class RoundInputs(Sequence[Input]):
+    """The inputs of many nonces of one round, each made when it is read.
+
+    The nonces may be a range that never ends in practice, such as the share of a node.
     """
-    if (
-        not isinstance(value, str)
-        or not fewest <= len(value) <= MAX_NAME
-        or not value.isprintable()
-    ):
-        raise UsageError(
-            f"{name} is {value!r:.80}",
-            wanted=f"{fewest} to {MAX_NAME} printable characters",
-            do=do,
-            field=name,
-        )
+
+    round: Round
+    nonces: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.nonces)
+
+    @overload
+    def __getitem__(self, place: int) -> Input: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "RoundInputs": ...
+
+    def __getitem__(self, place: int | slice) -> "Input | RoundInputs":
+        if isinstance(place, slice):
+            return RoundInputs(self.round, self.nonces[place])
+        return Input(self.round, self.nonces[place])
 
 
-def check_number(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is not a whole number from ``low`` to ``high``; a UsageError names the value and
-    the range.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(
-            f"{name} is {value!r:.60}",
-            wanted=f"a whole number in [{low}, {high}]",
-            do=f"correct {name}",
-            field=name,
-        )
+def seed_texts(inputs: Iterable[Input], stream: str, *, count: int = 1, k: int = 0) -> list[str]:
+    """Return the seed texts of a stream for inputs of any rounds, as :meth:`Round.texts` does."""
+    texts: list[str] = []
+    # Equal rounds that stand together are written at once, which is most of the time saved.
+    for round, run in groupby(inputs, key=itemgetter(0)):
+        texts += round.texts(stream, [nonce for _, nonce in run], count=count, k=k)
+    return texts
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch size that is not a number from 1 to 65 536."""
-    if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
-        raise UsageError(
-            f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32"
-        )
+def group_inputs(inputs: Sequence[Input]) -> list[list[int]]:
+    """Group inputs that one engine may run together; return the places of each group, in order.
 
-
-def check_digest(name: str, value: object) -> None:
-    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the
-    value.
-    """
-    if not isinstance(value, str) or not DIGEST.fullmatch(value):
-        wanted = "a SHA-256: 64 lower-case hexadecimal digits"
-        raise UsageError(f"{name} is {value!r:.80}", wanted=wanted, do=f"correct the {name}")
-
-
-def join_prefixed(*parts: object) -> str:
-    """Join texts so that no other list of texts gives the same: each after its length in UTF-8
-    bytes.
-    """
-    return "".join(f"{len(str(part).encode())}:{part}" for part in parts)
-
-
-Row = tuple[Round, int]  # a nonce with its round
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pack(Round):
-    """Rows of several rounds, which an engine takes as the nonces of one round.
-
-    The nonces of a pack are the places 0 to N − 1 of its rows, and the seed texts of a place are
-    those of its row's own round and nonce. No engine lets a row depend on the other rows of its
-    batch, so each row has the bits that it has in a batch of its own round.
-
-    What a pipeline draws for the block (target, random head, steps between layers) is drawn once
-    for all rows: :func:`group_rows` puts rows of several blocks together only where the pipeline
-    draws nothing for the block.
+    Inputs share a batch if they agree in preset, length and seed bits. What a preset draws for the
+    block (target, random head, steps between layers) is drawn once for a batch, so inputs of
+    several blocks share one only where the preset draws nothing for the block. No engine lets a row
+    depend on the others of its batch, so each input has the bits that it has in its own round.
 
     Example:
-        >>> mine, yours = (Round(block_hash="block", public_key=key, preset="artifact") for key in ("a", "b"))
-        >>> [(pack, places)] = group_rows([(mine, 3), (yours, 7)])
-        >>> pack.texts("inputs", places)
-        ['block_a_nonce3', 'block_b_nonce7']
+        >>> first, second = (Round(block_hash="b", public_key=key, preset="artifact") for key in "xy")
+        >>> group_inputs([Input(first, 3), Input(second, 7)])
+        [[0, 1]]
     """
-
-    rows: tuple[Row, ...] = ()  # rows of the pack, of one preset, length and strength
-
-    def texts(self, stream: str, nonces: Iterable[int], *, count: int = 1, k: int = 0) -> list[str]:
-        """Return the seed texts of the rows at some places, as their own rounds write them."""
-        found: list[str] = []
-        for _, run in groupby((self.rows[place] for place in nonces), key=lambda row: id(row[0])):
-            chosen = list(run)
-            found += chosen[0][0].texts(stream, [nonce for _, nonce in chosen], count=count, k=k)
-        return found
-
-
-def group_rows(rows: Sequence[Row]) -> list[tuple[Pack, range]]:
-    """Return rows in as few packs as possible, in their order, with the places of each: what an
-    engine computes.
-
-    Args:
-        rows: Nonces with their rounds, of any presets, lengths and blocks.
-    """
-    shared: dict[Any, list[Row]] = {}
-    for row in rows:
-        round = row[0]
-        pipeline = get_pipeline(row[0].preset)
-        of_block = (
-            pipeline.output == "distance" or pipeline.head == "random" or pipeline.layers != "none"
-        )
-        block = round.block_hash if of_block else None
-        shared.setdefault(
-            (round.preset, round.seq_len, round.strength, round.model, block), []
-        ).append(row)
-    names = ("block_hash", "public_key", "model", "preset", "seq_len", "strength")
-    return [
-        (
-            Pack(**{name: getattr(found[0][0], name) for name in names}, rows=tuple(found)),
-            range(len(found)),
-        )
-        for found in shared.values()
-    ]
+    groups: dict[Any, list[int]] = {}
+    for place, (round, _) in enumerate(inputs):
+        block = round.block_hash if get_pipeline(round.preset).draws_for_block else None
+        shape = (round.preset, round.seq_len, round.strength, block)
+        groups.setdefault(shape, []).append(place)
+    return list(groups.values())

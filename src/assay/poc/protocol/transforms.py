@@ -21,7 +21,7 @@ from assay.errors import UsageError
 from assay.models.frame import Frame
 from assay.models.precision import own_precision
 from assay.poc.protocol.pipelines import SKETCH_SIZE, Pipeline, Positions, Step, check_frame
-from assay.poc.protocol.round import Round
+from assay.poc.protocol.round import Input, Round, seed_texts
 from assay.stats.chord import RANDOM_HEAD_ROWS
 from assay.streams.arrays import as_tensor
 
@@ -193,14 +193,12 @@ class Transform:
             size = pipeline.output_size(hidden_size, vocab_size)
             self._target_V = block_target(round, size, device)
 
-    def reading(self, nonces: Sequence[int], seq_len: int) -> Reading | None:
-        """Return how the positions of nonces are read; None where only the last one is, as it
-        is.
-        """
+    def reading(self, inputs: Sequence[Input], seq_len: int) -> Reading | None:
+        """Return how the positions are read; None where the last one alone is, as it is."""
         read = self.pipeline.read
         if not isinstance(read, Positions):
             return None
-        weights_BT = as_tensor(self._backend.signs(self._seeds("weights", nonces), seq_len)).float()
+        weights_BT = as_tensor(self._backend.signs(self._seeds("weights", inputs), seq_len)).float()
         first = read.first(seq_len)
         if read.scaled:
             pairs_BR = weights_BT.repeat_interleave(2, dim=1)[:, : seq_len - first]
@@ -211,22 +209,21 @@ class Transform:
         return Reading(weights_BT, mean, inverse, first, read.scaled)
 
     def __call__(
-        self, x_BD: Float32[Tensor, "B D"], nonces: Sequence[int]
+        self, x_BD: Float32[Tensor, "B D"], inputs: Sequence[Input]
     ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
-        """Return what the pipeline publishes of the state [B, D] that was read for each nonce:
-        distances, or vectors.
+        """Return what the pipeline publishes of the state read for each input: distances or vectors.
 
         A state that is not finite gives NaN throughout, and never a vector of coordinates that
         happen to be finite.
         """
         x_BD = torch.where(torch.isfinite(x_BD).all(dim=1, keepdim=True), x_BD, torch.nan)
         for step in self.pipeline.hidden:
-            x_BD = self._step(step, x_BD, nonces)
+            x_BD = self._step(step, x_BD, inputs)
         if self._target_V is None:
             return x_BD.to(torch.float16)
         y_BV = self._head(x_BD)
         for step in self.pipeline.logits:
-            y_BV = self._step(step, y_BV, nonces)
+            y_BV = self._step(step, y_BV, inputs)
         y_BV = y_BV / torch.linalg.vector_norm(y_BV, dim=-1, keepdim=True)
         distances_B: Tensor = torch.linalg.vector_norm(y_BV - self._target_V, dim=-1)
         return distances_B
@@ -236,46 +233,46 @@ class Transform:
             return project(x_BD, self._random_head_VD)
         return x_BD if self._trained_head is None else self._trained_head(x_BD)
 
-    def _step(self, step: Step, x_BD: Tensor, nonces: Sequence[int]) -> Tensor:
+    def _step(self, step: Step, x_BD: Tensor, inputs: Sequence[Input]) -> Tensor:
         size = x_BD.shape[-1]
         match step.name:
             case "unit":
                 return unit(x_BD)
             case "signs":
-                return x_BD * as_tensor(self._backend.signs(self._seeds("signs", nonces), size))
+                return x_BD * as_tensor(self._backend.signs(self._seeds("signs", inputs), size))
             case "permute":
                 order_BV = as_tensor(
-                    self._backend.permutations(self._seeds("permutation", nonces), size)
+                    self._backend.permutations(self._seeds("permutation", inputs), size)
                 )
                 return x_BD.gather(-1, order_BV)
             case "pick":
-                seeds = self._seeds("pick", nonces, k=step.count)
+                seeds = self._seeds("pick", inputs, k=step.count)
                 return x_BD.gather(-1, as_tensor(self._backend.picks(seeds, size, step.count)))
             case "project":
-                seeds = self._seeds("projection", nonces, k=step.count)
+                seeds = self._seeds("projection", inputs, k=step.count)
                 return random_projection(x_BD, self._normals(seeds, step.count * size), step.count)
             case "reflect":
-                return self._reflections("reflection", step.count, x_BD, nonces)
+                return self._reflections("reflection", step.count, x_BD, inputs)
             case "rotate":
-                return self._reflections("rotation", step.count, x_BD, nonces, k=size)
+                return self._reflections("rotation", step.count, x_BD, inputs, k=size)
 
     def _reflections(
-        self, stream: str, count: int, x_BD: Tensor, nonces: Sequence[int], k: int = 0
+        self, stream: str, count: int, x_BD: Tensor, inputs: Sequence[Input], k: int = 0
     ) -> Tensor:
-        seeds_N1 = self._seeds(stream, nonces, count=count, k=k)
-        reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(nonces), count))
+        seeds_N1 = self._seeds(stream, inputs, count=count, k=k)
+        reflected_BD = self._backend.reflected(x_BD, seeds_N1.reshape(len(inputs), count))
         if reflected_BD is not None:
             return reflected_BD
-        v_BRD = self._normals(seeds_N1, x_BD.shape[-1]).view(len(nonces), count, -1)
+        v_BRD = self._normals(seeds_N1, x_BD.shape[-1]).view(len(inputs), count, -1)
         v_BRD = v_BRD / torch.linalg.vector_norm(v_BRD, dim=-1, keepdim=True)
         for r in range(count):
             x_BD = reflect(x_BD, v_BRD[:, r])
         return x_BD
 
     def _seeds(
-        self, stream: str, nonces: Sequence[int], *, count: int = 1, k: int = 0
+        self, stream: str, inputs: Sequence[Input], *, count: int = 1, k: int = 0
     ) -> NDArray[np.uint32]:
-        return streams.seeds(self.round.texts(stream, nonces, count=count, k=k))
+        return streams.seeds(seed_texts(inputs, stream, count=count, k=k))
 
     def _normals(self, seeds_N1: NDArray[np.uint32], n: int) -> Tensor:
         return as_tensor(self._backend.normals(seeds_N1, n)).to(self._device)

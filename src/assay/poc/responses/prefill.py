@@ -26,8 +26,8 @@ from assay.models.model import Model
 from assay.models.precision import own_precision
 from assay.models.shared_passes import pass_kind, steps_of_passes
 from assay.poc.engines.hf.engine import HFEngine
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import SKETCH_EVERY
-from assay.poc.protocol.proof import Fingerprint
 from assay.poc.protocol.transforms import sketch_states
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.sampling import step_seeds

@@ -25,24 +25,22 @@ from assay.errors import DataError, ModelError, UsageError
 from assay.files.jsonl import dumps
 from assay.files.references import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from assay.files.tensors import LONGEST_TENSORS, check_tensors
+from assay.poc.protocol.checks import check_digest, check_name, check_number
+from assay.poc.protocol.fingerprint import LARGEST_SIZE, Fingerprint
+from assay.poc.protocol.header import ModelLine
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE, sketch_steps
-from assay.poc.protocol.proof import (
+from assay.poc.protocol.records import decode_vector, encode_vector
+from assay.poc.protocol.strict_file import (
     FOOTER,
-    LARGEST_SIZE,
     STRICT,
-    Fingerprint,
     LastLine,
-    ModelLine,
     Seconds,
     StrictFile,
-    decode_vector,
-    encode_vector,
     format_error,
     line_error,
     parse_line,
     read_as,
 )
-from assay.poc.protocol.round import check_digest, check_name, check_number
 from assay.poc.responses.sampling import (
     HIGHEST_TOKEN,
     ResponseName,

@@ -47,7 +47,7 @@ from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipt
 from assay.poc.responses.requests import Request
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import Sampling, counts_before, mark_tokens
-from assay.poc.verdict.noise import ResponseBlocks
+from assay.poc.verdict.response_noise import ResponseBlocks
 from assay.stats.token_law import COLUMNS, SCALES, round_profiles
 from assay.streams.arrays import as_tensor
 

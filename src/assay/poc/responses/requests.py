@@ -16,7 +16,7 @@ from assay.models.chat import (
     render_chat,
 )
 from assay.models.template_process import LONGEST_TEXT
-from assay.poc.protocol.round import check_name, check_number
+from assay.poc.protocol.checks import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
 

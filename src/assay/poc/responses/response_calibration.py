@@ -24,8 +24,9 @@ from assay import stats
 from assay.errors import AssayError, CalibrationError, UsageError, reason_of
 from assay.files.jsonl import JsonObject, dumps, read_json
 from assay.files.storage import write_jsonl
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import SKETCH_EVERY, SKETCH_SIZE
-from assay.poc.protocol.proof import STRICT, Fingerprint, read_as
+from assay.poc.protocol.strict_file import STRICT, read_as
 from assay.poc.responses.receipts import ReceiptHeader, Receipts
 from assay.poc.responses.token_fit import (
     FEWEST_TOKENS,
@@ -33,8 +34,9 @@ from assay.poc.responses.token_fit import (
     check_number_of_tokens,
     fit_token_noise,
 )
-from assay.poc.verdict.calibration import spread_of_new
-from assay.poc.verdict.noise import PartNoise, ResponseNoise, is_bundled
+from assay.poc.verdict.honest_noise import is_bundled
+from assay.poc.verdict.machine_fit import spread_of_new
+from assay.poc.verdict.response_noise import PartNoise, ResponseNoise
 from assay.stats.law_fits import FEWEST_RESIDUALS, fit_log_noise
 
 if TYPE_CHECKING:

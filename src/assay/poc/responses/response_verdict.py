@@ -12,15 +12,15 @@ import numpy as np
 
 from assay import streams
 from assay.errors import ProofMismatch, UsageError
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import Pins
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.proof import Fingerprint
 from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipts
 from assay.poc.responses.requests import Request
 from assay.poc.responses.response_calibration import ResponseCalibration, bundled_response_noise
-from assay.poc.verdict.judge import EXIT_CODES, Outcome
-from assay.poc.verdict.life import RESPONSES, Account, Update, response_identity
-from assay.poc.verdict.noise import ResponseNoise, ResponseResult, ResponseTest
+from assay.poc.verdict.entries import RESPONSES, Account, LedgerUpdate, response_identity
+from assay.poc.verdict.proof_judge import EXIT_CODES, Outcome
+from assay.poc.verdict.response_noise import ResponseNoise, ResponseResult, ResponseTest
 
 if TYPE_CHECKING:
     from assay.poc.responses.replaying import ReplayedResponse
@@ -226,7 +226,7 @@ class ResponseVerdict:
         """Number of these that are the verifier's own."""
         return sum(response.matches for response in self.replayed)
 
-    def updates(self) -> list[Update]:
+    def updates(self) -> list[LedgerUpdate]:
         """Return what a ledger records: one entry for every response, whose nonces are its blocks
         of 32 tokens.
         """
@@ -240,7 +240,7 @@ class ResponseVerdict:
             public_key=header.public_key, digest=header.digest, build=build, preset=RESPONSES
         )
         return [
-            Update(
+            LedgerUpdate(
                 account=account,
                 round=response_identity(header.seed(response.receipt).text),
                 block_hash=response.receipt.block_hash,

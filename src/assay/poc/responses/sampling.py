@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from assay import streams
 from assay.errors import UsageError
-from assay.poc.protocol.round import check_digest, check_name, check_number, join_prefixed
+from assay.poc.protocol.checks import check_digest, check_name, check_number, join_prefixed
 
 HIGHEST_TOKEN = (
     2**24 - 1

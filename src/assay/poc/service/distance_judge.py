@@ -15,19 +15,22 @@ from assay.errors import CalibrationError
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.files.sqlite import Database
 from assay.poc.net.deployment import Deployment
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.protocol.proof import Fingerprint, is_valid
+from assay.poc.protocol.records import is_valid
 from assay.poc.protocol.round import Round
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.request_bodies import GenerateRequest, StatTest, ValidateRequest
 from assay.poc.service.rounds import StoredRound
 from assay.poc.service.service_settings import ServiceSettings
-from assay.poc.verdict.calibration import Calibration, account_alpha, find_build_noise
-from assay.poc.verdict.judge import count_mismatches, published_rule
+from assay.poc.verdict.calibration_file import Calibration, account_alpha, find_build_noise
+from assay.poc.verdict.entries import Account, LedgerUpdate, round_identity
+from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
+from assay.poc.verdict.laws import FloatArray
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.life import Account, Update, round_identity
-from assay.poc.verdict.noise import FloatArray, Noise, bundled_noise, missing_law, sequential_test
+from assay.poc.verdict.published_rule import count_mismatches, published_rule
+from assay.poc.verdict.sample_plan import sequential_test
 
 # sequential tests kept in memory; others are rebuilt from the records when they are needed
 MAX_TESTS = 4096
@@ -233,7 +236,7 @@ class Judge:
         # A request does not say what the node computes with; the number format is the one that the
         # network agreed on.
         node = {"public_key": request.public_key, "digest": stored.digest, "preset": pipeline.name}
-        update = Update(
+        update = LedgerUpdate(
             account=Account(**node, build=validator.dtype),
             round=round_identity(stored.round),
             block_hash=stored.block_hash,

@@ -21,13 +21,13 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import settled_time
 from assay.poc.net.shares import room_of
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Record, describe_packing, pack_record
+from assay.poc.protocol.records import Record, describe_packing, pack_record
 from assay.poc.service.distance_judge import HonestNoise, judge_vectors
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.request_bodies import GenerateRequest
 from assay.poc.service.service_settings import ServiceSettings
-from assay.poc.verdict.judge import residuals
-from assay.poc.verdict.noise import missing_law
+from assay.poc.verdict.honest_noise import missing_law
+from assay.poc.verdict.residuals import residuals
 
 log = structlog.get_logger("assay.jobs")
 
@@ -255,10 +255,9 @@ class Jobs:
                 )
                 continue
             round = request.round(deployment.reference)
-            if request.validation is None:
-                batches = deployment.compute(round, request.batch_size, request.nonces)
-            else:
-                batches = deployment.recompute(round, request.batch_size, request.received())
+            claimed = None if request.validation is None else request.received()
+            inputs = round.inputs(request.nonces)
+            batches = deployment.compute(inputs, request.batch_size, claimed)
             return _Running(row.id, request, batches, [])
 
     def _finish(

@@ -30,7 +30,7 @@ from assay.files.sqlite import Database
 from assay.poc.net.callback_urls import Blocked, call, new_client
 from assay.poc.net.runtime import Runtime, settled_time
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import describe_packing
+from assay.poc.protocol.records import describe_packing
 from assay.poc.service.database import FILE, open_database
 from assay.poc.service.service_metrics import Metrics
 from assay.poc.service.service_settings import ServiceSettings

@@ -11,7 +11,6 @@ import numpy as np
 from assay import stats
 from assay.poc.protocol.blocks import BlockFactor, has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import DistanceRecord
 from assay.poc.service.rounds import RECENT, ComputedBatch, Rounds, StoredRound, bin_counts
 from assay.stats.chord import chord_mean, chord_std, rate_standard_error
 
@@ -89,9 +88,7 @@ class Progress:
             self.valid += sum(batch.valid)
             self.seconds += batch.seconds
             self._steps.append((time.monotonic(), len(batch.records)))
-            distances = [
-                r.distance if isinstance(r, DistanceRecord) else math.nan for r in batch.records
-            ]
+            distances = [record.distance for record in batch.records]
             places = zip(batch.records, distances, batch.valid, strict=True)
             self._recent.extend(
                 (record.nonce, distance) for record, distance, valid in places if valid

@@ -26,7 +26,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import HEAD, Scope, needs, problems
 from assay.poc.net.runtime import GroupCommit, Runtime, settled_time
 from assay.poc.net.shares import Shares, disk_room, fair_share
-from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.responses.receipts import Receipt, ReceiptFooter, ReceiptHeader, Tally
 from assay.poc.responses.sampling import HIGHEST_INDEX
 from assay.poc.service.outbox import Outbox

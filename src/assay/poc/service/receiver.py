@@ -25,7 +25,7 @@ from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import ServerSettings, is_loopback
 from assay.poc.net.signatures import Signatures, message_id, parsed, unsigned
-from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.service.database import RECEIVED, open_database
 
 log = structlog.get_logger("assay.receiver")

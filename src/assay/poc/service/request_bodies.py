@@ -24,10 +24,13 @@ from assay.errors import UsageError
 from assay.poc.net.callback_urls import check_url
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
+from assay.poc.protocol.checks import MAX_NONCE
+from assay.poc.protocol.distinct_seeds import check_distinct_seeds
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import Build, describe_build, nearest_build
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import Fingerprint, Record, check_distinct_seeds, unpack_or_nan
-from assay.poc.protocol.round import MAX_NONCE, Round
+from assay.poc.protocol.records import Record, unpack_or_nan
+from assay.poc.protocol.round import Round
 from assay.poc.service.rounds import RoundValues, StoredRound
 from assay.poc.service.service_settings import ServiceSettings
 

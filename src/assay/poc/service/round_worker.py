@@ -19,8 +19,8 @@ from typing_extensions import override
 from assay.errors import AssayError, BadWeights, StorageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread, LoopThread
-from assay.poc.protocol.proof import DistanceRecord, Record, is_distance, is_valid
-from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.protocol.checks import MAX_NONCE
+from assay.poc.protocol.records import Record, is_distance, is_valid
 from assay.poc.service.jobs import STORAGE_PAUSE, Jobs
 from assay.poc.service.rounds import ComputedBatch, Rounds, StoredRound
 from assay.poc.service.service_settings import ServiceSettings
@@ -124,7 +124,7 @@ class Worker(EngineThread):
             if first := self._stream is None or self._stream_epoch != epoch:
                 self._drop_stream()
                 share = range(stored.next_nonce, MAX_NONCE + 1, stored.round.node_count)
-                self._stream = deployment.compute(stored.round, stored.batch_size, share)
+                self._stream = deployment.compute(stored.round.inputs(share), stored.batch_size)
                 self._stream_epoch = epoch
             started = time.perf_counter()
             records = next(self._stream, None)
@@ -159,11 +159,12 @@ class Worker(EngineThread):
 
 def _batch(stored: StoredRound, epoch: int, records: list[Record], seconds: float) -> ComputedBatch:
     valid = [
-        not isinstance(record, DistanceRecord) or is_valid(record.distance, stored.r_target)
-        for record in records
+        not record.has_distance or is_valid(record.distance, stored.r_target) for record in records
     ]
     broken = [
-        r.nonce for r in records if isinstance(r, DistanceRecord) and not is_distance(r.distance)
+        record.nonce
+        for record in records
+        if record.has_distance and not is_distance(record.distance)
     ]
     if broken:
         raise BadWeights(

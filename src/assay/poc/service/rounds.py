@@ -18,7 +18,7 @@ from assay.files.sqlite import Database
 from assay.files.sqlite_connections import damaged
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import settled_time
-from assay.poc.protocol.proof import DistanceRecord, Record, TokenRecord, pack_record
+from assay.poc.protocol.records import Record, pack_record
 from assay.poc.protocol.round import Round
 from assay.poc.service.outbox import Outbox
 from assay.poc.service.states import State
@@ -299,17 +299,14 @@ def _fitting(most: int, record: Record) -> int:
     """Return ``most``, or as many records with tokens as fill half of a callback that receivers
     take.
     """
-    if not isinstance(record, TokenRecord):
+    if record.tokens is None:
         return most
     return max(1, min(most, LARGEST_CALLBACK // (2 * (len(pack_record(record)) * 4 // 3 + AROUND))))
 
 
 def _row(round_id: int, record: Record, valid: bool) -> dict[str, Any]:
-    vector, distance = (
-        (None, record.distance)
-        if isinstance(record, DistanceRecord)
-        else (pack_record(record), None)
-    )
+    vector = None if record.has_distance else pack_record(record)
+    distance = record.distance if record.has_distance else None
     return {
         "round_id": round_id,
         "nonce": record.nonce,

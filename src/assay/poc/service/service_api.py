@@ -24,8 +24,8 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, problems, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import check_host
+from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.round import MAX_NONCE
 from assay.poc.service import request_bodies as requests
 from assay.poc.service.outbox import Delivery
 from assay.poc.service.receipt_keeper import RECEIPTS_PREFIX, receipts_router

@@ -26,7 +26,6 @@ from assay.poc.net.runtime import Runtime
 from assay.poc.net.shares import Shares
 from assay.poc.protocol.blocks import has_block_factor
 from assay.poc.protocol.pipelines import get_pipeline
-from assay.poc.protocol.proof import DistanceRecord
 from assay.poc.service import request_bodies as requests
 from assay.poc.service.database import open_database
 from assay.poc.service.distance_judge import HonestNoise, Judge, check_calibration
@@ -437,7 +436,7 @@ class Controller(Runtime):
             stored.round, public_key=request.public_key
         )  # the key that is paid, not the validator's
         engine = deployment.engine(stored.seq_len, stored.batch_size)
-        for batch in deployment.compute(round, stored.batch_size, request.nonces):
+        for batch in deployment.compute(round.inputs(request.nonces), stored.batch_size):
             if epoch != self._epoch or self.closing.is_set():
                 raise Refusal(
                     409,
@@ -446,9 +445,7 @@ class Controller(Runtime):
                     do="send it again in the round that you mean",
                     fields={"state": str(self.state)},
                 )
-            computed.extend(
-                record.distance for record in batch if isinstance(record, DistanceRecord)
-            )
+            computed.extend(record.distance for record in batch)
         verdict = self.judge.judge(stored, engine.fingerprint, request, computed)
         self.metrics.validation_seconds.observe(time.perf_counter() - started)
         word = verdict["residual_test"]["verdict"]

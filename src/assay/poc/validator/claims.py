@@ -17,10 +17,10 @@ from assay.errors import AssayError, ProofMismatch
 from assay.files.jsonl import JsonObject, dumps, loads
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.signatures import parsed
+from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.protocol.pipelines import Pipeline
-from assay.poc.protocol.proof import (
-    DistanceRecord,
-    Proof,
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.records import (
     Record,
     describe_packing,
     is_distance,
@@ -29,9 +29,9 @@ from assay.poc.protocol.proof import (
     packed_size,
     unpack_or_nan,
 )
-from assay.poc.protocol.round import MAX_NONCE, Round
+from assay.poc.protocol.round import Round
 from assay.poc.validator.registry import Registry, Sender
-from assay.poc.verdict.proofs import check_proof
+from assay.poc.verdict.proof_checks import check_proof
 
 MOST_NONCES = 2**16  # of one message
 REASONS = (
@@ -79,7 +79,7 @@ class Claim:
         nonce = self.nonces[place]
         value = self.values[place]
         if isinstance(value, (int, float)):
-            return DistanceRecord(nonce, float(value))
+            return Record(nonce, distance=float(value))
         return unpack_or_nan(nonce, value, pipeline)
 
     def encode(self) -> bytes:
@@ -300,9 +300,7 @@ def read_claim(kind: str, body: bytes, reader: Reader) -> Claim:
             "builds", getattr(header.fingerprint, name), f"{name} of the build of this node"
         )
     published = [
-        r.distance
-        if isinstance(r, DistanceRecord)
-        else base64.b64encode(pack_record(r)).decode("ascii")
+        r.distance if r.has_distance else base64.b64encode(pack_record(r)).decode("ascii")
         for r in proof.records
     ]
     return Claim(stated, [record.nonce for record in proof.records], published)

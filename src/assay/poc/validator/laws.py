@@ -8,19 +8,9 @@ from assay.files.jsonl import JsonObject
 from assay.poc.net.server_settings import ServerSettings
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.calibration import (
-    Calibration,
-    describe_promise,
-    find_build_noise,
-)
-from assay.poc.verdict.noise import (
-    LARGEST_SAMPLE,
-    Noise,
-    bundled_noise,
-    missing_law,
-    plan_sample,
-    sequential_test,
-)
+from assay.poc.verdict.calibration_file import Calibration, describe_promise, find_build_noise
+from assay.poc.verdict.honest_noise import Noise, bundled_noise, missing_law
+from assay.poc.verdict.sample_plan import LARGEST_SAMPLE, plan_sample, sequential_test
 
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment

@@ -13,7 +13,7 @@ from assay.poc.net.callback_urls import Blocked, call, new_client
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.server import LEAST_CHUNK, MAX_CHUNKS
 from assay.poc.net.signatures import parsed
-from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.validator.claims import refused
 from assay.poc.validator.inbox import Message
 from assay.poc.validator.intake import claimed_message

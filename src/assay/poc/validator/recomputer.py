@@ -20,8 +20,9 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -33,18 +34,17 @@ from assay.files.jsonl import JsonObject, dumps
 from assay.poc.net.deployment import Deployment
 from assay.poc.net.runtime import EngineThread
 from assay.poc.protocol.pins import Build
-from assay.poc.protocol.proof import Record, TokenRecord
-from assay.poc.protocol.round import Round, group_rows
+from assay.poc.protocol.records import Record
+from assay.poc.protocol.round import Input, Round, group_inputs
 from assay.poc.validator.claims import Claim, Reader, read_claim
 from assay.poc.validator.epochs import draw
 from assay.poc.validator.inbox import Draw, Inbox
 from assay.poc.validator.registry import Registry
 from assay.poc.validator.validator_metrics import ValidatorMetrics
 from assay.poc.validator.validator_settings import ValidatorSettings
-from assay.poc.verdict.judge import residuals, scores
+from assay.poc.verdict.entries import Account, LedgerUpdate, Standing, round_identity
+from assay.poc.verdict.honest_noise import Noise
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.life import Account, Standing, Update, round_identity
-from assay.poc.verdict.noise import Noise
 
 EXPECTED = 32.0
 """Nonces that a node without evidence is expected to need."""
@@ -137,33 +137,33 @@ log = structlog.get_logger("assay.validator.worker")
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Nonces that were drawn from a message, and their residuals."""
+class Sample:
+    """Nonces that were drawn from a message, with the records that the node claims of them."""
 
     source: Draw  # draw as it was written down
     round: Round  # round of the message
-    nonces: Sequence[int]  # drawn ones, in the order in which they are drawn
-    errors: npt.NDArray[np.float64]  # residual of each, over its control where there is one
+    inputs: Sequence[Input]  # drawn ones, in the order in which they are drawn
+    received: Sequence[Record]
     noise: Noise  # honest noise that they are judged under
     build: Build  # build of the node
 
-    def update(self, account: Account) -> Update:
-        """Return the evidence."""
+    def update(self, account: Account, residuals_N: npt.NDArray[np.float64]) -> LedgerUpdate:
+        """Return the evidence of the residuals, for the ledger."""
         round = self.round
+        nonces = [nonce for _, nonce in self.inputs]
         sizes = self.build.batch_size
-        return Update(
+        size = sizes[0] if len(sizes) == 1 else None
+        return LedgerUpdate(
             account=account,
             round=round_identity(round),
             block_hash=round.block_hash,
             noise=self.noise,
-            nonces=self.nonces,
-            residuals=[float(value) for value in self.errors],
+            nonces=nonces,
+            residuals=residuals_N.tolist(),
             proof=self.source.digest.hex(),
             sample_seed=self.source.seed,
-            positions=[(nonce - round.node_id) // round.node_count for nonce in self.nonces],
-            batch_size=sizes[0]
-            if len(sizes) == 1 and isinstance(sizes[0], int)
-            else None,  # None where several may be
+            positions=[(nonce - round.node_id) // round.node_count for nonce in nonces],
+            batch_size=size if isinstance(size, int) else None,  # None where several may be
             name=self.source.name,
         )
 
@@ -300,44 +300,38 @@ class Recomputer(EngineThread):
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
         registry = self._registry()
-        sources = list[Draw]()
-        checked = list[Checked]()
-        wanted = list[tuple[Round, list[int]]]()
-        received = list[list[Record]]()
+        samples = list[Sample]()
         for source in draws:
             claim = self._claimed(source, registry)
-            if (
-                claim is not None
-                and self._noise(registry.senders[claim.round.public_key].build, None) is not None
-            ):
+            if claim is None:
+                continue
+            build = registry.senders[claim.round.public_key].build  # read under this registry
+            noise = self._noise(build, claim.round)
+            if noise is not None:
                 places = draw(source.seed, claim.nonces, source.drawn, source.planned)
-                sources.append(source)
-                wanted.append((claim.round, [claim.nonces[place] for place in places]))
-                received.append([claim.record(place, registry.pipeline) for place in places])
-        recomputed = recompute(deployment, self._settings.batch_size, wanted, received)
-        again = {
-            one.dtype: recompute(one, self._settings.batch_size, wanted, received)
-            for one in deployment.controls
+                inputs = [Input(claim.round, claim.nonces[place]) for place in places]
+                records = [claim.record(place, registry.pipeline) for place in places]
+                samples.append(Sample(source, claim.round, inputs, records, noise, build))
+        inputs = [each for sample in samples for each in sample.inputs]
+        received = [record for sample in samples for record in sample.received]
+        size = self._settings.batch_size
+        again = recompute(deployment, size, inputs, received)
+        controls = {
+            control.dtype: recompute(control, size, inputs, received)
+            for control in deployment.controls
         }
-        for row, (source, (round, nonces), claimed, records) in enumerate(
-            zip(sources, wanted, received, recomputed, strict=True)
-        ):
-            build = registry.senders[
-                round.public_key
-            ].build  # the claim was read under this registry
-            noise = self._noise(build, round)
-            others = {name: found[row] for name, found in again.items()}
-            assert noise is not None  # a round scales it
-            control = noise.control
-            errors = (
-                residuals(claimed, records)
-                if control is None
-                else scores(claimed, records, others, control)
+        updates = list[LedgerUpdate]()
+        start = 0
+        for sample in samples:
+            rows = slice(start, start + len(sample.inputs))
+            start = rows.stop
+            more = {dtype: records[rows] for dtype, records in controls.items()}
+            residuals_N = sample.noise.residuals(sample.received, again[rows], more)
+            updates.append(
+                sample.update(account_of(sample.round.public_key, registry), residuals_N)
             )
-            checked.append(Checked(source, round, nonces, errors, noise, build))
         with self._recording:
-            accounts = [account_of(found.round.public_key, registry) for found in checked]
-            standings = self._ledger.append(map(Checked.update, checked, accounts))
+            standings = self._ledger.append(updates)
             now = {standing.account.public_key: standing for standing in standings}
             self._lives |= {standing.account: standing for standing in standings}
         changes = [
@@ -351,7 +345,7 @@ class Recomputer(EngineThread):
             with self._recording:
                 self.standings = {**self.standings, **self._present(now.values())}
         self._last |= {change["account"]: change["verdict"] for change in changes}
-        self._metrics.nonces.inc(sum(len(found.nonces) for found in checked))
+        self._metrics.nonces.inc(len(inputs))
         for change in changes:
             self._metrics.verdicts.labels(change["verdict"]).inc()
             log.info(
@@ -394,35 +388,21 @@ class Recomputer(EngineThread):
 def recompute(
     deployment: Deployment,
     batch_size: int,
-    wanted: Sequence[tuple[Round, Sequence[int]]],
-    received: Sequence[Sequence[Record]] = (),
-) -> list[list[Record]]:
-    """Return the records of nonces of several rounds, from batches that they fill together.
+    inputs: Sequence[Input],
+    received: Sequence[Record] = (),
+) -> list[Record]:
+    """Recompute inputs of several rounds in batches that they fill together; return their records.
 
-    A round may stand there several times, as several objects. Received records are those of the
-    same nonces as the nodes claim them; tokens are replayed from them.
+    Received records are those of the same inputs as the nodes claim them, from which tokens are
+    replayed.
     """
-    found: dict[tuple[int, int], Record] = {}
-    claimed = {
-        (id(round), record.nonce): record
-        for (round, _), records in zip(wanted, received or [()] * len(wanted), strict=True)
-        for record in records
-        if isinstance(record, TokenRecord)
-    }
-    for pack, places in group_rows(
-        [(round, nonce) for round, nonces in wanted for nonce in nonces]
-    ):
-        if claimed:
-            rows = enumerate(claimed[id(round), nonce] for round, nonce in pack.rows)
-            batches = deployment.recompute(
-                pack, batch_size, [replace(row, nonce=place) for place, row in rows]
-            )
-        else:
-            batches = deployment.compute(pack, batch_size, places)
-        records = [record for batch in batches for record in batch]
-        for (round, nonce), record in zip(pack.rows, records, strict=True):
-            found[id(round), nonce] = record
-    return [[found[id(round), nonce] for nonce in nonces] for round, nonces in wanted]
+    records: dict[int, Record] = {}
+    for places in group_inputs(inputs):
+        group = [inputs[place] for place in places]
+        claimed = [received[place] for place in places] if received else None
+        batches = deployment.compute(group, batch_size, claimed)
+        records |= zip(places, chain.from_iterable(batches), strict=True)
+    return [records[place] for place in range(len(inputs))]
 
 
 def account_of(public_key: str, registry: Registry) -> Account:

@@ -24,9 +24,7 @@ from assay.poc.protocol.node_tables import read_node_tables
 from assay.poc.protocol.pins import Build
 from assay.poc.protocol.pins_file import NetworkPins, NodePins
 from assay.poc.protocol.pipelines import Pipeline, get_pipeline
-from assay.poc.verdict.calibration import (
-    account_alpha,
-)
+from assay.poc.verdict.calibration_file import account_alpha
 
 if TYPE_CHECKING:
     from assay.models.catalogue import ModelInfo

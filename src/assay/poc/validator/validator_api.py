@@ -29,7 +29,7 @@ from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import ServerSettings, check_host, is_loopback
-from assay.poc.protocol.round import MAX_NONCE
+from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.validator.intake import PREFIX, Intake
 from assay.poc.validator.poller import Poller
 from assay.poc.validator.recomputer import account_id

@@ -14,8 +14,9 @@ from assay.poc.net.deployment import Deployment
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.runtime import Runtime
 from assay.poc.net.server_settings import ServerSettings
+from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import Build
-from assay.poc.protocol.round import Round, check_name
+from assay.poc.protocol.round import Round
 from assay.poc.validator.claims import Reader
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.inbox_writer import InboxWriter
@@ -24,9 +25,9 @@ from assay.poc.validator.recomputer import Recomputer, account_id, verdict_of
 from assay.poc.validator.registry import Registry
 from assay.poc.validator.validator_metrics import ValidatorMetrics
 from assay.poc.validator.validator_settings import ValidatorSettings
+from assay.poc.verdict.entries import Standing
+from assay.poc.verdict.honest_noise import Noise
 from assay.poc.verdict.ledger import Ledger
-from assay.poc.verdict.life import Standing
-from assay.poc.verdict.noise import Noise
 
 log = structlog.get_logger("assay.validator")
 

@@ -20,12 +20,13 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from assay.errors import BadWeights, EngineEnded, ModelError, UsageError, not_finite, reason_of
-from assay.poc.engines.base import Decoded, Replayed, drawn_prompts, token_inputs
+from assay.poc.engines.base import Values, drawn_prompts, token_inputs
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pipelines import SKETCH_SIZE, sketch_steps
-from assay.poc.protocol.proof import Fingerprint
 from assay.poc.vllm.direct import CALLS, CallSizer, DirectPath
 from assay.poc.vllm.rows import Spec, new_key, request_id, unpack_values
 from assay.poc.vllm.throttle import Throttle, ThrottleSettings
@@ -41,7 +42,7 @@ AHEAD = 2  # batches that may be finished before they are asked for
 ATTEMPTS = 3  # for a nonce whose request was aborted or turned away
 COLLECTED = 256  # nonces whose rows are collected in one call
 
-Values = NDArray[np.floating[Any]]
+Rows = NDArray[np.floating[Any]]
 
 # Errors of vLLM's admission control, after which a nonce is tried again as a client would, and its
 # error for everything that is asked of an engine whose process has died. The server ends then.
@@ -140,7 +141,7 @@ class Client:
             last = output
         return last
 
-    async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Values]:
+    async def collect(self, key: str, nonces: Sequence[int]) -> dict[int, Rows]:
         """Return the values of nonces that have run, by nonce. A nonce whose request was aborted is
         missing.
 
@@ -148,7 +149,7 @@ class Client:
             ModelError: A worker could not run a nonce.
             BadWeights: A worker could not take a step of the pipeline.
         """
-        values: dict[int, Values] = {}
+        values: dict[int, Rows] = {}
         for reply in await self.call("assay_collect", key, list(nonces)):
             for nonce, reason in reply["failed"].items():
                 raise ModelError(
@@ -260,7 +261,7 @@ class NonceStream:
         self._nonces = nonces
         self._batch_size = batch_size
         ahead = AHEAD + (0 if spec.pipeline.steps else CALLS * client.direct.most // batch_size)
-        self._batches: asyncio.Queue[asyncio.Task[Values] | None] = asyncio.Queue(ahead)
+        self._batches: asyncio.Queue[asyncio.Task[Rows] | None] = asyncio.Queue(ahead)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._producer: asyncio.Task[None] | None = None
         self._key = ""
@@ -270,6 +271,10 @@ class NonceStream:
         self._call: asyncio.Task[Any] | None = None  # the last one
         self._covered = 0  # places of nonces that have begun
 
+    def values(self, rows: Rows) -> Values:
+        """Return what the pipeline publishes of the next batch, from what the workers gave."""
+        return {self._spec.pipeline.output: rows}
+
     async def open(self) -> None:
         """Announce the stream to the workers, which may refuse the round, and begin."""
         self._key = new_key()
@@ -277,7 +282,7 @@ class NonceStream:
         await self._client.open(self._key, self._spec)
         self._producer = self._start(self._produce())
 
-    async def next(self) -> Values | None:
+    async def next(self) -> Rows | None:
         """Return the values of the next batch, or None after the last; raise if the engine did not
         run a nonce.
         """
@@ -352,9 +357,7 @@ class NonceStream:
         task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
-    async def _finish(
-        self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]"
-    ) -> Values:
+    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
         """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
         starts = range(0, len(wanted), COLLECTED)
         parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
@@ -368,7 +371,7 @@ class NonceStream:
         frame = self._spec.frame
         if frame is None:
             return [0] * round.seq_len, sampling_parameters()
-        return token_inputs(round, frame, [nonce], seq_len=round.seq_len)[
+        return token_inputs(round.inputs([nonce]), frame, seq_len=round.seq_len)[
             0
         ].tolist(), sampling_parameters()
 
@@ -376,15 +379,13 @@ class NonceStream:
         """Return whether a request ran to its end, as far as its last output says."""
         return True
 
-    async def _collect(
-        self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]"
-    ) -> Values:
+    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
         """Take the values of calls, and collect those of requests.
 
         What a call did not run is requested, and what was aborted, for instance by a sleeping
         engine, runs again.
         """
-        values: dict[int, Values] = {}
+        values: dict[int, Rows] = {}
         for call in {task for task in running if task in self._calls}:
             values |= await asyncio.shield(call)  # other batches wait for it too
         left = {
@@ -465,21 +466,17 @@ class TokenStream(NonceStream):
         self._tokens: dict[int, list[int]] = {}
         self._done = 0
 
-    def decoded(self, values: Values) -> Decoded:
-        """Return the tokens and sketches of the next batch, of which the workers gave some
-        values.
-        """
-        nonces = self._nonces[self._done : self._done + len(values)]
-        self._done += len(values)
+    @override
+    def values(self, rows: Rows) -> Values:
+        sketches_BSK, margins_BN = self._split(rows)
+        if self._claimed is not None:
+            return {"margins": margins_BN, "sketches": sketches_BSK}
+        nonces = self._nonces[self._done : self._done + len(rows)]
+        self._done += len(rows)
         tokens_BN = np.array([self._tokens.pop(nonce) for nonce in nonces], dtype=np.uint32)
-        return Decoded(tokens_BN, self._split(values)[0])
+        return {"tokens": tokens_BN, "sketches": sketches_BSK}
 
-    def replayed(self, values: Values) -> Replayed:
-        """Return the margins and sketches of a batch, of which the workers gave some values."""
-        sketches_BSK, margins_BN = self._split(values)
-        return Replayed(margins_BN, sketches_BSK)
-
-    def _split(self, values: Values) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    def _split(self, values: Rows) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         if np.isnan(values).any():  # an infinite margin is that of an id without a token
             raise not_finite("vLLM returned NaN or infinity")
         count = len(sketch_steps(self._steps))
@@ -490,7 +487,7 @@ class TokenStream(NonceStream):
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
         shape = {"seq_len": self._spec.round.seq_len, "vocab_size": self._vocab_size}
-        prompt: list[int] = drawn_prompts(self._spec.round, [nonce], **shape)[0].tolist()
+        prompt: list[int] = drawn_prompts(self._spec.round.inputs([nonce]), **shape)[0].tolist()
         if self._claimed is None:
             # Nothing may end the text early.
             return prompt, sampling_parameters(self._steps, ignore_eos=True)

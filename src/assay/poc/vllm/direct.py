@@ -475,7 +475,7 @@ class DirectPasses:
         parts = [nonces[start : start + batch] for start in range(0, len(nonces), batch)]
         rows = [self._rows(spec, part) for part in parts]
         return (
-            HostCopy(self._transform(spec)(torch.cat(rows).float(), nonces))
+            HostCopy(self._transform(spec)(torch.cat(rows).float(), spec.round.inputs(nonces)))
             if is_first_of_group()
             else None
         )
@@ -487,7 +487,7 @@ class DirectPasses:
         states_BTD = states_ND[: len(nonces) * seq_len].view(len(nonces), seq_len, -1)
         if spec.pipeline.read == "last":
             return states_BTD[:, -1].clone()  # a view would keep the states of every pass
-        reading = self._transform(spec).reading(nonces, seq_len)
+        reading = self._transform(spec).reading(spec.round.inputs(nonces), seq_len)
         assert reading is not None
         at_once = max(1, MAX_SUMMED // ((seq_len - reading.first) * self._width))
         parts = (
@@ -576,12 +576,13 @@ class DirectPasses:
 
     def _inputs(self, spec: Spec, nonces: list[int]) -> dict[str, Tensor | None]:
         """Return what the model reads of nonces: tokens [N], or input embeddings [N, D]."""
+        inputs = spec.round.inputs(nonces)
         seq_len = spec.round.seq_len
         device = self._runner.device
         if spec.frame is not None:
             # The layers are compiled for ids of 32 bits, and vLLM drops the guards that would
             # notice others.
-            ids_N = device_tokens(self._streams, spec.round, spec.frame, nonces, seq_len=seq_len)
+            ids_N = device_tokens(self._streams, inputs, spec.frame, seq_len=seq_len)
             if not self._config.model_config.enable_prompt_embeds:
                 return {"input_ids": ids_N, "inputs_embeds": None}
             # With prompt embeddings vLLM runs every step on embeddings, and compiles the layers for
@@ -590,9 +591,9 @@ class DirectPasses:
         at_once = max(1, MAX_VALUES // (seq_len * self._width))
         shape = {"seq_len": seq_len, "hidden_size": self._width}
         made = [
-            noise_inputs(
-                self._streams, spec.round, nonces[at : at + at_once], dtype=self._dtype, **shape
-            ).to(device)
+            noise_inputs(self._streams, inputs[at : at + at_once], dtype=self._dtype, **shape).to(
+                device
+            )
             for at in range(0, len(nonces), at_once)
         ]
         inputs_ND = (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)

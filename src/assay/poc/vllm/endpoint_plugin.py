@@ -35,8 +35,8 @@ from assay.poc.net.logs import configure_logs
 from assay.poc.net.refusals import refusal_of
 from assay.poc.net.routes import Keys, LocalOnly, Scope, answer, needs, route_class, route_path
 from assay.poc.net.shares import client_of
+from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache
-from assay.poc.protocol.round import check_name
 from assay.poc.responses.receipts import ReceiptHeader
 from assay.poc.service.receipt_keeper import ReceiptKeeper, ReceiptSink
 from assay.poc.service.service_api import PREFIX, PREFIXES, attach, dashboard_router

@@ -14,9 +14,9 @@ from pydantic import Field
 from assay.errors import UsageError
 from assay.models.load import identify
 from assay.poc.net.server_settings import Seconds, is_loopback
+from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache
 from assay.poc.protocol.pins_file import NetworkPins
-from assay.poc.protocol.round import check_name
 from assay.poc.service.service_settings import ServiceSettings
 from assay.poc.vllm.client import most_positions
 from assay.poc.vllm.compatibility import (

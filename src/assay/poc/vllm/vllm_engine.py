@@ -26,10 +26,11 @@ from assay.models.device import processor
 from assay.models.frame import Frame
 from assay.models.load import identify, load_tokenizer
 from assay.models.resolve import resolve
-from assay.poc.engines.base import Decoded, Engine, Replayed, check_supported
+from assay.poc.engines.base import Engine, Values, check_supported
+from assay.poc.protocol.checks import check_batch_size
+from assay.poc.protocol.fingerprint import Fingerprint
 from assay.poc.protocol.pipelines import Pipeline, check_frame, runs_on_vllm, sketch_steps
-from assay.poc.protocol.proof import Fingerprint
-from assay.poc.protocol.round import Round, check_batch_size
+from assay.poc.protocol.round import Input, Round, RoundInputs
 from assay.poc.responses.adapters import Lora
 from assay.poc.responses.prefill import Prefill, Prefilled, PromptAndOutput, check_finite
 from assay.poc.responses.receipts import ReceiptHeader
@@ -160,41 +161,33 @@ class RequestEngine(Engine):
         return self._client.fingerprint(self.batch_size, self.seq_len)
 
     @override
-    def outputs(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
-    ) -> Generator[NDArray[Any]]:
-        check_supported(self, pipeline)
-        check_frame(pipeline, self.frame, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
-        spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
-        yield from self._run(NonceStream(self._client, spec, nonces, self.batch_size))
-
-    @override
-    def decoded(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int]
-    ) -> Generator[Decoded]:
-        stream = self._tokens(round, pipeline, nonces)
-        for values in self._run(stream):
-            yield stream.decoded(values)
-
-    @override
-    def replayed(
-        self, round: Round, pipeline: Pipeline, nonces: Sequence[int], tokens_MN: NDArray[np.uint32]
-    ) -> Generator[Replayed]:
-        stream = self._tokens(round, pipeline, nonces, tokens_MN)
-        for values in self._run(stream):
-            yield stream.replayed(values)
-
-    def _tokens(
+    def run(
         self,
-        round: Round,
+        inputs: Sequence[Input],
         pipeline: Pipeline,
-        nonces: Sequence[int],
         claimed_MN: NDArray[np.uint32] | None = None,
-    ) -> TokenStream:
-        _check_positions(self.seq_len, self._client.positions, pipeline.steps)
-        spec = Spec(round, pipeline)
-        sizes = {"batch_size": self.batch_size, "vocab_size": self.vocab_size}
-        return TokenStream(self._client, spec, nonces, claimed_MN=claimed_MN, **sizes)
+    ) -> Generator[Values]:
+        if not len(inputs):
+            return
+        check_supported(self, pipeline)
+        round, nonces = _split_round(inputs)
+        if pipeline.steps:
+            _check_positions(self.seq_len, self._client.positions, pipeline.steps)
+            stream: NonceStream = TokenStream(
+                self._client,
+                Spec(round, pipeline),
+                nonces,
+                self.batch_size,
+                vocab_size=self.vocab_size,
+                claimed_MN=claimed_MN,
+            )
+        else:
+            shape = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}
+            check_frame(pipeline, self.frame, **shape)
+            spec = Spec(round, pipeline, self.frame if pipeline.framed else None)
+            stream = NonceStream(self._client, spec, nonces, self.batch_size)
+        for rows in self._run(stream):
+            yield stream.values(rows)
 
     def _run(self, stream: NonceStream) -> Generator[NDArray[Any]]:
         """Yield the values of a stream, a batch at a time."""
@@ -220,6 +213,20 @@ class RequestEngine(Engine):
         raise EngineEnded(
             "the engine of vLLM has ended", wanted="a running engine", do="start it again"
         )
+
+
+def _split_round(inputs: Sequence[Input]) -> tuple[Round, Sequence[int]]:
+    """Return the round of inputs and their nonces; a stream of the workers is of one round."""
+    round = inputs[0].round
+    if isinstance(inputs, RoundInputs):  # which may be longer than a list could be
+        return round, inputs.nonces
+    if any(other != round for other, _ in inputs):
+        raise UsageError(
+            "inputs of several rounds on vLLM",
+            wanted="those of one round",
+            do="run each round by itself, or use --engine hf",
+        )
+    return round, [nonce for _, nonce in inputs]
 
 
 def _check_positions(seq_len: int, most_positions: int, steps: int = 0) -> None:

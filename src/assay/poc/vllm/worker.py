@@ -271,7 +271,9 @@ class Hooks:
                     if self._decoding is not None and stream.spec.pipeline.steps:
                         values = self._decoding.values(stream, found, rows)
                     else:
-                        values = self.transform(stream.spec)(torch.stack(rows).float(), found)
+                        values = self.transform(stream.spec)(
+                            torch.stack(rows).float(), stream.spec.round.inputs(found)
+                        )
                     reply |= pack_values(found, values.cpu().numpy())
             except Exception as error:  # reported, so that the engine lives
                 reply["error"] = reason_of(error)[:LONGEST_REASON]
@@ -325,7 +327,9 @@ class Hooks:
         # On its own CUDA stream the copy to the CPU waits for the noise only, not for the running
         # step.
         with torch.cuda.stream(self._side):
-            inputs_BTD = noise_inputs(self._streams, round, nonces, dtype=dtype, **shape).cpu()
+            inputs_BTD = noise_inputs(
+                self._streams, round.inputs(nonces), dtype=dtype, **shape
+            ).cpu()
         for (nonce, request), inputs_TD in zip(requests, inputs_BTD, strict=True):
             # V1 copies both into its InputBatch (add_request), V2 into
             # model_states/prompt_embeds.py: positions whose prompt_is_token_ids is False take their
@@ -383,7 +387,7 @@ class Hooks:
     ) -> None:
         """Add the signed unit states of chunks of one length to the sums of earlier steps."""
         reading = self.transform(stream.spec).reading(
-            [nonce for nonce, _ in pieces], stream.spec.round.seq_len
+            stream.spec.round.inputs([nonce for nonce, _ in pieces]), stream.spec.round.seq_len
         )
         assert reading is not None
         parts = [(row, chunk, chunk.in_prompt) for row, (_, chunk) in enumerate(pieces)]
@@ -417,7 +421,9 @@ class Hooks:
             stream.parts[nonce] = torch.cat([*before, part_TD])
         if not (ended := [nonce for nonce, chunk in pieces if chunk.ends_prompt]):
             return
-        reading = self.transform(stream.spec).reading(ended, stream.spec.round.seq_len)
+        reading = self.transform(stream.spec).reading(
+            stream.spec.round.inputs(ended), stream.spec.round.seq_len
+        )
         assert reading is not None
         states_BTD = torch.stack([stream.parts.pop(nonce) for nonce in ended])
         sums_BD = reading._replace(weights=reading.weights.to(states_ND.device)).sum(states_BTD)
@@ -458,7 +464,9 @@ class Hooks:
 def _check_tokens(spec: Spec, nonce: int, request: Any) -> None:
     """Refuse a request whose prompt is not the tokens of its nonce."""
     assert spec.frame is not None
-    wanted = token_inputs(spec.round, spec.frame, [nonce], seq_len=spec.round.seq_len)[0].tolist()
+    wanted = token_inputs(spec.round.inputs([nonce]), spec.frame, seq_len=spec.round.seq_len)[
+        0
+    ].tolist()
     if request.prompt_embeds is not None or list(request.prompt_token_ids or ()) != wanted:
         raise ValueError(f"other tokens than those of nonce {nonce}")
 
@@ -555,7 +563,7 @@ class Decoding:
         size = len(sketch_steps(steps)) * self._width + (0 if listed is None else steps)
         kept = torch.full((size,), torch.nan, device=self._runner.device)
         stream.decodes[nonce] = Decode(
-            drawn_seeds(round, "tokens", [nonce], range(steps))[0], claimed, kept
+            drawn_seeds(round.inputs([nonce]), "tokens", range(steps))[0], claimed, kept
         )
         stream.fill(nonce)
 
@@ -595,7 +603,7 @@ class Decoding:
         steps = sketch_steps(stream.spec.pipeline.steps)
         kept_MW = torch.stack(list(rows))
         size = len(steps) * self._width
-        seeds = drawn_seeds(stream.spec.round, "sketch", nonces, steps).reshape(-1)
+        seeds = drawn_seeds(stream.spec.round.inputs(nonces), "sketch", steps).reshape(-1)
         states = kept_MW[:, :size].reshape(-1, self._width)
         at_once = max(1, MOST_LOGITS // (SKETCH_SIZE * self._width))
         parts = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]

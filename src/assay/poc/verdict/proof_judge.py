@@ -1,35 +1,25 @@
-"""The judge: residuals of received and recomputed values, and the verdict that they give."""
+"""The judge of proofs: residuals of received and recomputed values, and the verdict they give."""
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from assay import stats
+from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Pins
-from assay.poc.protocol.proof import (
-    DistanceRecord,
-    Header,
-    Proof,
-    Record,
-    TokenRecord,
-    VectorRecord,
-)
-from assay.poc.verdict.noise import Control, Noise, missing_law, sequential_test
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.records import Record
+from assay.poc.verdict.honest_noise import Noise, missing_law
+from assay.poc.verdict.published_rule import count_mismatches, published_rule
+from assay.poc.verdict.residuals import residuals
+from assay.poc.verdict.sample_plan import sequential_test
 from assay.stats.e_values import Decision
 
-P_FLIP = 5e-4  # honest mismatch rate of distances that the published rule assumes
-COUNT_ALPHA = 0.01  # level of the published count test
-DIST_THRESHOLD = 0.02  # distance of two vectors above which the published rule counts a mismatch
-P_MISMATCH = 0.001  # honest mismatch rate of vectors that the published rule assumes
-LARGEST_MARGIN = (
-    4.0  # largest margin that a token counts with: the largest squared distance of two unit vectors
-)
 Outcome = (
     Decision | Literal["faulty"]
 )  # where residuals depend on the place, and are honest elsewhere
@@ -39,7 +29,7 @@ EXIT_CODES: dict[Outcome, int] = {"honest": 0, "fraud": 1, "undecided": 2, "faul
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ProofVerdict:
     """The result of a verification.
 
     Args:
@@ -127,101 +117,65 @@ class Verdict:
         return {"schema": "assay.poc.verdict/1", **values, **stated, **believed}
 
 
-def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> np.ndarray:
-    """Return the residual of every nonce, [N] in float64.
-
-    The residual of distances is received minus recomputed. That of vectors is their L2 distance.
-    That of tokens is √(mean ‖u − v‖² + mean d): u and v are the two sketches of a state, and d is
-    the score of the best token minus that of the claimed one, at most 4. Noise m times larger makes
-    both terms m² times larger. A missing or non-finite value gives NaN, which every test counts as
-    a mismatch.
-    """
-    return np.array([_residual(a, b) for a, b in zip(received, recomputed, strict=True)])
-
-
-def compare(
-    received: Sequence[Record], own: Sequence[Sequence[Record]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a node's residuals from each own computation of a validator, [E, N], and those between
-    these, [P, N].
-    """
-    between = [residuals(one, other) for one, other in combinations(own, 2)]
-    return np.stack([residuals(received, one) for one in own]), np.stack(between)
-
-
-def scores(
-    received: Sequence[Record],
-    recomputed: Sequence[Record],
-    again: Mapping[str, Sequence[Record]],
-    control: Control,
-) -> np.ndarray:
-    """Return the score of every nonce by a control, [N] in float64; ``again`` has its records by
-    number format.
-    """
-    return control.scores(
-        *compare(received, [recomputed, *(again[name] for name in control.dtypes)])
-    )
-
-
 def judge(
     proof: Proof,
     received: Sequence[Record],
     recomputed: Sequence[Record],
     noise: Noise | None,
     *,
-    again: Mapping[str, Sequence[Record]] | None = None,
+    controls: Mapping[str, Sequence[Record]] | None = None,
     pins: Pins | None = None,
     test: stats.SequentialTest | None = None,
     seed: int = 0,
     power: float | None = None,
-) -> Verdict:
+) -> ProofVerdict:
     """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the
     same order.
 
-    Without a law of honest noise the verdict is undecided, whatever the residuals are. ``again``
-    has what the validator computed again, by number format, where the law has a control. ``test``
+    Without a law of honest noise the verdict is undecided, whatever the residuals are.
+    ``controls`` has what the validator computed again, by number format, where the law has a control. ``test``
     is a fresh one; that of the honest noise at the usual error rates when None. The header agrees
     with ``pins``. ``seed`` drew the sample, and ``power`` is what
-    :func:`assay.poc.verdict.noise.plan_sample` says of it.
+    :func:`assay.poc.verdict.sample_plan.plan_sample` says of it.
     """
     header = proof.header
-    errors = residuals(received, recomputed)
-    count = count_mismatches(errors)
-    if noise is not None and noise.control is not None:
-        errors = scores(received, recomputed, again or {}, noise.control)
     nonces = tuple(record.nonce for record in received)
+    residuals_N = residuals(received, recomputed)
+    if header.pipeline.output == "distance":
+        pairs = zip(received, recomputed, strict=True)
+        valid = [(record, again) for record, again in pairs if header.is_valid(record)]
+        count = published_rule(
+            [record.distance for record, _ in valid],
+            [again.distance for _, again in valid],
+            header.round.r_target,
+        )
+    else:
+        count = count_mismatches(residuals_N)
     outcome: Outcome = "undecided"
     reason = missing_law(YOUR_MODEL, header.digest, header.round)
     result = None
-    found = None
+    place_test = None
     if noise is not None:
-        test = test or sequential_test(noise)
-        places = header.places_of(nonces)
-        stated = header.fingerprint.batch_size
-        outcome, result, found = judge_residuals(
-            errors, noise, test=test, positions=places, batch_size=stated
+        residuals_N = noise.residuals(received, recomputed, controls or {})
+        outcome, result, place_test = judge_residuals(
+            residuals_N,
+            noise,
+            test=test or sequential_test(noise),
+            positions=header.places_of(nonces),
+            batch_size=header.fingerprint.batch_size,
         )
-        reason = _reason(outcome, result, found)
-    if header.pipeline.output == "distance":
-        pairs = [
-            (a.distance, b.distance)
-            for a, b in zip(received, recomputed, strict=True)
-            if isinstance(a, DistanceRecord)
-            and isinstance(b, DistanceRecord)
-            and header.is_valid(a)
-        ]
-        count = published_rule([a for a, _ in pairs], [b for _, b in pairs], header.round.r_target)
-    return Verdict(
+        reason = _reason(outcome, result, place_test)
+    return ProofVerdict(
         verdict=outcome,
         reason=reason,
         checked=len(received),
         proved=proof.footer.records,
         sequential=result,
-        places=found,
+        places=place_test,
         count=count,
         noise=noise,
         power=power,
-        residuals=tuple(float(value) for value in errors),
+        residuals=tuple(float(value) for value in residuals_N),
         nonces=nonces,
         sample_seed=seed,
         header=header,
@@ -229,30 +183,8 @@ def judge(
     )
 
 
-def _residual(a: Record, b: Record) -> float:
-    if isinstance(a, DistanceRecord) and isinstance(b, DistanceRecord):
-        return a.distance - b.distance
-    if (
-        isinstance(a, VectorRecord)
-        and isinstance(b, VectorRecord)
-        and a.vector.shape == b.vector.shape
-    ):
-        return float(np.linalg.norm(a.vector.astype(np.float64) - b.vector.astype(np.float64)))
-    if not (
-        isinstance(a, TokenRecord)
-        and isinstance(b, TokenRecord)
-        and a.sketches.shape == b.sketches.shape
-    ):
-        return math.nan
-    if b.margins is None:  # not a replay of these tokens
-        return math.nan
-    apart = a.sketches.astype(np.float64) - b.sketches.astype(np.float64)
-    margins = np.minimum(b.margins.astype(np.float64), LARGEST_MARGIN)
-    return math.sqrt(np.square(apart).sum(axis=1).mean() + margins.mean())
-
-
 def judge_residuals(
-    errors_N: npt.NDArray[np.float64],
+    residuals_N: npt.NDArray[np.float64],
     noise: Noise,
     *,
     test: stats.SequentialTest,
@@ -270,15 +202,15 @@ def judge_residuals(
     ``test`` is a fresh one. ``positions`` are the indices of the nonces in the prover's own
     sequence, in batches of the ``batch_size`` that it states; the places are not tested when None.
     """
-    at_N = np.arange(len(errors_N)) if positions is None else np.asarray(positions)
-    places = stats.place_test(errors_N, at_N, batch_size=batch_size, honest_size=noise.size)
+    at_N = np.arange(len(residuals_N)) if positions is None else np.asarray(positions)
+    places = stats.place_test(residuals_N, at_N, batch_size=batch_size, honest_size=noise.size)
     if positions is None or not (places.faulty or places.suspected):
-        result = test.update(errors_N).result
+        result = test.update(residuals_N).result
         return result.verdict, result, places
-    elsewhere = copy.deepcopy(test).update(errors_N[~places.set_aside]).result
+    elsewhere = copy.deepcopy(test).update(residuals_N[~places.set_aside]).result
     if places.faulty:
         return "fraud" if elsewhere.verdict == "fraud" else "faulty", elsewhere, places
-    result = test.update(errors_N).result
+    result = test.update(residuals_N).result
     unsure = result.verdict == "fraud" and elsewhere.verdict != "fraud"
     return "undecided" if unsure else result.verdict, result, places
 
@@ -314,32 +246,3 @@ def _reason(outcome: Outcome, result: stats.SequentialResult, places: stats.Plac
         f"{few}: least evidence, e^{result.log_evidence_honest:.1f}, against {result.weakest}; "
         f"check more"
     )
-
-
-def published_rule(
-    received: Sequence[float], recomputed: Sequence[float], r_target: float
-) -> stats.CountTest:
-    """Apply the published rule to nonces that were claimed valid: fraud if a count against 5e-4
-    gives p < 0.01.
-
-    A mismatch is a received distance at or above ``r_target``, a recomputed one above it, or one
-    that is not finite.
-    """
-    mismatches = sum(
-        not (a < r_target and b <= r_target) for a, b in zip(received, recomputed, strict=True)
-    )
-    return stats.count_test(mismatches, len(received), P_FLIP, COUNT_ALPHA)
-
-
-def count_mismatches(
-    distances: np.ndarray,
-    *,
-    threshold: float = DIST_THRESHOLD,
-    p_mismatch: float = P_MISMATCH,
-    alpha: float = COUNT_ALPHA,
-) -> stats.CountTest:
-    """Count vectors [N] whose L2 distance is above the threshold or not finite, and test the
-    count.
-    """
-    mismatches = int(np.count_nonzero(~(distances <= threshold)))
-    return stats.count_test(mismatches, len(distances), p_mismatch, alpha)

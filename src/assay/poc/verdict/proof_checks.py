@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 
 from assay.errors import ProofMismatch, UsageError
+from assay.poc.protocol.distinct_seeds import check_distinct_seeds
 from assay.poc.protocol.pins import FORMATS, Pins
-from assay.poc.protocol.proof import Proof, Record, check_distinct_seeds
+from assay.poc.protocol.proof import Proof
+from assay.poc.protocol.records import Record
 from assay.poc.protocol.round import Round
-from assay.poc.verdict.calibration import Calibration
-from assay.poc.verdict.noise import LARGEST_SAMPLE
+from assay.poc.verdict.calibration_file import Calibration
+from assay.poc.verdict.sample_plan import LARGEST_SAMPLE
 
 
 def check_proof(

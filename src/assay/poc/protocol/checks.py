@@ -1,0 +1,65 @@
+"""Checks of single values: names, whole numbers, batch sizes and digests."""
+
+import re
+
+from assay.errors import UsageError
+
+# Largest nonce: exact in every JSON reader, and far beyond what a round can use.
+MAX_NONCE = 2**53 - 1
+MAX_BATCH = 65_536
+MAX_NAME = 1024
+DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256 in hex
+
+
+def check_name(name: str, value: object, *, do: str, fewest: int = 1) -> None:
+    """Refuse a part of a seed text that is not ``fewest`` to 1024 printable characters; a
+    UsageError names it.
+    """
+    if (
+        not isinstance(value, str)
+        or not fewest <= len(value) <= MAX_NAME
+        or not value.isprintable()
+    ):
+        raise UsageError(
+            f"{name} is {value!r:.80}",
+            wanted=f"{fewest} to {MAX_NAME} printable characters",
+            do=do,
+            field=name,
+        )
+
+
+def check_number(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is not a whole number from ``low`` to ``high``; a UsageError names the value and
+    the range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(
+            f"{name} is {value!r:.60}",
+            wanted=f"a whole number in [{low}, {high}]",
+            do=f"correct {name}",
+            field=name,
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size that is not a number from 1 to 65 536."""
+    if type(batch_size) is not int or not 1 <= batch_size <= MAX_BATCH:
+        raise UsageError(
+            f"batch size {batch_size!r}", wanted=f"1 to {MAX_BATCH}", do="try --batch-size 32"
+        )
+
+
+def check_digest(name: str, value: object) -> None:
+    """Refuse what is not a SHA-256 in lower-case hexadecimal digits; a UsageError names the
+    value.
+    """
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        wanted = "a SHA-256: 64 lower-case hexadecimal digits"
+        raise UsageError(f"{name} is {value!r:.80}", wanted=wanted, do=f"correct the {name}")
+
+
+def join_prefixed(*parts: object) -> str:
+    """Join texts so that no other list of texts gives the same: each after its length in UTF-8
+    bytes.
+    """
+    return "".join(f"{len(str(part).encode())}:{part}" for part in parts)

@@ -1,0 +1,298 @@
+"""Calibration files: any number of builds with any number of machines, and the noise for a proof."""
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from assay.errors import AssayError, CalibrationError, UsageError
+from assay.files.jsonl import JsonObject, dumps, read_json
+from assay.files.storage import write_atomic
+from assay.poc.protocol.fingerprint import Fingerprint
+from assay.poc.protocol.header import Header
+from assay.poc.protocol.pins import Build
+from assay.poc.protocol.pins_file import NetworkPins
+from assay.poc.protocol.round import Round
+from assay.poc.verdict.build_noise import BuildNoise, refuse_difference
+from assay.poc.verdict.honest_noise import Noise, bundled_noise
+from assay.poc.verdict.sample_plan import ALPHA
+
+KIND = "assay.poc.calibration"
+SCHEMA = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Measured honest noise: of one build, or of several in one file."""
+
+    builds: tuple[BuildNoise, ...]  # the first one first tried
+
+    def find_build(
+        self, header: Header, validator: Fingerprint | None = None, controls: Collection[str] = ()
+    ) -> BuildNoise:
+        """Return the noise of the build that a proof was made with, and between its number format
+        and a validator's.
+
+        With ``controls``, number formats, it is a law of scores. A CalibrationError names what
+        differs where no build is of the proof's model, preset and engine, or has this control.
+        """
+        own = None if validator is None else validator.dtype
+        dtypes = None if own is None else sorted((header.fingerprint.dtype, own))
+        fitting = [
+            one
+            for one in self.builds
+            if bool(one.control) == bool(controls) and one.has_control(controls, own)
+        ]
+        if not fitting:
+            formats = f"{own} and again in {' and '.join(controls)}"
+            seen = f"a calibration without a law of nonces that are computed in {formats}"
+            do = (
+                "leave the control out, or measure one in these formats: `assay poc calibrate "
+                "--model M`"
+            )
+            raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
+        fitting.sort(
+            key=lambda one: (dtypes not in one.formats, header.fingerprint not in one.engines)
+        )
+        reasons = []
+        for build in fitting:
+            try:
+                build.check_header(header)
+                return build
+            except CalibrationError as error:
+                reasons.append(error)
+        raise reasons[0]
+
+    def control_of(self, header: Header, own: str) -> tuple[str, ...]:
+        """Return the formats of the control beside a validator's own; a CalibrationError where none
+        was measured.
+        """
+        formats = sorted((header.fingerprint.dtype, own))
+        for build in self.builds:
+            if build.control is not None and build.control.of == own and formats in build.formats:
+                return build.control.dtypes
+        seen = f"a calibration without a control for a proof in {formats[0]}, judged in {own}"
+        wanted = (
+            "a law of scores, which `assay poc calibrate --model M` measures where a control is a "
+            "gain"
+        )
+        raise CalibrationError(
+            seen, wanted=wanted, do="leave --control out, or measure with more number formats"
+        )
+
+    def check_kind(self, header: Header, engine: str) -> None:
+        """Refuse, with a CalibrationError, an engine (``hf`` or ``vllm``) that was not measured
+        beside the prover's.
+        """
+        kinds = {one.engine for one in self.find_build(header).judges(header.fingerprint)}
+        if kinds and engine not in kinds:
+            measured = " or ".join(sorted(kinds))
+            seen = f"a calibration for validators on {measured}"
+            do = (
+                f"pass --engine {measured}, or measure this pair with `assay poc calibrate "
+                f"A.jsonl B.jsonl`"
+            )
+            raise CalibrationError(seen, wanted=f"one for {engine}", do=do)
+
+    def fixes_format(self, header: Header) -> bool:
+        """Return whether every build of a proof's checkpoint and preset was measured in the number
+        format it states.
+
+        Where one was not, a prover that may state any format chooses the law that judges it.
+        """
+        plain = [one for one in self.builds if one.control is None]
+        builds = [
+            one
+            for one in plain
+            if (one.digest, one.preset) == (header.digest, header.pipeline.name)
+        ]
+        return all(
+            header.fingerprint.dtype in {known.dtype for known in one.engines}
+            for one in builds
+            if one.engines
+        )
+
+    def merged(self, other: "Calibration") -> "Calibration":
+        """Return a calibration with the builds of both; for a build that is in both, this one's
+        measurement counts.
+        """
+        mine = [build.identity for build in self.builds]
+        return Calibration(
+            builds=(*self.builds, *(one for one in other.builds if one.identity not in mine))
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one piece, replacing an older one; a StorageError where that fails."""
+        builds = [build.as_dict() for build in self.builds]
+        write_atomic(path, dumps({"kind": KIND, "schema": SCHEMA, "builds": builds}) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read a calibration file; a CalibrationError where the file is not a calibration."""
+        try:
+            values = read_json(path)
+            kind = values.pop("kind", None)
+            schema = values.pop("schema", None)
+            if (kind, schema) != (KIND, SCHEMA):
+                raise ValueError(f"kind {kind!r}, schema {schema!r}")
+            if not (builds := tuple(map(BuildNoise.from_dict, values["builds"]))):
+                raise ValueError("no build")
+            return cls(builds=builds)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OverflowError,
+            AssayError,
+        ) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
+            wanted = f"a calibration file, schema {SCHEMA}"
+            do = "write one with `assay poc calibrate`"
+            raise CalibrationError(seen, wanted=wanted, do=do) from None
+
+
+def noise_for(
+    header: Header,
+    validator: Fingerprint,
+    calibration: Calibration | None,
+    *,
+    builds: Sequence[Build] | None = None,
+    controls: Collection[str] = (),
+) -> Noise | None:
+    """Return the honest noise between the engine of a proof and that of its validator.
+
+    Without a calibration it is that of a bundled model, and None for any other. The kind of the
+    prover's machine is that of the pinned ``builds``, whatever the header says. ``controls`` are
+    the number formats in which the validator computes every nonce again. A CalibrationError names
+    what differs where the calibration is of another model, preset or build, or was not measured
+    between these number formats.
+    """
+    if calibration is None:
+        if controls:
+            seen = "a control without a calibration"
+            do = "pass --calibration, or leave the control out"
+            raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
+        return bundled_noise(
+            header.digest, header.pipeline.noise, header.fingerprint.dtype, validator.dtype
+        )
+    build = calibration.find_build(header, validator, controls)
+    than = "than this validator's"
+    build.check_engine(validator, than)
+    formats = sorted((header.fingerprint.dtype, validator.dtype))
+    if build.formats and formats not in build.formats and header.fingerprint != validator:
+        measured = " or ".join(dict.fromkeys(" and ".join(pair) for pair in build.formats))
+        seen = f"a calibration without a law between {formats[0]} and {formats[1]}"
+        do = (
+            "judge in one of them with --dtype, or measure this pair with `assay poc calibrate "
+            "--model M`"
+        )
+        raise CalibrationError(
+            seen, wanted=f"number formats that were measured beside each other: {measured}", do=do
+        )
+    judges = build.judges(header.fingerprint)
+    equal = (
+        header.fingerprint == validator and formats in build.formats
+    )  # differs less than the pair that was measured
+    if len(judges) == 1 and not equal:  # the other one of a pair
+        refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
+    return build.between(
+        build.kind_of(builds, header.fingerprint.dtype), validator, round=header.round
+    )
+
+
+def find_build_noise(
+    calibrations: Iterable[Calibration],
+    build: Build | None,
+    *,
+    digest: str,
+    preset: str,
+    formats: tuple[str, str],
+    round: Round | None,
+    validator: Fingerprint,
+    controls: Collection[str] = (),
+) -> Noise | None:
+    """Return the noise of a build, for messages that name no engine of the node; None where none
+    was measured.
+
+    ``formats`` are the number formats of the node and of the validator, which must have been
+    measured together, with the ``validator``'s own engine and length. Laws come first that use more
+    of the ``controls`` which it has, then calibrations in their order, for the checkpoint
+    ``digest`` and any build when None. The block of ``round`` scales distances; without one, the
+    law is that of the usual scale.
+    """
+    every = [one for calibration in calibrations for one in calibration.builds]
+    for measured in sorted(every, key=lambda one: -len(one.control.dtypes if one.control else ())):
+        if (measured.digest, measured.preset) != (digest, preset) or not measured.has_control(
+            controls, formats[1]
+        ):
+            continue
+        engines = measured.engines
+        with suppress(
+            CalibrationError
+        ):  # that it was measured with other engines than the validator's
+            if engines:
+                measured.check_engine(
+                    replace(validator, batch_size=engines[0].batch_size), "than this validator's"
+                )
+            allowed = [known for known in engines if build is None or not build.differing(known)]
+            if (not measured.formats or sorted(formats) in measured.formats) and (
+                allowed or not engines
+            ):
+                kind = measured.kind_of(None if build is None else [build], formats[0])
+                return measured.between(kind, None, round=round)
+    return None
+
+
+def account_alpha(pins: NetworkPins | None, given: float | None = None) -> float:
+    """Return the bound on the chance that one honest account is ever convicted: that of the pins,
+    the given one, .001.
+
+    A UsageError refuses a given one that contradicts the pins.
+    """
+    stated = None if pins is None or pins.network is None else pins.network.alpha
+    if stated is not None and given not in (None, stated):
+        do = "leave alpha out, or correct [network] of the pins"
+        raise UsageError(
+            f"alpha {given:g}", wanted=f"{stated:g}, as [network] of the pins says", do=do
+        )
+    return next((alpha for alpha in (stated, given) if alpha is not None), ALPHA)
+
+
+def describe_promise(
+    pins: NetworkPins, alpha: float, calibrations: Iterable[Calibration]
+) -> JsonObject:
+    """Return the nodes of a network, the false convictions that it accepts, alpha, and how many are
+    to be expected.
+
+    ``expected`` is the number of nodes times the larger of alpha and the upper end of the interval
+    of the worst build; None where the pins state no number, or no machine was left out of a law.
+    ``law_error`` says what it stands on: as far as few machines say, the upper end may be the share
+    of audits that accuse a new one, of single audits under α = .001 and not of lives, where a
+    noisier machine shows more.
+    """
+    stated: JsonObject = (
+        {"nodes": None, "false_convictions": None} if pins.network is None else vars(pins.network)
+    )
+    builds = [build for calibration in calibrations for build in calibration.builds]
+    # A law of one machine leaves out engines of that machine, and has no effect of its own.
+    left = [
+        build.left_out
+        for build in builds
+        if build.left_out is not None and build.effect is not None
+    ]
+    if not left or len(left) < len(builds):
+        return {
+            **stated,
+            "alpha": alpha,
+            "expected": None,
+            "law_error": "unknown beyond alpha: no machine left out",
+        }
+    worst = max(left, key=lambda one: one.high)
+    error = (
+        f"{worst.low:.2%} to {worst.high:.2%} of audits of {worst.checked} nonces accuse machines "
+        f"left out"
+    )
+    expected = stated["nodes"] and stated["nodes"] * max(alpha, worst.high)
+    return {**stated, "alpha": alpha, "expected": expected, "law_error": error}

@@ -1,0 +1,179 @@
+"""Honest noise of proofs: a law of residuals, how well its scale is known, and which cheats count."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from assay.files.jsonl import JsonObject, dumps, read_json
+from assay.poc.protocol.pipelines import Pipeline
+from assay.poc.protocol.records import Record
+from assay.poc.protocol.round import Round
+from assay.poc.verdict.control import Control
+from assay.poc.verdict.laws import (
+    OF_RESIDUALS,
+    FloatArray,
+    Law,
+    ReadLaw,
+    ReadSpread,
+    Scores,
+    check_version,
+    law_as_dict,
+    read_law,
+    refusing,
+)
+from assay.poc.verdict.residuals import compare, residuals
+from assay.stats.law_fits import fit_log_noise, fit_scale_noise
+from assay.stats.noise_laws import Spread, StrictLaw
+
+# Laws that were measured on the two bundled models, on a CPU and a GPU, with their digests. They
+# hold for no other.
+BUNDLED_LAWS = Path(__file__).with_name("bundled_noise.json")
+# version of the residual test: its cheats, weights and scales; another one computes other evidence
+TEST = 2
+VECTOR_STEP = 2.0**-11  # of a float16 between one half and one
+
+
+@dataclass(frozen=True)
+class Noise(StrictLaw):
+    """The honest law, its source, and what an honest verdict must exclude.
+
+    Args:
+        law: Law of honest residuals.
+        source: Where the law comes from, in words.
+        spread: Law of the scale of a machine over that of ``law``.
+        effect: Smallest multiple of the noise that counts as another computation; that of
+            :data:`EFFECT` when None.
+        scores: Honest residuals that the law was measured on, as :func:`pack_scores` writes them:
+            they price the bets of the test. Without them the law is believed.
+        widest: Those of the pair of machines whose shape is the widest, which price the bets on a
+            share.
+        control: Other computations of each nonce, by which residuals are scores; None without one.
+    """
+
+    law: ReadLaw
+    source: str = ""
+    spread: ReadSpread = field(default_factory=Spread)
+    effect: float | None = None
+    scores: Scores = ""
+    widest: Scores = ""
+    control: Control | None = None
+
+    @property
+    def size(self) -> float:
+        """A typical honest residual: sigma of a distance, or the median L2 distance of two
+        vectors.
+        """
+        return self.law.size
+
+    @property
+    def shape(self) -> str:
+        """All that a test rests on but the size and the words: two noises of one shape differ in
+        their unit alone.
+        """
+        values = self.as_dict()
+        return dumps(
+            {name: value for name, value in values.items() if name not in ("sigma", "mu", "source")}
+        )
+
+    def residuals(
+        self,
+        received: Sequence[Record],
+        again: Sequence[Record],
+        controls: Mapping[str, Sequence[Record]],
+    ) -> FloatArray:
+        """Return the residuals that this law is of, [N]: scores where it has a control.
+
+        ``again`` are the records that a validator computed, and ``controls`` those that it computed
+        in the number formats of the control, by format.
+        """
+        if self.control is None:
+            return residuals(received, again)
+        own = [again, *(controls[dtype] for dtype in self.control.dtypes)]
+        return self.control.scores(*compare(received, own))
+
+    def scaled(self, factor: float) -> "Noise":
+        """Return the noise where residuals, and controls as well, are ``factor`` times larger."""
+        power = 0.0 if self.control is None else sum(self.control.powers)
+        return replace(self, law=self.law.scaled(factor ** (1 - power)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values, which :meth:`from_dict` reads back."""
+        values = {**law_as_dict(self.law), "source": self.source, "test": TEST}
+        values |= {"spread": asdict(self.spread)} if self.spread.sd else {}
+        values |= {"scores": self.scores, "widest": self.widest} if self.scores else {}
+        values |= {} if self.control is None else {"control": asdict(self.control)}
+        return values | ({"effect": self.effect} if self.effect is not None else {})
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Noise":
+        """Read what :meth:`as_dict` wrote; a CalibrationError where it is no noise, or has a
+        parameter out of range.
+        """
+        with refusing(values, *OF_RESIDUALS):
+            law = dict(values)
+            known = ("source", "effect", "spread", "scores", "widest", "control")
+            rest = {name: law.pop(name) for name in known if name in law}
+            law.pop("named", None)  # laws of known cheats, which earlier releases had
+            check_version(law.pop("test", TEST), TEST, "the residual test")
+            return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
+
+
+def bundled_noise(
+    digest: str, output: str, prover_dtype: str, validator_dtype: str
+) -> Noise | None:
+    """Return the law of a bundled model between two number formats; None for any other model, which
+    has no law.
+
+    ``digest`` is the SHA-256 of the tensors of the checkpoint, ``output`` the family:
+    :attr:`assay.poc.Pipeline.noise`. The order of the formats does not matter.
+    """
+    known = _bundled()
+    pair = "/".join(sorted((prover_dtype, validator_dtype)))
+    law = known["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
+    return None if law is None else Noise(read_law(law), f"measured on the bundled models, {pair}")
+
+
+def is_bundled(digest: str) -> bool:
+    """Return whether a checkpoint is one of the two whose laws come with assay."""
+    return digest in _bundled()["digests"]
+
+
+def missing_law(
+    model: str, digest: str, round: Round, *, dtype: str | None = None, frame: Path | None = None
+) -> str:
+    """Return the sentence that says that a model has no law, and which command measures one.
+
+    ``model``, ``dtype`` and ``frame`` are the reader's own values: the prover writes the header,
+    and its words must not become a command.
+    """
+    flags = f" --frame {shlex.quote(str(frame))}" if frame is not None else ""
+    flags += f" --dtype {dtype}" if dtype is not None else ""
+    return (
+        f"no law of honest noise was measured for checkpoint {digest[:12]}, preset {round.preset} "
+        f"and these number formats: measure one with "
+        f"`assay poc calibrate --model {shlex.quote(model[:200])} --preset {round.preset}{flags} "
+        f"--seq-len {round.seq_len} -o calibration.json` (--quick takes minutes), and pass "
+        f"--calibration"
+    )
+
+
+def fit_noise(pipeline: Pipeline, errors: FloatArray) -> tuple[Law, float]:
+    """Fit a law to honest residuals [N] of a pipeline; return it with the standard error of the log
+    of its size.
+    """
+    if pipeline.output == "distance":
+        return fit_scale_noise(errors)
+    # Rounded to float16, equal vectors may differ by a step. The published law came before that was
+    # measured.
+    floor = 1e-4 if pipeline.read == "last" and pipeline.output == "vector" else VECTOR_STEP
+    return fit_log_noise(errors, dimension=pipeline.output_size(0, 0), floor=floor)
+
+
+@cache
+def _bundled() -> JsonObject:
+    return read_json(BUNDLED_LAWS)

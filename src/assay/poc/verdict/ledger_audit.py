@@ -1,0 +1,357 @@
+"""Audits of a ledger or of an export: every hash, every place and every verdict.
+
+An audit checks every hash and place in the order of the entries, and then computes every verdict
+again, one account after the other. Its result names the first entry that is wrong. Numbers may
+differ in their last digits, as those of two machines do. docs/ledger.md says what it takes as it
+is, and that only a published head shows a rewritten chain.
+"""
+
+import math
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from assay.errors import AssayError, DataError, UsageError
+from assay.files.jsonl import read_lines
+from assay.files.sqlite import Database
+from assay.files.sqlite_schema import SCHEMA, schema_changes, table_names
+from assay.poc.verdict.entries import (
+    Entry,
+    Genesis,
+    sha256,
+    verdict_on_life,
+)
+from assay.poc.verdict.ledger import AccountState, find_repeated
+from assay.poc.verdict.ledger_export import head_line, not_an_export, read_export
+from assay.poc.verdict.ledger_tables import (
+    ACCOUNTS,
+    AT_ONCE,
+    LAWS,
+    LEDGER,
+    MIGRATIONS,
+    OF_ACCOUNT,
+    UPDATES,
+    open_database,
+    read_noise,
+    text_of,
+)
+
+MAGIC = b"SQLite format 3\0"
+CLOSE = 1e-6  # relative and absolute difference of numbers that two machines may compute
+# seconds by which a clock may be set back, or be ahead of that of the audit, before the audit notes
+# it
+CLOCK = 60.0
+_NUMBERS = ("log_e_value", "log_e_max", "log_evidence_honest", "log_e_held")
+_EXACT = ("audits", "recorded", "n", "tests", "share")
+_ROWS = (
+    sa.select(UPDATES, *OF_ACCOUNT, LAWS.c.hash.label("known"))
+    .select_from(
+        UPDATES.outerjoin(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account).outerjoin(
+            LAWS, LAWS.c.hash == UPDATES.c.law
+        )
+    )
+    .order_by(UPDATES.c.seq)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerFault:
+    """A fault in words, and the number of its entry; None outside entries."""
+
+    entry: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"entry {self.entry}: {self.reason}" if self.entry is not None else self.reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerAudit:
+    """The result of an audit.
+
+    Args:
+        entries: Number of entries that were read.
+        accounts: Number of accounts.
+        head: Hash of the last entry without a fault.
+        published: Hash of a head that had to be in the chain; None where none was given.
+        faults: Faults in the order of the entries; empty for a clean ledger.
+        notes: What a reader should know and is no fault: clocks that were wrong, and outcomes that
+            were taken as they are.
+    """
+
+    entries: int
+    accounts: int
+    head: str
+    published: str | None
+    faults: tuple[LedgerFault, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a clean ledger, 1 for one that was tampered with."""
+        return 0 if self.clean else 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return {**asdict(self), "clean": self.clean}
+
+
+class _EntryChain:
+    """The entries in their order, with their form, place, hash, columns and times, up to the first
+    fault.
+    """
+
+    def __init__(self, connection: sa.Connection, head: str | None) -> None:
+        self.faults: list[LedgerFault] = []
+        self.entries = 0
+        self.hash = ""
+        self.found = False
+        self._noted = defaultdict[str, list[int]](list)
+        self.genesis: Genesis | None = None
+        heads = connection.execute(sa.select(LEDGER)).fetchmany(2)
+        try:
+            self.genesis = Genesis.parse(
+                text_of(heads[0].genesis if heads else None), "the beginning of the ledger"
+            )
+        except DataError as error:
+            self.faults.append(LedgerFault(entry=None, reason=error.seen))
+            return
+        self.hash = self.genesis.hash
+        self.found = head == self.hash
+        before = self.genesis.created
+        latest = time.time() + CLOCK
+        for row in connection.execute(_ROWS, execution_options={"yield_per": AT_ONCE}):
+            entry = self._read(row)
+            if isinstance(entry, str):
+                self._add_fault(entry)
+                return
+            for noted, what in (
+                (
+                    entry.time < before - CLOCK,
+                    f"more than {CLOCK:g} s older than what stands before them",
+                ),
+                (entry.time > latest, "in the future"),
+            ):
+                if noted:
+                    self._noted[what].append(row.seq)
+            before = entry.time
+            self.entries = self.entries + 1
+            self.hash = row.hash
+            self.found = self.found or head == self.hash
+        count, hash = (heads[0]._mapping[name] for name in ("count", "hash"))
+        if len(heads) != 1 or (count, hash) != (self.entries, self.hash):
+            self._add_fault(
+                f"not there, or changed: the head names {count!s:.20} entries and {hash!s:.80}"
+            )
+
+    def _add_fault(self, reason: str) -> None:
+        self.faults.append(LedgerFault(entry=self.entries + 1, reason=reason))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is no fault, in words."""
+        return tuple(
+            f"entries {what}: {len(seqs)}, from entry {seqs[0]} on"
+            for what, seqs in self._noted.items()
+        )
+
+    def _read(self, row: sa.Row[Any]) -> Entry | str:
+        """Return the next entry, or what is wrong with it."""
+        text = text_of(row.entry)
+        if row.seq != self.entries + 1:
+            return f"missing: the next one is {row.seq!r:.20}"
+        if sha256(text) != row.hash:
+            return "its text does not have its hash"
+        try:
+            entry = Entry.parse(text, "its text")
+        except DataError as error:
+            return error.seen
+        if entry.seq != row.seq:
+            return f"in the place of entry {entry.seq}"
+        if entry.previous != self.hash:
+            return "it does not follow the entry before it"
+        columns = (row.round, row.name, row.law, row.public_key, row.digest, row.build, row.preset)
+        if columns != (entry.round, entry.name, entry.law, *vars(entry.account).values()):
+            return "its columns are not what its text says"
+        return entry if row.known == entry.law else f"the law {entry.law[:12]} is missing"
+
+
+def _wrong_outcomes(connection: sa.Connection, chain: _EntryChain) -> list[LedgerFault]:
+    """Return the first entry that does not follow from the evidence, if any; one account at a time
+    bounds memory.
+    """
+    if chain.genesis is None:
+        return []
+    faults = list[LedgerFault]()
+    owner = None
+    state = AccountState(chain.genesis)
+    seen = defaultdict[str, set[int]](set)
+    query = sa.select(UPDATES.c.account, UPDATES.c.entry).where(UPDATES.c.seq <= chain.entries)
+    query = query.order_by(UPDATES.c.account, UPDATES.c.seq)
+    for account, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
+        if account != owner:
+            owner = account
+            state = AccountState(chain.genesis)
+            seen = defaultdict(set)
+        entry = Entry.parse(text, "an entry")
+        try:
+            follows = state.take(entry, read_noise(connection, entry.law))
+            reason = _find_difference(entry, follows, seen[entry.round], chain.genesis)
+        except AssayError as error:  # not a law, or one of which no test can be made
+            reason = error.seen
+        seen[entry.round].update(entry.nonces)
+        if reason:
+            faults.append(LedgerFault(entry=entry.seq, reason=reason))
+    return sorted(faults, key=lambda fault: fault.entry or 0)[:1]
+
+
+def _find_difference(
+    entry: Entry, follows: Entry, recorded: set[int], genesis: Genesis
+) -> str | None:
+    """Return how an entry differs from what follows from its evidence; None if it does not."""
+    if entry.excluded != find_repeated(entry.nonces, recorded):
+        return "the nonces that do not count are not those that were there before"
+    if entry.fault != follows.fault:
+        return f"fault {entry.fault!r:.80}, where the evidence gives {follows.fault!r:.80}"
+    for name in (*_EXACT, *_NUMBERS):
+        stated = getattr(entry.outcome, name)
+        computed = getattr(follows.outcome, name)
+        if name in _NUMBERS and None not in (stated, computed):
+            equal = math.isclose(stated, computed, rel_tol=CLOSE, abs_tol=CLOSE)
+        else:
+            equal = stated == computed
+        if not equal:
+            return f"{name} {stated!r}, where the evidence gives {computed!r}"
+    # Of the numbers as stated: on the threshold, two machines may differ.
+    verdict = verdict_on_life(entry.outcome, alpha=genesis.alpha, beta=genesis.beta)
+    if entry.outcome.verdict == verdict:
+        return None
+    return f"verdict {entry.outcome.verdict}, where its numbers give {verdict}"
+
+
+def _beside_entries(connection: sa.Connection) -> Iterator[LedgerFault]:
+    """Yield pages that are damaged, and laws and accounts that no entry names: nothing but an entry
+    adds one.
+    """
+    found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if found != "ok":  # an index that leaves out a row would hide nonces that were seen
+        yield LedgerFault(entry=None, reason=f"the file: {found!s:.200}")
+    for table, key, column in (
+        (LAWS, LAWS.c.hash, UPDATES.c.law),
+        (ACCOUNTS, ACCOUNTS.c.id, UPDATES.c.account),
+    ):
+        unused = connection.execute(
+            sa.select(key).where(key.not_in(sa.select(column))).limit(1)
+        ).first()
+        if unused:
+            yield LedgerFault(
+                entry=None, reason=f"{table.name}: {unused[0]!r:.20} belongs to no entry"
+            )
+
+
+@dataclass(frozen=True)
+class LedgerSource:
+    """A ledger to read, in its own database, or an export in a temporary one with the line that it
+    ends with.
+    """
+
+    path: Path
+    database: Database
+    stated: str | None
+
+    def audit(self, head: str | None = None) -> LedgerAudit:
+        """Audit the chain, in which a published hash must be, and all that the file defines."""
+        with self.database.read() as connection:
+            changes = schema_changes(connection.exec_driver_sql(SCHEMA), MIGRATIONS)
+            faults = [LedgerFault(entry=None, reason=change) for change in changes]
+            if any(change.startswith("the table") for change in changes):
+                # Anything may stand in its place, such as a view without an end.
+                return LedgerAudit(
+                    entries=0, accounts=0, head="", published=head, faults=tuple(faults)
+                )
+            chain = _EntryChain(connection, head)
+            faults = [
+                *chain.faults,
+                *_wrong_outcomes(connection, chain),
+                *faults,
+                *_beside_entries(connection),
+            ]
+            if head is not None and not chain.found:
+                seen = (
+                    f"the published head {head} is not in the chain: entries were rewritten or "
+                    f"cut off since"
+                )
+                faults.append(LedgerFault(entry=None, reason=seen))
+            if not faults and self.stated not in (None, head_line(chain.entries, chain.hash)):
+                faults.append(
+                    LedgerFault(
+                        entry=chain.entries + 1, reason=f"not there, or changed: {self.stated:.120}"
+                    )
+                )
+            return LedgerAudit(
+                entries=chain.entries,
+                accounts=int(
+                    connection.execute(
+                        sa.select(sa.func.count()).select_from(ACCOUNTS)
+                    ).scalar_one()
+                ),
+                head=chain.hash,
+                published=head,
+                faults=tuple(
+                    sorted(
+                        faults, key=lambda fault: math.inf if fault.entry is None else fault.entry
+                    )
+                ),
+                notes=chain.notes,
+            )
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[LedgerSource]:
+    """Open a ledger or an export of one to read, which stays as it is; a DataError names a line of
+    neither.
+    """
+    is_ledger = next(read_lines(path), (1, b""))[1].startswith(MAGIC)
+    if is_ledger and LEDGER.name not in table_names(path, flag="ledger"):
+        raise not_an_export(str(path), "a database without a ledger")
+    with tempfile.TemporaryDirectory(prefix="assay-ledger-") as folder:
+        database = (
+            open_database(path, read_only=True)
+            if is_ledger
+            else open_database(Path(folder, "copy.sqlite3"))
+        )
+        try:
+            yield LedgerSource(path, database, None if is_ledger else read_export(path, database))
+        finally:
+            database.close()
+
+
+def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
+    """Audit a ledger or an export of one, which stays as it is: every hash, every place and every
+    verdict.
+
+    ``head`` is the hash of a head that was published once; entries up to it must still be there.
+
+    Raises:
+        UsageError: The head cannot be one.
+        DataError: The file is neither.
+        StorageError: The file cannot be read.
+    """
+    if head is not None and (len(head) != 64 or set(head) - set("0123456789abcdef")):
+        seen = f"--head {head:.80}"
+        do = "give the hash that was published"
+        raise UsageError(seen, wanted="64 hexadecimal digits, in lower case", do=do)
+    with open_source(Path(path)) as source:
+        return source.audit(head)

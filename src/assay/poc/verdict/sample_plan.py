@@ -1,0 +1,91 @@
+"""The test of residuals that gives every verdict, and how many nonces it needs."""
+
+from copy import copy
+from functools import lru_cache
+
+import numpy as np
+
+from assay import stats
+from assay.poc.verdict.honest_noise import Noise
+from assay.poc.verdict.laws import unpack_scores
+from assay.stats.e_values import CHEAP
+from assay.stats.sequential import EXCLUDED
+
+# Smallest multiple of the honest noise that counts as another computation, where no measurement
+# gives one. A vector shows a multiple in twelve numbers at once, and cheaper models come closer to
+# it, so half is enough.
+EFFECT = {"distance": 4.0, "vector": 2.0}
+ALPHA = 1e-3
+BETA = 1e-2  # usual bounds on the chance that an honest node is ever accused, and a cheat called honest
+SAMPLES = (
+    32,
+    48,
+    64,
+    96,
+    128,
+)  # numbers of nonces among which a verifier chooses, where its caller does not choose
+LARGEST_SAMPLE = SAMPLES[-1]
+WANTED_POWER = 0.95  # at which a smaller sample is enough
+_TRIALS = 300
+_GRID = 4001  # points at which a law is inverted
+
+
+def sequential_test(
+    noise: Noise, *, alpha: float = ALPHA, beta: float = BETA
+) -> stats.SequentialTest:
+    """Return a fresh test of residuals against honest noise, with the rates of
+    :class:`assay.stats.SequentialTest`.
+
+    Every verdict comes from this test: in `verify`, the service, the validator and the experiments.
+
+    Raises:
+        UsageError: A rate is not in (0, 1), or the law is too wide for invented values to stand
+            out.
+    """
+    return copy(
+        _untouched_test(noise, alpha, beta)
+    )  # a test replaces its numbers, and changes no array
+
+
+@lru_cache(maxsize=256)
+def _untouched_test(noise: Noise, alpha: float, beta: float) -> stats.SequentialTest:
+    """Return the test that others are copies of: pricing its bets takes milliseconds, and lives are
+    many.
+    """
+    effect = (
+        noise.effect or EFFECT["distance" if isinstance(noise.law, stats.ScaleNoise) else "vector"]
+    )
+    rates = {"alpha": alpha, "beta": beta, "effect": effect}
+    honest, widest = (
+        unpack_scores(text) * noise.size if text else None for text in (noise.scores, noise.widest)
+    )
+    return stats.SequentialTest(
+        noise.law, spread=noise.spread, honest=honest, widest=widest, **rates
+    )
+
+
+def plan_sample(
+    test: stats.SequentialTest | None, proved: int, sample: int | None = None
+) -> tuple[int, float | None]:
+    """Return how many nonces a verifier recomputes, and the power that this has.
+
+    The power is the chance that the test accuses a node that computes a tenth of its nonces at 5 ×
+    the honest noise. It is simulated under the law itself, with fixed seeds; its standard error is
+    at most 3 points. Where no ``sample`` is asked for, it is the first of :data:`SAMPLES` with a
+    power of 95 %, else the last, and at most the nonces that were ``proved``. Without a fresh test
+    there is no power, and the least number is enough.
+    """
+    if test is None:
+        return min(SAMPLES[0], proved) if sample is None else sample, None
+    rng = np.random.default_rng(0)
+    law = test.law
+    shape = _TRIALS, min(LARGEST_SAMPLE, proved) if sample is None else sample
+    grid = np.geomspace(law.size * 1e-4, law.size * 1e6, _GRID)
+    honest_RC = np.interp(rng.random(shape), 1 - law.survival(grid), grid)
+    cheap_RC = rng.random(shape) < EXCLUDED[0][0]
+    power_C = test.accusations(np.where(cheap_RC, CHEAP * honest_RC, honest_RC)).mean(axis=0)
+    enough = (
+        count for count in SAMPLES if count <= power_C.size and power_C[count - 1] >= WANTED_POWER
+    )
+    size = next(enough, power_C.size) if sample is None else sample
+    return size, float(power_C[size - 1])
