@@ -189,10 +189,10 @@ def bundled_law(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     No other model has a law without a calibration; tests marked ``no_law`` see that.
     """
     if request.node.get_closest_marker("no_law") is None:
-        from assay.poc.verdict import noise
+        from assay.poc.verdict import honest_noise
 
-        known = noise._bundled()
-        monkeypatch.setattr(noise, "_bundled", lambda: known | {"digests": _EveryDigest()})
+        known = honest_noise._bundled()
+        monkeypatch.setattr(honest_noise, "_bundled", lambda: known | {"digests": _EveryDigest()})
 
 
 class _EveryDigest:
