@@ -3,8 +3,8 @@
 import torch
 
 from assay.models.model import Model
-from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.engines.hf.compiled_forward import worth_compiling
+from assay.poc.engines.hf.engine import HFEngine
 from assay.poc.protocol.blocks import BlockFactor, block_factor
 from assay.poc.protocol.round import Round
 
