@@ -34,7 +34,7 @@ from assay.poc.net.shares import Shares, client_of
 log = structlog.get_logger("assay.server")
 
 MAX_FILES = 16_384
-MAX_HEADERS = 256
+MAX_HEADERS = 256  # lines of a head, and of the trailers of a body
 MAX_CHUNKS = 1024.0
 BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 LEAST_CHUNK = 128  # of a body: smaller ones than this on average, and their bytes
@@ -45,19 +45,13 @@ _CONTRADICTION = Refusal(
     wanted="one authorization, and one of content-length and transfer-encoding",
     do="send one of the two",
 )
-_TOO_MANY_HEADERS = Refusal(
-    431,
-    f"more than {MAX_HEADERS} headers",
-    wanted="fewer headers",
-    do="leave out what the service does not read",
-)
 
 
 class ClientLimit:
-    """Limits the open requests of one client, event streams among them, and refuses odd heads.
+    """Limits the open requests of one client, event streams among them: 429 beyond the limit.
 
-    It answers 429 beyond the limit; 400 to a head that another server on the way may read
-    otherwise (two lengths of a body, two keys); 431 to a head of very many lines.
+    It answers 400 to a head that another server on the way may read otherwise: one with two
+    lengths of a body, or with two keys.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
@@ -72,8 +66,8 @@ class ClientLimit:
         is_ambiguous = names.count(b"authorization") > 1 or (
             b"content-length" in names and b"transfer-encoding" in names
         )
-        if is_ambiguous or len(names) > MAX_HEADERS:
-            app = answer(_CONTRADICTION if is_ambiguous else _TOO_MANY_HEADERS)
+        if is_ambiguous:
+            app = answer(_CONTRADICTION)
             app.headers["connection"] = "close"  # what follows may be a part of the body
         with ExitStack() as open_request:
             try:
@@ -86,7 +80,7 @@ class ClientLimit:
 
 
 class _Connection(h11.Connection):
-    """HTTP/1.1 without bodies in tiny chunks, which h11 parses one by one."""
+    """HTTP/1.1 with few headers, and without bodies in tiny chunks: h11 parses each by itself."""
 
     def __init__(self, most: int) -> None:
         super().__init__(h11.SERVER, most)
@@ -95,6 +89,9 @@ class _Connection(h11.Connection):
     @override
     def next_event(self) -> Any:
         event = super().next_event()
+        # Trailers come with the end of a message.
+        if isinstance(event, h11.Request | h11.EndOfMessage) and len(event.headers) > MAX_HEADERS:
+            raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
         if isinstance(event, h11.Request):
             self._spare = MAX_CHUNKS
         elif isinstance(event, h11.Data):
