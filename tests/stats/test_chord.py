@@ -60,22 +60,23 @@ def test_r_target_inverts_the_rate(rate, d):
 
 
 @pytest.mark.parametrize(
-    ("function", "values", "words"),
+    ("function", "values", "field"),
     [
         (lambda bad: valid_rate(bad, 8192), (0.0, -1.0, 2.0001, math.nan, math.inf), "r_target"),
-        (lambda bad: r_target_for(bad, 8192), (0.0, -0.1, 1.1, math.nan), "valid rate"),
-        (chord_mean, (1,), "dimension 1"),
-        (chord_std, (1,), "dimension 1"),
-        (lambda bad: valid_rate(1.4, bad), (1,), "dimension 1"),
+        (lambda bad: r_target_for(bad, 8192), (0.0, -0.1, 1.1, math.nan), "rate"),
+        (chord_mean, (1,), "d"),
+        (chord_std, (1,), "d"),
+        (lambda bad: valid_rate(1.4, bad), (1,), "d"),
     ],
 )
-def test_what_is_out_of_range_is_refused(function, values, words):
+def test_what_is_out_of_range_is_named(function, values, field):
     for bad in values:
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UsageError) as refusal:
             function(bad)
+        assert refusal.value.field == field
 
 
 def test_standard_error_of_a_block_mean():
     assert rate_standard_error(0.59, 14_880) * 100 == pytest.approx(0.403, abs=0.001)
-    with pytest.raises(UsageError, match="0 nonces"):
+    with pytest.raises(UsageError):
         rate_standard_error(0.5, 0)

@@ -128,5 +128,5 @@ def test_sketches_are_judged_by_their_distances():
     "values", [{"alpha": 0}, {"beta": 1}, {"effect": 1}, {"effect": math.inf}, {"between": -1}]
 )
 def test_what_is_out_of_range_is_refused(values: dict[str, float]):
-    with pytest.raises(UsageError, match=r"alpha|spread of clusters"):
+    with pytest.raises(UsageError):
         ClusterTest(LAW, **values)

@@ -53,7 +53,7 @@ def test_non_finite_values_become_the_largest_residual():
     bad = [math.nan, math.inf, -math.inf, -5.0]
     assert SCALE.magnitudes(bad).tolist() == [2.0] * 4
     assert LOG.magnitudes([math.nan, math.inf, 5.0, 0.0]).tolist() == [2.0, 2.0, 2.0, LOG.floor]
-    with pytest.raises(UsageError, match="distance -"):
+    with pytest.raises(UsageError):
         LOG.magnitudes([0.2, -0.1])
 
 

@@ -59,9 +59,9 @@ def test_auroc_is_the_share_of_ordered_pairs(positive, negative):
 
 @pytest.mark.parametrize("bad", [[], [math.nan, 1.0], [math.inf, 1.0], [[1.0, 2.0]]])
 def test_refuses_missing_scores(bad):
-    with pytest.raises(UsageError, match="finite"):
+    with pytest.raises(UsageError):
         auroc(bad, [1.0, 2.0])
-    with pytest.raises(UsageError, match="finite"):
+    with pytest.raises(UsageError):
         auroc([1.0, 2.0], bad)
 
 
@@ -181,38 +181,26 @@ def nothing(*_):
     return 0.0
 
 
+NO_COUNTS = ((3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1), (1, 2, 0.1, math.nan))
+TWO_GROUPS = (nothing, [[1, 2]], [["a", "b"]])
 REFUSED = [
-    *(
-        (count_test, given, {}, None)
-        for given in ((3, 2, 0.1, 0.1), (-1, 2, 0.1, 0.1), (1, 2, 1.1, 0.1))
-    ),
-    (count_test, (1, 2, 0.1, math.nan), {}, None),
-    (proportion_interval, (1, 0), {}, None),
-    (group_bootstrap, (nothing, [[1, 2]], [["a"]]), {}, None),
-    (group_bootstrap, (nothing, [[1, 2]], [["a", "a"]]), {}, None),
-    (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"n_resamples": 0}, None),
-    (group_bootstrap, (nothing, [[1, 2]], [["a", "b"]]), {"confidence": 1.0}, None),
-    (group_bootstrap, (nothing, [[1, 2], []], [["a", "b"], []]), {}, None),
+    *((count_test, arguments, {}) for arguments in NO_COUNTS),
+    (proportion_interval, (1, 0), {}),
+    (group_bootstrap, (nothing, [[1, 2]], [["a"]]), {}),
+    (group_bootstrap, (nothing, [[1, 2]], [["a", "a"]]), {}),
+    (group_bootstrap, TWO_GROUPS, {"n_resamples": 0}),
+    (group_bootstrap, TWO_GROUPS, {"confidence": 1.0}),
+    (group_bootstrap, (nothing, [[1, 2], []], [["a", "b"], []]), {}),
     # A statistic that some draws do not have, or none.
-    (
-        group_bootstrap,
-        (spread, [[1.0, 2.0]], [["a", "b"]]),
-        {"n_resamples": 50},
-        r"not a number in \d+ of 50 draws",
-    ),
-    (
-        group_bootstrap,
-        (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]),
-        {"n_resamples": 1},
-        "not a number",
-    ),
-    (grouped_share_interval, ([0.5, 0.5], ["a"]), {}, "outside"),
-    (grouped_share_interval, ([0.5, 1.5], ["a", "b"]), {}, "outside"),
-    (grouped_share_interval, ([math.nan], ["a"]), {}, "outside"),
+    (group_bootstrap, (spread, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 50}),
+    (group_bootstrap, (lambda _: math.nan, [[1.0, 2.0]], [["a", "b"]]), {"n_resamples": 1}),
+    (grouped_share_interval, ([0.5, 0.5], ["a"]), {}),
+    (grouped_share_interval, ([0.5, 1.5], ["a", "b"]), {}),
+    (grouped_share_interval, ([math.nan], ["a"]), {}),
 ]
 
 
-@pytest.mark.parametrize(("function", "given", "options", "words"), REFUSED)
-def test_what_has_no_interval_or_test_is_refused(function, given, options, words):
-    with pytest.raises(UsageError, match=words or None):
-        function(*given, **options)
+@pytest.mark.parametrize(("function", "arguments", "options"), REFUSED)
+def test_what_has_no_interval_or_test_is_refused(function, arguments, options):
+    with pytest.raises(UsageError):
+        function(*arguments, **options)

@@ -260,20 +260,20 @@ def test_fraud_stays_fraud_whatever_follows():
     assert test.result.log_e_value < test.result.log_e_max
 
 
+RATES = ({"alpha": 0.0}, {"alpha": 1.0}, {"beta": math.nan}, {"effect": 1.0}, {"effect": math.inf})
+
+
 @pytest.mark.parametrize(
-    ("law", "rates", "words"),
+    ("law", "rates"),
     [
-        *(
-            (SCALE, rates, "alpha")
-            for rates in ({"alpha": 0.0}, {"alpha": 1.0}, {"beta": math.nan})
-        ),
-        *((SCALE, {"effect": effect}, "alpha") for effect in (1.0, math.inf)),
-        (ScaleNoise(JUNK_SIGMA / 3), {}, "times smaller than invented"),
-        (LogNoise(math.log(0.5), 0.3), {}, "times smaller than invented"),
+        *((SCALE, rates) for rates in RATES),
+        # Invented values are within the effect.
+        (ScaleNoise(JUNK_SIGMA / 3), {}),
+        (LogNoise(math.log(0.5), 0.3), {}),
     ],
 )
-def test_what_is_out_of_range_is_refused(law, rates, words):
-    with pytest.raises(UsageError, match=words):
+def test_what_is_out_of_range_is_refused(law, rates):
+    with pytest.raises(UsageError):
         SequentialTest(law, **({"effect": 4.0} | rates))
 
 

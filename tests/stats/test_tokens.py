@@ -49,5 +49,5 @@ def test_a_profile_is_stored_in_float16_and_its_end_is_kept():
     "weights", [(1.0,), (1.0, *[0.0] * (COLUMNS - 1)), (2.0, *[-1 / 27] * (COLUMNS - 1))]
 )
 def test_what_is_no_law_is_refused(weights: tuple[float, ...]):
-    with pytest.raises(UsageError, match="weights"):
+    with pytest.raises(UsageError):
         TokenNoise(weights)

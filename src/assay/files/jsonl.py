@@ -67,9 +67,11 @@ def dumps(value: object) -> str:
         )
         text.encode()  # a lone surrogate has no UTF-8 form
     except (TypeError, ValueError, RecursionError) as error:
-        wanted = "objects, lists, strings, booleans, null and finite numbers"
-        do = "convert or drop it before writing"
-        raise UsageError(f"a value that is not JSON: {error}", wanted=wanted, do=do) from error
+        raise UsageError(
+            f"a value that is not JSON: {error}",
+            wanted="objects, lists, strings, booleans, null and finite numbers",
+            do="convert or drop it before writing",
+        ) from error
     return text
 
 
@@ -193,8 +195,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def _check_format(path: str | Path, line: bytes) -> None:
     for first_bytes, name, do in FORMATS:
         if line.replace(b"\r\n", b"\n").startswith(first_bytes):
-            seen = f"{path}, line 1: this is {name}"
-            raise DataError(seen, wanted="JSON Lines: one object on each line", do=do)
+            raise DataError(
+                f"{path}, line 1: this is {name}",
+                wanted="JSON Lines: one object on each line",
+                do=do,
+            )
 
 
 def read_json(path: str | Path) -> JsonObject:

@@ -13,8 +13,9 @@ from assay.errors import DataError
 
 def malformed(source: str | Path, reason: str, wanted: str) -> DataError:
     """Return the error of a file whose content is not of its format."""
-    do = "repair or remove it, or write the file again"
-    return DataError(f"{source}: {reason}", wanted=wanted, do=do)
+    return DataError(
+        f"{source}: {reason}", wanted=wanted, do="repair or remove it, or write the file again"
+    )
 
 
 @contextmanager
@@ -26,13 +27,18 @@ def open_regular(path: str | Path) -> Iterator[BinaryIO]:
         # Without O_NONBLOCK, opening a pipe waits for its writer, perhaps for ever.
         with open(path, "rb", opener=_open_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                seen = f"{path} is a pipe or a device"
-                raise DataError(seen, wanted="a regular file", do="copy it to a file first")
+                raise DataError(
+                    f"{path} is a pipe or a device",
+                    wanted="a regular file",
+                    do="copy it to a file first",
+                )
             yield file
     except OSError as error:
-        wanted = "a file that can be read"
-        do = "check its path and permissions"
-        raise DataError(f"{path}: {error.strerror}", wanted=wanted, do=do) from error
+        raise DataError(
+            f"{path}: {error.strerror}",
+            wanted="a file that can be read",
+            do="check its path and permissions",
+        ) from error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -44,6 +50,7 @@ def read_whole(path: str | Path, longest: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(longest + 1)
     if len(content) > longest:
-        seen = f"{path}: longer than {longest} bytes"
-        raise DataError(seen, wanted="a smaller file", do="pass another one")
+        raise DataError(
+            f"{path}: longer than {longest} bytes", wanted="a smaller file", do="pass another one"
+        )
     return content

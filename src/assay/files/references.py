@@ -1,4 +1,4 @@
-"""References to models, checked before torch and transformers are imported, which takes seconds.
+"""References to models, checked before torch is imported, which takes seconds.
 
 The catalogue lists the bundled models: trained reference models, and published shapes without
 weights.
@@ -69,10 +69,11 @@ def check_hub_id(reference: str) -> None:
 def check_config(path: Path) -> None:
     """Refuse a directory without this configuration file."""
     if not path.is_file():
-        wanted = (
-            "a checkpoint directory of a language model, as transformers' save_pretrained writes it"
+        raise ModelNotFound(
+            f"{path.parent} has no {path.name}",
+            wanted="a checkpoint directory of a language model, as save_pretrained writes it",
+            do="check the path",
         )
-        raise ModelNotFound(f"{path.parent} has no {path.name}", wanted=wanted, do="check the path")
 
 
 def find_path(reference: str) -> Path | None:
@@ -96,9 +97,11 @@ def find_path(reference: str) -> Path | None:
 
 def _no_model(reference: str, fault: str) -> ModelNotFound:
     """Return the error of a reference that leads to no model, for this reason."""
-    wanted = (
-        "a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of `assay models "
-        "list`"
+    return ModelNotFound(
+        f"{reference!r:.80} is {fault}",
+        wanted=(
+            "a checkpoint directory, a GGUF file, a hub id (owner/name), or a name of "
+            "`assay models list`"
+        ),
+        do="check the path, or run `assay models list` for the bundled ones",
     )
-    do = "check the path, or run `assay models list` for the bundled ones"
-    return ModelNotFound(f"{reference!r:.80} is {fault}", wanted=wanted, do=do)

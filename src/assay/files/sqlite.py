@@ -180,9 +180,11 @@ class Database:
             reason = "another file is in the place of the one that is open"
         except OSError as error:
             reason = error.strerror or str(error)
-        wanted = "the file that was opened: what is written would be lost with it"
-        do = "stop this process before a database is moved or restored, and start it again"
-        raise StorageError(f"{self.path}: {reason}", wanted=wanted, do=do)
+        raise StorageError(
+            f"{self.path}: {reason}",
+            wanted="the file that was opened: what is written would be lost with it",
+            do="stop this process before a database is moved or restored, and start it again",
+        )
 
     def _claim(self, data_dir: Path, *, exclusive: bool) -> int:
         """Create the directory and the file, lock it if ``exclusive``, and keep other users out."""
@@ -193,8 +195,11 @@ class Database:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    seen = f"{self.path} is a pipe or a device"
-                    raise StorageError(seen, wanted="a database, or no file yet", do=do)
+                    raise StorageError(
+                        f"{self.path} is a pipe or a device",
+                        wanted="a database, or no file yet",
+                        do=do,
+                    )
                 if exclusive:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # SQLite gives a new journal the permissions of the database.
@@ -206,22 +211,27 @@ class Database:
                 os.close(descriptor)
                 raise
         except BlockingIOError:
-            wanted = "a data directory of its own for every service"
-            seen = f"another service runs in {data_dir}"
-            raise StorageError(seen, wanted=wanted, do=do) from None
+            raise StorageError(
+                f"another service runs in {data_dir}",
+                wanted="a data directory of its own for every service",
+                do=do,
+            ) from None
         except OSError as error:
-            seen = f"{self.path}: {error.strerror}"
-            raise StorageError(seen, wanted="a directory that can be written", do=do) from None
+            raise StorageError(
+                f"{self.path}: {error.strerror}", wanted="a directory that can be written", do=do
+            ) from None
         return descriptor
 
     def _check_local(self, data_dir: Path) -> None:
         if network := NETWORK_FILE_SYSTEMS.get(file_system(data_dir)):
-            wanted = (
-                "a disk of this machine: SQLite's journal is shared memory, which no network "
-                "keeps in step"
+            raise StorageError(
+                f"{data_dir} on {network}",
+                wanted=(
+                    "a disk of this machine: SQLite's journal is shared memory, which no network "
+                    "keeps in step"
+                ),
+                do=f"pass another {self._flag}",
             )
-            do = f"pass another {self._flag}"
-            raise StorageError(f"{data_dir} on {network}", wanted=wanted, do=do)
 
 
 def file_system(path: Path) -> int:

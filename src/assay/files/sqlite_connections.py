@@ -39,8 +39,11 @@ _NO_ROOM = (
 
 def damaged(path: Path, reason: str, *, flag: str = "--data-dir") -> StorageError:
     """Return the error of a database whose content assay did not write."""
-    do = f"restore it from a backup, or pass another {flag}"
-    return StorageError(f"{path}: {reason}", wanted="a database that assay wrote", do=do)
+    return StorageError(
+        f"{path}: {reason}",
+        wanted="a database that assay wrote",
+        do=f"restore it from a backup, or pass another {flag}",
+    )
 
 
 def check_journals(path: Path, flag: str) -> None:
@@ -48,9 +51,11 @@ def check_journals(path: Path, flag: str) -> None:
     for end in _JOURNALS:
         journal = path.with_name(f"{path.name}{end}")
         if journal.exists() and not journal.is_file():
-            wanted = "a journal of SQLite, or no file"
-            do = f"remove it, or pass another {flag}"
-            raise StorageError(f"{journal} is no file", wanted=wanted, do=do)
+            raise StorageError(
+                f"{journal} is no file",
+                wanted="a journal of SQLite, or no file",
+                do=f"remove it, or pass another {flag}",
+            )
 
 
 @contextmanager

@@ -49,9 +49,11 @@ def check_version(
     newest_applied = sa.func.coalesce(sa.func.max(_migrations.c.version), 0)
     current = connection.execute(sa.select(newest_applied)).scalar_one()
     if type(current) is not int or not oldest <= current <= newest:
-        wanted = f"schema {newest}" + (" or older" if oldest < newest else "")
-        do = f"run the version of assay that wrote it, or pass another {flag}"
-        raise StorageError(f"a database of schema {current!r:.40}", wanted=wanted, do=do)
+        raise StorageError(
+            f"a database of schema {current!r:.40}",
+            wanted=f"schema {newest}" + (" or older" if oldest < newest else ""),
+            do=f"run the version of assay that wrote it, or pass another {flag}",
+        )
     return current
 
 

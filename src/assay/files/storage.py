@@ -77,11 +77,15 @@ def _check_place(path: Path, *, overwrite: bool) -> None:
     if exists and not path.is_file():
         # A rename would put a regular file in the place of /dev/null.
         seen = f"{path} is a pipe or a device"
-        do = "write to a file, and copy it from there"
-        raise StorageError(seen, wanted="a file that can be written", do=do)
+        raise StorageError(
+            seen, wanted="a file that can be written", do="write to a file, and copy it from there"
+        )
     if exists and not overwrite:
-        do = "choose another one, or pass --overwrite (in Python overwrite=True)"
-        raise UsageError(f"{path} exists", wanted="a new file name", do=do)
+        raise UsageError(
+            f"{path} exists",
+            wanted="a new file name",
+            do="choose another one, or pass --overwrite (in Python overwrite=True)",
+        )
 
 
 def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
@@ -99,20 +103,24 @@ def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def check_folder(path: Path, *, new: bool = False) -> None:
-    """Refuse a path that is no directory and cannot become one, or with ``new`` one that has files.
+    """Refuse a path that cannot be a directory, or with ``new`` one that has files.
 
     A directory that takes no file, or cannot be made, is a StorageError.
     """
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
-            seen = f"{path}, of which {parent} is a file"
-            raise UsageError(seen, wanted="a directory", do="choose another")
+            raise UsageError(
+                f"{path}, of which {parent} is a file", wanted="a directory", do="choose another"
+            )
     if path.exists() and not path.is_dir():
         wanted = "a new or empty directory" if new else "a directory"
         raise UsageError(f"{path}, which exists", wanted=wanted, do="choose another")
     if new and path.exists() and any(path.iterdir()):
-        do = "choose another, or --overwrite"
-        raise UsageError(f"{path}, which exists", wanted="a new or empty directory", do=do)
+        raise UsageError(
+            f"{path}, which exists",
+            wanted="a new or empty directory",
+            do="choose another, or --overwrite",
+        )
     with _storing(path):
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
         _try_file(nearest)
@@ -197,9 +205,11 @@ class PartialFile:
             except BlockingIOError:
                 is_ours = False
         if not is_ours:
-            seen = f"{self.partial} is being written by another process"
-            do = "wait for it to end, or choose another file name"
-            raise StorageError(seen, wanted="one writer per file", do=do)
+            raise StorageError(
+                f"{self.partial} is being written by another process",
+                wanted="one writer per file",
+                do="wait for it to end, or choose another file name",
+            )
 
     def recover(self) -> list[str]:
         """Return the intact lines of an earlier writer, without line ends, and cut off the rest.
@@ -213,9 +223,11 @@ class PartialFile:
             *complete, _torn = self._file.readall().split(b"\n")
             intact = list(takewhile(_is_intact, complete))
             if complete and not intact:
-                seen = f"{self.partial} is not what an earlier run left"
-                do = "move it away, or choose another file name"
-                raise StorageError(seen, wanted="lines of JSON, or no such file", do=do)
+                raise StorageError(
+                    f"{self.partial} is not what an earlier run left",
+                    wanted="lines of JSON, or no such file",
+                    do="move it away, or choose another file name",
+                )
             self._file.truncate(sum(len(line) + 1 for line in intact))
         return [line.decode() for line in intact]
 
@@ -235,10 +247,11 @@ class PartialFile:
             self.append_lines([first])
             return []
         if lines[0] != first:
-            seen = f"{self.partial} was begun with other arguments, another model or another engine"
-            wanted = "the same command as the interrupted one"
-            do = "repeat that command with all its flags, or remove the partial file to start again"
-            raise UsageError(seen, wanted=wanted, do=do)
+            raise UsageError(
+                f"{self.partial} was begun with other arguments, another model or another engine",
+                wanted="the same command as the interrupted one",
+                do="repeat that command with all its flags, or remove the partial file to restart",
+            )
         usable = lines[: most + 1]
         values = []
         for number, line in enumerate(usable[1:], start=2):

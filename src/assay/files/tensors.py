@@ -26,8 +26,11 @@ def check_tensors(path: str | Path, longest: int | None = None) -> None:
     if longest is not None and size > longest:
         raise malformed(path, f"longer than {longest} bytes", "a smaller file")
     if header > min(LONGEST_HEADER, size):
-        wanted = f"a safetensors file with a header of {LONGEST_HEADER} bytes at most"
-        raise malformed(path, f"a header of {header} bytes", wanted)
+        raise malformed(
+            path,
+            f"a header of {header} bytes",
+            f"a safetensors file with a header of {LONGEST_HEADER} bytes at most",
+        )
 
 
 def check_schema(schema: str, path: str | Path) -> None:

@@ -26,7 +26,10 @@ _SERIES_FROM = 50.0
 def _half_dimension(d: int) -> float:
     if d < 2:
         raise UsageError(
-            f"dimension {d}", wanted="a whole number of at least 2", do="pass the output dimension"
+            f"dimension {d}",
+            wanted="a whole number of at least 2",
+            do="pass the output dimension",
+            field="d",
         )
     return (d - 1) / 2
 
@@ -76,7 +79,10 @@ def check_r_target(r_target: float) -> float:
     """Return an ``r_target`` in (0, 2]; another one is a UsageError."""
     if not 0.0 < r_target <= 2.0:
         raise UsageError(
-            f"r_target {r_target}", wanted="a distance in (0, 2]", do="derive one with r_target_for"
+            f"r_target {r_target}",
+            wanted="a distance in (0, 2]",
+            do="derive one with r_target_for",
+            field="r_target",
         )
     return r_target
 
@@ -88,7 +94,9 @@ def r_target_for(rate: float, d: int) -> float:
     UsageError refuses a ``rate`` outside (0, 1], and a dimension below 2.
     """
     if not 0.0 < rate <= 1.0:
-        raise UsageError(f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %")
+        raise UsageError(
+            f"valid rate {rate}", wanted="a share in (0, 1]", do="give 0.1 for 10 %", field="rate"
+        )
     a = _half_dimension(d)
     return 2 * math.sqrt(float(scipy.special.betaincinv(a, a, rate)))
 

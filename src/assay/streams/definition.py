@@ -1,4 +1,4 @@
-"""The streams, defined. Everything else in :mod:`assay.streams` is a faster way to the same bits.
+"""The definition of the streams, in numpy; the backends are faster ways to the same bits.
 
 A stream is a function of a 32-bit seed and an element index, so any part of it can be made
 anywhere, in any order:
