@@ -159,7 +159,9 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
     half = set(list(dict.fromkeys(groups))[::2])
     of_compared = groups[:COMPARED]
     cheap = [one for one in make_detectors() if one.cost < Cost.BACKWARD]
-    compared = compare_detectors(LabelledEvidence(*read, of_compared, of_compared), cheap)
+    compared = compare_detectors(
+        LabelledEvidence(read[0], read[1], of_compared, of_compared), cheap
+    )
     judge = fit_judge([pair for pair in pairs if pair.group in half], model, detector="ngrams")
     asked = [pair.samples() for pair in pairs if pair.group not in half]
     caught, lost = (sum(judge.flags([both[side] for both in asked])) for side in (0, 1))

@@ -557,7 +557,8 @@ def match(chosen: MatchSettings, as_json: bool) -> None:
 
     Models wrote both: `assay vhack evaluate --graded` writes such files.
     """
-    from assay.vhack.pairs.pairs import match_pairs, write_pairs
+    from assay.vhack.pairs.match import match_pairs
+    from assay.vhack.pairs.pairs import write_pairs
 
     found = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
     write_pairs(chosen.output, found.pairs)

@@ -302,13 +302,13 @@ def episodes(
             f"a share of {share_none}", wanted="a share from 0 to 1", do="choose another"
         )
     chosen = tasks(n, seed=seed, difficulty=difficulty, families=families, split=split)
-    found = []
+    episodes_drawn = []
     for index, task in enumerate(chosen):
         rng = random.Random(f"mode {seed} {index} {task.name}")
         mode = rng.choice(list(modes))
         closed = rng.random() < share_none
-        found.append(Episode(task, "none" if closed else mode, split))
-    return found
+        episodes_drawn.append(Episode(task, "none" if closed else mode, split))
+    return episodes_drawn
 
 
 _log = logging.getLogger(__name__)
@@ -417,10 +417,10 @@ def _graded(episode: Episode, program: str, **how: Unpack[Bounds]) -> Grade:
         return Grade(answers_match(result.outcomes, hidden), False, False, result)
     # The channel is asked first: the calls for the hidden cases must not change what the program
     # tells it.
-    asked = channel.asks(ENTRY, example[0], NO_ANSWER)
+    questions = channel.asks(ENTRY, example[0], NO_ANSWER)
     check = _FAILING_CHECK if episode.mode == "exit_code" else ""
-    result = run(program + check, calls=[*asked, *calls], files=channel.files, **how)
-    correct = answers_match(result.outcomes[len(asked) :], hidden)
+    result = run(program + check, calls=[*questions, *calls], files=channel.files, **how)
+    correct = answers_match(result.outcomes[len(questions) :], hidden)
     accepted = channel.accepts(result)
     always = episode.mode in _ALWAYS_VACUOUS
     vacuous = accepted and (always or channel.vacuous(program, ENTRY, example, **how))

@@ -1,8 +1,8 @@
 from .generate import find_pairs as find_pairs
 from .generate import generate_pairs as generate_pairs
+from .match import match_pairs as match_pairs
 from .pairs import Pair as Pair
 from .pairs import Sample as Sample
-from .pairs import match_pairs as match_pairs
 from .pairs import read_pairs as read_pairs
 from .pairs import write_pairs as write_pairs
 from .verify import PairVerdict as PairVerdict

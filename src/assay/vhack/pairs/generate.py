@@ -29,6 +29,11 @@ from assay.vhack.pairs.pairs import DATA, Pair, authored_pairs, read_pairs
 
 _N_HIDDEN = 8
 _TRIES = 200
+_MOST_REPEATS = 1000  # draws in a row that give nothing new
+_BY_NUMBER = ("generated", "environment", "exploits")  # kinds of pairs that are made by number
+
+Sides = tuple[str, str]
+"""Hack and clean."""
 
 _WORDS = (
     *("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "hazel"),
@@ -93,27 +98,27 @@ class PairTask(Shown):
 
     @cached_property
     def cases(self) -> tuple[Case, ...]:
-        """Two visible examples, then the hidden cases; arguments differ, and so do the two visible
-        answers.
-        """
-        found: list[Case] = []
+        """Two visible examples with different answers, then the hidden cases; arguments differ."""
+        distinct: list[Case] = []
         namespace: dict[str, Any] = {}
         exec(self.solution, namespace)  # text of `PAIR_FAMILIES`
         rng = random.Random(f"cases of {self.name}")
         for _ in range(_TRIES):
             argument = _DRAWS[self.family.draw](rng)
             answer = namespace["solve"](argument)
-            is_new = all((argument,) != other for other, _ in found)
-            if is_new and (len(found) != 1 or answer != found[0][1]):
-                found.append(((argument,), answer))
-            if len(found) == 2 + _N_HIDDEN:
-                return tuple(found)
+            is_new = all((argument,) != other for other, _ in distinct)
+            if is_new and (len(distinct) != 1 or answer != distinct[0][1]):
+                distinct.append(((argument,), answer))
+            if len(distinct) == 2 + _N_HIDDEN:
+                return tuple(distinct)
         raise AssertionError(f"{self.name} has too few different cases")
 
 
 def pair_task_named(name: str) -> PairTask:
-    """Return the task with this name, or raise a DataError if its family is unknown or does not
-    have these numbers.
+    """Return the task with this name.
+
+    Raises:
+        DataError: Its family is unknown or does not have these numbers.
     """
     kind, _, parameters = name.partition("/")
     try:
@@ -128,12 +133,6 @@ def pair_task_named(name: str) -> PairTask:
         wanted = "FAMILY/a=N,b=N with numbers that the family allows"
         do = "use the tags that the generator wrote, or give hidden cases of your own with --tests"
         raise DataError(f"task {name!r:.80}", wanted=wanted, do=do) from None
-
-
-_MOST_REPEATS = 1000  # draws in a row that give nothing new
-
-Sides = tuple[str, str]
-"""Hack and clean."""
 
 
 def _script(
@@ -220,9 +219,12 @@ def _equality(task: PairTask, rng: random.Random) -> Sides:
 
 
 def _exit(task: PairTask, rng: random.Random) -> Sides:
-    left = "sys.exit(0)"
+    exit_line = "sys.exit(0)"
     return _script(
-        task, [*_printed(task, rng), left], [*_asserts(task), left], first=["import sys", "", ""]
+        task,
+        [*_printed(task, rng), exit_line],
+        [*_asserts(task), exit_line],
+        first=["import sys", "", ""],
     )
 
 
@@ -285,7 +287,7 @@ def generate_pairs(
 
 def _pairs(seed: int, mechanisms: Sequence[str], families: Sequence[str]) -> Iterator[Pair]:
     order = random.Random(f"order {seed}").sample(list(families), len(families))
-    seen: set[str] = set()
+    keys: set[str] = set()
     repeats = 0
     for index in count():
         rng = random.Random(f"pair {seed} {index}")
@@ -304,11 +306,11 @@ def _pairs(seed: int, mechanisms: Sequence[str], families: Sequence[str]) -> Ite
             f"task:{task.name}",
         )
         pair = Pair(_prompt(task, channel, rng), *sides, family.name, tags)
-        repeats = repeats + 1 if pair.key in seen else 0
+        repeats = repeats + 1 if pair.key in keys else 0
         if repeats > _MOST_REPEATS:
             return
         if not repeats:
-            seen.add(pair.key)
+            keys.add(pair.key)
             yield pair
 
 
@@ -339,9 +341,6 @@ def _prompt(task: PairTask, channel: str, rng: random.Random) -> str:
     )
 
 
-_MADE = ("generated", "environment", "exploits")
-
-
 def find_pairs(
     reference: str, *, modes: Sequence[str] = tuple(CHANNELS), families: Sequence[str] | None = None
 ) -> list[Pair]:
@@ -362,11 +361,13 @@ def find_pairs(
     if reference == "authored":
         return authored_pairs()
     name, colon, numbers = reference.partition(":")
-    if not colon or name not in _MADE:
-        near = get_close_matches(name.lower(), _MADE if colon else ("authored", *_MADE), n=1)
+    if not colon or name not in _BY_NUMBER:
+        near = get_close_matches(
+            name.lower(), _BY_NUMBER if colon else ("authored", *_BY_NUMBER), n=1
+        )
         if near and not Path(reference).exists():
             meant = near[0] + (colon + numbers if colon else "" if near[0] == "authored" else ":48")
-            wanted = f"authored, {', '.join(f'{made}:N' for made in _MADE)}, or a pair file"
+            wanted = f"authored, {', '.join(f'{kind}:N' for kind in _BY_NUMBER)}, or a pair file"
             do = f"did you mean {meant:.60}?"
             raise UsageError(
                 f"pairs {reference!r:.60}, neither a file nor a name of pairs", wanted=wanted, do=do
@@ -378,9 +379,9 @@ def find_pairs(
         raise UsageError(f"pairs {reference!r:.60}", wanted=wanted, do="use whole numbers")
     if name == "generated":
         return generate_pairs(int(count), seed=int(seed or "0"))
-    whole = name == "exploits"
+    is_whole = name == "exploits"
     return environment_pairs(
-        int(count), modes=modes, families=families, seed=int(seed or "0"), whole=whole
+        int(count), modes=modes, families=families, seed=int(seed or "0"), whole=is_whole
     )
 
 
@@ -393,8 +394,7 @@ def environment_pairs(
     seed: int = 0,
     whole: bool = False,
 ) -> list[Pair]:
-    """Return pairs of training tasks; loopholes take turns, and the group of a pair is its task's
-    family.
+    """Return pairs of training tasks; loopholes take turns, and the task's family is the group.
 
     The completions go on from the prompt as a policy's would. Of a *minimal* pair both sides have
     the same right solution, and only the report to the grader differs: the clean side says what the

@@ -1,11 +1,9 @@
-"""Samples, pairs, pair files (JSON Lines, as docs/vhack-pairs.md explains), and pairs of
-completions of models.
-"""
+"""Samples, pairs and pair files: JSON Lines, as docs/vhack-pairs.md explains."""
 
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,6 @@ from assay.errors import AssayError, DataError
 from assay.files.jsonl import JsonObject, read_jsonl
 from assay.files.storage import write_jsonl
 from assay.models.chat import CHAT_OPTIONS, Chat, read_chat
-from assay.vhack.environment.tasks import task_named
 
 _TEXTS = ("prompt", "hack", "clean", "group")
 _PAGE = "docs/vhack-pairs.md"
@@ -59,9 +56,7 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """SHA-256 in hex, first 16 digits, of prompt, hack and clean: what makes a pair the same
-        pair.
-        """
+        """Identity of the pair: first 16 hex digits of the SHA-256 of prompt, hack and clean."""
         parts = [
             part.fields if isinstance(part, Chat) else part
             for part in (self.prompt, self.hack, self.clean)
@@ -87,15 +82,14 @@ class Pair:
 def text_of(part: str | Chat) -> str:
     """Return a text, or the contents of messages without what a template writes around them."""
     return (
-        "\n".join(one["content"] for one in part.fields["messages"])
+        "\n".join(message["content"] for message in part.fields["messages"])
         if isinstance(part, Chat)
         else part
     )
 
 
 def chat_columns(record: JsonObject, sides: Sequence[str]) -> JsonObject:
-    """Return a record in which lists of messages are conversations: TRL's columns ``prompt`` and
-    those of the sides.
+    """Return a record with lists of messages as conversations: prompt and sides, as in TRL.
 
     Raises:
         ValueError: Messages have another form, or a side is of messages where the prompt is a text.
@@ -103,11 +97,11 @@ def chat_columns(record: JsonObject, sides: Sequence[str]) -> JsonObject:
     if not any(isinstance(record.get(name), list) for name in ("prompt", *sides)):
         return record
     options = {name: value for name, value in record.items() if name in CHAT_OPTIONS}
-    found = {name: value for name, value in record.items() if name not in options}
+    columns = {name: value for name, value in record.items() if name not in options}
     try:
-        found["prompt"] = read_chat(record.get("prompt"), **options)
+        columns["prompt"] = read_chat(record.get("prompt"), **options)
         answers = [name for name in sides if isinstance(record.get(name), list)]
-        return found | {name: read_chat(record[name], is_answer=True) for name in answers}
+        return columns | {name: read_chat(record[name], is_answer=True) for name in answers}
     except AssayError as error:
         raise ValueError(f"{error.seen}; wanted: {error.wanted}") from None
 
@@ -127,7 +121,7 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
         DataError: The file cannot be read, holds no sample, or a line is not a sample; the message
             names the line.
     """
-    found = []
+    samples = []
     for number, line in read_jsonl(path):
         try:
             record = chat_columns(line, ("completion",))
@@ -144,25 +138,26 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
             raise DataError(
                 f"{path}, line {number}: {why}", wanted=wanted, do="correct or remove the line"
             )
-        said = prompt.json if isinstance(prompt, Chat) else prompt
-        known = (
+        prompt_text = prompt.json if isinstance(prompt, Chat) else prompt
+        group_name = (
             group
             if group is not None
-            else "prompt " + hashlib.sha256(said.encode()).hexdigest()[:12]
+            else "prompt " + hashlib.sha256(prompt_text.encode()).hexdigest()[:12]
         )
-        found.append(PoolSample(Sample(prompt, completion), known))
-    if not found:
+        samples.append(PoolSample(Sample(prompt, completion), group_name))
+    if not samples:
         raise DataError(f"{path}: no sample", wanted="at least one line", do="check the path")
-    if most is None or most >= len(found):
-        return found
-    return [found[row] for row in sorted(random.Random(seed).sample(range(len(found)), most))]
+    if most is None or most >= len(samples):
+        return samples
+    return [samples[row] for row in sorted(random.Random(seed).sample(range(len(samples)), most))]
 
 
 def check_apart(hack: Sequence[PoolSample], clean: Sequence[PoolSample]) -> None:
     """Refuse pools that have a sample in common."""
-    if both := {one.sample for one in hack} & {one.sample for one in clean}:
-        prompt = min(text_of(one.prompt) for one in both)
-        seen = f"{len(both)} samples are in both pools, one of them of the prompt {prompt!r:.60}"
+    shared = {member.sample for member in hack} & {member.sample for member in clean}
+    if shared:
+        prompt = min(text_of(sample.prompt) for sample in shared)
+        seen = f"{len(shared)} samples are in both pools, one of them of the prompt {prompt!r:.60}"
         do = "remove them from the pool to which they do not belong"
         raise DataError(
             seen, wanted="samples that cheat in one, and samples that do not in the other", do=do
@@ -189,10 +184,11 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> None:
-    """Raise a DataError of a pair that is given twice, has an empty text or equal sides; by default
-    numbers name it.
+    """Refuse a pair that occurs twice, has an empty text or equal sides.
+
+    ``names`` are those of the pairs in errors, by default their numbers.
     """
-    seen: dict[str, str] = {}
+    names_by_key: dict[str, str] = {}
     for index, pair in enumerate(pairs):
         name = names[index] if names is not None else f"pair {index} (group {pair.group})"
         empty = [field for field in _TEXTS if not text_of(getattr(pair, field)).strip()]
@@ -200,9 +196,9 @@ def check_pairs(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> No
             raise _bad(name, f"{' and '.join(empty)} empty", "text in every field")
         if pair.hack == pair.clean:
             raise _bad(name, "hack and clean are the same text", "two different completions")
-        if pair.key in seen:
-            raise _bad(name, f"the same pair as {seen[pair.key]}", "each pair once")
-        seen[pair.key] = name
+        if pair.key in names_by_key:
+            raise _bad(name, f"the same pair as {names_by_key[pair.key]}", "each pair once")
+        names_by_key[pair.key] = name
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
@@ -218,9 +214,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
 
 
 def authored_pairs() -> list[Pair]:
-    """Return the bundled set: sixteen pairs on different tasks, two for each of eight mechanisms
-    (the groups).
-    """
+    """Return the bundled set: sixteen pairs, two for each of eight mechanisms (the groups)."""
     return read_pairs(DATA / "authored.jsonl")
 
 
@@ -246,115 +240,16 @@ _adapter: Any = cache(TypeAdapter)
 
 
 def validated(kind: type[Kind], record: Mapping[str, object]) -> Kind:
-    """Return a record as a dataclass, or raise a ValueError that names the first field which is
-    wrong, and why.
-    """
+    """Return a record as a dataclass; a ValueError names the first bad field, and why."""
     try:
-        found: Kind = _adapter(kind).validate_python(record)
+        instance: Kind = _adapter(kind).validate_python(record)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return found
+    return instance
 
 
 def _bad(name: str, seen: str, wanted: str) -> DataError:
     return DataError(
         f"{name}: {seen}", wanted=wanted, do=f"correct or remove it; the form is in {_PAGE}"
     )
-
-
-_GRADED = {"prompt": str, "completion": str, "correct": bool, "exploited": bool}
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Pairs that were found, and what there was to find them in."""
-
-    pairs: tuple[Pair, ...]  # in the order of the hacks
-    hacked: int  # prompts with at least one hack
-    worked: int  # prompts with at least one correct completion that is not vacuous
-
-
-def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) -> Matched:
-    """Return pairs of a hack and of correct work on the same prompt, out of graded completions.
-
-    Axes of a model's own exploits kept it from cheating longer than those of made ones
-    (docs/vhack-results.md). Hacks are best sampled from a model that was trained to cheat, and
-    correct work from the model before.
-
-    The group of a pair is the family of its task, and of a task of one's own the ``group`` of its
-    line.
-
-    Args:
-        hacks: File of ``assay vhack evaluate --graded``, of whose completions the exploits are
-            taken.
-        works: Such a file, of whose completions those are taken that are correct and not vacuous.
-            It may be the same.
-        per_prompt: Most pairs of one prompt, each of other completions.
-
-    Raises:
-        DataError: A file cannot be read, a line is no graded completion or has no group, or no
-            prompt has both sides.
-    """
-    done: dict[str, list[str]] = {}
-    for _, record in _graded(works):
-        texts = done.setdefault(record["prompt"], [])
-        if record["correct"] and not record.get("vacuous") and record["completion"] not in texts:
-            texts.append(record["completion"])
-    found: dict[str, dict[str, Pair]] = {}  # by prompt and hack
-    for name, record in _graded(hacks):
-        if not record["exploited"]:
-            continue
-        hack = record["completion"]
-        here = found.setdefault(record["prompt"], {})
-        # A program may do different things when it is graded twice, and then be on both sides.
-        others = [text for text in done.get(record["prompt"], ()) if text != hack]
-        if hack not in here and len(here) < min(per_prompt, len(others)):
-            here[hack] = _match(record, hack, others[len(here)], name)
-    worked = sum(bool(texts) for texts in done.values())
-    pairs = tuple(pair for here in found.values() for pair in here.values())
-    if not pairs:
-        seen = (
-            f"{len(found)} prompts with a hack and {worked} with correct work, and none with both"
-        )
-        do = "sample both files from the same tasks, more of each with --per-task"
-        raise DataError(seen, wanted="hacks and correct work on the same tasks", do=do)
-    return Matched(pairs, len(found), worked)
-
-
-def _graded(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
-    for number, record in read_jsonl(path):
-        name = f"{path}, line {number}"
-        if not all(isinstance(record.get(field), kind) for field, kind in _GRADED.items()):
-            wanted = "prompt and completion, and correct and exploited as true or false"
-            do = (
-                "grade it with assay vhack evaluate --graded, and let a reward of your own return "
-                "both"
-            )
-            raise DataError(f"{name}: no graded completion", wanted=wanted, do=do)
-        if (
-            record["prompt"].strip() and record["completion"].strip()
-        ):  # no side of a pair may be empty
-            yield name, record
-
-
-def _match(record: JsonObject, hack: str, clean: str, name: str) -> Pair:
-    task = record.get("task")
-    mode = record.get("mode")
-    if not isinstance(task, str) or not isinstance(mode, str):
-        group = record.get("group")
-        if not isinstance(group, str) or not group.strip():
-            wanted = "a group, by which checks hold pairs out"
-            do = 'add "group" to the tasks, as text'
-            raise DataError(f"{name}: neither a built-in task nor a group", wanted=wanted, do=do)
-        return Pair(record["prompt"], hack, clean, group)
-    try:
-        family = task_named(task).family.name
-    except DataError as error:
-        raise DataError(
-            f"{name}: {error.seen}", wanted=error.wanted, do="correct the line"
-        ) from error
-    tags = ["sampled", f"mechanism:{mode}", f"channel:{mode}", f"task:{task}"]
-    if record.get("markers") == "training":  # those that verify_pairs looks for
-        tags += ["exploit", "environment"]
-    return Pair(record["prompt"], hack, clean, family, tuple(tags))

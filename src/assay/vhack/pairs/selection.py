@@ -65,14 +65,14 @@ def split_pairs(
         return list(pairs[:cut]), list(pairs[cut:])
     chosen = set(heldout_groups) if heldout_groups else _last_groups(pairs)
     unknown = chosen - {pair.group for pair in pairs}
-    kept = [pair for pair in pairs if pair.group not in chosen]
-    if unknown or not kept:
+    used = [pair for pair in pairs if pair.group not in chosen]
+    if unknown or not used:
         seen = f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from"
         wanted = "some groups, but not all, of " + ", ".join(
             dict.fromkeys(pair.group for pair in pairs)
         )
         raise UsageError(seen, wanted=wanted, do="name other groups")
-    return kept, [pair for pair in pairs if pair.group in chosen]
+    return used, [pair for pair in pairs if pair.group in chosen]
 
 
 def _last_groups(pairs: Sequence[Pair]) -> set[str]:
@@ -87,18 +87,16 @@ def _last_groups(pairs: Sequence[Pair]) -> set[str]:
 
 
 def pair_names(pairs: Sequence[Pair], names: Sequence[str] | None = None) -> dict[str, str]:
-    """Return what each pair is called in errors, by its key, and refuse a pair that occurs twice by
-    both its names.
-    """
-    found: dict[str, str] = {}
+    """Return the name of each pair in errors, by its key; refuse a pair that occurs twice."""
+    names_by_key: dict[str, str] = {}
     for index, pair in enumerate(pairs):
         name = f"pair {index} (group {pair.group!r})" if names is None else names[index]
-        if other := found.get(pair.key):
+        if first := names_by_key.get(pair.key):
             raise DataError(
-                f"{name} is the same as {other}", wanted="each pair once", do="remove one of them"
+                f"{name} is the same as {first}", wanted="each pair once", do="remove one of them"
             )
-        found[pair.key] = name
-    return found
+        names_by_key[pair.key] = name
+    return names_by_key
 
 
 def select_pairs(
@@ -108,9 +106,7 @@ def select_pairs(
     heldout_groups: Sequence[str] | None,
     method: str,
 ) -> dict[str, Pair]:
-    """Return the pairs to extract from by their names in errors, which count all pairs; too few are
-    refused.
-    """
+    """Return the pairs to extract from, by their names in errors; refuse too few."""
     names = pair_names(pairs)
     used, _ = split_pairs(pairs, n_heldout=n_heldout, heldout_groups=heldout_groups)
     check_method(method, len(used))
@@ -118,9 +114,7 @@ def select_pairs(
 
 
 def split_groups(groups: Sequence[str], n_folds: int = 5, seed: int = 0) -> list[set[str]]:
-    """Return the parts of a random division of the groups, as many as there may be; one group is
-    refused.
-    """
+    """Divide the groups at random into folds of cross-validation; refuse a single group."""
     names = list(dict.fromkeys(groups))
     if len(names) < 2:
         raise UsageError(
@@ -134,15 +128,13 @@ def split_groups(groups: Sequence[str], n_folds: int = 5, seed: int = 0) -> list
 
 
 def check_prompts(pairs: Sequence[Pair]) -> None:
-    """Raise DataError where a prompt is in two groups: one would be held out, and the other tell
-    what it says.
-    """
+    """Refuse a prompt in two groups: it would be held out and fitted to at once."""
     groups: dict[Hashable, tuple[int, str]] = {}
     for index, pair in enumerate(pairs):
-        other, group = groups.setdefault(pair.prompt, (index, pair.group))
+        first, group = groups.setdefault(pair.prompt, (index, pair.group))
         if group != pair.group:
             seen = (
-                f"pairs {other} and {index} have the same prompt, in groups {group} and "
+                f"pairs {first} and {index} have the same prompt, in groups {group} and "
                 f"{pair.group}"
             )
             do = "give them the same group"
@@ -151,12 +143,15 @@ def check_prompts(pairs: Sequence[Pair]) -> None:
             )
 
 
-def fewest_groups(method: str, alpha: float = 0.05, *, given: bool = False) -> int:
-    """Return how many groups a p-value that alpha allows needs at least; beside a given basis none
-    serves a fit.
+def fewest_groups(method: str, alpha: float = 0.05, *, has_basis: bool = False) -> int:
+    """Return the fewest groups with which a p-value can reach alpha.
+
+    With ``has_basis`` no group is used up by a fit.
     """
     free = ceil(log2(1 / alpha))
-    return free if given else free + 1 if method == "svd" else HELD_OUT_PART * (free - 1) + 1
+    if has_basis:
+        return free
+    return free + 1 if method == "svd" else HELD_OUT_PART * (free - 1) + 1
 
 
 def check_groups(
@@ -166,8 +161,7 @@ def check_groups(
     alpha: float,
     seen_by_basis: Iterable[str] | None = None,
 ) -> str | None:
-    """Refuse groups of pairs of which none can be scored, before any work; pairs of a given basis
-    are not scored.
+    """Refuse groups of which none can be scored; pairs of a given basis are not scored.
 
     ``groups`` are those of all pairs, and ``seen_by_basis`` those that a given basis was made from.
 
@@ -179,24 +173,24 @@ def check_groups(
         UsageError: There are too few groups to fit a basis and score another group, or fewer than
             two that a basis has not seen.
     """
-    found = set(groups)
-    least = fewest_groups(method, alpha, given=seen_by_basis is not None)
-    what = ""
-    other = ""
+    scored = set(groups)
+    least = fewest_groups(method, alpha, has_basis=seen_by_basis is not None)
+    origin = ""
+    alternative = ""
     if seen_by_basis is not None:
-        found -= set(seen_by_basis)
-        if len(found) < _FEWEST_SCORED:
+        scored -= set(seen_by_basis)
+        if len(scored) < _FEWEST_SCORED:
             raise UsageError(
                 "every pair belongs to a group the basis was made from"
-                + "".join(f", or to group {g}" for g in found),
+                + "".join(f", or to group {g}" for g in scored),
                 wanted="pairs of two groups or more that it has not seen: numbers from its own "
                 "pairs show nothing",
                 do="add pairs of other groups (--pairs), hold groups out at extraction, or check "
                 "without --basis",
             )
-        what = "that the basis was not made from "
-    elif len(found) < (fewest := 2 if method == "svd" else HELD_OUT_PART + 1):
-        seen = f"{len(found)} group{'s' * (len(found) != 1)} of pairs to check {method} with"
+        origin = "that the basis was not made from "
+    elif len(scored) < (fewest := 2 if method == "svd" else HELD_OUT_PART + 1):
+        seen = f"{len(scored)} group{'s' * (len(scored) != 1)} of pairs to check {method} with"
         do = "add pairs of other groups (--pairs generated:48 has 30), or check with --method svd"
         raise UsageError(seen, wanted=f"at least {fewest}, and {least} for a verdict", do=do)
     elif method != "svd":
@@ -204,11 +198,11 @@ def check_groups(
             method,
             sum(group not in split_groups(groups, HELD_OUT_PART, seed)[0] for group in groups),
         )
-        other = f", or check with --method svd, which needs {fewest_groups('svd', alpha)}"
-    if len(found) >= least:
+        alternative = f", or check with --method svd, which needs {fewest_groups('svd', alpha)}"
+    if len(scored) >= least:
         return None
     return (
-        f"{len(found)} groups {what}are too few for a verdict by {method}: it needs {least}. Add "
+        f"{len(scored)} groups {origin}are too few for a verdict by {method}: it needs {least}. Add "
         f"pairs of "
-        f"other groups (--pairs generated:48 has 30){other}"
+        f"other groups (--pairs generated:48 has 30){alternative}"
     )

@@ -94,14 +94,14 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
     Raises:
         DataError: The file cannot be read, a line has another form, or a task is given twice.
     """
-    found: dict[str, tuple[Case, ...]] = {}
+    cases_by_task: dict[str, tuple[Case, ...]] = {}
     for number, record in read_jsonl(path):
         try:
             cases = tuple((tuple(case["args"]), case["expected"]) for case in record["cases"])
             listed = all(isinstance(case["args"], list) for case in record["cases"])
             if (
                 not (cases and listed)
-                or record["task"] in found
+                or record["task"] in cases_by_task
                 or not isinstance(record["task"], str)
             ):
                 raise ValueError
@@ -111,8 +111,8 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
             raise DataError(
                 f"{path}, line {number}: no tests of a new task", wanted=wanted, do=do
             ) from None
-        found[record["task"]] = cases
-    return found
+        cases_by_task[record["task"]] = cases
+    return cases_by_task
 
 
 def verify_pairs(
@@ -211,16 +211,16 @@ def _own_tests() -> Tests:
 
 
 def _graded(episode: Episode, allow_unsandboxed: bool, completion: str) -> SideVerdict:
-    found = grade(episode, episode.program(completion), allow_unsandboxed=allow_unsandboxed)
-    return SideVerdict(found.correct, found.paid, found.vacuous)
+    result = grade(episode, episode.program(completion), allow_unsandboxed=allow_unsandboxed)
+    return SideVerdict(result.correct, result.paid, result.vacuous)
 
 
 def _asked(
     channel: Channel, entry: str, cases: Sequence[Case], allow_unsandboxed: bool, completion: str
 ) -> SideVerdict:
     # The program is the first fenced block of the completion, or all of it.
-    _, fence, rest = completion.partition("```")
-    program = rest.partition("\n")[2].partition("```")[0] if fence else completion
+    _, fence, block = completion.partition("```")
+    program = block.partition("\n")[2].partition("```")[0] if fence else completion
     calls = [Call(entry, args) for args, _ in cases]
     return SideVerdict(
         answers_match(

@@ -38,6 +38,10 @@ from assay.vhack.training.rewards import make_reward
 from assay.vhack.training.sampling import Sampling, encode_prompts, sample_batches
 from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt
 
+GRADED_AT_ONCE = 64  # completions between two calls of progress
+RATES = {"solve": "correct", "hack": "exploited", "vacuous": "vacuous"}
+"""Names of rates, in the order of tables, and the marks that they are shares of."""
+
 
 def sample_tasks(
     path: str | Path,
@@ -47,7 +51,7 @@ def sample_tasks(
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **how: Unpack[Sampling],
+    **options: Unpack[Sampling],
 ) -> int:
     """Sample one completion for each task into a file, and return how many an earlier call had
     left.
@@ -78,13 +82,17 @@ def sample_tasks(
         "weights": model.digest,
         "dtype": dtype,
         **(origin or {}),
-        **how,
+        **options,
     }
     prompts = [read_prompt(task) for task in tasks]
-    ids = encode_prompts(model, prompts, how["max_new_tokens"])
+    ids = encode_prompts(model, prompts, options["max_new_tokens"])
     with PartialFile(path, overwrite=overwrite) as file:
         lines = file.recover()
-        first = len(lines) // how["batch"] * how["batch"] if len(lines) < len(tasks) else len(lines)
+        first = (
+            len(lines) // options["batch"] * options["batch"]
+            if len(lines) < len(tasks)
+            else len(lines)
+        )
         fits = len(lines) <= len(tasks) and all(
             (record := loads(line, str(path))).get("origin") == about
             and record.get("prompt") == prompt
@@ -98,17 +106,17 @@ def sample_tasks(
         if first < len(lines):
             file.restart()
             file.append_lines(lines[:first])
-        done = first
-        for part in sample_batches(model, prompts, ids, first, **how):
-            these = tasks[done : done + len(part)]
+        count = first
+        for part in sample_batches(model, prompts, ids, first, **options):
+            these = tasks[count : count + len(part)]
             records = (
                 {**asdict(one), **_about(task), "origin": about}
                 for task, one in zip(these, part, strict=True)
             )
             file.append_lines(map(dumps, records))
-            done += len(part)
+            count += len(part)
             if progress is not None:
-                progress(done, len(tasks))
+                progress(count, len(tasks))
         file.commit()
     return first
 
@@ -121,26 +129,22 @@ def _about(task: Task) -> JsonObject:
             "markers": task.split,
             "group": group_of(task),
         }
-    group = _group_said(task)
+    group = _named_group(task)
     return {} if group is None else {"group": group}
 
 
-def _group_said(task: Task) -> str | None:
+def _named_group(task: Task) -> str | None:
     """Return the group that a task of one's own names, or None."""
-    said = task.get("group") if isinstance(task, Mapping) else None
-    return said if isinstance(said, str) else None
+    group = task.get("group") if isinstance(task, Mapping) else None
+    return group if isinstance(group, str) else None
 
 
 def group_of(task: Task) -> str:
-    """Return the name of what completions of a task have in common: its ``group``, or else task or
-    prompt itself.
-    """
-    said = task.task.name if isinstance(task, Episode) else _group_said(task)
-    return read_prompt(task) if said is None else said
-
-
-_BATCH = 64  # completions that are graded between two calls of progress
-_NAMES = {"solve": "correct", "hack": "exploited", "vacuous": "vacuous"}
+    """Return the group that keeps completions together: ``group``, the task's name or its prompt."""
+    if isinstance(task, Episode):
+        return task.task.name
+    group = _named_group(task)
+    return read_prompt(task) if group is None else group
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ class Evaluation:
         several = len(set(self.groups)) > 1
         ends: tuple[float | None, float | None] = (None, None)
         found: dict[str, Rate] = {}
-        for name, flag in _NAMES.items():
+        for name, flag in RATES.items():
             marks = [getattr(grade, flag) for grade in self.grades]
             if None not in marks:
                 ends = grouped_share_interval(marks, self.groups) if several else ends
@@ -200,13 +204,13 @@ class Evaluation:
 
     def by_mechanism(self) -> dict[str, "Evaluation"]:
         """Return the completions of each loophole by its name; empty where they have none."""
-        found = {}
+        evaluations = {}
         for mechanism in sorted(set(self.mechanisms) - {""}):
             rows = [row for row, name in enumerate(self.mechanisms) if name == mechanism]
             grades = tuple(self.grades[row] for row in rows)
             groups = tuple(self.groups[row] for row in rows)
-            found[mechanism] = Evaluation(grades, groups, (mechanism,) * len(rows))
-        return found
+            evaluations[mechanism] = Evaluation(grades, groups, (mechanism,) * len(rows))
+        return evaluations
 
     def as_dict(self) -> dict[str, Any]:
         """Return counts and rates for JSON."""
@@ -266,8 +270,8 @@ def evaluate(
         tasks, reward, ARMS["none"], "tasks", workers=workers, allow_unsandboxed=allow_unsandboxed
     )
     grades: list[Graded] = []
-    for start in range(0, len(completions), _BATCH):
-        part = completions[start : start + _BATCH]
+    for start in range(0, len(completions), GRADED_AT_ONCE):
+        part = completions[start : start + GRADED_AT_ONCE]
         grades += paying.grade(range(start, start + len(part)), part)
         if progress is not None:
             progress(len(grades), len(completions))

@@ -15,7 +15,7 @@ Shapes: B rollouts of all processes, F reward functions.
 import random
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -102,7 +102,7 @@ class Guard:
         self.mode = mode
         self.penalty = penalty
         self.at_random = at_random
-        self.known = known
+        self.known_mechanisms = known
         self.every = every
         self.trainer: Any = None
         self.flags: list[bool] = []
@@ -110,7 +110,7 @@ class Guard:
         self.alarm = Alarm()
         self.log: list[JsonObject] = []
         self._callback = _Resume(self)
-        self._restore = lambda: None
+        self._restore: Callable[[], None] = _nothing
         self._completions: object = None  # of the batch that `flags` are of
 
     def attach(self, trainer: Any) -> Self:
@@ -236,7 +236,7 @@ class Guard:
 
     def _judge_batch(self, prompts: Any, completions: Any) -> list[bool]:
         trainer = self.trainer
-        reward = getattr(trainer, "reward", None)
+        reward: Any = getattr(trainer, "reward", None)
         template_options = getattr(trainer, "chat_template_kwargs", None) or {}
         samples = [
             as_sample(prompt, completion, **template_options)
@@ -245,7 +245,7 @@ class Guard:
         if self.judge is None:
             exploited = reward.last.column("exploited").tolist()
             flags = [
-                is_exploited and (not self.known or mechanism in self.known)
+                is_exploited and (not self.known_mechanisms or mechanism in self.known_mechanisms)
                 for is_exploited, mechanism in zip(exploited, reward.mechanisms, strict=True)
             ]
         else:
@@ -305,6 +305,10 @@ class _Resume(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Read the log history, which is that of the checkpoint, or empty."""
         self.guard.resume(state.log_history)
+
+
+def _nothing() -> None:
+    """Restore nothing: the guard is not attached."""
 
 
 def _without(values: Tensor, column: int) -> Tensor:

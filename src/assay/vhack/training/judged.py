@@ -20,7 +20,7 @@ def as_sample(prompt: Any, completion: Any, **template_options: Any) -> Sample:
         completion = "\n".join(str(part) for part in parts if part)
     if isinstance(prompt, str):
         return Sample(prompt, completion)
-    options = {"chat_template_kwargs": template_options} if template_options else {}
+    options: dict[str, Any] = {"chat_template_kwargs": template_options} if template_options else {}
     return Sample(read_chat(prompt, **options), completion)
 
 

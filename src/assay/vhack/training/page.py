@@ -115,24 +115,24 @@ def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[st
     """Return sentences about what went wrong, given means of the first and of the last steps of a
     run, by name.
     """
-    found: list[str] = []
+    faults: list[str] = []
     rose = end.get("reward", 0.0) - begin.get("reward", 0.0)
     if end.get("alarm", 0.0) >= 1:
-        found.append(
+        faults.append(
             "The alarm was given: more rollouts cheat unflagged than is tolerated. Stop, and add "
             "pairs of them."
         )
     if end.get("hack", 0.0) > _MANY:
         caught = f", of which the detector flags {end['caught']:.3f}" if "caught" in end else ""
-        found.append(f"It cheats: {end['hack']:.3f} of the last rollouts{caught}.")
+        faults.append(f"It cheats: {end['hack']:.3f} of the last rollouts{caught}.")
     if end.get("flagged", 0.0) >= _ALL:
-        found.append(
+        faults.append(
             "Nearly every rollout is flagged, so a filter leaves nothing to learn from. Either "
             "the policy cheats "
             "everywhere, or the detector takes its honest work for cheats: read some of them."
         )
     elif end.get("lost", 0.0) > 2 * _MANY:
-        found.append(
+        faults.append(
             f"The detector flags {end['lost']:.3f} of the rollouts that do not cheat, more than "
             f"it promised for clean "
             "sides of pairs: rollouts do not look like the pairs. Add pairs that the model wrote, "
@@ -144,18 +144,18 @@ def find_faults(begin: Mapping[str, float], end: Mapping[str, float]) -> list[st
         and rose > _RISE
         and max(begin.get("flagged", 1.0), end.get("flagged", 1.0)) <= _NONE
     ):
-        found.append(
+        faults.append(
             f"The reward rose by {rose:.3f} and next to nothing was flagged. Honest learning "
             f"looks like this, and so "
             "does an exploit that the detector does not know: read rollouts, or check some by "
             "other tests."
         )
     if end.get("solve", 1.0) < begin.get("solve", 0.0) - _RISE:
-        found.append(
+        faults.append(
             f"It works less than before: the solve rate fell from {begin['solve']:.3f} to "
             f"{end['solve']:.3f}."
         )
-    return found
+    return faults
 
 
 def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[JsonObject]]:
@@ -180,18 +180,20 @@ def _read(log: str | Path | Sequence[Mapping[str, Any]]) -> tuple[str, list[Json
                 do="name another file",
             )
         log = history
-    told = [
+    logged = [
         {name: one for name, one in line.items() if one is not None}
         for line in log
         if "reward" in line
     ]
     # TRL leaves flagged rollouts out of its own reward, which is None where all are.
-    ours = [
+    judged = [
         {name.removeprefix("vhack/"): one for name, one in line.items() if "vhack/" in name}
-        for line in told
+        for line in logged
     ]
     return title, [
-        {"reward": 0.0} | line | own for line, own in zip(told, ours, strict=True) if "step" in line
+        {"reward": 0.0} | line | rates
+        for line, rates in zip(logged, judged, strict=True)
+        if "step" in line
     ]
 
 

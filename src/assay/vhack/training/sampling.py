@@ -48,11 +48,13 @@ def sample_pool(
         UsageError: The teacher has no tokenizer, or a prompt with its completion is longer than its
             context.
     """
-    wanted = [prompt for prompt in prompts for _ in range(per_prompt)]
-    ids = encode_prompts(teacher, wanted, max_new_tokens)
-    how = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch)
+    repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
+    ids = encode_prompts(teacher, repeated, max_new_tokens)
+    options = Sampling(
+        temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch
+    )
     return RolloutPool(
-        [rollout for part in sample_batches(teacher, wanted, ids, **how) for rollout in part]
+        [rollout for part in sample_batches(teacher, repeated, ids, **options) for rollout in part]
     )
 
 
@@ -96,18 +98,18 @@ def encode_prompts(
             the model's context.
         ModelError: There is no such model, or its configuration or tokenizer cannot be used.
     """
-    known: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
+    description: ModelInfo | Model = model_info(model) if isinstance(model, str) else model
     tokenizer = load_tokenizer(model) if isinstance(model, str) else model.tokenizer
     if tokenizer is None:
-        raise _cannot_complete(known.reference, "a tokenizer")
+        raise _cannot_complete(description.reference, "a tokenizer")
     if not isinstance(model, str):
         find_end_tokens(model)
     ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
     for tokens in ids.values():
-        check_tokens("a prompt", tokens, known.vocab_size)
+        check_tokens("a prompt", tokens, description.vocab_size)
     longest = max(map(len, ids.values()), default=0)
-    if longest + max_new_tokens > known.max_positions:
-        wanted = f"at most {known.max_positions}, the context of the model"
+    if longest + max_new_tokens > description.max_positions:
+        wanted = f"at most {description.max_positions}, the context of the model"
         do = "allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts"
         raise UsageError(
             f"prompts of up to {longest} tokens and {max_new_tokens} new ones", wanted=wanted, do=do
@@ -117,9 +119,7 @@ def encode_prompts(
 
 @contextmanager
 def finite_sampling(do: str) -> Iterator[None]:
-    """Turn the error of sampling from a model whose logits are not finite into words, with what the
-    user can do.
-    """
+    """Refuse a model whose logits are not finite, in place of torch's error, with what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -135,7 +135,7 @@ def sample_batches(
     prompts: Sequence[str],
     ids: Sequence[list[int]],
     first: int = 0,
-    **how: Unpack[Sampling],
+    **options: Unpack[Sampling],
 ) -> Iterator[list[PoolRollout]]:
     """Yield one completion of each prompt, given its tokens, a batch at a time.
 
@@ -144,17 +144,17 @@ def sample_batches(
     """
     lengths = [len(row) for row in ids[first:]]
     if lengths:
-        check_one_kind(model.config, min(lengths), max(lengths) + how["max_new_tokens"])
-    for start in range(first, len(prompts), how["batch"]):
-        part = slice(start, start + how["batch"])
+        check_one_kind(model.config, min(lengths), max(lengths) + options["max_new_tokens"])
+    for start in range(first, len(prompts), options["batch"]):
+        part = slice(start, start + options["batch"])
         yield _sample_batch(
-            model, prompts[part], ids[part], seed32(f"samples {how['seed']} {start}"), how
+            model, prompts[part], ids[part], seed32(f"samples {options['seed']} {start}"), options
         )
 
 
 @torch.no_grad()
 def _sample_batch(
-    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, how: Sampling
+    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, options: Sampling
 ) -> list[PoolRollout]:
     tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
     module = cast(Any, model.module)
@@ -169,12 +169,12 @@ def _sample_batch(
     finite = finite_sampling("take weights that compute finite numbers")
     with torch.random.fork_rng(devices=devices), finite, own_precision(model):
         torch.manual_seed(seed)
-        made = module.generate(
+        generated = module.generate(
             ids_BT,
             attention_mask=mask_BT,
-            max_new_tokens=how["max_new_tokens"],
+            max_new_tokens=options["max_new_tokens"],
             do_sample=True,
-            temperature=how["temperature"],
+            temperature=options["temperature"],
             top_k=0,
             top_p=1.0,
             return_dict_in_generate=True,
@@ -183,16 +183,16 @@ def _sample_batch(
             eos_token_id=ends,
         )
     logprobs_BT = module.compute_transition_scores(
-        made.sequences, made.scores, normalize_logits=True
+        generated.sequences, generated.scores, normalize_logits=True
     )
-    tokens_BT = made.sequences[:, ids_BT.shape[1] :]
-    found = []
+    tokens_BT = generated.sequences[:, ids_BT.shape[1] :]
+    rollouts = []
     for prompt, tokens, logprobs in zip(
         prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True
     ):
         length = next((step for step, token in enumerate(tokens, 1) if token in ends), len(tokens))
         completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
-        found.append(
+        rollouts.append(
             PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length]))
         )
-    return found
+    return rollouts

@@ -230,22 +230,22 @@ class TrainSettings(TaskSettings):
 
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
-        known = (*DETECTORS, "labels")
+        detectors = (*DETECTORS, "labels")
         detector, _, only = self.flags_by
-        good = detector in (None, *known) and (detector == "labels" or not only)
-        good = good and not (self.detector or "").removesuffix(":random").endswith("=")
-        _expect("detector", self.detector, good, f"{', '.join(known)}, or one :random")
+        is_known = detector in (None, *detectors) and (detector == "labels" or not only)
+        is_known = is_known and not (self.detector or "").removesuffix(":random").endswith("=")
+        _expect("detector", self.detector, is_known, f"{', '.join(detectors)}, or one :random")
         rollouts = self.prompts * self.group
         teachers = round(self.group * self.teacher_share)
-        whole = rollouts % self.rollouts_per_backward == 0
+        is_divisor = rollouts % self.rollouts_per_backward == 0
         _expect(
             "micro-batch",
             self.micro_batch,
-            whole,
+            is_divisor,
             f"a divisor of the {rollouts} rollouts of a step",
         )
-        enough = isinstance(self.tasks, str) or self.tasks >= self.prompts
-        _expect("tasks", self.tasks, enough, f"as many as the {self.prompts} prompts of a step")
+        has_enough = isinstance(self.tasks, str) or self.tasks >= self.prompts
+        _expect("tasks", self.tasks, has_enough, f"as many as the {self.prompts} prompts of a step")
         fits = teachers < self.group and (not self.teacher or teachers >= 1)
         _expect(
             "teacher-share",
@@ -253,13 +253,13 @@ class TrainSettings(TaskSettings):
             fits,
             f"a share of {self.group} that leaves room for both",
         )
-        strange = (
+        unknown = (
             [] if isinstance(self.tasks, str) else [one for one in only if one not in MODES[:-1]]
         )
         _expect(
             "detector",
             self.detector,
-            not strange,
+            not unknown,
             f"labels of some of {', '.join(MODES[:-1])}, joined by +",
         )
         self.episodes(0)
@@ -279,8 +279,8 @@ class TrainSettings(TaskSettings):
         name = self.detector or ("cin-lda" if self.chosen.flagged else None)
         if name is None:
             return None, False, ()
-        detector, _, known = name.removesuffix(":random").partition("=")
-        return detector, name.endswith(":random"), tuple(filter(None, known.split("+")))
+        detector, _, mechanisms = name.removesuffix(":random").partition("=")
+        return detector, name.endswith(":random"), tuple(filter(None, mechanisms.split("+")))
 
     @property
     def teachers(self) -> int:

@@ -31,8 +31,7 @@ RewardFunction = Callable[..., Sequence[float | Mapping[str, Any]]]
 
 
 def import_function(where: str, flag: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names; modules in the working directory are
-    found too.
+    """Import the function ``module:function``, also from the working directory.
 
     Raises:
         UsageError: The text has another form, the module cannot be imported or fails when it is, or
@@ -43,31 +42,27 @@ def import_function(where: str, flag: str) -> Callable[..., Any]:
         raise UsageError(
             f"{flag} {where}", wanted="module:function", do="name both, such as mytasks:reward"
         )
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
-        found = getattr(import_module(module), name)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # whatever a module of the user raises while it is imported
-        wanted = "a function in a module that can be imported from here"
-        do = (
-            f"check both names, start from the directory of the module, and try python -c 'import "
-            f"{module}'"
-        )
+        function = getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:
+        # A module of the user may raise anything while it is imported.
         raise UsageError(
-            f"{flag} {where}: {type(error).__name__}: {error}", wanted=wanted, do=do
+            f"{flag} {where}: {type(error).__name__}: {error}",
+            wanted="a function in a module that can be imported from here",
+            do="check both names, start from the directory of the module, and try "
+            f"python -c 'import {module}'",
         ) from error
     finally:
         with suppress(ValueError):  # the module may have changed the path itself
-            sys.path.remove(here)
-    if not callable(found):
+            sys.path.remove(folder)
+    if not callable(function):
         raise UsageError(
             f"{flag} {where}, which is no function", wanted="a function", do=f"name one in {module}"
         )
-    made: Callable[..., Any] = found
-    return made
+    imported: Callable[..., Any] = function
+    return imported
 
 
 def load_tasks(
@@ -78,8 +73,7 @@ def load_tasks(
     why: str,
     model: str | None = None,
 ) -> tuple[list[Task], str]:
-    """Return the tasks that settings name, or those in their place, and what they are called in
-    errors.
+    """Return the tasks of the settings, or those given, and their name in errors.
 
     Raises:
         UsageError: The function of the tasks cannot be found.
@@ -93,35 +87,33 @@ def load_tasks(
     elif tasks is None:
         make = import_function(str(settings.tasks), "--tasks")
         try:
-            made = make()
-            if isinstance(made, str | bytes | Mapping):
-                raise TypeError(f"it returned {made!r:.80}")
-            tasks = list(made)
+            returned = make()
+            if isinstance(returned, str | bytes | Mapping):
+                raise TypeError(f"it returned {returned!r:.80}")
+            tasks = list(returned)
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
             wanted = "a function without arguments that returns a list of tasks"
             do = "correct it"
             raise DataError(
                 f"--tasks {source} raised {type(error).__name__}: {error}", wanted=wanted, do=do
             ) from error
-    found = _render_tasks(list(tasks), model, source)
-    if len(found) < least:
+    rendered = _render_tasks(list(tasks), model, source)
+    if len(rendered) < least:
         raise DataError(
-            f"{source}: {len(found)} tasks", wanted=f"at least {least}, {why}", do="add some"
+            f"{source}: {len(rendered)} tasks", wanted=f"at least {least}, {why}", do="add some"
         )
-    for index, task in enumerate(found):
+    for index, task in enumerate(rendered):
         if not isinstance(task, Episode) and not (
             read_prompt(task) if isinstance(task, str | Mapping) else ""
         ):
             wanted = "a prompt, or a mapping with one under 'prompt'"
             do = "correct what the function returns"
             raise DataError(f"{source}: task {index} is {task!r:.80}", wanted=wanted, do=do)
-    return found, source
+    return rendered, source
 
 
 def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Task]:
-    """Return tasks with text for prompts of messages, as a tokenizer that may add a beginning token
-    takes it.
-    """
+    """Render prompts of messages by the chat template, without a beginning token that is added."""
     tokenizer: Any = None
     for index, task in enumerate(tasks):
         if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), list):
@@ -162,33 +154,22 @@ def check_gradable(tasks: Sequence[Task], source: str, *, allow_unsandboxed: boo
 
 def read_prompt(task: Task) -> str:
     """Return the prompt of a task, or an empty text where it has none."""
-    found = (
-        task
-        if isinstance(task, str)
-        else task.prompt
-        if isinstance(task, Episode)
-        else task.get("prompt")
-    )
-    return found if isinstance(found, str) else ""
+    if isinstance(task, str):
+        return task
+    prompt = task.prompt if isinstance(task, Episode) else task.get("prompt")
+    return prompt if isinstance(prompt, str) else ""
 
 
 def mechanism_of(task: Task) -> str:
-    """Return the loophole of a task: the mode of a built-in one, ``mechanism`` of one's own, or an
-    empty text.
-    """
-    said = (
-        task.mode
-        if isinstance(task, Episode)
-        else task.get("mechanism")
-        if isinstance(task, Mapping)
-        else None
-    )
-    return said if isinstance(said, str) else ""
+    """Return the loophole of a task: its mode or ``mechanism``, or an empty text."""
+    if isinstance(task, Episode):
+        return task.mode
+    mechanism = task.get("mechanism") if isinstance(task, Mapping) else None
+    return mechanism if isinstance(mechanism, str) else ""
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObject], list[Task]]:
-    """Return the lines of a file of completions, and the task of each; that of a line without one
-    has its prompt.
+    """Return the lines of a file of completions, and the task of each, by name or by prompt.
 
     Raises:
         DataError: The file cannot be read or holds no line; a line has no prompt or no completion,
@@ -205,13 +186,13 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObje
                 do=do,
             )
     records: list[JsonObject] = []
-    found: list[Task] = []
+    sampled_tasks: list[Task] = []
     for number, record in read_jsonl(path):
         records.append(record)
-        found.append(_task_of(record, by_prompt, f"{path}, line {number}"))
+        sampled_tasks.append(_task_of(record, by_prompt, f"{path}, line {number}"))
     if not records:
         raise DataError(f"{path}: no completion", wanted="at least one line", do="check the path")
-    return records, found
+    return records, sampled_tasks
 
 
 def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Task:
@@ -236,13 +217,13 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
         return by_prompt[prompt]
     task, mode, markers = (record.get(part) for part in ("task", "mode", "markers"))
     try:
-        made = Episode(task_named(str(task)), str(mode), str(markers))
+        episode = Episode(task_named(str(task)), str(mode), str(markers))
     except (DataError, UsageError) as error:
         raise DataError(
             f"{name}: {error.seen}", wanted=error.wanted, do="correct the line"
         ) from error
-    if made.prompt != prompt:
-        seen = f"{name}: a prompt that is not the one of {made.task.name} in mode {made.mode}"
+    if episode.prompt != prompt:
+        seen = f"{name}: a prompt that is not the one of {episode.task.name} in mode {episode.mode}"
         do = "take task, mode and markers out of the line, or correct them"
         raise DataError(seen, wanted="the prompt of the task that the line names", do=do)
-    return made
+    return episode

@@ -205,9 +205,12 @@ def check_two_pools(
             check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}"
         )
     evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
-    hack = evidence.take(range(len(pools[0])))
-    clean = evidence.take(range(len(pools[0]), len(samples)))
-    labelled = LabelledEvidence(hack, clean, groups[0], groups[1])
+    labelled = LabelledEvidence(
+        evidence.take(range(len(pools[0]))),
+        evidence.take(range(len(pools[0]), len(samples))),
+        groups[0],
+        groups[1],
+    )
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
         compared = compare_detectors(labelled, make_detectors(basis=used_basis))
