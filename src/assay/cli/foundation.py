@@ -221,8 +221,8 @@ def doctor(as_json: bool) -> int:
     ]
     exact = all(row["exact"] for row in backends if row["available"])
     if as_json:
-        state = {"exact": exact, "backends": backends, "sandboxes": sandboxes, "missing": missing}
-        emit_json("assay.doctor/1", state | found)
+        values = {"exact": exact, "backends": backends, "sandboxes": sandboxes, "missing": missing}
+        emit_json("assay.doctor/1", values | found)
         return 0 if exact else 1
     versions: Any = found.pop("versions")
     here = versions | {name: "none" if value is None else value for name, value in found.items()}

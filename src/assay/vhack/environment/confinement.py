@@ -116,7 +116,8 @@ def filter_system_calls(instructions: bytes) -> None:
 
 def landlock_version() -> int:
     """Return the version of Landlock in this kernel, or 0 for a kernel without it."""
-    return max(0, _LIBC.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION))
+    version: int = _LIBC.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)
+    return max(0, version)
 
 
 def restrict_files(readable: Sequence[str], writable: str) -> None:
