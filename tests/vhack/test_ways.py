@@ -21,6 +21,7 @@ from assay.vhack.directions.gradients.gradient_operations import (
     sample_products,
     segment_products,
 )
+from assay.vhack.directions.gradients.per_sample import batches_at_once
 from assay.vhack.directions.gradients.replica import Recipe, Replica, recipe_for
 from assay.vhack.directions.gradients.taps import Tap, TapPlan, exact_factors
 from tests.vhack.adapter import worst_error
@@ -142,7 +143,7 @@ def test_hooks_that_transformers_leaves_behind_cost_nothing(two_threads, small_m
     module(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
     assert all(layer._forward_hooks for layer in module.model.layers)
     assert recipe_for(module) == EVERYTHING
-    assert _gradients._at_once(module) == 2
+    assert batches_at_once(module) == 2
 
 
 @pytest.fixture

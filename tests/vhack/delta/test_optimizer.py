@@ -190,12 +190,14 @@ def test_a_box_bounds_the_displacement(module, ids, small_svd, basis, level, kin
     with torch.no_grad():
         for p in adapter.delta:
             p.add_(0.3)
-    optimiser._start = [p.detach().clone() for p in adapter.delta]
+    starts = [p.detach().clone() for p in adapter.delta]
+    state = optimiser.state_dict()
+    optimiser.load_state_dict(state | {"vhack": state["vhack"] | {"start": starts}})
     for _ in range(15):
         backward(module, ids, optimiser)
         optimiser.step()
     touched = 0
-    for p, start, axes in zip(adapter.delta, optimiser._start, optimiser.frames.axes, strict=True):
+    for p, start, axes in zip(adapter.delta, starts, optimiser.frames.axes, strict=True):
         at = along(axes, p.detach().double() - start.double())
         assert (at >= -0.01 - 1e-6).all()
         assert (at <= 0.02 + 1e-6).all()

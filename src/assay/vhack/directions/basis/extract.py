@@ -209,9 +209,8 @@ class GradientOptions(TypedDict, total=False):
     min_coverage: float  # share of the model's weights that targets must be, as in weight_svd
     max_tokens: int | None  # most tokens per batch, as in per_sample_gradients
     checkpointing: bool  # whether to recompute layers in the backward pass to save memory
-    progress: (
-        Progress | None
-    )  # called with the number of steps done and of all: matrices decomposed, then samples
+    # Called with the number of steps done and of all: matrices decomposed, then samples.
+    progress: Progress | None
 
 
 def pair_gradients(
@@ -251,9 +250,8 @@ def pair_gradients(
     side_names = [
         f"{labels[pair.key]}, {side} side" for side in ("hack", "clean") for pair in differing
     ]
-    encode_samples(
-        samples, model, side_names, options.get("tokenizer")
-    )  # refuses before the first decomposition
+    # Refuses before the first decomposition.
+    encode_samples(samples, model, side_names, options.get("tokenizer"))
     matrices = 0 if svd is not None else len(target_modules(model))
     stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
     decomposition_options: dict[str, Any] = {**options}

@@ -111,16 +111,13 @@ class Check:
     title: str  # question that it answers, in words
     statistic: str  # what the value is, in words
     rule: str  # condition to pass, fixed before the value was known
-    measured: (
-        BootstrapInterval | None
-    )  # value and its interval; None where it could not be measured
+    measured: BootstrapInterval | None  # None where it could not be measured
     nulls: Mapping[str, tuple[float, ...]]  # draws of the statistic by name of the null
     p_values: Mapping[str, float]  # probability of at least this value by name of the null
     verdict: CheckVerdict
     reason: str  # part of the rule that decided
-    details: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # numbers that are not part of the rule
+    # Numbers that are not part of the rule.
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,9 @@ def decide(
     """Return verdict and reason of a rule, from its faults and its :func:`reached_levels`."""
     if faults or below:
         return "fail", "; ".join([*faults, *below, *wide])
-    return (
-        ("undecided", "; ".join([*wide, "add pairs"]))
-        if wide
-        else ("pass", "every part of the rule holds")
-    )
+    if wide:
+        return "undecided", "; ".join([*wide, "add pairs"])
+    return "pass", "every part of the rule holds"
 
 
 def rule_of(name: str, nulls: Iterable[str], settings: CheckSettings) -> str:

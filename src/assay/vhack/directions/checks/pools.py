@@ -44,7 +44,7 @@ from assay.vhack.directions.checks.folds import refuse_seen
 from assay.vhack.directions.checks.random_null import haar_scores
 from assay.vhack.directions.checks.unpaired import check_unpaired
 from assay.vhack.directions.gradients.batches import Progress, find_chat_template, stage_progress
-from assay.vhack.directions.gradients.per_sample import per_sample_gradients
+from assay.vhack.directions.gradients.per_sample import SampleGradients, per_sample_gradients
 from assay.vhack.directions.gradients.svd import SVDCache, weight_svd
 from assay.vhack.pairs.pairs import PoolSample, check_apart, text_of
 from assay.vhack.pairs.pairs import read_pool as read_pool
@@ -154,62 +154,21 @@ def check_two_pools(
     basis.check_model(model)
     settings = settings or CheckSettings()
     pools, left_out = _unseen([hack, clean], basis)
-    modules = list(basis.axes)
     samples = [member.sample for pool in pools for member in pool]
     basis.check_template(find_chat_template(samples, model, tokenizer))
-    names = [
-        f"{kind} sample {row}"
-        for kind, pool in zip(_KINDS, pools, strict=True)
-        for row in range(len(pool))
-    ]
-    matrices = 0 if svd is not None else len(modules)
-    stages = [stage_progress(progress, before, matrices + len(samples)) for before in (0, matrices)]
-    if (
-        svd is None
-    ):  # those that the basis was made with; it says itself how much of the model its modules are
-        rank = basis.origin.rank
-        dtype = basis.origin.factors or None
-        svd = weight_svd(
-            model, modules=modules, rank=rank, dtype=dtype, min_coverage=0.0, progress=stages[0]
-        )
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "svd": svd,
-        "modules": modules,
-        "max_tokens": max_tokens,
-    }
-    gradients = per_sample_gradients(samples, model, names=names, progress=stages[1], **options)
+    gradients = _pool_gradients(pools, model, basis, tokenizer, svd, max_tokens, progress)
     used_basis = basis.slice(settings.k_use, settings.tau_axis)
     refuse_seen(used_basis, gradients, "samples")
-    groups = [[member.group for member in pool] for pool in pools]
-    sizes = [
-        np.array([float(len(text_of(member.sample.completion))) for member in pool])
-        for pool in pools
-    ]
+    hack_groups, clean_groups = ([member.group for member in pool] for pool in pools)
     with one_thread():
-        scores = _split(cin_over_modules(gradients, used_basis), pools)
-        lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
-        lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
-        k = max(map(len, used_basis.axes.values()))
-        generator = torch.Generator().manual_seed(settings.seed)
-        random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
-        nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
-        by_length = max(auroc(*sizes), 1 - auroc(*sizes))
-        both_ways = auroc(*_split(cin_over_modules(gradients, used_basis, two_sided=True), pools))
-        details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
-        check = check_unpaired(
-            *scores, groups[0], groups[1], settings, nulls=nulls, details=details
-        )
-    if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
-        check = replace(
-            check, verdict="fail", reason=f"the length alone has the AUROC {by_length:.3f}"
-        )
+        check, scores = _score(pools, gradients, used_basis, (hack_groups, clean_groups), settings)
     evidence = collect_evidence(samples, model, gradients=gradients, tokenizer=tokenizer)
+    n_hack = len(pools[0])
     labelled = LabelledEvidence(
-        evidence.take(range(len(pools[0]))),
-        evidence.take(range(len(pools[0]), len(samples))),
-        groups[0],
-        groups[1],
+        evidence.take(range(n_hack)),
+        evidence.take(range(n_hack, len(samples))),
+        hack_groups,
+        clean_groups,
     )
     compared = None
     with suppress(UsageError), one_thread():  # too few groups
@@ -223,12 +182,88 @@ def check_two_pools(
         detectors=compared,
         hack=tuple(scores[0].tolist()),
         clean=tuple(scores[1].tolist()),
-        hack_groups=tuple(groups[0]),
-        clean_groups=tuple(groups[1]),
+        hack_groups=tuple(hack_groups),
+        clean_groups=tuple(clean_groups),
         left_out=left_out,
         settings=settings,
         origin=origin | {"basis_pairs_sha256": basis.origin.pairs_digest},
     )
+
+
+def _pool_gradients(
+    pools: Sequence[Sequence[PoolSample]],
+    model: "Model | PreTrainedModel",
+    basis: Basis,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    svd: SVDCache | None,
+    max_tokens: int | None,
+    progress: Progress | None,
+) -> SampleGradients:
+    """Return the gradients of the samples of both pools, in the modules of the basis."""
+    modules = list(basis.axes)
+    samples = [member.sample for pool in pools for member in pool]
+    names = [
+        f"{kind} sample {row}"
+        for kind, pool in zip(_KINDS, pools, strict=True)
+        for row in range(len(pool))
+    ]
+    matrices = 0 if svd is not None else len(modules)
+    total = matrices + len(samples)
+    if svd is None:
+        # As the basis was made; it says itself how much of the model its modules are.
+        svd = weight_svd(
+            model,
+            modules=modules,
+            rank=basis.origin.rank,
+            dtype=basis.origin.factors or None,
+            min_coverage=0.0,
+            progress=stage_progress(progress, 0, total),
+        )
+    return per_sample_gradients(
+        samples,
+        model,
+        tokenizer=tokenizer,
+        svd=svd,
+        modules=modules,
+        max_tokens=max_tokens,
+        names=names,
+        progress=stage_progress(progress, matrices, total),
+    )
+
+
+def _score(
+    pools: Sequence[Sequence[PoolSample]],
+    gradients: Mapping[str, Tensor],
+    basis: Basis,
+    groups: tuple[list[str], list[str]],
+    settings: CheckSettings,
+) -> tuple[Check, tuple[FloatArray, FloatArray]]:
+    """Return check 1 of the pools, and the cin of both."""
+    scores = _split(cin_over_modules(gradients, basis), pools)
+    lengths_MS = torch.stack([rows_SR.double().norm(dim=1) for rows_SR in gradients.values()])
+    lengths_MS = torch.where(lengths_MS > 0, lengths_MS, torch.inf)
+    k = max(map(len, basis.axes.values()))
+    generator = torch.Generator().manual_seed(settings.seed)
+    random_BS = haar_scores(gradients.values(), lengths_MS, k, settings.n_null, generator)
+    nulls = {HAAR: [auroc(*_split(random_S, pools)) for random_S in random_BS]}
+    by_length = _auroc_of_length(pools)
+    both_ways = auroc(*_split(cin_over_modules(gradients, basis, two_sided=True), pools))
+    details = {"auroc_two_sided": both_ways, "auroc_length_of_completion_alone": by_length}
+    check = check_unpaired(*scores, *groups, settings, nulls=nulls, details=details)
+    if check.verdict == "pass" and check.measured is not None and by_length >= check.measured.value:
+        reason = f"the length alone has the AUROC {by_length:.3f}"
+        check = replace(check, verdict="fail", reason=reason)
+    return check, scores
+
+
+def _auroc_of_length(pools: Sequence[Sequence[PoolSample]]) -> float:
+    """Return the AUROC of the completion's length, the longer or the shorter as the hack."""
+    hack_N, clean_N = (
+        np.array([float(len(text_of(member.sample.completion))) for member in pool])
+        for pool in pools
+    )
+    longer = auroc(hack_N, clean_N)
+    return max(longer, 1 - longer)
 
 
 def _unseen(

@@ -150,9 +150,9 @@ class DeltaS(nn.Module):
             return
         for index, (group, parameter) in enumerate(zip(self.groups, self.delta, strict=True)):
             values_MR = parameter.detach()
-            group.merge(
-                values_MR + self._scale * self.added[index].detach() if self.added else values_MR
-            )
+            if self.added:
+                values_MR = values_MR + self._scale * self.added[index].detach()
+            group.merge(values_MR)
         self._merged_at = self._versions()
 
     def scale_added(self, scale: float) -> None:
@@ -325,9 +325,8 @@ class DeltaS(nn.Module):
         def plain(*arguments: Any, **keywords: Any) -> Any:
             if self._enabled and self._is_stale():
                 self.refresh()
-            hooked = bool(
-                self._handles
-            )  # not where `generate` calls itself, and not after `detach`
+            # Not where `generate` calls itself, and not after `detach`.
+            hooked = bool(self._handles)
             self._unhook()
             try:
                 return generate(*arguments, **keywords)

@@ -130,9 +130,8 @@ class ProductPlan:
     right: Tensor  # Vh, [R, I]
     # Takes gradients per sample, [B, R], or per kind of samples, [G, R], where they are wanted.
     rows: Callable[[Tensor], None] | None = None
-    kinds: Tensor | None = (
-        None  # 1 where a sample is of a kind, [G, B] float32; None keeps samples apart
-    )
+    # 1 where a sample is of a kind, [G, B] float32; None keeps samples apart.
+    kinds: Tensor | None = None
 
 
 def adapt(output: Tensor, inputs: Tensor, delta_R: Tensor, plan: ProductPlan) -> Tensor:

@@ -76,9 +76,8 @@ class Quarantine:
             ):
                 state = optimizer.state.get(stepped, {})
                 square_MR = gradient_MR.square()
-                if (
-                    "exp_avg_sq" in state
-                ):  # Adam adds the square of its own part; rounding must leave no negative sum
+                # Adam adds the square of its own part; rounding must leave no negative sum.
+                if "exp_avg_sq" in state:
                     beta = float(optimizer.param_groups[0]["betas"][1])
                     wanted_MR = beta / (1 - beta) * state["exp_avg_sq"] + whole_MR - square_MR
                     state["exp_avg_sq"].copy_(

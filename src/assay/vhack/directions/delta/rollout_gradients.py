@@ -46,8 +46,7 @@ class Rollouts:
             )
         gradients = []
         for modules in self._parts:
-            rows = torch.cat(
-                [part for parts in modules for part in parts]
-            )  # one operation for all modules
+            # One operation for all modules.
+            rows = torch.cat([part for parts in modules for part in parts])
             gradients.append(rows.view(len(modules), -1, rows.shape[1]))
         return gradients

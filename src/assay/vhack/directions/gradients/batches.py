@@ -31,11 +31,8 @@ _HIDDEN_COPIES = 10
 _WIDE_COPIES = 5
 # The logits of a completion token live once in the model's dtype and about three times in float32.
 _LOGIT_BYTES = 16
-_CONTEXTS = (
-    "max_position_embeddings",
-    "max_seq_len",
-    "max_target_positions",
-)  # of most models, MPT, and Whisper
+# Names of the context length in the configurations of most models, MPT, and Whisper.
+_CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 Progress = Callable[[int, int], None]
@@ -323,9 +320,9 @@ def token_budget(
     layers = count_layers(module)
     parameter = next(module.parameters())
     stated_width = getattr(config, "intermediate_size", 0) or 4 * config.hidden_size
-    mlp_width = (
-        max(stated_width) if isinstance(stated_width, list | tuple) else int(stated_width)
-    )  # Gemma 3n has one for each layer
+    # Gemma 3n has one for each layer.
+    widths = stated_width if isinstance(stated_width, list | tuple) else [stated_width]
+    mlp_width = max(map(int, widths))
     layer = (
         _HIDDEN_COPIES * config.hidden_size + _WIDE_COPIES * mlp_width
     ) * parameter.element_size()

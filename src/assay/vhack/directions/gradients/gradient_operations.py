@@ -36,9 +36,8 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
             return (
                 kernels if _works(kernels, torch.ones(2, 8, device=device, dtype=dtype)) else None
             )
-    except (
-        Exception
-    ):  # whatever a missing compiler, driver or header makes of it, torch can do the same
+    except Exception:
+        # Whatever a missing compiler, driver or header raises, torch can do the same.
         return None
 
 
@@ -119,23 +118,14 @@ class Norm(torch.autograd.Function):
         x_MH, weight_H, scale = ctx.saved_tensors
         dy_MH = dy.reshape(x_MH.shape)
         if ctx.kernels is not None:
-            return (
-                ctx.kernels.normalise_backward(dy_MH, x_MH, weight_H, scale).view(dy.shape),
-                None,
-                None,
-                None,
-            )
-        x_MH = x_MH.float()
-        dx_MH = dy_MH.float() * weight_H
-        along_M1 = (
-            torch.linalg.vecdot(dx_MH, x_MH).unsqueeze(1).mul_(scale.square()).div_(x_MH.shape[1])
-        )
-        return (
-            dx_MH.addcmul_(x_MH, along_M1, value=-1).mul_(scale).to(dy.dtype).view(dy.shape),
-            None,
-            None,
-            None,
-        )
+            dx_MH = ctx.kernels.normalise_backward(dy_MH, x_MH, weight_H, scale)
+        else:
+            x_MH = x_MH.float()
+            dx_MH = dy_MH.float() * weight_H
+            along_M1 = torch.linalg.vecdot(dx_MH, x_MH).unsqueeze(1)
+            along_M1 = along_M1.mul_(scale.square()).div_(x_MH.shape[1])
+            dx_MH = dx_MH.addcmul_(x_MH, along_M1, value=-1).mul_(scale).to(dy.dtype)
+        return dx_MH.view(dy.shape), None, None, None
 
 
 class GatedActivation(torch.autograd.Function):
@@ -175,9 +165,8 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient_M,) = gradients
         result_MV = ctx.logs.exp_().mul_(gradient_M[:, None])
-        ctx.logs = (
-            None  # the graph outlives this step, and with a large vocabulary nothing is larger
-        )
+        # The graph outlives this step, and with a large vocabulary nothing is larger.
+        ctx.logs = None
         result_MV.scatter_add_(1, ctx.target[:, None], -gradient_M[:, None])
         return result_MV.to(ctx.dtype), None
 

@@ -141,7 +141,7 @@ def per_sample_gradients(
     encoded = encode_samples(samples, model, labels, tokenizer)
     factors = factors_of(targets, svd if svd is not None else weight_svd(module, modules=modules))
     recipe = recipe_for(module)
-    at_once = _at_once(module)
+    at_once = batches_at_once(module)
     recomputed = count_layers(module) if checkpointing else 0
     room = room_for_batches(free_bytes(module.device), module.device.type) / at_once
     budget = max_tokens or token_budget(module, encoded, room, recomputed=recomputed)
@@ -167,7 +167,7 @@ def per_sample_gradients(
     return gradients
 
 
-def _at_once(module: "PreTrainedModel") -> int:
+def batches_at_once(module: "PreTrainedModel") -> int:
     """Return the number of concurrent batches: one where hooks may keep state between calls."""
     alone = module.device.type != "cpu" or any(has_hooks(part) for part in module.modules())
     return 1 if alone else torch.get_num_threads()

@@ -58,9 +58,8 @@ class Recipe:
     # sums over samples run in fused kernels where there are any. Otherwise samples are padded to
     # one length.
     packed: bool
-    factored: (
-        bool  # U, S and Vh stand for the weight where that saves a product that is needed anyway
-    )
+    # U, S and Vh stand for the weight where that saves a product that is needed anyway.
+    factored: bool
     # A batch takes few large operations, for a GPU; otherwise each sample takes several, whose
     # numbers stay in the caches of a CPU.
     together: bool
@@ -178,9 +177,8 @@ class Replica:
         logits_MV = self.module(input_ids=batch.ids, use_cache=False, **places).logits.flatten(0, 1)
         losses_M = TokenLoss.apply(logits_MV, batch.labels)  # type: ignore[no-untyped-call]
         del logits_MV
-        tokens = dict(
-            self._tokens
-        )  # before the backward pass, in which layers that are computed again count again
+        # Before the backward pass, in which layers that are computed again count again.
+        tokens = dict(self._tokens)
         losses_M.backward(batch.loss_weights)
         together_BR = torch.cat([self._rows(name) for name in self.names], dim=1)
         arrived = torch.cuda.Event() if together_BR.is_cuda else None  # type: ignore[no-untyped-call]
@@ -195,11 +193,9 @@ class Replica:
         """Return the gradient of a target, [B, R], zero where no loss goes through it."""
         rows_BR = self._found.get(name)
         shape = len(self.batch.encoded), self._factors[name].rank
-        return (
-            torch.zeros(shape, dtype=torch.float32, device=self.module.device)
-            if rows_BR is None
-            else rows_BR
-        )
+        if rows_BR is None:
+            return torch.zeros(shape, dtype=torch.float32, device=self.module.device)
+        return rows_BR
 
     def _completions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (arguments[0].flatten(0, 1).index_select(0, self.batch.label_rows)[None],)

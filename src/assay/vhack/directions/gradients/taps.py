@@ -81,15 +81,13 @@ class Tap:
     name: str
     linear: nn.Linear
     factors: Factors
-    gradients: dict[
-        str, Tensor
-    ]  # empty before a pass, whose backward part leaves [B, R] float32 under the name
+    # Empty before a pass, whose backward part leaves [B, R] float32 under the name.
+    gradients: dict[str, Tensor]
     segments: Callable[[], Segments]  # the samples among the rows, asked for in every forward pass
     factored: bool  # products with W may use the factors
     together: bool  # without operations per sample
-    checkpointing: (
-        bool  # the forward pass runs twice, so that the first run should compute nothing to keep
-    )
+    # The forward pass runs twice, so that the first run should compute nothing to keep.
+    checkpointing: bool
     kernels: ModuleType | None
 
     def __post_init__(self) -> None:
@@ -297,9 +295,8 @@ def exact_factors(modules: Mapping[str, nn.Linear], factors: Mapping[str, Factor
         if factors[name].rank == min(weight.shape) and factors[name].left.dtype == weight.dtype
     }
     errors = [_misfit(weight, factors[name]) for name, weight in tried.items()]
-    within = (
-        torch.stack(errors).tolist() if errors else []
-    )  # all at once, for it waits for the device
+    # All at once, for it waits for the device.
+    within = torch.stack(errors).tolist() if errors else []
     return {name for name, error in zip(tried, within, strict=True) if error <= 1}
 
 
