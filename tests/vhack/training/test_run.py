@@ -15,7 +15,7 @@ from assay.vhack import Basis
 from assay.vhack.detectors import fit_judge
 from assay.vhack.directions.basis import extract as _extract
 from assay.vhack.directions.delta import ARMS
-from assay.vhack.directions.delta import delta_models as _delta
+from assay.vhack.directions.delta import adapter as _delta
 from assay.vhack.training import TrainLog, train
 from assay.vhack.training import prepared as _prepared
 from assay.vhack.training import run as _run

@@ -26,6 +26,18 @@ from assay.errors import DataError, UsageError
 from assay.files.jsonl import dumps, read_jsonl
 from assay.vhack.environment.runs import Case
 
+ENTRY = "solve"
+SPLITS = ("training", "evaluation")
+HARDEST = 6
+N_VISIBLE = 3
+N_HIDDEN = 8
+_EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
+_TRIES = 300
+_DRAWS = 120  # of arguments, for one chain
+_MOST_REPEATS = 600  # draws in a row that give nothing new
+_MOST_TASKS = 2**16  # which take two minutes to draw
+_LONGEST = 400  # characters of an answer
+
 Step = tuple[str, str]
 """What a step says, and its code: templates with places for numbers and letters, drawn anew
 wherever it is used.
@@ -75,9 +87,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def filled(step: Step, rng: random.Random) -> Step:
-    """Return a step with its places filled: a, s numbers, b, c small factors, m a modulus, d a
-    digit, l, w letters.
-    """
+    """Return a step with its places filled with numbers (a to d, m, s) and letters (l, w)."""
     values = {
         "a": rng.randint(2, 30),
         "b": rng.randint(2, 6),
@@ -90,19 +100,6 @@ def filled(step: Step, rng: random.Random) -> Step:
     }
     says, code = step
     return says.format(**values), code.format(**values)
-
-
-ENTRY = "solve"
-SPLITS = ("training", "evaluation")
-HARDEST = 6
-N_VISIBLE = 3
-N_HIDDEN = 8
-_EVALUATION_SHARE = 8  # one task in so many is kept for the evaluation
-_TRIES = 300
-_DRAWS = 120  # of arguments, for one chain
-_MOST_REPEATS = 600  # draws in a row that give nothing new
-_MOST_TASKS = 2**16  # which take two minutes to draw
-_LONGEST = 400  # characters of an answer
 
 
 class Shown(ABC):
@@ -135,9 +132,7 @@ class Shown(ABC):
 
 @dataclass(frozen=True)
 class Task(Shown):
-    """One task: a chain of steps with examples and hidden cases. `task_named` and `tasks` make
-    them.
-    """
+    """One task: a chain of steps with examples and hidden cases."""
 
     family: Family
     difficulty: int
@@ -232,74 +227,68 @@ def tasks(
         seen = f"{n} tasks of difficulty {lowest} to {highest}"
         wanted = f"0 to {_MOST_TASKS} tasks, of difficulties LOW:HIGH from 1 to {HARDEST}"
         raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
-    found: dict[str, Task] = {}
+    by_statement: dict[str, Task] = {}
     repeats = 0
     for index in count():
-        if len(found) == n or repeats > _MOST_REPEATS:
+        if len(by_statement) == n or repeats > _MOST_REPEATS:
             break
         rng = random.Random(f"tasks {seed} {index}")
         family = FAMILIES[chosen[index % len(chosen)]]
         task = Task(family, rng.randint(lowest, highest), rng.randrange(2**31))
-        if task.split != split or task.statement in found:
+        if task.split != split or task.statement in by_statement:
             repeats += 1
         else:
-            found[task.statement] = task
+            by_statement[task.statement] = task
             repeats = 0
-    if len(found) < n:
+    if len(by_statement) < n:
         raise UsageError(
             f"{n} tasks",
-            wanted=f"at most {len(found)} of these kinds",
+            wanted=f"at most {len(by_statement)} of these kinds",
             do="ask for fewer (--tasks)",
         )
-    return list(found.values())
+    return list(by_statement.values())
 
 
 def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -> list[str]:
-    """Return the names, by default all of the table; refuse those that are not in it, and an empty
-    list.
-    """
-    known = list(table)
-    chosen = known if names is None else list(dict.fromkeys(names))
-    unknown = [name for name in chosen if name not in known]
+    """Return the names, by default all of the table; refuse unknown ones and an empty list."""
+    allowed = list(table)
+    chosen = allowed if names is None else list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in allowed]
     if unknown or not chosen:
         seen = f"{kind} {', '.join(unknown) or 'none'}"
-        raise UsageError(seen, wanted=", ".join(known), do="choose among these")
+        raise UsageError(seen, wanted=", ".join(allowed), do="choose among these")
     return chosen
 
 
 def _cases(family: Family, steps: tuple[Step, ...], rng: random.Random) -> tuple[Case, ...] | None:
-    """Return visible examples and hidden cases, or None if a step is idle in either or the answers
-    say too little.
-    """
+    """Return visible and hidden cases; None if a step is idle or the answers say too little."""
     solve = _compiled(steps)
     # The last step of some families changes the type; leaving it out needs no proof that it is not
     # idle.
     partial = [_compiled(steps[:i] + steps[i + 1 :]) for i in range(len(steps) - bool(family.last))]
-    found: list[Case] = []
+    cases: list[Case] = []
     idle = [set(range(len(partial))), set(range(len(partial)))]
     for _ in range(_DRAWS):
         argument = _ARGUMENTS[family.subject](rng)
-        part = len(found) >= N_VISIBLE
+        part = len(cases) >= N_VISIBLE
         try:
             answer = solve(argument)
             still = {i for i in idle[part] if dumps(partial[i](argument)) == dumps(answer)}
         except (ValueError, ArithmeticError, LookupError, TypeError):
             return None
-        last = len(found) + 1 in (N_VISIBLE, N_VISIBLE + N_HIDDEN)
-        repeated = any(argument == args[0] for args, _ in found)
+        last = len(cases) + 1 in (N_VISIBLE, N_VISIBLE + N_HIDDEN)
+        repeated = any(argument == args[0] for args, _ in cases)
         if repeated or len(dumps(answer)) > _LONGEST or (last and still):
             continue
         idle[part] = still
-        found.append(((argument,), answer))
-        if len(found) == N_VISIBLE + N_HIDDEN:
-            return tuple(found) if _tell_apart(found) else None
+        cases.append(((argument,), answer))
+        if len(cases) == N_VISIBLE + N_HIDDEN:
+            return tuple(cases) if _tell_apart(cases) else None
     return None
 
 
 def _tell_apart(cases: list[Case]) -> bool:
-    """Return whether neither a constant nor the argument itself is right in all visible or in all
-    hidden cases.
-    """
+    """Return whether no constant and not the argument itself is right in all cases of a part."""
     for part in (cases[:N_VISIBLE], cases[N_VISIBLE:]):
         answers = {dumps(answer) for _, answer in part}
         if len(answers) < 2 or all(args[0] == answer for args, answer in part):
