@@ -64,7 +64,7 @@ def _sync_directory(path: Path) -> None:
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
     view = memoryview(data)
-    while view:
+    while view:  # an unbuffered file may take a part of the data only
         view = view[file.write(view) :]
 
 
@@ -135,6 +135,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file in one step; on a StorageError an older file is untouched."""
     path = Path(path)
     _check_place(path, overwrite=True)
+    # Every process and thread has a temporary file of its own.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with _storing(path):
         try:
@@ -291,6 +292,7 @@ class PartialFile:
         """
         _check_place(self.path, overwrite=self._overwrite)
         with _storing(self.path):
+            # The lines are on disk before the file has its final name.
             os.fsync(self._file.fileno())
             self.partial.replace(self.path)
             _sync_directory(self.path.parent)

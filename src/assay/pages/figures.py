@@ -77,6 +77,7 @@ def to_svg(fig: "Figure", *, prefix: str, description: str) -> str:
     import matplotlib as mpl
 
     buffer = BytesIO()
+    # Text stays text, and ids and bytes are the same in every run.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay"}):
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode()

@@ -98,6 +98,7 @@ class ScaleNoise(StrictLaw):
 
     def scaled(self, factor: float) -> Self:
         """Return the law of noise ``factor`` times larger."""
+        # Smaller noise than the spacing of float32 would make every rounding an accusation.
         return replace(self, sigma=max(self.sigma * factor, RESOLUTION))
 
     @property

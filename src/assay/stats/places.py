@@ -155,6 +155,7 @@ def place_test(
         set_aside_N = np.zeros(values_N.size, dtype=np.bool_)
         return PlaceTest(False, False, 1.0, "", None, (), 0.0, 1.0, set_aside_N)
     size_N = np.abs(np.where(np.isfinite(values_N), values_N, 0.0))
+    # A value that is not a number is the largest, also where all others are 0.
     size_N[~np.isfinite(values_N)] = 2 * float(size_N.max()) or 1.0
     sample = _Sample(size_N, positions_N.astype(np.int64), choose_moduli(batch_size), honest_size)
     candidates = sorted(sample.find_runs(sample.moduli), key=lambda places: places.log_p)

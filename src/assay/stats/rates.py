@@ -101,9 +101,10 @@ def grouped_share_interval(shares: npt.ArrayLike, groups: Sequence[object]) -> t
         return 0.0, 1.0
     mean_G = np.array([share_N[rows].mean() for (rows,) in rows_of_groups([share_N], [groups])])
     count = len(mean_G)
+    # Groups that are all at 0 or 1 are coins, for which the interval is exact.
     if np.isin(mean_G, (0, 1)).all():
         return proportion_interval(int(mean_G.sum()), count)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # the same shares always have the same interval
     with_zero = []  # means of the groups and one more of 0
     with_one = []
     for _ in range(_DRAWS // _DRAWS_AT_ONCE):

@@ -93,7 +93,7 @@ def shift_matrix(log: float) -> FloatArray:
     count = SCALES.size
     columns = np.arange(count)
     shifted = np.clip(columns + log / math.log(2), 0, count - 1)
-    low = np.minimum(shifted.astype(int), count - 2)
+    low = np.minimum(shifted.astype(int), count - 2)  # so that low + 1 is on the grid
     matrix = np.zeros((COLUMNS, COLUMNS))
     matrix[low, columns] = 1 - (shifted - low)
     matrix[low + 1, columns] += shifted - low

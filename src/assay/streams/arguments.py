@@ -42,7 +42,7 @@ def check_seeds(seeds: Seeds) -> UInts:
         array = np.asarray(seeds)
     except (ValueError, TypeError, OverflowError):
         array = np.asarray(None)  # refused below
-    if array.size == 0 and array.ndim == 1:
+    if array.size == 0 and array.ndim == 1:  # numpy makes float64 of an empty list
         array = array.astype(np.uint32)
     if array.ndim == 1:
         array = array[:, None]

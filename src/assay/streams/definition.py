@@ -321,6 +321,7 @@ def _hash(seeds: UInts, indices: UInts) -> UInts:
 
 def _plain_normals(seeds_B: UInts, n: int) -> Floats:
     pairs = -(-n // 2)
+    # The first half has u1 of every pair, the second half u2.
     uniforms_BN = uniforms(seeds_B, 0, 2 * pairs)
     halves = box_muller(uniforms_BN[:, :pairs], uniforms_BN[:, pairs:])
     return np.concatenate(halves, axis=1)[:, :n]

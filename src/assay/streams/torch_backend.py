@@ -83,6 +83,7 @@ class TorchBackend(Backend):
         out_BN = torch.empty((len(seeds_BS), n), dtype=torch_dtype(dtype), device=self.device)
         length = definition.segment_length(n, seeds_BS.shape[1])
         for sub_seed, start in enumerate(range(0, n, length)):
+            # The slice of the output ends at n: the last sub-seed makes the remainder.
             seeds_B = on_device(seeds_BS[:, sub_seed], self.device)
             self._fill_normals(seeds_B, out_BN[:, start : start + length])
         return out_BN
@@ -168,6 +169,7 @@ def _from_hash(kind: str, h: torch.Tensor) -> torch.Tensor:
         case "uniforms":
             return _uniform(h)
         case "signs":
+            # Flipping the top bit makes the signed order that of unsigned numbers.
             threshold = _int32(int(definition.SIGN_THRESHOLD) ^ 0x80000000)
             return (h ^ _int32(0x80000000) >= threshold).to(torch.int8) * 2 - 1
         case "order":

@@ -68,6 +68,7 @@ class TritonBackend(TorchBackend):
     ) -> Any:
         """Queue a kernel on this device, and return what was compiled for these arguments."""
         with torch.cuda.device(self.device) if self._has_number else nullcontext():
+            # A fused multiply-add rounds once where the definition rounds twice.
             return kernel[grid](*arguments, **options, enable_fp_fusion=False)
 
     def _reflected(self, x_BD: torch.Tensor, seeds_BR: UInts) -> torch.Tensor | None:
@@ -134,6 +135,7 @@ class TritonBackend(TorchBackend):
         """Make ``count`` normals of each of the first sub-seeds of every row, ``length`` apart."""
         pairs = -(-count // 2)
         lengths = (out_BN.stride(0), length, pairs, count - pairs)
+        # Lengths in whole units of 16 elements let the compiler store 16 bytes at a time.
         unit = 1 if any(value % 16 for value in lengths) else 16
         units = [value // unit for value in lengths]
         blocks = -(-pairs // _PAIRS)
