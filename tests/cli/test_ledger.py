@@ -160,16 +160,16 @@ def test_what_cannot_be_recorded_is_refused_before_the_model_is_loaded(refused, 
         "no/model",
         "--block-hash",
         "b",
-        "--seq-len",
-        16,
+        "--public-key",
+        "k",
     )
     said = refused(*known, "--ledger", tmp_path / "l.sqlite3")
-    assert "--ledger with public_key taken on the prover's word" in said
-    assert "pass --public-key" in said
+    assert "--ledger with seq_len taken on the prover's word" in said
+    assert "pass --seq-len" in said
     assert not (tmp_path / "l.sqlite3").exists()
-    known += ("--public-key", "k", "--ledger")
+    known += ("--seq-len", 16, "--ledger")
     Ledger(tmp_path / "strict.sqlite3", alpha=1e-6).close()
-    assert "pass --alpha 1e-06" in refused(*known, tmp_path / "strict.sqlite3")
+    assert "pass `alpha` 1e-06" in refused(*known, tmp_path / "strict.sqlite3")
     (tmp_path / "notes.txt").write_text("no ledger")
     refused(*known, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "no ledger"
