@@ -2,7 +2,7 @@
 
 from assay.cli import output as _output
 from assay.errors import UsageError
-from assay.progress import report_progress
+from assay.loading_progress import report_progress
 
 
 def test_a_pipe_gets_tables_without_boxes_or_folds(capsys):

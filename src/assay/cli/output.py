@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from assay.errors import AssayError, visible
-from assay.progress import listening
+from assay.loading_progress import listening
 
 WIDEST = 1000  # columns of a file or a pipe, which have no width of their own
 LONGEST_CELL = 500  # characters; names and reasons that assay writes are shorter

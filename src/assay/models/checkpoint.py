@@ -22,7 +22,7 @@ from assay.errors import BadWeights, DataError, ModelNotFound, UnsafeCheckpoint
 from assay.files.jsonl import LONGEST_LINE, parse
 from assay.files.reading import read_whole
 from assay.files.tensors import check_tensors
-from assay.progress import report_progress
+from assay.loading_progress import report_progress
 from assay.streams.arrays import DTYPES, torch_dtype
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from assay import streams
-from assay.progress import report_progress
+from assay.loading_progress import report_progress
 from assay.streams.arrays import as_tensor
 
 if TYPE_CHECKING:

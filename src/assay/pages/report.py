@@ -4,12 +4,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from assay.errors import visible
@@ -111,7 +112,7 @@ class Report:
     def render(self) -> str:
         """Return the whole page."""
         origin = provenance() if self._origin is None else self._origin
-        return _TEMPLATES.get_template("report.html").render(
+        return _template().render(
             report=self, parts=self._parts, origin={"command": self.command, **origin}
         )
 
@@ -146,11 +147,14 @@ def _printable(value: object) -> object:
     return value
 
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("assay.pages", "."),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    finalize=_printable,
-)
-_TEMPLATES.filters["inline"] = _inline
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("assay.pages", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_printable,
+    )
+    environment.filters["inline"] = _inline
+    return environment.get_template("report.html")
