@@ -181,7 +181,7 @@ def rows_of(reference, preset, options):
                 for way, (used, values_BN, cheap_BN) in ways.items():
                     measured = {(0, 1): values_BN[of_law].ravel()}
                     build = fit_build(measured, machines, pipeline, **known, control=used)
-                    noise = build.between("", engines[own])
+                    noise = build.noise_between("", engines[own])
                     suspected, found = convicted(
                         noise, lives(values_BN, others, HONEST, LIVES, rng)
                     )

@@ -70,7 +70,7 @@ def measure_audits(engine, model, preset, options):
     build = calibrate(*measured, hidden_size=model.hidden_size).builds[0]
     accused = []
     for round, pair in zip(rounds[LAW_BLOCKS:], both[LAW_BLOCKS:], strict=True):
-        test = sequential_test(build.between("", other.fingerprint, round=round))
+        test = sequential_test(build.noise_between("", other.fingerprint, round=round))
         accused.append(
             test.update(residuals(*(proof.records for proof in pair))).verdict == "fraud"
         )

@@ -142,7 +142,7 @@ def test_a_law_of_vectors(tmp_path: Path):
     assert build.effect == 1.25
     assert build.left_out is not None
     assert build.left_out.holds
-    noise = build.between("", None)
+    noise = build.noise_between("", None)
     assert sequential_test(noise).update(honest[0].distances(cheat)).verdict == "fraud"
     assert sequential_test(noise).update(honest[0].distances(honest[1])).verdict != "fraud"
     measured.save(tmp_path / "c.json")

@@ -95,9 +95,9 @@ class Auditor(Launch):
             proof, expect=pins, sample=self.sample, calibration=measured
         )  # before a model is loaded
         again = self._controls(header, measured) if self.control else ()
-        how = self
+        auditor = self
         if header.pipeline.framed and self.frame is None and self._network is not None:
-            how = replace(self, frame=self._network.frame(header.digest))
+            auditor = replace(self, frame=self._network.frame(header.digest))
         self._check_ledger(pins.unpinned(header))
         formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
@@ -105,14 +105,16 @@ class Auditor(Launch):
             self.model, header.digest, header.round, dtype=self.dtype, frame=self.frame
         )
         self._check_law(law, advice)
-        how.read_frame(header.pipeline)
-        check_judge(how, header, measured)
+        auditor.read_frame(header.pipeline)
+        check_judge(auditor, header, measured)
         for name in again:
             check_loadable(self.model, name, self.device)
         from assay.poc.verifier import judging_setup, verify
 
-        with open_judge(how, header, measured) as (loaded, made):
-            engine, _ = judging_setup(header, loaded, engine=made, calibration=measured)
+        with open_judge(auditor, header, measured) as (loaded, engine_of_machine):
+            engine, _ = judging_setup(
+                header, loaded, engine=engine_of_machine, calibration=measured
+            )
             with self._ledger() as ledger:
                 drawn: dict[str, Any] = {
                     name: getattr(self, name) for name in ("sample", "seed", "progress")
@@ -164,9 +166,9 @@ class Auditor(Launch):
         from assay.poc.responses.adapters import load_adapter
         from assay.poc.responses.replaying import check_adapter, check_ends, check_runnable, replay
 
-        asked = requests_of(requests, self.model)
+        sent_requests = requests_of(requests, self.model)
         pins = ReceiptPins.of_network(
-            self._network, given or Pins(), read.header, requests=asked, evidence=evidence
+            self._network, given or Pins(), read.header, requests=sent_requests, evidence=evidence
         )
         pins.check(read)  # before a model is loaded
         adapter = None if lora is None else load_adapter(lora)
@@ -177,23 +179,23 @@ class Auditor(Launch):
         self._check_ledger(pins.unpinned(read))
         self.check_loadable()
         with open_prefill(self, [read], batch_size=batch_size, adapter=adapter) as (loaded, engine):
-            check_runnable(sample, loaded, requests=asked)
-            check_ends(read, loaded, asked)
+            check_runnable(sample, loaded, requests=sent_requests)
+            check_ends(read, loaded, sent_requests)
             noise = noise_between(read.header, engine.fingerprint, measured)
             advice = missing_response_law(read.header, self.model)
             self._check_law(noise, advice)
             with self._ledger() as ledger:
-                found = replay(
+                replayed = replay(
                     sample,
                     loaded,
-                    requests=asked,
+                    requests=sent_requests,
                     adapter=adapter,
                     engine=engine,
                     progress=self.progress,
                 )
                 drawn = seed if self.sample is not None else None
                 verdict = judge_responses(
-                    found, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn
+                    replayed, read, noise, pins=pins, alpha=self._account_alpha, sample_seed=drawn
                 )
                 if noise is None:
                     verdict = replace(verdict, reason=advice)
@@ -201,7 +203,7 @@ class Auditor(Launch):
         return Audit(verdict, standing)
 
     def _expected(
-        self, header: Header, given: Pins, positions: tuple[int, int] | None
+        self, header: Header, stated: Pins, positions: tuple[int, int] | None
     ) -> tuple[Pins, Calibration | None]:
         """Return what a proof is held against, and the calibration that was measured with its
         build.
@@ -210,7 +212,7 @@ class Auditor(Launch):
         that is loaded.
         """
         network = self._network
-        pins = given if network is None else network.for_round(model=header.digest, also=given)
+        pins = stated if network is None else network.for_round(model=header.digest, also=stated)
         if positions is not None:
             share: dict[str, Any] = {
                 "node_id": pins.node_id or 0,

@@ -198,10 +198,10 @@ def compute(
     if pipeline.steps and claimed is not None:
         claimed_MN = np.stack([record.tokens for record in claimed if record.tokens is not None])
     form = published_form(pipeline)
-    done = 0
+    start = 0
     with closing(engine.run(inputs, pipeline, claimed_MN)) as batches:
         for values in batches:
-            batch = inputs[done : done + engine.batch_size]
+            batch = inputs[start : start + engine.batch_size]
             _check_rows({len(rows) for rows in values.values()}, len(batch))
             # An infinite margin is that of an id without a token.
             if any(
@@ -213,18 +213,18 @@ def compute(
                 )
             records = form.records([nonce for _, nonce in batch], values)
             if claimed is not None and pipeline.steps:
-                tokens = (record.tokens for record in claimed[done : done + len(batch)])
+                tokens = (record.tokens for record in claimed[start : start + len(batch)])
                 pairs = zip(records, tokens, strict=True)
                 records = [replace(record, tokens=ids) for record, ids in pairs]
             yield records
-            done += len(batch)
-    if done < len(inputs):
-        _check_rows({0}, len(inputs[done : done + engine.batch_size]))
+            start += len(batch)
+    if start < len(inputs):
+        _check_rows({0}, len(inputs[start : start + engine.batch_size]))
 
 
-def _check_rows(found: set[int], expected: int) -> None:
+def _check_rows(sizes: set[int], expected: int) -> None:
     """Refuse a batch in which some array has another number of rows than there are inputs."""
-    if found != {expected} or not expected:
-        seen = f"an engine with {max(found, default=0)} results for a batch of {expected} nonces"
+    if sizes != {expected} or not expected:
+        seen = f"an engine with {max(sizes, default=0)} results for a batch of {expected} nonces"
         do = "start the engine again; if that does not help, use --engine hf"
         raise ModelError(seen, wanted="one result for each nonce", do=do)

@@ -164,12 +164,12 @@ def judging_setup(
             do=do,
         )
     refused = []
-    for one in _recomputing(header, model, calibration) if engine is None else (engine,):
-        check_length(one, header.round)
-        _check_frame(header, one)
+    for candidate in _recomputing(header, model, calibration) if engine is None else (engine,):
+        check_length(candidate, header.round)
+        _check_frame(header, candidate)
         try:
-            return one, noise_for(
-                header, one.fingerprint, calibration, builds=builds, controls=controls
+            return candidate, noise_for(
+                header, candidate.fingerprint, calibration, builds=builds, controls=controls
             )
         except CalibrationError as error:
             refused.append(error)
@@ -200,11 +200,11 @@ def _check_frame(header: Header, engine: Engine) -> None:
     """Refuse a proof in another frame than the validator's; a UsageError says that the validator
     has none.
     """
-    own = frame_name(header.pipeline, engine)
-    if header.frame != own:
+    validator_frame = frame_name(header.pipeline, engine)
+    if header.frame != validator_frame:
         raise ProofMismatch(
             f"a proof in the frame {header.frame[:12]}",
-            wanted=f"the frame {own[:12]}, which the network agreed on",
+            wanted=f"the frame {validator_frame[:12]}, which the network agreed on",
             do="ask the node for a proof in that frame, or pass the one of the network (--pins or "
             "--frame)",
             field="frame",
@@ -220,13 +220,13 @@ def _recomputing(header: Header, model: Model, calibration: Calibration | None) 
     device beside a node on vLLM.
     """
     fast = worth_compiling(model) and not header.pipeline.steps  # only eager kernels decode
-    own = judging_batch(header), is_compiled(header.fingerprint)
+    claimed_shape = judging_batch(header), is_compiled(header.fingerprint)
     measured = [
-        (_bounded(one.batch_size, header), is_compiled(one))
-        for one in _measured(header, calibration, "hf")
+        (_bounded(measured_engine.batch_size, header), is_compiled(measured_engine))
+        for measured_engine in _measured(header, calibration, "hf")
     ]
     for batch_size, compiled in dict.fromkeys(
-        (size, compiled and fast) for size, compiled in (own, *measured)
+        (size, compiled and fast) for size, compiled in (claimed_shape, *measured)
     ):
         yield HFEngine(
             model, batch_size=batch_size, seq_len=header.round.seq_len, compiled=compiled
@@ -245,16 +245,19 @@ def judging_batch(
     Raises:
         CalibrationError: The calibration is of another model, preset or build than the proof.
     """
-    own = _bounded(header.fingerprint.batch_size, header)
-    measured = [_bounded(one.batch_size, header) for one in _measured(header, calibration, engine)]
-    return own if own in measured or not measured else measured[0]
+    claimed_size = _bounded(header.fingerprint.batch_size, header)
+    measured = [
+        _bounded(judge_engine.batch_size, header)
+        for judge_engine in _measured(header, calibration, engine)
+    ]
+    return claimed_size if claimed_size in measured or not measured else measured[0]
 
 
 def _measured(header: Header, calibration: Calibration | None, engine: str) -> list[Fingerprint]:
     judges = (
         [] if calibration is None else calibration.find_build(header).judges(header.fingerprint)
     )
-    return [one for one in judges if one.engine == engine]
+    return [judge_engine for judge_engine in judges if judge_engine.engine == engine]
 
 
 def _bounded(batch_size: int, header: Header) -> int:

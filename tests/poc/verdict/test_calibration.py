@@ -123,7 +123,7 @@ def test_messages_are_judged_by_laws_of_the_validators_own_engine_and_length(
 
 
 def test_a_law_of_machines_with_equal_bits_convicts_cheats_in_some_nonces(proof: Proof):
-    noise = calibrate(proof, proof).builds[0].between("", None)
+    noise = calibrate(proof, proof).builds[0].noise_between("", None)
     rng = np.random.default_rng(0)
     residuals = np.where(
         rng.random((200, 128)) < 0.2, 1e-3 * np.abs(rng.standard_normal((200, 128))), 0
@@ -162,7 +162,7 @@ def test_the_laws_of_known_cheats_in_older_files_are_ignored(proof: Proof, tmp_p
     former = '"mixture":true,"named":' + json.dumps({"int4": law})
     path.write_text(path.read_text().replace('"named":{}', former))
     assert Calibration.load(path) == measured
-    noise = measured.builds[0].between("", None)
+    noise = measured.builds[0].noise_between("", None)
     assert Noise.from_dict(noise.as_dict() | {"named": {"int4": law}}) == noise, "in a ledger"
     with pytest.raises(CalibrationError, match="version 1 of the residual test"):
         Noise.from_dict(noise.as_dict() | {"test": 1})

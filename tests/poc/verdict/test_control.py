@@ -48,7 +48,7 @@ def _noise(made):
     """Return a law whose control is one more computation."""
     return next(
         one for one in made.law.builds if one.control and len(one.control.dtypes) == 1
-    ).between("", None)
+    ).noise_between("", None)
 
 
 def test_a_control_raises_the_power_of_a_sample(made, tmp_path):

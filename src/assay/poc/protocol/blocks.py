@@ -122,8 +122,8 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     energy_ND = states_ND.astype(np.float64) ** 2
     energy_ND /= energy_ND.sum(axis=1, keepdims=True)
     reflections = sum(step.count for step in pipeline.hidden if step.name == "reflect")
-    kept = (1 - 4 / size + 8 / (size * (size + 2))) ** reflections
-    energy_ND = kept * energy_ND + (1 - kept) / size
+    shrinkage = (1 - 4 / size + 8 / (size * (size + 2))) ** reflections
+    energy_ND = shrinkage * energy_ND + (1 - shrinkage) / size
     squares_N = (energy_ND * folded_head(round, size) ** 2).sum(axis=1)
     value = math.sqrt(float(squares_N.mean()))
     error = float(squares_N.std(ddof=1)) / math.sqrt(n) / (2 * value)

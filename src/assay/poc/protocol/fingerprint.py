@@ -71,12 +71,12 @@ class Fingerprint:
         """Return the fingerprint that :meth:`as_dict` wrote; a ProofFormatError names the field
         that is wrong.
         """
-        made = read_as(cls, dumps(values).encode())
-        if made.as_dict() != values:
+        fingerprint = read_as(cls, dumps(values).encode())
+        if fingerprint.as_dict() != values:
             raise format_error(
                 "a fingerprint with kernels", "them in one text with the library, joined by commas"
             )
-        return made
+        return fingerprint
 
     @property
     def id(self) -> str:

@@ -180,8 +180,8 @@ def nearest_build(
     """Return the build that an engine is nearest to, None without any, and the fields in which it
     differs.
     """
-    found = ((build, build.differing(fingerprint)) for build in builds)
-    return min(found, key=lambda pair: len(pair[1]), default=(None, ()))
+    candidates = ((build, build.differing(fingerprint)) for build in builds)
+    return min(candidates, key=lambda pair: len(pair[1]), default=(None, ()))
 
 
 def _matches(stated: str | int, wanted: str | int) -> bool:
@@ -253,12 +253,12 @@ class Pins:
             "public_key": "any",
             "node_count": MAX_NONCE,
         }
-        given = {
+        values = {
             name: value
             for name in Round.__dataclass_fields__
             if (value := getattr(self, name)) is not None
         }
-        round = Round(**(placeholders | given))
+        round = Round(**(placeholders | values))
         if self.strength is not None:
             object.__setattr__(
                 self, "strength", round.strength
@@ -377,9 +377,9 @@ class Pins:
             )
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
-            said = describe_build(stated)
+            stated_build = describe_build(stated)
             seen = f"{owner} made on another build: " + ", ".join(
-                f"{name} {said[name]!r:.60}" for name in odd
+                f"{name} {stated_build[name]!r:.60}" for name in odd
             )
             wanted = ", ".join(
                 f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd
@@ -441,10 +441,10 @@ def _in_a_row(header: Header, fewest: int) -> bool:
     return not more and step == header.round.node_count and len(range(first, end, step)) >= fewest
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if hasattr(one, "__len__") and not isinstance(one, str):  # a numpy array too
-        return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+def _equal(first: Any, second: Any) -> bool:
+    if hasattr(first, "__len__") and not isinstance(first, str):  # a numpy array too
+        return len(first) == len(second) and all(a == b for a, b in zip(first, second, strict=True))
+    return bool(first == second)
 
 
 def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:

@@ -280,12 +280,14 @@ class NetworkPins(Table):
 
     def model_post_init(self, context: Any) -> None:
         """Refuse values that are possible alone and impossible together."""
-        asked = self.round
+        round_pins = self.round
         pipeline = get_pipeline(self.round.preset)
-        if (asked.r_target is None) is (pipeline.output == "distance"):
-            seen = f"round.r_target {asked.r_target} with preset {pipeline.name}"
+        if (round_pins.r_target is None) is (pipeline.output == "distance"):
+            seen = f"round.r_target {round_pins.r_target} with preset {pipeline.name}"
             wanted = (
-                "a distance" if asked.r_target is None else "none: only distances have a target"
+                "a distance"
+                if round_pins.r_target is None
+                else "none: only distances have a target"
             )
             raise UsageError(seen, wanted=wanted, do="correct one of the two")
         if pipeline.framed and (
@@ -298,25 +300,27 @@ class NetworkPins(Table):
                 do=do,
             )
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
-        self._agreed = Pins(**{name: getattr(asked, name) for name in shared})
-        if asked.nonces is not None:
-            Round(block_hash="any", public_key="any", node_count=asked.node_count).nonces(
-                *asked.nonces
+        self._agreed = Pins(**{name: getattr(round_pins, name) for name in shared})
+        if round_pins.nonces is not None:
+            Round(block_hash="any", public_key="any", node_count=round_pins.node_count).nonces(
+                *round_pins.nonces
             )
         names = {build.name for model in self.models for build in model.builds if build.name}
         of_key = self._of_key
         for node in self.nodes:
-            own = of_key.setdefault(node.public_key, [])
-            self._check_node(node, own, names)
-            own.append(node)
+            nodes_of_key = of_key.setdefault(node.public_key, [])
+            self._check_node(node, nodes_of_key, names)
+            nodes_of_key.append(node)
         _refuse_doubles("node", [(node.public_key, node.node_id) for node in self.nodes])
         _refuse_doubles("model", [(model.digest, "the same digest") for model in self.models])
 
-    def _check_node(self, node: NodePins, own: Sequence[NodePins], names: set[str]) -> None:
+    def _check_node(self, node: NodePins, same_key: Sequence[NodePins], names: set[str]) -> None:
         count = self._count(node)
         check_name("public_key", node.public_key, do="pass the public key as the chain prints it")
         check_number("node_id", node.node_id, 0, count - 1)
-        others = {self._count(other) for other in own[:1]} - {count}  # which are alike
+        others = {self._count(other_node) for other_node in same_key[:1]} - {
+            count
+        }  # which are alike
         if others:
             seen = f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}"
             raise UsageError(seen, wanted="one node_count for each key", do="correct one of them")
@@ -335,16 +339,16 @@ class NetworkPins(Table):
         Raises:
             UsageError: There is no such model, or the name does not tell which one is meant.
         """
-        found = [model for model in self.models if name in (None, model.digest, model.reference)]
-        if len(found) == 1:
-            return found[0]
+        matches = [model for model in self.models if name in (None, model.digest, model.reference)]
+        if len(matches) == 1:
+            return matches[0]
         names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
         seen = (
-            f"one of {len(found)} models"
-            if found
+            f"one of {len(matches)} models"
+            if matches
             else f"model {name!r:.80}, which {self._path} does not have"
         )
-        wanted = f"the digest of one of {names:.400}" if found else f"one of {names:.400}"
+        wanted = f"the digest of one of {names:.400}" if matches else f"one of {names:.400}"
         raise UsageError(
             seen, wanted=wanted, do="use a model that the network agreed on, or add it to the pins"
         )
@@ -371,32 +375,32 @@ class NetworkPins(Table):
             UsageError: A value contradicts the file, or the file does not say enough without it.
         """
         named = {"block_hash": block_hash, "public_key": public_key, "node_id": node_id}
-        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        known = replace(also or Pins(), **given)
+        stated: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        known = replace(also or Pins(), **stated)
         node = self._node(known)
         chosen = self.model(model)
         positions = self.round.nonces
         share: dict[str, Any] = {"node_id": known.node_id or 0, "node_count": self._count(node)}
         if node is not None:
             share |= {"node_id": node.node_id, "public_key": node.public_key}
-        whole = Round(**{"block_hash": "any", "public_key": "any"} | share)
+        any_round = Round(**{"block_hash": "any", "public_key": "any"} | share)
         pins = replace(
             self._agreed,
             **share,
-            nonces=None if positions is None else whole.nonces(*positions),
+            nonces=None if positions is None else any_round.nonces(*positions),
             digest=chosen.digest,
             weights=chosen.weights,
             builds=self._builds(chosen, node),
         )
         return pins.joined(known, str(self._path))
 
-    def _node(self, known: Pins) -> NodePins | None:
+    def _node(self, pins: Pins) -> NodePins | None:
         """Return the node that is meant; None where the file lists none."""
         count = self.round.node_count
-        key = known.public_key
-        share = known.node_id
-        own = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
-        found = [node for node in own if share in (None, node.node_id)]
+        key = pins.public_key
+        share = pins.node_id
+        of_key = self._of_key.get(key or self.nodes[0].public_key, []) if self.nodes else []
+        matches = [node for node in of_key if share in (None, node.node_id)]
 
         def lack(flag: str, wanted: str) -> UsageError:
             return UsageError(f"no {flag} beside {self._path}", wanted=wanted, do=f"pass {flag}")
@@ -405,19 +409,19 @@ class NetworkPins(Table):
             raise lack("--node-id", f"the share of the node, one of {count}")
         if key is None and len(self._of_key) > 1:
             raise lack("--public-key", f"the key of one of its {len(self._of_key)} nodes")
-        if len(found) > 1:
-            raise lack("--node-id", f"one of the {len(own)} shares of this key")
-        if found or (not self.nodes and (share or 0) < count):
-            return found[0] if found else None
+        if len(matches) > 1:
+            raise lack("--node-id", f"one of the {len(of_key)} shares of this key")
+        if matches or (not self.nodes and (share or 0) < count):
+            return matches[0] if matches else None
         if not self.nodes:
             seen = f"--node-id {share} beside {self._path}"
             wanted = f"a share below its node_count, {count}"
-        elif not own:
+        elif not of_key:
             seen = f"the key {key!r:.80}"
             wanted = f"one of the {len(self._of_key)} that {self._path} lists"
         else:
-            shares = ", ".join(str(node.node_id) for node in own)
-            seen = f"node_id {share} of the key {own[0].public_key!r:.80}"
+            shares = ", ".join(str(node.node_id) for node in of_key)
+            seen = f"node_id {share} of the key {of_key[0].public_key!r:.80}"
             wanted = f"one of {self._path}: {shares:.200}"
         raise UsageError(
             seen, wanted=wanted, do="name a node that the network knows, or add it under [[nodes]]"
@@ -440,12 +444,12 @@ class NetworkPins(Table):
 
     def foreign(self, public_key: str, node_id: int, node_count: int) -> tuple[str, ...]:
         """Return the names of what makes a share one of no node of the network."""
-        own = self._of_key.get(public_key, [])
-        if self.nodes and not own:
+        of_key = self._of_key.get(public_key, [])
+        if self.nodes and not of_key:
             return ("public_key",)
-        if node_count != self._count(own[0] if own else None):
+        if node_count != self._count(of_key[0] if of_key else None):
             return ("node_count",)
-        return () if not own or any(node.node_id == node_id for node in own) else ("node_id",)
+        return () if not of_key or any(node.node_id == node_id for node in of_key) else ("node_id",)
 
     def calibrations(self, model: ModelPins) -> Iterator[Path]:
         """Iterate over the calibration files of a model; a DataError where one is another than was pinned."""
@@ -458,9 +462,9 @@ class NetworkPins(Table):
 
     def _pinned(self, pinned: PinnedFile) -> Path:
         path = self._path.parent / pinned.file
-        found = PinnedFile.of(path, path.parent)
-        if found.sha256 != pinned.sha256:
-            seen = f"{path} has the SHA-256 {found.sha256[:12]}…"
+        on_disk = PinnedFile.of(path, path.parent)
+        if on_disk.sha256 != pinned.sha256:
+            seen = f"{path} has the SHA-256 {on_disk.sha256[:12]}…"
             do = "fetch the file that the network agreed on, or agree on this one and pin it"
             raise DataError(
                 seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do
@@ -468,11 +472,11 @@ class NetworkPins(Table):
         return path
 
 
-def _refuse_doubles(what: str, values: list[tuple[Any, ...]]) -> None:
+def _refuse_doubles(kind: str, values: list[tuple[Any, ...]]) -> None:
     for value, times in Counter(values).items():
         if times > 1:
-            seen = f"{what} {value[0]!r:.80} with {value[1]}, {times} times"
-            raise UsageError(seen, wanted=f"every {what} once", do="remove the others")
+            seen = f"{kind} {value[0]!r:.80} with {value[1]}, {times} times"
+            raise UsageError(seen, wanted=f"every {kind} once", do="remove the others")
 
 
 HEAD = f"""\

@@ -301,12 +301,12 @@ def get_pipeline(name: str) -> Pipeline:
         >>> get_pipeline("decode-64").steps
         64
     """
-    found = find_pipeline(name) if isinstance(name, str) else None
-    if found is None:
+    pipeline = find_pipeline(name) if isinstance(name, str) else None
+    if pipeline is None:
         close = get_close_matches(str(name), PIPELINES, n=1)
         do = f"did you mean {close[0]}?" if close else "use poc-2.0, the default"
         raise UsageError(f"preset {name!r}", wanted="one of " + ", ".join(PIPELINES), do=do)
-    return found
+    return pipeline
 
 
 def find_pipeline(name: str) -> Pipeline | None:
@@ -336,7 +336,7 @@ def unsupported(
     """Return the refusal of a pipeline on an engine of that name, which names the presets that it
     supports.
     """
-    supported = [name for name, known in PIPELINES.items() if supports(known)]
+    supported = [name for name, row in PIPELINES.items() if supports(row)]
     wanted = f"one of {', '.join(supported)}"
     do = "choose one of them with --preset, or use --engine hf in one process"
     return UsageError(f"preset {pipeline.name} on the {engine} engine", wanted=wanted, do=do)

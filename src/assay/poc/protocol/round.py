@@ -214,8 +214,8 @@ class Round:
         if isinstance(nonces, range):
             chosen: Sequence[int] = nonces[:most]
         else:
-            given: Iterable[Any] = islice(nonces, most) if isinstance(nonces, Iterable) else ()
-            chosen = [int(nonce) if isinstance(nonce, np.integer) else nonce for nonce in given]
+            bounded: Iterable[Any] = islice(nonces, most) if isinstance(nonces, Iterable) else ()
+            chosen = [int(nonce) if isinstance(nonce, np.integer) else nonce for nonce in bounded]
         if not 0 < len(chosen) < most:
             seen = f"more than {MAX_COUNT} nonces" if chosen else f"no nonces in {nonces!r:.60}"
             raise UsageError(

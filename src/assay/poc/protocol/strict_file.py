@@ -60,7 +60,7 @@ def read_as(kind: type[T], text: bytes) -> T:
     that is wrong.
     """
     try:
-        made: T = _adapter(cast("Any", kind)).validate_json(text)
+        parsed: T = _adapter(cast("Any", kind)).validate_json(text)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, fault["loc"]))
@@ -72,12 +72,12 @@ def read_as(kind: type[T], text: bytes) -> T:
             raise format_error(
                 f"no {place}" if place else wanted, "a line as assay writes it"
             ) from None
-        said = "holds" if isinstance(value, dict | list) else "is"
+        verb = "holds" if isinstance(value, dict | list) else "is"
         shown = value[:60] if isinstance(value, str) else f"{value!r:.60}"
         raise format_error(
-            f"{place} {said} {shown}", wanted.removeprefix("Input should be ")
+            f"{place} {verb} {shown}", wanted.removeprefix("Input should be ")
         ) from None
-    return made
+    return parsed
 
 
 def parse_line(

@@ -173,9 +173,9 @@ class BuildNoise(MachineNoise):
         engines = [machine.fingerprint for machine in self.machines]
         pairs = [(engines[i], engines[j]) for i, j in self.sizes.pairs]
         return [
-            sorted((one.dtype, other.dtype))
-            for one, other in pairs
-            if one is not None and other is not None
+            sorted((first.dtype, second.dtype))
+            for first, second in pairs
+            if first is not None and second is not None
         ]
 
     @property
@@ -206,13 +206,13 @@ class BuildNoise(MachineNoise):
         quick = "quick " if self.limits else ""
         return f"{quick}calibration on {self.n} nonces{of_machines}{beside}"
 
-    def has_control(self, controls: Collection[str], own: str | None) -> bool:
+    def has_control(self, controls: Collection[str], dtype: str | None) -> bool:
         """Return whether a validator in its ``own`` format has what the law needs, with controls in
         these formats.
         """
         if self.control is None:
             return True
-        return set(self.control.dtypes) <= set(controls) and own in (None, self.control.of)
+        return set(self.control.dtypes) <= set(controls) and dtype in (None, self.control.of)
 
     def judges(self, prover: Fingerprint) -> list[Fingerprint]:
         """Return the fingerprints of the measured machines that may judge a prover: of a pair, the
@@ -220,10 +220,10 @@ class BuildNoise(MachineNoise):
         """
         if not 0 < len(self.engines) < FEWEST_MACHINES:
             return self.engines
-        one, *others = (
+        first, *others = (
             self.engines
         )  # of a pair of which one machine has no fingerprint, the other is not known
-        return others if prover == one else [one]
+        return others if prover == first else [first]
 
     def check_header(self, header: Header) -> None:
         """Refuse a proof of another model, preset or build than was measured."""
@@ -245,18 +245,18 @@ class BuildNoise(MachineNoise):
         nearest measured one.
         """
         wanted = engine.as_dict()
-        measured = [known.as_dict() for known in self.engines]
+        measured = [fingerprint.as_dict() for fingerprint in self.engines]
         varied = {
-            name for name in wanted if len({str(one[name]) for one in measured}) > 1
+            name for name in wanted if len({str(values[name]) for values in measured}) > 1
         } - _MEASURED
         of_build = wanted.keys() - (varied if len(measured) >= FEWEST_MACHINES else ())
         differing = [
             {
                 name: value
-                for name, value in one.items()
+                for name, value in values.items()
                 if value != wanted[name] and name in of_build
             }
-            for one in measured
+            for values in measured
         ]
         refuse_difference(min(differing, key=len, default={}), wanted, than)
 
@@ -266,16 +266,16 @@ class BuildNoise(MachineNoise):
         """
         # A header is the prover's word, and a prover that may name its kind chooses how wide the
         # law is.
-        allowed = [one for one in self.engines if one.dtype == dtype]
+        allowed = [engine for engine in self.engines if engine.dtype == dtype]
         fitting = {
-            kind_of_machine(one)
-            for one in allowed
+            kind_of_machine(engine)
+            for engine in allowed
             for build in builds or ()
-            if build.allows("device", one.device)
+            if build.allows("device", engine.device)
         }
         return fitting.pop() if len(fitting) == 1 else ""
 
-    def between(
+    def noise_between(
         self, kind: str, validator: Fingerprint | None, *, round: Round | None = None
     ) -> Noise:
         """Return the noise between a prover's machine of a kind and a validator's, any machine of
@@ -283,12 +283,14 @@ class BuildNoise(MachineNoise):
 
         The block of ``round`` scales a law that is relative to it.
         """
-        same = [validator is not None and one.fingerprint == validator for one in self.machines]
-        alike = [
-            validator is not None and one.kind == kind_of_machine(validator)
-            for one in self.machines
+        is_validator = [
+            validator is not None and machine.fingerprint == validator for machine in self.machines
         ]
-        row = next((found.index(True) for found in (same, alike) if any(found)), None)
+        alike = [
+            validator is not None and machine.kind == kind_of_machine(validator)
+            for machine in self.machines
+        ]
+        row = next((matches.index(True) for matches in (is_validator, alike) if any(matches)), None)
         measured = row is not None and len(self.machines) < FEWEST_MACHINES
         spread = self.known if measured else self.spread
         law = self.predict_law(kind, row)
@@ -300,21 +302,23 @@ class BuildNoise(MachineNoise):
     def as_dict(self) -> JsonObject:
         """Return JSON-ready values, which :meth:`from_dict` reads back."""
         # Older files have none of these.
-        told: JsonObject = {"scores": self.scores, "widest": self.widest} if self.scores else {}
-        told |= (
+        values: JsonObject = {"scores": self.scores, "widest": self.widest} if self.scores else {}
+        values |= (
             {}
             if self.effective_dimension is None
             else {"effective_dimension": self.effective_dimension}
         )
-        told |= {} if self.control is None else {"control": asdict(self.control)}
-        told |= {"limits": self.limits} if self.limits else {}
+        values |= {} if self.control is None else {"control": asdict(self.control)}
+        values |= {"limits": self.limits} if self.limits else {}
         names = ("output", "preset", "digest", "n", "hidden_size", "effect")
-        engines = [one.fingerprint and one.fingerprint.as_dict() for one in self.machines]
-        return told | {
+        engines = [
+            machine.fingerprint and machine.fingerprint.as_dict() for machine in self.machines
+        ]
+        return values | {
             **{name: getattr(self, name) for name in names},
             "machines": [
-                vars(one) | {"fingerprint": e}
-                for one, e in zip(self.machines, engines, strict=True)
+                vars(machine) | {"fingerprint": e}
+                for machine, e in zip(self.machines, engines, strict=True)
             ],
             "law": law_as_dict(self.law),
             "sizes": [[i, j, size] for (i, j), size in self.sizes.pairs.items()],
@@ -330,7 +334,7 @@ class BuildNoise(MachineNoise):
         """
         former = ("named", "mixture")  # which earlier releases wrote
         build = TypeAdapter(cls).validate_json(
-            dumps({name: one for name, one in values.items() if name not in former})
+            dumps({name: value for name, value in values.items() if name not in former})
         )
         if type(build.law) is not LAWS.get(build.output):
             raise ValueError(f"a law of another kind than {build.output!r:.60} has")
@@ -343,7 +347,8 @@ class BuildNoise(MachineNoise):
 def describe_machines(fingerprints: Sequence[Fingerprint]) -> tuple[Machine, ...]:
     """Return the machines with these engines."""
     return tuple(
-        Machine(name=one.id, kind=kind_of_machine(one), fingerprint=one) for one in fingerprints
+        Machine(name=engine.id, kind=kind_of_machine(engine), fingerprint=engine)
+        for engine in fingerprints
     )
 
 
@@ -354,19 +359,19 @@ def kind_of_machine(engine: Fingerprint) -> str:
 
 def refuse_difference(measured: Mapping[str, Any], stated: Mapping[str, Any], than: str) -> None:
     """Refuse values that differ from what was measured; the error names them."""
-    other = [name for name in measured if measured[name] != stated[name]]
-    if not other:
+    differing = [name for name in measured if measured[name] != stated[name]]
+    if not differing:
         return
-    seen = f"a calibration with another {' and '.join(other)} {than}: " + ", ".join(
-        str(measured[n]) for n in other
+    seen = f"a calibration with another {' and '.join(differing)} {than}: " + ", ".join(
+        str(measured[n]) for n in differing
     )
     do = "measure it with `assay poc calibrate A.jsonl B.jsonl`, or leave --calibration out"
-    if "dtype" in other:
-        own = "validator" in than
-        command = "judge" if own else "ask for a proof that was made"
+    if "dtype" in differing:
+        of_validator = "validator" in than
+        command = "judge" if of_validator else "ask for a proof that was made"
         flag = f"--dtype {measured['dtype']}"
         do = f"{command} with {flag}, or measure {stated['dtype']} beside it: `assay poc calibrate"
         do += " --dtype` of both, or of two proofs in both"
     raise CalibrationError(
-        seen, wanted=", ".join(f"{name} {stated[name]}" for name in other), do=do
+        seen, wanted=", ".join(f"{name} {stated[name]}" for name in differing), do=do
     )

@@ -36,15 +36,16 @@ class Calibration:
         With ``controls``, number formats, it is a law of scores. A CalibrationError names what
         differs where no build is of the proof's model, preset and engine, or has this control.
         """
-        own = None if validator is None else validator.dtype
-        dtypes = None if own is None else sorted((header.fingerprint.dtype, own))
+        own_dtype = None if validator is None else validator.dtype
+        dtypes = None if own_dtype is None else sorted((header.fingerprint.dtype, own_dtype))
         fitting = [
-            one
-            for one in self.builds
-            if bool(one.control) == bool(controls) and one.has_control(controls, own)
+            build_noise
+            for build_noise in self.builds
+            if bool(build_noise.control) == bool(controls)
+            and build_noise.has_control(controls, own_dtype)
         ]
         if not fitting:
-            formats = f"{own} and again in {' and '.join(controls)}"
+            formats = f"{own_dtype} and again in {' and '.join(controls)}"
             seen = f"a calibration without a law of nonces that are computed in {formats}"
             do = (
                 "leave the control out, or measure one in these formats: `assay poc calibrate "
@@ -52,7 +53,10 @@ class Calibration:
             )
             raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         fitting.sort(
-            key=lambda one: (dtypes not in one.formats, header.fingerprint not in one.engines)
+            key=lambda build_noise: (
+                dtypes not in build_noise.formats,
+                header.fingerprint not in build_noise.engines,
+            )
         )
         reasons = []
         for build in fitting:
@@ -63,15 +67,19 @@ class Calibration:
                 reasons.append(error)
         raise reasons[0]
 
-    def control_of(self, header: Header, own: str) -> tuple[str, ...]:
+    def control_of(self, header: Header, judging_dtype: str) -> tuple[str, ...]:
         """Return the formats of the control beside a validator's own; a CalibrationError where none
         was measured.
         """
-        formats = sorted((header.fingerprint.dtype, own))
+        formats = sorted((header.fingerprint.dtype, judging_dtype))
         for build in self.builds:
-            if build.control is not None and build.control.of == own and formats in build.formats:
+            if (
+                build.control is not None
+                and build.control.of == judging_dtype
+                and formats in build.formats
+            ):
                 return build.control.dtypes
-        seen = f"a calibration without a control for a proof in {formats[0]}, judged in {own}"
+        seen = f"a calibration without a control for a proof in {formats[0]}, judged in {judging_dtype}"
         wanted = (
             "a law of scores, which `assay poc calibrate --model M` measures where a control is a "
             "gain"
@@ -84,7 +92,10 @@ class Calibration:
         """Refuse, with a CalibrationError, an engine (``hf`` or ``vllm``) that was not measured
         beside the prover's.
         """
-        kinds = {one.engine for one in self.find_build(header).judges(header.fingerprint)}
+        kinds = {
+            engine_known.engine
+            for engine_known in self.find_build(header).judges(header.fingerprint)
+        }
         if kinds and engine not in kinds:
             measured = " or ".join(sorted(kinds))
             seen = f"a calibration for validators on {measured}"
@@ -100,16 +111,16 @@ class Calibration:
 
         Where one was not, a prover that may state any format chooses the law that judges it.
         """
-        plain = [one for one in self.builds if one.control is None]
+        plain = [build for build in self.builds if build.control is None]
         builds = [
-            one
-            for one in plain
-            if (one.digest, one.preset) == (header.digest, header.pipeline.name)
+            build
+            for build in plain
+            if (build.digest, build.preset) == (header.digest, header.pipeline.name)
         ]
         return all(
-            header.fingerprint.dtype in {known.dtype for known in one.engines}
-            for one in builds
-            if one.engines
+            header.fingerprint.dtype in {engine.dtype for engine in build.engines}
+            for build in builds
+            if build.engines
         )
 
     def merged(self, other: "Calibration") -> "Calibration":
@@ -118,7 +129,10 @@ class Calibration:
         """
         mine = [build.identity for build in self.builds]
         return Calibration(
-            builds=(*self.builds, *(one for one in other.builds if one.identity not in mine))
+            builds=(
+                *self.builds,
+                *(build_noise for build_noise in other.builds if build_noise.identity not in mine),
+            )
         )
 
     def save(self, path: str | Path) -> None:
@@ -197,7 +211,7 @@ def noise_for(
     )  # differs less than the pair that was measured
     if len(judges) == 1 and not equal:  # the other one of a pair
         refuse_difference(judges[0].as_dict(), validator.as_dict(), than)
-    return build.between(
+    return build.noise_between(
         build.kind_of(builds, header.fingerprint.dtype), validator, round=header.round
     )
 
@@ -222,8 +236,11 @@ def find_build_noise(
     ``digest`` and any build when None. The block of ``round`` scales distances; without one, the
     law is that of the usual scale.
     """
-    every = [one for calibration in calibrations for one in calibration.builds]
-    for measured in sorted(every, key=lambda one: -len(one.control.dtypes if one.control else ())):
+    every = [build_noise for calibration in calibrations for build_noise in calibration.builds]
+    for measured in sorted(
+        every,
+        key=lambda build_noise: -len(build_noise.control.dtypes if build_noise.control else ()),
+    ):
         if (measured.digest, measured.preset) != (digest, preset) or not measured.has_control(
             controls, formats[1]
         ):
@@ -236,28 +253,28 @@ def find_build_noise(
                 measured.check_engine(
                     replace(validator, batch_size=engines[0].batch_size), "than this validator's"
                 )
-            allowed = [known for known in engines if build is None or not build.differing(known)]
+            allowed = [engine for engine in engines if build is None or not build.differing(engine)]
             if (not measured.formats or sorted(formats) in measured.formats) and (
                 allowed or not engines
             ):
                 kind = measured.kind_of(None if build is None else [build], formats[0])
-                return measured.between(kind, None, round=round)
+                return measured.noise_between(kind, None, round=round)
     return None
 
 
-def account_alpha(pins: NetworkPins | None, given: float | None = None) -> float:
+def account_alpha(pins: NetworkPins | None, own_alpha: float | None = None) -> float:
     """Return the bound on the chance that one honest account is ever convicted: that of the pins,
     the given one, .001.
 
     A UsageError refuses a given one that contradicts the pins.
     """
     stated = None if pins is None or pins.network is None else pins.network.alpha
-    if stated is not None and given not in (None, stated):
+    if stated is not None and own_alpha not in (None, stated):
         do = "leave alpha out, or correct [network] of the pins"
         raise UsageError(
-            f"alpha {given:g}", wanted=f"{stated:g}, as [network] of the pins says", do=do
+            f"alpha {own_alpha:g}", wanted=f"{stated:g}, as [network] of the pins says", do=do
         )
-    return next((alpha for alpha in (stated, given) if alpha is not None), ALPHA)
+    return next((alpha for alpha in (stated, own_alpha) if alpha is not None), ALPHA)
 
 
 def describe_promise(
@@ -277,19 +294,19 @@ def describe_promise(
     )
     builds = [build for calibration in calibrations for build in calibration.builds]
     # A law of one machine leaves out engines of that machine, and has no effect of its own.
-    left = [
+    shares_left_out = [
         build.left_out
         for build in builds
         if build.left_out is not None and build.effect is not None
     ]
-    if not left or len(left) < len(builds):
+    if not shares_left_out or len(shares_left_out) < len(builds):
         return {
             **stated,
             "alpha": alpha,
             "expected": None,
             "law_error": "unknown beyond alpha: no machine left out",
         }
-    worst = max(left, key=lambda one: one.high)
+    worst = max(shares_left_out, key=lambda result: result.high)
     error = (
         f"{worst.low:.2%} to {worst.high:.2%} of audits of {worst.checked} nonces accuse machines "
         f"left out"

@@ -66,7 +66,11 @@ class Control(StrictLaw):
         """
         if (
             not pairs
-            or min(float(np.median(np.abs(one), axis=1).min()) for pair in pairs for one in pair)
+            or min(
+                float(np.median(np.abs(logs_of_pair), axis=1).min())
+                for pair in pairs
+                for logs_of_pair in pair
+            )
             == 0.0
         ):
             return None  # machines that agree to the bit
@@ -74,7 +78,7 @@ class Control(StrictLaw):
             tuple(np.median(np.abs(np.hstack(side)), axis=1).tolist())
             for side in zip(*pairs, strict=True)
         )
-        made = cls(
+        even = cls(
             of=of,
             dtypes=tuple(dtypes),
             usual=usual,
@@ -82,16 +86,16 @@ class Control(StrictLaw):
             powers=(1 / len(sizes),) * len(sizes),
         )
         logs = [
-            np.vstack([made._node(node_EN), made._between(between_PN)])
+            np.vstack([even._node(node_EN), even._between(between_PN)])
             for node_EN, between_PN in pairs
         ]
         node_N, *between_PN = np.hstack(
-            [one - np.median(one, axis=1, keepdims=True) for one in logs]
+            [logs_of_pair - np.median(logs_of_pair, axis=1, keepdims=True) for logs_of_pair in logs]
         )
         powers_P, _ = scipy.optimize.nnls(np.transpose(between_PN), node_N)
         powers_P /= max(1.0, powers_P.sum())
         worth = bool(np.std(node_N - powers_P @ between_PN) < WORTH * np.std(node_N))
-        return replace(made, powers=tuple(powers_P.tolist())) if worth else None
+        return replace(even, powers=tuple(powers_P.tolist())) if worth else None
 
     def scores(self, node_EN: npt.ArrayLike, between_PN: npt.ArrayLike) -> FloatArray:
         """Return scores, [N] in the unit of the first residual, from E residuals of each nonce and

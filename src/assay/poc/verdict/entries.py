@@ -53,17 +53,17 @@ class CanonicalModel(BaseModel):
         :attr:`line` writes.
         """
         try:
-            made = cls.model_validate_json(
+            parsed = cls.model_validate_json(
                 text
             )  # it forgives a key given twice, which the next line refuses
         except ValidationError as error:
             raise malformed_entry(source, error) from None
-        if made.line != text:
+        if parsed.line != text:
             seen = f"{source}: not in the form in which it is written"
             raise DataError(
-                seen, wanted=f"{made.line:.60}…", do="ask for the file again, byte for byte"
+                seen, wanted=f"{parsed.line:.60}…", do="ask for the file again, byte for byte"
             )
-        return made
+        return parsed
 
     @model_serializer(mode="wrap")
     def _without_optional(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -123,13 +123,13 @@ class AccountEvidence(CanonicalModel):
     faulty_places: Annotated[Text | None, Field(exclude=True)] = None
 
 
-def verdict_on_life(found: AccountEvidence, *, alpha: float, beta: float) -> Decision:
+def verdict_on_life(evidence: AccountEvidence, *, alpha: float, beta: float) -> Decision:
     """Return the verdict that follows from the numbers of a life."""
-    if found.log_e_held is None or found.share is None:
-        return decide(found.log_e_max, found.log_evidence_honest, alpha=alpha, beta=beta)
-    if found.log_e_held >= -math.log(alpha):
+    if evidence.log_e_held is None or evidence.share is None:
+        return decide(evidence.log_e_max, evidence.log_evidence_honest, alpha=alpha, beta=beta)
+    if evidence.log_e_held >= -math.log(alpha):
         return "fraud"
-    return "honest" if found.share <= HONEST else "undecided"
+    return "honest" if evidence.share <= HONEST else "undecided"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -266,10 +266,10 @@ class Standing:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
-        rest = {
+        counts = {
             name: value for name, value in vars(self).items() if name not in ("account", "evidence")
         }
-        return asdict(self.account) | dict(self.evidence) | rest
+        return asdict(self.account) | dict(self.evidence) | counts
 
 
 def round_identity(round: Round) -> str:

@@ -93,8 +93,8 @@ class Noise(StrictLaw):
         """
         if self.control is None:
             return residuals(received, again)
-        own = [again, *(controls[dtype] for dtype in self.control.dtypes)]
-        return self.control.scores(*compare(received, own))
+        computations = [again, *(controls[dtype] for dtype in self.control.dtypes)]
+        return self.control.scores(*compare(received, computations))
 
     def scaled(self, factor: float) -> "Noise":
         """Return the noise where residuals, and controls as well, are ``factor`` times larger."""
@@ -116,11 +116,11 @@ class Noise(StrictLaw):
         """
         with refusing(values, *OF_RESIDUALS):
             law = dict(values)
-            known = ("source", "effect", "spread", "scores", "widest", "control")
-            rest = {name: law.pop(name) for name in known if name in law}
+            beside_law = ("source", "effect", "spread", "scores", "widest", "control")
+            fields = {name: law.pop(name) for name in beside_law if name in law}
             law.pop("named", None)  # laws of known cheats, which earlier releases had
             check_version(law.pop("test", TEST), TEST, "the residual test")
-            return TypeAdapter(cls).validate_json(dumps({"law": law, **rest}))
+            return TypeAdapter(cls).validate_json(dumps({"law": law, **fields}))
 
 
 def bundled_noise(
@@ -132,9 +132,9 @@ def bundled_noise(
     ``digest`` is the SHA-256 of the tensors of the checkpoint, ``output`` the family:
     :attr:`assay.poc.Pipeline.noise`. The order of the formats does not matter.
     """
-    known = _bundled()
+    bundled = _bundled()
     pair = "/".join(sorted((prover_dtype, validator_dtype)))
-    law = known["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
+    law = bundled["laws"].get(output, {}).get(pair) if is_bundled(digest) else None
     return None if law is None else Noise(read_law(law), f"measured on the bundled models, {pair}")
 
 

@@ -95,10 +95,10 @@ def law_as_dict(law: Law) -> dict[str, Any]:
     return {"kind": "scale" if isinstance(law, stats.ScaleNoise) else "log", **asdict(law)}
 
 
-def check_version(found: Any, wanted: int, test: str) -> None:
+def check_version(version: Any, wanted: int, test: str) -> None:
     """Refuse noise for another version of a test."""
-    if found != wanted:
-        seen = f"noise for version {found!r:.20} of {test}"
+    if version != wanted:
+        seen = f"noise for version {version!r:.20} of {test}"
         do = "read it with the release of assay that wrote it"
         raise CalibrationError(
             seen, wanted=f"version {wanted}, whose evidence this release can compute again", do=do

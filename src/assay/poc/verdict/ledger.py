@@ -132,10 +132,10 @@ class Ledger(AbstractContextManager["Ledger"]):
             with self._db.read() as connection:
                 text = text_of(connection.execute(sa.select(LEDGER.c.genesis)).scalar())
             self.genesis = Genesis.parse(text, f"{self.path}, the beginning")
-            for name, wanted in (("alpha", alpha), ("beta", beta)):
+            for name, rate in (("alpha", alpha), ("beta", beta)):
                 begun = getattr(self.genesis, name)
-                if wanted is not None and wanted != begun:
-                    seen = f"{name} {wanted:g} for the ledger {self.path}"
+                if rate is not None and rate != begun:
+                    seen = f"{name} {rate:g} for the ledger {self.path}"
                     do = (
                         f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin "
                         f"another ledger"
@@ -155,10 +155,10 @@ class Ledger(AbstractContextManager["Ledger"]):
                 if not (0 < alpha < 1 and 0 < beta < 1):
                     seen = f"alpha {alpha}, beta {beta}"
                     raise UsageError(seen, wanted="two rates in (0, 1)", do="pass --alpha 0.001")
-                made = Genesis(
+                genesis = Genesis(
                     id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta
                 )
-                insert_genesis(connection, made)
+                insert_genesis(connection, genesis)
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
@@ -266,8 +266,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         named = sa.select(UPDATES.c.account, ACCOUNTS.c.public_key).where(
             UPDATES.c.name == update.name
         )
-        known = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
-        if update.name is not None and (row := connection.execute(known).first()):
+        named_before = named.select_from(UPDATES.join(ACCOUNTS, ACCOUNTS.c.id == UPDATES.c.account))
+        if update.name is not None and (row := connection.execute(named_before).first()):
             if row.public_key != update.account.public_key:
                 named_twice = f"a second update {update.name!r:.80}"
                 raise UsageError(
@@ -280,9 +280,13 @@ class Ledger(AbstractContextManager["Ledger"]):
         state = self._state(connection, account)
         count, previous = self._head(connection)
         law = insert_law(connection, dumps(update.noise.as_dict()))
-        each = sa.func.json_each(UPDATES.c.entry, "$.nonces").table_valued("value")
-        same = (UPDATES.c.account == account) & (UPDATES.c.round == update.round)
-        seen = sa.select(each.c.value).select_from(UPDATES.join(each, sa.true())).where(same)
+        round_entries = sa.func.json_each(UPDATES.c.entry, "$.nonces").table_valued("value")
+        has_account = (UPDATES.c.account == account) & (UPDATES.c.round == update.round)
+        seen = (
+            sa.select(round_entries.c.value)
+            .select_from(UPDATES.join(round_entries, sa.true()))
+            .where(has_account)
+        )
         excluded = find_repeated(update.nonces, set(connection.execute(seen).scalars()))
         place = {"seq": count + 1, "previous": previous, "time": time.time()}
         entry = make_entry(
@@ -290,12 +294,12 @@ class Ledger(AbstractContextManager["Ledger"]):
         )
         # The noise is read back from the law, as an audit reads it.
         entry = state.take(entry, read_noise(connection, law))
-        made = insert_entry(connection, account, entry, entry.line)
-        kept = connection.execute(sa.select(UPDATES).where(UPDATES.c.seq == entry.seq)).first()
+        row_written = insert_entry(connection, account, entry, entry.line)
+        row_read = connection.execute(sa.select(UPDATES).where(UPDATES.c.seq == entry.seq)).first()
         if (
-            kept is None
-            or kept._mapping != made
-            or self._head(connection) != (entry.seq, made["hash"])
+            row_read is None
+            or row_read._mapping != row_written
+            or self._head(connection) != (entry.seq, row_written["hash"])
         ):
             raise damaged(
                 self.path, f"entry {entry.seq} is not there as it was written", flag="--ledger"
@@ -329,14 +333,14 @@ class Ledger(AbstractContextManager["Ledger"]):
     def accounts(self) -> list[Account]:
         """Return all accounts, in the order in which their lives began."""
         with self._db.read() as connection:
-            found = connection.execute(sa.select(*OF_ACCOUNT).order_by(ACCOUNTS.c.id))
-            return [Account(**row._mapping) for row in found]
+            rows = connection.execute(sa.select(*OF_ACCOUNT).order_by(ACCOUNTS.c.id))
+            return [Account(**row._mapping) for row in rows]
 
     def standing(self, account: Account) -> Standing | None:
         """Return what the ledger says of an account, or None where it has no entry."""
         with self._db.read() as connection:
-            found = connection.execute(select_account(account)).scalar()
-            return None if found is None else self._standing(connection, found)
+            number = connection.execute(select_account(account)).scalar()
+            return None if number is None else self._standing(connection, number)
 
     def standings(self) -> Iterator[Standing]:
         """Iterate over the standing of every account, in the order in which their lives began."""
@@ -354,9 +358,9 @@ class Ledger(AbstractContextManager["Ledger"]):
             )
 
     def _standing(self, connection: sa.Connection, account: int) -> Standing:
-        own = UPDATES.c.account == account
+        of_account = UPDATES.c.account == account
         ends = [
-            sa.select(of(UPDATES.c.seq)).where(own).scalar_subquery()
+            sa.select(of(UPDATES.c.seq)).where(of_account).scalar_subquery()
             for of in (sa.func.min, sa.func.max)
         ]
         entries = list(self._entries(connection, UPDATES.c.seq.in_(ends)))
@@ -413,8 +417,8 @@ def check_ledger(
     """
     regular = path.is_file()
     flag = FLAG[read_only]  # SQLite waits without end for a pipe
-    found = table_names(path, flag=flag) if regular else set()
-    if LEDGER.name not in found and (found or read_only or (path.exists() and not regular)):
+    names = table_names(path, flag=flag) if regular else set()
+    if LEDGER.name not in names and (names or read_only or (path.exists() and not regular)):
         do = (
             "pass its path"
             if read_only
@@ -423,21 +427,21 @@ def check_ledger(
         raise UsageError(
             f"no ledger at {path}", wanted="a file that `assay poc verify --ledger` began", do=do
         )
-    if found and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - found):
+    if names and (missing := {table.name for table in (LEDGER, LAWS, ACCOUNTS, UPDATES)} - names):
         # Anything may stand in its place, such as a view without an end.
         raise damaged(path, f"the table {min(missing)} is missing", flag=flag)
-    if LEDGER.name in found and (alpha, beta) != (None, None):
+    if LEDGER.name in names and (alpha, beta) != (None, None):
         Ledger(path, alpha=alpha, beta=beta).close()
 
 
-def find_repeated(nonces: Sequence[int], seen: Collection[int]) -> list[tuple[int, str]]:
+def find_repeated(nonces: Sequence[int], recorded: Collection[int]) -> list[tuple[int, str]]:
     """Return the places of nonces that do not count, because they were seen in the round before,
     with the reason.
     """
-    before = set(seen)
-    found = []
+    before = set(recorded)
+    repeated = []
     for place, nonce in enumerate(nonces):
         if nonce in before:
-            found.append((place, REPEATED))
+            repeated.append((place, REPEATED))
         before.add(nonce)
-    return found
+    return repeated

@@ -137,7 +137,7 @@ class _EntryChain:
             if isinstance(entry, str):
                 self._add_fault(entry)
                 return
-            for noted, what in (
+            for noted, note in (
                 (
                     entry.time < before - CLOCK,
                     f"more than {CLOCK:g} s older than what stands before them",
@@ -145,7 +145,7 @@ class _EntryChain:
                 (entry.time > latest, "in the future"),
             ):
                 if noted:
-                    self._noted[what].append(row.seq)
+                    self._noted[note].append(row.seq)
             before = entry.time
             self.entries = self.entries + 1
             self.hash = row.hash
@@ -163,8 +163,8 @@ class _EntryChain:
     def notes(self) -> tuple[str, ...]:
         """What is no fault, in words."""
         return tuple(
-            f"entries {what}: {len(seqs)}, from entry {seqs[0]} on"
-            for what, seqs in self._noted.items()
+            f"entries {note}: {len(seqs)}, from entry {seqs[0]} on"
+            for note, seqs in self._noted.items()
         )
 
     def _read(self, row: sa.Row[Any]) -> Entry | str:
@@ -245,9 +245,9 @@ def _beside_entries(connection: sa.Connection) -> Iterator[LedgerFault]:
     """Yield pages that are damaged, and laws and accounts that no entry names: nothing but an entry
     adds one.
     """
-    found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
-    if found != "ok":  # an index that leaves out a row would hide nonces that were seen
-        yield LedgerFault(entry=None, reason=f"the file: {found!s:.200}")
+    integrity = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+    if integrity != "ok":  # an index that leaves out a row would hide nonces that were seen
+        yield LedgerFault(entry=None, reason=f"the file: {integrity!s:.200}")
     for table, key, column in (
         (LAWS, LAWS.c.hash, UPDATES.c.law),
         (ACCOUNTS, ACCOUNTS.c.id, UPDATES.c.account),

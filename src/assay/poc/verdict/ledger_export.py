@@ -33,14 +33,14 @@ def export_lines(connection: sa.Connection) -> Iterator[str]:
     ).one()
     yield text_of(genesis)
     query = sa.select(UPDATES.c.law, UPDATES.c.entry, LAWS.c.law.label("text"))
-    known = set[str]()
+    written = set[str]()
     query = query.select_from(UPDATES.outerjoin(LAWS, LAWS.c.hash == UPDATES.c.law)).order_by(
         UPDATES.c.seq
     )
     for law, entry, text in connection.execute(query, execution_options={"yield_per": AT_ONCE}):
-        if law not in known:
+        if law not in written:
             yield f'{{"law":{text_of(text)}}}'
-        known.add(law)
+        written.add(law)
         yield text_of(entry)
     yield head_line(count, hash)
 
@@ -69,8 +69,8 @@ def read_export(path: Path, database: Database) -> str:
                         f"a law that no line before it gives, or a name given twice ({error.orig})"
                     )
                     raise not_an_export(source, reason) from None
-        for found, wanted in zip_longest(_lines_of(path), export_lines(connection)):
-            text, source = found or ("", f"{path}, the end")
+        for read_line, wanted in zip_longest(_lines_of(path), export_lines(connection)):
+            text, source = read_line or ("", f"{path}, the end")
             if text != wanted and not (
                 wanted and text.startswith(start := '{"head":') and wanted.startswith(start)
             ):

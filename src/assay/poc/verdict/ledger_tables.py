@@ -34,8 +34,8 @@ LEDGER, LAWS, ACCOUNTS, UPDATES = (
 OF_ACCOUNT = [column for column in ACCOUNTS.c if column.name != "id"]  # the columns of an `Account`
 
 
-def _never(table: str, what: str) -> str:
-    return f"""CREATE TRIGGER {table}_never_{what.lower()} BEFORE {what} ON {table}
+def _never(table: str, statement: str) -> str:
+    return f"""CREATE TRIGGER {table}_never_{statement.lower()} BEFORE {statement} ON {table}
         BEGIN SELECT RAISE(ABORT, 'a ledger only grows'); END"""
 
 
@@ -95,8 +95,8 @@ MIGRATIONS = (
 
 def select_account(account: Account) -> sa.Select[Any]:
     """Return the query of the number that an account has in a ledger."""
-    same = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
-    return sa.select(ACCOUNTS.c.id).where(same)
+    matches = sa.and_(*(ACCOUNTS.c[name] == value for name, value in vars(account).items()))
+    return sa.select(ACCOUNTS.c.id).where(matches)
 
 
 def read_noise(connection: sa.Connection, law: str) -> AnyNoise:

@@ -144,14 +144,14 @@ class Life:
                 else sequential_test(noise, **rates)
             )
             size = 0.0 if isinstance(noise, ResponseNoise) else noise.size
-            made = LifeTest(test, math.log(weight), law, size, begins=len(self._pool))
-            self.tests.append(made)
-            running[1:] = [made]
+            life_test = LifeTest(test, math.log(weight), law, size, begins=len(self._pool))
+            self.tests.append(life_test)
+            running[1:] = [life_test]
         return running
 
     @property
     def _pooled_count(self) -> int:
-        return sum(len(one.sizes) for one in self._pool)
+        return sum(len(audit.sizes) for audit in self._pool)
 
     def _look(self, running: Sequence["LifeTest"], batch_size: int | None) -> None:
         """Exclude shares, look for faulty places in the pool, and weigh what a suspicion stands
@@ -163,19 +163,21 @@ class Life:
         pool = self._pool
         if self._pooled_count >= PLACES:
             sizes, positions = (
-                np.concatenate([getattr(one, name) for one in pool])
+                np.concatenate([getattr(audit, name) for audit in pool])
                 for name in ("sizes", "positions")
             )
-            found = stats.place_test(sizes, positions, batch_size=batch_size, honest_size=1.0)
-            self._fault = found.pattern if found.faulty else None
-            ends = np.cumsum([len(one.sizes) for one in pool])[:-1]
-            for one, aside in zip(pool, np.split(found.set_aside, ends), strict=True):
-                one.aside = aside
+            place_result = stats.place_test(
+                sizes, positions, batch_size=batch_size, honest_size=1.0
+            )
+            self._fault = place_result.pattern if place_result.faulty else None
+            ends = np.cumsum([len(audit.sizes) for audit in pool])[:-1]
+            for audit, aside in zip(pool, np.split(place_result.set_aside, ends), strict=True):
+                audit.aside = aside
         needed = -math.log(self.alpha)
         for test in running:
             if test.log_weight + test.log_e_max >= needed > test.log_e_held:
-                held = test.log_weight + min(self.held(test), test.log_e_max)
-                test.log_e_held = max(test.log_e_held, min(LARGEST_LOG, held))
+                remaining = test.log_weight + min(self.held(test), test.log_e_max)
+                test.log_e_held = max(test.log_e_held, min(LARGEST_LOG, remaining))
 
     def held(self, test: "LifeTest") -> float:
         """Return the logarithm of what stands of a test's e-value without any one block and without
@@ -187,7 +189,7 @@ class Life:
     def evidence(self) -> AccountEvidence:
         """The evidence, and the verdict that follows from it."""
         honest = max([test.log_weight + test.log_honest for test in self.tests[-2:]], default=0.0)
-        found = AccountEvidence(
+        before_verdict = AccountEvidence(
             n=self._n,
             tests=len(self.tests),
             log_e_value=log_average([(test.log_weight, test.log_e) for test in self.tests]),
@@ -201,8 +203,8 @@ class Life:
             else max([0.0, *np.array(SHARES)[self._open].tolist()]),
             faulty_places=self._fault,
         )
-        return found.model_copy(
-            update={"verdict": verdict_on_life(found, alpha=self.alpha, beta=self.beta)}
+        return before_verdict.model_copy(
+            update={"verdict": verdict_on_life(before_verdict, alpha=self.alpha, beta=self.beta)}
         )
 
 
@@ -218,5 +220,5 @@ def log_average(tests: Sequence[tuple[float, float]]) -> float:
     has E = 1.
     """
     logs = [log_weight + log_e for log_weight, log_e in tests]
-    rest = 1 - math.fsum(math.exp(log_weight) for log_weight, _ in tests)
-    return float(np.logaddexp.reduce([*logs, math.log(rest)]))
+    unused = 1 - math.fsum(math.exp(log_weight) for log_weight, _ in tests)
+    return float(np.logaddexp.reduce([*logs, math.log(unused)]))

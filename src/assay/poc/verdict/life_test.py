@@ -71,31 +71,29 @@ class LifeTest:
             self.test, stats.SequentialTest
         ):  # all of it for responses: tokens have no place in a batch
             return self.log_e
-        if len({one.block for one in pool[self.begins :]} | self.blocks.keys()) < 2:
+        if len({audit.block for audit in pool[self.begins :]} | self.blocks.keys()) < 2:
             return 0.0  # nothing is left
-        found = self._sums(self.test, pool)
-        whole = self.test.prior + sum(found.values())
-        left = (
-            float(self.test.log_e(whole - part))
-            for block, part in found.items()
-            if block is not None
+        sums = self._sums(self.test, pool)
+        path = self.test.prior + sum(sums.values())
+        remaining = (
+            float(self.test.log_e(path - part)) for block, part in sums.items() if block is not None
         )
-        return min(left, default=0.0)
+        return min(remaining, default=0.0)
 
     def settle(self, pool: Sequence[PooledAudit]) -> None:
         """Keep what a pool adds to the paths, apart for the blocks that accuse most."""
         test = self.test
         if not isinstance(test, stats.SequentialTest):
             return
-        found = self._sums(test, pool)
+        sums = self._sums(test, pool)
         weights = {
             block: float(test.log_e(test.prior + part))
-            for block, part in found.items()
+            for block, part in sums.items()
             if block is not None
         }
         for block in sorted(weights, key=weights.__getitem__, reverse=True)[APART:]:
-            found[None] = found.get(None, 0.0) + found.pop(block)
-        self.blocks = found
+            sums[None] = sums.get(None, 0.0) + sums.pop(block)
+        self.blocks = sums
         self.begins = 0
 
     def _sums(
@@ -104,12 +102,12 @@ class LifeTest:
         """Return what all residuals add to the paths, those at places that may be faulty left out,
         by block.
         """
-        found = dict(self.blocks)
-        for one in (one for one in pool[self.begins :] if one.law == self.law):
-            values = self.size * (one.sizes if one.aside is None else one.sizes[~one.aside])
+        sums = dict(self.blocks)
+        for audit in (audit for audit in pool[self.begins :] if audit.law == self.law):
+            values = self.size * (audit.sizes if audit.aside is None else audit.sizes[~audit.aside])
             parts = (
                 values[start : start + EPOCH] for start in range(0, len(values), EPOCH)
             )  # bounds memory
-            start = found.get(one.block, np.zeros_like(test.prior))
-            found[one.block] = sum((test.steps(part).sum(axis=0) for part in parts), start=start)
-        return found
+            start = sums.get(audit.block, np.zeros_like(test.prior))
+            sums[audit.block] = sum((test.steps(part).sum(axis=0) for part in parts), start=start)
+        return sums

@@ -60,7 +60,7 @@ def fit_build(
     pipeline: Pipeline,
     *,
     progress: Progress | None = None,
-    **known: Any,
+    **fields: Any,
 ) -> BuildNoise:
     """Fit the noise of a build to the residuals of its pairs, those of distances over the scale of
     each block.
@@ -68,18 +68,18 @@ def fit_build(
     With a ``control``, ``measured`` has the scores that it gives. What is ``known`` are fields of
     :class:`BuildNoise`: ``digest``, ``hidden_size``, ``effective_dimension`` and ``control``.
     """
-    of_distances = SCALED_SPREAD if known.get("hidden_size") else BLOCK_SPREAD
+    of_distances = SCALED_SPREAD if fields.get("hidden_size") else BLOCK_SPREAD
     between = of_distances if pipeline.output == "distance" else PAIR_SPREAD
     fit = partial(fit_noise, pipeline)
     kinds = [machine.kind for machine in machines]
     effect, left_out = leave_out(measured, kinds, fit, between_blocks=between, progress=progress)
-    known |= vars(fit_machines(measured, kinds, fit, between_blocks=between))
-    known |= {
+    fields |= vars(fit_machines(measured, kinds, fit, between_blocks=between))
+    fields |= {
         "output": pipeline.noise,
         "preset": pipeline.name,
         "n": min(map(np.size, measured.values())),
     }
-    return BuildNoise(machines=machines, effect=effect, left_out=left_out, **known)
+    return BuildNoise(machines=machines, effect=effect, left_out=left_out, **fields)
 
 
 def fit_machines(
@@ -91,9 +91,9 @@ def fit_machines(
     spread of ln size of one pair between blocks.
     """
     size = {pair: float(np.median(np.abs(errors_N))) for pair, errors_N in residuals.items()}
-    some = {pair: value for pair, value in size.items() if value > 0}
+    positive = {pair: value for pair, value in size.items() if value > 0}
     if (
-        not some
+        not positive
     ):  # machines that mostly agree to the bit; the rare nonces on which they do not price the bets
         every_N = np.concatenate(list(residuals.values()))
         law, _ = fit(every_N)
@@ -105,18 +105,22 @@ def fit_machines(
         return MachineNoise(
             law=law, sizes=sizes, spread=PRIOR, known=PRIOR, scores=pack_scores(every_N, law)
         )
-    sizes = Sizes(some, tuple(kinds))
-    alike = [residuals[pair] * (sizes.typical / value) for pair, value in some.items()]
+    sizes = Sizes(positive, tuple(kinds))
+    alike = [residuals[pair] * (sizes.typical / value) for pair, value in positive.items()]
     pooled_N = np.concatenate(alike)
     law, error = fit(pooled_N)
     error *= math.sqrt(
         pooled_N.size / min(one_N.size for one_N in alike)
     )  # of the size of one pair
-    known = min(math.hypot(error, between_blocks), _WIDEST)
-    new = spread_of_new(sizes.deviations(), len({i for pair in some for i in pair}), known)
+    measured_spread = min(math.hypot(error, between_blocks), _WIDEST)
+    new = spread_of_new(
+        sizes.deviations(), len({i for pair in positive for i in pair}), measured_spread
+    )
     widest = max(alike, key=lambda errors_N: float(np.quantile(np.abs(errors_N), WIDTH)))
     prices = {"scores": pack_scores(pooled_N, law), "widest": pack_scores(widest, law)}
-    return MachineNoise(law=law, sizes=sizes, spread=new, known=Spread(known, PRIOR.dof), **prices)
+    return MachineNoise(
+        law=law, sizes=sizes, spread=new, known=Spread(measured_spread, PRIOR.dof), **prices
+    )
 
 
 def spread_of_new(deviations: Iterable[float], machines: int, *errors: float) -> Spread:
@@ -157,31 +161,36 @@ def leave_out(
     for effect in EFFECTS:
         rng = np.random.default_rng(0)
         shares = list[float]()
-        left = list[int]()
+        machines_left_out = list[int]()
         for machine in range(len(kinds)):
-            rest = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
+            others = {pair: errors_N for pair, errors_N in residuals.items() if machine not in pair}
             mine = {
                 pair: errors_N
                 for pair, errors_N in residuals.items()
                 if machine in pair and errors_N.any()
             }
-            if rest and mine:
-                noise = fit_machines(rest, kinds, fit, between_blocks=between_blocks)
-            for pair, errors_N in mine.items() if rest else ():
+            if others and mine:
+                noise = fit_machines(others, kinds, fit, between_blocks=between_blocks)
+            for pair, errors_N in mine.items() if others else ():
                 law = noise.predict_law(kinds[machine], pair[0] if pair[1] == machine else pair[1])
                 test = sequential_test(
                     Noise(law, "left out", noise.spread, effect, noise.scores, noise.widest)
                 )
                 drawn = [rng.permutation(errors_N)[:checked] for _ in range(audits)]
                 shares.append(float(test.accusations(np.stack(drawn))[:, -1].mean()))
-                left.append(machine)
+                machines_left_out.append(machine)
             if progress:
                 progress(machine + 1, len(kinds))
         if not shares:
             return None, None
-        low, high = stats.grouped_share_interval(shares, left)
-        found = {"accused": float(np.mean(shares)), "low": low, "high": high, "worst": max(shares)}
-        left_out = LeftOut(**found, pairs=len(shares), audits=audits, checked=checked)
+        low, high = stats.grouped_share_interval(shares, machines_left_out)
+        figures = {
+            "accused": float(np.mean(shares)),
+            "low": low,
+            "high": high,
+            "worst": max(shares),
+        }
+        left_out = LeftOut(**figures, pairs=len(shares), audits=audits, checked=checked)
         if left_out.holds:
             break
     return effect, left_out

@@ -42,8 +42,12 @@ class Sizes:
         """Return the size to expect of a new machine of a kind against a validator's machine, or
         against any.
         """
-        both = {(i, j): size for pair, size in self.pairs.items() for i, j in (pair, pair[::-1])}
-        against = {(i, j): size for (i, j), size in sorted(both.items()) if validator in (None, j)}
+        directed = {
+            (i, j): size for pair, size in self.pairs.items() for i, j in (pair, pair[::-1])
+        }
+        against = {
+            (i, j): size for (i, j), size in sorted(directed.items()) if validator in (None, j)
+        }
         if not against:  # the validator's machine was measured with none of these
             return self.typical
         foreign = {
@@ -59,10 +63,10 @@ class Sizes:
         """Return the median size by kind of the first machine; a machine of unknown kind is a kind
         of its own.
         """
-        found: dict[str | int, list[float]] = {}
+        sizes_of_kind: dict[str | int, list[float]] = {}
         for (i, _), size in sizes.items():
-            found.setdefault(self.kinds[i] or i, []).append(size)
-        return {kind: float(np.median(values)) for kind, values in found.items()}
+            sizes_of_kind.setdefault(self.kinds[i] or i, []).append(size)
+        return {kind: float(np.median(values)) for kind, values in sizes_of_kind.items()}
 
     def deviations(self) -> FloatArray:
         """Return ln(size / predicted) of every machine as if it were new, against every other
@@ -70,13 +74,15 @@ class Sizes:
         """
         found = []
         for i, kind in enumerate(self.kinds):
-            rest = replace(
+            others = replace(
                 self, pairs={pair: size for pair, size in self.pairs.items() if i not in pair}
             )
             measured = {
-                sum(pair) - i: size for pair, size in self.pairs.items() if i in pair and rest.pairs
+                sum(pair) - i: size
+                for pair, size in self.pairs.items()
+                if i in pair and others.pairs
             }
             found += [
-                math.log(size / rest.predict(kind, j)) for j, size in sorted(measured.items())
+                math.log(size / others.predict(kind, j)) for j, size in sorted(measured.items())
             ]
         return np.array(found)

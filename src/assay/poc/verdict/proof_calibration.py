@@ -71,7 +71,7 @@ def calibrate(
         (32, 'poc-2.0', [32, 16])
     """
     proofs = tuple(
-        replace(one, header=replace(one.header, round=one.round.plain)) for one in proofs
+        replace(proof, header=replace(proof.header, round=proof.round.plain)) for proof in proofs
     )
     machines = [proof for proof in proofs if proof.header.fingerprint.dtype not in controls]
     if len(machines) < 2:
@@ -98,9 +98,12 @@ def calibrate(
     }
     measured = {
         pair: np.concatenate(
-            [residuals(*_in_common(one, other)) / scales[one.round] for one, other in both]
+            [
+                residuals(*_in_common(first_proof, second_proof)) / scales[first_proof.round]
+                for first_proof, second_proof in paired
+            ]
         )
-        for pair, both in pairs.items()
+        for pair, paired in pairs.items()
     }
     check_compared(measured, len(fingerprints))
     fit = partial(
@@ -110,17 +113,16 @@ def calibrate(
     if controls:
         engines = [(proof, proof.header.fingerprint) for proof in proofs]
         again = {
-            (proof.round, one.device, one.dtype): proof
-            for proof, one in engines
-            if one.dtype in controls
+            (proof.round, engine.device, engine.dtype): proof
+            for proof, engine in engines
+            if engine.dtype in controls
         }
         builds += _fit_scores(
             _sides_of(pairs, again, controls, scales), fingerprints, controls, fit
         )
     for build in builds:
-        sequential_test(
-            build.between("", None)
-        )  # it refuses noise that is as large as invented values
+        # The test refuses noise that is as large as invented values.
+        sequential_test(build.noise_between("", None))
     return Calibration(builds=tuple(builds))
 
 
@@ -130,27 +132,29 @@ def _pair_machines(proofs: Sequence[Proof]) -> tuple[PairedProofs, list[Fingerpr
     """
     machines: dict[tuple[Fingerprint, int], int] = {}
     rows = list[int]()
-    taken = Counter[tuple[Fingerprint, Round]]()
+    proofs_of_engine = Counter[tuple[Fingerprint, Round]]()
     for proof in proofs:
         # Two proofs of one round are of two machines, even if their engines are described alike.
         engine = proof.header.fingerprint
-        rows.append(machines.setdefault((engine, taken[engine, proof.round]), len(machines)))
-        taken[engine, proof.round] += 1
-    found: dict[Pair, list[tuple[Proof, Proof]]] = {}
+        rows.append(
+            machines.setdefault((engine, proofs_of_engine[engine, proof.round]), len(machines))
+        )
+        proofs_of_engine[engine, proof.round] += 1
+    pairs: dict[Pair, list[tuple[Proof, Proof]]] = {}
     for a, b in combinations(range(len(proofs)), 2):
         if proofs[a].round == proofs[b].round:
-            (i, one), (j, other) = sorted(
+            (i, first), (j, second) = sorted(
                 [(rows[a], proofs[a]), (rows[b], proofs[b])], key=lambda pair: pair[0]
             )
-            found.setdefault((i, j), []).append((one, other))
-    return found, [engine for engine, _ in machines]
+            pairs.setdefault((i, j), []).append((first, second))
+    return pairs, [engine for engine, _ in machines]
 
 
 def _in_common(*proofs: Proof) -> list[list[Record]]:
     """Return the records of the nonces that all proofs have, of each of them."""
     records = [{record.nonce: record for record in proof.records} for proof in proofs]
-    common = [nonce for nonce in records[0] if all(nonce in one for one in records)]
-    return [[one[nonce] for nonce in common] for one in records]
+    common = [nonce for nonce in records[0] if all(nonce in by_nonce for by_nonce in records)]
+    return [[by_nonce[nonce] for nonce in common] for by_nonce in records]
 
 
 def _sides_of(
@@ -162,29 +166,31 @@ def _sides_of(
     """Return residuals of nodes, [E, N], and between computations of validators, [P, N], by node
     and validator.
     """
-    found = {}
-    for (i, j), both in pairs.items():
-        for pair, proofs in (((i, j), both), ((j, i), [two[::-1] for two in both])):
+    sides = {}
+    for (i, j), paired in pairs.items():
+        for pair, proofs in (((i, j), paired), ((j, i), [two[::-1] for two in paired])):
             parts = []
             for node, validator in proofs:
                 # A control of another device would be further from the first computation than the
                 # validator's own is.
-                wanted = [
+                keys = [
                     (node.round, validator.header.fingerprint.device, name) for name in controls
                 ]
-                if all(one in again for one in wanted):
-                    received, *own = _in_common(node, validator, *(again[one] for one in wanted))
-                    parts.append([side / scales[node.round] for side in compare(received, own)])
+                if all(key in again for key in keys):
+                    received, *computed = _in_common(node, validator, *(again[key] for key in keys))
+                    parts.append(
+                        [side / scales[node.round] for side in compare(received, computed)]
+                    )
             if sum(node_EN.shape[1] for node_EN, _ in parts) >= MIN_NONCES:
-                found[pair] = (
+                sides[pair] = (
                     np.hstack([node_EN for node_EN, _ in parts]),
                     np.hstack([own_PN for _, own_PN in parts]),
                 )
-    return found
+    return sides
 
 
 def _fit_scores(
-    found: Mapping[Pair, Sides],
+    sides_by_pair: Mapping[Pair, Sides],
     engines: Sequence[Fingerprint],
     controls: Sequence[str],
     fit: Callable[..., BuildNoise],
@@ -192,10 +198,10 @@ def _fit_scores(
     """Yield a law of scores for each two number formats, of nodes and of validators, for which a
     control is a gain.
     """
-    if not found or len(controls) > 2:
+    if not sides_by_pair or len(controls) > 2:
         seen = (
             f"controls in {' and '.join(controls)}, for "
-            f"{'too many formats' if found else 'no machine'}"
+            f"{'too many formats' if sides_by_pair else 'no machine'}"
         )
         wanted = (
             f"one or two, in which a device that validates has {MIN_NONCES} nonces of another "
@@ -205,7 +211,7 @@ def _fit_scores(
         raise UsageError(seen, wanted=wanted, do=do)
     for formats in product(dict.fromkeys(engine.dtype for engine in engines), repeat=2):
         chosen: dict[Pair, Sides] = {}
-        for pair, sides in found.items():
+        for pair, sides in sides_by_pair.items():
             if tuple(engines[row].dtype for row in pair) == formats:
                 chosen.setdefault((min(pair), max(pair)), sides)
         control = Control.measured([*chosen.values()], of=formats[1], dtypes=controls)

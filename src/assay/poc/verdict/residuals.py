@@ -24,8 +24,10 @@ def residuals(received: Sequence[Record], recomputed: Sequence[Record]) -> Float
 
 
 def compare(
-    received: Sequence[Record], own: Sequence[Sequence[Record]]
+    received: Sequence[Record], computations: Sequence[Sequence[Record]]
 ) -> tuple[FloatArray, FloatArray]:
     """Return a node's residuals from each own computation, [E, N], and between these, [P, N]."""
-    between_PN = [residuals(one, other) for one, other in combinations(own, 2)]
-    return np.stack([residuals(received, records) for records in own]), np.stack(between_PN)
+    between_PN = [residuals(first, second) for first, second in combinations(computations, 2)]
+    return np.stack([residuals(received, records) for records in computations]), np.stack(
+        between_PN
+    )

@@ -59,10 +59,10 @@ class ResponseBlocks:
         """Return the evidence of a whole response; a UsageError where the tokens do not fill the
         blocks.
         """
-        found = np.asarray(distances, dtype=np.float64)
+        distances_B = np.asarray(distances, dtype=np.float64)
         profiles = np.asarray(profiles_NG, dtype=np.float64)
         tokens = len(profiles)
-        blocks = len(found)
+        blocks = len(distances_B)
         if profiles.shape[1:] != (COLUMNS,) or (
             tokens and math.ceil(tokens / SKETCH_EVERY) != blocks
         ):
@@ -73,7 +73,9 @@ class ResponseBlocks:
             )
         starts = range(0, SKETCH_EVERY * blocks, SKETCH_EVERY)
         return cls(
-            found, profiles, tuple(min(SKETCH_EVERY, max(0, tokens - start)) for start in starts)
+            distances_B,
+            profiles,
+            tuple(min(SKETCH_EVERY, max(0, tokens - start)) for start in starts),
         )
 
     @classmethod
@@ -104,10 +106,12 @@ class ResponseBlocks:
 
     def without(self, places: Collection[int]) -> "ResponseBlocks":
         """Return the evidence without some of the blocks."""
-        kept = [place for place in range(len(self)) if place not in places]
+        counted = [place for place in range(len(self)) if place not in places]
         of_token = np.repeat(np.arange(len(self)), self.sizes)
-        sizes = tuple(self.sizes[place] for place in kept)
-        return ResponseBlocks(self.distances[kept], self.profiles[np.isin(of_token, kept)], sizes)
+        sizes = tuple(self.sizes[place] for place in counted)
+        return ResponseBlocks(
+            self.distances[counted], self.profiles[np.isin(of_token, counted)], sizes
+        )
 
 
 def _read_part_law(values: Any) -> Any:
@@ -170,14 +174,14 @@ class ResponseNoise(StrictLaw):
             if parts.pop("kind") != KIND:
                 raise ValueError
             check_version(parts.pop("test"), RESPONSE_TEST, "the test of responses")
-            made = TypeAdapter(cls).validate_json(dumps(parts))
-            if (type(made.tokens.law), type(made.sketches.law)) != (
+            noise = TypeAdapter(cls).validate_json(dumps(parts))
+            if (type(noise.tokens.law), type(noise.sketches.law)) != (
                 stats.TokenNoise,
                 stats.LogNoise,
             ):
                 raise ValueError
-            ResponseTest(made)  # refuses laws of which no test can be made
-        return made
+            ResponseTest(noise)  # refuses laws of which no test can be made
+        return noise
 
 
 @dataclass(frozen=True, slots=True)

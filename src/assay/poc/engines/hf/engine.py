@@ -255,12 +255,12 @@ class HFEngine(Engine):
         except Exception as error:
             if is_out_of_memory(error):
                 raise self._too_large() from error
-            another = "use another architecture, such as Llama, Qwen3 or Mistral"
+            other_model = "use another architecture, such as Llama, Qwen3 or Mistral"
             seen = (
                 f"{self.model.reference} ({self.model.architecture}) does not run: "
                 f"{type(error).__name__}: {error}"
             )
-            do = f"try --kernels eager, or {another}" if self._compiled else another
+            do = f"try --kernels eager, or {other_model}" if self._compiled else other_model
             raise ModelError(
                 seen, wanted="a decoder that takes input embeddings and positions", do=do
             ) from error

@@ -87,13 +87,13 @@ def _free(device: torch.device) -> int:
         return free_bytes(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    kept = (
+    segments_kept = (
         s
         for s in segments
         if s["device"] == index and tuple(s.get("segment_pool_id", (0, 0))) != (0, 0)
     )
     return free_bytes(device) - sum(
-        int(segment["total_size"]) - int(segment["allocated_size"]) for segment in kept
+        int(segment["total_size"]) - int(segment["allocated_size"]) for segment in segments_kept
     )
 
 
