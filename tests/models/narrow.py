@@ -30,8 +30,8 @@ class Products(TorchDispatchMode):
     ) -> Any:
         if function.overloadpacket in _PRODUCTS:
             few = args[0].shape[:-1].numel() < precision.LEAST_ROWS
-            found = (self.few if few else self.narrow) if args[0].dtype in _NARROW else self.wide
-            found.append(f"{function} of {[tuple(each.shape) for each in args[:2]]}")
+            products = (self.few if few else self.narrow) if args[0].dtype in _NARROW else self.wide
+            products.append(f"{function} of {[tuple(factor.shape) for factor in args[:2]]}")
         return function(*args, **(kwargs or {}))
 
 

@@ -9,11 +9,13 @@ from assay.errors import BadWeights, ModelNotFound, UnsafeCheckpoint
 from assay.models import load_model
 from assay.models.checkpoint import (
     check_finite,
+    check_served,
     digest_tensors,
     list_tensors,
     stored_dtype,
     weight_files,
 )
+from assay.models.load import identify
 
 INDEX = "model.safetensors.index.json"
 
@@ -58,6 +60,34 @@ def test_files_without_an_index_are_refused_by_name(checkpoint, names):
         ModelNotFound, match=f"{names[0]}.safetensors and no file that says what belongs"
     ):
         load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors.more.safetensors", "adapter_model.safetensors", "consolidated.safetensors"],
+)
+def test_a_server_gets_no_folder_of_which_it_would_load_other_weights(checkpoint, name):
+    digest = identify(checkpoint, dtype="float32").digest
+    assert digest == load_model(checkpoint, device="cpu").digest
+    (checkpoint / name).write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(BadWeights, match=name):
+        identify(checkpoint, dtype="float32")
+
+
+def test_a_second_set_of_weights_is_refused_whatever_it_is_called(checkpoint):
+    second = checkpoint / "model.safetensors.more.safetensors"
+    second.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(BadWeights, match=second.name):
+        load_model(checkpoint, device="cpu")
+
+
+def test_beside_an_index_only_files_of_mistral_are_another_set(write_checkpoint):
+    directory = write_checkpoint(shard="10KB")
+    (directory / "other.safetensors").touch()
+    check_served(directory)
+    (directory / "consolidated.00.safetensors").touch()
+    with pytest.raises(BadWeights, match="consolidated"):
+        check_served(directory)
 
 
 def test_the_files_of_an_adapter_and_of_mistral_are_no_weights(tmp_path):

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from assay.errors import BadWeights
-from assay.models import load as _load
-from assay.models import load_model, model_info
+from assay.models import load, load_model, model_info
 from assay.models.load import check_loadable, identify
 from tests.models.storing import make_mixture, rewrite, store
 
@@ -35,7 +34,7 @@ def unread(monkeypatch):
     def read(*_):
         raise AssertionError("the checkpoint was hashed")
 
-    monkeypatch.setattr(_load, "digest_tensors", read)
+    monkeypatch.setattr(load, "digest_tensors", read)
 
 
 def refusal(path, reader):
@@ -48,28 +47,24 @@ def refusal(path, reader):
     return error
 
 
+def assert_names(error, *facts):
+    """Assert that an error names each fact, in any words."""
+    assert [str(fact) for fact in facts if str(fact) not in error.seen] == []
+
+
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("edit", "facts"),
     [
-        (lambda t: t.pop(NORM), f"missing, the first is '{NORM}'"),
-        (
-            lambda t: t.update({"model.norm.scale": torch.ones(3)}),
-            "surplus, the first is 'model.norm.scale'",
-        ),
-        (
-            lambda t: t.update({NORM: torch.ones(5)}),
-            f"of another shape, the first is '{NORM}': [5], not [32]",
-        ),
+        (lambda t: t.pop(NORM), [NORM]),
+        (lambda t: t.update({"model.norm.scale": torch.ones(3)}), ["model.norm.scale"]),
+        (lambda t: t.update({NORM: torch.ones(5)}), [NORM, "[5]", "[32]"]),
     ],
     ids=["missing", "surplus", "shape"],
 )
-def test_the_file_and_the_tensor_are_named(checkpoint, edit, says, reader):
+def test_the_file_and_the_tensor_are_named(checkpoint, edit, facts, reader):
     rewrite(checkpoint, edit)
-    assert (
-        refusal(checkpoint, reader).seen
-        == f"{checkpoint / 'model.safetensors'}: a tensor is {says}"
-    )
+    assert_names(refusal(checkpoint, reader), checkpoint / "model.safetensors", *facts)
 
 
 def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_checkpoint):
@@ -78,19 +73,14 @@ def test_a_missing_tensor_is_sought_in_the_file_that_the_index_names(write_check
     rest = load_file(file)
     del rest[NORM]
     save_file(rest, file, metadata={"format": "pt"})
-    assert (
-        refusal(path, check_loadable).seen == f"{file}: a tensor is missing, the first is '{NORM}'"
-    )
+    assert_names(refusal(path, check_loadable), file, NORM)
 
 
 def test_a_missing_file_of_the_index_is_named(write_checkpoint):
     path = write_checkpoint(shard="10KB")
     file = min(path.glob("*.safetensors"))
     file.unlink()
-    assert (
-        refusal(path, check_loadable).seen
-        == f"{path / INDEX} names {file.name}, which is not there"
-    )
+    assert_names(refusal(path, check_loadable), path / INDEX, file.name)
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
@@ -110,18 +100,18 @@ def test_names_without_the_prefix_of_the_decoder_fit(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("edit", "kind", "name"),
+    ("edit", "name"),
     [
-        (lambda t: t.pop(EXPERT), "missing", EXPERT),
-        (lambda t: t.update({EXPERT: t[EXPERT][:-1].contiguous()}), "of another shape", EXPERT),
-        (lambda t: t.update({MORE: t[EXPERT].clone()}), "surplus", MORE),
+        (lambda t: t.pop(EXPERT), EXPERT),
+        (lambda t: t.update({EXPERT: t[EXPERT][:-1].contiguous()}), EXPERT),
+        (lambda t: t.update({MORE: t[EXPERT].clone()}), MORE),
     ],
     ids=["missing", "shape", "surplus"],
 )
-def test_an_expert_is_named_as_it_is_stored(tmp_path, edit, kind, name):
+def test_an_expert_is_named_as_it_is_stored(tmp_path, edit, name):
     path = make_mixture("qwen3-moe", tmp_path / "mixture", head_dim=64)
     rewrite(path, edit)
-    assert f"a tensor is {kind}, the first is '{name}'" in refusal(path, check_loadable).seen
+    assert_names(refusal(path, check_loadable), name)
 
 
 @pytest.mark.parametrize("form", ["channel-tensors", "block", "awq", "gptq", "packed-zeros"])
@@ -133,9 +123,7 @@ def test_a_quantised_checkpoint_is_refused_by_its_headers_too(write_checkpoint, 
     )
     check_loadable(path, device="cpu")
     rewrite(path, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
-    said = refusal(path, lambda path: check_loadable(path, device="cpu")).seen
-    assert said == f"{path / 'model.safetensors'}: 'model.layers.9.extra' is surplus, one of 1"
+    error = refusal(path, lambda path: check_loadable(path, device="cpu"))
+    assert_names(error, path / "model.safetensors", "model.layers.9.extra")
     rewrite(path, lambda tensors: (tensors.pop("model.layers.9.extra"), tensors.pop(NORM)))
-    assert (
-        refusal(path, READERS["load"]).seen == f"{path / 'model.safetensors'}: '{NORM}' is missing"
-    )
+    assert_names(refusal(path, READERS["load"]), path / "model.safetensors", NORM)

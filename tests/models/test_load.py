@@ -87,20 +87,32 @@ def test_cuda_gives_the_same_digest_and_the_same_random_bits(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    ("arguments", "field"),
     [
-        ({"dtype": "int8"}, "int8"),
-        ({"device": "tpu"}, "tpu"),
-        ({"device": "cuda:x"}, "cuda:x"),
-        ({"device": "cpu:3"}, "cpu:3"),
-        ({"weights": "random"}, "random"),
-        ({"weights": "random-all"}, "without a block"),
-        ({"block_hash": "b"}, "trained"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "float8", "quantise": "int8-rows"}, "dtype"),
+        ({"quantise": "int8-rows"}, "quantise"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:x"}, "device"),
+        ({"device": "cpu:3"}, "device"),
+        ({"weights": "random"}, "weights"),
+        ({"weights": "random-all"}, "block_hash"),
+        ({"block_hash": "b"}, "block_hash"),
     ],
 )
-def test_wrong_arguments_are_usage_errors(checkpoint, arguments, names):
-    with pytest.raises(UsageError, match=names):
+def test_wrong_arguments_are_usage_errors(checkpoint, arguments, field):
+    with pytest.raises(UsageError) as raised:
         load_model(checkpoint, **arguments)
+    assert raised.value.field == field
+
+
+def test_the_name_of_a_number_format_is_a_dtype(checkpoint):
+    model = load_model(checkpoint, dtype="float8", device="cpu")
+    same = load_model(checkpoint, quantise="float8", device="cpu")
+    assert (model.quantised, model.dtype) == ("float8", torch.bfloat16)
+    weights = dict(same.module.named_parameters())
+    for name, weight in model.module.named_parameters():
+        assert torch.equal(weight.view(torch.uint8), weights[name].view(torch.uint8)), name
 
 
 def test_a_cuda_device_that_is_not_there(checkpoint):

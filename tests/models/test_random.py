@@ -8,8 +8,7 @@ import torch
 
 from assay import streams
 from assay.errors import StorageError, UsageError
-from assay.models import load as _save
-from assay.models import load_model, save_random
+from assay.models import load, load_model, save_random
 from assay.models import resolve as resolving
 
 
@@ -166,7 +165,7 @@ def test_a_failed_write_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
     model = load_model(checkpoint, device="cpu", weights="random-all", block_hash="b")
     monkeypatch.setattr(model.module, "save_pretrained", full)
-    monkeypatch.setattr(_save, "load_model", lambda *a, **k: model)
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: model)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(StorageError, match="No space left"):
         save_random(checkpoint, tmp_path / "r", weights="random-all", block_hash="b")

@@ -43,7 +43,7 @@ from assay.models.tokenizer_files import read_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_MOST_READS = 2**22
+MOST_READS = 3 * 2**20
 """Reads of one header: each key, and each text or number of an array. Vocabularies need 2**21."""
 
 _LAYOUT = 2
@@ -137,7 +137,7 @@ def read_header(file: Path) -> GGUFHeader:
         def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
             self.reads += 1
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
-            if end > len(self.data) or self.reads > _MOST_READS:
+            if end > len(self.data) or self.reads > MOST_READS:
                 raise ValueError("it ends inside its header or tensors, or has no end")
             return super()._get(offset, dtype, count, *order, **named)
 
