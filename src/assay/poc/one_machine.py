@@ -347,7 +347,7 @@ class _Store:
         return found[0]
 
     def _once(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
-        """Return numbers of a file, which are measured where there is none."""
+        """Return the numbers of a file; measure and write them where it is missing."""
         if self._folder is None:
             return measure()
         path = self._folder / name
