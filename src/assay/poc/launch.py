@@ -281,8 +281,10 @@ def open_prefill(
 
 
 def usual_preset(reference: str) -> str:
-    """Return the preset of a model where none is chosen: ``tokens-1``, and the published one for a
-    reference model or shape of assay and for a model without a tokenizer.
+    """Return the preset of a model where none is chosen.
+
+    It is ``tokens-1``, and the published one for a reference model or shape of assay and for a
+    model without a tokenizer.
     """
     if reference.startswith(("reference:", "shape:")):
         return "poc-2.0"

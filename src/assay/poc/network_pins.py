@@ -81,9 +81,7 @@ class Asked:
             )
 
     def missing_law(self, model: "Model", engine: "Engine") -> str:
-        """Return what a node should know whose proofs nobody can judge; empty where there is a
-        law.
-        """
+        """Return the warning of a checkpoint without a law; empty where it has one."""
         dtype = engine.fingerprint.dtype
         pipeline = get_pipeline(self.round.preset)
         if self.has_law or bundled_noise(model.digest, pipeline.noise, dtype, dtype) is not None:

@@ -321,8 +321,9 @@ class _Store:
         return Proof.load(path)
 
     def residuals(self, proof: Proof, own: Proof, engine: HFEngine) -> FloatArray:
-        """Return the residuals of a proof beside those of another engine; tokens part after the
-        first that differs, so they are replayed.
+        """Return the residuals between a proof and the values of an engine.
+
+        Tokens part after the first that differs, so they are replayed.
         """
         if not proof.header.pipeline.steps:
             return residuals(proof.records, own.records)
