@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import assay
+from scripts import measure
 
 ROOT = Path(assay.__file__).parent.parent
 MODULES = {
@@ -19,13 +20,11 @@ MODULES = {
     for path in sorted((ROOT / "assay").rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-LONGEST_FUNCTION = 65
+MOST_STATEMENTS = 45
+MOST_TUPLES = 30
+"""Swaps, and values that a call or a step of a formula gives together."""
 MOST_NAMES = 200
 RESEARCH = sorted((ROOT.parent / "research").rglob("*.py"))
-SIGNATURES = "assay.cli"
-"""Functions of the command line are as long as their lists of flags; their bodies are bounded like
-all others.
-"""
 
 
 def imports(name: str) -> list[tuple[str, str]]:
@@ -82,36 +81,49 @@ def test_an_underscore_is_a_boundary():
     assert not crossed, crossed
 
 
-def test_no_function_is_longer_than_a_screen():
-    """Code lines: without docstring, comments, blank lines inner functions, and the signature of a
-    command.
-    """
-    found = defaultdict(int)
+def statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of statements of a function, those of inner functions not counted."""
+    count = 0
+    pending: list[ast.AST] = list(function.body)
+    while pending:
+        node = pending.pop()
+        count += isinstance(node, ast.stmt) and not measure.is_docstring(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            pending += ast.iter_child_nodes(node)
+    return count
+
+
+def test_no_function_has_more_statements_than_a_screen():
+    """Statements and not lines: packing must not make a function short."""
+    too_long = {
+        f"{name}.{node.name}": statements(node)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and statements(node) > MOST_STATEMENTS
+    }
+    assert too_long == {}
+
+
+def test_an_assignment_binds_one_thing():
+    """``a, b = x, y`` reads as one fact, and is two. A swap needs the form."""
+    packed = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if measure.is_tuple_assignment(node)
+    ]
+    assert len(packed) <= MOST_TUPLES, packed
+
+
+def test_a_class_name_is_of_one_class():
+    """A name that stands for two things costs its reader a look at the imports."""
+    places = defaultdict(list)
     for name, tree in TREES.items():
-        lines = MODULES[name].read_text(encoding="utf-8").splitlines()
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                body = (
-                    node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
-                )
-                start = body[0].lineno if name.startswith(SIGNATURES) else node.lineno
-                left_out = (
-                    set(range(node.body[0].lineno, body[0].lineno))
-                    if body is not node.body
-                    else set()
-                )
-                for inner in (one for part in body for one in ast.walk(part)):
-                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
-                        left_out |= set(range(inner.lineno, (inner.end_lineno or 0) + 1))
-                code = [
-                    number
-                    for number in range(start, (node.end_lineno or start) + 1)
-                    if number not in left_out
-                    and lines[number - 1].strip()
-                    and lines[number - 1].strip()[0] != "#"
-                ]
-                found[f"{name}.{node.name}"] = len(code)
-    assert {name: lines for name, lines in found.items() if lines > LONGEST_FUNCTION} == {}
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name)
+    assert {word: names for word, names in places.items() if len(names) > 1} == {}
 
 
 def test_research_and_examples_import_what_there_is():
