@@ -106,7 +106,7 @@ def configuration() -> str:
             parts += (
                 [f"- {', '.join(f'`{word}`' for word in shared)}: see above\n"] if shared else []
             )
-    service = settings_class("assay.poc.service:Settings")
+    service = settings_class("assay.poc.service:ServiceSettings")
     plugin = settings_class("assay.poc.vllm:PluginSettings")
     names = [
         name

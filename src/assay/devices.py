@@ -35,9 +35,11 @@ def check_device(name: str, count: int | None = None) -> None:
     if count is None:
         count = 0 if _has_no_cuda() else sys.maxsize
     if int(index or 0) >= count:
-        seen = f"device {name}, and torch finds {count} CUDA devices here"
-        do = "use --device cpu, or install a torch with CUDA on a machine that has one"
-        raise BackendUnavailable(seen, wanted="a device that is there", do=do)
+        raise BackendUnavailable(
+            f"device {name}, and torch finds {count} CUDA devices here",
+            wanted="a device that is there",
+            do="use --device cpu, or install a torch with CUDA on a machine that has one",
+        )
 
 
 def _has_no_cuda() -> bool:

@@ -104,9 +104,8 @@ def fuzz(
     """
     unknown = [kind for kind in kinds if kind not in HOSTILE_KINDS]
     if count < 1 or unknown or not kinds:
-        seen = f"{count} hostile cases of kind {', '.join(unknown or kinds) or 'none'}"
         raise UsageError(
-            seen,
+            f"{count} hostile cases of kind {', '.join(unknown or kinds) or 'none'}",
             wanted=f"1 or more of {', '.join(HOSTILE_KINDS)}",
             do="correct the count or the kind",
         )

@@ -252,9 +252,10 @@ def hostile_case(name: str) -> HostileCase:
         made = _PROGRAMS[kind]
         canonical = f"{kind}/{int(seed)}/{int(number)}"
     except (KeyError, ValueError):
-        wanted = f"KIND/SEED/NUMBER with one of {', '.join(_PROGRAMS)}"
         raise DataError(
-            f"hostile case {name!r:.80}", wanted=wanted, do="correct the name"
+            f"hostile case {name!r:.80}",
+            wanted=f"KIND/SEED/NUMBER with one of {', '.join(_PROGRAMS)}",
+            do="correct the name",
         ) from None
     rng = random.Random(f"hostile {canonical}")
     episode = Episode(rng.choice(_tasks()), rng.choice(MODES))

@@ -125,9 +125,11 @@ def merge_ledgers(
     """
     paths = [Path(path) for path in ledgers]
     if not 0 <= liars < len(paths) <= MOST_LEDGERS:
-        seen = f"{len(paths)} ledgers, {liars} of them liars"
-        wanted = f"1 to {MOST_LEDGERS}, and fewer liars"
-        raise UsageError(seen, wanted=wanted, do="name the files of some, or fewer --liars")
+        raise UsageError(
+            f"{len(paths)} ledgers, {liars} of them liars",
+            wanted=f"1 to {MOST_LEDGERS}, and fewer liars",
+            do="name the files of some, or fewer --liars",
+        )
     with ExitStack() as stack:
         sources = [stack.enter_context(open_source(path)) for path in paths]
         begun = [_checked(source) for source in sources]
@@ -155,8 +157,11 @@ def _checked(source: LedgerSource) -> Genesis:
             do="leave it out, or ask its validator for it again",
         )
     if found.accounts > MOST_ACCOUNTS:
-        seen = f"{source.path}: {found.accounts} accounts"
-        raise DataError(seen, wanted=f"at most {MOST_ACCOUNTS}", do="leave it out")
+        raise DataError(
+            f"{source.path}: {found.accounts} accounts",
+            wanted=f"at most {MOST_ACCOUNTS}",
+            do="leave it out",
+        )
     with source.database.read() as connection:
         text = connection.execute(sa.select(LEDGER.c.genesis)).scalar_one()
     return Genesis.parse(text, str(source.path))
@@ -166,9 +171,10 @@ def _refuse_twice(paths: Sequence[Path], begun: Sequence[Genesis]) -> None:
     known: dict[str, Path] = {}
     for path, one in zip(paths, begun, strict=True):
         if one.id in known:
-            seen = f"{known[one.id]} and {path}, which are one ledger"
             raise UsageError(
-                seen, wanted="ledgers of different validators", do="leave the older one out"
+                f"{known[one.id]} and {path}, which are one ledger",
+                wanted="ledgers of different validators",
+                do="leave the older one out",
             )
         known[one.id] = path
 

@@ -23,6 +23,21 @@ from assay.errors import BackendUnavailable, UsageError, how_to_install
 from assay.settings import Flag, Settings
 
 models = Group("models", "Bundled models and random checkpoints.")
+PRINTABLE = 1_000_000
+METHODS = {
+    "hash": "hashes", "uniform": "uniforms", "gumbel": "gumbels", "signs": "signs", "permutation": "permutations",
+    "normal": "normals",
+}  # fmt: skip
+"""Method of a backend for every kind of number."""
+# What a user may miss, what for, and how to get it.
+OPTIONAL = {
+    "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
+    "fastapi": ("assay poc serve", how_to_install("serve")),
+    "gguf": ("pretrained:smollm2 and GGUF files", how_to_install("smollm2")),
+    "trl": ("assay vhack train", how_to_install("train")),
+    "vllm": ("--engine vllm", how_to_install("vllm")),
+}
+PROGRAMS = {"bwrap": ("the stronger sandbox for programs", "apt-get install bubblewrap")}
 
 
 class InfoSettings(Settings):
@@ -113,14 +128,6 @@ def path_(chosen: InfoSettings, as_json: bool) -> None:
         click.echo(path)
 
 
-PRINTABLE = 1_000_000
-METHODS = {
-    "hash": "hashes", "uniform": "uniforms", "gumbel": "gumbels", "signs": "signs", "permutation": "permutations",
-    "normal": "normals",
-}  # fmt: skip
-"""Method of a backend for every kind of number."""
-
-
 class NumberSettings(Settings):
     """Settings of ``assay streams``."""
 
@@ -187,21 +194,11 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
     emit_json("assay.streams/1", {**described, "sha256": digest(values), "values": printed})
 
 
-# What a user may miss, what for, and how to get it.
-OPTIONAL = {
-    "triton": ("fused streams on CUDA", "comes with the CUDA builds of torch"),
-    "fastapi": ("assay poc serve", how_to_install("serve")),
-    "gguf": ("pretrained:smollm2 and GGUF files", how_to_install("smollm2")),
-    "trl": ("assay vhack train", how_to_install("train")),
-    "vllm": ("--engine vllm", how_to_install("vllm")),
-}
-PROGRAMS = {"bwrap": ("the stronger sandbox for programs", "apt-get install bubblewrap")}
-
-
 def doctor(as_json: bool) -> int:
     """Report versions, devices, and exact streams.
 
-    It also names the sandbox for programs of models. Every backend must give the same bits. Exit code 1 if one does not.
+    It also names the sandbox for programs of models. Every backend must give the same bits. Exit
+    code 1 if one does not.
     """
     from assay.pages.provenance import provenance
     from assay.vhack.environment.backends import BACKENDS, available_backend, unusable

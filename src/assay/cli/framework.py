@@ -2,8 +2,8 @@
 errors.
 
 A command is a function of objects of settings classes. Every field of a class is an option. At most
-fourteen of a command are in its help; the others belong into the configuration file and are still read
-as options for one release, with a warning. A value comes from the command line, else from the
+fourteen of a command are in its help; the others belong into the configuration file and are still
+read as options for one release, with a warning. A value comes from the command line, else from the
 variable of its field, else from the file.
 """
 
@@ -284,8 +284,11 @@ class Command(click.Command):
         table = own_table(ctx.params.get("config"), ctx, words)
         as_json = given.pop("as_json", table.pop("json", False))
         if not isinstance(as_json, bool):
-            seen = f"json = {as_json!r:.80} in the configuration of {ctx.command_path}"
-            raise UsageError(seen, wanted="true or false", do="correct the file (--config)")
+            raise UsageError(
+                f"json = {as_json!r:.80} in the configuration of {ctx.command_path}",
+                wanted="true or false",
+                do="correct the file (--config)",
+            )
         own = {
             name: variable
             for name, one in self.settings.items()
@@ -382,9 +385,11 @@ class Command(click.Command):
         known |= {name: name for name in self.settings}
         for key in table:
             if key.replace("-", "_") not in known:
-                seen = f"{key} in the configuration file is not a setting of {path}"
-                do = _nearest(key.replace("-", "_"), known, "remove it")
-                raise UsageError(seen, wanted="one of " + ", ".join(sorted(self.settings)), do=do)
+                raise UsageError(
+                    f"{key} in the configuration file is not a setting of {path}",
+                    wanted="one of " + ", ".join(sorted(self.settings)),
+                    do=_nearest(key.replace("-", "_"), known, "remove it"),
+                )
         return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
     def _warn(self, words: Sequence[str], given: Mapping[str, Any], own: Collection[str]) -> None:
@@ -512,9 +517,11 @@ def extension(words: str) -> Any:
     """
     for point in entry_points(group=EXTENSIONS, name=words):
         return point.load()
-    wanted = "the package assay-research"
-    do = "install assay-research (research/ of the repository)"
-    raise UsageError(f"assay {words}, which the package assay does not have", wanted=wanted, do=do)
+    raise UsageError(
+        f"assay {words}, which the package assay does not have",
+        wanted="the package assay-research",
+        do="install assay-research (research/ of the repository)",
+    )
 
 
 def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -> dict[str, Any]:
@@ -538,10 +545,13 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
         for key, value in tables.items():
             if key not in names or not isinstance(value, dict):
                 kind = "command" if isinstance(value, dict) else "table"
-                wanted = "a TOML file with a table per command, as `assay config COMMAND` prints it"
                 seen = f"{key} is not a {kind} of {command.name}"
-                do = "correct the file, or leave --config out"
-                raise UsageError(f"configuration file {path}: {seen}", wanted=wanted, do=do)
+                raise UsageError(
+                    f"configuration file {path}: {seen}",
+                    wanted="a TOML file with a table per command, as `assay config COMMAND` "
+                    "prints it",
+                    do="correct the file, or leave --config out",
+                )
         tables = tables.get(word, {})
         command = command.get_command(context, word)
     return tables
@@ -560,9 +570,11 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
             if name not in (result, "merge") and any(
                 _same_file(values[result], one) for one in texts
             ):  # it may grow
-                seen = f"{flag} {values[result]}, which is {settings[name].spelling} too"
-                do = f"choose another name with {flag}"
-                raise UsageError(seen, wanted="a file of its own for every result", do=do)
+                raise UsageError(
+                    f"{flag} {values[result]}, which is {settings[name].spelling} too",
+                    wanted="a file of its own for every result",
+                    do=f"choose another name with {flag}",
+                )
 
 
 def _same_file(result: str, other: str) -> bool:
@@ -634,9 +646,11 @@ def _not_installed(error: ModuleNotFoundError) -> Exception:
     package = (error.name or "assay").partition(".")[0]
     if package == "assay":
         return error
-    seen = f"the package {error.name} is not installed"
-    wanted = "what the command needs beside assay itself"
-    return BackendUnavailable(seen, wanted=wanted, do=how_to_install(_extra_of(package)))
+    return BackendUnavailable(
+        f"the package {error.name} is not installed",
+        wanted="what the command needs beside assay itself",
+        do=how_to_install(_extra_of(package)),
+    )
 
 
 def _extra_of(package: str) -> str:

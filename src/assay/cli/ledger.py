@@ -38,7 +38,7 @@ class ShowSettings(Settings):
     )
 
 
-class AuditSettings(Settings):
+class LedgerAuditSettings(Settings):
     """Settings of ``assay poc ledger audit``."""
 
     ledger: Annotated[Path, ARGUMENT] = Field(
@@ -115,8 +115,10 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
     click.echo(f"{count} entries, head {head}")
 
 
-@ledger.add("audit", AuditSettings, example="assay poc ledger audit ledger.sqlite3 --head HASH")
-def audit(chosen: AuditSettings, as_json: bool) -> int:
+@ledger.add(
+    "audit", LedgerAuditSettings, example="assay poc ledger audit ledger.sqlite3 --head HASH"
+)
+def audit(chosen: LedgerAuditSettings, as_json: bool) -> int:
     """Compute every hash and every verdict again.
 
     Exit code 0 clean, 1 tampered with, 2 bad input. Whoever rewrites the whole ledger, hashes
@@ -161,8 +163,11 @@ def no_such_key(key: str, known: Collection[str]) -> UsageError:
         if known
         else "a ledger with audits"
     )
-    do = "correct --public-key, or leave it out to list all accounts"
-    return UsageError(f"--public-key {key:.80}, of which there is no audit", wanted=wanted, do=do)
+    return UsageError(
+        f"--public-key {key:.80}, of which there is no audit",
+        wanted=wanted,
+        do="correct --public-key, or leave it out to list all accounts",
+    )
 
 
 def names_of(account: "Account") -> tuple[str, ...]:

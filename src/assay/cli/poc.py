@@ -50,6 +50,8 @@ COLLECTED = "collect"
 POSITIONS = 256  # of a nonce of the published rounds
 
 poc = Group("poc", "Prove that a model ran, and check such proofs.", elsewhere=("experiment",))
+CHEAT = "a tenth of the nonces at 5 times the honest noise"
+COLUMN = 90  # characters of a reason in a line
 
 
 def _positions(text: str) -> tuple[int, int]:
@@ -340,7 +342,8 @@ def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
     "verify",
     VerifySettings,
     panel="Validator",
-    shown="model pins block_hash public_key preset seq_len nonces strength r_target node_id node_count "
+    shown="model pins block_hash public_key preset seq_len nonces strength r_target node_id "
+    "node_count "
     "prover_dtype sample calibration frame ledger dtype engine device",
     example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key "
     "KEY",
@@ -481,10 +484,6 @@ class _Pace:
         return resumed, start - begin, rate
 
 
-CHEAT = "a tenth of the nonces at 5 times the honest noise"
-COLUMN = 90  # characters of a reason in a line
-
-
 def _in_column(text: str) -> str:
     """Return a text in lines of a table, with every word of a command whole."""
     return fill(text, COLUMN, break_on_hyphens=False, break_long_words=False)
@@ -593,9 +592,11 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
         block_hash=COLLECTED, public_key=COLLECTED, preset=chosen.preset, seq_len=chosen.seq_len
     )
     if poc.get_pipeline(chosen.preset).steps:
-        seen = f"preset {chosen.preset}, whose tokens part after the first that differs"
-        do = "choose another preset"
-        raise UsageError(seen, wanted="one whose values are compared nonce by nonce", do=do)
+        raise UsageError(
+            f"preset {chosen.preset}, whose tokens part after the first that differs",
+            wanted="one whose values are compared nonce by nonce",
+            do="choose another preset",
+        )
     how = Proving(**chosen.model_dump(exclude={"output", "blocks", "nonces"}))
     check_folder(chosen.output)
     with open_prover(how) as (model, engine), progress_bar("proving", "blocks") as progress:
@@ -616,9 +617,10 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
                 engine.fingerprint,
                 chosen.nonces,
             ):
-                seen = f"{path}, of another round, engine or number of nonces"
                 raise UsageError(
-                    seen, wanted="a proof of this run", do="name another folder with -o"
+                    f"{path}, of another round, engine or number of nonces",
+                    wanted="a proof of this run",
+                    do="name another folder with -o",
                 )
             if progress:
                 progress(number, chosen.blocks)
@@ -703,9 +705,11 @@ def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
         dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs
     }
     if len(texts) < len(proofs):
-        wanted = "every proof once: a machine says nothing about its noise beside itself"
-        do = "leave one out of PROOFS, or pass that of another machine"
-        raise UsageError("a proof that is given twice", wanted=wanted, do=do)
+        raise UsageError(
+            "a proof that is given twice",
+            wanted="every proof once: a machine says nothing about its noise beside itself",
+            do="leave one out of PROOFS, or pass that of another machine",
+        )
     check_one_checkpoint(proofs)
     return proofs
 
@@ -867,8 +871,11 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     if rate:
         return
     if merging and len(chosen.merge) < 2:
-        do = "repeat --merge with another file"
-        raise UsageError("one file to merge", wanted="two or more, or proofs to measure", do=do)
+        raise UsageError(
+            "one file to merge",
+            wanted="two or more, or proofs to measure",
+            do="repeat --merge with another file",
+        )
     if measures and not alone and len(chosen.proofs) < 2:
         raise UsageError(
             f"neither --model, --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} "

@@ -84,7 +84,7 @@ class CallbackSettings(Settings):
     data_dir: DataDir = Path("assay-data")
 
 
-class ListSettings(Settings):
+class CallbackListSettings(Settings):
     """Settings of ``assay poc callbacks list``."""
 
     data_dir: DataDir = Path("assay-data")
@@ -159,8 +159,8 @@ def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
     receive(service, chosen.output, host=chosen.host, port=chosen.port)
 
 
-@callbacks.add("list", ListSettings, example="assay poc callbacks list --all")
-def list_callbacks(chosen: ListSettings, as_json: bool) -> None:
+@callbacks.add("list", CallbackListSettings, example="assay poc callbacks list --all")
+def list_callbacks(chosen: CallbackListSettings, as_json: bool) -> None:
     """List pending and dead callbacks."""
     from assay.poc.service.outbox import open_outbox
 
@@ -186,9 +186,11 @@ def replay(chosen: CallbackSettings, as_json: bool) -> None:
     with open_outbox(chosen.data_dir) as outbox:
         count = outbox.replay(list(chosen.ids) or None)
     if chosen.ids and count < len(chosen.ids):
-        wanted = "ids of dead callbacks"
-        do = "`assay poc callbacks list` shows them"
-        raise UsageError(f"{count} of {len(chosen.ids)} callbacks were dead", wanted=wanted, do=do)
+        raise UsageError(
+            f"{count} of {len(chosen.ids)} callbacks were dead",
+            wanted="ids of dead callbacks",
+            do="`assay poc callbacks list` shows them",
+        )
     if as_json:
         emit_json("assay.poc.callbacks.replay/1", {"replayed": count})
     else:

@@ -58,6 +58,11 @@ Result = Annotated[Path | None, OUTPUT, Field(description="File for the result a
 PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
 BASIS = Flag(reads="assay.vhack.names:check_basis")
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
+_AXES = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
+_PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
+"""Settings that :func:`assay.vhack.extract` takes as they are."""
+SAMPLING = "assay.vhack.training.settings:SampleSettings"
+DELTA = Flag(reads="assay.vhack.names:check_delta")
 
 
 class WeightSettings(Settings):
@@ -212,11 +217,6 @@ class VerifyPairsSettings(ListSettings):
 
     tests: Path | None = Field(None, description="JSON Lines with hidden cases of your own tasks.")
     allow_unsandboxed: Unsandboxed = False
-
-
-_AXES = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
-_PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
-"""Settings that :func:`assay.vhack.extract` takes as they are."""
 
 
 @vhack.add(
@@ -389,9 +389,11 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
 
     logs = (next(first.glob(place), None) for place in ("*.jsonl", "*/log.jsonl"))
     if first.is_dir() and not any(logs):  # before torch, as the next one
-        wanted = "the directory of a run, with its log"
-        do = "wait for a step, or name another directory"
-        raise DataError(f"{first} without a log", wanted=wanted, do=do)
+        raise DataError(
+            f"{first} without a log",
+            wanted="the directory of a run, with its log",
+            do="wait for a step, or name another directory",
+        )
     if (more or first.suffix != ".json") and not first.is_dir():
         _, head = next(read_jsonl(first), (0, None))
         if head is None:
@@ -401,17 +403,21 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
                 do="wait for a step, or name another file",
             )
         if head.get("schema") not in (LOG, STUDY):
-            wanted = f"the log of a run, {LOG}"
-            do = "name logs of a study, or of assay vhack train"
-            raise DataError(f"{first}, line 1", wanted=wanted, do=do)
+            raise DataError(
+                f"{first}, line 1",
+                wanted=f"the log of a run, {LOG}",
+                do="name logs of a study, or of assay vhack train",
+            )
     is_state = False
     if first.suffix == ".json" and not more:
         found = read_json(first)
         is_state = isinstance(found.get("log_history"), list)
         if found.get("schema") != CHECK and not is_state:
-            wanted = f"a result of schema {CHECK}, or trainer_state.json of TRL"
-            do = "name another file"
-            raise DataError(f"{first} is neither", wanted=wanted, do=do)
+            raise DataError(
+                f"{first} is neither",
+                wanted=f"a result of schema {CHECK}, or trainer_state.json of TRL",
+                do="name another file",
+            )
     from assay.vhack.directions.checks.check_page import make_page
     from assay.vhack.directions.checks.check_report import CheckReport
     from assay.vhack.training.page import training_page
@@ -624,9 +630,10 @@ def check_tokenizer(model: str) -> None:
     from assay.models.load import load_tokenizer
 
     if load_tokenizer(model) is None:
-        do = "save its tokenizer beside its weights, or pass another --model"
         raise UsageError(
-            f"--model {model} has no tokenizer", wanted="a model that reads texts", do=do
+            f"--model {model} has no tokenizer",
+            wanted="a model that reads texts",
+            do="save its tokenizer beside its weights, or pass another --model",
         )
 
 
@@ -660,8 +667,6 @@ def _print_detectors(compared: "Comparison | None") -> None:
         table(*compared.table, title=f"detectors, on groups held out: {compared.says}")
 
 
-SAMPLING = "assay.vhack.training.settings:SampleSettings"
-DELTA = Flag(reads="assay.vhack.names:check_delta")
 Delta = Annotated[
     Path | None, DELTA, Field(description="File of δS of this model, merged before sampling.")
 ]

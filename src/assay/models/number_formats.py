@@ -162,8 +162,9 @@ def _parse_group(value: object) -> int | None:
 def _parse_block(value: object) -> tuple[int, int]:
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     if not is_pair or any(type(size) is not int or size < 1 for size in value):  # type: ignore[attr-defined]
-        wanted = "two numbers of at least 1, such as [128, 128]"
-        raise _refusal("the size of a block", value, wanted)
+        raise _refusal(
+            "the size of a block", value, "two numbers of at least 1, such as [128, 128]"
+        )
     return value[0], value[1]  # type: ignore[index]
 
 
@@ -180,8 +181,11 @@ def _require_all(stated: Mapping[str, Any], accepted: Mapping[str, tuple[object,
 
 
 def _refusal(key: str, value: object, wanted: str) -> ModelError:
-    do = "use the checkpoint before quantisation, or one in a format of docs/models.md"
-    return ModelError(f"is quantised with {key} {value!r:.80}", wanted=wanted, do=do)
+    return ModelError(
+        f"is quantised with {key} {value!r:.80}",
+        wanted=wanted,
+        do="use the checkpoint before quantisation, or one in a format of docs/models.md",
+    )
 
 
 def check_format(form: StoredFormat, device: torch.device) -> None:

@@ -238,9 +238,10 @@ class Auditor(Launch):
         loaded in.
         """
         if measured is None:
-            do = "pass --calibration, or leave --control out"
             raise UsageError(
-                "--control without a calibration", wanted="one that measured a control", do=do
+                "--control without a calibration",
+                wanted="one that measured a control",
+                do="pass --calibration, or leave --control out",
             )
         return measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
 
@@ -252,20 +253,21 @@ class Auditor(Launch):
             return
         if believed:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in believed)
-            wanted = "evidence about the node that is named, in a round that was asked for"
-            do = f"pass {flags}"
             raise UsageError(
                 f"--ledger with {', '.join(believed)} taken on the prover's word",
-                wanted=wanted,
-                do=do,
+                wanted="evidence about the node that is named, in a round that was asked for",
+                do=f"pass {flags}",
             )
         check_ledger(self.ledger, alpha=self._account_alpha)
 
     def _check_law(self, law: object, missing: str) -> None:
         """Refuse a ledger where no law was measured, and say what measures one."""
         if law is None and self.ledger is not None:
-            wanted = "a law, without which an audit says nothing of a life"
-            raise CalibrationError(missing, wanted=wanted, do="measure one, or leave --ledger out")
+            raise CalibrationError(
+                missing,
+                wanted="a law, without which an audit says nothing of a life",
+                do="measure one, or leave --ledger out",
+            )
 
     def _ledger(
         self,
@@ -280,8 +282,11 @@ def _check_round(pins: Pins, header: Header) -> None:
     missing = [name for name in ("block_hash", "public_key") if name in pins.unpinned(header)]
     if missing:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
-        wanted = "the block and the key of the round, which are never taken on the prover's word"
-        raise UsageError(f"no {flags}", wanted=wanted, do=f"pass {flags}, or --pins with them")
+        raise UsageError(
+            f"no {flags}",
+            wanted="the block and the key of the round, which are never taken on the prover's word",
+            do=f"pass {flags}, or --pins with them",
+        )
 
 
 @dataclass(frozen=True)

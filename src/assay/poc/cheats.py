@@ -47,8 +47,11 @@ def weight_of(part: Any) -> torch.Tensor:
     if not isinstance(part, EightBitLinear):
         return weight
     if part.arithmetic.block:
-        seen = f"a cheat on weights in {part.arithmetic.name}"
-        raise UsageError(seen, wanted="a scale for every row", do="use float8 or int8-rows")
+        raise UsageError(
+            f"a cheat on weights in {part.arithmetic.name}",
+            wanted="a scale for every row",
+            do="use float8 or int8-rows",
+        )
     return weight * part.scales.detach()
 
 

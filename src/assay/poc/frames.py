@@ -94,7 +94,9 @@ def _left_out(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> Int32[np.
     drawn = set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids)
     left_out = [place for place in range(rows) if place not in drawn]
     if len(left_out) == rows:
-        seen = "a tokenizer of special tokens alone"
-        wanted = "one with tokens to draw"
-        raise UsageError(seen, wanted=wanted, do="pass the checkpoint with its own tokenizer")
+        raise UsageError(
+            "a tokenizer of special tokens alone",
+            wanted="one with tokens to draw",
+            do="pass the checkpoint with its own tokenizer",
+        )
     return np.array(left_out, np.int32)

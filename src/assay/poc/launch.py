@@ -133,9 +133,10 @@ class Proving(Launch):
         check_batch_size(1 if self.batch_size == "auto" else self.batch_size)
         if self.engine == "hf":
             if pipeline.steps and self.kernels == "compiled":
-                seen = f"--kernels compiled with --preset {self.preset}"
                 raise UsageError(
-                    seen, wanted="eager kernels, which decode", do="leave --kernels out"
+                    f"--kernels compiled with --preset {self.preset}",
+                    wanted="eager kernels, which decode",
+                    do="leave --kernels out",
                 )
             return
         of_hf = {
@@ -145,9 +146,11 @@ class Proving(Launch):
             f"--dtype {self.dtype}": self.dtype in NUMBER_FORMATS,
         }
         if given := [flag for flag, is_given in of_hf.items() if is_given]:
-            wanted = "no --kernels or --deterministic, a batch size in numbers, and a dtype"
-            do = f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options"
-            raise UsageError(f"{given[0]} with --engine vllm", wanted=wanted, do=do)
+            raise UsageError(
+                f"{given[0]} with --engine vllm",
+                wanted="no --kernels or --deterministic, a batch size in numbers, and a dtype",
+                do=f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
+            )
         self.check_engine(pipeline)
 
 
@@ -200,9 +203,12 @@ def check_judge(chosen: Launch, header: Header, calibration: Calibration | None)
     info = model_info(chosen.model)
     positions = header.round.seq_len + header.pipeline.steps
     if positions > info.max_positions:
-        wanted = f"at most the {info.max_positions} of {info.reference}"
-        do = "pass the model of the round with --model, or ask the node for its proof of this round"
-        raise ProofMismatch(f"a proof of {positions} positions", wanted=wanted, do=do)
+        raise ProofMismatch(
+            f"a proof of {positions} positions",
+            wanted=f"at most the {info.max_positions} of {info.reference}",
+            do="pass the model of the round with --model, or ask the node for its proof of this "
+            "round",
+        )
 
 
 @contextmanager
@@ -234,9 +240,10 @@ def open_judge(
     with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as made:
         found = of_weights(made[1].fingerprint.dtype)
         if stored and found != dtype:
-            seen = f"{dtype} on vLLM, of a checkpoint in {found}"
             raise UsageError(
-                seen, wanted="the format of the checkpoint", do="use --engine hf for it"
+                f"{dtype} on vLLM, of a checkpoint in {found}",
+                wanted="the format of the checkpoint",
+                do="use --engine hf for it",
             )
         yield made
 
@@ -382,6 +389,9 @@ def _refuse_for_vllm(
     if dtype in NUMBER_FORMATS:
         raise UsageError(f"{dtype} on vLLM", wanted="a dtype", do="use --engine hf for it")
     if device is not None:
-        wanted = "no --device: a build of vLLM is for one kind of device"
-        raise UsageError(f"--device {device} with vllm", wanted=wanted, do="leave it out")
+        raise UsageError(
+            f"--device {device} with vllm",
+            wanted="no --device: a build of vLLM is for one kind of device",
+            do="leave it out",
+        )
     check_installed()

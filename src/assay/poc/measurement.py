@@ -124,10 +124,10 @@ def measure_r_target(
     size = _dimension(given[0], dimension)
     is_vector = given[0].header.pipeline.output == "vector"
     if effective_dimension is None and not is_vector:
-        wanted = "the model's effective dimension"
-        do = "pass --model, or the --calibration that `assay poc calibrate --model M` wrote"
         raise UsageError(
-            "distances, but no effective dimension of their model", wanted=wanted, do=do
+            "distances, but no effective dimension of their model",
+            wanted="the model's effective dimension",
+            do="pass --model, or the --calibration that `assay poc calibrate --model M` wrote",
         )
     per_block: dict[str, list[FloatArray]] = {}
     for proof in given:
@@ -146,11 +146,13 @@ def _refuse_different(proofs: Sequence[Proof]) -> None:
         raise UsageError("no proof", wanted="one or more", do="pass honest proofs of the model")
     of_one = [(p.round.preset, p.round.seq_len, p.header.digest, p.header.weights) for p in proofs]
     if len(set(of_one)) > 1:
-        seen = "proofs of " + " and ".join(
-            sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one})
-        )
         raise ProofMismatch(
-            seen, wanted="proofs of one preset, length and checkpoint", do="measure them one by one"
+            "proofs of "
+            + " and ".join(
+                sorted({f"{preset}, {length} positions" for preset, length, *_ in of_one})
+            ),
+            wanted="proofs of one preset, length and checkpoint",
+            do="measure them one by one",
         )
     inputs = Counter(
         (proof.round.block_hash, proof.round.public_key, record.nonce)
@@ -159,8 +161,11 @@ def _refuse_different(proofs: Sequence[Proof]) -> None:
     )
     for (block, *_), times in inputs.most_common(1):
         if times > 1:
-            seen = f"a nonce of block {block} in two proofs"
-            raise ProofMismatch(seen, wanted="every nonce once", do="leave one out")
+            raise ProofMismatch(
+                f"a nonce of block {block} in two proofs",
+                wanted="every nonce once",
+                do="leave one out",
+            )
 
 
 def _dimension(proof: Proof, dimension: int | None) -> int:
@@ -168,12 +173,17 @@ def _dimension(proof: Proof, dimension: int | None) -> int:
     pipeline = proof.header.pipeline
     known = pipeline.vector_size or (RANDOM_HEAD_ROWS if pipeline.head == "random" else None)
     if known is not None and dimension not in (None, known):
-        seen = f"--dimension {dimension} with preset {pipeline.name}"
-        raise UsageError(seen, wanted=f"its {known}", do="leave --dimension out")
-    if (size := known or dimension) is None:
-        do = "pass --dimension: the vocabulary with the trained head, the hidden size without one"
         raise UsageError(
-            f"a proof of preset {pipeline.name}", wanted="the dimension of its output", do=do
+            f"--dimension {dimension} with preset {pipeline.name}",
+            wanted=f"its {known}",
+            do="leave --dimension out",
+        )
+    if (size := known or dimension) is None:
+        raise UsageError(
+            f"a proof of preset {pipeline.name}",
+            wanted="the dimension of its output",
+            do="pass --dimension: the vocabulary with the trained head, the hidden size without "
+            "one",
         )
     return size
 
@@ -195,9 +205,11 @@ def compare_r_target(
     counts = np.array([len(of_block) for of_block in distances], dtype=np.float64)
     n = int(counts.sum())
     if n < MIN_NONCES or not 0.0 < valid_rate < 1.0:
-        wanted = f"at least {MIN_NONCES} nonces and a rate in (0, 1)"
-        do = "prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %"
-        raise UsageError(f"{n} nonces for a valid rate of {valid_rate}", wanted=wanted, do=do)
+        raise UsageError(
+            f"{n} nonces for a valid rate of {valid_rate}",
+            wanted=f"at least {MIN_NONCES} nonces and a rate in (0, 1)",
+            do="prove more nonces, for instance --nonces 0:1024, and give 0.1 for 10 %",
+        )
     ordered_N = np.sort(np.concatenate(distances))
     tail = (1 - CONFIDENCE) / 2
     ranks = np.asarray(scipy.stats.binom.ppf([tail, 1 - tail], n, valid_rate), dtype=int)
@@ -284,9 +296,12 @@ def _effective_dimension(path: Path) -> float:
     measured = [build.effective_dimension for build in Calibration.load(path).builds]
     known = next((one for one in measured if one is not None), None)
     if known is None:
-        wanted = "a calibration of a model's own states, for a preset with signs and a random head"
-        do = "write one with `assay poc calibrate --model M`"
-        raise UsageError(f"{path}, which has no effective dimension", wanted=wanted, do=do)
+        raise UsageError(
+            f"{path}, which has no effective dimension",
+            wanted="a calibration of a model's own states, for a preset with signs and a random "
+            "head",
+            do="write one with `assay poc calibrate --model M`",
+        )
     return known
 
 
@@ -301,10 +316,10 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
         if (p.header.digest, p.header.weights) != (model.digest, model.weights)
     ]
     if other:
-        seen = f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)"
-        wanted = f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)"
         raise ProofMismatch(
-            seen, wanted=wanted, do="pass their model with --model, or leave it out"
+            f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)",
+            wanted=f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)",
+            do="pass their model with --model, or leave it out",
         )
     round = proofs[0].round if proofs else Round(block_hash="calibration", public_key="calibration")
     return measure_block_factor(model, round).effective_dimension

@@ -151,8 +151,9 @@ def asked(
         how = _pinned_engine(how, pins, given, file)
     nonces = round.nonces(*positions)
     if pins is not None and pins.nonces is not None and list(pins.nonces) != list(nonces):
-        wanted = f"{pins.nonces[0]} to {pins.nonces[-1]}"
-        raise _beside("nonces", f"{nonces[0]} to {nonces[-1]}", wanted, file)
+        raise _beside(
+            "nonces", f"{nonces[0]} to {nonces[-1]}", f"{pins.nonces[0]} to {pins.nonces[-1]}", file
+        )
     if pins is not None and pins.nonces is None and len(nonces) < (pins.fewest_nonces or 0):
         raise _beside("nonces", f"{len(nonces)} in all", f"{pins.fewest_nonces} or more", file)
     how = replace(how, preset=get_pipeline(round.preset).name, seq_len=round.seq_len)
@@ -205,9 +206,12 @@ def _flag(name: str) -> str:
 
 
 def _beside(name: str, value: object, wanted: str, file: Path | None) -> UsageError:
-    seen = f"{_flag(name)} {value} beside {file}"
-    do = "leave it out, or correct one of the two"
-    return UsageError(seen, wanted=f"{wanted}, as the network agreed there", do=do, field=name)
+    return UsageError(
+        f"{_flag(name)} {value} beside {file}",
+        wanted=f"{wanted}, as the network agreed there",
+        do="leave it out, or correct one of the two",
+        field=name,
+    )
 
 
 def pinned_format(pins: Path, model: str) -> str | None:
@@ -276,12 +280,12 @@ def write_pins(
     digest = known.digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
-            seen = (
+            raise ProofMismatch(
                 f"{path}: a proof of {header.round.model:.80} ({header.weights}, "
-                f"{header.digest[:12]})"
+                f"{header.digest[:12]})",
+                wanted=f"one of {model} (trained, {digest[:12]})",
+                do="pass the proof of a node that ran this checkpoint",
             )
-            do = "pass the proof of a node that ran this checkpoint"
-            raise ProofMismatch(seen, wanted=f"one of {model} (trained, {digest[:12]})", do=do)
     shares = [(key, share) for key in public_keys for share in range(round["node_count"])]
     files = [PinnedFile.of(path, output.parent) for path in calibrations]
     tables: list[tuple[str, Mapping[str, object]]] = [
@@ -316,8 +320,11 @@ def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any
     for name in ("preset", "seq_len", "r_target"):
         stated = {getattr(header.round, name) for header in headers}
         if given[name] is None and len(stated) > 1:
-            seen = f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}"
-            raise UsageError(seen, wanted="proofs of one kind of round", do=f"pass {_flag(name)}")
+            raise UsageError(
+                f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}",
+                wanted="proofs of one kind of round",
+                do=f"pass {_flag(name)}",
+            )
         asked[name] = (
             given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
         )
@@ -332,9 +339,10 @@ def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any
 def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[dict[str, Any]]:
     """Return the builds of the proofs, or one that is to be filled in."""
     if headers and dtype is not None:
-        wanted = "one of the two: the number format of a build is that of its proof"
         raise UsageError(
-            f"--dtype {dtype} beside --from-proof", wanted=wanted, do="leave --dtype out"
+            f"--dtype {dtype} beside --from-proof",
+            wanted="one of the two: the number format of a build is that of its proof",
+            do="leave --dtype out",
         )
     for header in headers:
         Build.of(header.fingerprint)  # an error says what is no build
@@ -378,9 +386,11 @@ def find_pinned_calibration(network: NetworkPins, header: Header) -> Calibration
             reason = error.with_traceback(None)
     if reason is None:
         return None
-    seen = f"no pinned calibration of this proof; the last has: {reason.seen}"
-    do = "measure this build with `assay poc calibrate`, and pin the file; or pass --calibration"
-    raise CalibrationError(seen, wanted=reason.wanted, do=do)
+    raise CalibrationError(
+        f"no pinned calibration of this proof; the last has: {reason.seen}",
+        wanted=reason.wanted,
+        do="measure this build with `assay poc calibrate`, and pin the file; or pass --calibration",
+    )
 
 
 def list_pinned(network: NetworkPins) -> list[str]:

@@ -89,12 +89,10 @@ def prove(
         decoding = get_pipeline(round.preset).steps > 0  # which runs the kernels of eager torch
         engine = HFEngine(model, **shape, compiled=worth_compiling(model) and not decoding)
     elif batch_size not in (None, engine.batch_size):
-        wanted = "one of the two: the batch shape belongs to the engine"
-        do = "leave batch_size out, or make the engine with it"
         raise UsageError(
             f"batch_size {batch_size} with an engine of {engine.batch_size} rows",
-            wanted=wanted,
-            do=do,
+            wanted="one of the two: the batch shape belongs to the engine",
+            do="leave batch_size out, or make the engine with it",
         )
     chosen = round.check_nonces(nonces)
     check_length(engine, round)
@@ -208,7 +206,8 @@ def compute(
                 not np.isfinite(rows).all() for name, rows in values.items() if name != "margins"
             ):
                 raise not_finite(
-                    f"preset {pipeline.name} gives a value that is NaN or infinite in {engine.dtype}",
+                    f"preset {pipeline.name} gives a value that is NaN or infinite in "
+                    f"{engine.dtype}",
                     wanted="logits that are finite and not all zero",
                 )
             records = form.records([nonce for _, nonce in batch], values)
@@ -225,6 +224,8 @@ def compute(
 def _check_rows(sizes: set[int], expected: int) -> None:
     """Refuse a batch in which some array has another number of rows than there are inputs."""
     if sizes != {expected} or not expected:
-        seen = f"an engine with {max(sizes, default=0)} results for a batch of {expected} nonces"
-        do = "start the engine again; if that does not help, use --engine hf"
-        raise ModelError(seen, wanted="one result for each nonce", do=do)
+        raise ModelError(
+            f"an engine with {max(sizes, default=0)} results for a batch of {expected} nonces",
+            wanted="one result for each nonce",
+            do="start the engine again; if that does not help, use --engine hf",
+        )

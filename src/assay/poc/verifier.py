@@ -156,12 +156,10 @@ def judging_setup(
         CalibrationError: The calibration is of another model, preset or pair of engines.
     """
     if (header.digest, header.weights) != (model.digest, model.weights):
-        seen = f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})"
-        do = "verify with the checkpoint that the network agreed on (--model)"
         raise ProofMismatch(
-            seen,
+            f"a proof of {header.round.model} ({header.weights}, {header.digest[:12]})",
             wanted=f"a proof of {model.reference} ({model.weights}, {model.digest[:12]})",
-            do=do,
+            do="verify with the checkpoint that the network agreed on (--model)",
         )
     refused = []
     for candidate in _recomputing(header, model, calibration) if engine is None else (engine,):
@@ -181,10 +179,10 @@ def _controlling(header: Header, control: Model, model: Model) -> HFEngine:
     another one.
     """
     if (control.digest, control.weights) != (model.digest, model.weights):
-        seen = f"a control with {control.reference} ({control.weights}, {control.digest[:12]})"
-        wanted = f"the checkpoint of the proof, {model.digest[:12]}"
         raise ProofMismatch(
-            seen, wanted=wanted, do="load the same checkpoint in the other number format"
+            f"a control with {control.reference} ({control.weights}, {control.digest[:12]})",
+            wanted=f"the checkpoint of the proof, {model.digest[:12]}",
+            do="load the same checkpoint in the other number format",
         )
     compiled = worth_compiling(control) and not header.pipeline.steps
     size = judging_batch(header)

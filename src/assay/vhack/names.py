@@ -54,8 +54,8 @@ def check_trackers(names: Collection[str], there: Collection[str] | None = None)
             if n in ("azure_ml", "flyte", "tensorboard") or (n.isidentifier() and find_spec(n))
         ]
     if missing := [name for name in names if name not in there]:
-        seen = f"tracker {', '.join(missing)}"
-        do = "install it, or leave it out: log.jsonl has everything"
         raise UsageError(
-            seen, wanted=f"one that is installed: {', '.join(there) or 'there is none'}", do=do
+            f"tracker {', '.join(missing)}",
+            wanted=f"one that is installed: {', '.join(there) or 'there is none'}",
+            do="install it, or leave it out: log.jsonl has everything",
         )

@@ -119,7 +119,8 @@ def test_one_job_finds_nothing_of_another(shut_in):
     )
     looks = (
         "import json, os, sys\n"
-        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, 'left'))\n"
+        "print(os.listdir('.'), os.environ.get('LEFT'), hasattr(sys, 'left'), hasattr(json, "
+        "'left'))\n"
     )
     before = run(writes)
     assert before.returncode == 0
@@ -157,7 +158,8 @@ def test_a_job_cannot_reach_the_directory_of_another_whose_name_it_knows(shut_in
             f"place = {str(folder)!r}\n"
             "attempt(os.listdir, place)\n"
             "attempt(lambda path: os.open(path, os.O_RDONLY), place + '/mine')\n"
-            "attempt(lambda path: os.open(path, os.O_WRONLY | os.O_CREAT), place + '/mine', place + '/new')\n"
+            "attempt(lambda path: os.open(path, os.O_WRONLY | os.O_CREAT), place + '/mine', place "
+            "+ '/new')\n"
             "attempt(os.remove, place + '/mine')\n"
             "open('forged', 'w').close()\n"
             "attempt(lambda path: os.rename('forged', path), place + '/forged', place + '/mine')\n"

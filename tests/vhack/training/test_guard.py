@@ -1,4 +1,6 @@
-"""A guard of a trainer of TRL: what it changes, what it leaves, and what it keeps when a run stops."""
+"""A guard of a trainer of TRL: what it changes, what it leaves, and what it keeps when a run
+stops.
+"""
 
 import numpy as np
 import peft

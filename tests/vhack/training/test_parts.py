@@ -20,7 +20,10 @@ from tests.vhack.training.conftest import cheating
 
 
 def test_without_trl_all_but_a_run_is_there(tmp_path, monkeypatch):
-    code = "import sys; sys.modules['trl'] = None; import assay.vhack.directions.delta, assay.vhack.training"
+    code = (
+        "import sys; sys.modules['trl'] = None; import assay.vhack.directions.delta, "
+        "assay.vhack.training"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(BackendUnavailable, match="TRL cannot be imported"):

@@ -1,8 +1,8 @@
 """Whether stored rollouts have gradients further along the axes than the policy's own, by the log
 of a run.
 
-It is check 4 of :mod:`assay.vhack.directions.checks` with both sources measured in the same step, as the
-original proposal has it.
+It is check 4 of :mod:`assay.vhack.directions.checks` with both sources measured in the same step,
+as the original proposal has it.
 """
 
 from collections.abc import Iterable, Mapping

@@ -102,7 +102,9 @@ def noise_inputs(
     hidden_size: int,
     dtype: str,
 ) -> Float[Tensor, "B T D"]:
-    """Return the input embeddings [B, T, D], N(0, 1) in the given dtype, on the backend's device."""
+    """Return the input embeddings [B, T, D], N(0, 1) in the given dtype, on the backend's
+    device.
+    """
     seeds_BS = streams.seeds(seed_texts(inputs, "inputs"), inputs[0].round.strength)
     values = backend.normals(seeds_BS, seq_len * hidden_size, dtype)
     return as_tensor(values).view(len(inputs), seq_len, hidden_size)

@@ -61,7 +61,8 @@ class Shares:
             raise Refusal(
                 429,
                 (
-                    f"{self._held[client or '']} {what} of one client are open, of {self._all} in all"
+                    f"{self._held[client or '']} {what} of one client are open, of {self._all} in "
+                    f"all"
                 ),
                 wanted="fewer at the same time",
                 do=do,

@@ -114,9 +114,10 @@ def block_factor(round: Round, states_ND: FloatArray) -> BlockFactor:
     """
     pipeline = get_pipeline(round.preset)
     if not has_block_factor(pipeline):
-        wanted = "one with signs and a random head: in others a block has a mean of its own"
         raise UsageError(
-            f"preset {round.preset}", wanted=wanted, do="use --preset poc-2.0, or leave --model out"
+            f"preset {round.preset}",
+            wanted="one with signs and a random head: in others a block has a mean of its own",
+            do="use --preset poc-2.0, or leave --model out",
         )
     n, size = states_ND.shape
     energy_ND = states_ND.astype(np.float64) ** 2

@@ -54,8 +54,11 @@ def check_digest(name: str, value: object) -> None:
     value.
     """
     if not isinstance(value, str) or not DIGEST.fullmatch(value):
-        wanted = "a SHA-256: 64 lower-case hexadecimal digits"
-        raise UsageError(f"{name} is {value!r:.80}", wanted=wanted, do=f"correct the {name}")
+        raise UsageError(
+            f"{name} is {value!r:.80}",
+            wanted="a SHA-256: 64 lower-case hexadecimal digits",
+            do=f"correct the {name}",
+        )
 
 
 def join_prefixed(*parts: object) -> str:

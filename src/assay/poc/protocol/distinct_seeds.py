@@ -33,15 +33,15 @@ def check_distinct_seeds(round: Round, nonces: Iterable[int]) -> None:
     pairs = nonces_N.size * (nonces_N.size - 1) / 2
     if equal.size and equal.size > scipy.stats.poisson.isf(CHANCE, pairs / 2**32):
         first, second = nonces_N[order_N[equal[0] : equal[0] + 2]]
-        seen = (
+        raise ProofMismatch(
             f"{equal.size} of {nonces_N.size} nonces with the input seed of another one, such as "
-            f"{first} and {second}"
+            f"{first} and {second}",
+            wanted=(
+                "an input seed of its own for every nonce: one forward pass must not serve two of "
+                "them"
+            ),
+            do="ask the node for consecutive nonces of its share, or agree on strength = 256 in "
+            "the "
+            "pins",
+            field="nonces",
         )
-        wanted = (
-            "an input seed of its own for every nonce: one forward pass must not serve two of them"
-        )
-        do = (
-            "ask the node for consecutive nonces of its share, or agree on strength = 256 in the "
-            "pins"
-        )
-        raise ProofMismatch(seen, wanted=wanted, do=do, field="nonces")

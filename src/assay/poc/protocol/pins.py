@@ -32,6 +32,10 @@ cache.
 Honest noise is that of the format, so the name has whatever moves results as far as a format does.
 """
 
+ANY = "*"
+FEWEST_NONCES = 32  # nonces of the smallest proof that is accepted without a pinned set of them
+LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
+
 
 def with_cache(dtype: str, cache: str) -> str:
     """Return the number format of an engine whose cache is in a format of its own; ``cache`` is
@@ -53,9 +57,6 @@ def of_weights(dtype: str) -> str:
         'bfloat16'
     """
     return dtype.partition(_PLUS)[0]
-
-
-ANY = "*"
 
 
 def _not_empty(text: str) -> str:
@@ -136,10 +137,10 @@ class Build(BaseModel):
         except ValidationError as error:
             odd = [str(error.errors()[0]["loc"][0]), *odd]
         if odd:
-            seen = f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}"
-            wanted = "the plain words of an engine"
             raise UsageError(
-                seen, wanted=wanted, do="take the build from an honest proof of this version"
+                f"a fingerprint with {odd[0]} {stated[odd[0]]!r:.60}",
+                wanted="the plain words of an engine",
+                do="take the build from an honest proof of this version",
             )
         return build
 
@@ -188,10 +189,6 @@ def _matches(stated: str | int, wanted: str | int) -> bool:
     if isinstance(wanted, str) and wanted.endswith(ANY):
         return str(stated).startswith(wanted.removesuffix(ANY))
     return stated == wanted
-
-
-FEWEST_NONCES = 32  # nonces of the smallest proof that is accepted without a pinned set of them
-LONGEST_UNPINNED = 4096  # positions that a header may make a validator compute for one nonce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,10 +315,10 @@ class Pins:
             ours = ours | {"prover_dtype": " or ".join(self.formats)}
         if odd:
             name = odd[0]
-            seen = f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}"
-            wanted = f"{name} {ours[name]!s:.60}, as the network agreed there"
             raise UsageError(
-                seen, wanted=wanted, do="leave the flag out, or correct one of the two"
+                f"--{name.replace('_', '-')} {theirs[name]!s:.60} beside {source}",
+                wanted=f"{name} {ours[name]!s:.60}, as the network agreed there",
+                do="leave the flag out, or correct one of the two",
             )
         return replace(self, **theirs)
 
@@ -339,24 +336,24 @@ class Pins:
         claims = header.claims()
         for name in self.given:
             if not self._holds(name, header, claims[name]):
-                seen = f"a proof with {name} {claims[name]!r:.60}"
-                do = (
-                    f"ask the node for its proof of this round, or correct "
-                    f"--{name.replace('_', '-')}"
-                )
                 raise ProofMismatch(
-                    seen, wanted=f"{name} {getattr(self, name)!r:.60}", do=do, field=name
+                    f"a proof with {name} {claims[name]!r:.60}",
+                    wanted=f"{name} {getattr(self, name)!r:.60}",
+                    do=f"ask the node for its proof of this round, or correct "
+                    f"--{name.replace('_', '-')}",
+                    field=name,
                 )
         formats = header.pipeline.number_formats
         self.check_engine(header.fingerprint, f"a proof of {header.pipeline.name}", formats)
         if self.seq_len is None and header.positions > LONGEST_UNPINNED:
-            seen = f"a proof with seq_len {header.round.seq_len}, which nothing pins"
-            wanted = (
-                f"at most {LONGEST_UNPINNED} positions: a header must not choose the work of its "
-                f"validator"
+            raise ProofMismatch(
+                f"a proof with seq_len {header.round.seq_len}, which nothing pins",
+                wanted=f"at most {LONGEST_UNPINNED} positions: a header must not choose the work "
+                f"of its "
+                f"validator",
+                do=f"if the network agreed on that length, pass --seq-len {header.round.seq_len}",
+                field="seq_len",
             )
-            do = f"if the network agreed on that length, pass --seq-len {header.round.seq_len}"
-            raise ProofMismatch(seen, wanted=wanted, do=do, field="seq_len")
 
     def check_engine(self, stated: Fingerprint, owner: str, default: Sequence[str] = ()) -> None:
         """Refuse an engine of another number format or build; a ProofMismatch names what differs,
@@ -378,17 +375,16 @@ class Pins:
         build, odd = nearest_build(self.builds or (), stated)
         if odd:
             stated_build = describe_build(stated)
-            seen = f"{owner} made on another build: " + ", ".join(
-                f"{name} {stated_build[name]!r:.60}" for name in odd
+            raise ProofMismatch(
+                f"{owner} made on another build: "
+                + ", ".join(f"{name} {stated_build[name]!r:.60}" for name in odd),
+                wanted=", ".join(
+                    f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd
+                ),
+                do="ask the node to prove on a build that the network agreed on; if it agreed on "
+                "this one, add it",
+                field="builds",
             )
-            wanted = ", ".join(
-                f"{name} {' or '.join(map(str, getattr(build, name)))}" for name in odd
-            )
-            do = (
-                "ask the node to prove on a build that the network agreed on; if it agreed on "
-                "this one, add it"
-            )
-            raise ProofMismatch(seen, wanted=wanted, do=do, field="builds")
 
     def _holds(self, name: str, header: Header, claim: Any) -> bool:
         """Return whether a claim of a header agrees with a value that is pinned; the engine is
@@ -458,6 +454,8 @@ def check_extent(blocks: int, nonces: int, formats: Sequence[str]) -> None:
             do="leave both out",
         )
     if not formats or len(set(formats) & set(FORMATS)) < len(formats):
-        seen = f"the number formats {', '.join(formats) or 'none'}"
-        wanted = f"each once of {', '.join(FORMATS)}"
-        raise UsageError(seen, wanted=wanted, do="correct --dtype, or leave it out")
+        raise UsageError(
+            f"the number formats {', '.join(formats) or 'none'}",
+            wanted=f"each once of {', '.join(FORMATS)}",
+            do="correct --dtype, or leave it out",
+        )

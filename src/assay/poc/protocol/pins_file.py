@@ -39,6 +39,22 @@ from assay.poc.protocol.strict_file import Text
 SCHEMA = 1
 LONGEST_CALIBRATION = 2**26  # bytes
 UNFILLED = "?"  # value of a key that the one who wrote the file could not know
+HEAD = f"""\
+# What the network agreed on. docs/pins.md describes every key.
+# `assay poc pins check FILE` says what this leaves open: the block and the key come with each proof.
+schema = {SCHEMA}"""
+BUILD_FIELDS = {
+    "engine": "hf or vllm",
+    "device": "name of the GPU or processor, as in the fingerprint of a proof",
+    "dtype": "number format; it has no wildcard",
+    "attention": "name of the attention implementation",
+    "batch_size": "nonces of a batch",
+    "threads": "CPU threads; 0 on a GPU",
+    "torch": "version of torch",
+    "library": "library that runs the model, with its version",
+    "kernels": 'further choices, joined by commas; "" for none',
+}
+"""Fields of a build, with what to write where no proof says it."""
 
 
 def _one_value(text: str) -> str:
@@ -106,9 +122,10 @@ class Accepted(Table):
                 else cls(nodes=int(nodes), false_convictions=float(convictions))
             )
         except ValueError:
-            wanted = "false convictions of honest nodes over all nodes, fewer of the former"
             raise UsageError(
-                f"--false-convictions {text:.60}", wanted=wanted, do="write, say, 1/100000"
+                f"--false-convictions {text:.60}",
+                wanted="false convictions of honest nodes over all nodes, fewer of the former",
+                do="write, say, 1/100000",
             ) from None
 
     @model_validator(mode="after")
@@ -201,10 +218,9 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
         free = table is Build and name != "dtype"
         do = f'write it; {name} = "*" allows any' if free else "write it: see docs/pins.md"
         return DataError(f"{path}: no {place}", wanted="a value for it", do=do)
-    wanted = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return DataError(
         f"{path}: {place} is {fault['input']!r:.60}",
-        wanted=wanted,
+        wanted=fault["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
         do="correct it: see docs/pins.md",
     )
 
@@ -259,13 +275,16 @@ class NetworkPins(Table):
         """
         schema = tables.get("schema")
         if type(schema) is not int or schema != SCHEMA:
-            do = "write the file with `assay poc pins new`, or read it with the version that wrote it"
-            raise DataError(f"{path}: schema {schema!r:.40}", wanted=f"schema = {SCHEMA}", do=do)
-        for place in _unfilled(tables):
-            seen = f'{path}: {place} is still "{UNFILLED}"'
-            wanted = "the value that the network agreed on"
             raise DataError(
-                seen, wanted=wanted, do='write it there; docs/pins.md says where "*" allows any'
+                f"{path}: schema {schema!r:.40}",
+                wanted=f"schema = {SCHEMA}",
+                do="write the file with `assay poc pins new`, or read it with the version that wrote it",
+            )
+        for place in _unfilled(tables):
+            raise DataError(
+                f'{path}: {place} is still "{UNFILLED}"',
+                wanted="the value that the network agreed on",
+                do='write it there; docs/pins.md says where "*" allows any',
             )
         try:
             read = cls.model_validate(
@@ -283,21 +302,23 @@ class NetworkPins(Table):
         round_pins = self.round
         pipeline = get_pipeline(self.round.preset)
         if (round_pins.r_target is None) is (pipeline.output == "distance"):
-            seen = f"round.r_target {round_pins.r_target} with preset {pipeline.name}"
             wanted = (
                 "a distance"
                 if round_pins.r_target is None
                 else "none: only distances have a target"
             )
-            raise UsageError(seen, wanted=wanted, do="correct one of the two")
+            raise UsageError(
+                f"round.r_target {round_pins.r_target} with preset {pipeline.name}",
+                wanted=wanted,
+                do="correct one of the two",
+            )
         if pipeline.framed and (
             bare := [model.reference for model in self.models if model.frame is None]
         ):
-            do = "make it with `assay poc frame`, and pin it: `assay poc pins new --frame`"
             raise UsageError(
                 f"preset {pipeline.name} and no frame of {bare[0]:.80}",
                 wanted="[models.frame]",
-                do=do,
+                do="make it with `assay poc frame`, and pin it: `assay poc pins new --frame`",
             )
         shared = (name for name in RoundPins.model_fields if name not in ("nonces", "node_count"))
         self._agreed = Pins(**{name: getattr(round_pins, name) for name in shared})
@@ -322,12 +343,17 @@ class NetworkPins(Table):
             count
         }  # which are alike
         if others:
-            seen = f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}"
-            raise UsageError(seen, wanted="one node_count for each key", do="correct one of them")
+            raise UsageError(
+                f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}",
+                wanted="one node_count for each key",
+                do="correct one of them",
+            )
         if node.build not in (None, *names):
-            wanted = f"the name of a build: {', '.join(sorted(names)) or 'none has one':.400}"
-            do = "name the build under [[models.builds]], or leave it out of the node"
-            raise UsageError(f"a node with build {node.build!r:.80}", wanted=wanted, do=do)
+            raise UsageError(
+                f"a node with build {node.build!r:.80}",
+                wanted=f"the name of a build: {', '.join(sorted(names)) or 'none has one':.400}",
+                do="name the build under [[models.builds]], or leave it out of the node",
+            )
 
     def _count(self, node: NodePins | None) -> int:
         """Return the number of machines of the key of a node."""
@@ -432,10 +458,10 @@ class NetworkPins(Table):
             return model.builds
         if named := tuple(build for build in model.builds if build.name == node.build):
             return named
-        seen = f"a node of build {node.build!r:.80} with {model.reference}"
-        wanted = f"a build of that name under this model in {self._path}"
         raise UsageError(
-            seen, wanted=wanted, do="correct the build of the node, or add it to the model"
+            f"a node of build {node.build!r:.80} with {model.reference}",
+            wanted=f"a build of that name under this model in {self._path}",
+            do="correct the build of the node, or add it to the model",
         )
 
     def differing(self, round: Round) -> tuple[str, ...]:
@@ -464,10 +490,10 @@ class NetworkPins(Table):
         path = self._path.parent / pinned.file
         on_disk = PinnedFile.of(path, path.parent)
         if on_disk.sha256 != pinned.sha256:
-            seen = f"{path} has the SHA-256 {on_disk.sha256[:12]}…"
-            do = "fetch the file that the network agreed on, or agree on this one and pin it"
             raise DataError(
-                seen, wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins", do=do
+                f"{path} has the SHA-256 {on_disk.sha256[:12]}…",
+                wanted=f"{pinned.sha256[:12]}…, the file that {self._path} pins",
+                do="fetch the file that the network agreed on, or agree on this one and pin it",
             )
         return path
 
@@ -475,27 +501,11 @@ class NetworkPins(Table):
 def _refuse_doubles(kind: str, values: list[tuple[Any, ...]]) -> None:
     for value, times in Counter(values).items():
         if times > 1:
-            seen = f"{kind} {value[0]!r:.80} with {value[1]}, {times} times"
-            raise UsageError(seen, wanted=f"every {kind} once", do="remove the others")
-
-
-HEAD = f"""\
-# What the network agreed on. docs/pins.md describes every key.
-# `assay poc pins check FILE` says what this leaves open: the block and the key come with each proof.
-schema = {SCHEMA}"""
-
-BUILD_FIELDS = {
-    "engine": "hf or vllm",
-    "device": "name of the GPU or processor, as in the fingerprint of a proof",
-    "dtype": "number format; it has no wildcard",
-    "attention": "name of the attention implementation",
-    "batch_size": "nonces of a batch",
-    "threads": "CPU threads; 0 on a GPU",
-    "torch": "version of torch",
-    "library": "library that runs the model, with its version",
-    "kernels": 'further choices, joined by commas; "" for none',
-}
-"""Fields of a build, with what to write where no proof says it."""
+            raise UsageError(
+                f"{kind} {value[0]!r:.80} with {value[1]}, {times} times",
+                wanted=f"every {kind} once",
+                do="remove the others",
+            )
 
 
 def pins_text(tables: Iterable[tuple[str, Mapping[str, object]]]) -> str:

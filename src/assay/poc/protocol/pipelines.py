@@ -38,6 +38,8 @@ _FEWEST_SCALED = 8  # positions
 _FEWEST_STEPS = SKETCH_EVERY
 _MOST_STEPS = 4096
 _MANY_STEPS = 256  # the law of these holds for more of them, and is too narrow for fewer
+_ALIASES = {"sign-flips": "poc-2.0", "decode-256": "decode"}
+_STEPS = re.compile("decode-([1-9][0-9]{1,3})")
 
 
 def sketch_steps(tokens: int) -> range:
@@ -285,9 +287,6 @@ PIPELINES: dict[str, Pipeline] = {row.name: row for row in _ROWS}
 FORWARD = tuple(row.name for row in _ROWS if not row.steps and not row.framed)
 """Names of the rows whose nonces are one forward pass over noise."""
 
-_ALIASES = {"sign-flips": "poc-2.0", "decode-256": "decode"}
-_STEPS = re.compile("decode-([1-9][0-9]{1,3})")
-
 
 def get_pipeline(name: str) -> Pipeline:
     """Return the row of the table with this name; ``sign-flips`` is another name of ``poc-2.0``.
@@ -337,9 +336,11 @@ def unsupported(
     supports.
     """
     supported = [name for name, row in PIPELINES.items() if supports(row)]
-    wanted = f"one of {', '.join(supported)}"
-    do = "choose one of them with --preset, or use --engine hf in one process"
-    return UsageError(f"preset {pipeline.name} on the {engine} engine", wanted=wanted, do=do)
+    return UsageError(
+        f"preset {pipeline.name} on the {engine} engine",
+        wanted=f"one of {', '.join(supported)}",
+        do="choose one of them with --preset, or use --engine hf in one process",
+    )
 
 
 def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:
@@ -349,9 +350,11 @@ def check_frame_file(pipeline: Pipeline, path: Path | None) -> None:
     if path is None:
         check_frame(pipeline, None)
     elif not pipeline.framed:
-        seen = f"--frame with preset {pipeline.name}"
-        wanted = "no frame: only tokens-1 reads one"
-        raise UsageError(seen, wanted=wanted, do="leave --frame out, or choose tokens-1")
+        raise UsageError(
+            f"--frame with preset {pipeline.name}",
+            wanted="no frame: only tokens-1 reads one",
+            do="leave --frame out, or choose tokens-1",
+        )
 
 
 def check_frame(
@@ -368,5 +371,8 @@ def check_frame(
             f"{pipeline.name} without a frame", wanted="the frame of the checkpoint", do=do
         )
     if (len(frame.mean), frame.rows) != (hidden_size, vocab_size):
-        seen = f"a frame of {len(frame.mean)} coordinates and {frame.rows} tokens"
-        raise UsageError(seen, wanted=f"{hidden_size} and {vocab_size}, as the model has", do=do)
+        raise UsageError(
+            f"a frame of {len(frame.mean)} coordinates and {frame.rows} tokens",
+            wanted=f"{hidden_size} and {vocab_size}, as the model has",
+            do=do,
+        )

@@ -104,8 +104,12 @@ class Proof(StrictFile):
         footer = Footer.read(path, number, line)
         proof = cls.build(header, records, footer.seconds, sha256=digest.hexdigest())
         if footer != proof.footer:
-            seen = f"a footer that does not fit the records: {footer.line()}"
-            raise line_error(path, number, seen, proof.footer.line())
+            raise line_error(
+                path,
+                number,
+                f"a footer that does not fit the records: {footer.line()}",
+                proof.footer.line(),
+            )
         for number, _ in lines:
             raise line_error(path, number, "a line after the footer", "the end of the file")
         return proof
@@ -126,9 +130,11 @@ class Proof(StrictFile):
             UsageError: The header announces another number of records.
         """
         if len(records) != header.count:
-            seen = f"{len(records)} records for {header.count} nonces"
-            do = "compute the nonces that are missing"
-            raise UsageError(seen, wanted="one record for each nonce of the header", do=do)
+            raise UsageError(
+                f"{len(records)} records for {header.count} nonces",
+                wanted="one record for each nonce of the header",
+                do="compute the nonces that are missing",
+            )
         if sha256 is None:
             sha256 = hashlib.sha256(
                 "".join(f"{header.line(record)}\n" for record in records).encode()
@@ -143,8 +149,12 @@ def parse_record_line(
 ) -> Record:
     """Read the line of a nonce, line end included; a ProofFormatError names file and line."""
     if not line or line.startswith(FOOTER):
-        wanted = f"the record of nonce {nonce}: the file is truncated"
-        raise line_error(path, number, "the end of the records", wanted)
+        raise line_error(
+            path,
+            number,
+            "the end of the records",
+            f"the record of nonce {nonce}: the file is truncated",
+        )
     return parse_line(
         path, number, line, lambda line: _parse_record(line, header, nonce), header.line
     )
@@ -153,6 +163,7 @@ def parse_record_line(
 def _parse_record(line: bytes, header: Header, nonce: int) -> Record:
     fields = read_as(RecordLine, line)
     if fields.nonce != nonce:
-        seen = f"nonce {fields.nonce!r:.60}"
-        raise format_error(seen, f"nonce {nonce}, the next one that the header announces")
+        raise format_error(
+            f"nonce {fields.nonce!r:.60}", f"nonce {nonce}, the next one that the header announces"
+        )
     return published_form(header.pipeline).read(fields, header.pipeline)

@@ -106,10 +106,12 @@ class Round:
         check_number("seq_len", self.seq_len, self._fewest_positions, MAX_SEQ_LEN)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
         if not number or not 0 < self.r_target <= 2:
-            wanted = "a distance in (0, 2]: chord distances on the unit sphere end at 2"
-            do = "`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid rate"
             raise UsageError(
-                f"r_target is {self.r_target!r}", wanted=wanted, do=do, field="r_target"
+                f"r_target is {self.r_target!r}",
+                wanted="a distance in (0, 2]: chord distances on the unit sphere end at 2",
+                do="`assay poc calibrate --valid-rate 0.5` gives the r_target of a wanted valid "
+                "rate",
+                field="r_target",
             )
         if self.strength not in (32, 256) or not isinstance(self.strength, int):
             raise UsageError(
@@ -180,10 +182,9 @@ class Round:
         Position ``i`` is nonce ``node_id + i * node_count``.
         """
         if not 0 <= start < stop or stop - start > MAX_COUNT:
-            wanted = f"0 <= first < end, and at most {MAX_COUNT} in one proof"
             raise UsageError(
                 f"nonce positions {start}:{stop}",
-                wanted=wanted,
+                wanted=f"0 <= first < end, and at most {MAX_COUNT} in one proof",
                 do="give a range such as --nonces 0:256",
             )
         chosen = range(
@@ -232,12 +233,10 @@ class Round:
         ):  # the ends of a range decide for all
             check_number("nonce", nonce, 0, MAX_NONCE)
             if nonce % self.node_count != self.node_id:
-                wanted = f"nonces that are {self.node_id} modulo {self.node_count}"
-                do = "take them from Round.nonces(start, stop)"
                 raise UsageError(
                     f"nonce {nonce} on node {self.node_id} of {self.node_count}",
-                    wanted=wanted,
-                    do=do,
+                    wanted=f"nonces that are {self.node_id} modulo {self.node_count}",
+                    do="take them from Round.nonces(start, stop)",
                 )
             if nonce <= last:
                 raise UsageError(

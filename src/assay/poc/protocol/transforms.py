@@ -165,12 +165,13 @@ class Transform:
         frame: Frame | None = None,
     ) -> None:
         if pipeline.head == "trained" and trained_head is None:
-            seen = f"the pipeline {pipeline.name}, which needs the trained head"
-            wanted = (
-                "a pipeline with the random head or none: vLLM spreads the trained one over its "
-                "workers"
+            raise UsageError(
+                f"the pipeline {pipeline.name}, which needs the trained head",
+                wanted="a pipeline with the random head or none: vLLM spreads the trained one "
+                "over its "
+                "workers",
+                do="use --engine hf for it",
             )
-            raise UsageError(seen, wanted=wanted, do="use --engine hf for it")
         check_frame(pipeline, frame, hidden_size=hidden_size, vocab_size=vocab_size)
         self.round = round
         self.pipeline = pipeline
@@ -211,7 +212,8 @@ class Transform:
     def __call__(
         self, x_BD: Float32[Tensor, "B D"], inputs: Sequence[Input]
     ) -> Float32[Tensor, " B"] | Float16[Tensor, "B K"]:
-        """Return what the pipeline publishes of the state read for each input: distances or vectors.
+        """Return what the pipeline publishes of the state read for each input: distances or
+        vectors.
 
         A state that is not finite gives NaN throughout, and never a vector of coordinates that
         happen to be finite.

@@ -132,7 +132,8 @@ def respond(
         if receipt.line() != receipt_of(request, **answer).line():
             raise UsageError(
                 f"a partial file with the answer to request {receipt.request_id!r:.80}",
-                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command asked",
+                wanted=f"that to request {request.request_id!r:.80}, as the interrupted command "
+                f"asked",
                 do="repeat that command, or remove the partial file to start again",
             )
         return receipt

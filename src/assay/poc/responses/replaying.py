@@ -368,8 +368,10 @@ def check_runnable(
     for template in stated - {None, own_template}:
         raise ProofMismatch(
             f"prompts that the chat template {template:.12} made",
-            wanted=f"the chat template of {model.reference}, {own_template[:12] or 'which has none'}",
-            do="replay with the tokenizer files that the network agreed on, or pass --requests with "
+            wanted=f"the chat template of {model.reference}, "
+            f"{own_template[:12] or 'which has none'}",
+            do="replay with the tokenizer files that the network agreed on, or pass --requests "
+            "with "
             "token ids",
         )
     return [_whole(receipt, prompts, model) for receipt in receipts.receipts if receipt.output]
@@ -393,7 +395,8 @@ def check_ends(receipts: Receipts, model: Model, requests: Sequence[Request] | N
         if past or not {*ends, *request.stop_token_ids}.isdisjoint(early):
             raise ProofMismatch(
                 (
-                    f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after its end"
+                    f"request {receipt.request_id!r:.80} with more than {_BESIDE} tokens after "
+                    f"its end"
                 ),
                 wanted="an answer that ends by the first end token or stop",
                 do="ask the node for the answer to this request, and list the stop and "
@@ -486,7 +489,8 @@ def _whole(receipt: Receipt, prompts: Mapping[str, Prompt], model: Model) -> Pro
         raise ProofMismatch(
             f"request {receipt.request_id!r:.80} with token {highest} and {len(ids)} positions",
             wanted=(
-                f"tokens below {vocabulary} and at most {positions} positions, as the model has them"
+                f"tokens below {vocabulary} and at most {positions} positions, as the model has "
+                f"them"
             ),
             do="ask the node for receipts of this model",
         )

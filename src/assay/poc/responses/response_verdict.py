@@ -356,7 +356,8 @@ def missing_response_law(header: ReceiptHeader, model: str = "MODEL") -> str:
         f"and these number "
         "formats: have honest nodes answer prompts with `assay poc respond`, measure their "
         "receipts with "
-        f"`assay poc calibrate-responses honest.jsonl --model {shlex.quote(model)} -o responses.json`, and "
+        f"`assay poc calibrate-responses honest.jsonl --model {shlex.quote(model)} -o "
+        f"responses.json`, and "
         f"pass --calibration"
     )
 

@@ -109,7 +109,8 @@ class Jobs:
                     f"{undelivered} callbacks of artifact jobs are undelivered, {my_calls} of "
                     f"them of this client",
                     wanted=f"fewer than {settings.max_pending_jobs}, half of what the others leave",
-                    do="repair their receivers, or send the job without a url and ask for its result",
+                    do="repair their receivers, or send the job without a url and ask for its "
+                    "result",
                     retry_after=10,
                 )
             row = {
@@ -151,7 +152,8 @@ class Jobs:
             raise Refusal(
                 404,
                 "no such request",
-                wanted=f"the id of a request that finished less than {self._settings.job_ttl:g} s ago",
+                wanted=f"the id of a request that finished less than {self._settings.job_ttl:g} s "
+                f"ago",
                 do="send the request again",
             )
         return _state(rows[0])

@@ -244,7 +244,8 @@ class ReceiptKeeper(GroupCommit[NewReceipt, bool]):
                     413,
                     f"{count} receipts of {size} bytes",
                     wanted=f"at most {MOST_BYTES} bytes in one answer",
-                    do="ask for one choice with ?index=, or fetch /api/v1/receipts.jsonl?request_id=",
+                    do="ask for one choice with ?index=, or fetch "
+                    "/api/v1/receipts.jsonl?request_id=",
                 )
             return [
                 f'{{"seq":{seq},"stored_at":{at!r},"sha256":"{sha256.hex()}","header":{header},"receipt":{line}}}'

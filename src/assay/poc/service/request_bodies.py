@@ -481,7 +481,8 @@ def _check_work(
         raise Refusal(
             422,
             f"batch_size {batch_size} × seq_len {positions}",
-            wanted=f"at most {settings.max_positions} positions a batch, {deployment.max_positions} a "
+            wanted=f"at most {settings.max_positions} positions a batch, "
+            f"{deployment.max_positions} a "
             f"sequence",
             do="lower batch_size or seq_len",
         )

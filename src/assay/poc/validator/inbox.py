@@ -385,7 +385,8 @@ class Inbox:
                     f"{ledger.path} without the {row.entries} entries that {self.database.path} "
                     f"knows of",
                     wanted="the ledger that was written beside it, with nothing missing",
-                    do="restore both files from one backup, or move both away to begin again, which "
+                    do="restore both files from one backup, or move both away to begin again, "
+                    "which "
                     "forgets all accounts",
                 )
         self.finish((), head=ledger.head)

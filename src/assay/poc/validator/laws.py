@@ -84,7 +84,8 @@ class Noises:
             raise CalibrationError(
                 f"the build {build.name!r} of {' and '.join(build.dtype)}",
                 wanted=(
-                    "one number format for each build: callbacks do not say in which they were computed"
+                    "one number format for each build: callbacks do not say in which they were "
+                    "computed"
                 ),
                 do="list the build once for each format, and name it for each node",
             )

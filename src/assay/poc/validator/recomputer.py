@@ -137,7 +137,7 @@ log = structlog.get_logger("assay.validator.worker")
 
 
 @dataclass(frozen=True)
-class Sample:
+class ClaimSample:
     """Nonces that were drawn from a message, with the records that the node claims of them."""
 
     source: Draw  # draw as it was written down
@@ -300,7 +300,7 @@ class Recomputer(EngineThread):
 
     def _record(self, deployment: Deployment, draws: Sequence[Draw]) -> None:
         registry = self._registry()
-        samples = list[Sample]()
+        samples = list[ClaimSample]()
         for source in draws:
             claim = self._claimed(source, registry)
             if claim is None:
@@ -311,7 +311,7 @@ class Recomputer(EngineThread):
                 places = draw(source.seed, claim.nonces, source.drawn, source.planned)
                 inputs = [Input(claim.round, claim.nonces[place]) for place in places]
                 records = [claim.record(place, registry.pipeline) for place in places]
-                samples.append(Sample(source, claim.round, inputs, records, noise, build))
+                samples.append(ClaimSample(source, claim.round, inputs, records, noise, build))
         inputs = [each for sample in samples for each in sample.inputs]
         received = [record for sample in samples for record in sample.received]
         size = self._settings.batch_size

@@ -163,7 +163,8 @@ class Registry:
         if entry.url is not None and self.pipeline.output != "distance":
             raise UsageError(
                 f"the url {entry.url!r:.80} with preset {self.pipeline.name}",
-                wanted="nodes that are polled only where they publish distances: /status does not hold "
+                wanted="nodes that are polled only where they publish distances: /status does not "
+                "hold "
                 "vectors",
                 do="leave the url out, and let the node send callbacks",
             )
@@ -187,7 +188,8 @@ class Registry:
         if len(names) > 1 or len(matching) != 1:
             raise UsageError(
                 (
-                    f"build {', '.join(map(str, names)) or None!r:.80} of the node {public_key!r:.60}"
+                    f"build {', '.join(map(str, names)) or None!r:.80} of the node "
+                    f"{public_key!r:.60}"
                 ),
                 wanted=(
                     "one of "
@@ -229,9 +231,11 @@ def _check_owners(entries: Iterable[NodeEntry], shared: Sequence[str]) -> None:
             if owner is not entry and (entry.relay is None or entry.relay != owner.relay):
                 raise UsageError(
                     (
-                        f"one secret of the nodes {owner.public_key!r:.60} and {entry.public_key!r:.60}"
+                        f"one secret of the nodes {owner.public_key!r:.60} and "
+                        f"{entry.public_key!r:.60}"
                     ),
-                    wanted="a secret of its own for every node: who has it can sign for each of them",
+                    wanted="a secret of its own for every node: who has it can sign for each of "
+                    "them",
                     do="write secrets for each in the file of --nodes, or the relay that signs for "
                     "both",
                 )

@@ -228,9 +228,11 @@ class BuildNoise(MachineNoise):
     def check_header(self, header: Header) -> None:
         """Refuse a proof of another model, preset or build than was measured."""
         if self.digest is None:
-            seen = "a calibration that does not say of which model it is"
-            do = "measure it again with --digest"
-            raise CalibrationError(seen, wanted="one of this checkpoint", do=do)
+            raise CalibrationError(
+                "a calibration that does not say of which model it is",
+                wanted="one of this checkpoint",
+                do="measure it again with --digest",
+            )
         stated = {
             "preset": header.pipeline.name,
             "checkpoint": header.digest[:12],

@@ -1,4 +1,6 @@
-"""Calibration files: any number of builds with any number of machines, and the noise for a proof."""
+"""Calibration files: any number of builds with any number of machines, and the noise for a
+proof.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -46,12 +48,12 @@ class Calibration:
         ]
         if not fitting:
             formats = f"{own_dtype} and again in {' and '.join(controls)}"
-            seen = f"a calibration without a law of nonces that are computed in {formats}"
-            do = (
-                "leave the control out, or measure one in these formats: `assay poc calibrate "
-                "--model M`"
+            raise CalibrationError(
+                f"a calibration without a law of nonces that are computed in {formats}",
+                wanted="a law of scores by this control",
+                do="leave the control out, or measure one in these formats: `assay poc calibrate "
+                "--model M`",
             )
-            raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
         fitting.sort(
             key=lambda build_noise: (
                 dtypes not in build_noise.formats,
@@ -79,13 +81,13 @@ class Calibration:
                 and formats in build.formats
             ):
                 return build.control.dtypes
-        seen = f"a calibration without a control for a proof in {formats[0]}, judged in {judging_dtype}"
-        wanted = (
-            "a law of scores, which `assay poc calibrate --model M` measures where a control is a "
-            "gain"
-        )
         raise CalibrationError(
-            seen, wanted=wanted, do="leave --control out, or measure with more number formats"
+            f"a calibration without a control for a proof in {formats[0]}, judged in "
+            f"{judging_dtype}",
+            wanted="a law of scores, which `assay poc calibrate --model M` measures where a "
+            "control is a "
+            "gain",
+            do="leave --control out, or measure with more number formats",
         )
 
     def check_kind(self, header: Header, engine: str) -> None:
@@ -98,12 +100,12 @@ class Calibration:
         }
         if kinds and engine not in kinds:
             measured = " or ".join(sorted(kinds))
-            seen = f"a calibration for validators on {measured}"
-            do = (
-                f"pass --engine {measured}, or measure this pair with `assay poc calibrate "
-                f"A.jsonl B.jsonl`"
+            raise CalibrationError(
+                f"a calibration for validators on {measured}",
+                wanted=f"one for {engine}",
+                do=f"pass --engine {measured}, or measure this pair with `assay poc calibrate "
+                f"A.jsonl B.jsonl`",
             )
-            raise CalibrationError(seen, wanted=f"one for {engine}", do=do)
 
     def fixes_format(self, header: Header) -> bool:
         """Return whether every build of a proof's checkpoint and preset was measured in the number
@@ -162,9 +164,11 @@ class Calibration:
         ) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             seen = error.seen if isinstance(error, AssayError) else f"{path}: {reason}"
-            wanted = f"a calibration file, schema {SCHEMA}"
-            do = "write one with `assay poc calibrate`"
-            raise CalibrationError(seen, wanted=wanted, do=do) from None
+            raise CalibrationError(
+                seen,
+                wanted=f"a calibration file, schema {SCHEMA}",
+                do="write one with `assay poc calibrate`",
+            ) from None
 
 
 def noise_for(
@@ -185,9 +189,11 @@ def noise_for(
     """
     if calibration is None:
         if controls:
-            seen = "a control without a calibration"
-            do = "pass --calibration, or leave the control out"
-            raise CalibrationError(seen, wanted="a law of scores by this control", do=do)
+            raise CalibrationError(
+                "a control without a calibration",
+                wanted="a law of scores by this control",
+                do="pass --calibration, or leave the control out",
+            )
         return bundled_noise(
             header.digest, header.pipeline.noise, header.fingerprint.dtype, validator.dtype
         )
@@ -197,13 +203,11 @@ def noise_for(
     formats = sorted((header.fingerprint.dtype, validator.dtype))
     if build.formats and formats not in build.formats and header.fingerprint != validator:
         measured = " or ".join(dict.fromkeys(" and ".join(pair) for pair in build.formats))
-        seen = f"a calibration without a law between {formats[0]} and {formats[1]}"
-        do = (
-            "judge in one of them with --dtype, or measure this pair with `assay poc calibrate "
-            "--model M`"
-        )
         raise CalibrationError(
-            seen, wanted=f"number formats that were measured beside each other: {measured}", do=do
+            f"a calibration without a law between {formats[0]} and {formats[1]}",
+            wanted=f"number formats that were measured beside each other: {measured}",
+            do="judge in one of them with --dtype, or measure this pair with `assay poc calibrate "
+            "--model M`",
         )
     judges = build.judges(header.fingerprint)
     equal = (
@@ -270,9 +274,10 @@ def account_alpha(pins: NetworkPins | None, own_alpha: float | None = None) -> f
     """
     stated = None if pins is None or pins.network is None else pins.network.alpha
     if stated is not None and own_alpha not in (None, stated):
-        do = "leave alpha out, or correct [network] of the pins"
         raise UsageError(
-            f"alpha {own_alpha:g}", wanted=f"{stated:g}, as [network] of the pins says", do=do
+            f"alpha {own_alpha:g}",
+            wanted=f"{stated:g}, as [network] of the pins says",
+            do="leave alpha out, or correct [network] of the pins",
         )
     return next((alpha for alpha in (stated, own_alpha) if alpha is not None), ALPHA)
 

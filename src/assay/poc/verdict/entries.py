@@ -59,9 +59,10 @@ class CanonicalModel(BaseModel):
         except ValidationError as error:
             raise malformed_entry(source, error) from None
         if parsed.line != text:
-            seen = f"{source}: not in the form in which it is written"
             raise DataError(
-                seen, wanted=f"{parsed.line:.60}…", do="ask for the file again, byte for byte"
+                f"{source}: not in the form in which it is written",
+                wanted=f"{parsed.line:.60}…",
+                do="ask for the file again, byte for byte",
             )
         return parsed
 
@@ -315,6 +316,8 @@ def malformed_entry(source: str, error: ValidationError) -> DataError:
     """Return the error of a value that is no entry, which names the field."""
     fault = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in fault["loc"])
-    wanted = "an entry as assay writes it"
-    do = "ask for the file again, or make it anew"
-    return DataError(f"{source}: {place or 'the whole'}: {fault['msg']:.200}", wanted=wanted, do=do)
+    return DataError(
+        f"{source}: {place or 'the whole'}: {fault['msg']:.200}",
+        wanted="an entry as assay writes it",
+        do="ask for the file again, or make it anew",
+    )

@@ -1,4 +1,6 @@
-"""Honest noise of proofs: a law of residuals, how well its scale is known, and which cheats count."""
+"""Honest noise of proofs: a law of residuals, how well its scale is known, and which cheats
+count.
+"""
 
 import shlex
 from collections.abc import Mapping, Sequence

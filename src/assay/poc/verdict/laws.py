@@ -34,8 +34,9 @@ def refusing(values: Any, wanted: str, command: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, OverflowError, KeyError, AttributeError, UsageError):
-        do = f"write the file with `assay poc {command}`"
-        raise CalibrationError(f"noise {values!r:.120}", wanted=wanted, do=do) from None
+        raise CalibrationError(
+            f"noise {values!r:.120}", wanted=wanted, do=f"write the file with `assay poc {command}`"
+        ) from None
 
 
 def read_law(values: Any) -> Law:
@@ -98,8 +99,8 @@ def law_as_dict(law: Law) -> dict[str, Any]:
 def check_version(version: Any, wanted: int, test: str) -> None:
     """Refuse noise for another version of a test."""
     if version != wanted:
-        seen = f"noise for version {version!r:.20} of {test}"
-        do = "read it with the release of assay that wrote it"
         raise CalibrationError(
-            seen, wanted=f"version {wanted}, whose evidence this release can compute again", do=do
+            f"noise for version {version!r:.20} of {test}",
+            wanted=f"version {wanted}, whose evidence this release can compute again",
+            do="read it with the release of assay that wrote it",
         )

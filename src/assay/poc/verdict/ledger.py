@@ -1,4 +1,6 @@
-"""The ledger of nodes' lives: one SQLite file, to which every audit adds an entry and which only grows."""
+"""The ledger of nodes' lives: one SQLite file, to which every audit adds an entry and which
+only grows.
+"""
 
 import math
 import secrets
@@ -135,15 +137,11 @@ class Ledger(AbstractContextManager["Ledger"]):
             for name, rate in (("alpha", alpha), ("beta", beta)):
                 begun = getattr(self.genesis, name)
                 if rate is not None and rate != begun:
-                    seen = f"{name} {rate:g} for the ledger {self.path}"
-                    do = (
-                        f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin "
-                        f"another ledger"
-                    )
                     raise UsageError(
-                        seen,
+                        f"{name} {rate:g} for the ledger {self.path}",
                         wanted=f"{begun:g}, at which it was begun: a life has one error rate",
-                        do=do,
+                        do=f"pass --{name} {begun:g} (ASSAY_{name.upper()} to a service), or begin "
+                        f"another ledger",
                     )
         except BaseException:
             self.close()
@@ -153,8 +151,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         with self._write() as connection:
             if connection.execute(sa.select(LEDGER.c.id)).first() is None:
                 if not (0 < alpha < 1 and 0 < beta < 1):
-                    seen = f"alpha {alpha}, beta {beta}"
-                    raise UsageError(seen, wanted="two rates in (0, 1)", do="pass --alpha 0.001")
+                    raise UsageError(
+                        f"alpha {alpha}, beta {beta}",
+                        wanted="two rates in (0, 1)",
+                        do="pass --alpha 0.001",
+                    )
                 genesis = Genesis(
                     id=secrets.token_hex(16), created=time.time(), alpha=alpha, beta=beta
                 )
@@ -195,12 +196,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         query = sa.select(UPDATES.c.seq, UPDATES.c.hash).order_by(UPDATES.c.seq.desc()).limit(1)
         last = connection.execute(query).first() or (0, self.genesis.hash)
         if (count, hash) != tuple(last):
-            seen = (
-                f"{self.path}: its head says {count!r:.20} entries, and the last one is "
-                f"{last[0]!r:.20}"
-            )
             raise DataError(
-                seen, wanted="a ledger that nothing but assay has written to", do=self._find_change
+                f"{self.path}: its head says {count!r:.20} entries, and the last one is "
+                f"{last[0]!r:.20}",
+                wanted="a ledger that nothing but assay has written to",
+                do=self._find_change,
             )
         return int(count), str(hash)
 
@@ -218,9 +218,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         header = verdict.header
         noise = verdict.noise
         if noise is None:
-            wanted = "a verdict by a measured law, without which an audit says nothing of a life"
-            do = "verify the proof again with a calibration"
-            raise UsageError(f"a verdict without a law: {verdict.reason}", wanted=wanted, do=do)
+            raise UsageError(
+                f"a verdict without a law: {verdict.reason}",
+                wanted="a verdict by a measured law, without which an audit says nothing of a life",
+                do="verify the proof again with a calibration",
+            )
         account = Account(
             public_key=header.round.public_key,
             digest=header.digest,

@@ -350,8 +350,10 @@ def audit_ledger(path: str | Path, *, head: str | None = None) -> LedgerAudit:
         StorageError: The file cannot be read.
     """
     if head is not None and (len(head) != 64 or set(head) - set("0123456789abcdef")):
-        seen = f"--head {head:.80}"
-        do = "give the hash that was published"
-        raise UsageError(seen, wanted="64 hexadecimal digits, in lower case", do=do)
+        raise UsageError(
+            f"--head {head:.80}",
+            wanted="64 hexadecimal digits, in lower case",
+            do="give the hash that was published",
+        )
     with open_source(Path(path)) as source:
         return source.audit(head)

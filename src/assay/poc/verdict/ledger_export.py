@@ -92,5 +92,8 @@ def _lines_of(path: Path) -> Iterator[tuple[str, str]]:
 
 def not_an_export(source: str, reason: str) -> DataError:
     """Return the error of a file that is neither a ledger nor an export."""
-    do = "ask for the file again, or write one with `assay poc ledger export`"
-    return DataError(f"{source}: {reason}", wanted="a ledger, or an export of one", do=do)
+    return DataError(
+        f"{source}: {reason}",
+        wanted="a ledger, or an export of one",
+        do="ask for the file again, or write one with `assay poc ledger export`",
+    )

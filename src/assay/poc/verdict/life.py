@@ -101,12 +101,10 @@ class Life:
             for test in self._tests_of(noise, dumps(noise.as_dict())):
                 test.update(residuals)
         elif isinstance(noise, ResponseNoise) or isinstance(residuals, ResponseBlocks):
-            wanted = "responses under a law of responses, and nonces under one of nonces"
-            do = "ask for the file again"
             raise DataError(
                 "residuals of another kind than the law that they are judged under",
-                wanted=wanted,
-                do=do,
+                wanted="responses under a law of responses, and nonces under one of nonces",
+                do="ask for the file again",
             )
         else:
             law = noise.shape

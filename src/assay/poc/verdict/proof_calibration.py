@@ -75,20 +75,19 @@ def calibrate(
     )
     machines = [proof for proof in proofs if proof.header.fingerprint.dtype not in controls]
     if len(machines) < 2:
-        seen = f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}"
         raise ProofMismatch(
-            seen, wanted="two or more", do="prove the same round on another machine"
+            f"{len(machines)} proof to calibrate with{' beside controls' * bool(controls)}",
+            wanted="two or more",
+            do="prove the same round on another machine",
         )
     first = proofs[0].header
     check_one_checkpoint(proofs)
     if first.pipeline.steps:
-        seen = f"proofs of {first.round.preset}, whose tokens part after the first that differs"
-        do = (
-            "judge them by the default law; research/results/decode_noise.json says how it was "
-            "measured"
-        )
         raise UsageError(
-            seen, wanted="proofs of a preset whose values are compared nonce by nonce", do=do
+            f"proofs of {first.round.preset}, whose tokens part after the first that differs",
+            wanted="proofs of a preset whose values are compared nonce by nonce",
+            do="judge them by the default law; research/results/decode_noise.json says how it was "
+            "measured",
         )
     pairs, fingerprints = _pair_machines(machines)
     size = hidden_size if hidden_size and first.pipeline.head == "random" else 0
@@ -199,16 +198,14 @@ def _fit_scores(
     control is a gain.
     """
     if not sides_by_pair or len(controls) > 2:
-        seen = (
+        raise UsageError(
             f"controls in {' and '.join(controls)}, for "
-            f"{'too many formats' if sides_by_pair else 'no machine'}"
+            f"{'too many formats' if sides_by_pair else 'no machine'}",
+            wanted=f"one or two, in which a device that validates has {MIN_NONCES} nonces of "
+            f"another "
+            f"machine's round",
+            do="prove these rounds again in these formats, on a machine that validates",
         )
-        wanted = (
-            f"one or two, in which a device that validates has {MIN_NONCES} nonces of another "
-            f"machine's round"
-        )
-        do = "prove these rounds again in these formats, on a machine that validates"
-        raise UsageError(seen, wanted=wanted, do=do)
     for formats in product(dict.fromkeys(engine.dtype for engine in engines), repeat=2):
         chosen: dict[Pair, Sides] = {}
         for pair, sides in sides_by_pair.items():
@@ -236,10 +233,10 @@ def check_one_checkpoint(proofs: Sequence[Proof]) -> None:
         )
         > 1
     ):
-        wanted = "honest proofs of one checkpoint, frame and preset"
-        do = "calibrate every checkpoint and preset by itself; --merge puts them into one file"
         raise ProofMismatch(
-            "proofs of different presets, checkpoints or frames", wanted=wanted, do=do
+            "proofs of different presets, checkpoints or frames",
+            wanted="honest proofs of one checkpoint, frame and preset",
+            do="calibrate every checkpoint and preset by itself; --merge puts them into one file",
         )
 
 
@@ -255,9 +252,9 @@ def check_compared(measured: Residuals, machines: int) -> None:
             if measured
             else "proofs of different rounds or checkpoints"
         )
-        wanted = f"proofs of one round and checkpoint, with at least {MIN_NONCES} nonces in common"
         raise ProofMismatch(
             seen,
-            wanted=wanted,
+            wanted=f"proofs of one round and checkpoint, with at least {MIN_NONCES} nonces in "
+            f"common",
             do="prove the same round on all engines, for instance --nonces 0:256",
         )

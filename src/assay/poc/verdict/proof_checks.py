@@ -35,13 +35,12 @@ def check_proof(
     """
     header = proof.header
     if header.fingerprint.dtype not in FORMATS:
-        seen = f"a proof in the number format {header.fingerprint.dtype!r:.40}"
-        wanted = "one of " + ", ".join(FORMATS)
-        do = (
-            "ask the node for a proof in one of them, or verify with the version of assay that "
-            "wrote it"
+        raise ProofMismatch(
+            f"a proof in the number format {header.fingerprint.dtype!r:.40}",
+            wanted="one of " + ", ".join(FORMATS),
+            do="ask the node for a proof in one of them, or verify with the version of assay that "
+            "wrote it",
         )
-        raise ProofMismatch(seen, wanted=wanted, do=do)
     pins = Pins.of(expect) if isinstance(expect, Round) else expect or Pins()
     if calibration is not None and pins.prover_dtype is None:
         calibration.find_build(header)

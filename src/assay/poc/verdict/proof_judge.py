@@ -132,8 +132,8 @@ def judge(
     """Judge the records of a sample of a proof against recomputed ones of the same nonces, in the
     same order.
 
-    Without a law of honest noise the verdict is undecided, whatever the residuals are.
-    ``controls`` has what the validator computed again, by number format, where the law has a control. ``test``
+    Without a law of honest noise the verdict is undecided, whatever the residuals are. ``controls``
+    has what the validator computed again, by number format, where the law has a control. ``test``
     is a fresh one; that of the honest noise at the usual error rates when None. The header agrees
     with ``pins``. ``seed`` drew the sample, and ``power`` is what
     :func:`assay.poc.verdict.sample_plan.plan_sample` says of it.

@@ -66,10 +66,10 @@ class ResponseBlocks:
         if profiles.shape[1:] != (COLUMNS,) or (
             tokens and math.ceil(tokens / SKETCH_EVERY) != blocks
         ):
-            wanted = f"{COLUMNS} columns for each of {SKETCH_EVERY} tokens a block, or no tokens"
-            do = "pass the evidence of one whole response"
             raise UsageError(
-                f"profiles of shape {profiles.shape} in {blocks} blocks", wanted=wanted, do=do
+                f"profiles of shape {profiles.shape} in {blocks} blocks",
+                wanted=f"{COLUMNS} columns for each of {SKETCH_EVERY} tokens a block, or no tokens",
+                do="pass the evidence of one whole response",
             )
         starts = range(0, SKETCH_EVERY * blocks, SKETCH_EVERY)
         return cls(

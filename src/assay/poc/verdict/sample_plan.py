@@ -16,7 +16,8 @@ from assay.stats.sequential import EXCLUDED
 # it, so half is enough.
 EFFECT = {"distance": 4.0, "vector": 2.0}
 ALPHA = 1e-3
-BETA = 1e-2  # usual bounds on the chance that an honest node is ever accused, and a cheat called honest
+# usual bounds on the chance that an honest node is ever accused, and a cheat called honest
+BETA = 1e-2
 SAMPLES = (
     32,
     48,

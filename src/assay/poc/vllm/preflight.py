@@ -198,7 +198,8 @@ def response_arguments(arguments: Any, config: Any, mode: ResponseMode) -> list[
     if arguments.worker_extension_cls not in (EXTENSION, OLD_EXTENSION, RESPONSE_EXTENSION):
         raise UsageError(
             (
-                f"--worker-extension-cls {arguments.worker_extension_cls} with ASSAY_RESPONSES={mode}"
+                f"--worker-extension-cls {arguments.worker_extension_cls} with "
+                f"ASSAY_RESPONSES={mode}"
             ),
             wanted=EXTENSION,
             do="leave the other extension out, or ASSAY_RESPONSES=off",

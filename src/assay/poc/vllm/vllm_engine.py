@@ -400,7 +400,8 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
             flag = "--" + taken[0].replace("_", "-")
             raise UsageError(
                 f"{flag} for a replay on vLLM",
-                wanted="options that do not say what is computed: the command and the checkpoint do",
+                wanted="options that do not say what is computed: the command and the checkpoint "
+                "do",
                 do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options",
             )
         options = fit_machine(dtype, options) | options

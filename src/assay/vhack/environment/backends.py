@@ -29,7 +29,9 @@ def unusable(backend: str) -> str:
 
 
 def _exposed() -> str:
-    """Return where this package lies if bubblewrap shows it, for it has the answers to the tasks."""
+    """Return where this package lies if bubblewrap shows it, for it has the answers to the
+    tasks.
+    """
     package = Path(__file__).resolve()
     shown = any(map(package.is_relative_to, visible.shown()))
     hidden = any(map(package.is_relative_to, visible.hidden()))

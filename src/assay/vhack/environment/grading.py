@@ -222,8 +222,11 @@ class Episode:
     def completion(self, program: str) -> str:
         """Return the completion that makes a program, which has to begin as the prompt says."""
         if not program.startswith(_OPENING):
-            seen = f"a program {program[:40]!r}"
-            raise UsageError(seen, wanted=f"one that begins {_OPENING!r}", do="reorder it")
+            raise UsageError(
+                f"a program {program[:40]!r}",
+                wanted=f"one that begins {_OPENING!r}",
+                do="reorder it",
+            )
         return program.removeprefix(_OPENING)
 
     def honest(self, source: str | None = None) -> str:

@@ -37,7 +37,9 @@ class Ended:
 
 
 def job_text(program: str, limits: Limits, *, backend: str, **details: object) -> bytes:
-    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `run` takes."""
+    """Return a job as JSON; the report has to repeat the nonce, and the rest is what `run`
+    takes.
+    """
     nothing: dict[str, object] = {"nonce": "", "stdin": "", "calls": [], "files": [], "stub": None}
     without = METADATA if backend == "landlock" else ()
     code = seccomp_filter(platform.machine(), without=without).hex()

@@ -46,6 +46,14 @@ All act on one variable ``x``. They stand in steps.jsonl.
 """
 
 _LETTERS = "abcdeilmnorst"
+_ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
+    "a number": lambda rng: rng.randint(-40, 60),
+    "a positive number": lambda rng: rng.randint(12, 9999),
+    "a list of numbers": lambda rng: [rng.randint(-20, 40) for _ in range(rng.randint(5, 9))],
+    "a word": lambda rng: "".join(rng.choice(_LETTERS) for _ in range(rng.randint(6, 11))),
+}
+"""How an argument is drawn, by the phrase for it in the statement."""
+_STEPS: dict[str, tuple[Step, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,6 @@ class Family:
     last: tuple[Step, ...] = ()  # of which one ends every task, or none
 
 
-_ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
-    "a number": lambda rng: rng.randint(-40, 60),
-    "a positive number": lambda rng: rng.randint(12, 9999),
-    "a list of numbers": lambda rng: [rng.randint(-20, 40) for _ in range(rng.randint(5, 9))],
-    "a word": lambda rng: "".join(rng.choice(_LETTERS) for _ in range(rng.randint(6, 11))),
-}
-"""How an argument is drawn, by the phrase for it in the statement."""
-
-_STEPS: dict[str, tuple[Step, ...]] = {}
 for _, _row in read_jsonl(Path(__file__).with_name("steps.jsonl")):
     _STEPS[_row["kind"]] = (*_STEPS.get(_row["kind"], ()), (_row["says"], _row["code"]))
 
@@ -224,9 +223,11 @@ def tasks(
     chosen = choose_names(families, FAMILIES, "family")
     choose_names([split], SPLITS, "split")
     if not 0 <= n <= _MOST_TASKS or not 1 <= lowest <= highest <= HARDEST:
-        seen = f"{n} tasks of difficulty {lowest} to {highest}"
-        wanted = f"0 to {_MOST_TASKS} tasks, of difficulties LOW:HIGH from 1 to {HARDEST}"
-        raise UsageError(seen, wanted=wanted, do="correct the number (--tasks) or --difficulty")
+        raise UsageError(
+            f"{n} tasks of difficulty {lowest} to {highest}",
+            wanted=f"0 to {_MOST_TASKS} tasks, of difficulties LOW:HIGH from 1 to {HARDEST}",
+            do="correct the number (--tasks) or --difficulty",
+        )
     by_statement: dict[str, Task] = {}
     repeats = 0
     for index in count():
@@ -255,8 +256,11 @@ def choose_names(names: Sequence[str] | None, table: Iterable[str], kind: str) -
     chosen = allowed if names is None else list(dict.fromkeys(names))
     unknown = [name for name in chosen if name not in allowed]
     if unknown or not chosen:
-        seen = f"{kind} {', '.join(unknown) or 'none'}"
-        raise UsageError(seen, wanted=", ".join(allowed), do="choose among these")
+        raise UsageError(
+            f"{kind} {', '.join(unknown) or 'none'}",
+            wanted=", ".join(allowed),
+            do="choose among these",
+        )
     return chosen
 
 

@@ -130,9 +130,12 @@ def pair_task_named(name: str) -> PairTask:
             raise ValueError
         return PairTask(family, a, b)
     except (KeyError, ValueError):
-        wanted = "FAMILY/a=N,b=N with numbers that the family allows"
-        do = "use the tags that the generator wrote, or give hidden cases of your own with --tests"
-        raise DataError(f"task {name!r:.80}", wanted=wanted, do=do) from None
+        raise DataError(
+            f"task {name!r:.80}",
+            wanted="FAMILY/a=N,b=N with numbers that the family allows",
+            do="use the tags that the generator wrote, or give hidden cases of your own with "
+            "--tests",
+        ) from None
 
 
 def _script(
@@ -367,16 +370,19 @@ def find_pairs(
         )
         if near and not Path(reference).exists():
             meant = near[0] + (colon + numbers if colon else "" if near[0] == "authored" else ":48")
-            wanted = f"authored, {', '.join(f'{kind}:N' for kind in _BY_NUMBER)}, or a pair file"
-            do = f"did you mean {meant:.60}?"
             raise UsageError(
-                f"pairs {reference!r:.60}, neither a file nor a name of pairs", wanted=wanted, do=do
+                f"pairs {reference!r:.60}, neither a file nor a name of pairs",
+                wanted=f"authored, {', '.join(f'{kind}:N' for kind in _BY_NUMBER)}, or a pair file",
+                do=f"did you mean {meant:.60}?",
             )
         return read_pairs(reference)
     count, _, seed = numbers.partition(":")
     if not re.fullmatch(r"[0-9]{1,5}(:[0-9]{0,18})?", numbers):
-        wanted = f"{name}:N or {name}:N:SEED, with N below 100000"
-        raise UsageError(f"pairs {reference!r:.60}", wanted=wanted, do="use whole numbers")
+        raise UsageError(
+            f"pairs {reference!r:.60}",
+            wanted=f"{name}:N or {name}:N:SEED, with N below 100000",
+            do="use whole numbers",
+        )
     if name == "generated":
         return generate_pairs(int(count), seed=int(seed or "0"))
     is_whole = name == "exploits"

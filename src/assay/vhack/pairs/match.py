@@ -68,9 +68,12 @@ def match_pairs(hacks: str | Path, works: str | Path, *, per_prompt: int = 1) ->
     worked = sum(bool(texts) for texts in works_by_prompt.values())
     pairs = tuple(pair for by_hack in hacks_by_prompt.values() for pair in by_hack.values())
     if not pairs:
-        seen = f"{len(hacks_by_prompt)} prompts with a hack and {worked} with correct work, and none with both"
-        do = "sample both files from the same tasks, more of each with --per-task"
-        raise DataError(seen, wanted="hacks and correct work on the same tasks", do=do)
+        raise DataError(
+            f"{len(hacks_by_prompt)} prompts with a hack and {worked} with correct work, and none "
+            f"with both",
+            wanted="hacks and correct work on the same tasks",
+            do="sample both files from the same tasks, more of each with --per-task",
+        )
     return Matched(pairs, len(hacks_by_prompt), worked)
 
 
@@ -78,12 +81,13 @@ def _graded_lines(path: str | Path) -> Iterator[tuple[str, JsonObject]]:
     for number, record in read_jsonl(path):
         name = f"{path}, line {number}"
         if not all(isinstance(record.get(field), kind) for field, kind in GRADED_FIELDS.items()):
-            wanted = "prompt and completion, and correct and exploited as true or false"
-            do = (
-                "grade it with assay vhack evaluate --graded, and let a reward of your own return "
-                "both"
+            raise DataError(
+                f"{name}: no graded completion",
+                wanted="prompt and completion, and correct and exploited as true or false",
+                do="grade it with assay vhack evaluate --graded, and let a reward of your own "
+                "return "
+                "both",
             )
-            raise DataError(f"{name}: no graded completion", wanted=wanted, do=do)
         # No side of a pair may be empty.
         if record["prompt"].strip() and record["completion"].strip():
             yield name, record
@@ -95,9 +99,11 @@ def _match(record: JsonObject, hack: str, clean: str, name: str) -> Pair:
     if not isinstance(task, str) or not isinstance(mode, str):
         group = record.get("group")
         if not isinstance(group, str) or not group.strip():
-            wanted = "a group, by which checks hold pairs out"
-            do = 'add "group" to the tasks, as text'
-            raise DataError(f"{name}: neither a built-in task nor a group", wanted=wanted, do=do)
+            raise DataError(
+                f"{name}: neither a built-in task nor a group",
+                wanted="a group, by which checks hold pairs out",
+                do='add "group" to the tasks, as text',
+            )
         return Pair(record["prompt"], hack, clean, group)
     try:
         family = task_named(task).family.name

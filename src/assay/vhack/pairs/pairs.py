@@ -134,9 +134,11 @@ def read_pool(path: str | Path, *, most: int | None = None, seed: int = 0) -> li
         group = record.get("group")
         texts = (prompt, completion) if group is None else (prompt, completion, group)
         if not all(isinstance(text, str | Chat) and text_of(text).strip() for text in texts):
-            wanted = '{"prompt": "…", "completion": "…"}, text or messages, none empty, and perhaps "group", a name'
             raise DataError(
-                f"{path}, line {number}: {why}", wanted=wanted, do="correct or remove the line"
+                f"{path}, line {number}: {why}",
+                wanted='{"prompt": "…", "completion": "…"}, text or messages, none empty, and '
+                'perhaps "group", a name',
+                do="correct or remove the line",
             )
         prompt_text = prompt.json if isinstance(prompt, Chat) else prompt
         group_name = (
@@ -157,10 +159,10 @@ def check_apart(hack: Sequence[PoolSample], clean: Sequence[PoolSample]) -> None
     shared = {member.sample for member in hack} & {member.sample for member in clean}
     if shared:
         prompt = min(text_of(sample.prompt) for sample in shared)
-        seen = f"{len(shared)} samples are in both pools, one of them of the prompt {prompt!r:.60}"
-        do = "remove them from the pool to which they do not belong"
         raise DataError(
-            seen, wanted="samples that cheat in one, and samples that do not in the other", do=do
+            f"{len(shared)} samples are in both pools, one of them of the prompt {prompt!r:.60}",
+            wanted="samples that cheat in one, and samples that do not in the other",
+            do="remove them from the pool to which they do not belong",
         )
 
 

@@ -57,9 +57,10 @@ def split_pairs(
         )
     if n_heldout is not None:
         if not 0 <= n_heldout < len(pairs):
-            do = "lower --n-heldout, or leave it out"
             raise UsageError(
-                f"{n_heldout} of {len(pairs)} pairs to hold out", wanted="fewer", do=do
+                f"{n_heldout} of {len(pairs)} pairs to hold out",
+                wanted="fewer",
+                do="lower --n-heldout, or leave it out",
             )
         cut = len(pairs) - n_heldout
         return list(pairs[:cut]), list(pairs[cut:])
@@ -68,10 +69,12 @@ def split_pairs(
     used = [pair for pair in pairs if pair.group not in chosen]
     if unknown or not used:
         seen = f"group {min(unknown)!r} is not there" if unknown else "no pair left to extract from"
-        wanted = "some groups, but not all, of " + ", ".join(
-            dict.fromkeys(pair.group for pair in pairs)
+        raise UsageError(
+            seen,
+            wanted="some groups, but not all, of "
+            + ", ".join(dict.fromkeys(pair.group for pair in pairs)),
+            do="name other groups",
         )
-        raise UsageError(seen, wanted=wanted, do="name other groups")
     return used, [pair for pair in pairs if pair.group in chosen]
 
 
@@ -133,13 +136,11 @@ def check_prompts(pairs: Sequence[Pair]) -> None:
     for index, pair in enumerate(pairs):
         first, group = groups.setdefault(pair.prompt, (index, pair.group))
         if group != pair.group:
-            seen = (
-                f"pairs {first} and {index} have the same prompt, in groups {group} and "
-                f"{pair.group}"
-            )
-            do = "give them the same group"
             raise DataError(
-                seen, wanted="every prompt in one group, so that it is held out whole", do=do
+                f"pairs {first} and {index} have the same prompt, in groups {group} and "
+                f"{pair.group}",
+                wanted="every prompt in one group, so that it is held out whole",
+                do="give them the same group",
             )
 
 
@@ -190,9 +191,12 @@ def check_groups(
             )
         origin = "that the basis was not made from "
     elif len(scored) < (fewest := 2 if method == "svd" else HELD_OUT_PART + 1):
-        seen = f"{len(scored)} group{'s' * (len(scored) != 1)} of pairs to check {method} with"
-        do = "add pairs of other groups (--pairs generated:48 has 30), or check with --method svd"
-        raise UsageError(seen, wanted=f"at least {fewest}, and {least} for a verdict", do=do)
+        raise UsageError(
+            f"{len(scored)} group{'s' * (len(scored) != 1)} of pairs to check {method} with",
+            wanted=f"at least {fewest}, and {least} for a verdict",
+            do="add pairs of other groups (--pairs generated:48 has 30), or check with --method "
+            "svd",
+        )
     elif method != "svd":
         check_method(
             method,
@@ -202,7 +206,8 @@ def check_groups(
     if len(scored) >= least:
         return None
     return (
-        f"{len(scored)} groups {origin}are too few for a verdict by {method}: it needs {least}. Add "
+        f"{len(scored)} groups {origin}are too few for a verdict by {method}: it needs {least}. "
+        f"Add "
         f"pairs of "
         f"other groups (--pairs generated:48 has 30){alternative}"
     )

@@ -106,10 +106,10 @@ def read_tests(path: str | Path) -> dict[str, tuple[Case, ...]]:
             ):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            wanted = '{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}'
-            do = "correct the line"
             raise DataError(
-                f"{path}, line {number}: no tests of a new task", wanted=wanted, do=do
+                f"{path}, line {number}: no tests of a new task",
+                wanted='{"task": NAME, "entry": NAME, "cases": [{"args": [1], "expected": 2}]}',
+                do="correct the line",
             ) from None
         cases_by_task[record["task"]] = cases
     return cases_by_task
@@ -183,10 +183,10 @@ def _judge(
     )
     bound = Limits().program_bytes
     if longest > bound:
-        wanted = f"programs of at most {bound} bytes"
-        do = "shorten it, or leave the pair out of the verification"
         raise DataError(
-            f"pair {index} (group {pair.group}): a side of {longest} bytes", wanted=wanted, do=do
+            f"pair {index} (group {pair.group}): a side of {longest} bytes",
+            wanted=f"programs of at most {bound} bytes",
+            do="shorten it, or leave the pair out of the verification",
         )
     channel = tags["channel"]
     task = tags["task"]

@@ -59,7 +59,8 @@ class Alarm:
         """What the alarm means, in a line."""
         return (
             f"ALARM: more than {self.tolerated:g} of the rollouts that are not flagged cheat: the "
-            f"detector does not see this exploit (a false alarm in at most {self.level:g} of runs). "
+            f"detector does not see this exploit (a false alarm in at most {self.level:g} of "
+            f"runs). "
             "Stop, and add pairs of it"
         )
 

@@ -35,7 +35,7 @@ from assay.vhack.directions.gradients.batches import Progress
 from assay.vhack.environment.grading import Episode
 from assay.vhack.training.outcomes import Graded
 from assay.vhack.training.rewards import make_reward
-from assay.vhack.training.sampling import Sampling, encode_prompts, sample_batches
+from assay.vhack.training.sampling import GenerationOptions, encode_prompts, sample_batches
 from assay.vhack.training.tasks import RewardFunction, Task, mechanism_of, read_prompt
 
 GRADED_AT_ONCE = 64  # completions between two calls of progress
@@ -51,7 +51,7 @@ def sample_tasks(
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **options: Unpack[Sampling],
+    **options: Unpack[GenerationOptions],
 ) -> int:
     """Sample one completion for each task into a file, and return how many an earlier call had
     left.
@@ -99,9 +99,11 @@ def sample_tasks(
             for line, prompt in zip(lines, prompts[: len(lines)], strict=True)
         )
         if not fits and not overwrite:
-            seen = f"{file.partial} holds completions that were sampled with other settings"
-            do = "repeat these, choose another file, or pass --overwrite"
-            raise UsageError(seen, wanted="the settings with which it was begun", do=do)
+            raise UsageError(
+                f"{file.partial} holds completions that were sampled with other settings",
+                wanted="the settings with which it was begun",
+                do="repeat these, choose another file, or pass --overwrite",
+            )
         first = first if fits else 0
         if first < len(lines):
             file.restart()
@@ -140,7 +142,9 @@ def _named_group(task: Task) -> str | None:
 
 
 def group_of(task: Task) -> str:
-    """Return the group that keeps completions together: ``group``, the task's name or its prompt."""
+    """Return the group that keeps completions together: ``group``, the task's name or its
+    prompt.
+    """
     if isinstance(task, Episode):
         return task.task.name
     group = _named_group(task)
@@ -260,10 +264,10 @@ def evaluate(
         print(found.rates()["hack"].text)
     """
     if not completions or len(tasks) != len(completions):
-        wanted = "at least one, and a task for each"
-        do = "repeat a task for each of its completions"
         raise DataError(
-            f"{len(completions)} completions of {len(tasks)} tasks", wanted=wanted, do=do
+            f"{len(completions)} completions of {len(tasks)} tasks",
+            wanted="at least one, and a task for each",
+            do="repeat a task for each of its completions",
         )
     workers = workers or os.cpu_count() or 1
     paying = make_reward(

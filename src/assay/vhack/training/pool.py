@@ -108,8 +108,7 @@ def _check_rollout(
     """Refuse a rollout that is incomplete, of another tokenizer or too long."""
     count = len(rollout.tokens)
     if count != len(rollout.logprobs):
-        seen = f"{count} tokens and {len(rollout.logprobs)} log-probabilities"
-        raise _bad_line(name, seen, FORM)
+        raise _bad_line(name, f"{count} tokens and {len(rollout.logprobs)} log-probabilities", FORM)
     if tokenizer is not None and not _spells(rollout, tokenizer):
         raise _bad_line(
             name,

@@ -1,4 +1,6 @@
-"""What is made once for a run, before any step: pool, detector, axes, adapter, optimizer, trainer."""
+"""What is made once for a run, before any step: pool, detector, axes, adapter, optimizer,
+trainer.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

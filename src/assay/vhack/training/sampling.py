@@ -1,4 +1,4 @@
-"""Sampling of completions, with the log-probabilities that they were sampled with."""
+"""GenerationOptions of completions, with the log-probabilities that they were sampled with."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def sample_pool(
     """
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     ids = encode_prompts(teacher, repeated, max_new_tokens)
-    options = Sampling(
+    options = GenerationOptions(
         temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, batch=batch
     )
     return RolloutPool(
@@ -58,7 +58,7 @@ def sample_pool(
     )
 
 
-class Sampling(TypedDict):
+class GenerationOptions(TypedDict):
     """How completions are sampled, see `sample_pool`."""
 
     temperature: float
@@ -80,11 +80,10 @@ def find_end_tokens(model: Model) -> list[int]:
 
 
 def _cannot_complete(reference: str, missing: str) -> UsageError:
-    do = "name the token in its tokenizer_config.json, or choose another --model"
     return UsageError(
         f"{reference} without {missing}",
         wanted="a model with a tokenizer that has an eos_token",
-        do=do,
+        do="name the token in its tokenizer_config.json, or choose another --model",
     )
 
 
@@ -109,10 +108,10 @@ def encode_prompts(
         check_tokens("a prompt", tokens, description.vocab_size)
     longest = max(map(len, ids.values()), default=0)
     if longest + max_new_tokens > description.max_positions:
-        wanted = f"at most {description.max_positions}, the context of the model"
-        do = "allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts"
         raise UsageError(
-            f"prompts of up to {longest} tokens and {max_new_tokens} new ones", wanted=wanted, do=do
+            f"prompts of up to {longest} tokens and {max_new_tokens} new ones",
+            wanted=f"at most {description.max_positions}, the context of the model",
+            do="allow fewer with --max-new-tokens (max_new_tokens), or take shorter prompts",
         )
     return [ids[prompt] for prompt in prompts]
 
@@ -135,7 +134,7 @@ def sample_batches(
     prompts: Sequence[str],
     ids: Sequence[list[int]],
     first: int = 0,
-    **options: Unpack[Sampling],
+    **options: Unpack[GenerationOptions],
 ) -> Iterator[list[PoolRollout]]:
     """Yield one completion of each prompt, given its tokens, a batch at a time.
 
@@ -154,7 +153,11 @@ def sample_batches(
 
 @torch.no_grad()
 def _sample_batch(
-    model: Model, prompts: Sequence[str], ids: Sequence[list[int]], seed: int, options: Sampling
+    model: Model,
+    prompts: Sequence[str],
+    ids: Sequence[list[int]],
+    seed: int,
+    options: GenerationOptions,
 ) -> list[PoolRollout]:
     tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)
     module = cast(Any, model.module)

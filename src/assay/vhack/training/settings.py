@@ -17,7 +17,7 @@ from assay.vhack.names import DEFAULT_ARM, DETECTORS, METHODS
 
 if TYPE_CHECKING:
     from assay.vhack.directions.delta.arms import Arm
-    from assay.vhack.training.sampling import Sampling
+    from assay.vhack.training.sampling import GenerationOptions
 
 # Settings that a continued run may change.
 _MAY_GROW = ("steps", "save_every", "checkpointing", "micro_batch", "allow_partial")
@@ -28,6 +28,7 @@ _FORMER = {
     "pairs": ("generated:96",),
     "lr": (0.03,),
 }
+_TASKS = "Number of built-in tasks; or module:function, which returns tasks of one's own."
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -45,9 +46,6 @@ def _tasks(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise ValueError("a number, or module:function") from None
-
-
-_TASKS = "Number of built-in tasks; or module:function, which returns tasks of one's own."
 
 
 class TaskSettings(Settings):
@@ -120,7 +118,7 @@ class SampleSettings(TaskSettings):
         ]
 
     @property
-    def how(self) -> "Sampling":
+    def how(self) -> "GenerationOptions":
         """The part that says how each completion is sampled."""
         names = (
             "temperature",
@@ -128,7 +126,7 @@ class SampleSettings(TaskSettings):
             "seed",
             "batch",
         )  # in the order of lines in a file
-        return cast("Sampling", {name: getattr(self, name) for name in names})
+        return cast("GenerationOptions", {name: getattr(self, name) for name in names})
 
 
 class TrainSettings(TaskSettings):

@@ -92,10 +92,10 @@ def load_tasks(
                 raise TypeError(f"it returned {returned!r:.80}")
             tasks = list(returned)
         except (Exception, SystemExit) as error:  # whatever a function of the user raises
-            wanted = "a function without arguments that returns a list of tasks"
-            do = "correct it"
             raise DataError(
-                f"--tasks {source} raised {type(error).__name__}: {error}", wanted=wanted, do=do
+                f"--tasks {source} raised {type(error).__name__}: {error}",
+                wanted="a function without arguments that returns a list of tasks",
+                do="correct it",
             ) from error
     rendered = _render_tasks(list(tasks), model, source)
     if len(rendered) < least:
@@ -106,9 +106,11 @@ def load_tasks(
         if not isinstance(task, Episode) and not (
             read_prompt(task) if isinstance(task, str | Mapping) else ""
         ):
-            wanted = "a prompt, or a mapping with one under 'prompt'"
-            do = "correct what the function returns"
-            raise DataError(f"{source}: task {index} is {task!r:.80}", wanted=wanted, do=do)
+            raise DataError(
+                f"{source}: task {index} is {task!r:.80}",
+                wanted="a prompt, or a mapping with one under 'prompt'",
+                do="correct what the function returns",
+            )
     return rendered, source
 
 
@@ -124,10 +126,10 @@ def _render_tasks(tasks: list[Task], model: str | None, source: str) -> list[Tas
             tokenizer = tokenizer or (None if model is None else load_tokenizer(model))
             text = render_chat(chat_columns(dict(task), ())["prompt"], tokenizer)
         except (UsageError, ValueError) as error:
-            wanted = "messages for a model with a chat template"
-            do = "correct them, or name the model (--model)"
             raise DataError(
-                f"{source}: task {index}: {reason_of(error)}", wanted=wanted, do=do
+                f"{source}: task {index}: {reason_of(error)}",
+                wanted="messages for a model with a chat template",
+                do="correct them, or name the model (--model)",
             ) from None
         begins = list(tokenizer("")["input_ids"])[:1] == [tokenizer.bos_token_id]
         tasks[index] = {**task, "prompt": text.removeprefix(tokenizer.bos_token if begins else "")}
@@ -178,12 +180,10 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> tuple[list[JsonObje
     by_prompt: dict[str, Task] = {}
     for task in tasks:
         if by_prompt.setdefault(read_prompt(task), task) != task:
-            wanted = "prompts by which the tasks of completions can be found"
-            do = "make them differ, or leave one out"
             raise DataError(
                 f"two different tasks with the prompt {read_prompt(task)!r:.80}",
-                wanted=wanted,
-                do=do,
+                wanted="prompts by which the tasks of completions can be found",
+                do="make them differ, or leave one out",
             )
     records: list[JsonObject] = []
     sampled_tasks: list[Task] = []
@@ -206,13 +206,12 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
         )
     if "task" not in record:
         if prompt not in by_prompt:
-            wanted = (
-                "prompts of the tasks, or lines of assay vhack sample with the name of a built-in "
-                "one"
-            )
-            do = "describe the tasks by --tasks and its neighbours as they were for sampling"
             raise DataError(
-                f"{name}: a prompt of none of the {len(by_prompt)} tasks", wanted=wanted, do=do
+                f"{name}: a prompt of none of the {len(by_prompt)} tasks",
+                wanted="prompts of the tasks, or lines of assay vhack sample with the name of a "
+                "built-in "
+                "one",
+                do="describe the tasks by --tasks and its neighbours as they were for sampling",
             )
         return by_prompt[prompt]
     task, mode, markers = (record.get(part) for part in ("task", "mode", "markers"))
@@ -223,7 +222,9 @@ def _task_of(record: JsonObject, by_prompt: Mapping[str, Task], name: str) -> Ta
             f"{name}: {error.seen}", wanted=error.wanted, do="correct the line"
         ) from error
     if episode.prompt != prompt:
-        seen = f"{name}: a prompt that is not the one of {episode.task.name} in mode {episode.mode}"
-        do = "take task, mode and markers out of the line, or correct them"
-        raise DataError(seen, wanted="the prompt of the task that the line names", do=do)
+        raise DataError(
+            f"{name}: a prompt that is not the one of {episode.task.name} in mode {episode.mode}",
+            wanted="the prompt of the task that the line names",
+            do="take task, mode and markers out of the line, or correct them",
+        )
     return episode

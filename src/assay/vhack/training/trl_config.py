@@ -31,7 +31,8 @@ def trl_arguments(
             f"{rollouts} rollouts a step, {settings.rollouts_per_backward} a backward pass, "
             f"{processes.count} processes",
             wanted="as many backward passes in every process",
-            do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the rollouts",
+            do=f"choose --prompts, --group and --micro-batch so that {at_once} divides the "
+            f"rollouts",
         )
     on_gpu = model.device.type == "cuda"
     config = GRPOConfig(

@@ -256,13 +256,12 @@ class HFEngine(Engine):
             if is_out_of_memory(error):
                 raise self._too_large() from error
             other_model = "use another architecture, such as Llama, Qwen3 or Mistral"
-            seen = (
-                f"{self.model.reference} ({self.model.architecture}) does not run: "
-                f"{type(error).__name__}: {error}"
-            )
             do = f"try --kernels eager, or {other_model}" if self._compiled else other_model
             raise ModelError(
-                seen, wanted="a decoder that takes input embeddings and positions", do=do
+                f"{self.model.reference} ({self.model.architecture}) does not run: "
+                f"{type(error).__name__}: {error}",
+                wanted="a decoder that takes input embeddings and positions",
+                do=do,
             ) from error
 
     @torch.inference_mode()
@@ -308,9 +307,11 @@ class HFEngine(Engine):
     def _check_inputs(self, inputs_BTD: Tensor) -> None:
         wanted = (self.batch_size, self.seq_len, self.hidden_size)
         if tuple(inputs_BTD.shape) != wanted:
-            seen = f"inputs of shape {tuple(inputs_BTD.shape)}"
-            do = "pad the batch with throw-away nonces"
-            raise UsageError(seen, wanted=f"the engine's fixed shape {wanted}", do=do)
+            raise UsageError(
+                f"inputs of shape {tuple(inputs_BTD.shape)}",
+                wanted=f"the engine's fixed shape {wanted}",
+                do="pad the batch with throw-away nonces",
+            )
 
     def _too_large(self) -> OutOfMemory:
         """Name a batch that would fit: by the estimate, and at most half of the one that did

@@ -36,10 +36,9 @@ def check_shape(model: Model | ModelInfo, *, batch_size: int, seq_len: int, step
     check_batch_size(batch_size)
     if not 1 <= seq_len <= model.max_positions - steps:
         fitting = f"pass --seq-len {max(1, min(256, model.max_positions - steps))}"
-        seen = f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}"
         do = f"{fitting}, or another --preset such as decode-64" if steps else fitting
         raise UsageError(
-            seen,
+            f"seq_len {seq_len}{f' and {steps} tokens' if steps else ''} with {model.reference}",
             wanted=f"1 to its {model.max_positions} positions{' together' if steps else ''}",
             do=do,
         )
@@ -116,9 +115,10 @@ def check_fits(model: Model, batch_size: int, seq_len: int) -> None:
         return
     fits = fitting_batch(model, seq_len)
     gib = 2**30
-    seen = (
-        f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of "
-        f"{free / gib:.1f} free"
-    )
     do = f"pass --batch-size {fits}" if fits else f"pass a shorter --seq-len than {seq_len}"
-    raise OutOfMemory(seen, wanted="a batch that fits into memory", do=do)
+    raise OutOfMemory(
+        f"a batch of {batch_size} × {seq_len} positions takes about {need / gib:.1f} GiB of "
+        f"{free / gib:.1f} free",
+        wanted="a batch that fits into memory",
+        do=do,
+    )

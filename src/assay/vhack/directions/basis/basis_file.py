@@ -6,12 +6,13 @@ Tensors, for every module name as in ``model.named_modules()``::
     _sv/{name}    [K]      float32   their singular values
 
 Metadata (all text): ``model``, ``dtype``, ``top_k``, ``tau_axis`` and ``schema``, and what makes a
-stale file known: ``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``, ``pairs_sha256``,
-``settings_sha256``; further ``pairs``, ``groups`` and ``skipped`` (JSON lists), ``captured``, and
-``votes`` (JSON: name to lists of [for, against]). Where the modules are only a part of the model's
-weight matrices there is also ``coverage`` (JSON: ``share`` of the weights and the names
-``left_out``), where modules are experts ``tokens`` (JSON: name of the module that holds them to the
-number of tokens that came to each), and where the pairs had messages ``chat_template_sha256``.
+stale file known: ``method``, ``rank`` (or ``full``), ``factors``, ``weights_sha256``,
+``pairs_sha256``, ``settings_sha256``; further ``pairs``, ``groups`` and ``skipped`` (JSON lists),
+``captured``, and ``votes`` (JSON: name to lists of [for, against]). Where the modules are only a
+part of the model's weight matrices there is also ``coverage`` (JSON: ``share`` of the weights and
+the names ``left_out``), where modules are experts ``tokens`` (JSON: name of the module that holds
+them to the number of tokens that came to each), and where the pairs had messages
+``chat_template_sha256``.
 
 Shapes: K axes, R coordinates of δS in a module.
 """

@@ -67,8 +67,8 @@ def check(
         model: Model that the basis belongs to.
         basis: Basis to check; None fits bases itself.
         settings: Amount of evidence and strictness of the rules.
-        options: Keywords of :class:`assay.vhack.directions.basis.extract.GradientOptions`; a given basis says
-            itself rank and factors, and what it covers.
+        options: Keywords of :class:`assay.vhack.directions.basis.extract.GradientOptions`; a given
+            basis says itself rank and factors, and what it covers.
 
     Raises:
         DataError: A prompt occurs in two groups, the basis was made from pairs that would be scored

@@ -20,8 +20,8 @@ from assay.vhack.directions.basis.axes import shrinkage
 from assay.vhack.directions.basis.extract import PairGradients
 from assay.vhack.directions.checks.check_report import CheckSettings
 
-# As in assay.vhack.directions.basis: singular values below this share of the first, times T, are rounding of
-# float32 gradients.
+# As in assay.vhack.directions.basis: singular values below this share of the first, times T, are
+# rounding of float32 gradients.
 _ROUNDING = torch.finfo(torch.float32).eps
 
 
@@ -157,7 +157,9 @@ class Geometry:
         return frame.mix @ self.gram_MSS @ other_frame.mix.transpose(1, 2)
 
     def batch(self, along_MKS: Tensor, weights_SQ: Tensor) -> tuple[Tensor, Tensor]:
-        """Return components along axes, [M, K, Q], and lengths, [M, Q], of weighted sums of samples."""
+        """Return components along axes, [M, K, Q], and lengths, [M, Q], of weighted sums of
+        samples.
+        """
         squares_MQ = torch.einsum("sq,mst,tq->mq", weights_SQ, self.gram_MSS, weights_SQ)
         lengths_MQ = squares_MQ.clamp_min(0).sqrt()
         return along_MKS @ weights_SQ, torch.where(lengths_MQ > 0, lengths_MQ, torch.inf)

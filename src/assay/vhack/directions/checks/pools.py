@@ -280,7 +280,8 @@ def _unseen(
             raise DataError(
                 f"the {kind} pool has {len(pool)} samples, and all are of groups that the basis "
                 f"was made from",
-                wanted="samples of groups it has not seen: numbers from its own groups show nothing",
+                wanted="samples of groups it has not seen: numbers from its own groups show "
+                "nothing",
                 do="add samples of other groups, or hold groups out at extraction",
             )
     return unseen_pools, sum(map(len, pools)) - sum(map(len, unseen_pools))

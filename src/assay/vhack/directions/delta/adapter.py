@@ -123,7 +123,9 @@ class DeltaS(nn.Module):
 
     @property
     def svd(self) -> SVDCache:
-        """Factors of the weights before training, as views, for gradients in the same coordinates."""
+        """Factors of the weights before training, as views, for gradients in the same
+        coordinates.
+        """
         factors = {
             name: group.factors(index)
             for group in self.groups

@@ -169,5 +169,6 @@ def arm_named(name: str, *, gain: float = 1.0) -> Arm:
     raise UsageError(
         f"arm {name!r}",
         wanted=", ".join(ARMS),
-        do=f"perhaps --arm {nearest}; gates and displaced starts come with assay-research (research/)",
+        do=f"perhaps --arm {nearest}; gates and displaced starts come with assay-research "
+        f"(research/)",
     )

@@ -213,7 +213,9 @@ class ProjectedOptimizer(Optimizer):
     def _measured(
         self, raw: Mapping[int, Tensor], gated: Mapping[int, Tensor], before: list[Tensor]
     ) -> StepMeasures:
-        """Return the shares along the axes of gradients, gated gradients and updates, and where δS is."""
+        """Return the shares along the axes of gradients, gated gradients and updates, and where
+        δS is.
+        """
         deltas = [parameter.detach() for parameter in self.adapter.delta]
         frames = self.frames
         # The hack is along −v for an update, so its sign is turned.

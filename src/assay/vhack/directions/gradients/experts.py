@@ -48,7 +48,8 @@ class ExpertsPass:
         if hidden_NH.ndim != 2 or len(hidden_NH) != batch.ids.numel():
             raise ModelError(
                 f"{self.name} is given inputs of shape {list(hidden_NH.shape)}",
-                wanted="[tokens, width], all tokens in their order, before they are sorted by expert",
+                wanted="[tokens, width], all tokens in their order, before they are sorted by "
+                "expert",
                 do="use another model",
             )
         order, sizes = self._sorted(index_NK, batch)

@@ -261,7 +261,9 @@ def check_finite(gradients: SampleGradients, encoded: list[Encoded]) -> None:
 
 
 def _store(gradients: SampleGradients, computed: Computed) -> None:
-    """Write the gradients of a batch into their rows; a loss that is not finite makes its row NaN."""
+    """Write the gradients of a batch into their rows; a loss that is not finite makes its row
+    NaN.
+    """
     batch, together_BR, losses_M, arrived, tokens = computed
     if arrived is not None:
         arrived.synchronize()

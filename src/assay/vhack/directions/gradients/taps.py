@@ -101,7 +101,9 @@ class Tap:
         self.trigger = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the output of the Linear; rows that are not all tokens in order are a ModelError."""
+        """Return the output of the Linear; rows that are not all tokens in order are a
+        ModelError.
+        """
         segments = self.segments()
         # Experts that are shared by all tokens are given all of them in one row, those of a list
         # only some.

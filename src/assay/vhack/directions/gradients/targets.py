@@ -211,7 +211,8 @@ def chosen_modules(
             f"{name} has no memory of its own, as with offloading to a disk or to the memory of "
             f"the CPU",
             wanted="all weights on one device",
-            do="load the model in bfloat16 or on a larger device; --rank leaves room for the factors",
+            do="load the model in bfloat16 or on a larger device; --rank leaves room for the "
+            "factors",
         )
     targets = target_modules(model)
     _check_causal(module_of(model), targets)
