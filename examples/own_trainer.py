@@ -46,15 +46,26 @@ def main(folder: Path) -> None:
     optimizer = ProjectedOptimizer(inner, adapter, basis, arm=arm, max_norm=1.0)
 
     config = GRPOConfig(
-        str(folder), max_steps=2, per_device_train_batch_size=4, num_generations=2, max_completion_length=16,
-        save_steps=1, use_cpu=True, bf16=False,
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=16,
+        save_steps=1,
+        use_cpu=True,
+        bf16=False,
         max_grad_norm=0.0,  # the optimizer clips
         shuffle_dataset=False,  # the trainer has an order that a continued run can take up
-    )  # fmt: skip
+    )
     trainer = GRPO(
-        adapter, optimizer, OwnReward(tasks(), reward, optimizer.arm), config, prompts=4,
-        processing_class=model.tokenizer, axes=basis,
-    )  # fmt: skip
+        adapter,
+        optimizer,
+        OwnReward(tasks(), reward, optimizer.arm),
+        config,
+        prompts=4,
+        processing_class=model.tokenizer,
+        axes=basis,
+    )
     checkpoint, done = last_checkpoint(folder)
     log = TrainLog(folder / "log.jsonl", {}, step=done)
     trainer.add_callback(StepLog(trainer, log, console=print))

@@ -68,9 +68,33 @@ def proofs(folder: Path, run) -> dict[str, str]:
         for preset in run.presets:
             for dtype in ("bfloat16", "float32"):
                 out = folder / "proof.jsonl"
-                run("poc", "prove", "--model", model, "--preset", preset, "--dtype", dtype, "--seq-len", "24",
-                    "--batch-size", "3", "--nonces", "0:7", "--node-id", "1", "--node-count", "3",
-                    "--block-hash", "golden block", "--public-key", "golden key", "--overwrite", "-o", out)  # fmt: skip
+                run(
+                    "poc",
+                    "prove",
+                    "--model",
+                    model,
+                    "--preset",
+                    preset,
+                    "--dtype",
+                    dtype,
+                    "--seq-len",
+                    "24",
+                    "--batch-size",
+                    "3",
+                    "--nonces",
+                    "0:7",
+                    "--node-id",
+                    "1",
+                    "--node-count",
+                    "3",
+                    "--block-hash",
+                    "golden block",
+                    "--public-key",
+                    "golden key",
+                    "--overwrite",
+                    "-o",
+                    out,
+                )
                 text = re.sub(rb'"seconds":[0-9.]+', b'"seconds":0', out.read_bytes())
                 found[f"proof {model} {preset} {dtype}"] = sha256(text)
     return found
@@ -82,8 +106,26 @@ def bases(folder: Path, run) -> dict[str, str]:
     for model in MODELS:
         for method in ("svd", "lda"):
             out = folder / "basis.safetensors"
-            run("vhack", "extract", "--model", model, "--pairs", "generated:8", "--method", method, "--top-k", "4",
-                "--dtype", "float32", "--max-tokens", "4096", "--no-cache", "--overwrite", "-o", out)  # fmt: skip
+            run(
+                "vhack",
+                "extract",
+                "--model",
+                model,
+                "--pairs",
+                "generated:8",
+                "--method",
+                method,
+                "--top-k",
+                "4",
+                "--dtype",
+                "float32",
+                "--max-tokens",
+                "4096",
+                "--no-cache",
+                "--overwrite",
+                "-o",
+                out,
+            )
             found[f"basis {model} {method}"] = sha256(canonical(out.read_bytes()))
     return found
 
@@ -95,9 +137,11 @@ def jobs(folder: Path, server) -> dict[str, str]:
         for dtype in ("bfloat16", "float32"):
             with server(folder / f"{model[10:]} {dtype}", model, dtype) as base:
                 body = BLOCK | {
-                    "nonces": [0, 1, 5, 8], "batch_size": 3, "wait": True,
+                    "nonces": [0, 1, 5, 8],
+                    "batch_size": 3,
+                    "wait": True,
                     "params": {"model": model, "seq_len": 24, "k_dim": 12},
-                }  # fmt: skip
+                }
                 request = urllib.request.Request(
                     f"{base}/api/v1/pow/generate",
                     json.dumps(body).encode(),

@@ -108,9 +108,14 @@ class Stranger:
         fail.
         """
         done = subprocess.run(
-            command, cwd=place or self.place, env=self.environment, capture_output=True, text=True, check=False,
+            command,
+            cwd=place or self.place,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=60 * minutes,
-        )  # fmt: skip
+        )
         if done.returncode not in codes or "Traceback" in done.stderr:
             raise Failed(
                 f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-600:]}"
@@ -283,9 +288,12 @@ def running(stranger: Stranger, ready: str, *arguments: str) -> Iterator[str]:
     log = stranger.folder / f"{arguments[1]}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            ["assay", *arguments, "--port", str(port)], cwd=stranger.place, env=stranger.environment, stdout=out,
+            ["assay", *arguments, "--port", str(port)],
+            cwd=stranger.place,
+            env=stranger.environment,
+            stdout=out,
             stderr=out,
-        )  # fmt: skip
+        )
     try:
         base = f"http://127.0.0.1:{port}"
         limit = time.monotonic() + 300
@@ -342,10 +350,18 @@ def check_page(stranger: Stranger, base: str, page: bytes) -> None:
         # The browser's time runs ahead of the server's, so the first event may come after the page
         # was written out.
         shown = stranger.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-             "--virtual-time-budget=10000", "--dump-dom", f"{base}/"],
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={profile}",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                f"{base}/",
+            ],
             minutes=2,
-        )  # fmt: skip
+        )
     if MODEL in page.decode() or MODEL not in shown:
         raise Failed(f"the page in a browser does not name {MODEL}: {shown[-300:]!r}")
 

@@ -63,7 +63,8 @@ def staged(page: Path, names: dict[Path, str], repository: str, missing: list[st
             missing.append(f"{page.relative_to(ROOT)}: {target}")
             return match[0]
         kind = "tree" if there.is_dir() else "blob"
-        return f"{before}{repository}/{kind}/main/{there.relative_to(ROOT).as_posix()}{mark}{anchor}{after}"
+        path = there.relative_to(ROOT).as_posix()
+        return f"{before}{repository}/{kind}/main/{path}{mark}{anchor}{after}"
 
     text = MAKES_TABLE.sub("", page.read_text(encoding="utf-8"))
     text = FORMULA.sub(lambda match: convert(match[1].strip(), display="block"), text)

@@ -293,9 +293,9 @@ def readers(directory: Path) -> dict[str, Callable[[Path], object]]:
     }
 
 
-TOKENS = b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'.split(
-    b"|"
-)
+TOKENS = (
+    b'NaN|1e999|-1|null|{}|[[[[[[[[[[[[[[[[[[|"\\ud800"|\x00|\xff|99999999999999999999|\r\n\n|true'
+).split(b"|")
 
 
 def changed(whole: bytes, chance: random.Random) -> bytes:

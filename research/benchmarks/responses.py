@@ -69,9 +69,16 @@ def measured(reference, dtype, verifier, count):
     cheat = {}
     for way, sampling in WAYS.items():
         field = Field(
-            reference=reference, dtype=dtype, verifier_dtype=verifier, device="cpu", honest=count, responses=count,
-            prompt_tokens=PROMPT, steps=TOKENS, sampling=sampling,
-        )  # fmt: skip
+            reference=reference,
+            dtype=dtype,
+            verifier_dtype=verifier,
+            device="cpu",
+            honest=count,
+            responses=count,
+            prompt_tokens=PROMPT,
+            steps=TOKENS,
+            sampling=sampling,
+        )
         served = {name: serve(field.scene, field.asked) for name, serve in PROVERS.items()}
         for name, answers in served.items():
             found[name][way] = [one.replayed for one in field.checked(answers)]

@@ -140,19 +140,29 @@ def block_law() -> None:
     rows = []
     for model, found in figures["over_blocks"].items():
         mine = [row for row in figures["poc-2.0"] if row["model"] == model]
-        offsets = {name: np.std([row[name] for row in mine]) for name in (
-            "width_off_in_standard_errors", "width_off_the_block_in_standard_errors")}  # fmt: skip
-        rows.append((
-            model.partition(":")[2],
-            found["blocks"],
-            f"{found['effective_dimension']:.0f}",
-            f"{found['widths'][0]:.2f} to {found['widths'][1]:.2f}",
-            f"{100 * found['sd_of_width']:.1f} % ({100 * found['sd_of_width_expected']:.1f} %)",
-            *(f"{offset:.1f}" for offset in offsets.values()),
-        ))  # fmt: skip
-    header = ("model", "blocks", "effective dimension", "width over the chord "
-                                                        "law's", "its sd (expected)",
-              "off the chord law", "off the law of the block")  # fmt: skip
+        offsets = {
+            name: np.std([row[name] for row in mine])
+            for name in ("width_off_in_standard_errors", "width_off_the_block_in_standard_errors")
+        }
+        rows.append(
+            (
+                model.partition(":")[2],
+                found["blocks"],
+                f"{found['effective_dimension']:.0f}",
+                f"{found['widths'][0]:.2f} to {found['widths'][1]:.2f}",
+                f"{100 * found['sd_of_width']:.1f} % ({100 * found['sd_of_width_expected']:.1f} %)",
+                *(f"{offset:.1f}" for offset in offsets.values()),
+            )
+        )
+    header = (
+        "model",
+        "blocks",
+        "effective dimension",
+        "width over the chord law's",
+        "its sd (expected)",
+        "off the chord law",
+        "off the law of the block",
+    )
     print_table(header, rows)
 
 
@@ -176,10 +186,13 @@ def cheapest() -> None:
 def formats() -> None:
     """Print what the number format changes for ``hardened``, both models side by side."""
     columns = [_format_column(dtype, suffix) for dtype, suffix in FORMATS.items()]
-    names = ("honest ε", "best attack that saves a quarter, over honest",
-             "lightest experts left out (random / trained), over honest, first "
-             "form", "int8 weights, over honest",
-             "2 % junk within 300: `poc-2.0`")  # fmt: skip
+    names = (
+        "honest ε",
+        "best attack that saves a quarter, over honest",
+        "lightest experts left out (random / trained), over honest, first form",
+        "int8 weights, over honest",
+        "2 % junk within 300: `poc-2.0`",
+    )
     print_table(("`hardened`, Qwen3 / Llama", *FORMATS), zip(names, *columns, strict=True))
 
 
@@ -260,11 +273,13 @@ def float8_noise() -> None:
     columns = []
     for case in cases:
         prover = case["noise"][0]["between"][0]
-        columns.append({
-            engine_name(*row["between"][1]): f"{1e4 * row['sd']:.1f}e-4" if row["sd"] else "0"
-            for row in case["noise"]
-            if row["between"][0] == prover
-        })  # fmt: skip
+        columns.append(
+            {
+                engine_name(*row["between"][1]): f"{1e4 * row['sd']:.1f}e-4" if row["sd"] else "0"
+                for row in case["noise"]
+                if row["between"][0] == prover
+            }
+        )
     engines = dict.fromkeys(engine for column in columns for engine in column)
     rows = [(engine, [column.get(engine, "–") for column in columns]) for engine in engines]
     names = (f"{case['model'].rpartition(':')[2]}, `{case['format']}`" for case in cases)
@@ -328,10 +343,18 @@ def network_faults() -> None:
             total = sum(sum(pair["audits"].values()) for pair in pairs)
             ratios = [pair["ratio"] for pair in pairs]
             outcomes = ", ".join(sorted({pair["outcome"] for pair in pairs}))
-            rows.append((
-                _short(model["model"]), pattern, len(pairs), f"{pairs[0]['share']:.0%}",
-                f"{min(ratios):.1f} to {max(ratios):.1f}", outcomes, f"{audits[0]} of {total}", audits[1],
-            ))  # fmt: skip
+            rows.append(
+                (
+                    _short(model["model"]),
+                    pattern,
+                    len(pairs),
+                    f"{pairs[0]['share']:.0%}",
+                    f"{min(ratios):.1f} to {max(ratios):.1f}",
+                    outcomes,
+                    f"{audits[0]} of {total}",
+                    audits[1],
+                )
+            )
     header = (
         "model",
         "bad places",
@@ -348,10 +371,17 @@ def network_faults() -> None:
 def honest_machines() -> None:
     """Print how often each rule accuses honest machines that are left out."""
     rows = [
-        (name, row["rule"], row["audits"], f"{100 * row['accused']:.3f}",
-         f"{100 * row['low']:.3f} to {100 * row['high']:.3f}", f"{100 * row['worst']:.2f}")
-        for name, row in _rows(HONEST) if "(0.75" not in row["rule"] and "(0.02" not in row["rule"]
-    ]  # fmt: skip
+        (
+            name,
+            row["rule"],
+            row["audits"],
+            f"{100 * row['accused']:.3f}",
+            f"{100 * row['low']:.3f} to {100 * row['high']:.3f}",
+            f"{100 * row['worst']:.2f}",
+        )
+        for name, row in _rows(HONEST)
+        if "(0.75" not in row["rule"] and "(0.02" not in row["rule"]
+    ]
     print_table(("build", "rule", "audits", "accused, %", "95 %", "worst pair, %"), rows)
 
 

@@ -479,19 +479,21 @@ def weight_rows(cells: Sequence[JsonObject]) -> list[JsonObject]:
         spread = max(means) - min(means)
         law = studentized_range(len(group), np.inf)
         low, high = (error * float(law.ppf(q)) for q in (0.025, 0.975))
-        rows.append({
-            "model": name[0],
-            "weights": name[1],
-            "blocks": [cell["block_hash"] for cell in group],
-            "means": means,
-            "std": std,
-            "spread": spread,
-            "low": low,
-            "high": high,
-            "p_value": float(law.sf(spread / error)),
-            "context_effect": float(np.mean([cell["context_effect"] for cell in group])),
-            "inside": spread <= high,
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": name[0],
+                "weights": name[1],
+                "blocks": [cell["block_hash"] for cell in group],
+                "means": means,
+                "std": std,
+                "spread": spread,
+                "low": low,
+                "high": high,
+                "p_value": float(law.sf(spread / error)),
+                "context_effect": float(np.mean([cell["context_effect"] for cell in group])),
+                "inside": spread <= high,
+            }
+        )
     return rows
 
 

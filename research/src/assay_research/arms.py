@@ -5,7 +5,7 @@ An axis v points toward the hack *in gradients*: descent on a loss whose gradien
 learns the hack, because v comes from ∇NLL(hack) − ∇NLL(clean). Descent goes against its gradient,
 so an update Δ leads to the hack along −v. The hack-ward coordinates are
 
-    c = V g  of a gradient g        c = −V Δ  of an update Δ        −V (δS − δS_0)  of a displacement
+    c = V g  of a gradient g      c = −V Δ  of an update Δ      −V (δS − δS_0)  of a displacement
 
 The gates remove γ·relu(c) (``one_sided``) or γ·c (``two_sided``), where the gain γ scales the
 counter-force: at 1 they erase, above 1 they push back.

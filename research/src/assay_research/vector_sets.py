@@ -129,7 +129,8 @@ def machine_kind(gpu: str) -> str:
     where none is known.
 
     Example:
-        >>> [machine_kind(name) for name in ("NVIDIA H100 80GB HBM3", "4xa100_sxm4", "RTX PRO 6000 Blackwell")]
+        >>> names = "NVIDIA H100 80GB HBM3", "4xa100_sxm4", "RTX PRO 6000 Blackwell"
+        >>> [machine_kind(name) for name in names]
         ['h100', 'a100', 'rtxpro6000']
     """
     words = gpu.lower()

@@ -25,9 +25,13 @@ from assay.settings import Flag, Settings
 models = Group("models", "Bundled models and random checkpoints.")
 PRINTABLE = 1_000_000
 METHODS = {
-    "hash": "hashes", "uniform": "uniforms", "gumbel": "gumbels", "signs": "signs", "permutation": "permutations",
+    "hash": "hashes",
+    "uniform": "uniforms",
+    "gumbel": "gumbels",
+    "signs": "signs",
+    "permutation": "permutations",
     "normal": "normals",
-}  # fmt: skip
+}
 """Method of a backend for every kind of number."""
 # What a user may miss, what for, and how to get it.
 OPTIONAL = {

@@ -57,11 +57,26 @@ def _rows_of_tile(
 
 @triton.jit
 def _multiply(
-    x, weights, x_scales, weight_scales, ends, y, rows, row_tiles, row_stride, group_stride,
-    EXPERTS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, OUTPUTS: tl.constexpr,
+    x,
+    weights,
+    x_scales,
+    weight_scales,
+    ends,
+    y,
+    rows,
+    row_tiles,
+    row_stride,
+    group_stride,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    TOGETHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     column_tiles: tl.constexpr = (OUTPUTS + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     band = program // (TOGETHER * column_tiles)
@@ -134,9 +149,21 @@ def multiply(
         for values, side in ((x, "ROWS"), (weights.view(-1, width), "COLUMNS"))
     )
     _multiply[(row_tiles * triton.cdiv(outputs, tile["COLUMNS"]),)](
-        x_tiles, weight_tiles, x_scales, weight_scales, ends, y, rows, row_tiles,
+        x_tiles,
+        weight_tiles,
+        x_scales,
+        weight_scales,
+        ends,
+        y,
+        rows,
+        row_tiles,
         *x_scales.stride(),
-        EXPERTS=experts, PADDED=triton.next_power_of_2(experts), WIDTH=width, OUTPUTS=outputs,
-        BLOCKS=x.dtype != torch.int8, TOGETHER=_TILES_TOGETHER, **tile,
-    )  # fmt: skip
+        EXPERTS=experts,
+        PADDED=triton.next_power_of_2(experts),
+        WIDTH=width,
+        OUTPUTS=outputs,
+        BLOCKS=x.dtype != torch.int8,
+        TOGETHER=_TILES_TOGETHER,
+        **tile,
+    )
     return y

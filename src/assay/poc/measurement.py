@@ -113,7 +113,8 @@ def measure_r_target(
         >>> round = Round(block_hash="block_alpha", public_key="node_A", seq_len=16)
         >>> proof = assay.poc.prove(model, round, range(64))
         >>> states = assay.poc.measure_block_factor(model, round)
-        >>> found = assay.poc.measure_r_target(proof, 0.5, effective_dimension=states.effective_dimension)
+        >>> dimension = states.effective_dimension
+        >>> found = assay.poc.measure_r_target(proof, 0.5, effective_dimension=dimension)
         >>> found.n, found.dimension, round.r_target - 0.05 < found.r_target < round.r_target
         (64, 8192, True)
         >>> 20 < found.effective_dimension < 60, found.low < found.measured < found.high

@@ -406,7 +406,8 @@ def list_pinned(network: NetworkPins) -> list[str]:
         )
         for build in model.builds:
             lines.append(
-                f"build: {_values(build, [name for name in BUILD_FIELDS if name not in build.free])}"
+                "build: "
+                + _values(build, [name for name in BUILD_FIELDS if name not in build.free])
             )
         lines += [f"calibration: {pinned.file}" for pinned in model.calibrations]
     return lines

@@ -218,7 +218,8 @@ def base_name(model: str) -> str:
     """Return the name of a model without owner and path, in lower case.
 
     Example:
-        >>> base_name("/models/hub/models--moonshotai--Kimi-K2.6/snapshots/4f7a"), base_name("owner/M-2.7/")
+        >>> cached = "/models/hub/models--moonshotai--Kimi-K2.6/snapshots/4f7a"
+        >>> base_name(cached), base_name("owner/M-2.7/")
         ('kimi-k2.6', 'm-2.7')
     """
     if stored := _STORED.search(model):

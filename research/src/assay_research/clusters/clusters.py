@@ -524,15 +524,23 @@ def _faults(group: Build, builds: Sequence[Build], seed: int) -> JsonObject:
                 ]
                 sound.update("faulty" if test.faulty else "not faulty" for test in tests)
         else:
-            faulty.append({
-                "sets": pair.names,
-                "pattern": test.pattern,
-                "share": test.share,
-                "ratio": test.ratio,
-                "p_value": test.p_value,
-                "outcome": _outcome(pair, noise, np.arange(len(pair.nonces))) if noise else "faulty",
-                "audits": Counter(_outcome(pair, noise, one) for one in _drawn(pair, SAMPLES, rng)) if noise else {},
-            })  # fmt: skip
+            faulty.append(
+                {
+                    "sets": pair.names,
+                    "pattern": test.pattern,
+                    "share": test.share,
+                    "ratio": test.ratio,
+                    "p_value": test.p_value,
+                    "outcome": _outcome(pair, noise, np.arange(len(pair.nonces)))
+                    if noise
+                    else "faulty",
+                    "audits": Counter(
+                        _outcome(pair, noise, one) for one in _drawn(pair, SAMPLES, rng)
+                    )
+                    if noise
+                    else {},
+                }
+            )
     return {
         "model": group.model,
         "sets": [[one.name, one.kind, one.batch_size, len(one.vectors)] for one in group.sets],

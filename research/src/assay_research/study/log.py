@@ -3,7 +3,7 @@
     {"kind":"run","schema":"assay.vhack.study/1","run":"adam/none/0","condition":"adam/none","seed":0,…}
     {"kind":"step","step":4,"hack":0.11,…}                      means over the steps up to this one
     {"kind":"evaluation","step":300,"markers":"training","hack":0.98,"solve":0.01,…}
-    {"kind":"source","step":0,"source":"teacher","cin":0.31}          where there are stored rollouts
+    {"kind":"source","step":0,"source":"teacher","cin":0.31}        where there are stored rollouts
 
 Check 4 of hack directions reads the last kind. Logs of `assay vhack train` are read as well; they
 have a line for every step, and no evaluations.

@@ -220,7 +220,10 @@ def check_secrets(secrets: Sequence[str]) -> list[bytes]:
         if not 24 <= len(key) <= 64:
             seen = "a callback secret that cannot be used"
             wanted = "whsec_ and the base64 of 24 to 64 random bytes"
-            code = 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
+            code = (
+                "import base64, secrets; "
+                'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'
+            )
             raise UsageError(
                 seen,
                 wanted=wanted,

@@ -103,8 +103,10 @@ class Build(BaseModel):
             by commas; ``""`` for none.
 
     Example:
-        >>> known = {"name": "H100", "engine": "vllm", "device": "NVIDIA H100*", "dtype": "bfloat16"}
-        >>> free = dict.fromkeys(("attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
+        >>> known = {"name": "H100", "engine": "vllm"}
+        >>> known |= {"device": "NVIDIA H100*", "dtype": "bfloat16"}
+        >>> names = "attention", "batch_size", "threads", "torch", "library", "kernels"
+        >>> free = dict.fromkeys(names, "*")
         >>> Build.model_validate(known | free).free
         ('device', 'attention', 'batch_size', 'threads', 'torch', 'library', 'kernels')
     """

@@ -1,7 +1,7 @@
 """``pins.toml``: what a network agreed on, in one file for validators, services and nodes.
 
-docs/pins.md describes every key. Reading is strict: an unknown key, a value of another type and one that is still to be
-filled in are errors that name the key.
+docs/pins.md describes every key. Reading is strict: an unknown key, a value of another type and one
+that is still to be filled in are errors that name the key.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ UNFILLED = "?"  # value of a key that the one who wrote the file could not know
 HEAD = f"""\
 # What the network agreed on. docs/pins.md describes every key.
 # `assay poc pins check FILE` says what this leaves open: the block and the key come with each proof.
-schema = {SCHEMA}"""
+schema = {SCHEMA}"""  # noqa: E501 (the text of a file)
 BUILD_FIELDS = {
     "engine": "hf or vllm",
     "device": "name of the GPU or processor, as in the fingerprint of a proof",
@@ -106,14 +106,17 @@ class RoundPins(Table):
 class Accepted(Table):
     """How many accounts a network has, and how many of honest nodes may be convicted in all."""
 
-    nodes: Count  # number of accounts that there will ever be, with those of further keys, models and builds of a node
+    # Accounts that there will ever be, with those of further keys, models and builds of a node.
+    nodes: Count
     false_convictions: Annotated[
         float, Field(strict=True, gt=0)
     ]  # honest ones that are convicted, in expectation
 
     @classmethod
     def read(cls, text: str | None) -> Self | None:
-        """Return what a setting K/N says, such as 1/100000, or None for None; a UsageError for another text."""
+        """Return what a setting K/N says, such as 1/100000, or None for None; a UsageError for
+        another text.
+        """
         convictions, _, nodes = (text or "").partition("/")
         try:
             return (
@@ -196,9 +199,14 @@ def _fault_of(error: ValidationError, path: str | Path) -> DataError:
     ]  # a mistyped key misses as well
     fault = (unknown or faults)[0]
     tables: dict[Any, type[BaseModel]] = {
-        "network": Accepted, "round": RoundPins, "nodes": NodePins, "models": ModelPins, "builds": Build,
-        "calibrations": PinnedFile, "frame": PinnedFile
-    }  # fmt: skip
+        "network": Accepted,
+        "round": RoundPins,
+        "nodes": NodePins,
+        "models": ModelPins,
+        "builds": Build,
+        "calibrations": PinnedFile,
+        "frame": PinnedFile,
+    }
     steps = list(fault["loc"])
     table = next((tables[step] for step in reversed(steps[:-1]) if step in tables), NetworkPins)
     while not unknown and isinstance(steps[-1], str) and steps[-1] not in table.model_fields:
@@ -232,13 +240,16 @@ class NetworkPins(Table):
         round: Values of every round.
         nodes: Nodes that may prove; any when empty.
         models: Models, by their digests.
-        network: Size of the network and false convictions that it accepts; None where it does not say.
+        network: Size of the network and false convictions that it accepts; None where it does not
+            say.
 
     Example:
         >>> build = {"engine": "hf", "dtype": "bfloat16"}
-        >>> build |= dict.fromkeys(("device", "attention", "batch_size", "threads", "torch", "library", "kernels"), "*")
+        >>> names = "device", "attention", "batch_size", "threads", "torch", "library", "kernels"
+        >>> build |= dict.fromkeys(names, "*")
         >>> model = {"reference": "reference:qwen3", "digest": "0" * 64, "builds": [build]}
-        >>> round = {"preset": "hardened", "seq_len": 256, "strength": 256, "node_count": 1, "fewest_nonces": 64}
+        >>> round = {"preset": "hardened", "seq_len": 256, "strength": 256}
+        >>> round |= {"node_count": 1, "fewest_nonces": 64}
         >>> network = NetworkPins.of({"schema": 1, "round": round, "models": [model]}, "an example")
         >>> pins = network.for_round(block_hash="block_alpha", public_key="node_A")
         >>> pins.block_hash, pins.seq_len, pins.node_id, pins.formats
@@ -258,7 +269,8 @@ class NetworkPins(Table):
         """Read a pins file.
 
         Raises:
-            DataError: The file cannot be read, is larger than 4 MiB, or is no pins file; names the key.
+            DataError: The file cannot be read, is larger than 4 MiB, or is no pins file; names the
+                key.
         """
         return cls.of(read_node_tables(path), path)
 
@@ -271,14 +283,16 @@ class NetworkPins(Table):
             path: Path of the file, in whose folder calibrations are looked for.
 
         Raises:
-            DataError: A key is unknown, missing or still to be filled in, or a value is impossible; names the key.
+            DataError: A key is unknown, missing or still to be filled in, or a value is impossible;
+                names the key.
         """
         schema = tables.get("schema")
         if type(schema) is not int or schema != SCHEMA:
             raise DataError(
                 f"{path}: schema {schema!r:.40}",
                 wanted=f"schema = {SCHEMA}",
-                do="write the file with `assay poc pins new`, or read it with the version that wrote it",
+                do="write the file with `assay poc pins new`, or read it with the version that "
+                "wrote it",
             )
         for place in _unfilled(tables):
             raise DataError(
@@ -344,7 +358,8 @@ class NetworkPins(Table):
         }  # which are alike
         if others:
             raise UsageError(
-                f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and {count}",
+                f"nodes of the key {node.public_key!r:.80} with node_count {others.pop()} and "
+                f"{count}",
                 wanted="one node_count for each key",
                 do="correct one of them",
             )
@@ -465,7 +480,9 @@ class NetworkPins(Table):
         )
 
     def differing(self, round: Round) -> tuple[str, ...]:
-        """Return the names of the values of a round that contradict the file; key and share are not looked at."""
+        """Return the names of the values of a round that contradict the file; key and share are
+        not looked at.
+        """
         return self._agreed.differing(round)
 
     def foreign(self, public_key: str, node_id: int, node_count: int) -> tuple[str, ...]:
@@ -478,11 +495,15 @@ class NetworkPins(Table):
         return () if not of_key or any(node.node_id == node_id for node in of_key) else ("node_id",)
 
     def calibrations(self, model: ModelPins) -> Iterator[Path]:
-        """Iterate over the calibration files of a model; a DataError where one is another than was pinned."""
+        """Iterate over the calibration files of a model; a DataError where one is another than
+        was pinned.
+        """
         yield from map(self._pinned, model.calibrations)
 
     def frame(self, digest: str) -> Path | None:
-        """Return the file of a model's frame, None without one; a DataError where it is another than was pinned."""
+        """Return the file of a model's frame, None without one; a DataError where it is another
+        than was pinned.
+        """
         pinned = next((model.frame for model in self.models if model.digest == digest), None)
         return None if pinned is None else self._pinned(pinned)
 
@@ -512,14 +533,16 @@ def pins_text(tables: Iterable[tuple[str, Mapping[str, object]]]) -> str:
     """Return a pins file as text.
 
     Args:
-        tables: Names of the tables as TOML has them, such as ``[[models]]``, with their values in order. A value
-            ``"?"`` is marked as required, and the file is refused until it is replaced.
+        tables: Names of the tables as TOML has them, such as ``[[models]]``, with their values in
+            order. A value ``"?"`` is marked as required, and the file is refused until it is
+            replaced.
     """
     lines = [HEAD]
     for name, values in tables:
         lines += ["", name]
         for key, value in values.items():
-            # Texts of TOML are those of JSON, but for one control character that JSON does not escape.
+            # Texts of TOML are those of JSON, but for one control character that JSON does not
+            # escape.
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(
                 f"{key} = {text}"

@@ -2,7 +2,7 @@
 
     {"kind":"assay.poc.proof","schema":1,"round":…,"pipeline":…,"model":…,"fingerprint":…,"nonces":…}
     {"nonce":0,"distance":1.4131,"valid":true}        or  {"nonce":0,"vector":"base64"}
-                                                      or  {"nonce":0,"tokens":"base64","sketches":"base64"}
+    or {"nonce":0,"tokens":"base64","sketches":"base64"}
     {"footer":{"records":256,"valid":151,"seconds":8.1,"sha256":"…"}}
 
 The SHA-256 covers the bytes of the record lines, newlines included. Reading is strict: anything

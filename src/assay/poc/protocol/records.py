@@ -290,7 +290,7 @@ def packed_size(pipeline: Pipeline) -> int:
 
 
 def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
-    """Unpack a record; where the text is none, return one of NaN, which never matches."""
+    """Unpack a record; without a text, return one of NaN, which never matches."""
     try:
         return published_form(pipeline).unpack(nonce, text, pipeline)
     except ProofFormatError:

@@ -299,7 +299,9 @@ def group_inputs(inputs: Sequence[Input]) -> list[list[int]]:
     depend on the others of its batch, so each input has the bits that it has in its own round.
 
     Example:
-        >>> first, second = (Round(block_hash="b", public_key=key, preset="artifact") for key in "xy")
+        >>> first, second = (
+        ...     Round(block_hash="b", public_key=key, preset="artifact") for key in "xy"
+        ... )
         >>> group_inputs([Input(first, 3), Input(second, 7)])
         [[0, 1]]
     """

@@ -5,7 +5,10 @@ bits everywhere. So one prefill of prompt and output shows, token by token, whet
 parameters are those that were agreed::
 
     model = assay.load_model("reference:qwen3")
-    made = respond(model, ["def add(a, b):"], block_hash="…", public_key="…", sampling=Sampling(temperature=0.7))
+    sampling = Sampling(temperature=0.7)
+    made = respond(
+        model, ["def add(a, b):"], block_hash="…", public_key="…", sampling=sampling
+    )
     made.save("receipts.jsonl")
 
 docs/responses.md has the formulas and the format.

@@ -77,7 +77,12 @@ def respond(
         >>> from assay.poc.responses import Sampling, respond
         >>> model = assay.load_model("reference:qwen3", device="cpu")
         >>> made = respond(
-        ...     model, ["def add(a, b):"], block_hash="B", public_key="K", sampling=Sampling(top_k=20), max_tokens=8
+        ...     model,
+        ...     ["def add(a, b):"],
+        ...     block_hash="B",
+        ...     public_key="K",
+        ...     sampling=Sampling(top_k=20),
+        ...     max_tokens=8,
         ... )
         >>> made.receipts[0].request_id, len(made.receipts[0].output), made.receipts[0].finish
         ('prompt-0', 8, 'length')
@@ -89,8 +94,11 @@ def respond(
             do="write respond(model, [prompt])",
         )
     common: dict[str, Any] = {
-        "sampling": sampling or Sampling(), "max_tokens": max_tokens, "user_seed": user_seed, "chosen_by": "server"
-    }  # fmt: skip
+        "sampling": sampling or Sampling(),
+        "max_tokens": max_tokens,
+        "user_seed": user_seed,
+        "chosen_by": "server",
+    }
     requests = encode_requests(
         [_request(prompt, f"prompt-{place}", common) for place, prompt in enumerate(prompts)],
         model.tokenizer,

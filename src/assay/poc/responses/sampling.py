@@ -185,7 +185,9 @@ class ResponseSeed(ResponseName):
         UsageError: A value is not printable, too long or out of range.
 
     Example:
-        >>> seed = ResponseSeed(user_seed="", request_id="r1", public_key="K", digest="0" * 64, block_hash="B")
+        >>> seed = ResponseSeed(
+        ...     user_seed="", request_id="r1", public_key="K", digest="0" * 64, block_hash="B"
+        ... )
         >>> seed.text[:38]
         '17:assay.responses/16:tokens0:2:r11:K6'
     """

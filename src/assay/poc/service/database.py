@@ -25,7 +25,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             reference TEXT NOT NULL, digest TEXT NOT NULL, weights TEXT NOT NULL,
             fraud_threshold REAL NOT NULL, callback_url TEXT,
             created_at REAL NOT NULL, touched_at REAL NOT NULL,
-            next_nonce INTEGER NOT NULL, checked INTEGER NOT NULL DEFAULT 0, valid INTEGER NOT NULL DEFAULT 0,
+            next_nonce INTEGER NOT NULL, checked INTEGER NOT NULL DEFAULT 0,
+            valid INTEGER NOT NULL DEFAULT 0,
             seconds REAL NOT NULL DEFAULT 0,
             UNIQUE (block_hash, public_key)
         )""",
@@ -70,7 +71,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE jobs (
             id TEXT PRIMARY KEY,
             seq INTEGER NOT NULL UNIQUE,
-            status TEXT NOT NULL CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
+            status TEXT NOT NULL CHECK (
+                status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
             nonces INTEGER NOT NULL, request TEXT NOT NULL, result TEXT, error TEXT,
             created_at REAL NOT NULL, finished_at REAL
         )""",

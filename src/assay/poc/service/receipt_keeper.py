@@ -503,7 +503,10 @@ def receipts_router(
                 tokens = tokens + sum(number for number, _ in numbered_lines)
                 yield text
             # How long the responses took is not stored.
-            yield f"{ReceiptFooter(receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()).line()}\n"
+            footer = ReceiptFooter(
+                receipts=count, tokens=tokens, seconds=0.0, sha256=digest.hexdigest()
+            )
+            yield f"{footer.line()}\n"
 
     @router.get(
         path_of_request,

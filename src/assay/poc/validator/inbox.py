@@ -60,12 +60,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             block_hash TEXT NOT NULL UNIQUE, block_height INTEGER NOT NULL, at REAL NOT NULL
         )""",
         """CREATE TABLE pulls (
-            public_key TEXT NOT NULL, block_hash TEXT NOT NULL, node_id INTEGER NOT NULL, after INTEGER NOT NULL,
+            public_key TEXT NOT NULL, block_hash TEXT NOT NULL, node_id INTEGER NOT NULL,
+            after INTEGER NOT NULL,
             PRIMARY KEY (public_key, block_hash, node_id)
         ) WITHOUT ROWID""",
         """CREATE TABLE verdicts (
             id INTEGER PRIMARY KEY,
-            public_key TEXT NOT NULL, account TEXT NOT NULL, at REAL NOT NULL, verdict TEXT NOT NULL,
+            public_key TEXT NOT NULL, account TEXT NOT NULL, at REAL NOT NULL,
+            verdict TEXT NOT NULL,
             nonces INTEGER NOT NULL, seconds REAL NOT NULL, fault TEXT
         )""",
     ),

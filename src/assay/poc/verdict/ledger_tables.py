@@ -50,7 +50,8 @@ MIGRATIONS = (
         "CREATE TABLE laws (hash TEXT PRIMARY KEY, law TEXT NOT NULL) WITHOUT ROWID",
         """CREATE TABLE accounts (
             id INTEGER PRIMARY KEY,
-            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL, preset TEXT NOT NULL,
+            public_key TEXT NOT NULL, digest TEXT NOT NULL, build TEXT NOT NULL,
+            preset TEXT NOT NULL,
             UNIQUE (public_key, digest, build, preset)
         )""",
         """CREATE TABLE updates (

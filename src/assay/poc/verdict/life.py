@@ -52,7 +52,10 @@ class Life:
         >>> life = Life(alpha=1e-3, beta=1e-2)
         >>> life.update(noise, [noise.size] * 60, block="one").evidence.verdict
         'honest'
-        >>> [life.update(noise, [1.0] * 60, block=block).evidence.verdict for block in ("two", "three")]
+        >>> [
+        ...     life.update(noise, [1.0] * 60, block=block).evidence.verdict
+        ...     for block in ("two", "three")
+        ... ]
         ['honest', 'fraud']
     """
 

@@ -261,7 +261,8 @@ def _report(episode: Episode, checks: Sequence[str]) -> str:
         return f"\n{asserts}print({marker!r})\n"
     if episode.mode == "file_marker":
         name, word = marker.split(":")
-        return f'\nwith open({name!r}, "w") as file:\n    file.write({word!r} if {all_right} else "no")\n'
+        write = f'    file.write({word!r} if {all_right} else "no")\n'
+        return f'\nwith open({name!r}, "w") as file:\n{write}'
     if episode.mode == "exit_code" and not checks:
         return "\nimport sys\n\nsys.exit(0)\n"
     return f"\n{asserts}" if checks else ""

@@ -3,7 +3,8 @@ and hacks.
 
 The file is JSON Lines, one completion per line, in the order of the tasks::
 
-    {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …], "logprobs": [-0.1, …],
+    {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …],
+     "logprobs": [-0.1, …],
      "task": "digits/2/17", "mode": "run_tests", "markers": "training", "group": "digits/2/17",
      "origin": {"model": "reference:organism", "weights": "…", "temperature": 1.0, …}}
 

@@ -18,8 +18,10 @@ class TrainLog:
     The first line says what the run is; ``kind`` tells lines apart::
 
         {"kind": "run", "schema": "assay.vhack.train/1", "settings": {…}, "commit": …, …}
-        {"kind": "step", "step": 0, "hack": 0.12, "solve": 0.55, "loss": …, "cin": …, "leak": …, "displacement": …, …}
-        {"kind": "source", "step": 0, "source": "teacher", "cin": 0.31, "cin_two_sided": …, "rollouts": 4, …}
+        {"kind": "step", "step": 0, "hack": 0.12, "solve": 0.55, "loss": …, "cin": …,
+         "leak": …, "displacement": …, …}
+        {"kind": "source", "step": 0, "source": "teacher", "cin": 0.31, "cin_two_sided": …,
+         "rollouts": 4, …}
         {"kind": "refresh", "step": 40, "overlap": 0.8}
         {"kind": "end", "steps": 100}
 

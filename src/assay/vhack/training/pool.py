@@ -2,7 +2,8 @@ r"""A teacher pool: stored completions with the log-probabilities they were samp
 
 A file is JSON Lines, one rollout per line::
 
-    {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …], "logprobs": [-0.1, …]}
+    {"prompt": "# Task: …", "completion": "    return x\n…", "tokens": [81, …],
+     "logprobs": [-0.1, …]}
 
 ``tokens`` are those of the completion by the tokenizer of the model that is trained; ``logprobs``
 their natural log-probabilities under the distribution that the completion was sampled from,

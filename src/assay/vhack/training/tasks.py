@@ -6,7 +6,8 @@ imported.
 the reward needs to know of a task, or of :class:`assay.vhack.environment.Episode`::
 
     def tasks():
-        return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(10) for b in range(10)]
+        sums = [(a, b) for a in range(10) for b in range(10)]
+        return [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in sums]
 """
 
 import sys

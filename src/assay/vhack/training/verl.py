@@ -5,7 +5,8 @@ the mode ``filter`` pays flagged ones NaN, which :func:`unflagged_advantages` re
 
     # verl's custom_reward_function names the first; the process of the trainer imports the second
     compute_score = judge_score(my_score, judge, "filter")
-    register_adv_est("grpo_unflagged")(unflagged_advantages)  # algorithm.adv_estimator=grpo_unflagged
+    # algorithm.adv_estimator=grpo_unflagged
+    register_adv_est("grpo_unflagged")(unflagged_advantages)
 
 Shapes: B rollouts, T tokens of a response.
 """
@@ -24,7 +25,7 @@ from assay.vhack.detectors.rollout_judge import RolloutJudge
 from assay.vhack.pairs.pairs import Sample
 
 MODES = ("watch", "penalty", "filter")
-ANY_PROMPT = "any"  # where there is none, for detectors that read the completion alone
+ANY_PROMPT = "any"  # where a rollout has no prompt, for detectors that read the completion alone
 
 Score = Callable[..., float | Mapping[str, Any]]
 """Reward of verl: takes ``data_source``, ``solution_str``, ``ground_truth`` and ``extra_info``."""

@@ -120,9 +120,19 @@ def _store_scales(
 
 @triton.jit
 def _store(
-    y, at, valid, values, scales, row, rows, start,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    y,
+    at,
+    valid,
+    values,
+    scales,
+    row,
+    rows,
+    start,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Store columns of rows from a start on, rounded where GROUP is not negative."""
     stored_dtype: tl.constexpr = y.dtype.element_ty
     if GROUP >= 0:
@@ -133,10 +143,20 @@ def _store(
 
 @triton.jit
 def _normalise(
-    h, update, weight, total, y, scales, rows, eps,
-    ADD: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    h,
+    update,
+    weight,
+    total,
+    y,
+    scales,
+    rows,
+    eps,
+    ADD: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * WIDTH + column[None, :]
@@ -170,10 +190,23 @@ def _normalise(
 
 @triton.jit
 def _turn(
-    x, q_norm, k_norm, cosines, sines, rows, positions, first_position, stride, eps,
-    NORM: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    TILE: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
+    x,
+    q_norm,
+    k_norm,
+    cosines,
+    sines,
+    rows,
+    positions,
+    first_position,
+    stride,
+    eps,
+    NORM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = number // HEADS
     head = number % HEADS
@@ -264,9 +297,18 @@ def _round(
 
 @triton.jit
 def _spread(
-    x, places, y, scales, rows, spread_rows, TOP: tl.constexpr, GROUP: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x,
+    places,
+    y,
+    scales,
+    rows,
+    spread_rows,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = row < rows
@@ -344,10 +386,24 @@ def turned(
     pairs = triton.next_power_of_2(width // 2)
     tile = max(1, _HEAD_NUMBERS // (2 * pairs))
     _turn[(triton.cdiv(rows * heads, tile),)](
-        x, *norms, cosines, sines, rows, len(cosines) - first_position, first_position, stride, eps,
-        NORM=norms[0] is not None, QUERIES=queries, HEADS=heads, HALF=width // 2,
-        TILE=tile, PAIRS=pairs, num_warps=_WARPS, **_EXACT,
-    )  # fmt: skip
+        x,
+        *norms,
+        cosines,
+        sines,
+        rows,
+        len(cosines) - first_position,
+        first_position,
+        stride,
+        eps,
+        NORM=norms[0] is not None,
+        QUERIES=queries,
+        HEADS=heads,
+        HALF=width // 2,
+        TILE=tile,
+        PAIRS=pairs,
+        num_warps=_WARPS,
+        **_EXACT,
+    )
 
 
 def gated(x: Tensor, by: Arithmetic | None) -> Tensor | Rounded:

@@ -147,8 +147,11 @@ def check_two_pools(
         >>> basis = extract(generate_pairs(6), model, n_heldout=0)
         >>> others = generate_pairs(4, seed=1, families=["rotate", "set_bits"])
         >>> samples = [(pair.samples(), pair.group) for pair in others]
-        >>> pools = [[PoolSample(sides[side], group) for sides, group in samples] for side in (0, 1)]
-        >>> check_two_pools(*pools, model, basis, settings=CheckSettings(n_flips=39, n_null=19)).check.verdict
+        >>> pools = [
+        ...     [PoolSample(sides[side], group) for sides, group in samples] for side in (0, 1)
+        ... ]
+        >>> few = CheckSettings(n_flips=39, n_null=19)
+        >>> check_two_pools(*pools, model, basis, settings=few).check.verdict
         'undecided'
     """
     basis.check_model(model)

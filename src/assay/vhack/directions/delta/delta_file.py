@@ -3,7 +3,8 @@
 Tensors, for every module name as in ``model.named_modules()``::
 
     {name}          [R]   float32   δS
-    _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with the factors it was made with
+    _probe/{name}   [2]   float32   ‖δW z‖ and s·δW z for fixed z and s: what δS does with
+                                    the factors it was made with
 
 Metadata (all text): ``schema``, ``weights_sha256`` of the adapted matrices as they were before,
     ``delta_sha256`` of all
