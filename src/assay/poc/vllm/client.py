@@ -326,9 +326,9 @@ class NonceStream:
         if not await self._client.throttle.drained():
             log.warning("chat did not end in time and goes on beside the nonces")
         for start in range(0, len(self._nonces), self._batch_size):
-            wanted = list(self._nonces[start : start + self._batch_size])
-            running = [await self._begin(start + place) for place in range(len(wanted))]
-            await self._batches.put(self._start(self._finish(wanted, running)))
+            nonces = list(self._nonces[start : start + self._batch_size])
+            running = [await self._begin(start + place) for place in range(len(nonces))]
+            await self._batches.put(self._start(self._finish(nonces, running)))
         await self._batches.put(None)
 
     async def _begin(self, place: int) -> "asyncio.Task[Any]":
@@ -357,10 +357,10 @@ class NonceStream:
         task.add_done_callback(lambda _: self._client.throttle.leave(self._passes))
         return task
 
-    async def _finish(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
+    async def _finish(self, nonces: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
         """Wait for a batch and collect it in parts, so that the workers never hold many rows."""
-        starts = range(0, len(wanted), COLLECTED)
-        parts = [(wanted[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
+        starts = range(0, len(nonces), COLLECTED)
+        parts = [(nonces[at : at + COLLECTED], running[at : at + COLLECTED]) for at in starts]
         return np.concatenate([await self._collect(*part) for part in parts])
 
     def _request(self, nonce: int) -> tuple[list[int], Any]:
@@ -379,7 +379,7 @@ class NonceStream:
         """Return whether a request ran to its end, as far as its last output says."""
         return True
 
-    async def _collect(self, wanted: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
+    async def _collect(self, nonces: Sequence[int], running: "Sequence[asyncio.Task[Any]]") -> Rows:
         """Take the values of calls, and collect those of requests.
 
         What a call did not run is requested, and what was aborted, for instance by a sleeping
@@ -388,17 +388,17 @@ class NonceStream:
         values: dict[int, Rows] = {}
         for call in {task for task in running if task in self._calls}:
             values |= await asyncio.shield(call)  # other batches wait for it too
-        left = {
-            nonce: task for nonce, task in zip(wanted, running, strict=True) if nonce not in values
+        pending = {
+            nonce: task for nonce, task in zip(nonces, running, strict=True) if nonce not in values
         }
         for attempt in range(ATTEMPTS):
-            if not left:
+            if not pending:
                 break
             if attempt:
                 await asyncio.sleep(10.0 ** (attempt - 2))
             requested = [
                 await self._launch(nonce) if attempt or task in self._calls else task
-                for nonce, task in left.items()
+                for nonce, task in pending.items()
             ]
             outcomes = await asyncio.gather(*requested, return_exceptions=True)
             for outcome in outcomes:
@@ -410,25 +410,29 @@ class NonceStream:
                     raise _failure(outcome)(
                         seen, wanted=takes, do="see the log of vLLM"
                     ) from outcome
-            found = await self._client.collect(self._key, list(left))
-            whole = {
+            collected = await self._client.collect(self._key, list(pending))
+            complete = {
                 nonce
-                for nonce, outcome in zip(left, outcomes, strict=True)
+                for nonce, outcome in zip(pending, outcomes, strict=True)
                 if self._whole(nonce, outcome)
             }
-            values |= {nonce: found[nonce] for nonce in left if nonce in found and nonce in whole}
-            left = {nonce: task for nonce, task in left.items() if nonce not in values}
-        if left:
+            values |= {
+                nonce: collected[nonce]
+                for nonce in pending
+                if nonce in collected and nonce in complete
+            }
+            pending = {nonce: task for nonce, task in pending.items() if nonce not in values}
+        if pending:
             raise ModelError(
-                f"vLLM did not run nonce {next(iter(left))} and {len(left) - 1} others in "
+                f"vLLM did not run nonce {next(iter(pending))} and {len(pending) - 1} others in "
                 f"{ATTEMPTS} attempts",
                 wanted="requests that are not aborted",
                 do="see the log of vLLM",
             )
-        return np.stack([values[nonce] for nonce in wanted])
+        return np.stack([values[nonce] for nonce in nonces])
 
 
-def sampling_parameters(max_tokens: int = 1, **other: Any) -> Any:
+def sampling_parameters(max_tokens: int = 1, **fields: Any) -> Any:
     """Return the ``SamplingParams`` of a nonce; vLLM requires ``max_tokens`` of at least 1."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -439,7 +443,7 @@ def sampling_parameters(max_tokens: int = 1, **other: Any) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_reading_prefix_cache=True,
-        **other,
+        **fields,
     )
 
 
@@ -492,8 +496,10 @@ class TokenStream(NonceStream):
             # Nothing may end the text early.
             return prompt, sampling_parameters(self._steps, ignore_eos=True)
         claimed = self._claimed[nonce]
-        given = np.minimum(claimed[:-1], self._vocab_size - 1)
-        return prompt + given.tolist(), sampling_parameters(extra_args={CLAIMED: claimed.tolist()})
+        claimed_ids = np.minimum(claimed[:-1], self._vocab_size - 1)
+        return prompt + claimed_ids.tolist(), sampling_parameters(
+            extra_args={CLAIMED: claimed.tolist()}
+        )
 
     def _whole(self, nonce: int, outcome: Any) -> bool:
         if isinstance(outcome, Exception) or outcome is None:

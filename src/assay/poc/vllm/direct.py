@@ -212,14 +212,14 @@ class DirectPath:
         asking.add_done_callback(self._settle)
         await asyncio.shield(asking)
 
-    def _settle(self, asked: "asyncio.Future[list[Any]]") -> None:
-        self._asked.discard(asked)
-        if asked.cancelled() or asked.exception() is not None:
+    def _settle(self, call: "asyncio.Future[list[Any]]") -> None:
+        self._asked.discard(call)
+        if call.cancelled() or call.exception() is not None:
             return
-        found: dict[str, list[dict[str, Any]]] = {}
-        for reply in chain.from_iterable(asked.result()):
-            found.setdefault(reply["call"], []).append(reply)
-        for name, replies in found.items():
+        replies_by_call: dict[str, list[dict[str, Any]]] = {}
+        for reply in chain.from_iterable(call.result()):
+            replies_by_call.setdefault(reply["call"], []).append(reply)
+        for name, replies in replies_by_call.items():
             if name in self._waiting and not self._waiting[name].done():
                 self._waiting[name].set_result(replies)
 
@@ -430,15 +430,15 @@ class DirectPasses:
         Its axes lie in memory as those of vLLM's own cache do.
         """
         batch = self._batch(spec.round.seq_len)
-        own = self._layer_cache()
-        blocks = 1 + batch * -(-spec.round.seq_len // int(own.shape[2]))
+        layer_cache = self._layer_cache()
+        blocks = 1 + batch * -(-spec.round.seq_len // int(layer_cache.shape[2]))
         if self._cache is None or self._cache.shape[0] < blocks:
             self._recorded = None  # which has it in it
             self._cache = None  # freed before the larger one is made
-            shape = (blocks, *own.shape[1:])
-            order = _axis_order(own)
+            shape = (blocks, *layer_cache.shape[1:])
+            order = _axis_order(layer_cache)
             self._cache = torch.empty_permuted(
-                shape, order, dtype=own.dtype, device=own.device
+                shape, order, dtype=layer_cache.dtype, device=layer_cache.device
             ).zero_()
         return batch
 
@@ -454,9 +454,12 @@ class DirectPasses:
         most = largest // seq_len
         if self._activations:
             blocks = -(-seq_len // int(cache.shape[2]))
-            own = blocks * cache[0].numel() * cache.element_size()
-            own += seq_len * self._width * torch_dtype(self._dtype).itemsize
-            most = min(most, int(self._activations / (seq_len / largest * self._activations + own)))
+            bytes_per_nonce = blocks * cache[0].numel() * cache.element_size()
+            bytes_per_nonce += seq_len * self._width * torch_dtype(self._dtype).itemsize
+            most = min(
+                most,
+                int(self._activations / (seq_len / largest * self._activations + bytes_per_nonce)),
+            )
         return max(1, min(most, int(scheduler.max_num_seqs)))
 
     @torch.inference_mode()
@@ -590,13 +593,13 @@ class DirectPasses:
             return {"input_ids": None, "inputs_embeds": self._runner.model.embed_input_ids(ids_N)}
         at_once = max(1, MAX_VALUES // (seq_len * self._width))
         shape = {"seq_len": seq_len, "hidden_size": self._width}
-        made = [
+        parts = [
             noise_inputs(self._streams, inputs[at : at + at_once], dtype=self._dtype, **shape).to(
                 device
             )
             for at in range(0, len(nonces), at_once)
         ]
-        inputs_ND = (made[0] if len(made) == 1 else torch.cat(made)).view(-1, self._width)
+        inputs_ND = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(-1, self._width)
         return {"input_ids": None, "inputs_embeds": inputs_ND}
 
     @contextmanager
@@ -609,7 +612,7 @@ class DirectPasses:
         """
         assert self._cache is not None
         layers = _attention_layers(self._runner, self._config)
-        own = [layer.kv_cache for layer in layers]
+        caches = [layer.kv_cache for layer in layers]
         if partial:
             self._cache.zero_()
         try:
@@ -617,7 +620,7 @@ class DirectPasses:
                 layer.kv_cache = self._cache
             yield
         finally:
-            for layer, cache in zip(layers, own, strict=True):
+            for layer, cache in zip(layers, caches, strict=True):
                 layer.kv_cache = cache
 
     def _make_tables(self, batch: int, seq_len: int) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -663,10 +666,12 @@ class DirectPasses:
             for group in self._runner.attn_groups[0]:
                 # A builder of its own: that of the runner keeps buffers, and fixes settings at its
                 # first use.
-                kept = group.get_metadata_builder()
-                builder = type(kept)(kept.kv_cache_spec, kept.layer_names, self._config, device)
+                own_builder = group.get_metadata_builder()
+                builder = type(own_builder)(
+                    own_builder.kv_cache_spec, own_builder.layer_names, self._config, device
+                )
                 built = builder.build(0, common, fast_build=True)
-                metadata |= dict.fromkeys(kept.layer_names, built)
+                metadata |= dict.fromkeys(own_builder.layer_names, built)
         model = self._config.model_config
         return (
             metadata,
@@ -682,9 +687,9 @@ class DirectPasses:
 
 def _attention_layers(runner: Any, config: Any) -> list[Any]:
     """Return the attention layers of this worker."""
-    known = config.compilation_config.static_forward_context
+    layers = config.compilation_config.static_forward_context
     return [
-        known[name] for group in runner.attn_groups for part in group for name in part.layer_names
+        layers[name] for group in runner.attn_groups for part in group for name in part.layer_names
     ]
 
 

@@ -129,8 +129,8 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
         return s_NV if batch.places is None else logits.index_copy_(0, batch.places, s_NV)
 
     def _made(self, height: int, vocab_size: int) -> BatchV1:
-        found = sorted(self._rows)
-        rows = [self._rows[place] for place in found]
+        row_places = sorted(self._rows)
+        rows = [self._rows[place] for place in row_places]
         samplings = [row.carried.sampling or Sampling() for row in rows]
         sampler = Sampler(samplings, vocab_size, self._device)
         prompts = [row.prompt for row in rows]
@@ -139,8 +139,8 @@ class ProcessorV1(LogitsProcessor):  # type: ignore[misc]
             height=height,
             rows=rows,
             places=None
-            if len(found) == height
-            else torch.tensor(found).to(self._device, non_blocking=True),
+            if len(row_places) == height
+            else torch.tensor(row_places).to(self._device, non_blocking=True),
             words=words.to(self._device, non_blocking=True),
             sampler=sampler,
             prompts=count_tokens(prompts, vocab_size, self._device) > 0

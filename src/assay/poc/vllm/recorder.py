@@ -457,8 +457,12 @@ def _with(params: Any, carried: SeedArgument | None) -> Any:
     """
     changed = copy.copy(params)
     changed.__dict__.pop("sampling_type", None)  # vLLM caches it
-    kept = {key: value for key, value in (params.extra_args or {}).items() if key != ARGUMENT}
-    changed.extra_args = kept | ({} if carried is None else {ARGUMENT: carried.as_argument()})
+    carried_args = {
+        key: value for key, value in (params.extra_args or {}).items() if key != ARGUMENT
+    }
+    changed.extra_args = carried_args | (
+        {} if carried is None else {ARGUMENT: carried.as_argument()}
+    )
     if carried is not None and carried.tokens is not None:
         for name, value in NEUTRAL.items():
             setattr(changed, name, value)

@@ -180,9 +180,11 @@ class Capture:
         self._flush()
         bytes_by_name = {}
         for name, numbers in ranges.items():
-            made = self._kept[name].sketches if name in self._kept else {}
-            places = takewhile(made.__contains__, (SKETCH_EVERY * number for number in numbers))
-            bytes_by_name[name] = b"".join(made[place] for place in places)
+            sketches_of_request = self._kept[name].sketches if name in self._kept else {}
+            places = takewhile(
+                sketches_of_request.__contains__, (SKETCH_EVERY * number for number in numbers)
+            )
+            bytes_by_name[name] = b"".join(sketches_of_request[place] for place in places)
         return bytes_by_name
 
     def drop(self, names: list[str]) -> None:

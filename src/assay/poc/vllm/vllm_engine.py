@@ -347,17 +347,17 @@ def _configured(directory: str, dtype: str | None, options: dict[str, Any], *, e
     from vllm import AsyncEngineArgs
 
     fixed = {"model": directory, "enable_prompt_embeds": embeds, "worker_extension_cls": EXTENSION}
-    own: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "dtype": dtype or "auto",
         "enable_prefix_caching": False,
         "language_model_only": True,
     }
-    own["skip_tokenizer_init"] = (
+    defaults["skip_tokenizer_init"] = (
         True  # a nonce has no text, and a checkpoint of random weights has no tokenizer
     )
     with explain_start():
         config = AsyncEngineArgs(
-            **own | fit_machine(dtype, options) | options | fixed
+            **defaults | fit_machine(dtype, options) | options | fixed
         ).create_engine_config()
         check_config(config)
         return config
@@ -410,13 +410,13 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
     ) -> None:
         self._version = check_installed()
         self._dtype = dtype
-        if taken := sorted(set(options) & set(FIXED)):
-            flag = "--" + taken[0].replace("_", "-")
+        if fixed := sorted(set(options) & set(FIXED)):
+            flag = "--" + fixed[0].replace("_", "-")
             raise UsageError(
                 f"{flag} for a replay on vLLM",
                 wanted="options that do not say what is computed: the command and the checkpoint "
                 "do",
-                do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {taken[0]} out of the options",
+                do=f"leave {flag} out of ASSAY_VLLM_ARGS, or {fixed[0]} out of the options",
             )
         options = fit_machine(dtype, options) | options
         self.model = replace(identify(reference, dtype=dtype), tokenizer=load_tokenizer(reference))
@@ -472,23 +472,26 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
             raise refuse_adapter()
         for start in range(0, len(responses), self.batch_size):
             batch = responses[start : start + self.batch_size]
-            prompts = [{"prompt_token_ids": [*one.prompt, *one.output]} for one in batch]
-            asked = [
+            prompts = [
+                {"prompt_token_ids": [*response_of_batch.prompt, *response_of_batch.output]}
+                for response_of_batch in batch
+            ]
+            parameters = [
                 SamplingParams(
                     max_tokens=1,
                     temperature=0,
                     prompt_logprobs=self._likeliest,
                     detokenize=False,
-                    extra_args=state_argument(len(one.prompt)),
+                    extra_args=state_argument(len(response_of_batch.prompt)),
                 )
-                for one in batch
+                for response_of_batch in batch
             ]
-            made = self._engine.generate(prompts, asked, use_tqdm=False)
+            outputs = self._engine.generate(prompts, parameters, use_tqdm=False)
             states: dict[str, bytes] = {}
             for reply in self._engine.collective_rpc("assay_states"):
                 # A worker knows a request by its id and a suffix.
                 states |= {name.rpartition("-")[0] or name: data for name, data in reply.items()}
-            for place, (response, output) in enumerate(zip(batch, made, strict=True)):
+            for place, (response, output) in enumerate(zip(batch, outputs, strict=True)):
                 sketched = self._states(response, states.get(str(output.request_id), b""))
                 logits_NV = self._logits(response, output.prompt_logprobs)
                 check_finite(self.model, sketched, logits_NV)
@@ -501,19 +504,19 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
         """Return the states [S, D] behind the sketched tokens of a response; there may be one of
         the token after it.
         """
-        wanted = len(sketch_steps(len(response.output)))
-        states_SD = np.frombuffer(data, np.float32).reshape(-1, self.model.hidden_size)[:wanted]
-        if len(states_SD) != wanted:
+        count = len(sketch_steps(len(response.output)))
+        states_SD = np.frombuffer(data, np.float32).reshape(-1, self.model.hidden_size)[:count]
+        if len(states_SD) != count:
             raise ModelError(
                 f"vLLM with {len(states_SD)} states of {len(response.output)} tokens",
-                wanted=f"{wanted}",
+                wanted=f"{count}",
                 do="see its log",
             )
         return torch.from_numpy(states_SD.copy())
 
-    def _logits(self, response: PromptAndOutput, found: Any) -> torch.Tensor:
+    def _logits(self, response: PromptAndOutput, logprobs: Any) -> torch.Tensor:
         """Return the logits [N, V] that vLLM gave, -inf for those that it did not."""
-        rows = [] if found is None else list(found)[-len(response.output) :]
+        rows = [] if logprobs is None else list(logprobs)[-len(response.output) :]
         if len(rows) != len(response.output) or any(not row for row in rows):
             raise ModelError(
                 "vLLM without the logits of a prompt",
@@ -522,7 +525,7 @@ class VLLMPrefill(Prefill, AbstractContextManager["VLLMPrefill"]):
             )
         logits_NV = torch.full((len(rows), self.model.vocab_size), float("-inf"))
         for logits_V, row in zip(logits_NV, rows, strict=True):
-            logits_V[list(row)] = torch.tensor([one.logprob for one in row.values()])
+            logits_V[list(row)] = torch.tensor([entry.logprob for entry in row.values()])
         return logits_NV
 
     def close(self) -> None:

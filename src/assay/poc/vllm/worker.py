@@ -110,15 +110,19 @@ class WorkerExtension:
         ``frame`` is the file of the checkpoint's frame, for the presets that have one.
         """
         try:
-            made = None if frame is None else Frame.from_bytes(frame)
+            opened_frame = None if frame is None else Frame.from_bytes(frame)
             embeds = self.vllm_config.model_config
-            if made is None and not get_pipeline(preset).steps and not embeds.enable_prompt_embeds:
+            if (
+                opened_frame is None
+                and not get_pipeline(preset).steps
+                and not embeds.enable_prompt_embeds
+            ):
                 raise UsageError(
                     f"{preset} without --enable-prompt-embeds",
                     wanted="input embeddings",
                     do="serve with --enable-prompt-embeds, or agree on tokens-1",
                 )
-            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset), made))
+            self.assay_hooks.open(key, Spec(Round(**round), get_pipeline(preset), opened_frame))
         except Exception as error:
             return reason_of(error)[:LONGEST_REASON]
         return None
@@ -211,12 +215,12 @@ class WorkerExtension:
 def _reply(call: str, nonces: list[int], values: HostCopy | None, timer: DeviceTimer) -> Reply:
     """Wait for the values of a call, which only some workers have."""
     try:
-        found = (
+        values_of_call = (
             {}
             if values is None
             else pack_values(nonces, values.numpy()) | {"seconds": timer.seconds()}
         )
-        return {"call": call, **found}
+        return {"call": call, **values_of_call}
     except Exception as error:
         return {"call": call, "error": _describe_failure(error)}
 
@@ -264,17 +268,17 @@ class Hooks:
                 str(nonce): stream.failed.pop(nonce) for nonce in nonces if nonce in stream.failed
             }
         }
-        found, rows = stream.take(nonces)
-        if found and is_first_of_group():
+        present, rows = stream.take(nonces)
+        if present and is_first_of_group():
             try:
                 with torch.inference_mode():
                     if self._decoding is not None and stream.spec.pipeline.steps:
-                        values = self._decoding.values(stream, found, rows)
+                        values = self._decoding.values(stream, present, rows)
                     else:
                         values = self.transform(stream.spec)(
-                            torch.stack(rows).float(), stream.spec.round.inputs(found)
+                            torch.stack(rows).float(), stream.spec.round.inputs(present)
                         )
-                    reply |= pack_values(found, values.cpu().numpy())
+                    reply |= pack_values(present, values.cpu().numpy())
             except Exception as error:  # reported, so that the engine lives
                 reply["error"] = reason_of(error)[:LONGEST_REASON]
         return reply
@@ -285,12 +289,12 @@ class Hooks:
         """Give the new requests of nonces their inputs, in place of the placeholder tokens."""
         empty: dict[RowStream, list[tuple[int, Any]]] = {}
         for request in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            found = self.rows.find(request.req_id)
+            place_of_nonce = self.rows.find(request.req_id)
             try:
                 if request.prompt_embeds is not None:
                     _disarm(request, self._width)
-                if found:
-                    stream, nonce = found
+                if place_of_nonce:
+                    stream, nonce = place_of_nonce
                     sent = request.prompt_embeds
                     seq_len = stream.spec.round.seq_len
                     if stream.spec.pipeline.steps:
@@ -310,8 +314,8 @@ class Hooks:
                     else:
                         stream.fill(nonce)
             except Exception as error:
-                if found:
-                    self._fail(*found, error)
+                if place_of_nonce:
+                    self._fail(*place_of_nonce, error)
         for stream, requests in empty.items():
             # On a GPU every copy to the host costs a wait, so inputs are made for many nonces at a
             # time.
@@ -351,10 +355,10 @@ class Hooks:
         sums: dict[tuple[RowStream, int, bool], list[tuple[int, Chunk]]] = {}
         decoding: list[StepRow] = []
         for row, chunk in enumerate(of_step.chunks()):
-            found = self.rows.find(chunk.request_id)
-            if found is None or found[1] not in found[0].filled:
+            place_of_nonce = self.rows.find(chunk.request_id)
+            if place_of_nonce is None or place_of_nonce[1] not in place_of_nonce[0].filled:
                 continue
-            stream, nonce = found
+            stream, nonce = place_of_nonce
             if stream.spec.pipeline.steps:
                 decoding.append(StepRow(stream, nonce, row, chunk))
                 continue
@@ -433,7 +437,7 @@ class Hooks:
     def _in_parts(
         self,
         stream: RowStream,
-        found: list[tuple[int, Any]],
+        requests: list[tuple[int, Any]],
         at_once: int,
         work: Callable[[RowStream, Any], None],
     ) -> None:
@@ -441,8 +445,8 @@ class Hooks:
         its nonces.
         """
         at_once = max(1, at_once)
-        for start in range(0, len(found), at_once):
-            part = found[start : start + at_once]
+        for start in range(0, len(requests), at_once):
+            part = requests[start : start + at_once]
             try:
                 work(stream, part)
             except Exception as error:
@@ -464,10 +468,10 @@ class Hooks:
 def _check_tokens(spec: Spec, nonce: int, request: Any) -> None:
     """Refuse a request whose prompt is not the tokens of its nonce."""
     assert spec.frame is not None
-    wanted = token_inputs(spec.round.inputs([nonce]), spec.frame, seq_len=spec.round.seq_len)[
+    expected = token_inputs(spec.round.inputs([nonce]), spec.frame, seq_len=spec.round.seq_len)[
         0
     ].tolist()
-    if request.prompt_embeds is not None or list(request.prompt_token_ids or ()) != wanted:
+    if request.prompt_embeds is not None or list(request.prompt_token_ids or ()) != expected:
         raise ValueError(f"other tokens than those of nonce {nonce}")
 
 
@@ -556,43 +560,45 @@ class Decoding:
         steps = stream.spec.pipeline.steps
         listed = (request.sampling_params.extra_args or {}).get(CLAIMED)
         positions = round.seq_len + (0 if listed is None else steps - 1)
-        given = 0 if request.prompt_embeds is not None else len(request.prompt_token_ids)
-        if given != positions or (listed is not None and len(listed) != steps):
-            raise ValueError(f"{given} token ids for {positions} positions")
+        length = 0 if request.prompt_embeds is not None else len(request.prompt_token_ids)
+        if length != positions or (listed is not None and len(listed) != steps):
+            raise ValueError(f"{length} token ids for {positions} positions")
         claimed = None if listed is None else torch.tensor(listed, dtype=torch.int64)
         size = len(sketch_steps(steps)) * self._width + (0 if listed is None else steps)
-        kept = torch.full((size,), torch.nan, device=self._runner.device)
+        buffer = torch.full((size,), torch.nan, device=self._runner.device)
         stream.decodes[nonce] = Decode(
-            drawn_seeds(round.inputs([nonce]), "tokens", range(steps))[0], claimed, kept
+            drawn_seeds(round.inputs([nonce]), "tokens", range(steps))[0], claimed, buffer
         )
         stream.fill(nonce)
 
     def step(
-        self, states_ND: Tensor, found: Sequence[StepRow]
+        self, states_ND: Tensor, step_rows: Sequence[StepRow]
     ) -> Iterator[tuple[StepRow, Exception]]:
         """Keep what a step says of nonces, and have the noise of their next tokens added; yield
         those that failed.
         """
         self._due = None
         due: list[tuple[StepRow, int]] = []
-        for one in found:
-            decode = one.stream.decodes.get(one.nonce)
+        for step_row in step_rows:
+            decode = step_row.stream.decodes.get(step_row.nonce)
             if decode is None:
                 continue
             try:
-                self._keep(states_ND, one, decode)
+                self._keep(states_ND, step_row, decode)
             except Exception as error:
-                yield one, error
+                yield step_row, error
                 continue
             # The last position of a step gives the next token: none before the prompt has ended.
-            token = one.chunk.computed + one.chunk.length - one.stream.spec.round.seq_len
+            token = (
+                step_row.chunk.computed + step_row.chunk.length - step_row.stream.spec.round.seq_len
+            )
             if decode.claimed is None and 0 <= token < len(decode.noise):
-                due.append((one, int(decode.noise[token])))
+                due.append((step_row, int(decode.noise[token])))
         if due:
             try:
-                self._announce([one.row for one, _ in due], [seed for _, seed in due])
+                self._announce([step_row.row for step_row, _ in due], [seed for _, seed in due])
             except Exception as error:
-                yield from ((one, error) for one, _ in due)
+                yield from ((step_row, error) for step_row, _ in due)
 
     def values(
         self, stream: RowStream, nonces: Sequence[int], rows: Sequence[Tensor]
@@ -607,12 +613,12 @@ class Decoding:
         states = kept_MW[:, :size].reshape(-1, self._width)
         at_once = max(1, MOST_LOGITS // (SKETCH_SIZE * self._width))
         parts = [slice(start, start + at_once) for start in range(0, len(seeds), at_once)]
-        made = torch.cat([sketch_states(states[part], seeds[part]) for part in parts])
-        return torch.cat([made.view(len(rows), -1).float(), kept_MW[:, size:]], dim=1)
+        sketches = torch.cat([sketch_states(states[part], seeds[part]) for part in parts])
+        return torch.cat([sketches.view(len(rows), -1).float(), kept_MW[:, size:]], dim=1)
 
-    def _keep(self, states_ND: Tensor, found: StepRow, decode: Decode) -> None:
+    def _keep(self, states_ND: Tensor, step_row: StepRow, decode: Decode) -> None:
         """Keep the states behind sketched tokens, and the margins of claimed ones."""
-        stream, nonce, _, chunk = found
+        stream, nonce, _, chunk = step_row
         steps = len(decode.noise)
         # The tokens that the positions of this step give, as far as they are tokens of the nonce.
         first = chunk.computed + 1 - stream.spec.round.seq_len
