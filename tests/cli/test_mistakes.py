@@ -17,6 +17,7 @@ VERIFY = f"poc verify %s --model model {ROUND} --seq-len 8"
 MISTAKES = (
     "pc",
     "demo --speed",
+    "vhack train --model model -o new --arm nope",  # arms of research import torch
     "demo --config /none.toml",
     "poc prov --model model",
     "poc prove --modle model",
@@ -181,7 +182,7 @@ WITHOUT_TORCH = (
     "poc serve --model model --data-dir text.txt/new",
     *(
         f"vhack train --model model -o new --{one}"
-        for one in ("detector labels=nope", "detector labels=", "arm nope")
+        for one in ("detector labels=nope", "detector labels=")
     ),
     *(
         f"vhack train --model model -o new --{one}"

@@ -20,13 +20,13 @@ class _Stop(Exception):
 def computed(monkeypatch):
     """The nonces that engines compute, one number a batch."""
     counts = []
-    real = HFEngine.outputs
+    real = HFEngine.run
 
-    def outputs(engine, round, pipeline, nonces):
-        counts.append(len(nonces))
-        return real(engine, round, pipeline, nonces)
+    def run(engine, inputs, *arguments):
+        counts.append(len(inputs))
+        return real(engine, inputs, *arguments)
 
-    monkeypatch.setattr(HFEngine, "outputs", outputs)
+    monkeypatch.setattr(HFEngine, "run", run)
     return counts
 
 

@@ -483,6 +483,7 @@ def test_only_the_bundled_models_have_a_law_and_no_other_is_judged(
     )
     verdict = judge_responses(replay(responses, small_model) * 40, named, None)
     assert (verdict.verdict, verdict.exit_code, verdict.as_dict()["test"]) == ("undecided", 2, None)
-    assert "assay poc calibrate-responses honest.jsonl --model 'm; reboot' -o" in verdict.reason
+    assert "assay poc calibrate-responses honest.jsonl --model MODEL -o" in verdict.reason
+    assert "reboot" not in verdict.reason  # the prover chose that name
     with pytest.raises(UsageError, match="assay poc calibrate-responses"):
         verdict.updates()

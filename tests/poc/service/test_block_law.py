@@ -118,8 +118,8 @@ def test_a_node_that_is_off_its_law_raises_the_alert(measured, monkeypatch):
     """Distances of another target: the block says nothing about them."""
     compute = _prover.compute
 
-    def shifted(header, engine, nonces):
-        for batch in compute(header, engine, nonces):
+    def shifted(*arguments):
+        for batch in compute(*arguments):
             yield [replace(record, distance=record.distance - 0.012) for record in batch]
 
     monkeypatch.setattr("assay.poc.net.deployment.compute", shifted)

@@ -25,7 +25,7 @@ CLAIM = BLOCK | {"node_id": 0}
 def truth(service, count: int, key: str = "node_A") -> list[float]:
     """The distances that an honest node of this key has, computed beside the service."""
     round = replace(service.controller.progress.stored.round, public_key=key)
-    batches = service.rig.deployment().compute(round, 4, range(count))
+    batches = service.rig.deployment().compute(round.inputs(range(count)), 4)
     return [record.distance for batch in batches for record in batch]
 
 

@@ -101,6 +101,8 @@ class Deployment:
         Inputs of several rounds may stand together where they can share a batch. Tokens that were
         ``claimed`` are replayed. Nothing is made, or fails, before the first is asked for.
         """
+        if not inputs:
+            return
         round = inputs[0].round
         engine = self.engine(round.seq_len, batch_size)
         yield from compute(engine, get_pipeline(round.preset), inputs, claimed)

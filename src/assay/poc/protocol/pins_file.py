@@ -42,7 +42,7 @@ UNFILLED = "?"  # value of a key that the one who wrote the file could not know
 HEAD = f"""\
 # What the network agreed on. docs/pins.md describes every key.
 # `assay poc pins check FILE` says what this leaves open: the block and the key come with each proof.
-schema = {SCHEMA}"""  # noqa: E501 (the text of a file)
+schema = {SCHEMA}"""  # noqa: E501
 BUILD_FIELDS = {
     "engine": "hf or vllm",
     "device": "name of the GPU or processor, as in the fingerprint of a proof",
