@@ -138,14 +138,14 @@ class Settings(BaseSettings):
         """Return how a command line writes a field, from all that is said of it."""
         merged: dict[str, Any] = {"names": (f"--{field.replace('_', '-')}",)}
         for entry in reversed(cls.model_fields[field].metadata):
-            said = (
+            stated = (
                 {"unit": entry}
                 if isinstance(entry, str)
                 else vars(entry)
                 if isinstance(entry, Flag)
                 else {}
             )
-            merged |= {name: value for name, value in said.items() if value}
+            merged |= {name: value for name, value in stated.items() if value}
         return Flag(**merged)
 
     @classmethod
@@ -181,9 +181,11 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     name = next((str(place) for place in fault["loc"]), "")
     field = kind.model_fields.get(name)
     if field is None:
-        known = get_close_matches(name, kind.model_fields, cutoff=NEAR)
+        close_names = get_close_matches(name, kind.model_fields, cutoff=NEAR)
         do = (
-            f"did you mean {known[0]}?" if known else f"see help({kind.__module__}.{kind.__name__})"
+            f"did you mean {close_names[0]}?"
+            if close_names
+            else f"see help({kind.__module__}.{kind.__name__})"
         )
         return UsageError(f"a setting {name!r}", wanted=f"a field of {kind.__name__}", do=do)
     flag = kind.spelling(name)
@@ -193,8 +195,8 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
         variable = None
     if fault["type"] == "missing":
         return UsageError(f"no {flag}", wanted=field.description or "a value", do=f"pass {flag}")
-    wanted = IN_WORDS.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
-    wanted = wanted.removeprefix("Value error, ")
+    expected = IN_WORDS.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
+    expected = expected.removeprefix("Value error, ")
     near = get_close_matches(
         str(fault["input"]).lower(), map(str, words_of(field.annotation)), cutoff=NEAR
     )
@@ -202,7 +204,7 @@ def _usage_error(kind: type[Settings], error: ValidationError) -> UsageError:
     correct = f"correct {flag}{f' or {variable}' if variable else ''}"
     return UsageError(
         flag if kind.flag(name).secret else f"{flag} {shown:.60}",
-        wanted=wanted,
+        wanted=expected,
         do=f"did you mean {flag} {near[0]}?"
         if near
         else correct + ("" if field.is_required() else ", or leave it out"),

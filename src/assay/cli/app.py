@@ -45,10 +45,10 @@ def print_config(chosen: ConfigSettings) -> None:
     """
     context = click.get_current_context()
     words = " ".join(chosen.command)
-    found: click.Command | None = app
+    target: click.Command | None = app
     for word in chosen.command:
-        found = found.get_command(context, word) if isinstance(found, Group) else None
-    if not isinstance(found, Command) or not found.settings:
+        target = target.get_command(context, word) if isinstance(target, Group) else None
+    if not isinstance(target, Command) or not target.settings:
         raise UsageError(
             words, wanted="the words of a command that has settings", do="`assay config poc prove`"
         )
@@ -56,14 +56,16 @@ def print_config(chosen: ConfigSettings) -> None:
         f"# Settings of `assay {words}`; pass this file with --config.",
         f"[{'.'.join(chosen.command)}]",
     ]
-    for name, one in found.settings.items():
-        if not one.flag.argument:
-            required = " Required." if one.field.is_required() else ""
-            shown = "…" if one.default is None else json.dumps(one.default, ensure_ascii=False)
-            unit = "" if one.unit == name.upper() else f" [{one.unit}]"
+    for name, setting in target.settings.items():
+        if not setting.flag.argument:
+            required = " Required." if setting.field.is_required() else ""
+            shown = (
+                "…" if setting.default is None else json.dumps(setting.default, ensure_ascii=False)
+            )
+            unit = "" if setting.unit == name.upper() else f" [{setting.unit}]"
             lines += [
                 "",
-                f"# {(one.field.description or '').splitlines()[0]}{required}{unit}",
+                f"# {(setting.field.description or '').splitlines()[0]}{required}{unit}",
                 f"# {name} = {shown}",
             ]
     click.echo("\n".join(lines))
@@ -119,8 +121,8 @@ def run(arguments: list[str] | None = None) -> int:
             ) as context,
         ):
             app.invoke(context)
-    except click.exceptions.Exit as done:
-        return _ended(done.exit_code)
+    except click.exceptions.Exit as exiting:
+        return _ended(exiting.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2

@@ -71,10 +71,10 @@ class Case(NamedTuple):
 def followed(label: str, items: Sequence[Any]) -> Iterator[Any]:
     """Yield items, with a bar of how many are done."""
     with progress_bar(label, "steps") as progress:
-        for done, item in enumerate(items, 1):
+        for completed, item in enumerate(items, 1):
             yield item
             if progress:
-                progress(done, len(items))
+                progress(completed, len(items))
 
 
 def measure_law(model: "Model") -> "Calibration | None":
@@ -86,12 +86,12 @@ def measure_law(model: "Model") -> "Calibration | None":
 
     if is_bundled(model.digest):
         return None
-    other = replace(model, module=copy.deepcopy(model.module))
-    other.module.set_attn_implementation("eager")
+    eager = replace(model, module=copy.deepcopy(model.module))
+    eager.module.set_attn_implementation("eager")
     rounds = [poc.Round(block_hash=f"law_{i}", public_key="law", seq_len=SEQ_LEN) for i in range(2)]
-    asked = [(side, round) for round in rounds for side in (model, other)]
+    attempts = [(side, round) for round in rounds for side in (model, eager)]
     proofs = [
-        poc.prove(side, round, range(CHEATED)) for side, round in followed("honest noise", asked)
+        poc.prove(side, round, range(CHEATED)) for side, round in followed("honest noise", attempts)
     ]
     return poc.calibrate(*proofs, hidden_size=model.hidden_size)
 
@@ -122,7 +122,7 @@ def run_rounds(model: "Model", law: "Calibration | None") -> tuple[list[Case], l
     rounds = [
         poc.Round(block_hash=block, public_key=key, **shared) for block, key in BLOCKS.items()
     ]
-    provers = [partial(poc.prove, model, one, range(NONCES)) for one in rounds]
+    provers = [partial(poc.prove, model, block_round, range(NONCES)) for block_round in rounds]
     honest = judge(
         "honest nodes", list(zip(map(" ".join, BLOCKS.items()), rounds, provers, strict=True))
     )
@@ -158,14 +158,16 @@ def ask_detectors(model: "Model") -> "tuple[Comparison, dict[str, int]]":
     groups = [pair.group for pair in pairs]
     half = set(list(dict.fromkeys(groups))[::2])
     of_compared = groups[:COMPARED]
-    cheap = [one for one in make_detectors() if one.cost < Cost.BACKWARD]
+    cheap = [candidate for candidate in make_detectors() if candidate.cost < Cost.BACKWARD]
     compared = compare_detectors(
         LabelledEvidence(read[0], read[1], of_compared, of_compared), cheap
     )
     judge = fit_judge([pair for pair in pairs if pair.group in half], model, detector="ngrams")
-    asked = [pair.samples() for pair in pairs if pair.group not in half]
-    caught, lost = (sum(judge.flags([both[side] for both in asked])) for side in (0, 1))
-    return compared, {"caught": caught, "lost": lost, "asked": len(asked)}
+    held_out = [pair.samples() for pair in pairs if pair.group not in half]
+    caught, lost = (
+        sum(judge.flags([completions[side] for completions in held_out])) for side in (0, 1)
+    )
+    return compared, {"caught": caught, "lost": lost, "asked": len(held_out)}
 
 
 def draw(
@@ -270,7 +272,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     click.echo(f"loading {name}", err=True)
     model = load_model(name)
     names = ("report.html", "proof.jsonl", "calibration.json", "check.html", "verify.toml")
-    page, file, noise, checks, settings = (chosen.output / one for one in names)
+    page, file, noise, checks, settings = (chosen.output / file_name for file_name in names)
     law = measure_law(model)
     honest, cheaters = run_rounds(model, law)
     compared, flagged = ask_detectors(model)
@@ -278,12 +280,12 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
     honest[0].proof.save(file, overwrite=True)
     block, key = next(iter(BLOCKS.items()))
     write_atomic(settings, f"[poc.verify]\nseq_len = {SEQ_LEN}\n")
-    known = ["--block-hash", block, "--public-key", key, "--config", str(settings)]
+    round_flags = ["--block-hash", block, "--public-key", key, "--config", str(settings)]
     if law is not None:
         law.save(noise)
-        known += ["--calibration", str(noise)]
+        round_flags += ["--calibration", str(noise)]
     commands = [
-        shlex.join(["assay", "poc", "verify", str(file), "--model", name, *known]),
+        shlex.join(["assay", "poc", "verify", str(file), "--model", name, *round_flags]),
         f"assay vhack check --model reference:qwen3 --pairs generated:48 --html "
         f"{shlex.quote(str(checks))}",
     ]
@@ -305,7 +307,7 @@ def demo(chosen: DemoSettings, as_json: bool) -> None:
             "honest": [dict(zip(COLUMNS, case.row(), strict=True)) for case in honest],
             "cheaters": [dict(zip(COLUMNS, case.row(), strict=True)) for case in cheaters],
             "all_as_expected": passed == len(honest) and caught == len(cheaters),
-            "detectors": {one.name: one.auroc.value for one in compared.results},
+            "detectors": {score.name: score.auroc.value for score in compared.results},
             "filter": flagged,
             "seconds": round(seconds, 1),
             "report": str(page),

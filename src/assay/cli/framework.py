@@ -83,7 +83,7 @@ class Setting:
         """Whether the option may be given several times."""
         annotation = self.field.annotation
         kinds = (annotation, *get_args(annotation))
-        return self.text is None and any(get_origin(one) is tuple for one in kinds)
+        return self.text is None and any(get_origin(kind) is tuple for kind in kinds)
 
     @property
     def default(self) -> Any:
@@ -127,9 +127,9 @@ class Setting:
         if self.flag.argument:
             count = -1 if self.repeats else 1
             return click.Argument([self.name], nargs=count, required=False, metavar=self.spelling)
-        how: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
-        how = {"is_flag": True} if self.field.annotation is bool else how
-        return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **how)
+        options: dict[str, Any] = {"multiple": self.repeats, "type": str, "metavar": self.unit}
+        options = {"is_flag": True} if self.field.annotation is bool else options
+        return click.Option([self.name, *self.flag.names], help=self.help, hidden=hidden, **options)
 
     def read(self, value: Any) -> Any:
         """Return a value of a command line or a file as the settings class takes it."""
@@ -209,18 +209,18 @@ class Command(click.Command):
     @cached_property
     def settings(self) -> dict[str, Setting]:
         """The fields of the settings classes by name."""
-        found = [
+        fields = [
             (kind, name, field.annotation)
             for kind in self.kinds
             for name, field in kind.model_fields.items()
         ]
         nested = [
             isinstance(annotation, type) and issubclass(annotation, Settings)
-            for _, _, annotation in found
+            for _, _, annotation in fields
         ]
         return {
             name: Setting(kind, name)
-            for (kind, name, _), inner in zip(found, nested, strict=True)
+            for (kind, name, _), inner in zip(fields, nested, strict=True)
             if not inner
         }
 
@@ -236,13 +236,15 @@ class Command(click.Command):
                 self.settings[name].parameter(not self.is_shown(name)) for name in ordered
             ]
             if self.settings:
-                how: dict[str, Any] = {
+                file_options: dict[str, Any] = {
                     "type": click.Path(path_type=Path),
                     "metavar": "FILE",
                     "envvar": "ASSAY_CONFIG",
                 }
                 self.params.append(
-                    click.Option(["--config"], help="TOML file with further settings.", **how)
+                    click.Option(
+                        ["--config"], help="TOML file with further settings.", **file_options
+                    )
                 )
             if "as_json" in inspect.signature(self.function).parameters:
                 self.params.append(
@@ -266,8 +268,10 @@ class Command(click.Command):
         not know it.
         """
         order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args([*args])[2]
-        for one in dict.fromkeys(one for one in order if order.count(one) > 1 and not one.multiple):
-            _say(f"{one.opts[-1]} is given more than once, and the last value counts")
+        for option in dict.fromkeys(
+            option for option in order if order.count(option) > 1 and not option.multiple
+        ):
+            _say(f"{option.opts[-1]} is given more than once, and the last value counts")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
@@ -275,31 +279,33 @@ class Command(click.Command):
         its code.
         """
         words = ctx.command_path.split()[1:]
-        given = {
+        from_line = {
             n: v
             for n, v in ctx.params.items()
             if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE
         }
-        given.pop("config", None)
+        from_line.pop("config", None)
         table = own_table(ctx.params.get("config"), ctx, words)
-        as_json = given.pop("as_json", table.pop("json", False))
+        as_json = from_line.pop("as_json", table.pop("json", False))
         if not isinstance(as_json, bool):
             raise UsageError(
                 f"json = {as_json!r:.80} in the configuration of {ctx.command_path}",
                 wanted="true or false",
                 do="correct the file (--config)",
             )
-        own = {
+        variable_names = {
             name: variable
-            for name, one in self.settings.items()
-            if (variable := one.kind.environment_name(name))
+            for name, setting in self.settings.items()
+            if (variable := setting.kind.environment_name(name))
         }
-        self._warn(words, given, own.values())
+        self._warn(words, from_line, variable_names.values())
         from assay.files.storage import check_new_file
 
-        variables = {name: os.environ.get(variable) for name, variable in own.items()}
+        variables = {name: os.environ.get(variable) for name, variable in variable_names.items()}
         values = (
-            self._named(table, ctx.command_path) | {n: v for n, v in variables.items() if v} | given
+            self._named(table, ctx.command_path)
+            | {n: v for n, v in variables.items() if v}
+            | from_line
         )
         values = {
             name: self.settings[name].read(value)
@@ -311,7 +317,7 @@ class Command(click.Command):
             check_reference(
                 str(values[name])
             )  # or it is refused here, before a command imports torch
-        made = [
+        instances = [
             kind(
                 **{
                     name: value
@@ -338,9 +344,11 @@ class Command(click.Command):
                         f"({self.settings[name].spelling})"
                     )
             for setting in self.settings.values():
-                setting.check_files(getattr(made[self.kinds.index(setting.kind)], setting.name))
+                setting.check_files(
+                    getattr(instances[self.kinds.index(setting.kind)], setting.name)
+                )
             with loading_bar():
-                ctx.exit(self.function(*made, **options) or 0)
+                ctx.exit(self.function(*instances, **options) or 0)
         except Stopped as stop:
             stop.resumable |= self.resumable
             raise
@@ -349,26 +357,28 @@ class Command(click.Command):
         except ModuleNotFoundError as error:  # a command imports what it runs
             raise _not_installed(error) from error
         except (OSError, AssayError) as error:
-            found = in_assay_words(error) if isinstance(error, OSError) else error
-            one = self.settings.get(found.field)
-            if one is not None and one.spelling not in str(found):
-                found.do += f" ({one.spelling})"
-            self._name_keys(found, words, given)
-            cause = found.__cause__ or error
+            fault = in_assay_words(error) if isinstance(error, OSError) else error
+            faulty = self.settings.get(fault.field)
+            if faulty is not None and faulty.spelling not in str(fault):
+                fault.do += f" ({faulty.spelling})"
+            self._name_keys(fault, words, from_line)
+            cause = fault.__cause__ or error
             if (
                 self.resumable
                 and isinstance(cause, OSError)
                 and cause.errno in (errno.ENOSPC, errno.EFBIG)
             ):
-                found.do += f"; {CONTINUES}"
-            if found is error:
+                fault.do += f"; {CONTINUES}"
+            if fault is error:
                 raise
-            raise found from error
+            raise fault from error
 
-    def _name_keys(self, error: AssayError, words: Sequence[str], given: Collection[str]) -> None:
+    def _name_keys(
+        self, error: AssayError, words: Sequence[str], from_line: Collection[str]
+    ) -> None:
         """Name the key of the configuration file where advice has a flag that the help does not."""
         for name, setting in self.settings.items():
-            if self.is_shown(name) or name in given or setting.flag.secret:
+            if self.is_shown(name) or name in from_line or setting.flag.secret:
                 continue
             flag = rf"{re.escape(setting.spelling)}(?![\w-])"
             advice, count = re.subn(flag, f"`{name}`", error.do)
@@ -379,36 +389,41 @@ class Command(click.Command):
         """Return the values of a configuration file by field; a key is the name of one, or of its
         flag.
         """
-        known = {
-            one.spelling.lstrip("-").replace("-", "_"): name for name, one in self.settings.items()
+        fields = {
+            setting.spelling.lstrip("-").replace("-", "_"): name
+            for name, setting in self.settings.items()
         }
-        known |= {name: name for name in self.settings}
+        fields |= {name: name for name in self.settings}
         for key in table:
-            if key.replace("-", "_") not in known:
+            if key.replace("-", "_") not in fields:
                 raise UsageError(
                     f"{key} in the configuration file is not a setting of {path}",
                     wanted="one of " + ", ".join(sorted(self.settings)),
-                    do=_nearest(key.replace("-", "_"), known, "remove it"),
+                    do=_nearest(key.replace("-", "_"), fields, "remove it"),
                 )
-        return {known[key.replace("-", "_")]: value for key, value in table.items()}
+        return {fields[key.replace("-", "_")]: value for key, value in table.items()}
 
-    def _warn(self, words: Sequence[str], given: Mapping[str, Any], own: Collection[str]) -> None:
+    def _warn(
+        self, words: Sequence[str], from_line: Mapping[str, Any], variable_names: Collection[str]
+    ) -> None:
         """Say of options of earlier releases, and of secrets, where their values belong, and of
         misspelt variables.
         """
-        for name, near in unknown(own).items():
+        for name, near in unknown(variable_names).items():
             hint = f"did you mean {near}?" if near else "docs/configuration.md has all names"
             _say(f"{name} is set, but no command reads it: {hint}")
         place = f"under [{'.'.join(words)}] in a file for --config"
-        for one in (self.settings[name] for name in given):
-            if one.flag.secret:
-                variable = one.kind.environment_name(one.name)
+        for setting in (self.settings[name] for name in from_line):
+            if setting.flag.secret:
+                variable = setting.kind.environment_name(setting.name)
                 _say(
-                    f"{one.spelling} shows a secret to all users of this machine: use a file, or "
-                    f"{variable}"
+                    f"{setting.spelling} shows a secret to all users of this machine: use a file, "
+                    f"or {variable}"
                 )
         if moved := [
-            name for name in given if not (self.is_shown(name) or self.settings[name].flag.secret)
+            name
+            for name in from_line
+            if not (self.is_shown(name) or self.settings[name].flag.secret)
         ]:
             flags = ", ".join(self.settings[name].spelling for name in moved)
             _say(f"{flags} will go: write {', '.join(f'`{name} = …`' for name in moved)} {place}")
@@ -451,9 +466,9 @@ class Group(click.Group):
 
     def group_of(self, name: str, help: str, **options: Any) -> "Group":
         """Return a new group inside this one."""
-        made = Group(self._words(name), help, **options)
-        self.add_command(made)
-        return made
+        group = Group(self._words(name), help, **options)
+        self.add_command(group)
+        return group
 
     def _words(self, name: str) -> str:
         return f"{self.path} {name}".strip()
@@ -472,8 +487,8 @@ class Group(click.Group):
         is_elsewhere = cmd_name in self.elsewhere or cmd_name in self.list_commands(ctx)
         if cmd_name in self.commands or not is_elsewhere:
             return self.commands.get(cmd_name)
-        found: click.Command = extension(self._words(cmd_name))
-        return found
+        loaded: click.Command = extension(self._words(cmd_name))
+        return loaded
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -504,11 +519,11 @@ class Group(click.Group):
 
 def _places(command: click.Command, word: str, path: str = "") -> list[str]:
     """Return the words that call the groups and commands of a name, below a command."""
-    found = []
+    places = []
     for name, inner in command.commands.items() if isinstance(command, click.Group) else ():
         words = f"{path} {name}".strip()
-        found += [words] if name == word else _places(inner, word, words)
-    return found
+        places += [words] if name == word else _places(inner, word, words)
+    return places
 
 
 def extension(words: str) -> Any:
@@ -535,9 +550,9 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
     try:
         tables = read_toml(path)
     except (OSError, AssayError) as error:
-        found = in_assay_words(error) if isinstance(error, OSError) else error
-        found.do += " (--config)"
-        raise found from error
+        fault = in_assay_words(error) if isinstance(error, OSError) else error
+        fault.do += " (--config)"
+        raise fault from error
     command: click.Command | None = context.find_root().command
     for word in words:
         assert isinstance(command, Group)
@@ -545,9 +560,9 @@ def own_table(path: Path | None, context: click.Context, words: Sequence[str]) -
         for key, value in tables.items():
             if key not in names or not isinstance(value, dict):
                 kind = "command" if isinstance(value, dict) else "table"
-                seen = f"{key} is not a {kind} of {command.name}"
+                problem = f"{key} is not a {kind} of {command.name}"
                 raise UsageError(
-                    f"configuration file {path}: {seen}",
+                    f"configuration file {path}: {problem}",
                     wanted="a TOML file with a table per command, as `assay config COMMAND` "
                     "prints it",
                     do="correct the file, or leave --config out",
@@ -561,14 +576,14 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
     """Refuse a result that would replace a file from which it is made, or another result."""
     for result in (name for name in values if name == "output" or settings[name].flag.file):
         flag = settings[result].spelling
-        for name, given in values.items():
+        for name, value in values.items():
             texts = [
-                one
-                for one in (given if isinstance(given, list | tuple) else [given])
-                if isinstance(one, str)
+                text
+                for text in (value if isinstance(value, list | tuple) else [value])
+                if isinstance(text, str)
             ]
             if name not in (result, "merge") and any(
-                _same_file(values[result], one) for one in texts
+                _same_file(values[result], text) for text in texts
             ):  # it may grow
                 raise UsageError(
                     f"{flag} {values[result]}, which is {settings[name].spelling} too",
@@ -577,10 +592,10 @@ def refuse_own_sources(settings: Mapping[str, Setting], values: Mapping[str, Any
                 )
 
 
-def _same_file(result: str, other: str) -> bool:
+def _same_file(result: str, source: str) -> bool:
     """Return whether two paths are one file, or will be; a directory may hold both."""
     try:
-        return Path(result).resolve() == Path(other).resolve() and not Path(result).is_dir()
+        return Path(result).resolve() == Path(source).resolve() and not Path(result).is_dir()
     except (
         OSError,
         ValueError,
@@ -589,9 +604,9 @@ def _same_file(result: str, other: str) -> bool:
         return False
 
 
-def _nearest(word: str, known: Iterable[str], else_do: str) -> str:
+def _nearest(word: str, choices: Iterable[str], else_do: str) -> str:
     """Return what to do about a word that is not known."""
-    near = get_close_matches(word, known, n=1, cutoff=NEAR)
+    near = get_close_matches(word, choices, n=1, cutoff=NEAR)
     return f"did you mean {near[0]}? Else {else_do}" if near else else_do
 
 
@@ -608,25 +623,25 @@ def in_three_parts(error: click.ClickException) -> UsageError:
     name = context.command_path if context else "assay"
     look = f"see {name} --help"
     if isinstance(error, click.NoSuchOption):
-        known = (
-            [flag for one in context.command.get_params(context) for flag in one.opts]
+        flags = (
+            [flag for parameter in context.command.get_params(context) for flag in parameter.opts]
             if context
             else []
         )
-        is_argument = error.option_name.lstrip("-") in known
+        is_argument = error.option_name.lstrip("-") in flags
         do = (
             "pass its value without the flag"
             if is_argument
-            else _nearest(error.option_name, known, look)
+            else _nearest(error.option_name, flags, look)
         )
         return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
     if isinstance(error, click.BadOptionUsage):
-        wanted = (
+        expected = (
             "no value behind this flag"
             if "not take" in error.message
             else "a value behind this flag"
         )
-        return UsageError(error.option_name, wanted=wanted, do=look)
+        return UsageError(error.option_name, wanted=expected, do=look)
     return UsageError(
         f"{name}: {error.message.rstrip('.')}", wanted=f"only the arguments of {name}", do=look
     )

@@ -67,21 +67,24 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
 
     with Ledger(chosen.ledger, read_only=True) as opened:
         count, head = opened.head
-        wanted = (
-            one for one in opened.standings() if chosen.public_key in (None, one.account.public_key)
+        matching = (
+            standing
+            for standing in opened.standings()
+            if chosen.public_key in (None, standing.account.public_key)
         )
-        found = list(islice(wanted, chosen.limit))
-        listed = [] if chosen.public_key is None else found
-        if chosen.public_key is not None and not found:
+        selected = list(islice(matching, chosen.limit))
+        listed = [] if chosen.public_key is None else selected
+        if chosen.public_key is not None and not selected:
             raise no_such_key(
                 chosen.public_key,
-                {one.account.public_key for one in islice(opened.standings(), 10)},
+                {standing.account.public_key for standing in islice(opened.standings(), 10)},
             )
         audits = {
-            one.account: [*deque(opened.entries(one.account), chosen.limit)] for one in listed
+            standing.account: [*deque(opened.entries(standing.account), chosen.limit)]
+            for standing in listed
         }
     if as_json:
-        accounts = [one.as_dict() for one in found]
+        accounts = [standing.as_dict() for standing in selected]
         for shown, entries in zip(
             accounts, audits.values(), strict=False
         ):  # of all accounts, or of none
@@ -102,7 +105,7 @@ def show(chosen: ShowSettings, as_json: bool) -> None:
             "max log e",
             "verdict",
         ),
-        [(*names_of(one.account), *_numbers(one)) for one in found],
+        [(*names_of(standing.account), *_numbers(standing)) for standing in selected],
     )
     for account, entries in audits.items():
         table(
@@ -126,21 +129,21 @@ def audit(chosen: LedgerAuditSettings, as_json: bool) -> int:
     """
     from assay.poc.verdict.ledger_audit import audit_ledger
 
-    found = audit_ledger(chosen.ledger, head=chosen.head)
+    outcome = audit_ledger(chosen.ledger, head=chosen.head)
     if as_json:
-        emit_json("assay.poc.ledger.audit/1", {"path": str(chosen.ledger), **found.as_dict()})
+        emit_json("assay.poc.ledger.audit/1", {"path": str(chosen.ledger), **outcome.as_dict()})
     else:
         published = "not given: a ledger that was rewritten as a whole would be clean too"
         rows = [
-            ("result", "clean" if found.clean else "tampered with"),
-            ("entries", f"{found.entries} as they should be, of {found.accounts} account(s)"),
-            ("head", found.head),
+            ("result", "clean" if outcome.clean else "tampered with"),
+            ("entries", f"{outcome.entries} as they should be, of {outcome.accounts} account(s)"),
+            ("head", outcome.head),
             ("published head", published if chosen.head is None else chosen.head),
-            *(("fault", str(fault)[:400]) for fault in found.faults),
-            *(("note", note) for note in found.notes),
+            *(("fault", str(fault)[:400]) for fault in outcome.faults),
+            *(("note", note) for note in outcome.notes),
         ]
         table(("", "result"), rows)
-    return found.exit_code
+    return outcome.exit_code
 
 
 @ledger.add(
@@ -156,16 +159,16 @@ def export(chosen: ExportSettings, as_json: bool) -> None:
     show_values("assay.poc.ledger.export/1", values, as_json)
 
 
-def no_such_key(key: str, known: Collection[str]) -> UsageError:
+def no_such_key(key: str, keys: Collection[str]) -> UsageError:
     """Return the refusal of a key without audits, which names keys that have some."""
-    wanted = (
-        f"a key with audits, such as {', '.join(sorted(map(_cut, known)))}"
-        if known
+    expected = (
+        f"a key with audits, such as {', '.join(sorted(map(_cut, keys)))}"
+        if keys
         else "a ledger with audits"
     )
     return UsageError(
         f"--public-key {key:.80}, of which there is no audit",
-        wanted=wanted,
+        wanted=expected,
         do="correct --public-key, or leave it out to list all accounts",
     )
 
@@ -181,16 +184,18 @@ def _cut(text: str | None) -> str:
     return (text or "")[:40]
 
 
-def _numbers(one: "Standing") -> tuple[object, ...]:
-    evidence = one.evidence
-    counted = f"{evidence.n} of {one.recorded}" if evidence.n < one.recorded else evidence.n
+def _numbers(standing: "Standing") -> tuple[object, ...]:
+    evidence = standing.evidence
+    counted = (
+        f"{evidence.n} of {standing.recorded}" if evidence.n < standing.recorded else evidence.n
+    )
     return (
-        one.audits,
+        standing.audits,
         counted,
-        _day(one.begun),
-        _cut(one.fault),
+        _day(standing.begun),
+        _cut(standing.fault),
         f"{evidence.log_e_max:.1f}",
-        one.verdict,
+        standing.verdict,
     )
 
 

@@ -62,7 +62,7 @@ def _short(value: object) -> object:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, list | tuple):
-        return ", ".join(str(_short(one)) for one in value)
+        return ", ".join(str(_short(item)) for item in value)
     return value
 
 
@@ -139,16 +139,16 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
             tuple[float, int]
         ] = []  # the first update, which may come long after a model loads, and the last
 
-        def say(done: int, total: int) -> None:
+        def say(count: int, total: int) -> None:
             now = time.monotonic()
             if not marks:
-                marks.extend([(now, done)] * 2)
+                marks.extend([(now, count)] * 2)
             elif now - marks[1][0] >= PAUSE:
-                marks[1] = (now, done)
-                rate = (done - marks[0][1]) / max(now - marks[0][0], 1e-9)
-                left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+                marks[1] = (now, count)
+                rate = (count - marks[0][1]) / max(now - marks[0][0], 1e-9)
+                remaining = f", {(total - count) / rate:.0f} s left" if rate > 0 else ""
                 click.echo(
-                    f"{label}: {done} of {total} {unit}, {_rate(rate, unit)}{left}", err=True
+                    f"{label}: {count} of {total} {unit}, {_rate(rate, unit)}{remaining}", err=True
                 )
 
         yield say if sys.stderr is not None else None
@@ -171,7 +171,7 @@ def progress_bar(label: str, unit: str = "nonces") -> Iterator[Callable[[int, in
         bar = _bars[0]
         task = bar.add_task(label, total=None, unit=unit)
         stack.callback(bar.remove_task, task)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda count, total: bar.update(task, completed=count, total=total)
 
 
 @contextmanager
@@ -181,13 +181,13 @@ def loading_bar() -> Iterator[None]:
         begun: dict[str, float] = {}
         update: list[Callable[[int, int], None] | None] = []
 
-        def listener(what: str, done: int, total: int) -> None:
-            lasted = time.monotonic() - begun.setdefault(what, time.monotonic())
-            if not update and lasted > MOMENT and done < total:
-                update.append(stack.enter_context(progress_bar(what, "million")))
+        def listener(label: str, count: int, total: int) -> None:
+            lasted = time.monotonic() - begun.setdefault(label, time.monotonic())
+            if not update and lasted > MOMENT and count < total:
+                update.append(stack.enter_context(progress_bar(label, "million")))
             if update and update[0]:
-                update[0](done // 10**6, total // 10**6)
-            if done == total:
+                update[0](count // 10**6, total // 10**6)
+            if count == total:
                 stack.close()
                 update.clear()
                 begun.clear()

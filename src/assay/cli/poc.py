@@ -279,22 +279,26 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         "deterministic",
         "frame",
     )
-    how = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
-    given = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
-    known = asked(
+    options = {name: getattr(chosen, name) for name in names} | {"model": chosen.model or ""}
+    stated = {name: getattr(chosen, name) for name in chosen.model_fields_set - {"model"}}
+    task = asked(
         chosen.pins,
-        Proving(**how, preset=chosen.preset or usual_preset(how["model"]), seq_len=chosen.seq_len),
-        given,
-        chosen.nonces if "nonces" in given else None,
+        Proving(
+            **options,
+            preset=chosen.preset or usual_preset(options["model"]),
+            seq_len=chosen.seq_len,
+        ),
+        stated,
+        chosen.nonces if "nonces" in stated else None,
     )
-    with open_prover(known.how) as made, progress_bar("proving") as progress:
-        known.check_engine(*made)
-        if warning := known.missing_law(*made):
+    with open_prover(task.proving) as loaded, progress_bar("proving") as progress:
+        task.check_engine(*loaded)
+        if warning := task.missing_law(*loaded):
             click.echo(f"warning: {warning}", err=True)
         pace = _Pace(progress)
         to = chosen.model_dump(include={"output", "overwrite"})
         proof = poc.prove(
-            made[0], known.round, known.nonces, engine=made[1], progress=pace.update, **to
+            loaded[0], task.round, task.nonces, engine=loaded[1], progress=pace.update, **to
         )
     resumed, first, rate = pace.summary()
     values = {
@@ -318,7 +322,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         values = {name: value for name, value in values.items() if name not in empty}
     show_values("assay.poc.prove/1", values, as_json)
     if not as_json:
-        say_next(_verifying(chosen, proof, known.how.model))
+        say_next(_verifying(chosen, proof, task.proving.model))
 
 
 def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
@@ -373,17 +377,17 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
         "node_id",
         "node_count",
     }
-    given = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
+    stated = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
     with noting_new(chosen.ledger), progress_bar("verifying") as progress:
         auditor = Auditor(
             **auditor_values(chosen), frame=chosen.frame, control=chosen.control, progress=progress
         )
-        found = auditor.audit_proof(chosen.proof, given=given, positions=chosen.nonces)
+        outcome = auditor.audit_proof(chosen.proof, given=stated, positions=chosen.nonces)
     if as_json:
-        emit_document(found.as_dict())
+        emit_document(outcome.as_dict())
     else:
-        _print_verdict(found.verdict, found.standing)
-    return found.exit_code
+        _print_verdict(outcome.verdict, outcome.standing)
+    return outcome.exit_code
 
 
 @poc.add(
@@ -406,18 +410,18 @@ def frame(chosen: FrameSettings, as_json: bool) -> None:
     check_new_file(chosen.output, overwrite=chosen.overwrite)
     model = load(chosen.model, chosen.dtype, chosen.device)
     with progress_bar("measuring", "sequences") as progress:
-        made = poc.measure_frame(model, progress=progress)
-    made.save(chosen.output)
+        measured = poc.measure_frame(model, progress=progress)
+    measured.save(chosen.output)
     counts = {
-        "coordinates": len(made.mean),
-        "tokens": made.rows - len(made.left_out),
-        "left_out": len(made.left_out),
+        "coordinates": len(measured.mean),
+        "tokens": measured.rows - len(measured.left_out),
+        "left_out": len(measured.left_out),
     }
     values = {
         "path": str(chosen.output),
         "model": model.reference,
-        "digest": made.digest,
-        "sha256": made.sha256,
+        "digest": measured.digest,
+        "sha256": measured.sha256,
     }
     show_values("assay.poc.frame/1", values | counts, as_json)
 
@@ -460,12 +464,12 @@ class _Pace:
             (time.perf_counter(), 0)
         ]  # the call, where the proof begins, the first batch, the newest one
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, count: int, total: int) -> None:
         """Note where the proof begins, and then every batch: the first and the newest are kept."""
         self._marks[3:] = []
-        self._marks.append((time.perf_counter(), done))
+        self._marks.append((time.perf_counter(), count))
         if self._show:
-            self._show(done, total)
+            self._show(count, total)
 
     def summary(self) -> tuple[int, float, float]:
         """Return nonces that an interrupted run left, seconds until the first batch was done, and
@@ -477,9 +481,11 @@ class _Pace:
         resumed = later[0][1] if later else 0
         if len(later) < 2:
             return resumed, 0.0, 0.0
-        (start, before), (end, done) = later[1], later[-1]
+        (start, before), (end, count) = later[1], later[-1]
         rate = (
-            (done - before) / (end - start) if done > before else (done - resumed) / (start - begin)
+            (count - before) / (end - start)
+            if count > before
+            else (count - resumed) / (start - begin)
         )
         return resumed, start - begin, rate
 
@@ -542,14 +548,14 @@ def _print_verdict(verdict: "ProofVerdict", standing: "Standing | None") -> None
 def _sentence(verdict: "ProofVerdict") -> str:
     """Return what a verdict comes to, for a reader who knows no statistics."""
     checked = f"of {verdict.proved} nonces {verdict.checked} were recomputed"
-    said = {
+    meanings = {
         "honest": "they match within honest noise",
         "fraud": "they differ by more than honest noise explains",
         "faulty": "what is wrong lies at some places of the batch, as with a broken machine",
     }
     return (
         f"{verdict.verdict.capitalize()}: {checked}; "
-        f"{said.get(verdict.verdict, 'that decides nothing yet')}"
+        f"{meanings.get(verdict.verdict, 'that decides nothing yet')}"
     )
 
 
@@ -558,13 +564,13 @@ def life_rows(standing: "Standing | None") -> list[tuple[str, str]]:
     if standing is None:
         return []
     evidence = standing.evidence
-    said = (
+    summary = (
         f"{evidence.verdict}, after {standing.audits} audit(s) with {evidence.n} nonces that count"
     )
     numbers = f"e-value e^{evidence.log_e_value:.1f}, at most e^{evidence.log_e_max:.1f}"
     cheap = "" if evidence.share is None else f"; up to {evidence.share:.0%} may be cheap"
     return [
-        ("whole life", said),
+        ("whole life", summary),
         ("", f"{numbers}; for honesty e^{evidence.log_evidence_honest:.1f}{cheap}"),
     ]
 
@@ -597,9 +603,9 @@ def collect(chosen: CollectSettings, as_json: bool) -> None:
             wanted="one whose values are compared nonce by nonce",
             do="choose another preset",
         )
-    how = Proving(**chosen.model_dump(exclude={"output", "blocks", "nonces"}))
+    proving = Proving(**chosen.model_dump(exclude={"output", "blocks", "nonces"}))
     check_folder(chosen.output)
-    with open_prover(how) as (model, engine), progress_bar("proving", "blocks") as progress:
+    with open_prover(proving) as (model, engine), progress_bar("proving", "blocks") as progress:
         chosen.output.mkdir(parents=True, exist_ok=True)
         shape: dict[str, Any] = {
             "preset": chosen.preset,
@@ -667,8 +673,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
 
     files = [
         path
-        for one in chosen.proofs
-        for path in (sorted(one.glob("*.jsonl")) if one.is_dir() else [one])
+        for source in chosen.proofs
+        for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])
     ]
     chosen = chosen.model_copy(update={"proofs": tuple(files)})
     no_source = not chosen.proofs and chosen.vectors is None
@@ -687,8 +693,8 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
         measured = extension("poc calibrate --vectors")(chosen)
     else:
         measured = _measure_proofs(chosen, proofs)
-    for one in merged:
-        measured = measured.merged(one)
+    for calibration in merged:
+        measured = measured.merged(calibration)
     _write_law(chosen, measured, as_json)
 
 
@@ -722,9 +728,9 @@ def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: 
         Calibration.load(chosen.calibration)
     from assay.poc.measurement import target_for
 
-    how = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
+    options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
     assert chosen.valid_rate is not None
-    show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **how), as_json)
+    show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **options), as_json)
 
 
 def _frame_file(chosen: CalibrateSettings, preset: str) -> Path | None:
@@ -756,8 +762,8 @@ def _measure_model(chosen: CalibrateSettings) -> "Calibration":
     from assay.poc.one_machine import calibrate_model
 
     names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set
-    how: dict[str, Any] = {name: getattr(chosen, name) for name in names}
-    how |= {"preset": preset, "quick": chosen.quick, "device": chosen.device, "frame": frame}
+    options: dict[str, Any] = {name: getattr(chosen, name) for name in names}
+    options |= {"preset": preset, "quick": chosen.quick, "device": chosen.device, "frame": frame}
     partial = _partial_folder(chosen.output)
     with progress_bar("measuring") as progress, resumable():
         return calibrate_model(
@@ -765,7 +771,7 @@ def _measure_model(chosen: CalibrateSettings) -> "Calibration":
             partial=partial,
             progress=progress,
             announce=lambda text: click.echo(f"measuring: {text}", err=True),
-            **how,
+            **options,
         )
 
 
@@ -809,7 +815,7 @@ def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool
     from assay.poc.network_pins import write_pins
 
     first = measured.builds[0]
-    asked: dict[str, Any] = {
+    round_values: dict[str, Any] = {
         "preset": first.preset,
         "seq_len": first.engines[0].seq_len,
         "r_target": None,
@@ -820,7 +826,7 @@ def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool
     written = write_pins(
         chosen.pins,
         chosen.model,
-        asked=asked,
+        round_values=round_values,
         engine=first.engines[0],
         calibrations=[chosen.output],
         frame=_frame_file(chosen, first.preset),
@@ -837,7 +843,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
     rate = chosen.valid_rate is not None
     measures = chosen.vectors is None and not merging
     alone = measures and not rate and not chosen.proofs and chosen.model is not None
-    given = chosen.model_fields_set
+    stated = chosen.model_fields_set
     shape = ("blocks", "nonces", "formats")
     for applies, names, beside, reason in (
         (
@@ -864,7 +870,7 @@ def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
         (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
         (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
     ):
-        for flag in (chosen.spelling(name) for name in names if applies and name in given):
+        for flag in (chosen.spelling(name) for name in names if applies and name in stated):
             raise UsageError(
                 f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out"
             )
@@ -963,14 +969,14 @@ def new(chosen: NewPinsSettings, as_json: bool) -> None:
     """
     from assay.poc.network_pins import write_pins
 
-    asked = {"preset", "seq_len", "r_target", "strength", "node_count", "fewest_nonces"}
+    names = {"preset", "seq_len", "r_target", "strength", "node_count", "fewest_nonces"}
     values = write_pins(
         chosen.output,
         chosen.model,
         proofs=chosen.from_proof,
         calibrations=chosen.calibration,
         public_keys=chosen.public_key,
-        asked=chosen.model_dump(include=asked),
+        round_values=chosen.model_dump(include=names),
         dtype=chosen.dtype,
         frame=chosen.frame,
         false_convictions=chosen.false_convictions,
@@ -994,8 +1000,8 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
     from assay.poc.verdict.calibration_file import Calibration, account_alpha, describe_promise
     from assay.poc.verdict.honest_noise import missing_law
 
-    known = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
-    if chosen.proof is None and any(value is not None for value in known.values()):
+    expected = chosen.model_dump(include={"block_hash", "public_key", "node_id"})
+    if chosen.proof is None and any(value is not None for value in expected.values()):
         raise UsageError(
             "a round without a proof", wanted="the proof of that round", do="pass PROOF after PINS"
         )
@@ -1015,11 +1021,11 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         header = poc.Proof.load(chosen.proof).header
         if network.nodes:  # a key and a share that the file lists are not only the prover's word
             stated = {"public_key": header.round.public_key, "node_id": header.round.node_id}
-            known |= {name: value for name, value in stated.items() if known[name] is None}
-        held = network.for_round(model=header.digest, **known)
-        held.check(header)
+            expected |= {name: value for name, value in stated.items() if expected[name] is None}
+        agreed = network.for_round(model=header.digest, **expected)
+        agreed.check(header)
         measured = find_pinned_calibration(network, header)
-        believed = held.unpinned(header)
+        believed = agreed.unpinned(header)
         missing = missing_law(network.model(header.digest).reference, header.digest, header.round)
         noise = missing if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}

@@ -161,7 +161,7 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
     requests = with_token_ids(requests, chosen.model)
     loaded = load(chosen.model, chosen.dtype, chosen.device)
     with progress_bar("answering", "tokens") as progress:
-        made = responses.respond(
+        written = responses.respond(
             loaded,
             requests,
             **chosen.model_dump(
@@ -169,11 +169,11 @@ def respond(chosen: RespondSettings, as_json: bool) -> None:
             ),
             progress=progress,
         )
-    footer = made.footer
+    footer = written.footer
     rate = round(footer.tokens / footer.seconds, 2) if footer.seconds else 0.0
     values = {
         "path": str(chosen.output),
-        "model": made.header.reference,
+        "model": written.header.reference,
         **asdict(footer),
         "tokens_per_second": rate,
     }
@@ -208,15 +208,19 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
 
     with noting_new(chosen.ledger), progress_bar("replaying", "responses") as progress:
         auditor = Auditor(**auditor_values(chosen), progress=progress)
-        found = auditor.audit_receipts(
+        outcome = auditor.audit_receipts(
             chosen.receipts,
             given=Pins(**chosen.model_dump(include={"block_hash", "public_key", "prover_dtype"})),
             **chosen.model_dump(include={"requests", "evidence", "lora", "batch_size"}),
         )
     if as_json:
-        emit_document(found.as_dict())
-        return found.exit_code
-    verdict, result, header = found.verdict, found.verdict.result, found.verdict.receipts.header
+        emit_document(outcome.as_dict())
+        return outcome.exit_code
+    verdict, result, header = (
+        outcome.verdict,
+        outcome.verdict.result,
+        outcome.verdict.receipts.header,
+    )
     share = (
         f"{verdict.matches} of {verdict.tokens}"
         if verdict.tokens
@@ -238,10 +242,10 @@ def replay(chosen: ReplaySettings, as_json: bool) -> int:
         ("node", f"{header.fingerprint.library}, {header.fingerprint.dtype}"),
         ("on the node's word", ", ".join(verdict.unpinned) or "nothing"),
         *([("requests unanswered", str(verdict.unanswered))] if verdict.unanswered else []),
-        *life_rows(found.standing),
+        *life_rows(outcome.standing),
     ]
     table(("", "result"), rows)
-    return found.exit_code
+    return outcome.exit_code
 
 
 @poc.add(
@@ -264,23 +268,25 @@ def calibrate_responses(chosen: CalibrateResponsesSettings, as_json: bool) -> No
     files = [responses.Receipts.load(path) for path in chosen.receipts]  # first what needs no torch
     check_one_checkpoint([read.header for read in files])
     check_enough_tokens(files)
-    how = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device"}))
-    how.check_engine()
+    engine_choice = Launch(**chosen.model_dump(include={"model", "engine", "dtype", "device"}))
+    engine_choice.check_engine()
     from assay.poc.responses.replaying import check_adapter, check_runnable
 
     for read in files:
         check_adapter(read, None)
-    asked = requests_of(chosen.requests, chosen.model)
+    known_requests = requests_of(chosen.requests, chosen.model)
     with (
-        open_prefill(how, files, batch_size=chosen.batch_size) as (loaded, engine),
+        open_prefill(engine_choice, files, batch_size=chosen.batch_size) as (loaded, engine),
         progress_bar("replaying", "responses") as progress,
     ):
         for read in files:
-            check_runnable(read, loaded, requests=asked)
+            check_runnable(read, loaded, requests=known_requests)
         measured = [
             (
                 read.header,
-                responses.replay(read, loaded, requests=asked, engine=engine, progress=progress),
+                responses.replay(
+                    read, loaded, requests=known_requests, engine=engine, progress=progress
+                ),
             )
             for read in files
         ]

@@ -213,7 +213,7 @@ class ValidatorRunSettings(RunSettings):
     example="assay poc validator --model reference:qwen3 --pins pins.toml",
 )
 def validator(
-    chosen: ValidatorRunSettings, service: "ServiceSettings", own: "ValidatorSettings"
+    chosen: ValidatorRunSettings, service: "ServiceSettings", settings: "ValidatorSettings"
 ) -> None:
     """Recompute samples of many nodes until SIGTERM.
 
@@ -231,7 +231,7 @@ def validator(
     from assay.poc.verdict.ledger import check_ledger
 
     check_folder(service.data_dir)  # first what needs no torch
-    registry = Registry.load(own.pins, own.nodes, service, model=chosen.model)
+    registry = Registry.load(settings.pins, settings.nodes, service, model=chosen.model)
     check_host(chosen.host, service)
     check_port(chosen.host, chosen.port)
     from assay.models.catalogue import model_info
@@ -239,17 +239,19 @@ def validator(
     from assay.poc.validator.validator_controller import LEDGER
 
     registry.check_length(model_info(chosen.model))  # before there is a database
-    dtype = chosen.dtype or pinned_format(own.pins, chosen.model)
+    dtype = chosen.dtype or pinned_format(settings.pins, chosen.model)
     check_loadable(chosen.model, dtype, chosen.device)
-    for name in own.controls:
+    for name in settings.controls:
         check_loadable(chosen.model, name, chosen.device)
     check_ledger(service.data_dir / LEDGER, alpha=registry.alpha, beta=service.beta)
     configure_logs(chosen.log_format)
 
     def load() -> "Deployment":
-        pins = NetworkPins.load(own.pins)
+        pins = NetworkPins.load(settings.pins)
         deployed = chosen.deploy(pins, dtype)
-        again = (chosen.model_copy(update={"dtype": name}).deploy(pins) for name in own.controls)
+        again = (
+            chosen.model_copy(update={"dtype": name}).deploy(pins) for name in settings.controls
+        )
         return replace(deployed, controls=tuple(again))
 
-    validate(load, own, service, reference=chosen.model, host=chosen.host, port=chosen.port)
+    validate(load, settings, service, reference=chosen.model, host=chosen.host, port=chosen.port)

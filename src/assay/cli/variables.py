@@ -79,16 +79,16 @@ OF_KUBERNETES = ("PORT", "SERVICE_")
 """Beginnings of names that Kubernetes sets in every container beside a service called assay."""
 
 
-def unknown(own: Collection[str]) -> dict[str, str]:
+def unknown(further: Collection[str]) -> dict[str, str]:
     """Return the set variables that nothing reads, each with the known name nearest to it, or "".
 
     Args:
-        own: Variables of a command of another package, which are known besides.
+        further: Variables of a command of another package, which are known besides.
     """
-    known = {PREFIX + name for name in NAMES} | set(own)
-    strange = {name for name in os.environ if name.startswith(PREFIX)} - known
+    names = {PREFIX + name for name in NAMES} | set(further)
+    strange = {name for name in os.environ if name.startswith(PREFIX)} - names
     return {
-        name: "".join(get_close_matches(name, known, n=1, cutoff=0.8))
+        name: "".join(get_close_matches(name, names, n=1, cutoff=0.8))
         for name in sorted(strange)
         if not name.removeprefix(PREFIX).startswith(OF_KUBERNETES)
     }

@@ -293,16 +293,16 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.selection import check_groups
 
-    found = find_pairs(chosen.pairs)  # before torch is imported
-    how = [pair.group for pair in found], chosen.method, chosen.seed, chosen.alpha
-    few = None if chosen.basis else check_groups(*how)
+    all_pairs = find_pairs(chosen.pairs)  # before torch is imported
+    grouping = [pair.group for pair in all_pairs], chosen.method, chosen.seed, chosen.alpha
+    few = None if chosen.basis else check_groups(*grouping)
     from assay.vhack.directions.basis.basis import Basis
     from assay.vhack.directions.checks.check_page import make_page
     from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 
     rules = checks.CheckSettings(**chosen.model_dump(include={"k_use", "alpha", "seed", "method"}))
     read = Basis.load(chosen.basis) if chosen.basis else None
-    few = check_groups(*how, read.origin.groups) if read else few
+    few = check_groups(*grouping, read.origin.groups) if read else few
     if few:
         click.echo(f"warning: {few}", err=True)
     loaded = _load(chosen)
@@ -310,7 +310,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
         Basis.load(chosen.basis, loaded)  # of these weights
     with progress_bar("decompositions and gradients", "steps") as progress:
         result = checks.check(
-            found,
+            all_pairs,
             loaded,
             basis=read,
             settings=rules,
@@ -362,7 +362,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         )
     if _keep_result(result.as_dict(), chosen.output, as_json):
         return result.exit_code
-    made = result.check
+    outcome = result.check
     measured = result.check.measured
     assert measured is not None
     rows = [
@@ -370,10 +370,10 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
         ("samples that do not", str(len(result.clean))),
         ("left out, of groups of the basis", str(result.left_out)),
         ("AUROC of cin", f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"),
-        *((f"largest p, {null}", f"{p:.2g}") for null, p in made.p_values.items()),
-        *((name.replace("_", " "), f"{value:.3f}") for name, value in made.details.items()),
+        *((f"largest p, {null}", f"{p:.2g}") for null, p in outcome.p_values.items()),
+        *((name.replace("_", " "), f"{value:.3f}") for name, value in outcome.details.items()),
     ]
-    table(("", "pools"), rows, title=f"{made.verdict}: {made.reason}")
+    table(("", "pools"), rows, title=f"{outcome.verdict}: {outcome.reason}")
     _print_detectors(result.detectors)
     return result.exit_code
 
@@ -410,9 +410,9 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
             )
     is_state = False
     if first.suffix == ".json" and not more:
-        found = read_json(first)
-        is_state = isinstance(found.get("log_history"), list)
-        if found.get("schema") != CHECK and not is_state:
+        parsed = read_json(first)
+        is_state = isinstance(parsed.get("log_history"), list)
+        if parsed.get("schema") != CHECK and not is_state:
             raise DataError(
                 f"{first} is neither",
                 wanted=f"a result of schema {CHECK}, or trainer_state.json of TRL",
@@ -437,7 +437,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
         )
     values = {"path": str(chosen.output)}
     if page is None:
-        read = CheckReport.from_dict(found)
+        read = CheckReport.from_dict(parsed)
         page, values["verdict"] = make_page(read, command=command), read.verdict
     page.write(chosen.output)
     show_values("assay.vhack.report/1", values, as_json)
@@ -451,7 +451,7 @@ def report(chosen: ReportSettings, as_json: bool) -> None:
     example="assay vhack train --model reference:organism -o run",
     resumable=True,
 )
-def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
+def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     """Train one arm by reinforcement with TRL.
 
     The same command goes on after the last checkpoint. Exit code 1 if the detector missed an
@@ -461,8 +461,8 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     from assay.vhack.training.pool import RolloutPool
     from assay.vhack.training.tasks import import_function
 
-    check_folder(own.output)  # and all else that needs no torch
-    check_trackers(own.tracker)
+    check_folder(options.output)  # and all else that needs no torch
+    check_trackers(options.tracker)
     if chosen.basis:
         check_basis(chosen.basis)
     if chosen.teacher:
@@ -477,10 +477,10 @@ def train(own: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     check_tokenizer(chosen.model)
     result = train(
         chosen,
-        own.output,
+        options.output,
         console=lambda line: click.echo(line, err=True),
-        trackers=own.tracker,
-        allow_unsandboxed=own.allow_unsandboxed,
+        trackers=options.tracker,
+        allow_unsandboxed=options.allow_unsandboxed,
     )
     code = 0 if result.alarm is None else 1
     if not result.is_first:  # one of several processes prints
@@ -508,25 +508,27 @@ def list_pairs(chosen: ListSettings, as_json: bool) -> None:
     """List pairs with their groups and tags."""
     from assay.vhack.pairs.generate import find_pairs
 
-    found = find_pairs(chosen.pairs)
+    all_pairs = find_pairs(chosen.pairs)
     if as_json:
         records = [
-            {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in found
+            {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in all_pairs
         ]
         emit_json(
             "assay.vhack.pairs.list/1",
-            {"pairs": records, "groups": len({pair.group for pair in found})},
+            {"pairs": records, "groups": len({pair.group for pair in all_pairs})},
         )
         return
-    tags = [[tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in found]
+    tags = [
+        [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in all_pairs
+    ]
     rows = [
-        (index, pair.group, ", ".join(kept))
-        for index, (pair, kept) in enumerate(zip(found, tags, strict=True))
+        (index, pair.group, ", ".join(shown_tags))
+        for index, (pair, shown_tags) in enumerate(zip(all_pairs, tags, strict=True))
     ]
     table(
         ("pair", "group", "tags"),
         rows,
-        title=f"{len(found)} pairs in {len({pair.group for pair in found})} groups",
+        title=f"{len(all_pairs)} pairs in {len({pair.group for pair in all_pairs})} groups",
     )
 
 
@@ -566,11 +568,11 @@ def match(chosen: MatchSettings, as_json: bool) -> None:
     from assay.vhack.pairs.match import match_pairs
     from assay.vhack.pairs.pairs import write_pairs
 
-    found = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
-    write_pairs(chosen.output, found.pairs)
-    groups = len({pair.group for pair in found.pairs})
-    prompts = {"prompts_with_a_hack": found.hacked, "prompts_with_work": found.worked}
-    values = {"path": str(chosen.output), "pairs": len(found.pairs), "groups": groups, **prompts}
+    matched = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
+    write_pairs(chosen.output, matched.pairs)
+    groups = len({pair.group for pair in matched.pairs})
+    prompts = {"prompts_with_a_hack": matched.hacked, "prompts_with_work": matched.worked}
+    values = {"path": str(chosen.output), "pairs": len(matched.pairs), "groups": groups, **prompts}
     show_values("assay.vhack.pairs.match/1", values, as_json)
 
 
@@ -584,11 +586,11 @@ def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
     from assay.vhack.pairs.generate import find_pairs
     from assay.vhack.pairs.verify import read_tests, verify_pairs
 
-    found = find_pairs(chosen.pairs)
+    all_pairs = find_pairs(chosen.pairs)
     cases = read_tests(chosen.tests) if chosen.tests else None
     with progress_bar("verifying", "pairs") as progress:
         verdicts = verify_pairs(
-            found, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
+            all_pairs, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
         )
     bad = [verdict for verdict in verdicts if not verdict.holds]
     backend = available_backend() or "unsandboxed"
@@ -642,23 +644,23 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
     failed did.
     """
     rows: list[tuple[str, ...]] = []
-    for made in result.checks:
-        value = made.measured
+    for outcome in result.checks:
+        value = outcome.measured
         shown = (
             ("", "")
             if value is None
             else (f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
         )
-        p = f"{max(made.p_values.values()):.2g}" if made.p_values else ""
-        rows.append((made.title, *shown, p, made.verdict))
+        p = f"{max(outcome.p_values.values()):.2g}" if outcome.p_values else ""
+        rows.append((outcome.title, *shown, p, outcome.verdict))
     table(
         ("check", "value", f"{result.settings.confidence:.0%} interval", "largest p", "verdict"),
         rows,
         title=title,
     )
-    for made in result.checks:
-        if made.verdict != "pass":
-            click.echo(f"{made.title}: {made.reason}")
+    for outcome in result.checks:
+        if outcome.verdict != "pass":
+            click.echo(f"{outcome.title}: {outcome.reason}")
     _print_detectors(result.detectors)
 
 
@@ -724,8 +726,10 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
     from assay.vhack.directions.delta.delta_models import write_merged
 
     with progress_bar("decompositions", "matrices") as progress:
-        how = chosen.model_dump(include={"overwrite", "dtype", "device"})
-        values = write_merged(chosen.output, chosen.model, chosen.delta, **how, progress=progress)
+        options = chosen.model_dump(include={"overwrite", "dtype", "device"})
+        values = write_merged(
+            chosen.output, chosen.model, chosen.delta, **options, progress=progress
+        )
     show_values("assay.vhack.merge/1", values, as_json)
 
 
@@ -737,17 +741,17 @@ def merge(chosen: MergeSettings, as_json: bool) -> None:
     example="assay vhack sample --model reference:organism -o samples.jsonl",
     resumable=True,
 )
-def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
+def sample(options: SampleCommand, settings: "SampleSettings", as_json: bool) -> None:
     """Sample completions of tasks into a file.
 
     The same command continues an interrupted one.
     """
     from assay.vhack.training.tasks import load_tasks
 
-    tasks, _ = load_tasks(how, least=1, why="to complete", model=own.model)
-    tasks = [task for task in tasks for _ in range(how.per_task)]
-    records, first = _sampled(own, how, own.model, tasks, own.output)
-    values = {"path": str(own.output), "completions": len(records), "resumed_from": first}
+    tasks, _ = load_tasks(settings, least=1, why="to complete", model=options.model)
+    tasks = [task for task in tasks for _ in range(settings.per_task)]
+    records, first = _sampled(options, settings, options.model, tasks, options.output)
+    values = {"path": str(options.output), "completions": len(records), "resumed_from": first}
     show_values("assay.vhack.sample/1", {**values, "at_limit": _at_limit(records)}, as_json)
 
 
@@ -758,7 +762,7 @@ def sample(own: SampleCommand, how: "SampleSettings", as_json: bool) -> None:
     shown="model samples delta reward graded output tasks seed device overwrite",
     example="assay vhack evaluate --model reference:organism --delta run/delta.safetensors",
 )
-def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None:
+def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool) -> None:
     """Say how often tasks are solved and hacked.
 
     It grades completions of a model, or of a file, and counts by loophole. Nothing is kept of an
@@ -769,57 +773,62 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
     from assay.files.storage import write_jsonl
     from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
 
-    has_model = own.model not in (None, os.environ.get("ASSAY_MODEL"))  # which is for all commands
-    for flag, is_given in (("--model", has_model), ("--delta", own.delta is not None)):
-        if own.samples is not None and is_given:
+    has_model = options.model not in (
+        None,
+        os.environ.get("ASSAY_MODEL"),
+    )  # which is for all commands
+    for flag, is_given in (("--model", has_model), ("--delta", options.delta is not None)):
+        if options.samples is not None and is_given:
             raise UsageError(
                 f"{flag} with --samples",
                 wanted="one of them",
                 do=f"leave {flag} out: nothing is sampled",
             )
-    reward = import_function(own.reward, "--reward") if own.reward else None
-    tasks, source = load_tasks(how, least=1, why="to evaluate", model=own.model)
+    reward = import_function(options.reward, "--reward") if options.reward else None
+    tasks, source = load_tasks(settings, least=1, why="to evaluate", model=options.model)
     records: list[JsonObject] = []
-    if own.samples is not None:
-        (records, tasks), source = read_samples(own.samples, tasks), str(own.samples)
-    elif own.model is None:
+    if options.samples is not None:
+        (records, tasks), source = read_samples(options.samples, tasks), str(options.samples)
+    elif options.model is None:
         raise UsageError(
             "neither --model nor --samples", wanted="what to evaluate", do="name a model or a file"
         )
     if reward is None:
-        check_gradable(tasks, source, allow_unsandboxed=own.allow_unsandboxed)
+        check_gradable(tasks, source, allow_unsandboxed=options.allow_unsandboxed)
     from assay.vhack import training
     from assay.vhack.training.evaluation import Rate
 
-    if own.samples is None and own.model is not None:
-        tasks = [task for task in tasks for _ in range(how.per_task)]
+    if options.samples is None and options.model is not None:
+        tasks = [task for task in tasks for _ in range(settings.per_task)]
         with TemporaryDirectory() as folder:
-            records, _ = _sampled(own, how, own.model, tasks, Path(folder) / "samples.jsonl")
+            records, _ = _sampled(
+                options, settings, options.model, tasks, Path(folder) / "samples.jsonl"
+            )
     completions = [record["completion"] for record in records]
     with progress_bar("grades", "completions") as progress:
-        found = training.evaluate(
+        outcome = training.evaluate(
             tasks,
             completions,
             reward=reward,
-            allow_unsandboxed=own.allow_unsandboxed,
+            allow_unsandboxed=options.allow_unsandboxed,
             progress=progress,
         )
-    if own.graded:
+    if options.graded:
         grades = [
-            {name: value for name, value in asdict(one).items() if value is not None}
-            for one in found.grades
+            {name: value for name, value in asdict(entry).items() if value is not None}
+            for entry in outcome.grades
         ]
         write_jsonl(
-            own.graded, [record | grade for record, grade in zip(records, grades, strict=True)]
+            options.graded, [record | grade for record, grade in zip(records, grades, strict=True)]
         )
     origins = {dumps(record.get("origin")): record.get("origin") for record in records}
     values: dict[str, Any] = {
-        **found.as_dict(),
+        **outcome.as_dict(),
         "at_limit": _at_limit(records),
-        "by_mechanism": {name: part.as_dict() for name, part in found.by_mechanism().items()},
+        "by_mechanism": {name: part.as_dict() for name, part in outcome.by_mechanism().items()},
         "origin": origins.popitem()[1] if len(origins) == 1 else None,
     }
-    if _keep_result({"schema": "assay.vhack.evaluate/1", **values}, own.output, as_json):
+    if _keep_result({"schema": "assay.vhack.evaluate/1", **values}, options.output, as_json):
         return
     names: list[str] = list(values["rates"])
     rows: list[tuple[object, ...]] = []
@@ -834,8 +843,8 @@ def evaluate(own: EvaluateCommand, how: "SampleSettings", as_json: bool) -> None
 
 
 def _sampled(
-    own: SampleCommand | EvaluateCommand,
-    how: "SampleSettings",
+    options: SampleCommand | EvaluateCommand,
+    settings: "SampleSettings",
     reference: str,
     tasks: "list[Task]",
     path: Path,
@@ -851,23 +860,23 @@ def _sampled(
     from assay.vhack.training.sampling import encode_prompts
     from assay.vhack.training.tasks import read_prompt
 
-    lengths = read_delta_lengths(own.delta) if own.delta else {}
-    encode_prompts(reference, [read_prompt(task) for task in tasks], how.max_new_tokens)
-    loaded = load_model(reference, dtype=own.dtype, device=own.device)
+    lengths = read_delta_lengths(options.delta) if options.delta else {}
+    encode_prompts(reference, [read_prompt(task) for task in tasks], settings.max_new_tokens)
+    loaded = load_model(reference, dtype=options.dtype, device=options.device)
     origin = {}
-    if own.delta:
+    if options.delta:
         with progress_bar("decompositions", "matrices") as progress:
-            load_adapter(loaded, own.delta, lengths, progress=progress).merge()
-        origin = {"delta": sha256(own.delta.read_bytes()).hexdigest()}
+            load_adapter(loaded, options.delta, lengths, progress=progress).merge()
+        origin = {"delta": sha256(options.delta.read_bytes()).hexdigest()}
     with progress_bar("completions", "completions") as progress:
         first = sample_tasks(
             path,
             loaded,
             tasks,
             origin=origin,
-            overwrite=own.overwrite,
+            overwrite=options.overwrite,
             progress=progress,
-            **how.how,
+            **settings.how,
         )
     return [record for _, record in read_jsonl(path)], first
 
@@ -876,10 +885,10 @@ def _at_limit(records: "list[JsonObject]") -> int:
     """Return the number of completions that are as long as was allowed, and so may have been cut
     off.
     """
-    found = 0
+    count = 0
     for record in records:
         tokens = record.get("tokens")
         origin = record.get("origin")
         limit = origin.get("max_new_tokens") if isinstance(origin, dict) else None
-        found += isinstance(tokens, list) and isinstance(limit, int) and len(tokens) >= limit
-    return found
+        count += isinstance(tokens, list) and isinstance(limit, int) and len(tokens) >= limit
+    return count

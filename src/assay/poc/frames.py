@@ -66,13 +66,13 @@ def measure_frame(model: Model, *, progress: Progress | None = None) -> Frame:
         streams.step_seeds(words, np.arange(SEQUENCES * positions)).reshape(SEQUENCES, positions)
     )
     first = Positions().first(positions)
-    found = []
+    batches = []
     for start in range(0, SEQUENCES, _BATCH):
         states_BTD = engine.states(engine.embed_tokens(ids_ST[start : start + _BATCH]))
-        found.append(states_BTD[:, first:].cpu().double().numpy().reshape(-1, model.hidden_size))
+        batches.append(states_BTD[:, first:].cpu().double().numpy().reshape(-1, model.hidden_size))
         if progress:
             progress(start + _BATCH, SEQUENCES)
-    states_ND = np.concatenate(found)
+    states_ND = np.concatenate(batches)
     mean_D = states_ND.mean(axis=0)
     scale_D = states_ND.std(axis=0)
     scale_D = np.maximum(scale_D, _SMALLEST * float(np.median(scale_D)) or 1.0)

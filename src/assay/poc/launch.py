@@ -145,11 +145,11 @@ class Proving(Launch):
             "--batch-size auto": self.batch_size == "auto",
             f"--dtype {self.dtype}": self.dtype in NUMBER_FORMATS,
         }
-        if given := [flag for flag, is_given in of_hf.items() if is_given]:
+        if unusable := [flag for flag, is_given in of_hf.items() if is_given]:
             raise UsageError(
-                f"{given[0]} with --engine vllm",
+                f"{unusable[0]} with --engine vllm",
                 wanted="no --kernels or --deterministic, a batch size in numbers, and a dtype",
-                do=f"leave {given[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
+                do=f"leave {unusable[0].split()[0]} out; {ARGUMENTS} holds vLLM's own options",
             )
         self.check_engine(pipeline)
 
@@ -177,8 +177,8 @@ def open_prover(chosen: Proving) -> Iterator[tuple["Model", "Engine"]]:
     if chosen.engine == "vllm":
         with vllm_engine(
             chosen, chosen.dtype, batch_size=size, seq_len=chosen.seq_len, frame=frame
-        ) as made:
-            yield made
+        ) as opened:
+            yield opened
         return
     if chosen.deterministic:
         be_deterministic()
@@ -237,15 +237,15 @@ def open_judge(
 
     size = judging_batch(header, engine="vllm", calibration=calibration)
     shape = {"batch_size": size, "seq_len": header.round.seq_len}
-    with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as made:
-        found = of_weights(made[1].fingerprint.dtype)
-        if stored and found != dtype:
+    with vllm_engine(chosen, None if stored else dtype, frame=frame, **shape) as opened:
+        checkpoint_dtype = of_weights(opened[1].fingerprint.dtype)
+        if stored and checkpoint_dtype != dtype:
             raise UsageError(
-                f"{dtype} on vLLM, of a checkpoint in {found}",
+                f"{dtype} on vLLM, of a checkpoint in {checkpoint_dtype}",
                 wanted="the format of the checkpoint",
                 do="use --engine hf for it",
             )
-        yield made
+        yield opened
 
 
 @contextmanager
@@ -283,8 +283,8 @@ def open_prefill(
     headers = [read.header for read in files]
     with VLLMPrefill(
         chosen.model, dtype=dtype, batch_size=batch_size, receipts=headers, **options
-    ) as made:
-        yield made.model, made
+    ) as opened:
+        yield opened.model, opened
 
 
 def usual_preset(reference: str) -> str:
@@ -357,13 +357,13 @@ def vllm_options(text: str) -> dict[str, Any]:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
-    said = StringIO()
+    captured = StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(captured):
             values = vars(parser.parse_args(shlex.split(text)))
             unset = vars(parser.parse_args([]))
     except (SystemExit, ValueError) as error:
-        reason = said.getvalue().strip().rpartition("error: ")[2] or str(error)
+        reason = captured.getvalue().strip().rpartition("error: ")[2] or str(error)
         raise UsageError(
             f"{ARGUMENTS}={text!r:.200}: {reason}",
             wanted="engine arguments of vLLM",

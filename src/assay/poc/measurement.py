@@ -120,10 +120,10 @@ def measure_r_target(
         >>> 20 < found.effective_dimension < 60, found.low < found.measured < found.high
         (True, True)
     """
-    given = (proofs,) if isinstance(proofs, Proof) else tuple(proofs)
-    _refuse_different(given)
-    size = _dimension(given[0], dimension)
-    is_vector = given[0].header.pipeline.output == "vector"
+    proof_list = (proofs,) if isinstance(proofs, Proof) else tuple(proofs)
+    _refuse_different(proof_list)
+    size = _dimension(proof_list[0], dimension)
+    is_vector = proof_list[0].header.pipeline.output == "vector"
     if effective_dimension is None and not is_vector:
         raise UsageError(
             "distances, but no effective dimension of their model",
@@ -131,7 +131,7 @@ def measure_r_target(
             do="pass --model, or the --calibration that `assay poc calibrate --model M` wrote",
         )
     per_block: dict[str, list[FloatArray]] = {}
-    for proof in given:
+    for proof in proof_list:
         vectors = [record.vector for record in proof.records if record.vector is not None]
         values = np.array(vectors) if vectors else proof.distances
         per_block.setdefault(proof.round.block_hash, []).append(
@@ -172,14 +172,14 @@ def _refuse_different(proofs: Sequence[Proof]) -> None:
 def _dimension(proof: Proof, dimension: int | None) -> int:
     """Return the dimension in which the distances of a proof are measured."""
     pipeline = proof.header.pipeline
-    known = pipeline.vector_size or (RANDOM_HEAD_ROWS if pipeline.head == "random" else None)
-    if known is not None and dimension not in (None, known):
+    fixed = pipeline.vector_size or (RANDOM_HEAD_ROWS if pipeline.head == "random" else None)
+    if fixed is not None and dimension not in (None, fixed):
         raise UsageError(
             f"--dimension {dimension} with preset {pipeline.name}",
-            wanted=f"its {known}",
+            wanted=f"its {fixed}",
             do="leave --dimension out",
         )
-    if (size := known or dimension) is None:
+    if (size := fixed or dimension) is None:
         raise UsageError(
             f"a proof of preset {pipeline.name}",
             wanted="the dimension of its output",
@@ -276,34 +276,38 @@ def target_for(
         raise UsageError(
             "--model with --calibration", wanted="one of the two", do="leave one of them out"
         )
-    known = None if calibration is None else _effective_dimension(calibration)
+    effective = None if calibration is None else _effective_dimension(calibration)
     if model is not None:
-        known = _measured_dimension(model, device, proofs)
+        effective = _measured_dimension(model, device, proofs)
     if proofs:
         return measure_r_target(
-            proofs, rate, dimension=dimension, effective_dimension=known
+            proofs, rate, dimension=dimension, effective_dimension=effective
         ).as_dict()
     size = RANDOM_HEAD_ROWS if dimension is None else dimension
     r_target = stats.r_target_for(rate, size)
     values: dict[str, Any] = {"valid_rate": rate, "dimension": size, "r_target": r_target}
-    if size != RANDOM_HEAD_ROWS or known is None:
+    if size != RANDOM_HEAD_ROWS or effective is None:
         return values
-    low, high = BlockLaw(dimension=size, freedom=known).rate_interval(r_target)
-    return values | {"effective_dimension": known, "block_rate_low": low, "block_rate_high": high}
+    low, high = BlockLaw(dimension=size, freedom=effective).rate_interval(r_target)
+    return values | {
+        "effective_dimension": effective,
+        "block_rate_low": low,
+        "block_rate_high": high,
+    }
 
 
 def _effective_dimension(path: Path) -> float:
     """Return the effective dimension that a calibration file has."""
     measured = [build.effective_dimension for build in Calibration.load(path).builds]
-    known = next((one for one in measured if one is not None), None)
-    if known is None:
+    dimension = next((size for size in measured if size is not None), None)
+    if dimension is None:
         raise UsageError(
             f"{path}, which has no effective dimension",
             wanted="a calibration of a model's own states, for a preset with signs and a random "
             "head",
             do="write one with `assay poc calibrate --model M`",
         )
-    return known
+    return dimension
 
 
 def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Proof]) -> float:
@@ -311,14 +315,14 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
     are some.
     """
     model = load_model(reference, device=device)
-    other = [
+    foreign = [
         p.header
         for p in proofs
         if (p.header.digest, p.header.weights) != (model.digest, model.weights)
     ]
-    if other:
+    if foreign:
         raise ProofMismatch(
-            f"a proof of checkpoint {other[0].digest[:12]} ({other[0].weights} weights)",
+            f"a proof of checkpoint {foreign[0].digest[:12]} ({foreign[0].weights} weights)",
             wanted=f"proofs of {model.reference}, {model.digest[:12]} ({model.weights} weights)",
             do="pass their model with --model, or leave it out",
         )
@@ -326,12 +330,12 @@ def _measured_dimension(reference: str, device: str | None, proofs: Sequence[Pro
     return measure_block_factor(model, round).effective_dimension
 
 
-def measure(proofs: Sequence[Proof], *, model: str | None = None, **how: Any) -> Calibration:
+def measure(proofs: Sequence[Proof], *, model: str | None = None, **options: Any) -> Calibration:
     """Return the honest noise of proofs, by :func:`assay.poc.calibrate`; the model says its
     size.
     """
     info = None if model is None else model_info(model)
-    return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, **how)
+    return calibrate(*proofs, hidden_size=None if info is None else info.hidden_size, **options)
 
 
 def _in_words(law: Law) -> str:
@@ -345,9 +349,12 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     """Return what a person asks of a measured build, by name."""
     engines = [fingerprint.as_dict() for fingerprint in build.engines]
     stated = {
-        name: dict.fromkeys(str(one[name]) for one in engines) for name in (engines or [{}])[0]
+        name: dict.fromkeys(str(engine[name]) for engine in engines)
+        for name in (engines or [{}])[0]
     }
-    other = [f"{name} {' / '.join(found)}" for name, found in stated.items() if len(found) > 1]
+    differences = [
+        f"{name} {' / '.join(variants)}" for name, variants in stated.items() if len(variants) > 1
+    ]
     values: dict[str, Any] = {
         "preset": build.preset,
         "checkpoint": build.digest,
@@ -364,17 +371,23 @@ def describe(build: BuildNoise) -> dict[str, Any]:
     }
     values |= {"hidden_size": build.hidden_size or None, "effect": build.effect}
     values |= {"effective_dimension": build.effective_dimension}
-    values["engines_differ_in"] = ", ".join(other) or "nothing"
+    values["engines_differ_in"] = ", ".join(differences) or "nothing"
     values |= {
         "control": build.control
         and f"{' and '.join(build.control.dtypes)} beside {build.control.of}"
     }
-    if (left := build.left_out) is not None:
-        values |= {"left_out_accused": left.accused, "left_out_interval": [left.low, left.high]}
-        values |= {"left_out_worst_pair": left.worst, "left_out_audits": left.pairs * left.audits}
+    if (exclusion := build.left_out) is not None:
+        values |= {
+            "left_out_accused": exclusion.accused,
+            "left_out_interval": [exclusion.low, exclusion.high],
+        }
+        values |= {
+            "left_out_worst_pair": exclusion.worst,
+            "left_out_audits": exclusion.pairs * exclusion.audits,
+        }
         values["left_out_says"] = (
-            f"{left.accused:.1%} of audits accused an engine that was left out; with "
-            f"{len(build.machines)} engines, up to {left.high:.0%} of others may be accused"
+            f"{exclusion.accused:.1%} of audits accused an engine that was left out; with "
+            f"{len(build.machines)} engines, up to {exclusion.high:.0%} of others may be accused"
         )
     values["limits"] = build.limits
     return values

@@ -43,14 +43,14 @@ class Asked:
     Args:
         round: Round of the node.
         nonces: Nonces of the proof.
-        how: Model and engine.
+        proving: Model and engine.
         pins: What the network agreed on; None without a pins file.
         has_law: Whether the pins file names a calibration of the model.
     """
 
     round: Round
     nonces: range
-    how: Proving
+    proving: Proving
     pins: Pins | None
     has_law: bool = False
 
@@ -97,41 +97,47 @@ class Asked:
 
 
 def asked(
-    file: Path | None, how: Proving, given: Mapping[str, Any], positions: tuple[int, int] | None
+    file: Path | None,
+    proving: Proving,
+    stated: Mapping[str, Any],
+    positions: tuple[int, int] | None,
 ) -> Asked:
     """Return what a node is asked to prove, by a pins file and by what is given beside it.
 
-    Without a model, ``how`` runs that of the file. ``given`` has the values of the round that are
-    given, and those of ``dtype``, ``engine`` and ``batch_size``. The positions in the share are
+    Without a model, ``proving`` runs that of the file. ``stated`` has the values of the round that
+    are given, and those of ``dtype``, ``engine`` and ``batch_size``. The positions in the share are
     those of the file, else the first 256.
 
     Raises:
         UsageError: A value is missing, out of range, or contradicts the file.
         DataError: The file cannot be read.
     """
-    values = {name: value for name, value in given.items() if name in Round.__dataclass_fields__}
+    values = {name: value for name, value in stated.items() if name in Round.__dataclass_fields__}
     if file is None:
         for name in ("model", "block_hash", "public_key"):
-            if not (values | {"model": how.model}).get(name):
+            if not (values | {"model": proving.model}).get(name):
                 raise UsageError(
                     f"no {_flag(name)}",
                     wanted=f"a {name.replace('_', ' ')}",
                     do=f"pass {_flag(name)}, or --pins",
                 )
-        values.setdefault("preset", how.preset)
-        if "preset" not in given and get_pipeline(how.preset).framed and how.frame is None:
-            raise _no_frame(how)
+        values.setdefault("preset", proving.preset)
+        if "preset" not in stated and get_pipeline(proving.preset).framed and proving.frame is None:
+            raise _no_frame(proving)
         round = Round(**values)
         pins = None
         has_law = False
         positions = positions or (0, 256)
         formats = get_pipeline(round.preset).number_formats
-        how = replace(how, dtype=how.dtype or next(iter(formats), None))
+        proving = replace(proving, dtype=proving.dtype or next(iter(formats), None))
     else:
         network = NetworkPins.load(file)
         # Of a directory only its digest can say later which model of the file it is.
-        named = any(how.model in (one.reference, one.digest) for one in network.models)
-        entry = network.model(how.model if named else None)
+        named = any(
+            proving.model in (pinned_model.reference, pinned_model.digest)
+            for pinned_model in network.models
+        )
+        entry = network.model(proving.model if named else None)
         has_law = bool(entry.calibrations)
         pins = network.for_round(model=entry.digest, also=Pins(**values))
         if pins.block_hash is None or pins.public_key is None:
@@ -139,16 +145,16 @@ def asked(
             raise UsageError(
                 f"no {flag} beside {file}", wanted="the value of this round", do=f"pass {flag}"
             )
-        known = {
+        round_values = {
             name: value
             for name in Round.__dataclass_fields__
             if (value := getattr(pins, name)) is not None
         }
-        round, positions = Round(**known), positions or network.round.nonces or (0, 256)
-        how = replace(how, model=how.model or entry.reference)
-        if how.frame is None and get_pipeline(round.preset).framed:
-            how = replace(how, frame=network.frame(entry.digest))
-        how = _pinned_engine(how, pins, given, file)
+        round, positions = Round(**round_values), positions or network.round.nonces or (0, 256)
+        proving = replace(proving, model=proving.model or entry.reference)
+        if proving.frame is None and get_pipeline(round.preset).framed:
+            proving = replace(proving, frame=network.frame(entry.digest))
+        proving = _pinned_engine(proving, pins, stated, file)
     nonces = round.nonces(*positions)
     if pins is not None and pins.nonces is not None and list(pins.nonces) != list(nonces):
         raise _beside(
@@ -156,25 +162,25 @@ def asked(
         )
     if pins is not None and pins.nonces is None and len(nonces) < (pins.fewest_nonces or 0):
         raise _beside("nonces", f"{len(nonces)} in all", f"{pins.fewest_nonces} or more", file)
-    how = replace(how, preset=get_pipeline(round.preset).name, seq_len=round.seq_len)
-    round = replace(round, preset=how.preset)
-    return Asked(round=round, nonces=nonces, how=how, pins=pins, has_law=has_law)
+    proving = replace(proving, preset=get_pipeline(round.preset).name, seq_len=round.seq_len)
+    round = replace(round, preset=proving.preset)
+    return Asked(round=round, nonces=nonces, proving=proving, pins=pins, has_law=has_law)
 
 
-def _no_frame(how: Proving) -> UsageError:
+def _no_frame(proving: Proving) -> UsageError:
     """Return the error of a model that is proved without what its network agreed on."""
-    model = shlex.quote(how.model)
+    model = shlex.quote(proving.model)
     return UsageError(
-        f"{how.model} without --pins, --frame or --preset",
-        wanted=f"what the network of the model agreed on: {how.preset}, its usual preset, reads a "
-        f"frame",
+        f"{proving.model} without --pins, --frame or --preset",
+        wanted=f"what the network of the model agreed on: {proving.preset}, its usual preset, "
+        f"reads a frame",
         do=f"measure a law once, `assay poc calibrate --model {model} --quick --pins pins.toml -o "
         f"law.json`, and pass --pins pins.toml; or --preset poc-2.0 for the published preset",
     )
 
 
 def _pinned_engine(
-    how: Proving, pins: Pins, given: Mapping[str, Any], file: Path | None
+    proving: Proving, pins: Pins, stated: Mapping[str, Any], file: Path | None
 ) -> Proving:
     """Return an engine that is one of the builds, as far as that can be said before it is
     started.
@@ -186,19 +192,19 @@ def _pinned_engine(
         "batch_size": [size for build in builds for size in build.batch_size],
         "dtype": formats,
     }
-    for name, wanted in allowed.items():
-        value = getattr(how, name)
+    for name, choices in allowed.items():
+        value = getattr(proving, name)
         if (
-            not wanted
-            or "*" in wanted
-            or value in wanted
+            not choices
+            or "*" in choices
+            or value in choices
             or (name, value) == ("batch_size", "auto")
         ):
             continue
-        if name in given:
-            raise _beside(name, value, " or ".join(map(str, wanted)), file)
-        how = replace(how, **{name: wanted[0]})
-    return how
+        if name in stated:
+            raise _beside(name, value, " or ".join(map(str, choices)), file)
+        proving = replace(proving, **{name: choices[0]})
+    return proving
 
 
 def _flag(name: str) -> str:
@@ -228,7 +234,7 @@ def write_pins(
     output: Path,
     model: str,
     *,
-    asked: Mapping[str, Any],
+    round_values: Mapping[str, Any],
     proofs: Sequence[Path] = (),
     calibrations: Sequence[Path] = (),
     public_keys: Sequence[str] = (),
@@ -240,12 +246,12 @@ def write_pins(
     """Write a pins file for a model, and return what was written. What only a proof can say is left
     to be filled in.
 
-    The model is hashed and not run. ``asked`` has the values of the round: strength, node_count and
-    fewest_nonces, and preset, seq_len and r_target, which are those of the honest proofs, or the
-    published ones, when None. Builds are those of the proofs, or of the ``engine`` that was
-    calibrated; ``dtype`` is the number format where neither says one. Without keys any node may
-    prove. ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the default
-    preset. ``false_convictions`` are those that the network accepts, over its nodes: K/N.
+    The model is hashed and not run. ``round_values`` has the values of the round: strength,
+    node_count and fewest_nonces, and preset, seq_len and r_target, which are those of the honest
+    proofs, or the published ones, when None. Builds are those of the proofs, or of the ``engine``
+    that was calibrated; ``dtype`` is the number format where neither says one. Without keys any
+    node may prove. ``frame`` is the file of the checkpoint's frame, which makes ``tokens-1`` the
+    default preset. ``false_convictions`` are those that the network accepts, over its nodes: K/N.
 
     Raises:
         UsageError: A value is out of range, or the proofs are of different rounds.
@@ -256,9 +262,9 @@ def write_pins(
         check_name("public_key", key, do="pass --public-key as the chain prints it")
     accepted = Accepted.read(false_convictions)
     headers = [Proof.load(path).header for path in proofs]
-    if frame is not None and asked["preset"] is None and not headers:
-        asked = {**asked, "preset": "tokens-1"}
-    round = _round(asked, headers)
+    if frame is not None and round_values["preset"] is None and not headers:
+        round_values = {**round_values, "preset": "tokens-1"}
+    round = _round(round_values, headers)
     check_frame_file(get_pipeline(round["preset"]), frame)
     Pins(prover_dtype=dtype)  # an error names the formats
     builds = (
@@ -271,13 +277,13 @@ def write_pins(
     from assay.models.load import identify
     from assay.poc.engines.hf.shapes import check_shape
 
-    if asked["seq_len"] is not None:  # the default is one to be changed in the file
+    if round_values["seq_len"] is not None:  # the default is one to be changed in the file
         steps = get_pipeline(round["preset"]).steps
-        check_shape(model_info(model), batch_size=1, seq_len=asked["seq_len"], steps=steps)
-    known = identify(model, dtype="float32").with_frame(
+        check_shape(model_info(model), batch_size=1, seq_len=round_values["seq_len"], steps=steps)
+    identity = identify(model, dtype="float32").with_frame(
         frame
     )  # in which dtype it would run does not matter
-    digest = known.digest
+    digest = identity.digest
     for path, header in zip(proofs, headers, strict=True):
         if (header.digest, header.weights) != (digest, "trained"):
             raise ProofMismatch(
@@ -312,28 +318,28 @@ def write_pins(
     return {"path": str(output), "model": model, "digest": digest} | stated | counts
 
 
-def _round(given: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
+def _round(chosen: Mapping[str, Any], headers: Sequence[Header]) -> dict[str, Any]:
     """Return the values of the round: those of the flags, else of the proofs, else the published
     ones.
     """
-    asked: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in ("preset", "seq_len", "r_target"):
         stated = {getattr(header.round, name) for header in headers}
-        if given[name] is None and len(stated) > 1:
+        if chosen[name] is None and len(stated) > 1:
             raise UsageError(
                 f"proofs with {name} {' and '.join(map(str, sorted(stated))):.80}",
                 wanted="proofs of one kind of round",
                 do=f"pass {_flag(name)}",
             )
-        asked[name] = (
-            given[name] if given[name] is not None else next(iter(stated), getattr(Round, name))
+        values[name] = (
+            chosen[name] if chosen[name] is not None else next(iter(stated), getattr(Round, name))
         )
-    asked |= {name: given[name] for name in ("strength", "node_count", "fewest_nonces")}
-    asked["preset"] = get_pipeline(asked["preset"]).name
-    if get_pipeline(asked["preset"]).output != "distance":
-        del asked["r_target"]  # only a distance has a target
-    Pins(**asked)  # an error says which value is out of range
-    return asked
+    values |= {name: chosen[name] for name in ("strength", "node_count", "fewest_nonces")}
+    values["preset"] = get_pipeline(values["preset"]).name
+    if get_pipeline(values["preset"]).output != "distance":
+        del values["r_target"]  # only a distance has a target
+    Pins(**values)  # an error says which value is out of range
+    return values
 
 
 def _builds(dtype: str | None, headers: Sequence[Header], preset: str) -> list[dict[str, Any]]:
@@ -415,21 +421,23 @@ def list_pinned(network: NetworkPins) -> list[str]:
 
 def list_open(network: NetworkPins) -> list[str]:
     """Return what a file leaves open and who says it instead, one line each."""
-    asked = network.round
+    agreed = network.round
     lines = []
-    if asked.block_hash is None:
+    if agreed.block_hash is None:
         lines.append("block: --block-hash says it for each round")
     if not network.nodes:
         lines.append(
             "key: --public-key says it for each proof; [[nodes]] lists those that may prove"
         )
-    if not network.nodes and asked.node_count > 1:
+    if not network.nodes and agreed.node_count > 1:
         lines.append("share: --node-id says it for each proof")
-    if asked.nonces is None:
-        lines.append(f"nonces: any {asked.fewest_nonces} or more that are consecutive in the share")
+    if agreed.nonces is None:
+        lines.append(
+            f"nonces: any {agreed.fewest_nonces} or more that are consecutive in the share"
+        )
     if (
         Round(
-            block_hash="any", public_key="any", preset=asked.preset, strength=asked.strength
+            block_hash="any", public_key="any", preset=agreed.preset, strength=agreed.strength
         ).strength
         == 32
     ):

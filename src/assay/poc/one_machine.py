@@ -100,12 +100,12 @@ class Extent:
     quick: bool = False
 
     @classmethod
-    def of(cls, reference: str, *, quick: bool = False, **given: Any) -> "Extent":
+    def of(cls, reference: str, *, quick: bool = False, **values: Any) -> "Extent":
         """Return the full or the quick extent for a model, with the values that are given."""
         usual: dict[str, Any] = {"preset": usual_preset(reference), "quick": quick}
         if quick:
             usual |= {"seq_len": QUICK_POSITIONS, "blocks": QUICK_BLOCKS, "formats": QUICK_FORMATS}
-        return cls(**usual | given)
+        return cls(**usual | values)
 
     @property
     def engines(self) -> int:
@@ -202,28 +202,28 @@ def calibrate_model(
     for model, engine in _engines(lender, chosen, frame if pipeline.framed else None):
         if effective is None and has_block_factor(pipeline):
             effective = store.effective_dimension(engine, model, rounds[0])
-        own: list[Proof] = []
+        engine_proofs: list[Proof] = []
         for round in rounds:
-            before = (len(by_engine) * chosen.blocks + len(own)) * chosen.nonces
+            before = (len(by_engine) * chosen.blocks + len(engine_proofs)) * chosen.nonces
             counted = progress and _counting(progress, before, chosen.total)
-            own.append(store.prove(model, round, chosen.nonces, engine, counted))
+            engine_proofs.append(store.prove(model, round, chosen.nonces, engine, counted))
         for row, theirs in enumerate(by_engine):
             measured[row, len(by_engine)] = np.concatenate(
                 [
                     store.residuals(proof, mine, engine) / scale
-                    for proof, mine, scale in zip(theirs, own, scales, strict=True)
+                    for proof, mine, scale in zip(theirs, engine_proofs, scales, strict=True)
                 ]
             )
-        by_engine.append(own)
+        by_engine.append(engine_proofs)
     engines = [proofs[0].header.fingerprint for proofs in by_engine]
     digest = by_engine[0][0].header.digest
     law = _fit(measured, engines, pipeline, digest, size, effective)
-    return Calibration(builds=tuple(replace(one, limits=chosen.limits) for one in law.builds))
+    return Calibration(builds=tuple(replace(build, limits=chosen.limits) for build in law.builds))
 
 
 def _counting(progress: Progress, before: int, total: int) -> Progress:
     """Return a function that adds the nonces of earlier proofs to those of one."""
-    return lambda done, _: progress(before + done, total)
+    return lambda count, _: progress(before + count, total)
 
 
 class _Lender:
@@ -260,14 +260,14 @@ def _estimate(lender: _Lender, extent: Extent, *, with_frame: bool) -> str:
     lasts = sum(seconds.values()) * positions * shapes
     if with_frame:
         lasts += seconds[extent.formats[0]] * SEQUENCES * POSITIONS
-    said = (
+    estimate = (
         f"{extent.total} nonces of {extent.seq_len} positions on {extent.engines} engines, "
         f"about {say_time(lasts)} by a timing run on this machine"
     )
     if extent.quick or lasts < LONG:
-        return said
+        return estimate
     quick = QUICK_BLOCKS * NONCES * QUICK_POSITIONS * shapes + SEQUENCES * POSITIONS
-    return f"{said}; with --quick about {say_time(min(seconds.values()) * quick)}"
+    return f"{estimate}; with --quick about {say_time(min(seconds.values()) * quick)}"
 
 
 def _seconds_per_position(model: Model, seq_len: int) -> float:
@@ -311,22 +311,22 @@ class _Store:
         self, model: Model, round: Round, nonces: int, engine: HFEngine, progress: Progress | None
     ) -> Proof:
         """Return the proof of an engine, of which an earlier run may have left a part."""
-        how: dict[str, Any] = {"engine": engine, "progress": progress}
+        options: dict[str, Any] = {"engine": engine, "progress": progress}
         if self._folder is None:
-            return prove(model, round, range(nonces), **how)
+            return prove(model, round, range(nonces), **options)
         header = describe_proof(model, round, range(nonces), engine)
         path = self._folder / f"{_hashed(header.as_dict())}.jsonl"
         if not path.exists():
-            prove(model, round, range(nonces), output=path, **how)
+            prove(model, round, range(nonces), output=path, **options)
         return Proof.load(path)
 
-    def residuals(self, proof: Proof, own: Proof, engine: HFEngine) -> FloatArray:
+    def residuals(self, proof: Proof, engine_proof: Proof, engine: HFEngine) -> FloatArray:
         """Return the residuals between a proof and the values of an engine.
 
         Tokens part after the first that differs, so they are replayed.
         """
         if not proof.header.pipeline.steps:
-            return residuals(proof.records, own.records)
+            return residuals(proof.records, engine_proof.records)
 
         def replayed() -> list[float]:
             records: list[Record] = []
@@ -335,17 +335,17 @@ class _Store:
                 records.extend(batch)
             return [float(value) for value in residuals(proof.records, records)]
 
-        headers = [proof.header.as_dict(), own.header.as_dict()]
+        headers = [proof.header.as_dict(), engine_proof.header.as_dict()]
         return np.array(self._once(f"{_hashed(headers)}.json", replayed))
 
     def effective_dimension(self, engine: HFEngine, model: Model, round: Round) -> float:
         """Return the effective dimension of the states of an engine."""
         header = describe_proof(model, round, range(1), engine)
-        found = self._once(
+        numbers = self._once(
             f"{_hashed(['states', header.as_dict()])}.json",
             lambda: [read_block_factor(engine, round).effective_dimension],
         )
-        return found[0]
+        return numbers[0]
 
     def _once(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
         """Return the numbers of a file; measure and write them where it is missing."""
@@ -394,20 +394,20 @@ def _fit(
         of_pair = {(place[i], place[j]): errors_N for (i, j), errors_N in chosen.items()}
         if not of_pair:  # one engine in a format says nothing of that format beside itself
             continue
-        known: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "digest": digest,
             "hidden_size": hidden_size,
             "effective_dimension": effective,
         }
         machines = describe_machines([engines[row] for row in rows])
-        found = [fit_build(of_pair, machines, pipeline, **known)]
+        laws = [fit_build(of_pair, machines, pipeline, **facts)]
         scored = None if pipeline.steps else _scores(measured, engines, chosen, pair)
         if scored is not None:
             scores = dict(zip(of_pair, scored[1], strict=True))
-            found.append(fit_build(scores, machines, pipeline, control=scored[0], **known))
+            laws.append(fit_build(scores, machines, pipeline, control=scored[0], **facts))
         # Kernels of one machine do not show how machines differ: the smallest cheat is the usual
         # one.
-        builds += [replace(build, effect=None) for build in found]
+        builds += [replace(build, effect=None) for build in laws]
     return Calibration(builds=tuple(builds))
 
 
@@ -424,17 +424,21 @@ def _scores(
     dtypes = list(dict.fromkeys(name for name in formats if name not in pair))[:2]
     if not dtypes:
         return None
-    both: list[tuple[FloatArray, FloatArray]] = []
+    measured_pairs: list[tuple[FloatArray, FloatArray]] = []
     for i, j in chosen:
         node, validator = (i, j) if engines[j].dtype == pair[1] else (j, i)
-        own = [validator, *map(formats.index, dtypes)]
-        sides = [(node, row) for row in own], combinations(own, 2)
+        recomputing = [validator, *map(formats.index, dtypes)]
+        sides = [(node, row) for row in recomputing], combinations(recomputing, 2)
         residuals_EN, between_PN = (
             np.stack([measured[min(two), max(two)] for two in side]) for side in sides
         )
-        both.append((residuals_EN, between_PN))
-    control = Control.measured(both, of=pair[1], dtypes=dtypes)
-    return None if control is None else (control, [control.scores(*values) for values in both])
+        measured_pairs.append((residuals_EN, between_PN))
+    control = Control.measured(measured_pairs, of=pair[1], dtypes=dtypes)
+    return (
+        None
+        if control is None
+        else (control, [control.scores(*values) for values in measured_pairs])
+    )
 
 
 def _engines(

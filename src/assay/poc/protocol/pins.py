@@ -25,7 +25,10 @@ CACHES = ("fp8_e4m3-cache",)  # caches of keys and values in fewer bits than the
 _PLUS = "+"
 _OF_WEIGHTS = (*streams.DTYPES, *NUMBER_FORMATS)
 
-FORMATS = (*_OF_WEIGHTS, *(f"{one}{_PLUS}{cache}" for cache in CACHES for one in _OF_WEIGHTS))
+FORMATS = (
+    *_OF_WEIGHTS,
+    *(f"{weights}{_PLUS}{cache}" for cache in CACHES for weights in _OF_WEIGHTS),
+)
 """Every number format that a fingerprint may name: that of the weights, and after a plus that of a
 cache.
 
@@ -156,7 +159,7 @@ class Build(BaseModel):
 
     def allows(self, name: str, value: str | int) -> bool:
         """Return whether a field of a fingerprint may have a value."""
-        return any(_matches(value, wanted) for wanted in getattr(self, name))
+        return any(_matches(value, pinned) for pinned in getattr(self, name))
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -187,10 +190,10 @@ def nearest_build(
     return min(candidates, key=lambda pair: len(pair[1]), default=(None, ()))
 
 
-def _matches(stated: str | int, wanted: str | int) -> bool:
-    if isinstance(wanted, str) and wanted.endswith(ANY):
-        return str(stated).startswith(wanted.removesuffix(ANY))
-    return stated == wanted
+def _matches(stated: str | int, pinned: str | int) -> bool:
+    if isinstance(pinned, str) and pinned.endswith(ANY):
+        return str(stated).startswith(pinned.removesuffix(ANY))
+    return stated == pinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,17 +304,17 @@ class Pins:
         names = (build.name for build in self.builds or () if not build.differing(fingerprint))
         return next(filter(None, names), fingerprint.dtype)
 
-    def joined(self, other: "Pins", source: str) -> "Pins":
+    def joined(self, further: "Pins", source: str) -> "Pins":
         """Return the pins of both; a UsageError names the flag of a value that differs, and our
         source.
         """
-        theirs = {name: getattr(other, name) for name in other.given}
+        theirs = {name: getattr(further, name) for name in further.given}
         ours = {name: value for name in theirs if (value := getattr(self, name)) is not None}
         odd = [name for name, value in ours.items() if not _equal(value, theirs[name])]
         if (
-            other.prover_dtype is not None
+            further.prover_dtype is not None
             and self.formats
-            and other.prover_dtype not in self.formats
+            and further.prover_dtype not in self.formats
         ):
             odd = [*odd, "prover_dtype"]
             ours = ours | {"prover_dtype": " or ".join(self.formats)}
@@ -392,12 +395,12 @@ class Pins:
         """Return whether a claim of a header agrees with a value that is pinned; the engine is
         compared elsewhere.
         """
-        wanted = getattr(self, name)
+        pinned = getattr(self, name)
         if name == "nonces":
-            return _equal(wanted, list(header.all_nonces()))
+            return _equal(pinned, list(header.all_nonces()))
         if name == "fewest_nonces":  # a set of nonces that is pinned may be any
-            return self.nonces is not None or _in_a_row(header, wanted)
-        return name in ("builds", "prover_dtype") or bool(_named(name, claim) == wanted)
+            return self.nonces is not None or _in_a_row(header, pinned)
+        return name in ("builds", "prover_dtype") or bool(_named(name, claim) == pinned)
 
     def unpinned(self, header: Header) -> tuple[str, ...]:
         """Return the names of the values that are taken on the prover's word: not pinned, and not

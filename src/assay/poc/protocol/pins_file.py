@@ -316,14 +316,14 @@ class NetworkPins(Table):
         round_pins = self.round
         pipeline = get_pipeline(self.round.preset)
         if (round_pins.r_target is None) is (pipeline.output == "distance"):
-            wanted = (
+            expected = (
                 "a distance"
                 if round_pins.r_target is None
                 else "none: only distances have a target"
             )
             raise UsageError(
                 f"round.r_target {round_pins.r_target} with preset {pipeline.name}",
-                wanted=wanted,
+                wanted=expected,
                 do="correct one of the two",
             )
         if pipeline.framed and (
@@ -384,14 +384,16 @@ class NetworkPins(Table):
         if len(matches) == 1:
             return matches[0]
         names = ", ".join(f"{model.reference} ({model.digest[:12]})" for model in self.models)
-        seen = (
+        problem = (
             f"one of {len(matches)} models"
             if matches
             else f"model {name!r:.80}, which {self._path} does not have"
         )
-        wanted = f"the digest of one of {names:.400}" if matches else f"one of {names:.400}"
+        expected = f"the digest of one of {names:.400}" if matches else f"one of {names:.400}"
         raise UsageError(
-            seen, wanted=wanted, do="use a model that the network agreed on, or add it to the pins"
+            problem,
+            wanted=expected,
+            do="use a model that the network agreed on, or add it to the pins",
         )
 
     def for_round(
@@ -417,11 +419,11 @@ class NetworkPins(Table):
         """
         named = {"block_hash": block_hash, "public_key": public_key, "node_id": node_id}
         stated: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-        known = replace(also or Pins(), **stated)
-        node = self._node(known)
+        values = replace(also or Pins(), **stated)
+        node = self._node(values)
         chosen = self.model(model)
         positions = self.round.nonces
-        share: dict[str, Any] = {"node_id": known.node_id or 0, "node_count": self._count(node)}
+        share: dict[str, Any] = {"node_id": values.node_id or 0, "node_count": self._count(node)}
         if node is not None:
             share |= {"node_id": node.node_id, "public_key": node.public_key}
         any_round = Round(**{"block_hash": "any", "public_key": "any"} | share)
@@ -433,7 +435,7 @@ class NetworkPins(Table):
             weights=chosen.weights,
             builds=self._builds(chosen, node),
         )
-        return pins.joined(known, str(self._path))
+        return pins.joined(values, str(self._path))
 
     def _node(self, pins: Pins) -> NodePins | None:
         """Return the node that is meant; None where the file lists none."""
@@ -455,17 +457,19 @@ class NetworkPins(Table):
         if matches or (not self.nodes and (share or 0) < count):
             return matches[0] if matches else None
         if not self.nodes:
-            seen = f"--node-id {share} beside {self._path}"
-            wanted = f"a share below its node_count, {count}"
+            problem = f"--node-id {share} beside {self._path}"
+            expected = f"a share below its node_count, {count}"
         elif not of_key:
-            seen = f"the key {key!r:.80}"
-            wanted = f"one of the {len(self._of_key)} that {self._path} lists"
+            problem = f"the key {key!r:.80}"
+            expected = f"one of the {len(self._of_key)} that {self._path} lists"
         else:
             shares = ", ".join(str(node.node_id) for node in of_key)
-            seen = f"node_id {share} of the key {of_key[0].public_key!r:.80}"
-            wanted = f"one of {self._path}: {shares:.200}"
+            problem = f"node_id {share} of the key {of_key[0].public_key!r:.80}"
+            expected = f"one of {self._path}: {shares:.200}"
         raise UsageError(
-            seen, wanted=wanted, do="name a node that the network knows, or add it under [[nodes]]"
+            problem,
+            wanted=expected,
+            do="name a node that the network knows, or add it under [[nodes]]",
         )
 
     def _builds(self, model: ModelPins, node: NodePins | None) -> tuple[Build, ...]:

@@ -65,17 +65,17 @@ def read_as(kind: type[T], text: bytes) -> T:
         fault = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, fault["loc"]))
         value = fault["input"]
-        wanted = f"{fault['msg']:.200}"
+        message = f"{fault['msg']:.200}"
         if (
             not place or fault["type"] == "missing"
         ):  # no place: the text is no JSON, and pydantic says where
             raise format_error(
-                f"no {place}" if place else wanted, "a line as assay writes it"
+                f"no {place}" if place else message, "a line as assay writes it"
             ) from None
         verb = "holds" if isinstance(value, dict | list) else "is"
         shown = value[:60] if isinstance(value, str) else f"{value!r:.60}"
         raise format_error(
-            f"{place} {verb} {shown}", wanted.removeprefix("Input should be ")
+            f"{place} {verb} {shown}", message.removeprefix("Input should be ")
         ) from None
     return parsed
 
