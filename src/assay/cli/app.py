@@ -16,7 +16,15 @@ from click.shell_completion import shell_complete
 from pydantic import Field
 
 from assay._version import __version__
-from assay.cli import ledger, responses, serve  # noqa: F401  (each adds its commands)
+from assay.cli import (  # noqa: F401  (each adds its commands)
+    calibrate,
+    evaluate,
+    ledger,
+    pairs,
+    pins,
+    responses,
+    serve,
+)
 from assay.cli.demo import DemoSettings, demo
 from assay.cli.flags import ARGUMENT
 from assay.cli.foundation import NumberSettings, doctor, models, streams

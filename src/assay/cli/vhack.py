@@ -1,12 +1,6 @@
-"""``assay vhack``: hack directions from pairs, their checks, training away from them, and what it
-made of a model.
-"""
+"""``assay vhack``: extract hack directions from pairs, check them, and train away from them."""
 
-import os
-from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
@@ -17,7 +11,6 @@ from assay.cli.flags import (
     DTYPE,
     FILE,
     FOLDER,
-    MODEL,
     OUTPUT,
     ModelName,
     Overwrite,
@@ -33,12 +26,10 @@ from assay.settings import Flag, Settings
 from assay.vhack.names import CHECK, LOG, STUDY, check_basis, check_trackers
 
 if TYPE_CHECKING:
-    from assay.files.jsonl import JsonObject
     from assay.models.model import Model
     from assay.vhack.detectors.comparison import Comparison
     from assay.vhack.directions.checks.check_report import CheckReport
-    from assay.vhack.training.settings import SampleSettings, TrainSettings
-    from assay.vhack.training.tasks import Task
+    from assay.vhack.training.settings import TrainSettings
 
 
 vhack = Group("vhack", "Directions along which training would cheat.", elsewhere=("fuzz",))
@@ -55,14 +46,11 @@ Batch = Annotated[
     Field(ge=1, description="Tokens per batch; by default what fits into memory."),
 ]
 Result = Annotated[Path | None, OUTPUT, Field(description="File for the result as JSON.")]
-PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
 BASIS = Flag(reads="assay.vhack.names:check_basis")
 PAIRS_HELP = "Pairs: authored, generated:N, environment:N, exploits:N, or a pair file."
 _AXES = {"n_heldout", "heldout_groups", "top_k", "tau_axis", "method", "rank"}
 _PASSED = _AXES | {"factors", "max_tokens", "checkpointing"}
 """Settings that :func:`assay.vhack.extract` takes as they are."""
-SAMPLING = "assay.vhack.training.settings:SampleSettings"
-DELTA = Flag(reads="assay.vhack.names:check_delta")
 
 
 class WeightSettings(Settings):
@@ -175,50 +163,6 @@ class TrainCommand(Settings):
     allow_unsandboxed: Unsandboxed = False
 
 
-class ListSettings(Settings):
-    """Settings of ``assay vhack pairs list``."""
-
-    pairs: Annotated[str, ARGUMENT] = Field("authored", description=PAIRS_HELP)
-
-
-class GenerateSettings(Settings):
-    """Settings of ``assay vhack pairs generate``."""
-
-    output: PairFile
-    n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(
-        96, lt=100_000, description="Number of pairs."
-    )
-    seed: Annotated[int, "NUMBER"] = Field(0, description="The same seed gives the same pairs.")
-    mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",), unit="NAME")] = Field(
-        None, description="Use this mechanism only; may be repeated."
-    )
-    families: Annotated[tuple[str, ...] | None, Flag(("--family",), unit="NAME")] = Field(
-        None, description="Use tasks of this family only; may be repeated."
-    )
-    overwrite: Overwrite = False
-
-
-class MatchSettings(Settings):
-    """Settings of ``assay vhack pairs match``."""
-
-    hacks: Annotated[Path, ARGUMENT] = Field(
-        description="Graded completions of which the hacks are taken."
-    )
-    output: PairFile
-    works: Path | None = Field(
-        None, description="Those of which correct work is taken; by default the same."
-    )
-    per_prompt: Annotated[int, "PAIRS"] = Field(1, ge=1, description="Most pairs of one prompt.")
-    overwrite: Overwrite = False
-
-
-class VerifyPairsSettings(ListSettings):
-    """Settings of ``assay vhack pairs verify``."""
-
-    tests: Path | None = Field(None, description="JSON Lines with hidden cases of your own tasks.")
-    allow_unsandboxed: Unsandboxed = False
-
-
 @vhack.add(
     "extract",
     ExtractSettings,
@@ -321,7 +265,7 @@ def check(chosen: CheckCommand, as_json: bool) -> int:
         make_page(
             result, command=f"assay vhack check --model {chosen.model} --pairs {chosen.pairs}"
         ).write(chosen.html)
-    if not _keep_result(result.as_dict(), chosen.output, as_json):
+    if not keep_result(result.as_dict(), chosen.output, as_json):
         print_checks(result, title=f"{result.verdict}: {result.design}")
     return result.exit_code
 
@@ -360,7 +304,7 @@ def pools(chosen: PoolSettings, as_json: bool) -> int:
             max_tokens=chosen.max_tokens,
             progress=progress,
         )
-    if _keep_result(result.as_dict(), chosen.output, as_json):
+    if keep_result(result.as_dict(), chosen.output, as_json):
         return result.exit_code
     outcome = result.check
     measured = result.check.measured
@@ -503,111 +447,7 @@ def train(options: TrainCommand, chosen: "TrainSettings", as_json: bool) -> int:
     return code
 
 
-@pairs.add("list", ListSettings, example="assay vhack pairs list generated:12")
-def list_pairs(chosen: ListSettings, as_json: bool) -> None:
-    """List pairs with their groups and tags."""
-    from assay.vhack.pairs.generate import find_pairs
-
-    all_pairs = find_pairs(chosen.pairs)
-    if as_json:
-        records = [
-            {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in all_pairs
-        ]
-        emit_json(
-            "assay.vhack.pairs.list/1",
-            {"pairs": records, "groups": len({pair.group for pair in all_pairs})},
-        )
-        return
-    tags = [
-        [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in all_pairs
-    ]
-    rows = [
-        (index, pair.group, ", ".join(shown_tags))
-        for index, (pair, shown_tags) in enumerate(zip(all_pairs, tags, strict=True))
-    ]
-    table(
-        ("pair", "group", "tags"),
-        rows,
-        title=f"{len(all_pairs)} pairs in {len({pair.group for pair in all_pairs})} groups",
-    )
-
-
-@pairs.add("generate", GenerateSettings, example="assay vhack pairs generate -n 48 -o pairs.jsonl")
-def generate(chosen: GenerateSettings, as_json: bool) -> None:
-    """Write minimal pairs.
-
-    The same correct solution is on both sides, only the mechanism differs.
-    """
-    from assay.vhack.pairs.generate import generate_pairs
-    from assay.vhack.pairs.pairs import write_pairs
-
-    pairs = generate_pairs(
-        chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"})
-    )
-    write_pairs(chosen.output, pairs)
-    groups = len({pair.group for pair in pairs})
-    values = {
-        "path": str(chosen.output),
-        "pairs": len(pairs),
-        "groups": groups,
-        "seed": chosen.seed,
-    }
-    show_values("assay.vhack.pairs.generate/1", values, as_json)
-
-
-@pairs.add(
-    "match",
-    MatchSettings,
-    example="assay vhack pairs match cheats.jsonl --works works.jsonl -o pairs.jsonl",
-)
-def match(chosen: MatchSettings, as_json: bool) -> None:
-    """Pair hacks with correct work on the same prompt.
-
-    Models wrote both: `assay vhack evaluate --graded` writes such files.
-    """
-    from assay.vhack.pairs.match import match_pairs
-    from assay.vhack.pairs.pairs import write_pairs
-
-    matched = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
-    write_pairs(chosen.output, matched.pairs)
-    groups = len({pair.group for pair in matched.pairs})
-    prompts = {"prompts_with_a_hack": matched.hacked, "prompts_with_work": matched.worked}
-    values = {"path": str(chosen.output), "pairs": len(matched.pairs), "groups": groups, **prompts}
-    show_values("assay.vhack.pairs.match/1", values, as_json)
-
-
-@pairs.add("verify", VerifyPairsSettings, example="assay vhack pairs verify pairs.jsonl")
-def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
-    """Run both sides of every pair in a sandbox.
-
-    Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
-    """
-    from assay.vhack.environment.backends import available_backend
-    from assay.vhack.pairs.generate import find_pairs
-    from assay.vhack.pairs.verify import read_tests, verify_pairs
-
-    all_pairs = find_pairs(chosen.pairs)
-    cases = read_tests(chosen.tests) if chosen.tests else None
-    with progress_bar("verifying", "pairs") as progress:
-        verdicts = verify_pairs(
-            all_pairs, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
-        )
-    bad = [verdict for verdict in verdicts if not verdict.holds]
-    backend = available_backend() or "unsandboxed"
-    good = len(verdicts) - len(bad)
-    if as_json:
-        values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
-        emit_json("assay.vhack.pairs.verify/1", {"backend": backend, **values})
-    else:
-        rows = [
-            (v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts
-        ]
-        title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
-        table(("pair", "group", "verdict"), rows, title=title)
-    return 1 if bad else 0
-
-
-def _keep_result(result: dict[str, Any], path: Path | None, as_json: bool) -> bool:
+def keep_result(result: dict[str, Any], path: Path | None, as_json: bool) -> bool:
     """Write a result into its file, and print it where JSON is wanted; return whether it was."""
     from assay.files.jsonl import dumps
     from assay.files.storage import write_atomic
@@ -667,228 +507,3 @@ def print_checks(result: "CheckReport", *, title: str) -> None:
 def _print_detectors(compared: "Comparison | None") -> None:
     if compared is not None:
         table(*compared.table, title=f"detectors, on groups held out: {compared.says}")
-
-
-Delta = Annotated[
-    Path | None, DELTA, Field(description="File of δS of this model, merged before sampling.")
-]
-
-
-class MergeSettings(WeightSettings):
-    """Settings of ``assay vhack merge``."""
-
-    delta: Annotated[Path, DELTA] = Field(
-        description="File of δS that training or DeltaS.save wrote for this model."
-    )
-    output: Annotated[Path, FOLDER] = Field(description="Directory to write.")
-    overwrite: Overwrite = False
-
-
-class SampleCommand(WeightSettings):
-    """Settings of ``assay vhack sample`` beside those of sampling."""
-
-    delta: Delta = None
-    output: Annotated[Path, OUTPUT] = Field(description="File for the completions, JSON Lines.")
-    overwrite: Overwrite = False
-
-
-class EvaluateCommand(Settings):
-    """Settings of ``assay vhack evaluate`` beside those of sampling."""
-
-    model: Annotated[str | None, MODEL] = Field(None, description="Model to sample from.")
-    samples: Path | None = Field(None, description="Completions to grade; no model is loaded then.")
-    delta: Delta = None
-    reward: Annotated[str | None, "MODULE:FUNCTION"] = Field(
-        None,
-        description="What pays completions, in TRL's form; by default they are run and graded.",
-    )
-    graded: Annotated[Path | None, FILE] = Field(
-        None, description="File for the completions with the grade of each."
-    )
-    output: Result = None
-    dtype: WeightDtype = None
-    device: Device = None
-    overwrite: Overwrite = False
-    allow_unsandboxed: Unsandboxed = False
-
-
-@vhack.add(
-    "merge",
-    MergeSettings,
-    example="assay vhack merge --model reference:organism --delta run/delta.safetensors -o merged",
-)
-def merge(chosen: MergeSettings, as_json: bool) -> None:
-    """Write a trained δS into the weights of its model.
-
-    The result is a directory that anything loads as a plain model.
-    """
-    check_folder(chosen.output, new=not chosen.overwrite)
-    from assay.vhack.directions.delta.delta_models import write_merged
-
-    with progress_bar("decompositions", "matrices") as progress:
-        options = chosen.model_dump(include={"overwrite", "dtype", "device"})
-        values = write_merged(
-            chosen.output, chosen.model, chosen.delta, **options, progress=progress
-        )
-    show_values("assay.vhack.merge/1", values, as_json)
-
-
-@vhack.add(
-    "sample",
-    SampleCommand,
-    SAMPLING,
-    shown="model delta output tasks per_task temperature max_new_tokens seed device overwrite",
-    example="assay vhack sample --model reference:organism -o samples.jsonl",
-    resumable=True,
-)
-def sample(options: SampleCommand, settings: "SampleSettings", as_json: bool) -> None:
-    """Sample completions of tasks into a file.
-
-    The same command continues an interrupted one.
-    """
-    from assay.vhack.training.tasks import load_tasks
-
-    tasks, _ = load_tasks(settings, least=1, why="to complete", model=options.model)
-    tasks = [task for task in tasks for _ in range(settings.per_task)]
-    records, first = _sampled(options, settings, options.model, tasks, options.output)
-    values = {"path": str(options.output), "completions": len(records), "resumed_from": first}
-    show_values("assay.vhack.sample/1", {**values, "at_limit": _at_limit(records)}, as_json)
-
-
-@vhack.add(
-    "evaluate",
-    EvaluateCommand,
-    SAMPLING,
-    shown="model samples delta reward graded output tasks seed device overwrite",
-    example="assay vhack evaluate --model reference:organism --delta run/delta.safetensors",
-)
-def evaluate(options: EvaluateCommand, settings: "SampleSettings", as_json: bool) -> None:
-    """Say how often tasks are solved and hacked.
-
-    It grades completions of a model, or of a file, and counts by loophole. Nothing is kept of an
-    interrupted call. For a long one write completions with assay vhack sample, which goes on where
-    it was, and grade that file with --samples.
-    """
-    from assay.files.jsonl import dumps
-    from assay.files.storage import write_jsonl
-    from assay.vhack.training.tasks import check_gradable, import_function, load_tasks, read_samples
-
-    has_model = options.model not in (
-        None,
-        os.environ.get("ASSAY_MODEL"),
-    )  # which is for all commands
-    for flag, is_given in (("--model", has_model), ("--delta", options.delta is not None)):
-        if options.samples is not None and is_given:
-            raise UsageError(
-                f"{flag} with --samples",
-                wanted="one of them",
-                do=f"leave {flag} out: nothing is sampled",
-            )
-    reward = import_function(options.reward, "--reward") if options.reward else None
-    tasks, source = load_tasks(settings, least=1, why="to evaluate", model=options.model)
-    records: list[JsonObject] = []
-    if options.samples is not None:
-        (records, tasks), source = read_samples(options.samples, tasks), str(options.samples)
-    elif options.model is None:
-        raise UsageError(
-            "neither --model nor --samples", wanted="what to evaluate", do="name a model or a file"
-        )
-    if reward is None:
-        check_gradable(tasks, source, allow_unsandboxed=options.allow_unsandboxed)
-    from assay.vhack import training
-    from assay.vhack.training.evaluation import Rate
-
-    if options.samples is None and options.model is not None:
-        tasks = [task for task in tasks for _ in range(settings.per_task)]
-        with TemporaryDirectory() as folder:
-            records, _ = _sampled(
-                options, settings, options.model, tasks, Path(folder) / "samples.jsonl"
-            )
-    completions = [record["completion"] for record in records]
-    with progress_bar("grades", "completions") as progress:
-        outcome = training.evaluate(
-            tasks,
-            completions,
-            reward=reward,
-            allow_unsandboxed=options.allow_unsandboxed,
-            progress=progress,
-        )
-    if options.graded:
-        grades = [
-            {name: value for name, value in asdict(entry).items() if value is not None}
-            for entry in outcome.grades
-        ]
-        write_jsonl(
-            options.graded, [record | grade for record, grade in zip(records, grades, strict=True)]
-        )
-    origins = {dumps(record.get("origin")): record.get("origin") for record in records}
-    values: dict[str, Any] = {
-        **outcome.as_dict(),
-        "at_limit": _at_limit(records),
-        "by_mechanism": {name: part.as_dict() for name, part in outcome.by_mechanism().items()},
-        "origin": origins.popitem()[1] if len(origins) == 1 else None,
-    }
-    if _keep_result({"schema": "assay.vhack.evaluate/1", **values}, options.output, as_json):
-        return
-    names: list[str] = list(values["rates"])
-    rows: list[tuple[object, ...]] = []
-    for name, part in {"all": values, **values["by_mechanism"]}.items():
-        shown = (
-            Rate(**part["rates"][rate]).text if rate in part["rates"] else "" for rate in names
-        )
-        rows.append((name, part["tasks"], part["completions"], *shown))
-    counts = f"{values['completions']} completions, {values['at_limit']} as long as allowed"
-    title = f"{counts}, {values['faults']} not graded"
-    table(("mechanism", "groups", "completions", *names), rows, title=title)
-
-
-def _sampled(
-    options: SampleCommand | EvaluateCommand,
-    settings: "SampleSettings",
-    reference: str,
-    tasks: "list[Task]",
-    path: Path,
-) -> "tuple[list[JsonObject], int]":
-    """Return completions that are sampled into a file, and how many of them an earlier call had
-    left there.
-    """
-    from assay.files.jsonl import read_jsonl
-    from assay.models.load import load_model
-    from assay.vhack.directions.delta.delta_file import read_delta_lengths
-    from assay.vhack.directions.delta.delta_models import load_adapter
-    from assay.vhack.training.evaluation import sample_tasks
-    from assay.vhack.training.sampling import encode_prompts
-    from assay.vhack.training.tasks import read_prompt
-
-    lengths = read_delta_lengths(options.delta) if options.delta else {}
-    encode_prompts(reference, [read_prompt(task) for task in tasks], settings.max_new_tokens)
-    loaded = load_model(reference, dtype=options.dtype, device=options.device)
-    origin = {}
-    if options.delta:
-        with progress_bar("decompositions", "matrices") as progress:
-            load_adapter(loaded, options.delta, lengths, progress=progress).merge()
-        origin = {"delta": sha256(options.delta.read_bytes()).hexdigest()}
-    with progress_bar("completions", "completions") as progress:
-        first = sample_tasks(
-            path,
-            loaded,
-            tasks,
-            origin=origin,
-            overwrite=options.overwrite,
-            progress=progress,
-            **settings.how,
-        )
-    return [record for _, record in read_jsonl(path)], first
-
-
-def _at_limit(records: "list[JsonObject]") -> int:
-    """Return the number of completions that are as long as was allowed, and so may have been cut
-    off.
-    """
-    count = 0
-    for record in records:
-        tokens = record.get("tokens")
-        origin = record.get("origin")
-        limit = origin.get("max_new_tokens") if isinstance(origin, dict) else None
-        count += isinstance(tokens, list) and isinstance(limit, int) and len(tokens) >= limit
-    return count

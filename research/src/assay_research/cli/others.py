@@ -18,7 +18,7 @@ from assay.errors import UsageError
 from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:
-    from assay.cli.poc import CalibrateSettings
+    from assay.cli.calibrate import CalibrateSettings
     from assay.cli.vhack import ReportSettings
     from assay.poc.verdict.calibration_file import Calibration
     from assay_research.clusters.clusters import ClusterPlan

@@ -1,0 +1,343 @@
+"""``assay poc calibrate``: the honest noise of a model, and the r_target of a valid rate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import join
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+from pydantic import Field
+
+from assay.cli.flags import ARGUMENT, FILE, OUTPUT
+from assay.cli.framework import extension, resumable
+from assay.cli.output import progress_bar, say_next, show_values
+from assay.cli.poc import PresetName, in_column, poc
+from assay.devices import Device
+from assay.errors import UsageError
+from assay.settings import Flag, Names, Settings
+
+if TYPE_CHECKING:
+    from assay.poc.protocol.proof import Proof
+    from assay.poc.verdict.calibration_file import Calibration
+
+
+class CalibrateSettings(Settings):
+    """Settings of ``assay poc calibrate``."""
+
+    proofs: Annotated[tuple[Path, ...], ARGUMENT] = Field(
+        (), description="Honest proofs, or folders of `collect`."
+    )
+    output: Annotated[Path | None, OUTPUT] = Field(None, description="Calibration file to write.")
+    model: Annotated[str | None, "MODEL"] = Field(
+        None, description="Model to measure on this machine; with proofs, their model."
+    )
+    quick: bool = Field(
+        False, description="Measure --model in minutes: 256 nonces of 16 positions in float32."
+    )
+    preset: PresetName = None
+    seq_len: Annotated[int, "POSITIONS"] = Field(
+        256, ge=1, description="Positions of a nonce of --model; 16 with --quick."
+    )
+    pins: Annotated[Path | None, FILE] = Field(
+        None, description="Pins file to write beside the calibration of --model."
+    )
+    frame: Path | None = Field(
+        None, description="Frame of --model, for tokens-1; a missing file is measured."
+    )
+    merge: tuple[Path, ...] = Field(
+        (), description="Calibration file whose builds are added; repeatable."
+    )
+    valid_rate: Annotated[float | None, "SHARE"] = Field(
+        None, gt=0, le=1, description="Wanted share of valid nonces."
+    )
+    calibration: Path | None = Field(
+        None, description="Calibration that says how blocks differ, for --valid-rate."
+    )
+    device: Device = None
+    dimension: Annotated[int | None, "NUMBER"] = Field(
+        None, ge=2, description="Dimension of the output."
+    )
+    blocks: Annotated[int, "NUMBER"] = Field(
+        16, ge=1, description="Blocks that --model is measured in."
+    )
+    nonces: Annotated[int, "NUMBER"] = Field(
+        64, ge=1, description="Nonces of each of these blocks."
+    )
+    formats: Annotated[Names, Flag(("--formats", "--dtype"), unit="DTYPES")] = Field(
+        ("bfloat16", "float16", "float32"),
+        description="Number formats that --model is measured in; float32 with --quick.",
+    )
+    controls: Names = Field(
+        (), description="Number formats of PROOFS that are computed again by those who validate."
+    )
+    vectors: Path | None = Field(
+        None, description="Sets of vectors of a network, in place of proofs (research)."
+    )
+    sets: Names = Field(
+        (), description="Words that the name of a set must have; with a dash before: must not."
+    )
+    digest: Annotated[str | None, "HASH"] = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of the checkpoint of --vectors."
+    )
+
+
+@poc.add(
+    "calibrate",
+    CalibrateSettings,
+    panel="Noise",
+    shown="output model quick preset seq_len formats pins frame merge valid_rate calibration "
+    "device",
+    example="assay poc calibrate --model reference:qwen3 --quick -o calibration.json",
+)
+def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
+    """Measure honest noise, or give an r_target.
+
+    The first use takes a model, and needs this machine alone. The model runs in each number format,
+    with other kernels and batches, and the file for `verify --calibration` has a law for every pair
+    of formats. --pins also writes a pins file that names it. tokens-1 reads the frame of the
+    checkpoint, by default from calibration.frame.safetensors; a missing file is measured first and
+    written. --quick measures float32 alone and marks the law. The time of the whole is estimated
+    first. A stopped measurement continues when the command is repeated.
+
+    Example: assay poc calibrate --model reference:qwen3 --quick --preset tokens-1
+        -o calibration.json --pins pins.toml
+
+    The second use takes honest proofs of one checkpoint and preset, two or more of every round,
+    from several machines. Three machines and more also judge a machine that was not measured, and
+    the file says how often honest machines that are left out of the measurement are accused. Proofs
+    in the formats of `controls` are no machines: a validator computes them again on its own, for a
+    second law, of scores. --merge adds the builds of other files.
+
+    Example: assay poc calibrate mine.jsonl theirs.jsonl others.jsonl -o calibration.json
+
+    The third use gives the r_target of a share of valid nonces. Distances of a block are all wider
+    or narrower by one factor. How much blocks differ is only said by --model or --calibration, with
+    or without proofs.
+
+    Example: assay poc calibrate --valid-rate 0.1
+    """
+    from assay.poc.verdict.calibration_file import Calibration
+
+    files = [
+        path
+        for source in chosen.proofs
+        for path in (sorted(source.glob("*.jsonl")) if source.is_dir() else [source])
+    ]
+    chosen = chosen.model_copy(update={"proofs": tuple(files)})
+    no_source = not chosen.proofs and chosen.vectors is None
+    merging = bool(chosen.merge) and no_source and chosen.model is None
+    _check_form(chosen, merging)
+    proofs = _read_proofs(chosen.proofs)
+    merged = [*map(Calibration.load, chosen.merge)]
+    if chosen.valid_rate is not None:
+        _give_target(chosen, proofs, as_json)
+        return
+    if merging:
+        measured = merged.pop(0)
+    elif chosen.model is not None and no_source:
+        measured = _measure_model(chosen)
+    elif chosen.vectors is not None:
+        measured = extension("poc calibrate --vectors")(chosen)
+    else:
+        measured = _measure_proofs(chosen, proofs)
+    for calibration in merged:
+        measured = measured.merged(calibration)
+    _write_law(chosen, measured, as_json)
+
+
+def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
+    """Return the proofs of files: every one once, and of one checkpoint."""
+    from dataclasses import asdict
+
+    from assay.files.jsonl import dumps
+    from assay.poc.protocol.proof import Proof
+    from assay.poc.verdict.proof_calibration import check_one_checkpoint
+
+    proofs = [*map(Proof.load, paths)]  # before torch is imported
+    texts = {
+        dumps([proof.header.as_dict(), proof.footer and asdict(proof.footer)]) for proof in proofs
+    }
+    if len(texts) < len(proofs):
+        raise UsageError(
+            "a proof that is given twice",
+            wanted="every proof once: a machine says nothing about its noise beside itself",
+            do="leave one out of PROOFS, or pass that of another machine",
+        )
+    check_one_checkpoint(proofs)
+    return proofs
+
+
+def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: bool) -> None:
+    """Print the r_target of a share of valid nonces."""
+    from assay.poc.verdict.calibration_file import Calibration
+
+    if chosen.calibration is not None:
+        Calibration.load(chosen.calibration)
+    from assay.poc.measurement import target_for
+
+    options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
+    assert chosen.valid_rate is not None
+    show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **options), as_json)
+
+
+def _frame_file(chosen: CalibrateSettings, preset: str) -> Path | None:
+    """Return the file of the frame that a measurement reads or writes; None where it needs none."""
+    from assay.poc.protocol.pipelines import get_pipeline
+
+    assert chosen.output is not None
+    if not get_pipeline(preset).framed:
+        return chosen.frame
+    return chosen.frame or chosen.output.with_suffix(".frame.safetensors")
+
+
+def _measure_model(chosen: CalibrateSettings) -> "Calibration":
+    """Measure a model on this machine; a stopped measurement is continued."""
+    from assay.models.frame import Frame
+    from assay.poc.launch import usual_preset
+    from assay.poc.protocol.pins import check_extent
+    from assay.poc.protocol.pipelines import check_frame_file, get_pipeline
+
+    assert chosen.output is not None
+    assert chosen.model is not None
+    preset = chosen.preset or usual_preset(chosen.model)
+    frame = _frame_file(chosen, preset)
+    if not get_pipeline(preset).framed:
+        check_frame_file(get_pipeline(preset), frame)
+    elif frame is not None and frame.exists():
+        Frame.load(frame)
+    check_extent(chosen.blocks, chosen.nonces, chosen.formats)
+    from assay.poc.one_machine import calibrate_model
+
+    names = {"seq_len", "blocks", "nonces", "formats"} & chosen.model_fields_set
+    options: dict[str, Any] = {name: getattr(chosen, name) for name in names}
+    options |= {"preset": preset, "quick": chosen.quick, "device": chosen.device, "frame": frame}
+    partial = _partial_folder(chosen.output)
+    with progress_bar("measuring") as progress, resumable():
+        return calibrate_model(
+            chosen.model,
+            partial=partial,
+            progress=progress,
+            announce=lambda text: click.echo(f"measuring: {text}", err=True),
+            **options,
+        )
+
+
+def _partial_folder(output: Path) -> Path:
+    """Return the folder beside a calibration in which an unfinished measurement lies."""
+    return output.with_name(f"{output.name}.part")
+
+
+def _measure_proofs(chosen: CalibrateSettings, proofs: "Sequence[Proof]") -> "Calibration":
+    """Measure the noise between the machines of proofs."""
+    from assay.poc.measurement import measure
+
+    formats = list(dict.fromkeys(proof.header.fingerprint.dtype for proof in proofs))
+    machines = [name for name in formats if name not in chosen.controls]
+    if len(machines) > 1:
+        click.echo(
+            f"warning: proofs in {' and '.join(machines)}: two number formats are two builds, and "
+            f"one law over both is too wide for one of them; prove all with one --dtype",
+            err=True,
+        )
+    with progress_bar("leaving out", "machines") as progress:
+        return measure(proofs, model=chosen.model, controls=chosen.controls, progress=progress)
+
+
+def _write_law(chosen: CalibrateSettings, measured: "Calibration", as_json: bool) -> None:
+    """Write a calibration, and the pins file where one is named; say what was measured."""
+    from shutil import rmtree
+
+    from assay.poc.measurement import describe
+
+    assert chosen.output is not None
+    measured.save(chosen.output)
+    rmtree(_partial_folder(chosen.output), ignore_errors=True)
+    for build in measured.builds:
+        values = {"path": str(chosen.output), **describe(build)}
+        if not as_json:
+            values["limits"] = in_column(build.limits)
+        show_values("assay.poc.calibrate/1", values, as_json, title="law")
+    if chosen.pins is None or chosen.model is None:
+        return
+    from assay.poc.network_pins import write_pins
+
+    first = measured.builds[0]
+    round_values: dict[str, Any] = {
+        "preset": first.preset,
+        "seq_len": first.engines[0].seq_len,
+        "r_target": None,
+        "strength": 256,
+        "node_count": 1,
+        "fewest_nonces": 32,
+    }
+    written = write_pins(
+        chosen.pins,
+        chosen.model,
+        round_values=round_values,
+        engine=first.engines[0],
+        calibrations=[chosen.output],
+        frame=_frame_file(chosen, first.preset),
+    )
+    show_values("assay.poc.pins.new/1", written, as_json, title="pins")
+    say_next(
+        f"assay poc prove {join(['--pins', str(chosen.pins)])} --block-hash BLOCK --public-key KEY "
+        f"-o proof.jsonl"
+    )
+
+
+def _check_form(chosen: CalibrateSettings, merging: bool) -> None:
+    """Refuse what is no form of the command, before anything is read."""
+    rate = chosen.valid_rate is not None
+    measures = chosen.vectors is None and not merging
+    alone = measures and not rate and not chosen.proofs and chosen.model is not None
+    stated = chosen.model_fields_set
+    shape = ("blocks", "nonces", "formats")
+    for applies, names, beside, reason in (
+        (
+            rate,
+            ("vectors", "sets", "digest", "merge", "output"),
+            "--valid-rate",
+            "it measures no noise",
+        ),
+        (not rate, ("dimension", "calibration"), "no --valid-rate", "it belongs to --valid-rate"),
+        (not rate and not alone, ("device",), "no model that runs", "nothing is computed"),
+        (
+            not alone,
+            ("pins", "preset", "frame", "seq_len", "quick", *shape),
+            "no --model alone",
+            "nothing is run",
+        ),
+        (chosen.vectors is None, ("sets", "digest"), "no --vectors", "it belongs to --vectors"),
+        (
+            rate or not chosen.proofs,
+            ("controls",),
+            "no proofs to compare",
+            "it says which of them are controls",
+        ),
+        (bool(chosen.proofs), ("vectors",), "proofs", "vectors stand in their place"),
+        (chosen.vectors is not None, ("model",), "--vectors", "vectors have no block scale"),
+    ):
+        for flag in (chosen.spelling(name) for name in names if applies and name in stated):
+            raise UsageError(
+                f"{flag} with {beside}", wanted=f"no {flag}: {reason}", do=f"leave {flag} out"
+            )
+    if rate:
+        return
+    if merging and len(chosen.merge) < 2:
+        raise UsageError(
+            "one file to merge",
+            wanted="two or more, or proofs to measure",
+            do="repeat --merge with another file",
+        )
+    if measures and not alone and len(chosen.proofs) < 2:
+        raise UsageError(
+            f"neither --model, --valid-rate, --vectors nor --merge, and {len(chosen.proofs)} "
+            f"proof(s)",
+            wanted="a model or two honest proofs or more with -o, or another form of the command",
+            do="`assay poc calibrate --model M -o calibration.json`, or see `assay poc calibrate "
+            "--help`",
+        )
+    if chosen.output is None:
+        raise UsageError(
+            "a measurement without -o", wanted="a file to write it to", do="add -o calibration.json"
+        )

@@ -1,0 +1,161 @@
+"""``assay vhack pairs``: list, generate, match and verify pairs of a cheat and an honest answer."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from assay.cli.flags import ARGUMENT, OUTPUT, Overwrite, Unsandboxed
+from assay.cli.output import emit_json, progress_bar, show_values, table
+from assay.cli.vhack import PAIRS_HELP, pairs
+from assay.settings import Flag, Settings
+
+PairFile = Annotated[Path, OUTPUT, Field(description="The pair file to write.")]
+
+
+class ListSettings(Settings):
+    """Settings of ``assay vhack pairs list``."""
+
+    pairs: Annotated[str, ARGUMENT] = Field("authored", description=PAIRS_HELP)
+
+
+class GenerateSettings(Settings):
+    """Settings of ``assay vhack pairs generate``."""
+
+    output: PairFile
+    n: Annotated[int, Flag(("-n", "--count"), unit="PAIRS")] = Field(
+        96, lt=100_000, description="Number of pairs."
+    )
+    seed: Annotated[int, "NUMBER"] = Field(0, description="The same seed gives the same pairs.")
+    mechanisms: Annotated[tuple[str, ...] | None, Flag(("--mechanism",), unit="NAME")] = Field(
+        None, description="Use this mechanism only; may be repeated."
+    )
+    families: Annotated[tuple[str, ...] | None, Flag(("--family",), unit="NAME")] = Field(
+        None, description="Use tasks of this family only; may be repeated."
+    )
+    overwrite: Overwrite = False
+
+
+class MatchSettings(Settings):
+    """Settings of ``assay vhack pairs match``."""
+
+    hacks: Annotated[Path, ARGUMENT] = Field(
+        description="Graded completions of which the hacks are taken."
+    )
+    output: PairFile
+    works: Path | None = Field(
+        None, description="Those of which correct work is taken; by default the same."
+    )
+    per_prompt: Annotated[int, "PAIRS"] = Field(1, ge=1, description="Most pairs of one prompt.")
+    overwrite: Overwrite = False
+
+
+class VerifyPairsSettings(ListSettings):
+    """Settings of ``assay vhack pairs verify``."""
+
+    tests: Path | None = Field(None, description="JSON Lines with hidden cases of your own tasks.")
+    allow_unsandboxed: Unsandboxed = False
+
+
+@pairs.add("list", ListSettings, example="assay vhack pairs list generated:12")
+def list_pairs(chosen: ListSettings, as_json: bool) -> None:
+    """List pairs with their groups and tags."""
+    from assay.vhack.pairs.generate import find_pairs
+
+    all_pairs = find_pairs(chosen.pairs)
+    if as_json:
+        records = [
+            {"key": pair.key, "group": pair.group, "tags": list(pair.tags)} for pair in all_pairs
+        ]
+        emit_json(
+            "assay.vhack.pairs.list/1",
+            {"pairs": records, "groups": len({pair.group for pair in all_pairs})},
+        )
+        return
+    tags = [
+        [tag for tag in pair.tags if not tag.startswith(("task:", "entry:"))] for pair in all_pairs
+    ]
+    rows = [
+        (index, pair.group, ", ".join(shown_tags))
+        for index, (pair, shown_tags) in enumerate(zip(all_pairs, tags, strict=True))
+    ]
+    table(
+        ("pair", "group", "tags"),
+        rows,
+        title=f"{len(all_pairs)} pairs in {len({pair.group for pair in all_pairs})} groups",
+    )
+
+
+@pairs.add("generate", GenerateSettings, example="assay vhack pairs generate -n 48 -o pairs.jsonl")
+def generate(chosen: GenerateSettings, as_json: bool) -> None:
+    """Write minimal pairs.
+
+    The same correct solution is on both sides, only the mechanism differs.
+    """
+    from assay.vhack.pairs.generate import generate_pairs
+    from assay.vhack.pairs.pairs import write_pairs
+
+    pairs = generate_pairs(
+        chosen.n, **chosen.model_dump(include={"seed", "mechanisms", "families"})
+    )
+    write_pairs(chosen.output, pairs)
+    groups = len({pair.group for pair in pairs})
+    values = {
+        "path": str(chosen.output),
+        "pairs": len(pairs),
+        "groups": groups,
+        "seed": chosen.seed,
+    }
+    show_values("assay.vhack.pairs.generate/1", values, as_json)
+
+
+@pairs.add(
+    "match",
+    MatchSettings,
+    example="assay vhack pairs match cheats.jsonl --works works.jsonl -o pairs.jsonl",
+)
+def match(chosen: MatchSettings, as_json: bool) -> None:
+    """Pair hacks with correct work on the same prompt.
+
+    Models wrote both: `assay vhack evaluate --graded` writes such files.
+    """
+    from assay.vhack.pairs.match import match_pairs
+    from assay.vhack.pairs.pairs import write_pairs
+
+    matched = match_pairs(chosen.hacks, chosen.works or chosen.hacks, per_prompt=chosen.per_prompt)
+    write_pairs(chosen.output, matched.pairs)
+    groups = len({pair.group for pair in matched.pairs})
+    prompts = {"prompts_with_a_hack": matched.hacked, "prompts_with_work": matched.worked}
+    values = {"path": str(chosen.output), "pairs": len(matched.pairs), "groups": groups, **prompts}
+    show_values("assay.vhack.pairs.match/1", values, as_json)
+
+
+@pairs.add("verify", VerifyPairsSettings, example="assay vhack pairs verify pairs.jsonl")
+def verify(chosen: VerifyPairsSettings, as_json: bool) -> int:
+    """Run both sides of every pair in a sandbox.
+
+    Exit code 0 if all do what they claim, 1 if not, 2 on bad input.
+    """
+    from assay.vhack.environment.backends import available_backend
+    from assay.vhack.pairs.generate import find_pairs
+    from assay.vhack.pairs.verify import read_tests, verify_pairs
+
+    all_pairs = find_pairs(chosen.pairs)
+    cases = read_tests(chosen.tests) if chosen.tests else None
+    with progress_bar("verifying", "pairs") as progress:
+        verdicts = verify_pairs(
+            all_pairs, cases, allow_unsandboxed=chosen.allow_unsandboxed, progress=progress
+        )
+    bad = [verdict for verdict in verdicts if not verdict.holds]
+    backend = available_backend() or "unsandboxed"
+    good = len(verdicts) - len(bad)
+    if as_json:
+        values = {"verified": good, "pairs": [verdict.as_dict() for verdict in verdicts]}
+        emit_json("assay.vhack.pairs.verify/1", {"backend": backend, **values})
+    else:
+        rows = [
+            (v.index, v.pair.group, "holds" if v.holds else "; ".join(v.faults)) for v in verdicts
+        ]
+        title = f"{good} of {len(verdicts)} pairs do what they claim ({backend})"
+        table(("pair", "group", "verdict"), rows, title=title)
+    return 1 if bad else 0
