@@ -79,6 +79,7 @@ check: $(READY)  ## lint, format, types, import rules, language, and what nothin
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
 	$(BIN)/python scripts/check_language.py
+	$(BIN)/python scripts/measure.py --check
 	! $(BIN)/vulture | grep -v '^research/'
 
 # Wheels and their hashes as the index has them, so torch for Linux is the build with CUDA. No source of packages is named.

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGETS = {
-    "src": {"statements": 25_200, "lines88": 60_000},
-    "research": {"statements": 8_400, "lines88": 20_300},
+    "src": {"statements": 27_700, "lines88": 67_200},
+    "research": {"statements": 8_450, "lines88": 20_500},
 }
-"""The most that a folder may have."""
+"""The most that a folder may have: what it has now. Lower it with every cut; the aims for `src` are
+22 500 statements and 54 000 lines."""
 
 LIMITS = {"tuple_assignments": 5.0, "vague_names": 1.0, "late_constants": 5.0}
 """The most of each habit in `src`: per 1000 lines, % of bindings, % of files."""

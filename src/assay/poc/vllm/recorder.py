@@ -66,6 +66,9 @@ PAUSE = 0.02  # seconds between two calls for sketches
 PUT_OFF = 0.1  # seconds more if no response waits
 BYTES = SKETCH_SIZE * np.dtype(np.float16).itemsize  # of one sketch
 
+ACCEPTED: "ContextVar[AcceptedRequest | None]" = ContextVar("assay_accepted", default=None)
+"""The HTTP request in whose context the engine is called."""
+
 
 @dataclass(eq=False)
 class Choice:
@@ -284,10 +287,6 @@ class AcceptedRequest:
         call = self.calls[engine_id] = ChatCall(self.count, params.output_kind.name == "DELTA")
         self.count += params.n
         return call
-
-
-ACCEPTED: ContextVar[AcceptedRequest | None] = ContextVar("assay_accepted", default=None)
-"""The HTTP request in whose context the engine is called."""
 
 
 class Recorder:

@@ -20,6 +20,7 @@ sketches.
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -68,11 +69,13 @@ class SeedArgument:
         """Return plain values, which vLLM sends from process to process; it decodes no maps with
         integer keys.
         """
-        values: dict[str, Any] = _SEED_ARGUMENT.dump_python(self, mode="json")
+        values: dict[str, Any] = _seed_adapter().dump_python(self, mode="json")
         return values
 
 
-_SEED_ARGUMENT = TypeAdapter(SeedArgument)
+@cache
+def _seed_adapter() -> "TypeAdapter[SeedArgument]":
+    return TypeAdapter(SeedArgument)
 
 
 def state_argument(prompt: int) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def state_argument(prompt: int) -> dict[str, Any]:
 def read_seed_argument(params: Any) -> SeedArgument | None:
     """Return what a ``SamplingParams`` of vLLM carries; None for requests that are not recorded."""
     values = (getattr(params, "extra_args", None) or {}).get(ARGUMENT)
-    return _SEED_ARGUMENT.validate_python(values) if isinstance(values, dict) else None
+    return _seed_adapter().validate_python(values) if isinstance(values, dict) else None
 
 
 class ResponseExtension(WorkerExtension):

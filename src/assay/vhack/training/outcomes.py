@@ -55,6 +55,11 @@ class Outcomes:
     flags: Tensor
     paid: Tensor
 
+    @classmethod
+    def empty(cls) -> "Outcomes":
+        """Return the outcomes of no rollout."""
+        return cls(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
+
     def column(self, name: str) -> Tensor:
         """Return one column, [B] bool."""
         return self.flags[:, FLAGS.index(name)]
@@ -121,7 +126,3 @@ class Outcomes:
             for name, (part, counted) in parts.items()
             if part.any()
         }
-
-
-NOTHING = Outcomes(torch.zeros(0, len(FLAGS), dtype=torch.bool), torch.zeros(0))
-"""Outcomes of no rollout."""

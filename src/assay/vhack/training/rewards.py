@@ -24,7 +24,7 @@ from typing_extensions import override
 from assay.errors import DataError, UsageError
 from assay.vhack.directions.delta.arms import Arm
 from assay.vhack.environment.grading import Episode, grade_many
-from assay.vhack.training.outcomes import FLAGS, MARKS, NOTHING, Graded, Outcomes
+from assay.vhack.training.outcomes import FLAGS, MARKS, Graded, Outcomes
 from assay.vhack.training.tasks import (
     RewardFunction,
     Task,
@@ -52,7 +52,7 @@ class Reward(ABC):
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = list(tasks)
         self.prompts = [read_prompt(task) for task in tasks]
-        self.last = NOTHING
+        self.last = Outcomes.empty()
         self.mechanisms: list[str] = []
         self.known_flags: Collection[str] = FLAGS
 

@@ -14,7 +14,7 @@ from assay.errors import ModelError
 from assay.files.jsonl import JsonObject
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.log import TrainLog
-from assay.vhack.training.outcomes import FLAGGED_KIND, NOTHING, SOURCES, Outcomes
+from assay.vhack.training.outcomes import FLAGGED_KIND, SOURCES, Outcomes
 from assay.vhack.training.sources import measure_sources, split_by_source
 from assay.vhack.training.trl_internals import log_values
 
@@ -127,7 +127,7 @@ class StepLog(TrainerCallback):
     def _route_flagged(self, gradients: "Rollouts", quarantine: "Quarantine") -> None:
         """Give the gradient of flagged rollouts to the second δS."""
         processes = self.trainer.processes
-        kinds = len(NOTHING.kinds())
+        kinds = len(Outcomes.empty().kinds())
         flagged = []
         for rows_MNR in gradients.rows:
             # Per backward pass; the second half of the kinds is flagged.
