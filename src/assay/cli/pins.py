@@ -150,7 +150,12 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         agreed.check(header)
         measured = find_pinned_calibration(network, header)
         believed = agreed.unpinned(header)
-        missing = missing_law(network.model(header.digest).reference, header.digest, header.round)
+        missing = missing_law(
+            network.model(header.digest).reference,
+            header.digest,
+            header.round,
+            frame=network.frame(header.digest),
+        )
         noise = missing if measured is None else measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:

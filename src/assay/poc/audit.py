@@ -102,7 +102,7 @@ class Auditor(Launch):
         formats = header.fingerprint.dtype, self.dtype or of_weights(header.fingerprint.dtype)
         law = measured or bundled_noise(header.digest, header.pipeline.noise, *formats)
         advice = missing_law(
-            self.model, header.digest, header.round, dtype=self.dtype, frame=self.frame
+            self.model, header.digest, header.round, dtype=self.dtype, frame=auditor.frame
         )
         self._check_law(law, advice)
         auditor.read_frame(header.pipeline)

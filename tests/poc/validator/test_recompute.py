@@ -145,7 +145,7 @@ def test_files_of_a_frame_lead_from_a_service_to_a_verdict(
     with validating(pins=text) as running:
         running.wait_ready()
         (law,) = running.controller.snapshot()["laws"]
-        assert "--preset tokens-1 --frame frame.safetensors" in law["missing"]
+        assert f"--preset tokens-1 --frame {tmp_path}" in law["missing"], "the pinned one"
     text += f"[[models.calibrations]]\n{tables[1]}"
     pins = NetworkPins.of(tomllib.loads(text), tmp_path / "pins.toml")
     model = load_model(small_checkpoint, device="cpu", dtype="bfloat16").with_frame(

@@ -13,8 +13,8 @@ from assay.errors import UsageError
 from assay.poc.net.deployment import Deployment
 from assay.poc.service import ServiceSettings
 from assay.poc.validator import ValidatorSettings, validate
+from assay.poc.validator import intake as _intake
 from assay.poc.validator import recomputer as _worker
-from assay.poc.validator import validator_api as _app
 from assay.poc.validator.inbox import Inbox
 from assay.poc.validator.validator_controller import ValidatorController
 from tests.poc.service.conftest import FULL, failing, signed
@@ -294,7 +294,7 @@ def test_a_node_has_its_own_room_on_the_disk(validating, small_model):
 def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monkeypatch, tmp_path):
     """Its proofs are parsed one after the other, whatever they cost."""
     go = threading.Event()
-    real = _app.read_claim
+    real = _intake.read_claim
     proofs = dict[str, str]()
     for key in ("node_A", "node_B"):
         proof_of(small_model, key).save(tmp_path / key)
@@ -304,7 +304,7 @@ def test_one_node_cannot_hold_all_parses_of_proofs(validating, small_model, monk
         assert b"node_A" not in body[:2000] or go.wait(20)
         return real(kind, body, reader)
 
-    monkeypatch.setattr(_app, "read_claim", slow)
+    monkeypatch.setattr(_intake, "read_claim", slow)
     with validating() as running, ThreadPoolExecutor() as pool:
         held = [
             pool.submit(running.send, proofs["node_A"], key="node_A", id=f"m{i}", path="proofs")

@@ -70,7 +70,12 @@ class Noises:
             )
             return {
                 "build": build.name,
-                "missing": missing_law(registry.model.reference, registry.model.digest, round),
+                "missing": missing_law(
+                    registry.model.reference,
+                    registry.model.digest,
+                    round,
+                    frame=registry.network.frame(registry.model.digest),
+                ),
             }
         nonces, power = plan_sample(
             sequential_test(noise, alpha=registry.alpha, beta=settings.beta), LARGEST_SAMPLE
