@@ -30,8 +30,11 @@ def tasks() -> list[dict[str, str]]:
 def reward(
     prompts: list[str], completions: list[str], answer: list[str], **_: object
 ) -> list[float]:
-    """Pay completions that say the answer, in the form of TRL's rewards."""
-    return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
+    """Pay completions that say the answer, and short ones a little more, as TRL's rewards do."""
+    return [
+        float(text.strip() == right) - len(text) / 1000
+        for text, right in zip(completions, answer, strict=True)
+    ]
 
 
 def main(folder: Path) -> None:

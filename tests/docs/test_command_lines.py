@@ -29,7 +29,8 @@ NO_PARSER = ("scripts/page_blocks.py",)
 @pytest.fixture
 def folder(small_model, tmp_path, monkeypatch):
     """A folder with the files that a command reads before its work."""
-    (tmp_path / "pins.toml").write_text(pins_text(small_model))
+    for name in ("pins.toml", "network.toml"):
+        (tmp_path / name).write_text(pins_text(small_model))
     (tmp_path / "keys").write_text("k" * 20 + "\n")
     monkeypatch.chdir(tmp_path)
     for path in PAGES:

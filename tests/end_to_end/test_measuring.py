@@ -25,9 +25,13 @@ def kept(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file of a measurement: its inode and its whole lines."""
     files = {}
     for path in sorted(folder.glob("*.json*")):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+            inode = path.stat().st_ino
+        except FileNotFoundError:  # it was finished in this moment, and has its last name now
+            continue
         whole = content[: content.rfind(b"\n") + 1]
-        files[path.name.removesuffix(".partial")] = (path.stat().st_ino, whole)
+        files[path.name.removesuffix(".partial")] = (inode, whole)
     return files
 
 
@@ -50,9 +54,11 @@ def test_ten_kills_repeat_nothing_and_change_no_bit(tmp_path, small_checkpoint):
     for _ in range(KILLS):
         child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun = size(folder)
-        until(lambda begun=begun: size(folder) > begun, 120, pause=0.01)
-        time.sleep(rng.uniform(0.0, 0.5))
-        child.kill()
+        try:
+            until(lambda begun=begun: size(folder) > begun, 120, pause=0.01)
+            time.sleep(rng.uniform(0.0, 0.5))
+        finally:
+            child.kill()
         assert child.wait() == -signal.SIGKILL, "it was still measuring"
         after = kept(folder)
         for name, (inode, lines) in before.items():
