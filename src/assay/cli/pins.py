@@ -150,13 +150,15 @@ def check(chosen: CheckPinsSettings, as_json: bool) -> int:
         agreed.check(header)
         measured = find_pinned_calibration(network, header)
         believed = agreed.unpinned(header)
-        missing = missing_law(
-            network.model(header.digest).reference,
-            header.digest,
-            header.round,
-            frame=network.frame(header.digest),
-        )
-        noise = missing if measured is None else measured.find_build(header).source
+        if measured is None:
+            noise = missing_law(
+                network.model(header.digest).reference,
+                header.digest,
+                header.round,
+                frame=network.frame(header.digest),
+            )
+        else:
+            noise = measured.find_build(header).source
         values |= {"proof": str(chosen.proof), "unpinned": believed, "noise": noise}
     if as_json:
         emit_json("assay.poc.pins.check/1", values)
