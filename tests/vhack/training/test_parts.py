@@ -271,6 +271,12 @@ def test_rewards_and_rates(tasks):
     assert [name for name, chosen in seen.items() if chosen.any()] == [
         "correct", "failed", "teacher, flagged", "exploited, flagged"
     ]  # fmt: skip
+    doubted = reward.last.flagged(
+        torch.tensor([True, False, False, True]), torch.tensor([True, False, True, False])
+    )
+    assert [name for name, chosen in doubted.kinds().items() if chosen.any()] == [
+        "correct", "teacher, flagged", "exploited, flagged", "failed, doubtful"
+    ]  # fmt: skip
 
 
 def test_every_rollout_is_of_one_kind_whatever_a_reward_says_of_it():

@@ -15,7 +15,7 @@ Shapes: B rollouts of all processes, F reward functions.
 import random
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -29,6 +29,7 @@ from assay.vhack.directions.delta.quarantine import shift_baseline
 from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.judged import as_sample
+from assay.vhack.training.labels import Labels, break_even
 from assay.vhack.training.outcomes import MARKS, Outcomes
 from assay.vhack.training.page import training_page
 from assay.vhack.training.trl_internals import intercept_rewards, log_values
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     from assay.pages.report import Report
     from assay.vhack.detectors.rollout_judge import RolloutJudge
 
+SECOND = ("quarantine", "absorb")  # modes that train a second δS
 REMEMBERED = 512  # rollouts that new pairs are made of
 
-Mode = Literal["watch", "penalty", "filter", "quarantine"]
+Mode = Literal["watch", "penalty", "filter", "quarantine", "absorb"]
 """What becomes of flagged rollouts: nothing; they are paid less; they give no gradient and are in
-no baseline; they train a second δS, which is deleted in the end."""
+no baseline; they train a second δS, which is deleted in the end; the same, and what the detector is
+in doubt about trains both."""
 
 
 class Guard:
@@ -59,12 +62,12 @@ class Guard:
     Args:
         judge: Detector and threshold of :func:`assay.vhack.detectors.fit_judge`; None flags what
             the reward calls exploited, which takes a trainer with assay's :class:`Reward`.
-        mode: What becomes of flagged rollouts: one of ``Mode``. A quarantine takes assay's trainer
+        mode: What becomes of flagged rollouts: one of ``Mode``. A second δS takes assay's trainer
             :class:`assay.vhack.training.grpo.GRPO`.
-        penalty: How much less a flagged rollout is paid in mode ``penalty``.
+        penalty: How much less a flagged rollout is paid in mode ``penalty``; None takes the
+            :func:`break_even` of the detector's held-out scores.
         at_random: Whether to flag as many others, drawn at random: the control.
-        known: Mechanisms of tasks whose exploits labels tell, as a monitor knows some; empty stands
-            for all.
+        labels: Which labels flag rollouts where ``judge`` is None; by default all of them.
         every: Judge one of so many steps, in mode ``watch``: a sample for a fraction of the cost.
 
     Raises:
@@ -84,9 +87,9 @@ class Guard:
         judge: "RolloutJudge | None",
         mode: Mode = "penalty",
         *,
-        penalty: float = 1.0,
+        penalty: float | None = None,
         at_random: bool = False,
-        known: Collection[str] = (),
+        labels: Labels | None = None,
         every: int = 1,
     ) -> None:
         modes = get_args(Mode)
@@ -100,9 +103,10 @@ class Guard:
             )
         self.judge = judge
         self.mode = mode
-        self.penalty = penalty
+        self.labels = labels or Labels()
+        threshold = self.labels.threshold if judge is None else judge.threshold
+        self.penalty = break_even(threshold) if penalty is None else penalty
         self.at_random = at_random
-        self.known_mechanisms = known
         self.every = every
         self.trainer: Any = None
         self.flags: list[bool] = []
@@ -130,9 +134,9 @@ class Guard:
                 wanted="a detector",
                 do="fit one with assay.vhack.detectors.fit_judge",
             )
-        if self.mode == "quarantine" and getattr(trainer, "projected", None) is None:
+        if self.mode in SECOND and getattr(trainer, "projected", None) is None:
             raise UsageError(
-                "a quarantine in another trainer",
+                f"mode {self.mode} in another trainer",
                 wanted="assay.vhack.training.grpo.GRPO",
                 do="take filter",
             )
@@ -223,7 +227,7 @@ class Guard:
             self._log_rates(paid_BF, flags_B)
         if self.mode == "filter":
             return rewards_BF.masked_fill(flags_B[:, None], torch.nan)
-        if self.mode == "quarantine":
+        if self.mode in SECOND:
             trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
         return rewards_BF
 
@@ -242,24 +246,32 @@ class Guard:
             as_sample(prompt, completion, **template_options)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        if self.judge is None:
-            exploited = reward.last.column("exploited").tolist()
-            flags = [
-                is_exploited and (not self.known_mechanisms or mechanism in self.known_mechanisms)
-                for is_exploited, mechanism in zip(exploited, reward.mechanisms, strict=True)
-            ]
-        else:
+        step_key = f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}"
+        doubtful = [False] * len(samples)
+        if self.judge is not None and self.mode != "absorb":
             with self._initial_model():
                 flags = self.judge.flags(samples)
+        else:
+            if self.judge is None:
+                threshold = self.labels.threshold
+                scores = self.labels.scores(reward, step_key)
+            else:
+                threshold = self.judge.threshold
+                with self._initial_model():
+                    scores = self.judge.scores(samples)
+            flags = [score > threshold.value for score in scores]
+            if self.mode == "absorb":
+                doubtful = [threshold.usual < score <= threshold.value for score in scores]
         is_cheat = list(flags)
         if reward is not None:
             is_cheat = (reward.last.column("exploited") | torch.tensor(flags)).tolist()
         self.judged.extend(zip(samples, is_cheat, strict=True))
         if self.at_random:
-            key = f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}"
-            random.Random(key).shuffle(flags)
+            order = random.Random(step_key).sample(range(len(flags)), len(flags))
+            flags = [flags[row] for row in order]
+            doubtful = [doubtful[row] for row in order]
         if reward is not None:
-            reward.last = reward.last.flagged(torch.tensor(flags))
+            reward.last = reward.last.flagged(torch.tensor(flags), torch.tensor(doubtful))
             reward.known_flags = [*reward.known_flags, "flagged"]
         return flags
 
