@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
+from assay.models.spelling import encode_prompt, recover_spaces
 from assay.vhack.directions.delta.quarantine import shift_baseline
 from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.alarm import Alarm
@@ -168,12 +169,12 @@ class Guard:
         self.trainer = None
 
     def flagged(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
+        self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any, **_: Any
     ) -> list[float | None]:
         """Return 1 for flagged rollouts and 0 for others: the reward function of the penalty."""
         if not self._is_judging():
             return [None] * len(completions)
-        return [float(flag) for flag in self._judge_once(prompts, completions)]
+        return [float(flag) for flag in self._judge_once(prompts, completions, completion_ids)]
 
     def page(self, *, command: str = "") -> "Report":
         """Return the page of the run: rates and reward over steps, and what went wrong in words.
@@ -210,12 +211,12 @@ class Guard:
         is_training: bool = self.trainer.model.training
         return is_training and self.trainer.state.global_step % self.every == 0
 
-    def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any) -> Tensor:
+    def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any, ids: Any) -> Tensor:
         """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
         if not self._is_judging():
             return rewards_BF
         trainer = self.trainer
-        flags = torch.tensor(self._judge_once(prompts, completions), device=rewards_BF.device)
+        flags = torch.tensor(self._judge_once(prompts, completions, ids), device=rewards_BF.device)
         flags_B: Tensor = trainer.accelerator.gather(flags)
         paid_BF = rewards_BF
         if self.mode == "penalty":
@@ -231,15 +232,21 @@ class Guard:
             trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
         return rewards_BF
 
-    def _judge_once(self, prompts: Any, completions: Any) -> list[bool]:
+    def _judge_once(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         """Return the flags of a batch, which reward function and mode both ask for."""
         if self._completions is not completions:
-            self.flags = self._judge_batch(prompts, completions)
+            self.flags = self._judge_batch(prompts, completions, ids)
             self._completions = completions
         return self.flags
 
-    def _judge_batch(self, prompts: Any, completions: Any) -> list[bool]:
+    def _judge_batch(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         trainer = self.trainer
+        if isinstance(completions[0], str):
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            completions = [
+                recover_spaces(tokenizer, encode_prompt(tokenizer, prompt), text, row)
+                for prompt, text, row in zip(prompts, completions, ids, strict=True)
+            ]
         reward: Any = getattr(trainer, "reward", None)
         template_options = getattr(trainer, "chat_template_kwargs", None) or {}
         samples = [
