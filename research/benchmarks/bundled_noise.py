@@ -8,6 +8,11 @@ pairs of one dtype are also measured between two machines: run with `--save` on 
 saved records with `--with` on the other. `--kernels` adds the plain attention of the library as
 another engine, which shows noise within one dtype on one machine.
 
+Nonces that decode part from each other, so every validator replays them: all number formats, with
+both kinds of attention.
+
+    python research/benchmarks/bundled_noise.py --presets chain-decode --nonces 16 --install \
+        -o research/results/chain_decode_noise.json
     python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 \
       --save cuda.npz
     python research/benchmarks/bundled_noise.py --presets hardened --kernels --nonces 64 \
@@ -29,8 +34,10 @@ from assay.files.jsonl import dumps, read_json
 from assay.files.storage import write_atomic
 from assay.models import load_model
 from assay.poc import HFEngine, Round, get_pipeline, prove
+from assay.poc.prover import compute
 from assay.poc.verdict.honest_noise import BUNDLED_LAWS, fit_noise
 from assay.poc.verdict.laws import law_as_dict
+from assay.poc.verdict.residuals import residuals
 from assay.poc.verdict.sample_plan import EFFECT
 
 MODELS = ("reference:qwen3", "reference:llama")
@@ -93,6 +100,30 @@ def pooled(found, preset, one, two):
     return np.concatenate(parts)
 
 
+def replayed(options, preset):
+    """Residuals of one preset by pair of dtypes, of proofs and replays in all of them."""
+    found = {}
+    nonces = range(options.nonces)
+    for reference in MODELS:
+        models = {
+            dtype: load_model(reference, dtype=dtype, device=options.device) for dtype in DTYPES
+        }
+        round = Round(block_hash="noise", public_key="default", preset=preset)
+        for dtype, model in models.items():
+            engine = HFEngine(model, batch_size=len(nonces))
+            proof = prove(model, round, nonces, engine=engine)
+            for (other, validator), kernels in itertools.product(models.items(), ("sdpa", "eager")):
+                validator.module.set_attn_implementation(kernels)
+                note(f"{preset} {reference} {dtype} by {other} {kernels}")
+                judge = HFEngine(validator, batch_size=len(nonces))
+                batches = compute(judge, proof.header.pipeline, round.inputs(nonces), proof.records)
+                again = [record for batch in batches for record in batch]
+                pair = "/".join(sorted((dtype, other)))
+                found.setdefault(pair, []).append(residuals(proof.records, again))
+                validator.module.set_attn_implementation("sdpa")
+    return {pair: np.concatenate(parts) for pair, parts in found.items()}
+
+
 def accused(pipeline, errors, rng):
     """Share of simulated audits of honest nodes that are accused, with a law fitted to the other
     half.
@@ -100,7 +131,8 @@ def accused(pipeline, errors, rng):
     errors = rng.permutation(errors)
     half = len(errors) // 2
     law = upper_law(fit_noise(pipeline, errors[:half]), half)
-    test = stats.SequentialTest(law, alpha=1e-3, effect=EFFECT[pipeline.output])
+    kind = "distance" if pipeline.output == "distance" else "vector"
+    test = stats.SequentialTest(law, alpha=1e-3, effect=EFFECT[kind])
     drawn = rng.permuted(np.tile(errors[half:], (AUDITS, 1)), axis=1)[:, :AUDITED]
     return float(test.accusations(drawn)[:, -1].mean())
 
@@ -117,6 +149,8 @@ def main():
     arguments.add_argument("--with", type=Path, dest="others", help="records of another machine")
     arguments.add_argument("--install", action="store_true", help="write the laws into the package")
     options = arguments.parse_args()
+    presets = options.presets
+    options.presets = [preset for preset in presets if not get_pipeline(preset).steps]
     found = records(options)
     if options.save:
         np.savez_compressed(options.save, **found)
@@ -126,10 +160,14 @@ def main():
             found |= {name: others[name] for name in others.files}
     laws = {}
     measured = []
-    for preset in options.presets:
+    for preset in presets:
+        errors_by_pair = replayed(options, preset) if get_pipeline(preset).steps else None
         pipeline = get_pipeline(preset)
         for one, two in itertools.combinations_with_replacement(sorted(DTYPES), 2):
-            errors = pooled(found, preset, one, two)
+            if errors_by_pair is None:
+                errors = pooled(found, preset, one, two)
+            else:
+                errors = errors_by_pair[f"{one}/{two}"]
             fit = fit_noise(pipeline, errors)
             law = upper_law(fit, len(errors))
             laws.setdefault(pipeline.noise, {})[f"{one}/{two}"] = law_as_dict(law.scaled(MARGIN))

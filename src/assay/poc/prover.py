@@ -192,10 +192,10 @@ def compute(
         ModelError: The engine gives fewer or more results than inputs.
     """
     check_supported(engine, pipeline)
-    claimed_MN = None
-    if pipeline.steps and claimed is not None:
-        claimed_MN = np.stack([record.tokens for record in claimed if record.tokens is not None])
     form = published_form(pipeline)
+    claimed_MN = None
+    if form.replayed and claimed is not None:
+        claimed_MN = np.stack([getattr(record, form.replayed) for record in claimed])
     start = 0
     with closing(engine.run(inputs, pipeline, claimed_MN)) as batches:
         for values in batches:
@@ -211,10 +211,9 @@ def compute(
                     wanted="logits that are finite and not all zero",
                 )
             records = form.records([nonce for _, nonce in batch], values)
-            if claimed is not None and pipeline.steps:
-                tokens = (record.tokens for record in claimed[start : start + len(batch)])
-                pairs = zip(records, tokens, strict=True)
-                records = [replace(record, tokens=ids) for record, ids in pairs]
+            if claimed_MN is not None:
+                pairs = zip(records, claimed_MN[start : start + len(batch)], strict=True)
+                records = [replace(record, **{form.replayed: row}) for record, row in pairs]
             yield records
             start += len(batch)
     if start < len(inputs):

@@ -7,7 +7,8 @@ hidden state, in the head and on the logits, and what is published. The steps th
 The rows carry the names under which the published experiments report them. ``poc-2.0`` is their
 recommendation (there: "sign flips"); ``artifact`` is what the network runs today; ``tokens-1`` is
 what a new network should take (docs/protocol.md); ``hardened`` is the proposal of docs/redteam.md;
-``decode`` is that of docs/decode.md, and the one row whose nonces take more than one forward pass.
+``decode`` is that of docs/decode.md, where ``chain-decode`` stands as well, the decode proof of the
+live network. The nonces of these two take more than one forward pass.
 """
 
 import re
@@ -33,13 +34,20 @@ SKETCH_SIZE = (
     12  # numbers of a sketch: 24 bytes in float16, three quarters of a byte for every token
 )
 
+SPHERE_SIZE = 256  # coordinates of a state that the chain's decode proof reads in a step
+SPHERE_POINTS = 16  # points of which the nearest one is published
+
 _FEWEST_SCALED = 8  # positions
 
 _FEWEST_STEPS = SKETCH_EVERY
 _MOST_STEPS = 4096
 _MANY_STEPS = 256  # the law of these holds for more of them, and is too narrow for fewer
-_ALIASES = {"sign-flips": "poc-2.0", "decode-256": "decode"}
-_STEPS = re.compile("decode-([1-9][0-9]{1,3})")
+_ALIASES = {
+    "sign-flips": "poc-2.0",
+    "decode-256": "decode",
+    "chain-decode-256": "chain-decode",
+}
+_STEPS = re.compile("(decode|chain-decode)-([1-9][0-9]{0,3})")
 
 
 def sketch_steps(tokens: int) -> range:
@@ -100,14 +108,15 @@ class Pipeline:
         head: Matrix that maps the state to logits.
         logits: Steps on the logits.
         output: ``distance`` to the target of the block, the ``vector`` itself in fp16, or the
-            ``tokens`` that were decoded from a seeded prompt, with a vector of every 32nd state.
+            ``tokens`` that were decoded from a seeded prompt, with a vector of every 32nd state, or
+            the ``points`` that are nearest to the states of a chain of inputs.
         texts: Form of the seed texts (:meth:`assay.poc.Round.text`); versioned ones come with
             256-bit input seeds.
         number_formats: Formats in which a proof is made unless a network agrees on another one, the
             default first; any format where empty. This is a rule of judging and not of computing,
             so it is not in the proof header.
-        steps: Tokens that are decoded after the prompt of a nonce; 0 where a nonce is one forward
-            pass.
+        steps: Tokens or inputs that follow the prompt of a nonce one by one; 0 where a nonce is one
+            forward pass.
         inputs: What the model reads: N(0, 1) in place of embeddings, or ``tokens`` drawn by the
             frame of the checkpoint, in which its states are centred and scaled as well.
     """
@@ -119,7 +128,7 @@ class Pipeline:
     hidden: tuple[Step, ...] = ()
     head: Literal["none", "trained", "random"] = "none"
     logits: tuple[Step, ...] = ()
-    output: Literal["distance", "vector", "tokens"] = "distance"
+    output: Literal["distance", "vector", "tokens", "points"] = "distance"
     texts: Literal["published", "versioned"] = "published"
     number_formats: tuple[str, ...] = ()
     steps: int = 0
@@ -139,7 +148,9 @@ class Pipeline:
 
     @property
     def vector_size(self) -> int:
-        """Length of a published vector; 0 where a distance is published."""
+        """Length of a published vector; 0 where a distance or points are published."""
+        if self.output == "points":
+            return 0
         return next((step.count for step in self.hidden if step.name in ("pick", "project")), 0)
 
     @property
@@ -152,7 +163,7 @@ class Pipeline:
         """Family of honest noise: a law that was measured in one family does not hold in
         another.
         """
-        if self.output == "tokens":
+        if self.steps:
             return self.output if self.steps >= _MANY_STEPS else f"few {self.output}"
         if self.framed:
             return f"token {self.output}"
@@ -160,6 +171,8 @@ class Pipeline:
 
     def output_size(self, hidden_size: int, vocab_size: int) -> int:
         """Return the dimension of the space in which the distance is measured."""
+        if self.output == "points":
+            return SPHERE_POINTS
         if self.output != "distance":
             return self.vector_size * self.vector_count
         return {"none": hidden_size, "trained": vocab_size, "random": RANDOM_HEAD_ROWS}[self.head]
@@ -231,6 +244,15 @@ _ROWS = (
         steps=256,
     ),
     Pipeline(
+        name="chain-decode",
+        summary="256 seeded inputs after seeded noise, each from the point before it; the points "
+        "are published",
+        layers="reflect",
+        hidden=(_UNIT, Step("pick", SPHERE_SIZE), _UNIT),
+        output="points",
+        steps=256,
+    ),
+    Pipeline(
         name="permutation",
         summary="logits permuted (the baseline)",
         head="trained",
@@ -291,7 +313,8 @@ FORWARD = tuple(row.name for row in _ROWS if not row.steps and not row.framed)
 def get_pipeline(name: str) -> Pipeline:
     """Return the row of the table with this name; ``sign-flips`` is another name of ``poc-2.0``.
 
-    ``decode-64`` is the row ``decode`` with 64 steps instead of 256, and so on from 32 to 4096.
+    ``decode-64`` is the row ``decode`` with 64 steps instead of 256, and so on from 32 to 4096;
+    ``chain-decode-64`` likewise, from 1 to 4096.
 
     Raises:
         UsageError: The table has no such row.
@@ -312,12 +335,15 @@ def find_pipeline(name: str) -> Pipeline | None:
     """Return the row of the table with this name, or None."""
     name = _ALIASES.get(name, name)
     counted = _STEPS.fullmatch(name)
-    if counted is None or not _FEWEST_STEPS <= (steps := int(counted[1])) <= _MOST_STEPS:
+    if counted is None:
         return PIPELINES.get(name)
-    row = PIPELINES["decode"]
-    return replace(
-        row, name=name, summary=row.summary.replace(str(row.steps), counted[1]), steps=steps
-    )
+    row = PIPELINES[counted[1]]
+    steps = int(counted[2])
+    fewest = _FEWEST_STEPS if row.output == "tokens" else 1
+    if not fewest <= steps <= _MOST_STEPS:
+        return None
+    summary = row.summary.replace(str(row.steps), counted[2])
+    return replace(row, name=name, summary=summary, steps=steps)
 
 
 def runs_on_vllm(pipeline: Pipeline) -> bool:

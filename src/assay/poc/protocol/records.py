@@ -12,14 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
 from assay.errors import ProofFormatError
-from assay.poc.protocol.pipelines import Pipeline
+from assay.poc.protocol.pipelines import SPHERE_POINTS, Pipeline
 from assay.poc.protocol.strict_file import STRICT, format_error
 
 # Points of the unit sphere are at most 2 apart. Both vectors are scaled to length one in float32,
@@ -29,6 +29,9 @@ MAX_DISTANCE = 2 + 1e-6
 
 # Largest margin that a token counts with: the largest squared distance of two unit vectors.
 LARGEST_MARGIN = 4.0
+
+# Largest margin of a point: two cosines differ by no more. A claim that is no point counts as this.
+FARTHEST_POINT = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +44,10 @@ class Record:
         vector: Vector [K] in float16.
         tokens: Ids of the decoded tokens, [N] in uint32.
         sketches: Sketch of every 32nd state, [S, K] in float16.
-        margins: How far the score of each claimed token is below the best one, [N] in float32,
-            where these tokens were replayed; None in a proof.
+        margins: How far the score of each claimed token or point is below the best one, in float32,
+            where these were replayed; None in a proof.
+        points: Numbers of the nearest points, [N + 1] in uint8: behind the prompt, and of every
+            step.
     """
 
     nonce: int
@@ -51,11 +56,12 @@ class Record:
     tokens: NDArray[Any] | None = None
     sketches: NDArray[Any] | None = None
     margins: NDArray[Any] | None = None
+    points: NDArray[Any] | None = None
 
     @property
     def has_distance(self) -> bool:
-        """Whether a distance is published, and not a vector or tokens."""
-        return self.vector is None and self.tokens is None
+        """Whether a distance is published, and not a vector, tokens or points."""
+        return self.vector is None and self.tokens is None and self.points is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +76,16 @@ class RecordLine:
     vector: str = ""
     tokens: str = ""
     sketches: str = ""
+    points: str = ""
 
 
 class PublishedForm(ABC):
-    """One form of published values."""
+    """One form of published values.
+
+    ``replayed`` names the field whose claimed values an engine replays, where it has one.
+    """
+
+    replayed: ClassVar[Literal["", "tokens", "points"]] = ""
 
     def records(self, nonces: Sequence[int], values: Mapping[str, NDArray[Any]]) -> list[Record]:
         """Return the records of a batch, from what an engine gave for it."""
@@ -183,6 +195,8 @@ class TokenForm(PublishedForm):
     both terms m² times larger.
     """
 
+    replayed = "tokens"
+
     @override
     def fields(self, record: Record, r_target: float) -> dict[str, Any]:
         return {
@@ -226,10 +240,47 @@ class TokenForm(PublishedForm):
         return math.sqrt(np.square(apart_SK).sum(axis=1).mean() + margins_N.mean())
 
 
+class PointForm(PublishedForm):
+    """Points of a chain, which are replayed under the chain that is claimed.
+
+    The residual is √(mean d), and d is the cosine of the best point minus that of the claimed one,
+    at most 2. Noise m times larger moves m times as many states across a border, and m times as
+    far.
+    """
+
+    replayed = "points"
+
+    @override
+    def fields(self, record: Record, r_target: float) -> dict[str, Any]:
+        return {"points": encode_vector(_present(record.points), "u1")}
+
+    @override
+    def read(self, line: RecordLine, pipeline: Pipeline) -> Record:
+        return self.unpack(line.nonce, line.points, pipeline)
+
+    @override
+    def pack(self, record: Record) -> bytes:
+        return _present(record.points).astype("u1").tobytes()
+
+    @override
+    def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
+        points = decode_vector(text, pipeline.steps + 1, "u1")
+        if (points >= SPHERE_POINTS).any():
+            raise format_error(f"point {points.max()}", f"numbers below {SPHERE_POINTS}")
+        return Record(nonce, points=points)
+
+    @override
+    def residual(self, received: Record, again: Record) -> float:
+        if received.points is None or again.margins is None:
+            return math.nan
+        return math.sqrt(np.minimum(again.margins.astype(np.float64), FARTHEST_POINT).mean())
+
+
 FORMS: Mapping[str, PublishedForm] = {
     "distance": DistanceForm(),
     "vector": VectorForm(),
     "tokens": TokenForm(),
+    "points": PointForm(),
 }
 """Every form of published values, by its name in :attr:`Pipeline.output`."""
 
@@ -241,9 +292,8 @@ def published_form(pipeline: Pipeline) -> PublishedForm:
 
 def form_of(record: Record) -> PublishedForm:
     """Return the form of a record, from the values that it has."""
-    if record.has_distance:
-        return FORMS["distance"]
-    return FORMS["vector" if record.tokens is None else "tokens"]
+    names = ("points", "tokens", "vector")
+    return FORMS[next((name for name in names if getattr(record, name) is not None), "distance")]
 
 
 def pack_record(record: Record) -> bytes:
@@ -286,6 +336,8 @@ def decode_vector(text: object, size: int, dtype: str = "<f2") -> NDArray[Any]:
 
 def packed_size(pipeline: Pipeline) -> int:
     """Return the bytes of a packed record; 0 where a distance is published."""
+    if pipeline.output == "points":
+        return pipeline.steps + 1
     return 4 * pipeline.steps + 2 * pipeline.vector_size * pipeline.vector_count
 
 
@@ -297,11 +349,15 @@ def unpack_or_nan(nonce: int, text: object, pipeline: Pipeline) -> Record:
         missing = np.full((pipeline.vector_count, pipeline.vector_size), np.nan, dtype=np.float16)
         if pipeline.output == "vector":
             return Record(nonce, vector=missing[0])
+        if pipeline.output == "points":  # of no point, so each is as far as can be
+            return Record(nonce, points=np.full(pipeline.steps + 1, SPHERE_POINTS, np.uint8))
         return Record(nonce, tokens=np.zeros(pipeline.steps, dtype=np.uint32), sketches=missing)
 
 
 def describe_packing(pipeline: Pipeline) -> dict[str, Any]:
     """Return how packed records are to be read, as callbacks say it beside them."""
+    if pipeline.output == "points":
+        return {"dtype": "u8", "points": SPHERE_POINTS, "steps": pipeline.steps}
     form = {"dtype": "f16", "k_dim": pipeline.vector_size, "endian": "le"}
     return form | {"dtype": "u32+f16", "tokens": pipeline.steps} if pipeline.steps else form
 

@@ -27,6 +27,8 @@ NONCE_TEXTS = {
     "signs": "{block}_{key}_nonce_{nonce}_signs",
     "reflection": "{block}_{key}_nonce_{nonce}_hidden_r{index}",
     "pick": "{block}_{key}_nonce_{nonce}_pick_{k}",
+    "first_pick": "{block}_{key}_nonce_{nonce}_pick_{k}_decode{index}",  # of step 0 of a chain
+    "route": "{block}_n{nonce}_route_layer_{index}",  # of a layer with experts; without the key
     "rotation": "{block}_{key}_nonce_{nonce}_haar_hh_{k}_{index}",
     # In no published preset: for experiments that read positions with published texts.
     "weights": "{block}_{key}_nonce_{nonce}_weights",
@@ -63,7 +65,7 @@ class Round:
         seq_len: Number of input positions of a nonce.
         r_target: Distance strictly below which a nonce is valid, in ``(0, 2]``.
         strength: Bits of the seed of each input, 32 (published) or 256. A preset with versioned
-            texts always has 256.
+            texts always has 256, and one that publishes points 32.
 
     Raises:
         UsageError: A value is out of range.
@@ -121,6 +123,8 @@ class Round:
             )
         if self.versioned:
             object.__setattr__(self, "strength", 256)
+        elif (pipeline := self._pipeline) is not None and pipeline.output == "points":
+            object.__setattr__(self, "strength", 32)  # the network has no others in this scheme
 
     @property
     def _pipeline(self) -> Pipeline | None:

@@ -33,7 +33,8 @@ WORST_ACCUSED = 5e-3  # share of honest audits of left-out machines: on average,
 LAWS: dict[str, type[Law]] = {  # kind of law by family of noise
     "distance": stats.ScaleNoise,
     **dict.fromkeys(
-        ("vector", "scaled vector", "token vector", "tokens", "few tokens"), stats.LogNoise
+        ("vector", "scaled vector", "token vector", "tokens", "few tokens", "points", "few points"),
+        stats.LogNoise,
     ),
 }
 _MEASURED = {"dtype", "seq_len"}  # fields whose value must have been measured

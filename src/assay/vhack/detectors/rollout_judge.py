@@ -1,6 +1,5 @@
 """A fitted detector with its threshold, which flags rollouts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,19 +40,15 @@ class RolloutJudge:
     svd: SVDCache | None = None
 
     def flags(self, samples: Sequence[Sample]) -> list[bool]:
-        """Return which of the samples are flagged: those whose score is above the threshold."""
-        return [score > self.threshold.value for score in self.scores(samples)]
+        """Return which of the samples are flagged.
 
-    def scores(self, samples: Sequence[Sample]) -> list[float]:
-        """Return the scores of samples.
-
-        A sample without a prompt or a completion has −∞. A sample that cannot be read has ∞: a
+        A sample without a prompt or a completion never is. A sample that cannot be read is: a
         policy may write tokens whose text is longer than the context.
         """
-        scores = [-math.inf] * len(samples)
+        flags = [False] * len(samples)
         rows = [row for row, sample in enumerate(samples) if sample.prompt and sample.completion]
         if not rows:
-            return scores
+            return flags
         try:
             evidence = collect_evidence(
                 [samples[row] for row in rows],
@@ -64,12 +59,10 @@ class RolloutJudge:
             )
         except DataError:
             # One unreadable sample refuses the batch, so each is judged alone.
-            if len(samples) == 1:
-                return [math.inf]
-            return [self.scores([sample])[0] for sample in samples]
+            return [True] if len(samples) == 1 else [self.flags([one])[0] for one in samples]
         for row, score in zip(rows, self.scorer(evidence), strict=True):
-            scores[row] = float(score)
-        return scores
+            flags[row] = bool(score > self.threshold.value)
+        return flags
 
 
 def fit_judge(

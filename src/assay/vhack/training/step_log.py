@@ -14,7 +14,7 @@ from assay.errors import ModelError
 from assay.files.jsonl import JsonObject
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.log import TrainLog
-from assay.vhack.training.outcomes import DOUBTFUL_KIND, FLAGGED_KIND, SOURCES, Outcomes
+from assay.vhack.training.outcomes import FLAGGED_KIND, SOURCES, Outcomes
 from assay.vhack.training.sources import measure_sources, split_by_source
 from assay.vhack.training.trl_internals import log_values
 
@@ -125,22 +125,16 @@ class StepLog(TrainerCallback):
         self._open.close()
 
     def _route_flagged(self, gradients: "Rollouts", quarantine: "Quarantine") -> None:
-        """Give the gradient of flagged rollouts to the second δS, and that of doubtful to both."""
+        """Give the gradient of flagged rollouts to the second δS."""
         processes = self.trainer.processes
-        third = len(Outcomes.empty().kinds()) // 3
+        kinds = len(Outcomes.empty().kinds())
         flagged = []
-        doubtful = []
         for rows_MNR in gradients.rows:
-            # Per backward pass; the kinds are unflagged, flagged and doubtful ones.
-            rows_MB3KR = rows_MNR.view(len(rows_MNR), -1, 3, third, rows_MNR.shape[2])
-            _, flagged_MR, doubtful_MR = rows_MB3KR.sum(dim=(1, 3)).unbind(dim=1)
-            flagged.append(flagged_MR.contiguous())
-            doubtful.append(doubtful_MR.contiguous())
-        processes.sum_over([*flagged, *doubtful])
-        quarantine.route(
-            [part_MR / processes.count for part_MR in flagged],
-            [part_MR / processes.count for part_MR in doubtful],
-        )
+            # Per backward pass; the second half of the kinds is flagged.
+            rows_MBKR = rows_MNR.view(len(rows_MNR), -1, kinds, rows_MNR.shape[2])
+            flagged.append(rows_MBKR[:, :, kinds // 2 :].sum(dim=(1, 2)))
+        processes.sum_over(flagged)
+        quarantine.route([part_MR / processes.count for part_MR in flagged])
 
     def _measure_step(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         """Return the numbers of the step line, and those of each source line."""
@@ -177,11 +171,7 @@ class StepLog(TrainerCallback):
         counts = {kind: int(rollouts.sum()) for kind, rollouts in outcomes.kinds().items()}
         lines: dict[str, JsonObject] = {}
         for name, measures in split_by_source(self._sources).items():
-            count = sum(
-                counts[kind + suffix]
-                for kind in SOURCES[name]
-                for suffix in ("", FLAGGED_KIND, DOUBTFUL_KIND)
-            )
+            count = sum(counts[kind] + counts[kind + FLAGGED_KIND] for kind in SOURCES[name])
             if measures.pop("length") > 0 and count:
                 lines[name] = {**measures, "rollouts": count}
         return lines

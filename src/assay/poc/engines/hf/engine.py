@@ -47,6 +47,7 @@ from assay.poc.engines.base import (
 )
 from assay.poc.engines.hf.compiled_forward import FUSED, CompiledForward
 from assay.poc.engines.hf.decoding import Decoder, Draws
+from assay.poc.engines.hf.points import ChainDraws, PointDecoder
 from assay.poc.engines.hf.shapes import check_fits, check_shape, fitting_batch
 from assay.poc.protocol.checks import MAX_BATCH
 from assay.poc.protocol.fingerprint import Fingerprint
@@ -57,6 +58,7 @@ from assay.poc.protocol.pipelines import (
     get_pipeline,
 )
 from assay.poc.protocol.round import Input, Round
+from assay.poc.protocol.sphere import Chain
 from assay.poc.protocol.transforms import (
     ROWS_OF_A_PRODUCT,
     Reading,
@@ -120,6 +122,7 @@ class HFEngine(Engine):
         self.frame = model.frame
         self._backbone = backbone(model.module)
         self._decoder = Decoder(model)
+        self._points = PointDecoder(model)
         self._streams = streams.get_backend("auto", str(model.device))
         self._positions_BT = torch.arange(seq_len, device=model.device).expand(batch_size, seq_len)
         self._compiled = CompiledForward(model, batch_size, seq_len) if compiled else None
@@ -204,7 +207,7 @@ class HFEngine(Engine):
         if not len(inputs):
             return
         if pipeline.steps:
-            yield from self._run_tokens(inputs, pipeline, claimed_MN)
+            yield from self._run_steps(inputs, pipeline, claimed_MN)
             return
         batches = overlapped_batches if self.device.type == "cuda" else plain_batches
         try:
@@ -216,10 +219,43 @@ class HFEngine(Engine):
         """Return the prompts, the noise of the tokens and the projections of the sketches."""
         return Draws(inputs, pipeline, seq_len=self.seq_len, model=self.model)
 
-    def _run_tokens(
-        self, inputs: Sequence[Input], pipeline: Pipeline, claimed_MN: NDArray[np.uint32] | None
+    def chain_draws(self, inputs: Sequence[Input], pipeline: Pipeline) -> ChainDraws:
+        """Return the noise of the prompts and the chain of inputs that follows them."""
+        chain = Chain(
+            inputs, hidden_size=self.hidden_size, device=self.device, dtype=self.model.dtype
+        )
+        return ChainDraws(chain, self.embeddings(inputs), pipeline.steps)
+
+    def replay_by_steps(
+        self, inputs: Sequence[Input], pipeline: Pipeline, claimed_BN: NDArray[Any]
+    ) -> Values:
+        """Return margins of claimed points of one batch, a step at a time as the network's own
+        validator takes them, beside the points that the model gives.
+        """
+        rows = max(self.batch_size, ROWS_OF_A_PRODUCT)
+        padded = [*inputs, *list(inputs[-1:]) * (rows - len(inputs))]
+        with self.between_layers(pipeline.layers, inputs[0].round):
+            return self._points.decode(self.chain_draws(padded, pipeline), claimed_BN)
+
+    def _step_values(
+        self, padded: Sequence[Input], pipeline: Pipeline, claimed_BN: NDArray[Any] | None
+    ) -> Values:
+        """Return what is published of a padded batch, or what a replay says of claimed values."""
+        if pipeline.output == "points":
+            round = padded[0].round  # of the block of all inputs
+            draws = self.chain_draws(padded, pipeline)
+            with self.between_layers(pipeline.layers, round):
+                if claimed_BN is None:
+                    return self._points.decode(draws)
+                return self._points.replay(draws, claimed_BN)
+        if claimed_BN is None:
+            return self._decoder.decode(self.draws(padded, pipeline))
+        return self._decoder.replay(self.draws(padded, pipeline), claimed_BN)
+
+    def _run_steps(
+        self, inputs: Sequence[Input], pipeline: Pipeline, claimed_MN: NDArray[Any] | None
     ) -> Iterator[Values]:
-        """Yield decoded tokens with their sketches, or margins and sketches of claimed tokens.
+        """Yield decoded tokens or points, or margins of claimed ones; with tokens come sketches.
 
         A step has one position of each row, and a product needs 16 rows or one.
         """
@@ -231,11 +267,8 @@ class HFEngine(Engine):
         start = 0
         for count, padded in padded_batches(inputs, self.batch_size, rows):
             with self._explained():
-                draws = self.draws(padded, pipeline)
-                if claimed_MN is None:
-                    values = self._decoder.decode(draws)
-                else:
-                    values = self._decoder.replay(draws, claimed_MN[start : start + count])
+                claimed = None if claimed_MN is None else claimed_MN[start : start + count]
+                values = self._step_values(padded, pipeline, claimed)
             values = {name: array[:count] for name, array in values.items()}
             # An infinite margin is that of an id without a token, so only NaN is refused.
             if any(np.isnan(array).any() for array in values.values()):

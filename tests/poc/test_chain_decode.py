@@ -1,0 +1,209 @@
+"""The chain's decode proof: its proofs, replays and verdicts, and the cheats that it catches."""
+
+import base64
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from assay.errors import ProofFormatError, UsageError
+from assay.models import Model, load_model
+from assay.poc import HFEngine, Proof, Round, calibrate, get_pipeline, prove, verify
+from assay.poc.cheats import rounded
+from assay.poc.protocol.pipelines import SPHERE_POINTS
+from assay.poc.protocol.records import (
+    describe_packing,
+    pack_record,
+    packed_size,
+    published_form,
+    unpack_or_nan,
+)
+from assay.poc.prover import compute
+from assay.poc.verdict.residuals import residuals
+
+STEPS = 24
+SHORT = get_pipeline(f"chain-decode-{STEPS}")
+ROUND = Round(block_hash="block_alpha", public_key="node_A", preset=SHORT.name, seq_len=16)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model("reference:qwen3", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def proof(model: Model) -> Proof:
+    return prove(model, ROUND, range(20), batch_size=16)
+
+
+def replayed(model: Model, proof: Proof, batch_size: int = 16):
+    engine = HFEngine(model, batch_size=batch_size, seq_len=proof.round.seq_len)
+    nonces = [record.nonce for record in proof.records]
+    batches = compute(engine, proof.header.pipeline, proof.round.inputs(nonces), proof.records)
+    return [record for batch in batches for record in batch]
+
+
+def test_the_name_of_the_preset_says_how_many_steps_are_taken():
+    assert get_pipeline("chain-decode") is get_pipeline("chain-decode-256")
+    assert get_pipeline("chain-decode-1").steps == 1
+    for name in ("chain-decode-0", "chain-decode-4097", "chain-decode-", "chain-decode-07"):
+        with pytest.raises(UsageError, match="preset"):
+            get_pipeline(name)
+    assert replace(ROUND, strength=256).strength == 32
+
+
+def test_a_proof_has_one_byte_a_step_and_is_read_as_it_was_written(proof: Proof, tmp_path: Path):
+    path = tmp_path / "proof.jsonl"
+    proof.save(path)
+    again = Proof.load(path)
+    again.save(tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
+    line = json.loads(path.read_text(encoding="utf-8").splitlines()[1])
+    assert list(line) == ["nonce", "points"]
+    points = np.frombuffer(base64.b64decode(line["points"]), np.uint8)
+    np.testing.assert_array_equal(points, proof.records[0].points)
+    assert len(points) == packed_size(SHORT) == STEPS + 1
+    assert points.max() < SPHERE_POINTS
+    chains = {record.points.tobytes() for record in proof.records}
+    assert len(chains) == len(proof.records)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"points": "AAAA"},
+        {"points": "!"},
+        {"points": [1, 2]},
+        {"points": base64.b64encode(bytes([16] * (STEPS + 1))).decode()},
+        {"vector": "AAAA"},
+        {"tokens": ""},
+    ],
+)
+def test_malformed_records_are_refused_by_line(proof: Proof, tmp_path: Path, changed):
+    path = tmp_path / "proof.jsonl"
+    proof.save(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | changed, separators=(",", ":"))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(ProofFormatError, match="line 4"):
+        Proof.load(path)
+
+
+def test_records_travel_as_bytes_and_what_is_missing_never_matches(proof: Proof):
+    record = proof.records[3]
+    raw = pack_record(record)
+    again = published_form(SHORT).unpack(3, base64.b64encode(raw).decode(), SHORT)
+    np.testing.assert_array_equal(again.points, record.points)
+    assert describe_packing(SHORT) == {"dtype": "u8", "points": 16, "steps": STEPS}
+    nothing = unpack_or_nan(3, None, SHORT)
+    margins = np.full(STEPS + 1, np.inf, np.float32)
+    assert residuals([nothing], [replace(nothing, margins=margins)])[0] == np.sqrt(2)
+    assert np.isnan(residuals([record], [record])[0])  # which is no replay
+
+
+def test_the_residual_is_the_root_of_the_mean_margin(proof: Proof):
+    margins = np.array([0.09] * 5 + [np.inf] * 2 + [0] * (STEPS - 6), np.float32)
+    record = proof.records[0]
+    apart = residuals([record], [replace(record, margins=margins)])[0]
+    assert apart == pytest.approx(np.sqrt((5 * 0.09 + 2 * 2) / (STEPS + 1)))
+
+
+@pytest.mark.parametrize("batch_size", [16, 3])
+def test_a_nonce_has_the_same_points_wherever_it_stands(
+    model: Model, proof: Proof, batch_size: int
+):
+    engine = HFEngine(model, batch_size=batch_size, seq_len=ROUND.seq_len)
+    nonces = [*range(5, 9), 0]
+    batches = list(engine.run(ROUND.inputs(nonces), SHORT))
+    points = np.concatenate([values["points"] for values in batches])
+    expected = np.stack([proof.records[nonce].points for nonce in nonces])
+    np.testing.assert_array_equal(points, expected)
+
+
+def test_a_replay_follows_the_claim_whatever_it_says(model: Model, proof: Proof):
+    engine = HFEngine(model, batch_size=16, seq_len=ROUND.seq_len)
+    honest = np.stack([record.points for record in proof.records[:16]])
+    (same,) = engine.run(ROUND.inputs(range(16)), SHORT, honest)
+    assert same["margins"].max() < 1e-4
+    changed = honest.copy()
+    changed[4, 10] = (changed[4, 10] + 1) % SPHERE_POINTS
+    changed[5, 20] = SPHERE_POINTS  # no point at all
+    (other,) = engine.run(ROUND.inputs(range(16)), SHORT, changed)
+    assert other["margins"][4, 10] > 1e-3
+    assert other["margins"][4, :10].max() < 1e-4
+    assert np.isinf(other["margins"][5, 20])
+    untouched = [row for row in range(16) if row not in (4, 5)]
+    np.testing.assert_array_equal(other["margins"][untouched], same["margins"][untouched])
+
+
+def test_step_by_step_along_a_claim_agrees_with_one_pass(model: Model, proof: Proof):
+    engine = HFEngine(model, batch_size=16, seq_len=ROUND.seq_len)
+    claimed = np.stack([record.points for record in proof.records[:16]])
+    claimed[:, 7] = (claimed[:, 7] + 3) % SPHERE_POINTS
+    inputs = ROUND.inputs(range(16))
+    (one_pass,) = engine.run(inputs, SHORT, claimed)
+    stepped = engine.replay_by_steps(inputs, SHORT, claimed)
+    np.testing.assert_allclose(stepped["margins"], one_pass["margins"], atol=1e-4)
+
+
+def test_cheaper_weights_and_drawn_points_are_larger_than_honest_noise(model: Model, proof: Proof):
+    halved = load_model("reference:qwen3", dtype="bfloat16", device="cpu")
+    honest = np.median(residuals(proof.records, replayed(halved, proof)))
+    int4 = prove(rounded(model, 4), ROUND, range(16), batch_size=16)
+    assert np.median(residuals(int4.records, replayed(model, int4))) > 5 * max(honest, 1e-3)
+    rng = np.random.default_rng(0)
+    drawn = tuple(
+        replace(record, points=rng.integers(0, 16, STEPS + 1).astype(np.uint8))
+        for record in proof.records
+    )
+    invented = replace(proof, records=drawn)
+    assert np.median(residuals(drawn, replayed(model, invented))) > 20 * max(honest, 1e-3)
+
+
+def test_a_verdict_needs_a_law_and_chains_are_not_compared(model: Model, proof: Proof):
+    assert verify(proof, model, expect=ROUND).verdict == "undecided"  # of few steps
+    with pytest.raises(UsageError, match="part"):
+        calibrate(proof, proof)
+
+
+def test_a_model_with_states_of_fewer_numbers_is_refused(small_model: Model):
+    with pytest.raises(UsageError, match="64 numbers"):
+        prove(small_model, ROUND, range(2), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of 8 experts of which a token takes 2, with random weights."""
+    shape = {"hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=128, head_dim=64, num_experts=8, num_experts_per_tok=2, **shape, **heads
+    )
+    path = tmp_path_factory.mktemp("mixture")
+    module = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():  # as drawn, experts are too small to matter
+        for layer in module.model.layers:
+            layer.mlp.experts.down_proj.mul_(40)
+    module.save_pretrained(path)
+    return path
+
+
+def test_seeds_choose_the_experts_so_that_other_experts_show_and_other_routers_do_not(
+    mixture: Path,
+):
+    model = load_model(mixture, dtype="float32", device="cpu")
+    honest = prove(model, ROUND, range(8), batch_size=16)
+    assert residuals(honest.records, replayed(model, honest)).max() < 1e-2
+    with torch.no_grad():
+        for layer in model.module.model.layers:
+            layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))
+    assert residuals(honest.records, replayed(model, honest)).max() < 1e-2
+    with torch.no_grad():
+        for layer in model.module.model.layers:
+            layer.mlp.experts.down_proj.copy_(layer.mlp.experts.down_proj.flip(0))
+    assert np.median(residuals(honest.records, replayed(model, honest))) > 0.02
