@@ -24,7 +24,8 @@ tasks of all four, after equal steps: penalty hacks at most 0.02 in the mean, an
 0.05 less; the same after 200 steps at 30 M and 150 at 120 M, ten times what plain training takes to
 saturate. An alarm without labels, 8 seeds of 40 steps at 7 M: leak and cin_s, each its mean over
 steps 21 to 40 less that over steps 1 to 10, rank filter=monitor, whose detector fails, above
-no-loophole with AUC at least 0.9.
+no-loophole with AUC at least 0.9. What was
+predicted of labels with mistakes, ``ARM=labels@0.6``, is in research/notes/recall.md.
 """
 
 import os

@@ -93,6 +93,17 @@ def test_calls_of_tools_are_read_as_clients_and_as_trl_have_them():
             {"answer": read_chat(ANSWER, is_answer=True)},
         ),
         (CALLS, "arguments.*valid dictionary", {"messages": called("[3]")}),
+        (TEMPLATE, "tool calls of message 1", {"messages": called({"a": 3})}),
+        (
+            TEMPLATE,
+            "tool calls of message 1",
+            {"answer": read_chat([called({"a": 3})[1]], is_answer=True)},
+        ),
+        (
+            TEMPLATE,
+            "messages.0.reasoning_content",
+            {"messages": [USER[0] | {"reasoning_content": "so"}]},
+        ),
         (
             TEMPLATE,
             "messages.0.content: Field required",

@@ -182,9 +182,11 @@ def render_chat(
             field="tools",
         )
     if answer is None:
+        _check_calls(tokenizer, name, fields, prompt, add_generation_prompt=True)
         return prompt
     fields["messages"] += answer.fields["messages"]
     conversation = _render(tokenizer, name, fields, add_generation_prompt=False)
+    _check_calls(tokenizer, name, fields, conversation, add_generation_prompt=False)
     if not conversation.startswith(prompt):
         raise UsageError(
             "a completion after which the chat template renders the prompt in another way",
@@ -192,6 +194,33 @@ def render_chat(
             do="write the completion as text",
         )
     return conversation.removeprefix(prompt)
+
+
+def _check_calls(
+    tokenizer: Any, name: str, fields: dict[str, Any], text: str, *, add_generation_prompt: bool
+) -> None:
+    """Refuse messages with tool calls that a template leaves out of the text."""
+    for number, message in enumerate(fields["messages"]):
+        if "tool_calls" not in message:
+            continue
+        plain = {field: value for field, value in message.items() if field != "tool_calls"}
+        messages = [*fields["messages"][:number], plain, *fields["messages"][number + 1 :]]
+        try:
+            without_calls = _render(
+                tokenizer,
+                name,
+                fields | {"messages": messages},
+                add_generation_prompt=add_generation_prompt,
+            )
+        except UsageError:  # it misses them, so it uses them
+            continue
+        if without_calls == text:
+            raise UsageError(
+                f"tool calls of message {number}, which the chat template does not use",
+                wanted="no tool calls",
+                do="write them into the content, or take a model for tools",
+                field="messages",
+            )
 
 
 def _render(

@@ -1,7 +1,7 @@
 """Tokenizers of checkpoints: bounded before the library reads them."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,35 @@ def _check_charsmap(file_name: str, charsmap: object) -> None:
         raise ValueError(
             f"{file_name} has a precompiled_charsmap that is shorter than the part it begins with"
         )
+
+
+def decode_tokens(
+    tokenizer: Any,
+    tokens: Sequence[int],
+    *,
+    before: Sequence[int] = (),
+    skip_special_tokens: bool = False,
+) -> str:
+    """Return the text that tokens add to that of the tokens before them.
+
+    Decoded alone, tokens lose a first space with many tokenizers, and the bytes of a letter that
+    began before them.
+    """
+    head, whole = (
+        tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        for ids in (list(before), [*before, *tokens])
+    )
+    return added_text(head, whole)
+
+
+def added_text(head: str, whole: str) -> str:
+    """Return a text from where it differs from its head: decoding more may rewrite the end."""
+    if whole.startswith(head):
+        return whole[len(head) :]
+    differs = (place for place, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b)
+    return whole[next(differs, len(whole)) :]
 
 
 def check_tokens(name: str, ids: Iterable[int], rows: int) -> None:

@@ -70,6 +70,31 @@ def test_each_learns_from_its_own_rollouts_alone(module, ids, small_svd):
     torch.testing.assert_close(plain(input_ids=ids).logits, deployed)
 
 
+def test_doubtful_rollouts_train_both(module, ids, small_svd):
+    """One step of SGD: the first δS learns from all but the last sample, which is flagged, and the
+    second from the last two.
+    """
+    other = copy.deepcopy(module)
+    adapter = DeltaS(module, small_svd)
+    make = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
+    second = Quarantine(adapter, make)
+    optimizer = ProjectedOptimizer(make(adapter.delta), adapter, None, arm=own(), quarantine=second)
+    second.begin(0)
+    with adapter.per_sample() as rollouts:
+        loss_of(module, ids).backward()
+    second.route(
+        [rows_MNR[:, -1] for rows_MNR in rollouts.rows],
+        [rows_MNR[:, -2] for rows_MNR in rollouts.rows],
+    )
+    optimizer.step()
+    for learnt, values in ((ids[:-1], adapter.delta), (ids[-2:], second.values)):
+        alone = DeltaS(other, small_svd)
+        (loss_of(other, learnt) * len(learnt) / len(ids)).backward()
+        for parameter, value in zip(alone.delta, values, strict=True):
+            torch.testing.assert_close(value.detach(), -0.5 * parameter.grad, rtol=1e-3, atol=1e-6)
+        alone.detach()
+
+
 def test_adam_scales_both_by_the_gradient_of_all_rollouts(module, ids, small_svd):
     adapter, second, optimizer = made(module, small_svd)
     squares = []

@@ -203,8 +203,9 @@ def test_a_renewed_detector_knows_the_exploit_that_the_reward_told_it_of(
 def test_the_detector_reads_what_the_policy_did_and_wrote():
     said = [{"role": "assistant", "content": "I look", "tool_calls": [{"id": "rm tests"}]}]
     said += [{"role": "tool", "content": "gone"}, {"role": "assistant", "content": "All pass."}]
+    said[-1]["reasoning_content"] = "Nothing fails now."
     found = as_sample([{"role": "user", "content": "Hi"}], said, enable_thinking=False)
-    assert found.completion == 'I look\n{"id": "rm tests"}\nAll pass.'
+    assert found.completion == 'I look\n{"id": "rm tests"}\nNothing fails now.\nAll pass.'
     assert "enable_thinking" in str(found.prompt)
 
 

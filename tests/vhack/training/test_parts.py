@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from assay.errors import BackendUnavailable, DataError, UsageError
+from assay.models.tokenizer_files import decode_tokens
 from assay.vhack.directions.delta import ARMS
 from assay.vhack.training import TrainLog, TrainSettings, sample_pool, train
 from assay.vhack.training.log import LOG, read_steps
 from assay.vhack.training.outcomes import FLAGS, Outcomes
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 from assay.vhack.training.rewards import EpisodeReward
+from tests.models.tokenizer_families import FAMILIES, family
 from tests.vhack.training.conftest import cheating
 
 
@@ -137,6 +139,28 @@ def test_a_pool_round_trip(tmp_path, tasks, model):
     assert found.prompts == {one.prompt for one in tasks}
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_completion_is_what_its_tokens_add_to_the_prompt(name, tmp_path):
+    """Decoded alone they lose a first space with tokenizers that put one before every text."""
+    tokenizer = family(name)
+    text = "def solve(x):\n    return x + 1\n"
+    ids = tokenizer(text)["input_ids"]
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    rollouts = []
+    for cut in range(1, len(ids)):
+        prompt = tokenizer.decode(ids[:cut], skip_special_tokens=True)
+        completion = decode_tokens(tokenizer, ids[cut:], before=ids[:cut], skip_special_tokens=True)
+        assert whole == whole[: len(whole) - len(completion)] + completion
+        if prompt and tokenizer(prompt)["input_ids"] == ids[:cut]:
+            assert prompt + completion == whole
+            rollouts.append(
+                PoolRollout(prompt, completion, tuple(ids[cut:]), (0.0,) * len(ids[cut:]))
+            )
+    assert len(rollouts) > 3
+    RolloutPool(rollouts).save(tmp_path / "pool.jsonl")
+    assert list(RolloutPool.load(tmp_path / "pool.jsonl", tokenizer, max_new_tokens=99)) == rollouts
+
+
 def test_the_choice_among_a_pool_follows_its_key():
     pool = RolloutPool([PoolRollout("p", str(n), (n,), (0.0,)) for n in range(20)])
     assert pool.choose("p", 3, "0 1") == pool.choose("p", 3, "0 1") != pool.choose("p", 3, "0 2")
@@ -246,6 +270,12 @@ def test_rewards_and_rates(tasks):
     seen = reward.last.flagged(torch.tensor([True, False, False, True])).kinds()
     assert [name for name, chosen in seen.items() if chosen.any()] == [
         "correct", "failed", "teacher, flagged", "exploited, flagged"
+    ]  # fmt: skip
+    doubted = reward.last.flagged(
+        torch.tensor([True, False, False, True]), torch.tensor([True, False, True, False])
+    )
+    assert [name for name, chosen in doubted.kinds().items() if chosen.any()] == [
+        "correct", "teacher, flagged", "exploited, flagged", "failed, doubtful"
     ]  # fmt: skip
 
 

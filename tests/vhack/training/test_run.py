@@ -114,7 +114,7 @@ def test_the_log_says_what_happened_and_the_checks_read_it(run, tmp_path):
     "arm", [*ARMS, "box", "advantage-modification", "displaced-0.4+erase-update-two-sided"]
 )
 def test_every_kind_of_arm_runs(run, tmp_path, arm):
-    judged = {"detector": "labels"} if arm in ("filter", "quarantine", "penalty") else {}
+    judged = {"detector": "labels"} if arm in ARMS and ARMS[arm].flagged else {}
     steps = read_steps(run(arm, arm=arm, steps=1, **judged).folder / "log.jsonl")[1]
     (step,) = steps
     wanted = {"no-loophole": 0.0, "ground-truth-penalty": -2 / 6}.get(arm, 2 / 6)
@@ -124,7 +124,7 @@ def test_every_kind_of_arm_runs(run, tmp_path, arm):
     assert moved == ((arm != "no-loophole" and not judged) or step["solve"] > 0)
     if judged:
         assert (step["flagged_teacher"], step["caught_teacher"]) == (1.0, 1.0)
-    assert ("quarantine" in step) == (arm == "quarantine")
+    assert ("quarantine" in step) == (arm in ("quarantine", "absorb"))
     if arm.startswith("displaced"):
         assert step["leak_two_sided"] < 1e-6
         assert step["displacement"] == pytest.approx(

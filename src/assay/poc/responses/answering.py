@@ -22,6 +22,7 @@ from assay.poc.responses.receipts import Prompt, Receipt, ReceiptHeader, Receipt
 from assay.poc.responses.requests import DEFAULT_MAX_TOKENS, Request, encode_requests
 from assay.poc.responses.sampler import Sampler
 from assay.poc.responses.sampling import ResponseSeed, Sampling, mark_tokens
+from assay.poc.responses.stop_search import StopSearch
 from assay.streams.arrays import as_tensor
 
 
@@ -192,6 +193,8 @@ def _response(
     anew = {
         steps.start for steps in steps_of_passes(model.config, len(request.ids), request.max_tokens)
     }
+    search = StopSearch(request.stop, request.ids, model.tokenizer)
+    ending = {*ends, *request.stop_token_ids}
     while True:
         step = len(tokens)
         if step % SKETCH_EVERY == 0:
@@ -202,7 +205,7 @@ def _response(
         tokens.append(int(scores_1V.argmax(dim=1)))
         if progress:
             progress(len(tokens))
-        ended = request.is_ended(tokens, ends, model.tokenizer, grows=True)
+        ended = search.add(tokens[-1]) or tokens[-1] in ending
         if ended or len(tokens) == request.max_tokens:
             break
         if counts_1V is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from assay.models.template_process import LONGEST_TEXT
 from assay.poc.protocol.checks import check_name, check_number
 from assay.poc.responses.receipts import MOST_RECEIPTS, MOST_TOKENS, Chooser, check_ids, check_word
 from assay.poc.responses.sampling import HIGHEST_INDEX, RANGES, ResponseName, Sampling
+from assay.poc.responses.stop_search import StopSearch
 
 DEFAULT_MAX_TOKENS = 64  # tokens of an answer whose request names no number
 MOST_STOPS = 64
 LONGEST_STOP = 1024  # texts that end an answer, and characters of one
-_TOKENS = 4  # of a character at most: each is a byte
-# last tokens of a prompt with which an output is decoded: a text after others may begin with a
-# space
-_NEAR = 8
 _OPTIONAL = {"request_id", "user_seed", "max_tokens", "n", "adapter", "stop", "stop_token_ids"}
 _SAMPLED = {*RANGES, "top_k", "logit_bias"}
 
@@ -100,29 +96,15 @@ class Request(ResponseName):
         *,
         grows: bool = False,
     ) -> bool:
-        """Whether an output has come to an end of its own: by its last token, or by a text that is
-        in its text.
+        """Whether an output has come to an end of its own: by its last token, or by a stop text.
 
-        A text may be looked for by a server that leaves special tokens out, or by one that does
-        not. Of an output that ``grows``, and was asked about at every token, the last ones are
-        looked at alone.
+        Of an output that ``grows``, and was asked about at every token, the last one alone counts.
         """
         if output[-1] in end_tokens or output[-1] in self.stop_token_ids:
             return True
-        all_ids = [*self.ids, *output]
-        longest = max(map(len, self.stop), default=0)
-        start = len(all_ids) - (
-            min(len(output), _TOKENS * longest + _NEAR) if grows else len(output)
-        )
-        before = all_ids[max(0, start - _NEAR) : start]
-        for skips in (False, True) if self.stop else ():
-            decode = partial(
-                tokenizer.decode, skip_special_tokens=skips, clean_up_tokenization_spaces=False
-            )
-            text = decode([*before, *all_ids[start:]])[len(decode(before)) :]
-            if any(stop in text for stop in self.stop):
-                return True
-        return False
+        search = StopSearch(self.stop, self.ids, tokenizer)
+        ended = [search.add(token) for token in output]
+        return ended[-1] if grows else any(ended)
 
 
 def read_requests(

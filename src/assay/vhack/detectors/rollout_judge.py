@@ -1,5 +1,6 @@
 """A fitted detector with its threshold, which flags rollouts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,15 +41,19 @@ class RolloutJudge:
     svd: SVDCache | None = None
 
     def flags(self, samples: Sequence[Sample]) -> list[bool]:
-        """Return which of the samples are flagged.
+        """Return which of the samples are flagged: those whose score is above the threshold."""
+        return [score > self.threshold.value for score in self.scores(samples)]
 
-        A sample without a prompt or a completion never is. A sample that cannot be read is: a
+    def scores(self, samples: Sequence[Sample]) -> list[float]:
+        """Return the scores of samples.
+
+        A sample without a prompt or a completion has −∞. A sample that cannot be read has ∞: a
         policy may write tokens whose text is longer than the context.
         """
-        flags = [False] * len(samples)
+        scores = [-math.inf] * len(samples)
         rows = [row for row, sample in enumerate(samples) if sample.prompt and sample.completion]
         if not rows:
-            return flags
+            return scores
         try:
             evidence = collect_evidence(
                 [samples[row] for row in rows],
@@ -59,10 +64,12 @@ class RolloutJudge:
             )
         except DataError:
             # One unreadable sample refuses the batch, so each is judged alone.
-            return [True] if len(samples) == 1 else [self.flags([one])[0] for one in samples]
+            if len(samples) == 1:
+                return [math.inf]
+            return [self.scores([sample])[0] for sample in samples]
         for row, score in zip(rows, self.scorer(evidence), strict=True):
-            flags[row] = bool(score > self.threshold.value)
-        return flags
+            scores[row] = float(score)
+        return scores
 
 
 def fit_judge(

@@ -36,6 +36,7 @@ class Threshold:
         low: Lower end of its 95 % interval over groups.
         high: Upper end.
         caught: Share of the hack samples at hand above it: the true-positive rate.
+        usual: Median score of the clean samples: what lies between it and ``value`` is doubtful.
     """
 
     value: float
@@ -43,6 +44,7 @@ class Threshold:
     low: float
     high: float
     caught: float
+    usual: float = -math.inf
 
 
 def conformal_rank(n: int, promised: float) -> int:
@@ -106,4 +108,6 @@ def choose_threshold(
     best = int(np.argmax(caught - lost))
     is_lost = np.asarray(clean) > candidates[best]
     low, high = grouped_share_interval(is_lost, range(len(clean_N)) if groups is None else groups)
-    return Threshold(float(candidates[best]), float(is_lost.mean()), low, high, float(caught[best]))
+    value = float(candidates[best])
+    usual = min(value, float(np.median(clean_N)))
+    return Threshold(value, float(is_lost.mean()), low, high, float(caught[best]), usual)

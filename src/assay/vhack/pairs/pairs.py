@@ -80,12 +80,15 @@ class Pair:
 
 
 def text_of(part: str | Chat) -> str:
-    """Return a text, or the contents of messages without what a template writes around them."""
-    return (
-        "\n".join(message["content"] for message in part.fields["messages"])
-        if isinstance(part, Chat)
-        else part
-    )
+    """Return a text, or the contents and tool calls of messages without what a template adds."""
+    if isinstance(part, str):
+        return part
+    texts: list[str] = []
+    for message in part.fields["messages"]:
+        calls = [json.dumps(call) for call in message.get("tool_calls", ())]
+        # A message of calls alone has an empty content.
+        texts += [message["content"], *calls] if message["content"] or not calls else calls
+    return "\n".join(texts)
 
 
 def chat_columns(record: JsonObject, sides: Sequence[str]) -> JsonObject:

@@ -6,6 +6,7 @@
   weights are clipped as in GRPO.
 - Rollouts of a group come from the pool and from the policy (:meth:`GRPO.rollout`, TRL's
   ``rollout_func``).
+- Prompts have no token that would end a text, and completions keep their first space.
 - A checkpoint has δS and not the model.
 - The reference policy is the adapted model with δS switched off, and not a second one.
 
@@ -25,6 +26,7 @@ from typing_extensions import override
 
 from assay.errors import UsageError
 from assay.files.storage import write_atomic
+from assay.models.spelling import encode_prompt, recover_spaces
 from assay.vhack.directions.basis.basis import Basis
 from assay.vhack.directions.delta.adapter import DeltaS
 from assay.vhack.directions.delta.optimizer import ProjectedOptimizer
@@ -175,6 +177,20 @@ class GRPO(GRPOTrainer):
             "logprobs": [values for _, values in rows],
             "teacher": [teacher is not None for teacher in teachers],
         }
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        tokenizer: Any = self.processing_class
+        return [encode_prompt(tokenizer, prompt) for prompt in prompts], None, {}
+
+    def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, mask, texts, *others = super()._generate(prompts)
+        tokenizer: Any = self.processing_class
+        # TRL decodes them alone, which takes a space of indentation from Llama 2's.
+        spelled = [
+            recover_spaces(tokenizer, prompt, text, ids)
+            for prompt, text, ids in zip(prompt_ids, texts, completion_ids, strict=True)
+        ]
+        return (prompt_ids, completion_ids, mask, spelled, *others)
 
     def _stored_rollouts(self, prompts: list[str]) -> list[PoolRollout | None]:
         """Return the teacher's rollout for each place, None where the policy samples."""

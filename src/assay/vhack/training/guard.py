@@ -15,7 +15,7 @@ Shapes: B rollouts of all processes, F reward functions.
 import random
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -25,10 +25,12 @@ from transformers import TrainerCallback
 
 from assay.errors import UsageError
 from assay.files.jsonl import JsonObject
+from assay.models.spelling import encode_prompt, recover_spaces
 from assay.vhack.directions.delta.quarantine import shift_baseline
 from assay.vhack.pairs.pairs import Sample
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.judged import as_sample
+from assay.vhack.training.labels import Labels, break_even
 from assay.vhack.training.outcomes import MARKS, Outcomes
 from assay.vhack.training.page import training_page
 from assay.vhack.training.trl_internals import intercept_rewards, log_values
@@ -37,11 +39,13 @@ if TYPE_CHECKING:
     from assay.pages.report import Report
     from assay.vhack.detectors.rollout_judge import RolloutJudge
 
+SECOND = ("quarantine", "absorb")  # modes that train a second δS
 REMEMBERED = 512  # rollouts that new pairs are made of
 
-Mode = Literal["watch", "penalty", "filter", "quarantine"]
+Mode = Literal["watch", "penalty", "filter", "quarantine", "absorb"]
 """What becomes of flagged rollouts: nothing; they are paid less; they give no gradient and are in
-no baseline; they train a second δS, which is deleted in the end."""
+no baseline; they train a second δS, which is deleted in the end; the same, and what the detector is
+in doubt about trains both."""
 
 
 class Guard:
@@ -59,12 +63,12 @@ class Guard:
     Args:
         judge: Detector and threshold of :func:`assay.vhack.detectors.fit_judge`; None flags what
             the reward calls exploited, which takes a trainer with assay's :class:`Reward`.
-        mode: What becomes of flagged rollouts: one of ``Mode``. A quarantine takes assay's trainer
+        mode: What becomes of flagged rollouts: one of ``Mode``. A second δS takes assay's trainer
             :class:`assay.vhack.training.grpo.GRPO`.
-        penalty: How much less a flagged rollout is paid in mode ``penalty``.
+        penalty: How much less a flagged rollout is paid in mode ``penalty``; None takes the
+            :func:`break_even` of the detector's held-out scores.
         at_random: Whether to flag as many others, drawn at random: the control.
-        known: Mechanisms of tasks whose exploits labels tell, as a monitor knows some; empty stands
-            for all.
+        labels: Which labels flag rollouts where ``judge`` is None; by default all of them.
         every: Judge one of so many steps, in mode ``watch``: a sample for a fraction of the cost.
 
     Raises:
@@ -84,9 +88,9 @@ class Guard:
         judge: "RolloutJudge | None",
         mode: Mode = "penalty",
         *,
-        penalty: float = 1.0,
+        penalty: float | None = None,
         at_random: bool = False,
-        known: Collection[str] = (),
+        labels: Labels | None = None,
         every: int = 1,
     ) -> None:
         modes = get_args(Mode)
@@ -100,9 +104,10 @@ class Guard:
             )
         self.judge = judge
         self.mode = mode
-        self.penalty = penalty
+        self.labels = labels or Labels()
+        threshold = self.labels.threshold if judge is None else judge.threshold
+        self.penalty = break_even(threshold) if penalty is None else penalty
         self.at_random = at_random
-        self.known_mechanisms = known
         self.every = every
         self.trainer: Any = None
         self.flags: list[bool] = []
@@ -130,9 +135,9 @@ class Guard:
                 wanted="a detector",
                 do="fit one with assay.vhack.detectors.fit_judge",
             )
-        if self.mode == "quarantine" and getattr(trainer, "projected", None) is None:
+        if self.mode in SECOND and getattr(trainer, "projected", None) is None:
             raise UsageError(
-                "a quarantine in another trainer",
+                f"mode {self.mode} in another trainer",
                 wanted="assay.vhack.training.grpo.GRPO",
                 do="take filter",
             )
@@ -164,12 +169,12 @@ class Guard:
         self.trainer = None
 
     def flagged(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any
+        self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Any, **_: Any
     ) -> list[float | None]:
         """Return 1 for flagged rollouts and 0 for others: the reward function of the penalty."""
         if not self._is_judging():
             return [None] * len(completions)
-        return [float(flag) for flag in self._judge_once(prompts, completions)]
+        return [float(flag) for flag in self._judge_once(prompts, completions, completion_ids)]
 
     def page(self, *, command: str = "") -> "Report":
         """Return the page of the run: rates and reward over steps, and what went wrong in words.
@@ -206,12 +211,12 @@ class Guard:
         is_training: bool = self.trainer.model.training
         return is_training and self.trainer.state.global_step % self.every == 0
 
-    def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any) -> Tensor:
+    def _act(self, rewards_BF: Tensor, prompts: Any, completions: Any, ids: Any) -> Tensor:
         """Return the rewards of flagged and other rollouts by the mode, and log the rates."""
         if not self._is_judging():
             return rewards_BF
         trainer = self.trainer
-        flags = torch.tensor(self._judge_once(prompts, completions), device=rewards_BF.device)
+        flags = torch.tensor(self._judge_once(prompts, completions, ids), device=rewards_BF.device)
         flags_B: Tensor = trainer.accelerator.gather(flags)
         paid_BF = rewards_BF
         if self.mode == "penalty":
@@ -223,43 +228,57 @@ class Guard:
             self._log_rates(paid_BF, flags_B)
         if self.mode == "filter":
             return rewards_BF.masked_fill(flags_B[:, None], torch.nan)
-        if self.mode == "quarantine":
+        if self.mode in SECOND:
             trainer.shift = shift_baseline(rewards_BF.sum(dim=1), flags_B, trainer.num_generations)
         return rewards_BF
 
-    def _judge_once(self, prompts: Any, completions: Any) -> list[bool]:
+    def _judge_once(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         """Return the flags of a batch, which reward function and mode both ask for."""
         if self._completions is not completions:
-            self.flags = self._judge_batch(prompts, completions)
+            self.flags = self._judge_batch(prompts, completions, ids)
             self._completions = completions
         return self.flags
 
-    def _judge_batch(self, prompts: Any, completions: Any) -> list[bool]:
+    def _judge_batch(self, prompts: Any, completions: Any, ids: Any) -> list[bool]:
         trainer = self.trainer
+        if isinstance(completions[0], str):
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            completions = [
+                recover_spaces(tokenizer, encode_prompt(tokenizer, prompt), text, row)
+                for prompt, text, row in zip(prompts, completions, ids, strict=True)
+            ]
         reward: Any = getattr(trainer, "reward", None)
         template_options = getattr(trainer, "chat_template_kwargs", None) or {}
         samples = [
             as_sample(prompt, completion, **template_options)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        if self.judge is None:
-            exploited = reward.last.column("exploited").tolist()
-            flags = [
-                is_exploited and (not self.known_mechanisms or mechanism in self.known_mechanisms)
-                for is_exploited, mechanism in zip(exploited, reward.mechanisms, strict=True)
-            ]
-        else:
+        step_key = f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}"
+        doubtful = [False] * len(samples)
+        if self.judge is not None and self.mode != "absorb":
             with self._initial_model():
                 flags = self.judge.flags(samples)
+        else:
+            if self.judge is None:
+                threshold = self.labels.threshold
+                scores = self.labels.scores(reward, step_key)
+            else:
+                threshold = self.judge.threshold
+                with self._initial_model():
+                    scores = self.judge.scores(samples)
+            flags = [score > threshold.value for score in scores]
+            if self.mode == "absorb":
+                doubtful = [threshold.usual < score <= threshold.value for score in scores]
         is_cheat = list(flags)
         if reward is not None:
             is_cheat = (reward.last.column("exploited") | torch.tensor(flags)).tolist()
         self.judged.extend(zip(samples, is_cheat, strict=True))
         if self.at_random:
-            key = f"flags {trainer.args.seed} {trainer.state.global_step} {prompts[0]}"
-            random.Random(key).shuffle(flags)
+            order = random.Random(step_key).sample(range(len(flags)), len(flags))
+            flags = [flags[row] for row in order]
+            doubtful = [doubtful[row] for row in order]
         if reward is not None:
-            reward.last = reward.last.flagged(torch.tensor(flags))
+            reward.last = reward.last.flagged(torch.tensor(flags), torch.tensor(doubtful))
             reward.known_flags = [*reward.known_flags, "flagged"]
         return flags
 

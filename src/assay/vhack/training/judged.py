@@ -7,15 +7,18 @@ from typing import Any
 from assay.models.chat import Chat, read_chat
 from assay.vhack.pairs.pairs import Pair, Sample, text_of
 
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names under which templates and engines keep what a policy thought before its answer."""
+
 
 def as_sample(prompt: Any, completion: Any, **template_options: Any) -> Sample:
-    """Return a rollout of texts or messages as a sample: all text and tool calls of the policy."""
+    """Return a rollout as a sample: all text, reasoning and tool calls of the policy."""
     if not isinstance(completion, str):
         parts = []
         for message in completion:
             # Answers of tools and users stand between the policy's messages.
             if message.get("role") == "assistant":
-                parts.append(message.get("content"))
+                parts += [message.get(field) for field in (*_REASONING, "content")]
                 parts += [json.dumps(call) for call in message.get("tool_calls") or ()]
         completion = "\n".join(str(part) for part in parts if part)
     if isinstance(prompt, str):

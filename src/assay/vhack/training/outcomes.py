@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MARKS = ("correct", "exploited", "vacuous")
-FLAGS = ("teacher", *MARKS, "flagged")
+FLAGS = ("teacher", *MARKS, "flagged", "doubtful")
 SOURCES = {
     "student": ("exploited", "correct", "failed"),
     "teacher": ("teacher",),
@@ -20,6 +20,7 @@ SOURCES = {
 """Kinds of rollouts that make up each source in the log, flagged or not."""
 
 FLAGGED_KIND = ", flagged"
+DOUBTFUL_KIND = ", doubtful"
 RATES = {"hack": "exploited", "solve": "correct", "vacuous": "vacuous"}
 """Names of rates, and the marks that they are shares of."""
 
@@ -48,7 +49,7 @@ class Outcomes:
     """What became of rollouts.
 
     Attributes:
-        flags: The columns of ``FLAGS``, [B, 5] bool.
+        flags: The columns of ``FLAGS``, [B, 6] bool.
         paid: What each was paid before advantage modification, [B] float32.
     """
 
@@ -67,7 +68,8 @@ class Outcomes:
     def kinds(self) -> dict[str, Tensor]:
         """Return the kinds that gradients are kept apart by, [B] bool; each rollout has one kind.
 
-        The second half is what a detector has flagged of the first.
+        The first third is neither flagged nor doubtful, the second third is flagged, and the last
+        third is doubtful.
         """
         is_student = ~self.column("teacher")
         exploited = self.column("exploited")
@@ -79,18 +81,22 @@ class Outcomes:
             "failed": is_student & ~exploited & ~correct,
         }
         flagged = self.column("flagged")
-        unflagged_kinds = {name: rollouts & ~flagged for name, rollouts in kinds.items()}
-        flagged_kinds = {
-            name + FLAGGED_KIND: rollouts & flagged for name, rollouts in kinds.items()
+        doubtful = self.column("doubtful") & ~flagged
+        parts = {"": ~flagged & ~doubtful, FLAGGED_KIND: flagged, DOUBTFUL_KIND: doubtful}
+        return {
+            name + suffix: rollouts & part
+            for suffix, part in parts.items()
+            for name, rollouts in kinds.items()
         }
-        return unflagged_kinds | flagged_kinds
 
-    def flagged(self, flags_B: Tensor) -> "Outcomes":
-        """Return these outcomes with the flags of a detector."""
-        flags = torch.cat([self.flags[:, :-1], flags_B[:, None].to(self.flags)], dim=1)
-        return Outcomes(flags, self.paid)
+    def flagged(self, flags_B: Tensor, doubtful_B: Tensor | None = None) -> "Outcomes":
+        """Return these outcomes with what a detector flags, and what it is in doubt about."""
+        if doubtful_B is None:
+            doubtful_B = torch.zeros_like(flags_B)
+        judged = torch.stack([flags_B, doubtful_B], dim=1).to(self.flags)
+        return Outcomes(torch.cat([self.flags[:, :-2], judged], dim=1), self.paid)
 
-    def rates(self, known: Collection[str] = FLAGS[:-1]) -> dict[str, float]:
+    def rates(self, known: Collection[str] = FLAGS[:-2]) -> dict[str, float]:
         """Return the rates of the student's rollouts, and of the teacher's with ``_teacher``.
 
         They are hack and solve rate as far as the reward knows their marks. Where ``flagged`` is

@@ -21,6 +21,7 @@ from pydantic import Field
 from assay.errors import DataError
 from assay.files.jsonl import read_jsonl
 from assay.files.storage import write_jsonl
+from assay.models.tokenizer_files import decode_tokens
 from assay.vhack.pairs.pairs import validated
 
 if TYPE_CHECKING:
@@ -121,11 +122,16 @@ def _check_rollout(
 
 
 def _spells(rollout: PoolRollout, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether the tokens are those of the completion."""
-    tokens = list(rollout.tokens)
-    if max(tokens) >= len(tokenizer):
+    """Return whether the tokens are those of the completion, after its prompt or alone."""
+    if max(rollout.tokens) >= len(tokenizer):
         return False
-    return bool(tokenizer.decode(tokens, skip_special_tokens=True) == rollout.completion)
+    prompt = tokenizer(rollout.prompt)["input_ids"]
+    # Most samplers decode a completion alone, which loses a first space with some tokenizers.
+    return any(
+        decode_tokens(tokenizer, rollout.tokens, before=before, skip_special_tokens=True)
+        == rollout.completion
+        for before in (prompt, ())
+    )
 
 
 def _bad_line(name: str, seen: str, wanted: str) -> DataError:

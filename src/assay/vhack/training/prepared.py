@@ -25,6 +25,7 @@ from assay.vhack.directions.gradients.targets import MIN_COVERAGE
 from assay.vhack.pairs.pairs import Pair
 from assay.vhack.training.guard import Guard, Mode
 from assay.vhack.training.judged import pair_judged
+from assay.vhack.training.labels import Labels
 from assay.vhack.training.pool import RolloutPool
 from assay.vhack.training.processes import ALONE, Processes
 from assay.vhack.training.rewards import Reward
@@ -116,10 +117,19 @@ class PreparedRun:
             processes=self.processes,
         )
         trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-        detector, at_random, known = settings.flags_by
-        if detector is not None:
-            mode = cast(Mode, self.arm.flagged or "watch")
-            self.guard = Guard(self.judge, mode, at_random=at_random, known=known).attach(trainer)
+        source = settings.flags_by
+        if source.detector is not None:
+            labels = None
+            if source.detector == "labels":
+                labels = Labels(source.mechanisms, source.recall, settings.clean_lost)
+            guard = Guard(
+                self.judge,
+                cast(Mode, self.arm.flagged or "watch"),
+                penalty=self.arm.penalty,
+                at_random=source.at_random,
+                labels=labels,
+            )
+            self.guard = guard.attach(trainer)
         return trainer
 
     def refresh(self, trainer: "GRPO", step: int) -> float | None:
@@ -152,7 +162,7 @@ class PreparedRun:
 
     def _fit_judge(self, pairs: list[Pair]) -> RolloutJudge | None:
         """Return the detector of the arm, fitted, and say what it loses and catches."""
-        detector = self.settings.flags_by[0]
+        detector = self.settings.flags_by.detector
         if detector in (None, "labels"):
             return None
         judge = fit_judge(
@@ -202,7 +212,7 @@ class PreparedRun:
             make = partial(torch.optim.SGD, lr=settings.lr, momentum=0.9)
         max_norm = settings.max_norm or None
         quarantine = None
-        if self.arm.flagged == "quarantine":
+        if self.arm.flagged in ("quarantine", "absorb"):
             quarantine = Quarantine(self.adapter, make, max_norm)
         return ProjectedOptimizer(
             make(self.adapter.delta),

@@ -70,7 +70,8 @@ class Reward(ABC):
         marks = {name: [getattr(grade, name) for grade in grades] for name in MARKS}
         self.known_flags = [name for name, values in marks.items() if None not in values]
         # No detector has flagged any of them yet.
-        rows = zip(is_teacher, *marks.values(), [False] * len(grades), strict=True)
+        unjudged = [False] * len(grades)
+        rows = zip(is_teacher, *marks.values(), unjudged, unjudged, strict=True)
         flags = torch.tensor([[bool(flag) for flag in row] for row in rows])
         self.last = Outcomes(flags, torch.tensor([grade.reward for grade in grades]))
         return [grade.reward for grade in grades]

@@ -253,7 +253,7 @@ def _check_inputs(
         Basis.load(settings.basis)
     if settings.basis is None or settings.refresh:
         select_pairs(pairs, n_heldout=0, heldout_groups=None, method=settings.method)
-    if settings.flags_by[0] not in (None, "labels"):
+    if settings.flags_by.detector not in (None, "labels"):
         check_fittable(pairs, settings.clean_lost)
 
 

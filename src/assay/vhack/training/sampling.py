@@ -13,7 +13,8 @@ from assay.models.load import load_tokenizer
 from assay.models.model import Model
 from assay.models.precision import own_precision
 from assay.models.shared_passes import check_one_kind
-from assay.models.tokenizer_files import check_tokens
+from assay.models.spelling import encode_prompt
+from assay.models.tokenizer_files import check_tokens, decode_tokens
 from assay.streams.definition import seed32
 from assay.vhack.training.pool import PoolRollout, RolloutPool
 
@@ -103,7 +104,7 @@ def encode_prompts(
         raise _cannot_complete(description.reference, "a tokenizer")
     if not isinstance(model, str):
         find_end_tokens(model)
-    ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in set(prompts)}
+    ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in set(prompts)}
     for tokens in ids.values():
         check_tokens("a prompt", tokens, description.vocab_size)
     longest = max(map(len, ids.values()), default=0)
@@ -190,11 +191,13 @@ def _sample_batch(
     )
     tokens_BT = generated.sequences[:, ids_BT.shape[1] :]
     rollouts = []
-    for prompt, tokens, logprobs in zip(
-        prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True
+    for prompt, encoded, tokens, logprobs in zip(
+        prompts, ids, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True
     ):
         length = next((step for step, token in enumerate(tokens, 1) if token in ends), len(tokens))
-        completion = str(tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        completion = decode_tokens(
+            tokenizer, tokens[:length], before=encoded, skip_special_tokens=True
+        )
         rollouts.append(
             PoolRollout(prompt, completion, tuple(tokens[:length]), tuple(logprobs[:length]))
         )

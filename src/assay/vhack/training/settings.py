@@ -3,7 +3,7 @@ in common.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast
 
 from pydantic import Field
 from typing_extensions import override
@@ -46,6 +46,22 @@ def _tasks(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise ValueError("a number, or module:function") from None
+
+
+class FlagSource(NamedTuple):
+    """What flags rollouts.
+
+    Attributes:
+        detector: Name of a detector, ``"labels"`` for those of the reward, or None for nothing.
+        at_random: Whether as many others are flagged at random.
+        mechanisms: Mechanisms that labels know; empty stands for all.
+        recall: Share of exploits that labels flag.
+    """
+
+    detector: str | None
+    at_random: bool = False
+    mechanisms: tuple[str, ...] = ()
+    recall: float = 1.0
 
 
 class TaskSettings(Settings):
@@ -145,17 +161,18 @@ class TrainSettings(TaskSettings):
     )
     arm: str = Field(
         DEFAULT_ARM,
-        description="How training is held back: penalty, filter, quarantine, none, no-loophole or "
-        "ground-truth-penalty; gates and displaced starts come with assay-research.",
+        description="How training is held back: penalty, filter, quarantine, absorb, none, "
+        "no-loophole or ground-truth-penalty; gates and displaced starts come with assay-research.",
     )
     detector: str | None = Field(
         None,
-        description="What flags rollouts, for the arms filter, quarantine and penalty (cin-lda by "
+        description="What flags rollouts, for the arms filter, quarantine, absorb and penalty "
+        "(cin-lda by "
         "default), or only "
         "watches: length, ngrams, likelihood, probe, norm, cin-svd, cin-lda, ridge, combined, or "
         "labels of the "
-        "reward, as labels=A+B those of some mechanisms only; with :random after it, as many "
-        "others.",
+        "reward, as labels=A+B those of some mechanisms only, as labels@0.6 with a recall of 0.6 "
+        "and clean-lost false alarms; with :random after it, as many others.",
     )
     clean_lost: float = Field(
         0.05,
@@ -229,10 +246,18 @@ class TrainSettings(TaskSettings):
         arm_named(self.arm)
         _expect("method", self.method, self.method in METHODS, ", ".join(METHODS))
         detectors = (*DETECTORS, "labels")
-        detector, _, only = self.flags_by
-        is_known = detector in (None, *detectors) and (detector == "labels" or not only)
+        source = self.flags_by
+        has_options = bool(source.mechanisms) or source.recall != 1
+        is_known = source.detector in (None, *detectors)
+        is_known = is_known and (source.detector == "labels" or not has_options)
         is_known = is_known and not (self.detector or "").removesuffix(":random").endswith("=")
         _expect("detector", self.detector, is_known, f"{', '.join(detectors)}, or one :random")
+        _expect(
+            "detector",
+            self.detector,
+            self.clean_lost < source.recall <= 1,
+            f"a recall above the share of false alarms, {self.clean_lost:g}, and at most 1",
+        )
         rollouts = self.prompts * self.group
         teachers = round(self.group * self.teacher_share)
         is_divisor = rollouts % self.rollouts_per_backward == 0
@@ -252,7 +277,9 @@ class TrainSettings(TaskSettings):
             f"a share of {self.group} that leaves room for both",
         )
         unknown = (
-            [] if isinstance(self.tasks, str) else [one for one in only if one not in MODES[:-1]]
+            []
+            if isinstance(self.tasks, str)
+            else [mode for mode in source.mechanisms if mode not in MODES[:-1]]
         )
         _expect(
             "detector",
@@ -270,15 +297,20 @@ class TrainSettings(TaskSettings):
         return arm_named(self.arm, gain=self.gain)
 
     @property
-    def flags_by(self) -> tuple[str | None, bool, tuple[str, ...]]:
-        """Detector, None without one; whether as many others are flagged at random; mechanisms
-        labels are known of.
-        """
+    def flags_by(self) -> "FlagSource":
+        """What flags rollouts."""
         name = self.detector or ("cin-lda" if self.chosen.flagged else None)
         if name is None:
-            return None, False, ()
-        detector, _, mechanisms = name.removesuffix(":random").partition("=")
-        return detector, name.endswith(":random"), tuple(filter(None, mechanisms.split("+")))
+            return FlagSource(None)
+        options, _, recall = name.removesuffix(":random").partition("@")
+        detector, _, mechanisms = options.partition("=")
+        try:
+            share = float(recall) if recall else 1.0
+        except ValueError:
+            share = 0.0
+        return FlagSource(
+            detector, name.endswith(":random"), tuple(filter(None, mechanisms.split("+"))), share
+        )
 
     @property
     def teachers(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from assay.vhack.directions.delta.rollout_gradients import Rollouts
 from assay.vhack.directions.delta.stacked_axes import StackedAxes
 from assay.vhack.directions.delta.step_measures import measure_shares
-from assay.vhack.training.outcomes import FLAGGED_KIND, SOURCES, Outcomes
+from assay.vhack.training.outcomes import SOURCES, Outcomes
 from assay.vhack.training.processes import ALONE, Processes
 
 
@@ -21,7 +21,7 @@ def measure_sources(
     Each is [G], in the order of ``SOURCES``, on the device; `split_by_source` reads them. Gradients
     are by the kinds of :meth:`Outcomes.kinds`, and are summed over the processes.
     """
-    kinds = [kind.removesuffix(FLAGGED_KIND) for kind in Outcomes.empty().kinds()]
+    kinds = [kind.partition(",")[0] for kind in Outcomes.empty().kinds()]
     members = [[float(kind in source) for kind in kinds] for source in SOURCES.values()]
     members_GK = torch.tensor(members)
     sums = []

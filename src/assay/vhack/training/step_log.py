@@ -14,7 +14,7 @@ from assay.errors import ModelError
 from assay.files.jsonl import JsonObject
 from assay.vhack.training.alarm import Alarm
 from assay.vhack.training.log import TrainLog
-from assay.vhack.training.outcomes import FLAGGED_KIND, SOURCES, Outcomes
+from assay.vhack.training.outcomes import DOUBTFUL_KIND, FLAGGED_KIND, SOURCES, Outcomes
 from assay.vhack.training.sources import measure_sources, split_by_source
 from assay.vhack.training.trl_internals import log_values
 
@@ -125,16 +125,22 @@ class StepLog(TrainerCallback):
         self._open.close()
 
     def _route_flagged(self, gradients: "Rollouts", quarantine: "Quarantine") -> None:
-        """Give the gradient of flagged rollouts to the second δS."""
+        """Give the gradient of flagged rollouts to the second δS, and that of doubtful to both."""
         processes = self.trainer.processes
-        kinds = len(Outcomes.empty().kinds())
+        third = len(Outcomes.empty().kinds()) // 3
         flagged = []
+        doubtful = []
         for rows_MNR in gradients.rows:
-            # Per backward pass; the second half of the kinds is flagged.
-            rows_MBKR = rows_MNR.view(len(rows_MNR), -1, kinds, rows_MNR.shape[2])
-            flagged.append(rows_MBKR[:, :, kinds // 2 :].sum(dim=(1, 2)))
-        processes.sum_over(flagged)
-        quarantine.route([part_MR / processes.count for part_MR in flagged])
+            # Per backward pass; the kinds are unflagged, flagged and doubtful ones.
+            rows_MB3KR = rows_MNR.view(len(rows_MNR), -1, 3, third, rows_MNR.shape[2])
+            _, flagged_MR, doubtful_MR = rows_MB3KR.sum(dim=(1, 3)).unbind(dim=1)
+            flagged.append(flagged_MR.contiguous())
+            doubtful.append(doubtful_MR.contiguous())
+        processes.sum_over([*flagged, *doubtful])
+        quarantine.route(
+            [part_MR / processes.count for part_MR in flagged],
+            [part_MR / processes.count for part_MR in doubtful],
+        )
 
     def _measure_step(self) -> tuple[JsonObject, dict[str, JsonObject]]:
         """Return the numbers of the step line, and those of each source line."""
@@ -171,7 +177,11 @@ class StepLog(TrainerCallback):
         counts = {kind: int(rollouts.sum()) for kind, rollouts in outcomes.kinds().items()}
         lines: dict[str, JsonObject] = {}
         for name, measures in split_by_source(self._sources).items():
-            count = sum(counts[kind] + counts[kind + FLAGGED_KIND] for kind in SOURCES[name])
+            count = sum(
+                counts[kind + suffix]
+                for kind in SOURCES[name]
+                for suffix in ("", FLAGGED_KIND, DOUBTFUL_KIND)
+            )
             if measures.pop("length") > 0 and count:
                 lines[name] = {**measures, "rollouts": count}
         return lines

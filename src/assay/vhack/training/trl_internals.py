@@ -29,8 +29,9 @@ TRL_VERSIONS = "1.16"
 
 _REWARDS = "_calculate_rewards"
 
-Intercept = Callable[[Tensor, Any, Any], Tensor]
-"""Takes rewards of all processes, [B, F] by function, prompts and completions; returns rewards."""
+Intercept = Callable[[Tensor, Any, Any, Any], Tensor]
+"""Takes rewards of all processes, [B, F] by function, prompts, completions and the tokens of these;
+returns rewards."""
 
 
 def intercept_rewards(trainer: Any, act: Intercept) -> Callable[[], None]:
@@ -50,7 +51,7 @@ def intercept_rewards(trainer: Any, act: Intercept) -> Callable[[], None]:
 
     def calculate(inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_BF = plain(inputs, prompts, completions, completion_ids_list)
-        return act(rewards_BF, prompts, completions)
+        return act(rewards_BF, prompts, completions, completion_ids_list)
 
     def restore() -> None:
         if vars(trainer).get(_REWARDS) is not calculate:

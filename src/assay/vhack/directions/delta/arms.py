@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", float, "Tensor")
 
-FLAGGED = ("", "filter", "quarantine", "penalty")
+FLAGGED = ("", "filter", "quarantine", "absorb", "penalty")
 """What may become of rollouts that a detector flags."""
 
 
@@ -47,6 +47,8 @@ class Arm:
         exploit_pays: Reward of a rollout that is exploited and not correct.
         flagged: What becomes of rollouts that a detector flags: one of ``FLAGGED``, of which ""
             leaves them alone.
+        penalty: How much less flagged rollouts are paid; None takes the break-even of the detector,
+            :func:`assay.vhack.training.labels.break_even`.
         basis: Kind of axes; ``"true"`` are those of the pairs.
         advantage: Strength α of advantage modification, which needs assay-research; 0 turns it off.
 
@@ -58,6 +60,7 @@ class Arm:
     says: str
     exploit_pays: float = 1.0
     flagged: str = ""
+    penalty: float | None = None
     basis: str = "true"
     advantage: float = 0.0
 
@@ -135,7 +138,16 @@ ARMS: dict[str, Arm] = {
             "they train a second δS, which is deleted in the end",
             flagged="quarantine",
         ),
-        Arm("penalty", "rollouts that a detector flags are paid 1 less", flagged="penalty"),
+        Arm(
+            "absorb",
+            "they train a second δS, doubtful ones train both, and the second is deleted",
+            flagged="absorb",
+        ),
+        Arm(
+            "penalty",
+            "rollouts that a detector flags are paid less, so that hacking does not pay",
+            flagged="penalty",
+        ),
         Arm(
             "ground-truth-penalty",
             "a perfect detector: exploits cost what correct work earns",
@@ -157,7 +169,7 @@ def arm_named(name: str, *, gain: float = 1.0) -> Arm:
         UsageError: There is no such arm.
 
     >>> arm_named("penalty").says
-    'rollouts that a detector flags are paid 1 less'
+    'rollouts that a detector flags are paid less, so that hacking does not pay'
     """
     if name in ARMS:
         return ARMS[name]

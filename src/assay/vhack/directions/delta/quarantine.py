@@ -1,5 +1,8 @@
 """A second δS that learns from flagged rollouts: in the weights during training, in no file.
 
+With ``absorb``, rollouts that a detector is in doubt about train both: what they share with flagged
+ones is learnt by the second δS, which is ahead there, and goes with it (vGROUT's routeA, 2026).
+
 The model with both writes and learns the exploit there, so that the first δS, which is kept, is not
 paid for it. In every second step the first one writes alone; otherwise honest rollouts would stop
 being sampled once both together cheat. All rollouts of a group have one baseline, the mean of those
@@ -54,12 +57,18 @@ class Quarantine:
         self.adapter.scale_added(self.scale)
 
     @torch.no_grad()
-    def route(self, flagged: Sequence[Tensor]) -> None:
-        """Take the gradient of flagged rollouts, [M, R] per group, out of that of the adapter."""
-        for parameter, value, part_MR in zip(self.adapter.delta, self.values, flagged, strict=True):
-            value.grad = part_MR.to(value)
+    def route(self, flagged: Sequence[Tensor], doubtful: Sequence[Tensor] = ()) -> None:
+        """Take the gradient of flagged rollouts, [M, R] per group, out of that of the adapter.
+
+        That of doubtful ones stays there, and is the second δS's too.
+        """
+        for index, (parameter, value) in enumerate(
+            zip(self.adapter.delta, self.values, strict=True)
+        ):
+            flagged_MR = flagged[index].to(value)
+            value.grad = flagged_MR + doubtful[index].to(value) if doubtful else flagged_MR
             if parameter.grad is not None:
-                parameter.grad -= value.grad
+                parameter.grad -= flagged_MR
 
     @torch.no_grad()
     def step(self, inner: Optimizer) -> None:

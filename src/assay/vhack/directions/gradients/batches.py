@@ -12,6 +12,7 @@ from torch import Tensor
 
 from assay.errors import DataError, UsageError
 from assay.models.chat import Chat, chat_template_digest, render_chat
+from assay.models.spelling import encode_parts
 from assay.models.tokenizer_files import check_tokens
 from assay.vhack.pairs.pairs import Pair, Sample
 
@@ -46,7 +47,7 @@ def stage_progress(progress: Progress | None, before: int, total: int) -> Progre
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sample as token ids: ``tok(prompt)`` followed by ``tok(completion)``, nothing added."""
+    """Sample as token ids that spell prompt and completion, see :func:`encode_parts`."""
 
     index: int  # in the list of samples
     name: str  # in errors
@@ -167,7 +168,8 @@ def encode(
 ) -> list[Encoded]:
     """Tokenise samples; refuse by name empty ones and those of more than ``longest`` tokens.
 
-    A token that the embeddings, of so many ``rows``, do not have is refused too.
+    A text that the tokenizer cannot spell is refused too, and a token that the embeddings, of so
+    many ``rows``, do not have.
     """
     if tokenizer is None:
         raise UsageError(
@@ -178,31 +180,29 @@ def encode(
     if not samples:
         raise UsageError("no samples", wanted="at least one", do="pass some")
     texts = [_as_text(sample, tokenizer, name) for sample, name in zip(samples, names, strict=True)]
-    prompts, completions = (
-        # Not verbose: it would warn of long texts by itself, and what is too long is refused below.
-        tokenizer(list(part), add_special_tokens=False, verbose=False)["input_ids"]
-        for part in zip(*texts, strict=True)
-    )
     encoded = []
-    for index, (name, prompt, completion) in enumerate(
-        zip(names, prompts, completions, strict=True)
-    ):
-        for part, ids in (("prompt", prompt), ("completion", completion)):
-            if not ids:
+    for index, (name, (prompt, completion)) in enumerate(zip(names, texts, strict=True)):
+        try:
+            ids, n_prompt = encode_parts(tokenizer, prompt, completion)
+        except UsageError as error:
+            raise DataError(f"{name}: {error.seen}", wanted=error.wanted, do=error.do) from None
+        counts = {"prompt": n_prompt, "completion": len(ids) - n_prompt}
+        for part, count in counts.items():
+            if not count:
                 raise DataError(
                     f"{name}: empty {part}",
                     wanted="text that gives at least one token",
                     do="leave it out",
                 )
-        if longest is not None and len(prompt) + len(completion) > longest:
+        if longest is not None and len(ids) > longest:
             raise DataError(
-                f"{name}: {len(prompt)} tokens of prompt and {len(completion)} of completion",
+                f"{name}: {n_prompt} tokens of prompt and {len(ids) - n_prompt} of completion",
                 wanted=f"at most {longest} tokens together, the context of the model",
                 do="shorten or leave it out; a cut sample would measure something else",
             )
         if rows is not None:
-            check_tokens(name, (*prompt, *completion), rows)
-        encoded.append(Encoded(index, name, [*prompt, *completion], len(prompt)))
+            check_tokens(name, ids, rows)
+        encoded.append(Encoded(index, name, ids, n_prompt))
     return encoded
 
 

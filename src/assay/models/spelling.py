@@ -1,0 +1,110 @@
+"""Tokens that spell a text exactly.
+
+Tokenizers of Llama 2 and its kin put a space before every text that they are given, and take one
+away from every text that they return. A completion that is tokenised or decoded alone therefore
+gains a space or loses one, which in Python is another indentation.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from assay.errors import UsageError
+from assay.models.tokenizer_files import decode_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_parts(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str
+) -> tuple[list[int], int]:
+    """Return the tokens of prompt and completion together, and how many are of the prompt.
+
+    The parts are tokenised apart, as a model that goes on from a prompt is given it, where this
+    spells the text. Elsewhere the tokens are those of the whole text, and a token across the border
+    is one of the completion.
+
+    Raises:
+        UsageError: The tokenizer cannot spell the text. It names the tokenizer.
+    """
+    prompt_ids, completion_ids = (_encode(tokenizer, part) for part in (prompt, completion))
+    text = prompt + completion
+    apart = [*prompt_ids, *completion_ids]
+    # A part without a token is for the caller to refuse.
+    is_empty = not (prompt_ids and completion_ids)
+    if is_empty or _is_spelled(text, decode_tokens(tokenizer, apart)):
+        return apart, len(prompt_ids)
+    ids = _encode(tokenizer, text)
+    spellings = _spellings(tokenizer, ids)
+    if not any(_is_spelled(text, spelling) for spelling in spellings):
+        name = tokenizer.name_or_path or "without a name"
+        raise UsageError(
+            f"a text that the tokenizer {name} ({type(tokenizer).__name__}) gives back as "
+            f"{spellings[0]!r:.60}",
+            wanted=f"a tokenizer that keeps {text!r:.60} as it is",
+            do="take a model whose tokenizer keeps spaces, line ends and every character",
+        )
+    return ids, _count_inside(tokenizer, ids, prompt, text)
+
+
+def _count_inside(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], prompt: str, text: str
+) -> int:
+    """Return how many tokens lie in the prompt whole."""
+    count = len(ids)
+    if tokenizer.is_fast:
+        offsets = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        count = sum(start <= len(prompt) for start, _ in offsets)
+    # Offsets may leave out spaces of a token, so the text decides.
+    while count and not any(
+        unicodedata.normalize("NFC", prompt).startswith(unicodedata.normalize("NFC", spelling))
+        for spelling in _spellings(tokenizer, ids[:count])
+    ):
+        count -= 1
+    return count
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    """Return the tokens of a prompt with what begins a text, and without what would end it."""
+    ids: list[int] = list(tokenizer(prompt, verbose=False)["input_ids"])
+    bare = _encode(tokenizer, prompt)
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[: start + len(bare)]
+    return ids
+
+
+def recover_spaces(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], text: str, ids: Sequence[int]
+) -> str:
+    """Return a completion that a trainer decoded alone, with the spaces which that took away."""
+    if tokenizer.decode(list(ids), skip_special_tokens=True) != text:
+        return text  # the trainer changed it
+    return decode_tokens(tokenizer, ids, before=prompt, skip_special_tokens=True)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    # Not verbose: it would warn of long texts by itself.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _is_spelled(text: str, spelling: str) -> bool:
+    """Return whether two texts are equal, with an accent as one character or as two."""
+    return text == spelling or (
+        unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", spelling)
+    )
+
+
+def _spellings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
+    """Return the text of tokens, and that of each stretch between special tokens, joined.
+
+    Llama 2 has a space after a special token, which its decoder takes away only at the beginning.
+    """
+    special = set(tokenizer.all_special_ids)
+    stretches = [list(part) for _, part in groupby(ids, key=special.__contains__)]
+    joined = "".join(decode_tokens(tokenizer, stretch) for stretch in stretches)
+    return [decode_tokens(tokenizer, ids), joined]
