@@ -225,12 +225,6 @@ ARMS: dict[str, AxisArm] = {name: _with_axes(arm) for name, arm in PAYING_ARMS.i
         ),
         AxisArm("box", "no net displacement toward the hack, nothing else", box=Box()),
         AxisArm(
-            "penalty-1",
-            "rollouts that a detector flags are paid 1 less, whatever it misses",
-            flagged="penalty",
-            penalty=1.0,
-        ),
-        AxisArm(
             "advantage-modification",
             "less reward where activations look like the hack sides'",
             advantage=2.0,

@@ -149,6 +149,12 @@ ARMS: dict[str, Arm] = {
             flagged="penalty",
         ),
         Arm(
+            "penalty-1",
+            "rollouts that a detector flags are paid 1 less, whatever it misses",
+            flagged="penalty",
+            penalty=1.0,
+        ),
+        Arm(
             "ground-truth-penalty",
             "a perfect detector: exploits cost what correct work earns",
             exploit_pays=-1.0,
