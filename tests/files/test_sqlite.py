@@ -2,6 +2,7 @@
 
 import sqlite3
 import stat
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -51,6 +52,20 @@ def test_two_services_of_names_that_share_a_beginning_have_files_of_their_own(tm
     assert second.scalar(sa.select(second["notes"])) is None
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:x?mode=memory", "a\udcff", "a\nb", " ", "~"])
+def test_a_name_in_the_working_directory_is_that_of_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    database = Database(Path(), name=name, migrations=MIGRATIONS)
+    database.change(sa.insert(database["notes"]).values(text="a note"))
+    database.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    reader = Database(Path(), name=name, migrations=MIGRATIONS, read_only=True)
+    assert table_names(tmp_path / name) == {"migrations", "notes"}
+    with reader.read() as connection:
+        assert connection.execute(sa.text("SELECT text FROM notes")).scalar_one() == "a note"
+    reader.close()
 
 
 def test_a_directory_on_a_network_is_refused_before_a_file_is_made(tmp_path, monkeypatch):

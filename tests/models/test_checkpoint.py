@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -74,11 +75,82 @@ def test_a_server_gets_no_folder_of_which_it_would_load_other_weights(checkpoint
         identify(checkpoint, dtype="float32")
 
 
-def test_a_second_set_of_weights_is_refused_whatever_it_is_called(checkpoint):
-    second = checkpoint / "model.safetensors.more.safetensors"
-    second.write_bytes((checkpoint / "model.safetensors").read_bytes())
-    with pytest.raises(BadWeights, match=second.name):
-        load_model(checkpoint, device="cpu")
+SECOND_SETS = (
+    "model.safetensors.more.safetensors",
+    "model.fp16.safetensors",
+    "MODEL.SAFETENSORS",
+    "Model.SafeTensors",
+    "model-00001-of-00002.safetensors",
+    "modél.safetensors",
+    "mode\N{LATIN SMALL LETTER E}\N{COMBINING ACUTE ACCENT}l.safetensors",
+)
+NAMED_SETS = (
+    "pytorch_model.bin",
+    "PYTORCH_MODEL.BIN",
+    "pytorch_model-00001-of-00002.bin",
+    "consolidated.00.pth",
+    "weights.gguf",
+    "weights.GGUF",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "original/consolidated.safetensors",
+    "onnx/model.onnx",
+    "original/model.safetensors",
+)
+
+
+@pytest.mark.parametrize("shard", [None, "10KB"])
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("name", SECOND_SETS)
+def test_a_second_set_of_weights_is_refused_whatever_it_is_called(
+    write_checkpoint, name, link, shard
+):
+    directory = write_checkpoint(**({} if shard is None else {"shard": shard}))
+    if name.lower().startswith("mod") and not name.lower().startswith("model") and shard:
+        pytest.skip("no loader takes it beside an index")
+    first = min(directory.glob("*.safetensors"))
+    second = directory / name
+    if second.exists():
+        pytest.skip("it is one of the shards")
+    if link:
+        second.symlink_to(first)
+    else:
+        second.write_bytes(first.read_bytes())
+    with pytest.raises(BadWeights, match=re.escape(name)):
+        load_model(directory, device="cpu")
+    with pytest.raises(BadWeights, match=re.escape(name)):
+        identify(directory, dtype="float32")
+
+
+@pytest.mark.parametrize("shard", [None, "10KB"])
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_weights_that_are_not_read_are_named(write_checkpoint, name, shard):
+    directory = write_checkpoint(**({} if shard is None else {"shard": shard}))
+    digest = load_model(directory, device="cpu").digest
+    second = directory / name
+    second.parent.mkdir(exist_ok=True)
+    second.write_bytes(min(directory.glob("*.safetensors")).read_bytes())
+    with pytest.warns(UserWarning, match=re.escape(name)):
+        assert load_model(directory, device="cpu").digest == digest
+    for kept in ("training_args.bin", "optimizer.pt", "rng_state.pth"):
+        (directory / kept).touch()
+    second.unlink()
+    assert load_model(directory, device="cpu").digest == digest
+
+
+def test_a_name_of_the_index_is_taken_to_the_letter(write_checkpoint):
+    """Two forms of one letter of Unicode are two names of files."""
+    directory = write_checkpoint(shard="10KB")
+    index = json.loads((directory / INDEX).read_text())
+    first = min(index["weight_map"].values())
+    (directory / first).rename(directory / "e\N{COMBINING ACUTE ACCENT}.safetensors")
+    index["weight_map"] = {
+        name: "\N{LATIN SMALL LETTER E WITH ACUTE}.safetensors" if file == first else file
+        for name, file in index["weight_map"].items()
+    }
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BadWeights, match="not there"):
+        load_model(directory, device="cpu")
 
 
 def test_beside_an_index_only_files_of_mistral_are_another_set(write_checkpoint):

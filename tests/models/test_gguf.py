@@ -120,7 +120,11 @@ def test_a_file_and_the_folder_that_is_made_of_it_are_one_model(write, checkpoin
     with pytest.raises(ModelError, match="2 GGUF files"):
         load_model(alone, device="cpu")
     shutil.copy(path, checkpoint / "other.gguf")  # beside safetensors it is not read
-    assert load_model(checkpoint, device="cpu").architecture == "Qwen3ForCausalLM"
+    with pytest.warns(UserWarning, match=r"other\.gguf"):
+        assert load_model(checkpoint, device="cpu").architecture == "Qwen3ForCausalLM"
+    (alone / "second.gguf").rename(alone / "pytorch_model.bin")
+    with pytest.warns(UserWarning, match=r"pytorch_model\.bin"):
+        assert load_model(alone, dtype="bfloat16", device="cpu").digest == model.digest
 
 
 @pytest.mark.parametrize(

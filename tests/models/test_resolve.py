@@ -133,7 +133,8 @@ def test_a_model_as_users_have_them_is_refused_in_words(checkpoint, spoil, says)
 def test_a_pickle_beside_safetensors_is_not_read_and_a_long_name_is_no_directory(checkpoint):
     digest = load_model(checkpoint, device="cpu").digest
     (checkpoint / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    assert load_model(checkpoint, device="cpu").digest == digest
+    with pytest.warns(UserWarning, match=r"pytorch_model\.bin"):
+        assert load_model(checkpoint, device="cpu").digest == digest
     with pytest.raises(ModelNotFound, match="no directory"):
         load_model(Path("a" * 5000))
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -124,6 +125,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         with (
             _stoppable(),
+            _plain_warnings(),
             app.make_context(
                 "assay", sys.argv[1:] if arguments is None else list(arguments)
             ) as context,
@@ -162,6 +164,16 @@ def _ended(code: int, error: AssayError | OSError | None = None) -> int:
     if error is not None:
         errors(in_assay_words(error) if isinstance(error, OSError) else error)
     return code
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings as commands do, without a line of source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_place, **_file: click.echo(
+            f"warning: {message}", err=True
+        )
+        yield
 
 
 @contextmanager

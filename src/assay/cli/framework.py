@@ -178,6 +178,8 @@ class Command(click.Command):
         panel: Heading under which the help of the group lists the command.
         example: A command line for the help.
         resumable: Whether an interrupted command continues when it is repeated.
+        instead: Settings of commands beside it that it does not have, each with the flag that takes
+            its place.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class Command(click.Command):
         panel: str = "Commands",
         example: str = "",
         resumable: bool = False,
+        instead: Mapping[str, str] | None = None,
     ) -> None:
         text = inspect.cleandoc(function.__doc__ or "")
         super().__init__(
@@ -198,6 +201,7 @@ class Command(click.Command):
         self.function = function
         self.panel = panel
         self.resumable = resumable
+        self.instead = instead or {}
         self._kinds = kinds
         self._shown = shown.split()
 
@@ -399,9 +403,14 @@ class Command(click.Command):
                 raise UsageError(
                     f"{key} in the configuration file is not a setting of {path}",
                     wanted="one of " + ", ".join(sorted(self.settings)),
-                    do=_nearest(key.replace("-", "_"), fields, "remove it"),
+                    do=self.advise(key, fields, "remove it"),
                 )
         return {fields[key.replace("-", "_")]: value for key, value in table.items()}
+
+    def advise(self, word: str, choices: Iterable[str], else_do: str) -> str:
+        """Return what to do about a flag or key that the command does not have."""
+        flag = self.instead.get(word.lstrip("-").replace("-", "_"))
+        return f"write {flag} in its place" if flag else _nearest(word, choices, else_do)
 
     def _warn(
         self, words: Sequence[str], from_line: Mapping[str, Any], variable_names: Collection[str]
@@ -628,12 +637,13 @@ def in_three_parts(error: click.ClickException) -> UsageError:
             if context
             else []
         )
-        is_argument = error.option_name.lstrip("-") in flags
-        do = (
-            "pass its value without the flag"
-            if is_argument
-            else _nearest(error.option_name, flags, look)
-        )
+        command = context.command if context else None
+        if error.option_name.lstrip("-") in flags:
+            do = "pass its value without the flag"
+        elif isinstance(command, Command):
+            do = command.advise(error.option_name, flags, look)
+        else:
+            do = _nearest(error.option_name, flags, look)
         return UsageError(error.option_name, wanted=f"a flag of {name}", do=do)
     if isinstance(error, click.BadOptionUsage):
         expected = (

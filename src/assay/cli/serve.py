@@ -19,12 +19,15 @@ from assay.settings import Flag, Settings
 
 if TYPE_CHECKING:
     from assay.poc.net.deployment import Deployment
+    from assay.poc.net.server_settings import ListenerSettings, ServerSettings
     from assay.poc.protocol.pins_file import NetworkPins
     from assay.poc.service.service_settings import ServiceSettings
     from assay.poc.validator.validator_settings import ValidatorSettings
 
 
 SERVICE = "assay.poc.service.service_settings:ServiceSettings"
+SERVER = "assay.poc.net.server_settings:ServerSettings"
+LISTENER = "assay.poc.net.server_settings:ListenerSettings"
 Host = Annotated[
     str, "ADDRESS", Field(description="Address to listen on; one that others reach needs a key.")
 ]
@@ -142,12 +145,13 @@ def serve(chosen: RunSettings, service: "ServiceSettings") -> None:
 @poc.add(
     "receive",
     ReceiveSettings,
-    SERVICE,
+    LISTENER,
     panel="Node",
+    instead={"data_dir": "--output"},
     shown="host port output api_key_file log_format",
     example="assay poc receive --port 8081",
 )
-def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
+def receive(chosen: ReceiveSettings, listener: "ListenerSettings") -> None:
     """Receive callbacks: check and keep each once.
 
     Signatures are checked with the secrets of ASSAY_CALLBACK_SECRET. It runs until SIGTERM.
@@ -156,7 +160,7 @@ def receive(chosen: ReceiveSettings, service: "ServiceSettings") -> None:
     from assay.poc.service.receiver import receive
 
     configure_logs(chosen.log_format)
-    receive(service, chosen.output, host=chosen.host, port=chosen.port)
+    receive(listener, chosen.output, host=chosen.host, port=chosen.port)
 
 
 @callbacks.add("list", CallbackListSettings, example="assay poc callbacks list --all")
@@ -206,14 +210,14 @@ class ValidatorRunSettings(RunSettings):
 @poc.add(
     "validator",
     ValidatorRunSettings,
-    SERVICE,
+    SERVER,
     "assay.poc.validator.validator_settings:ValidatorSettings",
     panel="Validator",
     shown="model data_dir pins nodes nonces_per_hour calibration api_key_file host port log_format",
     example="assay poc validator --model reference:qwen3 --pins pins.toml",
 )
 def validator(
-    chosen: ValidatorRunSettings, service: "ServiceSettings", settings: "ValidatorSettings"
+    chosen: ValidatorRunSettings, server: "ServerSettings", settings: "ValidatorSettings"
 ) -> None:
     """Recompute samples of many nodes until SIGTERM.
 
@@ -230,9 +234,9 @@ def validator(
     from assay.poc.validator.registry import Registry
     from assay.poc.verdict.ledger import check_ledger
 
-    check_folder(service.data_dir)  # first what needs no torch
-    registry = Registry.load(settings.pins, settings.nodes, service, model=chosen.model)
-    check_host(chosen.host, service)
+    check_folder(server.data_dir)  # first what needs no torch
+    registry = Registry.load(settings.pins, settings.nodes, server, model=chosen.model)
+    check_host(chosen.host, server)
     check_port(chosen.host, chosen.port)
     from assay.models.catalogue import model_info
     from assay.poc.validator.validator_api import validate
@@ -243,7 +247,7 @@ def validator(
     check_loadable(chosen.model, dtype, chosen.device)
     for name in settings.controls:
         check_loadable(chosen.model, name, chosen.device)
-    check_ledger(service.data_dir / LEDGER, alpha=registry.alpha, beta=service.beta)
+    check_ledger(server.data_dir / LEDGER, alpha=registry.alpha, beta=server.beta)
     configure_logs(chosen.log_format)
 
     def load() -> "Deployment":
@@ -254,4 +258,4 @@ def validator(
         )
         return replace(deployed, controls=tuple(again))
 
-    validate(load, settings, service, reference=chosen.model, host=chosen.host, port=chosen.port)
+    validate(load, settings, server, reference=chosen.model, host=chosen.host, port=chosen.port)

@@ -80,7 +80,7 @@ def storage_errors(path: Path, flag: str) -> Iterator[None]:
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Return a connection to another process's file, which it cannot change."""
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro"
     if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
         # No writer has it open, and the journal that SQLite would begin has no place.
         uri += "&immutable=1"
@@ -105,8 +105,9 @@ def writing_engine(path: Path, *, secure_delete: bool) -> sa.Engine:
 
     Transactions that write have the execution option ``assay_write``.
     """
-    # A URL in text would take what follows a "?" in the path for options, and open another file.
-    url = sa.URL.create("sqlite", database=str(path))
+    # A URL in text would take what follows a "?" in the path for options, and open another file;
+    # ":memory:" alone is none.
+    url = sa.URL.create("sqlite", database=str(path.absolute()))
     engine = sa.create_engine(url, pool_size=8, max_overflow=32)
     sa.event.listen(engine, "connect", partial(_set_up_writing, secure_delete=secure_delete))
     sa.event.listen(engine, "begin", _begin)

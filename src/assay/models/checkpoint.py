@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MISTRAL = "consolidated"
 """Prefix of files in Mistral's own layout, which vLLM prefers and transformers does not read."""
+_READ_BY_OTHERS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz")
+_PICKLED = ("pytorch_model", "model", _MISTRAL)
+"""Prefixes of pickles that are weights; those beside them are a trainer's state."""
 _NOT_READ = (_MISTRAL, "adapter_model.")
 _TORCH_DTYPES = {name: torch_dtype(dtype) for name, dtype in STORED_DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -79,8 +83,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     written = _written(directory)
     if (directory / _SINGLE).is_file():
         others = [name for name in written if name != _SINGLE and not name.startswith(_NOT_READ)]
-        if (directory / _INDEX).is_file():
-            others.append(_INDEX)
+        others += sorted(path.name for path in directory.glob("*.safetensors.index*.json"))
         if others:
             raise _second_set(directory, _SINGLE, others[0])
         return (directory / _SINGLE,)
@@ -95,9 +98,32 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     for file in files:
         if file.parent != directory or not file.is_file():
             raise bad_weights(
-                f"{index} names {file.name}, which is not there", "every file beside it"
+                f"{index} names {file.name!a}, which is not there",
+                "every file beside it, spelt to the letter as the index does",
             )
+    # Loaders that follow no index take every file whose name begins so.
+    others = [name for name in written if name not in names and name.lower().startswith("model")]
+    if others:
+        raise _second_set(directory, _INDEX, others[0])
     return files
+
+
+def warn_of_unread(directory: Path, read: Collection[str]) -> None:
+    """Warn of files in a folder, or one level below it, that look like weights and are not read."""
+    paths = [path for pattern in ("*", "*/*") for path in directory.glob(pattern)]
+    like_weights = (path for path in paths if _is_weights(path.name.lower()) and path.is_file())
+    names = sorted({str(path.relative_to(directory)) for path in like_weights} - {*read})
+    if names:
+        warnings.warn(
+            f"{directory} holds {names[0]} too, one of {len(names)} files that look like weights; "
+            f"what is measured is {min(read)}",
+            stacklevel=2,
+        )
+
+
+def _is_weights(name: str) -> bool:
+    is_pickle = name.endswith(PICKLES) and name.startswith(_PICKLED)
+    return (is_pickle or name.endswith(_READ_BY_OTHERS)) and not name.startswith(".")
 
 
 def check_served(directory: Path) -> None:
@@ -115,8 +141,10 @@ def check_served(directory: Path) -> None:
 
 def _written(directory: Path) -> list[str]:
     """Return the names of all safetensors files in a folder that are not hidden, sorted."""
-    names = (path.name for path in directory.glob("*.safetensors"))
-    return sorted(name for name in names if not name.startswith("."))
+    names = (path.name for path in directory.iterdir())
+    return sorted(
+        name for name in names if name.lower().endswith(".safetensors") and name[0] != "."
+    )
 
 
 def _second_set(directory: Path, name: str, second: str) -> BadWeights:
@@ -166,7 +194,9 @@ def list_tensors(directory: Path) -> list[StoredTensor]:
     Raises:
         BadWeights: A file is corrupt, a name is there twice, or a dtype is not read.
     """
-    headers = [tensor for file in weight_files(directory) for tensor in _read_headers(file)]
+    files = weight_files(directory)
+    warn_of_unread(directory, {file.name for file in files})
+    headers = [tensor for file in files for tensor in _read_headers(file)]
     tensors = sorted(headers, key=lambda tensor: tensor.name)
     counts = Counter(tensor.name for tensor in tensors)
     duplicates = [name for name, count in counts.items() if count > 1]

@@ -30,6 +30,7 @@ from assay.errors import (
     how_to_install,
     is_out_of_memory,
 )
+from assay.models.checkpoint import warn_of_unread
 from assay.models.configuration import (
     auto_class,
     build,
@@ -81,9 +82,9 @@ def find_gguf(path: Path) -> Path | None:
     Raises:
         ModelError: The folder holds several.
     """
-    if any(path.glob("*.safetensors")):
-        return None
     candidates = [path] if path.is_file() else sorted(path.iterdir())
+    if any(file.suffix.lower() == ".safetensors" for file in candidates):
+        return None
     files = [file for file in candidates if file.suffix.lower() == ".gguf"]
     if len(files) > 1:
         raise ModelError(
@@ -91,6 +92,8 @@ def find_gguf(path: Path) -> Path | None:
             wanted="one file with the whole model",
             do=f"pass one of them, such as {files[0]}",
         )
+    if files and path.is_dir():
+        warn_of_unread(path, {files[0].name})
     return files[0] if files else None
 
 

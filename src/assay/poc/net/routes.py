@@ -34,7 +34,7 @@ from assay.files.jsonl import unique_keys
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.metrics import Exported
 from assay.poc.net.refusals import Refusal, refusal_of
-from assay.poc.net.server_settings import ServerSettings, is_loopback
+from assay.poc.net.server_settings import ListenerSettings, is_loopback
 from assay.poc.net.shares import PARTS, Shares, client_of
 
 log = structlog.get_logger("assay.http")
@@ -79,7 +79,7 @@ class Keys:
     ``needed`` says that requests need a key even then, so that all are refused.
     """
 
-    def __init__(self, settings: ServerSettings, *, needed: bool = False) -> None:
+    def __init__(self, settings: ListenerSettings, *, needed: bool = False) -> None:
         self._needed = needed
         scopes = list(Scope)  # the widest first
         by_scope = (settings.api_keys, settings.validate_keys, settings.read_keys)
@@ -231,7 +231,7 @@ class HeadRoute(APIRoute):
 
 
 def route_class(
-    keys: Keys, settings: ServerSettings, metrics: Exported | None = None
+    keys: Keys, settings: ListenerSettings, metrics: Exported | None = None
 ) -> type[APIRoute]:
     """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
     bodies = Bodies(settings.max_body, settings.max_bodies)

@@ -28,7 +28,7 @@ from assay.errors import UsageError
 from assay.poc.net.refusals import Refusal
 from assay.poc.net.routes import answer
 from assay.poc.net.runtime import Runtime
-from assay.poc.net.server_settings import ServerSettings
+from assay.poc.net.server_settings import ListenerSettings
 from assay.poc.net.shares import Shares, client_of
 
 log = structlog.get_logger("assay.server")
@@ -186,7 +186,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def bounded_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+def bounded_config(app: ASGIApp, settings: ListenerSettings) -> uvicorn.Config:
     """Return how uvicorn serves an application under the bounds of some settings."""
     connections = Shares(sys.maxsize, settings.max_client_connections)  # uvicorn bounds them in all
     return uvicorn.Config(
@@ -206,7 +206,7 @@ def bounded_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
 
 def run_app(
     app: ASGIApp,
-    settings: ServerSettings,
+    settings: ListenerSettings,
     listener: socket.socket,
     *,
     runtime: Runtime | None = None,

@@ -65,19 +65,15 @@ _read_calibration = BeforeValidator(
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
 
 
-class ServerSettings(assay.settings.Settings):
-    """How a server runs. Times are in seconds, sizes in bytes.
+class ListenerSettings(assay.settings.Settings):
+    """Whom a server answers, and how much it takes from each.
 
     Raises:
         UsageError: A value is of another type or out of range, or a setting has an unknown name.
-        CalibrationError: ``calibration`` names a file that is not a calibration.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True)
 
-    data_dir: Path = Field(
-        Path("assay-data"), description="Directory of the database. One service runs per directory."
-    )
     api_key_file: Path | None = Field(
         None, description="File with keys that may do everything, one per line."
     )
@@ -114,32 +110,9 @@ class ServerSettings(assay.settings.Settings):
         description="Time in which the next request of a connection must begin, and its whole "
         "head arrive.",
     )
-    max_streams: Count = Field(32, description="Event streams that are open at the same time.")
-    max_client_streams: Count = Field(
-        16, description="Event streams that one client has open at the same time."
-    )
     callback_secrets: Annotated[Words, Flag(("--callback-secret",), secret=True)] = _list(
         "--callback-secret",
         "Standard Webhooks secrets (whsec_…), the newest first. Each of them signs every callback.",
-    )
-    callback_timeout: Seconds = Field(10.0, description="Time that one delivery may take.")
-    callback_concurrency: Count = Field(8, description="Deliveries that run at the same time.")
-    allow_private_callbacks: bool = Field(
-        False,
-        description="Whether callback URLs may point into private networks and to this machine.",
-    )
-    drain: Seconds = Field(
-        30.0, description="Time that a stopping service waits for the running batch."
-    )
-    alpha: Chance | None = Field(
-        None, description="Chance of ever accusing an honest node; else the pins', or 0.001."
-    )
-    beta: Chance = Field(
-        1e-2, description="Chance of passing a node that computes too many nonces cheaply."
-    )
-    calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
-        None,
-        description="Measured honest noise, or its file; else that of pins, or the bundled model.",
     )
 
     def __init__(self, **values: Any) -> None:
@@ -185,6 +158,42 @@ class ServerSettings(assay.settings.Settings):
         return bool(self.api_keys or self.validate_keys or self.read_keys)
 
 
+class ServerSettings(ListenerSettings):
+    """How a server runs that keeps a database. Times are in seconds, sizes in bytes.
+
+    Raises:
+        UsageError: A value is of another type or out of range, or a setting has an unknown name.
+        CalibrationError: ``calibration`` names a file that is not a calibration.
+    """
+
+    data_dir: Path = Field(
+        Path("assay-data"), description="Directory of the database. One service runs per directory."
+    )
+    max_streams: Count = Field(32, description="Event streams that are open at the same time.")
+    max_client_streams: Count = Field(
+        16, description="Event streams that one client has open at the same time."
+    )
+    callback_timeout: Seconds = Field(10.0, description="Time that one delivery may take.")
+    callback_concurrency: Count = Field(8, description="Deliveries that run at the same time.")
+    allow_private_callbacks: bool = Field(
+        False,
+        description="Whether callback URLs may point into private networks and to this machine.",
+    )
+    drain: Seconds = Field(
+        30.0, description="Time that a stopping service waits for the running batch."
+    )
+    alpha: Chance | None = Field(
+        None, description="Chance of ever accusing an honest node; else the pins', or 0.001."
+    )
+    beta: Chance = Field(
+        1e-2, description="Chance of passing a node that computes too many nonces cheaply."
+    )
+    calibration: Annotated[Calibration | None, _read_calibration, NoDecode] = Field(
+        None,
+        description="Measured honest noise, or its file; else that of pins, or the bundled model.",
+    )
+
+
 def is_loopback(host: str) -> bool:
     """Return whether an address or name is reachable from this machine only."""
     try:
@@ -193,7 +202,7 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def check_host(host: str, settings: ServerSettings) -> None:
+def check_host(host: str, settings: ListenerSettings) -> None:
     """Refuse an address that others reach while requests need no key."""
     if not is_loopback(host) and not settings.has_keys:
         raise UsageError(

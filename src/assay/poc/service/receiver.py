@@ -23,7 +23,7 @@ from assay.poc.net.application import new_app
 from assay.poc.net.logs import LogBudget
 from assay.poc.net.routes import Keys, LocalOnly, Scope, needs, route_class
 from assay.poc.net.server import listen, run_app
-from assay.poc.net.server_settings import ServerSettings, is_loopback
+from assay.poc.net.server_settings import ListenerSettings, is_loopback
 from assay.poc.net.signatures import Signatures, message_id, parsed, unsigned
 from assay.poc.protocol.checks import MAX_NONCE
 from assay.poc.service.database import RECEIVED, open_database
@@ -114,7 +114,7 @@ class Received:
         self._db.change(self._received.delete())
 
 
-def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> None:
+def receive(settings: ListenerSettings, output: Path, *, host: str, port: int) -> None:
     """Receive callbacks until SIGTERM or SIGINT, and keep them in the SQLite file ``output``.
 
     Raises:
@@ -132,7 +132,7 @@ def receive(settings: ServerSettings, output: Path, *, host: str, port: int) -> 
         run_app(create_receiver(Received(output), settings), settings, listener)
 
 
-def create_receiver(store: Received, settings: ServerSettings) -> FastAPI:
+def create_receiver(store: Received, settings: ListenerSettings) -> FastAPI:
     """Return the receiver as an application.
 
     Without a secret it answers this machine only. With one, callbacks that no secret signed are
