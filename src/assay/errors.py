@@ -73,6 +73,10 @@ class ProofMismatch(ProofError):
     """A proof made for another model, round or pipeline; ``field`` is the name of the pin."""
 
 
+class CommitmentBroken(ProofError):
+    """Nonces or values that are not those which a node committed to, which is fraud."""
+
+
 class CalibrationError(ProofError):
     """A calibration file is unreadable or belongs to other fingerprints."""
 

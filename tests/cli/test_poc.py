@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from assay.models import precision
-from assay.poc import Proof, calibrate, cheats
+from assay.poc import Commitment, Proof, calibrate, cheats
 
 PINS = (
     "--block-hash",
@@ -303,3 +303,41 @@ def test_one_number_is_the_end_of_a_range_and_a_verdict_begins_with_a_sentence(
     said = assay("poc", "verify", made[-1], "--model", small_checkpoint, *known).out.splitlines()
     assert "8 nonces" in said[0], "what was done, before the table"
     assert all(len(line.rstrip()) <= 160 for line in said)
+
+
+def test_a_proof_is_held_to_its_commitments(prove, assay, small_checkpoint, tmp_path):
+    """0 as committed, 1 where the node changed its mind, 2 for the commitment of another round."""
+    made = prove("proof.jsonl", "--json", commit=tmp_path / "all.json")
+    assert made.code == 0, made.err
+    root = Commitment.load(tmp_path / "all.json").root
+    assert json.loads(made.out)["commitment"] == root
+    proof = Proof.load(tmp_path / "proof.jsonl")
+    early = Proof.build(
+        replace(proof.header, nonces=((0, 8, 1),)), proof.records[:8], proof.footer.seconds
+    )
+    Commitment.of(early).save(tmp_path / "early.json")
+    options = ("--model", small_checkpoint, "--device", "cpu", *PINS)
+    words = ("poc", "verify", tmp_path / "proof.jsonl", *options)
+    both = ("--commitment", tmp_path / "early.json", "--commitment", tmp_path / "all.json")
+    assert assay(*words, *both).code == 0
+    alone = assay(*words, "--commitment", tmp_path / "early.json", "--json")
+    assert alone.code == 1
+    verdict = json.loads(alone.out)
+    assert (verdict["verdict"], verdict["checked"], verdict["proved"]) == ("fraud", 0, 24)
+    order = [*range(22), 23, 22]
+    swapped = [replace(proof.records[at], nonce=nonce) for nonce, at in enumerate(order)]
+    Proof.build(proof.header, swapped, 1.0).save(tmp_path / "proof.jsonl", overwrite=True)
+    broken = assay(*words, *both)
+    assert broken.code == 1
+    assert "nothing was recomputed" in broken.out
+    other = replace(
+        Commitment.load(tmp_path / "all.json"), round=replace(proof.round, public_key="x")
+    )
+    other.save(tmp_path / "other.json")
+    assert assay(*words, "--commitment", tmp_path / "other.json").code == 2
+
+
+def test_a_round_that_would_be_porous_is_not_committed_to(refused, proving, tmp_path):
+    words = proving("proof.jsonl", "--commit", tmp_path / "all.json", nonces="2400:2424")
+    assert "--commit" in refused(*words)
+    assert list(tmp_path.glob("proof*")) == []

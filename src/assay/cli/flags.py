@@ -42,6 +42,9 @@ PinsFile = Annotated[
 _CALIBRATION = Flag(reads="assay.poc.verdict.calibration_file:Calibration.load")
 CalibrationFile = Annotated[Path | None, _CALIBRATION]
 CalibrationFiles = Annotated[tuple[Path, ...], _CALIBRATION]
+CommitmentFiles = Annotated[
+    tuple[Path, ...], Flag(reads="assay.poc.protocol.commitments:Commitment.load")
+]
 FrameToRead = Annotated[Path | None, Flag(reads="assay.models.frame:Frame.load")]
 LedgerFile = Annotated[
     Path | None, Flag(variable="ASSAY_LEDGER", reads="assay.poc.verdict.ledger:check_ledger")

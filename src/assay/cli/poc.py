@@ -13,12 +13,14 @@ from pydantic import Field
 
 from assay.cli.flags import (
     ARGUMENT,
+    FILE,
     FOLDER,
     MODEL,
     OUTPUT,
     PROOF,
     AuditSettings,
     BlockHash,
+    CommitmentFiles,
     EngineName,
     FrameToRead,
     KernelName,
@@ -94,6 +96,9 @@ class ProveSettings(Settings):
     device: Device = None
     engine: EngineName = Field("hf", description="Engine that runs the model.")
     overwrite: Overwrite = False
+    commit: Annotated[Path | None, FILE] = Field(
+        None, description="Commitment to all nonces and values to write."
+    )
     preset: PresetName = None
     seq_len: Annotated[int, "POSITIONS"] = Field(
         256, description="Input positions of a nonce; with decode, its prompt."
@@ -146,6 +151,9 @@ class VerifySettings(AuditSettings):
         None, description="Positions that the proof must hold; else any 32 or more in a row."
     )
     frame: FrameFile = None
+    commitment: CommitmentFiles = Field(
+        (), description="Commitment of the node to these nonces; repeatable, with earlier ones."
+    )
     control: bool = Field(
         False, description="Compute every nonce again in the formats that --calibration names."
     )
@@ -190,7 +198,7 @@ class CollectSettings(Settings):
     ProveSettings,
     panel="Node",
     shown="model block_hash public_key output pins preset seq_len nonces batch_size dtype frame "
-    "engine device overwrite",
+    "engine device commit overwrite",
     example="assay poc prove --model reference:qwen3 --block-hash BLOCK --public-key KEY -o "
     "proof.jsonl",
     resumable=True,
@@ -204,6 +212,7 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
     from assay import poc
     from assay.poc.launch import Proving, open_prover, usual_preset
     from assay.poc.network_pins import asked
+    from assay.poc.protocol.commitments import Commitment, check_spread
 
     names = (
         "model",
@@ -227,6 +236,8 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         stated,
         chosen.nonces if "nonces" in stated else None,
     )
+    if chosen.commit is not None:
+        check_spread(task.round, task.nonces)
     with open_prover(task.proving) as loaded, progress_bar("proving") as progress:
         task.check_engine(*loaded)
         if warning := task.missing_law(*loaded):
@@ -250,6 +261,10 @@ def prove(chosen: ProveSettings, as_json: bool) -> None:
         "nonces_per_second": round(rate, 2),
         "sha256": proof.footer.sha256,
     }
+    if chosen.commit is not None:
+        commitment = Commitment.of(proof)
+        commitment.save(chosen.commit)
+        values["commitment"] = commitment.root
     if not as_json:
         pipeline = proof.header.pipeline
         empty = {"first_batch_seconds"}
@@ -266,6 +281,8 @@ def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
     round = proof.round
     words = ["assay", "poc", "verify", str(chosen.output), "--model", model]
     words += ["--block-hash", round.block_hash, "--public-key", round.public_key]
+    if chosen.commit is not None:
+        words += ["--commitment", str(chosen.commit)]
     if chosen.pins is not None:
         words += ["--pins", str(chosen.pins)]
     else:
@@ -284,14 +301,15 @@ def _verifying(chosen: ProveSettings, proof: "Proof", model: str) -> str:
     panel="Validator",
     shown="model pins block_hash public_key preset seq_len nonces strength r_target node_id "
     "node_count "
-    "prover_dtype sample calibration frame ledger dtype engine device",
+    "prover_dtype sample calibration commitment frame ledger dtype engine device",
     example="assay poc verify proof.jsonl --model reference:qwen3 --block-hash BLOCK --public-key "
     "KEY",
 )
 def verify(chosen: VerifySettings, as_json: bool) -> int:
     """Recompute a sample of a proof and judge it.
 
-    Exit code 0 honest, 1 fraud, 2 undecided or bad input.
+    Exit code 0 honest, 1 fraud, 2 undecided or bad input. A proof that breaks its --commitment is
+    fraud, and nothing is recomputed.
 
     The prover wrote the header of the proof. Exit code 0 needs the block and the key from you, and
     every other value that the prover could choose from you or at its published default. What is
@@ -316,7 +334,11 @@ def verify(chosen: VerifySettings, as_json: bool) -> int:
     stated = Pins(**chosen.model_dump(include=names | {"prover_dtype"}))
     with noting_new(chosen.ledger), progress_bar("verifying") as progress:
         auditor = Auditor(
-            **auditor_values(chosen), frame=chosen.frame, control=chosen.control, progress=progress
+            **auditor_values(chosen),
+            commitments=chosen.commitment,
+            frame=chosen.frame,
+            control=chosen.control,
+            progress=progress,
         )
         outcome = auditor.audit_proof(chosen.proof, given=stated, positions=chosen.nonces)
     if as_json:
@@ -489,6 +511,8 @@ def _sentence(verdict: "ProofVerdict") -> str:
         "fraud": "they differ by more than honest noise explains",
         "faulty": "what is wrong lies at some places of the batch, as with a broken machine",
     }
+    if verdict.fraud and not verdict.checked:
+        return "Fraud: the proof is not what the node committed to; nothing was recomputed"
     return (
         f"{verdict.verdict.capitalize()}: {checked}; "
         f"{meanings.get(verdict.verdict, 'that decides nothing yet')}"

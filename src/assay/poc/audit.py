@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from assay.errors import CalibrationError, UsageError
+from assay.errors import CalibrationError, CommitmentBroken, UsageError
 from assay.poc.launch import Launch, check_judge, check_loadable, load, open_judge, open_prefill
 from assay.poc.network_pins import find_pinned_calibration
+from assay.poc.protocol.commitments import Commitment
 from assay.poc.protocol.header import Header
 from assay.poc.protocol.pins import Pins, of_weights
 from assay.poc.protocol.pins_file import NetworkPins
@@ -39,7 +40,7 @@ from assay.poc.verdict.entries import Standing
 from assay.poc.verdict.honest_noise import bundled_noise, missing_law
 from assay.poc.verdict.ledger import Ledger, check_ledger
 from assay.poc.verdict.proof_checks import check_proof
-from assay.poc.verdict.proof_judge import ProofVerdict
+from assay.poc.verdict.proof_judge import ProofVerdict, breach
 
 V = TypeVar("V", ProofVerdict, ResponseVerdict)
 
@@ -51,6 +52,8 @@ class Auditor(Launch):
     Args:
         pins: File with all that the network agreed on.
         calibration: File with the measured honest noise; one of the pins when None.
+        commitments: Files of what the node committed to: all nonces of a proof, and where there
+            are several, before that the first of them.
         control: Whether every nonce of a proof is computed again in the formats that the
             calibration names.
         sample: Number of nonces or responses to recompute.
@@ -63,6 +66,7 @@ class Auditor(Launch):
 
     pins: Path | None = None
     calibration: Path | None = None
+    commitments: tuple[Path, ...] = ()
     control: bool = False
     sample: int | None = None
     seed: int | None = None
@@ -94,6 +98,11 @@ class Auditor(Launch):
         check_proof(
             proof, expect=pins, sample=self.sample, calibration=measured
         )  # before a model is loaded
+        try:
+            self._check_commitments(proof)
+        except CommitmentBroken as error:
+            reason = f"{error.seen}, where the node committed to {error.wanted}"
+            return Audit(breach(proof, reason, pins=pins), None)
         again = self._controls(header, measured) if self.control else ()
         auditor = self
         if header.pipeline.framed and self.frame is None and self._network is not None:
@@ -244,6 +253,13 @@ class Auditor(Launch):
                 do="pass --calibration, or leave --control out",
             )
         return measured.control_of(header, self.dtype or of_weights(header.fingerprint.dtype))
+
+    def _check_commitments(self, proof: Proof) -> None:
+        """Refuse a proof that is not what its node committed to before, in part or in whole."""
+        loaded = [Commitment.load(path) for path in self.commitments]
+        loaded.sort(key=lambda commitment: commitment.top.size)
+        for commitment in loaded:
+            commitment.check(proof, early=commitment is not loaded[-1])
 
     def _check_ledger(self, believed: Sequence[str]) -> None:
         """Refuse a ledger that cannot be added to, and evidence that is taken on the prover's

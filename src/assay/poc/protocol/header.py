@@ -127,7 +127,9 @@ class ModelLine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FramedModelLine(ModelLine):
+class FramedModelLine(ModelLine):
+    """What a header says of the model, with its frame where the preset has one."""
+
     frame: Annotated[str, Field(pattern=f"^({DIGEST.pattern})?$")] = ""
 
 
@@ -139,20 +141,25 @@ class _HeaderLine:
     schema: Literal[1]
     round: dict[str, Any]
     pipeline: dict[str, Any]
-    model: _FramedModelLine
+    model: FramedModelLine
     fingerprint: Fingerprint
     nonces: Annotated[tuple[tuple[int, int, int], ...], FailFast()]
+
+
+def read_round(values: dict[str, Any]) -> Round:
+    """Return the round of a file; an AssayError where a value is missing, unknown or wrong."""
+    if values.keys() != Round.__dataclass_fields__.keys():
+        odd = ", ".join(sorted(values.keys() ^ Round.__dataclass_fields__.keys()))
+        raise format_error(
+            f"a round with {odd:.200} missing or unknown", ", ".join(Round.__dataclass_fields__)
+        )
+    return Round(**values)
 
 
 def parse_header(line: bytes) -> Header:
     """Read the header line of a proof. Raises AssayError: the line is wrong; names what is."""
     read = read_as(_HeaderLine, line)
-    if read.round.keys() != Round.__dataclass_fields__.keys():
-        odd = ", ".join(sorted(read.round.keys() ^ Round.__dataclass_fields__.keys()))
-        raise format_error(
-            f"a round with {odd:.200} missing or unknown", ", ".join(Round.__dataclass_fields__)
-        )
-    round = Round(**read.round)
+    round = read_round(read.round)
     fingerprint = read.fingerprint
     pipeline = get_pipeline(round.preset)
     if read.pipeline != json.loads(dumps(pipeline.as_dict())):  # tuples become lists

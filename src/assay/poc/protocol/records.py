@@ -9,6 +9,7 @@ Legend of shapes: K length of a vector or sketch, N tokens, S sketches.
 
 import base64
 import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class PublishedForm(ABC):
 
     @abstractmethod
     def pack(self, record: Record) -> bytes:
-        """Return the bytes of a record, as callbacks and the service's database have them."""
+        """Return the bytes of a record, as callbacks, databases and commitments have them."""
 
     @abstractmethod
     def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
@@ -147,7 +148,7 @@ class DistanceForm(PublishedForm):
 
     @override
     def pack(self, record: Record) -> bytes:
-        raise NotImplementedError("distances are sent as numbers")
+        return struct.pack("<d", record.distance)  # of commitments; others send it as a number
 
     @override
     def unpack(self, nonce: int, text: object, pipeline: Pipeline) -> Record:
@@ -297,7 +298,7 @@ def form_of(record: Record) -> PublishedForm:
 
 
 def pack_record(record: Record) -> bytes:
-    """Return the bytes of a record that is no distance, as :meth:`PublishedForm.pack` does."""
+    """Return the bytes of a record, as :meth:`PublishedForm.pack` does."""
     return form_of(record).pack(record)
 
 

@@ -183,6 +183,29 @@ def judge(
     )
 
 
+def breach(proof: Proof, reason: str, *, pins: Pins) -> ProofVerdict:
+    """Return the verdict on a proof that is not what its node committed to: fraud, by no residual.
+
+    A commitment leaves no room for noise, so nothing is recomputed.
+    """
+    return ProofVerdict(
+        verdict="fraud",
+        reason=reason,
+        checked=0,
+        proved=proof.footer.records,
+        sequential=None,
+        places=None,
+        count=count_mismatches(np.empty(0)),
+        noise=None,
+        power=None,
+        residuals=(),
+        nonces=(),
+        sample_seed=0,
+        header=proof.header,
+        pins=pins,
+    )
+
+
 def judge_residuals(
     residuals_N: npt.NDArray[np.float64],
     noise: Noise,
