@@ -13,7 +13,7 @@ import time
 import numpy as np
 from _common import parser, publish, round_to, timed
 
-from assay.poc import Commitment, CommitmentTree, Round, draw_sample
+from assay.poc import Commitment, CommitmentTree, Round
 from assay.poc.protocol.commitments import FramedModelLine
 
 VALUE_BYTES = 24  # of the artifact preset: twelve numbers in float16
@@ -34,8 +34,7 @@ def main():
     model = FramedModelLine(reference="m", digest="0" * 64, weights="trained")
     round = Round(block_hash="b", public_key="k", model="m", preset="artifact")
     commitment = Commitment(round=round, model=model, top=tree.top)
-    question = {"validator_key": "v", "block_hash": "f", "block_height": 1, "model": "m"}
-    places = draw_sample(chosen.nonces, 1000, **question)
+    places = commitment.draw_places(1000, validator_key="v", block_hash="f")
     opened = [timed(lambda place=place: tree.open(place), clock) for place in places]
     checked = [
         timed(lambda o=opening: commitment.check_opening(o, index=o.index), clock)[0]

@@ -2,15 +2,28 @@
 blocks.
 """
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from assay.cli import run
 from assay.errors import CalibrationError
 from assay.models import load_model
 from assay.models.frame import Frame
-from assay.poc import Calibration, NetworkPins, Pins, Proof, Round, cheats, prove, verify
+from assay.poc import (
+    Calibration,
+    NetworkPins,
+    Pins,
+    Proof,
+    Round,
+    calibrate,
+    cheats,
+    prove,
+    verify,
+)
+from tests.cli.conftest import made
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +242,39 @@ def test_too_few_nonces_are_refused_before_a_model_is_loaded(refused, tmp_path):
     assert "at least 256" in refused(
         "poc", "calibrate", "--model", "reference:qwen3", *few, "-o", tmp_path / "c.json"
     )
+
+
+def test_a_chain_gets_parameters_with_their_costs(assay, refused, told, small_model, tmp_path):
+    """The JSON has the names of the chain, and the last line of the table can be pasted."""
+    measured = [
+        made(small_model, range(64), preset="artifact", block_hash=f"c{number}")
+        for number in range(2)
+    ]
+    rng = np.random.default_rng(0)
+    moved = [
+        Proof.build(
+            replace(proof.header, fingerprint=replace(proof.header.fingerprint, batch_size=16)),
+            [
+                replace(
+                    record,
+                    vector=(record.vector + rng.normal(0, 0.01, 12)).astype(np.float16),
+                )
+                for record in proof.records
+            ],
+            1.0,
+        )
+        for proof in measured
+    ]
+    law = tmp_path / "law.json"
+    calibrate(*measured, *moved).save(law)
+    words = ("poc", "calibrate", "--export", "gonka", "--calibration", law)
+    document = told(*words)
+    assert document["schema"] == "assay.poc.export/1"
+    names = {"dist_threshold", "p_mismatch", "p_value_threshold"}
+    assert document["stat_test"].keys() == names
+    assert {cost["rule"] for cost in document["costs"]} >= {"measured"}
+    assert all(0 <= cost["low"] <= cost["high"] <= 1 for cost in document["costs"])
+    shown = assay(*words)
+    assert json.loads(shown.out.splitlines()[-1]) == document["stat_test"]
+    assert "--model" in refused(*words, "--model", "reference:qwen3")
+    assert "--calibration" in refused(*words[:4])

@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import join
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 from pydantic import Field
 
 from assay.cli.flags import ARGUMENT, FILE, OUTPUT
 from assay.cli.framework import extension, resumable
-from assay.cli.output import progress_bar, say_next, show_values
+from assay.cli.output import emit_json, progress_bar, say_next, show_values, table
 from assay.cli.poc import PresetName, in_column, poc
 from assay.devices import Device
 from assay.errors import UsageError
+from assay.files.jsonl import dumps
 from assay.settings import Flag, Names, Settings
 
 if TYPE_CHECKING:
@@ -51,7 +52,16 @@ class CalibrateSettings(Settings):
         None, gt=0, le=1, description="Wanted share of valid nonces."
     )
     calibration: Path | None = Field(
-        None, description="Calibration that says how blocks differ, for --valid-rate."
+        None, description="Calibration that --valid-rate or --export read."
+    )
+    export: Annotated[Literal["gonka"] | None, "CHAIN"] = Field(
+        None, description="Chain whose parameters are chosen from --calibration: gonka."
+    )
+    checked: Annotated[int, "NONCES"] = Field(
+        200, ge=1, le=2**20, description="Nonces of an audit on the chain, for --export."
+    )
+    alpha: Annotated[float, "SHARE"] = Field(
+        0.001, gt=0, lt=1, description="False accusations of an audit that --export allows."
     )
     device: Device = None
     dimension: Annotated[int | None, "NUMBER"] = Field(
@@ -86,7 +96,7 @@ class CalibrateSettings(Settings):
     CalibrateSettings,
     panel="Noise",
     shown="output model quick preset seq_len formats pins frame merge valid_rate calibration "
-    "device",
+    "export device",
     example="assay poc calibrate --model reference:qwen3 --quick -o calibration.json",
 )
 def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
@@ -115,9 +125,17 @@ def calibrate(chosen: CalibrateSettings, as_json: bool) -> None:
     or without proofs.
 
     Example: assay poc calibrate --valid-rate 0.1
+
+    The fourth use chooses the parameters of a chain's count test from a calibration, and says what
+    they cost honest and cheap nodes.
+
+    Example: assay poc calibrate --export gonka --calibration calibration.json
     """
     from assay.poc.verdict.calibration_file import Calibration
 
+    if chosen.export is not None:
+        _export_rule(chosen, as_json)
+        return
     files = [
         path
         for source in chosen.proofs
@@ -149,7 +167,6 @@ def _read_proofs(paths: Sequence[Path]) -> "list[Proof]":
     """Return the proofs of files: every one once, and of one checkpoint."""
     from dataclasses import asdict
 
-    from assay.files.jsonl import dumps
     from assay.poc.protocol.proof import Proof
     from assay.poc.verdict.proof_calibration import check_one_checkpoint
 
@@ -178,6 +195,32 @@ def _give_target(chosen: CalibrateSettings, proofs: "Sequence[Proof]", as_json: 
     options = chosen.model_dump(include={"dimension", "calibration", "model", "device"})
     assert chosen.valid_rate is not None
     show_values("assay.poc.calibrate/1", target_for(chosen.valid_rate, proofs, **options), as_json)
+
+
+def _export_rule(chosen: CalibrateSettings, as_json: bool) -> None:
+    """Print the parameters of a chain's rule, and what they and its defaults cost."""
+    other = chosen.model_fields_set - {"export", "calibration", "checked", "alpha"}
+    if other or chosen.calibration is None:
+        flags = ", ".join(chosen.spelling(name) for name in sorted(other)) or "no --calibration"
+        raise UsageError(
+            f"--export with {flags}",
+            wanted="a calibration that was measured before, and nothing else",
+            do="`assay poc calibrate --export gonka --calibration calibration.json`",
+        )
+    from assay.poc.verdict.calibration_file import Calibration
+    from assay.poc.verdict.chain_rule import export_rule
+
+    measured = Calibration.load(chosen.calibration)
+    exported = export_rule(measured, checked=chosen.checked, alpha=chosen.alpha).as_dict()
+    if as_json:
+        emit_json("assay.poc.export/1", exported)
+        return
+    for cost in exported["costs"]:
+        interval = f"{cost['low']:.2g} to {cost['high']:.2g}"
+        rows = [("honest accused", f"{cost['false_accusation']:.2g} ({interval})")]
+        rows += [(f"caught: {name}", f"{power:.1%}") for name, power in cost["power"].items()]
+        table((cost["rule"], f"{cost['machines']}, {chosen.checked} nonces"), rows)
+    click.echo(dumps(exported["stat_test"]))
 
 
 def _frame_file(chosen: CalibrateSettings, preset: str) -> Path | None:

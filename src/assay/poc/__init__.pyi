@@ -8,7 +8,6 @@ from .one_machine import calibrate_model as calibrate_model
 from .protocol.blocks import BlockFactor as BlockFactor
 from .protocol.commitments import Commitment as Commitment
 from .protocol.commitments import CommitmentTree as CommitmentTree
-from .protocol.commitments import draw_sample as draw_sample
 from .protocol.fingerprint import Fingerprint as Fingerprint
 from .protocol.header import Header as Header
 from .protocol.pins import Build as Build

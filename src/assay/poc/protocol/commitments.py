@@ -236,6 +236,42 @@ class Commitment:
         if reduce(lambda right, left: join(left, right), reversed(labels[:begin])) != early.top:
             raise _broken("a path that gives another early commitment", "the one of the node")
 
+    def draw_places(self, size: int, *, validator_key: str, block_hash: str) -> tuple[int, ...]:
+        """Draw the places that a validator checks, from a block that came after the commitment.
+
+        The height and the model are those of the round. A node that knows the block before it
+        commits can compute all other nonces cheaply.
+
+        Args:
+            size: Number of places; all of them where there are no more.
+            validator_key: Key of the validator, so that two of them draw different places.
+            block_hash: Hash of the fresh block.
+
+        Returns:
+            The places, ascending.
+
+        Raises:
+            UsageError: A value is out of range.
+        """
+        count = self.top.size
+        check_number("size", size, 1, MAX_COUNT)
+        for name, value in (("validator_key", validator_key), ("block_hash", block_hash)):
+            check_name(name, value, do="pass it as the chain prints it")
+        if size >= count:
+            return tuple(range(count))
+        parts = (validator_key, block_hash, self.round.block_height, self.round.model)
+        text = join_prefixed(SAMPLE_TEXT, *parts).encode()
+        unbiased = 2**64 - 2**64 % count  # a larger number would favour the first places
+        places: set[int] = set()
+        counter = 0
+        while len(places) < size:
+            digest = hashlib.sha256(text + struct.pack(">Q", counter)).digest()
+            number = int.from_bytes(digest[:8])
+            counter += 1
+            if number < unbiased:
+                places.add(number % count)
+        return tuple(sorted(places))
+
     def _check_top(self, top: Label) -> None:
         if top != self.top:
             raise _broken("a path that leads to another root", f"root {self.root[:12]}")
@@ -396,55 +432,6 @@ class CommitmentTree:
         level = (size - 1).bit_length()
         packed: bytes = self._levels[level][start >> level].tobytes()
         return packed
-
-
-def draw_sample(
-    count: int,
-    size: int,
-    *,
-    validator_key: str,
-    block_hash: str,
-    block_height: int,
-    model: str,
-) -> tuple[int, ...]:
-    """Draw the places that a validator checks, which everybody can draw again.
-
-    The block must be one that came after the commitment: a node that knows it can compute the
-    others cheaply.
-
-    Args:
-        count: Number of committed nonces.
-        size: Number of places to draw; all of them where there are no more.
-        validator_key: Key of the validator, so that two of them draw different places.
-        block_hash: Hash of a block that came after the commitment.
-        block_height: Height of the round.
-        model: Name of the model in the network.
-
-    Returns:
-        The places, ascending.
-
-    Raises:
-        UsageError: A value is out of range.
-    """
-    check_number("count", count, 1, MAX_COUNT)
-    check_number("size", size, 1, MAX_COUNT)
-    check_number("block_height", block_height, 0, MAX_NONCE)
-    names = {"validator_key": validator_key, "block_hash": block_hash, "model": model}
-    for name, value in names.items():
-        check_name(name, value, do="pass it as the chain prints it")
-    if size >= count:
-        return tuple(range(count))
-    text = join_prefixed(SAMPLE_TEXT, validator_key, block_hash, block_height, model).encode()
-    unbiased = 2**64 - 2**64 % count  # a larger number would favour the first places
-    places: set[int] = set()
-    counter = 0
-    while len(places) < size:
-        digest = hashlib.sha256(text + struct.pack(">Q", counter)).digest()
-        number = int.from_bytes(digest[:8])
-        counter += 1
-        if number < unbiased:
-            places.add(number % count)
-    return tuple(sorted(places))
 
 
 def _pieces(start: int, size: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:

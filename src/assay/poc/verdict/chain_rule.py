@@ -1,0 +1,239 @@
+"""Parameters of the count rule that a chain takes, chosen from measured laws of honest noise.
+
+The rule of Gonka's chain counts vectors further apart than ``dist_threshold``, and calls a node
+fraudulent where a one-sided binomial test of that count against ``p_mismatch`` gives a p-value
+below ``p_value_threshold``. It has no law of its own, so both thresholds have to come from one.
+
+Here ``p_mismatch`` is the largest rate at which honest machines that were not measured are accused
+in at most ``p_value_threshold`` of audits, at the upper end of the 95 % interval of the share of
+residuals above the threshold, averaged over the scale of machines. Among all thresholds of the
+distance, that one is taken which catches a small share of cheap nonces best.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import scipy
+
+from assay.errors import CalibrationError
+from assay.poc.verdict.build_noise import BuildNoise
+from assay.poc.verdict.calibration_file import Calibration
+from assay.poc.verdict.laws import FloatArray, unpack_scores
+from assay.poc.verdict.sample_plan import ALPHA, EFFECT
+from assay.stats import proportion_interval
+
+IntArray = npt.NDArray[np.int64]
+CHAIN_PRESET = "artifact"
+CHAIN_SAMPLE = 200  # nonces of an audit on the chain, unless its parameters say otherwise
+MULTIPLES = np.geomspace(1.0, 20.0, 121)  # thresholds that are tried, over the typical size
+DIGITS = 3  # of a published parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainRule:
+    """The three parameters, under the names that the chain gives them."""
+
+    dist_threshold: float
+    p_mismatch: float
+    p_value_threshold: float
+
+    def fewest(self, n: int) -> int:
+        """Return the fewest mismatches of n nonces that are called fraud; n + 1 where none are."""
+        counts = np.arange(n + 1)
+        p_values = scipy.stats.binom.sf(counts - 1, n, self.p_mismatch)
+        return int(np.searchsorted(-p_values, -self.p_value_threshold, side="right"))
+
+
+DEFAULTS = {
+    "default of the chain's client": ChainRule(
+        dist_threshold=0.4, p_mismatch=0.1, p_value_threshold=0.05
+    ),
+    "default of its vLLM": ChainRule(dist_threshold=0.02, p_mismatch=0.001, p_value_threshold=0.01),
+}
+"""What the chain uses where nothing was measured."""
+
+
+class Cheat(NamedTuple):
+    """A share of nonces whose residuals are a multiple of the honest noise."""
+
+    share: float
+    multiple: float
+
+    def __str__(self) -> str:
+        part = "all" if self.share == 1 else f"{self.share:.0%} of the"
+        return f"{part} nonces at {self.multiple:g} times the noise"
+
+
+TARGET = Cheat(0.1, 5.0)
+"""The cheat by which thresholds are compared, as samples of `verify` are planned for it."""
+
+CHEATS = (Cheat(1.0, EFFECT["vector"]), TARGET, Cheat(0.4, 5.0), Cheat(1.0, 16.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleCost:
+    """What a rule costs honest and cheap nodes of one build, by audit of n nonces.
+
+    Args:
+        rule: Name of the rule.
+        machines: Number formats of the build.
+        false_accusation: Chance that an honest machine which was not measured is accused.
+        low: Lower end of its 95 % interval, at that of the share of large residuals.
+        high: Upper end.
+        power: Chance that each cheat is accused, by its name.
+    """
+
+    rule: str
+    machines: str
+    false_accusation: float
+    low: float
+    high: float
+    power: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainExport:
+    """Chosen parameters, and what they and the defaults cost."""
+
+    parameters: ChainRule
+    checked: int
+    costs: tuple[RuleCost, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values; ``stat_test`` can be pasted into the model's parameters."""
+        costs = [asdict(cost) for cost in self.costs]
+        return {"stat_test": asdict(self.parameters), "checked": self.checked, "costs": costs}
+
+
+def export_rule(
+    calibration: Calibration, *, checked: int = CHAIN_SAMPLE, alpha: float = ALPHA
+) -> ChainExport:
+    """Choose the parameters of the chain's rule, and measure what they cost.
+
+    Args:
+        calibration: Measured noise of the preset ``artifact``. One set of parameters serves all of
+            its builds, so a file with a noisy build costs power against cheats of a quiet one.
+        checked: Nonces of an audit.
+        alpha: Bound on the false accusations of an audit.
+
+    Raises:
+        CalibrationError: No build is of that preset.
+    """
+    builds = [
+        build
+        for build in calibration.builds
+        if build.preset == CHAIN_PRESET and build.control is None
+    ]
+    if not builds:
+        presets = ", ".join(sorted({build.preset for build in calibration.builds}))
+        raise CalibrationError(
+            f"a calibration of {presets}",
+            wanted=f"one of {CHAIN_PRESET}, the preset of the chain",
+            do=f"measure one: assay poc calibrate --model M --preset {CHAIN_PRESET} -o FILE",
+        )
+    tails = [_Tail(build, checked) for build in builds]
+    largest = max(tail.size for tail in tails)
+    rules = [
+        _bounded_rule(threshold, tails, checked, alpha)
+        for threshold in dict.fromkeys(map(_rounded_up, largest * MULTIPLES))
+    ]
+    best = max(rules, key=lambda rule: min(tail.power(rule, TARGET) for tail in tails))
+    named = {"measured": best, **DEFAULTS}
+    costs = [tail.cost(name, rule) for name, rule in named.items() for tail in tails]
+    return ChainExport(parameters=best, checked=checked, costs=tuple(costs))
+
+
+def _bounded_rule(
+    threshold: float, tails: "Sequence[_Tail]", checked: int, alpha: float
+) -> ChainRule:
+    """Return the rule of a threshold that accuses honest machines as often as alpha allows."""
+    counts = np.arange(1, checked + 1)
+    accused_M = np.max([tail.bound(threshold, counts) for tail in tails], axis=0)
+    fewest = 1 + int(np.searchsorted(-accused_M, -alpha))
+    # The largest rate against which so many mismatches have a p-value of alpha.
+    p_mismatch = 1.0
+    if fewest <= checked:
+        p_mismatch = float(scipy.stats.beta.ppf(alpha, fewest, checked - fewest + 1))
+    rounded = float(f"{p_mismatch:.{DIGITS}g}")
+    step = 10.0 ** (math.floor(math.log10(p_mismatch)) - DIGITS + 1)
+    return ChainRule(
+        dist_threshold=threshold,
+        p_mismatch=rounded if rounded <= p_mismatch else float(f"{rounded - step:.{DIGITS}g}"),
+        p_value_threshold=alpha,
+    )
+
+
+class _Tail:
+    """How often residuals of one build are above a threshold, on machines of every scale.
+
+    Suffixes: S scales of machines, M numbers of mismatches.
+    """
+
+    def __init__(self, build: BuildNoise, checked: int) -> None:
+        self._build = build
+        self._checked = checked
+        self._scales_S, self._weights_S = build.spread.fine
+        self._scores = unpack_scores(build.scores) if build.scores else None
+        self.size = build.law.size
+
+    def power(self, rule: ChainRule, cheat: Cheat) -> float:
+        """Return the chance that a rule accuses a cheat, over machines."""
+        honest_S = self._shares(rule.dist_threshold)
+        cheap_S = self._shares(rule.dist_threshold / cheat.multiple)
+        rate_S = (1 - cheat.share) * honest_S + cheat.share * cheap_S
+        return float(self._accused(rate_S, rule.fewest(self._checked)))
+
+    def bound(self, threshold: float, counts_M: IntArray) -> FloatArray:
+        """Return the upper ends of the chance that an honest machine has so many mismatches, [M].
+
+        They are those of the share of measured residuals above the threshold.
+        """
+        ends_S = np.array([high for _, high in self._intervals(threshold)])
+        accused_MS = scipy.stats.binom.sf(counts_M[:, None] - 1, self._checked, ends_S)
+        return np.asarray(accused_MS @ self._weights_S, np.float64)
+
+    def cost(self, name: str, rule: ChainRule) -> RuleCost:
+        """Return what a rule costs."""
+        fewest = rule.fewest(self._checked)
+        ends_S2 = np.array(self._intervals(rule.dist_threshold))
+        formats = dict.fromkeys(" / ".join(pair) for pair in self._build.formats)
+        return RuleCost(
+            rule=name,
+            machines=" and ".join(formats),
+            false_accusation=self.power(rule, Cheat(0.0, 1.0)),
+            low=self._accused(ends_S2[:, 0], fewest),
+            high=self._accused(ends_S2[:, 1], fewest),
+            power={str(cheat): self.power(rule, cheat) for cheat in CHEATS},
+        )
+
+    def _accused(self, rate_S: FloatArray, fewest: int) -> float:
+        accused_S = scipy.stats.binom.sf(fewest - 1, self._checked, rate_S)
+        return min(1.0, float(self._weights_S @ accused_S))
+
+    def _shares(self, threshold: float) -> FloatArray:
+        """Return the share of residuals above a threshold, measured or else by the law."""
+        threshold_S = threshold / self._scales_S
+        if self._scores is None:
+            return self._build.law.survival(threshold_S)
+        below_S = np.searchsorted(self._scores, threshold_S / self.size, side="right")
+        return np.asarray(1 - below_S / len(self._scores), np.float64)
+
+    def _intervals(self, threshold: float) -> list[tuple[float, float]]:
+        n = self._build.n
+        return [_interval(math.ceil(share * n), n) for share in self._shares(threshold)]
+
+
+@cache
+def _interval(count: int, n: int) -> tuple[float, float]:
+    return proportion_interval(count, n)
+
+
+def _rounded_up(value: float) -> float:
+    """Return a positive number with three significant digits, not below it."""
+    step = 10.0 ** (math.floor(math.log10(value)) - DIGITS + 1)
+    return float(f"{math.ceil(value / step - 1e-9) * step:.{DIGITS}g}")
