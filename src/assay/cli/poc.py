@@ -109,7 +109,7 @@ class ProveSettings(Settings):
     strength: Literal[32, 256] = Field(
         32, description="Bits of the seed of each input; 256 cannot collide."
     )
-    node_id: Annotated[int, "NUMBER"] = Field(0, description="Share of this node, from 0.")
+    node_id: Annotated[int, "NUMBER"] = Field(0, description="Number of this node, from 0 or 1.")
     node_count: Annotated[int, "NUMBER"] = Field(
         1, description="Number of nodes that share the nonces of the key."
     )

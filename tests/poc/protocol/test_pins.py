@@ -33,7 +33,7 @@ def test_a_round_pins_what_it_says(header: Header, round_: Round):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"block_hash": ""}, {"preset": "poc-3"}, {"node_id": 2, "node_count": 2}),
+        *({"block_hash": ""}, {"preset": "poc-3"}, {"node_id": -1, "node_count": 2}),
         *(
             {"prover_dtype": dtype}
             for dtype in ("half", "", "bfloat16+", "bfloat16+fp8_e5m2-cache")

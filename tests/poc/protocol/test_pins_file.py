@@ -94,7 +94,8 @@ def nodes(*tables: str) -> tuple[str, str]:
         ("fewest_nonces = 32", "nonces = [4, 4]\nfewest_nonces = 32", "nonce positions 4:4"),
         ("schema = 1", "schema = 1\nschema = 1", "Cannot overwrite"),
         ('digest = "', 'digest = "x', r"models\[0\].digest is 'x"),
-        (*nodes('public_key = "a"\nnode_id = 1'), "node_id is 1"),
+        (*nodes('public_key = "a"\nnode_id = 2'), "node_id is 2"),
+        (*nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 1'), "node"),
         (
             *nodes('public_key = "a"\nnode_id = 0', 'public_key = "a"\nnode_id = 0'),
             "node 'a' with 0, 2 times",
@@ -163,8 +164,9 @@ def test_shares_without_a_list_are_named_by_the_validator(written, proof: Proof)
     with pytest.raises(UsageError, match="no --node-id"):
         network.for_round(public_key="node_A")
     assert network.for_round(public_key="node_A", node_id=3).node_id == 3
-    with pytest.raises(UsageError, match="--node-id 4"):
-        network.for_round(public_key="node_A", node_id=4)
+    assert network.for_round(public_key="node_A", node_id=4).node_id == 4  # numbers from 1
+    with pytest.raises(UsageError, match="--node-id 5"):
+        network.for_round(public_key="node_A", node_id=5)
     assert network.foreign("anyone", 2, 4) == ()
     assert network.foreign("anyone", 0, 1) == ("node_count",)
 

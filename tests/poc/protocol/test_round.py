@@ -46,11 +46,27 @@ def test_nodes_share_the_nonces_without_overlap():
     assert sorted(nonce for share in shares for nonce in share) == list(range(15))
 
 
+def test_numbers_from_1_mean_the_residue_and_the_same_inputs():
+    shares = [make(node_id=i, node_count=3) for i in (1, 2, 3)]
+    assert [list(round.nonces(0, 3)) for round in shares] == [[1, 4, 7], [2, 5, 8], [3, 6, 9]]
+    assert [round.share for round in shares] == [1, 2, 0]
+    last = shares[-1]
+    assert last.check_nonces([0, 3, 6]) == [0, 3, 6]
+    for nonces in ([1], [3, 5], range(3, 12)):
+        with pytest.raises(UsageError, match="nonce"):
+            last.check_nonces(nonces)
+    alone = make(node_id=1, node_count=1)
+    assert list(alone.nonces(0, 3)) == [1, 2, 3]
+    assert alone.text("inputs", 2) == make().text("inputs", 2)
+    left = make(node_id=3, node_count=2)  # the first of three machines was taken away
+    assert list(left.nonces(0, 2)) == [3, 5]
+
+
 OUT_OF_RANGE = {
     "r_target": (0, 2.0001, -1.0, float("nan"), float("inf"), "1.4", True, 10**400),
     "seq_len": (0, 2**30, 1.5),
     "node_count": (0,),
-    "node_id": (3, -1),
+    "node_id": (-1, 2**53, 0.5),
     "block_height": (-1,),
     "block_hash": ("", "a\nb", "\ud800"),
     "public_key": ("k" * 2000, 7),

@@ -166,7 +166,7 @@ def test_fault_17_everything_has_a_bound(service):
     rounds = (
         *({"batch_size": size} for size in (0, 2000)),
         {"seq_len": 513},
-        {"node_id": 3, "node_count": 3},
+        {"group_id": 3, "n_groups": 3},
         shares,
     )
     claims = (

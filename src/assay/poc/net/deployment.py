@@ -53,6 +53,7 @@ class Deployment:
     engine: MakeEngine
     """Makes an engine from ``(seq_len, batch_size)``, once per shape, and raises an
     :class:`~assay.errors.AssayError` if that shape does not fit."""
+    aliases: tuple[str, ...] = ()  # its further names, as those under which vLLM serves it
     decodes: bool = False  # whether its engines take the presets that decode
     framed: bool = False  # whether they have the frame of the checkpoint, which tokens-1 needs
     controls: tuple[

@@ -231,9 +231,17 @@ class HeadRoute(APIRoute):
 
 
 def route_class(
-    keys: Keys, settings: ListenerSettings, metrics: Exported | None = None
+    keys: Keys,
+    settings: ListenerSettings,
+    metrics: Exported | None = None,
+    *,
+    untyped: bool = False,
 ) -> type[APIRoute]:
-    """Return a class of routes that ask for keys, bound bodies, and answer in three parts."""
+    """Return a class of routes that ask for keys, bound bodies, and answer in three parts.
+
+    With ``untyped`` a body without a content type is JSON. A page of another site could send one
+    without asking the browser, so a service without keys has :class:`LocalOnly` before them.
+    """
     bodies = Bodies(settings.max_body, settings.max_bodies)
     budget = LogBudget()
 
@@ -257,6 +265,9 @@ def route_class(
                 request.state.client = holder or client_of(host)
                 if request.method in ("GET", "HEAD"):
                     return await inner(request)
+                if untyped and "content-type" not in request.headers:
+                    typed = [*request.scope["headers"], (b"content-type", b"application/json")]
+                    request = Request(dict(request.scope) | {"headers": typed}, request.receive)
                 async with bodies.read(request) as body:
                     values = _parsed(body) if has_body and body and _says_json(request) else None
                     return await inner(_Received(request, body, values))

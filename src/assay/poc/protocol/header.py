@@ -196,7 +196,7 @@ def _check_runs(runs: Sequence[tuple[int, int, int]], round: Round) -> None:
         last = range(first, end, step)[-1]
         if last > MAX_NONCE:
             raise format_error(f"nonce {last}", f"nonces up to {MAX_NONCE}")
-        if first % round.node_count != round.node_id or (last > first and step % round.node_count):
+        if first % round.node_count != round.share or (last > first and step % round.node_count):
             raise format_error(
                 f"run {[first, end, step]}", f"nonces of node {round.node_id} of {round.node_count}"
             )

@@ -210,7 +210,7 @@ class Pins:
         block_hash: Block that seeds the round.
         public_key: Key of the node that is paid.
         block_height: Height of the block; part of no seed, so nothing depends on it.
-        node_id: Share of the node, from 0.
+        node_id: Number of the node, from 0 or from 1.
         node_count: Number of nodes that share the nonces of the key.
         model: Reference that the header must state; the checkpoint itself is compared by its
             digest.

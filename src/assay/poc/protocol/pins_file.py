@@ -147,7 +147,7 @@ class NodePins(Table):
     """A node that may prove."""
 
     public_key: Value  # key of the node
-    node_id: Index  # share of the node, from 0
+    node_id: Index  # number of the node, from 0 or from 1
     node_count: Count | None = None  # number of machines of this key; that of the round when None
     build: Value | None = None  # name of the build that it runs; any build of the model when None
 
@@ -346,13 +346,14 @@ class NetworkPins(Table):
             nodes_of_key = of_key.setdefault(node.public_key, [])
             self._check_node(node, nodes_of_key, names)
             nodes_of_key.append(node)
-        _refuse_doubles("node", [(node.public_key, node.node_id) for node in self.nodes])
+        shares = [(node.public_key, node.node_id % self._count(node)) for node in self.nodes]
+        _refuse_doubles("node", shares)
         _refuse_doubles("model", [(model.digest, "the same digest") for model in self.models])
 
     def _check_node(self, node: NodePins, same_key: Sequence[NodePins], names: set[str]) -> None:
         count = self._count(node)
         check_name("public_key", node.public_key, do="pass the public key as the chain prints it")
-        check_number("node_id", node.node_id, 0, count - 1)
+        check_number("node_id", node.node_id, 0, count)
         others = {self._count(other_node) for other_node in same_key[:1]} - {
             count
         }  # which are alike
@@ -454,11 +455,11 @@ class NetworkPins(Table):
             raise lack("--public-key", f"the key of one of its {len(self._of_key)} nodes")
         if len(matches) > 1:
             raise lack("--node-id", f"one of the {len(of_key)} shares of this key")
-        if matches or (not self.nodes and (share or 0) < count):
+        if matches or (not self.nodes and (share or 0) <= count):
             return matches[0] if matches else None
         if not self.nodes:
             problem = f"--node-id {share} beside {self._path}"
-            expected = f"a share below its node_count, {count}"
+            expected = f"a share up to its node_count, {count}"
         elif not of_key:
             problem = f"the key {key!r:.80}"
             expected = f"one of the {len(self._of_key)} that {self._path} lists"

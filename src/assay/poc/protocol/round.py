@@ -58,7 +58,8 @@ class Round:
         block_hash: Block that seeds everything.
         public_key: Key of the node that is paid.
         block_height: Height of the block; recorded in the proof, not part of any seed.
-        node_id: Share of the nonces that this node has, in ``[0, node_count)``.
+        node_id: Number of this node, from 0 or from 1: it has the nonces that are equal to it
+            modulo ``node_count``, from ``node_id`` on.
         node_count: Number of machines of one key among which the nonces are dealt out.
         model: Reference of the model; filled in by :func:`assay.poc.prove` when empty.
         preset: Name of a row of :data:`assay.poc.PIPELINES`.
@@ -104,7 +105,8 @@ class Round:
             )
         check_number("block_height", self.block_height, 0, MAX_NONCE)
         check_number("node_count", self.node_count, 1, MAX_NONCE)
-        check_number("node_id", self.node_id, 0, self.node_count - 1)
+        # A network that numbers its nodes from 1 has a node 3 of 3, and after one left, a 3 of 2.
+        check_number("node_id", self.node_id, 0, MAX_NONCE)
         check_number("seq_len", self.seq_len, self._fewest_positions, MAX_SEQ_LEN)
         number = isinstance(self.r_target, (int, float)) and not isinstance(self.r_target, bool)
         if not number or not 0 < self.r_target <= 2:
@@ -144,6 +146,11 @@ class Round:
     def plain(self) -> "Round":
         """The round without what no number depends on, and which nodes may state otherwise."""
         return replace(self, model="", block_height=0, preset=get_pipeline(self.preset).name)
+
+    @property
+    def share(self) -> int:
+        """Residue of the nonces of this node modulo ``node_count``."""
+        return self.node_id % self.node_count
 
     def text(self, stream: str, nonce: int, *, index: int = 0, k: int = 0) -> str:
         """Return the seed text of a stream of one nonce.
@@ -236,10 +243,10 @@ class Round:
             sorted({chosen[0], chosen[-1]}) if regular else chosen
         ):  # the ends of a range decide for all
             check_number("nonce", nonce, 0, MAX_NONCE)
-            if nonce % self.node_count != self.node_id:
+            if nonce % self.node_count != self.share:
                 raise UsageError(
                     f"nonce {nonce} on node {self.node_id} of {self.node_count}",
-                    wanted=f"nonces that are {self.node_id} modulo {self.node_count}",
+                    wanted=f"nonces that are {self.share} modulo {self.node_count}",
                     do="take them from Round.nonces(start, stop)",
                 )
             if nonce <= last:

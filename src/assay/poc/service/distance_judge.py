@@ -322,10 +322,11 @@ def judge_vectors(
     """
     pipeline = get_pipeline(request.params.preset)
     rule = request.stat_test or StatTest()
+    level, field = rule.level
     bounds = {
         "threshold": rule.dist_threshold,
         "p_mismatch": rule.p_mismatch,
-        "alpha": rule.fraud_threshold,
+        "alpha": level,
     }
     count = count_mismatches(errors, **bounds)
     nonces = request.nonces
@@ -338,6 +339,8 @@ def judge_vectors(
         "p_value": count.p_value,
         "fraud_detected": count.fraud,
     }
+    if request.stat_test is not None:
+        reply |= {"level": level, "level_field": field}
     if pipeline.texts == "published":
         return reply
     rates = {"alpha": account_alpha(settings.pins, settings.alpha), "beta": settings.beta}

@@ -73,6 +73,15 @@ class Progress:
                 dimension=self._dimension, freedom=effective_dimension
             )
 
+    def is_of_another(self, stored: StoredRound) -> bool:
+        """Return whether a round is another one than this, or has another share than it had."""
+        before = self.stored
+        return (before.id, before.round, before.batch_size) != (
+            stored.id,
+            stored.round,
+            stored.batch_size,
+        )
+
     @property
     def law(self) -> stats.BlockLaw | None:
         """Law of this block by the model's states, or of any block by a calibration; None before

@@ -8,7 +8,7 @@ responses are here for the OpenAPI document: handlers return plain values that f
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -71,6 +71,9 @@ class _Block(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    chain: ClassVar[bool] = False
+    """Whether the client of the chain sent it, for which some limits are others."""
+
     block_hash: Name
     block_height: Index
     public_key: Name
@@ -104,6 +107,11 @@ class Params(BaseModel):
     seq_len: Length
     k_dim: Length = 12
     preset: Annotated[str, StringConstraints(pattern=PRESET_PATTERN)] = "artifact"
+    # The wire form of decode proofs. Those who send one forward pass send these values or none.
+    decode: Literal[False] = False
+    scheme: Literal["prefill"] = "prefill"
+    max_tokens: Index = 0  # steps to decode; read where decode is set
+    route_window: Index = 0
 
 
 class ArtifactInit(_Block):
@@ -168,6 +176,14 @@ class StatTest(BaseModel):
     dist_threshold: Annotated[float, Field(ge=0, le=2)] = 0.02
     p_mismatch: Probability = 0.001
     fraud_threshold: Probability = 0.01
+    p_value_threshold: Probability | None = None  # the chain's name of fraud_threshold
+
+    @property
+    def level(self) -> tuple[float, str]:
+        """Level of the test, and the field that it is of."""
+        if self.p_value_threshold is not None:
+            return self.p_value_threshold, "p_value_threshold"
+        return self.fraud_threshold, "fraud_threshold"
 
 
 class GenerateRequest(_Block):
@@ -185,8 +201,14 @@ class GenerateRequest(_Block):
     poc_stronger_rng: bool = False
 
     def round(self, model: str) -> Round:
-        """Return the round of the job, of a model by its name."""
-        shared = ("block_hash", "public_key", "block_height", "node_id", "node_count")
+        """Return the round of the job, of a model by its name.
+
+        What is checked has the number of the machine that checks, and nonces of the one that
+        proved: any share.
+        """
+        shared = ["block_hash", "public_key", "block_height"]
+        if self.validation is None:
+            shared += ["node_id", "node_count"]
         return Round(
             **{name: getattr(self, name) for name in shared},
             model=model,
@@ -204,6 +226,18 @@ class GenerateRequest(_Block):
             unpack_or_nan(nonce, sent[nonce], get_pipeline(self.params.preset))
             for nonce in self.nonces
         ]
+
+
+class ChainInit(ArtifactInit):
+    """Begin a round, as the client of the chain does."""
+
+    chain: ClassVar[bool] = True
+
+
+class ChainJob(GenerateRequest):
+    """Queue a job, as the client of the chain does."""
+
+    chain: ClassVar[bool] = True
 
 
 def check_deployed(deployment: Deployment, settings: ServiceSettings) -> None:
@@ -237,17 +271,21 @@ def check_deployed(deployment: Deployment, settings: ServiceSettings) -> None:
             )
 
 
-def check_round(round: Round, settings: ServiceSettings, *, share: bool) -> None:
+def check_round(round: Round, settings: ServiceSettings, *, share: bool | None) -> None:
     """Refuse with 409 a round that the network did not agree on; names all values that contradict.
 
     ``share`` says that the round is generated, so that its key and share must be of a node where
-    the pins list nodes. A validator's round has a key of its own.
+    the pins list nodes. A validator's round has a key of its own. None says that the nonces may be
+    of any share of a node.
     """
     pins = settings.pins
     if pins is not None:
         names = pins.differing(round)
-        if share or not pins.nodes:
-            names += pins.foreign(round.public_key, round.node_id, round.node_count)
+        foreign = pins.foreign(round.public_key, round.node_id, round.node_count)
+        if share is None:
+            foreign = tuple(name for name in foreign if name == "public_key")
+        if share is not False or not pins.nodes:
+            names += foreign
         _check_agreed(names, vars(round), vars(pins.round))
 
 
@@ -304,7 +342,7 @@ def round_values(
     """
     share: dict[str, Any] = {"node_id": request.node_id, "node_count": request.node_count}
     if isinstance(request, ArtifactInit):
-        _check_params(request.params, deployment, settings)
+        _check_params(request.params, deployment, settings, chain=request.chain)
         kind_values: dict[str, Any] = {
             "r_target": 2.0,
             "fraud_threshold": 0.01,
@@ -396,13 +434,13 @@ def check_validation(
     foreign = [
         n
         for n in request.nonces
-        if request.node_id >= 0 and n % stored.node_count != request.node_id
+        if request.node_id >= 0 and (n - request.node_id) % stored.node_count
     ]
     if foreign and stored.node_count > 1:
         raise Refusal(
             422,
             f"nonce {foreign[0]} of node {request.node_id}",
-            wanted=f"nonces of its share: every one leaves {request.node_id} when divided by "
+            wanted=f"nonces of its share, which are equal to {request.node_id} modulo "
             f"{stored.node_count}",
             do="send the node_id that proved, to a round with the network's node_count",
         )
@@ -414,15 +452,20 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Servic
     than deployed or agreed on (409), and nonces that one forward pass would serve where artifacts
     are to be checked.
     """
-    _check_params(request.params, deployment, settings)
+    _check_params(request.params, deployment, settings, chain=request.chain)
     check_url(request.url, allow_private=settings.allow_private_callbacks)
     round = request.round(deployment.reference)
-    _check_work(round, request.batch_size, deployment, settings, share=True)
-    round.check_nonces(sorted(_limited(request.nonces, settings)))
+    checks = request.validation is not None
+    _check_work(round, request.batch_size, deployment, settings, share=None if checks else True)
+    nonces = sorted(_limited(request.nonces, settings))
+    if request.chain:  # whose client may name a nonce twice, and those of any share
+        nonces = sorted(set(nonces))
+        round = replace(round, node_id=0, node_count=1)
+    round.check_nonces(nonces)
     if request.validation is not None:
-        check_distinct_seeds(round, request.nonces)
+        check_distinct_seeds(round, nonces)
         sent = [artifact.nonce for artifact in request.validation.artifacts]
-        if sorted(sent) != sorted(request.nonces):
+        if sorted(set(sent) if request.chain else sent) != nonces:
             raise Refusal(
                 400,
                 "artifacts of other nonces than asked",
@@ -431,8 +474,13 @@ def check_job(request: GenerateRequest, deployment: Deployment, settings: Servic
             )
 
 
-def _check_params(params: Params, deployment: Deployment, settings: ServiceSettings) -> None:
-    requested = params.model_dump(exclude={"preset"})
+def _check_params(
+    params: Params, deployment: Deployment, settings: ServiceSettings, *, chain: bool
+) -> None:
+    """Refuse with 409 a model, a length or a size that is not deployed. The chain of a client says
+    how long its nonces are.
+    """
+    requested = params.model_dump(include={"model", "seq_len", "k_dim"})
     pipeline = get_pipeline(params.preset)
     if pipeline.steps and not deployment.decodes:
         raise Refusal(
@@ -443,9 +491,10 @@ def _check_params(params: Params, deployment: Deployment, settings: ServiceSetti
             "transformers",
             fields={"fields": ["preset"]},
         )
+    aliases = (*deployment.aliases, *settings.served_model_names)
     deployed = {
-        "model": deployment.reference,
-        "seq_len": settings.seq_len,
+        "model": params.model if params.model in aliases else deployment.reference,
+        "seq_len": params.seq_len if chain else settings.seq_len,
         "k_dim": pipeline.vector_size,
     }
     different_fields = sorted(name for name, value in deployed.items() if requested[name] != value)
@@ -462,7 +511,12 @@ def _check_params(params: Params, deployment: Deployment, settings: ServiceSetti
 
 
 def _check_work(
-    round: Round, batch_size: int, deployment: Deployment, settings: ServiceSettings, *, share: bool
+    round: Round,
+    batch_size: int,
+    deployment: Deployment,
+    settings: ServiceSettings,
+    *,
+    share: bool | None,
 ) -> None:
     """Refuse batches outside the bounds of the service (422), and rounds and batches outside the
     pins (409).
@@ -544,6 +598,12 @@ class ValidateReply(_Reply):
     n_invalid: int
     probability_honest: float
     residual_test: dict[str, Any]
+
+
+class ChainReply(_Reply):
+    """The answer to the client of the chain, in the fields of what it calls."""
+
+    status: str
 
 
 class JobReply(_Reply):

@@ -33,6 +33,9 @@ AROUND = 64  # bytes of a nonce in a callback, beside what it published
 FREE = frozenset({"callback_url", "fraud_threshold"})
 """The columns that may change when a round is begun again."""
 
+SHARE = ("node_id", "node_count", "group_id", "n_groups")
+"""The columns that say which nonces a machine has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundValues:
@@ -64,16 +67,14 @@ class RoundValues:
     under_pins: bool
 
     def __post_init__(self) -> None:
-        for name, high in (("node_id", "node_count"), ("group_id", "n_groups")):
-            value = getattr(self, name)
-            count = getattr(self, high)
-            if not 0 <= value < count:
-                raise Refusal(
-                    422,
-                    f"{name} {value} with {high} {count}",
-                    wanted=f"0 <= {name} < {high}",
-                    do=f"set both {name} and {high}",
-                )
+        if self.node_id < 0 or not 0 <= self.group_id < self.n_groups:
+            share = ", ".join(f"{name} {getattr(self, name)}" for name in SHARE)
+            raise Refusal(
+                422,
+                share,
+                wanted="0 <= node_id and 0 <= group_id < n_groups",
+                do="set all four, or neither group_id nor n_groups",
+            )
 
     @property
     def round(self) -> Round:
@@ -163,11 +164,14 @@ class Rounds:
             row = connection.execute(query).mappings().first()
         return State(service_row.state), StoredRound(**row) if row else None
 
-    def enter(self, state: State, values: RoundValues | None = None) -> StoredRound | None:
+    def enter(
+        self, state: State, values: RoundValues | None = None, *, reshare: bool = False
+    ) -> StoredRound | None:
         """Write a state, with the round of ``values`` where they are given; return that round.
 
         The round of the same block and key continues where it was. One that was begun with other
-        values is refused with 409: one nonce would have two results.
+        values is refused with 409: one nonce would have two results. With ``reshare`` it may take
+        another share and batch size, and continues beyond all nonces that it has.
         """
         rounds = self._rounds
         service = self._service
@@ -180,6 +184,8 @@ class Rounds:
                 )
                 connection.execute(service.update().values(state=str(state)))
                 return None
+            if reshare:
+                self._reshare(connection, values)
             fresh = {
                 **vars(values),
                 "created_at": now,
@@ -208,6 +214,25 @@ class Rounds:
                 )
             connection.execute(service.update().values(state=str(state), round_id=stored.id))
             return stored
+
+    def _reshare(self, connection: sa.Connection, values: RoundValues) -> None:
+        """Give the round of this block and key the share and batch size of ``values``."""
+        rounds = self._rounds
+        change = {name: getattr(values, name) for name in (*SHARE, "batch_size")}
+        of_values = (rounds.c.block_hash == values.block_hash) & (
+            rounds.c.public_key == values.public_key
+        )
+        row = connection.execute(sa.select(rounds).where(of_values)).mappings().first()
+        if row is None or all(row[name] == value for name, value in change.items()):
+            return
+        largest = sa.select(sa.func.max(self._records.c.nonce)).where(
+            self._records.c.round_id == row["id"]
+        )
+        last = connection.execute(largest).scalar_one()
+        first, step = values.round.node_id, values.round.node_count
+        passed = 0 if last is None else max(0, (last - first) // step + 1)
+        change["next_nonce"] = first + passed * step
+        connection.execute(rounds.update().where(of_values).values(change))
 
     def commit(self, batches: Sequence[ComputedBatch], *, interval: float, most: int) -> None:
         """Write batches of one round, their counts, and the callback that announces them, in one

@@ -25,8 +25,8 @@ from assay.poc.net.routes import SAFE_HEADERS, Keys, LocalOnly, Scope, needs, pr
 from assay.poc.net.server import listen, run_app
 from assay.poc.net.server_settings import check_host
 from assay.poc.protocol.checks import MAX_NONCE
-from assay.poc.protocol.pipelines import get_pipeline
 from assay.poc.service import request_bodies as requests
+from assay.poc.service.chain_api import CHAIN_PREFIX, chain_router, describe_config
 from assay.poc.service.outbox import Delivery
 from assay.poc.service.receipt_keeper import RECEIPTS_PREFIX, receipts_router
 from assay.poc.service.service_controller import Controller
@@ -34,20 +34,8 @@ from assay.poc.service.service_settings import ServiceSettings
 
 PREFIX = "/api/v1/pow"
 """Path of the published API."""
-PREFIXES = (PREFIX, RECEIPTS_PREFIX)
+PREFIXES = (PREFIX, CHAIN_PREFIX, RECEIPTS_PREFIX)
 """Where the paths of the service begin, the pages and the probes aside."""
-
-CONFIG = (
-    "block_hash",
-    "block_height",
-    "public_key",
-    "node_id",
-    "node_count",
-    "group_id",
-    "n_groups",
-    "seq_len",
-)
-"""What ``/status`` says of the round."""
 
 READ = needs(Scope.READ)
 VALIDATE = needs(Scope.VALIDATE)
@@ -72,7 +60,6 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
     state = str(controller.state)
     if progress is None:
         latest_nonces = []
-        config = None
     else:
         rounds = controller.rounds
         stored = progress.stored
@@ -81,9 +68,6 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
             if after is None
             else rounds.recent_valid(stored.id, after=after, limit=limit)
         )
-        config = {name: getattr(stored, name) for name in CONFIG} | {
-            "k_dim": get_pipeline(stored.preset).vector_size
-        }
     has_distances = progress is not None and not progress.publishes_vectors
     return {
         "state": state,
@@ -95,7 +79,7 @@ def describe_status(controller: Controller, after: int | None = None, limit: int
         "rate_per_second": progress.rate if progress else 0.0,
         "r_target": progress.stored.r_target if progress else None,
         "status": state,
-        "config": config,
+        "config": describe_config(controller),
         "stats": {"total_processed": progress.checked, "nonces_per_second": progress.rate}
         if progress
         else None,
@@ -138,7 +122,12 @@ def attach(
     """
     feed = Feed(controller)
     settings = controller.settings
-    kind_of_route = route_class(Keys(settings), settings, controller.metrics)
+    keys = Keys(settings)
+    kind_of_route = route_class(keys, settings, controller.metrics)
+    of_chain = route_class(keys, settings, controller.metrics, untyped=True)
+    app.include_router(chain_router(controller, of_chain))
+    if settings.compatibility == "gonka":  # before the routes whose place these take
+        app.include_router(chain_router(controller, of_chain, prefix=PREFIX))
     app.include_router(_pow_router(controller, feed, kind_of_route))
     app.include_router(receipts_router(controller, controller.receipts, kind_of_route))
     if operations:
@@ -230,17 +219,8 @@ def _pow_router(controller: Controller, feed: Feed, kind_of_route: type[APIRoute
         """Queue an artifact job. With ``wait``, answer with its result, or 202 where that takes too
         long.
         """
-        queued = await controller.call(controller.submit, body, request.state.client)
-        if not body.wait:
-            return JSONResponse(queued)
-        future = await controller.call(controller.jobs.watch, queued["request_id"])
-        try:
-            async with asyncio.timeout(controller.settings.wait):
-                return JSONResponse(await asyncio.wrap_future(future))
-        except TimeoutError:
-            return JSONResponse(
-                await controller.call(controller.jobs.state, queued["request_id"]), status_code=202
-            )
+        state, late = await controller.run_job(body, request.state.client)
+        return JSONResponse(state, status_code=202 if late else 200)
 
     @router.get("/generate/{request_id}", responses=problems(404, 422), **of_job)
     def job(request_id: str) -> Response:

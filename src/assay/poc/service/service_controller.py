@@ -6,6 +6,7 @@ of refusals. Its calls block for as long as a transaction takes, so an event loo
 read without waiting.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -86,6 +87,8 @@ class Controller(Runtime):
             self.receipts = ReceiptKeeper(self.database, self.outbox, settings, self.metrics)
             self.outbox.retry_now()
             self.state, stored = self.rounds.current()
+            self._resumes = settings.resume != "never"  # whether the next start generates on
+            self.state = self._left_in(self.state)
             if stored and stored.under_pins and settings.pins is None:
                 raise UsageError(
                     "a round that was begun under pins, and no --pins",
@@ -123,7 +126,10 @@ class Controller(Runtime):
         check_supported(engine, pipeline)
         with self._lock:
             state = self._after(call)
-            self._move(state, self.rounds.enter(state, values))
+            begun_by_chain = self.settings.resume == "auto" and request.chain
+            self._resumes = self.settings.resume != "never" and not begun_by_chain
+            stored = self.rounds.enter(self._left_in(state), values, reshare=request.chain)
+            self._move(state, stored)
 
     def phase(self, call: str) -> None:
         """Change to ``phase/generate`` or ``phase/validate`` with the round that is initialised."""
@@ -132,16 +138,21 @@ class Controller(Runtime):
             self.ready()
             if state is not self.state or self.error is not None:
                 self._check_same_model(state)
-                self.rounds.enter(state)
+                self.rounds.enter(self._left_in(state))
                 self._move(state)
 
-    def stop(self) -> None:
-        """Stop generating and validating. Works with a full disk too; the state is then written
-        later.
+    def stop(self, *, cancel_jobs: bool = False) -> None:
+        """Stop generating and validating, and cancel artifact jobs where that is asked. Works with
+        a full disk too; the state is then written later.
         """
         with self._lock:
             state = self._after("stop")
             self._persist(state)
+            if cancel_jobs:
+                try:
+                    self.jobs.cancel_open()
+                except StorageError as error:
+                    log.warning("jobs not cancelled", reason=error.seen)
             self._move(state)
 
     def validate(
@@ -194,6 +205,22 @@ class Controller(Runtime):
         self.worker.wake()
         return queued
 
+    async def run_job(
+        self, request: requests.GenerateRequest, client: str | None
+    ) -> tuple[JsonObject, bool]:
+        """Queue a job, and wait for its end where it asks for that; return its state, and whether
+        the wait was too short.
+        """
+        queued = await self.call(self.submit, request, client)
+        if not request.wait:
+            return queued, False
+        future = await self.call(self.jobs.watch, queued["request_id"])
+        try:
+            async with asyncio.timeout(self.settings.wait):
+                return await asyncio.wrap_future(future), False
+        except TimeoutError:
+            return await self.call(self.jobs.state, queued["request_id"]), True
+
     def ready(self) -> Deployment:
         """Return the deployment, or refuse with 503 before one is loaded."""
         if self.deployment is None:
@@ -220,13 +247,17 @@ class Controller(Runtime):
         """Why a generating service does not generate: ``storage``, ``callbacks``, or None."""
         return self.writer.paused if self.state is State.GENERATING else None
 
+    def _left_in(self, state: State) -> State:
+        """Return the state in which the next start finds the service that is in this one."""
+        return State.STOPPED if state is State.GENERATING and not self._resumes else state
+
     def _after(self, call: str) -> State:
         return after(call, self.state, has_round=self.progress is not None)
 
     def _move(self, state: State, stored: StoredRound | None = None) -> None:
         """Take the state in memory; what runs ends between two batches."""
         progress = self.progress
-        if stored is not None and (progress is None or progress.stored.id != stored.id):
+        if stored is not None and (progress is None or progress.is_of_another(stored)):
             progress = self._progress(stored)
         self.error = None
         self._end_epoch()
@@ -363,7 +394,7 @@ class Controller(Runtime):
 
     def _persist(self, state: State) -> None:
         try:
-            self.rounds.enter(state)
+            self.rounds.enter(self._left_in(state))
             self._unsaved = False
         except StorageError as error:
             self._unsaved = True

@@ -2,12 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
 
-from assay.poc.net.server_settings import Count, Seconds, ServerSettings, loaded_by
+from assay.poc.net.server_settings import Count, Seconds, ServerSettings, Words, loaded_by
+from assay.settings import Flag
 
 if TYPE_CHECKING:
     from assay.poc.protocol.pins_file import NetworkPins
@@ -31,6 +32,19 @@ class ServiceSettings(ServerSettings):
         256,
         description="Positions per nonce of artifact rounds and jobs. Requests for another length "
         "are refused.",
+    )
+    served_model_names: Annotated[Words, Flag(("--served-model-name",))] = Field(
+        (), description="Further names of the model, under which requests may ask for it."
+    )
+    compatibility: Literal["gonka"] | None = Field(
+        None,
+        description="Answer calls of /api/v1/pow as those of /api/v1/inference/pow are answered: "
+        "as the client of that chain expects.",
+    )
+    resume: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Which rounds go on generating after a restart: auto leaves out those that "
+        "the client of the chain began.",
     )
     max_nonces: Count = Field(10_000, description="Nonces of one request.")
     max_positions: Count = Field(2**18, description="Largest product of batch_size and seq_len.")

@@ -244,8 +244,9 @@ class Reader:
             raise refused("nonces", f"{len(nonces)} of them", f"1 to {MOST_NONCES} in one message")
         last = -1
         for nonce in nonces:
-            if type(nonce) is not int or nonce <= last or nonce % count != node_id:
-                raise refused("nonces", nonce, f"ascending ones that are {node_id} modulo {count}")
+            if type(nonce) is not int or nonce <= last or nonce % count != node_id % count:
+                wanted = f"ascending ones that are {node_id % count} modulo {count}"
+                raise refused("nonces", nonce, wanted)
             last = nonce
         if last > MAX_NONCE:
             raise refused("nonces", last, f"at most {MAX_NONCE}")

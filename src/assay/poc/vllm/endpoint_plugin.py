@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
+from assay._version import __version__
 from assay.errors import AssayError
 from assay.models.chat import chat_template_digest
 from assay.models.load import identify, load_tokenizer
@@ -38,6 +39,7 @@ from assay.poc.net.shares import client_of
 from assay.poc.protocol.checks import check_name
 from assay.poc.protocol.pins import with_cache
 from assay.poc.responses.receipts import ReceiptHeader
+from assay.poc.service.chain_api import CHAIN_PREFIX
 from assay.poc.service.receipt_keeper import ReceiptKeeper, ReceiptSink
 from assay.poc.service.service_api import PREFIX, PREFIXES, attach, dashboard_router
 from assay.poc.service.service_controller import Controller
@@ -289,6 +291,7 @@ class AssayPlugin:
     def __init__(self) -> None:
         self._running: Future[Client] = Future()
         self._model = self._reference = ""
+        self._served_names: tuple[str, ...] = ()
         self._responses: Responses | None = None
 
     def attach_router(self, app: Any) -> None:
@@ -300,14 +303,16 @@ class AssayPlugin:
             StorageError: The data directory is in use or cannot be written.
         """
         configure_logs("console")
-        settings = self._settings = PluginSettings()
+        settings = PluginSettings()
         check_arguments(app.state.args, settings)
+        settings = self._settings = settings.for_port(getattr(app.state.args, "port", None))
         self.controller = Controller(self._deploy, settings)
         attach(app, self.controller, operations=True, under=PREFIX)
         if settings.responses != "off":
             self._responses = Responses(settings)
             app.add_middleware(ReceiptMiddleware, responses=self._responses)
         app.include_router(_router(self.controller, self._running.result, self._responses))
+        app.include_router(_versions_router(self.controller, self._running.result))
         app.include_router(dashboard_router())
         app.add_middleware(ChatBarrier, closed=self._closed)
         if not settings.has_keys:
@@ -328,8 +333,8 @@ class AssayPlugin:
         client = await connect(engine_client, settings.throttle, settings.seq_len, version=version)
         names = getattr(args, "served_model_name", None) or [args.model]
         self._model = args.model
-        named = names if isinstance(names, str) else names[0]
-        self._reference = settings.reference or named
+        self._served_names = (names,) if isinstance(names, str) else tuple(names)
+        self._reference = settings.reference or self._served_names[0]
         if self._responses is not None:
             receipts = self.controller.receipts
             self._responses.chat_template = await asyncio.to_thread(_served_template, config, args)
@@ -382,6 +387,7 @@ class AssayPlugin:
         model = model.with_frame(None if pins is None else pins.frame(model.digest))
         return Deployment(
             reference=self._reference,
+            aliases=(*self._served_names, self._model),
             digest=model.digest,
             weights=model.weights,
             dtype=with_cache(model.quantised or dtype, client.description["cache"]),
@@ -484,6 +490,21 @@ def _router(
         responses.post(body.block_hash)
         return JSONResponse(responses.describe())
 
+    return router
+
+
+def _versions_router(controller: Controller, running: Callable[[], Client]) -> APIRouter:
+    """Return the route that tells the client of the chain what this build can do."""
+    guarded = route_class(Keys(controller.settings), controller.settings, controller.metrics)
+    router = APIRouter(tags=["Gonka"], route_class=guarded)
+
+    async def versions() -> JSONResponse:
+        """Version of vLLM, and whether chat goes on while artifacts are checked."""
+        about = {"vllm_version": running().version, "poc_validation_inference": True}
+        return JSONResponse(about | {"assay_version": __version__})
+
+    for prefix in (CHAIN_PREFIX, PREFIX):
+        router.get(f"{prefix}/versions", openapi_extra=needs(Scope.READ))(versions)
     return router
 
 

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -78,6 +79,14 @@ class PluginSettings(ServiceSettings):
             name = "ASSAY_RESPONSES_PUBLIC_KEY"
             do = "set it to the key that the network knows"
             check_name(name, self.responses_public_key, do=do)
+
+    def for_port(self, port: int | None) -> Self:
+        """Return the settings of the server on a port, which ``data_dir`` may name ``{port}``.
+
+        MLNode starts several servers in one environment, and each needs a directory of its own.
+        """
+        folder = str(self.data_dir).replace("{port}", str(port))
+        return self.model_copy(update={"data_dir": Path(folder)})
 
 
 def check_server() -> None:

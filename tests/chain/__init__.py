@@ -1,0 +1,1 @@
+"""The client of the Gonka chain against the service."""
